@@ -1,0 +1,1 @@
+"""Multiple-choice disease benchmark: questions, scoring, statistics, tables."""

@@ -1,0 +1,1 @@
+"""The MGLL vision tower: read it, convert it, train it. Knows nothing of multimodal LLMs."""

@@ -1,0 +1,1 @@
+"""What all three packages share: errors, command-line manners, files, images, patient-wise splits."""

@@ -1,0 +1,23 @@
+"""The one exception for mistakes that the user can mend."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Something is wrong with what the user gave; shown as one line, exit code 2.
+
+    The message names the file or option, the field, what was found, what was expected, and what to do next.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def unknown_name(kind: str, found: str, known: Iterable[str]) -> UserError:
+    """An error for a name that is not among the known ones, with the nearest suggestion."""
+    names = sorted(known)
+    close = get_close_matches(found.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
+    nearest = next((n for n in names if close and n.lower() == close[0]), None)
+    suggestion = f"did you mean '{nearest}'? " if nearest else ""
+    return UserError(f"unknown {kind} '{found}': {suggestion}known are {', '.join(names)}")

@@ -1,0 +1,29 @@
+"""Splits by patient: all images of a patient fall on one side, on every machine and in every command."""
+
+import hashlib
+
+from mgll_encoder.common.errors import UserError
+
+
+def assign_split(patient: str, test: float = 0.3, val: float = 0.0, seed: int = 0) -> str:
+    """``"train"``, ``"val"`` or ``"test"`` for a patient (or source image) id.
+
+    The id is hashed to a number in [0, 1), so a patient's side depends on nothing but the id and the seed:
+    adding rows to a table moves nobody.
+
+    Args:
+        patient: Patient or source id, as written in the label table.
+        test: Share of patients for the test split, in [0, 1].
+        val: Share of patients for the validation split, in [0, 1].
+        seed: Another seed draws another split.
+
+    Raises:
+        UserError: the shares do not leave room for a training split.
+    """
+    if not (0 <= test and 0 <= val and test + val < 1):
+        raise UserError(f"split shares test={test} and val={val} must be at least 0 and add up to less than 1")
+    digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < test:
+        return "test"
+    return "val" if position < test + val else "train"

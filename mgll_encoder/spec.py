@@ -1,0 +1,58 @@
+"""The vision contract that travels with a tower."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Activation = Literal["gelu", "quick_gelu"]
+Resize = Literal["squash", "crop", "pad"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class TowerSpec(BaseModel):
+    """Geometry and preprocessing of a CLIP vision tower.
+
+    Attributes:
+        width: Hidden size C of the transformer.
+        depth: Number of transformer blocks.
+        heads: Attention heads.
+        mlp_width: Hidden size of the MLP in each block.
+        patch_size: Side of a patch in pixels.
+        image_size: Side of the (square) input in pixels.
+        activation: ``gelu`` (exact) or ``quick_gelu`` (x·sigmoid(1.702x)). The weights cannot tell.
+        projection_dim: Width of the shared image-text space, or None where the file has no projection.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        mean: Per-channel mean of the normalisation, on a 0-1 scale.
+        std: Per-channel standard deviation of the normalisation, on a 0-1 scale.
+        resize: ``squash`` (both sides to image_size), ``crop`` (shorter side, then centre crop) or
+            ``pad`` (to a square with the mean colour, then resize). Always bicubic.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    patch_size: int
+    image_size: int
+    activation: Activation
+    projection_dim: int | None = None
+    layer_norm_eps: float = 1e-5
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    resize: Resize = "squash"
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens per image (without the class token)."""
+        return self.grid**2

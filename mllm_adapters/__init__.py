@@ -1,0 +1,1 @@
+"""Multimodal LLM families behind one contract: read, swap the vision tower, train."""

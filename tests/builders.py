@@ -1,0 +1,81 @@
+"""Tiny real models for tests: a CLIP tower, a byte-level tokenizer, a LLaVA with its processor."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ ' ' if m['role'] == 'user' else '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token (ids 4-259); specials: <pad> 0, <s> 1, </s> 2, <image> 3."""
+    specials = ["<pad>", "<s>", "</s>", "<image>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(specials + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return fast
+
+
+def tower_config(**changes: object) -> CLIPVisionConfig:
+    """A CLIP tower of width 32, three blocks, 28 px in 4 patches, exact GELU."""
+    settings = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "image_size": 28, "patch_size": 14, "projection_dim": 16, "hidden_act": "gelu",
+    }  # fmt: skip
+    return CLIPVisionConfig(**{**settings, **changes})
+
+
+def tiny_llava(folder: Path, seed: int = 0) -> Path:
+    """Write an untrained LLaVA (transformers layout) with a complete processor."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=tower_config(), text_config=text, image_token_id=3, image_seq_length=4,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    model.save_pretrained(folder)
+    side = {"height": 28, "width": 28}
+    image_processor = LlavaImageProcessor(size=side, crop_size=side, do_center_crop=False, do_pad=False)
+    LlavaProcessor(
+        image_processor=image_processor, tokenizer=tokenizer, patch_size=14,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def picture(folder: Path, name: str, colour: tuple[int, int, int] = (200, 80, 40), size: int = 40) -> Path:
+    """Write a plain-coloured PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    Image.new("RGB", (size, size), colour).save(path)
+    return path

@@ -1,0 +1,36 @@
+"""Fixtures: tiny real models, made once per session; the golden reference vectors where they are at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import builders
+
+
+def _folder_from(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable, Path(__file__).parents[2] / "shared" / default))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Reference vectors of the original implementations (``MGLL_GOLDEN_DIR``)."""
+    folder = _folder_from("MGLL_GOLDEN_DIR", "golden")
+    if not folder.is_dir():
+        pytest.skip(f"no golden vectors at {folder}: set MGLL_GOLDEN_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real fundus photographs and X-rays (``MGLL_DATA_DIR``)."""
+    folder = _folder_from("MGLL_DATA_DIR", "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}: set MGLL_DATA_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained LLaVA in the transformers layout, with processor. Do not write into it."""
+    return builders.tiny_llava(tmp_path_factory.mktemp("models") / "tiny-llava")
