@@ -1,0 +1,116 @@
+"""Intervals and tests for counts of right answers. All shares are on a 0-1 scale."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+CONFIDENCE = 0.95
+REPLICATES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+def wilson(right: int, n: int) -> Interval:
+    """Wilson score interval of a share, sensible at small n and at 0 % and 100 % (Wilson 1927)."""
+    interval = binomtest(right, n).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
+    return Interval(float(interval.low), float(interval.high))
+
+
+def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> float:
+    """Two-sided exact McNemar p-value for two models on the same questions, shape ``(n,)`` each.
+
+    Only questions that one model gets right and the other wrong count; without any, p is 1.
+    """
+    gained = int((after & ~before).sum())
+    lost = int((before & ~after).sum())
+    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment of p-values, in the order given (Holm 1979)."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """Bootstrap replicates of shares of right answers.
+
+    Attributes:
+        by_category: Shape ``(replicates, categories, arms)``; NaN where a replicate drew no question of a category.
+        pooled: Shape ``(replicates, arms)``: all questions alike (micro).
+    """
+
+    by_category: NDArray[np.float64]
+    pooled: NDArray[np.float64]
+
+    @property
+    def macro(self) -> NDArray[np.float64]:
+        """Unweighted mean over categories, shape ``(replicates, arms)``."""
+        return np.asarray(np.nanmean(self.by_category, axis=1))
+
+
+def bootstrap(
+    right: NDArray[np.bool_], categories: Sequence[str], clusters: Sequence[str],
+    replicates: int = REPLICATES, seed: int = 0,
+) -> Replicates:  # fmt: skip
+    """Resample whole clusters (patients), so that questions that share a patient or an image stay together.
+
+    Stratified: a cluster belongs to the rarest category among its questions, and each stratum keeps its number of
+    clusters, so small categories do not vanish. All arms see the same draws, so differences between arms are paired.
+
+    Args:
+        right: Shape ``(questions, arms)``.
+        categories: Category of each question; output order is that of first appearance.
+        clusters: Cluster of each question.
+        replicates: Number of draws.
+        seed: Seed of the draws.
+    """
+    names = list(dict.fromkeys(categories))
+    sizes = Counter(categories)
+    column = np.array([names.index(category) for category in categories])
+    cluster_ids = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    row = np.array([cluster_ids[cluster] for cluster in clusters])
+
+    n = np.zeros((len(cluster_ids), len(names)))
+    np.add.at(n, (row, column), 1)
+    k = np.zeros((len(cluster_ids), len(names), right.shape[1]))
+    np.add.at(k, (row, column), right)
+    rarity = np.array([sizes[name] for name in names], dtype=float)
+    stratum = np.where(n > 0, rarity, np.inf).argmin(axis=1)
+
+    generator = np.random.default_rng(seed)
+    by_category = np.empty((replicates, len(names), right.shape[1]))
+    pooled = np.empty((replicates, right.shape[1]))
+    members = [np.flatnonzero(stratum == s) for s in np.unique(stratum)]
+    for b in range(replicates):
+        weights = np.zeros(len(cluster_ids))
+        for group in members:
+            weights[group] = np.bincount(generator.integers(len(group), size=len(group)), minlength=len(group))
+        drawn_n = weights @ n
+        drawn_k = np.tensordot(weights, k, axes=1)
+        with np.errstate(invalid="ignore"):
+            by_category[b] = drawn_k / drawn_n[:, None]
+        pooled[b] = drawn_k.sum(axis=0) / drawn_n.sum()
+    return Replicates(by_category, pooled)
+
+
+def percentile_interval(draws: NDArray[np.float64]) -> Interval:
+    """Percentile interval of bootstrap replicates, shape ``(replicates,)``."""
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.nanpercentile(draws, [tail, 100 - tail])
+    return Interval(float(low), float(high))
