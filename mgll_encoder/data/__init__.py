@@ -1,0 +1,1 @@
+"""Data for pretraining: manifests, builders from label tables, and the fundus phantom."""

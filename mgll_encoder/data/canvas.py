@@ -1,0 +1,114 @@
+"""Drawing in retina coordinates: the field of view is the unit disc, x to the right, y downwards."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+from scipy.special import expit
+
+Array = NDArray[np.floating]
+Colour = tuple[float, float, float]
+
+
+def edge(distance: Array, softness: float) -> Array:
+    """1 where ``distance`` is below 1, 0 above, with a soft border."""
+    return expit((1 - distance) / softness)
+
+
+@lru_cache(maxsize=4)
+def _grid(size: int) -> tuple[Array, Array]:
+    axis = ((np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1) * np.float32(1.04)
+    x, y = np.meshgrid(axis, axis)
+    return x, y
+
+
+@dataclass
+class Canvas:
+    """A picture under construction, in linear 0-1 RGB, with its random stream."""
+
+    size: int
+    rng: np.random.Generator
+    rgb: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x, self.y = _grid(self.size)
+
+    def distance(self, centre: tuple[float, float], ratio: float = 1.0) -> Array:
+        """Distance of every pixel to a point; ``ratio`` < 1 makes the unit circle a tall ellipse."""
+        return np.hypot((self.x - centre[0]) / ratio, self.y - centre[1])
+
+    def noise(self, cells: int) -> Array:
+        """Smooth noise of unit variance with about ``cells`` bumps along a side."""
+        coarse = self.rng.standard_normal((cells, cells)).astype(np.float32)
+        return np.asarray(Image.fromarray(coarse).resize((self.size, self.size), Image.Resampling.BICUBIC))
+
+    def blend(self, mask: Array, colour: Colour) -> None:
+        """Paint a colour through a 0-1 mask."""
+        weight = np.clip(mask, 0, 1)[..., None]
+        self.rgb = self.rgb * (1 - weight) + weight * np.asarray(colour, np.float32)
+
+    def soften(self, radius: float) -> None:
+        """Blur the whole picture by a Gaussian of ``radius`` field radii."""
+        picture = Image.fromarray((np.clip(self.rgb, 0, 1) * 255).astype(np.uint8))
+        blurred = picture.filter(ImageFilter.GaussianBlur(radius * self.size / 2.08))
+        self.rgb = np.asarray(blurred, np.float32) / 255
+
+    def mask(self, blur: float = 0.0) -> "Mask":
+        """A blank mask to draw on, blurred by ``blur`` field radii when read."""
+        return Mask(self.size, blur)
+
+    def scatter(
+        self,
+        count: int,
+        centre: tuple[float, float],
+        near: float,
+        far: float,
+        keep_off: tuple[float, float] | None = None,
+    ) -> list[tuple[float, float]]:
+        """Random places between two distances from a centre, inside the field, away from the disc."""
+        places: list[tuple[float, float]] = []
+        for _ in range(count * 6):
+            distance = np.sqrt(self.rng.uniform(near**2, far**2))
+            angle = self.rng.uniform(0, 2 * np.pi)
+            x, y = float(centre[0] + distance * np.cos(angle)), float(centre[1] + distance * np.sin(angle))
+            if np.hypot(x, y) < 0.93 and (
+                keep_off is None or np.hypot(x - keep_off[0], y - keep_off[1]) > 0.22
+            ):
+                places.append((x, y))
+            if len(places) == count:
+                break
+        return places
+
+
+class Mask:
+    """A grey mask drawn in retina coordinates."""
+
+    def __init__(self, size: int, blur: float) -> None:
+        self._image = Image.new("L", (size, size))
+        self._draw = ImageDraw.Draw(self._image)
+        self._scale = size / 2.08
+        self._blur = blur
+
+    def _pixel(self, value: float) -> float:
+        return (value + 1.04) * self._scale
+
+    def spot(self, place: tuple[float, float], radius: float, ratio: float = 1.0, level: float = 1.0) -> None:
+        """An ellipse."""
+        x, y = self._pixel(place[0]), self._pixel(place[1])
+        rx, ry = max(radius * ratio * self._scale, 0.5), max(radius * self._scale, 0.5)
+        self._draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=int(255 * level))
+
+    def line(self, points: NDArray[np.floating], width: float, level: float = 1.0) -> None:
+        """A polyline through ``points`` [n, 2]."""
+        pixels = ((points + 1.04) * self._scale).ravel().tolist()
+        pen = max(1, round(width * self._scale))
+        self._draw.line(pixels, fill=int(255 * level), width=pen, joint="curve" if pen > 2 else None)
+
+    def read(self) -> Array:
+        """The mask on a 0-1 scale."""
+        image = self._image
+        if self._blur:
+            image = image.filter(ImageFilter.GaussianBlur(self._blur * self._scale))
+        return np.asarray(image, np.float32) / 255

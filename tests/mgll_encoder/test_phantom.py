@@ -1,0 +1,84 @@
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mgll_encoder.cli.data import app
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.data.phantom import render
+from mgll_encoder.data.phantom_findings import FINDINGS
+from mgll_encoder.data.phantom_set import GRADES, write_phantom
+
+
+def pixels(*arguments, **settings) -> np.ndarray:
+    return np.asarray(render(*arguments, **settings), dtype=np.float32)
+
+
+def test_the_same_seed_draws_the_same_picture_and_another_seed_another():
+    first = pixels(["glaucoma"], 3)
+    assert np.array_equal(first, pixels(["glaucoma"], 3))
+    assert np.abs(first - pixels(["glaucoma"], 4)).mean() > 3
+
+
+@pytest.mark.parametrize("label", FINDINGS)
+def test_every_disease_is_visible_and_more_so_when_severe(label):
+    healthy = [pixels([], seed) for seed in range(4)]
+    changes = {
+        severity: np.mean(
+            [np.abs(pixels([label], s, severity=severity) - healthy[s]).mean() for s in range(4)]
+        )
+        for severity in (0.0, 1.0)
+    }
+    assert changes[0.0] > 0.3  # grey levels, mean over the whole picture
+    assert changes[1.0] > changes[0.0]
+
+
+def test_a_left_eye_has_its_disc_on_the_left():
+    def bright_side(left: bool) -> float:
+        brightness = np.mean([pixels(["glaucoma"], s, left_eye=left).sum(2) for s in range(6)], axis=0)
+        return float(brightness[20:44, :32].max() - brightness[20:44, 32:].max())
+
+    assert bright_side(True) > 0 > bright_side(False)
+
+
+def test_the_picture_is_round_on_black_at_any_size():
+    for size in (64, 200):
+        picture = pixels([], 0, size=size)
+        assert picture.shape == (size, size, 3)
+        assert picture[:4, :4].mean() < 8 < 60 < picture[size // 2, size // 2].mean()
+
+
+def test_an_unknown_disease_is_suggested():
+    with pytest.raises(UserError, match="did you mean 'glaucoma'"):
+        render(["glaucom"], 0)
+
+
+def test_the_data_set_has_two_eyes_per_patient_and_equal_classes(tmp_path: Path):
+    result = CliRunner().invoke(app, ["phantom", "--out", str(tmp_path / "set"), "--images-per-disease", "3"])
+    assert result.exit_code == 0, result.output
+    assert "next: mgll-encoder data fundus" in result.output.replace("\n", " ")
+    with (tmp_path / "set" / "labels.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 33
+    for label in ("normal", *FINDINGS):
+        mine = [row for row in rows if row["labels"] == label]
+        assert len(mine) == 3
+        assert len({row["patient_or_source_id"] for row in mine}) == 2
+        words = {row["raw_label_or_keywords"].split()[0] for row in mine}
+        assert words <= ({"normal"} if label == "normal" else set(GRADES))
+    assert all((tmp_path / "set" / row["file"]).is_file() for row in rows)
+    assert (tmp_path / "set" / "contact_sheet.png").is_file()
+
+
+def test_the_data_set_is_written_once_and_never_half(tmp_path: Path):
+    write_phantom(tmp_path / "a", 1)
+    write_phantom(tmp_path / "b", 1)
+    for name in ("labels.csv", "images/phantom-00004_right.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(UserError, match="exists"):
+        write_phantom(tmp_path / "a", 1)
+    with pytest.raises(UserError, match="at least 1"):
+        write_phantom(tmp_path / "c", 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
