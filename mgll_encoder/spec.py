@@ -13,7 +13,26 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class TowerSpec(BaseModel):
+class PixelRule(BaseModel):
+    """From picture to pixels: always bicubic, always square.
+
+    Attributes:
+        image_size: Side of the (square) input in pixels.
+        mean: Per-channel mean of the normalisation, on a 0-1 scale.
+        std: Per-channel standard deviation of the normalisation, on a 0-1 scale.
+        resize: ``squash`` (both sides to image_size), ``crop`` (shorter side, then centre crop) or
+            ``pad`` (to a square with the mean colour, then resize).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    resize: Resize = "squash"
+
+
+class TowerSpec(PixelRule):
     """Geometry and preprocessing of a CLIP vision tower.
 
     Attributes:
@@ -22,30 +41,19 @@ class TowerSpec(BaseModel):
         heads: Attention heads.
         mlp_width: Hidden size of the MLP in each block.
         patch_size: Side of a patch in pixels.
-        image_size: Side of the (square) input in pixels.
         activation: ``gelu`` (exact) or ``quick_gelu`` (x·sigmoid(1.702x)). The weights cannot tell.
         projection_dim: Width of the shared image-text space, or None where the file has no projection.
         layer_norm_eps: Epsilon of every LayerNorm.
-        mean: Per-channel mean of the normalisation, on a 0-1 scale.
-        std: Per-channel standard deviation of the normalisation, on a 0-1 scale.
-        resize: ``squash`` (both sides to image_size), ``crop`` (shorter side, then centre crop) or
-            ``pad`` (to a square with the mean colour, then resize). Always bicubic.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     width: int
     depth: int
     heads: int
     mlp_width: int
     patch_size: int
-    image_size: int
     activation: Activation
     projection_dim: int | None = None
     layer_norm_eps: float = 1e-5
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    resize: Resize = "squash"
 
     @property
     def grid(self) -> int:

@@ -1,0 +1,116 @@
+"""A model folder seen by its headers: configuration, tensor names, shapes and dtypes; values on demand."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgll_encoder.checkpoint import open_checkpoint as open_weights
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Name, dtype and shape of a tensor, and the file that holds it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+
+
+class Checkpoint:
+    """A local model folder; tensor values are read only when asked for.
+
+    Args:
+        folder: Folder with a config.json and weights (safetensors or .bin, sharded or not).
+        extra_weights: Names of further weight files that may lie in the folder; of these, only tensors that the
+            shards lack are seen.
+
+    Raises:
+        UserError: the folder or its config.json is missing or unreadable.
+    """
+
+    def __init__(self, folder: Path, extra_weights: tuple[str, ...] = ()) -> None:
+        self.folder = folder
+        self.extra_weights = extra_weights
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
+        self.config: dict[str, Any] = read_json(folder / "config.json")
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The weight files that the index names, or the single one.
+
+        Raises:
+            UserError: there are none, or one that the index names is missing.
+        """
+        names = (
+            sorted(set(self._weight_map.values())) or [n for n in SINGLES if (self.folder / n).is_file()][:1]
+        )
+        if not names:
+            expected = ", ".join(INDEXES + SINGLES)
+            raise UserError(f"{self.folder} holds a config.json but no weights: expected one of {expected}")
+        for name in names:
+            if not (self.folder / name).is_file():
+                raise UserError(f"{self.folder}: shard {name} is missing: complete the download")
+        return [self.folder / name for name in names]
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorHeader]:
+        """Headers of all tensors, in file order.
+
+        Raises:
+            UserError: a damaged shard, a tensor in two shards, or one that no shard holds.
+        """
+        found: dict[str, TensorHeader] = {}
+        for file in self.files:
+            for header in _headers(file):
+                if header.name in found:
+                    other = found[header.name].file.name
+                    raise UserError(
+                        f"{self.folder}: tensor {header.name} is both in {other} and in {file.name}"
+                    )
+                found[header.name] = header
+        if absent := sorted(set(self._weight_map) - set(found)):
+            raise UserError(
+                f"{self.folder}: the index names {absent[0]}, which no shard holds: download it again"
+            )
+        for extra in self.extra_weights:
+            if (self.folder / extra).is_file():
+                for header in _headers(self.folder / extra):
+                    found.setdefault(header.name, header)
+        return found
+
+    @cached_property
+    def side_files(self) -> list[Path]:
+        """Everything that is no weight file: configuration, tokenizer, processor, licence."""
+        files = (f for f in self.folder.iterdir() if f.is_file() and not f.name.startswith("."))
+        return sorted(f for f in files if not f.name.endswith(WEIGHT_SUFFIXES))
+
+    def read(self, name: str) -> Tensor:
+        """The values of one tensor; nothing else is read."""
+        return open_weights(self.tensors[name].file).read([name])[name]
+
+    @cached_property
+    def _weight_map(self) -> dict[str, str]:
+        index = next((self.folder / name for name in INDEXES if (self.folder / name).is_file()), None)
+        if index is None:
+            return {}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: field 'weight_map' is missing or empty: download it again")
+        return weight_map
+
+
+def _headers(file: Path) -> list[TensorHeader]:
+    headers = open_weights(file).headers
+    return [TensorHeader(name, t.dtype, tuple(t.shape), file) for name, t in headers.items()]

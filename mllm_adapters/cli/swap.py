@@ -1,0 +1,131 @@
+"""``swap-encoder``: put a vision tower into a multimodal LLM."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from mgll_encoder.common import cli
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import Activation
+
+if TYPE_CHECKING:
+    from mllm_adapters.checkpoint import Checkpoint
+    from mllm_adapters.contract import Family, Plan
+
+app = cli.new_app(
+    """Put an MGLL vision tower into a multimodal LLM.
+
+    Example: [bold]swap-encoder --mllm llava-med --encoder mgll-fundus.pt[/bold]
+    """
+)
+
+MLLM_HELP = "Checkpoint folder, hub id, or family name (which stands for its published checkpoint)."
+OUT_HELP = "Folder to write."
+FORCE_HELP = "Replace the output folder if it exists."
+DRY_RUN_HELP = "Print the plan and stop."
+JSON_HELP = "Print the plan as JSON."
+
+
+@app.callback(invoke_without_command=True)
+def swap(
+    context: typer.Context,
+    mllm: Annotated[str | None, typer.Option(help=MLLM_HELP)] = None,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Tower: MGLL checkpoint, open_clip file or folder.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} Default: <mllm>-<encoder>.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Input side in pixels. Default: what keeps the host's number of tokens."),
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="gelu or quick_gelu, for towers that do not say it themselves.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+) -> None:
+    """Put an MGLL vision tower into a multimodal LLM.
+
+    The language model is never loaded: shards that hold nothing of the tower are hard-linked, the others are
+    rewritten tensor by tensor.
+
+    Example: swap-encoder --mllm llava-med --encoder mgll-fundus.pt
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if mllm is None or encoder is None:
+        missing = "--mllm" if mllm is None else "--encoder"
+        raise UserError(f"{missing} is missing: swap-encoder --mllm llava-med --encoder mgll-fundus.pt")
+
+    from mgll_encoder import inspect_tower
+    from mllm_adapters.parts import resolve
+    from mllm_adapters.registry import open_checkpoint
+
+    tower = inspect_tower(encoder, activation=cast(Activation | None, activation))
+    checkpoint, family, _ = open_checkpoint(resolve(mllm))
+    plan = family.plan(checkpoint, tower, image_size)
+    for warning in tower.warnings:
+        cli.warn(warning)
+    target = out or Path(f"{Path(mllm).name}-{encoder.stem}")
+    _execute(plan, family, checkpoint, target, dry_run=dry_run, as_json=as_json, force=force)
+    if not dry_run:
+        cli.stdout.print(
+            f"Next: retrain-projector --model {target} --data train.json --images images/", soft_wrap=True
+        )
+
+
+@app.command()
+def convert(
+    mllm: Annotated[str, typer.Option(help=MLLM_HELP)],
+    out: Annotated[Path, typer.Option(help=OUT_HELP)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+) -> None:
+    """Convert a checkpoint from its original layout to the transformers layout, tower and all.
+
+    Example: swap-encoder convert --mllm llava-v1.5-7b --out llava-v1.5-7b-hf
+    """
+    from mllm_adapters.parts import resolve
+    from mllm_adapters.registry import open_checkpoint
+
+    checkpoint, family, _ = open_checkpoint(resolve(mllm))
+    _execute(family.plan(checkpoint), family, checkpoint, out, dry_run=dry_run, as_json=as_json, force=force)
+
+
+def main() -> None:
+    """Entry point of ``swap-encoder``."""
+    cli.run(app)
+
+
+def _execute(
+    plan: "Plan",
+    family: "Family",
+    checkpoint: "Checkpoint",
+    out: Path,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    force: bool,
+) -> None:
+    from mgll_encoder.common.files import check_free
+    from mllm_adapters.apply import apply_plan
+    from mllm_adapters.report import plan_table, total_bytes
+
+    check_free(out, force)
+    if as_json:
+        cli.stdout.print_json(plan.model_dump_json())
+    else:
+        cli.stdout.print(plan_table(plan, checkpoint))
+    for note in plan.notes:
+        cli.note(f"note: {note}")
+    if dry_run:
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("writing", *columns, console=cli.stderr, transient=True) as progress:
+        task = progress.add_task("writing", total=total_bytes(plan))
+        apply_plan(plan, family, checkpoint, out, force=force, progress=lambda n: progress.advance(task, n))
+    cli.stdout.print(f"Written: {out}", soft_wrap=True)

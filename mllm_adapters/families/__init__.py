@@ -1,0 +1,1 @@
+"""One file per architecture; rows in `mllm_adapters.registry`."""

@@ -1,0 +1,206 @@
+"""What planning a swap has in common across families."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, sqrt
+from typing import Any
+
+import torch
+
+from mgll_encoder import TowerHeader, inspect_tower, vision_config
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import Resize, TowerSpec
+from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.contract import Step, VisionContract
+from mllm_adapters.parts import PUBLISHED_TOWERS, find_part
+
+IMAGE_TOKEN = "<image>"
+"""Placeholder that the processor expands to one id per visual token."""
+
+VOCABULARY_MULTIPLE = 64
+"""Extended vocabularies are rounded up to this, as in the published llava-hf checkpoints (32000 -> 32064)."""
+
+
+@dataclass(frozen=True)
+class HostTower:
+    """The tower that a checkpoint has before a swap.
+
+    Attributes:
+        name: What the checkpoint calls it.
+        spec: Its geometry and preprocessing.
+        header: Its tensors, where it lies outside the checkpoint and is at hand.
+        notes: What the user should know about where it was found.
+    """
+
+    name: str
+    spec: TowerSpec
+    header: TowerHeader | None = None
+    notes: tuple[str, ...] = ()
+
+
+def external_tower(name: str, checkpoint: Checkpoint, resize: Resize, *, needed: bool) -> HostTower:
+    """The tower that a checkpoint names by path or hub id.
+
+    Args:
+        name: Path or hub id, as in the checkpoint's configuration.
+        checkpoint: The checkpoint that names it.
+        resize: The resize rule that the checkpoint prescribes, whatever the tower's own.
+        needed: Whether its weights are needed; if not, the geometry of a published tower will do.
+
+    Raises:
+        UserError: it is not on this machine, and is needed or unknown.
+    """
+    folder = find_part(name, checkpoint.folder)
+    if folder is not None:
+        header = inspect_tower(folder)
+        spec = header.spec.model_copy(update={"resize": resize})
+        return HostTower(name, spec, header, (f"the host's own tower is {folder}", *header.warnings))
+    if name in PUBLISHED_TOWERS and not needed:
+        return HostTower(name, PUBLISHED_TOWERS[name].model_copy(update={"resize": resize}))
+    raise UserError(
+        f"{checkpoint.folder}: its vision tower '{name}' is neither in the checkpoint folder, nor beside it, nor in the "
+        f"Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / name}"
+    )
+
+
+def contract_of(spec: TowerSpec, feature_layer: int, class_token: bool) -> VisionContract:
+    """The vision contract of a host with this tower."""
+    return VisionContract(
+        width=spec.width,
+        image_size=spec.image_size,
+        patch_size=spec.patch_size,
+        tokens=spec.patches + class_token,
+        feature_layer=feature_layer,
+        class_token=class_token,
+        activation=spec.activation,
+        mean=spec.mean,
+        std=spec.std,
+        resize=spec.resize,
+    )
+
+
+def after_swap(before: VisionContract, tower: TowerHeader | None, image_size: int | None) -> VisionContract:
+    """The vision contract with the new tower in place.
+
+    The host keeps its normalisation (the difference is folded into the tower) and, unless ``image_size`` says
+    otherwise, its number of visual tokens. The resize rule is the new tower's.
+
+    Raises:
+        UserError: ``image_size`` is no multiple of the patch size.
+    """
+    if tower is None:
+        return before
+    spec = tower.spec
+    grid = round(sqrt(before.tokens - before.class_token))
+    size = image_size or grid * spec.patch_size
+    if size % spec.patch_size:
+        near = round(size / spec.patch_size) * spec.patch_size
+        raise UserError(
+            f"--image-size {size} is no multiple of the tower's patch size {spec.patch_size}: try {near}"
+        )
+    resized = spec.model_copy(update={"image_size": size, "mean": before.mean, "std": before.std})
+    return contract_of(resized, before.feature_layer, before.class_token)
+
+
+def swap_notes(tower: TowerHeader | None, after: VisionContract) -> tuple[str, ...]:
+    """What a swap changes in the tower itself, in words."""
+    if tower is None:
+        return ()
+    notes = []
+    grid, target = tower.spec.grid, after.image_size // after.patch_size
+    if grid != target:
+        notes.append(
+            f"the tower's position embedding is resampled from {grid}x{grid} to {target}x{target} patches"
+        )
+    if (tower.spec.mean, tower.spec.std) != (after.mean, after.std):
+        notes.append(
+            "the tower was trained under another mean and std than the host's image processor applies: the difference "
+            "is folded into the tower's patch convolution and position embedding (exact)"
+        )
+    return tuple(notes)
+
+
+def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: torch.dtype) -> list[Step]:
+    """Steps that put a tower's tensors under ``prefix``, in the host's dtype."""
+    positions = (after.image_size // after.patch_size) ** 2 + 1
+    steps = []
+    for key, (_, shape) in tower.tensors.items():
+        fitted = (positions, shape[1]) if key == "embeddings.position_embedding.weight" else shape
+        steps.append(
+            Step(name=prefix + key, dtype=dtype_name(dtype), shape=fitted, operation="tower", source=key)
+        )
+    return steps
+
+
+def kept(header: TensorHeader, name: str | None = None, rows: int | None = None) -> Step:
+    """A step that takes a source tensor as it is, perhaps under another name or with rows added."""
+    name = name or header.name
+    shape = header.shape if rows is None else (rows, *header.shape[1:])
+    operation = "extend_rows" if shape != header.shape else "keep" if name == header.name else "rename"
+    return Step(
+        name=name, dtype=dtype_name(header.dtype), shape=shape, operation=operation, source=header.name
+    )
+
+
+def refit_reader(
+    steps: Iterable[Step], reader: str, before: VisionContract, after: VisionContract
+) -> tuple[list[Step], dict[str, str]]:
+    """Re-initialise a Linear that reads vision features if the features' width changes.
+
+    Args:
+        steps: Steps so far.
+        reader: Target name of the Linear, without ``.weight``.
+        before: Vision contract of the source.
+        after: Vision contract of the target.
+
+    Returns:
+        The steps, and what becomes of the reader in words.
+    """
+    if before.width == after.width:
+        return list(steps), {reader: f"kept ({after.width} wide)"}
+    changed = []
+    for step in steps:
+        if step.name == f"{reader}.weight":
+            shape = (*step.shape[:-1], step.shape[-1] // before.width * after.width)
+            step = step.model_copy(update={"operation": "reinit", "shape": shape, "source": None})
+        elif step.name == f"{reader}.bias":
+            step = step.model_copy(update={"operation": "zeros", "source": None})
+        changed.append(step)
+    return changed, {reader: f"re-initialised ({before.width} -> {after.width} wide): retrain the projector"}
+
+
+def image_row(tokenizer: Any | None, vocabulary: int) -> tuple[int, int]:
+    """Id of the image placeholder, and the vocabulary size that has room for it.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer, or None.
+        vocabulary: Rows of the embedding.
+    """
+    if tokenizer is None:
+        image_token_id = vocabulary
+    else:
+        image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
+    if image_token_id < vocabulary:
+        return image_token_id, vocabulary
+    return image_token_id, ceil((image_token_id + 1) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def tower_config(spec: TowerSpec, after: VisionContract) -> dict[str, Any]:
+    """``vision_config`` of a LLaVA-shaped checkpoint: a plain ``clip_vision_model``."""
+    return vision_config(spec.model_copy(update={"image_size": after.image_size})).to_dict()
+
+
+def text_config(model_type: str, config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+    """``text_config`` made of the language model's fields in a flat, original configuration."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    fields = set(kind().to_dict()) | {"rope_theta", "rope_scaling"}
+    own = {k: v for k, v in config.items() if k in fields and k not in ("model_type", "architectures")}
+    own.setdefault("tie_word_embeddings", False)
+    return kind(**{**own, "vocab_size": vocabulary}).to_dict()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16`` for ``torch.float16``."""
+    return str(dtype).removeprefix("torch.")

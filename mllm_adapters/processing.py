@@ -1,0 +1,93 @@
+"""Processors: what the source says about preprocessing, and the processor that the target needs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.preprocess import image_processor, read_preprocessing
+from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
+from mllm_adapters.contract import VisionContract
+from mllm_adapters.planning import IMAGE_TOKEN
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def host_pixels(folder: Path, image_size: int) -> tuple[PixelRule, tuple[str, ...]]:
+    """How a model folder prepares images, and what had to be assumed.
+
+    Args:
+        folder: A model folder in the transformers layout.
+        image_size: Input side of its tower.
+
+    Raises:
+        UserError: its image processor makes pictures of another size, or none that are square.
+    """
+    nested, flat = folder / "processor_config.json", folder / "preprocessor_config.json"
+    settings = read_json(nested).get("image_processor") if nested.is_file() else None
+    where = nested if settings else flat
+    if not settings and not flat.is_file():
+        assumed = PixelRule(image_size=image_size, mean=CLIP_MEAN, std=CLIP_STD, resize="crop")
+        return assumed, (
+            f"{folder} has no image processor: CLIP's normalisation and centre crop are assumed",
+        )
+    fields, notes = read_preprocessing(settings or read_json(flat), where)
+    rule = PixelRule(**fields)
+    if rule.image_size != image_size:
+        raise UserError(
+            f"{where}: images are made {rule.image_size} px wide, but config.json's tower takes {image_size} px"
+        )
+    return rule, notes
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer saved in a model folder, or None where it holds none.
+
+    Raises:
+        UserError: tokenizer files are there but cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(folder):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
+
+
+def with_placeholder(tokenizer: Any, image_token_id: int) -> None:
+    """Give a tokenizer the image placeholder, and a padding token if it has none.
+
+    Raises:
+        UserError: the placeholder would not get the planned id.
+    """
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
+    )
+    found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if found != image_token_id:
+        raise UserError(f"{tokenizer.name_or_path}: {IMAGE_TOKEN} got id {found}, expected {image_token_id}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
+def llava_processor(contract: VisionContract, tokenizer: Any, chat_template: str) -> Any:
+    """A LlavaProcessor that expands the placeholder to ``contract.tokens`` and prepares images as it says."""
+    from transformers import LlavaProcessor
+
+    return LlavaProcessor(
+        image_processor=image_processor(contract),
+        tokenizer=tokenizer,
+        patch_size=contract.patch_size,
+        vision_feature_select_strategy="full" if contract.class_token else "default",
+        num_additional_image_tokens=1,  # CLIP's class token, which the strategy takes off again
+        image_token=IMAGE_TOKEN,
+        chat_template=chat_template,
+    )

@@ -1,0 +1,60 @@
+"""A checkpoint like another one, but for some tensors."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import new_folder
+from mllm_adapters.apply import write_weights
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.contract import Step
+from mllm_adapters.planning import kept
+
+
+def replace_tensors(
+    source: Path,
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    force: bool = False,
+    extra_files: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a checkpoint equal to ``source`` but for the values of some tensors.
+
+    Files without any of them are hard-linked; side files are copied.
+
+    Args:
+        source: Checkpoint folder.
+        out: Folder to write.
+        tensors: New values by their names on disk; shape and number stay, dtypes follow the source.
+        force: Replace ``out`` if it exists.
+        extra_files: Further text files, name -> contents.
+
+    Raises:
+        UserError: ``out`` exists, or ``source`` has no such tensor or one of another shape.
+    """
+    checkpoint = Checkpoint(source)
+    for name, value in tensors.items():
+        if name not in checkpoint.tensors:
+            raise UserError(f"{source} has no tensor {name}")
+        if tuple(value.shape) != checkpoint.tensors[name].shape:
+            found, expected = list(value.shape), list(checkpoint.tensors[name].shape)
+            raise UserError(f"{source}: the new {name} has shape {found}, expected {expected}")
+    steps = [kept(header) for header in checkpoint.tensors.values()]
+    steps = [s.model_copy(update={"operation": "rename"}) if s.name in tensors else s for s in steps]
+
+    def compute(group: list[Step]) -> Iterable[tuple[Step, Tensor]]:
+        for step in group:
+            value = tensors[step.name] if step.name in tensors else checkpoint.read(step.name)
+            yield step, value.to(checkpoint.tensors[step.name].dtype)
+
+    with new_folder(out, force) as partial:
+        write_weights(partial, checkpoint, steps, compute)
+        for file in checkpoint.side_files:
+            shutil.copy2(file, partial / file.name)
+        for name, text in (extra_files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+    return out
