@@ -1,0 +1,136 @@
+"""What the JSON files of a tower's folder claim about it, whoever wrote them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import ValidationError
+from transformers import CLIPConfig, CLIPVisionConfig
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.preprocess import read_preprocessing
+from mgll_encoder.spec import TowerSpec
+
+HF_FOLDER, OURS = "transformers folder", "mgll tower folder"
+
+TOWER_FILE = "mgll_tower.json"
+TOWER_VERSION = 1
+
+_HF_FIELDS = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "patch_size": "patch_size",
+    "image_size": "image_size",
+    "activation": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Fields of a contract that a folder states.
+
+    Attributes:
+        layout: What the folder is, or None for a bare weight file.
+        file: The file that states them.
+        fields: ``TowerSpec`` field -> value.
+        names: ``TowerSpec`` field -> what the file calls it.
+        notes: What had to be simplified.
+    """
+
+    layout: str | None = None
+    file: Path | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_claims(path: Path) -> Claims:
+    """Read the configs of a tower's folder; a bare file claims nothing.
+
+    Raises:
+        UserError: a config is unreadable, of another model type, or contradicts its neighbour.
+    """
+    if not path.is_dir():
+        beside = [name for name in ("config.json", TOWER_FILE) if (path.parent / name).is_file()]
+        return Claims(
+            notes=tuple(f"{path.parent / name} is not read: pass the folder" for name in beside[:1])
+        )
+    if (path / TOWER_FILE).is_file():
+        return _ours(path)
+    return _transformers(path) if (path / "config.json").is_file() else Claims()
+
+
+def checked_spec(fields: Mapping[str, Any], where: Path) -> TowerSpec:
+    """A ``TowerSpec``, or a ``UserError`` that names the field and its file."""
+    try:
+        spec = TowerSpec(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}") from None
+    if spec.heads < 1 or spec.width % spec.heads:
+        raise UserError(f"{where}: width {spec.width} cannot be divided among {spec.heads} attention heads")
+    return spec
+
+
+def _ours(folder: Path) -> Claims:
+    file = folder / TOWER_FILE
+    content = read_json(file)
+    if content.get("version") != TOWER_VERSION:
+        raise UserError(
+            f"{file}: field 'version' is {content.get('version')!r}: expected {TOWER_VERSION}; "
+            "the folder was written by another version of mgll-mllm: upgrade, or write the tower again"
+        )
+    if not isinstance(content.get("spec"), dict):
+        raise UserError(
+            f"{file}: field 'spec' is missing: expected the vision contract; write the tower again"
+        )
+    spec = checked_spec(content["spec"], file)
+    beside = folder / "config.json"
+    act = read_json(beside).get("hidden_act") if beside.is_file() else spec.activation
+    if act != spec.activation:
+        raise UserError(
+            f"{file}: field 'activation' is {spec.activation}, but {beside} has hidden_act {act!r}: "
+            "expected both to agree; write the tower again"
+        )
+    return Claims(OURS, file, spec.model_dump(exclude_none=True))
+
+
+def _transformers(folder: Path) -> Claims:
+    file = folder / "config.json"
+    content = read_json(file)
+    kind = content.get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise UserError(
+            f"{file}: field 'model_type' is {kind!r}: expected 'clip' or 'clip_vision_model', the folder of "
+            "a CLIP vision tower (a whole MLLM belongs to --mllm)"
+        )
+    try:
+        config = CLIPConfig(**content).vision_config if kind == "clip" else CLIPVisionConfig(**content)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is no valid config of a CLIP vision tower: {error}") from None
+    fields = {ours: getattr(config, theirs) for ours, theirs in _HF_FIELDS.items()}
+    pixels, notes = _pixels(folder, fields["image_size"])
+    return Claims(HF_FOLDER, file, {**fields, **pixels}, _HF_FIELDS, notes)
+
+
+def _pixels(folder: Path, image_size: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    file = folder / "preprocessor_config.json"
+    content = read_json(file) if file.is_file() else {}
+    if not content and (file := folder / "processor_config.json").is_file():  # transformers 5 nests it there
+        content = read_json(file).get("image_processor", {})
+    if not content:
+        return {}, ()
+    pixels, notes = read_preprocessing(content, file)
+    if (side := pixels.pop("image_size")) != image_size:
+        raise UserError(
+            f"{file}: images become {side} px, but config.json beside it says image_size {image_size}: "
+            "expected both to agree; take both from the same folder"
+        )
+    return pixels, notes

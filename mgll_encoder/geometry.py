@@ -1,0 +1,80 @@
+"""Exact changes of a tower's input side: another image size, another normalisation of the pixels."""
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from mgll_encoder.common.errors import UserError
+
+Channels = tuple[float, float, float]
+
+
+def resample_positions(pos: Tensor, grid: int) -> Tensor:
+    """Resample a position table to another patch grid.
+
+    Bicubic, ``align_corners=False``, no antialias; the row of the class token stays as it is. Bit for bit
+    what ``CLIPVisionEmbeddings.interpolate_pos_encoding`` of transformers does at run time.
+
+    Args:
+        pos: Position table [1 + g·g, C], class token first.
+        grid: Patches along one side of the new grid.
+
+    Returns:
+        Table [1 + grid·grid, C] in the dtype of ``pos`` (computed in float32, or float64 if ``pos`` is).
+
+    Raises:
+        UserError: ``pos`` is no class token plus a square grid, or ``grid`` is not positive.
+    """
+    old = isqrt(pos.shape[0] - 1)
+    if 1 + old * old != pos.shape[0] or grid < 1:
+        raise UserError(
+            f"cannot resample {pos.shape[0]} positions to a {grid}x{grid} grid: "
+            "expected 1 + g*g rows, and a grid of at least 1x1"
+        )
+    if grid == old:
+        return pos
+    exact = pos if pos.dtype == torch.float64 else pos.float()
+    patches = exact[None, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    patches = interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    patches = patches.permute(0, 2, 3, 1).reshape(grid * grid, -1)
+    return torch.cat((exact[:1], patches)).to(pos.dtype)
+
+
+def fold_normalisation(
+    patch_weight: Tensor,
+    pos: Tensor,
+    *,
+    trained: tuple[Channels, Channels],
+    given: tuple[Channels, Channels],
+) -> tuple[Tensor, Tensor]:
+    """Teach a tower to expect pixels that are normalised in another way.
+
+    With x = s_g·x_g + m_g, the pixel that the tower was trained on is
+    (x - m_t)/s_t = (s_g/s_t)·x_g + (m_g - m_t)/s_t.
+    The scale goes into the patch convolution, the shift into the positions of all patches (not of the class
+    token). Exact, because the convolution has stride = kernel and no padding, so every patch gets the same
+    shift; it may come before or after ``resample_positions``, which preserves constants.
+
+    Args:
+        patch_weight: Patch convolution [C, 3, p, p] (without bias).
+        pos: Position table [1 + g·g, C].
+        trained: Mean and standard deviation that the tower was trained with (0-1 scale).
+        given: Mean and standard deviation that the pixels will have been normalised with.
+
+    Returns:
+        New patch convolution and position table, in the dtypes of the old ones (computed in float64).
+    """
+    if trained == given:
+        return patch_weight, pos
+    (trained_mean, trained_std), (given_mean, given_std) = (
+        [torch.tensor(values, dtype=torch.float64, device=patch_weight.device) for values in pair]
+        for pair in (trained, given)
+    )
+    weight = patch_weight.double()
+    shift = torch.einsum("ocij,c->o", weight, (given_mean - trained_mean) / trained_std)
+    scale = (given_std / trained_std)[None, :, None, None]
+    moved = pos.double().clone()
+    moved[1:] += shift
+    return (weight * scale).to(patch_weight.dtype), moved.to(pos.dtype)

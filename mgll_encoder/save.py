@@ -1,0 +1,104 @@
+"""Writing a tower as a folder that transformers reads, old and new."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from mgll_encoder.claims import TOWER_FILE, TOWER_VERSION
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import new_folder, sha256
+from mgll_encoder.keymap import PROJECTION
+from mgll_encoder.preprocess import image_processor
+from mgll_encoder.tower import PROJECTION_FILE, Tower, vision_config
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+---
+
+# MGLL vision tower
+
+A CLIP ViT: width {spec.width}, {spec.depth} blocks, activation `{spec.activation}`, {spec.image_size} px in
+patches of {spec.patch_size}, {spec.patches} patch tokens. Pixels: {spec.resize} to {spec.image_size} px (bicubic),
+mean {spec.mean}, std {spec.std}.
+
+    from transformers import AutoImageProcessor, CLIPVisionModel
+    tower = CLIPVisionModel.from_pretrained(folder)
+    features = tower(**AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt"))
+
+    swap-encoder --mllm llava-med --encoder folder
+
+Not a medical device. The licence and terms of use are those of the weights it was made from.
+
+## Provenance
+
+```json
+{provenance}
+```
+"""
+
+
+def save_tower(
+    tower: Tower, out: Path, force: bool = False, provenance: dict[str, Any] | None = None
+) -> Path:
+    """Write a tower's folder, whole or not at all.
+
+    The weights carry the prefix ``vision_model.``, which ``CLIPVisionModel`` expects in transformers 4 and
+    removes on loading in transformers 5. The projection, for which it has no place, lies in a file of its own.
+
+    Args:
+        tower: The tower; its model must have the geometry of its contract.
+        out: The folder to write.
+        force: Replace ``out`` if it exists.
+        provenance: More to record (training data, command line ...), added to source, hashes and version.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: ``out`` exists and ``force`` is not set, or the model is not what its contract says.
+    """
+    spec, header = tower.spec, tower.header
+    config = vision_config(spec)
+    for name in (
+        "hidden_size",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+        "hidden_act",
+        "layer_norm_eps",
+    ):
+        found, expected = getattr(tower.model.config, name), getattr(config, name)
+        if found != expected:
+            raise UserError(f"the model's {name} is {found}: expected {expected} as in its TowerSpec")
+    config.architectures = ["CLIPVisionModel"]
+    config.dtype = tower.model.dtype
+    record: dict[str, Any] = {
+        "source": header.source.name,
+        "layout": header.layout,
+        "activation_source": header.activation_source,
+        "preprocessing_source": header.preprocessing_source,
+        "sha256": {file.name: sha256(file) for file in header.files},
+        "created_by": f"mgll-mllm {version('mgll-mllm')}",
+        **(provenance or {}),
+    }
+    weights = {
+        f"vision_model.{name}": t.detach().cpu().contiguous() for name, t in tower.model.state_dict().items()
+    }
+    with new_folder(out, force) as folder:
+        config.save_pretrained(folder)
+        image_processor(spec).save_pretrained(folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        if tower.projection is not None:
+            projection = {PROJECTION: tower.projection.detach().cpu().contiguous()}
+            save_file(projection, folder / PROJECTION_FILE, metadata={"format": "pt"})
+        content = {"version": TOWER_VERSION, "spec": spec.model_dump(), "provenance": record}
+        (folder / TOWER_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        card = _CARD.format(spec=spec, provenance=json.dumps(record, indent=2))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        for file in folder.iterdir():  # safetensors writes files that only their owner may read
+            file.chmod(0o644)
+    return out

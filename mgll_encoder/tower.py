@@ -1,0 +1,361 @@
+"""Reading a vision tower from whatever it was saved as: one ``CLIPVisionModel``, one contract.
+
+What a file is, is told by its keys. What the weights cannot tell (activation, preprocessing) comes from the
+folder's config, from the caller, or from a default of the layout, which the header reports with what may follow.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from mgll_encoder.checkpoint import Checkpoint, open_checkpoint
+from mgll_encoder.claims import HF_FOLDER, Claims, checked_spec, read_claims
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.keymap import PROJECTION, KeyPlan, plan_keys
+from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Activation, TowerSpec
+
+Origin = Literal["stored", "option", "default"]
+
+PROJECTION_FILE = "visual_projection.safetensors"
+
+_CLIP_PIXELS: dict[str, Any] = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize": "crop"}
+_MGLL_PIXELS: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "squash"}
+
+OFFICIAL, OPENAI, OPEN_CLIP = "mgll training checkpoint", "OpenAI state dict", "open_clip state dict"
+HF_STATE = "transformers state dict"
+
+_DEFAULTS: dict[str, tuple[Activation, dict[str, Any]]] = {
+    OFFICIAL: ("gelu", _MGLL_PIXELS),
+    OPENAI: ("quick_gelu", _CLIP_PIXELS),
+    OPEN_CLIP: ("gelu", _CLIP_PIXELS),
+    HF_STATE: ("quick_gelu", _CLIP_PIXELS),
+    HF_FOLDER: ("quick_gelu", _CLIP_PIXELS),
+}
+"""Layout -> activation and preprocessing where the source says nothing. Why:
+
+- official MGLL: its code builds ``ViT-L-14`` with open_clip >= 2.29 (older ones crash on its ``clip.text``),
+  which gives exact GELU even around OpenAI's weights; its data pipeline is a squash with ImageNet mean and std;
+- OpenAI (told by the constants ``input_resolution`` ... in the file): trained with QuickGELU;
+- other open_clip files: what open_clip's own ``ViT-L-14`` config gives;
+- transformers: the default of ``CLIPVisionConfig``.
+"""
+
+
+@dataclass(frozen=True)
+class TowerHeader:
+    """What is known of a tower without reading its weights.
+
+    Attributes:
+        spec: The vision contract.
+        tensors: ``CLIPVisionModel`` key (without ``vision_model.``) -> dtype and shape as stored.
+        dropped: Tensors of the source that are left out, counted per group.
+        layout: What the source is, in words.
+        source: The file or folder.
+        files: Its weight files.
+        activation_source: Where the activation comes from.
+        preprocessing_source: Where mean, std and resize rule come from.
+        warnings: What the user should know, one sentence each; empty where nothing was assumed.
+    """
+
+    spec: TowerSpec
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    dropped: dict[str, int]
+    layout: str
+    source: Path
+    files: tuple[Path, ...]
+    activation_source: Origin
+    preprocessing_source: Origin
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of the tower, without the projection."""
+        return sum(torch.Size(shape).numel() for _, shape in self.tensors.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The stored dtypes, e.g. ``("float16",)``."""
+        return tuple(sorted({str(dtype).removeprefix("torch.") for dtype, _ in self.tensors.values()}))
+
+
+@dataclass
+class Tower:
+    """A tower in memory.
+
+    Attributes:
+        header: Where it comes from and its contract.
+        model: ``CLIPVisionModel`` in eval mode.
+        projection: Weight of the projection into the image-text space [projection_dim, width], or None.
+            Pooled features are ``model(pixels).pooler_output @ projection.T`` (not normalised).
+    """
+
+    header: TowerHeader
+    model: CLIPVisionModel
+    projection: Tensor | None
+
+    @property
+    def spec(self) -> TowerSpec:
+        """The vision contract."""
+        return self.header.spec
+
+    @classmethod
+    def from_model(cls, model: CLIPVisionModel, spec: TowerSpec, projection: Tensor | None = None) -> "Tower":
+        """A tower around a model made in this process (by training, for example), ready for ``save_tower``.
+
+        Args:
+            model: A model of ``build_model(spec)``'s class and geometry.
+            spec: Its contract, with the preprocessing it was trained with.
+            projection: Weight [projection_dim, width], if it has one.
+        """
+        if projection is not None:
+            spec = spec.model_copy(update={"projection_dim": projection.shape[0]})
+        header = TowerHeader(
+            spec=spec,
+            tensors={name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()},
+            dropped={},
+            layout="model in memory",
+            source=Path(),
+            files=(),
+            activation_source="stored",
+            preprocessing_source="stored",
+        )
+        return cls(header, model.eval(), projection)
+
+
+def inspect_tower(path: Path | str, *, activation: Activation | None = None) -> TowerHeader:
+    """Read the header of a tower: keys, shapes and configs, no weights.
+
+    Args:
+        path: An official MGLL training checkpoint, an open_clip or OpenAI state dict (whole CLIP or
+            ``visual`` only), a transformers folder (CLIPVisionModel, with projection, or CLIPModel) or state
+            dict, or a folder written by ``save_tower``.
+        activation: For sources that do not store it; must not contradict one that does. Attention heads are
+            width // 64 where no config says otherwise (OpenAI's rule; open_clip's default head width).
+
+    Raises:
+        UserError: the source is missing, damaged, of another architecture, or contradicts its config.
+    """
+    return _examine(Path(path), activation)[0]
+
+
+def tower_state_dict(
+    path: Path | str, *, activation: Activation | None = None
+) -> tuple[TowerHeader, dict[str, Tensor]]:
+    """Read a tower's tensors by ``CLIPVisionModel`` key (without ``vision_model.``), in their stored dtype.
+
+    The projection is not among them. Arguments and errors as for ``load_tower``.
+    """
+    header, tensors, _ = _read(Path(path), activation)
+    return header, tensors
+
+
+def load_tower(
+    path: Path | str, *, activation: Activation | None = None, dtype: torch.dtype | None = None
+) -> Tower:
+    """Load a tower as a Hugging Face ``CLIPVisionModel``.
+
+    Args:
+        path: As for ``inspect_tower``.
+        activation: As for ``inspect_tower``.
+        dtype: Dtype of the model; float32 by default, whatever is stored.
+
+    Returns:
+        The tower in eval mode on the CPU.
+
+    Raises:
+        UserError: as for ``inspect_tower``, and weights that are not finite.
+    """
+    header, tensors, projection = _read(Path(path), activation)
+    dtype = dtype or torch.float32
+    model = build_model(header.spec)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return Tower(header, model.eval(), None if projection is None else projection.to(dtype).contiguous())
+
+
+def build_model(spec: TowerSpec) -> CLIPVisionModel:
+    """A ``CLIPVisionModel`` of the contract's geometry, with random weights."""
+    return CLIPVisionModel(vision_config(spec))
+
+
+def vision_config(spec: TowerSpec) -> CLIPVisionConfig:
+    """The transformers config of a tower."""
+    return CLIPVisionConfig(
+        hidden_size=spec.width,
+        intermediate_size=spec.mlp_width,
+        num_hidden_layers=spec.depth,
+        num_attention_heads=spec.heads,
+        image_size=spec.image_size,
+        patch_size=spec.patch_size,
+        hidden_act=spec.activation,
+        layer_norm_eps=spec.layer_norm_eps,
+        projection_dim=spec.projection_dim or 512,  # the class default; CLIPVisionModel does not read it
+    )
+
+
+def _read(path: Path, activation: Activation | None) -> tuple[TowerHeader, dict[str, Tensor], Tensor | None]:
+    header, checkpoint, plan = _examine(path, activation)
+    tensors = plan.apply(checkpoint.read(plan.taken))
+    if (aside := path / PROJECTION_FILE).is_file():
+        tensors |= open_checkpoint(aside).read([PROJECTION])
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path}: tensor '{name}' holds NaN or infinite values: expected finite weights; "
+                "take an earlier checkpoint of that training"
+            )
+    return header, tensors, tensors.pop(PROJECTION, None)
+
+
+def _examine(path: Path, activation: Activation | None) -> tuple[TowerHeader, Checkpoint, KeyPlan]:
+    if activation is not None and activation not in get_args(Activation):
+        raise unknown_name("activation", activation, get_args(Activation))
+    checkpoint = open_checkpoint(path)
+    claims = read_claims(path)
+    plan = plan_keys(checkpoint.headers, str(path))
+    layout = claims.layout or _layout(plan)
+    tensors = plan.apply(checkpoint.headers)
+    if (aside := path / PROJECTION_FILE).is_file():
+        tensors |= open_checkpoint(aside).headers
+
+    warnings = list(claims.notes)
+    if plan.unknown:
+        warnings.append(
+            f"{path}: {len(plan.unknown)} tensors outside the tower are left out, such as '{plan.unknown[0]}'"
+        )
+    chosen, activation_source = _choose_activation(path, layout, claims, activation)
+    if activation_source == "default":
+        warnings.append(_activation_warning(path, layout, chosen))
+    pixels: dict[str, Any] = {}
+    preprocessing_source: Origin = "stored"
+    if "mean" not in claims.fields:
+        pixels, preprocessing_source = _DEFAULTS[layout][1], "default"
+        warnings.append(
+            f"{path}: mean, std and resize rule are not stored; taken as those of an {layout}: "
+            f"mean {_figures(pixels['mean'])}, std {_figures(pixels['std'])}, {pixels['resize']}"
+        )
+    measured = _measure(tensors, path)
+    _compare(measured, claims, path)
+    fields = {"heads": max(1, measured["width"] // 64), **measured, **pixels, **claims.fields}
+    spec = checked_spec({**fields, "activation": chosen}, claims.file or path)
+    _check_shapes(tensors, spec, path)
+
+    header = TowerHeader(
+        spec=spec,
+        tensors={name: (t.dtype, tuple(t.shape)) for name, t in tensors.items() if name != PROJECTION},
+        dropped=plan.dropped,
+        layout=layout,
+        source=path,
+        files=checkpoint.files,
+        activation_source=activation_source,
+        preprocessing_source=preprocessing_source,
+        warnings=tuple(warnings),
+    )
+    return header, checkpoint, plan
+
+
+def _layout(plan: KeyPlan) -> str:
+    if plan.table.name == "transformers":
+        return HF_STATE
+    if plan.prefix.endswith("clip.visual."):  # CLIPBaseline keeps open_clip's model as self.clip
+        return OFFICIAL
+    return OPENAI if "OpenAI constants" in plan.dropped else OPEN_CLIP
+
+
+def _choose_activation(
+    path: Path, layout: str, claims: Claims, option: Activation | None
+) -> tuple[Activation, Origin]:
+    stored = claims.fields.get("activation")
+    if stored is None:
+        return (option, "option") if option else (_DEFAULTS[layout][0], "default")
+    name = claims.names.get("activation", "activation")
+    if stored not in get_args(Activation):
+        raise UserError(
+            f"{claims.file}: field '{name}' is '{stored}': expected {' or '.join(get_args(Activation))}; "
+            "a tower with another activation is not supported"
+        )
+    if option and option != stored:
+        raise UserError(
+            f"{path}: --activation {option} contradicts '{stored}', stored in {claims.file} as '{name}': "
+            "leave the option out, or correct the file if it is wrong"
+        )
+    return stored, "stored"
+
+
+def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
+    other = next(name for name in get_args(Activation) if name != chosen)
+    return (
+        f"{path}: the activation is not stored; taken as {chosen}, the default for an {layout}. If the tower "
+        f"was trained with {other}, nothing fails, but its features are about 1 % off and answers silently worse: "
+        f"then pass --activation {other}; if {chosen} is right, say so with --activation {chosen}"
+    )
+
+
+def _measure(tensors: Mapping[str, Tensor], path: Path) -> dict[str, int]:
+    """What the weights tell of a contract."""
+
+    def shape(name: str, dims: int) -> torch.Size:
+        found = tensors[name].shape
+        if len(found) != dims:
+            raise UserError(f"{path}: tensor '{name}' has shape {list(found)}: expected {dims} dimensions")
+        return found
+
+    patch = shape("embeddings.patch_embedding.weight", 4)[-1]
+    positions = shape("embeddings.position_embedding.weight", 2)[0]
+    grid = isqrt(max(positions - 1, 0))
+    if grid < 1 or 1 + grid * grid != positions:
+        raise UserError(
+            f"{path}: the position table has {positions} rows: expected a class token and a square grid"
+        )
+    measured = {
+        "width": shape("embeddings.class_embedding", 1)[0],
+        "depth": sum(name.endswith(".layer_norm1.weight") for name in tensors),
+        "mlp_width": shape("encoder.layers.0.mlp.fc1.weight", 2)[0],
+        "patch_size": patch,
+        "image_size": grid * patch,
+    }
+    return measured | ({"projection_dim": shape(PROJECTION, 2)[0]} if PROJECTION in tensors else {})
+
+
+def _compare(measured: Mapping[str, int], claims: Claims, path: Path) -> None:
+    """Refuse a config that describes another tower than the weights."""
+    if claims.fields.get("projection_dim") and "projection_dim" not in measured:
+        raise UserError(
+            f"{path} lacks {PROJECTION_FILE}, which {claims.file} promises: copy the whole folder"
+        )
+    patch = measured["patch_size"]
+    for field, found in measured.items():
+        claimed = claims.fields.get(field, found)
+        rounded = claimed // patch * patch if field == "image_size" and isinstance(claimed, int) else claimed
+        if rounded != found:
+            name = claims.names.get(field, field)
+            raise UserError(
+                f"{claims.file}: field '{name}' is {claimed}, but the weights in {path} have {found}: "
+                "expected the config of these weights; take both from the same folder"
+            )
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], spec: TowerSpec, path: Path) -> None:
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in build_model(spec).state_dict().items()}
+    if spec.projection_dim is not None and PROJECTION in tensors:
+        expected[PROJECTION] = torch.Size((spec.projection_dim, spec.width))
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
+            raise UserError(
+                f"{path}: tensor '{name}' has shape {list(tensor.shape)}: expected {list(expected[name])} "
+                f"in a tower of width {spec.width} and patch {spec.patch_size}"
+            )
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{path}: tensor '{name}' is {tensor.dtype}: expected floats, not quantised weights"
+            )
+
+
+def _figures(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:.3f}" for value in values)
