@@ -1,4 +1,4 @@
-"""From a table of labels to multiple-choice questions: one true label each, and distractors that are not true."""
+"""From a table of labels to multiple-choice questions: one true option each, the others not true."""
 
 import csv
 import os
@@ -93,13 +93,18 @@ class _Draft:
 
 
 def build(
-    table: LabelTable, images: Path, bench: Path, preset: Preset, split: SplitRule | None = None, seed: int = 0
+    table: LabelTable,
+    images: Path,
+    bench: Path,
+    preset: Preset,
+    split: SplitRule | None = None,
+    seed: int = 0,
 ) -> tuple[BenchHeader, list[MCQItem], BuildReport]:
     """Make questions from labels. Nothing is written.
 
-    An image with several diseases of the preset gives one question for each of them; the others never stand among
-    its distractors. Distractors depend on the seed and the question alone, so new rows change no old question's;
-    the true options are dealt evenly over the positions within each disease.
+    An image with several diseases of the preset gives one question for each of them; the others never stand
+    among its distractors. Distractors depend on the seed and the question alone, so new rows change no old
+    question's; the true options are dealt evenly over the positions within each disease.
 
     Args:
         table: The label file.
@@ -110,15 +115,21 @@ def build(
         seed: Draws distractors and positions (not the split).
 
     Raises:
-        UserError: the file or a column is missing, a label looks like a misspelt disease, an image is listed twice,
-            missing or unreadable, a disease has no image or too few distractors.
+        UserError: the file or a column is missing, a label looks like a misspelt disease, an image is listed
+            twice, missing or unreadable, a disease has no image or too few distractors.
     """
     split = split or SplitRule()
+    if not images.is_dir():
+        raise UserError(f"image folder {images} does not exist or is not a folder: check --images")
     rows = _read(table, [*preset.where, *(column for d in preset.diseases for column in d.where or {})])
     report = BuildReport(unasked=_check_labels(table.path, rows, preset))
     report.without_patient = sum(not row.patient for row in rows) if table.patient else 0
-    asked = [r for r in rows if split.side in ("all", assign_split(_patient(r), test=split.test, seed=split.seed))]
-    drafts = [draft for disease in preset.diseases for draft in _drafts(asked, disease, preset, split, table, seed)]
+    asked = [
+        r for r in rows if split.side in ("all", assign_split(_patient(r), test=split.test, seed=split.seed))
+    ]
+    drafts = [
+        draft for disease in preset.diseases for draft in _drafts(asked, disease, preset, split, table, seed)
+    ]
     positions = _deal_positions(drafts, seed)
 
     folder = bench.resolve().parent
@@ -140,9 +151,14 @@ def build(
     check_images({folder / item.images[0]: item.id for item in reversed(items)})
     report.patients = Counter(category for category, _ in {(i.category, i.cluster) for i in items})
     built = {
-        "preset": preset.name, "seed": seed, "split": split.side, "test_share": split.test, "split_seed": split.seed,
-        "labels": table.path.name, "labels_sha256": sha256(table.path),
-    }  # fmt: skip
+        "preset": preset.name,
+        "seed": seed,
+        "split": split.side,
+        "test_share": split.test,
+        "split_seed": split.seed,
+        "labels": table.path.name,
+        "labels_sha256": sha256(table.path),
+    }
     name = preset.name if split.side == "all" else f"{preset.name} ({split.side})"
     return BenchHeader(name=name, categories=[d.name for d in preset.diseases], built=built), items, report
 
@@ -164,11 +180,13 @@ def _read(table: LabelTable, filters: Iterable[str]) -> list[_Row]:
     for option, column in [*wanted.items(), *(("the preset's 'where'", name) for name in filters)]:
         if column is not None and column not in found:
             raise UserError(
-                f"label file {table.path} has no column '{column}' ({option}): its columns are {', '.join(found)}"
+                f"label file {table.path} has no column '{column}' ({option}): "
+                f"its columns are {', '.join(found)}"
             )
     if not records:
         raise UserError(f"label file {table.path} has a header but no rows")
-    rows, first = [], {}
+    rows: list[_Row] = []
+    first: dict[str, int] = {}
     for number, record in enumerate(records, start=2):
         image = record[table.image].strip()
         if not image:
@@ -194,9 +212,15 @@ def _check_labels(path: Path, rows: list[_Row], preset: Preset) -> Counter[str]:
     for row in rows:
         for label in sorted(row.labels - known):
             unasked[label] += 1
-            if unasked[label] == 1 and label not in passed and get_close_matches(label, known, 1, TYPO_CUTOFF):
+            if (
+                unasked[label] == 1
+                and label not in passed
+                and get_close_matches(label, known, 1, TYPO_CUTOFF)
+            ):
                 error = unknown_name("disease", label, known)
-                raise UserError(f"label file {path} row {row.number}: {error} (if it is right, use a preset that lists it)")
+                raise UserError(
+                    f"label file {path} row {row.number}: {error} (if it is right, a preset must list it)"
+                )
     return unasked
 
 
@@ -213,13 +237,15 @@ def _drafts(
         drafts = _choice_drafts(here, disease, seed)
         missing = {choice.text for choice in disease.choices} - {draft.true for draft in drafts}
     else:
-        drafts = [_label_draft(row, disease, preset, seed) for row in here if disease.is_true_of(set(row.labels))]
+        drafts = [
+            _label_draft(row, disease, preset, seed) for row in here if disease.is_true_of(set(row.labels))
+        ]
         missing = set() if drafts else {disease.option}
     if missing:
         among = f" where {', '.join(f'{c}={v}' for c, v in where.items())}" if where else ""
         raise UserError(
-            f"disease '{disease.name}' has no image labelled '{min(missing)}' among the {len(here)} rows of {table.path}"
-            f"{among} (split: {split.side}): leave it out with --diseases, or check --labels-column"
+            f"disease '{disease.name}' has no image labelled '{min(missing)}' among the {len(here)} rows "
+            f"of {table.path}{among} (split: {split.side}): leave it out with --diseases, or check --labels-column"
         )
     return drafts
 
@@ -235,8 +261,8 @@ def _label_draft(row: _Row, disease: Disease, preset: Preset, seed: int) -> _Dra
     ]
     if len(pool) < preset.options - 1:
         raise UserError(
-            f"image '{row.image}' leaves {len(pool)} distractors for '{disease.name}', {preset.options} options need "
-            f"{preset.options - 1}: ask for fewer with --options, or for more diseases"
+            f"image '{row.image}' leaves {len(pool)} distractors for '{disease.name}', "
+            f"{preset.options} options need {preset.options - 1}: ask for fewer with --options, or for more diseases"
         )
     draft = _Draft(row, disease, disease.option, [])
     return _Draft(row, disease, disease.option, _random(seed, draft.id).sample(pool, preset.options - 1))
@@ -247,7 +273,9 @@ def _choice_drafts(rows: list[_Row], disease: Disease, seed: int) -> list[_Draft
     for row in rows:
         fitting = [choice.text for choice in disease.choices if choice.fits(set(row.labels))]
         if len(fitting) > 1:
-            raise UserError(f"disease '{disease.name}': '{fitting[0]}' and '{fitting[1]}' both fit image '{row.image}'")
+            raise UserError(
+                f"disease '{disease.name}': '{fitting[0]}' and '{fitting[1]}' both fit image '{row.image}'"
+            )
         for true in fitting:
             others = [choice.text for choice in disease.choices if choice.text != true]
             draft = _Draft(row, disease, true, others)
@@ -260,7 +288,7 @@ def _choice_drafts(rows: list[_Row], disease: Disease, seed: int) -> list[_Draft
 
 
 def _deal_positions(drafts: list[_Draft], seed: int) -> dict[str, int]:
-    """Position of the true option per question: even within each disease (and number of options) and over all."""
+    """Position of the true option per question: even within each disease and over all."""
     positions: dict[str, int] = {}
     dealt: Counter[int] = Counter()
     groups: dict[tuple[str, str], list[_Draft]] = defaultdict(list)

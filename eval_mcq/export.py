@@ -2,11 +2,11 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from eval_mcq.prompt import render
 from eval_mcq.schema import Bench, MCQItem
-from mgll_encoder.common.errors import UserError
 
 
 def llava_conversations(bench: Bench, images: Path) -> str:
@@ -15,24 +15,21 @@ def llava_conversations(bench: Bench, images: Path) -> str:
     Args:
         bench: The questions.
         images: Folder that image paths are written relative to.
-
-    Raises:
-        UserError: a question has more than one image, which this format does not express.
     """
     return json.dumps([_conversation(bench, item, images.resolve()) for item in bench.items], indent=1) + "\n"
 
 
 def _conversation(bench: Bench, item: MCQItem, images: Path) -> dict[str, object]:
-    if len(item.images) != 1:
-        raise UserError(
-            f"bench {bench.path}: question '{item.id}' has {len(item.images)} images, LLaVA's format holds one"
-        )
-    path = Path(os.path.relpath(bench.image_paths(item)[0].resolve(), images))
+    paths = [Path(os.path.relpath(path.resolve(), images)).as_posix() for path in bench.image_paths(item)]
     return {
         "id": item.id,
-        "image": path.as_posix(),
+        "image": paths[0] if len(paths) == 1 else paths,
         "conversations": [
-            {"from": "human", "value": f"<image>\n{render(item)}"},
+            {"from": "human", "value": "<image>\n" * len(paths) + render(item)},
             {"from": "gpt", "value": item.letter},
         ],
     }
+
+
+EXPORTERS: Mapping[str, Callable[[Bench, Path], str]] = {"llava": llava_conversations}
+"""Format name to a function from the bench and the image folder to the text of the file."""

@@ -43,13 +43,14 @@ class Disease(BaseModel):
         name: Column name in tables.
         option: Full name, used as option text.
         labels: Spellings of the label in label files, compared without case.
-        not_against: Names of diseases that never stand as distractors for this one, nor this one for them: what
-            one implies, or what a label file commonly leaves unsaid (a cataract is a media opacity).
-        where: Column values that a row must have to be asked for this disease; replaces the preset's ``where``.
-        choices: Options of its own instead of the names of other diseases; exactly one may be true of an image.
+        not_against: Names of diseases that never stand as distractors for this one, nor this one for them:
+            what one implies, or what label files commonly leave unsaid (a cataract is a media opacity).
+        where: Column values that a row must have to be asked for this disease; replaces the preset's.
+        choices: Options of its own instead of the names of other diseases; at most one may be true of an
+            image. Such a disease is not offered as a distractor for others.
         question: Question of its own.
-        balance: Keep as many questions of each true choice as the rarest one has (seeded draw), so that a model
-            that always gives one answer scores at chance.
+        balance: Keep as many questions of each true choice as the rarest one has (seeded draw), so that a
+            model that always gives one answer scores at chance.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +87,7 @@ class Preset(BaseModel):
         options: Number of options per question.
         where: Column values that a row of the label file must have.
         diseases: In the order of the table.
-        other_labels: Labels that occur in such files and are not asked about; they silence the check for misspellings.
+        other_labels: Labels of such files that are not asked about, exempt from the check for misspellings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -110,7 +111,9 @@ class Preset(BaseModel):
         for disease in self.diseases:
             for other in disease.not_against:
                 if other not in names:
-                    raise ValueError(f"'{disease.name}' is not_against '{other}', which is no disease of the preset")
+                    raise ValueError(
+                        f"'{disease.name}' is not_against '{other}', which is no disease of the preset"
+                    )
         return self
 
     def only(self, names: list[str]) -> "Preset":
@@ -129,12 +132,15 @@ class Preset(BaseModel):
         kept = [d for d in self.diseases if plain(d.name) in wanted]
         dropped = [d for d in self.diseases if plain(d.name) not in wanted]
         if len(kept) < 2:
-            raise UserError(f"--diseases names {len(kept)} disease: give at least two, for one offers the others")
+            raise UserError(
+                f"--diseases names {len(kept)} disease: give at least two, for one offers the others"
+            )
         left = {d.name for d in kept}
         return self.model_copy(
             update={
                 "diseases": [
-                    d.model_copy(update={"not_against": [o for o in d.not_against if o in left]}) for d in kept
+                    d.model_copy(update={"not_against": [o for o in d.not_against if o in left]})
+                    for d in kept
                 ],
                 "other_labels": [*self.other_labels, *(label for d in dropped for label in d.labels)],
             }

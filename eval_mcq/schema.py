@@ -1,4 +1,4 @@
-"""The bench file: JSON Lines, a header that states the schema version, then one multiple-choice question per line."""
+"""The bench file: JSON Lines, a header with the schema version, then one question per line."""
 
 import json
 from dataclasses import dataclass
@@ -63,7 +63,9 @@ class MCQItem(BaseModel):
         plain = [" ".join(option.casefold().split()) for option in self.options]
         for i, option in enumerate(plain):
             if option in plain[:i]:
-                raise ValueError(f"options {LETTERS[plain.index(option)]} and {LETTERS[i]} are both '{self.options[i]}'")
+                raise ValueError(
+                    f"options {LETTERS[plain.index(option)]} and {LETTERS[i]} are both '{self.options[i]}'"
+                )
         if not 0 <= self.answer < len(self.options):
             shown = LETTERS[self.answer] if 0 <= self.answer < len(LETTERS) else str(self.answer)
             raise ValueError(f"answer '{shown}' is not among the options A-{LETTERS[len(self.options) - 1]}")
@@ -144,8 +146,8 @@ def load_bench(path: Path) -> Bench:
     """Read and check a bench file.
 
     Raises:
-        UserError: no such file, another schema version, a line that is not a valid question (named by line, id and
-            field), two questions with one id, a category that the header does not list, or no question at all.
+        UserError: no such file, another schema version, a line that is not a valid question (named by line,
+            id and field), two questions with one id, a category that the header does not list, or no question.
     """
     lines = read_lines(path, "bench")
     if lines == [""]:
@@ -158,7 +160,9 @@ def load_bench(path: Path) -> Bench:
             continue
         item = parse(MCQItem, line, f"bench {path} line {number}")
         if item.id in seen:
-            raise UserError(f"bench {path} line {number}: id '{item.id}' is already used on line {seen[item.id]}")
+            raise UserError(
+                f"bench {path} line {number}: id '{item.id}' is already used on line {seen[item.id]}"
+            )
         if header.categories and item.category not in header.categories:
             error = unknown_name("category", item.category, header.categories)
             raise UserError(f"bench {path} line {number} (id '{item.id}'): {error}")
@@ -211,10 +215,12 @@ def _header(path: Path, line: str) -> BenchHeader:
         raise UserError(f"bench {path} line 1 is not JSON: {error.msg}") from None
     found = data.get("schema") if isinstance(data, dict) else None
     if found is None:
-        raise UserError(f'bench {path} line 1 must be the header {{"schema": "{SCHEMA}"}}: add it above the questions')
+        raise UserError(
+            f'bench {path} line 1 must be the header {{"schema": "{SCHEMA}"}}: add it above the questions'
+        )
     if found != SCHEMA:
         raise UserError(
-            f"bench {path} has schema '{found}', this version reads '{SCHEMA}': rebuild it with eval-mcq build"
+            f"bench {path} has schema '{found}', expected '{SCHEMA}': rebuild it with eval-mcq build"
         )
     return parse(BenchHeader, line, f"bench {path} line 1")
 

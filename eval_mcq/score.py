@@ -1,4 +1,4 @@
-"""Scoring by letter logits: one forward pass per batch, softmax over the option letters at the answer position."""
+"""Scoring by letter logits: one forward pass per batch, softmax over the letters at the answer position."""
 
 import inspect
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ class Score:
 
     Attributes:
         probabilities: Softmax over the offered letters.
-        letter_mass: Probability of all offered letters together within the whole vocabulary; near zero means that
-            the model does not answer with letters at all, and the choice among them says little.
+        letter_mass: Probability of all offered letters together within the whole vocabulary; near zero means
+            that the model does not answer with letters at all, and the choice among them says little.
     """
 
     probabilities: list[float]
@@ -49,12 +49,20 @@ class LetterScorer:
     """
 
     def __init__(
-        self, model: Any, processor: Any, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        model: Any,
+        processor: Any,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if processor is None:
-            raise UserError("the model has no processor (no tokenizer in its folder): eval-mcq cannot put questions to it")
+            raise UserError(
+                "the model has no processor (no tokenizer in its folder): eval-mcq cannot put questions to it"
+            )
         if getattr(processor, "chat_template", None) is None:
-            raise UserError("the model's processor has no chat template: add chat_template.jinja to the model folder")
+            raise UserError(
+                "the model's processor has no chat template: add chat_template.jinja to the model folder"
+            )
         self.device = torch.device(device)
         self.dtype = dtype
         self.model = model.to(device=self.device, dtype=dtype).eval()
@@ -65,7 +73,9 @@ class LetterScorer:
     def prompt(self, item: MCQItem) -> str:
         """The text before the answer, chat template and image placeholders included."""
         content = [*({"type": "image"} for _ in item.images), {"type": "text", "text": render(item)}]
-        rendered = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        rendered = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
         return str(rendered)
 
     @torch.inference_mode()
@@ -111,7 +121,9 @@ class LetterScorer:
             before = self._tokenize(prompt)
             per_variant = []
             for variant in ("{}", " {}"):
-                ids = [self._single_token(prompt, before, variant.format(letter)) for letter in LETTERS[:count]]
+                ids = [
+                    self._single_token(prompt, before, variant.format(letter)) for letter in LETTERS[:count]
+                ]
                 per_variant.append(ids)
             usable = [[i for i in ids if i is not None] for ids in per_variant if None not in ids]
             if not usable:

@@ -51,7 +51,7 @@ class Replicates:
     """Bootstrap replicates of shares of right answers.
 
     Attributes:
-        by_category: Shape ``(replicates, categories, arms)``; NaN where a replicate drew no question of a category.
+        by_category: Shape ``(replicates, categories, arms)``; NaN where no question of a category was drawn.
         pooled: Shape ``(replicates, arms)``: all questions alike (micro).
     """
 
@@ -70,8 +70,9 @@ def bootstrap(
 ) -> Replicates:  # fmt: skip
     """Resample whole clusters (patients), so that questions that share a patient or an image stay together.
 
-    Stratified: a cluster belongs to the rarest category among its questions, and each stratum keeps its number of
-    clusters, so small categories do not vanish. All arms see the same draws, so differences between arms are paired.
+    Stratified: a cluster belongs to the rarest category among its questions, and each stratum keeps its
+    number of clusters, so that small categories do not vanish. All arms see the same draws, so differences
+    between arms are paired.
 
     Args:
         right: Shape ``(questions, arms)``.
@@ -100,7 +101,9 @@ def bootstrap(
     for b in range(replicates):
         weights = np.zeros(len(cluster_ids))
         for group in members:
-            weights[group] = np.bincount(generator.integers(len(group), size=len(group)), minlength=len(group))
+            weights[group] = np.bincount(
+                generator.integers(len(group), size=len(group)), minlength=len(group)
+            )
         drawn_n = weights @ n
         drawn_k = np.tensordot(weights, k, axes=1)
         with np.errstate(invalid="ignore"):

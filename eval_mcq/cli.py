@@ -1,0 +1,298 @@
+"""The command ``eval-mcq``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mgll_encoder.common.cli import new_app, note, run, stdout, warn
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.files import check_free, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval_mcq.build import BuildReport
+    from eval_mcq.records import Run
+    from eval_mcq.score import LetterScorer
+
+app = new_app(
+    "Measure a multimodal LLM disease by disease: build questions from labels, run them, compare models.\n\n"
+    "Example: eval-mcq build --labels labels.csv --images photos/ --out bench.jsonl"
+)
+
+Format = Literal["rich", "markdown", "csv", "latex"]
+Layout = Literal["auto", "diseases", "paper"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="Format of the table.")]
+OutFile = Annotated[
+    Path | None, typer.Option("--out", help="Write the table to this file instead of the terminal.")
+]
+LayoutOption = Annotated[
+    Layout,
+    typer.Option(
+        "--layout", help="Diseases as rows, or as columns like the paper; auto: rows in the terminal only."
+    ),
+]
+PaperRounding = Annotated[
+    bool,
+    typer.Option(
+        "--paper-rounding",
+        help="Round as the published table: Average of rounded cells, gain of rounded Averages.",
+    ),
+]
+
+
+@app.command()
+def build(
+    labels: Annotated[Path, typer.Option(help="CSV with one row per image.")],
+    images: Annotated[Path, typer.Option(help="Folder that the image column is relative to.")],
+    out: Annotated[Path, typer.Option(help="Bench file to write (.jsonl).")],
+    preset: Annotated[
+        str, typer.Option(help="Preset by name, or a .json file of the same form.")
+    ] = "fundus10",
+    diseases: Annotated[
+        str | None, typer.Option(help="Ask only these diseases of the preset, separated by commas.")
+    ] = None,
+    options: Annotated[
+        int | None, typer.Option(help="Options per question; the preset's if not given.", min=2, max=26)
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="Column with the image path.")] = "file",
+    labels_column: Annotated[str, typer.Option(help="Column with the labels, separated by ';'.")] = "labels",
+    patient_column: Annotated[
+        str | None,
+        typer.Option(help="Column with the patient id; where blank, the image is its own patient."),
+    ] = None,
+    source_column: Annotated[str | None, typer.Option(help="Column with the name of the data set.")] = None,
+    split: Annotated[Literal["train", "test", "all"], typer.Option(help="Which patients to ask.")] = "all",
+    test_share: Annotated[float, typer.Option(help="Share of patients in the test split.")] = 0.3,
+    split_seed: Annotated[
+        int, typer.Option(help="Seed of the split, apart from --seed: test stays test.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of distractors and positions.")] = 0,
+    force: Force = False,
+) -> None:
+    """Make questions from a table of labels.
+
+    Example: eval-mcq build --labels labels.csv --images photos --patient-column patient --split test --out b.jsonl
+    """
+    from eval_mcq.build import LabelTable, SplitRule
+    from eval_mcq.build import build as build_bench
+    from eval_mcq.preset import load_preset
+    from eval_mcq.schema import bench_text
+
+    check_free(out, force)
+    chosen = load_preset(preset)
+    if diseases is not None:
+        chosen = chosen.only([name.strip() for name in diseases.split(",")])
+    if options is not None:
+        chosen = chosen.model_copy(update={"options": options})
+    table = LabelTable(labels, image_column, labels_column, patient_column, source_column)
+    header, items, report = build_bench(
+        table, images, out, chosen, SplitRule(split, test_share, split_seed), seed
+    )
+    write_text(out, bench_text(header, items), force)
+    if split != "all" and patient_column is None:
+        warn("without --patient-column the split is by image: a patient's eyes may fall on different sides")
+    _show_report(report, header.categories, out)
+
+
+@app.command()
+def export(
+    bench: Annotated[Path, typer.Argument(help="Bench file.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    to: Annotated[
+        Literal["llava"],
+        typer.Option("--format", help="llava: conversations JSON, as retrain-projector reads."),
+    ] = "llava",
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write image paths relative to; the folder of --out if not given."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write questions in another tool's format.
+
+    Example: eval-mcq export train.jsonl --format llava --out train.json
+    """
+    from eval_mcq.export import EXPORTERS
+    from eval_mcq.schema import load_bench
+
+    check_free(out, force)
+    questions = load_bench(bench)
+    folder = images or out.absolute().parent
+    write_text(out, EXPORTERS[to](questions, folder), force)
+    stdout.print(f"{out}: {len(questions.items)} conversations, images relative to {folder}", soft_wrap=True)
+
+
+@app.command("run")
+def run_command(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    bench: Annotated[Path, typer.Option(help="Bench file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, continued if it is this run; runs/<model> if not given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions per forward pass.", min=1)] = 8,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes the GPU if there is one.")
+    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 elsewhere.")] = "auto",
+    force: Force = False,
+) -> None:
+    """Put the questions to a model. Stopped or killed, the same command continues.
+
+    Example: eval-mcq run --model llava-med-mgll --bench test.jsonl --out runs/llava-med-mgll
+    """
+    from eval_mcq.run import check_resumable, describe_run, model_fingerprint, run_bench
+    from eval_mcq.schema import load_bench
+
+    questions = load_bench(bench)
+    folder = out or Path("runs") / model.resolve().name
+    fingerprint = model_fingerprint(model)
+    torch_device, torch_dtype = _device_and_dtype(device, dtype)
+    record = describe_run(model, fingerprint, questions, str(torch_dtype).removeprefix("torch."))
+    check_resumable(folder, record, force)
+
+    def load_scorer() -> "LetterScorer":
+        from eval_mcq.score import LetterScorer
+        from mllm_adapters import load_mllm
+
+        note(f"Loading {model} on {torch_device} ...")
+        return LetterScorer(*load_mllm(model, dtype=torch_dtype), device=torch_device, dtype=torch_dtype)
+
+    done = run_bench(questions, load_scorer, record, folder, batch_size, limit, force)
+    _show_table({model.resolve().name: done}, "rich", "auto", None, paper_rounding=False, force=False)
+    if not done.complete:
+        stdout.print(
+            f"Next, for the rest: the same command without --limit ({folder} is continued)", soft_wrap=True
+        )
+    stdout.print(f"Next: eval-mcq compare base=OTHER_RUN {folder.name}={folder}", soft_wrap=True)
+
+
+@app.command()
+def table(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    format_: FormatOption = "rich",
+    layout: LayoutOption = "auto",
+    out: OutFile = None,
+    paper_rounding: PaperRounding = False,
+    force: Force = False,
+) -> None:
+    """Show the table of one run.
+
+    Example: eval-mcq table runs/llava-med --format markdown
+    """
+    from eval_mcq.records import load_run
+
+    arms = {run_folder.resolve().name: load_run(run_folder)}
+    _show_table(arms, format_, layout, out, paper_rounding, force)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="NAME=RUN...", help="Arms; gains are against the first.")
+    ],
+    format_: FormatOption = "rich",
+    layout: LayoutOption = "auto",
+    out: OutFile = None,
+    paper_rounding: PaperRounding = False,
+    force: Force = False,
+) -> None:
+    """Compare runs of one bench, paired question by question.
+
+    Example: eval-mcq compare base=runs/llava-med retrained=runs/llava-med-ft mgll=runs/llava-med-mgll
+    """
+    from eval_mcq.records import load_run
+
+    arms: dict[str, Run] = {}
+    for arm in runs:
+        name, equals, folder = arm.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"arm '{arm}' is not of the form NAME=RUN, such as base=runs/llava-med")
+        if name in arms:
+            raise UserError(f"two arms are called '{name}': give each its own name")
+        arms[name] = load_run(Path(folder))
+    if len(arms) < 2:
+        raise UserError("compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN")
+    _show_table(arms, format_, layout, out, paper_rounding, force)
+
+
+def _show_table(
+    arms: "dict[str, Run]",
+    format_: Format,
+    layout: Layout,
+    out: Path | None,
+    paper_rounding: bool,
+    force: bool,
+) -> None:
+    from eval_mcq.render import RENDERERS, show
+    from eval_mcq.summary import compare as compare_runs
+    from eval_mcq.tables import by_disease, like_paper
+
+    if out is not None:
+        check_free(out, force)
+    rows = layout == "diseases" or (layout == "auto" and format_ == "rich")
+    grid = (by_disease if rows else like_paper)(compare_runs(arms), paper_rounding)
+    if out is not None:
+        write_text(out, RENDERERS[format_](grid), force)
+        stdout.print(f"table: {out}", soft_wrap=True)
+    elif format_ == "rich":
+        show(grid, stdout)
+    else:
+        typer.echo(RENDERERS[format_](grid), nl=False)
+
+
+def _show_report(report: "BuildReport", categories: list[str], out: Path) -> None:
+    from rich.table import Table
+
+    from eval_mcq.schema import LETTERS
+    from eval_mcq.tables import SMALL
+
+    counts = Table("Disease", "questions", "patients", title=str(out), title_justify="left")
+    for category in categories:
+        counts.add_row(category, str(report.questions[category]), str(report.patients[category]))
+    counts.add_section()
+    counts.add_row("all", str(report.questions.total()), "")
+    stdout.print(counts)
+    positions = ", ".join(f"{LETTERS[i]} {n}" for i, n in sorted(report.positions.items()))
+    stdout.print(f"true option: {positions}", highlight=False)
+    if report.without_patient:
+        note(f"{report.without_patient} rows without a patient id: each counts as a patient of its own")
+    if report.unasked:
+        unasked = ", ".join(f"{label} ({n})" for label, n in report.unasked.most_common())
+        note(f"labels that the preset does not ask about: {unasked}")
+    small = [f"{c} ({report.questions[c]})" for c in categories if report.questions[c] < SMALL]
+    if small:
+        warn(f"fewer than {SMALL} questions, so wide intervals: {', '.join(small)}")
+    stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
+
+
+def _device_and_dtype(device: str, dtype: Dtype) -> "tuple[torch.device, torch.dtype]":
+    import torch
+
+    try:
+        chosen = torch.device(
+            "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        )
+    except RuntimeError:
+        raise unknown_name("device", device, ["auto", "cpu", "cuda", "cuda:1"]) from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device '{device}' is not there: this machine has no GPU that torch sees; use --device cpu"
+        )
+    if dtype == "auto":
+        return chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    return chosen, getattr(torch, dtype)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Tables of a comparison, in two layouts: diseases as rows (terminal) or as columns (as in the paper)."""
+
+from dataclasses import dataclass
+from decimal import Decimal
+
+from eval_mcq.rounding import PaperRounding, Rounding
+from eval_mcq.stats import CONFIDENCE, REPLICATES, Interval
+from eval_mcq.summary import Arm, Comparison
+
+SMALL = 20
+"""Below so many questions a disease is pointed out as too small to read by its value."""
+
+LOW_MASS = 0.5
+"""Below this mean probability on the letters, a model is said not to answer with letters."""
+
+AVERAGE = "Average"
+POOLED = "All questions"
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is drawn.
+
+    Attributes:
+        title: Above it.
+        columns: Headings.
+        rows: Cells, one per heading.
+        breaks: Numbers of the rows that begin a new block.
+        notes: Below it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    breaks: list[int]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """What one arm shows for one disease or average, ready to print."""
+
+    value: str
+    interval: str
+    gain: str = ""
+    gain_interval: str = ""
+    p: str = ""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A disease or an average, with a figure per arm."""
+
+    heading: str
+    n: int
+    chance: str
+    figures: list[_Figure]
+
+
+def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
+    """One row per disease; per arm its accuracy with interval, and gain and p-value against the first arm."""
+    base, *others = comparison.arms
+    columns = ["Disease", "n", "chance", base.name]
+    for arm in others:
+        columns += [arm.name, f"gain of {arm.name}", "p"]
+    rows = []
+    for entry in _entries(comparison, PaperRounding() if paper_rounding else Rounding()):
+        row = [entry.heading, str(entry.n), entry.chance]
+        for a, figure in enumerate(entry.figures):
+            row.append(f"{figure.value} {figure.interval}")
+            if a > 0:
+                row += [f"{figure.gain} {figure.gain_interval}", figure.p]
+        rows.append(row)
+    return Grid(
+        f"{comparison.bench}: accuracy in %", columns, rows, [len(comparison.categories)], _notes(comparison)
+    )
+
+
+def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
+    """Diseases as columns and the Average last; per arm its accuracy, interval, gain and p-value as rows."""
+    entries = _entries(comparison, PaperRounding() if paper_rounding else Rounding())
+    *shown, pooled = entries
+    rows = [["n", *(str(e.n) for e in shown)], ["chance", *(e.chance for e in shown)]]
+    breaks = []
+    notes = _notes(comparison)
+    for a, arm in enumerate(comparison.arms):
+        figures = [entry.figures[a] for entry in shown]
+        breaks.append(len(rows))
+        rows.append([arm.name, *(f.value for f in figures)])
+        rows.append([f"{CONFIDENCE:.0%} interval", *(f.interval for f in figures)])
+        of_all = pooled.figures[a]
+        note = f"{arm.name}, all questions alike (micro): {of_all.value} {of_all.interval}"
+        if a > 0:
+            rows.append(["gain", *(f.gain for f in figures)])
+            rows.append([f"{CONFIDENCE:.0%} interval", *(f.gain_interval for f in figures)])
+            rows.append(["p (Holm)", *(f.p for f in figures)])
+            note += f", gain {of_all.gain} {of_all.gain_interval}, p = {of_all.p}"
+        notes.append(f"{note}.")
+    return Grid(f"{comparison.bench}: accuracy in %", ["", *(e.heading for e in shown)], rows, breaks, notes)
+
+
+def _entries(comparison: Comparison, rounding: Rounding) -> list[_Entry]:
+    base = comparison.arms[0]
+    entries = []
+    for category in comparison.categories:
+        before = rounding.cell(base.cells[category].share)
+        figures = []
+        for arm in comparison.arms:
+            cell = arm.cells[category]
+            value = rounding.cell(cell.share)
+            figure = _Figure(str(value), _bracket(cell.interval, rounding))
+            if category in arm.gains:
+                gain = arm.gains[category]
+                points = rounding.gain(before, value, gain.estimate.value, places=2)
+                figure = _Figure(
+                    figure.value, figure.interval, _signed(points),
+                    _bracket(gain.estimate.interval, rounding), _p(gain.p_holm),
+                )  # fmt: skip
+            figures.append(figure)
+        chance = rounding.cell(comparison.chance[category])
+        entries.append(_Entry(category, base.cells[category].n, str(chance), figures))
+    macro = [_macro_figure(arm, base, rounding) for arm in comparison.arms]
+    entries.append(_Entry(AVERAGE, comparison.answered, str(rounding.cell(comparison.macro_chance)), macro))
+    micro = [_micro_figure(arm, base, rounding) for arm in comparison.arms]
+    entries.append(_Entry(POOLED, comparison.answered, str(rounding.cell(comparison.micro_chance)), micro))
+    return entries
+
+
+def _macro_figure(arm: Arm, base: Arm, rounding: Rounding) -> _Figure:
+    before, after = (rounding.average([cell.share for cell in a.cells.values()]) for a in (base, arm))
+    interval = _bracket(arm.macro.interval, rounding)
+    if arm.macro_gain is None:
+        return _Figure(str(after), interval)
+    points = rounding.gain(before, after, arm.macro_gain.value, places=1)
+    return _Figure(str(after), interval, _signed(points), _bracket(arm.macro_gain.interval, rounding), NONE)
+
+
+def _micro_figure(arm: Arm, base: Arm, rounding: Rounding) -> _Figure:
+    before, after = (rounding.cell(a.micro.value) for a in (base, arm))
+    interval = _bracket(arm.micro.interval, rounding)
+    if arm.micro_gain is None:
+        return _Figure(str(after), interval)
+    estimate = arm.micro_gain.estimate
+    points = rounding.gain(before, after, estimate.value, places=2)
+    return _Figure(
+        str(after), interval, _signed(points), _bracket(estimate.interval, rounding), _p(arm.micro_gain.p)
+    )
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    base, *others = comparison.arms
+    answered = f"{comparison.answered} questions"
+    if comparison.answered < comparison.questions:
+        answered = f"only {comparison.answered} of the bench's {comparison.questions} questions are answered;"
+    notes = [
+        f"{comparison.bench}: {answered} on {comparison.clusters} patients (or images, where no patient is "
+        f"known); scored by {comparison.mode}, prompt {comparison.prompt}.",
+        f"Average: unweighted mean over diseases (macro). Brackets: {CONFIDENCE:.0%} intervals, Wilson per "
+        f"disease, stratified bootstrap over patients for averages and gains ({REPLICATES} draws).",
+    ]
+    if others:
+        notes.append(
+            f"Gains: against {base.name} on the same questions. p: exact McNemar, Holm-adjusted over the "
+            "diseases of an arm; over all questions unadjusted."
+        )
+    small = [f"{c} ({base.cells[c].n})" for c in comparison.categories if base.cells[c].n < SMALL]
+    if small:
+        notes.append(f"Fewer than {SMALL} questions, read the interval: {', '.join(small)}.")
+    if comparison.unanswered:
+        notes.append(f"No answers, and not in the Average: {', '.join(comparison.unanswered)}.")
+    for arm in comparison.arms:
+        letters = ", ".join(f"{letter} {chosen} ({true})" for letter, (true, chosen) in arm.letters.items())
+        notes.append(
+            f"{arm.name}: letters chosen (true): {letters}; probability on the letters {arm.letter_mass:.2f}."
+        )
+        if arm.letter_mass < LOW_MASS:
+            notes.append(f"{arm.name} hardly answers with letters: its choice among them says little.")
+    return notes
+
+
+def _bracket(interval: Interval, rounding: Rounding) -> str:
+    low, high = (_plain(rounding.cell(bound)) for bound in (interval.low, interval.high))
+    return f"[{low}, {high}]"
+
+
+def _signed(value: Decimal) -> str:
+    return f"+{value}" if value > 0 else _plain(value)
+
+
+def _plain(value: Decimal) -> str:
+    return str(abs(value) if value == 0 else value)
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
