@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from mgll_encoder.geometry import fold_normalisation, resample_positions
     from mgll_encoder.preprocess import image_processor, image_transform
     from mgll_encoder.save import save_tower
-    from mgll_encoder.spec import Activation, Resize, TowerSpec
+    from mgll_encoder.spec import Activation, PixelRule, Resize, TowerSpec
     from mgll_encoder.tower import (
         Tower,
         TowerHeader,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activation",
+    "PixelRule",
     "Resize",
     "Tower",
     "TowerHeader",
@@ -36,26 +37,14 @@ __all__ = [
     "vision_config",
 ]
 
-_HOMES = {
-    "geometry": ("fold_normalisation", "resample_positions"),
-    "preprocess": ("image_processor", "image_transform"),
-    "save": ("save_tower",),
-    "spec": ("Activation", "Resize", "TowerSpec"),
-    "tower": (
-        "Tower",
-        "TowerHeader",
-        "build_model",
-        "inspect_tower",
-        "load_tower",
-        "tower_state_dict",
-        "vision_config",
-    ),
-}
+_HOMES = ("spec", "geometry", "preprocess", "tower", "save")
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that ``--help`` need not wait for torch and transformers."""
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"mgll_encoder.{module}"), name)
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"mgll_encoder.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
     raise AttributeError(f"module 'mgll_encoder' has no attribute '{name}'")

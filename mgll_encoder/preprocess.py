@@ -43,7 +43,7 @@ def image_transform(spec: PixelRule) -> Callable[[Image.Image], Tensor]:
     """A picture-to-pixels function for data sets, the same pixels as ``image_processor(spec)``.
 
     Args:
-        spec: The tower's contract.
+        spec: The pixel rule; a ``TowerSpec`` is one.
 
     Returns:
         A function from a PIL image (any mode, any size) to float32 pixels [3, S, S].
@@ -64,8 +64,7 @@ def read_preprocessing(config: Mapping[str, Any], where: Path) -> tuple[dict[str
         where: Its file, for error messages.
 
     Returns:
-        ``mean``, ``std`` and ``resize`` (fields of ``TowerSpec``) and ``image_size`` where the file has one;
-        and notes on what the contract cannot say.
+        ``mean``, ``std`` and ``resize`` and ``image_size`` (the fields of ``PixelRule``), and notes on what the contract cannot say.
 
     Raises:
         UserError: a step that the contract needs is switched off, or the image is not made square.
