@@ -4,9 +4,59 @@ from pathlib import Path
 
 import typer
 
-from mgll_encoder.common.cli import new_app, stdout
+from mgll_encoder.common.cli import new_app, note, stdout, warn
 
 app = new_app("Make data sets for pretraining.")
+
+
+@app.command()
+def fundus(
+    labels: Path = typer.Option(
+        ..., help="CSV with a header line: image, labels, patient, perhaps keywords."
+    ),
+    images: Path = typer.Option(..., help="Folder that the image column is relative to."),
+    out: Path = typer.Option(..., help="The manifest to write (.jsonl)."),
+    image_column: str = typer.Option("file", help="Column with the image path."),
+    labels_column: str = typer.Option("labels", help="Column with labels, separated by ';'."),
+    patient_column: str = typer.Option(
+        "patient_or_source_id", help="Column with the patient or source id; splits never divide a patient."
+    ),
+    keywords_column: str | None = typer.Option(
+        None, help="Column with the annotators' words (default: raw_label_or_keywords, if there)."
+    ),
+    source_column: str | None = typer.Option(
+        None, help="Column with the name of the data set (default: dataset, if there)."
+    ),
+    explanations: Path | None = typer.Option(None, help="Your own table of clinical explanations (JSON)."),
+    test: float = typer.Option(0.3, help="Share of patients for the test split."),
+    val: float = typer.Option(0.0, help="Share of patients for the validation split."),
+    seed: int = typer.Option(0, help="Draws the split; eval-mcq draws the same with the same seed."),
+    strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be left out."),
+    force: bool = typer.Option(False, "--force", help="Replace an existing manifest."),
+) -> None:
+    """Make a manifest from fundus labels: status, disease, keyword with severity, clinical explanation.
+
+    Example: mgll-encoder data fundus --labels odir/labels.csv --images odir --out odir/manifest.jsonl
+    """
+    from mgll_encoder.data.fundus import EXPLANATIONS, FundusTable, build_fundus
+
+    table = FundusTable(labels, image_column, labels_column, patient_column, keywords_column, source_column)
+    report = build_fundus(
+        table, images, out, test=test, val=val, seed=seed, explanations=explanations or EXPLANATIONS,
+        strict=strict, force=force,
+    )  # fmt: skip
+    for line in report.skipped.lines():
+        note(line)
+    if report.without_patient:
+        warn(f"{report.without_patient} images have no patient id: each counts as a patient of its own")
+    if report.unexplained:
+        names = ", ".join(f"{label} ({count})" for label, count in report.unexplained.most_common())
+        warn(f"labels without a clinical explanation: {names}; add them to a copy of {EXPLANATIONS.name}")
+    splits = ", ".join(f"{count} {side}" for side, count in sorted(report.splits.items()))
+    texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
+    stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
+    stdout.print(f"manifest: {out}", highlight=False, soft_wrap=True)
+    stdout.print(f"next: mgll-encoder pretrain --data {out} --out tower", highlight=False, soft_wrap=True)
 
 
 @app.command()

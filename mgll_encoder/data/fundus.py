@@ -1,0 +1,292 @@
+"""From a table of fundus labels to a manifest of status, disease, keyword with severity, and explanation."""
+
+import csv
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mgll_encoder.common.cli import track
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free, sha256, write_text
+from mgll_encoder.common.splits import assign_split
+from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, manifest_text
+from mgll_encoder.data.skipped import Skipped
+
+NORMAL = "normal"
+GRANULARITIES = ["status", "disease", "keyword", "explanation"]
+EXPLANATIONS = Path(__file__).parent / "explanations.json"
+
+_CODE = re.compile(r"^[a-z]:\s*")  # a class letter before the phrase, as in "P: pathologic myopia"
+_PHRASE = re.compile(r"^[a-z][a-z '/-]{2,}$")
+_UNSURE = ("suspect", "suspicious")
+
+
+class Explanations(BaseModel):
+    """The table of clinical explanations, one editable file.
+
+    Attributes:
+        version: Version of the texts.
+        about: What it is.
+        sources: Where the texts come from.
+        explanations: Label -> explanation.
+        not_findings: Keywords about the photograph, or the lack of findings, instead of a disease.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int
+    about: str = ""
+    sources: list[str]
+    explanations: dict[str, str]
+    not_findings: list[str] = []
+
+
+@dataclass(frozen=True)
+class FundusTable:
+    """A label file and the meaning of its columns.
+
+    Attributes:
+        path: CSV file with a header line.
+        image: Column with the image path below the image folder.
+        labels: Column with canonical labels, separated by ``;``.
+        patient: Column with the patient or source id.
+        keywords: Column with the annotators' words, separated by commas or ``;``; None for
+            ``raw_label_or_keywords`` if the file has it.
+        source: Column with the name of the data set; None for ``dataset`` if the file has it.
+    """
+
+    path: Path
+    image: str = "file"
+    labels: str = "labels"
+    patient: str = "patient_or_source_id"
+    keywords: str | None = None
+    source: str | None = None
+
+
+@dataclass
+class FundusReport:
+    """What went into a manifest.
+
+    Attributes:
+        rows: Images written.
+        splits: Images per side of the split.
+        texts: Distinct texts per granularity.
+        labels: Images per label.
+        skipped: Rows left out, by reason.
+        unexplained: Labels that the table of explanations lacks, with their rows.
+        without_patient: Images whose patient column is blank: each its own patient.
+    """
+
+    rows: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
+    texts: dict[str, int] = field(default_factory=dict)
+    labels: Counter[str] = field(default_factory=Counter)
+    skipped: Skipped = field(default_factory=Skipped)
+    unexplained: Counter[str] = field(default_factory=Counter)
+    without_patient: int = 0
+
+
+def read_explanations(path: Path = EXPLANATIONS) -> Explanations:
+    """The table of clinical explanations.
+
+    Raises:
+        UserError: no such file, or not of this form.
+    """
+    if not path.is_file():
+        raise UserError(f"explanations file {path} does not exist: check --explanations")
+    try:
+        return Explanations.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"explanations file {path}: '{where}': {first['msg']}; expected the form of {EXPLANATIONS.name}"
+        ) from None
+
+
+def build_fundus(
+    table: FundusTable,
+    images: Path,
+    out: Path,
+    *,
+    test: float = 0.3,
+    val: float = 0.0,
+    seed: int = 0,
+    explanations: Path = EXPLANATIONS,
+    strict: bool = False,
+    force: bool = False,
+) -> FundusReport:
+    """Write a manifest from a label file.
+
+    Rows without a label are unknown, not normal, and are left out. So are rows that contradict themselves
+    or another row of the same image, and images that are missing or unreadable.
+
+    Args:
+        table: The label file.
+        images: Folder that the image column is relative to.
+        out: The manifest to write.
+        test: Share of patients for the test split.
+        val: Share of patients for the validation split.
+        seed: Draws the split.
+        explanations: Table of clinical explanations.
+        strict: Stop at the first row that would be left out.
+        force: Replace ``out``.
+
+    Raises:
+        UserError: the file or a column is missing, nothing remains, or, if ``strict``, a row is left out.
+    """
+    check_free(out, force)
+    if not images.is_dir():
+        raise UserError(f"image folder {images} does not exist or is not a folder: check --images")
+    known = read_explanations(explanations)
+    report = FundusReport(skipped=Skipped(strict))
+    rows: list[ManifestRow] = []
+    table, records = _read(table)
+    usable = _consistent(table, records, report.skipped)
+    for number, record in track(usable, f"Checking the images of {table.path.name}"):
+        path = images / record[table.image].strip()
+        if trouble := _trouble(path):
+            where = f"label file {table.path} row {number}"
+            report.skipped.add(trouble, f"{where}: {trouble}: {path}; check --images and --image-column")
+            continue
+        patient = record[table.patient].strip()
+        report.without_patient += not patient
+        image = record[table.image].strip()
+        labels = _labels(record[table.labels])
+        report.labels.update(labels)
+        report.unexplained.update(label for label in labels if label not in known.explanations)
+        keywords = _keywords(record[table.keywords], known.not_findings) if table.keywords else []
+        texts = {
+            "status": ["normal fundus" if labels == (NORMAL,) else "abnormal fundus"],
+            "disease": list(labels),
+            "keyword": keywords,
+            "explanation": [known.explanations[label] for label in labels if label in known.explanations],
+        }
+        rows.append(
+            ManifestRow.model_validate(
+                {
+                    "image": image,
+                    "texts": {granularity: found for granularity, found in texts.items() if found},
+                    "patient": patient or image,
+                    "split": assign_split(patient or image, test=test, val=val, seed=seed),
+                    "source": record[table.source].strip() if table.source else "",
+                }
+            )
+        )
+    if not rows:
+        reasons = "; ".join(report.skipped.lines()) or "it has no rows"
+        raise UserError(f"label file {table.path} gives no image to train on: {reasons}")
+    report.rows = len(rows)
+    report.splits.update(row.split for row in rows)
+    used = {g: {text for row in rows for text in row.texts.get(g, [])} for g in GRANULARITIES}
+    report.texts = {granularity: len(texts) for granularity, texts in used.items() if texts}
+    header = ManifestHeader(
+        granularities=list(report.texts),
+        built={
+            "labels": table.path.name,
+            "labels_sha256": sha256(table.path),
+            "explanations_version": known.version,
+            "split_test": test,
+            "split_val": val,
+            "split_seed": seed,
+            "skipped": report.skipped.total,
+        },
+    )
+    write_text(out, manifest_text(out, images, header, rows), force)
+    return report
+
+
+def _consistent(
+    table: FundusTable, records: list[tuple[int, dict[str, str]]], skipped: Skipped
+) -> list[tuple[int, dict[str, str]]]:
+    """Rows with labels that contradict neither themselves nor another row of the image, with row numbers."""
+    claims: dict[str, dict[tuple[str, ...], int]] = {}
+    for number, record in records:
+        claims.setdefault(record[table.image].strip(), {}).setdefault(_labels(record[table.labels]), number)
+    seen: set[str] = set()
+    kept = []
+    for number, record in records:
+        image, labels = record[table.image].strip(), _labels(record[table.labels])
+        where = f"label file {table.path} row {number}"
+        others = {said: row for said, row in claims[image].items() if said != labels}
+        if not image:
+            skipped.add("no image named", f"{where}: column '{table.image}' is blank")
+        elif others:
+            said, row = next(iter(others.items()))
+            skipped.add(
+                "rows of one image disagree",
+                f"{where}: {image} is labelled '{';'.join(labels)}', but '{';'.join(said)}' in row {row}",
+            )
+        elif image in seen:
+            skipped.add(
+                "image listed twice",
+                f"{where}: {image} is already in row {claims[image][labels]}, labels alike",
+            )
+        elif not labels:
+            skipped.add(
+                "no label (unknown, not normal)", f"{where}: column '{table.labels}' is blank for {image}"
+            )
+        elif NORMAL in labels and len(labels) > 1:
+            skipped.add("normal and diseased", f"{where}: {image} is labelled '{';'.join(labels)}'")
+        else:
+            kept.append((number, record))
+        seen.add(image)
+    return kept
+
+
+def _trouble(path: Path) -> str:
+    """What keeps an image's header from being read; empty if nothing does."""
+    if not path.is_file():
+        return "image missing"
+    try:
+        with Image.open(path):
+            return ""
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        return "image unreadable"
+
+
+def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, str]]]]:
+    """The table with its optional columns settled, and its records with row numbers (the header is row 1)."""
+    if not table.path.is_file():
+        raise UserError(f"label file {table.path} does not exist or is not a file: check --labels")
+    try:
+        with table.path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, restval="")
+            records = list(enumerate(reader, start=2))
+            found = list(reader.fieldnames or [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"label file {table.path} is not a UTF-8 CSV: {error}") from None
+    wanted = {
+        "--image-column": table.image,
+        "--labels-column": table.labels,
+        "--patient-column": table.patient,
+        "--keywords-column": table.keywords,
+        "--source-column": table.source,
+    }
+    for option, column in wanted.items():
+        if column is not None and column not in found:
+            raise UserError(
+                f"label file {table.path} has no column '{column}' ({option}): its columns are {', '.join(found)}"
+            )
+    settled = replace(
+        table,
+        keywords=table.keywords or ("raw_label_or_keywords" if "raw_label_or_keywords" in found else None),
+        source=table.source or ("dataset" if "dataset" in found else None),
+    )
+    return settled, records
+
+
+def _labels(cell: str) -> tuple[str, ...]:
+    """Labels in canonical order: lower case, single spaces, no repeats."""
+    return tuple(sorted({" ".join(label.casefold().split()) for label in cell.split(";") if label.strip()}))
+
+
+def _keywords(cell: str, not_findings: list[str]) -> list[str]:
+    """The annotators' phrases that state a finding: no counts, suspicions or remarks on the photograph."""
+    phrases = (_CODE.sub("", " ".join(part.casefold().split())) for part in re.split("[,;，；]", cell))
+    stated = (p for p in phrases if _PHRASE.match(p) and not p.startswith(_UNSURE) and p not in not_findings)
+    return list(dict.fromkeys(stated))
