@@ -78,9 +78,8 @@ def write_weights(
     """
     groups: dict[Path | None, list[Step]] = {}
     for step in steps:
-        file = (
-            source.tensors[step.source].file if step.operation in ("keep", "rename", "extend_rows") else None
-        )
+        stays = step.source is not None and step.operation != "tower"
+        file = source.tensors[str(step.source)].file if stays else None
         groups.setdefault(file, []).append(step)
     weight_map: dict[str, str] = {}
     for number, (file, group) in enumerate(groups.items(), start=1):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgll_encoder.checkpoint import Checkpoint as Weights
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
@@ -44,6 +45,7 @@ class Checkpoint:
         self.extra_weights = extra_weights
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
+        self._opened: dict[Path, Weights] = {}
         self.config: dict[str, Any] = read_json(folder / "config.json")
 
     @cached_property
@@ -73,7 +75,7 @@ class Checkpoint:
         """
         found: dict[str, TensorHeader] = {}
         for file in self.files:
-            for header in _headers(file):
+            for header in self._headers(file):
                 if header.name in found:
                     other = found[header.name].file.name
                     raise UserError(
@@ -86,7 +88,7 @@ class Checkpoint:
             )
         for extra in self.extra_weights:
             if (self.folder / extra).is_file():
-                for header in _headers(self.folder / extra):
+                for header in self._headers(self.folder / extra):
                     found.setdefault(header.name, header)
         return found
 
@@ -98,7 +100,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The values of one tensor; nothing else is read."""
-        return open_weights(self.tensors[name].file).read([name])[name]
+        return self._weights(self.tensors[name].file).read([name])[name]
 
     @cached_property
     def _weight_map(self) -> dict[str, str]:
@@ -110,7 +112,11 @@ class Checkpoint:
             raise UserError(f"{index}: field 'weight_map' is missing or empty: download it again")
         return weight_map
 
+    def _weights(self, file: Path) -> Weights:
+        if file not in self._opened:
+            self._opened[file] = open_weights(file)
+        return self._opened[file]
 
-def _headers(file: Path) -> list[TensorHeader]:
-    headers = open_weights(file).headers
-    return [TensorHeader(name, t.dtype, tuple(t.shape), file) for name, t in headers.items()]
+    def _headers(self, file: Path) -> list[TensorHeader]:
+        headers = self._weights(file).headers
+        return [TensorHeader(name, t.dtype, tuple(t.shape), file) for name, t in headers.items()]

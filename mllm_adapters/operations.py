@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mgll_encoder import fold_normalisation, resample_positions, tower_state_dict
 from mgll_encoder.keymap import PROJECTION
+from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Operation, Plan, Step, VisionContract
 
@@ -37,19 +38,19 @@ def fitted_tower(plan: Plan) -> dict[str, Tensor]:
         return {}
     header, state = tower_state_dict(plan.tower, activation=plan.after.activation)
     state.pop(PROJECTION, None)
-    return fit(state, header.spec.mean, header.spec.std, plan.after)
+    return fit(state, header.spec, plan.after)
 
 
-def fit(
-    state: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float], contract: VisionContract
-) -> dict[str, Tensor]:
-    """Fit a tower that was trained under ``mean`` and ``std`` to a vision contract (mllm_map section 1.4)."""
+def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContract) -> dict[str, Tensor]:
+    """Fit a tower that was trained with the pixels of ``trained`` to the grid and pixels of a vision contract."""
     fitted = dict(state)
     fitted[POSITIONS] = resample_positions(state[POSITIONS], contract.image_size // contract.patch_size)
-    if (tuple(mean), tuple(std)) != (contract.mean, contract.std):
-        fitted[PATCHES], fitted[POSITIONS] = fold_normalisation(
-            fitted[PATCHES], fitted[POSITIONS], trained=(mean, std), given=(contract.mean, contract.std)
-        )
+    fitted[PATCHES], fitted[POSITIONS] = fold_normalisation(
+        fitted[PATCHES],
+        fitted[POSITIONS],
+        trained=(trained.mean, trained.std),
+        given=(contract.mean, contract.std),
+    )
     return fitted
 
 

@@ -11,7 +11,7 @@ from mgll_encoder import TowerHeader, inspect_tower, vision_config
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.contract import Step, VisionContract
+from mllm_adapters.contract import Operation, Step, VisionContract
 from mllm_adapters.parts import PUBLISHED_TOWERS, find_part
 
 IMAGE_TOKEN = "<image>"
@@ -58,8 +58,8 @@ def external_tower(name: str, checkpoint: Checkpoint, resize: Resize, *, needed:
     if name in PUBLISHED_TOWERS and not needed:
         return HostTower(name, PUBLISHED_TOWERS[name].model_copy(update={"resize": resize}))
     raise UserError(
-        f"{checkpoint.folder}: its vision tower '{name}' is neither in the checkpoint folder, nor beside it, nor in the "
-        f"Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / name}"
+        f"{checkpoint.folder}: its vision tower '{name}' is neither in the checkpoint folder, nor beside it, nor in "
+        f"the Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / name}"
     )
 
 
@@ -136,7 +136,9 @@ def kept(header: TensorHeader, name: str | None = None, rows: int | None = None)
     """A step that takes a source tensor as it is, perhaps under another name or with rows added."""
     name = name or header.name
     shape = header.shape if rows is None else (rows, *header.shape[1:])
-    operation = "extend_rows" if shape != header.shape else "keep" if name == header.name else "rename"
+    operation: Operation = (
+        "extend_rows" if shape != header.shape else "keep" if name == header.name else "rename"
+    )
     return Step(
         name=name, dtype=dtype_name(header.dtype), shape=shape, operation=operation, source=header.name
     )
@@ -176,10 +178,8 @@ def image_row(tokenizer: Any | None, vocabulary: int) -> tuple[int, int]:
         tokenizer: The checkpoint's tokenizer, or None.
         vocabulary: Rows of the embedding.
     """
-    if tokenizer is None:
-        image_token_id = vocabulary
-    else:
-        image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
+    vocab: Mapping[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
+    image_token_id = vocab.get(IMAGE_TOKEN, vocabulary if tokenizer is None else len(tokenizer))
     if image_token_id < vocabulary:
         return image_token_id, vocabulary
     return image_token_id, ceil((image_token_id + 1) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

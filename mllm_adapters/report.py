@@ -3,6 +3,7 @@
 from collections import Counter
 
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.table import Table
 
 from mllm_adapters.apply import bytes_linked
@@ -39,13 +40,13 @@ def plan_table(plan: Plan, checkpoint: Checkpoint) -> RenderableType:
     for operation, words in OPERATION_WORDS.items():
         steps = [step for step in plan.steps if step.operation == operation]
         if steps:
-            tensors.add_row(words, str(len(steps)), _size(sum(map(nbytes, steps))))
+            tensors.add_row(words, str(len(steps)), decimal(sum(map(nbytes, steps))))
     for reason, number in Counter(d.reason for d in plan.dropped).items():
         tensors.add_row(f"dropped: {reason}", str(number), "")
     linked = bytes_linked(plan, checkpoint)
     tensors.add_section()
-    tensors.add_row("to write", "", _size(total_bytes(plan) - linked))
-    tensors.add_row("to hard-link", "", _size(linked))
+    tensors.add_row("to write", "", decimal(total_bytes(plan) - linked))
+    tensors.add_row("to hard-link", "", decimal(linked))
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("checkpoint", f"{plan.source} ({plan.family}, {plan.layout} layout)")
@@ -72,11 +73,3 @@ def _contract_rows(before: VisionContract, after: VisionContract) -> list[tuple[
         ]
 
     return [(name, b, a) for (name, b), (_, a) in zip(words(before), words(after), strict=True)]
-
-
-def _size(number: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    raise AssertionError("unreachable")

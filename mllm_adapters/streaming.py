@@ -57,4 +57,4 @@ def write_safetensors(path: Path, steps: Sequence[Step], tensors: Iterable[tuple
                     f"{step.dtype} {list(step.shape)}"
                 )
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            stream.write(memoryview(flat.view(torch.uint8).numpy()))
+            stream.write(flat.view(torch.uint8).numpy().data)

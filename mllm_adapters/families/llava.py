@@ -300,9 +300,8 @@ def _native_tower(checkpoint: Checkpoint, prefix: str) -> HostTower:
     """Geometry of the tower in a transformers checkpoint, from its configuration and image processor."""
     from transformers import LlavaConfig
 
-    vision: dict[str, Any] = LlavaConfig(
-        vision_config=checkpoint.config["vision_config"]
-    ).vision_config.to_dict()
+    declared: Any = LlavaConfig(vision_config=checkpoint.config["vision_config"])
+    vision = declared.vision_config.to_dict()
     positions = checkpoint.tensors[f"{prefix}embeddings.position_embedding.weight"]
     grid = vision["image_size"] // vision["patch_size"]
     if positions.shape != (grid**2 + 1, vision["hidden_size"]):

@@ -1,0 +1,113 @@
+"""LLaVA and LLaVA-Med in their original layouts give what their original code gave."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mllm_adapters import load_mllm
+
+FAMILIES = ["llava", "llava_med"]
+TOLERANCE = 1e-4
+
+
+def expand(ids: torch.Tensor, placeholder: int, tokens: int) -> torch.Tensor:
+    """Write each -200 of one row as ``tokens`` placeholders, as the processor does."""
+    row: list[int] = []
+    for token in ids.tolist():
+        row += [placeholder] * tokens if token == -200 else [token]
+    return torch.tensor([row])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, golden: Path) -> SimpleNamespace:
+    folder = golden / request.param
+    model, processor = load_mllm(folder / "checkpoint")
+    return SimpleNamespace(
+        model=model,
+        processor=processor,
+        expected=load_file(folder / "expected.safetensors"),
+        about=json.loads((folder / "expected.json").read_text()),
+    )
+
+
+def features(case: SimpleNamespace) -> torch.Tensor:
+    output = case.model.model.vision_tower(case.expected["pixel_values"], output_hidden_states=True)
+    return output.hidden_states[case.model.config.vision_feature_layer][:, 1:]
+
+
+def logits(case: SimpleNamespace, name: str) -> torch.Tensor:
+    tokens = case.expected["visual_tokens"].shape[1]
+    ids = expand(case.expected[f"{name}.input_ids"][0], case.model.config.image_token_id, tokens)
+    pixels = case.expected["pixel_values"][case.about["image_index"][name]]
+    with torch.no_grad():
+        return case.model(input_ids=ids, pixel_values=pixels).logits
+
+
+def test_the_tower_gives_the_features_of_the_original(case: SimpleNamespace) -> None:
+    torch.testing.assert_close(features(case), case.expected["vision_features"], atol=TOLERANCE, rtol=0)
+
+
+def test_the_projector_gives_the_visual_tokens_of_the_original(case: SimpleNamespace) -> None:
+    found = case.model.get_image_features(pixel_values=case.expected["pixel_values"]).pooler_output
+    torch.testing.assert_close(
+        torch.stack(list(found)), case.expected["visual_tokens"], atol=TOLERANCE, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["seq0", "seq1"])
+def test_the_model_gives_the_logits_of_the_original(case: SimpleNamespace, name: str) -> None:
+    expected = case.expected[f"{name}.logits"]
+    found = logits(case, name)[..., : expected.shape[-1]]
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_exact_gelu_in_the_hosts_tower_would_be_noticed(case: SimpleNamespace) -> None:
+    """Negative control: the wrong activation is far outside the tolerance."""
+    layers = case.model.model.vision_tower.encoder.layers
+    original = layers[0].mlp.activation_fn
+    for layer in layers:
+        layer.mlp.activation_fn = torch.nn.GELU()
+    wrong = features(case)
+    for layer in layers:
+        layer.mlp.activation_fn = original
+    assert (wrong - case.expected["vision_features"]).abs().max() > 10 * TOLERANCE
+
+
+def test_it_generates_what_the_original_generated(case: SimpleNamespace) -> None:
+    expected = case.expected["seq0.greedy"][0].tolist()
+    tokens = case.expected["visual_tokens"].shape[1]
+    ids = expand(case.expected["seq0.input_ids"][0], case.model.config.image_token_id, tokens)
+    pixels = case.expected["pixel_values"][case.about["image_index"]["seq0"]]
+    new = case.model.generate(
+        input_ids=ids, pixel_values=pixels, do_sample=False, max_new_tokens=8, eos_token_id=None
+    )
+    found = new[0, ids.shape[1] :].tolist()
+    assert (
+        found == expected[-8:]
+    )  # the file's first id is the start token that the original's generate returns
+
+
+def test_a_padded_batch_gives_the_logits_of_the_original(case: SimpleNamespace) -> None:
+    tokens = case.expected["visual_tokens"].shape[1]
+    rows = [
+        expand(ids[mask.bool()], case.model.config.image_token_id, tokens)[0]
+        for ids, mask in zip(
+            case.expected["batch.input_ids"], case.expected["batch.attention_mask"], strict=True
+        )
+    ]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    pixels = case.expected["pixel_values"][case.about["image_index"]["batch"]]
+    with torch.no_grad():
+        found = case.model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+    expected = case.expected["batch.logits"]
+    real = case.expected["batch.merged_attention_mask"].bool()
+    torch.testing.assert_close(found[..., : expected.shape[-1]][real], expected[real], atol=TOLERANCE, rtol=0)
+
+
+def test_without_a_tokenizer_there_is_no_processor(case: SimpleNamespace) -> None:
+    assert case.processor is None
