@@ -198,7 +198,9 @@ def text_config(model_type: str, config: Mapping[str, Any], vocabulary: int) -> 
     fields = set(kind().to_dict()) | {"rope_theta", "rope_scaling"}
     own = {k: v for k, v in config.items() if k in fields and k not in ("model_type", "architectures")}
     own.setdefault("tie_word_embeddings", False)
-    return kind(**{**own, "vocab_size": vocabulary}).to_dict()
+    settings = kind(**{**own, "vocab_size": vocabulary}).to_dict()
+    rope_base = settings["rope_parameters"]["rope_theta"]
+    return {**settings, "rope_theta": rope_base}  # releases before 5.0 read this one, and default to 10000
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,6 +1,12 @@
 """Tiny real models for tests: a CLIP tower, a byte-level tokenizer, a LLaVA with its processor."""
 
+import io
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -79,3 +85,34 @@ def picture(folder: Path, name: str, colour: tuple[int, int, int] = (200, 80, 40
     path = folder / name
     Image.new("RGB", (size, size), colour).save(path)
     return path
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def invoke(main: Callable[[], None], *arguments: object) -> Outcome:
+    """Run a command in this process, as if typed."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["command", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def refused(main: Callable[[], None], *arguments: object) -> str:
+    """Run a command that must be refused: exit code 2 and one line, which is returned."""
+    outcome = invoke(main, *arguments)
+    assert outcome.code == 2, outcome
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    return errors[0].removeprefix("error: ")

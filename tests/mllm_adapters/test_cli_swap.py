@@ -1,0 +1,212 @@
+"""swap-encoder at the terminal: the good path, and every wrong one in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mllm_adapters import parts
+from mllm_adapters.cli.swap import main
+from mllm_adapters.parts import resolve
+from tests.builders import invoke, refused
+from tests.mllm_adapters.test_swap import a_tower, original_llava
+
+
+@pytest.fixture
+def tower(tmp_path: Path) -> Path:
+    return a_tower(tmp_path / "mgll-tiny")
+
+
+def test_a_swap_prints_its_plan_and_the_next_command(
+    tiny_llava: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = invoke(main, "--mllm", tiny_llava, "--encoder", tower)
+    assert outcome.code == 0, outcome.err
+    assert "tokens per image" in outcome.out
+    assert "Next: retrain-projector --model tiny-llava-mgll-tiny" in outcome.out
+    assert (tmp_path / "tiny-llava-mgll-tiny" / "config.json").is_file()
+    record = json.loads((tmp_path / "tiny-llava-mgll-tiny" / "mgll_swap.json").read_text())
+    assert record["plan"]["after"]["tokens"] == 4
+
+
+def test_dry_run_writes_nothing_and_json_is_json(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    plan = json.loads(outcome.out)
+    assert plan["family"] == "llava"
+    assert {step["operation"] for step in plan["steps"]} == {"keep", "tower"}
+    assert not out.exists()
+
+
+def test_an_existing_output_is_only_replaced_on_demand(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    assert "exists" in refused(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out)
+    assert (out / "precious").read_text() == "kept"
+    assert invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--force").code == 0
+    assert not (out / "precious").exists()
+
+
+def test_help_shows_an_example() -> None:
+    outcome = invoke(main, "--help")
+    assert outcome.code == 0
+    assert "swap-encoder --mllm llava-med --encoder mgll-fundus.pt" in outcome.out
+
+
+def copied(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder))
+
+
+def edited(folder: Path, **changes: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def truncated(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    return folder
+
+
+def without_index_shard(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    file.unlink()
+    return folder
+
+
+def with_tensor_twice(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    save_file(weights, folder / "one.safetensors")
+    save_file({"extra": torch.zeros(1), **dict([weights.popitem()])}, folder / "two.safetensors")
+    names = dict.fromkeys(load_file(folder / "one.safetensors"), "one.safetensors")
+    index = {"weight_map": {**names, "extra": "two.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def with_other_tower(folder: Path) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    return edited(folder, vision_config={**config["vision_config"], "hidden_size": 48})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: edited(f, model_type="llama"), "no known family has model_type 'llama'"),
+        (lambda f: edited(f, vision_feature_layer=[-2, -3]), "vision_feature_layer is [-2, -3], expected one number"),
+        (truncated, "truncated or damaged"),
+        (without_index_shard, "shard model-00001-of-00002.safetensors is missing"),
+        (with_tensor_twice, "is both in one.safetensors and in two.safetensors"),
+        (with_other_tower, "config.json describes a tower of 2x2 patches and width 48"),
+        (lambda f: (f / "config.json").write_text("{") and f, "config.json cannot be read as JSON"),
+        (lambda f: (f / "config.json").unlink() or f, "is no checkpoint folder"),
+        (lambda f: (f / "model.safetensors").unlink() or f, "holds a config.json but no weights"),
+    ],
+)  # fmt: skip
+def test_a_spoilt_checkpoint_is_refused_in_one_line(
+    spoil, message: str, tiny_llava: Path, tower: Path, tmp_path: Path
+) -> None:
+    source = spoil(copied(tiny_llava, tmp_path / "spoilt"))
+    out = tmp_path / "out"
+    assert message in refused(main, "--mllm", source, "--encoder", tower, "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear', expected 'mlp2x_gelu'"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', expected 'pad'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
+        (
+            {"mm_vision_tower": "google/siglip"},
+            "its vision tower 'google/siglip' is neither in the checkpoint",
+        ),
+    ],
+)
+def test_an_unsupported_variant_is_refused_by_field(
+    changes: dict[str, object], message: str, golden: Path, tower: Path, tmp_path: Path
+) -> None:
+    source = edited(original_llava(golden, "llava", tmp_path / "original"), **changes)
+    assert message in refused(main, "--mllm", source, "--encoder", tower, "--out", tmp_path / "out")
+
+
+def test_a_tensor_that_is_no_part_of_llava_is_refused(golden: Path, tower: Path, tmp_path: Path) -> None:
+    source = original_llava(golden, "llava", tmp_path / "original", sharded=False)
+    weights = load_file(source / "model.safetensors")
+    save_file({**weights, "model.resampler.query": torch.zeros(2)}, source / "model.safetensors")
+    message = refused(main, "--mllm", source, "--encoder", tower, "--out", tmp_path / "out")
+    assert "tensor model.resampler.query is not part of a LLaVA checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mllm", "lava-med"], "did you mean 'llava-med'?"),
+        (["--mllm", "/no/such/folder"], "checkpoint folder /no/such/folder does not exist"),
+        (["--encoder", "/no/such.pt"], "/no/such.pt does not exist"),
+        (["--image-size", "30"], "--image-size 30 is no multiple of the tower's patch size 14: try 28"),
+        (["--activation", "relu"], "unknown activation 'relu'"),
+        (["--activation", "quick_gelu"], "--activation quick_gelu contradicts 'gelu'"),
+        (["--imagesize", "28"], "No such option"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(
+    arguments: list[str], message: str, tiny_llava: Path, tower: Path, tmp_path: Path
+) -> None:
+    given = {"--mllm": str(tiny_llava), "--encoder": str(tower), "--out": str(tmp_path / "out")}
+    given[arguments[0]] = arguments[1]
+    line = refused(main, *[word for pair in given.items() for word in pair])
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_forgetting_the_encoder_says_what_to_type() -> None:
+    assert "--encoder is missing" in refused(main, "--mllm", "llava-med")
+
+
+def test_a_converted_checkpoint_needs_no_conversion(tiny_llava: Path, tmp_path: Path) -> None:
+    message = refused(main, "convert", "--mllm", tiny_llava, "--out", tmp_path / "out")
+    assert "in the transformers layout already" in message
+
+
+def test_a_family_name_is_found_in_the_hub_cache(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache's layout: blobs, and snapshots that link to them."""
+    repo = tmp_path / "hub" / "models--microsoft--llava-med-v1.5-mistral-7b"
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    for file in tiny_llava.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    download = parts.snapshot_download
+    monkeypatch.setattr(
+        parts, "snapshot_download", lambda name, **kw: download(name, cache_dir=tmp_path / "hub", **kw)
+    )
+    assert resolve("llava-med") == snapshot
+    outcome = invoke(
+        main, "--mllm", "llava-med", "--encoder", a_tower(tmp_path / "t"), "--out", tmp_path / "o"
+    )
+    assert outcome.code == 0, outcome.err
+
+
+def test_offline_a_family_name_says_how_to_pass_a_folder(
+    tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    message = refused(main, "--mllm", "llava-med", "--encoder", tower, "--out", tmp_path / "out")
+    assert "'microsoft/llava-med-v1.5-mistral-7b' is no folder here" in message
+    assert "pass the folder of a downloaded checkpoint" in message
