@@ -40,7 +40,7 @@ def rich_table(grid: Grid) -> Table:
 def show(grid: Grid, console: Console) -> None:
     """Print the table and its notes to a terminal."""
     console.print(rich_table(grid))
-    for note in grid.notes:
+    for note in [*grid.notes, *grid.checks]:
         console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -60,7 +60,12 @@ def as_markdown(grid: Grid) -> str:
 
     rule = "|---|" + "---:|" * (len(grid.columns) - 1)
     rows = [line(grid.columns), rule, *(line(row) for row in grid.rows)]
-    return "\n".join([f"**{grid.title}**", "", *rows, "", *(f"- {note}" for note in grid.notes)]) + "\n"
+    return (
+        "\n".join(
+            [f"**{grid.title}**", "", *rows, "", *(f"- {note}" for note in [*grid.notes, *grid.checks])]
+        )
+        + "\n"
+    )
 
 
 def as_csv(grid: Grid) -> str:
@@ -71,11 +76,10 @@ def as_csv(grid: Grid) -> str:
 
 
 def as_latex(grid: Grid) -> str:
-    """A table for the package booktabs, with the notes in the caption."""
+    """A table for the package booktabs, with the notes in the caption and the checks as comments."""
 
     def line(cells: list[str]) -> str:
-        # Braces: a row that begins with a bracket would be read as an option of the line break before it.
-        return " & ".join("{" + cell.translate(LATEX_SPECIAL) + "}" for cell in cells) + r" \\"
+        return " & ".join(cell.translate(LATEX_SPECIAL) for cell in cells) + r" \\"
 
     body = []
     for number, row in enumerate(grid.rows):
@@ -84,6 +88,7 @@ def as_latex(grid: Grid) -> str:
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}",
+            *(f"% {check}" for check in grid.checks),
             r"\begin{table}",
             r"\centering\scriptsize",
             rf"\caption{{{caption}}}",

@@ -127,10 +127,10 @@ class LetterScorer:
                 per_variant.append(ids)
             usable = [[i for i in ids if i is not None] for ids in per_variant if None not in ids]
             if not usable:
-                bad = next(L for L, *ids in zip(LETTERS, *per_variant, strict=False) if None in ids)
+                nearest = min(per_variant, key=lambda ids: ids.count(None))
                 raise UserError(
-                    f"option letter '{bad}' is not a single token after the prompt for this tokenizer: "
-                    f"ask at most {LETTERS.index(bad)} options, or use a model whose tokenizer has letters"
+                    f"option letter '{LETTERS[nearest.index(None)]}' is not a single token after the prompt for "
+                    "this model's tokenizer: build the bench with fewer --options, or use another model"
                 )
             self._letter_ids = [sorted(set(ids)) for ids in zip(*usable, strict=True)]
         return self._letter_ids

@@ -95,21 +95,24 @@ def bootstrap(
     stratum = np.where(n > 0, rarity, np.inf).argmin(axis=1)
 
     generator = np.random.default_rng(seed)
-    by_category = np.empty((replicates, len(names), right.shape[1]))
-    pooled = np.empty((replicates, right.shape[1]))
     members = [np.flatnonzero(stratum == s) for s in np.unique(stratum)]
-    for b in range(replicates):
-        weights = np.zeros(len(cluster_ids))
+    by_category, pooled = [], []
+    for draws in _chunks(replicates, len(cluster_ids)):
+        weights = np.zeros((draws, len(cluster_ids)))
         for group in members:
-            weights[group] = np.bincount(
-                generator.integers(len(group), size=len(group)), minlength=len(group)
-            )
+            weights[:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), draws)
         drawn_n = weights @ n
         drawn_k = np.tensordot(weights, k, axes=1)
         with np.errstate(invalid="ignore"):
-            by_category[b] = drawn_k / drawn_n[:, None]
-        pooled[b] = drawn_k.sum(axis=0) / drawn_n.sum()
-    return Replicates(by_category, pooled)
+            by_category.append(drawn_k / drawn_n[:, :, None])
+        pooled.append(drawn_k.sum(axis=1) / drawn_n.sum(axis=1)[:, None])
+    return Replicates(np.concatenate(by_category), np.concatenate(pooled))
+
+
+def _chunks(replicates: int, clusters: int) -> list[int]:
+    """Numbers of replicates that keep the weights of a chunk near 32 MB."""
+    size = max(1, 4_000_000 // clusters)
+    return [min(size, replicates - start) for start in range(0, replicates, size)]
 
 
 def percentile_interval(draws: NDArray[np.float64]) -> Interval:

@@ -27,7 +27,8 @@ class Grid:
         columns: Headings.
         rows: Cells, one per heading.
         breaks: Numbers of the rows that begin a new block.
-        notes: Below it.
+        notes: Below it: what the figures mean.
+        checks: Below those: how the models chose their letters. Not part of a table that is published.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Grid:
     rows: list[list[str]]
     breaks: list[int]
     notes: list[str]
+    checks: list[str]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,12 @@ def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
                 row += [f"{figure.gain} {figure.gain_interval}", figure.p]
         rows.append(row)
     return Grid(
-        f"{comparison.bench}: accuracy in %", columns, rows, [len(comparison.categories)], _notes(comparison)
+        f"{comparison.bench}: accuracy in %",
+        columns,
+        rows,
+        [len(comparison.categories)],
+        _notes(comparison),
+        _checks(comparison),
     )
 
 
@@ -88,16 +95,23 @@ def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
         figures = [entry.figures[a] for entry in shown]
         breaks.append(len(rows))
         rows.append([arm.name, *(f.value for f in figures)])
-        rows.append([f"{CONFIDENCE:.0%} interval", *(f.interval for f in figures)])
+        rows.append([f"{arm.name}: {CONFIDENCE:.0%} interval", *(f.interval for f in figures)])
         of_all = pooled.figures[a]
         note = f"{arm.name}, all questions alike (micro): {of_all.value} {of_all.interval}"
         if a > 0:
-            rows.append(["gain", *(f.gain for f in figures)])
-            rows.append([f"{CONFIDENCE:.0%} interval", *(f.gain_interval for f in figures)])
-            rows.append(["p (Holm)", *(f.p for f in figures)])
+            rows.append([f"{arm.name}: gain", *(f.gain for f in figures)])
+            rows.append([f"{arm.name}: gain, {CONFIDENCE:.0%} interval", *(f.gain_interval for f in figures)])
+            rows.append([f"{arm.name}: p", *(f.p for f in figures)])
             note += f", gain {of_all.gain} {of_all.gain_interval}, p = {of_all.p}"
         notes.append(f"{note}.")
-    return Grid(f"{comparison.bench}: accuracy in %", ["", *(e.heading for e in shown)], rows, breaks, notes)
+    return Grid(
+        f"{comparison.bench}: accuracy in %",
+        ["", *(e.heading for e in shown)],
+        rows,
+        breaks,
+        notes,
+        _checks(comparison),
+    )
 
 
 def _entries(comparison: Comparison, rounding: Rounding) -> list[_Entry]:
@@ -152,9 +166,9 @@ def _notes(comparison: Comparison) -> list[str]:
     base, *others = comparison.arms
     answered = f"{comparison.answered} questions"
     if comparison.answered < comparison.questions:
-        answered = f"only {comparison.answered} of the bench's {comparison.questions} questions are answered;"
+        answered = f"Only {comparison.answered} of the bench's {comparison.questions} questions"
     notes = [
-        f"{comparison.bench}: {answered} on {comparison.clusters} patients (or images, where no patient is "
+        f"{answered} on {comparison.clusters} patients (or images, where no patient is "
         f"known); scored by {comparison.mode}, prompt {comparison.prompt}.",
         f"Average: unweighted mean over diseases (macro). Brackets: {CONFIDENCE:.0%} intervals, Wilson per "
         f"disease, stratified bootstrap over patients for averages and gains ({REPLICATES} draws).",
@@ -169,14 +183,19 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append(f"Fewer than {SMALL} questions, read the interval: {', '.join(small)}.")
     if comparison.unanswered:
         notes.append(f"No answers, and not in the Average: {', '.join(comparison.unanswered)}.")
+    return notes
+
+
+def _checks(comparison: Comparison) -> list[str]:
+    checks = []
     for arm in comparison.arms:
         letters = ", ".join(f"{letter} {chosen} ({true})" for letter, (true, chosen) in arm.letters.items())
-        notes.append(
+        checks.append(
             f"{arm.name}: letters chosen (true): {letters}; probability on the letters {arm.letter_mass:.2f}."
         )
         if arm.letter_mass < LOW_MASS:
-            notes.append(f"{arm.name} hardly answers with letters: its choice among them says little.")
-    return notes
+            checks.append(f"{arm.name} hardly answers with letters: its choice among them says little.")
+    return checks
 
 
 def _bracket(interval: Interval, rounding: Rounding) -> str:

@@ -1,0 +1,177 @@
+"""The user's path: labels, bench, run, table, comparison; and what happens when something is wrong."""
+
+import csv
+import json
+
+import pytest
+
+from eval_mcq.prompt import render
+from eval_mcq.schema import load_bench
+from tests.builders import tiny_llava as write_tiny_llava
+from tests.eval_mcq.helpers import (
+    question,
+    run_of_counts,
+    save_run,
+    scorer,
+    small_bench,
+    write_bench,
+    write_labels,
+)
+
+ROWS = [
+    {"file": f"{disease}{i}.png", "labels": disease, "patient": f"{disease}{i}"}
+    for disease in ("glaucoma", "cataract", "AMD", "DR")
+    for i in range(4)
+]
+FOUR = ("--diseases", "AMD,Cataract,DR,Glaucoma")
+
+
+@pytest.fixture
+def labels(tmp_path):
+    return ("--labels", write_labels(tmp_path, ROWS), "--images", tmp_path / "photos")
+
+
+def test_from_labels_to_a_comparison(eval_mcq, labels, tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert eval_mcq("build", *labels, *FOUR, "--patient-column", "patient", "--out", "bench.jsonl") == 0
+    assert "Next: eval-mcq run" in eval_mcq.out
+    other = write_tiny_llava(tmp_path / "other", seed=1)
+    assert eval_mcq("run", "--model", tiny_llava, "--bench", "bench.jsonl", "--out", "runs/base") == 0
+    assert "Glaucoma" in eval_mcq.out
+    assert "Next: eval-mcq compare" in eval_mcq.out
+    assert eval_mcq("run", "--model", other, "--bench", "bench.jsonl", "--batch-size", 3, "--limit", 5) == 0
+    assert "only" in eval_mcq.out.lower()
+    assert eval_mcq("run", "--model", other, "--bench", "bench.jsonl") == 0
+    assert (
+        eval_mcq("compare", "base=runs/base", "mgll=runs/other", "--format", "csv", "--out", "table.csv") == 0
+    )
+    with (tmp_path / "table.csv").open() as stream:
+        table = list(csv.reader(stream))
+    assert table[0] == ["", "AMD", "Cataract", "DR", "Glaucoma", "Average"]
+    assert table[1] == ["n", "4", "4", "4", "4", "16"]
+    for format_ in ("rich", "markdown", "csv", "latex"):
+        assert eval_mcq("table", "runs/base", "--format", format_) == 0
+        assert "Glaucoma" in eval_mcq.out
+    assert eval_mcq("compare", "base=runs/base", "mgll=runs/other", "--layout", "paper") == 0
+    assert "mgll: gain" in eval_mcq.out
+
+
+def test_training_conversations_are_the_very_prompt_that_is_scored(eval_mcq, tiny_llava, tmp_path):
+    bench = small_bench(tmp_path)
+    assert eval_mcq("export", bench, "--format", "llava", "--out", tmp_path / "train" / "train.json") == 0
+    conversations = json.loads((tmp_path / "train" / "train.json").read_text())
+    items = load_bench(bench).items
+    model_scorer = scorer(tiny_llava)
+    assert [c["image"] for c in conversations[:2]] == ["../0.png", "../1.png"]
+    for conversation, item in zip(conversations, items, strict=True):
+        human, gpt = conversation["conversations"]
+        assert human == {"from": "human", "value": f"<image>\n{render(item)}"}
+        assert gpt == {"from": "gpt", "value": "AB"[item.answer]}
+        assert model_scorer.prompt(item) == f"USER: {human['value']} ASSISTANT:"
+
+
+def test_a_missing_column_is_answered_with_the_columns_there_are(eval_mcq, labels, tmp_path):
+    error = eval_mcq.refuses("build", *labels, "--labels-column", "label", "--out", tmp_path / "b.jsonl")
+    assert "no column 'label' (--labels-column): its columns are file, labels, patient" in error
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            ("--diseases", "AMD,Katarakt"),
+            "unknown disease of preset 'fundus10' 'Katarakt': did you mean 'Cataract'?",
+        ),
+        ((), "disease 'CSR' has no image"),
+        (("--preset", "fundus11"), "unknown preset"),
+        ((*FOUR, "--images", "nowhere"), "image folder nowhere does not exist"),
+        ((*FOUR, "--labels", "nowhere.csv"), "label file nowhere.csv does not exist"),
+        ((*FOUR, "--options", "5"), "ask for fewer with --options"),
+    ],
+)
+def test_build_refuses_in_one_line_and_writes_nothing(eval_mcq, labels, tmp_path, change, said):
+    out = tmp_path / "b.jsonl"
+    assert said in eval_mcq.refuses("build", *labels, *change, "--out", out)
+    assert not out.exists()
+
+
+def test_build_names_the_question_whose_image_is_broken(eval_mcq, labels, tmp_path):
+    (tmp_path / "photos" / "cataract2.png").write_bytes(b"no picture")
+    error = eval_mcq.refuses("build", *labels, *FOUR, "--out", tmp_path / "b.jsonl")
+    assert "question 'cataract2.png#Cataract': image" in error
+    (tmp_path / "photos" / "cataract2.png").unlink()
+    assert "does not exist" in eval_mcq.refuses("build", *labels, *FOUR, "--out", tmp_path / "b.jsonl")
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_an_empty_label_table_is_refused(eval_mcq, labels, tmp_path):
+    labels[1].write_text("file,labels,patient\n")
+    assert "has a header but no rows" in eval_mcq.refuses("build", *labels, "--out", tmp_path / "b.jsonl")
+
+
+def test_an_existing_bench_is_kept_unless_forced(eval_mcq, labels, tmp_path):
+    out = tmp_path / "b.jsonl"
+    out.write_text("mine")
+    assert "--force" in eval_mcq.refuses("build", *labels, *FOUR, "--out", out)
+    assert out.read_text() == "mine"
+    assert eval_mcq("build", *labels, *FOUR, "--out", out, "--force") == 0
+    assert len(load_bench(out).items) == 16
+
+
+def test_a_split_without_patients_is_warned_about(eval_mcq, labels, tmp_path):
+    assert eval_mcq("build", *labels, *FOUR, "--split", "train", "--out", tmp_path / "b.jsonl") == 0
+    assert "without --patient-column the split is by image" in eval_mcq.err
+
+
+def test_run_refuses_a_question_that_makes_no_sense(eval_mcq, tiny_llava, tmp_path):
+    bench = write_bench(tmp_path / "b.jsonl", [question("q", answer="D")])
+    error = eval_mcq.refuses("run", "--model", tiny_llava, "--bench", bench, "--out", tmp_path / "run")
+    assert "(id 'q'): answer 'D' is not among the options A-C" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_refuses_what_is_no_model(eval_mcq, tmp_path):
+    bench = small_bench(tmp_path)
+    error = eval_mcq.refuses("run", "--model", tmp_path, "--bench", bench, "--out", tmp_path / "run")
+    assert "is not a model folder: it has no config.json" in error
+    assert "unknown device 'gpu'" in eval_mcq.refuses(
+        "run",
+        "--model",
+        write_tiny_llava(tmp_path / "m"),
+        "--bench",
+        bench,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "gpu",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_changed_since_does_not_reuse_answers(eval_mcq, tmp_path):
+    bench, model = small_bench(tmp_path), tmp_path / "model"
+    call = ("run", "--model", write_tiny_llava(model), "--bench", bench, "--out", tmp_path / "run")
+    assert eval_mcq(*call) == 0
+    write_tiny_llava(model, seed=1)
+    assert "was made with another model" in eval_mcq.refuses(*call)
+    assert eval_mcq(*call, "--force") == 0
+
+
+def test_compare_refuses_what_cannot_be_compared(eval_mcq, tmp_path):
+    a = save_run(run_of_counts({"DR": (1, 2)}), tmp_path / "a")
+    b = save_run(run_of_counts({"DR": (1, 2)}, bench="c" * 64), tmp_path / "b")
+    assert "differ in their bench" in eval_mcq.refuses("compare", f"base={a}", f"mgll={b}")
+    assert "not of the form NAME=RUN" in eval_mcq.refuses("compare", a, b)
+    assert "two arms are called 'x'" in eval_mcq.refuses("compare", f"x={a}", f"x={a}")
+    assert "two or more" in eval_mcq.refuses("compare", f"x={a}")
+    assert "is not a run" in eval_mcq.refuses("compare", f"x={a}", f"y={tmp_path}")
+    (tmp_path / "t.md").write_text("mine")
+    assert "--force" in eval_mcq.refuses("table", a, "--format", "markdown", "--out", tmp_path / "t.md")
+
+
+@pytest.mark.parametrize("command", ["build", "export", "run", "table", "compare"])
+def test_every_command_explains_itself_with_an_example(eval_mcq, command):
+    assert eval_mcq(command, "--help") == 0
+    assert f"eval-mcq {command}" in eval_mcq.out
+    assert "Example:" in eval_mcq.out

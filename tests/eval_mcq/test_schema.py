@@ -1,0 +1,89 @@
+import json
+
+import pytest
+
+from eval_mcq.prompt import PROMPT_VERSION, render
+from eval_mcq.schema import LETTERS, MCQItem, bench_text, load_bench
+from mgll_encoder.common.errors import UserError
+from tests.eval_mcq.helpers import question, write_bench
+
+
+def test_a_bench_survives_writing_and_reading(tmp_path):
+    odd = question("ü#1", options=["a line\u2028break", "b | c"], patient="p", source="s", tags=["t"])
+    bench = load_bench(
+        write_bench(tmp_path / "b.jsonl", [odd, question("2", answer=2)], categories=["DR", "Cataract"])
+    )
+    (tmp_path / "again.jsonl").write_text(bench_text(bench.header, bench.items))
+    again = load_bench(tmp_path / "again.jsonl")
+    assert again.items == bench.items
+    assert again.categories == ["DR", "Cataract"]
+    assert [item.letter for item in again.items] == ["B", "C"]
+
+
+def test_images_lie_relative_to_the_bench_file(tmp_path):
+    bench = load_bench(
+        write_bench(tmp_path / "b.jsonl", [question("1", "x/a.png"), question("2", "/abs/a.png")])
+    )
+    assert [str(bench.image_paths(item)[0]) for item in bench.items] == [
+        str(tmp_path / "x/a.png"),
+        "/abs/a.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"answer": "D"}, "answer 'D' is not among the options A-C"),
+        ({"answer": 3}, "answer 'D' is not among the options A-C"),
+        ({"answer": "glaucoma"}, "answer 'glaucoma' is neither an option's letter nor its index"),
+        ({"options": ["Drusen", "other", " drusen"]}, "options A and C are both"),
+        ({"options": ["only one"]}, "field 'options'"),
+        ({"options": [str(i) for i in range(27)]}, "field 'options'"),
+        ({"images": []}, "field 'images'"),
+        ({"colour": "red"}, "field 'colour'"),
+        ({"category": "Catarct"}, "did you mean 'Cataract'?"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_named_by_line_and_id(tmp_path, change, said):
+    path = write_bench(
+        tmp_path / "b.jsonl", [question("good"), question("bad", **change)], categories=["Cataract"]
+    )
+    with pytest.raises(UserError) as error:
+        load_bench(path)
+    assert said in str(error.value)
+    assert "line 3" in str(error.value)
+    assert "'bad'" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_two_questions_with_one_id_are_refused(tmp_path):
+    with pytest.raises(UserError, match="id 'x' is already used on line 2"):
+        load_bench(write_bench(tmp_path / "b.jsonl", [question("x"), question("x")]))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ('{"schema": "eval-mcq/1"}\n', "no questions"),
+        (json.dumps(question("1")), 'must be the header {"schema": "eval-mcq/1"}'),
+        ('{"schema": "eval-mcq/0"}\n', "has schema 'eval-mcq/0', expected 'eval-mcq/1'"),
+        ("not json", "line 1 is not JSON"),
+        ('{"schema": "eval-mcq/1"}\n{"id": \n', "line 2"),
+    ],
+)
+def test_a_file_that_is_no_bench_is_refused(tmp_path, text, said):
+    (tmp_path / "b.jsonl").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_bench(tmp_path / "b.jsonl")
+    assert said in str(error.value)
+
+
+def test_the_prompt_is_frozen():
+    item = MCQItem(**question("1"))
+    assert PROMPT_VERSION == "letters-1"
+    assert render(item) == (
+        "What is seen?\nA. drusen\nB. a cataract\nC. nothing\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert len(LETTERS) == 26
