@@ -8,6 +8,7 @@ import argparse
 import json
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,11 +39,11 @@ _DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
-_BROKEN_PICKLE = (
+_BROKEN = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
     AssertionError, OSError, struct.error,
 )  # fmt: skip
-"""What torch's restricted unpickler raises on damaged or foreign bytes."""
+"""What zipfile and torch's restricted unpickler raise on damaged or foreign bytes."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,13 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
 
 def _open_torch(path: Path, zipped: bool) -> Checkpoint:
+    if zipped:
+        _check_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", mmap=zipped or None, weights_only=True)
-    except _BROKEN_PICKLE as error:
-        raise UserError(f"{path} {_diagnose(path, zipped, error)}") from None
+    except _BROKEN as error:
+        raise _refusal(path, zipped, error) from None
     state, wrapper = _state_dict(content)
     if not state:
         found = type(content).__name__
@@ -189,20 +192,34 @@ def _state_dict(content: object) -> tuple[dict[str, Tensor], frozenset[str]]:
     return tensors, frozenset() if wrapped is None else frozenset(str(key) for key in content)
 
 
-def _diagnose(path: Path, zipped: bool, error: Exception) -> str:
-    """Say in one line why torch's restricted unpickler refused a file."""
-    text = str(error)
-    if "TorchScript" in text:
-        return (
-            "is a TorchScript archive, which holds code: expected weights only; save its state_dict() with "
+def _check_archive(path: Path) -> None:
+    """Refuse zip files that ``torch.load`` would run or misread; only the table of contents is read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {Path(name).name for name in archive.namelist()}
+    except (zipfile.BadZipFile, *_BROKEN):
+        raise UserError(f"{path} is truncated or damaged: copy or download it again") from None
+    if "constants.pkl" in names:
+        raise UserError(
+            f"{path} is a TorchScript archive, which holds code: expected weights only; save its state_dict() with "
             "torch.save, or use the same tower from a transformers folder"
         )
+    if "data.pkl" not in names:
+        raise UserError(f"{path} is a zip file, not a checkpoint: expected a file written by torch.save")
+
+
+def _refusal(path: Path, zipped: bool, error: Exception) -> UserError:
+    """Say in one line why torch's restricted unpickler gave up."""
+    text = str(error)
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in text:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         found = ", ".join(sorted(set(names) - {"argparse.Namespace"})) or "other objects"
-        return (
-            f"wants to create objects other than tensors on loading ({found}); refused, nothing was run: "
+        return UserError(
+            f"{path} wants to create objects other than tensors on loading ({found}); refused, nothing was run: "
             "expected tensors, numbers, text and argparse.Namespace only"
         )
-    first = next(iter(text.splitlines()), "").strip() or type(error).__name__
-    return f"is truncated or no checkpoint ({first[:120]}): copy or download it again"
+    reason = text.rpartition("WeightsUnpickler error:")[
+        2
+    ].strip()  # without torch's advice to unpickle anyway
+    first = next(iter(reason.splitlines()), type(error).__name__)
+    return UserError(f"{path} is damaged or no checkpoint ({first[:120]}): copy or download it again")

@@ -219,9 +219,7 @@ def _locate(keys: Collection[str], where: str) -> tuple[KeyTable, str]:
         )
     table, prefix = found[0]
     if f"{prefix}embeddings.patch_embedding.bias" in present:
-        raise UserError(
-            f"{where}: the tower at '{prefix}' has a patch bias (SigLIP, EVA): expected a CLIP ViT"
-        )
+        raise UserError(f"{where}: the vision tower has a patch bias (SigLIP, EVA): expected a CLIP ViT")
     return table, prefix
 
 

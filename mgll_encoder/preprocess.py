@@ -64,7 +64,7 @@ def read_preprocessing(config: Mapping[str, Any], where: Path) -> tuple[dict[str
         where: Its file, for error messages.
 
     Returns:
-        ``mean``, ``std`` and ``resize`` and ``image_size`` (the fields of ``PixelRule``), and notes on what the contract cannot say.
+        The fields of ``PixelRule``, and notes on what they cannot say.
 
     Raises:
         UserError: a step that the contract needs is switched off, or the image is not made square.

@@ -99,9 +99,10 @@ def _print_table(path: Path, facts: dict[str, Any]) -> None:
 
     tokens = ", ".join(f"{count} at {size} px" for size, count in facts["patch_tokens"].items())
     dropped = ", ".join(f"{count} {group}" for group, count in facts["dropped"].items())
+    size = f"width {facts['width']}, {facts['depth']} blocks, {facts['heads']} heads, MLP {facts['mlp_width']}"
     rows = {
         "layout": facts["layout"],
-        "geometry": f"width {facts['width']}, {facts['depth']} blocks, {facts['heads']} heads, MLP {facts['mlp_width']}",
+        "geometry": size,
         "input": f"{facts['image_size']} px in patches of {facts['patch_size']}",
         "patch tokens": tokens,
         "projection": f"to {facts['projection_dim']}" if facts["projection_dim"] else "none",
