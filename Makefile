@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/python scripts/demo.py --out demo
 
 test: install
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

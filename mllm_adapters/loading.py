@@ -8,7 +8,7 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Family, Plan
 from mllm_adapters.operations import compute
 from mllm_adapters.parts import resolve
-from mllm_adapters.processing import has_tokenizer
+from mllm_adapters.processing import load_processor
 from mllm_adapters.registry import open_checkpoint
 
 
@@ -35,13 +35,12 @@ def load_mllm(path: str | Path, *, dtype: Any = "auto") -> tuple[Any, Any | None
 
 
 def _load_native(folder: Path, dtype: Any) -> tuple[Any, Any | None]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     model, report = loaded
     check_report(report, folder)
-    processor = AutoProcessor.from_pretrained(folder) if has_tokenizer(folder) else None
-    return model.eval(), processor
+    return model.eval(), load_processor(folder)
 
 
 def _load_planned(plan: Plan, family: Family, checkpoint: Checkpoint, dtype: Any) -> tuple[Any, Any | None]:

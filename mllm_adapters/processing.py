@@ -1,6 +1,5 @@
 """Processors: what the source says about preprocessing, and the processor that the target needs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +49,55 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The tokenizer saved in a model folder, or None where it holds none.
 
     Raises:
-        UserError: tokenizer files are there but cannot be read.
+        UserError: it cannot be read, or cuts text in another way than the SentencePiece model beside it.
     """
-    from transformers import AutoTokenizer
+    import transformers
+
+    if not has_tokenizer(folder):
+        return None
+    settings = folder / "tokenizer_config.json"
+    named = read_json(settings).get("tokenizer_class", "") if settings.is_file() else ""
+    sentencepiece = folder / "tokenizer.model"
+    # For a SentencePiece model, AutoTokenizer goes by the model_type of config.json and cuts text in another way
+    # where that is not the language model's; the class that the tokenizer itself names is right.
+    own = getattr(transformers, named.removesuffix("Fast"), None) if sentencepiece.is_file() else None
+    try:
+        tokenizer = (own or transformers.AutoTokenizer).from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
+    if sentencepiece.is_file():
+        _check_against(sentencepiece, tokenizer)
+    return tokenizer
+
+
+def _check_against(sentencepiece: Path, tokenizer: Any) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    probe = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
+    expected = SentencePieceProcessor(model_file=str(sentencepiece)).encode(probe)
+    found = tokenizer(probe, add_special_tokens=False).input_ids
+    if found != expected:
+        raise UserError(
+            f"{sentencepiece.parent}: {type(tokenizer).__name__} reads the tokenizer in another way than its "
+            f"SentencePiece model (ids {found[:5]} ..., expected {expected[:5]} ...): check tokenizer_class in "
+            "tokenizer_config.json"
+        )
+
+
+def load_processor(folder: Path) -> Any | None:
+    """The processor saved in a model folder of the transformers layout, or None where it holds no tokenizer.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoProcessor
 
     if not has_tokenizer(folder):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
+        return AutoProcessor.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"the processor in {folder} cannot be read: {error}") from None
 
 
 def with_placeholder(tokenizer: Any, image_token_id: int) -> None:
@@ -78,7 +116,9 @@ def with_placeholder(tokenizer: Any, image_token_id: int) -> None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
-def llava_processor(contract: VisionContract, tokenizer: Any, chat_template: str) -> Any:
+def llava_processor(
+    contract: VisionContract, tokenizer: Any, chat_template: str | None, image_token: str = IMAGE_TOKEN
+) -> Any:
     """A LlavaProcessor that expands the placeholder to ``contract.tokens`` and prepares images as it says."""
     from transformers import LlavaProcessor
 
@@ -88,6 +128,6 @@ def llava_processor(contract: VisionContract, tokenizer: Any, chat_template: str
         patch_size=contract.patch_size,
         vision_feature_select_strategy="full" if contract.class_token else "default",
         num_additional_image_tokens=1,  # CLIP's class token, which the strategy takes off again
-        image_token=IMAGE_TOKEN,
+        image_token=image_token,
         chat_template=chat_template,
     )

@@ -30,8 +30,10 @@ from mllm_adapters.planning import (
     tower_steps,
 )
 from mllm_adapters.processing import (
+    has_tokenizer,
     host_pixels,
     llava_processor,
+    load_processor,
     load_tokenizer,
     with_placeholder,
 )
@@ -110,12 +112,16 @@ class Llava:
 
     def processor(self, plan: Plan) -> Any | None:
         """The LlavaProcessor of the planned checkpoint; None where the source has no tokenizer."""
+        if plan.layout == "transformers":
+            source = load_processor(plan.source)
+            if source is None:
+                return None
+            return llava_processor(plan.after, source.tokenizer, source.chat_template, source.image_token)
         tokenizer = load_tokenizer(plan.source)
         if tokenizer is None:
             return None
-        own_template = None if plan.layout == "original" else tokenizer.chat_template
         with_placeholder(tokenizer, plan.image_token_id)
-        return llava_processor(plan.after, tokenizer, own_template or self.chat_template)
+        return llava_processor(plan.after, tokenizer, self.chat_template)
 
     def _plan_original(
         self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None
@@ -176,7 +182,7 @@ class Llava:
             before=before,
             after=after,
             image_token_id=image_token_id,
-            processor=_processor_note(tokenizer),
+            processor=f"LlavaProcessor with the source's {type(tokenizer).__name__}" if tokenizer else None,
             readers=readers,
             notes=(
                 *host.notes,
@@ -203,7 +209,6 @@ class Llava:
         rest = [kept(h) for h in checkpoint.tensors.values() if not h.name.startswith(prefix)]
         reader = next(s.name for s in rest if s.name.endswith(f"{READER}.weight")).removesuffix(".weight")
         steps, readers = refit_reader(rest, reader, before, after)
-        tokenizer = load_tokenizer(checkpoint.folder)
         return Plan(
             family=self.spec.name,
             layout="transformers",
@@ -221,7 +226,9 @@ class Llava:
             before=before,
             after=after,
             image_token_id=int(config.get("image_token_index", config.get("image_token_id", 32000))),
-            processor=_processor_note(tokenizer),
+            processor="the source's, with the new preprocessing"
+            if has_tokenizer(checkpoint.folder)
+            else None,
             readers=readers,
             notes=(*host.notes, *swap_notes(tower, after)),
         )
@@ -320,10 +327,6 @@ def _native_tower(checkpoint: Checkpoint, prefix: str) -> HostTower:
         **pixels.model_dump(),
     )
     return HostTower("vision_tower", spec, None, notes)
-
-
-def _processor_note(tokenizer: Any | None) -> str | None:
-    return None if tokenizer is None else f"LlavaProcessor with the source's {type(tokenizer).__name__}"
 
 
 def _template(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, LlamaForCausalLM
 
 from mgll_encoder import Tower, TowerSpec, load_tower, save_tower
@@ -370,3 +371,70 @@ apply_plan(plan, family, checkpoint, out)
 """
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     load_mllm(tmp_path / "out")
+
+
+# --- the tokenizer that LLaVA-1.5 was published with: a SentencePiece model and nothing else ----------------
+
+
+def sentencepiece_tokenizer(folder: Path, tokenizer_class: str = "LlamaTokenizer") -> SentencePieceProcessor:
+    """A small model trained with LLaMA's settings, and a tokenizer_config.json as vicuna has it."""
+    words = [
+        "USER",
+        "ASSISTANT",
+        "Which",
+        "disease",
+        "does",
+        "this",
+        "image",
+        "show",
+        "Glaucoma",
+        "Myopia",
+        "retina",
+        "the",
+        "a",
+    ]
+    text = folder / "corpus.txt"
+    text.write_text("\n".join(" ".join(words[i % 7 : i % 7 + 6]) for i in range(300)))
+    SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=310, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    text.unlink()
+    settings = {
+        "tokenizer_class": tokenizer_class, "add_bos_token": True, "add_eos_token": False, "legacy": False,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def with_sentencepiece(
+    golden: Path, host: str, folder: Path, tokenizer_class: str = "LlamaTokenizer"
+) -> Path:
+    source = original_llava(golden, host, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (source / name).unlink(missing_ok=True)
+    sentencepiece_tokenizer(source, tokenizer_class)
+    return source
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_text_is_cut_as_the_sentencepiece_model_cuts_it(host: str, golden: Path, tmp_path: Path) -> None:
+    source = with_sentencepiece(golden, host, tmp_path / "original")
+    reference = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    checkpoint, family, _ = open_checkpoint(source)
+    apply_plan(family.plan(checkpoint), family, checkpoint, tmp_path / "converted")
+    processor = AutoProcessor.from_pretrained(tmp_path / "converted")
+    text = "USER: Which disease?\nA. Glaucoma ASSISTANT:"
+    assert processor.tokenizer(text).input_ids == [1, *reference.encode(text)]
+    image = processor(text=["USER: <image>\nWhich"], images=[Image.new("RGB", (9, 9))])["input_ids"][0]
+    assert image.count(processor.image_token_id) == 16
+
+
+def test_a_tokenizer_that_would_be_misread_is_refused(golden: Path, tmp_path: Path) -> None:
+    """Under a foreign class the first word loses its space, silently; transformers' AutoTokenizer does so."""
+    source = with_sentencepiece(golden, "llava", tmp_path / "original", tokenizer_class="")
+    with pytest.raises(UserError, match="in another way than its SentencePiece model"):
+        load_mllm(source)
