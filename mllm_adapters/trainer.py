@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mgll_encoder.common.errors import UserError
@@ -30,6 +37,8 @@ class FrozenTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(LossBar)
         self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         towers = outermost_modules(model, "tower")
         self.quiet = [tower for tower in towers if not any(p.requires_grad for p in tower.parameters())]
@@ -65,10 +74,26 @@ class FrozenTrainer(Trainer):
                 parameter.copy_(saved[name])
 
 
+class LossBar(ProgressCallback):
+    """The Trainer's progress bar with the loss in it, instead of log lines on standard output."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 (the signature is the library's, here and below)
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Show the newest loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+
 class Watchdog(TrainerCallback):
     """Logs the last step, whatever the logging interval, and stops a run whose loss is no longer a number."""
 
-    def on_step_end(  # the signature is the library's
+    def on_step_end(
         self,
         args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,

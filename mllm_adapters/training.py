@@ -204,14 +204,15 @@ def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job
             f"{source} is in its original layout ({layout}): first "
             f"`swap-encoder convert --mllm {source} --out {source.name}-hf`, then retrain that"
         )
+    stored = checkpoint.tensors
     corpus = read_corpus(data, images)
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     model, processor = load_mllm(source, dtype=torch.bfloat16 if half else torch.float32)
     stage = apply_stage(model, STAGE)
-    disk_names = names_on_disk(stage.names, checkpoint.tensors)
-    for name, stored in disk_names.items():
+    disk_names = names_on_disk(stage.names, stored)
+    for name, source_name in disk_names.items():
         parameter = model.get_parameter(name)
-        parameter.data = checkpoint.read(stored).to(parameter.device, torch.float32)
+        parameter.data = checkpoint.read(source_name).to(parameter.device, torch.float32)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", recipe.max_length)
     max_length = min(recipe.max_length, context)
     examples, counts = prepare_examples(corpus, processor, max_length, STAGES[STAGE].learns_from_text)

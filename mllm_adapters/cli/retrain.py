@@ -97,14 +97,14 @@ def main() -> None:
 
 def _show(job: "Job") -> None:
     """Print what trains and on what."""
-    table = Table(
-        title=f"Stage '{job.stage.stage}': {job.stage.share:.2%} of {job.stage.total:,} parameters train"
-    )
+    table = Table(title=f"Stage: {job.stage.stage}")
     for heading in ("component", "trains", "frozen"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
     for part in job.stage.components:
         table.add_row(part.component, f"{part.trainable:,}", f"{part.frozen:,}")
     cli.stdout.print(table)
+    share = f"{job.stage.trainable:,} of {job.stage.total:,} parameters ({job.stage.share:.2%})"
+    cli.stdout.print(f"Training {share}; the rest is frozen")
     counts, recipe = job.counts, job.recipe
     left_out = f"{counts.text_only} without image, {counts.too_long} longer than {job.max_length} tokens"
     cli.stdout.print(f"Rows: {counts.kept} of {counts.rows} (left out: {left_out}); {counts.images} images")
