@@ -26,6 +26,7 @@ from tests import builders
 from tests.mllm_adapters.test_golden_llava import expand
 
 HOSTS = ["llava", "llava_med"]
+SENTENCE = "USER ASSISTANT Which disease does this image show Glaucoma Myopia retina the a"
 
 
 def swap(source: Path, tower: Path, out: Path, image_size: int | None = None) -> Plan:
@@ -376,23 +377,9 @@ apply_plan(plan, family, checkpoint, out)
 # --- the tokenizer that LLaVA-1.5 was published with: a SentencePiece model and nothing else ----------------
 
 
-def sentencepiece_tokenizer(folder: Path, tokenizer_class: str = "LlamaTokenizer") -> SentencePieceProcessor:
+def sentencepiece_tokenizer(folder: Path, tokenizer_class: str = "LlamaTokenizer") -> None:
     """A small model trained with LLaMA's settings, and a tokenizer_config.json as vicuna has it."""
-    words = [
-        "USER",
-        "ASSISTANT",
-        "Which",
-        "disease",
-        "does",
-        "this",
-        "image",
-        "show",
-        "Glaucoma",
-        "Myopia",
-        "retina",
-        "the",
-        "a",
-    ]
+    words = SENTENCE.split(" ")
     text = folder / "corpus.txt"
     text.write_text("\n".join(" ".join(words[i % 7 : i % 7 + 6]) for i in range(300)))
     SentencePieceTrainer.train(
@@ -407,7 +394,6 @@ def sentencepiece_tokenizer(folder: Path, tokenizer_class: str = "LlamaTokenizer
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
 def with_sentencepiece(
