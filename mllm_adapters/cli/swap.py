@@ -69,7 +69,8 @@ def swap(
     plan = family.plan(checkpoint, tower, image_size)
     for warning in tower.warnings:
         cli.warn(warning)
-    target = out or Path(f"{Path(mllm).name}-{encoder.stem}")
+    tower_name = encoder.absolute().name if encoder.is_dir() else encoder.stem
+    target = out or Path(f"{Path(mllm).absolute().name}-{tower_name}")
     _execute(plan, family, checkpoint, target, dry_run=dry_run, as_json=as_json, force=force)
     if not dry_run:
         cli.stdout.print(
