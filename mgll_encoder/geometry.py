@@ -27,8 +27,8 @@ def resample_positions(pos: Tensor, grid: int) -> Tensor:
     Raises:
         UserError: ``pos`` is no class token plus a square grid, or ``grid`` is not positive.
     """
-    old = isqrt(pos.shape[0] - 1)
-    if 1 + old * old != pos.shape[0] or grid < 1:
+    old = isqrt(max(pos.shape[0] - 1, 0))
+    if old < 1 or 1 + old * old != pos.shape[0] or grid < 1:
         raise UserError(
             f"cannot resample {pos.shape[0]} positions to a {grid}x{grid} grid: "
             "expected 1 + g*g rows, and a grid of at least 1x1"

@@ -1,6 +1,7 @@
 """``mgll-encoder inspect`` and ``convert``."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -71,10 +72,8 @@ def convert(
     for message in tower.header.warnings:
         warn(message)
     save_tower(tower, out, force)
-    stdout.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
-    stdout.print(
-        f"next: swap-encoder --mllm llava-med --encoder {out}", markup=False, highlight=False, soft_wrap=True
-    )
+    for line in (f"wrote {out}", f"next: swap-encoder --mllm llava-med --encoder {shlex.quote(str(out))}"):
+        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _facts(header: "TowerHeader") -> dict[str, Any]:
@@ -99,7 +98,9 @@ def _print_table(path: Path, facts: dict[str, Any]) -> None:
 
     tokens = ", ".join(f"{count} at {size} px" for size, count in facts["patch_tokens"].items())
     dropped = ", ".join(f"{count} {group}" for group, count in facts["dropped"].items())
-    size = f"width {facts['width']}, {facts['depth']} blocks, {facts['heads']} heads, MLP {facts['mlp_width']}"
+    size = (
+        f"width {facts['width']}, {facts['depth']} blocks, {facts['heads']} heads, MLP {facts['mlp_width']}"
+    )
     rows = {
         "layout": facts["layout"],
         "geometry": size,

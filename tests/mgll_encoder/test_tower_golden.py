@@ -12,7 +12,14 @@ from torch import Tensor
 from mgll_encoder import inspect_tower, load_tower, tower_state_dict
 from mgll_encoder.spec import IMAGENET_MEAN, IMAGENET_STD
 
-FEATURES = ("embeddings_ln_pre", "penultimate_all", "last_all", "last_ln_post_all", "last_ln_post_proj_all", "pooled")
+FEATURES = (
+    "embeddings_ln_pre",
+    "penultimate_all",
+    "last_all",
+    "last_ln_post_all",
+    "last_ln_post_proj_all",
+    "pooled",
+)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,9 @@ def legacy(state: State, path: Path) -> None:
 
 
 def training(state: State, path: Path) -> None:
-    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}, "optimizer": {}}, path)
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}, "optimizer": {}}, path
+    )
 
 
 WRITERS: dict[str, Callable[[State, Path], None]] = {
@@ -91,7 +93,10 @@ def hf_expected(model: torch.nn.Module, pixels: Tensor) -> State:
 
 def save_bin(model: torch.nn.Module, folder: Path) -> None:
     model.config.save_pretrained(folder)
-    torch.save(model.state_dict() | {"vision_model.embeddings.position_ids": torch.arange(5)[None]}, folder / "pytorch_model.bin")
+    torch.save(
+        model.state_dict() | {"vision_model.embeddings.position_ids": torch.arange(5)[None]},
+        folder / "pytorch_model.bin",
+    )
 
 
 def save_sharded_bin(model: torch.nn.Module, folder: Path) -> None:
@@ -126,7 +131,9 @@ HF_WRITERS: dict[str, Callable[[torch.nn.Module, Path], None]] = {
     + [("projection", way) for way in HF_WRITERS]
     + [("vision", way) for way in HF_WRITERS if way != "bin"],
 )
-def test_transformers_folders_equal_transformers(tmp_path: Path, kind: str, way: str, activation: str) -> None:
+def test_transformers_folders_equal_transformers(
+    tmp_path: Path, kind: str, way: str, activation: str
+) -> None:
     model = (
         towers.clip_model(hidden_act=activation)
         if kind == "clip"
@@ -149,7 +156,11 @@ def test_golden_clip_folder_of_llava_is_read(golden: Path) -> None:
     header = inspect_tower(config.parent)
     stored = json.loads((config.parent / "config.json").read_text())["vision_config"]
     assert (header.spec.width, header.spec.activation) == (stored["hidden_size"], stored["hidden_act"])
-    assert (header.spec.mean, header.spec.resize, header.preprocessing_source) == (CLIP_MEAN, "crop", "stored")
+    assert (header.spec.mean, header.spec.resize, header.preprocessing_source) == (
+        CLIP_MEAN,
+        "crop",
+        "stored",
+    )
     assert header.warnings == ()
 
 
@@ -167,7 +178,10 @@ PREPROCESSORS = {
     "old ints": ({"size": 28, "crop_size": 28, "feature_extractor_type": "CLIPFeatureExtractor"}, "crop"),
     "shortest edge": ({"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}, "crop"),
     "both sides": ({"size": {"height": 28, "width": 28}, "do_center_crop": False}, "squash"),
-    "padded": ({"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "do_pad": True}, "pad"),
+    "padded": (
+        {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "do_pad": True},
+        "pad",
+    ),
 }
 
 
@@ -213,4 +227,6 @@ def test_tensors_outside_the_tower_are_counted_and_named(tmp_path: Path) -> None
     state = towers.state_of(towers.open_clip_model()) | {"head.weight": torch.zeros(2, 24)}
     header = inspect_tower(towers.write(state, tmp_path / "clip.pt"))
     assert header.dropped["other: head"] == 1
-    assert any("1 tensors outside the tower are left out, such as 'head.weight'" in w for w in header.warnings)
+    assert any(
+        "1 tensors outside the tower are left out, such as 'head.weight'" in w for w in header.warnings
+    )

@@ -10,7 +10,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModel
 
 from tests.builders import tower_config
 
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 20,
+}
 
 
 def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -18,11 +24,15 @@ def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + ("ln" in name or "norm" in name))
+            weight.copy_(
+                torch.randn(weight.shape, generator=generator) * 0.05 + ("ln" in name or "norm" in name)
+            )
     return model.eval()
 
 
-def open_clip_model(quick_gelu: bool = False, custom_text: bool = False, width: int = 64, depth: int = 3) -> nn.Module:
+def open_clip_model(
+    quick_gelu: bool = False, custom_text: bool = False, width: int = 64, depth: int = 3
+) -> nn.Module:
     """A whole open_clip CLIP, 42 px in 9 patches."""
     vision = CLIPVisionCfg(layers=depth, width=width, head_width=64, patch_size=14, image_size=42)
     text = CLIPTextCfg(context_length=8, vocab_size=20, width=16, heads=2, layers=1)
@@ -40,7 +50,10 @@ def open_clip_features(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
         )  # fmt: skip
         pooled = visual(pixels)
     class_token = penultimate["image_intermediates_prefix"][0]
-    return {"penultimate": torch.cat((class_token, penultimate["image_intermediates"][0]), 1), "pooled": pooled}
+    return {
+        "penultimate": torch.cat((class_token, penultimate["image_intermediates"][0]), 1),
+        "pooled": pooled,
+    }
 
 
 def clip_model(**changes: object) -> CLIPModel:
@@ -49,7 +62,9 @@ def clip_model(**changes: object) -> CLIPModel:
     return scramble(CLIPModel(config))
 
 
-def vision_model(projection: bool = False, **changes: object) -> CLIPVisionModel | CLIPVisionModelWithProjection:
+def vision_model(
+    projection: bool = False, **changes: object
+) -> CLIPVisionModel | CLIPVisionModelWithProjection:
     """A transformers vision tower, 28 px in 4 patches."""
     kind = CLIPVisionModelWithProjection if projection else CLIPVisionModel
     return scramble(kind(tower_config(**changes)))
