@@ -125,6 +125,7 @@ def export(
     folder = images or out.absolute().parent
     write_text(out, EXPORTERS[to](questions, folder), force)
     stdout.print(f"{out}: {len(questions.items)} conversations, images relative to {folder}", soft_wrap=True)
+    stdout.print(f"Next: retrain-projector --model MODEL --data {out} --images {folder}", soft_wrap=True)
 
 
 @app.command("run")

@@ -97,8 +97,8 @@ def run_bench(
         force: Start anew although ``out`` exists.
 
     Raises:
-        UserError: ``out`` is taken by something else, an image is missing or unreadable, or an image has
-            changed since its question was answered.
+        UserError: ``out`` is taken by something else, an image is missing or unreadable or has changed since
+            its question was answered, or an option letter is not a single token for this model.
     """
     check_resumable(out, record, force)
     asked = bench.items[:limit]
@@ -114,6 +114,8 @@ def run_bench(
     done = {answer.id for answer in old}
     todo = [item for item in asked if item.id not in done]
     scorer = load_scorer() if todo else None
+    if scorer:
+        scorer.check_letters(todo)
     if force or not out.exists():
         with new_folder(out, force) as partial:
             write_text(partial / RUN_FILE, record.model_dump_json(indent=1) + "\n")

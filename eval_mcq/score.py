@@ -78,6 +78,15 @@ class LetterScorer:
         )
         return str(rendered)
 
+    def check_letters(self, items: Sequence[MCQItem]) -> None:
+        """See to it, before any question is put, that every option letter can be scored.
+
+        Raises:
+            UserError: an option letter is not a single token for this tokenizer.
+        """
+        widest = max(items, key=lambda item: len(item.options))
+        self._ids_of_letters(self.prompt(widest), len(widest.options))
+
     @torch.inference_mode()
     def score(self, items: Sequence[MCQItem], images: Sequence[Sequence[Image.Image]]) -> list[Score]:
         """Answer a batch of questions.

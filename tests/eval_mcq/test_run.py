@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+from tokenizers import normalizers
 from transformers import AutoModelForImageTextToText
 
 from eval_mcq.records import load_run
@@ -111,6 +112,19 @@ def test_a_bad_image_stops_the_run_before_the_model_is_loaded_and_anything_is_wr
     with pytest.raises(UserError, match=r"question 'q7': image .*7\.png"):
         put()
     assert put.loads == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_letter_that_the_model_cannot_write_stops_the_run_before_anything_is_written(
+    tiny_llava, bench, tmp_path
+):
+    def load():
+        ready = scorer(tiny_llava)
+        ready.processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("C", "cc")
+        return ready
+
+    with pytest.raises(UserError, match="option letter 'C'"):
+        run_bench(bench, load, describe_run(tiny_llava, "f", bench, "float32"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
