@@ -28,6 +28,10 @@ STATE = "trainer_state.json"
 """What the Trainer writes last into a checkpoint: a folder without it is not complete."""
 
 
+class DivergedError(UserError):
+    """The loss is no longer a number: the run is lost, and going on from its checkpoints would not mend it."""
+
+
 class FrozenTrainer(Trainer):
     """A Trainer whose checkpoints hold the parameters that train and no others.
 
@@ -113,11 +117,14 @@ class Watchdog(TrainerCallback):
         """Look at the loss.
 
         Raises:
-            UserError: it is infinite or not a number.
+            DivergedError: it is infinite or not a number.
         """
         loss = kwargs["logs"].get("loss", 0.0)
         if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} at step {state.global_step}: lower --learning-rate")
+            raise DivergedError(
+                f"the loss became {loss} at step {state.global_step}: start anew with a lower --learning-rate "
+                "(and --force, to replace this run's checkpoints)"
+            )
 
 
 def last_checkpoint(folder: Path) -> Path | None:

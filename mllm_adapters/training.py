@@ -24,7 +24,7 @@ from mllm_adapters.loading import load_mllm
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.rewrite import replace_tensors
 from mllm_adapters.stages import STAGES, StageReport, apply_stage, components
-from mllm_adapters.trainer import FrozenTrainer, Watchdog, last_checkpoint
+from mllm_adapters.trainer import DivergedError, FrozenTrainer, Watchdog, last_checkpoint
 
 STAGE = "projector"
 RECORD = "training.json"
@@ -201,7 +201,7 @@ def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job
     checkpoint, _, layout = open_checkpoint(source)
     if layout != "transformers":
         raise UserError(
-            f"{source} is in its original layout ({layout}): first "
+            f"{source} is in its original layout: first "
             f"`swap-encoder convert --mllm {source} --out {source.name}-hf`, then retrain that"
         )
     stored = checkpoint.tensors
@@ -267,6 +267,8 @@ def train(
             f"memory is full at --batch-size {job.recipe.batch_size}: halve it and double "
             "--gradient-accumulation, or add --gradient-checkpointing"
         ) from None
+    except DivergedError:
+        raise
     except UserError as error:
         # From a data loader's worker the message arrives wrapped in a traceback.
         cause = str(error).rpartition("UserError: ")[2]
