@@ -1,0 +1,66 @@
+"""``mgll-encoder pretrain``: train a tower on images and multi-granular texts."""
+
+from pathlib import Path
+
+import typer
+
+from mgll_encoder.common.cli import note, stdout
+from mgll_encoder.common.errors import UserError
+
+
+def pretrain(
+    data: Path = typer.Option(..., help="Manifest (.jsonl), as 'mgll-encoder data fundus' writes it."),
+    out: Path = typer.Option(..., help="New folder for the tower."),
+    images: Path | None = typer.Option(None, help="Image folder (default: the one that the manifest names)."),
+    loss: str = typer.Option("mgll", help="mgll, or clip: the control, all texts of an image joined in one."),
+    preset: str = typer.Option("small", help="Size of a new tower: tiny or small (64 px, for CPUs)."),
+    init: Path | None = typer.Option(None, help="A tower to start from, instead of a new one."),
+    granularities: str = typer.Option("", help="Which to use, separated by commas (default: all)."),
+    alpha: str = typer.Option("1,0.1,0.1", help="Weights of soft CLIP, point-wise and smooth KL; 0 ablates."),
+    epochs: int = typer.Option(20, help="Passes over the training images."),
+    batch_size: int = typer.Option(64, help="Images per step."),
+    lr: float = typer.Option(5e-4, help="Peak learning rate."),
+    weight_decay: float = typer.Option(0.05, help="Weight decay of the weight matrices."),
+    seed: int = typer.Option(0, help="Draws weights, order and augmentation."),
+    workers: int = typer.Option(2, help="Processes that open images."),
+    strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be left out."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with a killed run of the same options."),
+    force: bool = typer.Option(False, "--force", help="Replace an existing tower."),
+) -> None:
+    """Train a tower with the MGLL losses, or its plain CLIP control, on the manifest's training split.
+
+    Example: mgll-encoder pretrain --data manifest.jsonl --loss mgll --epochs 20 --out mgll-fundus
+    """
+    from mgll_encoder.losses import Alphas
+    from mgll_encoder.pretrain import PretrainOptions
+    from mgll_encoder.pretrain import pretrain as run
+
+    try:
+        soft_clip, pointwise, smooth_kl = (float(part) for part in alpha.split(","))
+    except ValueError:
+        raise UserError(f"--alpha is '{alpha}': give three numbers, such as 1,0.1,0.1") from None
+    options = PretrainOptions(
+        loss=loss,  # type: ignore[arg-type]  # checked by PretrainOptions
+        preset=preset,
+        init=init,
+        granularities=tuple(name.strip() for name in granularities.split(",") if name.strip()),
+        alphas=Alphas(soft_clip, pointwise, smooth_kl),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        seed=seed,
+    )
+    result = run(
+        data, out, options, images=images, workers=workers, strict=strict, resume=resume, force=force
+    )
+    for line in result.skipped.lines():
+        note(line)
+    stdout.print(
+        f"{result.images} images, {result.steps} steps: training loss {result.losses[0]:.4f} -> "
+        f"{result.losses[-1]:.4f}, temperature {result.temperature:.4f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    stdout.print(f"tower: {out}", highlight=False, soft_wrap=True)
+    stdout.print(f"next: swap-encoder --mllm llava-med --encoder {out}", highlight=False, soft_wrap=True)
