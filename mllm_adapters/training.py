@@ -36,7 +36,10 @@ RUN = "run.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result of a retraining; the defaults are LLaVA's stage 1 (scripts/v1_5/pretrain.sh).
+    """What decides the result of a retraining.
+
+    Learning rate, schedule, warm-up and length are those of LLaVA's first stage (haotian-liu/LLaVA,
+    scripts/v1_5/pretrain.sh), which also averages over 256 examples per step.
 
     Attributes:
         epochs: Passes over the data.
@@ -362,7 +365,6 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
         warmup_steps=recipe.warmup_ratio,
         weight_decay=0.0,
         seed=recipe.seed,
-        data_seed=recipe.seed,
         bf16=job.precision == "bfloat16",
         logging_steps=options.logging_steps,
         logging_first_step=True,

@@ -53,8 +53,9 @@ def retrain(
 ) -> None:
     """Retrain the projector of a multimodal LLM; tower and language model stay as they are.
 
-    The result is a checkpoint like the one given, with new projector tensors. Checkpoints to resume from and logs
-    go to <out>.training.
+    The result is a checkpoint like the one given, with new projector tensors.
+
+    Logs, and checkpoints to resume from, go to <out>.training.
 
     Example: retrain-projector --model llava-med-mgll-fundus --data train.json --images images/
     """

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from mgll_encoder.common.errors import UserError
@@ -100,6 +100,19 @@ def test_tokens_that_carry_their_leading_space_are_labelled_exactly(processor, i
     encoded = encode(render(conversation("<image>\nIs it pale?", "No: it is pink."), wordy), images, wordy)
     assert labelled(encoded, wordy).replace(" </s>", "</s>").strip() == "No: it is pink.</s>"
     assert (encoded["labels"] != IGNORED).sum() < len("No: it is pink.")
+
+
+@pytest.mark.parametrize("template", [builders.CHAT_TEMPLATE, CHATML])
+def test_the_first_special_token_stands_there_once_whoever_writes_it(processor, images, template):
+    backend = processor.tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    processor.chat_template = template
+    row = conversation("<image>\nA?", "b")
+    encoded = encode(render(row, processor), images, processor)
+    assert (encoded["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
+    assert encoded["input_ids"][0] == processor.tokenizer.bos_token_id
+    _, counts = prepare_examples(corpus(images, row), processor, len(encoded["input_ids"]), text_only=False)
+    assert counts.kept == 1
 
 
 def test_a_template_that_rewrites_history_is_refused(processor):
