@@ -126,5 +126,5 @@ def components(model: nn.Module) -> dict[str, Component]:
 def outermost_modules(model: nn.Module, component: Component) -> list[nn.Module]:
     """The modules that make up a component, without the modules inside them."""
     pattern = re.compile(getattr(family_of_model(model).spec, component))
-    inside = {name for name, _ in model.named_modules() if name and pattern.search(f"{name}.")}
+    inside = [name for name, _ in model.named_modules() if name and pattern.search(f"{name}.")]
     return [model.get_submodule(name) for name in inside if name.rpartition(".")[0] not in inside]
