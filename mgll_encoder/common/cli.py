@@ -4,11 +4,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mgll_encoder.common.errors import UserError
@@ -51,23 +52,25 @@ def run(app: typer.Typer) -> NoReturn:
         _fail(130, "interrupted")
     except Exception as error:  # the last resort: our fault, said in one line
         _reraise_if_debugging()
-        _fail(1, f"{type(error).__name__}: {error} (a fault of ours: run again with MGLL_DEBUG=1 and report it)")
+        _fail(
+            1, f"{type(error).__name__}: {error} (a fault of ours: run again with MGLL_DEBUG=1 and report it)"
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def warn(message: str) -> None:
     """Tell the user something they should know, on stderr."""
-    stderr.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)
+    stderr.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def note(message: str) -> None:
     """Say what is being done, on stderr."""
-    stderr.print(message, highlight=False, soft_wrap=True)
+    stderr.print(escape(message), highlight=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate under a progress bar on stderr (a plain line where stderr is no terminal)."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     if not stderr.is_terminal:
         note(f"{description} ..." if total is None else f"{description} ({total}) ...")
@@ -80,7 +83,8 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 def _quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
@@ -90,5 +94,5 @@ def _reraise_if_debugging() -> None:
 
 
 def _fail(code: int, message: str) -> NoReturn:
-    stderr.print(f"[red]error:[/red] {' '.join(message.split())}", highlight=False, soft_wrap=True, markup=True)
+    stderr.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
     sys.exit(code)

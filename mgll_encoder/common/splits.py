@@ -20,8 +20,10 @@ def assign_split(patient: str, test: float = 0.3, val: float = 0.0, seed: int = 
     Raises:
         UserError: the shares do not leave room for a training split.
     """
-    if not (0 <= test and 0 <= val and test + val < 1):
-        raise UserError(f"split shares test={test} and val={val} must be at least 0 and add up to less than 1")
+    if not (test >= 0 and val >= 0 and test + val < 1):
+        raise UserError(
+            f"split shares test={test} and val={val} must be at least 0 and add up to less than 1"
+        )
     digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
     if position < test:
