@@ -111,7 +111,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _open_shards(folder: Path, index: Path) -> Checkpoint:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if (
+        not isinstance(weight_map, dict)
+        or not all(isinstance(v, str) for v in weight_map.values())
+        or not weight_map
+    ):
         raise UserError(
             f"{index}: field 'weight_map' is missing or empty: expected tensor names with their shards"
         )
@@ -131,8 +135,11 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
 
 
 def _open_file(path: Path) -> Checkpoint:
-    with path.open("rb") as stream:
-        head = stream.read(9)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(9)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     if not head:
         raise UserError(f"{path} is empty (0 bytes): copy or download it again")
     if head[8:9] == b"{":  # eight bytes of header length, then the JSON header

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import ValidationError
 from transformers import CLIPConfig, CLIPVisionConfig
 
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.preprocess import read_preprocessing
-from mgll_encoder.spec import TowerSpec
+from mgll_encoder.spec import TowerSpec, checked
 
-HF_FOLDER, OURS = "transformers folder", "mgll tower folder"
+HF_FOLDER, OPEN_CLIP_FOLDER, OURS = "transformers folder", "open_clip folder", "mgll tower folder"
 
 TOWER_FILE = "mgll_tower.json"
 TOWER_VERSION = 1
@@ -29,6 +28,14 @@ _HF_FIELDS = {
     "activation": "hidden_act",
     "layer_norm_eps": "layer_norm_eps",
 }
+
+_OPEN_CLIP_FIELDS = {
+    "width": "width",
+    "depth": "layers",
+    "patch_size": "patch_size",
+    "image_size": "image_size",
+}
+_OPEN_CLIP_RESIZE = {"shortest": "crop", "squash": "squash"}
 
 
 @dataclass(frozen=True)
@@ -63,20 +70,9 @@ def read_claims(path: Path) -> Claims:
         )
     if (path / TOWER_FILE).is_file():
         return _ours(path)
-    return _transformers(path) if (path / "config.json").is_file() else Claims()
-
-
-def checked_spec(fields: Mapping[str, Any], where: Path) -> TowerSpec:
-    """A ``TowerSpec``, or a ``UserError`` that names the field and its file."""
-    try:
-        spec = TowerSpec(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}") from None
-    if spec.heads < 1 or spec.width % spec.heads:
-        raise UserError(f"{where}: width {spec.width} cannot be divided among {spec.heads} attention heads")
-    return spec
+    if (path / "config.json").is_file():
+        return _transformers(path)
+    return _open_clip(path) if (path / "open_clip_config.json").is_file() else Claims()
 
 
 def _ours(folder: Path) -> Claims:
@@ -91,7 +87,7 @@ def _ours(folder: Path) -> Claims:
         raise UserError(
             f"{file}: field 'spec' is missing: expected the vision contract; write the tower again"
         )
-    spec = checked_spec(content["spec"], file)
+    spec = checked(TowerSpec, content["spec"], file)
     beside = folder / "config.json"
     act = read_json(beside).get("hidden_act") if beside.is_file() else spec.activation
     if act != spec.activation:
@@ -99,7 +95,31 @@ def _ours(folder: Path) -> Claims:
             f"{file}: field 'activation' is {spec.activation}, but {beside} has hidden_act {act!r}: "
             "expected both to agree; write the tower again"
         )
-    return Claims(OURS, file, spec.model_dump(exclude_none=True))
+    record = content.get("provenance") or {}
+    notes = []
+    if record.get("activation_source") == "default":
+        notes.append(
+            f"{file}: {spec.activation} was a mere default for {record.get('source')} when this folder was written; "
+            "if you know the right activation, convert again with --activation"
+        )
+    return Claims(OURS, file, spec.model_dump(exclude_none=True), notes=tuple(notes))
+
+
+def _open_clip(folder: Path) -> Claims:
+    file = folder / "open_clip_config.json"
+    content = read_json(file)
+    model, pixels = content.get("model_cfg") or {}, content.get("preprocess_cfg") or {}
+    vision = model.get("vision_cfg")
+    if not isinstance(vision, dict):
+        raise UserError(f"{file}: field 'model_cfg.vision_cfg' is missing: expected open_clip's own config")
+    fields = {ours: vision[theirs] for ours, theirs in _OPEN_CLIP_FIELDS.items() if theirs in vision}
+    fields["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    if "head_width" in vision and "width" in vision:
+        fields["heads"] = vision["width"] // vision["head_width"]
+    if "mean" in pixels and "std" in pixels:
+        mode = pixels.get("resize_mode", "shortest")
+        fields |= {"mean": pixels["mean"], "std": pixels["std"], "resize": _OPEN_CLIP_RESIZE.get(mode, mode)}
+    return Claims(OPEN_CLIP_FOLDER, file, fields, {**_OPEN_CLIP_FIELDS, "activation": "quick_gelu"})
 
 
 def _transformers(folder: Path) -> Claims:

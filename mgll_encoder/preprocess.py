@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, CLIPImageProcessor, LlavaImageProcessor
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, Resize
+from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, Resize, checked
 
 _BICUBIC = 3  # PIL's number, as preprocessor_config.json has it
 
@@ -72,27 +72,29 @@ def read_preprocessing(config: Mapping[str, Any], where: Path) -> tuple[dict[str
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if config.get(step) is False:
             raise UserError(f"{where}: field '{step}' is false: expected true, a tower needs all three steps")
+    crops = config.get("do_center_crop", True) and config.get("crop_size") is not None
+    size, crop = config.get("size", 224), config.get("crop_size")
+    by_edge = isinstance(size, int) or (isinstance(size, Mapping) and "shortest_edge" in size)
+    resized = _sides(size)
+    final = _sides(crop) if crops else resized
+    resize: Resize = "pad" if config.get("do_pad") else "crop" if by_edge else "squash"
+    if len(final) != 1 or (resize == "crop" and not config.get("do_center_crop", True)):
+        raise UserError(f"{where}: size {size} with crop {crop} makes no square image: expected a square")
     notes = []
-    size, crop, crops = config.get("size", 224), config.get("crop_size"), config.get("do_center_crop", True)
-    edge = size if isinstance(size, int) else size.get("shortest_edge")
-    sides = {edge} if edge else {size.get("height"), size.get("width")}
-    if crops and crop is not None:
-        sides_after = {crop} if isinstance(crop, int) else {crop.get("height"), crop.get("width")}
-    else:
-        sides_after = sides
-    resize: Resize = "pad" if config.get("do_pad") else "crop" if edge else "squash"
-    if len(sides_after) != 1 or None in sides_after or (resize == "crop" and not crops):
-        raise UserError(
-            f"{where}: size {size} with crop {crop} makes no square image: expected a square for a tower"
-        )
-    if sides != sides_after:
+    if resized != final:
         notes.append(f"{where.name} resizes to {size} and crops to {crop}; here it resizes to the crop")
     if config.get("resample", _BICUBIC) != _BICUBIC:
         notes.append(f"{where.name} has resample {config['resample']}; here it is bicubic (3)")
-    found = {
-        "mean": tuple(config.get("image_mean", CLIP_MEAN)),
-        "std": tuple(config.get("image_std", CLIP_STD)),
+    fields = {
+        "mean": config.get("image_mean", CLIP_MEAN),
+        "std": config.get("image_std", CLIP_STD),
         "resize": resize,
-        "image_size": sides_after.pop(),
+        "image_size": final.pop(),
     }
-    return found, tuple(notes)
+    return checked(PixelRule, fields, where).model_dump(), tuple(notes)
+
+
+def _sides(size: Any) -> set[int]:
+    """The lengths in a ``size`` or ``crop_size`` of any age; empty where there is none."""
+    values = size.values() if isinstance(size, Mapping) else [size]
+    return {value for value in values if isinstance(value, int)}

@@ -1,8 +1,12 @@
 """The vision contract that travels with a tower."""
 
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+
+from mgll_encoder.common.errors import UserError
 
 Activation = Literal["gelu", "quick_gelu"]
 Resize = Literal["squash", "crop", "pad"]
@@ -26,7 +30,7 @@ class PixelRule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image_size: int
+    image_size: PositiveInt
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     resize: Resize = "squash"
@@ -46,14 +50,20 @@ class TowerSpec(PixelRule):
         layer_norm_eps: Epsilon of every LayerNorm.
     """
 
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    patch_size: int
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    mlp_width: PositiveInt
+    patch_size: PositiveInt
     activation: Activation
-    projection_dim: int | None = None
+    projection_dim: PositiveInt | None = None
     layer_norm_eps: float = 1e-5
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} cannot be divided among {self.heads} attention heads")
+        return self
 
     @property
     def grid(self) -> int:
@@ -64,3 +74,26 @@ class TowerSpec(PixelRule):
     def patches(self) -> int:
         """Patch tokens per image (without the class token)."""
         return self.grid**2
+
+
+Contract = TypeVar("Contract", bound=PixelRule)
+
+
+def checked(kind: type[Contract], fields: Mapping[str, Any], where: Path) -> Contract:
+    """Build a contract from fields that somebody else wrote.
+
+    Args:
+        kind: ``PixelRule`` or ``TowerSpec``.
+        fields: Its fields.
+        where: The file that they come from, for the error message.
+
+    Raises:
+        UserError: a field is missing, unknown or of another type.
+    """
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        found = f"field '{name}' is {first['input']!r}: " if name else ""
+        raise UserError(f"{where}: {found}{first['msg']}") from None

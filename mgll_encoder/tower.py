@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mgll_encoder.checkpoint import Checkpoint, open_checkpoint
-from mgll_encoder.claims import HF_FOLDER, Claims, checked_spec, read_claims
+from mgll_encoder.claims import HF_FOLDER, OPEN_CLIP_FOLDER, Claims, read_claims
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.keymap import PROJECTION, KeyPlan, plan_keys
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Activation, TowerSpec
+from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Activation, TowerSpec, checked
 
 Origin = Literal["stored", "option", "default"]
 
@@ -26,6 +26,8 @@ PROJECTION_FILE = "visual_projection.safetensors"
 
 _CLIP_PIXELS: dict[str, Any] = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize": "crop"}
 _MGLL_PIXELS: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "squash"}
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 OFFICIAL, OPENAI, OPEN_CLIP = "mgll training checkpoint", "OpenAI state dict", "open_clip state dict"
 HF_STATE = "transformers state dict"
@@ -36,6 +38,7 @@ _DEFAULTS: dict[str, tuple[Activation, dict[str, Any]]] = {
     OPEN_CLIP: ("gelu", _CLIP_PIXELS),
     HF_STATE: ("quick_gelu", _CLIP_PIXELS),
     HF_FOLDER: ("quick_gelu", _CLIP_PIXELS),
+    OPEN_CLIP_FOLDER: ("gelu", _CLIP_PIXELS),
 }
 """Layout -> activation and preprocessing where the source says nothing. Why:
 
@@ -173,9 +176,13 @@ def load_tower(
     """
     header, tensors, projection = _read(Path(path), activation)
     dtype = dtype or torch.float32
-    model = build_model(header.spec)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
-    return Tower(header, model.eval(), None if projection is None else projection.to(dtype).contiguous())
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        model = build_model(header.spec)
+    own = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}  # not the mapped file
+    model.load_state_dict(own, assign=True)
+    model.embeddings.position_ids = torch.arange(1 + header.spec.patches)[None]  # in no state dict
+    projection = None if projection is None else projection.to(dtype, copy=True).contiguous()
+    return Tower(header, model.eval(), projection)
 
 
 def build_model(spec: TowerSpec) -> CLIPVisionModel:
@@ -242,7 +249,7 @@ def _examine(path: Path, activation: Activation | None) -> tuple[TowerHeader, Ch
     measured = _measure(tensors, path)
     _compare(measured, claims, path)
     fields = {"heads": max(1, measured["width"] // 64), **measured, **pixels, **claims.fields}
-    spec = checked_spec({**fields, "activation": chosen}, claims.file or path)
+    spec = checked(TowerSpec, {**fields, "activation": chosen}, claims.file or path)
     _check_shapes(tensors, spec, path)
 
     header = TowerHeader(
@@ -351,7 +358,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], spec: TowerSpec, path: Path) ->
                 f"{path}: tensor '{name}' has shape {list(tensor.shape)}: expected {list(expected[name])} "
                 f"in a tower of width {spec.width} and patch {spec.patch_size}"
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _FLOATS:
             raise UserError(
                 f"{path}: tensor '{name}' is {tensor.dtype}: expected floats, not quantised weights"
             )

@@ -249,6 +249,33 @@ def shard_elsewhere(folder: Path) -> Path:
     return folder
 
 
+def mixed_index(folder: Path) -> Path:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 1, "b": "c"}}))
+    return folder
+
+
+def preprocessor(folder: Path, **fields: object) -> Path:
+    hf(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 28, "crop_size": 28} | fields))
+    return folder
+
+
+def no_normalisation(folder: Path) -> Path:
+    return preprocessor(folder, do_normalize=False)
+
+
+def oblong_pixels(folder: Path) -> Path:
+    return preprocessor(folder, size={"height": 28, "width": 42}, do_center_crop=False)
+
+
+def odd_size(folder: Path) -> Path:
+    return preprocessor(folder, size=None, crop_size=None)
+
+
+def grey_mean(folder: Path) -> Path:
+    return preprocessor(folder, image_mean=[0.5])
+
+
 CASES: dict[Callable[[Path], Path], str] = {
     missing: "{path} does not exist: check the path of the tower",
     empty: "{path} is empty (0 bytes): copy or download it again",
@@ -285,7 +312,8 @@ CASES: dict[Callable[[Path], Path], str] = {
     two_towers: "{path}: found 2 vision towers, at 'teacher.visual.', 'visual.': expected one; save it alone",
     wrong_shape: "{path}: tensor 'encoder.layers.1.layer_norm2.weight' has shape [32]: expected [64] in a tower of "
     "width 64 and patch 14",
-    quantised: "{path}: tensor 'embeddings.patch_embedding.weight' is torch.int8: expected floats, not quantised weights",
+    quantised: "{path}: tensor 'embeddings.patch_embedding.weight' is torch.int8: expected floats, not "
+    "quantised weights",
     odd_positions: "{path}: the position table has 9 rows: expected a class token and a square grid",
     unknown_activation: "{path}/config.json: field 'hidden_act' is 'gelu_pytorch_tanh': expected gelu or quick_gelu; "
     "a tower with another activation is not supported",
@@ -301,6 +329,13 @@ CASES: dict[Callable[[Path], Path], str] = {
     no_weights: "folder {path} holds no weights (found: config.json): expected one of model.safetensors.index.json, ",
     lost_shard: "{path}/model.safetensors.index.json names the shard 'model-00002-of-00007.safetensors', which is not "
     "in {path}: complete the download",
+    mixed_index: "{path}/model.safetensors.index.json: field 'weight_map' is missing or empty: expected tensor names",
+    no_normalisation: "{path}/preprocessor_config.json: field 'do_normalize' is false: expected true, a tower needs "
+    "all three steps",
+    oblong_pixels: "{path}/preprocessor_config.json: size {{'height': 28, 'width': 42}} with crop 28 makes no square "
+    "image: expected a square",
+    odd_size: "{path}/preprocessor_config.json: size None with crop None makes no square image: expected a square",
+    grey_mean: "{path}/preprocessor_config.json: field 'mean.1' is [0.5]: Field required",
     shard_elsewhere: "{path}/model.safetensors.index.json names the shard '../secret.safetensors', which is not in "
     "{path}: complete the download",
 }

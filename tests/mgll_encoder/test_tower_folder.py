@@ -145,6 +145,21 @@ def test_a_tampered_contract_is_refused(folder: Path, changes: dict, message: st
         inspect_tower(folder)
 
 
+def test_a_guess_is_remembered_after_conversion(source: Path, tmp_path: Path) -> None:
+    save_tower(load_tower(source), tmp_path / "guessed")
+    (said,) = inspect_tower(tmp_path / "guessed").warnings
+    assert "gelu was a mere default for mgll-fundus.pt" in said
+    assert "convert again with --activation" in said
+
+
+def test_a_loaded_tower_does_not_hang_on_its_file(source: Path) -> None:
+    tower = load_tower(source)
+    before = {name: tensor.clone() for name, tensor in tower.model.state_dict().items()}
+    with source.open("r+b") as stream:
+        stream.write(bytes(source.stat().st_size))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.model.state_dict().items())
+
+
 def test_a_lost_projection_is_noticed(folder: Path) -> None:
     (folder / "visual_projection.safetensors").unlink()
     with pytest.raises(

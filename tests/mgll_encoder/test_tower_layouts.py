@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgll_encoder import Tower, inspect_tower, load_tower, tower_state_dict
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD
+from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tests.mgll_encoder import towers
 
 State = dict[str, Tensor]
@@ -81,6 +81,24 @@ def test_openai_constants_call_for_quick_gelu(tmp_path: Path) -> None:
     for header in (plain, openai):
         assert (header.spec.mean, header.spec.std, header.spec.resize) == (CLIP_MEAN, CLIP_STD, "crop")
         assert [w for w in header.warnings if "--activation" in w]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_an_open_clip_folder_says_what_it_was_trained_with(tmp_path: Path, quick: bool) -> None:
+    model = towers.open_clip_model(quick_gelu=quick, width=128)
+    save_file(towers.state_of(model), tmp_path / "open_clip_model.safetensors")
+    vision = {"image_size": 42, "layers": 3, "width": 128, "patch_size": 14, "head_width": 64}
+    pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize_mode": "squash"}
+    config = {
+        "model_cfg": {"embed_dim": 24, "vision_cfg": vision, "quick_gelu": quick},
+        "preprocess_cfg": pixels,
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    tower = load_tower(tmp_path)
+    assert (tower.header.layout, tower.header.warnings) == ("open_clip folder", ())
+    assert (tower.spec.mean, tower.spec.resize, tower.spec.heads) == (IMAGENET_MEAN, "squash", 2)
+    images = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(1))
+    assert_same(tower, images, towers.open_clip_features(model, images))
 
 
 def hf_expected(model: torch.nn.Module, pixels: Tensor) -> State:
