@@ -180,7 +180,8 @@ def load_tower(
         model = build_model(header.spec)
     own = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}  # not the mapped file
     model.load_state_dict(own, assign=True)
-    model.embeddings.position_ids = torch.arange(1 + header.spec.patches)[None]  # in no state dict
+    positions = torch.arange(1 + header.spec.patches)[None]  # in no state dict
+    model.embeddings.position_ids = torch.nn.Buffer(positions, persistent=False)
     projection = None if projection is None else projection.to(dtype, copy=True).contiguous()
     return Tower(header, model.eval(), projection)
 

@@ -78,7 +78,7 @@ def test_an_unknown_activation_is_answered_with_the_nearest(typed, source: Path)
     )
 
 
-@pytest.mark.parametrize("command", [(), ("inspect",), ("convert",), ("data",)])
+@pytest.mark.parametrize("command", [(), ("inspect",), ("convert",), ("data",), ("pretrain",)])
 def test_help_has_an_example_and_does_not_wait_for_torch(command: tuple[str, ...]) -> None:
     program = (
         "import sys; from mgll_encoder.cli import app\n"
