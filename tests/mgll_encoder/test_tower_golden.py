@@ -86,9 +86,9 @@ def test_every_tensor_is_taken_or_counted(checkpoint: Path) -> None:
     with torch.serialization.safe_globals([argparse.Namespace]):
         source = torch.load(checkpoint, weights_only=True)["model"]
     header, tensors = tower_state_dict(checkpoint)
-    taken = sum(key.startswith("clip.visual.") for key in source)
+    taken = sum("clip.visual." in key for key in source)
     assert sum(header.dropped.values()) == len(source) - taken
-    assert set(header.dropped) == {"text tower", "temperature", "MGLL cross-attention"}
+    assert set(header.dropped) <= {"text tower", "temperature", "MGLL cross-attention"}
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == header.tensors
 
 
