@@ -4,8 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import builders
+
+torch.set_num_threads(1)  # models here are tiny, and tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # likewise for the commands that tests start
 
 
 def _folder_from(variable: str, default: str) -> Path:
