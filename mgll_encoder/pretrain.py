@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -169,16 +169,36 @@ def pretrain(
 
 
 class _Trainer(Trainer):
-    """transformers' Trainer, with weight decay on weight matrices only (CLIP's rule) and one line per epoch."""
+    """transformers' Trainer, with weight decay on weight matrices only (CLIP's rule) and the loss terms logged."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._terms: list[dict[str, Tensor]] = []
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss, terms = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._terms.append({name: value for name, value in terms.items() if name != "loss"})
+        return (loss, terms) if return_outputs else loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._terms and "loss" in logs:
+            for name in self._terms[0]:
+                logs[name] = round(float(torch.stack([terms[name] for terms in self._terms]).mean()), 4)
+            self._terms.clear()
         super().log(logs, start_time)
         if "loss" in logs and self.args.disable_tqdm and self.is_world_process_zero():
+            terms = ", ".join(f"{name} {logs[name]:.4f}" for name in asdict(Alphas()) if name in logs)
             epochs = round(self.args.num_train_epochs)
-            note(f"epoch {round(self.state.epoch or 0)}/{epochs}: training loss {logs['loss']:.4f}")
+            note(f"epoch {round(self.state.epoch or 0)}/{epochs}: training loss {logs['loss']:.4f} ({terms})")
 
 
 def _towers(options: PretrainOptions, vocabulary: int) -> TwoTowers:
