@@ -54,7 +54,7 @@ class PretrainOptions:
     granularities: tuple[str, ...] = ()
     alphas: Alphas = field(default_factory=Alphas)
     epochs: int = 20
-    batch_size: int = 64
+    batch_size: int = 32
     lr: float = 5e-4
     weight_decay: float = 0.05
     seed: int = 0
@@ -133,12 +133,19 @@ def pretrain(
     set_seed(options.seed)
     model = _towers(options, len(plan.vocabulary))
     checkpoints = out.absolute().parent / f".{out.name}.training"
-    last = _prepare_checkpoints(checkpoints, _identity(manifest, options, plan), resume)
-
+    identity = _identity(manifest, options, plan)
     data = ManifestImages(plan, model.spec, options.seed)
+    arguments = _arguments(checkpoints, options, len(data), workers)
+    if resume:
+        last = _last_checkpoint(checkpoints, identity)
+    else:
+        last = None
+        if arguments.process_index == 0:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            write_text(checkpoints / RUN_FILE, json.dumps(identity, indent=2))
     trainer = _Trainer(
         model=model,
-        args=_arguments(checkpoints, options, len(data), workers),
+        args=arguments,
         train_dataset=data,
         data_collator=Collator(plan.vocabulary),
     )
@@ -155,7 +162,7 @@ def pretrain(
     temperature = float(1 / model.loss.scale.detach())
     if trainer.is_world_process_zero():
         record = {
-            **_identity(manifest, options, plan),
+            **identity,
             "steps": outcome.global_step,
             "epoch_losses": [round(loss, 6) for loss in losses],
             "final_loss": round(losses[-1], 6),
@@ -231,6 +238,7 @@ def _arguments(folder: Path, options: PretrainOptions, rows: int, workers: int) 
         save_strategy="epoch",
         save_total_limit=1,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         disable_tqdm=not stderr.is_terminal,
         report_to=[],
     )
@@ -251,13 +259,9 @@ def _identity(manifest: Path, options: PretrainOptions, plan: Plan) -> dict[str,
     }
 
 
-def _prepare_checkpoints(folder: Path, identity: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None after clearing the folder for a new run."""
+def _last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path:
+    """The newest whole checkpoint of the same run."""
     stored = folder / RUN_FILE
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_text(stored, json.dumps(identity, indent=2))
-        return None
     whole = [
         path.parent for path in folder.glob("checkpoint-*/trainer_state.json")
     ]  # written last by the Trainer

@@ -16,9 +16,11 @@ def pretrain(
     preset: str = typer.Option("small", help="Size of a new tower: tiny or small (64 px, for CPUs)."),
     init: Path | None = typer.Option(None, help="A tower to start from, instead of a new one."),
     granularities: str = typer.Option("", help="Which to use, separated by commas (default: all)."),
-    alpha: str = typer.Option("1,0.1,0.1", help="Weights of soft CLIP, point-wise and smooth KL; 0 ablates."),
+    alpha: str = typer.Option(
+        "1,0.02,0.1", help="Weights of soft CLIP, point-wise and smooth KL; 0 ablates."
+    ),
     epochs: int = typer.Option(20, help="Passes over the training images."),
-    batch_size: int = typer.Option(64, help="Images per step."),
+    batch_size: int = typer.Option(32, help="Images per step."),
     lr: float = typer.Option(5e-4, help="Peak learning rate."),
     weight_decay: float = typer.Option(0.05, help="Weight decay of the weight matrices."),
     seed: int = typer.Option(0, help="Draws weights, order and augmentation."),
@@ -38,7 +40,7 @@ def pretrain(
     try:
         soft_clip, pointwise, smooth_kl = (float(part) for part in alpha.split(","))
     except ValueError:
-        raise UserError(f"--alpha is '{alpha}': give three numbers, such as 1,0.1,0.1") from None
+        raise UserError(f"--alpha is '{alpha}': give three numbers, such as 1,0.02,0.1") from None
     options = PretrainOptions(
         loss=loss,  # type: ignore[arg-type]  # checked by PretrainOptions
         preset=preset,

@@ -127,7 +127,7 @@ def test_training_lowers_the_loss_and_writes_a_tower_with_its_history(manifest, 
     assert record["loss"] == loss
     assert record["seed"] == 0
     assert record["final_loss"] == pytest.approx(result.losses[-1], abs=1e-5)
-    assert record["alphas"]["pointwise"] == (0.1 if loss == "mgll" else 0)
+    assert record["alphas"]["pointwise"] == (0.02 if loss == "mgll" else 0)
     assert len(record["manifest_sha256"]) == 64
     assert [path.name for path in tmp_path.iterdir()] == ["tower"]
 
