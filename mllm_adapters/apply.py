@@ -3,22 +3,36 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
-from mgll_encoder.common.files import new_folder
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free, new_folder
+from mgll_encoder.preprocess import image_processor
+from mllm_adapters.card import model_card
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Family, Plan, Step
+from mllm_adapters.loading import check_complete
 from mllm_adapters.operations import compute
 from mllm_adapters.streaming import DTYPE_CODES, nbytes, write_safetensors
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "mgll_swap.json"
-REWRITTEN = ("config.json", "processor_config.json", "preprocessor_config.json", "README.md", PROVENANCE)
+CARD = "README.md"
+REWRITTEN = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    CARD,
+    PROVENANCE,
+)
 """Side files that a swap writes anew; the source's others are copied."""
 
 
@@ -42,22 +56,59 @@ def apply_plan(
         progress: Called with the number of bytes written, tensor by tensor.
 
     Raises:
-        UserError: ``out`` exists, or something in the source cannot be read.
+        UserError: ``out`` cannot be written, something in the source cannot be read, or the planned tensors are not
+            those of the planned model.
     """
-    with new_folder(out, force) as partial:
+    check_complete(plan)
+    processor = family.processor(plan)
+    with new_checkpoint(out, force, inputs(plan)) as partial:
         write_weights(
             partial, checkpoint, plan.steps, lambda steps: compute(plan, checkpoint, steps), progress
         )
-        for file in checkpoint.side_files:
-            if file.name not in REWRITTEN:
-                shutil.copy2(file, partial / file.name)
-        (partial / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-        processor = family.processor(plan)
+        copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), partial)
         if processor is not None:
             processor.save_pretrained(partial)
-            processor.image_processor.save_pretrained(partial)  # the file that releases before 5.0 read
+        # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
+        image_processor(plan.after).save_pretrained(partial)
         (partial / PROVENANCE).write_text(provenance(plan), encoding="utf-8")
+        (partial / CARD).write_text(model_card(plan), encoding="utf-8")
+        # Last, so that a folder left behind by a kill is no checkpoint.
+        (partial / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
     return out
+
+
+def inputs(plan: Plan) -> tuple[Path, ...]:
+    """The files and folders that a plan reads."""
+    return (plan.source,) if plan.tower is None else (plan.source, plan.tower)
+
+
+def check_output(out: Path, force: bool, inputs: Iterable[Path]) -> None:
+    """Refuse an output path that is taken, or (whatever ``force`` says) that is or holds an input.
+
+    Raises:
+        UserError: it is.
+    """
+    for given in inputs:
+        if given.resolve().is_relative_to(out.resolve()):
+            what = "is" if given.resolve() == out.resolve() else "holds"
+            raise UserError(f"output {out} {what} the input {given}: choose another --out")
+    check_free(out, force)
+
+
+@contextmanager
+def new_checkpoint(out: Path, force: bool, inputs: Iterable[Path]) -> Iterator[Path]:
+    """`new_folder` for a checkpoint made of others, which it never replaces.
+
+    Raises:
+        UserError: ``out`` is taken, is or holds an input, or cannot be written.
+    """
+    check_output(out, force, inputs)
+    try:
+        with new_folder(out, force) as partial:
+            yield partial
+    except OSError as error:
+        where = error.filename or out
+        raise UserError(f"{out} cannot be written ({where}: {error.strerror or error})") from error
 
 
 def write_weights(
@@ -112,7 +163,13 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy files, but not their permissions: the copies of a read-only source can be written."""
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
 
 
 def provenance(plan: Plan) -> str:

@@ -13,8 +13,14 @@ from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where a folder's weights are looked for; the first that is there counts, as in transformers."""
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
@@ -55,16 +61,13 @@ class Checkpoint:
         Raises:
             UserError: there are none, or one that the index names is missing.
         """
-        names = (
-            sorted(set(self._weight_map.values())) or [n for n in SINGLES if (self.folder / n).is_file()][:1]
-        )
-        if not names:
-            expected = ", ".join(INDEXES + SINGLES)
-            raise UserError(f"{self.folder} holds a config.json but no weights: expected one of {expected}")
-        for name in names:
-            if not (self.folder / name).is_file():
+        if self._weights_file.suffix != ".json":
+            return [self._weights_file]
+        shards = sorted(set(self._weight_map.values()))
+        for name in shards:
+            if Path(name).name != name or not (self.folder / name).is_file():
                 raise UserError(f"{self.folder}: shard {name} is missing: complete the download")
-        return [self.folder / name for name in names]
+        return [self.folder / name for name in shards]
 
     @cached_property
     def tensors(self) -> dict[str, TensorHeader]:
@@ -103,13 +106,27 @@ class Checkpoint:
         return self._weights(self.tensors[name].file).read([name])[name]
 
     @cached_property
+    def _weights_file(self) -> Path:
+        file = next((self.folder / name for name in WEIGHTS if (self.folder / name).is_file()), None)
+        if file is None:
+            expected = ", ".join(WEIGHTS)
+            raise UserError(f"{self.folder} holds a config.json but no weights: expected one of {expected}")
+        return file
+
+    @cached_property
     def _weight_map(self) -> dict[str, str]:
-        index = next((self.folder / name for name in INDEXES if (self.folder / name).is_file()), None)
-        if index is None:
+        """Tensor name -> shard, as the index has it; empty where there is one file and no index."""
+        if self._weights_file.suffix != ".json":
             return {}
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: field 'weight_map' is missing or empty: download it again")
+        weight_map = read_json(self._weights_file).get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(shard, str) for shard in weight_map.values())
+        ):
+            raise UserError(
+                f"{self._weights_file}: field 'weight_map' is missing or damaged: download it again"
+            )
         return weight_map
 
     def _weights(self, file: Path) -> Weights:

@@ -1,11 +1,15 @@
 """Loading any checkpoint of any family, original layout or not, with an empty loading report or not at all."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Family, Plan
+from mllm_adapters.configs import build_config
+from mllm_adapters.contract import Plan
 from mllm_adapters.operations import compute
 from mllm_adapters.parts import resolve
 from mllm_adapters.processing import load_processor
@@ -30,32 +34,59 @@ def load_mllm(path: str | Path, *, dtype: Any = "auto") -> tuple[Any, Any | None
     folder = resolve(str(path))
     checkpoint, family, layout = open_checkpoint(folder)
     if layout == "transformers":
-        return _load_native(folder, dtype)
-    return _load_planned(family.plan(checkpoint), family, checkpoint, dtype)
-
-
-def _load_native(folder: Path, dtype: Any) -> tuple[Any, Any | None]:
-    from transformers import AutoModelForImageTextToText
-
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    model, report = loaded
-    check_report(report, folder)
-    return model.eval(), load_processor(folder)
-
-
-def _load_planned(plan: Plan, family: Family, checkpoint: Checkpoint, dtype: Any) -> tuple[Any, Any | None]:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    settings = dict(plan.config)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        _ = checkpoint.tensors  # damaged and missing shards are refused here, by name
+        model = _load(None, checkpoint.config, folder, dtype=dtype)
+        return model.eval(), load_processor(folder)
+    plan = family.plan(checkpoint)
     state = {step.name: value for step, value in compute(plan, checkpoint, plan.steps)}
-    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    model, report = kind.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    check_report(report, plan.source)
+    model = _load(state, plan.config, folder, dtype=dtype)
     return model.eval(), family.processor(plan)
+
+
+def check_complete(plan: Plan) -> None:
+    """Hold a plan's tensors, by name and shape, against the model that its configuration describes.
+
+    No memory is taken: everything lies on the ``meta`` device. About a second for a model of 7B.
+
+    Raises:
+        UserError: a tensor would be missing, left over, or of another shape than the model wants.
+    """
+    from transformers.utils import logging
+
+    state = {step.name: torch.empty(step.shape, device="meta") for step in plan.steps}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # nothing is loaded
+    try:
+        _load(state, plan.config, plan.source, device_map="meta")
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load(state: dict[str, Tensor] | None, settings: Mapping[str, Any], folder: Path, **options: Any) -> Any:
+    """A model from tensors or, where there are none, from the folder; its loading report is empty."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    from transformers.utils import logging
+
+    config = build_config(settings, f"{folder}/config.json")
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # its own report says of random weights that they can be ignored
+    try:
+        model, report = kind.from_pretrained(
+            None if state else folder,
+            config=config,
+            state_dict=state,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they land in the report, which is refused
+            **options,
+        )
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise UserError(f"{folder}: transformers cannot load this model: {error!r:.300}") from error
+    finally:
+        logging.set_verbosity(before)
+    check_report(report, folder)
+    return model
 
 
 def check_report(report: Any, folder: Path) -> None:
@@ -65,7 +96,8 @@ def check_report(report: Any, folder: Path) -> None:
         UserError: a tensor is missing, left over, or of another shape than the model wants.
     """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(str(key) for key in report[kind]):
+        # A mismatched one comes with its shapes, found and expected.
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in report[kind]):
             what = kind.removesuffix("_keys")
             raise UserError(
                 f"{folder}: {len(keys)} {what} tensors, first {keys[0]}: config.json and weights do not belong "

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mgll_encoder import fold_normalisation, resample_positions, tower_state_dict
-from mgll_encoder.keymap import PROJECTION
 from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Operation, Plan, Step, VisionContract
@@ -37,14 +36,18 @@ def fitted_tower(plan: Plan) -> dict[str, Tensor]:
     if plan.tower is None:
         return {}
     header, state = tower_state_dict(plan.tower, activation=plan.after.activation)
-    state.pop(PROJECTION, None)
     return fit(state, header.spec, plan.after)
 
 
 def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContract) -> dict[str, Tensor]:
-    """Fit a tower that was trained with the pixels of ``trained`` to the grid and pixels of a vision contract."""
+    """Fit a tower that was trained with the pixels of ``trained`` to the grid and pixels of a vision contract.
+
+    What is computed comes out in float32 at least: the host's dtype may be finer than the tower's.
+    """
     fitted = dict(state)
-    fitted[POSITIONS] = resample_positions(state[POSITIONS], contract.image_size // contract.patch_size)
+    for name in (POSITIONS, PATCHES):
+        fitted[name] = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
+    fitted[POSITIONS] = resample_positions(fitted[POSITIONS], contract.image_size // contract.patch_size)
     fitted[PATCHES], fitted[POSITIONS] = fold_normalisation(
         fitted[PATCHES],
         fitted[POSITIONS],

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, isqrt
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mgll_encoder import TowerHeader, inspect_tower, vision_config
+from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
@@ -86,15 +87,20 @@ def after_swap(before: VisionContract, tower: TowerHeader | None, image_size: in
     otherwise, its number of visual tokens. The resize rule is the new tower's.
 
     Raises:
-        UserError: ``image_size`` is no multiple of the patch size.
+        UserError: ``image_size`` is no multiple of the patch size, or the tower lacks the layer that the host reads.
     """
     if tower is None:
         return before
     spec = tower.spec
-    grid = round(sqrt(before.tokens - before.class_token))
-    size = image_size or grid * spec.patch_size
-    if size % spec.patch_size:
-        near = round(size / spec.patch_size) * spec.patch_size
+    if not -spec.depth - 1 <= before.feature_layer <= spec.depth:
+        raise UserError(
+            f"{tower.source}: the host reads hidden layer {before.feature_layer}, but this tower has only "
+            f"{spec.depth} blocks: take a deeper one"
+        )
+    grid = isqrt(before.tokens - before.class_token)
+    size = grid * spec.patch_size if image_size is None else image_size
+    if size % spec.patch_size or size <= 0:
+        near = max(1, round(size / spec.patch_size)) * spec.patch_size
         raise UserError(
             f"--image-size {size} is no multiple of the tower's patch size {spec.patch_size}: try {near}"
         )
@@ -121,7 +127,13 @@ def swap_notes(tower: TowerHeader | None, after: VisionContract) -> tuple[str, .
 
 
 def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: torch.dtype) -> list[Step]:
-    """Steps that put a tower's tensors under ``prefix``, in the host's dtype."""
+    """Steps that put a tower's tensors under ``prefix``, in the host's dtype.
+
+    Raises:
+        UserError: the host's tensors are quantised.
+    """
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"the host's weights are {dtype_name(dtype)}: take its unquantised checkpoint")
     positions = (after.image_size // after.patch_size) ** 2 + 1
     steps = []
     for key, (_, shape) in tower.tensors.items():
@@ -145,7 +157,7 @@ def kept(header: TensorHeader, name: str | None = None, rows: int | None = None)
 
 
 def refit_reader(
-    steps: Iterable[Step], reader: str, before: VisionContract, after: VisionContract
+    steps: Iterable[Step], reader: str, before: VisionContract, after: VisionContract, where: Path
 ) -> tuple[list[Step], dict[str, str]]:
     """Re-initialise a Linear that reads vision features if the features' width changes.
 
@@ -154,12 +166,25 @@ def refit_reader(
         reader: Target name of the Linear, without ``.weight``.
         before: Vision contract of the source.
         after: Vision contract of the target.
+        where: How error messages call the checkpoint.
 
     Returns:
         The steps, and what becomes of the reader in words.
+
+    Raises:
+        UserError: the reader is missing, or reads features of another width than the host's tower gives.
     """
+    steps = list(steps)
+    reads = next((step.shape[-1] for step in steps if step.name == f"{reader}.weight"), None)
+    if reads is None:
+        raise UserError(f"{where}: tensor {reader}.weight is missing: is this the language model only?")
+    if reads % before.width:
+        raise UserError(
+            f"{where}: {reader}.weight reads features of width {reads}, but the host's tower gives {before.width}: "
+            "tower and projector do not belong together"
+        )
     if before.width == after.width:
-        return list(steps), {reader: f"kept ({after.width} wide)"}
+        return steps, {reader: f"kept ({after.width} wide)"}
     changed = []
     for step in steps:
         if step.name == f"{reader}.weight":
@@ -183,24 +208,6 @@ def image_row(tokenizer: Any | None, vocabulary: int) -> tuple[int, int]:
     if image_token_id < vocabulary:
         return image_token_id, vocabulary
     return image_token_id, ceil((image_token_id + 1) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def tower_config(spec: TowerSpec, after: VisionContract) -> dict[str, Any]:
-    """``vision_config`` of a LLaVA-shaped checkpoint: a plain ``clip_vision_model``."""
-    return vision_config(spec.model_copy(update={"image_size": after.image_size})).to_dict()
-
-
-def text_config(model_type: str, config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
-    """``text_config`` made of the language model's fields in a flat, original configuration."""
-    from transformers import CONFIG_MAPPING
-
-    kind = CONFIG_MAPPING[model_type]
-    fields = set(kind().to_dict()) | {"rope_theta", "rope_scaling"}
-    own = {k: v for k, v in config.items() if k in fields and k not in ("model_type", "architectures")}
-    own.setdefault("tie_word_embeddings", False)
-    settings = kind(**{**own, "vocab_size": vocabulary}).to_dict()
-    rope_base = settings["rope_parameters"]["rope_theta"]
-    return {**settings, "rope_theta": rope_base}  # releases before 5.0 read this one, and default to 10000
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,6 +13,12 @@ from mllm_adapters.planning import IMAGE_TOKEN
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
+_PROBE = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
+
+_UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
+"""What tokenizers, sentencepiece and transformers raise on damaged or foreign files."""
+
+
 def host_pixels(folder: Path, image_size: int) -> tuple[PixelRule, tuple[str, ...]]:
     """How a model folder prepares images, and what had to be assumed.
 
@@ -55,30 +61,38 @@ def load_tokenizer(folder: Path) -> Any | None:
 
     if not has_tokenizer(folder):
         return None
+    if (folder / "tokenizer.json").is_file():
+        read_json(folder / "tokenizer.json")
     settings = folder / "tokenizer_config.json"
     named = read_json(settings).get("tokenizer_class", "") if settings.is_file() else ""
     sentencepiece = folder / "tokenizer.model"
+    expected = _sentencepiece_ids(sentencepiece) if sentencepiece.is_file() else None
     # For a SentencePiece model, AutoTokenizer goes by the model_type of config.json and cuts text in another way
     # where that is not the language model's; the class that the tokenizer itself names is right.
-    own = getattr(transformers, named.removesuffix("Fast"), None) if sentencepiece.is_file() else None
+    own = getattr(transformers, named.removesuffix("Fast"), None) if expected else None
     try:
         tokenizer = (own or transformers.AutoTokenizer).from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
-    if sentencepiece.is_file():
-        _check_against(sentencepiece, tokenizer)
+    except _UNREADABLE as error:
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error!r}") from None
+    if expected:
+        _check_against(expected, tokenizer, folder)
     return tokenizer
 
 
-def _check_against(sentencepiece: Path, tokenizer: Any) -> None:
+def _sentencepiece_ids(model: Path) -> list[int]:
     from sentencepiece import SentencePieceProcessor
 
-    probe = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
-    expected = SentencePieceProcessor(model_file=str(sentencepiece)).encode(probe)
-    found = tokenizer(probe, add_special_tokens=False).input_ids
+    try:
+        return SentencePieceProcessor(model_file=str(model)).encode(_PROBE)
+    except RuntimeError as error:
+        raise UserError(f"{model} is no SentencePiece model: {error}") from None
+
+
+def _check_against(expected: list[int], tokenizer: Any, folder: Path) -> None:
+    found = tokenizer(_PROBE, add_special_tokens=False).input_ids
     if found != expected:
         raise UserError(
-            f"{sentencepiece.parent}: {type(tokenizer).__name__} reads the tokenizer in another way than its "
+            f"{folder}: {type(tokenizer).__name__} reads the tokenizer in another way than its "
             f"SentencePiece model (ids {found[:5]} ..., expected {expected[:5]} ...): check tokenizer_class in "
             "tokenizer_config.json"
         )
@@ -96,8 +110,29 @@ def load_processor(folder: Path) -> Any | None:
         return None
     try:
         return AutoProcessor.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"the processor in {folder} cannot be read: {error}") from None
+    except _UNREADABLE as error:
+        raise UserError(f"the processor in {folder} cannot be read: {error!r}") from None
+
+
+def text_side(folder: Path) -> tuple[Any, str | None, str] | None:
+    """Tokenizer, chat template and image placeholder of a model folder in the transformers layout.
+
+    A folder that has a tokenizer but no image processor will do. None where there is no tokenizer.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        processor = load_processor(folder)
+        if processor is None:
+            return None
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return tokenizer, processor.chat_template, getattr(processor, "image_token", IMAGE_TOKEN)
+    tokenizer, older = load_tokenizer(folder), folder / "chat_template.json"
+    if tokenizer is None:
+        return None
+    template = read_json(older).get("chat_template") if older.is_file() else tokenizer.chat_template
+    return tokenizer, template, IMAGE_TOKEN
 
 
 def with_placeholder(tokenizer: Any, image_token_id: int) -> None:
@@ -109,11 +144,23 @@ def with_placeholder(tokenizer: Any, image_token_id: int) -> None:
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
     )
-    found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if found != image_token_id:
-        raise UserError(f"{tokenizer.name_or_path}: {IMAGE_TOKEN} got id {found}, expected {image_token_id}")
+    check_placeholder(tokenizer, IMAGE_TOKEN, image_token_id)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
+def check_placeholder(tokenizer: Any, image_token: str, image_token_id: int) -> None:
+    """Refuse a tokenizer and a config.json that mean different ids by the image placeholder.
+
+    Raises:
+        UserError: they do.
+    """
+    found = tokenizer.convert_tokens_to_ids(image_token)
+    if found != image_token_id:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer gives {image_token} the id {found}, expected {image_token_id}: "
+            "tokenizer and config.json do not belong together"
+        )
 
 
 def llava_processor(

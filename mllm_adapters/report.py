@@ -4,11 +4,13 @@ from collections import Counter
 
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from mllm_adapters.apply import bytes_linked
+from mllm_adapters.card import contract_rows
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Plan, VisionContract
+from mllm_adapters.contract import Plan
 from mllm_adapters.streaming import nbytes
 
 OPERATION_WORDS = {
@@ -31,7 +33,7 @@ def plan_table(plan: Plan, checkpoint: Checkpoint) -> RenderableType:
     vision = Table(title="What the language model will see", title_justify="left")
     for column in ("", "before", "after"):
         vision.add_column(column)
-    for name, before, after in _contract_rows(plan.before, plan.after):
+    for name, before, after in contract_rows(plan.before, plan.after):
         vision.add_row(name, before, after if after == before else f"[bold]{after}[/bold]")
 
     tensors = Table(title="Tensors", title_justify="left")
@@ -49,27 +51,14 @@ def plan_table(plan: Plan, checkpoint: Checkpoint) -> RenderableType:
     tensors.add_row("to hard-link", "", decimal(linked))
 
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("checkpoint", f"{plan.source} ({plan.family}, {plan.layout} layout)")
-    facts.add_row("tower", f"{plan.tower}" if plan.tower else "the checkpoint's own")
+    facts.add_column()
+    facts.add_column(overflow="fold")
+    facts.add_row("checkpoint", escape(f"{plan.source} ({plan.family}, {plan.layout} layout)"))
+    facts.add_row("tower", escape(str(plan.tower or "the checkpoint's own")))
     for reader, fate in plan.readers.items():
         facts.add_row("reader", f"{reader}: {fate}")
-    facts.add_row("processor", plan.processor or "none is written: the source has no tokenizer")
+    facts.add_row(
+        "processor", plan.processor or "none is written, for want of a tokenizer; only its image processor is"
+    )
     facts.add_row("loads with", "stock transformers: AutoModelForImageTextToText.from_pretrained")
     return Group(facts, "", vision, tensors)
-
-
-def _contract_rows(before: VisionContract, after: VisionContract) -> list[tuple[str, str, str]]:
-    def words(c: VisionContract) -> list[tuple[str, str]]:
-        grid = c.image_size // c.patch_size
-        return [
-            ("tokens per image", f"{c.tokens} ({grid}x{grid}{' + class token' if c.class_token else ''})"),
-            ("image", f"{c.image_size} px, patch {c.patch_size}"),
-            ("resize", c.resize),
-            ("mean", " ".join(f"{x:.4f}" for x in c.mean)),
-            ("std", " ".join(f"{x:.4f}" for x in c.std)),
-            ("feature width", str(c.width)),
-            ("hidden layer", str(c.feature_layer)),
-            ("activation", c.activation or "unknown"),
-        ]
-
-    return [(name, b, a) for (name, b), (_, a) in zip(words(before), words(after), strict=True)]

@@ -1,14 +1,12 @@
 """A checkpoint like another one, but for some tensors."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import new_folder
-from mllm_adapters.apply import write_weights
+from mllm_adapters.apply import copy_files, new_checkpoint, write_weights
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Step
 from mllm_adapters.planning import kept
@@ -34,7 +32,8 @@ def replace_tensors(
         extra_files: Further text files, name -> contents.
 
     Raises:
-        UserError: ``out`` exists, or ``source`` has no such tensor or one of another shape.
+        UserError: ``out`` is taken, is or holds ``source``, or cannot be written; or ``source`` has no such tensor
+            or one of another shape.
     """
     checkpoint = Checkpoint(source)
     for name, value in tensors.items():
@@ -51,10 +50,9 @@ def replace_tensors(
             value = tensors[step.name] if step.name in tensors else checkpoint.read(step.name)
             yield step, value.to(checkpoint.tensors[step.name].dtype)
 
-    with new_folder(out, force) as partial:
+    with new_checkpoint(out, force, [source]) as partial:
         write_weights(partial, checkpoint, steps, compute)
-        for file in checkpoint.side_files:
-            shutil.copy2(file, partial / file.name)
+        copy_files(checkpoint.side_files, partial)
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
     return out

@@ -5,6 +5,7 @@ with spaces, then the tensors' bytes in the order of their offsets).
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -58,3 +59,5 @@ def write_safetensors(path: Path, steps: Sequence[Step], tensors: Iterable[tuple
                 )
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             stream.write(flat.view(torch.uint8).numpy().data)
+        stream.flush()
+        os.fsync(stream.fileno())

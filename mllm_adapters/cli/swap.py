@@ -1,5 +1,6 @@
 """``swap-encoder``: put a vision tower into a multimodal LLM."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -38,7 +39,7 @@ def swap(
     out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} Default: <mllm>-<encoder>.")] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(help="Input side in pixels. Default: what keeps the host's number of tokens."),
+        typer.Option(min=1, help="Input side in pixels. Default: what keeps the host's number of tokens."),
     ] = None,
     activation: Annotated[
         str | None, typer.Option(help="gelu or quick_gelu, for towers that do not say it themselves.")
@@ -69,13 +70,12 @@ def swap(
     plan = family.plan(checkpoint, tower, image_size)
     for warning in tower.warnings:
         cli.warn(warning)
-    tower_name = encoder.absolute().name if encoder.is_dir() else encoder.stem
-    target = out or Path(f"{Path(mllm).absolute().name}-{tower_name}")
+    named = Path(os.path.abspath(encoder))  # noqa: PTH100 - "." and ".." have no names of their own
+    tower_name = named.name if encoder.is_dir() else named.stem
+    target = out or Path(f"{Path(os.path.abspath(mllm)).name}-{tower_name}")  # noqa: PTH100
     _execute(plan, family, checkpoint, target, dry_run=dry_run, as_json=as_json, force=force)
     if not dry_run:
-        cli.stdout.print(
-            f"Next: retrain-projector --model {target} --data train.json --images images/", soft_wrap=True
-        )
+        _tell(f"Next: retrain-projector --model {target} --data train.json --images images/", as_json)
 
 
 @app.command()
@@ -112,11 +112,12 @@ def _execute(
     as_json: bool,
     force: bool,
 ) -> None:
-    from mgll_encoder.common.files import check_free
-    from mllm_adapters.apply import apply_plan
+    from mllm_adapters.apply import apply_plan, check_output, inputs
+    from mllm_adapters.loading import check_complete
     from mllm_adapters.report import plan_table, total_bytes
 
-    check_free(out, force)
+    check_output(out, force, inputs(plan))
+    check_complete(plan)
     if as_json:
         cli.stdout.print_json(plan.model_dump_json())
     else:
@@ -129,4 +130,9 @@ def _execute(
     with Progress("writing", *columns, console=cli.stderr, transient=True) as progress:
         task = progress.add_task("writing", total=total_bytes(plan))
         apply_plan(plan, family, checkpoint, out, force=force, progress=lambda n: progress.advance(task, n))
-    cli.stdout.print(f"Written: {out}", soft_wrap=True)
+    _tell(f"Written: {out}", as_json)
+
+
+def _tell(line: str, as_json: bool) -> None:
+    console = cli.stderr if as_json else cli.stdout  # with --json, standard output is JSON and nothing else
+    console.print(line, markup=False, soft_wrap=True)

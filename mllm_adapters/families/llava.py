@@ -8,38 +8,43 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import Resize, TowerSpec
+from mgll_encoder.spec import Resize, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import build_config, read_fields, text_config, tower_config
 from mllm_adapters.contract import FAMILY_KEY, Dropped, FamilySpec, Plan
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
     HostTower,
     after_swap,
     contract_of,
+    dtype_name,
     external_tower,
     image_row,
     kept,
     refit_reader,
     swap_notes,
-    text_config,
-    tower_config,
     tower_steps,
 )
 from mllm_adapters.processing import (
+    check_placeholder,
     has_tokenizer,
     host_pixels,
     llava_processor,
-    load_processor,
     load_tokenizer,
+    text_side,
     with_placeholder,
 )
 
 TOWER_PREFIX = "vision_tower.vision_model."
 """Prefix of tower keys that every transformers release since 4.37 reads."""
+
+CLASS_EMBEDDING = "embeddings.class_embedding"
 
 READER = "multi_modal_projector.linear_1"
 
@@ -58,19 +63,50 @@ ORIGINAL_NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (
 """Original name -> transformers name; None for what is left out on purpose: the rotary table is recomputed from the
 configuration, and ``image_newline`` belongs to the anyres modes, which are refused."""
 
-VOCABULARY_TENSORS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+EMBEDDINGS = "language_model.model.embed_tokens.weight"
+VOCABULARY_TENSORS = (EMBEDDINGS, "language_model.lm_head.weight")
 
 CLASS_TOKEN = {"patch": False, "cls_patch": True, "default": False, "full": True}
 """``mm_vision_select_feature`` (original) or ``vision_feature_select_strategy`` -> class token among the features."""
 
-SUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "mm_projector_type": ("mlp2x_gelu",),
-    "mm_vision_select_feature": ("patch", "cls_patch"),
-    "image_aspect_ratio": ("pad", "square", None),
-    "mm_use_im_start_end": (False,),
-    "mm_use_im_patch_token": (False,),
-}
-"""Fields of the original config.json and the values that this reader knows; the first is the default."""
+
+class CommonFields(BaseModel):
+    """What counts in a config.json of either layout."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    quantization_config: None = None
+
+
+class OriginalFields(CommonFields):
+    """What counts in an original config.json, with the original code's defaults and the values that are known here."""
+
+    architectures: list[str]
+    mm_vision_tower: str = Field(min_length=1)
+    mm_projector_type: Literal["mlp2x_gelu"]
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
+    image_aspect_ratio: Literal["pad", "square"] | None = None
+    mm_use_im_start_end: Literal[False] = False
+    mm_use_im_patch_token: Literal[False] = False
+    unfreeze_mm_vision_tower: bool | None = False
+    tie_word_embeddings: bool = False
+
+
+class NativeFields(CommonFields):
+    """What counts in a config.json of the transformers layout, with the defaults of ``LlavaConfig``."""
+
+    vision_config: dict[str, Any]
+    text_config: dict[str, Any]
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    image_token_index: int | None = None
+    image_token_id: int | None = None
+
+    @property
+    def placeholder(self) -> int:
+        """Id of the image placeholder, under its old or its new name."""
+        return next((i for i in (self.image_token_index, self.image_token_id) if i is not None), 32000)
 
 
 @dataclass(frozen=True)
@@ -82,17 +118,18 @@ class Llava:
         text_models: ``architectures[0]`` of the original layout -> transformers model_type of its LM.
         chat_template: Jinja template of the original conversation format.
         owns_native_layout: Whether an unmarked checkpoint in the transformers layout counts as this family.
+        reads_trained_tower: Whether the original code, told that the tower was trained, takes it from the shards.
     """
 
     spec: FamilySpec
     text_models: Mapping[str, str]
     chat_template: str
     owns_native_layout: bool = False
+    reads_trained_tower: bool = False
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
         """``original``, ``transformers`` or None; model_type cannot tell, since both may say ``llava``."""
-        architecture = (config.get("architectures") or [""])[0]
-        if architecture in self.text_models and "mm_vision_tower" in config:
+        if self._text_model(config) is not None and "mm_vision_tower" in config:
             return "original"
         native = config.get("model_type") == "llava" and "vision_config" in config and "text_config" in config
         mine = config.get(FAMILY_KEY, self.spec.name if self.owns_native_layout else None) == self.spec.name
@@ -113,35 +150,44 @@ class Llava:
     def processor(self, plan: Plan) -> Any | None:
         """The LlavaProcessor of the planned checkpoint; None where the source has no tokenizer."""
         if plan.layout == "transformers":
-            source = load_processor(plan.source)
-            if source is None:
+            text = text_side(plan.source)
+            if text is None:
                 return None
-            return llava_processor(plan.after, source.tokenizer, source.chat_template, source.image_token)
+            tokenizer, template, image_token = text
+            check_placeholder(tokenizer, image_token, plan.image_token_id)
+            return llava_processor(plan.after, tokenizer, template, image_token)
         tokenizer = load_tokenizer(plan.source)
         if tokenizer is None:
             return None
         with_placeholder(tokenizer, plan.image_token_id)
         return llava_processor(plan.after, tokenizer, self.chat_template)
 
+    def _text_model(self, config: Mapping[str, Any]) -> str | None:
+        names = config.get("architectures")
+        return self.text_models.get(str(names[0])) if isinstance(names, list) and names else None
+
     def _plan_original(
         self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None
     ) -> Plan:
         config = checkpoint.config
-        _refuse_variants(checkpoint)
+        where = f"{checkpoint.folder}/config.json"
+        fields = read_fields(OriginalFields, config, where)
         names, dropped, inside = _sort_names(checkpoint)
-        host = _original_tower(checkpoint, inside, needed=tower is None)
-        feature = config.get("mm_vision_select_feature", "patch")
-        before = contract_of(host.spec, config.get("mm_vision_select_layer", -2), CLASS_TOKEN[feature])
+        trained = self.reads_trained_tower and bool(fields.unfreeze_mm_vision_tower and inside)
+        host = _original_tower(checkpoint, fields, inside=bool(inside), trained=trained, needed=tower is None)
+        class_token = CLASS_TOKEN[fields.mm_vision_select_feature]
+        before = contract_of(host.spec, fields.mm_vision_select_layer, class_token)
         after = after_swap(before, tower, image_size)
 
-        vocabulary = int(config["vocab_size"])
+        embeddings = [checkpoint.tensors[names[name]] for name in VOCABULARY_TENSORS if name in names]
+        vocabulary = max(header.shape[0] for header in embeddings)
         tokenizer = load_tokenizer(checkpoint.folder)
         image_token_id, rows = image_row(tokenizer, vocabulary)
         steps = [
             kept(checkpoint.tensors[source], name, rows if name in VOCABULARY_TENSORS else None)
             for name, source in names.items()
         ]
-        steps, readers = refit_reader(steps, READER, before, after)
+        steps, readers = refit_reader(steps, READER, before, after, checkpoint.folder)
         dtype = checkpoint.tensors[names[f"{READER}.weight"]].dtype
         new = tower or host.header
         if new is None:
@@ -168,16 +214,16 @@ class Llava:
                 "architectures": ["LlavaForConditionalGeneration"],
                 "model_type": "llava",
                 FAMILY_KEY: self.spec.name,
-                "dtype": steps[0].dtype,
+                "dtype": dtype_name(embeddings[0].dtype),
                 "vision_config": tower_config(new.spec if new else host.spec, after),
-                "text_config": text_config(self.text_models[config["architectures"][0]], config, rows),
+                "text_config": text_config(str(self._text_model(config)), config, rows, where),
                 "vision_feature_layer": after.feature_layer,
                 "vision_feature_select_strategy": "full" if after.class_token else "default",
                 "projector_hidden_act": "gelu",
                 "multimodal_projector_bias": True,
                 "image_token_index": image_token_id,
                 "image_seq_length": after.tokens,
-                "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+                "tie_word_embeddings": fields.tie_word_embeddings,
             },
             before=before,
             after=after,
@@ -195,54 +241,41 @@ class Llava:
         config = checkpoint.config
         if tower is None:
             raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
-        layer = config.get("vision_feature_layer", -2)
-        if not isinstance(layer, int):
-            raise UserError(
-                f"{checkpoint.folder}/config.json: vision_feature_layer is {layer}, expected one number"
-            )
+        fields = read_fields(NativeFields, config, f"{checkpoint.folder}/config.json")
         prefix = _tower_prefix(checkpoint)
         old = [h for h in checkpoint.tensors.values() if h.name.startswith(prefix)]
+        dtype = checkpoint.tensors[prefix + CLASS_EMBEDDING].dtype
         host = _native_tower(checkpoint, prefix)
-        strategy = config.get("vision_feature_select_strategy", "default")
-        before = contract_of(host.spec, layer, CLASS_TOKEN[strategy])
+        class_token = CLASS_TOKEN[fields.vision_feature_select_strategy]
+        before = contract_of(host.spec, fields.vision_feature_layer, class_token)
         after = after_swap(before, tower, image_size)
         rest = [kept(h) for h in checkpoint.tensors.values() if not h.name.startswith(prefix)]
-        reader = next(s.name for s in rest if s.name.endswith(f"{READER}.weight")).removesuffix(".weight")
-        steps, readers = refit_reader(rest, reader, before, after)
+        weights = (s.name for s in rest if s.name.endswith(f"{READER}.weight"))
+        reader = next(weights, READER).removesuffix(".weight")
+        steps, readers = refit_reader(rest, reader, before, after, checkpoint.folder)
         return Plan(
             family=self.spec.name,
             layout="transformers",
             source=checkpoint.folder,
             tower=tower.source,
             swapped=True,
-            steps=(*steps, *tower_steps(tower, prefix, after, old[0].dtype)),
+            steps=(*steps, *tower_steps(tower, prefix, after, dtype)),
             dropped=tuple(Dropped(name=h.name, reason="replaced by the new tower") for h in old),
             config={
-                **config,
+                **{key: value for key, value in config.items() if key != "auto_map"},
                 FAMILY_KEY: self.spec.name,
                 "vision_config": tower_config(tower.spec, after),
                 "image_seq_length": after.tokens,
             },
             before=before,
             after=after,
-            image_token_id=int(config.get("image_token_index", config.get("image_token_id", 32000))),
+            image_token_id=fields.placeholder,
             processor="the source's, with the new preprocessing"
             if has_tokenizer(checkpoint.folder)
             else None,
             readers=readers,
             notes=(*host.notes, *swap_notes(tower, after)),
         )
-
-
-def _refuse_variants(checkpoint: Checkpoint) -> None:
-    for field, values in SUPPORTED.items():
-        found = checkpoint.config.get(field, values[0])
-        if found not in values:
-            expected = " or ".join(repr(v) for v in values)
-            raise UserError(
-                f"{checkpoint.folder}/config.json: {field} is {found!r}, expected {expected}: "
-                "this variant of LLaVA is not supported"
-            )
 
 
 def _sort_names(checkpoint: Checkpoint) -> tuple[dict[str, str], list[Dropped], dict[str, str]]:
@@ -264,6 +297,10 @@ def _sort_names(checkpoint: Checkpoint) -> tuple[dict[str, str], list[Dropped], 
                 dropped.append(Dropped(name=source, reason="not part of the transformers layout"))
             else:
                 names[target] = source
+    if EMBEDDINGS not in names:
+        raise UserError(
+            f"{checkpoint.folder} has no {EMBEDDINGS.removeprefix('language_model.')}: is it complete?"
+        )
     if f"{READER}.weight" not in names:
         raise UserError(
             f"{checkpoint.folder} has no projector, neither in its shards nor as mm_projector.bin: "
@@ -279,22 +316,22 @@ def _language_model_name(checkpoint: Checkpoint, source: str) -> str | None:
     raise UserError(f"{checkpoint.folder}: tensor {source} is not part of a LLaVA checkpoint")
 
 
-def _original_tower(checkpoint: Checkpoint, inside: Mapping[str, str], *, needed: bool) -> HostTower:
+def _original_tower(
+    checkpoint: Checkpoint, fields: OriginalFields, *, inside: bool, trained: bool, needed: bool
+) -> HostTower:
     """The tower the original code would use: the one it names, unless it was trained and lies in the shards."""
-    config = checkpoint.config
-    trained = bool(config.get("unfreeze_mm_vision_tower")) and bool(inside)
-    resize: Resize = "pad" if config.get("image_aspect_ratio") == "pad" else "crop"
-    host = external_tower(config["mm_vision_tower"], checkpoint, resize, needed=needed and not inside)
+    resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
+    host = external_tower(fields.mm_vision_tower, checkpoint, resize, needed=needed and not inside)
     if trained:
-        return HostTower(
-            host.name, host.spec, None, ("the host's own tower was trained and is in its shards",)
-        )
+        return replace(host, header=None, notes=("the host's own tower was trained and is in its shards",))
+    if needed and host.header is None:
+        note = f"the original code reads {host.name}, which is not on this machine: the tower in the shards is taken"
+        return replace(host, notes=(*host.notes, note))
     return host
 
 
 def _tower_prefix(checkpoint: Checkpoint) -> str:
-    ending = "embeddings.class_embedding"
-    found = [n.removesuffix(ending) for n in checkpoint.tensors if n.endswith(ending)]
+    found = [n.removesuffix(CLASS_EMBEDDING) for n in checkpoint.tensors if n.endswith(CLASS_EMBEDDING)]
     if len(found) != 1 or "vision_tower." not in found[0]:
         raise UserError(
             f"{checkpoint.folder}: expected one CLIP vision tower under vision_tower, found {len(found)}: "
@@ -305,27 +342,24 @@ def _tower_prefix(checkpoint: Checkpoint) -> str:
 
 def _native_tower(checkpoint: Checkpoint, prefix: str) -> HostTower:
     """Geometry of the tower in a transformers checkpoint, from its configuration and image processor."""
-    from transformers import LlavaConfig
-
-    declared: Any = LlavaConfig(vision_config=checkpoint.config["vision_config"])
-    vision = declared.vision_config.to_dict()
-    positions = checkpoint.tensors[f"{prefix}embeddings.position_embedding.weight"]
-    grid = vision["image_size"] // vision["patch_size"]
-    if positions.shape != (grid**2 + 1, vision["hidden_size"]):
-        raise UserError(
-            f"{checkpoint.folder}: config.json describes a tower of {grid}x{grid} patches and width "
-            f"{vision['hidden_size']}, but {positions.name} has shape {list(positions.shape)}"
-        )
+    where = checkpoint.folder / "config.json"
+    vision = build_config(checkpoint.config, str(where)).vision_config.to_dict()
     pixels, notes = host_pixels(checkpoint.folder, vision["image_size"])
-    spec = TowerSpec(
-        width=vision["hidden_size"],
-        depth=vision["num_hidden_layers"],
-        heads=vision["num_attention_heads"],
-        mlp_width=vision["intermediate_size"],
-        patch_size=vision["patch_size"],
-        activation=vision["hidden_act"],
-        **pixels.model_dump(),
-    )
+    geometry = {
+        "width": vision["hidden_size"],
+        "depth": vision["num_hidden_layers"],
+        "heads": vision["num_attention_heads"],
+        "mlp_width": vision["intermediate_size"],
+        "patch_size": vision["patch_size"],
+        "activation": vision["hidden_act"],
+    }
+    spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, where)
+    positions = checkpoint.tensors[f"{prefix}embeddings.position_embedding.weight"]
+    if positions.shape != (spec.patches + 1, spec.width):
+        raise UserError(
+            f"{checkpoint.folder}: config.json describes a tower of {spec.grid}x{spec.grid} patches and width "
+            f"{spec.width}, but {positions.name} has shape {list(positions.shape)}"
+        )
     return HostTower("vision_tower", spec, None, notes)
 
 
@@ -346,6 +380,7 @@ LLAVA = Llava(
     text_models={"LlavaLlamaForCausalLM": "llama"},
     chat_template=_template("vicuna_v1.jinja"),
     owns_native_layout=True,
+    reads_trained_tower=True,
 )
 
 LLAVA_MED = Llava(

@@ -1,7 +1,9 @@
 """swap-encoder at the terminal: the good path, and every wrong one in one line."""
 
 import json
+import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,64 @@ def test_an_existing_output_is_only_replaced_on_demand(tiny_llava: Path, tower: 
     assert not (out / "precious").exists()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("where", ["mllm", "mllm/../mllm", "link", "", "tower"])
+def test_force_never_replaces_an_input(where: str, tiny_llava: Path, tmp_path: Path) -> None:
+    inputs = tmp_path / "inputs"
+    source, tower = copied(tiny_llava, inputs / "mllm"), a_tower(inputs / "tower")
+    (inputs / "link").symlink_to(source)
+    before = contents(inputs)
+    message = refused(main, "--mllm", source, "--encoder", tower, "--out", inputs / where, "--force")
+    assert f" the input {tower if where == 'tower' else source}: choose another --out" in message
+    assert contents(inputs) == before
+
+
+def test_an_output_inside_the_source_leaves_the_source_alone(
+    tiny_llava: Path, tower: Path, tmp_path: Path
+) -> None:
+    source = copied(tiny_llava, tmp_path / "source")
+    before = contents(source)
+    outcome = invoke(main, "--mllm", source, "--encoder", tower, "--out", source / "swapped")
+    assert outcome.code == 0, outcome.err
+    assert contents(source).items() >= before.items()
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    assert "cannot be written" in refused(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
+    """A limit on file size stands in for the disk: the same OSError, in the midst of writing."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old[1]))
+    try:
+        message = refused(main, "--mllm", tiny_llava, "--encoder", tower, "--out", tmp_path / "full" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "cannot be written" in message
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_with_json_a_swap_prints_nothing_else_on_stdout(
+    tiny_llava: Path, tower: Path, tmp_path: Path
+) -> None:
+    outcome = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", tmp_path / "out", "--json")
+    assert json.loads(outcome.out)["swapped"]
+    assert "Next: retrain-projector" in outcome.err
+
+
+def test_paths_may_hold_brackets(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
+    source, out = copied(tiny_llava, tmp_path / "s[red]"), tmp_path / "o[bold]"
+    outcome = invoke(main, "--mllm", source, "--encoder", tower, "--out", out)
+    assert f"Written: {out}" in outcome.out
+    assert "s[red]" in outcome.out.replace("\n", "").replace(" ", "")
+
+
 def test_help_shows_an_example() -> None:
     outcome = invoke(main, "--help")
     assert outcome.code == 0
@@ -91,26 +151,76 @@ def with_tensor_twice(folder: Path) -> Path:
     names = dict.fromkeys(load_file(folder / "one.safetensors"), "one.safetensors")
     index = {"weight_map": {**names, "extra": "two.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    file.unlink()
     return folder
 
 
-def with_other_tower(folder: Path) -> Path:
+def with_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def without(folder: Path, part: str) -> Path:
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if part in name]:
+            del weights[name]
+
+    return with_weights(folder, drop)
+
+
+def with_bytes(folder: Path, name: str, content: bytes) -> Path:
+    (folder / name).write_bytes(content)
+    return folder
+
+
+def with_index(folder: Path, weight_map: object) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    file.unlink()
+    return folder
+
+
+def quantised_tower(weights: dict[str, torch.Tensor]) -> None:
+    weights.update({name: value.to(torch.int8) for name, value in weights.items() if "vision" in name})
+
+
+def within(folder: Path, part: str, **changes: object) -> Path:
     config = json.loads((folder / "config.json").read_text())
-    return edited(folder, vision_config={**config["vision_config"], "hidden_size": 48})
+    return edited(folder, **{part: {**config[part], **changes}})
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda f: edited(f, model_type="llama"), "no known family has model_type 'llama'"),
-        (lambda f: edited(f, vision_feature_layer=[-2, -3]), "vision_feature_layer is [-2, -3], expected one number"),
+        (lambda f: edited(f, vision_feature_layer=[-2, -3]), "vision_feature_layer is [-2, -3]: Input should be"),
         (truncated, "truncated or damaged"),
         (without_index_shard, "shard model-00001-of-00002.safetensors is missing"),
         (with_tensor_twice, "is both in one.safetensors and in two.safetensors"),
-        (with_other_tower, "config.json describes a tower of 2x2 patches and width 48"),
+        (lambda f: within(f, "vision_config", hidden_size=48), "config.json describes a tower of 2x2 patches and width 48"),
         (lambda f: (f / "config.json").write_text("{") and f, "config.json cannot be read as JSON"),
         (lambda f: (f / "config.json").unlink() or f, "is no checkpoint folder"),
         (lambda f: (f / "model.safetensors").unlink() or f, "holds a config.json but no weights"),
+        (lambda f: without(f, "layers.1.mlp.up_proj"), "1 missing tensors, first model.language_model.layers.1"),
+        (lambda f: with_weights(f, lambda w: w.update(foo=torch.ones(2))), "1 unexpected tensors, first foo"),
+        (lambda f: without(f, "linear_1"), "linear_1.weight is missing: is this the language model only?"),
+        (lambda f: within(f, "text_config", hidden_size=64), "mismatched tensors, first lm_head"),
+        (lambda f: with_index(f, {"a": 5}), "field 'weight_map' is missing or damaged"),
+        (lambda f: with_index(f, {"a": "../x.safetensors"}), "shard ../x.safetensors is missing"),
+        (lambda f: with_bytes(f, "config.json", b"\xff\xfe{}"), "config.json cannot be read as JSON"),
+        (lambda f: with_bytes(f, "tokenizer.json", b'{"version": "1.0"}'), "cannot be read: KeyError"),
+        (lambda f: edited(f, dtype="float99"), "dtype is 'float99': Input should be 'float32'"),
+        (lambda f: edited(f, quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
+        (lambda f: edited(f, vision_config=None), "vision_config is None: Input should be a valid dictionary"),
+        (lambda f: edited(f, text_config={"model_type": "foo"}), "transformers cannot use this configuration"),
+        (lambda f: within(f, "vision_config", patch_size=0), "field 'patch_size' is 0"),
+        (lambda f: within(f, "vision_config", hidden_act="gelu_new"), "field 'activation' is 'gelu_new'"),
+        (lambda f: edited(f, image_token_index=9, image_token_id=9), "gives <image> the id 3, expected 9"),
+        (lambda f: edited(f, vision_feature_layer=5), "reads hidden layer 5, but this tower has only 3 blocks"),
+        (lambda f: with_weights(f, quantised_tower), "the host's weights are int8"),
     ],
 )  # fmt: skip
 def test_a_spoilt_checkpoint_is_refused_in_one_line(
@@ -125,9 +235,17 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear', expected 'mlp2x_gelu'"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', expected 'pad'"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear': Input should be 'mlp2x_gelu'"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres': Input should be 'pad'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
+        ({"mm_vision_tower": None}, "mm_vision_tower is None: Input should be a valid string"),
+        ({"mm_vision_select_layer": "x"}, "mm_vision_select_layer is 'x': Input should be a valid integer"),
+        ({"num_hidden_layers": "two"}, "Field 'num_hidden_layers' expected int"),
+        ({"num_hidden_layers": 99}, "missing tensors"),
+        ({"hidden_size": 64}, "mismatched tensors"),
+        ({"hidden_act": "junk"}, "transformers cannot load this model: KeyError('junk')"),
+        ({"architectures": "LlavaLlamaForCausalLM"}, "no known family"),
+        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "but the host's tower gives 1024"),
         (
             {"mm_vision_tower": "google/siglip"},
             "its vision tower 'google/siglip' is neither in the checkpoint",
@@ -155,6 +273,8 @@ def test_a_tensor_that_is_no_part_of_llava_is_refused(golden: Path, tower: Path,
         (["--mllm", "lava-med"], "did you mean 'llava-med'?"),
         (["--mllm", "/no/such/folder"], "checkpoint folder /no/such/folder does not exist"),
         (["--encoder", "/no/such.pt"], "/no/such.pt does not exist"),
+        (["--image-size", "0"], "Invalid value for '--image-size'"),
+        (["--image-size", "5"], "--image-size 5 is no multiple of the tower's patch size 14: try 14"),
         (["--image-size", "30"], "--image-size 30 is no multiple of the tower's patch size 14: try 28"),
         (["--activation", "relu"], "unknown activation 'relu'"),
         (["--activation", "quick_gelu"], "--activation quick_gelu contradicts 'gelu'"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.activations import ACT2FN
 
 from mllm_adapters import load_mllm
 
@@ -25,7 +26,7 @@ def expand(ids: torch.Tensor, placeholder: int, tokens: int) -> torch.Tensor:
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, golden: Path) -> SimpleNamespace:
     folder = golden / request.param
-    model, processor = load_mllm(folder / "checkpoint")
+    model, processor = load_mllm(folder / "checkpoint", dtype=torch.float32)
     return SimpleNamespace(
         model=model,
         processor=processor,
@@ -35,8 +36,11 @@ def case(request: pytest.FixtureRequest, golden: Path) -> SimpleNamespace:
 
 
 def features(case: SimpleNamespace) -> torch.Tensor:
-    output = case.model.model.vision_tower(case.expected["pixel_values"], output_hidden_states=True)
-    return output.hidden_states[case.model.config.vision_feature_layer][:, 1:]
+    config = case.model.config
+    with torch.no_grad():
+        output = case.model.model.vision_tower(case.expected["pixel_values"], output_hidden_states=True)
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    return output.hidden_states[config.vision_feature_layer][:, first:]
 
 
 def logits(case: SimpleNamespace, name: str) -> torch.Tensor:
@@ -65,12 +69,13 @@ def test_the_model_gives_the_logits_of_the_original(case: SimpleNamespace, name:
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_exact_gelu_in_the_hosts_tower_would_be_noticed(case: SimpleNamespace) -> None:
+def test_the_other_activation_in_the_hosts_tower_would_be_noticed(case: SimpleNamespace) -> None:
     """Negative control: the wrong activation is far outside the tolerance."""
+    other = {"quick_gelu": "gelu", "gelu": "quick_gelu"}[case.model.config.vision_config.hidden_act]
     layers = case.model.model.vision_tower.encoder.layers
     original = layers[0].mlp.activation_fn
     for layer in layers:
-        layer.mlp.activation_fn = torch.nn.GELU()
+        layer.mlp.activation_fn = ACT2FN[other]
     wrong = features(case)
     for layer in layers:
         layer.mlp.activation_fn = original

@@ -1,0 +1,70 @@
+"""config.json: the fields that a family reads, and the configurations that a plan writes."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from mgll_encoder import vision_config
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import TowerSpec
+from mllm_adapters.contract import VisionContract
+
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fields:
+    """The fields of a config.json that a family goes by; others are ignored.
+
+    Args:
+        kind: What is expected of them.
+        config: Contents of config.json.
+        where: How the error message calls it.
+
+    Raises:
+        UserError: a field is missing, of another type, or has a value that the family does not know.
+    """
+    try:
+        return kind.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        found = f"{field} is {config[field]!r}" if field in config else f"{field} is missing"
+        raise UserError(f"{where}: {found}: {first['msg']}; this variant is not supported") from None
+
+
+def build_config(settings: Mapping[str, Any], where: str) -> Any:
+    """The transformers configuration object that a config.json describes.
+
+    Raises:
+        UserError: transformers does not accept it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    fields = dict(settings)
+    try:
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"{where}: transformers cannot use this configuration: {error!s:.300}") from None
+
+
+def tower_config(spec: TowerSpec, after: VisionContract) -> dict[str, Any]:
+    """``vision_config`` of a LLaVA-shaped checkpoint: a plain ``clip_vision_model``."""
+    return vision_config(spec.model_copy(update={"image_size": after.image_size})).to_dict()
+
+
+def text_config(model_type: str, config: Mapping[str, Any], vocabulary: int, where: str) -> dict[str, Any]:
+    """``text_config`` made of the language model's fields in a flat, original configuration.
+
+    Raises:
+        UserError: transformers does not accept them.
+    """
+    from transformers import CONFIG_MAPPING
+
+    fields = set(CONFIG_MAPPING[model_type]().to_dict()) | {"rope_theta", "rope_scaling"}
+    own = {k: v for k, v in config.items() if k in fields and k not in ("model_type", "architectures")}
+    own = {"tie_word_embeddings": False, **own, "vocab_size": vocabulary, "model_type": model_type}
+    settings = build_config(own, where).to_dict()
+    rope_base = settings["rope_parameters"]["rope_theta"]
+    return {**settings, "rope_theta": rope_base}  # releases before 5.0 read this one, and default to 10000
