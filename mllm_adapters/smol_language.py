@@ -69,7 +69,7 @@ def tiny(texts: Sequence[str], options: Sequence[str], seed: int) -> Speech:
         seed: Draws the weights.
     """
     tokenizer = _tiny_tokenizer(texts, options)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
     width = 64
     config = LlamaConfig(
         vocab_size=len(tokenizer),

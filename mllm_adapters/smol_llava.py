@@ -45,25 +45,48 @@ class Recipe:
         words_batch: Questions per step of the lesson of words.
         words_rate: Peak learning rate of the lesson of words.
         rounds: Passes over the conversations with their images, options reordered each time.
+        replay: Questions about written pictures among the conversations, as a share of them: without these the
+            language model comes to read the images of one tower only, and no projector can replace that tower.
         batch: Conversations per step.
         rate: Peak learning rate.
         learns: Regular expression for the names of the language model's parameters that learn; the projector
             learns in the lesson of pictures, the tower never.
+        bf16: Multiply in bfloat16.
     """
 
     words: int
     words_batch: int
     words_rate: float
     rounds: int
+    replay: float
     batch: int
     rate: float
     learns: str
+    bf16: bool
 
 
 RECIPES: Mapping[LanguageModelName, Recipe] = {
-    "tiny": Recipe(words=12_800, words_batch=16, words_rate=2e-3, rounds=6, batch=16, rate=1e-3, learns="."),
+    "tiny": Recipe(
+        words=8_000,
+        words_batch=16,
+        words_rate=2e-3,
+        rounds=4,
+        replay=0.5,
+        batch=16,
+        rate=1e-3,
+        learns=".",
+        bf16=False,
+    ),
     "smollm2": Recipe(
-        words=1_500, words_batch=8, words_rate=1e-4, rounds=1, batch=8, rate=2e-4, learns=r"layers\.2\d\."
+        words=400,
+        words_batch=8,
+        words_rate=2e-4,
+        rounds=1,
+        replay=0.1,
+        batch=8,
+        rate=3e-4,
+        learns=r"layers\.2\d\.",
+        bf16=True,
     ),
 }
 
@@ -103,11 +126,15 @@ def build_smol_llava(
     check_free(out, force)
     if language_model not in LANGUAGE_MODELS:
         raise unknown_name("language model", language_model, LANGUAGE_MODELS)
-    given = {name: value for name, value in (("words", words), ("rounds", rounds)) if value is not None}
-    for name, value in given.items():
+    usual = RECIPES[language_model]
+    recipe = replace(
+        usual,
+        words=usual.words if words is None else words,
+        rounds=usual.rounds if rounds is None else rounds,
+    )
+    for name, value in (("words", recipe.words), ("rounds", recipe.rounds)):
         if value < 0:
             raise UserError(f"--{name} is {value}: it must be 0 or greater")
-    recipe = replace(RECIPES[language_model], **given)
     corpus = read_corpus(conversations, images)
     questions = [question for row in corpus.rows if (question := read_question(row))]
     if not questions:
@@ -129,9 +156,12 @@ def build_smol_llava(
         recipe.words_batch,
         recipe.words_rate,
         seed,
+        recipe.bf16,
     )
     note(f"words: loss {words_losses} {time.monotonic() - began:.1f}")
-    lesson = replace(corpus, rows=list(picture_lesson(corpus.rows, recipe.rounds, seed)))
+    pictures = list(picture_lesson(corpus.rows, recipe.rounds, seed))
+    replayed = word_lesson(questions, round(recipe.replay * len(pictures)), seed + 1)
+    lesson = replace(corpus, rows=[*pictures, *replayed])
     losses = _teach(
         model,
         processor,
@@ -140,6 +170,7 @@ def build_smol_llava(
         recipe.batch,
         recipe.rate,
         seed,
+        recipe.bf16,
     )
     note(f"pictures: loss {losses} {time.monotonic() - began:.1f}")
     record = {
@@ -166,7 +197,7 @@ def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGener
     config = LlavaConfig(
         vision_config=vision_config(eyes.spec),
         text_config=text,
-        image_token_id=speech.image_token_id,
+        image_token_index=speech.image_token_id,
         image_seq_length=eyes.spec.patches,
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
@@ -193,7 +224,7 @@ def _speech(
 
 
 def _teach(
-    model: Any, processor: Any, corpus: Corpus, learns: str, batch: int, rate: float, seed: int
+    model: Any, processor: Any, corpus: Corpus, learns: str, batch: int, rate: float, seed: int, bf16: bool
 ) -> tuple[float, ...]:
     if not corpus.rows:
         return ()
@@ -210,7 +241,8 @@ def _teach(
             lr_scheduler_type="cosine",
             warmup_steps=50,
             seed=seed,
-            logging_steps=50,
+            bf16=bf16,
+            logging_steps=25,
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,

@@ -30,6 +30,8 @@ STAGE = "projector"
 RECORD = "training.json"
 """Record of the training, in the output folder."""
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
 RUN = "run.json"
 """What identifies a run, in its work folder."""
 
@@ -50,6 +52,8 @@ class Recipe:
         seed: Of the order of the examples.
         max_length: Longest example in tokens, image tokens included.
         warmup_ratio: Share of the steps with a rising learning rate.
+        precision: Of the frozen weights and the forward pass: ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on a
+            GPU that has it). What trains is always float32.
     """
 
     epochs: float = 1.0
@@ -60,11 +64,18 @@ class Recipe:
     seed: int = 0
     max_length: int = 2048
     warmup_ratio: float = 0.03
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("seed", "warmup_ratio") and value is not None and not value > 0:
+            if (
+                field.name not in ("seed", "warmup_ratio", "precision")
+                and value is not None
+                and not value > 0
+            ):
                 option = f"--{field.name.replace('_', '-')}"
                 raise UserError(f"{option} is {value}: it must be greater than 0")
 
@@ -209,8 +220,11 @@ def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job
         )
     stored = checkpoint.tensors
     corpus = read_corpus(data, images)
-    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    model, processor = load_mllm(source, dtype=torch.bfloat16 if half else torch.float32)
+    precision = recipe.precision
+    if precision == "auto":
+        half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if half else "float32"
+    model, processor = load_mllm(source, dtype=getattr(torch, precision))
     stage = apply_stage(model, STAGE)
     disk_names = names_on_disk(stage.names, stored)
     for name, source_name in disk_names.items():
@@ -230,7 +244,7 @@ def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job
         counts=counts,
         disk_names=disk_names,
         max_length=max_length,
-        precision="bfloat16" if half else "float32",
+        precision=precision,
     )
 
 

@@ -40,6 +40,9 @@ def retrain(
         list[str], typer.Option(help="tensorboard, wandb ..., or none; may be given several times.")
     ] = ["tensorboard"],  # noqa: B006 (typer takes no tuple here)
     workers: Annotated[int, typer.Option(help="Processes that open images.")] = 2,
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")
+    ] = "auto",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
     ] = False,
@@ -69,6 +72,7 @@ def retrain(
         max_steps=max_steps,
         seed=seed,
         max_length=max_length,
+        precision=precision,
     )
     options = RunOptions(
         logging_steps=logging_steps,

