@@ -3,12 +3,18 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ValidationError
 
 from mgll_encoder import vision_config
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.contract import VisionContract
+
+LIBRARY_ERRORS = (
+    ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers, tokenizers and sentencepiece raise on damaged or foreign files."""
 
 Fields = TypeVar("Fields", bound=BaseModel)
 
@@ -39,13 +45,12 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
     Raises:
         UserError: transformers does not accept it.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     fields = dict(settings)
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(f"{where}: transformers cannot use this configuration: {error!s:.300}") from None
 
 

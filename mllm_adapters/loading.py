@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.configs import build_config
+from mllm_adapters.configs import LIBRARY_ERRORS, build_config
 from mllm_adapters.contract import Plan
 from mllm_adapters.operations import compute
 from mllm_adapters.parts import resolve
@@ -81,7 +81,7 @@ def _load(state: dict[str, Tensor] | None, settings: Mapping[str, Any], folder: 
             ignore_mismatched_sizes=True,  # they land in the report, which is refused
             **options,
         )
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(f"{folder}: transformers cannot load this model: {error!r:.300}") from error
     finally:
         logging.set_verbosity(before)

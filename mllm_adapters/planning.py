@@ -55,7 +55,7 @@ def external_tower(name: str, checkpoint: Checkpoint, resize: Resize, *, needed:
     if folder is not None:
         header = inspect_tower(folder)
         spec = header.spec.model_copy(update={"resize": resize})
-        return HostTower(name, spec, header, (f"the host's own tower is {folder}", *header.warnings))
+        return HostTower(name, spec, header, (f"the host's own tower is {name}", *header.warnings))
     if name in PUBLISHED_TOWERS and not needed:
         return HostTower(name, PUBLISHED_TOWERS[name].model_copy(update={"resize": resize}))
     raise UserError(

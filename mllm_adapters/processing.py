@@ -7,6 +7,7 @@ from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.preprocess import image_processor, read_preprocessing
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
+from mllm_adapters.configs import LIBRARY_ERRORS
 from mllm_adapters.contract import VisionContract
 from mllm_adapters.planning import IMAGE_TOKEN
 
@@ -14,9 +15,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 _PROBE = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
-
-_UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
-"""What tokenizers, sentencepiece and transformers raise on damaged or foreign files."""
 
 
 def host_pixels(folder: Path, image_size: int) -> tuple[PixelRule, tuple[str, ...]]:
@@ -72,7 +70,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     own = getattr(transformers, named.removesuffix("Fast"), None) if expected else None
     try:
         tokenizer = (own or transformers.AutoTokenizer).from_pretrained(folder)
-    except _UNREADABLE as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {error!r}") from None
     if expected:
         _check_against(expected, tokenizer, folder)
@@ -110,7 +108,7 @@ def load_processor(folder: Path) -> Any | None:
         return None
     try:
         return AutoProcessor.from_pretrained(folder)
-    except _UNREADABLE as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(f"the processor in {folder} cannot be read: {error!r}") from None
 
 

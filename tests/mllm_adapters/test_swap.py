@@ -475,6 +475,7 @@ def test_the_model_card_says_what_the_checkpoint_is_made_of(swapped: SimpleNames
     assert f"`{swapped.encoder.name}`" in card
     assert "multi_modal_projector.linear_1" in card
     assert f"| activation | {swapped.plan.before.activation} | gelu |" in card
+    assert str(swapped.source.absolute().parent) not in card, "a card is published: no paths of this machine"
 
 
 # --- killed ------------------------------------------------------------------------------------------------
