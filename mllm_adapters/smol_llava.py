@@ -45,8 +45,8 @@ class Recipe:
         words_batch: Questions per step of the lesson of words.
         words_rate: Peak learning rate of the lesson of words.
         rounds: Passes over the conversations with their images, options reordered each time.
-        replay: Questions about written pictures among the conversations, as a share of them: without these the
-            language model comes to read the images of one tower only, and no projector can replace that tower.
+        replay: Questions about written pictures among the conversations, as a share of them, so that the language
+            model does not unlearn to read words while it learns to read one tower's images.
         batch: Conversations per step.
         rate: Peak learning rate.
         learns: Regular expression for the names of the language model's parameters that learn; the projector

@@ -44,7 +44,10 @@ def demo(
             "--preset", "tiny", "--epochs", "1" if quick else "10", "--batch-size", "32", "--lr", "1e-3",
         ],
         teach=["--lm", "tiny", *(["--words", "32", "--rounds", "1"] if quick else [])],
-        retrain=["--report-to", "none", *(["--max-steps", "2"] if quick else ["--epochs", "12", "--learning-rate", "2e-3"])],
+        retrain=[
+            "--report-to", "none",
+            *(["--max-steps", "2"] if quick else ["--epochs", "12", "--learning-rate", "2e-3"]),
+        ],
     )  # fmt: skip
     three_arms(way, settings)
     cli.stdout.print(

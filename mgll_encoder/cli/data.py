@@ -30,7 +30,7 @@ def fundus(
     explanations: Path | None = typer.Option(None, help="Your own table of clinical explanations (JSON)."),
     test: float = typer.Option(0.3, help="Share of patients for the test split."),
     val: float = typer.Option(0.0, help="Share of patients for the validation split."),
-    seed: int = typer.Option(0, help="Draws the split; eval-mcq draws the same with the same seed."),
+    seed: int = typer.Option(0, help="Draws the split; eval-mcq draws the same with the same --split-seed."),
     strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be left out."),
     force: bool = typer.Option(False, "--force", help="Replace an existing manifest."),
 ) -> None:
