@@ -33,7 +33,7 @@ def demo(
     data = way.step(
         "Phantom fundus photographs: normal and ten diseases", "phantom",
         "mgll-encoder", "data", "phantom", "--out", out / "phantom",
-        "--images-per-disease", "40" if quick else "80", "--size", "64", "--seed", "0",
+        "--images-per-disease", "40" if quick else "100", "--size", "64", "--seed", "0",
     )  # fmt: skip
     settings = Settings(
         labels=data / "labels.csv",
@@ -41,12 +41,12 @@ def demo(
         preset="fundus10",
         columns=["--patient-column", "patient_or_source_id"],
         pretrain=[
-            "--preset", "tiny", "--epochs", "1" if quick else "9", "--batch-size", "32", "--lr", "1e-3",
+            "--preset", "tiny", "--epochs", "1" if quick else "8", "--batch-size", "32", "--lr", "1e-3",
         ],
-        teach=["--lm", "tiny", *(["--words", "32", "--rounds", "1"] if quick else [])],
+        teach=["--lm", "tiny", *(["--words", "32", "--rounds", "1"] if quick else ["--rounds", "6"])],
         retrain=[
             "--report-to", "none",
-            *(["--max-steps", "2"] if quick else ["--epochs", "6", "--learning-rate", "2e-3"]),
+            *(["--max-steps", "2"] if quick else ["--epochs", "3", "--learning-rate", "2e-3"]),
         ],
     )  # fmt: skip
     three_arms(way, settings)
