@@ -33,7 +33,7 @@ def demo(
     data = way.step(
         "Phantom fundus photographs: normal and ten diseases", "phantom",
         "mgll-encoder", "data", "phantom", "--out", out / "phantom",
-        "--images-per-disease", "40" if quick else "100", "--size", "64", "--seed", "0",
+        "--images-per-disease", "40" if quick else "90", "--size", "64", "--seed", "0",
     )  # fmt: skip
     settings = Settings(
         labels=data / "labels.csv",
@@ -43,7 +43,7 @@ def demo(
         pretrain=[
             "--preset", "tiny", "--epochs", "1" if quick else "8", "--batch-size", "32", "--lr", "1e-3",
         ],
-        teach=["--lm", "tiny", *(["--words", "32", "--rounds", "1"] if quick else ["--rounds", "6"])],
+        teach=["--lm", "tiny", *(["--words", "32", "--rounds", "1"] if quick else ["--rounds", "5"])],
         retrain=[
             "--report-to", "none",
             *(["--max-steps", "2"] if quick else ["--epochs", "3", "--learning-rate", "2e-3"]),
