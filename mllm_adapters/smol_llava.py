@@ -171,7 +171,7 @@ def build_smol_llava(
         seed,
         recipe.bf16,
     )
-    note(f"taught in {time.monotonic() - began:.0f} s; last loss {losses[-1:] or words_losses[-1:]}")
+    note(f"taught in {time.monotonic() - began:.0f} s")
     record = {
         "language_model": language_model,
         "tower": str(tower),
