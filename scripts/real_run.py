@@ -30,7 +30,9 @@ app = cli.new_app("Base, base + same retraining, and + MGLL on real fundus photo
 def real_run(
     data: Annotated[Path, typer.Option(help="Folder with manifest.csv and images.")],
     out: Annotated[Path, typer.Option(help="Folder of all outputs; a finished step is not run again.")],
-    lm: Annotated[str, typer.Option(help="tiny (minutes) or smollm2 (hours on two cores).")] = "smollm2",
+    lm: Annotated[
+        str, typer.Option(help="tiny (minutes) or smollm2 (about an hour on two idle cores).")
+    ] = "smollm2",
     seed: Annotated[int, typer.Option(help="Seed of towers, language model and retraining.")] = 0,
 ) -> None:
     """Train two towers, build SmolLLaVA, swap, retrain, evaluate.
