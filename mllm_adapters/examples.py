@@ -205,6 +205,17 @@ class Collator:
         return text | {name: torch.cat([row[name] for row in batch if name in row]) for name in of_images}
 
 
+class AnswerCollator(Collator):
+    """Batches examples so that logits are computed at answers only: a vocabulary is wide, answers are short."""
+
+    def __call__(self, batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """As `Collator`, with ``logits_to_keep`` (positions whose next token is learnt) and ``shift_labels``."""
+        tensors = super().__call__(batch)
+        following = tensors["labels"][:, 1:]
+        positions = (following != IGNORED).any(dim=0).nonzero().flatten()
+        return tensors | {"logits_to_keep": positions, "shift_labels": following[:, positions].contiguous()}
+
+
 def _adds_special_tokens(text: str, processor: Any) -> bool:
     """Whether the tokenizer must add its own: not where the template has written the first one already."""
     first = processor.tokenizer.bos_token

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainingArguments
 
 from mgll_encoder import Tower, load_tower, vision_config
@@ -23,7 +22,7 @@ from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, new_folder, sha256
 from mllm_adapters.conversations import Conversation, Corpus, read_corpus
-from mllm_adapters.examples import IGNORED, Collator, ConversationDataset, prepare_examples
+from mllm_adapters.examples import AnswerCollator, ConversationDataset, prepare_examples
 from mllm_adapters.planning import contract_of
 from mllm_adapters.processing import llava_processor
 from mllm_adapters.smol_language import CHATML, LANGUAGE_MODELS, LanguageModelName, Speech
@@ -257,14 +256,3 @@ def _teach(
         trainer.train()
     model.eval()
     return tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
-
-
-class AnswerCollator(Collator):
-    """Batches examples so that logits are computed at answers only: a vocabulary is wide, answers are short."""
-
-    def __call__(self, batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """As `Collator`, with ``logits_to_keep`` (positions whose next token is learnt) and ``shift_labels``."""
-        tensors = super().__call__(batch)
-        following = tensors["labels"][:, 1:]
-        positions = (following != IGNORED).any(dim=0).nonzero().flatten()
-        return tensors | {"logits_to_keep": positions, "shift_labels": following[:, positions].contiguous()}

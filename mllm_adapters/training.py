@@ -19,7 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, sha256, write_text
 from mllm_adapters.conversations import Corpus, read_corpus
-from mllm_adapters.examples import Collator, ConversationDataset, DataCounts, Example, prepare_examples
+from mllm_adapters.examples import AnswerCollator, ConversationDataset, DataCounts, Example, prepare_examples
 from mllm_adapters.loading import load_mllm
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.rewrite import replace_tensors
@@ -274,7 +274,7 @@ def train(
         model=job.model,
         args=_arguments(job, options, work),
         train_dataset=ConversationDataset(job.examples, job.corpus.folder, job.processor),
-        data_collator=Collator(job.processor.tokenizer.pad_token_id or 0),
+        data_collator=AnswerCollator(job.processor.tokenizer.pad_token_id or 0),
         callbacks=[Watchdog(), *callbacks],
     )
     try:

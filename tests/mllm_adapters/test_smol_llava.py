@@ -9,9 +9,9 @@ from mgll_encoder import Tower, TowerSpec, build_model, save_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm, smol_language
 from mllm_adapters.conversations import Conversation, read_conversations
-from mllm_adapters.examples import Collator, ConversationDataset, prepare_examples
+from mllm_adapters.examples import AnswerCollator, Collator, ConversationDataset, prepare_examples
 from mllm_adapters.smol_lessons import picture_lesson, read_question, word_lesson
-from mllm_adapters.smol_llava import RECORD, AnswerCollator, build_smol_llava
+from mllm_adapters.smol_llava import RECORD, build_smol_llava
 from tests import builders
 from tests.mllm_adapters.retraining import turns, write_json
 
