@@ -11,35 +11,36 @@ from mgll_encoder.common.errors import UserError
 Channels = tuple[float, float, float]
 
 
-def resample_positions(pos: Tensor, grid: int) -> Tensor:
+def resample_positions(pos: Tensor, grid: int, *, leading: int = 1) -> Tensor:
     """Resample a position table to another patch grid.
 
-    Bicubic, ``align_corners=False``, no antialias; the row of the class token stays as it is. Bit for bit
-    what ``CLIPVisionEmbeddings.interpolate_pos_encoding`` of transformers does at run time.
+    Bicubic, ``align_corners=False``, no antialias; the rows before the grid stay as they are. Bit for bit what
+    ``CLIPVisionEmbeddings.interpolate_pos_encoding`` of transformers does at run time.
 
     Args:
-        pos: Position table [1 + g·g, C], class token first.
+        pos: Position table [leading + g·g, C], class token first.
         grid: Patches along one side of the new grid.
+        leading: Rows before the grid: 1 for a class token, 0 for none.
 
     Returns:
-        Table [1 + grid·grid, C] in the dtype of ``pos`` (computed in float32, or float64 if ``pos`` is).
+        Table [leading + grid·grid, C] in the dtype of ``pos`` (computed in float32, or float64 if ``pos`` is).
 
     Raises:
-        UserError: ``pos`` is no class token plus a square grid, or ``grid`` is not positive.
+        UserError: ``pos`` is no such table, or ``grid`` is not positive.
     """
-    old = isqrt(max(pos.shape[0] - 1, 0))
-    if old < 1 or 1 + old * old != pos.shape[0] or grid < 1:
+    old = isqrt(max(pos.shape[0] - leading, 0))
+    if old < 1 or leading + old * old != pos.shape[0] or grid < 1:
         raise UserError(
             f"cannot resample {pos.shape[0]} positions to a {grid}x{grid} grid: "
-            "expected 1 + g*g rows, and a grid of at least 1x1"
+            f"expected {leading} + g*g rows, and a grid of at least 1x1"
         )
     if grid == old:
         return pos
     exact = pos if pos.dtype == torch.float64 else pos.float()
-    patches = exact[None, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    patches = exact[None, leading:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     patches = interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
     patches = patches.permute(0, 2, 3, 1).reshape(grid * grid, -1)
-    return torch.cat((exact[:1], patches)).to(pos.dtype)
+    return torch.cat((exact[:leading], patches)).to(pos.dtype)
 
 
 def fold_normalisation(

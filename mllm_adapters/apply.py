@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, new_folder
-from mgll_encoder.preprocess import image_processor
 from mllm_adapters.card import model_card
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Family, Plan, Step
@@ -69,7 +68,7 @@ def apply_plan(
         if processor is not None:
             processor.save_pretrained(partial)
         # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
-        image_processor(plan.after).save_pretrained(partial)
+        family.image_processor(plan).save_pretrained(partial)
         (partial / PROVENANCE).write_text(provenance(plan), encoding="utf-8")
         (partial / CARD).write_text(model_card(plan), encoding="utf-8")
         # Last, so that a folder left behind by a kill is no checkpoint.
@@ -79,7 +78,7 @@ def apply_plan(
 
 def inputs(plan: Plan) -> tuple[Path, ...]:
     """The files and folders that a plan reads."""
-    return (plan.source,) if plan.tower is None else (plan.source, plan.tower)
+    return (plan.source, *([plan.tower] if plan.tower else []), *plan.parts.values())
 
 
 def check_output(out: Path, force: bool, inputs: Iterable[Path]) -> None:
@@ -129,8 +128,8 @@ def write_weights(
     """
     groups: dict[Path | None, list[Step]] = {}
     for step in steps:
-        stays = step.source is not None and step.operation != "tower"
-        file = source.tensors[str(step.source)].file if stays else None
+        stays = step.sources and step.operation != "tower"
+        file = source.header(step.sources[0]).file if stays else None
         groups.setdefault(file, []).append(step)
     weight_map: dict[str, str] = {}
     for number, (file, group) in enumerate(groups.items(), start=1):
@@ -153,8 +152,8 @@ def bytes_linked(plan: Plan, source: Checkpoint) -> int:
     """Bytes of the plan that need not be written, because their source file stays as it is."""
     groups: dict[Path, list[Step]] = {}
     for step in plan.steps:
-        if step.operation == "keep" and step.source is not None:
-            groups.setdefault(source.tensors[step.source].file, []).append(step)
+        if step.operation == "keep":
+            groups.setdefault(source.header(step.sources[0]).file, []).append(step)
     return sum(sum(map(nbytes, g)) for file, g in groups.items() if _untouched(file, g, source))
 
 
@@ -181,7 +180,11 @@ def provenance(plan: Plan) -> str:
 
 def _untouched(file: Path, group: list[Step], source: Checkpoint) -> bool:
     held = {header.name for header in source.tensors.values() if header.file == file}
-    return file.suffix == ".safetensors" and {s.name for s in group if s.operation == "keep"} == held
+    return (
+        file.suffix == ".safetensors"
+        and bool(held)
+        and {s.name for s in group if s.operation == "keep"} == held
+    )
 
 
 def _reporting(

@@ -1,6 +1,7 @@
 """A model folder seen by its headers: configuration, tensor names, shapes and dtypes; values on demand."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mgll_encoder.checkpoint import Checkpoint as Weights
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mllm_adapters.locate import find_part
 
 WEIGHTS = (
     "model.safetensors",
@@ -41,18 +43,34 @@ class Checkpoint:
         folder: Folder with a config.json and weights (safetensors or .bin, sharded or not).
         extra_weights: Names of further weight files that may lie in the folder; of these, only tensors that the
             shards lack are seen.
+        given: Where parts outside the folder lie, by name; the others are looked for.
+        loose: Weight files of a folder without config.json; the configuration is empty then.
+
+    Attributes:
+        parts: The attached parts, by name.
 
     Raises:
         UserError: the folder or its config.json is missing or unreadable.
     """
 
-    def __init__(self, folder: Path, extra_weights: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        extra_weights: tuple[str, ...] = (),
+        *,
+        given: Mapping[str, Path] | None = None,
+        loose: tuple[Path, ...] = (),
+    ) -> None:
         self.folder = folder
         self.extra_weights = extra_weights
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
+        self.parts: dict[str, Path] = {}
+        self._given = given or {}
+        self._loose = loose
         self._opened: dict[Path, Weights] = {}
-        self.config: dict[str, Any] = read_json(folder / "config.json")
+        self._attached: dict[str, TensorHeader] = {}
+        if not loose and not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
+        self.config: dict[str, Any] = {} if loose else read_json(folder / "config.json")
 
     @cached_property
     def files(self) -> list[Path]:
@@ -61,6 +79,8 @@ class Checkpoint:
         Raises:
             UserError: there are none, or one that the index names is missing.
         """
+        if self._loose:
+            return list(self._loose)
         if self._weights_file.suffix != ".json":
             return [self._weights_file]
         shards = sorted(set(self._weight_map.values()))
@@ -97,13 +117,50 @@ class Checkpoint:
 
     @cached_property
     def side_files(self) -> list[Path]:
-        """Everything that is no weight file: configuration, tokenizer, processor, licence."""
+        """Everything that is no weight file and no code: configuration, tokenizer, processor, licence."""
+        if self._loose:
+            return []
         files = (f for f in self.folder.iterdir() if f.is_file() and not f.name.startswith("."))
-        return sorted(f for f in files if not f.name.endswith(WEIGHT_SUFFIXES))
+        return sorted(f for f in files if not f.name.endswith((*WEIGHT_SUFFIXES, ".py")))
+
+    def find(self, part: str, *names: str) -> Path | None:
+        """Where a part lies: where the user says (``--part``), else the first of ``names`` that is found.
+
+        Raises:
+            UserError: the user says where, and it is not there.
+        """
+        if part not in self._given:
+            return next((path for name in names if (path := find_part(name, self.folder))), None)
+        if not self._given[part].exists():
+            raise UserError(f"--part {part}={self._given[part]}: this file or folder does not exist")
+        return self._given[part]
+
+    def attach(self, part: str, path: Path) -> dict[str, TensorHeader]:
+        """Make the tensors of a weight file or model folder readable as ``PART/KEY``.
+
+        Returns:
+            Its own tensor names, each with its header here.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        found: dict[str, TensorHeader] = {}
+        for file in Checkpoint(path).files if path.is_dir() else [path]:
+            for header in self._headers(file):
+                found[header.name] = replace(header, name=f"{part}/{header.name}")
+        self._attached |= {header.name: header for header in found.values()}
+        self.parts[part] = path
+        return found
+
+    def header(self, name: str) -> TensorHeader:
+        """The header of a tensor of the checkpoint or, as ``PART/KEY``, of an attached part."""
+        return self._attached[name] if name in self._attached else self.tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """The values of one tensor; nothing else is read."""
-        return self._weights(self.tensors[name].file).read([name])[name]
+        """The values of one tensor, named as for `header`; nothing else is read."""
+        header = self.header(name)
+        own = name if name in self.tensors else name.partition("/")[2]
+        return self._weights(header.file).read([own])[own]
 
     @cached_property
     def _weights_file(self) -> Path:
@@ -116,6 +173,8 @@ class Checkpoint:
     @cached_property
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> shard, as the index has it; empty where there is one file and no index."""
+        if self._loose:
+            return {}
         if self._weights_file.suffix != ".json":
             return {}
         weight_map = read_json(self._weights_file).get("weight_map")

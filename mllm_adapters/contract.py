@@ -6,28 +6,43 @@ and after. Whoever executes the plan (`mllm_adapters.apply` on disk, `mllm_adapt
 know nothing about families.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.spec import Activation, PixelRule
+from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 
-Operation = Literal["keep", "rename", "tower", "extend_rows", "reinit", "zeros"]
-"""How a target tensor comes about.
+Operation = Literal[
+    "keep", "rename", "tower", "slice", "concat", "reshape", "resample", "lora",
+    "extend_rows", "reinit", "zeros", "ones", "identity",
+]  # fmt: skip
+"""How a target tensor comes about; in brackets what `Step.arguments` holds.
 
 - ``keep``: the source tensor under its own name; a file of nothing but these is hard-linked.
 - ``rename``: the source tensor's values under another name.
+- ``slice``: part of the rows of a fused tensor: seen as [groups, units, rows, ...], units start to stop of every group
+  (groups, units, start, stop). ``chunk(3)[0]`` is groups=1, units=3, start=0, stop=1.
+- ``concat``: the sources one below the other; zeros fill what the first and the last leave between them.
+- ``reshape``: the source's values in another shape.
+- ``resample``: a position table [..., leading + N, C], its square grid resized bicubically (leading).
+- ``lora``: base + scale * B @ A, of the sources (base, A, B) (scale).
 - ``tower``: a tensor of the tower named by the plan, fitted to the target's grid and normalisation.
 - ``extend_rows``: the source tensor with rows added at the end, each the mean of the existing rows.
 - ``reinit``: drawn anew, because the width of what it reads has changed.
 - ``zeros``: set to zero beside a ``reinit``.
+- ``ones``: set to one: a normalisation's scale beside a ``reinit``.
+- ``identity``: the identity matrix.
 """
 
+
+Target = Literal["own", "llava"]
+"""What a swap writes: the family's own architecture, or a LLaVA that equals its understanding path."""
 
 FAMILY_KEY = "mgll_family"
 """Key in the config.json of what this project writes: a LLaVA-shaped result of any family knows its origin."""
@@ -45,14 +60,17 @@ class Step(_Data):
         dtype: Torch dtype name, such as ``float16``.
         shape: Target shape.
         operation: See `Operation`.
-        source: Key in the source checkpoint or, for ``tower``, in the tower; None where nothing is read.
+        sources: Keys in the source checkpoint (``PART/KEY`` in an attached part) or, for ``tower``, in the tower;
+            empty where nothing is read.
+        arguments: What the operation needs besides, see `Operation`.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     operation: Operation
-    source: str | None = None
+    sources: tuple[str, ...] = ()
+    arguments: dict[str, float] = Field(default_factory=dict)
 
 
 class Dropped(_Data):
@@ -72,6 +90,7 @@ class VisionContract(PixelRule):
         feature_layer: Index into the tower's hidden states.
         class_token: Whether the class token is among the features.
         activation: Activation in the tower's MLPs.
+        tiles: Most tiles that an image may be cut into; ``tokens`` are those of one tile.
     """
 
     width: int
@@ -79,7 +98,13 @@ class VisionContract(PixelRule):
     tokens: int
     feature_layer: int
     class_token: bool
-    activation: Activation
+    activation: str
+    tiles: int = 1
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the tower's input."""
+        return self.image_size // self.patch_size
 
 
 class Plan(_Data):
@@ -92,6 +117,7 @@ class Plan(_Data):
         tower: File or folder of the tower that the target gets: the new one, or the source's own where it
             lies outside the checkpoint; None where the tower's tensors come from the checkpoint itself.
         swapped: Whether ``tower`` is a new one.
+        parts: Further files and folders that the plan reads, by the name that ``--part`` gives them.
         steps: The target tensors, in source order.
         dropped: Source tensors left out.
         config: The target's config.json.
@@ -108,6 +134,7 @@ class Plan(_Data):
     source: Path
     tower: Path | None = None
     swapped: bool = False
+    parts: dict[str, Path] = Field(default_factory=dict)
     steps: tuple[Step, ...]
     dropped: tuple[Dropped, ...] = ()
     config: dict[str, Any]
@@ -130,7 +157,13 @@ class FamilySpec:
         tower: Regular expression over parameter names of the loaded model: the vision tower.
         projector: Likewise: what reads the tower's features (trained by the projector stage).
         language_model: Likewise: the language model.
+        other: Likewise: what no stage trains (an image generator, a second tower).
         extra_weights: Files of the checkpoint folder that may hold tensors its shards lack.
+        loose_weights: Regular expressions over tensor names, for checkpoints that are weight files without a
+            config.json: a file with a tensor that matches the first one tells the family; the files that match any
+            of them are read.
+        parts: Parts that may lie outside the checkpoint, name -> what it is; each can be given as ``--part NAME=PATH``.
+        targets: Layouts that a swap can write: ``own`` and, where the understanding path is a LLaVA, ``llava``.
     """
 
     name: str
@@ -139,21 +172,50 @@ class FamilySpec:
     tower: str
     projector: str
     language_model: str
+    other: str = r"(?!)"
     extra_weights: tuple[str, ...] = ()
+    loose_weights: tuple[str, ...] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
+    targets: tuple[Target, ...] = ("own",)
 
 
-class Family(Protocol):
+class Family(ABC):
     """The contract: detect a checkpoint by its configuration, plan, and write its processor."""
 
     spec: FamilySpec
 
+    @abstractmethod
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """The layout that this configuration describes, or None if it is not of this family."""
+        """The layout that this configuration describes, or None if it is not of this family.
 
+        ``transformers`` is the layout that loads as it is, with stock classes or with ours; of the others, conversion
+        is up to `plan`. An empty configuration stands for loose weight files (`FamilySpec.loose_weights`).
+        """
+
+    @abstractmethod
     def plan(
-        self, checkpoint: Checkpoint, tower: TowerHeader | None = None, image_size: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        tower: TowerHeader | None = None,
+        image_size: int | None = None,
+        target: Target = "own",
     ) -> Plan:
-        """Plan the conversion to an ordinary transformers checkpoint, with ``tower`` in place if given."""
+        """Plan the conversion to a checkpoint that loads as it is, with ``tower`` in place if given.
 
+        Raises:
+            UserError: the checkpoint is of a variant that is not supported, or lacks something.
+        """
+
+    @abstractmethod
     def processor(self, plan: Plan) -> Any | None:
         """The processor of the planned checkpoint, or None where the source has no tokenizer."""
+
+    def image_processor(self, plan: Plan) -> Any:
+        """The image processor of the planned checkpoint, which is written even where there is no tokenizer."""
+        from mgll_encoder.preprocess import image_processor
+
+        return image_processor(plan.after)
+
+    def refusal(self, config: Mapping[str, Any]) -> str | None:  # noqa: ARG002 (what overrides it reads it)
+        """Why a checkpoint that is close to this family is not of it, and what would work; None for all others."""
+        return None

@@ -16,14 +16,17 @@ from mllm_adapters.processing import load_processor
 from mllm_adapters.registry import open_checkpoint
 
 
-def load_mllm(path: str | Path, *, dtype: Any = "auto") -> tuple[Any, Any | None]:
+def load_mllm(
+    path: str | Path, *, dtype: Any = "auto", parts: Mapping[str, Path] | None = None
+) -> tuple[Any, Any | None]:
     """Load a multimodal LLM and its processor.
 
     Checkpoints in their original layout are converted in memory; nothing is written.
 
     Args:
-        path: Checkpoint folder, hub id, or family name.
+        path: Checkpoint folder (or the one around it and its parts), hub id, or family name.
         dtype: Torch dtype of the weights, or ``auto`` for the checkpoint's own.
+        parts: Where parts lie that are not found by themselves, name -> path (``--part``).
 
     Returns:
         The model in evaluation mode, and its processor (None where the checkpoint has no tokenizer).
@@ -31,8 +34,8 @@ def load_mllm(path: str | Path, *, dtype: Any = "auto") -> tuple[Any, Any | None
     Raises:
         UserError: the checkpoint cannot be read, or a tensor would be missing, left over or of another shape.
     """
-    folder = resolve(str(path))
-    checkpoint, family, layout = open_checkpoint(folder)
+    checkpoint, family, layout = open_checkpoint(resolve(str(path)), parts)
+    folder = checkpoint.folder
     if layout == "transformers":
         _ = checkpoint.tensors  # damaged and missing shards are refused here, by name
         model = _load(None, checkpoint.config, folder, dtype=dtype)

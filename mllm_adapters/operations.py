@@ -1,13 +1,14 @@
 """The operations of a plan: how each target tensor is computed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import sqrt
+from math import isqrt, sqrt
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mgll_encoder import fold_normalisation, resample_positions, tower_state_dict
-from mgll_encoder.spec import PixelRule
+from mgll_encoder.spec import Activation, PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Operation, Plan, Step, VisionContract
 
@@ -27,15 +28,15 @@ def compute(plan: Plan, checkpoint: Checkpoint, steps: Sequence[Step]) -> Iterat
     """
     tower = fitted_tower(plan) if any(s.operation == "tower" for s in steps) else {}
     for step in steps:
-        value = OPERATIONS[step.operation](step, checkpoint, tower)
-        yield step, value.to(getattr(torch, step.dtype))
+        given = [tower[name] if step.operation == "tower" else checkpoint.read(name) for name in step.sources]
+        yield step, OPERATIONS[step.operation](step, *given).to(getattr(torch, step.dtype))
 
 
 def fitted_tower(plan: Plan) -> dict[str, Tensor]:
     """The plan's tower, resampled to the target's grid and folded to its normalisation; keys without prefix."""
     if plan.tower is None:
         return {}
-    header, state = tower_state_dict(plan.tower, activation=plan.after.activation)
+    header, state = tower_state_dict(plan.tower, activation=cast(Activation, plan.after.activation))
     return fit(state, header.spec, plan.after)
 
 
@@ -57,36 +58,74 @@ def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContrac
     return fitted
 
 
-def _copy(step: Step, checkpoint: Checkpoint, _: Mapping[str, Tensor]) -> Tensor:
-    assert step.source is not None
-    return checkpoint.read(step.source)
+def mean_rows(rows: Tensor, number: int) -> Tensor:
+    """``number`` rows, each the mean of ``rows``, in their dtype."""
+    return rows.double().mean(dim=0, keepdim=True).to(rows.dtype).expand(number, -1)
 
 
-def _tower(step: Step, _: Checkpoint, tower: Mapping[str, Tensor]) -> Tensor:
-    assert step.source is not None
-    return tower[step.source]
+def _copy(_: Step, value: Tensor) -> Tensor:
+    return value
 
 
-def _extend_rows(step: Step, checkpoint: Checkpoint, tower: Mapping[str, Tensor]) -> Tensor:
-    rows = _copy(step, checkpoint, tower)
-    mean = rows.double().mean(dim=0, keepdim=True).to(rows.dtype)
-    return torch.cat([rows, mean.expand(step.shape[0] - rows.shape[0], -1)])
+def _slice(step: Step, fused: Tensor) -> Tensor:
+    groups, units, start, stop = (int(step.arguments[name]) for name in ("groups", "units", "start", "stop"))
+    parts = fused.reshape(groups, units, -1, *fused.shape[1:])
+    return parts[:, start:stop].reshape(step.shape)
 
 
-def _reinit(step: Step, _: Checkpoint, __: Mapping[str, Tensor]) -> Tensor:
+def _concat(step: Step, first: Tensor, *others: Tensor) -> Tensor:
+    missing = step.shape[0] - sum(len(part) for part in (first, *others))
+    return torch.cat([first, first.new_zeros(missing, *first.shape[1:]), *others])
+
+
+def _reshape(step: Step, value: Tensor) -> Tensor:
+    return value.reshape(step.shape)
+
+
+def _resample(step: Step, table: Tensor) -> Tensor:
+    leading, (rows, width) = int(step.arguments["leading"]), step.shape[-2:]
+    fine = table.reshape(-1, width).to(torch.promote_types(table.dtype, torch.float32))
+    return resample_positions(fine, isqrt(rows - leading), leading=leading).reshape(step.shape)
+
+
+def _lora(step: Step, base: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return base.float() + step.arguments["scale"] * (up.float() @ down.float())
+
+
+def _extend_rows(step: Step, rows: Tensor) -> Tensor:
+    return torch.cat([rows, mean_rows(rows, step.shape[0] - len(rows))])
+
+
+def _reinit(step: Step) -> Tensor:
     generator = torch.Generator().manual_seed(REINIT_SEED)
     return torch.randn(step.shape, generator=generator) / sqrt(step.shape[-1])
 
 
-def _zeros(step: Step, _: Checkpoint, __: Mapping[str, Tensor]) -> Tensor:
+def _zeros(step: Step) -> Tensor:
     return torch.zeros(step.shape)
 
 
-OPERATIONS: Mapping[Operation, Callable[[Step, Checkpoint, Mapping[str, Tensor]], Tensor]] = {
+def _ones(step: Step) -> Tensor:
+    return torch.ones(step.shape)
+
+
+def _identity(step: Step) -> Tensor:
+    return torch.eye(*step.shape)
+
+
+OPERATIONS: Mapping[Operation, Callable[..., Tensor]] = {
     "keep": _copy,
     "rename": _copy,
-    "tower": _tower,
+    "tower": _copy,
+    "slice": _slice,
+    "concat": _concat,
+    "reshape": _reshape,
+    "resample": _resample,
+    "lora": _lora,
     "extend_rows": _extend_rows,
     "reinit": _reinit,
     "zeros": _zeros,
+    "ones": _ones,
+    "identity": _identity,
 }
+"""Operation -> function of the step and its sources' values."""

@@ -1,25 +1,12 @@
-"""Finding checkpoints and their parts, and what is known of published towers by their exact name."""
+"""Finding checkpoints: as a folder, in the Hugging Face cache, on the hub."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, TowerSpec
 from mllm_adapters.registry import FAMILIES, family
-
-_OPENAI_VIT_L = TowerSpec(
-    width=1024, depth=24, heads=16, mlp_width=4096, patch_size=14, image_size=224, activation="quick_gelu",
-    projection_dim=768, mean=CLIP_MEAN, std=CLIP_STD, resize="crop",
-)  # fmt: skip
-
-PUBLISHED_TOWERS: Mapping[str, TowerSpec] = {
-    "openai/clip-vit-large-patch14": _OPENAI_VIT_L,
-    "openai/clip-vit-large-patch14-336": _OPENAI_VIT_L.model_copy(update={"image_size": 336}),
-}
-"""Geometry of towers that hosts name by hub id: a tower that is to be replaced need not be downloaded."""
 
 
 def resolve(name: str) -> Path:
@@ -56,18 +43,3 @@ def _from_hub(hub_id: str) -> Path:
             f"'{hub_id}' is no folder here, is not in the Hugging Face cache, and cannot be downloaded "
             f"({reason[:120]}): pass the folder of a downloaded checkpoint"
         ) from None
-
-
-def find_part(name: str, checkpoint: Path) -> Path | None:
-    """Where a part named in a config.json lies on this machine, or None.
-
-    Looked for, in this order: as an absolute path or relative to the checkpoint folder, relative to its parent, in
-    the Hugging Face cache. Nothing is downloaded.
-    """
-    for candidate in (checkpoint / name, checkpoint.absolute().parent / name):
-        if candidate.is_dir():
-            return candidate
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None

@@ -1,8 +1,8 @@
 """What planning a swap has in common across families."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import ceil, isqrt
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Operation, Step, VisionContract
-from mllm_adapters.parts import PUBLISHED_TOWERS, find_part
+from mllm_adapters.towers import PUBLISHED_TOWERS
 
 IMAGE_TOKEN = "<image>"
 """Placeholder that the processor expands to one id per visual token."""
+
+TOWER_PART = "vision-tower"
+"""Name of the vision tower in ``--part``."""
 
 VOCABULARY_MULTIPLE = 64
 """Extended vocabularies are rounded up to this, as in the published llava-hf checkpoints (32000 -> 32064)."""
@@ -51,7 +54,7 @@ def external_tower(name: str, checkpoint: Checkpoint, resize: Resize, *, needed:
     Raises:
         UserError: it is not on this machine, and is needed or unknown.
     """
-    folder = find_part(name, checkpoint.folder)
+    folder = checkpoint.find(TOWER_PART, name)
     if folder is not None:
         header = inspect_tower(folder)
         spec = header.spec.model_copy(update={"resize": resize})
@@ -60,7 +63,8 @@ def external_tower(name: str, checkpoint: Checkpoint, resize: Resize, *, needed:
         return HostTower(name, PUBLISHED_TOWERS[name].model_copy(update={"resize": resize}))
     raise UserError(
         f"{checkpoint.folder}: its vision tower '{name}' is neither in the checkpoint folder, nor beside it, nor in "
-        f"the Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / name}"
+        f"the Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / name}, or say where it is "
+        f"with --part {TOWER_PART}=PATH"
     )
 
 
@@ -80,14 +84,29 @@ def contract_of(spec: TowerSpec, feature_layer: int, class_token: bool) -> Visio
     )
 
 
-def after_swap(before: VisionContract, tower: TowerHeader | None, image_size: int | None) -> VisionContract:
+def after_swap(
+    before: VisionContract,
+    tower: TowerHeader | None,
+    image_size: int | None,
+    *,
+    tokens: Callable[[int], int] | None = None,
+    multiple: int = 1,
+) -> VisionContract:
     """The vision contract with the new tower in place.
 
     The host keeps its normalisation (the difference is folded into the tower) and, unless ``image_size`` says
-    otherwise, its number of visual tokens. The resize rule is the new tower's.
+    otherwise, its patch grid. The resize rule is the new tower's.
+
+    Args:
+        before: The host's contract; its ``feature_layer`` and ``class_token`` are those that the new tower is read
+            with, so a family whose new tower is read elsewhere passes a copy.
+        tower: The new tower.
+        image_size: Input side in pixels that the user asks for.
+        tokens: Patches along one side -> visual tokens; None for one per patch, and the class token if it is read.
+        multiple: What the number of patches along one side must be divisible by.
 
     Raises:
-        UserError: ``image_size`` is no multiple of the patch size, or the tower lacks the layer that the host reads.
+        UserError: ``image_size`` does not give such a grid, or the tower lacks the layer that the host reads.
     """
     if tower is None:
         return before
@@ -97,15 +116,15 @@ def after_swap(before: VisionContract, tower: TowerHeader | None, image_size: in
             f"{tower.source}: the host reads hidden layer {before.feature_layer}, but this tower has only "
             f"{spec.depth} blocks: take a deeper one"
         )
-    grid = isqrt(before.tokens - before.class_token)
-    size = grid * spec.patch_size if image_size is None else image_size
-    if size % spec.patch_size or size <= 0:
-        near = max(1, round(size / spec.patch_size)) * spec.patch_size
-        raise UserError(
-            f"--image-size {size} is no multiple of the tower's patch size {spec.patch_size}: try {near}"
-        )
+    unit = spec.patch_size * multiple
+    size = ceil(before.grid / multiple) * unit if image_size is None else image_size
+    if size % unit or size <= 0:
+        near = max(1, round(size / unit)) * unit
+        by = f"patch size {spec.patch_size}" + (f" times {multiple}" if multiple > 1 else "")
+        raise UserError(f"--image-size {size} is no multiple of the tower's {by}: try {near}")
     resized = spec.model_copy(update={"image_size": size, "mean": before.mean, "std": before.std})
-    return contract_of(resized, before.feature_layer, before.class_token)
+    after = contract_of(resized, before.feature_layer, before.class_token)
+    return after if tokens is None else after.model_copy(update={"tokens": tokens(after.grid)})
 
 
 def swap_notes(tower: TowerHeader | None, after: VisionContract) -> tuple[str, ...]:
@@ -139,7 +158,7 @@ def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: t
     for key, (_, shape) in tower.tensors.items():
         fitted = (positions, shape[1]) if key == "embeddings.position_embedding.weight" else shape
         steps.append(
-            Step(name=prefix + key, dtype=dtype_name(dtype), shape=fitted, operation="tower", source=key)
+            Step(name=prefix + key, dtype=dtype_name(dtype), shape=fitted, operation="tower", sources=(key,))
         )
     return steps
 
@@ -152,18 +171,18 @@ def kept(header: TensorHeader, name: str | None = None, rows: int | None = None)
         "extend_rows" if shape != header.shape else "keep" if name == header.name else "rename"
     )
     return Step(
-        name=name, dtype=dtype_name(header.dtype), shape=shape, operation=operation, source=header.name
+        name=name, dtype=dtype_name(header.dtype), shape=shape, operation=operation, sources=(header.name,)
     )
 
 
 def refit_reader(
     steps: Iterable[Step], reader: str, before: VisionContract, after: VisionContract, where: Path
 ) -> tuple[list[Step], dict[str, str]]:
-    """Re-initialise a Linear that reads vision features if the features' width changes.
+    """Re-initialise a Linear or a normalisation that reads vision features if the features' width changes.
 
     Args:
         steps: Steps so far.
-        reader: Target name of the Linear, without ``.weight``.
+        reader: Target name of the module, without ``.weight``. It may read several features side by side.
         before: Vision contract of the source.
         after: Vision contract of the target.
         where: How error messages call the checkpoint.
@@ -183,15 +202,19 @@ def refit_reader(
             f"{where}: {reader}.weight reads features of width {reads}, but the host's tower gives {before.width}: "
             "tower and projector do not belong together"
         )
+    normalisation = any(step.name == f"{reader}.weight" and len(step.shape) == 1 for step in steps)
     if before.width == after.width:
         return steps, {reader: f"kept ({after.width} wide)"}
     changed = []
     for step in steps:
         if step.name == f"{reader}.weight":
+            operation = "ones" if len(step.shape) == 1 else "reinit"
             shape = (*step.shape[:-1], step.shape[-1] // before.width * after.width)
-            step = step.model_copy(update={"operation": "reinit", "shape": shape, "source": None})
+            step = step.model_copy(update={"operation": operation, "shape": shape, "sources": ()})
         elif step.name == f"{reader}.bias":
-            step = step.model_copy(update={"operation": "zeros", "source": None})
+            # A normalisation's bias is as wide as what it reads, a Linear's as what it gives.
+            shape = (reads // before.width * after.width,) if normalisation else step.shape
+            step = step.model_copy(update={"operation": "zeros", "shape": shape, "sources": ()})
         changed.append(step)
     return changed, {reader: f"re-initialised ({before.width} -> {after.width} wide): retrain the projector"}
 

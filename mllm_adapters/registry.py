@@ -1,10 +1,13 @@
 """The families, by name. Adding one is a file under `families` and a row here."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from mgll_encoder.checkpoint import open_checkpoint as open_weights
+from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError, unknown_name
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, Family
@@ -14,6 +17,8 @@ FAMILIES: Mapping[str, str] = {
     "llava-med": "mllm_adapters.families.llava:LLAVA_MED",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
+
+LOOSE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 def family(name: str) -> Family:
@@ -28,6 +33,11 @@ def family(name: str) -> Family:
     return cast(Family, getattr(import_module(module), attribute))
 
 
+def families() -> Iterator[Family]:
+    """All families, in the order of the table."""
+    return map(family, FAMILIES)
+
+
 def detect(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
     """The family and layout that a config.json describes.
 
@@ -36,30 +46,38 @@ def detect(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
         where: How error messages call the checkpoint.
 
     Raises:
-        UserError: no family recognises it.
+        UserError: no family recognises it; one that is close says what would work.
     """
-    if config.get(FAMILY_KEY) in FAMILIES:
-        marked = family(config[FAMILY_KEY])
-        layout = marked.layout(config)
-        if layout is not None:
-            return marked, layout
-    for candidate in map(family, FAMILIES):
-        layout = candidate.layout(config)
-        if layout is not None:
-            return candidate, layout
-    found = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
-    raise UserError(f"{where}: no known family has {found}: supported are {', '.join(FAMILIES)}")
+    found = _recognised(config)
+    if found is not None:
+        return found
+    described = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
+    for candidate in families():
+        if reason := candidate.refusal(config):
+            raise UserError(f"{where} ({described}): {reason}")
+    raise UserError(f"{where}: no known family has {described}: supported are {', '.join(FAMILIES)}")
 
 
-def open_checkpoint(folder: Path) -> tuple[Checkpoint, Family, str]:
-    """A checkpoint folder with its family and layout.
+def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tuple[Checkpoint, Family, str]:
+    """A checkpoint with its family and layout.
+
+    Args:
+        folder: The checkpoint's folder, or one that holds it and its parts side by side.
+        given: Where parts of it lie (``--part``), name -> path.
 
     Raises:
-        UserError: no checkpoint, or of no known family.
+        UserError: no checkpoint, one of no known family, several, or the family has no such part.
     """
-    config = Checkpoint(folder).config
-    found, layout = detect(config, f"{folder}/config.json")
-    return Checkpoint(folder, found.spec.extra_weights), found, layout
+    inner = _inner_folder(folder)
+    if (inner / "config.json").is_file():
+        found, layout = detect(read_json(inner / "config.json"), f"{inner}/config.json")
+        loose: tuple[Path, ...] = ()
+    else:
+        found, layout, loose = _loose(inner)
+    for part in given or {}:
+        if part not in found.spec.parts:
+            raise unknown_name(f"part of a {found.spec.title} checkpoint", part, found.spec.parts)
+    return Checkpoint(inner, found.spec.extra_weights, given=given, loose=loose), found, layout
 
 
 def family_of_model(model: Any) -> Family:
@@ -69,3 +87,68 @@ def family_of_model(model: Any) -> Family:
         UserError: no family recognises it.
     """
     return detect(model.config.to_dict(), type(model).__name__)[0]
+
+
+def _recognised(config: Mapping[str, Any]) -> tuple[Family, str] | None:
+    if config.get(FAMILY_KEY) in FAMILIES:
+        marked = family(config[FAMILY_KEY])
+        layout = marked.layout(config)
+        if layout is not None:
+            return marked, layout
+    for candidate in families():
+        layout = candidate.layout(config)
+        if layout is not None:
+            return candidate, layout
+    return None
+
+
+def _inner_folder(folder: Path) -> Path:
+    """The checkpoint folder itself, or the one checkpoint of a known family that lies in it."""
+    if not folder.is_dir():
+        raise UserError(f"checkpoint folder {folder} does not exist")
+    if (folder / "config.json").is_file() or _loose_matches(folder):
+        return folder
+    configs = sorted(folder.glob("*/config.json"))
+    inner = [config.parent for config in configs if _recognised(read_json(config))]
+    if len(inner) == 1:
+        return inner[0]
+    if inner:
+        names = ", ".join(path.name for path in inner)
+        raise UserError(f"{folder} holds {len(inner)} checkpoints ({names}): pass the folder of one of them")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is a PEFT adapter without the model's config.json: merge it into its base model first, and "
+            "pass the merged folder"
+        )
+    if configs:
+        detect(read_json(configs[0]), str(configs[0]))
+    raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
+
+
+def _loose(folder: Path) -> tuple[Family, str, tuple[Path, ...]]:
+    (name, files), *more = _loose_matches(folder).items()
+    if more:
+        raise UserError(
+            f"{folder} holds weights of {name} and of {more[0][0]}: keep each in a folder of its own"
+        )
+    layout = family(name).layout({})
+    assert layout is not None, "a family with loose weights has a layout for them"
+    return family(name), layout, files
+
+
+def _loose_matches(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """Families whose weight files lie in a folder that has no config.json, with those files."""
+    names = {f: list(open_weights(f).headers) for f in sorted(folder.iterdir()) if _may_be_loose(f)}
+    matches: dict[str, tuple[Path, ...]] = {}
+    for candidate in families():
+        patterns = candidate.spec.loose_weights
+        if patterns and any(re.match(patterns[0], key) for keys in names.values() for key in keys):
+            whole = re.compile("|".join(patterns))
+            matches[candidate.spec.name] = tuple(
+                f for f, keys in names.items() if any(map(whole.match, keys))
+            )
+    return matches
+
+
+def _may_be_loose(file: Path) -> bool:
+    return file.is_file() and file.suffix in LOOSE_SUFFIXES

@@ -11,6 +11,7 @@ from mllm_adapters.apply import bytes_linked
 from mllm_adapters.card import contract_rows
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Plan
+from mllm_adapters.modeling import MODEL_TYPES
 from mllm_adapters.streaming import nbytes
 
 OPERATION_WORDS = {
@@ -20,12 +21,27 @@ OPERATION_WORDS = {
     "extend_rows": "extended by rows (each the mean of the old rows)",
     "reinit": "re-initialised",
     "zeros": "set to zero",
+    "ones": "set to one",
+    "identity": "set to the identity",
+    "slice": "cut out of fused tensors",
+    "concat": "joined",
+    "reshape": "kept in another shape",
+    "resample": "position tables resampled",
+    "lora": "merged with LoRA",
 }
 
 
 def total_bytes(plan: Plan) -> int:
     """Bytes of all target tensors."""
     return sum(map(nbytes, plan.steps))
+
+
+def loads_with(plan: Plan) -> str:
+    """What somebody must type to load the target."""
+    stock = plan.config["model_type"] not in MODEL_TYPES
+    return "AutoModelForImageTextToText.from_pretrained, " + (
+        "stock transformers" if stock else "after import mllm_adapters; or mllm_adapters.load_mllm"
+    )
 
 
 def plan_table(plan: Plan, checkpoint: Checkpoint) -> RenderableType:
@@ -60,5 +76,5 @@ def plan_table(plan: Plan, checkpoint: Checkpoint) -> RenderableType:
     facts.add_row(
         "processor", plan.processor or "none is written, for want of a tokenizer; only its image processor is"
     )
-    facts.add_row("loads with", "stock transformers: AutoModelForImageTextToText.from_pretrained")
+    facts.add_row("loads with", loads_with(plan))
     return Group(facts, "", vision, tensors)

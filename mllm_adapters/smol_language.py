@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from mgll_encoder.common.errors import UserError
+from mllm_adapters.operations import mean_rows
 from mllm_adapters.planning import IMAGE_TOKEN, image_row
 from mllm_adapters.processing import with_placeholder
 
@@ -112,8 +113,7 @@ def smollm2(texts: Sequence[str], options: Sequence[str], seed: int) -> Speech: 
     model = LlamaForCausalLM(LlamaConfig(**{**settings, "vocab_size": rows}))
     state = source.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        mean = state[name].mean(dim=0, keepdim=True)
-        state[name] = torch.cat([state[name], mean.expand(rows - vocabulary, -1)])
+        state[name] = torch.cat([state[name], mean_rows(state[name], rows - vocabulary)])
     model.load_state_dict(state)
     return Speech(model, tokenizer, image_token_id)
 

@@ -11,9 +11,9 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mllm_adapters.contract import FamilySpec
 from mllm_adapters.registry import family_of_model
 
-Component = Literal["tower", "projector", "language_model"]
+Component = Literal["tower", "projector", "language_model", "other"]
 
-COMPONENTS: tuple[Component, ...] = ("tower", "projector", "language_model")
+COMPONENTS: tuple[Component, ...] = ("tower", "projector", "language_model", "other")
 """The parts of a model, in the order in which an image passes through them; fields of `FamilySpec`."""
 
 

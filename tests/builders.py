@@ -1,8 +1,10 @@
 """Tiny real models for tests: a CLIP tower, a byte-level tokenizer, a LLaVA with its processor."""
 
 import io
+import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -85,6 +87,25 @@ def picture(folder: Path, name: str, colour: tuple[int, int, int] = (200, 80, 40
     path = folder / name
     Image.new("RGB", (size, size), colour).save(path)
     return path
+
+
+def sparse_checkpoint(
+    folder: Path, config: Mapping[str, object], tensors: Mapping[str, Sequence[int]], dtype: str = "F16"
+) -> Path:
+    """Write a checkpoint of full size whose tensors are a hole in the file: headers are real, bytes take no space."""
+    size = {"F16": 2, "BF16": 2, "F32": 4}[dtype]
+    header, end = {}, 0
+    for name, shape in tensors.items():
+        start, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        stream.truncate(8 + len(encoded) + end)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 class Outcome(NamedTuple):

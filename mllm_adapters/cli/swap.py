@@ -8,12 +8,12 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.spec import Activation
 
 if TYPE_CHECKING:
     from mllm_adapters.checkpoint import Checkpoint
-    from mllm_adapters.contract import Family, Plan
+    from mllm_adapters.contract import Family, Plan, Target
 
 app = cli.new_app(
     """Put an MGLL vision tower into a multimodal LLM.
@@ -24,6 +24,7 @@ app = cli.new_app(
 
 MLLM_HELP = "Checkpoint folder, hub id, or family name (which stands for its published checkpoint)."
 OUT_HELP = "Folder to write."
+PART_HELP = "Where a part of the checkpoint lies that is not found beside it: NAME=PATH. Repeatable."
 FORCE_HELP = "Replace the output folder if it exists."
 DRY_RUN_HELP = "Print the plan and stop."
 JSON_HELP = "Print the plan as JSON."
@@ -44,6 +45,13 @@ def swap(
     activation: Annotated[
         str | None, typer.Option(help="gelu or quick_gelu, for towers that do not say it themselves.")
     ] = None,
+    part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="What to write: own, or llava (loads with stock transformers) where that is exact."
+        ),
+    ] = "own",
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
@@ -66,8 +74,8 @@ def swap(
     from mllm_adapters.registry import open_checkpoint
 
     tower = inspect_tower(encoder, activation=cast(Activation | None, activation))
-    checkpoint, family, _ = open_checkpoint(resolve(mllm))
-    plan = family.plan(checkpoint, tower, image_size)
+    checkpoint, family, _ = open_checkpoint(resolve(mllm), _parts(part))
+    plan = family.plan(checkpoint, tower, image_size, _target(layout, family))
     for warning in tower.warnings:
         cli.warn(warning)
     named = Path(os.path.abspath(encoder))  # noqa: PTH100 - "." and ".." have no names of their own
@@ -82,6 +90,7 @@ def swap(
 def convert(
     mllm: Annotated[str, typer.Option(help=MLLM_HELP)],
     out: Annotated[Path, typer.Option(help=OUT_HELP)],
+    part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
@@ -93,13 +102,29 @@ def convert(
     from mllm_adapters.parts import resolve
     from mllm_adapters.registry import open_checkpoint
 
-    checkpoint, family, _ = open_checkpoint(resolve(mllm))
+    checkpoint, family, _ = open_checkpoint(resolve(mllm), _parts(part))
     _execute(family.plan(checkpoint), family, checkpoint, out, dry_run=dry_run, as_json=as_json, force=force)
 
 
 def main() -> None:
     """Entry point of ``swap-encoder``."""
     cli.run(app)
+
+
+def _parts(options: list[str] | None) -> dict[str, Path]:
+    parts = {}
+    for option in options or []:
+        name, equals, path = option.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--part {option}: expected NAME=PATH, such as --part vision-tower=openai/clip")
+        parts[name] = Path(path)
+    return parts
+
+
+def _target(layout: str, family: "Family") -> "Target":
+    if layout not in family.spec.targets:
+        raise unknown_name(f"layout to write for {family.spec.title}", layout, family.spec.targets)
+    return layout
 
 
 def _execute(

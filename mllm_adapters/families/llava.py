@@ -17,9 +17,10 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, text_config, tower_config
-from mllm_adapters.contract import FAMILY_KEY, Dropped, FamilySpec, Plan
+from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Target
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
+    TOWER_PART,
     HostTower,
     after_swap,
     contract_of,
@@ -110,7 +111,7 @@ class NativeFields(CommonFields):
 
 
 @dataclass(frozen=True)
-class Llava:
+class Llava(Family):
     """The LLaVA architecture under one family name.
 
     Attributes:
@@ -136,13 +137,13 @@ class Llava:
         return "transformers" if native and mine else None
 
     def plan(
-        self, checkpoint: Checkpoint, tower: TowerHeader | None = None, image_size: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        tower: TowerHeader | None = None,
+        image_size: int | None = None,
+        target: Target = "own",  # noqa: ARG002 (a LLaVA's own layout is a LLaVA)
     ) -> Plan:
-        """Plan a swap (``tower`` given) or a conversion to the transformers layout.
-
-        Raises:
-            UserError: the checkpoint is of a variant that is not supported, or lacks something.
-        """
+        """Plan a swap (``tower`` given) or a conversion to the transformers layout; see `Family.plan`."""
         if self.layout(checkpoint.config) == "original":
             return self._plan_original(checkpoint, tower, image_size)
         return self._plan_native(checkpoint, tower, image_size)
@@ -376,6 +377,7 @@ LLAVA = Llava(
         projector=r"multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",
         extra_weights=("mm_projector.bin",),
+        parts={TOWER_PART: "the tower that mm_vision_tower names"},
     ),
     text_models={"LlavaLlamaForCausalLM": "llama"},
     chat_template=_template("vicuna_v1.jinja"),

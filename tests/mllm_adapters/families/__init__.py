@@ -1,0 +1,1 @@
+"""One module per family: the rows of the contract test."""

@@ -1,0 +1,213 @@
+"""The contract that every family and layout keeps: the original's numbers, and a swap that holds."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mgll_encoder import inspect_tower
+from mllm_adapters import load_mllm
+from mllm_adapters.apply import apply_plan
+from mllm_adapters.contract import Plan
+from mllm_adapters.operations import fitted_tower
+from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.stages import apply_stage
+from tests.mllm_adapters.families import llava
+from tests.mllm_adapters.families.case import Case, Golden
+
+CASES = (*llava.CASES,)
+
+LOADS_WITHOUT_US = """
+import sys
+from transformers import AutoModelForImageTextToText
+_, report = AutoModelForImageTextToText.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(report[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), report
+assert not [m for m in sys.modules if m.split('.')[0] in ('mllm_adapters', 'mgll_encoder')]
+"""
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A golden checkpoint with the golden MGLL tower in it."""
+
+    plan: Plan
+    folder: Path
+    encoder: Path
+    model: Any
+
+    def look(self, case: Case, pixels: torch.Tensor) -> torch.Tensor:
+        """Logits of a prompt about one image."""
+        return self.model(**case.prompt(self.plan, pixels)).logits
+
+    def picture(self) -> torch.Tensor:
+        """Pixels of an image, always the same."""
+        side = self.plan.after.image_size
+        return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def golden_case(case: Case, golden: Path) -> Golden:
+    if not (golden / case.golden).is_dir():
+        pytest.skip(f"{golden} has no {case.golden}")
+    return Golden(golden / case.golden)
+
+
+@pytest.fixture(scope="module")
+def parts(case: Case, golden_case: Golden) -> dict[str, Path]:
+    return {name: golden_case.folder / path for name, path in (case.parts or {}).items()}
+
+
+@pytest.fixture(scope="module")
+def original(golden_case: Golden, parts: dict[str, Path]) -> Any:
+    model, processor = load_mllm(golden_case.folder, dtype=torch.float32, parts=parts)
+    assert processor is None, "the golden folders hold no tokenizer"
+    return model
+
+
+@pytest.fixture(scope="module")
+def swapped(
+    case: Case,
+    golden: Path,
+    golden_case: Golden,
+    parts: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Swapped:
+    encoder = next((golden / "mgll_official").glob("*.pth"))
+    checkpoint, family, _ = open_checkpoint(golden_case.folder, parts)
+    plan = family.plan(checkpoint, inspect_tower(encoder), None, case.target)
+    folder = apply_plan(plan, family, checkpoint, tmp_path_factory.mktemp("swap") / case.name)
+    model, _ = load_mllm(folder, dtype=torch.float32)
+    return Swapped(plan, folder, encoder, model)
+
+
+class TestFamily:
+    """Each row of `CASES` in turn."""
+
+    @pytest.mark.usefixtures("golden_case")
+    @torch.no_grad()
+    def test_the_tower_gives_the_features_of_the_original(
+        self, case: Case, original: Any, golden_case: Golden
+    ) -> None:
+        found, expected = case.features(original, golden_case), golden_case.expected["vision_features"]
+        torch.testing.assert_close(found, expected, atol=case.tolerance, rtol=0)
+
+    @torch.no_grad()
+    def test_the_language_model_gets_the_visual_tokens_of_the_original(
+        self, case: Case, original: Any, golden_case: Golden
+    ) -> None:
+        if case.tokens is None:
+            pytest.skip("the golden vectors of this family hold no visual tokens apart from their sequences")
+        found, expected = case.tokens(original, golden_case), golden_case.expected["visual_tokens"]
+        torch.testing.assert_close(found, expected, atol=case.tolerance, rtol=0)
+
+    @torch.no_grad()
+    def test_the_logits_are_those_of_the_original(
+        self, case: Case, original: Any, golden_case: Golden
+    ) -> None:
+        for sequence in case.sequences:
+            given = dict(case.inputs(original, golden_case, sequence))
+            found, expected = case.logits(original(**given).logits, golden_case, sequence)
+            torch.testing.assert_close(found, expected, atol=case.tolerance, rtol=0)
+            blank = {**given, "pixel_values": torch.zeros_like(given["pixel_values"])}
+            other, _ = case.logits(original(**blank).logits, golden_case, sequence)
+            assert (other - expected).abs().max() > 10 * case.tolerance, "negative control: without the image"
+
+    @torch.no_grad()
+    def test_saved_and_reloaded_it_is_the_same_model(
+        self, case: Case, original: Any, golden_case: Golden, tmp_path: Path
+    ) -> None:
+        original.save_pretrained(tmp_path / "saved")
+        reloaded, _ = load_mllm(tmp_path / "saved", dtype=torch.float32)
+        given = case.inputs(original, golden_case, case.sequences[0])
+        assert torch.equal(reloaded(**given).logits, original(**given).logits)
+
+    def test_the_swapped_checkpoint_loads_with_an_empty_report(self, case: Case, swapped: Swapped) -> None:
+        _, report = AutoModelForImageTextToText.from_pretrained(swapped.folder, output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+            report
+        )
+        if case.stock:
+            command = [sys.executable, "-c", LOADS_WITHOUT_US, str(swapped.folder)]
+            subprocess.run(command, cwd="/", check=True, capture_output=True)
+
+    def test_its_tower_is_the_encoder(self, case: Case, swapped: Swapped) -> None:
+        tower = case.tower(swapped.model)
+        assert type(tower).__name__ == "CLIPVisionModel"
+        assert tower.config.hidden_act == swapped.plan.after.activation
+        found = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
+        expected = fitted_tower(swapped.plan)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value.float(), atol=0, rtol=1e-3, msg=name)
+
+    @torch.no_grad()
+    def test_blanking_the_image_changes_the_answer(self, case: Case, swapped: Swapped) -> None:
+        picture = swapped.picture()
+        moved = swapped.look(case, picture) - swapped.look(case, torch.zeros_like(picture))
+        assert torch.isfinite(moved).all()
+        assert moved.abs().max() > 1e-3
+
+    def test_it_generates(self, case: Case, swapped: Swapped) -> None:
+        given = case.prompt(swapped.plan, swapped.picture())
+        options = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
+        cached = swapped.model.generate(**given, **options, use_cache=True)
+        assert torch.equal(cached, swapped.model.generate(**given, **options, use_cache=False))
+        assert cached.shape[1] >= 3
+
+    def test_gradient_reaches_the_tower_only_when_it_is_trained(self, case: Case, swapped: Swapped) -> None:
+        stage = apply_stage(swapped.model, "projector")
+        tower = case.tower(swapped.model)
+        assert stage.trainable > 0
+        assert not any(parameter.requires_grad for parameter in tower.parameters())
+        swapped.look(case, swapped.picture()).square().mean().backward()
+        assert all(parameter.grad is None for parameter in tower.parameters())
+        names = set(stage.names)
+        reached = [p.grad is not None for name, p in swapped.model.named_parameters() if name in names]
+        assert any(reached), "the projector learns"
+        tower.requires_grad_(True)
+        swapped.look(case, swapped.picture()).square().mean().backward()
+        patches = tower.get_parameter(
+            next(n for n, _ in tower.named_parameters() if n.endswith("patch_embedding.weight"))
+        )
+        assert patches.grad is not None
+        assert patches.grad.abs().max() > 0
+        swapped.model.zero_grad(set_to_none=True)
+
+    def test_gradient_checkpointing_changes_nothing(self, case: Case, swapped: Swapped) -> None:
+        apply_stage(swapped.model, "projector")
+        gradients = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                swapped.model.gradient_checkpointing_enable({"use_reentrant": False})
+            swapped.model.train()
+            swapped.look(case, swapped.picture()).square().mean().backward()
+            gradients.append({n: p.grad for n, p in swapped.model.named_parameters() if p.grad is not None})
+            swapped.model.zero_grad(set_to_none=True)
+        swapped.model.gradient_checkpointing_disable()
+        swapped.model.eval()
+        plain, recomputed = gradients
+        assert plain.keys() == recomputed.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(recomputed[name], value, msg=name)
+
+    def test_another_tower_can_follow(self, case: Case, swapped: Swapped, tmp_path: Path) -> None:
+        if not case.reswap:
+            pytest.skip("see the row")
+        checkpoint, family, _ = open_checkpoint(swapped.folder)
+        plan = family.plan(checkpoint, inspect_tower(swapped.encoder))
+        assert plan.family == swapped.plan.family
+        again = apply_plan(plan, family, checkpoint, tmp_path / "again")
+        model, _ = load_mllm(again, dtype=torch.float32)
+        with torch.no_grad():
+            found = model(**case.prompt(plan, swapped.picture())).logits
+            torch.testing.assert_close(found, swapped.look(case, swapped.picture()), atol=1e-4, rtol=0)
