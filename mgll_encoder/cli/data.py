@@ -60,6 +60,50 @@ def fundus(
 
 
 @app.command()
+def xray(
+    dicom: Path = typer.Option(..., help="Folder with DICOM files, at any depth."),
+    out: Path = typer.Option(..., help="New folder for images/*.png and manifest.jsonl."),
+    modalities: str = typer.Option("CR,DX", help="Values of Modality to take, separated by commas."),
+    patient_folders: bool = typer.Option(
+        False, "--patient-folders", help="Each folder directly below is a patient; splits never divide one."
+    ),
+    test: float = typer.Option(0.3, help="Share of patients for the test split."),
+    val: float = typer.Option(0.0, help="Share of patients for the validation split."),
+    seed: int = typer.Option(0, help="Draws the split."),
+    workers: int = typer.Option(2, help="Processes that decode."),
+    strict: bool = typer.Option(False, "--strict", help="Stop at the first file that would be left out."),
+    force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
+) -> None:
+    """Make PNGs and a manifest from DICOM radiographs: modality, study description, series description.
+
+    No other text of the header is read, and file names are replaced by hashes. The two descriptions are typed by
+    people: look through the manifest before you share it.
+
+    Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders
+    """
+    from mgll_encoder.data.xray import MANIFEST, build_xray
+
+    wanted = [name.strip().upper() for name in modalities.split(",") if name.strip()]
+    report = build_xray(
+        dicom, out, modalities=wanted, patient_folders=patient_folders, test=test, val=val, seed=seed,
+        workers=workers, strict=strict, force=force,
+    )  # fmt: skip
+    for line in report.skipped.lines():
+        note(line)
+    if not patient_folders:
+        warn(
+            "each image counts as a patient of its own, because the header's patient fields are not read: sort the "
+            "files into one folder per patient and pass --patient-folders"
+        )
+    splits = ", ".join(f"{count} {side}" for side, count in sorted(report.splits.items()))
+    texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
+    stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
+    stdout.print(
+        f"next: mgll-encoder pretrain --data {out / MANIFEST} --out tower", highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
 def phantom(
     out: Path = typer.Option(..., help="New folder for images/, labels.csv and contact_sheet.png."),
     images_per_disease: int = typer.Option(100, help="Pictures of each disease, and of normal eyes."),
