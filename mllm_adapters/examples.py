@@ -22,6 +22,9 @@ from mllm_adapters.conversations import Conversation, Corpus
 IGNORED = -100
 """Label of positions that carry no loss (PyTorch's default ``ignore_index``)."""
 
+TOKEN_TYPES = "mm_token_type_ids"
+"""What some processors say of each position beside its id: text (0), image, video; Qwen's models place tokens by it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -143,8 +146,9 @@ def encode(example: Example, folder: Path, processor: Any) -> dict[str, Tensor]:
     """Tokens, labels and pixels of one example.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` of shape (T,), and what the processor makes of the
-        images. ``labels`` are the ids of the answers' tokens, and `IGNORED` elsewhere, at images above all.
+        ``input_ids``, ``attention_mask`` and ``labels`` of shape (T,), likewise `TOKEN_TYPES` where the processor
+        gives them, and what it makes of the images. ``labels`` are the ids of the answers' tokens, and `IGNORED`
+        elsewhere, at images above all.
 
     Raises:
         UserError: an image is missing or damaged.
@@ -168,7 +172,10 @@ def encode(example: Example, folder: Path, processor: Any) -> dict[str, Tensor]:
         # Everything from first to last: some tokenizers give white space inside an answer an empty offset.
         answer = slice(int(inside[0]), int(inside[-1]) + 1)
         labels[answer] = input_ids[answer]
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **features}
+    text = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    if TOKEN_TYPES in features:
+        text[TOKEN_TYPES] = features.pop(TOKEN_TYPES)[0]
+    return {**text, **features}
 
 
 class ConversationDataset(Dataset[dict[str, Tensor]]):
@@ -197,6 +204,8 @@ class Collator:
     def __call__(self, batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of shape (B, T) for the text, (images of the batch, ...) for what belongs to images."""
         fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        if TOKEN_TYPES in batch[0]:
+            fill[TOKEN_TYPES] = 0
         text = {
             name: pad_sequence([row[name] for row in batch], batch_first=True, padding_value=value)
             for name, value in fill.items()

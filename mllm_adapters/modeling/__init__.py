@@ -18,24 +18,41 @@ class Architecture:
         config: Name of the configuration class in it.
         model: Name of the model class in it.
         processor: Name of the processor class that goes with it, if it is our own.
-        renames_like: model_type of the native class whose renaming of checkpoint keys holds here too: transformers
-            does not hand it down to subclasses.
+        image_processor: Likewise of the image processor class.
+        renames_like: model_type or name of the native class whose renaming of checkpoint keys holds here too:
+            transformers does not hand it down to subclasses.
     """
 
     module: str
     config: str
     model: str
     processor: str | None = None
+    image_processor: str | None = None
     renames_like: str | None = None
 
 
-MODEL_TYPES: Mapping[str, Architecture] = {}
+def _qwen_vl(name: str, renames_like: str | None = None) -> Architecture:
+    return Architecture(
+        module="qwen2_vl",
+        config=f"Mgll{name}Config",
+        model=f"Mgll{name}ForConditionalGeneration",
+        processor="MgllQwen2VLProcessor",
+        image_processor="MgllQwen2VLImageProcessor",
+        renames_like=renames_like,
+    )
+
+
+MODEL_TYPES: Mapping[str, Architecture] = {
+    "mgll_qwen2_vl": _qwen_vl("Qwen2VL", "Qwen2VLForConditionalGeneration"),
+    "mgll_qwen2_5_vl": _qwen_vl("Qwen2_5_VL", "Qwen2_5_VLForConditionalGeneration"),
+    "mgll_qwen3_vl": _qwen_vl("Qwen3VL"),
+}
 """``model_type`` -> what it is built of."""
 
 
 def register() -> None:
     """Make every architecture known to transformers' Auto classes."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
@@ -48,6 +65,9 @@ def register() -> None:
         AutoModelForImageTextToText.register(config, getattr(module, row.model), exist_ok=True)
         if row.processor:
             AutoProcessor.register(config, getattr(module, row.processor), exist_ok=True)
+        if row.image_processor:
+            classes = {"torchvision": getattr(module, row.image_processor)}
+            AutoImageProcessor.register(config, image_processor_classes=classes, exist_ok=True)
         if row.renames_like:
             renames = get_checkpoint_conversion_mapping(row.renames_like)
             register_checkpoint_conversion_mapping(model_type, renames, overwrite=True)

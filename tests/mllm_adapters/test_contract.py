@@ -17,10 +17,13 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.stages import apply_stage
-from tests.mllm_adapters.families import llava
+from tests.mllm_adapters.families import llava, qwen2_vl
 from tests.mllm_adapters.families.case import Case, Golden
 
-CASES = (*llava.CASES,)
+CASES = (
+    *llava.CASES,
+    *qwen2_vl.CASES,
+)
 
 LOADS_WITHOUT_US = """
 import sys
@@ -56,7 +59,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def golden_case(case: Case, golden: Path) -> Golden:
+def golden_case(case: Case, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    if case.build:
+        return case.build(tmp_path_factory.mktemp("golden") / case.name)
     if not (golden / case.golden).is_dir():
         pytest.skip(f"{golden} has no {case.golden}")
     return Golden(golden / case.golden)

@@ -47,7 +47,7 @@ class Case:
 
     Attributes:
         name: Id of the row.
-        golden: Folder below the golden folder.
+        golden: Folder below the golden folder; empty where ``build`` makes it.
         features: Model and golden vectors -> what the tower hands on, shaped as ``vision_features``.
         tokens: Likewise what the language model gets, shaped as ``visual_tokens`` (or None where there is no such).
         inputs: Model, golden vectors and name of a sequence -> keyword arguments of the model.
@@ -60,6 +60,8 @@ class Case:
         parts: ``--part`` options, name -> path below the golden folder.
         tolerance: Largest absolute difference, with the reason beside the row where it is more than 1e-4.
         reswap: Whether a swapped checkpoint can take another tower (it can, as long as its family reads it).
+        build: Writes a tiny checkpoint with what its stock class makes of it, for layouts that transformers reads
+            itself and that have no golden folder.
     """
 
     name: str
@@ -76,3 +78,4 @@ class Case:
     parts: Mapping[str, str] | None = None
     tolerance: float = 1e-4
     reswap: bool = True
+    build: Callable[[Path], Golden] | None = None
