@@ -27,21 +27,31 @@ def host_pixels(folder: Path, image_size: int) -> tuple[PixelRule, tuple[str, ..
     Raises:
         UserError: its image processor makes pictures of another size, or none that are square.
     """
-    nested, flat = folder / "processor_config.json", folder / "preprocessor_config.json"
-    settings = read_json(nested).get("image_processor") if nested.is_file() else None
-    where = nested if settings else flat
-    if not settings and not flat.is_file():
+    settings, where = image_settings(folder)
+    if settings is None:
         assumed = PixelRule(image_size=image_size, mean=CLIP_MEAN, std=CLIP_STD, resize="crop")
         return assumed, (
             f"{folder} has no image processor: CLIP's normalisation and centre crop are assumed",
         )
-    fields, notes = read_preprocessing(settings or read_json(flat), where)
+    fields, notes = read_preprocessing(settings, where)
     rule = PixelRule(**fields)
     if rule.image_size != image_size:
         raise UserError(
             f"{where}: images are made {rule.image_size} px wide, but config.json's tower takes {image_size} px"
         )
     return rule, notes
+
+
+def image_settings(folder: Path) -> tuple[dict[str, Any] | None, Path]:
+    """What a model folder says of its image processor (None if nothing), and the file that says it.
+
+    Raises:
+        UserError: that file cannot be read.
+    """
+    nested, flat = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if nested.is_file() and (settings := read_json(nested).get("image_processor")):
+        return settings, nested
+    return (read_json(flat) if flat.is_file() else None), flat
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -16,6 +16,7 @@ FAMILIES: Mapping[str, str] = {
     "llava": "mllm_adapters.families.llava:LLAVA",
     "llava-med": "mllm_adapters.families.llava:LLAVA_MED",
     "qwen2-vl": "mllm_adapters.families.qwen2_vl:QWEN2_VL",
+    "aya-vision": "mllm_adapters.families.aya_vision:AYA_VISION",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

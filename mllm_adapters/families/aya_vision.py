@@ -1,0 +1,170 @@
+"""Aya Vision: a native transformers family whose configuration takes any tower, so a swap stays stock.
+
+Vision contract after transformers 5.23 (models/aya_vision/modeling_aya_vision.py): one hidden state of the tower, pixel
+shuffle by ``downsample_factor``, LayerNorm, SwiGLU projector.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt
+
+from mgll_encoder import TowerHeader
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import read_fields, tower_config
+from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Target, VisionContract
+from mllm_adapters.planning import after_swap, kept, refit_reader, swap_notes, tower_steps
+from mllm_adapters.processing import has_tokenizer, host_pixels, image_settings, load_processor
+
+TOWER = "vision_tower."
+READERS = ("multi_modal_projector.layernorm", "multi_modal_projector.linear_1")
+
+FEATURE_LAYER = -2
+"""Where MGLL's patch features are read; the host's own SigLIP is read at its end."""
+
+
+class VisionFields(BaseModel):
+    """What counts in ``vision_config``, with the defaults of ``AyaVisionConfig``."""
+
+    hidden_size: PositiveInt = 1152
+    image_size: PositiveInt = 384
+    patch_size: PositiveInt = 14
+    hidden_act: str = "gelu_pytorch_tanh"
+
+
+class Fields(BaseModel):
+    """What counts in config.json, with the defaults of ``AyaVisionConfig``."""
+
+    vision_config: VisionFields = Field(default_factory=VisionFields)
+    vision_feature_layer: int = -1
+    vision_feature_select_strategy: Literal["default", "full"] = "full"
+    downsample_factor: PositiveInt = 2
+    image_token_index: int = 255036
+    quantization_config: None = None
+
+
+class AyaVision(Family):
+    """The Aya Vision architecture."""
+
+    spec = FamilySpec(
+        name="aya-vision",
+        title="Aya Vision",
+        hub_id="CohereLabs/aya-vision-8b",
+        tower=r"vision_tower\.",
+        projector=r"multi_modal_projector\.",
+        language_model=r"language_model\.|lm_head\.",
+    )
+
+    def layout(self, config: Mapping[str, Any]) -> str | None:
+        """``transformers``: there is no other."""
+        return "transformers" if config.get("model_type") == "aya_vision" else None
+
+    def plan(
+        self,
+        checkpoint: Checkpoint,
+        tower: TowerHeader | None = None,
+        image_size: int | None = None,
+        target: Target = "own",  # noqa: ARG002 (its projector is no LLaVA's)
+    ) -> Plan:
+        """Plan a swap; see `Family.plan`."""
+        if tower is None:
+            raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
+        fields = read_fields(Fields, checkpoint.config, f"{checkpoint.folder}/config.json")
+        factor = fields.downsample_factor
+        before, notes = _contract(checkpoint, fields)
+        read_at = before.model_copy(update={"feature_layer": FEATURE_LAYER, "class_token": False})
+        after = after_swap(
+            read_at, tower, image_size, tokens=lambda grid: (grid // factor) ** 2, multiple=factor
+        ).model_copy(update={"tiles": before.tiles})
+
+        old = [header for header in checkpoint.tensors.values() if TOWER in header.name]
+        if not old:
+            raise UserError(f"{checkpoint.folder} holds no tensor of {TOWER.rstrip('.')}: is it complete?")
+        prefix = old[0].name.partition(TOWER)[0] + TOWER + "vision_model."
+        steps = [kept(header) for header in checkpoint.tensors.values() if TOWER not in header.name]
+        readers: dict[str, str] = {}
+        for reader in READERS:
+            stem = next(
+                (s.name.removesuffix(".weight") for s in steps if s.name.endswith(f"{reader}.weight")), reader
+            )
+            steps, fate = refit_reader(steps, stem, before, after, checkpoint.folder)
+            readers |= fate
+        return Plan(
+            family=self.spec.name,
+            layout="transformers",
+            source=checkpoint.folder,
+            tower=tower.source,
+            swapped=True,
+            steps=(*steps, *tower_steps(tower, prefix, after, old[0].dtype)),
+            dropped=tuple(Dropped(name=header.name, reason="replaced by the new tower") for header in old),
+            config={
+                **checkpoint.config,
+                FAMILY_KEY: self.spec.name,
+                "vision_config": tower_config(tower.spec, after),
+                "vision_feature_layer": FEATURE_LAYER,
+                "vision_feature_select_strategy": "default",
+            },
+            before=before,
+            after=after,
+            image_token_id=fields.image_token_index,
+            processor="the source's, with the new preprocessing"
+            if has_tokenizer(checkpoint.folder)
+            else None,
+            readers=readers,
+            notes=(*notes, *swap_notes(tower, after)),
+        )
+
+    def processor(self, plan: Plan) -> Any | None:
+        """The AyaVisionProcessor of the planned checkpoint; None where the source has no tokenizer."""
+        from transformers import AyaVisionProcessor
+
+        own = load_processor(plan.source)
+        if own is None:
+            return None
+        return AyaVisionProcessor(
+            image_processor=self.image_processor(plan),
+            tokenizer=own.tokenizer,
+            patch_size=plan.after.patch_size,
+            downsample_factor=plan.config.get("downsample_factor", 2),
+            img_size=plan.after.image_size,
+            image_token=own.image_token,
+            chat_template=own.chat_template,
+        )
+
+    def image_processor(self, plan: Plan) -> Any:
+        """Squashes an image, or each of its tiles, to the tower's square."""
+        from transformers import GotOcr2ImageProcessor
+
+        side = plan.after.image_size
+        return GotOcr2ImageProcessor(
+            size={"height": side, "width": side},
+            image_mean=list(plan.after.mean),
+            image_std=list(plan.after.std),
+            max_patches=plan.after.tiles,
+        )
+
+
+def _contract(checkpoint: Checkpoint, fields: Fields) -> tuple[VisionContract, tuple[str, ...]]:
+    """The vision contract of the source, and what had to be assumed."""
+    vision = fields.vision_config
+    pixels, notes = host_pixels(checkpoint.folder, vision.image_size)
+    contract = VisionContract(
+        **pixels.model_dump(),
+        width=vision.hidden_size,
+        patch_size=vision.patch_size,
+        tokens=(vision.image_size // vision.patch_size // fields.downsample_factor) ** 2,
+        feature_layer=fields.vision_feature_layer,
+        class_token=False,
+        activation=vision.hidden_act,
+        tiles=_tiles(checkpoint),
+    )
+    return contract, notes
+
+
+def _tiles(checkpoint: Checkpoint) -> int:
+    settings, _ = image_settings(checkpoint.folder)
+    return 1 if settings is None else int(settings.get("max_patches", 12))
+
+
+AYA_VISION = AyaVision()
