@@ -62,6 +62,7 @@ class Step(_Data):
         operation: See `Operation`.
         sources: Keys in the source checkpoint (``PART/KEY`` in an attached part) or, for ``tower``, in the tower;
             empty where nothing is read.
+        replaces: Key of the source tensor whose place it takes without its values, if there is one.
         arguments: What the operation needs besides, see `Operation`.
     """
 
@@ -70,6 +71,7 @@ class Step(_Data):
     shape: tuple[int, ...]
     operation: Operation
     sources: tuple[str, ...] = ()
+    replaces: str | None = None
     arguments: dict[str, float] = Field(default_factory=dict)
 
 

@@ -207,14 +207,15 @@ def refit_reader(
         return steps, {reader: f"kept ({after.width} wide)"}
     changed = []
     for step in steps:
+        unused = {"sources": (), "replaces": next(iter(step.sources), None)}
         if step.name == f"{reader}.weight":
             operation = "ones" if len(step.shape) == 1 else "reinit"
             shape = (*step.shape[:-1], step.shape[-1] // before.width * after.width)
-            step = step.model_copy(update={"operation": operation, "shape": shape, "sources": ()})
+            step = step.model_copy(update={"operation": operation, "shape": shape, **unused})
         elif step.name == f"{reader}.bias":
             # A normalisation's bias is as wide as what it reads, a Linear's as what it gives.
             shape = (reads // before.width * after.width,) if normalisation else step.shape
-            step = step.model_copy(update={"operation": "zeros", "shape": shape, "sources": ()})
+            step = step.model_copy(update={"operation": "zeros", "shape": shape, **unused})
         changed.append(step)
     return changed, {reader: f"re-initialised ({before.width} -> {after.width} wide): retrain the projector"}
 

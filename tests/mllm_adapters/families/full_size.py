@@ -21,6 +21,7 @@ def check_full_size(plan: Plan, checkpoint: Checkpoint, *, weights: int) -> None
     assert len(names) == len(set(names)), "a target tensor is made twice"
     dropped = [tensor.name for tensor in plan.dropped]
     used = {source for step in plan.steps if step.operation != "tower" for source in step.sources}
+    used |= {step.replaces for step in plan.steps if step.replaces}
     assert len(dropped) == len(set(dropped))
     assert not used & set(dropped), "a source tensor is both used and dropped"
     own = {name for name in used if "/" not in name}
