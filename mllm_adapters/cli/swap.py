@@ -106,6 +106,25 @@ def convert(
     _execute(family.plan(checkpoint), family, checkpoint, out, dry_run=dry_run, as_json=as_json, force=force)
 
 
+@app.command()
+def families(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the README has it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what is supported: layouts read, tokens per image, readers, how the result loads.
+
+    Example: swap-encoder families
+    """
+    from mllm_adapters.support import support, support_markdown, support_table
+
+    if as_json:
+        cli.stdout.print_json(data=[row.model_dump() for row in support()])
+    elif markdown:
+        cli.stdout.print(support_markdown(), soft_wrap=True, markup=False, highlight=False)
+    else:
+        cli.stdout.print(support_table())
+
+
 def main() -> None:
     """Entry point of ``swap-encoder``."""
     cli.run(app)
