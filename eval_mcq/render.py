@@ -2,9 +2,11 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from eval_mcq.tables import Grid
@@ -25,21 +27,50 @@ LATEX_SPECIAL = str.maketrans(
 )
 
 
-def rich_table(grid: Grid) -> Table:
-    """The table for a terminal, without its notes."""
+def rich_tables(grid: Grid, console: Console) -> list[Table]:
+    """The table for a terminal, without its notes.
+
+    Where it is too wide, intervals go below their values; where that is not enough, it is cut into several tables
+    that repeat its first columns.
+    """
+    whole = _table(grid, range(len(grid.columns)), " ")
+    if _width(whole, console) <= console.width:
+        return [whole]
+    parts: list[list[int]] = []
+    for start in range(grid.fixed, len(grid.columns), grid.group):
+        group = list(range(start, min(start + grid.group, len(grid.columns))))
+        wider = [*parts[-1], *group] if parts else []
+        if parts and _width(_table(grid, wider, "\n"), console) <= console.width:
+            parts[-1] = wider
+        else:
+            parts.append([*range(grid.fixed), *group])
+    return [_table(grid, columns, "\n") for columns in parts or [range(len(grid.columns))]]
+
+
+def _table(grid: Grid, columns: Sequence[int], gap: str) -> Table:
     table = Table(title=grid.title, title_justify="left", header_style="bold")
-    for i, column in enumerate(grid.columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+    if gap != " ":  # every column counts
+        table.box, table.pad_edge = box.SIMPLE_HEAD, False
+    for i in columns:
+        table.add_column(grid.columns[i], justify="left" if i == 0 else "right")
     for number, row in enumerate(grid.rows):
         if number in grid.breaks:
             table.add_section()
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        cells = (
+            row[i] if gap == " " else row[i].replace(" [", f"{gap}[").replace(", ", ",") for i in columns
+        )
+        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     return table
+
+
+def _width(table: Table, console: Console) -> int:
+    return Measurement.get(console, console.options.update(width=10_000), table).maximum
 
 
 def show(grid: Grid, console: Console) -> None:
     """Print the table and its notes to a terminal."""
-    console.print(rich_table(grid))
+    for table in rich_tables(grid, console):
+        console.print(table)
     for note in [*grid.notes, *grid.checks]:
         console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 

@@ -29,6 +29,8 @@ class Grid:
         breaks: Numbers of the rows that begin a new block.
         notes: Below it: what the figures mean.
         checks: Below those: how the models chose their letters. Not part of a table that is published.
+        fixed: Leading columns that stand in every part when the table is cut to fit a narrow terminal.
+        group: Columns after those that are not parted from each other.
     """
 
     title: str
@@ -37,6 +39,8 @@ class Grid:
     breaks: list[int]
     notes: list[str]
     checks: list[str]
+    fixed: int = 1
+    group: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
         [len(comparison.categories)],
         _notes(comparison),
         _checks(comparison),
+        fixed=4,
+        group=3,
     )
 
 

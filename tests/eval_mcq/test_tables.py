@@ -5,8 +5,9 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from eval_mcq.render import as_csv, as_latex, as_markdown, as_text
+from eval_mcq.render import as_csv, as_latex, as_markdown, as_text, rich_tables, show
 from eval_mcq.rounding import PaperRounding, Rounding, mean_of_printed
 from eval_mcq.summary import compare
 from eval_mcq.tables import by_disease, like_paper
@@ -134,6 +135,23 @@ def test_every_format_shows_the_same_figures(comparison):
     terminal = as_text(by_disease(comparison))
     assert "25.0 [14.2, 40.2]" in terminal
     assert "0.0 [0.0, 35.4]" in terminal
+
+
+def test_a_narrow_terminal_gets_several_tables_and_whole_figures(comparison):
+    grid = by_disease(comparison)
+    narrow, wide = (Console(file=io.StringIO(), width=width, color_system=None) for width in (80, 200))
+    assert len(rich_tables(grid, wide)) == 1
+    parts = rich_tables(grid, narrow)
+    assert len(parts) == len(comparison.arms) - 1
+    show(grid, narrow)
+    lines = [line for line in narrow.file.getvalue().splitlines() if "Questions" not in line]
+    for row in grid.rows:
+        for cell in row[3:]:
+            value, _, interval = cell.partition(" [")
+            assert any(value in line for line in lines)
+            assert any(f"[{interval}".replace(", ", ",") in line for line in lines), (
+                "no figure is broken or cut"
+            )
 
 
 def test_names_with_signs_of_markdown_or_latex_stay_names():
