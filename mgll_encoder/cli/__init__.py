@@ -1,13 +1,14 @@
 """The command ``mgll-encoder``."""
 
-from mgll_encoder.cli import data, pretrain, tower
+from mgll_encoder.cli import data, pretrain, probe, tower
 from mgll_encoder.common.cli import new_app, run
 
-app = new_app("Read, convert and train MGLL vision towers.")
+app = new_app("Read, convert, train and probe MGLL vision towers.")
 app.command("inspect")(tower.inspect)
 app.command("convert")(tower.convert)
 app.add_typer(data.app, name="data")
 app.command("pretrain")(pretrain.pretrain)
+app.command("probe")(probe.probe)
 
 
 def main() -> None:

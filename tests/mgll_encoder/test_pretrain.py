@@ -16,7 +16,6 @@ from mgll_encoder.data.phantom_set import write_phantom
 from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.losses import Alphas
 from mgll_encoder.pretrain import PretrainOptions, pretrain
-from mgll_encoder.probe import linear_probe, pooled_features
 from mgll_encoder.tower import load_tower
 from mgll_encoder.two_towers import PRESETS, Preset, TwoTowers
 
@@ -218,19 +217,3 @@ def test_mistakes_are_one_line_and_nothing_is_written(manifest, tmp_path, argume
     assert isinstance(result.exception, UserError)
     assert complaint in str(result.exception)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_linear_probe_finds_what_is_there_and_nothing_else(manifest, tmp_path):
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(200, 6))
-    labels = np.stack([features[:, 0] > 0, rng.random(200) > 0.5, np.ones(200, bool)], 1)
-    found = linear_probe(features[:100], labels[:100], features[100:], labels[100:], ["seen", "noise", "all"])
-    assert found["seen"] > 0.95
-    assert 0.3 < found["noise"] < 0.7
-    assert "all" not in found
-    pretrain(manifest, tmp_path / "tower", options(epochs=1), workers=0)
-    images = sorted((manifest.parent / "images").iterdir())[:5]
-    tower = load_tower(tmp_path / "tower")
-    together, apart = pooled_features(tower, images), pooled_features(tower, images, batch_size=2)
-    assert together.shape == (5, 32)
-    np.testing.assert_allclose(together, apart, atol=1e-5)

@@ -1,0 +1,100 @@
+"""The support matrix: what becomes of each family's published checkpoint when it gets an MGLL ViT-L/14.
+
+The figures are those of plans made from checkpoints of full size (headers only); a test makes them again and holds
+them against the file.
+"""
+
+import json
+from importlib.resources import files
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+FILE = "support.json"
+
+
+class Size(BaseModel):
+    """Input side in pixels, and the visual tokens per image (or tile) that it gives."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} at {self.image_size} px"
+
+
+class Support(BaseModel):
+    """A row of the matrix.
+
+    Attributes:
+        family: Registry name.
+        title: The name people write.
+        checkpoint: The published checkpoint that the figures are of.
+        reads: Layouts that are read.
+        before: The checkpoint's own input and tokens.
+        default: Those of the swapped model, without ``--image-size``.
+        at_224: Likewise with ``--image-size 224``, MGLL's own; None where the family cannot.
+        at_336: Likewise with ``--image-size 336``.
+        readers: Module that reads vision features -> what becomes of it.
+        loads: How the swapped checkpoint loads, by layout written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: str
+    title: str
+    checkpoint: str
+    reads: tuple[str, ...]
+    before: Size
+    default: Size
+    at_224: Size | None
+    at_336: Size | None
+    readers: dict[str, str]
+    loads: dict[str, str]
+
+    def cells(self) -> tuple[str, ...]:
+        """The row in words."""
+        fates = sorted({fate.partition(":")[0] for fate in self.readers.values()})
+        return (
+            self.family,
+            "; ".join(self.reads),
+            self.checkpoint,
+            str(self.before),
+            str(self.default),
+            *(str(size.tokens) if size else "–" for size in (self.at_224, self.at_336)),
+            "; ".join(f"{', '.join(self._readers(fate))}: {fate}" for fate in fates),
+            "; ".join(f"{layout}: {how}" for layout, how in self.loads.items()),
+        )
+
+    def _readers(self, fate: str) -> list[str]:
+        return [name for name, found in self.readers.items() if found.startswith(fate)]
+
+
+COLUMNS = (
+    "family", "reads", "figures of", "tokens before", "after (default)", "at 224 px", "at 336 px", "readers",
+    "swapped model loads with",
+)  # fmt: skip
+
+
+def support() -> list[Support]:
+    """The rows, in the order of the registry."""
+    rows = json.loads(files(__package__).joinpath(FILE).read_text(encoding="utf-8"))
+    return [Support.model_validate(row) for row in rows]
+
+
+def support_table() -> Table:
+    """The matrix for the terminal."""
+    table = Table(title="Families", title_justify="left", show_lines=True)
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
+    for row in support():
+        table.add_row(*row.cells())
+    return table
+
+
+def support_markdown() -> str:
+    """The matrix for the README."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    return "\n".join([*lines, *(f"| {' | '.join(row.cells())} |" for row in support())])

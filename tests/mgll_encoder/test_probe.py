@@ -1,0 +1,166 @@
+"""Somebody asks what a tower's frozen features know about their images."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+from transformers import CLIPVisionModel
+
+from mgll_encoder import Tower, TowerSpec, load_tower, save_tower
+from mgll_encoder.benchmarks import benchmarks, published_figures
+from mgll_encoder.cli import main
+from mgll_encoder.data.label_table import Columns, LabelledImages, read_labels
+from mgll_encoder.probe import cached_features, judge, linear_scores, pooled_features
+from tests import builders
+from tests.builders import invoke, refused
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    spec = TowerSpec(
+        width=32, depth=3, heads=4, mlp_width=64, patch_size=14, image_size=28, activation="gelu"
+    )  # fmt: skip
+    model = CLIPVisionModel(builders.tower_config())
+    return save_tower(Tower.from_model(model, spec), tmp_path_factory.mktemp("towers") / "tower")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 pictures of 40 patients: red ones are ``red``, dark ones ``dark``; one patient is unlabelled."""
+    folder = tmp_path_factory.mktemp("place")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(80):
+        red, dark = bool(rng.random() < 0.5), bool(rng.random() < 0.4)
+        colour = np.array([200, 60, 60] if red else [60, 60, 200]) // (3 if dark else 1)
+        noise = rng.integers(0, 30, (28, 28, 3))
+        (folder / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.clip(colour + noise, 0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.png")
+        labels = ";".join(name for name, true in (("red", red), ("Dark", dark)) if true)
+        rows.append({"file": f"{i}.png", "labels": labels or "plain", "patient": f"p{i // 2}",
+                     "side": "test" if i % 10 < 4 else "train", "red": int(red), "dark": int(dark),
+                     "colour": "red" if red else "blue"})  # fmt: skip
+    rows.append({**rows[-1], "labels": ""})
+    with (folder / "labels.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def probe(place: Path, tower: Path, *arguments: object) -> tuple[object, ...]:
+    return (
+        main, "probe", "--encoder", tower, "--data", place / "labels.csv", "--images", place / "images", *arguments,
+    )  # fmt: skip
+
+
+def test_it_finds_what_is_in_the_pictures(
+    place: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path / "cache"))
+    out = tmp_path / "probe.json"
+    done = invoke(*probe(place, tower, "--patient-column", "patient", "--out", out))
+    assert done.code == 0, done.err
+    result = json.loads(out.read_text())
+    assert result["labels"]["red"]["AUC"] > 95
+    assert result["macro"]["AUC"]["low"] <= result["macro"]["AUC"]["value"] <= result["macro"]["AUC"]["high"]
+    assert result["train"] + result["test"] == 80, "the row without a label is unknown, not negative"
+    assert "macro average" in done.out
+    assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 1
+
+
+def test_random_labels_are_not_found() -> None:
+    """Negative control: features that know nothing of the labels."""
+    rng = np.random.default_rng(1)
+    names, test = ("a", "b"), np.arange(400) % 2 == 0
+    data = LabelledImages((), names, rng.random((400, 2)) < 0.5, tuple(map(str, range(400))), test)
+    result = judge(*linear_scores(rng.normal(size=(400, 6)), data), data, replicates=50)
+    assert 40 < result.macro["AUC"].value < 60
+
+
+def test_the_figures_are_scikit_learns_and_the_interval_covers_patients() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random((90, 3)) < 0.4
+    scores = np.clip(truth * 0.3 + rng.random((90, 3)) * 0.7, 0, 1)
+    whole = LabelledImages(
+        (), ("a", "b", "c"), truth, tuple(str(i // 3) for i in range(90)), np.ones(90, bool)
+    )
+    result = judge(scores, [0, 1, 2], whole, replicates=200)
+    assert result.macro["AUC"].value == pytest.approx(100 * roc_auc_score(truth, scores, average="macro"))
+    assert result.macro["mAP"].value == pytest.approx(100 * average_precision_score(truth, scores))
+    assert result.macro["ACC"].value == pytest.approx(100 * ((scores >= 0.5) == truth).mean())
+    apart = LabelledImages((), whole.names, truth, tuple(map(str, range(90))), whole.test)
+    single = LabelledImages((), whole.names, truth, ("one",) * 90, whole.test)
+    assert judge(scores, [0, 1, 2], apart, replicates=200).macro["AUC"] != result.macro["AUC"]
+    lone = judge(scores, [0, 1, 2], single, replicates=20).macro["AUC"]
+    assert lone.low == lone.high, "one patient, drawn again and again, has no spread"
+
+
+def test_accuracy_among_classes_is_that_of_the_likeliest() -> None:
+    truth = np.eye(3, dtype=bool)[[0, 1, 2, 0, 1, 2]]
+    scores = np.array([[.4, .3, .3], [.4, .3, .3], [.1, .2, .3], [.2, .1, .1], [.1, .4, .2], [.3, .2, .1]])  # fmt: skip
+    data = LabelledImages((), ("a", "b", "c"), truth, tuple("123456"), np.ones(6, bool))
+    assert judge(scores, [0, 1, 2], data, replicates=5).macro["ACC"].value == pytest.approx(100 * 4 / 6)
+
+
+def test_patients_are_not_divided_and_a_split_column_is_obeyed(place: Path) -> None:
+    table, images = place / "labels.csv", place / "images"
+    drawn = read_labels(table, images, Columns(patient="patient"))
+    sides = set(zip(drawn.patients, drawn.test.tolist(), strict=True))
+    assert len(sides) == len(set(drawn.patients))
+    told = read_labels(table, images, Columns(patient="patient", split="side"))
+    assert told.test.tolist() == [i % 10 < 4 for i in range(80)]
+    binary = read_labels(table, images, Columns("{file}", None, ("red", "dark"), "patient"))
+    assert (binary.names, len(binary.images)) == (("dark", "red"), 81)
+    assert read_labels(table, images, Columns(labels="colour")).exclusive
+
+
+def test_features_are_those_of_any_batch_size_and_are_computed_once(
+    place: Path, tower: Path, tmp_path: Path
+) -> None:
+    eyes = load_tower(tower)
+    images = sorted((place / "images").iterdir())[:5]
+    together, apart = pooled_features(eyes, images), pooled_features(eyes, images, batch_size=2)
+    np.testing.assert_allclose(together, apart, atol=1e-5)
+    first = cached_features(eyes, images, tmp_path)
+    (file,) = tmp_path.iterdir()
+    before = file.stat().st_mtime_ns
+    np.testing.assert_array_equal(first, cached_features(eyes, images, tmp_path))
+    assert file.stat().st_mtime_ns == before
+    with torch.no_grad():
+        eyes.model.embeddings.class_embedding += 1
+    assert not np.array_equal(first, cached_features(eyes, images, tmp_path)), "another tower, other features"
+
+
+def test_published_probes_are_described_and_their_figures_are_the_papers(real_data: Path) -> None:
+    known = benchmarks()
+    rfmid = real_data / "labels" / "RFMiD_Training_Labels.csv"
+    with rfmid.open(encoding="utf-8-sig") as stream:
+        header = next(csv.reader(stream))
+    assert set(known["rfmid"].binary) == set(header) - {"ID", "Disease_Risk"}
+    for row in known.values():
+        for name in row.paper:
+            assert published_figures(name)["MGLL"]["AUC"] > published_figures(name)["CLIP"]["AUC"]
+    assert published_figures("ADAM")["MGLL"]["AUC"] == 90.02
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--labels-column", "label"], "has no column 'label' (--labels-column)"),
+        (["--images", "nowhere"], "does not exist: check --images"),
+        (["--only", "rde"], "did you mean 'red'"),
+        (["--benchmark", "rfmdi"], "did you mean 'rfmid'"),
+        (["--compare", "paper"], "--compare paper needs --benchmark"),
+        (["--binary-columns", "patient"], "expected 0 or 1"),
+        (["--test", "1.5"], "split shares"),
+    ],
+)
+def test_bad_input_is_one_line(place: Path, tower: Path, arguments: list[str], complaint: str) -> None:
+    assert complaint in refused(*probe(place, tower, *arguments))
