@@ -203,8 +203,7 @@ class Qwen2VL(Family):
                 *notes,
                 *swap_notes(tower, after),
                 f"every picture is made {after.image_size} x {after.image_size} px and becomes {after.tokens} visual "
-                "tokens, so that the tower stays on the geometry it was trained on; their positions (M-RoPE) are "
-                "computed as before",
+                "tokens, since a CLIP tower has one grid of positions; the tokens' own (M-RoPE) are computed as before",
                 "the result takes images only: video input is refused",
                 *_deepstack_notes(dropped),
             ),
@@ -300,8 +299,8 @@ def _dynamic_pixels(folder: Path, size: int, generation: Generation) -> tuple[Pi
         "resize": "squash",
     }
     notes = (
-        f"the host takes pictures of any size and shape; before and after are compared at {USUAL_GRID} x {USUAL_GRID} "
-        f"patches ({size} px)",
+        f"the host takes pictures of any size and keeps their shape; what stands here as before is a square of "
+        f"{USUAL_GRID} x {USUAL_GRID} patches ({size} px)",
     )
     missing = f"{folder} has no image processor: the published normalisation is assumed"
     return checked(PixelRule, rule, where), notes if settings else (*notes, missing)

@@ -690,7 +690,7 @@ def test_the_plan_says_what_changes_for_the_user(encoder: Path, tmp_path: Path) 
     notes = "\n".join(plan_of(tmp_path / "model", encoder, None).notes)
     assert "448 x 448 px and becomes 256 visual tokens" in notes
     assert "video input is refused" in notes
-    assert "takes pictures of any size" in notes
+    assert "takes pictures of any size and keeps their shape" in notes
 
 
 def test_stock_processor_is_left_alone_before_the_swap(tmp_path: Path) -> None:
