@@ -166,6 +166,8 @@ class Qwen2VL(Family):
         after = after_swap(read, tower, image_size, tokens=lambda grid: (grid // merge) ** 2, multiple=merge)
         kept_steps, dropped = _sort(checkpoint, prefix)
         steps, readers = _merger(kept_steps, f"{prefix}merger.", generation, before, after, checkpoint.folder)
+        anew = [step for old, step in zip(kept_steps, steps, strict=True) if old.sources != step.sources]
+        dropped += [Dropped(name=step.name, reason="read the old tower's width, made anew") for step in anew]
         shapes = {step.name.removeprefix(f"{prefix}merger."): step.shape for step in steps}
         dtype = checkpoint.tensors[f"{prefix}merger.{generation.norm}.weight"].dtype
         return Plan(
@@ -201,8 +203,7 @@ class Qwen2VL(Family):
                 *notes,
                 *swap_notes(tower, after),
                 f"every picture is made {after.image_size} x {after.image_size} px and becomes {after.tokens} visual "
-                "tokens, so that the tower stays on the geometry it was trained on; their positions (M-RoPE) are "
-                "computed as before",
+                "tokens, since a CLIP tower has one grid of positions; the tokens' own (M-RoPE) are computed as before",
                 "the result takes images only: video input is refused",
                 *_deepstack_notes(dropped),
             ),
@@ -298,8 +299,8 @@ def _dynamic_pixels(folder: Path, size: int, generation: Generation) -> tuple[Pi
         "resize": "squash",
     }
     notes = (
-        f"the host takes pictures of any size and shape; before and after are compared at {USUAL_GRID} x {USUAL_GRID} "
-        f"patches ({size} px)",
+        f"the host takes pictures of any size and keeps their shape; what stands here as before is a square of "
+        f"{USUAL_GRID} x {USUAL_GRID} patches ({size} px)",
     )
     missing = f"{folder} has no image processor: the published normalisation is assumed"
     return checked(PixelRule, rule, where), notes if settings else (*notes, missing)
