@@ -29,7 +29,15 @@ class Architecture:
     renames_like: str | None = None
 
 
-MODEL_TYPES: Mapping[str, Architecture] = {}
+MODEL_TYPES: Mapping[str, Architecture] = {
+    "mgll_internvl": Architecture(
+        "internvl",
+        "MgllInternVLConfig",
+        "MgllInternVLForConditionalGeneration",
+        "MgllInternVLProcessor",
+        renames_like="internvl",
+    ),
+}
 """``model_type`` -> what it is built of."""
 
 
