@@ -36,8 +36,14 @@ PROCESSORS: Mapping[str, str] = {
 }
 """``model_type`` of the target -> class of its processor."""
 
-_INTERNVL_1 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-_INTERNVL_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+_INTERNVL_1 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+_INTERNVL_2_5 = (
+    "你是书生·万象，英文名是InternVL，"
+    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
@@ -109,8 +115,8 @@ def conversation(folder: Path, template: str | None, vocabulary: int) -> Convers
         if vocab.get(token, vocabulary) >= vocabulary:
             found = f"gives it the id {vocab[token]}" if token in vocab else "does not know it"
             raise UserError(
-                f"{folder}: token {token} needs one of the {vocabulary} rows of the embedding, but the tokenizer {found}: "
-                "take the tokenizer files of this very checkpoint"
+                f"{folder}: token {token} needs one of the {vocabulary} rows of the embedding, but the tokenizer "
+                f"{found}: take the tokenizer files of this very checkpoint"
             )
     ends = (tokenizer.eos_token_id, vocab[stop])
     return Conversation(vocab[IMAGE], tuple(dict.fromkeys(i for i in ends if i is not None)))
@@ -133,13 +139,14 @@ def processor(plan: Plan, image_processor: Any) -> Any | None:
 
     if not has_tokenizer(plan.source):
         return None
+    template: str | None
     if plan.layout == "original":
         tokenizer = original_tokenizer(plan.source)
         template = _template(_format(plan.source, read_json(plan.source / "config.json").get("template")))
     else:
-        side = text_side(plan.source)
-        assert side is not None
-        tokenizer, template = side[0], side[1]
+        found = text_side(plan.source)
+        assert found is not None, "it has a tokenizer"
+        tokenizer, template, _ = found
     check_placeholder(tokenizer, IMAGE, plan.image_token_id)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -274,7 +281,7 @@ def _content(token: Any) -> str:
 
 
 def _format(folder: Path, template: str | None) -> Format:
-    if template not in FORMATS:
+    if template is None or template not in FORMATS:
         raise unknown_name(
             f"conversation template (field 'template' of {folder}/config.json)", str(template), FORMATS
         )

@@ -5,7 +5,7 @@ After transformers 5.23.0 (models/internvl) and OpenGVLab/InternVL 2410d1d
 (internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py).
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class MgllInternVLConfig(InternVLConfig):
     """
 
     model_type = "mgll_internvl"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
         **InternVLConfig.sub_configs_defaults,
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
     }
@@ -54,7 +54,7 @@ class MgllInternVLForConditionalGeneration(InternVLForConditionalGeneration):
         # Not the parent's own: it would build the stock model, tower and all, to be thrown away.
         InternVLPreTrainedModel.__init__(self, config)
         self.model = MgllInternVLModel(config)
-        text = config.text_config
+        text: Any = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
