@@ -221,8 +221,12 @@ def original_tokenizer(folder: Path) -> Any:
     """
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.is_file() else {}
-    if not str(settings.get("tokenizer_class", "")).startswith("InternLM2"):
-        return load_tokenizer(folder)
+    kind = str(settings.get("tokenizer_class", ""))
+    if not kind.startswith("InternLM2"):
+        tokenizer: Any = load_tokenizer(folder)
+        if kind.startswith("Llama"):  # releases before 5.0 begin with <s> unless told otherwise
+            tokenizer.add_bos_token = settings.get("add_bos_token", True)
+        return tokenizer
     try:
         return _internlm2(folder, settings)
     except LIBRARY_ERRORS as error:
