@@ -17,22 +17,25 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBE = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
 
 
-def host_pixels(folder: Path, image_size: int) -> tuple[PixelRule, tuple[str, ...]]:
+def host_pixels(
+    folder: Path, image_size: int, assumed: PixelRule | None = None
+) -> tuple[PixelRule, tuple[str, ...]]:
     """How a model folder prepares images, and what had to be assumed.
 
     Args:
         folder: A model folder in the transformers layout.
         image_size: Input side of its tower.
+        assumed: What is taken where it does not say so; None for CLIP's rule.
 
     Raises:
         UserError: its image processor makes pictures of another size, or none that are square.
     """
     settings, where = image_settings(folder)
     if settings is None:
-        assumed = PixelRule(image_size=image_size, mean=CLIP_MEAN, std=CLIP_STD, resize="crop")
-        return assumed, (
-            f"{folder} has no image processor: CLIP's normalisation and centre crop are assumed",
-        )
+        if assumed is not None:
+            return assumed, (f"{folder} has no image processor: that of its published models is assumed",)
+        clip = PixelRule(image_size=image_size, mean=CLIP_MEAN, std=CLIP_STD, resize="crop")
+        return clip, (f"{folder} has no image processor: CLIP's normalisation and centre crop are assumed",)
     fields, notes = read_preprocessing(settings, where)
     rule = PixelRule(**fields)
     if rule.image_size != image_size:
@@ -85,6 +88,15 @@ def load_tokenizer(folder: Path) -> Any | None:
     if expected:
         _check_against(expected, tokenizer, folder)
     return tokenizer
+
+
+def check_sentencepiece(tokenizer: Any, folder: Path) -> None:
+    """Refuse a tokenizer that cuts text in another way than the SentencePiece model in its folder.
+
+    Raises:
+        UserError: it does, or the model cannot be read.
+    """
+    _check_against(_sentencepiece_ids(folder / "tokenizer.model"), tokenizer, folder)
 
 
 def _sentencepiece_ids(model: Path) -> list[int]:

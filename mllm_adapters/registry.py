@@ -17,6 +17,7 @@ FAMILIES: Mapping[str, str] = {
     "llava-med": "mllm_adapters.families.llava:LLAVA_MED",
     "qwen2-vl": "mllm_adapters.families.qwen2_vl:QWEN2_VL",
     "aya-vision": "mllm_adapters.families.aya_vision:AYA_VISION",
+    "internvl": "mllm_adapters.families.internvl:INTERNVL",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

@@ -46,6 +46,13 @@ MODEL_TYPES: Mapping[str, Architecture] = {
     "mgll_qwen2_vl": _qwen_vl("Qwen2VL", "Qwen2VLForConditionalGeneration"),
     "mgll_qwen2_5_vl": _qwen_vl("Qwen2_5_VL", "Qwen2_5_VLForConditionalGeneration"),
     "mgll_qwen3_vl": _qwen_vl("Qwen3VL"),
+    "mgll_internvl": Architecture(
+        "internvl",
+        "MgllInternVLConfig",
+        "MgllInternVLForConditionalGeneration",
+        "MgllInternVLProcessor",
+        renames_like="internvl",
+    ),
 }
 """``model_type`` -> what it is built of."""
 

@@ -17,13 +17,14 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.stages import apply_stage
-from tests.mllm_adapters.families import aya_vision, llava, qwen2_vl
+from tests.mllm_adapters.families import aya_vision, internvl, llava, qwen2_vl
 from tests.mllm_adapters.families.case import Case, Golden
 
 CASES = (
     *llava.CASES,
     *qwen2_vl.CASES,
     *aya_vision.CASES,
+    *internvl.CASES,
 )
 
 LOADS_WITHOUT_US = """

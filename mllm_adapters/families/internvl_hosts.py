@@ -1,0 +1,318 @@
+"""InternVL-Chat before a swap: what its configuration and its headers say, in either layout.
+
+Defaults and vision contract after OpenGVLab/InternVL 2410d1d (internvl_chat/internvl/model/internvl_chat:
+configuration_*.py, modeling_*.py; internvl_chat/internvl/train/dataset.py) and transformers 5.23.0 (models/internvl).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize, TowerSpec, checked
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import build_config, read_fields, text_config
+from mllm_adapters.contract import Dropped, Step, VisionContract
+from mllm_adapters.families import internvl_text
+from mllm_adapters.families.internvl_names import (
+    EMBEDDINGS,
+    HEAD,
+    LANGUAGE_MODELS,
+    POSITIONS,
+    PROJECTOR,
+    TOWER,
+    LanguageModel,
+    sort_tensors,
+)
+from mllm_adapters.planning import contract_of, image_row, kept
+from mllm_adapters.processing import host_pixels
+
+FIRST_TENSOR = re.compile(r"(.*vision_tower\.)(?:vision_model\.)?embeddings\.(?:cls_token|class_embedding)")
+
+TRY = "take a chat model, such as OpenGVLab/InternVL2_5-8B"
+
+
+class VisionFields(BaseModel):
+    """What counts in ``vision_config``, with the original code's defaults: those of InternViT-6B."""
+
+    hidden_size: int = 3200
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 25
+    intermediate_size: int = 12800
+    image_size: int = 224
+    patch_size: int = 14
+    num_channels: Literal[3] = 3
+    hidden_act: Literal["gelu"] = "gelu"
+    layer_norm_eps: float = 1e-6
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    qk_normalization: bool = True
+    qkv_bias: bool = False
+
+
+class OriginalFields(BaseModel):
+    """What counts in an original config.json, with the original code's defaults."""
+
+    vision_config: dict[str, Any]
+    llm_config: dict[str, Any]
+    downsample_ratio: float = Field(0.5, gt=0, le=1)
+    force_image_size: int | None = None
+    select_layer: int = -1
+    ps_version: Literal["v1", "v2"] = "v1"
+    pad2square: bool = False
+    dynamic_image_size: bool = False
+    use_thumbnail: bool = False
+    max_dynamic_patch: int = Field(6, ge=1)
+    template: str | None = None
+    use_backbone_lora: Literal[0] = 0
+    use_llm_lora: Literal[0] = 0
+
+
+class NativeFields(BaseModel):
+    """What counts in a config.json of the transformers layout, with the defaults of ``InternVLConfig``."""
+
+    vision_config: dict[str, Any]
+    text_config: dict[str, Any]
+    vision_feature_layer: int = -1
+    vision_feature_select_strategy: Literal["default"] = "default"
+    downsample_ratio: float = Field(0.5, gt=0, le=1)
+    image_token_id: int = 151667
+    ps_version: Literal["v1", "v2"] = "v2"
+    quantization_config: None = None
+
+
+@dataclass(frozen=True)
+class Host:
+    """A checkpoint as it is before a swap, whatever its layout.
+
+    Attributes:
+        layout: Name of the layout.
+        tower: Steps of its own tower.
+        rest: Steps of everything else, under the names of the target.
+        dropped: What the target lacks, swapped or not.
+        root: What precedes ``vision_tower.`` and ``multi_modal_projector.`` in the names of the target.
+        contract: Its vision contract.
+        shrink: Patches along one side that are joined to one token.
+        config: Fields of the target's config.json, but for those of the tower.
+        vision_config: Configuration of its own tower.
+        notes: What the user should know.
+    """
+
+    layout: str
+    tower: tuple[Step, ...]
+    rest: tuple[Step, ...]
+    dropped: tuple[Dropped, ...]
+    root: str
+    contract: VisionContract
+    shrink: int
+    config: Mapping[str, Any]
+    vision_config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def tokens(self, grid: int) -> int:
+        """Visual tokens of an image of ``grid`` patches along one side."""
+        return (grid // self.shrink) ** 2
+
+
+def original_host(checkpoint: Checkpoint) -> Host:
+    """What a checkpoint in the original layout is.
+
+    Raises:
+        UserError: it is of a variant that is not supported, or lacks something.
+    """
+    where = f"{checkpoint.folder}/config.json"
+    _refuse_quantised(checkpoint)
+    fields = read_fields(OriginalFields, checkpoint.config, where)
+    vision = read_fields(VisionFields, fields.vision_config, f"{where}, vision_config")
+    if vision.qk_normalization and vision.layer_norm_eps != 1e-6:
+        raise UserError(
+            f"{where}: layer_norm_eps of vision_config is {vision.layer_norm_eps}, expected 1e-06: transformers' "
+            "InternViT normalises queries and keys with no other"
+        )
+    language_model = _language_model(fields.llm_config, where)
+    steps, dropped = sort_tensors(checkpoint, language_model, fields.llm_config)
+    held = {step.name: step for step in steps}
+    for name in (EMBEDDINGS, POSITIONS, f"{PROJECTOR}linear_1.weight"):
+        if name not in held:
+            raise UserError(
+                f"{checkpoint.folder}: the tensor for {name} is missing: is the checkpoint complete?"
+            )
+    spec = _original_tower(fields, vision, where)
+    shrink = _shrink(fields.downsample_ratio, spec.grid, where)
+    contract = contract_of(spec, fields.select_layer, class_token=False)
+    tiles = fields.max_dynamic_patch if fields.dynamic_image_size else 1
+    contract = contract.model_copy(
+        update={
+            "tokens": (spec.grid // shrink) ** 2,
+            "tiles": tiles + (tiles > 1 and fields.use_thumbnail),
+        }
+    )
+    vocabulary = max(held[name].shape[0] for name in (EMBEDDINGS, HEAD) if name in held)
+    said = internvl_text.conversation(checkpoint.folder, fields.template, vocabulary)
+    image_token_id, rows = (said.image_token_id, vocabulary) if said else image_row(None, vocabulary)
+    own = {
+        language_model.fields.get(k, k): v
+        for k, v in {**language_model.defaults, **fields.llm_config}.items()
+    }
+    text = text_config(language_model.model_type, own, rows, f"{where}, llm_config")
+    steps = [_resized(step, spec.patches + 1, rows) for step in steps]
+    return Host(
+        layout="original",
+        tower=tuple(step for step in steps if step.name.startswith(TOWER)),
+        rest=tuple(step for step in steps if not step.name.startswith(TOWER)),
+        dropped=tuple(dropped),
+        root="",
+        contract=contract,
+        shrink=shrink,
+        config={
+            "dtype": held[EMBEDDINGS].dtype,
+            "text_config": text | ({"eos_token_id": list(said.stops)} if said else {}),
+            "vision_feature_select_strategy": "default",
+            "projector_hidden_act": "gelu",
+            "downsample_ratio": fields.downsample_ratio,
+            "image_token_id": image_token_id,
+            "tie_word_embeddings": text["tie_word_embeddings"],
+            "ps_version": fields.ps_version,
+        },
+        vision_config={
+            "model_type": "internvl_vision",
+            **vision.model_dump(exclude={"qk_normalization", "qkv_bias"}),
+            "use_qk_norm": vision.qk_normalization,
+            "attention_bias": vision.qkv_bias,
+            "image_size": [spec.image_size] * 2,
+            "patch_size": [spec.patch_size] * 2,
+        },
+        notes=_original_notes(fields, vocabulary, rows, image_token_id),
+    )
+
+
+def _original_notes(
+    fields: OriginalFields, vocabulary: int, rows: int, image_token_id: int
+) -> tuple[str, ...]:
+    notes = []
+    if rows > vocabulary:
+        notes.append(
+            f"without a tokenizer, the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of "
+            f"the old ones) for the image placeholder {image_token_id}; the original takes its id from the tokenizer"
+        )
+    if fields.ps_version == "v1":
+        notes.append(
+            "the visual tokens come column by column (ps_version v1), as this checkpoint was trained"
+        )
+    return tuple(notes)
+
+
+def native_host(checkpoint: Checkpoint) -> Host:
+    """What a checkpoint in the transformers layout is, swapped before or not.
+
+    Raises:
+        UserError: it is of a variant that is not supported, or lacks something.
+    """
+    config, where = checkpoint.config, checkpoint.folder / "config.json"
+    _refuse_quantised(checkpoint)
+    fields = read_fields(NativeFields, config, str(where))
+    built = build_config(config, str(where))
+    matches = [m for m in map(FIRST_TENSOR.fullmatch, checkpoint.tensors) if m]
+    if len(matches) != 1:
+        raise UserError(
+            f"{checkpoint.folder}: expected one vision tower under vision_tower, found {len(matches)}"
+        )
+    prefix = matches[0][1]
+    vision = built.vision_config.to_dict()
+    side, patch = _side(vision["image_size"]), _side(vision["patch_size"])
+    usual = PixelRule(image_size=side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    pixels, notes = host_pixels(checkpoint.folder, side, assumed=usual)
+    geometry = {
+        "width": vision["hidden_size"],
+        "depth": vision["num_hidden_layers"],
+        "heads": vision["num_attention_heads"],
+        "mlp_width": vision["intermediate_size"],
+        "patch_size": patch,
+        "activation": vision["hidden_act"],
+    }
+    spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, where)
+    shrink = _shrink(fields.downsample_ratio, spec.grid, str(where))
+    tiles = internvl_text.tiles(checkpoint.folder, config["model_type"])
+    contract = contract_of(spec, fields.vision_feature_layer, class_token=False)
+    contract = contract.model_copy(update={"tokens": (spec.grid // shrink) ** 2, "tiles": tiles})
+    steps = [kept(header) for header in checkpoint.tensors.values()]
+    return Host(
+        layout="transformers",
+        tower=tuple(step for step in steps if step.name.startswith(prefix)),
+        rest=tuple(step for step in steps if not step.name.startswith(prefix)),
+        dropped=(),
+        root=prefix.removesuffix(TOWER),
+        contract=contract,
+        shrink=shrink,
+        config={
+            **{key: value for key, value in config.items() if key != "auto_map"},
+            "vision_feature_select_strategy": "default",
+            "downsample_ratio": fields.downsample_ratio,
+            "image_token_id": fields.image_token_id,
+            "tie_word_embeddings": built.tie_word_embeddings,
+            "ps_version": fields.ps_version,
+        },
+        vision_config=vision,
+        notes=notes,
+    )
+
+
+def _language_model(llm_config: Mapping[str, Any], where: str) -> LanguageModel:
+    names = llm_config.get("architectures") or [None]
+    if names[0] not in LANGUAGE_MODELS:
+        raise UserError(
+            f"{where}: the language model is {names[0]}: expected one of {', '.join(LANGUAGE_MODELS)}; {TRY}"
+        )
+    return LANGUAGE_MODELS[names[0]]
+
+
+def _original_tower(fields: OriginalFields, vision: VisionFields, where: str) -> TowerSpec:
+    # Tiles are square already; only an image that is not cut is padded.
+    resize: Resize = "pad" if fields.pad2square and not fields.dynamic_image_size else "squash"
+    geometry = {
+        "width": vision.hidden_size,
+        "depth": vision.num_hidden_layers,
+        "heads": vision.num_attention_heads,
+        "mlp_width": vision.intermediate_size,
+        "patch_size": vision.patch_size,
+        "activation": vision.hidden_act,
+        "image_size": fields.force_image_size or vision.image_size,
+        "resize": resize,
+    }
+    return checked(TowerSpec, geometry, Path(where))
+
+
+def _shrink(ratio: float, grid: int, where: str) -> int:
+    shrink = round(1 / ratio)
+    if abs(shrink * ratio - 1) > 1e-6 or grid % shrink:
+        raise UserError(
+            f"{where}: downsample_ratio {ratio} does not go into {grid}x{grid} patches: expected 1 / n, such as 0.5, "
+            "and a multiple of n patches"
+        )
+    return shrink
+
+
+def _resized(step: Step, positions: int, rows: int) -> Step:
+    """The position table at the size the model runs at, and the vocabulary with its placeholder."""
+    if step.name == POSITIONS and step.shape[1] != positions:
+        shape = (1, positions, step.shape[2])
+        return step.model_copy(update={"operation": "resample", "shape": shape, "arguments": {"leading": 1}})
+    if step.name in (EMBEDDINGS, HEAD) and step.shape[0] != rows:
+        return step.model_copy(update={"operation": "extend_rows", "shape": (rows, *step.shape[1:])})
+    return step
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    nested = checkpoint.config.get("llm_config") or checkpoint.config.get("text_config") or {}
+    if checkpoint.config.get("quantization_config") or nested.get("quantization_config"):
+        raise UserError(
+            f"{checkpoint.folder}/config.json: quantization_config is set: take the unquantised checkpoint"
+        )
+
+
+def _side(size: Any) -> int:
+    """The side of a square ``image_size`` or ``patch_size``, which may be a pair."""
+    return int(size[0] if isinstance(size, list | tuple) else size)
