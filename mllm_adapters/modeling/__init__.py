@@ -29,7 +29,11 @@ class Architecture:
     renames_like: str | None = None
 
 
-MODEL_TYPES: Mapping[str, Architecture] = {}
+MODEL_TYPES: Mapping[str, Architecture] = {
+    "mgll_flamingo": Architecture(
+        "flamingo", "FlamingoConfig", "FlamingoForConditionalGeneration", processor="FlamingoProcessor"
+    ),
+}
 """``model_type`` -> what it is built of."""
 
 
