@@ -248,6 +248,8 @@ def _step(name: str, headers: list[TensorHeader]) -> Step:
 def _interval(steps: Mapping[str, Step], depth: int, where: str) -> int:
     """Every how many layers a gated block stands, by the layer numbers."""
     found = sorted({int(name.split(".")[2]) for name in steps if name.startswith(BLOCKS)})
+    if not found:
+        raise UserError(f"{where} has no gated cross-attention blocks: complete the download")
     interval = found[0] + 1
     expected = list(range(found[0], depth, interval))
     if found != expected:

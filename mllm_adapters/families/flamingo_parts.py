@@ -1,8 +1,8 @@
 """The parts of a Flamingo that its weight file lacks: the frozen LLaMA and the frozen CLIP tower."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel
 
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.checkpoint import read_json
@@ -24,6 +24,15 @@ HOST_TOWER = "openai/clip-vit-large-patch14"
 TOWER_NAMES = ("ViT-L-14.pt", "clip/ViT-L-14.pt", HOST_TOWER)
 
 TOWER_PREFIX = "model.vision_tower."
+
+
+class LlamaFields(BaseModel):
+    """What counts in the config.json of a LLaMA folder."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    quantization_config: None = None
 
 
 def language_model(checkpoint: Checkpoint) -> Path:
@@ -58,20 +67,19 @@ def _model_type(folder: Path) -> str:
     return str(read_json(folder / "config.json").get("model_type"))
 
 
-def own_vocabulary(geometry: Geometry, config: Mapping[str, Any], folder: Path, where: str) -> int:
-    """The LLaMA's own vocabulary, if the weight file was trained on top of such a LLaMA.
+def check_language_model(geometry: Geometry, fields: LlamaFields, folder: Path, where: str) -> None:
+    """Refuse a LLaMA that the weight file was not trained on top of.
 
     Raises:
         UserError: it was not.
     """
-    vocabulary, width = int(config["vocab_size"]), int(config["hidden_size"])
+    vocabulary, width = fields.vocab_size, fields.hidden_size
     if geometry.text_width != width or geometry.rows - vocabulary not in (2, 3):
         raise UserError(
             f"{where} was trained on a LLaMA of width {geometry.text_width} with {geometry.rows} tokens, three of "
             f"them added, but {folder} has width {width} and {vocabulary} tokens: give the right one with "
             f"--part {LANGUAGE_PART}=FOLDER"
         )
-    return vocabulary
 
 
 def frozen_steps(
@@ -121,7 +129,8 @@ def host_tower(
 
 def _external_host(checkpoint: Checkpoint, geometry: Geometry, tower: TowerHeader | None) -> HostTower:
     nearby = [path for path in _towers_nearby(checkpoint) if tower is None or path != tower.source]
-    found = checkpoint.find(TOWER_PART, *map(str, nearby), *TOWER_NAMES)
+    # A CLIP that is replaced anyway need not be readable: OpenAI's own file is a TorchScript archive.
+    found = checkpoint.find(TOWER_PART, *map(str, nearby), *(TOWER_NAMES if tower is None else ()))
     published = PUBLISHED_TOWERS[HOST_TOWER]
     if found is None:
         if geometry.width == published.width and tower is not None:

@@ -30,11 +30,12 @@ from mllm_adapters.families.flamingo_file import (
 from mllm_adapters.families.flamingo_parts import (
     LANGUAGE_PART,
     TOWER_PREFIX,
+    LlamaFields,
+    check_language_model,
     frozen_steps,
     host_tower,
     inner_tower,
     language_model,
-    own_vocabulary,
 )
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
@@ -133,10 +134,11 @@ class MedFlamingo(Family):
         names = sort_names(checkpoint)
         language = language_model(checkpoint)
         config = read_json(language / "config.json")
+        fields = read_fields(LlamaFields, config, f"{language}/config.json")
+        vocabulary, where = fields.vocab_size, str(checkpoint.files[0])
         trained = {step.name: step for step in names.steps(checkpoint)}
-        where = str(checkpoint.files[0])
-        geometry = measure(trained, int(config["num_hidden_layers"]), where)
-        vocabulary = own_vocabulary(geometry, config, language, where)
+        geometry = measure(trained, fields.num_hidden_layers, where)
+        check_language_model(geometry, fields, language, where)
         text = _text_config(config, vocabulary, geometry.rows, language)
         steps = [
             *trained.values(),
@@ -194,13 +196,15 @@ class MedFlamingo(Family):
                 f"{checkpoint.folder} is in the layout of this project already: nothing to convert"
             )
         fields = read_fields(NativeFields, config, f"{checkpoint.folder}/config.json")
-        spec, notes = _native_tower(checkpoint)
+        spec, depth, notes = _native_tower(checkpoint)
         before = contract_of(spec, -1, False).model_copy(update={"tokens": fields.perceiver_latents})
         after = after_swap(before, tower, image_size, tokens=lambda _: fields.perceiver_latents)
         old = [h for h in checkpoint.tensors.values() if h.name.startswith(TOWER_PREFIX)]
         rest = [kept(h) for h in checkpoint.tensors.values() if not h.name.startswith(TOWER_PREFIX)]
         by_name = {step.name: step for step in rest}
-        geometry = measure(by_name, fields.text_config["num_hidden_layers"], str(checkpoint.folder))
+        if not old:
+            raise UserError(f"{checkpoint.folder} has no tensors under {TOWER_PREFIX}: complete the download")
+        geometry = measure(by_name, depth, str(checkpoint.folder))
         steps, readers = rewidened(rest, before, after)
         return Plan(
             family=self.spec.name,
@@ -272,10 +276,11 @@ def _notes(geometry: Geometry, vocabulary: int, steps: list[Step]) -> Iterator[s
         )
 
 
-def _native_tower(checkpoint: Checkpoint) -> tuple[TowerSpec, tuple[str, ...]]:
-    """Geometry and preprocessing of the tower in our own layout."""
+def _native_tower(checkpoint: Checkpoint) -> tuple[TowerSpec, int, tuple[str, ...]]:
+    """Geometry and preprocessing of the tower in our own layout, depth of the language model, and notes."""
     where = checkpoint.folder / "config.json"
-    vision = build_config(checkpoint.config, str(where)).vision_config
+    config = build_config(checkpoint.config, str(where))
+    vision = config.vision_config
     pixels, notes = host_pixels(checkpoint.folder, vision.image_size)
     spec = {
         "width": vision.hidden_size,
@@ -285,7 +290,8 @@ def _native_tower(checkpoint: Checkpoint) -> tuple[TowerSpec, tuple[str, ...]]:
         "patch_size": vision.patch_size,
         "activation": vision.hidden_act,
     }
-    return checked(TowerSpec, {**spec, **pixels.model_dump()}, where), notes
+    tower = checked(TowerSpec, {**spec, **pixels.model_dump()}, where)
+    return tower, config.text_config.num_hidden_layers, notes
 
 
 MED_FLAMINGO = MedFlamingo(

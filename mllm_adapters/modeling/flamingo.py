@@ -307,9 +307,13 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
             visual_tokens=outputs.visual_tokens,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The library's inputs, and which picture each of their tokens attends to: the whole text tells."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        if inputs["input_ids"] is None:
+            raise ValueError(
+                "where the images stand is told by input_ids: generate from these, not inputs_embeds"
+            )
         attended = attended_image(input_ids, self.config.image_token_id, self.config.media_mask)
         return inputs | {"attended_images": attended[:, -inputs["input_ids"].shape[1] :]}
 
@@ -323,7 +327,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         settings = kwargs.get("generation_config") or self.generation_config
         asked = kwargs.pop("suppress_tokens", settings.suppress_tokens) or ()
         kwargs["suppress_tokens"] = sorted({*asked, *self._never_written()})
-        return super().generate(*args, **kwargs)  # type: ignore
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _never_written(self) -> set[int]:
         text = self.config.text_config
