@@ -19,13 +19,14 @@ from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 
 Operation = Literal[
-    "keep", "rename", "tower", "slice", "concat", "reshape", "resample", "lora",
+    "keep", "rename", "same", "tower", "slice", "concat", "reshape", "resample", "lora",
     "extend_rows", "reinit", "zeros", "ones", "identity",
 ]  # fmt: skip
 """How a target tensor comes about; in brackets what `Step.arguments` holds.
 
 - ``keep``: the source tensor under its own name; a file of nothing but these is hard-linked.
 - ``rename``: the source tensor's values under another name.
+- ``same``: the source tensor's values, which the file holds under several names; they must be equal.
 - ``slice``: part of the rows of a fused tensor: seen as [groups, units, rows, ...], units start to stop of every group
   (groups, units, start, stop). ``chunk(3)[0]`` is groups=1, units=3, start=0, stop=1.
 - ``concat``: the sources one below the other; zeros fill what the first and the last leave between them.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder import fold_normalisation, resample_positions, tower_state_dict
+from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Activation, PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Operation, Plan, Step, VisionContract
@@ -67,6 +68,16 @@ def _copy(_: Step, value: Tensor) -> Tensor:
     return value
 
 
+def _same(step: Step, value: Tensor, *aliases: Tensor) -> Tensor:
+    for name, alias in zip(step.sources[1:], aliases, strict=True):
+        if not torch.equal(value, alias):
+            raise UserError(
+                f"{step.sources[0]} and {name} are two names of one tensor, but hold different values: the file is "
+                "damaged or was edited; download it again"
+            )
+    return value
+
+
 def _slice(step: Step, fused: Tensor) -> Tensor:
     groups, units, start, stop = (int(step.arguments[name]) for name in ("groups", "units", "start", "stop"))
     parts = fused.reshape(groups, units, -1, *fused.shape[1:])
@@ -116,6 +127,7 @@ def _identity(step: Step) -> Tensor:
 OPERATIONS: Mapping[Operation, Callable[..., Tensor]] = {
     "keep": _copy,
     "rename": _copy,
+    "same": _same,
     "tower": _copy,
     "slice": _slice,
     "concat": _concat,

@@ -76,6 +76,9 @@ def load_tokenizer(folder: Path) -> Any | None:
         read_json(folder / "tokenizer.json")
     settings = folder / "tokenizer_config.json"
     named = read_json(settings).get("tokenizer_class", "") if settings.is_file() else ""
+    named = named.replace(
+        "LLaMA", "Llama"
+    )  # as the first conversions of LLaMA spell it, which nothing can load
     sentencepiece = folder / "tokenizer.model"
     expected = _sentencepiece_ids(sentencepiece) if sentencepiece.is_file() else None
     # For a SentencePiece model, AutoTokenizer goes by the model_type of config.json and cuts text in another way

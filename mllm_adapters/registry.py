@@ -18,6 +18,7 @@ FAMILIES: Mapping[str, str] = {
     "qwen2-vl": "mllm_adapters.families.qwen2_vl:QWEN2_VL",
     "aya-vision": "mllm_adapters.families.aya_vision:AYA_VISION",
     "internvl": "mllm_adapters.families.internvl:INTERNVL",
+    "med-flamingo": "mllm_adapters.families.med_flamingo:MED_FLAMINGO",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 
@@ -112,7 +113,7 @@ def _inner_folder(folder: Path) -> Path:
     if (folder / "config.json").is_file() or _loose_matches(folder):
         return folder
     configs = sorted(folder.glob("*/config.json"))
-    inner = [config.parent for config in configs if _recognised(read_json(config))]
+    inner = [config.parent for config in configs if _recognised(read_json(config))] or _with_loose(folder)
     if len(inner) == 1:
         return inner[0]
     if inner:
@@ -151,6 +152,18 @@ def _loose_matches(folder: Path) -> dict[str, tuple[Path, ...]]:
                 f for f, keys in names.items() if any(map(whole.match, keys))
             )
     return matches
+
+
+def _with_loose(folder: Path) -> list[Path]:
+    """Folders in a folder that hold the weight files of a family; what cannot be read is none of them."""
+    found = []
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        try:
+            if not (inner / "config.json").is_file() and _loose_matches(inner):
+                found.append(inner)
+        except UserError:
+            continue
+    return found
 
 
 def _may_be_loose(file: Path) -> bool:

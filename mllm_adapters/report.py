@@ -17,6 +17,7 @@ from mllm_adapters.streaming import nbytes
 OPERATION_WORDS = {
     "keep": "kept as they are",
     "rename": "kept under a new name",
+    "same": "kept once of several names",
     "tower": "from the tower",
     "extend_rows": "extended by rows (each the mean of the old rows)",
     "reinit": "re-initialised",

@@ -53,6 +53,9 @@ MODEL_TYPES: Mapping[str, Architecture] = {
         "MgllInternVLProcessor",
         renames_like="internvl",
     ),
+    "mgll_flamingo": Architecture(
+        "flamingo", "FlamingoConfig", "FlamingoForConditionalGeneration", processor="FlamingoProcessor"
+    ),
 }
 """``model_type`` -> what it is built of."""
 

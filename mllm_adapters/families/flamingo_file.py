@@ -1,0 +1,260 @@
+"""What a Flamingo's weight file holds: original names, their aliases, and the geometry that the shapes tell.
+
+``open_flamingo`` saves what was trained, under names that depend on the release: up to 0.0.2 each gated block twice
+(shared storage) with rotary tables, the whole CLIP under ``vision_encoder.visual``; from 2.0 on once, wrapped as
+``{epoch, model_state_dict}``, ``vision_encoder`` being the vision tower alone.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.contract import Dropped, Step, VisionContract
+from mllm_adapters.planning import dtype_name, kept
+
+PERCEIVER = "model.perceiver."
+BLOCKS = "model.cross_attention."
+LANGUAGE_MODEL = "model.language_model."
+EMBEDDINGS = f"{LANGUAGE_MODEL}embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+HEAD_DIM = 64
+"""Width of a head in the perceiver and the gated blocks; a constant of the original code."""
+
+_BLOCK = r"(attn_gate|ff_gate|attn\..+|ff\..+)"
+
+NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
+    (re.compile(rf"(?:module\.)?{pattern}"), target)
+    for pattern, target in (
+        (r".*rotary_emb\.inv_freq", None),
+        (r"perceiver\.((?:latents|norm|layers\.\d+\.[01])(?:\..+)?)", rf"{PERCEIVER}\1"),
+        (rf"lang_encoder\.model\.layers\.(\d+)\.gated_cross_attn_layer\.{_BLOCK}", rf"{BLOCKS}\1.\2"),
+        (rf"lang_encoder\.gated_cross_attn_layers\.(\d+)\.{_BLOCK}", rf"{BLOCKS}\1.\2"),
+        (r"lang_encoder\.model\.layers\.(\d+)\.(?:decoder_layer\.)?((?:self_attn|mlp|input_layernorm|"
+         r"post_attention_layernorm)\..+)", rf"{LANGUAGE_MODEL}layers.\1.\2"),
+        (r"lang_encoder\.old_decoder_blocks\.(\d+)\.(.+)", rf"{LANGUAGE_MODEL}layers.\1.\2"),
+        (r"lang_encoder\.model\.((?:embed_tokens|norm)\..+)", rf"{LANGUAGE_MODEL}\1"),
+        (r"lang_encoder\.(lm_head\..+)", r"\1"),
+    )
+)  # fmt: skip
+"""Original name -> ours; None for rotary tables, which are recomputed from the configuration."""
+
+VISION = re.compile(r"(?:module\.)?vision_encoder\.")
+
+OTHER_LANGUAGE_MODELS = (
+    (re.compile(r"(?:module\.)?lang_encoder\.transformer\."), "an MPT"),
+    (re.compile(r"(?:module\.)?lang_encoder\.gpt_neox\."), "a GPT-NeoX (RedPajama, Pythia)"),
+    (re.compile(r"(?:module\.)?lang_encoder\.model\.decoder\."), "an OPT"),
+)
+"""Language models of other OpenFlamingos, by a key that tells."""
+
+_VIDEO = re.compile(r"(?:module\.)?perceiver\.(frame_embs|media_time_embs)")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of a weight file, sorted.
+
+    Attributes:
+        found: Target name -> the source names that stand for it.
+        vision: Source names of the vision encoder, if the file has one.
+        dropped: What is left out.
+    """
+
+    found: Mapping[str, tuple[str, ...]]
+    vision: tuple[str, ...]
+    dropped: tuple[Dropped, ...]
+
+    def steps(self, checkpoint: Checkpoint) -> list[Step]:
+        """A step for each target tensor.
+
+        Raises:
+            UserError: two names of one tensor have different shapes or dtypes.
+        """
+        return [_step(name, [checkpoint.tensors[s] for s in sources]) for name, sources in self.found.items()]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the shapes tell.
+
+    Attributes:
+        rows: Rows of the embedding, added tokens included.
+        text_width: Width of the language model.
+        width: Width of the vision features.
+        config: Fields of `FlamingoConfig`.
+    """
+
+    rows: int
+    text_width: int
+    width: int
+    config: Mapping[str, int]
+
+
+def sort_names(checkpoint: Checkpoint) -> Names:
+    """Sort the tensors of a weight file.
+
+    Raises:
+        UserError: it is no Flamingo on a LLaMA, or was saved before it was trained.
+    """
+    found: dict[str, list[str]] = {}
+    vision: list[str] = []
+    dropped: list[Dropped] = []
+    for source in checkpoint.tensors:
+        if VISION.match(source):
+            vision.append(source)
+        elif (target := _target(source, checkpoint)) is None:
+            dropped.append(Dropped(name=source, reason="recomputed from the configuration"))
+        else:
+            found.setdefault(target, []).append(source)
+    file = checkpoint.files[0]
+    for needed, what in (
+        (f"{PERCEIVER}latents", "perceiver"),
+        (BLOCKS, "gated cross-attention blocks"),
+        (EMBEDDINGS, "embedding of the added tokens (lang_encoder.model.embed_tokens.weight)"),
+    ):
+        if not any(name.startswith(needed) for name in found):
+            raise UserError(
+                f"{file} has no {what}: expected the trained weights of a Flamingo, as open_flamingo saves them "
+                "(Med-Flamingo's model.pt, OpenFlamingo-9B's checkpoint.pt)"
+            )
+    return Names({name: tuple(s) for name, s in found.items()}, tuple(vision), tuple(dropped))
+
+
+def measure(steps: Mapping[str, Step], depth: int, where: str) -> Geometry:
+    """Read the geometry off the planned tensors.
+
+    Args:
+        steps: Steps of the perceiver, the gated blocks and the embedding, by target name.
+        depth: Layers of the language model.
+        where: How error messages call the file.
+
+    Raises:
+        UserError: blocks are missing, or the shapes are not those of a Flamingo.
+    """
+    first = f"{BLOCKS}{_interval(steps, depth, where) - 1}"
+    try:
+        (latents, width), (rows, text_width) = (
+            steps[name].shape for name in (f"{PERCEIVER}latents", EMBEDDINGS)
+        )
+        inner, inner_block = (
+            steps[f"{name}.to_q.weight"].shape[0] for name in (f"{PERCEIVER}layers.0.0", f"{first}.attn")
+        )
+        mlp, mlp_block = (
+            steps[f"{name}.1.weight"].shape[0] for name in (f"{PERCEIVER}layers.0.1", f"{first}.ff")
+        )
+    except KeyError as error:
+        raise UserError(f"{where}: tensor {error.args[0]} is missing: download the file again") from None
+    except ValueError:
+        raise UserError(
+            f"{where}: latents and embedding must be tables: this is no Flamingo's file"
+        ) from None
+    if inner % HEAD_DIM or inner_block % HEAD_DIM:
+        raise UserError(
+            f"{where}: attention is {inner} wide in the perceiver and {inner_block} in the gated blocks: expected "
+            f"multiples of {HEAD_DIM}, the width of a head in open_flamingo"
+        )
+    layers = {name.split(".")[3] for name in steps if name.startswith(f"{PERCEIVER}layers.")}
+    config = {
+        "cross_attention_interval": _interval(steps, depth, where),
+        "cross_attention_heads": inner_block // HEAD_DIM,
+        "cross_attention_intermediate_size": mlp_block,
+        "perceiver_latents": latents,
+        "perceiver_depth": len(layers),
+        "perceiver_heads": inner // HEAD_DIM,
+        "perceiver_intermediate_size": mlp,
+        "resampler_head_dim": HEAD_DIM,
+    }
+    return Geometry(rows, text_width, width, config)
+
+
+def rewidened(
+    steps: list[Step], before: VisionContract, after: VisionContract
+) -> tuple[list[Step], dict[str, str]]:
+    """Re-initialise what reads vision features if their width changes: latents are as wide as features.
+
+    Returns:
+        The steps, and what becomes of each reader in words.
+    """
+    old, new = before.width, after.width
+    if old == new:
+        return steps, {PERCEIVER[:-1]: f"kept ({new} wide)"}
+    fate = f"re-initialised ({old} -> {new} wide): retrain the projector"
+    changed = []
+    for step in steps:
+        for pattern, reshape in _WIDENED:
+            if pattern.fullmatch(step.name):
+                step = _new(step, reshape(step.shape, old, new))
+                break
+        changed.append(step)
+    return changed, {
+        PERCEIVER[:-1]: f"{fate}, all of it, because its latents are as wide as the features",
+        f"{BLOCKS}*.attn.to_kv": fate,
+    }
+
+
+_WIDENED: tuple[tuple[re.Pattern[str], Callable[[tuple[int, ...], int, int], tuple[int, ...]]], ...] = (
+    (re.compile(rf"{PERCEIVER}layers\.\d+\.1\.1\.weight"), lambda s, old, new: (s[0] // old * new, new)),
+    (re.compile(rf"{PERCEIVER}layers\.\d+\.1\.3\.weight"), lambda s, old, new: (new, s[1] // old * new)),
+    (re.compile(rf"{PERCEIVER}layers\.\d+\.0\.to_out\.weight"), lambda s, _, new: (new, s[1])),
+    (re.compile(rf"{PERCEIVER}(?:latents|layers\.\d+\.0\.to_k?[qv]\.weight)"), lambda s, _, new: (s[0], new)),
+    (re.compile(rf"{BLOCKS}\d+\.attn\.to_kv\.weight"), lambda s, _, new: (s[0], new)),
+    (re.compile(rf"{PERCEIVER}.+\.(?:weight|bias)"), lambda _, __, new: (new,)),  # the LayerNorms
+)
+"""What reads vision features or is as wide as they: name -> shape after a change of width. First match counts."""
+
+
+def _new(step: Step, shape: tuple[int, ...]) -> Step:
+    flat = "zeros" if step.name.endswith(".bias") else "ones"
+    operation = flat if len(shape) == 1 else "reinit"
+    return step.model_copy(update={"operation": operation, "shape": shape, "sources": ()})
+
+
+def _target(source: str, checkpoint: Checkpoint) -> str | None:
+    where = checkpoint.tensors[source].file
+    for pattern, what in OTHER_LANGUAGE_MODELS:
+        if pattern.match(source):
+            raise UserError(
+                f"{where}: its language model is {what} ({source}): only Flamingos on a LLaMA are supported, "
+                "Med-Flamingo and OpenFlamingo-9B of 2023 (openflamingo/OpenFlamingo-9B-deprecated)"
+            )
+    if match := _VIDEO.match(source):
+        raise UserError(
+            f"{where} was trained on videos ({match[1]}): only Flamingos for pictures are supported"
+        )
+    for pattern, target in NAMES:
+        if found := pattern.fullmatch(source):
+            return None if target is None else found.expand(target)
+    raise UserError(f"{where}: tensor {source} is not part of a Flamingo on a LLaMA")
+
+
+def _step(name: str, headers: list[TensorHeader]) -> Step:
+    first, *others = headers
+    for other in others:
+        if (other.shape, other.dtype) != (first.shape, first.dtype):
+            raise UserError(
+                f"{first.file}: {first.name} {list(first.shape)} and {other.name} {list(other.shape)} are two names "
+                "of one tensor, but differ: the file is damaged or was edited; download it again"
+            )
+    if not others:
+        return kept(first, name)
+    sources = tuple(header.name for header in headers)
+    dtype = dtype_name(first.dtype)
+    return Step(name=name, dtype=dtype, shape=first.shape, operation="same", sources=sources)
+
+
+def _interval(steps: Mapping[str, Step], depth: int, where: str) -> int:
+    """Every how many layers a gated block stands, by the layer numbers."""
+    found = sorted({int(name.split(".")[2]) for name in steps if name.startswith(BLOCKS)})
+    if not found:
+        raise UserError(f"{where} has no gated cross-attention blocks: complete the download")
+    interval = found[0] + 1
+    expected = list(range(found[0], depth, interval))
+    if found != expected:
+        raise UserError(
+            f"{where} has gated blocks before layers {found}, but one every {interval} layers of a LLaMA with {depth} "
+            f"would stand before {expected}: the file is incomplete, or this is not the LLaMA it was trained on"
+        )
+    return interval

@@ -1,0 +1,199 @@
+"""The parts of a Flamingo that its weight file lacks: the frozen LLaMA and the frozen CLIP tower."""
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from mgll_encoder import TowerHeader, inspect_tower
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.keymap import PROJECTION, plan_keys
+from mgll_encoder.tower import OFFICIAL
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.contract import Dropped, Step
+from mllm_adapters.families.flamingo_file import HEAD, LANGUAGE_MODEL, Geometry, Names
+from mllm_adapters.planning import TOWER_PART, HostTower, dtype_name, kept
+from mllm_adapters.registry import LOOSE_SUFFIXES
+from mllm_adapters.towers import PUBLISHED_TOWERS
+
+LANGUAGE_PART = "language-model"
+LANGUAGE_HUB_IDS = ("decapoda-research/llama-7b-hf", "huggyllama/llama-7b")
+"""Where LLaMA-7B was published: the name in med-flamingo's demo, and a copy whose tokenizer can be read."""
+
+HOST_TOWER = "openai/clip-vit-large-patch14"
+TOWER_NAMES = ("ViT-L-14.pt", "clip/ViT-L-14.pt", HOST_TOWER)
+
+TOWER_PREFIX = "model.vision_tower."
+
+
+class LlamaFields(BaseModel):
+    """What counts in the config.json of a LLaMA folder."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    quantization_config: None = None
+
+
+def language_model(checkpoint: Checkpoint) -> Path:
+    """The LLaMA folder: as given, or the only one beside the weight file, else beside its folder, else in the cache.
+
+    Raises:
+        UserError: there is none, there are several, or it is something else.
+    """
+    nearby: list[Path] = []
+    for place in (checkpoint.folder, checkpoint.folder.absolute().parent):
+        configs = sorted(place.glob("*/config.json"))
+        nearby = nearby or [config.parent for config in configs if _model_type(config.parent) == "llama"]
+    found = checkpoint.find(LANGUAGE_PART, *map(str, nearby), *LANGUAGE_HUB_IDS)
+    option = f"--part {LANGUAGE_PART}=FOLDER"
+    if found is None:
+        raise UserError(
+            f"{checkpoint.files[0]} holds what was trained on top of a LLaMA, but no folder with a LLaMA's config.json "
+            f"lies beside it, nor is {LANGUAGE_HUB_IDS[-1]} in the Hugging Face cache: say where LLaMA-7B is with "
+            f"{option}"
+        )
+    if found in nearby[:1] and len(nearby) > 1:
+        names = " and ".join(folder.name for folder in nearby)
+        raise UserError(f"{found.parent}: {names} are LLaMAs: say which one it is with {option}")
+    if not (found / "config.json").is_file() or _model_type(found) != "llama":
+        raise UserError(
+            f"{found} is no LLaMA: expected a folder with a config.json of model_type 'llama' ({option})"
+        )
+    return found
+
+
+def _model_type(folder: Path) -> str:
+    return str(read_json(folder / "config.json").get("model_type"))
+
+
+def check_language_model(geometry: Geometry, fields: LlamaFields, folder: Path, where: str) -> None:
+    """Refuse a LLaMA that the weight file was not trained on top of.
+
+    Raises:
+        UserError: it was not.
+    """
+    vocabulary, width = fields.vocab_size, fields.hidden_size
+    if geometry.text_width != width or geometry.rows - vocabulary not in (2, 3):
+        raise UserError(
+            f"{where} was trained on a LLaMA of width {geometry.text_width} with {geometry.rows} tokens, three of "
+            f"them added, but {folder} has width {width} and {vocabulary} tokens: give the right one with "
+            f"--part {LANGUAGE_PART}=FOLDER"
+        )
+
+
+def frozen_steps(
+    checkpoint: Checkpoint, folder: Path, names: Names, geometry: Geometry, *, tied: bool
+) -> list[Step]:
+    """Steps for what the weight file lacks of the language model, which is what was frozen."""
+    if f"{LANGUAGE_MODEL}norm.weight" in names.found:
+        return []  # a file of the whole model
+    steps = []
+    for key, header in checkpoint.attach(LANGUAGE_PART, folder).items():
+        name = key if key == HEAD else LANGUAGE_MODEL + key.removeprefix("model.")
+        if key.endswith("rotary_emb.inv_freq") or name in names.found or (tied and name == HEAD):
+            continue
+        if not key.startswith(("model.", HEAD)):
+            raise UserError(f"{header.file}: tensor {key} is not part of a LLaMA")
+        steps.append(kept(header, name, geometry.rows if name == HEAD else None))
+    return steps
+
+
+def host_tower(
+    checkpoint: Checkpoint, names: Names, geometry: Geometry, tower: TowerHeader | None
+) -> HostTower:
+    """The CLIP of the checkpoint: in the weight file, else beside it, else the published one, if it is replaced.
+
+    Args:
+        checkpoint: The weight file.
+        names: Its tensors.
+        geometry: Their geometry.
+        tower: What replaces it, if anything does.
+
+    Raises:
+        UserError: it is not there and is needed, or its features are not what the perceiver reads.
+    """
+    if names.vision:
+        file = checkpoint.tensors[names.vision[0]].file
+        spec = inspect_tower(file, activation="quick_gelu").spec
+        host = HostTower(file.name, spec, None, (f"the host's own tower is in {file.name}",))
+    else:
+        host = _external_host(checkpoint, geometry, tower)
+    if host.spec.width != geometry.width:
+        raise UserError(
+            f"{checkpoint.files[0]}: the perceiver reads features of width {geometry.width}, but {host.name} gives "
+            f"{host.spec.width}: tower and perceiver do not belong together"
+        )
+    return host
+
+
+def _external_host(checkpoint: Checkpoint, geometry: Geometry, tower: TowerHeader | None) -> HostTower:
+    nearby = [path for path in _towers_nearby(checkpoint) if tower is None or path != tower.source]
+    # A CLIP that is replaced anyway need not be readable: OpenAI's own file is a TorchScript archive.
+    found = checkpoint.find(TOWER_PART, *map(str, nearby), *(TOWER_NAMES if tower is None else ()))
+    published = PUBLISHED_TOWERS[HOST_TOWER]
+    if found is None:
+        if geometry.width == published.width and tower is not None:
+            return HostTower(HOST_TOWER, published)
+        raise UserError(
+            f"{checkpoint.files[0]} holds no vision tower, and no CLIP file lies beside it: say where OpenAI's "
+            f"ViT-L/14 is, as state dict or transformers folder, with --part {TOWER_PART}=PATH"
+        )
+    if found in nearby[:1] and len(nearby) > 1:
+        listed = " and ".join(path.name for path in nearby)
+        raise UserError(
+            f"{checkpoint.folder}: {listed} are CLIP towers: say which one it is with --part {TOWER_PART}=PATH"
+        )
+    header = inspect_tower(found)
+    if header.activation_source == "default":
+        header = inspect_tower(found, activation="quick_gelu")  # open_clip forced it on OpenAI's weights
+    spec = header.spec.model_copy(update={"resize": "crop"})
+    return HostTower(found.name, spec, header, (f"the host's own tower is {found.name}",))
+
+
+def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:
+    """CLIP files and folders in the checkpoint's folder, by their keys; an MGLL training checkpoint is no host."""
+    folders = [path for path in sorted(checkpoint.folder.iterdir()) if path.is_dir()]
+    models = [folder for folder in folders if (folder / "config.json").is_file()]
+    loose = [
+        path
+        for folder in (checkpoint.folder, *(f for f in folders if f not in models))
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in LOOSE_SUFFIXES and path not in checkpoint.files
+    ]
+    found = []
+    for path in (*(m for m in models if _model_type(m).startswith("clip")), *loose):
+        try:
+            header = inspect_tower(path)
+        except UserError:
+            continue  # no tower
+        if header.layout != OFFICIAL:
+            found.append(path)
+    return found
+
+
+def inner_tower(checkpoint: Checkpoint, names: Names) -> tuple[list[Step], list[Dropped]]:
+    """Steps for a vision tower that lies in the weight file itself, and what of its CLIP is left out."""
+    plan = plan_keys(names.vision, str(checkpoint.folder))
+    steps: list[Step] = []
+    unused = [name for name in names.vision if name not in plan.taken]
+    for source, rule in plan.taken.items():
+        header, parts = checkpoint.tensors[source], len(rule.targets)
+        if PROJECTION in rule.targets:
+            unused.append(source)
+        elif parts == 1:
+            steps.append(kept(header, TOWER_PREFIX + rule.targets[0]))
+        else:
+            shape = (header.shape[0] // parts, *header.shape[1:])
+            steps += [
+                Step(
+                    name=TOWER_PREFIX + name,
+                    dtype=dtype_name(header.dtype),
+                    shape=shape,
+                    operation="slice",
+                    sources=(source,),
+                    arguments={"groups": 1, "units": parts, "start": part, "stop": part + 1},
+                )
+                for part, name in enumerate(rule.targets)
+            ]
+    return steps, [Dropped(name=name, reason="not part of the vision tower") for name in unused]

@@ -1,0 +1,313 @@
+"""Med-Flamingo, and OpenFlamingo-9B of 2023, which it continues: ``model.pt`` on a LLaMA folder and a CLIP file.
+
+Layout, vision contract and prompt after snap-stanford/med-flamingo b3c1e64 (scripts/demo.py, src/utils.py) and
+mlfoundations/open_flamingo 655f693 and 0.0.2 (open_flamingo/src/factory.py, flamingo.py, train/train_utils.py).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from mgll_encoder import TowerHeader
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import TowerSpec, checked
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import build_config, read_fields, text_config, tower_config
+from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target
+from mllm_adapters.families.flamingo_file import (
+    HEAD,
+    LANGUAGE_MODEL,
+    Geometry,
+    measure,
+    rewidened,
+    sort_names,
+)
+from mllm_adapters.families.flamingo_parts import (
+    LANGUAGE_PART,
+    TOWER_PREFIX,
+    LlamaFields,
+    check_language_model,
+    frozen_steps,
+    host_tower,
+    inner_tower,
+    language_model,
+)
+from mllm_adapters.planning import (
+    IMAGE_TOKEN,
+    TOWER_PART,
+    after_swap,
+    contract_of,
+    kept,
+    swap_notes,
+    tower_steps,
+)
+from mllm_adapters.processing import (
+    check_placeholder,
+    has_tokenizer,
+    host_pixels,
+    image_processor,
+    load_tokenizer,
+    text_side,
+)
+
+MODEL_TYPE = "mgll_flamingo"
+
+ADDED_TOKENS = ("<|endofchunk|>", IMAGE_TOKEN, "<PAD>")
+"""What the original adds to LLaMA's tokenizer, in this order; the last one only if that has no padding token."""
+
+
+class NativeFields(BaseModel):
+    """What counts in a config.json of our own layout."""
+
+    vision_config: dict[str, Any]
+    text_config: dict[str, Any]
+    image_token_id: int
+    perceiver_latents: int
+    media_mask: Literal["preceding", "legacy"]
+    quantization_config: None = None
+
+
+@dataclass(frozen=True)
+class MedFlamingo(Family):
+    """Loose weight files in the original layout, and our own layout."""
+
+    spec: FamilySpec
+    chat_template: str
+
+    def layout(self, config: Mapping[str, Any]) -> str | None:
+        """``original`` for weight files without a config.json, ``transformers`` for our own, or None."""
+        if not config:
+            return "original"
+        return "transformers" if config.get("model_type") == MODEL_TYPE else None
+
+    def refusal(self, config: Mapping[str, Any]) -> str | None:
+        """IDEFICS and Otter are Flamingos too, but not these."""
+        model_type = str(config.get("model_type"))
+        works = (
+            "what works is Med-Flamingo's model.pt or OpenFlamingo-9B's checkpoint.pt beside its LLaMA folder"
+        )
+        if model_type.startswith("idefics"):
+            return (
+                f"an IDEFICS has other cross-attention blocks than OpenFlamingo and is not supported; {works}"
+            )
+        if model_type in ("otter", "flamingo"):
+            return f"Otter's re-packaged Flamingo is not supported; {works}"
+        return None
+
+    def plan(
+        self,
+        checkpoint: Checkpoint,
+        tower: TowerHeader | None = None,
+        image_size: int | None = None,
+        target: Target = "own",  # noqa: ARG002 (cross-attention is no LLaVA)
+    ) -> Plan:
+        """Plan a swap (``tower`` given) or a conversion to our own layout; see `Family.plan`."""
+        if self.layout(checkpoint.config) == "original":
+            return self._plan_original(checkpoint, tower, image_size)
+        return self._plan_native(checkpoint, tower, image_size)
+
+    def processor(self, plan: Plan) -> Any | None:
+        """The FlamingoProcessor of the planned checkpoint; None where the source has no tokenizer."""
+        from mllm_adapters.modeling.flamingo import FlamingoProcessor
+
+        if plan.layout == "transformers":
+            text = text_side(plan.source)
+            if text is None:
+                return None
+            tokenizer, template, _ = text
+        else:
+            tokenizer, template = load_tokenizer(plan.parts[LANGUAGE_PART]), self.chat_template
+            if tokenizer is None:
+                return None
+            _add_tokens(tokenizer, padding=plan.config["text_config"]["pad_token_id"] > plan.image_token_id)
+        check_placeholder(tokenizer, IMAGE_TOKEN, plan.image_token_id)
+        return FlamingoProcessor(image_processor(plan.after), tokenizer, chat_template=template)
+
+    def _plan_original(
+        self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None
+    ) -> Plan:
+        names = sort_names(checkpoint)
+        language = language_model(checkpoint)
+        config = read_json(language / "config.json")
+        fields = read_fields(LlamaFields, config, f"{language}/config.json")
+        vocabulary, where = fields.vocab_size, str(checkpoint.files[0])
+        trained = {step.name: step for step in names.steps(checkpoint)}
+        geometry = measure(trained, fields.num_hidden_layers, where)
+        check_language_model(geometry, fields, language, where)
+        text = _text_config(config, vocabulary, geometry.rows, language)
+        steps = [
+            *trained.values(),
+            *frozen_steps(checkpoint, language, names, geometry, tied=text["tie_word_embeddings"]),
+        ]
+
+        host = host_tower(checkpoint, names, geometry, tower)
+        latents = geometry.config["perceiver_latents"]
+        before = contract_of(host.spec, -1, False).model_copy(update={"tokens": latents})
+        after = after_swap(before, tower, image_size, tokens=lambda _: latents)
+        dtype = checkpoint.tensors[names.found["model.perceiver.latents"][0]].dtype
+        steps, readers = rewidened(steps, before, after)
+        new, dropped = tower or host.header, list(names.dropped)
+        if new is None:
+            own, unused = inner_tower(checkpoint, names)
+            steps += own
+            dropped += unused
+        else:
+            steps += tower_steps(new, TOWER_PREFIX, after, dtype)
+            dropped += [Dropped(name=name, reason="replaced by the new tower") for name in names.vision]
+        has_text = has_tokenizer(language)
+        return Plan(
+            family=self.spec.name,
+            layout="original",
+            source=checkpoint.folder,
+            tower=new.source if new else None,
+            swapped=tower is not None,
+            parts={**checkpoint.parts, LANGUAGE_PART: language},
+            steps=tuple(steps),
+            dropped=tuple(dropped),
+            config={
+                "architectures": ["FlamingoForConditionalGeneration"],
+                "model_type": MODEL_TYPE,
+                FAMILY_KEY: self.spec.name,
+                "dtype": next(s.dtype for s in steps if s.name == f"{LANGUAGE_MODEL}norm.weight"),
+                "vision_config": tower_config(new.spec if new else host.spec, after),
+                "text_config": text,
+                "image_token_id": vocabulary + ADDED_TOKENS.index(IMAGE_TOKEN),
+                "media_mask": "preceding",
+                **_perceiver_fields(geometry, before.width, after.width),
+                "tie_word_embeddings": text["tie_word_embeddings"],
+            },
+            before=before,
+            after=after,
+            image_token_id=vocabulary + ADDED_TOKENS.index(IMAGE_TOKEN),
+            processor="FlamingoProcessor with the LLaMA folder's tokenizer" if has_text else None,
+            readers=readers,
+            notes=(*host.notes, *swap_notes(tower, after), *_notes(geometry, vocabulary, steps)),
+        )
+
+    def _plan_native(self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None) -> Plan:
+        config = checkpoint.config
+        if tower is None:
+            raise UserError(
+                f"{checkpoint.folder} is in the layout of this project already: nothing to convert"
+            )
+        fields = read_fields(NativeFields, config, f"{checkpoint.folder}/config.json")
+        spec, depth, notes = _native_tower(checkpoint)
+        before = contract_of(spec, -1, False).model_copy(update={"tokens": fields.perceiver_latents})
+        after = after_swap(before, tower, image_size, tokens=lambda _: fields.perceiver_latents)
+        old = [h for h in checkpoint.tensors.values() if h.name.startswith(TOWER_PREFIX)]
+        rest = [kept(h) for h in checkpoint.tensors.values() if not h.name.startswith(TOWER_PREFIX)]
+        by_name = {step.name: step for step in rest}
+        if not old:
+            raise UserError(f"{checkpoint.folder} has no tensors under {TOWER_PREFIX}: complete the download")
+        geometry = measure(by_name, depth, str(checkpoint.folder))
+        steps, readers = rewidened(rest, before, after)
+        return Plan(
+            family=self.spec.name,
+            layout="transformers",
+            source=checkpoint.folder,
+            tower=tower.source,
+            swapped=True,
+            steps=(*steps, *tower_steps(tower, TOWER_PREFIX, after, old[0].dtype)),
+            dropped=tuple(Dropped(name=h.name, reason="replaced by the new tower") for h in old),
+            config={
+                **config,
+                FAMILY_KEY: self.spec.name,
+                "vision_config": tower_config(tower.spec, after),
+                **_perceiver_fields(geometry, before.width, after.width),
+            },
+            before=before,
+            after=after,
+            image_token_id=fields.image_token_id,
+            processor="the source's, with the new preprocessing"
+            if has_tokenizer(checkpoint.folder)
+            else None,
+            readers=readers,
+            notes=(*notes, *swap_notes(tower, after)),
+        )
+
+
+def _add_tokens(tokenizer: Any, *, padding: bool) -> None:
+    """Give LLaMA's tokenizer the tokens that the original adds, and its padding on the left."""
+    added = list(ADDED_TOKENS if padding else ADDED_TOKENS[:2])
+    tokenizer.add_special_tokens({"additional_special_tokens": added}, replace_extra_special_tokens=False)
+    if padding:
+        tokenizer.pad_token = added[-1]
+    tokenizer.padding_side = "left"
+
+
+def _text_config(config: Mapping[str, Any], vocabulary: int, rows: int, folder: Path) -> dict[str, Any]:
+    text = text_config("llama", config, rows, f"{folder}/config.json")
+    end = text["eos_token_id"]
+    added = {ADDED_TOKENS[i]: vocabulary + i for i in range(rows - vocabulary)}
+    ends = [*(end if isinstance(end, list) else [end]), added["<|endofchunk|>"]]
+    return {
+        **text,
+        "eos_token_id": [i for i in ends if i is not None],
+        "pad_token_id": added.get("<PAD>", text["pad_token_id"]),
+    }
+
+
+def _perceiver_fields(geometry: Geometry, old: int, new: int) -> dict[str, int]:
+    """Fields of `FlamingoConfig`; the perceiver's MLPs are as many times wider than the features as before."""
+    inner = geometry.config["perceiver_intermediate_size"] // old * new
+    return {**geometry.config, "perceiver_intermediate_size": inner}
+
+
+def _notes(geometry: Geometry, vocabulary: int, steps: list[Step]) -> Iterator[str]:
+    latents, added = geometry.config["perceiver_latents"], geometry.rows - vocabulary
+    yield (
+        f"a picture is {latents} latents, which the language model reads by cross-attention: the text holds one "
+        f"{IMAGE_TOKEN} = {vocabulary + 1} per picture"
+    )
+    yield (
+        "media_mask in config.json: 'preceding', text attends to the picture before it, as open_flamingo does today; "
+        "'legacy' is the code that Med-Flamingo was trained with (open-flamingo 0.0.2: to the picture after it)"
+    )
+    if any(step.name == HEAD and step.operation == "extend_rows" for step in steps):
+        yield (
+            f"lm_head has no trained rows for {', '.join(ADDED_TOKENS[:added])}: the original leaves them random, here "
+            f"each is the mean of the others; {IMAGE_TOKEN} and padding are never generated, and <|endofchunk|> is not "
+            "likely before lm_head is trained: set max_new_tokens"
+        )
+
+
+def _native_tower(checkpoint: Checkpoint) -> tuple[TowerSpec, int, tuple[str, ...]]:
+    """Geometry and preprocessing of the tower in our own layout, depth of the language model, and notes."""
+    where = checkpoint.folder / "config.json"
+    config = build_config(checkpoint.config, str(where))
+    vision = config.vision_config
+    pixels, notes = host_pixels(checkpoint.folder, vision.image_size)
+    spec = {
+        "width": vision.hidden_size,
+        "depth": vision.num_hidden_layers,
+        "heads": vision.num_attention_heads,
+        "mlp_width": vision.intermediate_size,
+        "patch_size": vision.patch_size,
+        "activation": vision.hidden_act,
+    }
+    tower = checked(TowerSpec, {**spec, **pixels.model_dump()}, where)
+    return tower, config.text_config.num_hidden_layers, notes
+
+
+MED_FLAMINGO = MedFlamingo(
+    spec=FamilySpec(
+        name="med-flamingo",
+        title="Med-Flamingo",
+        hub_id="med-flamingo/med-flamingo",
+        tower=r"vision_tower\.",
+        # The original trains these two and the embedding; the gated blocks read latents as wide as the features.
+        projector=r"perceiver\.|cross_attention\.",
+        language_model=r"language_model\.|lm_head\.",
+        loose_weights=(r"(?:module\.)?(?:perceiver|lang_encoder)\.", r"(?:module\.)?vision_encoder\."),
+        parts={
+            LANGUAGE_PART: "folder of the LLaMA-7B that it was trained on",
+            TOWER_PART: "OpenAI's CLIP ViT-L/14, as state dict or transformers folder",
+        },
+    ),
+    chat_template=files(__package__).joinpath("templates", "flamingo.jinja").read_text(encoding="utf-8"),
+)
