@@ -15,6 +15,7 @@ from mllm_adapters.contract import FAMILY_KEY, Family
 FAMILIES: Mapping[str, str] = {
     "llava": "mllm_adapters.families.llava:LLAVA",
     "llava-med": "mllm_adapters.families.llava:LLAVA_MED",
+    "mini-gemini": "mllm_adapters.families.mini_gemini:MINI_GEMINI",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

@@ -29,7 +29,11 @@ class Architecture:
     renames_like: str | None = None
 
 
-MODEL_TYPES: Mapping[str, Architecture] = {}
+MODEL_TYPES: Mapping[str, Architecture] = {
+    "mgll_mini_gemini": Architecture(
+        "mini_gemini", "MiniGeminiConfig", "MiniGeminiForConditionalGeneration", "MiniGeminiProcessor"
+    ),
+}
 """``model_type`` -> what it is built of."""
 
 

@@ -17,10 +17,16 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.stages import apply_stage
-from tests.mllm_adapters.families import llava
+from tests.mllm_adapters.families import (
+    llava,
+    mini_gemini,
+)
 from tests.mllm_adapters.families.case import Case, Golden
 
-CASES = (*llava.CASES,)
+CASES = (
+    *llava.CASES,
+    *mini_gemini.CASES,
+)
 
 LOADS_WITHOUT_US = """
 import sys
