@@ -18,8 +18,8 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import build_config, read_fields, text_config, tower_config
-from mllm_adapters.convnext import STRIDE, TIMM_KEY, convnext_config, convnext_name
 from mllm_adapters.contract import Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
+from mllm_adapters.convnext import STRIDE, TIMM_KEY, convnext_config, convnext_name
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
     TOWER_PART,

@@ -6,7 +6,7 @@ mgm/model/multimodal_encoder/openclip_encoder.py; mgm/eval/model_vqa.py for what
 
 from collections.abc import Mapping
 from math import isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -42,15 +42,15 @@ class MiniGeminiConfig(PreTrainedConfig):
     """
 
     model_type = "mgll_mini_gemini"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "vision_config_aux": SubConfigSpec(config_class=ConvNextConfig),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    vision_config_aux: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    vision_config_aux: Any = None
+    text_config: Any = None
     image_token_id: int = 32000
     image_seq_length: int = 576
     vision_feature_layer: int = -2
@@ -105,11 +105,11 @@ class HighResolutionTower(nn.Module):
 
     def __init__(self, config: ConvNextConfig) -> None:
         super().__init__()
-        sizes = list(config.hidden_sizes)
+        sizes, depths = list(config.hidden_sizes or ()), list(config.depths or ())
         self.embeddings = ConvNextEmbeddings(config)
         self.stages = nn.ModuleList(
             ConvNextStage(config, sizes[max(i - 1, 0)], size, stride=2 if i else 1, depth=depth)
-            for i, (size, depth) in enumerate(zip(sizes, config.depths, strict=True))
+            for i, (size, depth) in enumerate(zip(sizes, depths, strict=True))
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -135,10 +135,10 @@ class MiniGeminiPreTrainedModel(PreTrainedModel):
 
     config_class = MiniGeminiConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 (as transformers declares it; likewise below)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CLIPEncoderLayer", "ConvNextLayer", "LlamaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["CLIPEncoderLayer", "ConvNextLayer", "LlamaDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -182,8 +182,8 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             pixel_values_aux: High-resolution pixels [n, 3, A, A], of the same pictures.
 
         Returns:
-            ``pooler_output``: one tensor [image_seq_length, hidden size] per picture, in HD mode the whole picture
-            before its tiles; ``last_hidden_state``: what the low-resolution tower gives [views, patches, width].
+            ``pooler_output``: tokens [n, image_seq_length, hidden size], in HD mode the whole picture before its
+            tiles; ``last_hidden_state``: what the low-resolution tower gives [n * views, patches, width].
         """
         config = self.config
         low, high = self._resolutions(pixel_values, pixel_values_aux)
@@ -201,7 +201,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         tokens = tokens.unflatten(0, (len(high), -1))
         if config.image_global:
             tokens = tokens.roll(1, dims=1)
-        return BaseModelOutputWithPooling(last_hidden_state=queries, pooler_output=list(tokens.flatten(1, 2)))
+        return BaseModelOutputWithPooling(last_hidden_state=queries, pooler_output=tokens.flatten(1, 2))
 
     def mine(self, queries: Tensor, cells: Tensor) -> Tensor:
         """Patch-info mining: each low-resolution token attends to the high-resolution cells of its own patch.
@@ -241,8 +241,8 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         if pixel_values is not None or pixel_values_aux is not None:
             if input_ids is None:
                 raise ValueError("pictures need input_ids: their placeholders say where they stand")
-            features = self.get_image_features(pixel_values, pixel_values_aux)
-            tokens = torch.cat(features.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            features: Any = self.get_image_features(pixel_values, pixel_values_aux)
+            tokens = features.pooler_output.flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
             places = input_ids == self.config.image_token_id
             if int(places.sum()) != len(tokens):
                 raise ValueError(
@@ -275,14 +275,13 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
                 whole=config.image_global,
                 antialias=config.low_resolution_antialias,
             )
-        dtype = self.mm_projector[0].weight.dtype
-        return low.to(dtype), high.to(dtype)
+        return low.to(self.dtype), high.to(self.dtype)
 
 
 class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMixin):
     """Mini-Gemini with its language modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MiniGeminiConfig) -> None:
         super().__init__(config)
@@ -360,13 +359,12 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             image_hidden_states=output.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of one step: pictures are seen once, and stay in the cache."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if kwargs.get("use_cache", True) and not is_first_iteration:
-            inputs["pixel_values"] = inputs["pixel_values_aux"] = None
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("use_cache", True) and not kwargs.get("is_first_iteration", False):
+            # transformers knows of pixel_values only
+            inputs["pixel_values_aux"] = None
         return inputs
 
 
