@@ -19,6 +19,7 @@ FAMILIES: Mapping[str, str] = {
     "aya-vision": "mllm_adapters.families.aya_vision:AYA_VISION",
     "internvl": "mllm_adapters.families.internvl:INTERNVL",
     "med-flamingo": "mllm_adapters.families.med_flamingo:MED_FLAMINGO",
+    "mini-gemini": "mllm_adapters.families.mini_gemini:MINI_GEMINI",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

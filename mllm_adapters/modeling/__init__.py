@@ -56,6 +56,9 @@ MODEL_TYPES: Mapping[str, Architecture] = {
     "mgll_flamingo": Architecture(
         "flamingo", "FlamingoConfig", "FlamingoForConditionalGeneration", processor="FlamingoProcessor"
     ),
+    "mgll_mini_gemini": Architecture(
+        "mini_gemini", "MiniGeminiConfig", "MiniGeminiForConditionalGeneration", "MiniGeminiProcessor"
+    ),
 }
 """``model_type`` -> what it is built of."""
 

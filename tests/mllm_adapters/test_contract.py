@@ -17,7 +17,7 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.stages import apply_stage
-from tests.mllm_adapters.families import aya_vision, internvl, llava, med_flamingo, qwen2_vl
+from tests.mllm_adapters.families import aya_vision, internvl, llava, med_flamingo, mini_gemini, qwen2_vl
 from tests.mllm_adapters.families.case import Case, Golden
 
 CASES = (
@@ -26,6 +26,7 @@ CASES = (
     *aya_vision.CASES,
     *internvl.CASES,
     *med_flamingo.CASES,
+    *mini_gemini.CASES,
 )
 
 LOADS_WITHOUT_US = """

@@ -1,0 +1,244 @@
+"""What a Mini-Gemini checkpoint holds: its fields, its tensors sorted, and where its two towers are.
+
+Key names and what is read from where after dvlab-research/MGM 769820c (mgm/model/mgm_arch.py,
+``initialize_uni_modules``; mgm/model/multimodal_encoder/openclip_encoder.py).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import Resize, TowerSpec, checked
+from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.configs import build_config
+from mllm_adapters.contract import Dropped
+from mllm_adapters.convnext import TIMM_KEY
+from mllm_adapters.planning import TOWER_PART, HostTower, external_tower
+from mllm_adapters.processing import host_pixels
+from mllm_adapters.towers import PUBLISHED_TOWERS
+
+AUX_PART = "vision-tower-aux"
+AUX_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", "model.safetensors")
+"""Weights of the high-resolution tower in its folder; the first that is there counts."""
+
+TOWER_PREFIX = "model.vision_tower."
+AUX_PREFIX = "model.vision_tower_aux."
+CLASS_EMBEDDING = "embeddings.class_embedding"
+POSITIONS = "embeddings.position_embedding.weight"
+
+PROJECTORS = (
+    *(f"model.vlm_uni_{kind}_projector.{layer}" for kind in ("query", "aux", "val") for layer in (0, 1)),
+    "model.mm_projector.0",
+    "model.mm_projector.2",
+)
+
+ORIGINAL_NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (
+    (re.compile(r".*rotary_emb\.inv_freq"), None),
+    (re.compile(r"model\.((?:embed_tokens|layers|norm)\..+)"), r"model.language_model.\1"),
+    (re.compile(r"lm_head\..+"), r"\g<0>"),
+    (re.compile("|".join(rf"{re.escape(name)}\.(?:weight|bias)" for name in PROJECTORS)), r"\g<0>"),
+)
+"""Original name -> ours; None for what is left out on purpose (the rotary table is recomputed)."""
+
+ORIGINAL_TOWER = re.compile(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)")
+ORIGINAL_AUX = re.compile(r"model\.vision_tower_aux\.vision_((?:stem|stages)\..+)")
+
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+VOCABULARY_TENSORS = (EMBEDDINGS, "lm_head.weight")
+
+
+class CommonFields(BaseModel):
+    """What counts in a config.json of either layout."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    quantization_config: None = None
+    image_size_aux: int = Field(gt=0)
+    image_grid: int = Field(default=1, ge=1)
+    image_global: bool = False
+    tie_word_embeddings: bool = False
+
+    @property
+    def views(self) -> int:
+        """Views of a picture that have tokens of their own."""
+        return self.image_grid**2 + self.image_global
+
+
+class OriginalFields(CommonFields):
+    """What counts in an original config.json, with the original code's defaults and the values that are known here."""
+
+    mm_vision_tower: str = Field(min_length=1)
+    mm_vision_tower_aux: str = Field(min_length=1)
+    mm_projector_type: Literal["mlp2x_gelu"]
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: Literal["patch"] = "patch"
+    image_aspect_ratio: Literal["pad", "square"] | None = None
+    image_size_aux: int = Field(default=320, gt=0)
+    mm_use_im_start_end: Literal[False] = False
+    mm_use_im_patch_token: Literal[False] = False
+    optimize_vision_tower_aux: bool | None = False
+
+
+class NativeFields(CommonFields):
+    """What counts in a config.json of ours."""
+
+    vision_feature_layer: int
+    image_token_id: int
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of an original checkpoint, sorted.
+
+    Attributes:
+        kept: Target name -> source name.
+        tower: Key in the low-resolution tower -> source name.
+        aux: timm's key in the high-resolution tower -> source name.
+        dropped: What is left out.
+    """
+
+    kept: dict[str, str]
+    tower: dict[str, str]
+    aux: dict[str, str]
+    dropped: tuple[Dropped, ...]
+
+
+def sort_names(checkpoint: Checkpoint) -> Names:
+    """Sort the tensors of an original checkpoint.
+
+    Raises:
+        UserError: one is missing, or is not of a Mini-Gemini.
+    """
+    names = Names({}, {}, {}, ())
+    dropped = []
+    for source in checkpoint.tensors:
+        if source.endswith("position_ids"):
+            dropped.append(Dropped(name=source, reason="not part of the model: 0, 1, 2 ..."))
+        elif match := ORIGINAL_TOWER.fullmatch(source):
+            names.tower[match[1]] = source
+        elif match := ORIGINAL_AUX.fullmatch(source):
+            names.aux[match[1]] = source
+        elif (target := _target_name(checkpoint, source)) is None:
+            dropped.append(Dropped(name=source, reason="not part of our layout"))
+        else:
+            names.kept[target] = source
+    needed = (EMBEDDINGS, *(f"{name}.{kind}" for name in PROJECTORS for kind in ("weight", "bias")))
+    if missing := [name for name in needed if name not in names.kept]:
+        raise UserError(
+            f"{checkpoint.folder}: tensor {missing[0].replace('language_model.', '')} is missing: is the download "
+            "complete, and is this Mini-Gemini rather than its language model or a LLaVA?"
+        )
+    return Names(names.kept, names.tower, names.aux, tuple(dropped))
+
+
+def _target_name(checkpoint: Checkpoint, source: str) -> str | None:
+    for pattern, target in ORIGINAL_NAMES:
+        if match := pattern.fullmatch(source):
+            return None if target is None else match.expand(target)
+    raise UserError(f"{checkpoint.folder}: tensor {source} is not part of a Mini-Gemini checkpoint")
+
+
+@dataclass(frozen=True)
+class AuxTower:
+    """The high-resolution tower: timm's key -> header, how messages call it, and what the user should know."""
+
+    tensors: dict[str, TensorHeader]
+    where: str
+    notes: tuple[str, ...] = ()
+
+
+def original_tower(
+    checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[str, str], *, needed: bool
+) -> HostTower:
+    """The tower that the original code would use: the one in the shards if there is one, else the one named."""
+    resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
+    name, published = fields.mm_vision_tower, f"openai/{Path(fields.mm_vision_tower).name}"
+    if checkpoint.find(TOWER_PART, name) is None and published in PUBLISHED_TOWERS:
+        name = published  # MGM names a local copy, model_zoo/OpenAI/..., of what the hub has as openai/...
+    host = external_tower(name, checkpoint, resize, needed=needed and not inside)
+    if not (inside and needed):
+        return host
+    if POSITIONS not in inside:
+        raise UserError(
+            f"{checkpoint.folder}: the low-resolution tower in the shards is incomplete: no {POSITIONS}"
+        )
+    positions = checkpoint.tensors[inside[POSITIONS]]
+    _check_positions(positions, host.spec, f"{name} describes")
+    note = f"the host's own tower is the one in its shards, with the settings of {name}"
+    return HostTower(name, host.spec, None, (note,))
+
+
+def aux_tower(checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[str, str]) -> AuxTower:
+    """What the original code would use: the file it names; over it, if it was trained, what the shards hold."""
+    name = fields.mm_vision_tower_aux
+    if "xxlarge" in name.lower():
+        raise UserError(
+            f"{checkpoint.folder}/config.json: mm_vision_tower_aux is {name!r}: the xxlarge ConvNeXt normalises "
+            "differently and is not supported; take a checkpoint with convnext_large_d_320"
+        )
+    held = {key: checkpoint.tensors[source] for key, source in inside.items()}
+    trained = bool(fields.optimize_vision_tower_aux) and {key.split(".")[0] for key in held} == {
+        "stem",
+        "stages",
+    }
+    found = None if trained else checkpoint.find(AUX_PART, name)
+    if found is None:
+        if not held:
+            raise UserError(
+                f"{checkpoint.folder}: its high-resolution tower '{name}' is neither in its shards, nor in the "
+                f"checkpoint folder, nor beside it: put its folder at {checkpoint.folder.parent / name}, or say where "
+                f"it is with --part {AUX_PART}=PATH"
+            )
+        other = () if trained else (f"{name} is not on this machine: its copy in the shards is taken",)
+        return AuxTower(held, str(checkpoint.folder), other)
+    file = _aux_file(found)
+    headers = checkpoint.attach(AUX_PART, file)
+    named = {match[1]: h for key, h in headers.items() if (match := TIMM_KEY.fullmatch(key))}
+    return AuxTower(named | held if fields.optimize_vision_tower_aux else named, str(file))
+
+
+def _aux_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    file = next((path / name for name in AUX_FILES if (path / name).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{path} holds no weights of a high-resolution tower: expected one of {', '.join(AUX_FILES)}"
+        )
+    return file
+
+
+def own_tower(checkpoint: Checkpoint, fields: NativeFields) -> tuple[HostTower, str]:
+    """The low-resolution tower of a checkpoint of ours, and the prefix of its keys."""
+    where = checkpoint.folder / "config.json"
+    found = [n.removesuffix(CLASS_EMBEDDING) for n in checkpoint.tensors if n.endswith(CLASS_EMBEDDING)]
+    if len(found) != 1:
+        raise UserError(
+            f"{checkpoint.folder}: expected one {CLASS_EMBEDDING}, found {len(found)}: download it again"
+        )
+    vision = build_config(checkpoint.config, str(where)).vision_config.to_dict()
+    pixels, notes = host_pixels(checkpoint.folder, fields.image_size_aux)
+    geometry = {
+        "width": vision["hidden_size"],
+        "depth": vision["num_hidden_layers"],
+        "heads": vision["num_attention_heads"],
+        "mlp_width": vision["intermediate_size"],
+        "patch_size": vision["patch_size"],
+        "activation": vision["hidden_act"],
+    }
+    spec = checked(TowerSpec, {**geometry, **pixels.model_dump(), "image_size": vision["image_size"]}, where)
+    _check_positions(checkpoint.tensors[found[0] + POSITIONS], spec, f"{where} describes")
+    return HostTower("vision_tower", spec, None, notes), found[0]
+
+
+def _check_positions(positions: TensorHeader, spec: TowerSpec, who: str) -> None:
+    if positions.shape != (spec.patches + 1, spec.width):
+        raise UserError(
+            f"{positions.file.parent}: {who} a tower of {spec.grid}x{spec.grid} patches and width {spec.width}, but "
+            f"{positions.name} has shape {list(positions.shape)}"
+        )
