@@ -197,6 +197,7 @@ def _projector_dtype(host: Host, checkpoint: Checkpoint) -> Any:
 def _left_out(host: Host, steps: tuple[Step, ...]) -> list[Dropped]:
     """What a swap leaves out of the source."""
     used = {source for step in steps if step.operation != "tower" for source in step.sources}
+    used |= {step.replaces for step in steps if step.replaces}
     old = {source: "replaced by the new tower" for step in host.tower for source in step.sources}
     read = {source: "read features of another shape" for step in host.rest for source in step.sources}
     return [Dropped(name=name, reason=reason) for name, reason in {**old, **read}.items() if name not in used]

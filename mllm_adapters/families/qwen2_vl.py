@@ -166,8 +166,6 @@ class Qwen2VL(Family):
         after = after_swap(read, tower, image_size, tokens=lambda grid: (grid // merge) ** 2, multiple=merge)
         kept_steps, dropped = _sort(checkpoint, prefix)
         steps, readers = _merger(kept_steps, f"{prefix}merger.", generation, before, after, checkpoint.folder)
-        anew = [step for old, step in zip(kept_steps, steps, strict=True) if old.sources != step.sources]
-        dropped += [Dropped(name=step.name, reason="read the old tower's width, made anew") for step in anew]
         shapes = {step.name.removeprefix(f"{prefix}merger."): step.shape for step in steps}
         dtype = checkpoint.tensors[f"{prefix}merger.{generation.norm}.weight"].dtype
         return Plan(
