@@ -607,7 +607,8 @@ def test_a_published_mgm_is_planned_in_full(views: int, tmp_path: Path) -> None:
     checkpoint, family, _ = open_checkpoint(source)
     tower = inspect_tower(full_size.published_tower(tmp_path / "mgll"))
     weights = LLAMA_7B + CONVNEXT + HEADS
-    full_size.check_full_size(family.plan(checkpoint), checkpoint, weights=weights + TOWERS[336])
+    if views == 1:  # a conversion does not depend on them
+        full_size.check_full_size(family.plan(checkpoint), checkpoint, weights=weights + TOWERS[336])
     for size, tokens in ((None, 576), (224, 256), (336, 576), (448, 1024)):
         plan = family.plan(checkpoint, tower, size)
         assert (plan.before.tokens, plan.after.tokens, plan.after.tiles) == (576, tokens, views)
