@@ -17,10 +17,13 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.stages import apply_stage
-from tests.mllm_adapters.families import llava
+from tests.mllm_adapters.families import instructblip, llava
 from tests.mllm_adapters.families.case import Case, Golden
 
-CASES = (*llava.CASES,)
+CASES = (
+    *llava.CASES,
+    *instructblip.CASES,
+)
 
 LOADS_WITHOUT_US = """
 import sys
@@ -190,6 +193,7 @@ class TestFamily:
             if checkpointing:
                 swapped.model.gradient_checkpointing_enable({"use_reentrant": False})
             swapped.model.train()
+            torch.manual_seed(0)  # the same dropout both times
             swapped.look(case, swapped.picture()).square().mean().backward()
             gradients.append({n: p.grad for n, p in swapped.model.named_parameters() if p.grad is not None})
             swapped.model.zero_grad(set_to_none=True)
