@@ -4,8 +4,7 @@ Key names and vision contract after transformers (models/instructblip, and utils
 506965b (lavis/models/blip2_models, lavis/models/eva_vit.py, lavis/models/clip_vit.py).
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,13 +20,13 @@ from mllm_adapters.configs import build_config, read_fields, tower_config
 from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
 from mllm_adapters.families import instructblip_lavis as lavis
 from mllm_adapters.families.instructblip_lavis import AsStock
+from mllm_adapters.families.instructblip_readers import QFORMER_PART, TOWER, refitted
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
     after_swap,
     image_row,
     kept,
-    refit_reader,
     swap_notes,
     tower_steps,
 )
@@ -36,17 +35,11 @@ from mllm_adapters.processing import has_tokenizer, host_pixels, load_tokenizer,
 STOCK, OWN = "instructblip", "mgll_instructblip"
 """model_type of transformers' class, and of ours with a CLIP tower."""
 
-NORM = "vision_model.ln_vision"
-"""The normalisation between tower and Q-Former, in our class."""
-
-STOCK_NORM = re.compile(r"vision_model\.post_layernorm\.(weight|bias)")
-TOWER = re.compile(r"vision_model\.(?!post_layernorm\.|ln_vision\.)")
 OWN_TOWER = "vision_model.tower."
 
 NEW_LAYER = -2
 """Hidden layer that a new tower is read at: LAVIS' EVA and CLIP towers both end one block early."""
 
-READERS = re.compile(r"(qformer\.encoder\.layer\.\d+\.crossattention\.attention\.(?:key|value))\.weight")
 PROJECTION = "language_projection.weight"
 
 VOCABULARY = tuple(
@@ -60,7 +53,7 @@ LANGUAGE_MODELS = ("llama", "t5")
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 """Tables in older files that transformers recomputes."""
 
-QFORMER_PART, QFORMER_TOKENIZER_PART = "qformer", "qformer-tokenizer"
+QFORMER_TOKENIZER_PART = "qformer-tokenizer"
 QFORMER_TOKENIZER = "qformer_tokenizer"
 """Sub-folder of a checkpoint in the transformers layout."""
 
@@ -138,9 +131,9 @@ class InstructBlip(Family):
             after = after_swap(
                 _read_at_new_layer(before, host), tower, image_size, tokens=lambda _: before.tokens
             )
-            steps, readers, epsilon = _readers(host, checkpoint, before, after)
+            steps, readers, epsilon = refitted(host, checkpoint, before, after)
             dtype = next(checkpoint.header(s.sources[0]).dtype for s in host.steps if s.name == PROJECTION)
-            dropped = [*host.dropped, *_replaced(host, checkpoint)]
+            dropped = [*host.dropped, *_left_out(host, steps, checkpoint)]
             steps += tower_steps(tower, OWN_TOWER, after, dtype)
             config = _swapped_config(host.config, tower, after, epsilon)
         return Plan(
@@ -301,77 +294,23 @@ def _text_tokenizer(folder: Path, layout: str) -> Any | None:
     return lavis.with_special_tokens(tokenizer) if tokenizer and layout == "lavis" else tokenizer
 
 
-def _readers(
-    host: AsStock, checkpoint: Checkpoint, before: VisionContract, after: VisionContract
-) -> tuple[list[Step], dict[str, str], float]:
-    """Everything but the tower, for features of the new width; what becomes of each reader; the norm's epsilon."""
-    steps = [_own_name(step) for step in host.steps if not TOWER.match(step.name)]
-    path = checkpoint.find(QFORMER_PART)
-    if path is not None:
-        return (*_trained_readers(steps, checkpoint, path, after), lavis.NORM_EPSILON)
-    biases = {f"{match[1]}.bias" for step in steps if (match := READERS.fullmatch(step.name))}
-    kept_biases = {step.name: step for step in steps if step.name in biases}
-    readers: dict[str, str] = {}
-    for reader in _reader_names(steps):
-        steps, fate = refit_reader(steps, reader, before, after, checkpoint.folder)
-        readers |= fate
-    return [kept_biases.get(step.name, step) for step in steps], readers, host.norm_epsilon
-
-
-def _own_name(step: Step) -> Step:
-    match = STOCK_NORM.fullmatch(step.name)
-    if match is None:
-        return step
-    return step.model_copy(update={"name": f"{NORM}.{match[1]}", "operation": "rename"})
-
-
-def _reader_names(steps: Iterable[Step]) -> list[str]:
-    return [NORM, *(match[1] for step in steps if (match := READERS.fullmatch(step.name)))]
-
-
-def _trained_readers(
-    steps: list[Step], checkpoint: Checkpoint, path: Path, after: VisionContract
-) -> tuple[list[Step], dict[str, str]]:
-    """The readers of a Q-Former that was trained on features of the new tower's width.
-
-    Raises:
-        UserError: it lacks one, or was trained on another width.
-    """
-    trained = checkpoint.attach(QFORMER_PART, path)
-    names = _reader_names(steps)
-    taken = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
-    changed = []
-    for step in steps:
-        if step.name not in taken:
-            changed.append(step)
-            continue
-        header = trained.get(lavis.original_name(step.name))
-        if header is None:
-            raise UserError(
-                f"--part {QFORMER_PART}={path} has no {lavis.original_name(step.name)}: take a Q-Former of LAVIS"
-            )
-        side = after.width if step.name.endswith(".weight") or step.name.startswith(NORM) else step.shape[-1]
-        shape = (*step.shape[:-1], side)
-        if header.shape != shape:
-            raise UserError(
-                f"--part {QFORMER_PART}={path}: {lavis.original_name(step.name)} has shape {list(header.shape)}, "
-                f"expected {list(shape)}: take a Q-Former trained on a tower of width {after.width} (for CLIP ViT-L "
-                "LAVIS' blip2_pretrained_vitL.pth), or leave it out"
-            )
-        changed.append(kept(header, step.name).model_copy(update={"dtype": step.dtype}))
-    return changed, dict.fromkeys(names, f"taken from {path.name} ({after.width} wide)")
-
-
 def _read_at_new_layer(before: VisionContract, host: AsStock) -> VisionContract:
     return before if _is_own(host) else before.model_copy(update={"feature_layer": NEW_LAYER})
 
 
-def _replaced(host: AsStock, checkpoint: Checkpoint) -> list[Dropped]:
-    sources = (name for step in host.steps if TOWER.match(step.name) for name in step.sources)
+def _left_out(host: AsStock, steps: list[Step], checkpoint: Checkpoint) -> list[Dropped]:
+    """The old tower, and readers of features that are no longer there."""
+    used = {name for step in steps for name in step.sources}
     return [
-        Dropped(name=name, reason="replaced by the new tower")
-        for name in sources
-        if name in checkpoint.tensors
+        Dropped(
+            name=name,
+            reason="replaced by the new tower"
+            if TOWER.match(step.name)
+            else "reads the old tower's features",
+        )
+        for step in host.steps
+        for name in step.sources
+        if name not in used and name in checkpoint.tensors
     ]
 
 

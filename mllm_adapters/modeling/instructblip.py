@@ -229,7 +229,7 @@ class MgllInstructBlipProcessor(ProcessorMixin):
         if images is not None and not any(self.image_token in text for text in texts):
             texts = [self.image_token + text for text in texts]
         for text in texts:
-            if self.image_token in text[len(self.image_token) * text.count(self.image_token) :]:
+            if not text.startswith(self.image_token * text.count(self.image_token)):
                 raise ValueError(f"InstructBLIP sees images first: put {self.image_token} before the text")
         return texts
 
