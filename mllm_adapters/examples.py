@@ -157,6 +157,7 @@ def encode(example: Example, folder: Path, processor: Any) -> dict[str, Tensor]:
     features = processor(
         text=[example.text],
         images=images or None,
+        **_instruction(example, processor),
         add_special_tokens=_adds_special_tokens(example.text, processor),
         return_offsets_mapping=True,
         return_text_replacement_offsets=True,
@@ -211,7 +212,7 @@ class Collator:
             for name, value in fill.items()
         }
         of_images = sorted({name for row in batch for name in row} - fill.keys())
-        return text | {name: torch.cat([row[name] for row in batch if name in row]) for name in of_images}
+        return text | {name: _joined([row[name] for row in batch if name in row]) for name in of_images}
 
 
 class AnswerCollator(Collator):
@@ -223,6 +224,21 @@ class AnswerCollator(Collator):
         following = tensors["labels"][:, 1:]
         positions = (following != IGNORED).any(dim=0).nonzero().flatten()
         return tensors | {"logits_to_keep": positions, "shift_labels": following[:, positions].contiguous()}
+
+
+def _instruction(example: Example, processor: Any) -> dict[str, Any]:
+    """For a processor that wants it apart (a Q-Former reads it): what comes before the first answer."""
+    if not getattr(processor, "takes_instructions", False):
+        return {}
+    return {"instructions": [example.text[: example.answers[0][0]]]}
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """One after another; instructions (n, Q) of different lengths are filled with zeros, which their mask hides."""
+    if values[0].ndim == 2 and not values[0].is_floating_point():
+        longest = max(value.shape[1] for value in values)
+        values = [torch.nn.functional.pad(value, (0, longest - value.shape[1])) for value in values]
+    return torch.cat(list(values))
 
 
 def _adds_special_tokens(text: str, processor: Any) -> bool:

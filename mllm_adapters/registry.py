@@ -20,6 +20,7 @@ FAMILIES: Mapping[str, str] = {
     "internvl": "mllm_adapters.families.internvl:INTERNVL",
     "med-flamingo": "mllm_adapters.families.med_flamingo:MED_FLAMINGO",
     "mini-gemini": "mllm_adapters.families.mini_gemini:MINI_GEMINI",
+    "instructblip": "mllm_adapters.families.instructblip:INSTRUCTBLIP",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

@@ -59,6 +59,12 @@ MODEL_TYPES: Mapping[str, Architecture] = {
     "mgll_mini_gemini": Architecture(
         "mini_gemini", "MiniGeminiConfig", "MiniGeminiForConditionalGeneration", "MiniGeminiProcessor"
     ),
+    "mgll_instructblip": Architecture(
+        "instructblip",
+        "MgllInstructBlipConfig",
+        "MgllInstructBlipForConditionalGeneration",
+        "MgllInstructBlipProcessor",
+    ),
 }
 """``model_type`` -> what it is built of."""
 

@@ -17,7 +17,7 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.stages import apply_stage
-from tests.mllm_adapters.families import aya_vision, internvl, llava, med_flamingo, mini_gemini, qwen2_vl
+from tests.mllm_adapters.families import aya_vision, instructblip, internvl, llava, med_flamingo, mini_gemini, qwen2_vl
 from tests.mllm_adapters.families.case import Case, Golden
 
 CASES = (
@@ -27,6 +27,7 @@ CASES = (
     *internvl.CASES,
     *med_flamingo.CASES,
     *mini_gemini.CASES,
+    *instructblip.CASES,
 )
 
 LOADS_WITHOUT_US = """
@@ -199,6 +200,7 @@ class TestFamily:
             if checkpointing:
                 swapped.model.gradient_checkpointing_enable({"use_reentrant": False})
             swapped.model.train()
+            torch.manual_seed(0)  # the same dropout both times
             swapped.look(case, swapped.picture()).square().mean().backward()
             gradients.append({n: p.grad for n, p in swapped.model.named_parameters() if p.grad is not None})
             swapped.model.zero_grad(set_to_none=True)

@@ -1,0 +1,350 @@
+"""InstructBLIP: the transformers layout (old and new), the original LAVIS files, and what a swap makes of them.
+
+Key names and vision contract after transformers (models/instructblip, and utils/ of v4.37.2) and salesforce/LAVIS
+506965b (lavis/models/blip2_models, lavis/models/eva_vit.py, lavis/models/clip_vit.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from mgll_encoder import TowerHeader
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import build_config, read_fields, tower_config
+from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
+from mllm_adapters.families import instructblip_lavis as lavis
+from mllm_adapters.families.instructblip_lavis import AsStock
+from mllm_adapters.families.instructblip_readers import QFORMER_PART, TOWER, refitted
+from mllm_adapters.planning import (
+    IMAGE_TOKEN,
+    TOWER_PART,
+    after_swap,
+    image_row,
+    kept,
+    swap_notes,
+    tower_steps,
+)
+from mllm_adapters.processing import has_tokenizer, host_pixels, load_tokenizer, with_placeholder
+
+STOCK, OWN = "instructblip", "mgll_instructblip"
+"""model_type of transformers' class, and of ours with a CLIP tower."""
+
+OWN_TOWER = "vision_model.tower."
+
+NEW_LAYER = -2
+"""Hidden layer that a new tower is read at: LAVIS' EVA and CLIP towers both end one block early."""
+
+PROJECTION = "language_projection.weight"
+
+VOCABULARY = tuple(
+    f"language_model.{name}.weight"
+    for name in ("model.embed_tokens", "lm_head", "shared", "encoder.embed_tokens", "decoder.embed_tokens")
+)
+"""Tensors with one row per token: LLaMA's and T5's."""
+
+LANGUAGE_MODELS = ("llama", "t5")
+
+BUFFERS = ("position_ids", "rotary_emb.inv_freq")
+"""Tables in older files that transformers recomputes."""
+
+QFORMER_TOKENIZER_PART = "qformer-tokenizer"
+QFORMER_TOKENIZER = "qformer_tokenizer"
+"""Sub-folder of a checkpoint in the transformers layout."""
+
+BERT = ("bert-base-uncased", "google-bert/bert-base-uncased")
+"""Whose tokenizer LAVIS' Q-Former has."""
+
+
+class Fields(BaseModel):
+    """What counts in a config.json, with the defaults of ``InstructBlipConfig``."""
+
+    vision_config: dict[str, Any]
+    qformer_config: dict[str, Any]
+    text_config: dict[str, Any]
+    num_query_tokens: int = 32
+    image_token_index: int | None = None
+    image_token_id: int | None = None
+    vision_feature_layer: int = NEW_LAYER
+    quantization_config: None = None
+
+    @property
+    def placeholder(self) -> int | None:
+        """Id of the image placeholder, under either name; None in files older than transformers 4.46."""
+        return self.image_token_index if self.image_token_index is not None else self.image_token_id
+
+
+@dataclass(frozen=True)
+class InstructBlip(Family):
+    """See `Family`."""
+
+    spec: FamilySpec
+
+    def layout(self, config: Mapping[str, Any]) -> str | None:
+        """``transformers`` (written here: it has a chat template), ``stock``, ``lavis`` or None."""
+        if not config:
+            return "lavis"
+        stock = "transformers" if FAMILY_KEY in config else "stock"
+        return {OWN: "transformers", STOCK: stock}.get(str(config.get("model_type")))
+
+    def refusal(self, config: Mapping[str, Any]) -> str | None:
+        """BLIP-2, which reads no instruction, and the video model."""
+        works = "take an InstructBLIP such as Salesforce/instructblip-vicuna-7b"
+        close = {
+            "blip-2": f"this is BLIP-2, whose Q-Former reads no instruction: {works}",
+            "instructblipvideo": f"this is InstructBLIP-Video, which reads several frames at once: {works}",
+        }
+        return close.get(str(config.get("model_type")))
+
+    def plan(
+        self,
+        checkpoint: Checkpoint,
+        tower: TowerHeader | None = None,
+        image_size: int | None = None,
+        target: Target = "own",  # noqa: ARG002 (there is no other)
+    ) -> Plan:
+        """Plan a swap (``tower`` given) or a conversion to what loads as it is; see `Family.plan`."""
+        layout, where = str(self.layout(checkpoint.config)), f"{checkpoint.folder}/config.json"
+        if layout == "transformers" and tower is None:
+            raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
+        host = (
+            lavis.read(checkpoint, swapped=tower is not None) if layout == "lavis" else _as_stock(checkpoint)
+        )
+        fields = read_fields(Fields, host.config, where)
+        _check_language_model(host, fields, where)
+        host, image_token_id, note = _with_placeholder(host, fields, checkpoint, layout)
+        tokenizers = _tokenizers(host, checkpoint)
+        before, pixel_notes = _contract(host, fields, checkpoint.folder, where)
+        readers: dict[str, str] = {}
+        if tower is None:
+            if checkpoint.find(QFORMER_PART) is not None:
+                raise UserError(
+                    f"--part {QFORMER_PART} goes with a new tower: give --encoder, or leave it out"
+                )
+            after, steps, dropped, config = before, host.steps, host.dropped, host.config
+        else:
+            after = after_swap(
+                _read_at_new_layer(before, host), tower, image_size, tokens=lambda _: before.tokens
+            )
+            steps, readers, epsilon = refitted(host, checkpoint, before, after)
+            dtype = next(checkpoint.header(s.sources[0]).dtype for s in host.steps if s.name == PROJECTION)
+            dropped = [*host.dropped, *_left_out(host, steps, checkpoint)]
+            steps += tower_steps(tower, OWN_TOWER, after, dtype)
+            config = _swapped_config(host.config, tower, after, epsilon)
+        return Plan(
+            family=self.spec.name,
+            layout=layout,
+            source=checkpoint.folder,
+            tower=tower.source if tower else None,
+            swapped=tower is not None,
+            parts={**checkpoint.parts, **tokenizers},
+            steps=tuple(steps),
+            dropped=tuple(dropped),
+            config={**config, FAMILY_KEY: self.spec.name},
+            before=before,
+            after=after,
+            image_token_id=image_token_id,
+            processor="InstructBLIP's two tokenizers, with a chat template" if tokenizers else None,
+            readers=readers,
+            notes=(*pixel_notes, *swap_notes(tower, after), *note),
+        )
+
+    def processor(self, plan: Plan) -> Any | None:
+        """The processor of the planned checkpoint; None where the source has no tokenizer."""
+        from mllm_adapters.modeling.instructblip import MgllInstructBlipProcessor
+
+        tokenizer = _text_tokenizer(plan.parts.get(lavis.LANGUAGE_PART, plan.source), plan.layout)
+        if tokenizer is None:
+            return None
+        with_placeholder(tokenizer, plan.image_token_id)
+        qformer = load_tokenizer(plan.parts[QFORMER_TOKENIZER_PART])
+        assert qformer is not None, "planning has seen it"
+        longest = build_config(plan.config, str(plan.source)).qformer_config.max_position_embeddings
+        qformer.model_max_length = min(qformer.model_max_length, longest)
+        own = plan.source / "chat_template.jinja"
+        return MgllInstructBlipProcessor(
+            image_processor=self.image_processor(plan),
+            tokenizer=tokenizer,
+            qformer_tokenizer=qformer,
+            num_query_tokens=plan.after.tokens,
+            chat_template=own.read_text(encoding="utf-8") if own.is_file() else _TEMPLATE,
+        )
+
+
+def _as_stock(checkpoint: Checkpoint) -> AsStock:
+    """A checkpoint in the transformers layout: its tensors stay as they are."""
+    for part in (lavis.LANGUAGE_PART, lavis.CONFIG_PART, TOWER_PART):
+        if checkpoint.find(part) is not None:
+            raise UserError(f"--part {part} is for LAVIS' files: {checkpoint.folder} holds its own")
+    headers = checkpoint.tensors.values()
+    reason = "a table that is computed anew"
+    vision = checkpoint.config.get("vision_config")
+    epsilons = (checkpoint.config, "vision_layer_norm_eps"), (vision, "layer_norm_eps")
+    return AsStock(
+        config={key: value for key, value in checkpoint.config.items() if key != "auto_map"},
+        steps=[kept(header) for header in headers if not header.name.endswith(BUFFERS)],
+        dropped=[Dropped(name=h.name, reason=reason) for h in headers if h.name.endswith(BUFFERS)],
+        norm_epsilon=next((d[key] for d, key in epsilons if isinstance(d, Mapping) and key in d), 1e-6),
+        tokenizer=checkpoint.folder,
+    )
+
+
+def _check_language_model(host: AsStock, fields: Fields, where: str) -> None:
+    kind = fields.text_config.get("model_type")
+    if kind not in LANGUAGE_MODELS:
+        raise UserError(
+            f"{where}: its language model is {kind!r}: supported are {' and '.join(LANGUAGE_MODELS)} (Vicuna, Flan-T5)"
+        )
+    names = {step.name for step in host.steps}
+    for needed in (PROJECTION, "query_tokens"):
+        if needed not in names:
+            raise UserError(f"{where}: tensor {needed} is not in the weights beside it: is it complete?")
+    if not names & set(VOCABULARY):
+        raise UserError(f"{where}: the weights beside it hold no token embeddings: are they complete?")
+
+
+def _with_placeholder(
+    host: AsStock, fields: Fields, checkpoint: Checkpoint, layout: str
+) -> tuple[AsStock, int, tuple[str, ...]]:
+    """The host with a row for the image placeholder, which files older than transformers 4.46 lack."""
+    vocabulary = max(step.shape[0] for step in host.steps if step.name in VOCABULARY)
+    if fields.placeholder is not None:
+        if fields.placeholder >= vocabulary:
+            raise UserError(
+                f"{checkpoint.folder}: image_token_index is {fields.placeholder}, but the vocabulary has only "
+                f"{vocabulary} rows: config.json and weights do not belong together"
+            )
+        return host, fields.placeholder, ()
+    image_token_id, rows = image_row(_text_tokenizer(host.tokenizer, layout), vocabulary)
+    config = {
+        **host.config,
+        "image_token_index": image_token_id,
+        "text_config": {**fields.text_config, "vocab_size": rows},
+    }
+    added = (
+        f"the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of the old ones); "
+        if rows > vocabulary
+        else ""
+    )
+    note = f"{added}visual tokens take the place of {IMAGE_TOKEN} = {image_token_id} instead of being put in front"
+    steps = [_extended(step, rows) if step.name in VOCABULARY else step for step in host.steps]
+    return replace(host, config=config, steps=steps), image_token_id, (note,)
+
+
+def _extended(step: Step, rows: int) -> Step:
+    if step.shape[0] == rows:
+        return step
+    return step.model_copy(update={"operation": "extend_rows", "shape": (rows, *step.shape[1:])})
+
+
+def _contract(
+    host: AsStock, fields: Fields, folder: Path, where: str
+) -> tuple[VisionContract, tuple[str, ...]]:
+    """What the Q-Former sees: all tokens of the tower, and how pictures are prepared."""
+    vision = build_config(host.config, where).vision_config
+    pixels, notes = _pixels(folder, vision.image_size)
+    contract = VisionContract(
+        width=vision.hidden_size,
+        patch_size=vision.patch_size,
+        tokens=fields.num_query_tokens,
+        feature_layer=fields.vision_feature_layer if _is_own(host) else -1,
+        class_token=True,
+        activation=vision.hidden_act,
+        **pixels.model_dump(),
+    )
+    return contract, notes
+
+
+def _pixels(folder: Path, image_size: int) -> tuple[PixelRule, tuple[str, ...]]:
+    if any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return host_pixels(folder, image_size)
+    rule = PixelRule(image_size=image_size, mean=CLIP_MEAN, std=CLIP_STD, resize="squash")
+    return rule, (
+        f"{folder} has no image processor: that of InstructBLIP is assumed (CLIP's mean, squashed)",
+    )
+
+
+def _is_own(host: AsStock) -> bool:
+    return host.config["model_type"] == OWN
+
+
+def _tokenizers(host: AsStock, checkpoint: Checkpoint) -> dict[str, Path]:
+    """The folder of the Q-Former's tokenizer, where the language model's is at hand."""
+    if not has_tokenizer(host.tokenizer):
+        return {}
+    inside = host.tokenizer / QFORMER_TOKENIZER
+    names = (QFORMER_TOKENIZER, *BERT)
+    found = (path for name in names if (path := checkpoint.find(QFORMER_TOKENIZER_PART, name)))
+    folder = next((path for path in found if has_tokenizer(path)), None)
+    if folder is None:
+        raise UserError(
+            f"{host.tokenizer} holds a tokenizer, but there is none for the Q-Former: put that of {BERT[0]} at "
+            f"{inside}, or say where it is with --part {QFORMER_TOKENIZER_PART}=PATH"
+        )
+    return {QFORMER_TOKENIZER_PART: folder}
+
+
+def _text_tokenizer(folder: Path, layout: str) -> Any | None:
+    tokenizer = load_tokenizer(folder)
+    return lavis.with_special_tokens(tokenizer) if tokenizer and layout == "lavis" else tokenizer
+
+
+def _read_at_new_layer(before: VisionContract, host: AsStock) -> VisionContract:
+    return before if _is_own(host) else before.model_copy(update={"feature_layer": NEW_LAYER})
+
+
+def _left_out(host: AsStock, steps: list[Step], checkpoint: Checkpoint) -> list[Dropped]:
+    """The old tower, and readers of features that are no longer there."""
+    used = {name for step in steps for name in step.sources}
+    return [
+        Dropped(
+            name=name,
+            reason="replaced by the new tower"
+            if TOWER.match(step.name)
+            else "reads the old tower's features",
+        )
+        for step in host.steps
+        for name in step.sources
+        if name not in used and name in checkpoint.tensors
+    ]
+
+
+def _swapped_config(
+    config: Mapping[str, Any], tower: TowerHeader, after: VisionContract, epsilon: float
+) -> dict[str, Any]:
+    return {
+        **config,
+        "architectures": ["MgllInstructBlipForConditionalGeneration"],
+        "model_type": OWN,
+        "vision_config": tower_config(tower.spec, after),
+        "qformer_config": {**config["qformer_config"], "encoder_hidden_size": after.width},
+        "vision_feature_layer": after.feature_layer,
+        "vision_layer_norm_eps": epsilon,
+    }
+
+
+_TEMPLATE = files(__package__).joinpath("templates", "instructblip.jinja").read_text(encoding="utf-8")
+
+INSTRUCTBLIP = InstructBlip(
+    spec=FamilySpec(
+        name="instructblip",
+        title="InstructBLIP",
+        hub_id="Salesforce/instructblip-vicuna-7b",
+        tower=r"vision_model\.(?:tower|embeddings|encoder)\.",
+        projector=r"vision_model\.(?:ln_vision|post_layernorm)\.|qformer\.|query_tokens|language_projection\.",
+        language_model=r"language_model\.",
+        loose_weights=lavis.LOOSE_WEIGHTS,
+        parts={
+            lavis.LANGUAGE_PART: "the language model's folder (LAVIS)",
+            TOWER_PART: f"the EVA tower, {lavis.TOWER_FILE} (LAVIS)",
+            lavis.CONFIG_PART: "a config.json in the transformers layout: numbers of heads (LAVIS of unpublished size)",
+            QFORMER_TOKENIZER_PART: f"the tokenizer of {BERT[0]}, which the Q-Former has",
+            QFORMER_PART: "a Q-Former trained on towers of the new width, whose readers are taken",
+        },
+    )
+)

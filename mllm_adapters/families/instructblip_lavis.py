@@ -1,0 +1,387 @@
+"""InstructBLIP as LAVIS has it: Q-Former, EVA tower and language model in places of their own, and no config.json.
+
+Key names and constants after salesforce/LAVIS 506965b: lavis/models/blip2_models/{blip2,blip2_vicuna_instruct,
+blip2_t5_instruct,Qformer}.py, lavis/models/eva_vit.py.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.configs import build_config, text_config
+from mllm_adapters.contract import Dropped, Step
+from mllm_adapters.planning import TOWER_PART, dtype_name, kept
+
+LANGUAGE_PART, CONFIG_PART = "language-model", "config"
+
+LOOSE_WEIGHTS = (r"Qformer\.bert\.", r"(?:visual_encoder\.)?blocks\.\d+\.attn\.(?:q_bias|qkv\.)")
+"""The Q-Former's file tells the family; the tower's is read if it lies beside it."""
+
+TOWER_FILE = "eva_vit_g.pth"
+
+LANGUAGE_FOLDERS: Mapping[str, tuple[str, ...]] = {
+    "llama": (
+        "vicuna-7b", "vicuna-13b", "llm/vicuna-7b", "llm/vicuna-13b", "lmsys/vicuna-7b-v1.1", "lmsys/vicuna-13b-v1.1",
+    ),
+    "t5": ("flan-t5-xl", "flan-t5-xxl", "google/flan-t5-xl", "google/flan-t5-xxl"),
+}  # fmt: skip
+"""Where LAVIS' model configurations look for the language model, by its kind."""
+
+PROJECTIONS = {"llm_proj": "llama", "t5_proj": "t5"}
+
+EVA_WIDTH = 1408
+EVA: Mapping[str, Any] = {
+    "hidden_size": EVA_WIDTH, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16,
+    "image_size": 224, "patch_size": 14,
+}  # fmt: skip
+"""EVA-CLIP-g as LAVIS builds it, one block short of the 40 in its file."""
+
+HEADS: Mapping[str, Mapping[int, int]] = {"vision_config": {EVA_WIDTH: 16}, "qformer_config": {768: 12}}
+"""Attention heads by width: weights cannot tell them, and LAVIS has them in code (EVA-g) and in bert-base-uncased."""
+
+NORM_EPSILON = 1e-5
+"""Of ``ln_vision``: PyTorch's default in LAVIS, while all norms inside the tower have 1e-6."""
+
+NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
+    (re.compile(pattern), target)
+    for pattern, target in (
+        (r"(query_tokens)", r"\1"),
+        (r"ln_vision\.(.+)", r"vision_model.post_layernorm.\1"),
+        (r"(?:llm|t5)_proj\.(.+)", r"language_projection.\1"),
+        (r"(?:llm|t5)_model\.(.*rotary_emb\.inv_freq)", None),
+        (r"(?:llm|t5)_model\.(.+)", r"language_model.\1"),
+        (r"Qformer\.cls\..+", None),
+        (r"Qformer\.bert\.embeddings\.position_ids", None),
+        (r"Qformer\.bert\.embeddings\.LayerNorm\.(.+)", r"qformer.embeddings.layernorm.\1"),
+        (r"Qformer\.bert\.(.+attention)\.self\.(.+)", r"qformer.\1.attention.\2"),
+        (r"Qformer\.bert\.(.+)", r"qformer.\1"),
+    )
+)
+"""Name in LAVIS -> name in transformers; None for buffers and the head of the Q-Former's own training."""
+
+EVA_NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
+    (re.compile(pattern), target)
+    for pattern, target in (
+        (r"cls_token", "vision_model.embeddings.class_embedding"),
+        (r"pos_embed", "vision_model.embeddings.position_embedding"),
+        (r"patch_embed\.proj\.(weight|bias)", r"vision_model.embeddings.patch_embedding.\1"),
+        (r"blocks\.(\d+)\.norm([12])\.(.+)", r"vision_model.encoder.layers.\1.layer_norm\2.\3"),
+        (r"blocks\.(\d+)\.attn\.qkv\.weight", r"vision_model.encoder.layers.\1.self_attn.qkv.weight"),
+        (r"blocks\.(\d+)\.attn\.[qv]_bias", r"vision_model.encoder.layers.\1.self_attn.qkv.bias"),
+        (r"blocks\.(\d+)\.attn\.proj\.(.+)", r"vision_model.encoder.layers.\1.self_attn.projection.\2"),
+        (r"blocks\.(\d+)\.mlp\.(fc[12]\..+)", r"vision_model.encoder.layers.\1.mlp.\2"),
+        (r"(?:norm|fc_norm|head|mask_token)(?:\..+)?", None),
+    )
+)
+"""Likewise for the tower; None for what follows its blocks, which LAVIS leaves out."""
+
+
+@dataclass(frozen=True)
+class AsStock:
+    """A checkpoint seen in the transformers layout.
+
+    Attributes:
+        config: Its config.json there, without an image placeholder.
+        steps: Its tensors there.
+        dropped: What has no place there.
+        norm_epsilon: Epsilon of the normalisation between tower and Q-Former.
+        tokenizer: Folder of the language model's tokenizer.
+        parts: Where parts of it lie.
+        notes: What the user should know.
+    """
+
+    config: dict[str, Any]
+    steps: list[Step]
+    dropped: list[Dropped]
+    norm_epsilon: float
+    tokenizer: Path
+    parts: dict[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read(checkpoint: Checkpoint, *, swapped: bool) -> AsStock:
+    """A LAVIS checkpoint with its parts, in the names of transformers' layout.
+
+    Args:
+        checkpoint: The loose weight files.
+        swapped: Whether the tower is to be replaced, and so need not be there.
+
+    Raises:
+        UserError: it is no InstructBLIP, a part is missing, or parts do not belong together.
+    """
+    folder = checkpoint.folder
+    kind = _kind(checkpoint)
+    tower = {n.removeprefix("visual_encoder."): h for n, h in checkpoint.tensors.items() if _is_tower(n)}
+    steps, dropped = [], []
+    for header in checkpoint.tensors.values():
+        if _is_tower(header.name):
+            continue
+        name = _renamed(NAMES, header.name, folder)
+        if name is None:
+            dropped.append(Dropped(name=header.name, reason="not part of the transformers layout"))
+        else:
+            steps.append(kept(header, name))
+    language, language_steps = _language_model(checkpoint, kind, steps)
+    steps += language_steps
+    shapes = {step.name: step.shape for step in steps}
+    sections = _sections(checkpoint)
+    given = checkpoint.find(TOWER_PART, *([] if tower or swapped else [TOWER_FILE]))
+    if given is not None:
+        dropped += [
+            Dropped(name=h.name, reason=f"--part {TOWER_PART} is taken instead") for h in tower.values()
+        ]
+        attached = checkpoint.attach(TOWER_PART, given)
+        tower = {n.removeprefix("visual_encoder."): h for n, h in attached.items()}
+    width = _shape(shapes, "vision_model.post_layernorm.weight", folder)[0]
+    vision = _vision_config(tower, width, folder, sections, swapped=swapped)
+    tower_steps, left_out = _tower_steps(tower, vision["num_hidden_layers"], folder)
+    return AsStock(
+        config={
+            "architectures": ["InstructBlipForConditionalGeneration"],
+            "model_type": "instructblip",
+            "dtype": next(step.dtype for step in steps if step.name.startswith("language_model.")),
+            "num_query_tokens": _shape(shapes, "query_tokens", folder)[1],
+            "vision_config": vision,
+            "qformer_config": _qformer_config(shapes, width, folder, sections),
+            "text_config": language,
+            "tie_word_embeddings": bool(language.get("tie_word_embeddings", False)),
+        },
+        steps=steps + tower_steps,
+        dropped=dropped + left_out,
+        norm_epsilon=NORM_EPSILON,
+        tokenizer=checkpoint.parts.get(LANGUAGE_PART, folder),
+        parts=dict(checkpoint.parts),
+    )
+
+
+def with_special_tokens(tokenizer: Any) -> Any:
+    """Give LLaMA's tokenizer the special tokens that LAVIS gives it; T5's stays as it is.
+
+    ``</s>`` begins a text as well as ending it, and padding has a token of its own.
+    """
+    if tokenizer.bos_token is not None:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        tokenizer.bos_token = tokenizer.eos_token = "</s>"
+        tokenizer.update_post_processor()
+    return tokenizer
+
+
+def original_name(name: str) -> str:
+    """Name in LAVIS of a tensor of the Q-Former's cross-attention, or of the norm before it."""
+    if name.startswith("vision_model."):
+        return f"ln_vision.{name.rpartition('.')[2]}"
+    return name.replace("qformer.", "Qformer.bert.").replace("attention.attention.", "attention.self.")
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    """The kind of language model; refuses what is no InstructBLIP."""
+    found = {name.partition(".")[0] for name in checkpoint.tensors}
+    kinds = [kind for projection, kind in PROJECTIONS.items() if projection in found]
+    if "opt_proj" in found or (
+        kinds and "Qformer.bert.embeddings.word_embeddings.weight" not in checkpoint.tensors
+    ):
+        raise UserError(
+            f"{checkpoint.folder}: this is BLIP-2, whose Q-Former reads no instruction: take an InstructBLIP such as "
+            "instruct_blip_vicuna7b_trimmed.pth"
+        )
+    if len(kinds) != 1:
+        raise UserError(
+            f"{checkpoint.folder} holds a Q-Former without projection to a language model (expected llm_proj or "
+            "t5_proj): take an InstructBLIP; a Q-Former alone can be given as --part qformer=PATH"
+        )
+    return kinds[0]
+
+
+def _is_tower(name: str) -> bool:
+    return name.startswith("visual_encoder.") or not re.match(
+        r"query_tokens|ln_vision\.|Qformer\.|(?:llm|t5)_", name
+    )
+
+
+def _renamed(table: tuple[tuple[re.Pattern[str], str | None], ...], name: str, folder: Path) -> str | None:
+    for pattern, target in table:
+        if match := pattern.fullmatch(name):
+            return None if target is None else match.expand(target)
+    raise UserError(f"{folder}: tensor {name} is not part of an InstructBLIP with an EVA tower")
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, folder: Path) -> tuple[int, ...]:
+    if name not in shapes:
+        raise UserError(f"{folder}: the tensor that transformers calls {name} is missing: is it complete?")
+    return shapes[name]
+
+
+def _sections(checkpoint: Checkpoint) -> dict[str, Any]:
+    """``--part config``: a config.json of the same model in the transformers layout; empty if not given."""
+    path = checkpoint.find(CONFIG_PART)
+    return {} if path is None else read_json(path / "config.json" if path.is_dir() else path)
+
+
+def _heads(section: str, width: int, folder: Path, sections: Mapping[str, Any]) -> int:
+    """How many attention heads there are, from the given configuration or from what is published."""
+    given = sections.get(section)
+    if isinstance(given, dict) and {"hidden_size", "num_attention_heads"} <= given.keys():
+        if given["hidden_size"] != width:
+            raise UserError(
+                f"--part {CONFIG_PART}: its {section} describes a width of {given['hidden_size']}, but the weights in "
+                f"{folder} are {width} wide: they do not belong together"
+            )
+        return int(given["num_attention_heads"])
+    if width not in HEADS[section]:
+        raise UserError(
+            f"{folder}: how many attention heads a {section.removesuffix('_config')} tower of width {width} has is in "
+            f"no weight file (known: width {next(iter(HEADS[section]))}): give a config.json of this model in the "
+            f"transformers layout with --part {CONFIG_PART}=PATH"
+        )
+    return HEADS[section][width]
+
+
+def _language_model(
+    checkpoint: Checkpoint, kind: str, steps: list[Step]
+) -> tuple[dict[str, Any], list[Step]]:
+    """``text_config`` of the language model, and its tensors unless the checkpoint holds them itself."""
+    reads = next((step.shape[0] for step in steps if step.name == "language_projection.weight"), None)
+    found: list[str] = []
+    for name in LANGUAGE_FOLDERS[kind]:
+        path = checkpoint.find(LANGUAGE_PART, name)
+        if path is None or not (path / "config.json").is_file():
+            continue
+        config = read_json(path / "config.json")
+        width = config.get("d_model" if kind == "t5" else "hidden_size")
+        if config.get("model_type") == kind and width == reads:
+            return _attached(checkpoint, kind, path, config, steps)
+        found.append(f"{path} is a {config.get('model_type')} of width {width}")
+    raise UserError(
+        f"{checkpoint.folder}: its language model, a {kind} of width {reads}, was not found "
+        f"({'; '.join(dict.fromkeys(found)) or 'nothing there'}): put its folder at "
+        f"{checkpoint.folder / LANGUAGE_FOLDERS[kind][0]}, or say where it is with --part {LANGUAGE_PART}=PATH"
+    )
+
+
+def _attached(
+    checkpoint: Checkpoint, kind: str, path: Path, config: dict[str, Any], steps: list[Step]
+) -> tuple[dict[str, Any], list[Step]]:
+    inside = any(step.name.startswith("language_model.") for step in steps)
+    where = f"{path}/config.json"
+    tensors = {} if inside else checkpoint.attach(LANGUAGE_PART, path)
+    checkpoint.parts[LANGUAGE_PART] = path
+    taken = [kept(h, f"language_model.{n}") for n, h in tensors.items() if not n.endswith("inv_freq")]
+    rows = max(
+        (
+            s.shape[0]
+            for s in (*steps, *taken)
+            if s.name.endswith(("embed_tokens.weight", "shared.weight"))
+            and s.name.startswith("language_model.")
+        ),
+        default=0,
+    )
+    if kind == "llama":
+        return text_config(kind, config, rows, where), taken
+    return build_config({**config, "vocab_size": rows}, where).to_dict(), taken
+
+
+def _qformer_config(
+    shapes: Mapping[str, tuple[int, ...]], encoder_width: int, folder: Path, sections: Mapping[str, Any]
+) -> dict[str, Any]:
+    words, width = _shape(shapes, "qformer.embeddings.word_embeddings.weight", folder)
+    layers = 1 + max(
+        int(m[1]) for name in shapes if (m := re.match(r"qformer\.encoder\.layer\.(\d+)\.", name))
+    )
+    crossing = sorted(
+        {int(m[1]) for name in shapes if (m := re.match(r"qformer\.encoder\.layer\.(\d+)\.crossatt", name))}
+    )
+    every = crossing[1] if len(crossing) > 1 else layers
+    if crossing != list(range(0, layers, every)):
+        raise UserError(
+            f"{folder}: its Q-Former looks at the image in layers {crossing}: expected every n-th"
+        )
+    return {
+        "model_type": "instructblip_qformer",
+        "vocab_size": words,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": _heads("qformer_config", width, folder, sections),
+        "intermediate_size": _shape(shapes, "qformer.encoder.layer.0.intermediate.dense.weight", folder)[0],
+        "max_position_embeddings": _shape(shapes, "qformer.embeddings.position_embeddings.weight", folder)[0],
+        "cross_attention_frequency": every,
+        "encoder_hidden_size": encoder_width,
+    }
+
+
+def _vision_config(
+    tower: Mapping[str, TensorHeader],
+    width: int,
+    folder: Path,
+    sections: Mapping[str, Any],
+    *,
+    swapped: bool,
+) -> dict[str, Any]:
+    """``vision_config`` of the EVA tower: from its weights or, where it is replaced anyway, as published."""
+    common = {
+        "model_type": "instructblip_vision_model",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+    }
+    if not tower:
+        if swapped and width == EVA_WIDTH:
+            return {**common, **EVA}
+        raise UserError(
+            f"{folder}: its vision tower {TOWER_FILE} is neither there nor beside it: put it there, or say where it is "
+            f"with --part {TOWER_PART}=PATH"
+        )
+    shapes = {name: header.shape for name, header in tower.items()}
+    found = _shape(shapes, "cls_token", folder)[-1]
+    if found != width:
+        raise UserError(
+            f"{folder}: its tower is {found} wide, but ln_vision reads a width of {width}: they do not belong together"
+        )
+    patch = _shape(shapes, "patch_embed.proj.weight", folder)[-1]
+    blocks = 1 + max((int(m[1]) for n in shapes if (m := re.match(r"blocks\.(\d+)\.", n))), default=-1)
+    used = sections.get("vision_config", {}).get("num_hidden_layers", EVA["num_hidden_layers"])
+    return {
+        **common,
+        "hidden_size": width,
+        "intermediate_size": _shape(shapes, "blocks.0.mlp.fc1.weight", folder)[0],
+        "num_hidden_layers": min(blocks, used),
+        # A tower that is replaced need not be run, nor its heads be known.
+        "num_attention_heads": 1 if swapped else _heads("vision_config", width, folder, sections),
+        "image_size": patch * isqrt(_shape(shapes, "pos_embed", folder)[1] - 1),
+        "patch_size": patch,
+    }
+
+
+def _tower_steps(
+    tower: Mapping[str, TensorHeader], depth: int, folder: Path
+) -> tuple[list[Step], list[Dropped]]:
+    steps, dropped = [], []
+    for name, header in tower.items():
+        target = _renamed(EVA_NAMES, name, folder)
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if target is None or (block and int(block[1]) >= depth):
+            reason = (
+                "not part of the transformers layout"
+                if target is None
+                else "LAVIS ends the tower before this block"
+            )
+            dropped.append(Dropped(name=header.name, reason=reason))
+        elif not target.endswith("qkv.bias"):
+            steps.append(kept(header, target))
+        elif name.endswith("q_bias"):
+            value = tower.get(name.replace("q_bias", "v_bias"))
+            if value is None:
+                raise UserError(f"{folder}: {name} has no v_bias beside it: is the tower complete?")
+            # The original has no bias on the keys, transformers one of zeros.
+            steps.append(
+                Step(
+                    name=target, dtype=dtype_name(header.dtype), shape=(3 * header.shape[0],), operation="concat",
+                    sources=(header.name, value.name),
+                )
+            )  # fmt: skip
+    return steps, dropped

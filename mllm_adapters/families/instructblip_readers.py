@@ -1,0 +1,95 @@
+"""What reads the tower's features in an InstructBLIP: a norm, and keys and values of the Q-Former's cross-attention."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.contract import Step, VisionContract
+from mllm_adapters.families import instructblip_lavis as lavis
+from mllm_adapters.families.instructblip_lavis import AsStock
+from mllm_adapters.planning import kept, refit_reader
+
+QFORMER_PART = "qformer"
+
+NORM = "vision_model.ln_vision"
+"""The normalisation between tower and Q-Former, in our class."""
+
+STOCK_NORM = re.compile(r"vision_model\.post_layernorm\.(weight|bias)")
+TOWER = re.compile(r"vision_model\.(?!post_layernorm\.|ln_vision\.)")
+READERS = re.compile(r"(qformer\.encoder\.layer\.\d+\.crossattention\.attention\.(?:key|value))\.weight")
+
+
+def refitted(
+    host: AsStock, checkpoint: Checkpoint, before: VisionContract, after: VisionContract
+) -> tuple[list[Step], dict[str, str], float]:
+    """Everything but the tower, ready for the new tower's features.
+
+    Args:
+        host: The checkpoint.
+        checkpoint: Where it comes from.
+        before: Vision contract of the source.
+        after: Vision contract of the target.
+
+    Returns:
+        The steps, what becomes of each reader, and the epsilon of the norm before the readers.
+
+    Raises:
+        UserError: readers and tower do not belong together, or a given Q-Former does not fit.
+    """
+    steps = [_own_name(step) for step in host.steps if not TOWER.match(step.name)]
+    path = checkpoint.find(QFORMER_PART)
+    if path is not None:
+        return (*_trained_readers(steps, checkpoint, path, after), lavis.NORM_EPSILON)
+    biases = {f"{match[1]}.bias" for step in steps if (match := READERS.fullmatch(step.name))}
+    kept_biases = {step.name: step for step in steps if step.name in biases}
+    readers: dict[str, str] = {}
+    for reader in _reader_names(steps):
+        steps, fate = refit_reader(steps, reader, before, after, checkpoint.folder)
+        readers |= fate
+    return [kept_biases.get(step.name, step) for step in steps], readers, host.norm_epsilon
+
+
+def _own_name(step: Step) -> Step:
+    match = STOCK_NORM.fullmatch(step.name)
+    if match is None:
+        return step
+    return step.model_copy(update={"name": f"{NORM}.{match[1]}", "operation": "rename"})
+
+
+def _reader_names(steps: Iterable[Step]) -> list[str]:
+    return [NORM, *(match[1] for step in steps if (match := READERS.fullmatch(step.name)))]
+
+
+def _trained_readers(
+    steps: list[Step], checkpoint: Checkpoint, path: Path, after: VisionContract
+) -> tuple[list[Step], dict[str, str]]:
+    """The readers of a Q-Former that was trained on features of the new tower's width.
+
+    Raises:
+        UserError: it lacks one, or was trained on another width.
+    """
+    trained = checkpoint.attach(QFORMER_PART, path)
+    names = _reader_names(steps)
+    taken = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    changed = []
+    for step in steps:
+        if step.name not in taken:
+            changed.append(step)
+            continue
+        header = trained.get(lavis.original_name(step.name))
+        if header is None:
+            raise UserError(
+                f"--part {QFORMER_PART}={path} has no {lavis.original_name(step.name)}: take a Q-Former of LAVIS"
+            )
+        side = after.width if step.name.endswith(".weight") or step.name.startswith(NORM) else step.shape[-1]
+        shape = (*step.shape[:-1], side)
+        if header.shape != shape:
+            raise UserError(
+                f"--part {QFORMER_PART}={path}: {lavis.original_name(step.name)} has shape {list(header.shape)}, "
+                f"expected {list(shape)}: take a Q-Former trained on a tower of width {after.width} (for CLIP ViT-L "
+                "LAVIS' blip2_pretrained_vitL.pth), or leave it out"
+            )
+        changed.append(kept(header, step.name).model_copy(update={"dtype": step.dtype}))
+    return changed, dict.fromkeys(names, f"taken from {path.name} ({after.width} wide)")

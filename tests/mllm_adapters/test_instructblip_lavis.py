@@ -1,0 +1,162 @@
+"""InstructBLIP as LAVIS has it: files side by side, and no config.json."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters import load_mllm
+from mllm_adapters.cli.swap import main as swap_encoder
+from mllm_adapters.registry import open_checkpoint
+from tests import builders
+from tests.mllm_adapters.test_swap import sentencepiece_tokenizer
+from tests.mllm_adapters.tiny_instructblip import (
+    QUESTION,
+    bert_tokenizer,
+    tiny_instructblip,
+)
+
+
+def lavis_folder(golden: Path, folder: Path, leave_out: tuple[str, ...] = ()) -> Path:
+    """A copy of the golden files, some left out."""
+    shutil.copytree(golden / "instructblip_lavis", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    for name in leave_out:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    return folder
+
+
+def heads(golden: Path) -> dict[str, Path]:
+    """The option that says how many heads the golden towers have."""
+    return {"config": golden / "instructblip" / "checkpoint"}
+
+
+def test_heads_that_no_weight_file_tells_are_asked_for(golden: Path, tmp_path: Path) -> None:
+    error = builders.refused(
+        swap_encoder,
+        "convert",
+        "--mllm",
+        golden / "instructblip_lavis",
+        "--out",
+        tmp_path / "out",
+        "--dry-run",
+    )
+    assert "--part config=PATH" in error
+
+
+def test_heads_of_another_model_are_refused(golden: Path, tmp_path: Path) -> None:
+    checkpoint, family, _ = open_checkpoint(
+        golden / "instructblip_lavis", {"config": tiny_instructblip(tmp_path / "other")}
+    )
+    with pytest.raises(
+        UserError, match=r"--part config: its .* describes a width of .* do not belong together"
+    ):
+        family.plan(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("missing", "part"), [("eva_vit_g.pth", "vision-tower"), ("vicuna-7b", "language-model")]
+)
+def test_a_part_that_lies_elsewhere_is_asked_for_and_taken(
+    missing: str, part: str, golden: Path, tmp_path: Path
+) -> None:
+    folder = lavis_folder(golden, tmp_path / "lavis" / "inner", (missing,))
+    checkpoint, family, _ = open_checkpoint(folder, heads(golden))
+    with pytest.raises(UserError, match=f"--part {part}=PATH"):
+        family.plan(checkpoint)
+    given = heads(golden) | {part: golden / "instructblip_lavis" / missing}
+    model, _ = load_mllm(folder, dtype=torch.float32, parts=given)
+    whole, _ = load_mllm(golden / "instructblip_lavis", dtype=torch.float32, parts=heads(golden))
+    for (name, found), expected in zip(model.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def test_a_file_that_is_beside_the_folder_is_found(golden: Path, tmp_path: Path) -> None:
+    folder = lavis_folder(golden, tmp_path / "lavis" / "inner", ("eva_vit_g.pth",))
+    shutil.copyfile(golden / "instructblip_lavis" / "eva_vit_g.pth", tmp_path / "lavis" / "eva_vit_g.pth")
+    load_mllm(folder, dtype=torch.float32, parts=heads(golden))
+
+
+def test_a_language_model_of_another_size_is_refused(golden: Path, tmp_path: Path) -> None:
+    folder = lavis_folder(golden, tmp_path / "lavis")
+    config = json.loads((folder / "vicuna-7b" / "config.json").read_text())
+    (folder / "vicuna-7b" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    checkpoint, family, _ = open_checkpoint(folder, heads(golden))
+    with pytest.raises(UserError, match=r"vicuna-7b is a llama of width 64.*--part language-model=PATH"):
+        family.plan(checkpoint)
+
+
+def resaved(folder: Path, **changes: Any) -> Path:
+    """The Q-Former's file with tensors renamed (new name) or taken out (None), by their beginning."""
+    file = next(folder.glob("instruct_blip*.pth"))
+    state = torch.load(file, weights_only=True)["model"]
+    for beginning, new in changes.items():
+        for name in [n for n in state if n.startswith(beginning.replace("__", "."))]:
+            value = state.pop(name)
+            if new is not None:
+                state[new + name.removeprefix(beginning.replace("__", "."))] = value
+    torch.save({"model": state}, file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"Qformer__bert__embeddings__word_embeddings": None}, "BLIP-2, whose Q-Former reads no instruction"),
+        ({"llm_proj": "opt_proj"}, "BLIP-2"),
+        ({"llm_proj": None}, "Q-Former without projection.*--part qformer=PATH"),
+        ({"query_tokens": None}, "query_tokens is missing: is it complete"),
+        ({"ln_vision": None}, "vision_model.post_layernorm.weight is missing"),
+        ({"Qformer__bert__encoder__layer__0__crossattention": None}, "looks at the image in layers"),
+        (
+            {"ln_vision": "visual_encoder.transformer.ln"},
+            "visual_encoder.transformer.ln.weight is not part of|transformers calls",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_lavis_files_that_are_no_complete_instructblip_are_refused(
+    changes: dict[str, Any], complaint: str, golden: Path, tmp_path: Path
+) -> None:
+    folder = resaved(lavis_folder(golden, tmp_path / "lavis"), **changes)
+    checkpoint, family, _ = open_checkpoint(folder, heads(golden))
+    with pytest.raises(UserError, match=complaint):
+        family.plan(checkpoint)
+
+
+def test_what_follows_the_towers_blocks_is_left_out(golden: Path, tmp_path: Path) -> None:
+    folder = lavis_folder(golden, tmp_path / "lavis")
+    state = torch.load(folder / "eva_vit_g.pth", weights_only=True)
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    more = {
+        n.replace("blocks.0.", f"blocks.{depth}."): v for n, v in state.items() if n.startswith("blocks.0.")
+    }
+    torch.save(
+        {**state, **more, "norm.weight": torch.ones(3), "head.bias": torch.ones(3)}, folder / "eva_vit_g.pth"
+    )
+    model, _ = load_mllm(folder, dtype=torch.float32, parts=heads(golden))
+    assert model.config.vision_config.num_hidden_layers == depth, "as many as the given config.json says"
+
+
+def test_lavis_tokenizers_are_prepared_as_lavis_prepares_them(golden: Path, tmp_path: Path) -> None:
+    folder = lavis_folder(golden, tmp_path / "lavis")
+    sentencepiece_tokenizer(folder / "vicuna-7b")
+    checkpoint, family, _ = open_checkpoint(folder, heads(golden))
+    with pytest.raises(UserError, match=r"none for the Q-Former.*--part qformer-tokenizer=PATH"):
+        family.plan(checkpoint)
+    bert_tokenizer().save_pretrained(folder / "bert-base-uncased")
+    model, processor = load_mllm(folder, dtype=torch.float32, parts=heads(golden))
+    tokens = processor.tokenizer
+    assert (tokens.bos_token, tokens.eos_token, tokens.pad_token) == ("</s>", "</s>", "[PAD]")
+    assert tokens(QUESTION).input_ids[0] == 2, "</s> begins a text"
+    batch = processor(images=Image.new("RGB", (40, 30)), text=QUESTION, return_tensors="pt")
+    per_image = model.config.num_query_tokens
+    assert batch["input_ids"][0, :per_image].tolist() == [model.config.image_token_id] * per_image
+    assert batch["input_ids"][0, per_image] == 2
+    batch["qformer_input_ids"] %= model.config.qformer_config.vocab_size
+    assert torch.isfinite(model(**batch).logits).all()
