@@ -300,7 +300,7 @@ def _read_at_new_layer(before: VisionContract, host: AsStock) -> VisionContract:
 
 def _left_out(host: AsStock, steps: list[Step], checkpoint: Checkpoint) -> list[Dropped]:
     """The old tower, and readers of features that are no longer there."""
-    used = {name for step in steps for name in step.sources}
+    used = {name for step in steps for name in (*step.sources, step.replaces)}
     return [
         Dropped(
             name=name,
