@@ -121,6 +121,7 @@ class Plan(_Data):
         steps: The target tensors, in source order.
         dropped: Source tensors left out.
         config: The target's config.json.
+        generation: Fields of generation_config.json that are not those of the source.
         before: Vision contract of the source.
         after: Vision contract of the target.
         image_token_id: Id of the image placeholder in the target.
@@ -138,6 +139,7 @@ class Plan(_Data):
     steps: tuple[Step, ...]
     dropped: tuple[Dropped, ...] = ()
     config: dict[str, Any]
+    generation: dict[str, Any] = Field(default_factory=dict)
     before: VisionContract
     after: VisionContract
     image_token_id: int

@@ -15,6 +15,7 @@ from mllm_adapters.contract import FAMILY_KEY, Family
 FAMILIES: Mapping[str, str] = {
     "llava": "mllm_adapters.families.llava:LLAVA",
     "llava-med": "mllm_adapters.families.llava:LLAVA_MED",
+    "qwen-vl": "mllm_adapters.families.qwen_vl:QWEN_VL",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

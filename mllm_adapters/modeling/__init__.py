@@ -29,7 +29,11 @@ class Architecture:
     renames_like: str | None = None
 
 
-MODEL_TYPES: Mapping[str, Architecture] = {}
+MODEL_TYPES: Mapping[str, Architecture] = {
+    "mgll_qwen_vl": Architecture(
+        "qwen_vl", "QwenVLConfig", "QwenVLForConditionalGeneration", "QwenVLProcessor"
+    ),
+}
 """``model_type`` -> what it is built of."""
 
 
