@@ -7,6 +7,7 @@ has the lowest rank, the leftmost first, after it has looked up the piece as a w
 import binascii
 from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -82,7 +83,7 @@ def _last_parts(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     parts = [token[i : i + 1] for i in range(len(token))]
     never = len(ranks)
     while len(parts) > 2:
-        unions = [ranks.get(left + right, never) for left, right in zip(parts, parts[1:], strict=False)]
+        unions = [ranks.get(left + right, never) for left, right in pairwise(parts)]
         lowest = min(unions)
         if lowest == never:
             break

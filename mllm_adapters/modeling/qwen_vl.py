@@ -14,7 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
 from transformers import Qwen2ForCausalLM as LanguageModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -71,8 +78,8 @@ class QwenVLConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
     }
 
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     vision_feature_layer: int = -1
     image_seq_length: int = 256
     resampler_heads: int = 32
@@ -125,7 +132,7 @@ class QwenVisionTower(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("QwenVisionLayer",)
+    _no_split_modules = ["QwenVisionLayer"]  # noqa: RUF012 - as transformers has it
 
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__(config)
@@ -150,6 +157,8 @@ class QwenVisionTower(PreTrainedModel):
 
 class Resampler(nn.Module):
     """Learned queries that attend once to the tower's features."""
+
+    pos_embed: Tensor
 
     def __init__(self, config: QwenVLConfig) -> None:
         super().__init__()
@@ -176,11 +185,11 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Qwen-VL with its own or with a CLIP vision tower."""
 
     config: QwenVLConfig
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers has it
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("QwenVisionLayer", "CLIPEncoderLayer", "Qwen2DecoderLayer", "Resampler")
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["QwenVisionLayer", "CLIPEncoderLayer", "Qwen2DecoderLayer", "Resampler"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     def __init__(self, config: QwenVLConfig) -> None:
         super().__init__(config)
@@ -221,9 +230,7 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         class_tokens = 0 if isinstance(self.config.vision_config, QwenVisionConfig) else 1
         features = states[self.config.vision_feature_layer][:, class_tokens:]
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=self.attn_pool(features)
-        )
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.attn_pool(features))
 
     def forward(
         self,
@@ -256,9 +263,12 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        assert inputs_embeds is not None
         self._check_length(inputs_embeds, past_key_values)
         if pixel_values is not None:
-            visual = self.get_image_features(pixel_values).pooler_output.to(inputs_embeds)
+            found = self.get_image_features(pixel_values).pooler_output
+            assert found is not None
+            visual = found.to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(self._placeholders(input_ids, visual), visual)
         return self.language_model(
             inputs_embeds=inputs_embeds,
