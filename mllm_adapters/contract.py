@@ -166,6 +166,7 @@ class FamilySpec:
             of them are read.
         parts: Parts that may lie outside the checkpoint, name -> what it is; each can be given as ``--part NAME=PATH``.
         targets: Layouts that a swap can write: ``own`` and, where the understanding path is a LLaVA, ``llava``.
+        not_llava: Why it is none, where it is none.
     """
 
     name: str
@@ -179,6 +180,7 @@ class FamilySpec:
     loose_weights: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
     targets: tuple[Target, ...] = ("own",)
+    not_llava: str = ""
 
 
 class Family(ABC):

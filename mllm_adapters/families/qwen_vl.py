@@ -28,7 +28,7 @@ from mllm_adapters.families.qwen_vl_original import (
     original_steps,
     original_vision,
 )
-from mllm_adapters.families.qwen_vl_tokenizer import IMAGE_TOKEN, special_ids, tokenizer, tokenizer_note
+from mllm_adapters.families.qwen_vl_tokenizer import IMAGE_TOKEN, end_tokens, tokenizer, tokenizer_note
 from mllm_adapters.planning import after_swap, dtype_name, kept, refit_reader, swap_notes, tower_steps
 from mllm_adapters.processing import check_placeholder, has_tokenizer, host_pixels, text_side
 
@@ -84,10 +84,7 @@ class QwenVL(Family):
     ) -> Plan:
         """Plan a swap (``tower`` given) or a conversion to our layout; see `Family.plan`."""
         if target != "own":
-            raise UserError(
-                f"{checkpoint.folder}: Qwen-VL cannot be written as a LLaVA: between tower and language model it has "
-                "a resampler with learned queries, and a LLaVA has an MLP there; use --layout own"
-            )
+            raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use --layout own")
         if self.layout(checkpoint.config) == "original":
             return self._plan_original(checkpoint, tower, image_size)
         return self._plan_own(checkpoint, tower, image_size)
@@ -130,17 +127,16 @@ class QwenVL(Family):
         steps, dropped = original_steps(checkpoint, visual)
         before = original_contract(visual)
         after = _after(before, tower, image_size)
-        steps, readers = _read_anew(steps, before, after, checkpoint.folder)
+        steps, readers, unread = _read_anew(steps, before, after, checkpoint.folder)
         rows, dtype = _embeddings(checkpoint, steps, visual.image_token_id)
         vision: dict[str, Any] = original_vision(visual)
         if tower is not None:
             old = [step for step in steps if step.name.startswith(TOWER_PREFIX)]
             replaced = dict.fromkeys(source for step in old for source in step.sources)
-            dropped += [Dropped(name=name, reason="replaced by the new tower") for name in replaced]
+            dropped += map(_replaced, replaced)
             steps = [step for step in steps if not step.name.startswith(TOWER_PREFIX)]
             steps += tower_steps(tower, TOWER_PREFIX, after, dtype)
             vision = tower_config(tower.spec, after)
-        specials = special_ids(checkpoint.folder, visual.image_token_id)
         return Plan(
             family=self.spec.name,
             layout="original",
@@ -148,7 +144,7 @@ class QwenVL(Family):
             tower=tower.source if tower else None,
             swapped=tower is not None,
             steps=tuple(steps),
-            dropped=tuple(dropped),
+            dropped=(*dropped, *unread),
             config={
                 "architectures": ["QwenVLForConditionalGeneration"],
                 "model_type": MODEL_TYPE,
@@ -163,9 +159,7 @@ class QwenVL(Family):
                 "image_token_id": visual.image_token_id,
                 "tie_word_embeddings": fields.tie_word_embeddings,
             },
-            generation={"eos_token_id": [specials[0], specials[2]], "pad_token_id": specials[0]}
-            if specials
-            else {},
+            generation=end_tokens(checkpoint.folder, visual.image_token_id),
             before=before,
             after=after,
             image_token_id=visual.image_token_id,
@@ -188,7 +182,7 @@ class QwenVL(Family):
         after = _after(before, tower, image_size)
         headers = checkpoint.tensors.values()
         steps = [kept(header) for header in headers if not header.name.startswith(TOWER_PREFIX)]
-        steps, readers = _read_anew(steps, before, after, checkpoint.folder)
+        steps, readers, unread = _read_anew(steps, before, after, checkpoint.folder)
         dtype = checkpoint.tensors[QUERY].dtype  # `_read_anew` has found it
         return Plan(
             family=self.spec.name,
@@ -197,11 +191,7 @@ class QwenVL(Family):
             tower=tower.source,
             swapped=True,
             steps=(*steps, *tower_steps(tower, TOWER_PREFIX, after, dtype)),
-            dropped=tuple(
-                Dropped(name=header.name, reason="replaced by the new tower")
-                for header in headers
-                if header.name.startswith(TOWER_PREFIX)
-            ),
+            dropped=(*(_replaced(h.name) for h in headers if h.name.startswith(TOWER_PREFIX)), *unread),
             config={
                 **checkpoint.config,
                 FAMILY_KEY: self.spec.name,
@@ -242,12 +232,20 @@ def _after(before: VisionContract, tower: TowerHeader | None, image_size: int | 
     return after_swap(read, tower, image_size, tokens=lambda _: before.tokens)
 
 
+def _replaced(name: str) -> Dropped:
+    return Dropped(name=name, reason="replaced by the new tower")
+
+
 def _read_anew(
     steps: list[Step], before: VisionContract, after: VisionContract, where: Path
-) -> tuple[list[Step], dict[str, str]]:
+) -> tuple[list[Step], dict[str, str], list[Dropped]]:
     """Re-initialise the reader if the features' width changes; add it where the original needed none."""
-    if any(step.name == f"{READER}.weight" for step in steps):
-        return refit_reader(steps, READER, before, after, where)
+    old = next((step for step in steps if step.name == f"{READER}.weight"), None)
+    if old is not None:
+        steps, readers = refit_reader(steps, READER, before, after, where)
+        reason = f"it reads features of width {before.width}"
+        unread = [Dropped(name=name, reason=reason) for name in old.sources if before.width != after.width]
+        return steps, readers, unread
     query = next((step for step in steps if step.name == QUERY), None)
     if query is None:
         raise UserError(f"{where} has no resampler ({QUERY} is not in its weights): is it complete?")
@@ -258,10 +256,10 @@ def _read_anew(
             f"the resampler takes {width}: is it complete?"
         )
     if after.width == width:
-        return steps, {READER: f"none: features and language model are both {width} wide"}
+        return steps, {READER: f"none: features and language model are both {width} wide"}, []
     added = Step(name=f"{READER}.weight", dtype=query.dtype, shape=(width, after.width), operation="reinit")
     text = f"added, at random: the original needs none ({width} -> {after.width} wide): retrain the projector"
-    return [*steps, added], {READER: text}
+    return [*steps, added], {READER: text}, []
 
 
 def _embeddings(checkpoint: Checkpoint, steps: list[Step], image_token_id: int) -> tuple[int, Any]:
@@ -285,5 +283,7 @@ QWEN_VL = QwenVL(
         tower=r"vision_tower\.",
         projector=r"attn_pool\.",
         language_model=r"language_model\.",
+        not_llava="Qwen-VL cannot be written as a LLaVA: between tower and language model it has a resampler with "
+        "learned queries, where a LLaVA has an MLP",
     )
 )

@@ -22,43 +22,72 @@ def tokenizer_note(folder: Path) -> str | None:
     return "QwenVLProcessor with the source's tokenizer" if has_tokenizer(folder) else None
 
 
-def special_ids(folder: Path, image_token_id: int) -> range | None:
-    """Ids of the special tokens, of which ``BEFORE`` come first; None where there is no rank file."""
+def read_tokens(folder: Path, image_token_id: int) -> tuple[dict[bytes, int], list[str]] | None:
+    """Ranks and special tokens of a folder; None where there is no rank file.
+
+    Raises:
+        UserError: the rank file is damaged, or does not belong to the config.json.
+    """
     if not (folder / RANK_FILE).is_file():
         return None
     from mllm_adapters.ranks import read_ranks
 
-    return _specials_after(len(read_ranks(folder / RANK_FILE)), folder, image_token_id)
+    ranks = read_ranks(folder / RANK_FILE)
+    return ranks, special_tokens(len(ranks), image_token_id, folder / RANK_FILE)
 
 
-def _specials_after(ranks: int, folder: Path, image_token_id: int) -> range:
-    extras = image_token_id + 1 - ranks - len(BEFORE) - len(AFTER)
+def special_tokens(ranks: int, image_token_id: int, where: Path) -> list[str]:
+    """The special tokens, whose ids follow the ranks up to the placeholder's.
+
+    Args:
+        ranks: Number of tokens in the rank file.
+        image_token_id: Id of the placeholder, the last of them.
+        where: The rank file.
+
+    Raises:
+        UserError: there is no room for them, or more than the published tokenizer has.
+    """
+    named = len(BEFORE) + len(AFTER)
+    extras = image_token_id + 1 - ranks - named
     if not 0 <= extras <= EXTRAS:
-        expected = image_token_id + 1 - EXTRAS - len(BEFORE) - len(AFTER)
         raise UserError(
-            f"{folder / RANK_FILE} has {ranks} tokens, but visual.image_start_id in config.json is "
-            f"{image_token_id - 2}: expected {expected} tokens; download it again"
+            f"{where} has {ranks} tokens, but visual.image_start_id in config.json is {image_token_id - 2}: expected "
+            f"{image_token_id + 1 - named - EXTRAS} tokens; download it again"
         )
-    return range(ranks, image_token_id + 1)
+    return [*BEFORE, *(f"<|extra_{i}|>" for i in range(extras)), *AFTER]
 
 
 def tokenizer(folder: Path, image_token_id: int, context: int) -> Any | None:
-    """The fast tokenizer that equals the published one, or the one that the folder has besides."""
-    if not (folder / RANK_FILE).is_file():
+    """The fast tokenizer that equals the published one, or the one that the folder has besides.
+
+    Args:
+        folder: Checkpoint folder.
+        image_token_id: Id of the placeholder.
+        context: Longest sequence in tokens.
+    """
+    found = read_tokens(folder, image_token_id)
+    if found is None:
         return load_tokenizer(folder)
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    from mllm_adapters.ranks import rank_tokenizer, read_ranks
+    from mllm_adapters.ranks import rank_tokenizer
 
-    ranks = read_ranks(folder / RANK_FILE)
-    ids = _specials_after(len(ranks), folder, image_token_id)
-    extras = [f"<|extra_{i}|>" for i in range(len(ids) - len(BEFORE) - len(AFTER))]
+    ranks, specials = found
     return PreTrainedTokenizerFast(
-        tokenizer_object=rank_tokenizer(ranks, PRETOKENIZE_REGEX, [*BEFORE, *extras, *AFTER]),
+        tokenizer_object=rank_tokenizer(ranks, PRETOKENIZE_REGEX, specials),
         eos_token=BEFORE[0],
         pad_token=BEFORE[0],
-        additional_special_tokens=[*BEFORE[1:], *AFTER],
+        additional_special_tokens=specials[1:],
         padding_side="left",
         model_max_length=context,
     )
+
+
+def end_tokens(folder: Path, image_token_id: int) -> dict[str, Any]:
+    """Where generation ends: at the end of the text, or of a turn, for which the original's chat code looks itself."""
+    found = read_tokens(folder, image_token_id)
+    if found is None:
+        return {}
+    first = len(found[0])
+    return {"eos_token_id": [first, first + BEFORE.index("<|im_end|>")], "pad_token_id": first}

@@ -161,7 +161,9 @@ def write_tiny(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.
     """Write an untrained Qwen-VL in the original layout, in one safetensors file."""
     generator = torch.Generator().manual_seed(0)
     state = {
-        name: (torch.randn(shape, generator=generator) * 0.05 + ("ln_" in name and "weight" in name)).to(dtype)
+        name: (torch.randn(shape, generator=generator) * 0.05 + ("ln_" in name and "weight" in name)).to(
+            dtype
+        )
         for name, shape in published_tensors(config).items()
     }
     folder.mkdir(parents=True)
