@@ -39,7 +39,7 @@ NAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (_LAYER + r"mlp\.w2\.weight", _TO_LAYER + "mlp.gate_proj.weight"),
         (_LAYER + r"mlp\.c_proj\.weight", _TO_LAYER + "mlp.down_proj.weight"),
         (r"transformer\.visual\.conv1\.weight", "vision_tower.patch_embedding.weight"),
-        (r"transformer\.visual\.positional_embedding", "vision_tower.position_embedding.weight"),
+        (r"transformer\.visual\.positional_embedding", "vision_tower.position_embedding"),
         (r"transformer\.visual\.ln_pre\.(weight|bias)", r"vision_tower.ln_pre.\1"),
         (_BLOCK + r"(ln_[12])\.(weight|bias)", _TO_BLOCK + r"\2.\3"),
         (_BLOCK + r"attn\.in_proj\.(weight|bias)", _TO_BLOCK + r"attn.{part}_proj.\2"),

@@ -138,15 +138,21 @@ class QwenVisionTower(PreTrainedModel):
         super().__init__(config)
         side = config.patch_size
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, side, stride=side, bias=False)
-        self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size)
+        self.position_embedding = nn.Parameter(torch.empty(config.num_positions, config.hidden_size))
         self.ln_pre = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(QwenVisionLayer(config) for _ in range(config.num_hidden_layers))
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, QwenVisionTower):
+            initialization.normal_(module.position_embedding, std=self.config.initializer_range)
+
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> BaseModelOutput:
         """Features [N, patches, C] of pixels [N, 3, S, S]."""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        positions = resample_positions(self.position_embedding.weight, patches.shape[-1], leading=0)
+        positions = resample_positions(self.position_embedding, patches.shape[-1], leading=0)
         states = [self.ln_pre(patches.flatten(2).transpose(1, 2) + positions)]
         for layer in self.layers:
             states.append(layer(states[-1]))

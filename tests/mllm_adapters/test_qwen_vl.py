@@ -1,6 +1,7 @@
 """Qwen-VL of 2023: what the contract test does not ask."""
 
 import json
+import math
 import shutil
 import unicodedata
 from itertools import pairwise
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import regex
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
@@ -99,7 +101,7 @@ def test_text_within_the_context_is_exact(qwen: Golden, model: Any) -> None:
 
 
 def test_text_beyond_the_context_is_refused_in_one_line(qwen: Golden, tmp_path: Path) -> None:
-    short, _ = load_mllm(edited(qwen.folder / "checkpoint", tmp_path / "short", seq_length=16))
+    short, _ = load_mllm(edited(open_checkpoint(qwen.folder)[0].folder, tmp_path / "short", seq_length=16))
     ids = qwen.expected["longtext.input_ids"]
     assert short(input_ids=ids[:, :16]).logits.shape[1] == 16
     with pytest.raises(SequenceTooLong, match=f"has {ids.shape[1]} tokens.*context is 16 tokens") as caught:
@@ -183,13 +185,14 @@ def test_one_safetensors_file_gives_what_bin_shards_give(qwen: Golden, model: An
     folder = tmp_path / "one"
     folder.mkdir()
     state: dict[str, torch.Tensor] = {}
-    for shard in (qwen.folder / "checkpoint").glob("*.bin"):
+    source = open_checkpoint(qwen.folder)[0].folder
+    for shard in source.glob("*.bin"):
         state |= torch.load(shard, weights_only=True)
     if not state:
         pytest.skip("this golden checkpoint is in safetensors already")
     state["transformer.rotary_emb.inv_freq"] = torch.ones(4)  # some tools save it
     save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
-    shutil.copy(qwen.folder / "checkpoint" / "config.json", folder)
+    shutil.copy(source / "config.json", folder)
     other, _ = load_mllm(folder)
     given = inputs(model, qwen, "seq0")
     assert torch.equal(other(**given).logits, model(**given).logits)
@@ -268,6 +271,74 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     tied, _ = load_mllm(written(source, tmp_path / "converted"))
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     assert torch.equal(tied.get_input_embeddings().weight, state["transformer.wte.weight"])
+
+
+def seen_by_hand(
+    state: dict[str, torch.Tensor], config: dict[str, Any], pixels: torch.Tensor
+) -> torch.Tensor:
+    """Visual tokens by the original's formulas (visual.py), straight from the tensors of its file."""
+    visual, tensors = (
+        config["visual"],
+        {name.partition(".visual.")[2]: value for name, value in state.items()},
+    )
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps=1e-6)
+
+    def positions(name: str, count: int) -> torch.Tensor:
+        table = tensors[name]
+        square = table.T.unflatten(1, (math.isqrt(len(table)), -1))[None]
+        fitted = F.interpolate(square, [math.isqrt(count)] * 2, mode="bicubic", align_corners=False)
+        return table if count == len(table) else fitted[0].flatten(1).T
+
+    patches = (
+        F.conv2d(pixels, tensors["conv1.weight"], stride=visual["patch_size"]).flatten(2).transpose(1, 2)
+    )
+    x = norm(patches + positions("positional_embedding", patches.shape[1]), "ln_pre")
+    for i in range(visual["layers"]):
+        block = f"transformer.resblocks.{i}"
+        mixed = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.in_proj").unflatten(-1, (visual["heads"], -1))
+        q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        x = x + linear((weights @ v).transpose(1, 2).flatten(2), f"{block}.attn.out_proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
+
+    width = visual["output_dim"]
+    attention = torch.nn.MultiheadAttention(width, width // 128)
+    attention.load_state_dict(
+        {n.removeprefix("attn_pool.attn."): t for n, t in tensors.items() if n.startswith("attn_pool.attn.")}
+    )
+    value = x if visual["width"] == width else linear(x, "attn_pool.kv_proj")
+    value = norm(value, "attn_pool.ln_kv").transpose(0, 1)
+    query = norm(tensors["attn_pool.query"], "attn_pool.ln_q") + tensors["attn_pool.pos_embed"]
+    key = value + positions("attn_pool.pos_embed", len(value))[:, None]
+    pooled, _ = attention(query[:, None].expand(-1, len(pixels), -1), key, value)
+    return norm(pooled.transpose(0, 1), "ln_post") @ tensors["proj"]
+
+
+@pytest.mark.parametrize(
+    "visual",
+    [
+        {"image_size": 56, "n_queries": 64, "width": 48, "heads": 3},
+        {"image_size": 42, "n_queries": 9, "width": 256, "heads": 4, "patch_size": 7},
+    ],
+    ids=["with-kv_proj", "without-kv_proj"],
+)
+@torch.no_grad()
+def test_other_grids_heads_and_query_counts_give_what_the_formulas_give(
+    tmp_path: Path, visual: dict[str, Any]
+) -> None:
+    config = {**tiny_config(output_dim=256, **visual), "hidden_size": 256, "kv_channels": 64}
+    source = write_tiny(tmp_path / "original", config)
+    pixels = torch.randn(2, 3, visual["image_size"], visual["image_size"])
+    expected = seen_by_hand(load_file(source / "model.safetensors"), config, pixels)
+    model, _ = load_mllm(source)
+    found = model.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    assert found.shape == (2, visual["n_queries"], 256)
 
 
 # --- tokens per image and preprocessing ------------------------------------------------------------------------
@@ -387,6 +458,15 @@ def test_the_reloaded_processor_is_the_same(chat: Path, swapped_chat: Path) -> N
     assert saved.tokenizer.model_max_length == 2048
 
 
+def test_a_second_swap_keeps_the_processor_and_its_end_of_turn(swapped_chat: Path, tmp_path: Path) -> None:
+    again = written(swapped_chat, tmp_path / "again", clip_tower(tmp_path / "tower"), 42)
+    (_, first), (model, second) = load_mllm(swapped_chat), load_mllm(again)
+    assert second.image_processor.crop_size["height"] == 42
+    assert second.tokenizer(TEXTS[0]).input_ids == first.tokenizer(TEXTS[0]).input_ids
+    assert second.chat_template == first.chat_template
+    assert len(model.generation_config.eos_token_id) == 2
+
+
 def test_generation_stops_at_the_end_of_a_turn(chat: Path, swapped_chat: Path) -> None:
     """The published file stops at <|endoftext|> only: its chat code looks for <|im_end|> by itself."""
     specials = [480 - 9 - 205 - 3 + i for i in (0, 2)]
@@ -504,7 +584,7 @@ def test_the_published_checkpoint_is_covered_to_the_last_tensor(published: Path)
     assert (family, layout) == (QWEN_VL, "original")
     assert len(checkpoint.tensors) == 853, "as in its index file"
     weights = LANGUAGE_MODEL + RESAMPLER + 4096 * 1664 + OLD_TOWER
-    assert round(weights / 1e9, 1) == 9.7, "9.6B in table 1 of the paper, which rounds each of its parts"
+    assert round(2 * weights / 1e9, 1) == 19.3, "GB of bfloat16, as in its index file"
     check_full_size(family.plan(checkpoint), checkpoint, weights=weights)
 
 
