@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, new_folder
 from mllm_adapters.card import model_card
@@ -21,6 +22,7 @@ from mllm_adapters.operations import compute
 from mllm_adapters.streaming import DTYPE_CODES, nbytes, write_safetensors
 
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 PROVENANCE = "mgll_swap.json"
 CARD = "README.md"
 REWRITTEN = (
@@ -65,6 +67,7 @@ def apply_plan(
             partial, checkpoint, plan.steps, lambda steps: compute(plan, checkpoint, steps), progress
         )
         copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), partial)
+        _update_generation(partial / GENERATION, plan)
         if processor is not None:
             processor.save_pretrained(partial)
         # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
@@ -176,6 +179,12 @@ def provenance(plan: Plan) -> str:
     versions = {name: version(name) for name in ("mgll-mllm", "torch", "transformers", "safetensors")}
     summary = plan.model_dump(mode="json", exclude={"steps", "dropped", "config"})
     return json.dumps({"format": 1, "versions": versions, "plan": summary}, indent=2) + "\n"
+
+
+def _update_generation(file: Path, plan: Plan) -> None:
+    if plan.generation:
+        source = read_json(file) if file.is_file() else {}
+        file.write_text(json.dumps({**source, **plan.generation}, indent=2) + "\n", encoding="utf-8")
 
 
 def _untouched(file: Path, group: list[Step], source: Checkpoint) -> bool:

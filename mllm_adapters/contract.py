@@ -124,6 +124,7 @@ class Plan(_Data):
         steps: The target tensors, in source order.
         dropped: Source tensors left out.
         config: The target's config.json.
+        generation: Fields of generation_config.json that are not those of the source.
         before: Vision contract of the source.
         after: Vision contract of the target.
         image_token_id: Id of the image placeholder in the target.
@@ -141,6 +142,7 @@ class Plan(_Data):
     steps: tuple[Step, ...]
     dropped: tuple[Dropped, ...] = ()
     config: dict[str, Any]
+    generation: dict[str, Any] = Field(default_factory=dict)
     before: VisionContract
     after: VisionContract
     image_token_id: int
@@ -167,6 +169,7 @@ class FamilySpec:
             of them are read.
         parts: Parts that may lie outside the checkpoint, name -> what it is; each can be given as ``--part NAME=PATH``.
         targets: Layouts that a swap can write: ``own`` and, where the understanding path is a LLaVA, ``llava``.
+        not_llava: Why it is none, where it is none.
     """
 
     name: str
@@ -180,6 +183,7 @@ class FamilySpec:
     loose_weights: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
     targets: tuple[Target, ...] = ("own",)
+    not_llava: str = ""
 
 
 class Family(ABC):

@@ -43,6 +43,7 @@ def load_mllm(
     plan = family.plan(checkpoint)
     state = {step.name: value for step, value in compute(plan, checkpoint, plan.steps)}
     model = _load(state, plan.config, folder, dtype=dtype)
+    model.generation_config.update(**plan.generation)
     return model.eval(), family.processor(plan)
 
 

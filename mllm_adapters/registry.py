@@ -21,6 +21,7 @@ FAMILIES: Mapping[str, str] = {
     "med-flamingo": "mllm_adapters.families.med_flamingo:MED_FLAMINGO",
     "mini-gemini": "mllm_adapters.families.mini_gemini:MINI_GEMINI",
     "instructblip": "mllm_adapters.families.instructblip:INSTRUCTBLIP",
+    "qwen-vl": "mllm_adapters.families.qwen_vl:QWEN_VL",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

@@ -141,6 +141,8 @@ def _parts(options: list[str] | None) -> dict[str, Path]:
 
 
 def _target(layout: str, family: "Family") -> "Target":
+    if layout == "llava" and family.spec.not_llava:
+        raise UserError(f"--layout llava: {family.spec.not_llava}; use --layout own")
     if layout not in family.spec.targets:
         raise unknown_name(f"layout to write for {family.spec.title}", layout, family.spec.targets)
     return layout

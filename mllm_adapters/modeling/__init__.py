@@ -65,6 +65,9 @@ MODEL_TYPES: Mapping[str, Architecture] = {
         "MgllInstructBlipForConditionalGeneration",
         "MgllInstructBlipProcessor",
     ),
+    "mgll_qwen_vl": Architecture(
+        "qwen_vl", "QwenVLConfig", "QwenVLForConditionalGeneration", "QwenVLProcessor"
+    ),
 }
 """``model_type`` -> what it is built of."""
 

@@ -17,7 +17,16 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.stages import apply_stage
-from tests.mllm_adapters.families import aya_vision, instructblip, internvl, llava, med_flamingo, mini_gemini, qwen2_vl
+from tests.mllm_adapters.families import (
+    aya_vision,
+    instructblip,
+    internvl,
+    llava,
+    med_flamingo,
+    mini_gemini,
+    qwen2_vl,
+    qwen_vl,
+)
 from tests.mllm_adapters.families.case import Case, Golden
 
 CASES = (
@@ -28,6 +37,7 @@ CASES = (
     *med_flamingo.CASES,
     *mini_gemini.CASES,
     *instructblip.CASES,
+    *qwen_vl.CASES,
 )
 
 LOADS_WITHOUT_US = """

@@ -1,0 +1,93 @@
+"""The tokenizer of Qwen-VL: a rank file and special tokens, as in tokenization_qwen.py of Qwen/Qwen-VL-Chat."""
+
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.processing import has_tokenizer, load_tokenizer
+
+RANK_FILE = "qwen.tiktoken"
+IMAGE_TOKEN = "<imgpad>"
+EXTRAS = 205
+"""Unnamed special tokens of the published tokenizer, ``<|extra_0|>`` to ``<|extra_204|>``."""
+BEFORE = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+AFTER = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", IMAGE_TOKEN)
+"""Special tokens: those before the extras, and those after them."""
+
+
+def tokenizer_note(folder: Path) -> str | None:
+    """What the processor's tokenizer is made of; None where the folder has none."""
+    if (folder / RANK_FILE).is_file():
+        return f"QwenVLProcessor with a fast tokenizer made of {RANK_FILE}"
+    return "QwenVLProcessor with the source's tokenizer" if has_tokenizer(folder) else None
+
+
+def read_tokens(folder: Path, image_token_id: int) -> tuple[dict[bytes, int], list[str]] | None:
+    """Ranks and special tokens of a folder; None where there is no rank file.
+
+    Raises:
+        UserError: the rank file is damaged, or does not belong to the config.json.
+    """
+    if not (folder / RANK_FILE).is_file():
+        return None
+    from mllm_adapters.ranks import read_ranks
+
+    ranks = read_ranks(folder / RANK_FILE)
+    return ranks, special_tokens(len(ranks), image_token_id, folder / RANK_FILE)
+
+
+def special_tokens(ranks: int, image_token_id: int, where: Path) -> list[str]:
+    """The special tokens, whose ids follow the ranks up to the placeholder's.
+
+    Args:
+        ranks: Number of tokens in the rank file.
+        image_token_id: Id of the placeholder, the last of them.
+        where: The rank file.
+
+    Raises:
+        UserError: there is no room for them, or more than the published tokenizer has.
+    """
+    named = len(BEFORE) + len(AFTER)
+    extras = image_token_id + 1 - ranks - named
+    if not 0 <= extras <= EXTRAS:
+        raise UserError(
+            f"{where} has {ranks} tokens, but visual.image_start_id in config.json is {image_token_id - 2}: expected "
+            f"{image_token_id + 1 - named - EXTRAS} tokens; download it again"
+        )
+    return [*BEFORE, *(f"<|extra_{i}|>" for i in range(extras)), *AFTER]
+
+
+def tokenizer(folder: Path, image_token_id: int, context: int) -> Any | None:
+    """The fast tokenizer that equals the published one, or the one that the folder has besides.
+
+    Args:
+        folder: Checkpoint folder.
+        image_token_id: Id of the placeholder.
+        context: Longest sequence in tokens.
+    """
+    found = read_tokens(folder, image_token_id)
+    if found is None:
+        return load_tokenizer(folder)
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    from mllm_adapters.ranks import rank_tokenizer
+
+    ranks, specials = found
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rank_tokenizer(ranks, PRETOKENIZE_REGEX, specials),
+        eos_token=BEFORE[0],
+        pad_token=BEFORE[0],
+        additional_special_tokens=specials[1:],
+        padding_side="left",
+        model_max_length=context,
+    )
+
+
+def end_tokens(folder: Path, image_token_id: int) -> dict[str, Any]:
+    """Where generation ends: at the end of the text, or of a turn, for which the original's chat code looks itself."""
+    found = read_tokens(folder, image_token_id)
+    if found is None:
+        return {}
+    first = len(found[0])
+    return {"eos_token_id": [first, first + BEFORE.index("<|im_end|>")], "pad_token_id": first}
