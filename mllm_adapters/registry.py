@@ -15,6 +15,7 @@ from mllm_adapters.contract import FAMILY_KEY, Family
 FAMILIES: Mapping[str, str] = {
     "llava": "mllm_adapters.families.llava:LLAVA",
     "llava-med": "mllm_adapters.families.llava:LLAVA_MED",
+    "janus-pro": "mllm_adapters.families.janus_pro:JANUS_PRO",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

@@ -29,7 +29,14 @@ class Architecture:
     renames_like: str | None = None
 
 
-MODEL_TYPES: Mapping[str, Architecture] = {}
+MODEL_TYPES: Mapping[str, Architecture] = {
+    "mgll_janus": Architecture(
+        module="janus",
+        config="MgllJanusConfig",
+        model="MgllJanusForConditionalGeneration",
+        processor="MgllJanusProcessor",
+    ),
+}
 """``model_type`` -> what it is built of."""
 
 

@@ -17,10 +17,13 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.stages import apply_stage
-from tests.mllm_adapters.families import llava
+from tests.mllm_adapters.families import janus_pro, llava
 from tests.mllm_adapters.families.case import Case, Golden
 
-CASES = (*llava.CASES,)
+CASES = (
+    *llava.CASES,
+    *janus_pro.CASES,
+)
 
 LOADS_WITHOUT_US = """
 import sys
