@@ -1,4 +1,4 @@
-"""What a Janus checkpoint holds, whatever its layout: tensors under transformers' names, configurations of its parts."""
+"""What a Janus checkpoint holds, whatever its layout: its tensors under transformers' names, its pixels, its ids."""
 
 import re
 from dataclasses import dataclass, field
@@ -141,6 +141,11 @@ def janus_tokenizer(folder: Path) -> Any | None:
         raise UserError(f"{folder}: the tokenizer has no {absent[0]}: it is not a Janus tokenizer")
     named = {"image_token": PLACEHOLDER, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
     tokenizer = type(tokenizer).from_pretrained(folder, extra_special_tokens=named)
+    settings = folder / "tokenizer_config.json"
+    begins = settings.is_file() and read_json(settings).get("add_bos_token")
+    if begins and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        # Releases before 5.0, for which the original code was written, go by this field; later ones by tokenizer.json.
+        tokenizer.add_bos_token = True
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

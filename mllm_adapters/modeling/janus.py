@@ -5,15 +5,23 @@ the understanding tower; here each has its own. Parts and forward pass are those
 (models/janus/modeling_janus.py); features are read as LLaVA reads CLIP.
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, JanusConfig, JanusForConditionalGeneration, JanusModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BatchFeature,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusModel,
+)
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.janus import (
-    JanusImageProcessor,
     JanusPreTrainedModel,
     JanusProcessor,
     JanusVisionConfig,
@@ -25,9 +33,6 @@ from transformers.models.janus.modeling_janus import (
     JanusVQVAEAlignerMLP,
     JanusVQVAEHead,
 )
-
-GENERATED_MEAN = GENERATED_STD = (0.5, 0.5, 0.5)
-"""The generator draws pixels in [-1, 1] (deepseek-ai/Janus, generation_inference.py), whatever the tower's pixels."""
 
 
 class MgllJanusConfig(JanusConfig):
@@ -137,9 +142,15 @@ class MgllJanusForConditionalGeneration(JanusForConditionalGeneration):
 
 
 class MgllJanusProcessor(JanusProcessor):
-    """`JanusProcessor` with any image processor: it prepares images for the tower, not those that are drawn."""
+    """`JanusProcessor` with any image processor, which prepares images for the tower and knows nothing of drawn ones."""
 
-    def postprocess(self, images: Any, **kwargs: Any) -> Any:
-        """Pictures made of what ``decode_image_tokens`` gives; see `JanusImageProcessor.postprocess`."""
-        drawn = JanusImageProcessor(image_mean=GENERATED_MEAN, image_std=GENERATED_STD)
-        return drawn.postprocess(images, **kwargs)
+    def postprocess(self, images: Iterable[Tensor], **kwargs: Any) -> BatchFeature:  # noqa: ARG002 (return_tensors)
+        """Pictures made of what ``decode_image_tokens`` gives.
+
+        Args:
+            images: Drawn images [S, S, 3], values in [-1, 1] whatever the tower's pixels are (deepseek-ai/Janus,
+                generation_inference.py).
+            kwargs: What the parent class passes for a choice of output; here it is always pictures.
+        """
+        scaled = [((image.float() + 1) * 127.5).clamp(0, 255).byte().cpu().numpy() for image in images]
+        return BatchFeature({"pixel_values": [Image.fromarray(values) for values in scaled]})
