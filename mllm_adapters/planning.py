@@ -220,15 +220,16 @@ def refit_reader(
     return changed, {reader: f"re-initialised ({before.width} -> {after.width} wide): retrain the projector"}
 
 
-def image_row(tokenizer: Any | None, vocabulary: int) -> tuple[int, int]:
+def image_row(tokenizer: Any | None, vocabulary: int, image_token: str = IMAGE_TOKEN) -> tuple[int, int]:
     """Id of the image placeholder, and the vocabulary size that has room for it.
 
     Args:
         tokenizer: The checkpoint's tokenizer, or None.
         vocabulary: Rows of the embedding.
+        image_token: The placeholder.
     """
     vocab: Mapping[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
-    image_token_id = vocab.get(IMAGE_TOKEN, vocabulary if tokenizer is None else len(tokenizer))
+    image_token_id = vocab.get(image_token, vocabulary if tokenizer is None else len(tokenizer))
     if image_token_id < vocabulary:
         return image_token_id, vocabulary
     return image_token_id, ceil((image_token_id + 1) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

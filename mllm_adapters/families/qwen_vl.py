@@ -127,7 +127,7 @@ class QwenVL(Family):
         steps, dropped = original_steps(checkpoint, visual)
         before = original_contract(visual)
         after = _after(before, tower, image_size)
-        steps, readers, unread = _read_anew(steps, before, after, checkpoint.folder)
+        steps, readers = _read_anew(steps, before, after, checkpoint.folder)
         rows, dtype = _embeddings(checkpoint, steps, visual.image_token_id)
         vision: dict[str, Any] = original_vision(visual)
         if tower is not None:
@@ -144,7 +144,7 @@ class QwenVL(Family):
             tower=tower.source if tower else None,
             swapped=tower is not None,
             steps=tuple(steps),
-            dropped=(*dropped, *unread),
+            dropped=tuple(dropped),
             config={
                 "architectures": ["QwenVLForConditionalGeneration"],
                 "model_type": MODEL_TYPE,
@@ -182,7 +182,7 @@ class QwenVL(Family):
         after = _after(before, tower, image_size)
         headers = checkpoint.tensors.values()
         steps = [kept(header) for header in headers if not header.name.startswith(TOWER_PREFIX)]
-        steps, readers, unread = _read_anew(steps, before, after, checkpoint.folder)
+        steps, readers = _read_anew(steps, before, after, checkpoint.folder)
         dtype = checkpoint.tensors[QUERY].dtype  # `_read_anew` has found it
         return Plan(
             family=self.spec.name,
@@ -191,7 +191,7 @@ class QwenVL(Family):
             tower=tower.source,
             swapped=True,
             steps=(*steps, *tower_steps(tower, TOWER_PREFIX, after, dtype)),
-            dropped=(*(_replaced(h.name) for h in headers if h.name.startswith(TOWER_PREFIX)), *unread),
+            dropped=tuple(_replaced(h.name) for h in headers if h.name.startswith(TOWER_PREFIX)),
             config={
                 **checkpoint.config,
                 FAMILY_KEY: self.spec.name,
@@ -238,14 +238,11 @@ def _replaced(name: str) -> Dropped:
 
 def _read_anew(
     steps: list[Step], before: VisionContract, after: VisionContract, where: Path
-) -> tuple[list[Step], dict[str, str], list[Dropped]]:
+) -> tuple[list[Step], dict[str, str]]:
     """Re-initialise the reader if the features' width changes; add it where the original needed none."""
     old = next((step for step in steps if step.name == f"{READER}.weight"), None)
     if old is not None:
-        steps, readers = refit_reader(steps, READER, before, after, where)
-        reason = f"it reads features of width {before.width}"
-        unread = [Dropped(name=name, reason=reason) for name in old.sources if before.width != after.width]
-        return steps, readers, unread
+        return refit_reader(steps, READER, before, after, where)
     query = next((step for step in steps if step.name == QUERY), None)
     if query is None:
         raise UserError(f"{where} has no resampler ({QUERY} is not in its weights): is it complete?")
@@ -256,10 +253,10 @@ def _read_anew(
             f"the resampler takes {width}: is it complete?"
         )
     if after.width == width:
-        return steps, {READER: f"none: features and language model are both {width} wide"}, []
+        return steps, {READER: f"none: features and language model are both {width} wide"}
     added = Step(name=f"{READER}.weight", dtype=query.dtype, shape=(width, after.width), operation="reinit")
     text = f"added, at random: the original needs none ({width} -> {after.width} wide): retrain the projector"
-    return [*steps, added], {READER: text}, []
+    return [*steps, added], {READER: text}
 
 
 def _embeddings(checkpoint: Checkpoint, steps: list[Step], image_token_id: int) -> tuple[int, Any]:

@@ -31,6 +31,7 @@ class Architecture:
     renames_like: str | None = None
 
 
+<<<<<<< HEAD
 def _qwen_vl(name: str, renames_like: str | None = None) -> Architecture:
     return Architecture(
         module="qwen2_vl",
@@ -67,6 +68,14 @@ MODEL_TYPES: Mapping[str, Architecture] = {
     ),
     "mgll_qwen_vl": Architecture(
         "qwen_vl", "QwenVLConfig", "QwenVLForConditionalGeneration", "QwenVLProcessor"
+=======
+MODEL_TYPES: Mapping[str, Architecture] = {
+    "mgll_janus": Architecture(
+        module="janus",
+        config="MgllJanusConfig",
+        model="MgllJanusForConditionalGeneration",
+        processor="MgllJanusProcessor",
+>>>>>>> janus
     ),
 }
 """``model_type`` -> what it is built of."""

@@ -1,0 +1,234 @@
+"""What a Janus checkpoint holds, whatever its layout: its tensors under transformers' names, its pixels, its ids."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, checked
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import build_config, read_fields
+from mllm_adapters.contract import Dropped, Step, VisionContract
+from mllm_adapters.planning import contract_of, image_row, kept
+from mllm_adapters.processing import host_pixels, load_tokenizer
+
+PLACEHOLDER, IMAGE_BEGIN, IMAGE_END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
+
+PUBLISHED_VOCABULARY = 102400
+PUBLISHED_IDS = {"placeholder": 100581, "boi": 100003, "bos": 100000, "eos": 100001, "pad": 100002}
+"""Ids of the published tokenizer; they hold where there is no tokenizer, but its number of embedding rows."""
+
+TOWER = "model.vision_model."
+READER = "model.aligner.fc1"
+GENERATION = ("model.vqmodel.", "model.generation_")
+EMBEDDINGS, LM_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+
+class Quantisable(BaseModel):
+    """A config.json of either layout."""
+
+    quantization_config: None = None
+
+
+class JanusPixels(BaseModel):
+    """A preprocessor_config.json of the original code or of transformers, with the defaults of both."""
+
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+    min_size: PositiveInt = 14
+    do_normalize: Literal[True] = True
+    rescale_factor: Annotated[float, Field(gt=0.0039, lt=0.00394)] = 1 / 255
+    image_size: PositiveInt | None = None
+    size: dict[str, int] = Field(default_factory=lambda: {"height": 384})
+
+
+@dataclass(frozen=True)
+class JanusSource:
+    """A Janus checkpoint, read by its headers.
+
+    Attributes:
+        layout: ``original`` or ``transformers``.
+        steps: Its tensors under the names of transformers' own Janus, in file order.
+        dropped: What no layout of transformers has.
+        before: Its vision contract.
+        vq_config: Configuration of the generator; ``num_patches`` is the side of its grid.
+        text_config: Configuration of the language model.
+        aligner_depth: Linear layers of the aligner.
+        aligner_act: Activation between them.
+        image_token_id: Id of the image placeholder.
+        boi_token_id: Id that begins an image; None if unknown.
+        tokenizer: Its tokenizer, or None.
+        stock_config: config.json for transformers' own Janus.
+        notes: What the user should know.
+    """
+
+    layout: str
+    steps: list[Step]
+    dropped: list[Dropped]
+    before: VisionContract
+    vq_config: dict[str, Any]
+    text_config: dict[str, Any]
+    aligner_depth: int
+    aligner_act: str
+    image_token_id: int
+    boi_token_id: int | None
+    tokenizer: Any | None
+    stock_config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_converted(checkpoint: Checkpoint) -> JanusSource:
+    """Read transformers' own Janus, or one with a CLIP tower that this project has written.
+
+    Raises:
+        UserError: something is missing or does not fit together.
+    """
+    where = f"{checkpoint.folder}/config.json"
+    read_fields(Quantisable, checkpoint.config, where)
+    built = build_config(checkpoint.config, where)
+    for name in (f"{READER}.weight", EMBEDDINGS, f"{TOWER}embeddings.position_embedding.weight"):
+        shape_of(checkpoint, name)
+    vision, clip = built.vision_config, built.model_type != "janus"
+    pixels, _, notes = janus_pixels(checkpoint.folder, vision.image_size)
+    geometry = {
+        "width": vision.hidden_size,
+        "depth": vision.num_hidden_layers,
+        "heads": vision.num_attention_heads,
+        "mlp_width": vision.intermediate_size if clip else int(vision.hidden_size * vision.mlp_ratio),
+        "patch_size": vision.patch_size,
+        "activation": vision.hidden_act,
+    }
+    spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, Path(where))
+    check_positions(checkpoint, f"{TOWER}embeddings.position_embedding.weight", spec, clip)
+    layer, strategy = (
+        (built.vision_feature_layer, built.vision_feature_select_strategy) if clip else (-1, "default")
+    )
+    tokenizer = janus_tokenizer(checkpoint.folder)
+    return JanusSource(
+        layout="transformers",
+        steps=[kept(header) for header in checkpoint.tensors.values()],
+        dropped=[],
+        before=contract_of(spec, layer, class_token=strategy == "full"),
+        vq_config={
+            **(checkpoint.config.get("vq_config") or {}),
+            "num_patches": built.vq_config.num_patches,
+        },
+        text_config=dict(checkpoint.config.get("text_config") or {}),
+        aligner_depth=built.aligner_depth if clip else vision.depth,
+        aligner_act=built.aligner_hidden_act if clip else vision.hidden_act,
+        image_token_id=built.image_token_id,
+        boi_token_id=built.boi_token_id if clip else begin_id(tokenizer, shape_of(checkpoint, EMBEDDINGS)[0]),
+        tokenizer=tokenizer,
+        notes=notes,
+    )
+
+
+def janus_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer of a Janus folder, which knows its three image tokens by name; None where there is none.
+
+    Raises:
+        UserError: it cannot be read, or lacks the tokens around an image.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    vocabulary = tokenizer.get_vocab()
+    if absent := [token for token in (IMAGE_BEGIN, IMAGE_END) if token not in vocabulary]:
+        raise UserError(f"{folder}: the tokenizer has no {absent[0]}: it is not a Janus tokenizer")
+    named = {"image_token": PLACEHOLDER, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
+    tokenizer = type(tokenizer).from_pretrained(folder, extra_special_tokens=named)
+    settings = folder / "tokenizer_config.json"
+    begins = settings.is_file() and read_json(settings).get("add_bos_token")
+    if begins and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        # Releases before 5.0, for which the original code was written, go by this field; later ones by tokenizer.json.
+        tokenizer.add_bos_token = True
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def janus_pixels(folder: Path, image_size: int) -> tuple[PixelRule, int, tuple[str, ...]]:
+    """How a Janus folder prepares images, the shortest side that an image may get, and what had to be assumed.
+
+    Raises:
+        UserError: its image processor makes images of another size, or does not normalise.
+    """
+    nested, flat = folder / "processor_config.json", folder / "preprocessor_config.json"
+    settings = read_json(nested).get("image_processor") if nested.is_file() else None
+    where = nested if settings else flat
+    if not settings and not flat.is_file():
+        assumed = PixelRule(image_size=image_size, mean=(0.5,) * 3, std=(0.5,) * 3, resize="pad")
+        return assumed, 14, ("there is no image processor: mean and std 0.5 are assumed, and padding",)
+    settings = settings or read_json(flat)
+    if not re.match("VLM|Janus", str(settings.get("image_processor_type", "Janus"))):
+        rule, notes = host_pixels(folder, image_size)  # that of a tower which has been swapped in
+        return rule, 1, notes
+    pixels = read_fields(JanusPixels, settings, str(where))
+    side = pixels.image_size or pixels.size.get("height")
+    if side != image_size:
+        raise UserError(
+            f"{where}: images are made {side} px wide, but config.json's tower takes {image_size} px"
+        )
+    rule = PixelRule(image_size=image_size, mean=pixels.image_mean, std=pixels.image_std, resize="pad")
+    return rule, pixels.min_size, ()
+
+
+def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """Shape of a tensor.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if name not in checkpoint.tensors:
+        raise UserError(f"{checkpoint.folder}: tensor {name} is missing: complete the download")
+    return checkpoint.tensors[name].shape
+
+
+def placeholder(tokenizer: Any | None, vocabulary: int) -> tuple[int, int, tuple[str, ...]]:
+    """Id of the image placeholder, rows of the embedding, and what the user should know."""
+    if tokenizer is None and vocabulary == PUBLISHED_VOCABULARY:
+        number = PUBLISHED_IDS["placeholder"]
+        note = f"there is no tokenizer: the image placeholder is {number}, as in the published one"
+        return number, vocabulary, (note,)
+    number, rows = image_row(tokenizer, vocabulary, PLACEHOLDER)
+    note = f"the image placeholder is {PLACEHOLDER} = {number}"
+    if tokenizer is None:
+        note += ", a new row: there is no tokenizer, and the vocabulary is not the published one"
+    if rows > vocabulary:
+        grows = f"the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of the old ones)"
+        note = f"{grows}; {note}"
+    return number, rows, (note,)
+
+
+def begin_id(tokenizer: Any | None, vocabulary: int) -> int | None:
+    """Id that begins an image; None where it cannot be known."""
+    if tokenizer is not None:
+        return int(tokenizer.convert_tokens_to_ids(IMAGE_BEGIN))
+    return PUBLISHED_IDS["boi"] if vocabulary == PUBLISHED_VOCABULARY else None
+
+
+def text_ids(tokenizer: Any | None, vocabulary: int) -> dict[str, int]:
+    """First, last and padding id of the language model, which an original config.json does not hold."""
+    names = ("bos", "eos", "pad")
+    if tokenizer is not None:
+        return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
+    known = vocabulary == PUBLISHED_VOCABULARY
+    return {f"{name}_token_id": PUBLISHED_IDS[name] for name in names} if known else {}
+
+
+def check_positions(checkpoint: Checkpoint, name: str, spec: TowerSpec, class_token: bool) -> None:
+    """Refuse a tower whose position table has another shape than its configuration says.
+
+    Raises:
+        UserError: it has.
+    """
+    shape = shape_of(checkpoint, name)
+    if shape[-2:] != (spec.patches + class_token, spec.width):
+        raise UserError(
+            f"{checkpoint.folder}: config.json describes a tower of {spec.grid}x{spec.grid} patches and width "
+            f"{spec.width}, but {name} has shape {list(shape)}"
+        )

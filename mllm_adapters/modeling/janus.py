@@ -1,0 +1,156 @@
+"""Janus with a CLIP vision tower: understanding sees through the new tower, image generation stays as it was.
+
+transformers' own Janus builds its SigLIP tower whatever the configuration says, and takes the generator's grid from
+the understanding tower; here each has its own. Parts and forward pass are those of transformers
+(models/janus/modeling_janus.py); features are read as LLaVA reads CLIP.
+"""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BatchFeature,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusModel,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.janus import (
+    JanusPreTrainedModel,
+    JanusProcessor,
+    JanusVisionConfig,
+    JanusVQVAE,
+    JanusVQVAEConfig,
+)
+from transformers.models.janus.modeling_janus import (
+    JanusVisionAlignerMLP,
+    JanusVQVAEAlignerMLP,
+    JanusVQVAEHead,
+)
+
+
+class MgllJanusConfig(JanusConfig):
+    """Configuration of `MgllJanusForConditionalGeneration`.
+
+    Attributes:
+        vision_config: The new tower, a ``clip_vision_model``; it also gets ``num_image_tokens``, where transformers
+            looks for the number of tokens that the *generator* draws.
+        vq_config: The generator; its ``num_patches`` is the side of its own grid and stays as it is.
+        vision_feature_layer: Hidden state of the tower that the aligner reads.
+        vision_feature_select_strategy: ``default`` without the class token, ``full`` with it.
+        aligner_depth: Linear layers of the aligner.
+        aligner_hidden_act: Activation between them.
+        boi_token_id: Id that begins an image, for image generation; None if unknown.
+    """
+
+    model_type = "mgll_janus"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        **JanusConfig.sub_configs_defaults,
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+    }
+
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    aligner_depth: int = 2
+    aligner_hidden_act: str = "gelu"
+    boi_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given: Any = self.vq_config if self.vq_config is not None else {}
+        side = given.num_patches if isinstance(given, JanusVQVAEConfig) else given.get("num_patches")
+        super().__post_init__(**kwargs)  # sets the generator's grid to the tower's
+        vision: Any = self.vision_config
+        generator: Any = self.vq_config
+        generator.num_patches = JanusVQVAEConfig().num_patches if side is None else side
+        vision.num_image_tokens = generator.num_patches**2
+
+
+class MgllJanusModel(JanusModel):
+    """`JanusModel` whose understanding tower is the one that its configuration names."""
+
+    config: MgllJanusConfig
+
+    def __init__(self, config: MgllJanusConfig) -> None:
+        # JanusModel.__init__ would build a SigLIP tower of these dimensions.
+        JanusPreTrainedModel.__init__(self, config)
+        vision: Any = config.vision_config
+        generator: Any = config.vq_config
+        text: Any = config.text_config
+        self.vision_model = AutoModel.from_config(vision)
+        self.aligner = JanusVisionAlignerMLP(
+            JanusVisionConfig(
+                hidden_size=vision.hidden_size,
+                projection_dim=text.hidden_size,
+                depth=config.aligner_depth,
+                hidden_act=config.aligner_hidden_act,
+            )
+        )
+        self.vqmodel = JanusVQVAE._from_config(generator)
+        self.generation_embeddings = nn.Embedding(generator.num_embeddings, generator.embed_dim)
+        self.generation_aligner = JanusVQVAEAlignerMLP(generator)
+        self.generation_head = JanusVQVAEHead(generator)
+        self.language_model = AutoModel.from_config(text)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """What the language model sees of images.
+
+        Args:
+            pixel_values: Prepared images [N, 3, S, S].
+            kwargs: For the tower.
+
+        Returns:
+            The tower's output, with the visual tokens [N, tokens, hidden] as ``pooler_output``.
+        """
+        kwargs |= {"return_dict": True, "output_hidden_states": True}
+        seen: BaseModelOutputWithPooling = self.vision_model(pixel_values, **kwargs)
+        assert seen.hidden_states is not None
+        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
+        features = seen.hidden_states[self.config.vision_feature_layer][:, first:]
+        seen.pooler_output = self.aligner(features)
+        return seen
+
+
+class MgllJanusForConditionalGeneration(JanusForConditionalGeneration):
+    """Janus with a CLIP tower; reads and writes text, reads images through the new tower, draws images as before."""
+
+    config: MgllJanusConfig
+    _no_split_modules = ["CLIPEncoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012 (as transformers has it)
+
+    def __init__(self, config: MgllJanusConfig) -> None:
+        JanusPreTrainedModel.__init__(self, config)
+        self.model = MgllJanusModel(config)
+        text: Any = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the parent class; ``generation_mode="image"`` draws an image and gives its tokens."""
+        settings: Any = self.generation_config
+        if not hasattr(settings, "generation_kwargs") and self.config.boi_token_id is not None:
+            settings.generation_kwargs = {"boi_token_id": self.config.boi_token_id}  # where the parent looks
+        return super().generate(*args, **kwargs)
+
+
+class MgllJanusProcessor(JanusProcessor):
+    """`JanusProcessor` with any image processor, which prepares images for the tower and knows nothing of drawn ones."""
+
+    def postprocess(self, images: Iterable[Tensor], **kwargs: Any) -> BatchFeature:  # noqa: ARG002 (return_tensors)
+        """Pictures made of what ``decode_image_tokens`` gives.
+
+        Args:
+            images: Drawn images [S, S, 3], values in [-1, 1] whatever the tower's pixels are (deepseek-ai/Janus,
+                generation_inference.py).
+            kwargs: What the parent class passes for a choice of output; here it is always pictures.
+        """
+        scaled = [((image.float() + 1) * 127.5).clamp(0, 255).byte().cpu().numpy() for image in images]
+        return BatchFeature({"pixel_values": [Image.fromarray(values) for values in scaled]})
