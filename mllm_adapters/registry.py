@@ -15,7 +15,6 @@ from mllm_adapters.contract import FAMILY_KEY, Family
 FAMILIES: Mapping[str, str] = {
     "llava": "mllm_adapters.families.llava:LLAVA",
     "llava-med": "mllm_adapters.families.llava:LLAVA_MED",
-<<<<<<< HEAD
     "qwen2-vl": "mllm_adapters.families.qwen2_vl:QWEN2_VL",
     "aya-vision": "mllm_adapters.families.aya_vision:AYA_VISION",
     "internvl": "mllm_adapters.families.internvl:INTERNVL",
@@ -23,9 +22,7 @@ FAMILIES: Mapping[str, str] = {
     "mini-gemini": "mllm_adapters.families.mini_gemini:MINI_GEMINI",
     "instructblip": "mllm_adapters.families.instructblip:INSTRUCTBLIP",
     "qwen-vl": "mllm_adapters.families.qwen_vl:QWEN_VL",
-=======
     "janus-pro": "mllm_adapters.families.janus_pro:JANUS_PRO",
->>>>>>> janus
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

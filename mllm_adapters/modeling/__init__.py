@@ -31,7 +31,6 @@ class Architecture:
     renames_like: str | None = None
 
 
-<<<<<<< HEAD
 def _qwen_vl(name: str, renames_like: str | None = None) -> Architecture:
     return Architecture(
         module="qwen2_vl",
@@ -68,14 +67,12 @@ MODEL_TYPES: Mapping[str, Architecture] = {
     ),
     "mgll_qwen_vl": Architecture(
         "qwen_vl", "QwenVLConfig", "QwenVLForConditionalGeneration", "QwenVLProcessor"
-=======
-MODEL_TYPES: Mapping[str, Architecture] = {
+    ),
     "mgll_janus": Architecture(
         module="janus",
         config="MgllJanusConfig",
         model="MgllJanusForConditionalGeneration",
         processor="MgllJanusProcessor",
->>>>>>> janus
     ),
 }
 """``model_type`` -> what it is built of."""

@@ -142,7 +142,7 @@ class MgllJanusForConditionalGeneration(JanusForConditionalGeneration):
 
 
 class MgllJanusProcessor(JanusProcessor):
-    """`JanusProcessor` with any image processor, which prepares images for the tower and knows nothing of drawn ones."""
+    """`JanusProcessor` with any image processor: one for the tower, which knows nothing of drawn images."""
 
     def postprocess(self, images: Iterable[Tensor], **kwargs: Any) -> BatchFeature:  # noqa: ARG002 (return_tensors)
         """Pictures made of what ``decode_image_tokens`` gives.

@@ -17,25 +17,21 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.stages import apply_stage
-<<<<<<< HEAD
 from tests.mllm_adapters.families import (
     aya_vision,
     instructblip,
     internvl,
+    janus_pro,
     llava,
     med_flamingo,
     mini_gemini,
     qwen2_vl,
     qwen_vl,
 )
-=======
-from tests.mllm_adapters.families import janus_pro, llava
->>>>>>> janus
 from tests.mllm_adapters.families.case import Case, Golden
 
 CASES = (
     *llava.CASES,
-<<<<<<< HEAD
     *qwen2_vl.CASES,
     *aya_vision.CASES,
     *internvl.CASES,
@@ -43,9 +39,7 @@ CASES = (
     *mini_gemini.CASES,
     *instructblip.CASES,
     *qwen_vl.CASES,
-=======
     *janus_pro.CASES,
->>>>>>> janus
 )
 
 LOADS_WITHOUT_US = """
