@@ -131,11 +131,13 @@ def build_xray(
                 )
             else:
                 patient = _patient(outcome, dicom) if patient_folders else outcome.image
-                rows[outcome.image] = ManifestRow(
-                    image=f"{IMAGES}/{outcome.image}.png",
-                    texts=outcome.texts,
-                    patient=patient,
-                    split=assign_split(patient, test=test, val=val, seed=seed),
+                rows[outcome.image] = ManifestRow.model_validate(
+                    {
+                        "image": f"{IMAGES}/{outcome.image}.png",
+                        "texts": outcome.texts,
+                        "patient": patient,
+                        "split": assign_split(patient, test=test, val=val, seed=seed),
+                    }
                 )
         if not rows:
             reasons = "; ".join(report.skipped.lines()) or "it holds no file"
