@@ -57,7 +57,8 @@ from mllm_adapters.processing import (
 
 MODEL_TYPE = "mgll_flamingo"
 
-ADDED_TOKENS = ("<|endofchunk|>", IMAGE_TOKEN, "<PAD>")
+END_OF_CHUNK, PADDING = "<|endofchunk|>", "<PAD>"
+ADDED_TOKENS = (END_OF_CHUNK, IMAGE_TOKEN, PADDING)
 """What the original adds to LLaMA's tokenizer, in this order; the last one only if that has no padding token."""
 
 
@@ -124,7 +125,8 @@ class MedFlamingo(Family):
             tokenizer, template = load_tokenizer(plan.parts[LANGUAGE_PART]), self.chat_template
             if tokenizer is None:
                 return None
-            _add_tokens(tokenizer, padding=plan.config["text_config"]["pad_token_id"] > plan.image_token_id)
+            added = plan.config["text_config"]["vocab_size"] - plan.image_token_id + 1
+            _add_tokens(tokenizer, ADDED_TOKENS[:added])
         check_placeholder(tokenizer, IMAGE_TOKEN, plan.image_token_id)
         return FlamingoProcessor(image_processor(plan.after), tokenizer, chat_template=template)
 
@@ -173,7 +175,7 @@ class MedFlamingo(Family):
                 "architectures": ["FlamingoForConditionalGeneration"],
                 "model_type": MODEL_TYPE,
                 FAMILY_KEY: self.spec.name,
-                "dtype": next(s.dtype for s in steps if s.name == f"{LANGUAGE_MODEL}norm.weight"),
+                "dtype": _language_dtype(steps, language),
                 "vision_config": tower_config(new.spec if new else host.spec, after),
                 "text_config": text,
                 "image_token_id": vocabulary + ADDED_TOKENS.index(IMAGE_TOKEN),
@@ -231,12 +233,13 @@ class MedFlamingo(Family):
         )
 
 
-def _add_tokens(tokenizer: Any, *, padding: bool) -> None:
+def _add_tokens(tokenizer: Any, added: tuple[str, ...]) -> None:
     """Give LLaMA's tokenizer the tokens that the original adds, and its padding on the left."""
-    added = list(ADDED_TOKENS if padding else ADDED_TOKENS[:2])
-    tokenizer.add_special_tokens({"additional_special_tokens": added}, replace_extra_special_tokens=False)
-    if padding:
-        tokenizer.pad_token = added[-1]
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(added)}, replace_extra_special_tokens=False
+    )
+    if PADDING in added:
+        tokenizer.pad_token = PADDING
     tokenizer.padding_side = "left"
 
 
@@ -244,12 +247,19 @@ def _text_config(config: Mapping[str, Any], vocabulary: int, rows: int, folder: 
     text = text_config("llama", config, rows, f"{folder}/config.json")
     end = text["eos_token_id"]
     added = {ADDED_TOKENS[i]: vocabulary + i for i in range(rows - vocabulary)}
-    ends = [*(end if isinstance(end, list) else [end]), added["<|endofchunk|>"]]
+    ends = [*(end if isinstance(end, list) else [end]), added[END_OF_CHUNK]]
     return {
         **text,
         "eos_token_id": [i for i in ends if i is not None],
-        "pad_token_id": added.get("<PAD>", text["pad_token_id"]),
+        "pad_token_id": added.get(PADDING, text["pad_token_id"]),
     }
+
+
+def _language_dtype(steps: list[Step], folder: Path) -> str:
+    found = next((step.dtype for step in steps if step.name == f"{LANGUAGE_MODEL}norm.weight"), None)
+    if found is None:
+        raise UserError(f"{folder}: tensor model.norm.weight is missing: complete the download")
+    return found
 
 
 def _perceiver_fields(geometry: Geometry, old: int, new: int) -> dict[str, int]:

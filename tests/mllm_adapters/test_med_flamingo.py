@@ -503,6 +503,17 @@ def test_the_rows_that_the_original_does_not_save_are_the_mean_of_the_others(ori
     torch.testing.assert_close(rows[-3:], rows[:-3].mean(dim=0).expand(3, -1))
 
 
+def test_a_llama_that_has_its_own_padding_gets_two_tokens(host: Path, tmp_path: Path) -> None:
+    shutil.copytree(host, tmp_path / "host")
+    state = original_names(tiny_model())
+    state["lang_encoder.model.embed_tokens.weight"] = state["lang_encoder.model.embed_tokens.weight"][:-1]
+    torch.save(state, tmp_path / "host" / "model.pt")
+    model, processor = load_mllm(tmp_path / "host")
+    assert model.config.image_token_id == processor.image_token_id == VOCABULARY + 1
+    assert len(processor.tokenizer) == model.lm_head.out_features == VOCABULARY + 2
+    assert processor.tokenizer.pad_token == "<unk>"
+
+
 def test_a_tower_of_another_width_renews_what_reads_it(host: Path, tmp_path: Path) -> None:
     plan = swap(host, an_encoder(tmp_path / "mgll", width=32), tmp_path / "out", image_size=42)
     assert "64 -> 32 wide" in plan.readers["model.perceiver"]
