@@ -344,20 +344,6 @@ def test_the_high_resolution_cells_must_divide_among_the_new_patches(
         family.plan(checkpoint, tower, advised[0] + 1)
 
 
-def test_a_tower_that_is_replaced_need_not_be_at_hand(
-    reference: Golden, encoder: Path, tmp_path: Path
-) -> None:
-    """It is looked up by its published name; the high-resolution one is needed all the same."""
-    name = "model_zoo/OpenAI/clip-vit-large-patch14-336"
-    source = write(
-        reference, tmp_path / "source", config={"mm_vision_tower": name, "image_size_aux": 768}, zoo=False
-    )
-    parts = {"vision-tower-aux": part(reference, "mm_vision_tower_aux")}
-    checkpoint, family, _ = open_checkpoint(source, parts)
-    with pytest.raises(UserError, match="tower and projector do not belong together"):
-        family.plan(checkpoint, inspect_tower(encoder))  # the golden projector is not 1024 wide
-
-
 @torch.no_grad()
 def test_five_views_survive_the_swap(reference: Golden, encoder: Path, tmp_path: Path) -> None:
     plan = swap(hd(reference, tmp_path / "hd"), encoder, tmp_path / "out")
@@ -599,16 +585,21 @@ HEADS = 20_979_712 + 1_051_648 + 2 * 2_955_904  # mm_projector; query, aux and v
 
 @pytest.mark.parametrize("views", [1, 5])
 def test_a_published_mgm_is_planned_in_full(views: int, tmp_path: Path) -> None:
-    settings = dict(MGM_7B)
+    """MGM-7B with its towers in the shards; MGM-7B-HD without the one that is replaced, which is nowhere at hand."""
+    settings, shapes = dict(MGM_7B), vicuna_7b() | mining() | convnext_large()
     if views == 5:
         settings |= {"image_grid": 2, "image_global": True, "image_size_aux": 1536}
-    shapes = vicuna_7b() | mining() | clip_large() | convnext_large()
+    else:
+        shapes |= clip_large()
     source = builders.sparse_checkpoint(tmp_path / "MGM-7B", settings, shapes, "BF16")
     checkpoint, family, _ = open_checkpoint(source)
     tower = inspect_tower(full_size.published_tower(tmp_path / "mgll"))
     weights = LLAMA_7B + CONVNEXT + HEADS
-    if views == 1:  # a conversion does not depend on them
+    if views == 1:
         full_size.check_full_size(family.plan(checkpoint), checkpoint, weights=weights + TOWERS[336])
+    else:
+        with pytest.raises(UserError, match="--part vision-tower=PATH"):
+            family.plan(checkpoint)
     for size, tokens in ((None, 576), (224, 256), (336, 576), (448, 1024)):
         plan = family.plan(checkpoint, tower, size)
         assert (plan.before.tokens, plan.after.tokens, plan.after.tiles) == (576, tokens, views)
