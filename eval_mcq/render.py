@@ -44,7 +44,7 @@ def rich_tables(grid: Grid, console: Console) -> list[Table]:
             parts[-1] = wider
         else:
             parts.append([*range(grid.fixed), *group])
-    return [_table(grid, columns, "\n") for columns in parts]
+    return [_table(grid, columns, "\n") for columns in parts or [list(range(len(grid.columns)))]]
 
 
 def _table(grid: Grid, columns: Sequence[int], gap: str) -> Table:

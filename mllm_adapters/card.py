@@ -46,9 +46,11 @@ def contract_rows(before: VisionContract, after: VisionContract) -> list[tuple[s
     """Name, before and after of everything in a vision contract, in words."""
 
     def words(c: VisionContract) -> list[tuple[str, str]]:
-        grid = c.image_size // c.patch_size
+        one_each = c.tokens == c.grid**2 + c.class_token
+        patches = f"{c.grid}x{c.grid}{' + class token' if c.class_token else ''}"
+        unit = "image" if c.tiles == 1 else f"tile, of at most {c.tiles}"
         return [
-            ("tokens per image", f"{c.tokens} ({grid}x{grid}{' + class token' if c.class_token else ''})"),
+            ("tokens", f"{c.tokens} per {unit} ({patches if one_each else f'from {patches} patches'})"),
             ("image", f"{c.image_size} px, patch {c.patch_size}"),
             ("resize", c.resize),
             ("mean", " ".join(f"{x:.4f}" for x in c.mean)),

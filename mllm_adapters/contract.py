@@ -159,6 +159,7 @@ class FamilySpec:
         name: Registry key, as typed after ``--mllm``.
         title: The name people write.
         hub_id: The published checkpoint that the bare family name stands for.
+        reads: The checkpoints that are read, in words.
         tower: Regular expression over parameter names of the loaded model: the vision tower.
         projector: Likewise: what reads the tower's features (trained by the projector stage).
         language_model: Likewise: the language model.
@@ -175,6 +176,7 @@ class FamilySpec:
     name: str
     title: str
     hub_id: str
+    reads: tuple[str, ...]
     tower: str
     projector: str
     language_model: str

@@ -1,5 +1,6 @@
 """The operations of a plan: how each target tensor is computed."""
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isqrt, sqrt
 from typing import cast
@@ -15,9 +16,6 @@ from mllm_adapters.contract import Operation, Plan, Step, VisionContract
 
 POSITIONS = "embeddings.position_embedding.weight"
 PATCHES = "embeddings.patch_embedding.weight"
-
-REINIT_SEED = 0
-
 
 def compute(plan: Plan, checkpoint: Checkpoint, steps: Sequence[Step]) -> Iterator[tuple[Step, Tensor]]:
     """The values of target tensors, one at a time.
@@ -108,7 +106,7 @@ def _extend_rows(step: Step, rows: Tensor) -> Tensor:
 
 
 def _reinit(step: Step) -> Tensor:
-    generator = torch.Generator().manual_seed(REINIT_SEED)
+    generator = torch.Generator().manual_seed(zlib.crc32(step.name.encode()))  # layers of one shape differ
     return torch.randn(step.shape, generator=generator) / sqrt(step.shape[-1])
 
 

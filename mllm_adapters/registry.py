@@ -15,14 +15,14 @@ from mllm_adapters.contract import FAMILY_KEY, Family
 FAMILIES: Mapping[str, str] = {
     "llava": "mllm_adapters.families.llava:LLAVA",
     "llava-med": "mllm_adapters.families.llava:LLAVA_MED",
+    "qwen-vl": "mllm_adapters.families.qwen_vl:QWEN_VL",
     "qwen2-vl": "mllm_adapters.families.qwen2_vl:QWEN2_VL",
-    "aya-vision": "mllm_adapters.families.aya_vision:AYA_VISION",
     "internvl": "mllm_adapters.families.internvl:INTERNVL",
-    "med-flamingo": "mllm_adapters.families.med_flamingo:MED_FLAMINGO",
     "mini-gemini": "mllm_adapters.families.mini_gemini:MINI_GEMINI",
     "instructblip": "mllm_adapters.families.instructblip:INSTRUCTBLIP",
-    "qwen-vl": "mllm_adapters.families.qwen_vl:QWEN_VL",
+    "med-flamingo": "mllm_adapters.families.med_flamingo:MED_FLAMINGO",
     "janus-pro": "mllm_adapters.families.janus_pro:JANUS_PRO",
+    "aya-vision": "mllm_adapters.families.aya_vision:AYA_VISION",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 
@@ -98,6 +98,8 @@ def family_of_model(model: Any) -> Family:
 
 
 def _recognised(config: Mapping[str, Any]) -> tuple[Family, str] | None:
+    if not config:  # stands for loose weights, see `Family.layout`
+        return None
     if config.get(FAMILY_KEY) in FAMILIES:
         marked = family(config[FAMILY_KEY])
         layout = marked.layout(config)

@@ -28,7 +28,7 @@ def test_a_swap_prints_its_plan_and_the_next_command(
     monkeypatch.chdir(tmp_path)
     outcome = invoke(main, "--mllm", tiny_llava, "--encoder", tower)
     assert outcome.code == 0, outcome.err
-    assert "tokens per image" in outcome.out
+    assert "per image" in outcome.out
     assert "Next: retrain-projector --model tiny-llava-mgll-tiny" in outcome.out
     assert (tmp_path / "tiny-llava-mgll-tiny" / "config.json").is_file()
     record = json.loads((tmp_path / "tiny-llava-mgll-tiny" / "mgll_swap.json").read_text())
