@@ -116,9 +116,9 @@ def load_processor(folder: Path) -> Any | None:
 
 
 def _complete_llava(processor: Any, where: Path) -> None:
-    """Tell a LlavaProcessor what older folders do not: without it, images expand to no, or to one token too few.
+    """Tell a LlavaProcessor what older folders leave out: without it, images become none, or one token too few.
 
-    Before release 4.46 the model counted the tokens; before 4.48 nothing said that CLIP has a class token.
+    See issues 34447 and 36002 of huggingface/transformers.
     """
     config = build_config(read_json(where), str(where))
     if processor.patch_size is None:

@@ -123,7 +123,7 @@ def _inner_folder(folder: Path) -> Path:
         names = ", ".join(path.name for path in inner)
         raise UserError(f"{folder} holds {len(inner)} checkpoints ({names}): pass the folder of one of them")
     if (folder / "adapter_config.json").is_file():
-        what = "is a PEFT adapter without the model's config.json"
+        what = "is a PEFT adapter without a config.json (LLaVA's own LoRA folders have one)"
         raise UserError(UNMERGED.format(folder=folder, what=what))
     if configs:
         detect(read_json(configs[0]), str(configs[0]))

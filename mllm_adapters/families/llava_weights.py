@@ -116,6 +116,10 @@ def find_weights(checkpoint: Checkpoint) -> Weights:
                 f"{folder} holds a whole model and a LoRA adapter: if the adapter is merged into it, remove "
                 f"{ADAPTER_CONFIG}; if not, keep each in a folder of its own"
             )
+        if checkpoint.find(BASE_PART):
+            raise UserError(
+                f"{folder} holds a whole model: --part {BASE_PART} is for projector-only and LoRA folders"
+            )
         return Weights("original", {name: name for name in checkpoint.tensors})
     if not adapted:
         return _with_base(
@@ -248,13 +252,14 @@ def _base_folder(checkpoint: Checkpoint, layout: str, name: str) -> Path:
     folder, what = checkpoint.folder, {"projector": "a projector", "lora": "a LoRA adapter"}[layout]
     found = checkpoint.find(BASE_PART, *([name] if name else []))
     if found is None or found.resolve() == folder.resolve():
-        named = f"'{name}', is neither beside it nor in the Hugging Face cache" if name else "is not named"
+        named = f" '{name}', which is neither beside it nor in the Hugging Face cache" if name else ""
         raise UserError(
-            f"{folder} holds {what} without its language model, which {named}: say where it is with "
-            f"--part {BASE_PART}=PATH"
+            f"{folder} holds {what} without its language model{named}: say where that is with --part {BASE_PART}=PATH"
         )
     if not (found / "config.json").is_file():
-        raise UserError(f"{found} (--part {BASE_PART}): expected a model folder with a config.json and weights")
+        raise UserError(
+            f"{found} (--part {BASE_PART}): expected a model folder with a config.json and weights"
+        )
     config, expected = read_json(found / "config.json"), text_model(checkpoint.config)
     kind = text_model(config) or str(config.get("model_type"))
     if kind != expected:
@@ -278,7 +283,9 @@ def _merge(
             f"{folder}: the adapter changes {name}, which the base model does not have: is it another one?"
         )
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
-        raise UserError(f"{folder}: the adapter changes {name}, which is not supported: merge it with PEFT first")
+        raise UserError(
+            f"{folder}: the adapter changes {name}, which is not supported: merge it with PEFT first"
+        )
     if set(pair) != {"A", "B"}:
         raise UserError(
             f"{folder}: the adapter has only one of two matrices for {name}: complete the download"
