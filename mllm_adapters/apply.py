@@ -31,10 +31,11 @@ REWRITTEN = (
     "preprocessor_config.json",
     "chat_template.json",
     "chat_template.jinja",
+    "adapter_config.json",
     CARD,
     PROVENANCE,
 )
-"""Side files that a swap writes anew; the source's others are copied."""
+"""Side files that a swap writes anew or, an adapter being merged, leaves out; the source's others are copied."""
 
 
 def apply_plan(

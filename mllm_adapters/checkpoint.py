@@ -73,14 +73,22 @@ class Checkpoint:
         self.config: dict[str, Any] = {} if loose else read_json(folder / "config.json")
 
     @cached_property
+    def partial(self) -> bool:
+        """Whether the folder holds nothing but extra weights (an adapter, a projector): the rest lies elsewhere."""
+        whole = self._loose or any((self.folder / name).is_file() for name in WEIGHTS)
+        return not whole and any((self.folder / name).is_file() for name in self.extra_weights)
+
+    @cached_property
     def files(self) -> list[Path]:
-        """The weight files that the index names, or the single one.
+        """The weight files that the index names, or the single one; none in a `partial` checkpoint.
 
         Raises:
             UserError: there are none, or one that the index names is missing.
         """
         if self._loose:
             return list(self._loose)
+        if self.partial:
+            return []
         if self._weights_file.suffix != ".json":
             return [self._weights_file]
         shards = sorted(set(self._weight_map.values()))
@@ -173,7 +181,7 @@ class Checkpoint:
     @cached_property
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> shard, as the index has it; empty where there is one file and no index."""
-        if self._loose:
+        if self._loose or self.partial:
             return {}
         if self._weights_file.suffix != ".json":
             return {}

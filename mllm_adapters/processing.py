@@ -7,7 +7,7 @@ from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.preprocess import image_processor, read_preprocessing
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
-from mllm_adapters.configs import LIBRARY_ERRORS
+from mllm_adapters.configs import LIBRARY_ERRORS, build_config
 from mllm_adapters.contract import VisionContract
 from mllm_adapters.planning import IMAGE_TOKEN
 
@@ -127,14 +127,31 @@ def load_processor(folder: Path) -> Any | None:
     Raises:
         UserError: it cannot be read.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, LlavaProcessor
 
     if not has_tokenizer(folder):
         return None
     try:
-        return AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
     except LIBRARY_ERRORS as error:
         raise UserError(f"the processor in {folder} cannot be read: {error!r}") from None
+    if isinstance(processor, LlavaProcessor):
+        _complete_llava(processor, folder / "config.json")
+    return processor
+
+
+def _complete_llava(processor: Any, where: Path) -> None:
+    """Tell a LlavaProcessor what older folders leave out: without it, images become none, or one token too few.
+
+    See issues 34447 and 36002 of huggingface/transformers.
+    """
+    config = build_config(read_json(where), str(where))
+    if processor.patch_size is None:
+        processor.patch_size = config.vision_config.patch_size
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    if config.vision_config.model_type == "clip_vision_model":
+        processor.num_additional_image_tokens = 1
 
 
 def text_side(folder: Path) -> tuple[Any, str | None, str] | None:
@@ -158,16 +175,16 @@ def text_side(folder: Path) -> tuple[Any, str | None, str] | None:
     return tokenizer, template, IMAGE_TOKEN
 
 
-def with_placeholder(tokenizer: Any, image_token_id: int) -> None:
+def with_placeholder(tokenizer: Any, image_token_id: int, image_token: str = IMAGE_TOKEN) -> None:
     """Give a tokenizer the image placeholder, and a padding token if it has none.
 
     Raises:
         UserError: the placeholder would not get the planned id.
     """
     tokenizer.add_special_tokens(
-        {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
+        {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
     )
-    check_placeholder(tokenizer, IMAGE_TOKEN, image_token_id)
+    check_placeholder(tokenizer, image_token, image_token_id)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 

@@ -26,6 +26,11 @@ FAMILIES: Mapping[str, str] = {
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 
+UNMERGED = (
+    "{folder} {what}: merge it into its base model first (PeftModel.from_pretrained(base, adapter)"
+    ".merge_and_unload().save_pretrained(merged)), and pass the merged folder"
+)
+
 LOOSE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -79,6 +84,8 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
     inner = _inner_folder(folder)
     if (inner / "config.json").is_file():
         found, layout = detect(read_json(inner / "config.json"), f"{inner}/config.json")
+        if layout == "transformers" and (inner / "adapter_config.json").is_file():
+            raise UserError(UNMERGED.format(folder=inner, what="holds a PEFT adapter (adapter_config.json)"))
         loose: tuple[Path, ...] = ()
     else:
         found, layout, loose = _loose(inner)
@@ -126,10 +133,8 @@ def _inner_folder(folder: Path) -> Path:
         names = ", ".join(path.name for path in inner)
         raise UserError(f"{folder} holds {len(inner)} checkpoints ({names}): pass the folder of one of them")
     if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder} is a PEFT adapter without the model's config.json: merge it into its base model first, and "
-            "pass the merged folder"
-        )
+        what = "is a PEFT adapter without a config.json (LLaVA's own LoRA folders have one)"
+        raise UserError(UNMERGED.format(folder=folder, what=what))
     if configs:
         detect(read_json(configs[0]), str(configs[0]))
     raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")

@@ -14,7 +14,7 @@ from mllm_adapters import parts
 from mllm_adapters.cli.swap import main
 from mllm_adapters.parts import resolve
 from tests.builders import invoke, refused
-from tests.mllm_adapters.test_swap import a_tower, original_llava
+from tests.mllm_adapters.llava_checkpoints import a_tower, original_llava
 
 
 @pytest.fixture
@@ -235,9 +235,9 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear': Input should be 'mlp2x_gelu'"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres': Input should be 'pad'"),
-        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
+        ({"mm_projector_type": "linear"}, "config.json says that the projector is linear, but"),
+        ({"image_aspect_ratio": "anyres"}, "LLaVA-OneVision cut an image into views (anyres)"),
+        ({"mm_use_im_start_end": True}, "its tokenizer does not have them within the"),
         ({"mm_vision_tower": None}, "mm_vision_tower is None: Input should be a valid string"),
         ({"mm_vision_select_layer": "x"}, "mm_vision_select_layer is 'x': Input should be a valid integer"),
         ({"num_hidden_layers": "two"}, "Field 'num_hidden_layers' expected int"),
@@ -260,7 +260,7 @@ def test_an_unsupported_variant_is_refused_by_field(
 
 
 def test_a_tensor_that_is_no_part_of_llava_is_refused(golden: Path, tower: Path, tmp_path: Path) -> None:
-    source = original_llava(golden, "llava", tmp_path / "original", sharded=False)
+    source = original_llava(golden, "llava", tmp_path / "original", safetensors=True)
     weights = load_file(source / "model.safetensors")
     save_file({**weights, "model.resampler.query": torch.zeros(2)}, source / "model.safetensors")
     message = refused(main, "--mllm", source, "--encoder", tower, "--out", tmp_path / "out")

@@ -90,8 +90,21 @@ def parts(case: Case, golden_case: Golden) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def original(golden_case: Golden, parts: dict[str, Path]) -> Any:
-    model, processor = load_mllm(golden_case.folder, dtype=torch.float32, parts=parts)
+def source(
+    case: Case, golden_case: Golden, parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    if not case.converted:
+        return golden_case.folder
+    checkpoint, family, _ = open_checkpoint(golden_case.folder, parts)
+    parts.clear()  # the converted checkpoint is whole
+    return apply_plan(
+        family.plan(checkpoint), family, checkpoint, tmp_path_factory.mktemp("whole") / case.name
+    )
+
+
+@pytest.fixture(scope="module")
+def original(source: Path, parts: dict[str, Path]) -> Any:
+    model, processor = load_mllm(source, dtype=torch.float32, parts=parts)
     assert processor is None, "the golden folders hold no tokenizer"
     return model
 
@@ -100,12 +113,12 @@ def original(golden_case: Golden, parts: dict[str, Path]) -> Any:
 def swapped(
     case: Case,
     golden: Path,
-    golden_case: Golden,
+    source: Path,
     parts: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Swapped:
     encoder = next((golden / "mgll_official").glob("*.pth"))
-    checkpoint, family, _ = open_checkpoint(golden_case.folder, parts)
+    checkpoint, family, _ = open_checkpoint(source, parts)
     plan = family.plan(checkpoint, inspect_tower(encoder), None, case.target)
     folder = apply_plan(plan, family, checkpoint, tmp_path_factory.mktemp("swap") / case.name)
     model, _ = load_mllm(folder, dtype=torch.float32)

@@ -59,6 +59,7 @@ class Case:
         sequences: The golden sequences.
         parts: ``--part`` options, name -> path below the golden folder.
         tolerance: Largest absolute difference, with the reason beside the row where it is more than 1e-4.
+        converted: Whether the golden folder is converted first, so that the row is about the transformers layout.
         reswap: Whether a swapped checkpoint can take another tower (it can, as long as its family reads it).
         build: Writes a tiny checkpoint with what its stock class makes of it, for layouts that transformers reads
             itself and that have no golden folder.
@@ -77,5 +78,6 @@ class Case:
     sequences: tuple[str, ...] = ("seq0", "seq1")
     parts: Mapping[str, str] | None = None
     tolerance: float = 1e-4
+    converted: bool = False
     reswap: bool = True
     build: Callable[[Path], Golden] | None = None

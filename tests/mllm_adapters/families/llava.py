@@ -43,8 +43,9 @@ def tower(model: nn.Module) -> nn.Module:
 
 CASES = tuple(
     Case(
-        name=name, golden=name, features=features, tokens=tokens, inputs=inputs, logits=logits, tower=tower,
-        stock=True,
+        name=name + suffix, golden=name, features=features, tokens=tokens, inputs=inputs, logits=logits,
+        tower=tower, stock=True, converted=converted,
     )
     for name in ("llava", "llava_med")
+    for suffix, converted in (("", False), ("_transformers", True))
 )  # fmt: skip

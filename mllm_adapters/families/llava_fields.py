@@ -1,0 +1,164 @@
+"""LLaVA: what counts in its configuration files, and which checkpoints are close to it but something else.
+
+Fields and defaults after LLaVA c121f04 (llava/model/builder.py, llava/model/multimodal_projector/builder.py),
+LLaVA-Med v1.0.0 (llava/model/llava.py) and PEFT's LoraConfig.
+"""
+
+import re
+from collections.abc import Mapping
+from math import sqrt
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.configs import read_fields
+
+SUPPORTED = (
+    "liuhaotian/llava-v1.5-7b, llava-hf/llava-1.5-7b-hf or microsoft/llava-med-v1.5-mistral-7b would work"
+)
+
+TEXT_MODELS: Mapping[str, str] = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
+"""``architectures[0]`` of the original layout -> transformers model_type of its language model."""
+
+LANGUAGE_MODELS = r"(Llama|Mistral)ForCausalLM"
+
+CLOSE: tuple[tuple[str, str], ...] = (
+    (
+        r"llava_?next|llava_?onevision|llava_?qwen",
+        "LLaVA-NeXT and LLaVA-OneVision cut an image into views (anyres), which is not supported",
+    ),
+    (r"llava_?mpt", "LLaVA on an MPT language model is not supported, on LLaMA/Vicuna and Mistral it is"),
+    (r"llava_?(mixtral|gemma)", "LLaVA on this language model is not supported, on LLaMA/Vicuna and Mistral it is"),
+    (r"vip_?llava", "ViP-LLaVA reads several layers of its tower side by side, which is not supported"),
+    (r"video_?llava", "Video-LLaVA has two towers, which is not supported"),
+)  # fmt: skip
+"""Pattern over model_type and architectures -> why it is refused."""
+
+
+class CommonFields(BaseModel):
+    """What counts in a config.json of either layout."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    quantization_config: None = None
+
+
+class OriginalFields(CommonFields):
+    """What counts in an original config.json, with the original code's defaults and the values that are known here."""
+
+    architectures: list[str]
+    mm_vision_tower: str = Field(min_length=1)
+    mm_projector_type: Literal["mlp2x_gelu", "linear"] = "linear"
+    mm_vision_select_layer: int | None = None
+    mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
+    image_aspect_ratio: Literal["pad", "square"] | None = None
+    mm_use_im_start_end: bool = False
+    unfreeze_mm_vision_tower: bool | None = False
+    tie_word_embeddings: bool = False
+
+    @property
+    def feature_layer(self) -> int:
+        """Index into the tower's hidden states; the first release fell back to the last layer."""
+        if self.mm_vision_select_layer is not None:
+            return self.mm_vision_select_layer
+        return -2 if "mm_projector_type" in self.model_fields_set else -1
+
+
+class NativeFields(CommonFields):
+    """What counts in a config.json of the transformers layout, with the defaults of ``LlavaConfig``."""
+
+    vision_config: dict[str, Any]
+    text_config: dict[str, Any]
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    image_token_index: int | None = None
+    image_token_id: int | None = None
+
+    @property
+    def placeholder(self) -> int:
+        """Id of the image placeholder, under its old or its new name."""
+        return next((i for i in (self.image_token_index, self.image_token_id) if i is not None), 32000)
+
+
+class AdapterFields(BaseModel):
+    """What counts in an adapter_config.json; variants that change more than ``W + scale * B @ A`` are refused."""
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None = None
+    r: int = Field(gt=0)
+    lora_alpha: float
+    use_rslora: bool = False
+    use_dora: Literal[False] = False
+    fan_in_fan_out: Literal[False] = False
+    bias: Literal["none"] = "none"
+    lora_bias: Literal[False] = False
+    rank_pattern: dict[str, int] = Field(default_factory=dict, max_length=0)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, max_length=0)
+    init_lora_weights: bool | Literal["gaussian"] = True
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product of the two matrices."""
+        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+
+
+def original_fields(config: Mapping[str, Any], where: str) -> OriginalFields:
+    """The fields of an original config.json.
+
+    Raises:
+        UserError: a field is missing, of another type, or has a value that is not known here.
+    """
+    if "anyres" in str(config.get("image_aspect_ratio")):
+        raise UserError(
+            f"{where}: image_aspect_ratio is {config['image_aspect_ratio']!r}: {CLOSE[0][1]}: {SUPPORTED}"
+        )
+    if re.search(r"biomed_?clip", str(config.get("mm_vision_tower")), re.IGNORECASE):
+        raise UserError(
+            f"{where}: mm_vision_tower is {config['mm_vision_tower']!r}: checkpoints with a BiomedCLIP tower are not "
+            f"supported, those with OpenAI's CLIP are: {SUPPORTED}"
+        )
+    return read_fields(OriginalFields, config, where)
+
+
+def text_model(config: Mapping[str, Any]) -> str | None:
+    """The transformers model_type of the language model in an original configuration; None for all others."""
+    names = config.get("architectures")
+    return TEXT_MODELS.get(str(names[0])) if isinstance(names, list) and names else None
+
+
+def first_release(config: Mapping[str, Any]) -> bool:
+    """Whether an original configuration is older than the choice of projectors: a single Linear, prompts with ###."""
+    return "mm_projector_type" not in config
+
+
+def owner(config: Mapping[str, Any]) -> str | None:
+    """Registry name of the family that an original configuration belongs to, or None.
+
+    LLaVA-Med v1.0 has LLaVA's architecture and keys; only the name that it was saved under tells them apart.
+    """
+    if text_model(config) is None or "mm_vision_tower" not in config:
+        return None
+    named = re.search(r"llava[-_ ]?med", str(config.get("_name_or_path")), re.IGNORECASE)
+    medical = text_model(config) == "mistral" or (first_release(config) and named)
+    return "llava-med" if medical else "llava"
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint that is close to LLaVA is not one of those read here, and what would work; None for others."""
+    names = config.get("architectures")
+    described = " ".join([str(config.get("model_type")), *(names if isinstance(names, list) else [])])
+    for pattern, reason in CLOSE:
+        if re.search(pattern, described, re.IGNORECASE):
+            return f"{reason}: {SUPPORTED}"
+    if text_model(config) is not None:
+        return (
+            "config.json names no vision tower: set mm_vision_tower to the one that it was trained with "
+            "(LLaVA-Med v1.0: openai/clip-vit-large-patch14)"
+        )
+    if isinstance(names, list) and names and re.fullmatch(LANGUAGE_MODELS, str(names[0])):
+        return (
+            "this is a language model, without vision tower and projector: pass a multimodal model made of it; beside "
+            "LLaVA's projector-only and LoRA folders it is --part base=PATH"
+        )
+    return None

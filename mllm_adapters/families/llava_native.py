@@ -1,0 +1,113 @@
+"""LLaVA in the transformers layout (llava-hf, and what this project writes): another tower in it."""
+
+from pathlib import Path
+
+from mgll_encoder import TowerHeader
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import TowerSpec, checked
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import build_config, read_fields, tower_config
+from mllm_adapters.contract import FAMILY_KEY, Dropped, Plan
+from mllm_adapters.families.llava_fields import NativeFields
+from mllm_adapters.families.llava_weights import READER
+from mllm_adapters.planning import (
+    HostTower,
+    after_swap,
+    contract_of,
+    kept,
+    refit_reader,
+    swap_notes,
+    tower_steps,
+)
+from mllm_adapters.processing import has_tokenizer, host_pixels
+
+CLASS_EMBEDDING = "embeddings.class_embedding"
+
+CLASS_TOKEN = {"default": False, "full": True}
+"""``vision_feature_select_strategy`` -> class token among the features."""
+
+
+def plan_native(
+    family: str, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None
+) -> Plan:
+    """Plan a swap in a checkpoint that transformers reads as it is.
+
+    Args:
+        family: Registry name of the family.
+        checkpoint: The checkpoint; its tensors keep their names, of whichever release they are.
+        tower: The new tower.
+        image_size: Its input side in pixels, or None for the host's patch grid.
+
+    Raises:
+        UserError: there is nothing to do, or configuration and weights do not belong together.
+    """
+    config = checkpoint.config
+    if tower is None:
+        raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
+    fields = read_fields(NativeFields, config, f"{checkpoint.folder}/config.json")
+    prefix = _tower_prefix(checkpoint)
+    old = [h for h in checkpoint.tensors.values() if h.name.startswith(prefix)]
+    dtype = checkpoint.tensors[prefix + CLASS_EMBEDDING].dtype
+    host = _native_tower(checkpoint, prefix)
+    class_token = CLASS_TOKEN[fields.vision_feature_select_strategy]
+    before = contract_of(host.spec, fields.vision_feature_layer, class_token)
+    after = after_swap(before, tower, image_size)
+    rest = [kept(h) for h in checkpoint.tensors.values() if not h.name.startswith(prefix)]
+    weights = (s.name for s in rest if s.name.endswith(f"{READER}.weight"))
+    reader = next(weights, READER).removesuffix(".weight")
+    steps, readers = refit_reader(rest, reader, before, after, checkpoint.folder)
+    tokenizer = has_tokenizer(checkpoint.folder)
+    return Plan(
+        family=family,
+        layout="transformers",
+        source=checkpoint.folder,
+        tower=tower.source,
+        swapped=True,
+        steps=(*steps, *tower_steps(tower, prefix, after, dtype)),
+        dropped=tuple(Dropped(name=h.name, reason="replaced by the new tower") for h in old),
+        config={
+            **{key: value for key, value in config.items() if key != "auto_map"},
+            FAMILY_KEY: family,
+            "vision_config": tower_config(tower.spec, after),
+            "image_seq_length": after.tokens,
+        },
+        before=before,
+        after=after,
+        image_token_id=fields.placeholder,
+        processor="the source's, with the new preprocessing" if tokenizer else None,
+        readers=readers,
+        notes=(*host.notes, *swap_notes(tower, after)),
+    )
+
+
+def _tower_prefix(checkpoint: Checkpoint) -> str:
+    found = [n.removesuffix(CLASS_EMBEDDING) for n in checkpoint.tensors if n.endswith(CLASS_EMBEDDING)]
+    if len(found) != 1 or "vision_tower." not in found[0]:
+        raise UserError(
+            f"{checkpoint.folder}: expected one CLIP vision tower under vision_tower, found {len(found)}: "
+            "only CLIP towers can be replaced in this layout"
+        )
+    return found[0]
+
+
+def _native_tower(checkpoint: Checkpoint, prefix: str) -> HostTower:
+    """Geometry of the tower in a transformers checkpoint, from its configuration and image processor."""
+    where: Path = checkpoint.folder / "config.json"
+    vision = build_config(checkpoint.config, str(where)).vision_config.to_dict()
+    pixels, notes = host_pixels(checkpoint.folder, vision["image_size"])
+    geometry = {
+        "width": vision["hidden_size"],
+        "depth": vision["num_hidden_layers"],
+        "heads": vision["num_attention_heads"],
+        "mlp_width": vision["intermediate_size"],
+        "patch_size": vision["patch_size"],
+        "activation": vision["hidden_act"],
+    }
+    spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, where)
+    positions = checkpoint.tensors[f"{prefix}embeddings.position_embedding.weight"]
+    if positions.shape != (spec.patches + 1, spec.width):
+        raise UserError(
+            f"{checkpoint.folder}: config.json describes a tower of {spec.grid}x{spec.grid} patches and width "
+            f"{spec.width}, but {positions.name} has shape {list(positions.shape)}"
+        )
+    return HostTower("vision_tower", spec, None, notes)

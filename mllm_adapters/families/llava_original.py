@@ -1,0 +1,237 @@
+"""LLaVA and LLaVA-Med in their original layout: conversion to the transformers layout, with another tower or not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder import TowerHeader
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import Resize
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import text_config, tower_config
+from mllm_adapters.contract import FAMILY_KEY, Dropped, Plan
+from mllm_adapters.families.llava_fields import OriginalFields, first_release, original_fields, text_model
+from mllm_adapters.families.llava_weights import (
+    BASE_PART,
+    READER,
+    VOCABULARY_TENSORS,
+    Sorted,
+    Weights,
+    check_applied,
+    find_weights,
+    identity_layer,
+    original_steps,
+    sort_names,
+)
+from mllm_adapters.planning import (
+    IMAGE_TOKEN,
+    HostTower,
+    after_swap,
+    contract_of,
+    dtype_name,
+    external_tower,
+    image_row,
+    kept,
+    refit_reader,
+    swap_notes,
+    tower_steps,
+)
+from mllm_adapters.processing import has_tokenizer, load_tokenizer
+
+TOWER_PREFIX = "vision_tower.vision_model."
+"""Prefix of tower keys that every transformers release since 4.37 reads."""
+
+PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
+"""Tokens of the first releases: one per visual token, and around them (llava/model/llava.py)."""
+
+CLASS_TOKEN = {"patch": False, "cls_patch": True}
+"""``mm_vision_select_feature`` -> class token among the features."""
+
+ACTIVATIONS = {"linear": "linear", "mlp2x_gelu": "gelu"}
+"""``mm_projector_type`` -> activation between the projector's layers."""
+
+PROMPT_NOTE = (
+    "the prompt is that of the first releases (Human and Assistant between ###); config.json does not tell whether a "
+    "fine-tune was trained with another one: if so, edit chat_template.jinja"
+)
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """The image placeholder in the target.
+
+    Attributes:
+        token: Its text.
+        id: Its id.
+        rows: Rows of the vocabulary in the target.
+        note: How it comes about.
+    """
+
+    token: str
+    id: int
+    rows: int
+    note: str
+
+
+def plan_original(
+    family: str,
+    checkpoint: Checkpoint,
+    tower: TowerHeader | None,
+    image_size: int | None,
+    *,
+    reads_trained_tower: bool,
+) -> Plan:
+    """Plan the conversion of an original checkpoint, with another tower in it or its own.
+
+    Args:
+        family: Registry name of the family.
+        checkpoint: Whole checkpoint, projector-only folder or LoRA folder.
+        tower: The new tower; None for the one that the original code would use.
+        image_size: Its input side in pixels, or None for the host's patch grid.
+        reads_trained_tower: Whether the original code, told that the tower was trained, takes it from the shards.
+
+    Raises:
+        UserError: the checkpoint is of a variant that is not supported, or lacks something.
+    """
+    config = checkpoint.config
+    where = f"{checkpoint.folder}/config.json"
+    fields = original_fields(config, where)
+    weights = find_weights(checkpoint)
+    found = sort_names(weights, checkpoint.folder)
+    _check_variant(checkpoint, fields, weights, found)
+    trained = reads_trained_tower and bool(fields.unfreeze_mm_vision_tower and found.inside)
+    host = _host_tower(checkpoint, fields, inside=bool(found.inside), trained=trained, needed=tower is None)
+    before = contract_of(host.spec, fields.feature_layer, CLASS_TOKEN[fields.mm_vision_select_feature])
+    after = after_swap(before, tower, image_size)
+
+    def header(target: str) -> Any:
+        return checkpoint.header(weights.sources[found.names[target]])
+
+    embeddings = [header(name) for name in VOCABULARY_TENSORS if name in found.names]
+    tokenizer = load_tokenizer(tokenizer_folder(checkpoint.folder, checkpoint.parts))
+    image = _placeholder(checkpoint, fields, tokenizer, max(h.shape[0] for h in embeddings))
+    steps = original_steps(checkpoint, weights, found.names, image.rows)
+    steps, readers = refit_reader(steps, READER, before, after, checkpoint.folder)
+    dtype = embeddings[0].dtype if weights.base else header(f"{READER}.weight").dtype
+    if found.projector == "linear":
+        steps += identity_layer(dtype_name(dtype), header(f"{READER}.weight").shape[0])
+    new, dropped = tower or host.header, [*weights.dropped, *found.dropped]
+    if new is None:
+        own = {key: weights.sources[name] for key, name in found.inside.items()}
+        steps += [kept(checkpoint.header(source), TOWER_PREFIX + key) for key, source in own.items()]
+    else:
+        steps += tower_steps(new, TOWER_PREFIX, after, dtype)
+        reason = "replaced by the new tower" if tower else f"the original code reads {host.name} instead"
+        dropped += [Dropped(name=weights.sources[name], reason=reason) for name in found.inside.values()]
+
+    return Plan(
+        family=family,
+        layout=weights.layout,
+        source=checkpoint.folder,
+        tower=new.source if new else None,
+        swapped=tower is not None,
+        parts=dict(checkpoint.parts),
+        steps=tuple(steps),
+        dropped=tuple(dropped),
+        config={
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            FAMILY_KEY: family,
+            "dtype": dtype_name(embeddings[0].dtype),
+            "vision_config": tower_config(new.spec if new else host.spec, after),
+            "text_config": text_config(str(text_model(config)), config, image.rows, where),
+            "vision_feature_layer": after.feature_layer,
+            "vision_feature_select_strategy": "full" if after.class_token else "default",
+            "projector_hidden_act": ACTIVATIONS[found.projector],
+            "multimodal_projector_bias": True,
+            "image_token_index": image.id,
+            "image_seq_length": after.tokens,
+            "tie_word_embeddings": fields.tie_word_embeddings,
+        },
+        before=before,
+        after=after,
+        image_token_id=image.id,
+        processor=f"LlavaProcessor with the source's {type(tokenizer).__name__}" if tokenizer else None,
+        readers=readers,
+        notes=(
+            *weights.notes,
+            *host.notes,
+            *swap_notes(tower, after),
+            image.note,
+            *([PROMPT_NOTE] if tokenizer and first_release(config) else []),
+        ),
+    )
+
+
+def tokenizer_folder(source: Path, parts: Mapping[str, Path]) -> Path:
+    """The folder whose tokenizer counts: the checkpoint's or, where it has none, that of its base model."""
+    return parts[BASE_PART] if BASE_PART in parts and not has_tokenizer(source) else source
+
+
+def placeholder_token(tokenizer: Any, image_token_id: int) -> str:
+    """The text of a planned placeholder."""
+    return PATCH_TOKEN if tokenizer.get_vocab().get(PATCH_TOKEN) == image_token_id else IMAGE_TOKEN
+
+
+def image_markup(config: Mapping[str, Any], token: str) -> str:
+    """What a prompt holds for an image, in a checkpoint with this original configuration."""
+    return f"{START_TOKEN}{token}{END_TOKEN}" if config.get("mm_use_im_start_end") else token
+
+
+def _check_variant(checkpoint: Checkpoint, fields: OriginalFields, weights: Weights, found: Sorted) -> None:
+    if found.projector != fields.mm_projector_type:
+        raise UserError(
+            f"{checkpoint.folder}: config.json says that the projector is {fields.mm_projector_type}, but the tensors "
+            f"are those of {found.projector}: configuration and weights do not belong together"
+        )
+    if fields.mm_use_im_start_end and weights.base is not None:
+        raise UserError(
+            f"{checkpoint.folder}/config.json: mm_use_im_start_end is true, but the rows of {START_TOKEN} and "
+            f"{END_TOKEN} are not in the base model's vocabulary: pass the whole (merged) checkpoint"
+        )
+    if first_release(checkpoint.config):
+        check_applied(checkpoint, weights)
+
+
+def _placeholder(
+    checkpoint: Checkpoint, fields: OriginalFields, tokenizer: Any | None, vocabulary: int
+) -> Placeholder:
+    vocab: Mapping[str, int] = tokenizer.get_vocab() if tokenizer else {}
+    known = [token for token in (START_TOKEN, END_TOKEN) if vocab.get(token, vocabulary) < vocabulary]
+    if fields.mm_use_im_start_end and len(known) < 2:
+        lacks = (
+            f"its tokenizer does not have them within the {vocabulary} rows of the vocabulary"
+            if tokenizer
+            else ("it holds no tokenizer that tells their ids")
+        )
+        raise UserError(
+            f"{checkpoint.folder}: config.json has mm_use_im_start_end, so that prompts need {START_TOKEN} and "
+            f"{END_TOKEN}, but {lacks}: add the tokenizer files that this checkpoint was published with"
+        )
+    if vocab.get(PATCH_TOKEN, vocabulary) < vocabulary:
+        note = f"the image placeholder is the tokenizer's own {PATCH_TOKEN} = {vocab[PATCH_TOKEN]}"
+        return Placeholder(PATCH_TOKEN, vocab[PATCH_TOKEN], vocabulary, note)
+    token_id, rows = image_row(tokenizer, vocabulary)
+    added = (
+        f"the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of the old ones); "
+        if rows > vocabulary
+        else ""
+    )
+    return Placeholder(
+        IMAGE_TOKEN, token_id, rows, f"{added}the image placeholder is {IMAGE_TOKEN} = {token_id}, not -200"
+    )
+
+
+def _host_tower(
+    checkpoint: Checkpoint, fields: OriginalFields, *, inside: bool, trained: bool, needed: bool
+) -> HostTower:
+    """The tower the original code would use: the one it names, unless it was trained and lies in the shards."""
+    resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
+    host = external_tower(fields.mm_vision_tower, checkpoint, resize, needed=needed and not inside)
+    if trained:
+        return replace(host, header=None, notes=("the host's own tower was trained and is in its shards",))
+    if needed and host.header is None:
+        note = f"the original code reads {host.name}, which is not on this machine: the tower in the shards is taken"
+        return replace(host, notes=(*host.notes, note))
+    return host

@@ -1,0 +1,329 @@
+"""LLaVA in its original layout: which tensors there are, wherever they lie, and what transformers calls them.
+
+Three kinds of folders: whole checkpoints, projectors (``mm_projector.bin``) and LoRA adapters; the latter two need
+the language model that they were trained on. After LLaVA c121f04 (llava/model/builder.py, llava/train/train.py).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import read_fields
+from mllm_adapters.contract import Dropped, Step
+from mllm_adapters.families.llava_fields import AdapterFields, text_model
+from mllm_adapters.planning import dtype_name, kept
+
+READER = "multi_modal_projector.linear_1"
+SECOND = "multi_modal_projector.linear_2"
+
+EMBEDDINGS = "language_model.model.embed_tokens.weight"
+VOCABULARY_TENSORS = (EMBEDDINGS, "language_model.lm_head.weight")
+
+BASE_PART = "base"
+"""Name in ``--part`` of the language model that a projector or an adapter was trained on."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PARTIAL_WEIGHTS = ("mm_projector.bin", "non_lora_trainables.bin", *ADAPTER_WEIGHTS)
+
+PROJECTORS: Mapping[str, Mapping[str, str]] = {
+    "linear": {"": "linear_1"},
+    "mlp2x_gelu": {"0": "linear_1", "2": "linear_2"},
+}
+"""``mm_projector_type`` -> its layers -> those of transformers' LlavaMultiModalProjector."""
+
+ORIGINAL_TOWER = re.compile(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)")
+ORIGINAL_PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
+LORA_MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+
+ORIGINAL_NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (
+    (re.compile(r".*rotary_emb\.inv_freq"), None),
+    (re.compile(r"model\.image_newline"), None),
+    (re.compile(r"model\.((?:embed_tokens|layers|norm)\..+)"), r"language_model.model.\1"),
+    (re.compile(r"lm_head\.(.+)"), r"language_model.lm_head.\1"),
+)
+"""Original name -> transformers name; None for what is left out on purpose: the rotary table is recomputed from the
+configuration, and ``image_newline`` belongs to the anyres modes, which are refused."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A weight and the LoRA update that is added to it: ``scale * up @ down``, names as `Checkpoint` knows them."""
+
+    down: str
+    up: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a whole original checkpoint, wherever they lie.
+
+    Attributes:
+        layout: What kind of folder it is.
+        sources: Name in a whole original checkpoint -> name as `Checkpoint` knows it.
+        merges: Likewise -> the LoRA update that is added.
+        dropped: Tensors that others take the place of.
+        base: The language model's folder, where that is another one.
+        notes: What the user should know.
+    """
+
+    layout: str
+    sources: dict[str, str]
+    merges: dict[str, Merge] = field(default_factory=dict)
+    dropped: tuple[Dropped, ...] = ()
+    base: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Those tensors by what they become.
+
+    Attributes:
+        names: Target name -> original name.
+        inside: Key of a tower tensor -> original name.
+        dropped: What is left out on purpose.
+        projector: ``mm_projector_type`` that the tensors are of.
+    """
+
+    names: dict[str, str]
+    inside: dict[str, str]
+    dropped: tuple[Dropped, ...]
+    projector: str
+
+
+def find_weights(checkpoint: Checkpoint) -> Weights:
+    """The tensors of a checkpoint, those of its base model included.
+
+    Raises:
+        UserError: the base model is missing or another one than expected, the adapter is incomplete or of an
+            unknown kind, or the folder holds both whole weights and an adapter.
+    """
+    folder = checkpoint.folder
+    adapted = (folder / ADAPTER_CONFIG).is_file()
+    if adapted and not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise UserError(
+            f"{folder} holds {ADAPTER_CONFIG} but not {' or '.join(ADAPTER_WEIGHTS)}: complete the download"
+        )
+    if not checkpoint.partial:
+        if adapted:
+            raise UserError(
+                f"{folder} holds a whole model and a LoRA adapter: if the adapter is merged into it, remove "
+                f"{ADAPTER_CONFIG}; if not, keep each in a folder of its own"
+            )
+        if checkpoint.find(BASE_PART):
+            raise UserError(
+                f"{folder} holds a whole model: --part {BASE_PART} is for projector-only and LoRA folders"
+            )
+        return Weights("original", {name: name for name in checkpoint.tensors})
+    if not adapted:
+        return _with_base(
+            checkpoint, "projector", str(checkpoint.config.get("_name_or_path") or ""), checkpoint.tensors
+        )
+    where = f"{folder}/{ADAPTER_CONFIG}"
+    fields = read_fields(AdapterFields, read_json(folder / ADAPTER_CONFIG), where)
+    halves: dict[str, dict[str, str]] = {}
+    others = []
+    for name in checkpoint.tensors:
+        if match := LORA_MATRIX.fullmatch(name):
+            halves.setdefault(f"{_bare(match[1])}.weight", {})[match[2]] = name
+        else:
+            others.append(name)
+    whole = _with_base(checkpoint, "lora", fields.base_model_name_or_path or "", others)
+    merges = {name: _merge(checkpoint, whole.sources, name, pair, fields) for name, pair in halves.items()}
+    note = f"{len(merges)} tensors of the language model are merged with LoRA (rank {fields.r}, scale {fields.scale:g})"
+    return Weights("lora", whole.sources, merges, whole.dropped, whole.base, (*whole.notes, note))
+
+
+def sort_names(weights: Weights, where: Path) -> Sorted:
+    """What becomes of each tensor.
+
+    Raises:
+        UserError: a tensor is unknown, or the embedding or the projector is missing.
+    """
+    names: dict[str, str] = {}
+    dropped: list[Dropped] = []
+    inside: dict[str, str] = {}
+    projector: dict[tuple[str, str], str] = {}
+    for original, source in weights.sources.items():
+        if match := ORIGINAL_TOWER.fullmatch(original):
+            if not original.endswith("position_ids"):
+                inside[match[1]] = original
+        elif match := ORIGINAL_PROJECTOR.fullmatch(original):
+            projector[match[1] or "", match[2]] = original
+        elif (target := _language_model_name(original, where)) is None:
+            dropped.append(Dropped(name=source, reason="not part of the transformers layout"))
+        else:
+            names[target] = original
+    if EMBEDDINGS not in names:
+        raise UserError(
+            f"{weights.base or where} has no {EMBEDDINGS.removeprefix('language_model.')}: is it complete?"
+        )
+    kind = _projector_kind({layer for layer, _ in projector}, where)
+    for (layer, what), original in projector.items():
+        names[f"multi_modal_projector.{PROJECTORS[kind][layer]}.{what}"] = original
+    return Sorted(names, inside, tuple(dropped), kind)
+
+
+def original_steps(
+    checkpoint: Checkpoint, weights: Weights, names: Mapping[str, str], rows: int
+) -> list[Step]:
+    """Steps for everything but the tower; what comes with a base model takes that one's dtype.
+
+    Args:
+        checkpoint: The checkpoint.
+        weights: Its tensors.
+        names: Target name -> original name.
+        rows: Rows of the vocabulary.
+    """
+    dtype = dtype_name(checkpoint.header(weights.sources[names[EMBEDDINGS]]).dtype)
+    steps = []
+    for target, original in names.items():
+        header = checkpoint.header(weights.sources[original])
+        step = kept(header, target, rows if target in VOCABULARY_TENSORS else None)
+        if merge := weights.merges.get(original):
+            made = {"operation": "lora", "arguments": {"scale": merge.scale}}
+            step = step.model_copy(update={**made, "sources": (header.name, merge.down, merge.up)})
+        steps.append(step if weights.base is None else step.model_copy(update={"dtype": dtype}))
+    return steps
+
+
+def identity_layer(dtype: str, width: int) -> list[Step]:
+    """Steps for the second layer of a projector that has only one: the identity, as is its activation."""
+    return [
+        Step(name=f"{SECOND}.weight", dtype=dtype, shape=(width, width), operation="identity"),
+        Step(name=f"{SECOND}.bias", dtype=dtype, shape=(width,), operation="zeros"),
+    ]
+
+
+def check_applied(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Refuse a delta that has not been added to its LLaMA; the first releases were published as such.
+
+    Names and shapes are those of the whole model. One vector is read: fine-tuning moves the weights of the final
+    normalisation, which are about 1, by hundredths at most.
+
+    Raises:
+        UserError: it is such a delta.
+    """
+    norm = weights.sources.get("model.norm.weight")
+    size = float(checkpoint.read(norm).float().abs().mean()) if norm else 1.0
+    if size < 0.1:
+        raise UserError(
+            f"{checkpoint.folder}: the weights of the final normalisation are {size:.3g} on average, expected about 1: "
+            "this looks like a delta that has not been added to its LLaMA; apply it (llava.model.apply_delta in the "
+            "repository that published it) and pass the folder that it writes"
+        )
+
+
+def _with_base(
+    checkpoint: Checkpoint, layout: str, name: str, own: list[str] | Mapping[str, object]
+) -> Weights:
+    """The tensors of the base model, replaced and completed by the folder's own.
+
+    Args:
+        checkpoint: The folder.
+        layout: What kind of folder it is.
+        name: What it calls its base model.
+        own: Names of its own tensors, as on disk.
+    """
+    base = _base_folder(checkpoint, layout, name)
+    sources = {original: header.name for original, header in checkpoint.attach(BASE_PART, base).items()}
+    mine = {_bare(name): name for name in own}
+    hidden = {
+        n for n in sources if n in mine or ("mm_projector" in n and any("mm_projector" in m for m in mine))
+    }
+    dropped = tuple(
+        Dropped(name=sources[n], reason=f"the {layout} folder has its own") for n in sources if n in hidden
+    )
+    kept_of_base = {n: source for n, source in sources.items() if n not in hidden}
+    called = (
+        name if name and "snapshots" in base.parts else base.absolute().name
+    )  # in the cache, a commit's hash
+    notes = (f"the language model is {called}",)
+    return Weights(layout, {**kept_of_base, **mine}, dropped=dropped, base=base, notes=notes)
+
+
+def _base_folder(checkpoint: Checkpoint, layout: str, name: str) -> Path:
+    folder, what = checkpoint.folder, {"projector": "a projector", "lora": "a LoRA adapter"}[layout]
+    found = checkpoint.find(BASE_PART, *([name] if name else []))
+    if found is None or found.resolve() == folder.resolve():
+        named = f" '{name}', which is neither beside it nor in the Hugging Face cache" if name else ""
+        raise UserError(
+            f"{folder} holds {what} without its language model{named}: say where that is with --part {BASE_PART}=PATH"
+        )
+    if not (found / "config.json").is_file():
+        raise UserError(
+            f"{found} (--part {BASE_PART}): expected a model folder with a config.json and weights"
+        )
+    config, expected = read_json(found / "config.json"), text_model(checkpoint.config)
+    kind = text_model(config) or str(config.get("model_type"))
+    if kind != expected:
+        raise UserError(
+            f"{found} (model_type {config.get('model_type')!r}) is not what {folder} was trained on: expected a "
+            f"{expected} language model{f', {name}' if name else ''}; pass it with --part {BASE_PART}=PATH"
+        )
+    return found
+
+
+def _merge(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, str],
+    name: str,
+    pair: Mapping[str, str],
+    fields: AdapterFields,
+) -> Merge:
+    folder = checkpoint.folder
+    if name not in sources:
+        raise UserError(
+            f"{folder}: the adapter changes {name}, which the base model does not have: is it another one?"
+        )
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        raise UserError(
+            f"{folder}: the adapter changes {name}, which is not supported: merge it with PEFT first"
+        )
+    if set(pair) != {"A", "B"}:
+        raise UserError(
+            f"{folder}: the adapter has only one of two matrices for {name}: complete the download"
+        )
+    down, up, base = (checkpoint.header(n).shape for n in (pair["A"], pair["B"], sources[name]))
+    if (down, up) != ((fields.r, base[-1]), (base[0], fields.r)):
+        raise UserError(
+            f"{folder}: the adapter's matrices for {name} are {list(down)} and {list(up)}, which do not make an update "
+            f"of rank {fields.r} to {list(base)}: adapter, {ADAPTER_CONFIG} and base model do not belong together"
+        )
+    return Merge(pair["A"], pair["B"], fields.scale)
+
+
+def _bare(name: str) -> str:
+    """A tensor's name without the prefixes that PEFT and LLaVA's training code put before it."""
+    return (
+        name.removeprefix("base_model.model.")
+        if name.startswith("base_model.model.")
+        else re.sub(r"^model\.(?=model\.)", "", name)
+    )
+
+
+def _language_model_name(name: str, where: Path) -> str | None:
+    for pattern, target in ORIGINAL_NAMES:
+        if match := pattern.fullmatch(name):
+            return None if target is None else match.expand(target)
+    raise UserError(f"{where}: tensor {name} is not part of a LLaVA checkpoint")
+
+
+def _projector_kind(layers: set[str], where: Path) -> str:
+    if not layers:
+        raise UserError(
+            f"{where} has no projector, neither in its shards nor as mm_projector.bin: is this the language model only?"
+        )
+    for kind, names in PROJECTORS.items():
+        if layers == set(names):
+            return kind
+    found = ", ".join(sorted(f"mm_projector.{layer}" for layer in layers))
+    raise UserError(
+        f"{where}: the projector's layers are {found}, expected those of {' or '.join(PROJECTORS)}"
+    )
