@@ -17,6 +17,7 @@ from mllm_adapters.contract import Operation, Plan, Step, VisionContract
 POSITIONS = "embeddings.position_embedding.weight"
 PATCHES = "embeddings.patch_embedding.weight"
 
+
 def compute(plan: Plan, checkpoint: Checkpoint, steps: Sequence[Step]) -> Iterator[tuple[Step, Tensor]]:
     """The values of target tensors, one at a time.
 

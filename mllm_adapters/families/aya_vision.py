@@ -51,6 +51,7 @@ class AyaVision(Family):
         name="aya-vision",
         title="Aya Vision",
         hub_id="CohereLabs/aya-vision-8b",
+        reads=("transformers layout",),
         tower=r"vision_tower\.",
         projector=r"multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",

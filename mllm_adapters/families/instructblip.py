@@ -335,6 +335,10 @@ INSTRUCTBLIP = InstructBlip(
         name="instructblip",
         title="InstructBLIP",
         hub_id="Salesforce/instructblip-vicuna-7b",
+        reads=(
+            "transformers layout (Vicuna, Flan-T5)",
+            "LAVIS files (Vicuna) with their ViT and language model",
+        ),
         tower=r"vision_model\.(?:tower|embeddings|encoder)\.",
         projector=r"vision_model\.(?:ln_vision|post_layernorm)\.|qformer\.|query_tokens|language_projection\.",
         language_model=r"language_model\.",

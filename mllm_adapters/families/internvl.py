@@ -216,6 +216,10 @@ INTERNVL = InternVL(
         name="internvl",
         title="InternVL",
         hub_id="OpenGVLab/InternVL2_5-8B",
+        reads=(
+            "InternVL-Chat V1-1 to 3.5 original (LLaMA/Vicuna, InternLM2, Qwen2, Qwen3; InternViT-300M and 6B)",
+            "transformers layout (-hf)",
+        ),
         tower=r"vision_tower\.",
         projector=r"multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",

@@ -331,6 +331,7 @@ JANUS_PRO = JanusPro(
         name="janus-pro",
         title="Janus-Pro",
         hub_id="deepseek-ai/Janus-Pro-7B",
+        reads=("multi_modality original", "transformers layout"),
         tower=r"model\.vision_model\.|vision_tower\.",
         projector=r"model\.aligner\.|multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",

@@ -108,6 +108,11 @@ LLAVA = Llava(
         name="llava",
         title="LLaVA",
         hub_id="liuhaotian/llava-v1.5-7b",
+        reads=(
+            "LLaVA-1.5 original, whole, projector only or LoRA",
+            "LLaVA of 2023 with one projector layer",
+            "transformers layout (llava-hf)",
+        ),
         tower=r"vision_tower\.",
         projector=r"multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",
@@ -124,7 +129,11 @@ LLAVA = Llava(
 
 LLAVA_MED = Llava(
     spec=replace(
-        LLAVA.spec, name="llava-med", title="LLaVA-Med", hub_id="microsoft/llava-med-v1.5-mistral-7b"
+        LLAVA.spec,
+        name="llava-med",
+        title="LLaVA-Med",
+        hub_id="microsoft/llava-med-v1.5-mistral-7b",
+        reads=("v1.5 original", "v1.0 with its delta applied", "transformers layout"),
     ),
     chat_template=_template("mistral_instruct.jinja"),
 )

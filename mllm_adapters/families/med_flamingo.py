@@ -309,6 +309,7 @@ MED_FLAMINGO = MedFlamingo(
         name="med-flamingo",
         title="Med-Flamingo",
         hub_id="med-flamingo/med-flamingo",
+        reads=("model.pt beside a LLaMA-7B and a CLIP, also as OpenFlamingo >= 2.0 saves it",),
         tower=r"vision_tower\.",
         # The original trains these two and the embedding; the gated blocks read latents as wide as the features.
         projector=r"perceiver\.|cross_attention\.",

@@ -365,6 +365,7 @@ MINI_GEMINI = MiniGemini(
         name="mini-gemini",
         title="Mini-Gemini",
         hub_id="YanweiLi/MGM-7B",
+        reads=("MGM / Mini-Gemini original on LLaMA, HD too; towers inside or in model_zoo/",),
         tower=r"vision_tower\.",
         projector=r"mm_projector\.|vlm_uni_\w+_projector\.",
         language_model=r"language_model\.|lm_head\.",

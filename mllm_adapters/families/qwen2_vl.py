@@ -118,6 +118,7 @@ class Qwen2VL(Family):
         name="qwen2-vl",
         title="Qwen2-VL, Qwen2.5-VL, Qwen3-VL",
         hub_id="Qwen/Qwen2.5-VL-7B-Instruct",
+        reads=("Qwen2-VL, Qwen2.5-VL, Qwen3-VL in the transformers layout",),
         tower=r"\bvisual\.(?!merger\.|deepstack_merger_list\.)",
         projector=r"\bvisual\.(merger|deepstack_merger_list)\.",
         language_model=r"\blanguage_model\.|\blm_head\.",

@@ -277,6 +277,7 @@ QWEN_VL = QwenVL(
         name="qwen-vl",
         title="Qwen-VL",
         hub_id="Qwen/Qwen-VL-Chat",
+        reads=("Qwen-VL and Qwen-VL-Chat original",),
         tower=r"vision_tower\.",
         projector=r"attn_pool\.",
         language_model=r"language_model\.",

@@ -20,6 +20,7 @@ from mllm_adapters.report import loads_with
 from mllm_adapters.support import Size, Support
 from tests import builders
 from tests.mllm_adapters import (
+    janus_files,
     test_aya_vision,
     test_instructblip_full_size,
     test_llava_full_size,
@@ -27,7 +28,7 @@ from tests.mllm_adapters import (
     test_mini_gemini,
     test_qwen2_vl,
 )
-from tests.mllm_adapters.families import internvl, janus_pro, qwen_vl
+from tests.mllm_adapters.families import internvl, qwen_vl
 from tests.mllm_adapters.families.full_size import published_tower
 
 ROOT = Path(__file__).parents[2]
@@ -52,14 +53,14 @@ def qwen2_5_vl(folder: Path) -> Path:
 
 def janus(folder: Path) -> Path:
     """Janus-Pro-7B."""
-    sizes = janus_pro.PRO_7B
-    builders.sparse_checkpoint(folder, janus_pro.config(sizes), janus_pro.shapes(sizes))
-    janus_pro.write_pixels(folder, 384)
+    sizes = janus_files.PRO_7B
+    builders.sparse_checkpoint(folder, janus_files.config(sizes), janus_files.shapes(sizes))
+    janus_files.write_pixels(folder, 384)
     return folder
 
 
 PUBLISHED: Mapping[str, Callable[[Path], Path]] = {
-    "llava": lambda folder: test_llava_full_size.original(folder, test_llava_full_size.VICUNA_7B),
+    "llava": lambda folder: test_llava_full_size.original(folder, test_llava_full_size.LLAMA_7B),
     "llava-med": test_llava_full_size.medical,
     "qwen-vl": lambda folder: builders.sparse_checkpoint(
         folder, qwen_vl.CHAT_CONFIG, qwen_vl.published_tensors(qwen_vl.CHAT_CONFIG), BF16
