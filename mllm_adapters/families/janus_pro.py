@@ -92,7 +92,7 @@ class JanusPro(Family):
     llava: Llava = field(init=False)
 
     def __post_init__(self) -> None:
-        shaped = Llava(spec=self.spec, text_models={}, chat_template=_template(llava=True))
+        shaped = Llava(spec=self.spec, chat_template=_template(llava=True))
         object.__setattr__(self, "llava", shaped)
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
