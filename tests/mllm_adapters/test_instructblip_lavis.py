@@ -160,3 +160,22 @@ def test_lavis_tokenizers_are_prepared_as_lavis_prepares_them(golden: Path, tmp_
     assert batch["input_ids"][0, per_image] == 2
     batch["qformer_input_ids"] %= model.config.qformer_config.vocab_size
     assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_a_file_that_holds_tower_and_language_model_too_is_the_same_model(
+    golden: Path, tmp_path: Path
+) -> None:
+    folder = lavis_folder(golden, tmp_path / "lavis")
+    file = next(folder.glob("instruct_blip*.pth"))
+    state = torch.load(file, weights_only=True)["model"]
+    tower = torch.load(folder / "eva_vit_g.pth", weights_only=True)
+    language = torch.load(folder / "vicuna-7b" / "pytorch_model.bin", weights_only=True)
+    state |= {f"visual_encoder.{name}": value for name, value in tower.items()}
+    state |= {f"llm_model.{name}": value for name, value in language.items()}
+    torch.save({"model": state, "epoch": 3}, file)
+    (folder / "eva_vit_g.pth").unlink()
+    (folder / "vicuna-7b" / "pytorch_model.bin").unlink()
+    model, _ = load_mllm(folder, dtype=torch.float32, parts=heads(golden))
+    whole, _ = load_mllm(golden / "instructblip_lavis", dtype=torch.float32, parts=heads(golden))
+    for (name, found), expected in zip(model.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
