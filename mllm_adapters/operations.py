@@ -1,9 +1,9 @@
 """The operations of a plan: how each target tensor is computed."""
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isqrt, sqrt
 from typing import cast
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -107,7 +107,8 @@ def _extend_rows(step: Step, rows: Tensor) -> Tensor:
 
 
 def _reinit(step: Step) -> Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(step.name.encode()))  # layers of one shape differ
+    # By name, so that two tensors of one shape (keys and values, layer by layer) do not begin as the same.
+    generator = torch.Generator().manual_seed(crc32(step.name.encode()))
     return torch.randn(step.shape, generator=generator) / sqrt(step.shape[-1])
 
 

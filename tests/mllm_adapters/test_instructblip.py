@@ -132,6 +132,8 @@ def test_readers_of_another_width_are_made_anew_and_their_biases_kept(
     for reader in readers:
         assert after[f"{reader}.weight"].shape == (36, 32)
         assert torch.equal(after[f"{reader}.bias"], before[f"{reader}.bias"])
+    first, second, *_ = (after[f"{reader}.weight"] for reader in readers)
+    assert not torch.equal(first, second), "each drawn for itself"
     assert torch.equal(after["vision_model.ln_vision.weight"], torch.ones(32))
     assert torch.equal(after["vision_model.ln_vision.bias"], torch.zeros(32))
     for name in ("query_tokens", "language_projection.weight", "qformer.embeddings.word_embeddings.weight"):

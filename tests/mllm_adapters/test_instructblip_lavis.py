@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
@@ -160,3 +161,88 @@ def test_lavis_tokenizers_are_prepared_as_lavis_prepares_them(golden: Path, tmp_
     assert batch["input_ids"][0, per_image] == 2
     batch["qformer_input_ids"] %= model.config.qformer_config.vocab_size
     assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_a_file_that_holds_tower_and_language_model_too_is_the_same_model(
+    golden: Path, tmp_path: Path
+) -> None:
+    folder = lavis_folder(golden, tmp_path / "lavis")
+    file = next(folder.glob("instruct_blip*.pth"))
+    state = torch.load(file, weights_only=True)["model"]
+    tower = torch.load(folder / "eva_vit_g.pth", weights_only=True)
+    language = torch.load(folder / "vicuna-7b" / "pytorch_model.bin", weights_only=True)
+    state |= {f"visual_encoder.{name}": value for name, value in tower.items()}
+    state |= {f"llm_model.{name}": value for name, value in language.items()}
+    torch.save({"model": state, "epoch": 3}, file)
+    (folder / "eva_vit_g.pth").unlink()
+    (folder / "vicuna-7b" / "pytorch_model.bin").unlink()
+    model, _ = load_mllm(folder, dtype=torch.float32, parts=heads(golden))
+    whole, _ = load_mllm(golden / "instructblip_lavis", dtype=torch.float32, parts=heads(golden))
+    for (name, found), expected in zip(model.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def as_lavis(stock: Path, kind: str, out: Path) -> Path:
+    """A checkpoint in the transformers layout as LAVIS' three pieces, its language model in safetensors."""
+    state = load_file(stock / "model.safetensors")
+    name = {"llama": "vicuna-13b", "t5": "flan-t5-xl"}[kind]
+    main, eva, language = {}, {}, {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part == "language_model":
+            language[rest] = value
+        elif "post_layernorm" in key:
+            main[f"ln_vision.{rest.rpartition('.')[2]}"] = value
+        elif key.endswith("qkv.bias"):
+            block = f"blocks.{rest.split('.')[2]}.attn"
+            eva[f"{block}.q_bias"], _, eva[f"{block}.v_bias"] = value.chunk(3)
+        elif part == "vision_model":
+            for new, old in EVA_NAMES.items():
+                rest = rest.replace(new, old)
+            eva[rest] = value
+        else:
+            for new, old in MAIN_NAMES[kind].items():
+                key = key.replace(new, old)
+            main[key] = value
+    (out / name).mkdir(parents=True)
+    torch.save({"model": main}, out / "checkpoint_best.pth")
+    torch.save(eva, out / "eva_vit_g.pth")
+    save_file(language, out / name / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((stock / "config.json").read_text())["text_config"]
+    (out / name / "config.json").write_text(json.dumps(config))
+    return out
+
+
+EVA_NAMES = {
+    "embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj", "encoder.layers": "blocks", "layer_norm": "norm",
+    "self_attn.projection": "attn.proj", "self_attn.qkv": "attn.qkv",
+}  # fmt: skip
+MAIN_NAMES = {
+    kind: {
+        "qformer.embeddings.layernorm": "Qformer.bert.embeddings.LayerNorm", "attention.attention": "attention.self",
+        "qformer.": "Qformer.bert.", "language_projection": f"{prefix}_proj",
+    }
+    for kind, prefix in (("llama", "llm"), ("t5", "t5"))
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@torch.no_grad()
+def test_another_model_gives_the_same_in_either_layout(kind: str, tmp_path: Path) -> None:
+    stock = tiny_instructblip(tmp_path / "stock", kind)
+    folder = as_lavis(stock, kind, tmp_path / "lavis")
+    expected, _ = load_mllm(stock, dtype=torch.float32)
+    model, _ = load_mllm(folder, dtype=torch.float32, parts={"config": stock})
+    ids = torch.tensor([[2, 50, 60, 70]])
+    given = {
+        "pixel_values": torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0)),
+        "qformer_input_ids": torch.tensor([[2, 9, 10, 3]]),
+    }
+    if kind == "t5":
+        given["decoder_input_ids"] = torch.tensor([[0, 40, 41]])
+    answers = []
+    for each in (model, expected):
+        images = ids.new_full((1, 5), each.config.image_token_id)
+        answers.append(each(input_ids=torch.cat([images, ids], dim=1), **given).logits[..., :259])
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=0)

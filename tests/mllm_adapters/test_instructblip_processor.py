@@ -160,3 +160,14 @@ def test_eval_mcq_can_put_questions_to_it(which: str, stock: Path, swapped: Simp
     for item, image, score in zip(items, images, together, strict=True):
         alone = scorer.score([item], [image])[0]
         assert score.probabilities == pytest.approx(alone.probabilities, abs=1e-4)
+
+
+def test_two_images_of_one_text_are_each_seen_with_its_instruction(swapped: SimpleNamespace) -> None:
+    images = [Image.new("RGB", (50, 40), colour) for colour in ((200, 80, 40), (0, 90, 250))]
+    batch = swapped.processor(images=images, text=["<image><image>a b?"], return_tensors="pt")
+    assert batch["input_ids"][0, :11].tolist() == [swapped.plan.image_token_id] * 10 + [2]
+    assert torch.equal(batch["qformer_input_ids"][0], batch["qformer_input_ids"][1])
+    with torch.no_grad():
+        seen = swapped.model(**batch).logits
+        turned = swapped.model(**{**batch, "pixel_values": batch["pixel_values"].flip(0)}).logits
+    assert (seen - turned).abs().max() > 1e-4
