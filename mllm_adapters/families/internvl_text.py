@@ -167,6 +167,7 @@ def processor(plan: Plan, image_processor: Any) -> Any | None:
         "end_image_token": END,
         "video_token": VIDEO,
     }
+    # What its constructor does with named tokens; there is no public way once it exists.
     tokenizer._set_model_specific_special_tokens(special_tokens=names)
     side = {"height": plan.after.image_size, "width": plan.after.image_size}
     video = InternVLVideoProcessor(

@@ -13,7 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from eval_mcq.schema import MCQItem
 from eval_mcq.score import LetterScorer
@@ -24,7 +31,7 @@ from mllm_adapters import load_mllm
 from mllm_adapters.apply import apply_plan
 from mllm_adapters.contract import Plan, Target
 from mllm_adapters.conversations import read_corpus
-from mllm_adapters.examples import AnswerCollator, encode, prepare_examples
+from mllm_adapters.examples import AnswerCollator, Collator, encode, prepare_examples
 from mllm_adapters.registry import open_checkpoint
 from tests import builders
 from tests.mllm_adapters.test_swap import a_tower
@@ -66,7 +73,7 @@ def test_the_first_releases_see_their_tokens_column_by_column(golden: Path, tmp_
     grid = int(expected["visual_tokens"].shape[1] ** 0.5)
     about = json.loads((source / "config.json").read_text())
     turn = {"v1": "v2", "v2": "v1"}[about["ps_version"]]
-    other = edited(source, tmp_path / "other", lambda config: config.update(ps_version=turn))
+    other = edited(source, tmp_path / "other", lambda c: c.update(ps_version=turn, pad2square=False))
     model, _ = load_mllm(other, dtype=torch.float32)
     assert model.config.model_type == {"v1": "mgll_internvl", "v2": "internvl"}[turn]
     found = model.get_image_features(expected["pixel_values"]).pooler_output
@@ -97,7 +104,7 @@ def test_another_input_size_resamples_the_position_table(golden: Path, tmp_path:
     native, _ = load_mllm(
         edited(source, tmp_path / "same", lambda c: c.update(force_image_size=None)), dtype=torch.float32
     )
-    assert model.config.image_seq_length == (size // vision["patch_size"] // 2) ** 2
+    assert model.config.image_seq_length == 4 * native.config.image_seq_length
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     found, expected = (m.model.vision_tower(pixels).last_hidden_state for m in (model, native))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -121,7 +128,9 @@ def test_a_tower_of_another_width_gets_a_new_norm_and_first_layer(golden: Path, 
 
 @torch.no_grad()
 def test_the_swapped_model_is_tower_then_shuffle_then_projector(golden: Path, tmp_path: Path) -> None:
-    source = golden / "internvl_qwen2" / "checkpoint"
+    source = edited(
+        golden / "internvl_qwen2" / "checkpoint", tmp_path / "v2", lambda c: c.update(ps_version="v2")
+    )
     swap(source, tmp_path / "swapped", a_tower(tmp_path / "tower"))
     model, _ = load_mllm(tmp_path / "swapped", dtype=torch.float32)
     side = model.config.vision_config.image_size
@@ -130,7 +139,8 @@ def test_the_swapped_model_is_tower_then_shuffle_then_projector(golden: Path, tm
     grid = side // model.config.vision_config.patch_size
     rows = seen.unflatten(1, (grid // 2, 2, grid // 2, 2))  # [1, row, down, column, right, C]
     joined = rows.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
-    projector = {k: v for k, v in load_file(source / "model.safetensors").items() if k.startswith("mlp1.")}
+    checkpoint, _, _ = open_checkpoint(source)
+    projector = {k: checkpoint.read(k) for k in checkpoint.tensors if k.startswith("mlp1.")}
     inner = torch.nn.functional.layer_norm(
         joined, joined.shape[-1:], projector["mlp1.0.weight"], projector["mlp1.0.bias"]
     )
@@ -143,7 +153,8 @@ def test_the_swapped_model_is_tower_then_shuffle_then_projector(golden: Path, tm
 @torch.no_grad()
 def test_the_converted_checkpoint_takes_the_tower_as_the_original_does(golden: Path, tmp_path: Path) -> None:
     """What the hub calls ``-hf``: read as it is, swapped to the very same model."""
-    source, tower = golden / "internvl_internlm2" / "checkpoint", a_tower(tmp_path / "tower")
+    original, tower = golden / "internvl_internlm2" / "checkpoint", a_tower(tmp_path / "tower")
+    source = edited(original, tmp_path / "v2", lambda c: c.update(ps_version="v2", pad2square=False))
     swap(source, tmp_path / "converted", None)
     config = json.loads((tmp_path / "converted" / "config.json").read_text())
     assert config["model_type"] == "internvl"
@@ -154,6 +165,39 @@ def test_the_converted_checkpoint_takes_the_tower_as_the_original_does(golden: P
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
     assert plans[0].after == plans[1].after
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "tied"), [(Qwen3Config, False), (Qwen2Config, True), (LlamaConfig, False)])
+def test_other_language_models_keep_their_logits(
+    kind: type[Any], tied: bool, golden: Path, tmp_path: Path
+) -> None:
+    """Qwen3 (InternVL 3.5), a tied Qwen2, and a LLaMA with biases; no golden vectors exist for these."""
+    checkpoint, _, _ = open_checkpoint(golden / "internvl_qwen2" / "checkpoint")
+    width = checkpoint.tensors["mlp1.3.weight"].shape[0]
+    text = kind(
+        vocab_size=90, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=width // 4, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        **({"attention_bias": True} if kind is LlamaConfig else {}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    language_model = AutoModelForCausalLM.from_config(text).eval()
+    state = {n: checkpoint.read(n) for n in checkpoint.tensors if not n.startswith("language_model.")}
+    state |= {f"language_model.{n}": value.clone() for n, value in language_model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    llm = {**text.to_dict(), "rope_theta": 5e5, "architectures": [type(language_model).__name__]}
+    llm = {name: value for name, value in llm.items() if name != "rope_parameters"}
+    (tmp_path / "config.json").write_text(json.dumps({**checkpoint.config, "llm_config": llm}))
+    model, _ = load_mllm(tmp_path, dtype=torch.float32)
+    ids = torch.arange(5, 30)[None]
+    found = model(input_ids=ids).logits[..., :90]
+    torch.testing.assert_close(found, language_model(input_ids=ids).logits, atol=1e-5, rtol=0)
+    tower = a_tower(tmp_path / "tower")
+    swap(tmp_path, tmp_path / "swapped", tower)
+    after, _ = load_mllm(tmp_path / "swapped", dtype=torch.float32)
+    assert (after.lm_head.weight is after.get_input_embeddings().weight) == tied
+    torch.testing.assert_close(after(input_ids=ids).logits[..., :90], found, atol=1e-5, rtol=0)
 
 
 def test_a_llava_has_as_many_tokens_and_says_that_its_projector_is_new(golden: Path, tmp_path: Path) -> None:
@@ -215,8 +259,16 @@ def internlm2_files(folder: Path) -> dict[str, int]:
     ids |= {token: size + i for i, token in enumerate(ADDED[2:])}
     remote = {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}
     ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    settings = token_settings(ids, tokenizer_class="InternLM2Tokenizer", auto_map=remote, **ends)
+    more = {
+        "additional_special_tokens": ADDED,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "sp_model_kwargs": None,
+    }
+    settings = token_settings(ids, tokenizer_class="InternLM2Tokenizer", auto_map=remote, **ends, **more)
     (folder / "tokenizer_config.json").write_text(settings)
+    (folder / "added_tokens.json").write_text(json.dumps({k: i for k, i in ids.items() if i >= size}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**ends, "additional_special_tokens": ADDED}))
     (folder / "tokenization_internlm2.py").write_text("raise SystemExit('never run')\n")
     return ids
 
@@ -263,7 +315,8 @@ def talking(golden: Path, flavour: str, folder: Path, **changes: object) -> Path
         ):
             state[name] = state[name][torch.arange(rows) % state[name].shape[0]].contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {**checkpoint.config, "template": template, **changes}
+    usual = {"ps_version": "v2", "pad2square": False, "dynamic_image_size": True, "use_thumbnail": True}
+    config = {**checkpoint.config, **usual, "template": template, **changes}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -341,8 +394,10 @@ def test_it_can_be_trained_and_asked(chat: SimpleNamespace) -> None:
     answer = chat.processor.tokenizer.decode(encoded["labels"][encoded["labels"] != -100])
     stop = "</s>" if chat.flavour == "llama" else "<|im_end|>"
     assert answer.strip() == f"Glaucoma{stop}"
-    batch = AnswerCollator(chat.processor.tokenizer.pad_token_id)([encoded])
-    assert torch.isfinite(chat.model(**batch).loss)
+    pad = chat.processor.tokenizer.pad_token_id
+    loss = chat.model(**AnswerCollator(pad)([encoded])).loss
+    assert torch.isfinite(loss)
+    torch.testing.assert_close(loss, chat.model(**Collator(pad)([encoded])).loss)
     item = MCQItem(
         id="1", images=["eye.png"], question=QUESTION, options=["Glaucoma", "Myopia"], answer=0, category="x"
     )
@@ -377,6 +432,29 @@ def test_a_conversion_loads_with_stock_processor_and_tiles(chat: SimpleNamespace
         own(text=[prompt], images=[wide], return_tensors="pt")["input_ids"], batch["input_ids"]
     )
     torch.testing.assert_close(model(**batch).logits, direct(**batch).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["own", "llava"])
+def test_what_was_written_takes_another_tower_and_keeps_its_words(
+    target: Target, chat: SimpleNamespace, tmp_path: Path
+) -> None:
+    """From the transformers layout, stock or ours, tokenizer, template and placeholder go on."""
+    swap(chat.source, tmp_path / "stock", None)
+    first = swap(chat.source, tmp_path / "first", chat.work / "tower", target)
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    photo = Image.effect_noise((60, 40), 60).convert("RGB")
+    given = []
+    for name in ("first", "stock"):
+        again = swap(tmp_path / name, tmp_path / f"{name}-again", chat.work / "tower", target)
+        assert (again.after, again.image_token_id) == (first.after, first.image_token_id)
+        for folder in (tmp_path / name,) * (name == "first") + (tmp_path / f"{name}-again",):
+            processor = AutoProcessor.from_pretrained(folder)
+            prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
+            given.append(processor(text=[prompt], images=[photo], return_tensors="pt"))
+    for other in given[1:]:
+        assert torch.equal(other["input_ids"], given[0]["input_ids"])
+        assert torch.equal(other["pixel_values"], given[0]["pixel_values"])
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from tests import builders
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
 from tests.mllm_adapters.families.internvl import CHAT_V1_2, INTERNVL2_5_8B, INTERNVL3_8B, Published
 from tests.mllm_adapters.test_internvl import edited, talking
+from tests.mllm_adapters.test_swap import original_llava
 
 CLIP_448 = 303_966_208
 """Weights of CLIP ViT-L/14 at 448 px without its projection: 24 x 12_596_224 in blocks, 1_656_832 outside."""
@@ -113,6 +114,21 @@ def test_an_8b_llava_reads_single_patches(tmp_path: Path) -> None:
     check_full_size(plan, checkpoint, weights=CLIP_448 - fewer_positions + mlp + INTERNLM2_7B + new_rows)
 
 
+def test_chat_v1_0_is_a_llava_and_swapped_as_one(golden: Path, tmp_path: Path) -> None:
+    """Its code base is LLaVA's; the tower that it names need not be at hand to be replaced."""
+    source = original_llava(golden, "llava", tmp_path / "host", sharded=False)
+    state = load_file(source / "model.safetensors")
+    rows = len(state["model.mm_projector.0.bias"])
+    rewritten(source, lambda s: s.update({"model.mm_projector.0.weight": torch.ones(rows, 3200)}))
+    config = json.loads((source / "config.json").read_text())
+    config |= {"mm_vision_tower": "OpenGVLab/InternViT-6B-224px", "mm_vision_select_layer": -4}
+    (source / "config.json").write_text(json.dumps(config))
+    checkpoint, llava, _ = open_checkpoint(source)
+    plan = llava.plan(checkpoint, inspect_tower(published_tower(tmp_path / "tower")))
+    assert (plan.family, plan.before.width, plan.after.tokens) == ("llava", 3200, 256)
+    assert "3200 -> 1024" in plan.readers["multi_modal_projector.linear_1"]
+
+
 # --- refused ----------------------------------------------------------------------------------------------
 
 
@@ -139,8 +155,8 @@ def test_an_image_size_with_an_odd_grid_is_refused(golden: Path, tmp_path: Path)
         ),
         (lambda c: c["vision_config"].update(hidden_act="quick_gelu"), "hidden_act is 'quick_gelu'"),
         (
-            lambda c: c["vision_config"].update(num_attention_heads=5),
-            "cannot be divided among 5 attention heads",
+            lambda c: c["vision_config"].update(num_attention_heads=1 + c["vision_config"]["hidden_size"]),
+            "cannot be divided among",
         ),
         (lambda c: c["vision_config"].update(qk_normalization=True, layer_norm_eps=1e-5), "layer_norm_eps"),
         (lambda c: c.update(downsample_ratio=0.3), r"downsample_ratio 0\.3 does not go into"),
