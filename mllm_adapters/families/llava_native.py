@@ -9,8 +9,9 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, tower_config
 from mllm_adapters.contract import FAMILY_KEY, Dropped, Plan
 from mllm_adapters.families.llava_fields import NativeFields
-from mllm_adapters.families.llava_weights import READER
+from mllm_adapters.families.llava_weights import BASE_PART, READER
 from mllm_adapters.planning import (
+    TOWER_PART,
     HostTower,
     after_swap,
     contract_of,
@@ -44,6 +45,8 @@ def plan_native(
     config = checkpoint.config
     if tower is None:
         raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
+    if given := [part for part in (TOWER_PART, BASE_PART) if checkpoint.find(part)]:
+        raise UserError(f"{checkpoint.folder} is whole: no --part {given[0]} belongs to it")
     fields = read_fields(NativeFields, config, f"{checkpoint.folder}/config.json")
     prefix = _tower_prefix(checkpoint)
     old = [h for h in checkpoint.tensors.values() if h.name.startswith(prefix)]

@@ -23,42 +23,25 @@ from mllm_adapters.registry import open_checkpoint
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import (
     HOSTS,
+    convert,
     original_llava,
     with_sentencepiece,
 )
 
 
-@pytest.mark.parametrize(
-    ("host", "prompt"),
-    [
-        (
-            "llava",
-            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions. USER: <image>\nWhich disease? ASSISTANT: B</s>"
-            "USER: Sure? ASSISTANT:",
-        ),
-        ("llava_med", "[INST] <image>\nWhich disease? [/INST] B</s>[INST] Sure? [/INST]"),
-    ],
-)
-def test_conversion_brings_processor_and_the_familys_prompt(
-    host: str, prompt: str, golden: Path, tmp_path: Path
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_is_converted_on_disk_is_what_is_converted_in_memory(
+    host: str, golden: Path, tmp_path: Path
 ) -> None:
     source = original_llava(golden, host, tmp_path / "original")
-    checkpoint, family, layout = open_checkpoint(source)
-    assert layout == "original"
-    apply_plan(family.plan(checkpoint), family, checkpoint, tmp_path / "converted")
+    family = open_checkpoint(source)[1]
+    assert convert(source, tmp_path / "converted").layout == "original"
     processor = AutoProcessor.from_pretrained(tmp_path / "converted")
-    conversation = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which disease?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "B"}]},
-        {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
-    ]
-    assert processor.apply_chat_template(conversation, add_generation_prompt=True) == prompt
     model, report = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "converted", output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    batch = processor(text=[prompt], images=[Image.new("RGB", (60, 30))], return_tensors="pt")
+    batch = processor(text=["<image>\nWhich?"], images=[Image.new("RGB", (60, 30))], return_tensors="pt")
     assert (batch["input_ids"] == model.config.image_token_index).sum() == model.config.image_seq_length
     direct, own = load_mllm(source)
     assert own is not None

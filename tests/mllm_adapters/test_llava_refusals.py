@@ -120,3 +120,7 @@ def test_a_tower_that_is_elsewhere_is_given_as_a_part(golden: Path, tmp_path: Pa
     assert "unknown part of a LLaVA checkpoint 'tower': did you mean 'vision-tower'?" in refused(
         main, *lines, "--part", f"tower={tower}"
     )
+    lines = ["--mllm", tmp_path / "out", "--encoder", a_tower(tmp_path / "new"), "--out", tmp_path / "again"]
+    assert "is whole: no --part vision-tower belongs to it" in refused(
+        main, *lines, "--part", f"vision-tower={tower}"
+    )
