@@ -5,7 +5,6 @@ the understanding tower; here each has its own. Parts and forward pass are those
 (models/janus/modeling_janus.py); features are read as LLaVA reads CLIP.
 """
 
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -142,9 +141,9 @@ class MgllJanusForConditionalGeneration(JanusForConditionalGeneration):
 
 
 class MgllJanusProcessor(JanusProcessor):
-    """`JanusProcessor` with any image processor, which prepares images for the tower and knows nothing of drawn ones."""
+    """`JanusProcessor` with any image processor: what it knows of pixels holds for the tower, not for drawn images."""
 
-    def postprocess(self, images: Iterable[Tensor], **kwargs: Any) -> BatchFeature:  # noqa: ARG002 (return_tensors)
+    def postprocess(self, images: Any, **kwargs: Any) -> BatchFeature:  # noqa: ARG002 (return_tensors)
         """Pictures made of what ``decode_image_tokens`` gives.
 
         Args:
