@@ -99,7 +99,8 @@ def check_processor(processor: Any) -> None:
     """See to it that training examples can be made with this processor.
 
     Raises:
-        UserError: there is none, it has no chat template, or its tokenizer gives no character offsets.
+        UserError: there is none, it has no chat template, it writes text that its chat template does not, or its
+            tokenizer gives no character offsets.
     """
     if processor is None:
         raise UserError(
@@ -107,6 +108,11 @@ def check_processor(processor: Any) -> None:
         )
     if not processor.chat_template:
         raise UserError("the model's processor has no chat template: add chat_template.jinja to its folder")
+    if getattr(processor, "use_default_system_prompt", False):  # of Janus: it would shift the labels
+        raise UserError(
+            "the model's processor puts a system prompt before what its chat template writes: set "
+            "use_default_system_prompt to false in processor_config.json, and write the prompt into the template"
+        )
     if not processor.tokenizer.is_fast:
         raise UserError("the model's tokenizer gives no character offsets: add its tokenizer.json")
 

@@ -121,6 +121,7 @@ def read_original(checkpoint: Checkpoint) -> JanusSource:
         read_fields(AlignerParams, values, f"{where}: {name}.params")
     read_fields(LanguageFields, fields.language_config, f"{where}: language_config")
 
+    shape_of(checkpoint, "aligner.layers.0.weight")
     vocabulary = shape_of(checkpoint, "language_model.model.embed_tokens.weight")[0]
     tokenizer = janus_tokenizer(checkpoint.folder)
     image_token_id, rows, notes = placeholder(tokenizer, vocabulary)
@@ -145,8 +146,10 @@ def read_original(checkpoint: Checkpoint) -> JanusSource:
         steps=steps,
         dropped=dropped,
         before=contract_of(spec, -1, class_token=False),
+        clip=False,
         vq_config=generator,
         text_config=text,
+        tied=text["tie_word_embeddings"],
         aligner_depth=depth,
         aligner_act="gelu",
         image_token_id=image_token_id,

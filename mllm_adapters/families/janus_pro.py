@@ -33,7 +33,6 @@ from mllm_adapters.families.janus_source import (
     GENERATION,
     IMAGE_BEGIN,
     IMAGE_END,
-    LM_HEAD,
     PLACEHOLDER,
     READER,
     TOWER,
@@ -175,7 +174,7 @@ class JanusPro(Family):
         self, checkpoint: Checkpoint, source: JanusSource, tower: TowerHeader, image_size: int | None
     ) -> Plan:
         """Understanding through the new tower, image generation as before."""
-        after = after_swap(_read_as_clip(source.before), tower, image_size)
+        after = after_swap(_as_clip(source), tower, image_size)
         steps, dropped = _without(source, TOWER, "replaced by the new tower")
         dtype = checkpoint.tensors[steps_of(steps, f"{READER}.weight").sources[0]].dtype
         steps, readers = refit_reader(steps, READER, source.before, after, checkpoint.folder)
@@ -208,7 +207,7 @@ class JanusPro(Family):
                 f"{checkpoint.folder}: its aligner has {source.aligner_depth} layers with {source.aligner_act}, but a "
                 "LLaVA's projector two with gelu: take --layout own"
             )
-        after = after_swap(_read_as_clip(source.before), tower, image_size)
+        after = after_swap(_as_clip(source), tower, image_size)
         steps, dropped = _without(source, TOWER, "replaced by the new tower")
         generation = [step for step in steps if step.name.startswith(GENERATION)]
         dropped += _sources(generation, "image generation is no part of a LLaVA")
@@ -263,7 +262,7 @@ class JanusPro(Family):
                 **config,
                 FAMILY_KEY: self.spec.name,
                 "dtype": steps_of(source.steps, EMBEDDINGS).dtype,
-                "tie_word_embeddings": all(step.name != LM_HEAD for step in source.steps),
+                "tie_word_embeddings": source.tied,
             },
             before=source.before,
             after=after or source.before,
@@ -279,9 +278,9 @@ def steps_of(steps: list[Step], name: str) -> Step:
     return next(step for step in steps if step.name == name)
 
 
-def _read_as_clip(before: VisionContract) -> VisionContract:
+def _as_clip(source: JanusSource) -> VisionContract:
     """The host's contract with the layer at which a CLIP tower is read; a CLIP host keeps its own."""
-    return before if before.feature_layer != -1 else before.model_copy(update={"feature_layer": CLIP_LAYER})
+    return source.before if source.clip else source.before.model_copy(update={"feature_layer": CLIP_LAYER})
 
 
 def _selection(after: VisionContract) -> dict[str, Any]:
@@ -292,7 +291,7 @@ def _selection(after: VisionContract) -> dict[str, Any]:
 
 
 def _swap_notes(source: JanusSource, tower: TowerHeader, after: VisionContract) -> tuple[str, ...]:
-    if source.before.feature_layer == after.feature_layer:
+    if source.clip:
         return swap_notes(tower, after)
     read = (
         f"the new tower is read as LLaVA reads CLIP, patch tokens of hidden layer {after.feature_layer}; Janus reads "

@@ -55,8 +55,10 @@ class JanusSource:
         steps: Its tensors under the names of transformers' own Janus, in file order.
         dropped: What no layout of transformers has.
         before: Its vision contract.
+        clip: Whether its tower is a CLIP tower already.
         vq_config: Configuration of the generator; ``num_patches`` is the side of its grid.
         text_config: Configuration of the language model.
+        tied: Whether the language model's head is its embedding.
         aligner_depth: Linear layers of the aligner.
         aligner_act: Activation between them.
         image_token_id: Id of the image placeholder.
@@ -70,8 +72,10 @@ class JanusSource:
     steps: list[Step]
     dropped: list[Dropped]
     before: VisionContract
+    clip: bool
     vq_config: dict[str, Any]
     text_config: dict[str, Any]
+    tied: bool
     aligner_depth: int
     aligner_act: str
     image_token_id: int
@@ -113,11 +117,14 @@ def read_converted(checkpoint: Checkpoint) -> JanusSource:
         steps=[kept(header) for header in checkpoint.tensors.values()],
         dropped=[],
         before=contract_of(spec, layer, class_token=strategy == "full"),
+        clip=clip,
         vq_config={
             **(checkpoint.config.get("vq_config") or {}),
             "num_patches": built.vq_config.num_patches,
         },
         text_config=dict(checkpoint.config.get("text_config") or {}),
+        # transformers' default is true, even where the head is there and its own; then it is not tied.
+        tied=built.tie_word_embeddings and LM_HEAD not in checkpoint.tensors,
         aligner_depth=built.aligner_depth if clip else vision.depth,
         aligner_act=built.aligner_hidden_act if clip else vision.hidden_act,
         image_token_id=built.image_token_id,

@@ -5,7 +5,6 @@ the understanding tower; here each has its own. Parts and forward pass are those
 (models/janus/modeling_janus.py); features are read as LLaVA reads CLIP.
 """
 
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -144,7 +143,7 @@ class MgllJanusForConditionalGeneration(JanusForConditionalGeneration):
 class MgllJanusProcessor(JanusProcessor):
     """`JanusProcessor` with any image processor: one for the tower, which knows nothing of drawn images."""
 
-    def postprocess(self, images: Iterable[Tensor], **kwargs: Any) -> BatchFeature:  # noqa: ARG002 (return_tensors)
+    def postprocess(self, images: Any, **kwargs: Any) -> BatchFeature:  # noqa: ARG002 (return_tensors)
         """Pictures made of what ``decode_image_tokens`` gives.
 
         Args:

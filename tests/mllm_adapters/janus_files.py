@@ -145,6 +145,11 @@ def write_tokenizer(folder: Path, *, left_out: str = "") -> None:
         "model_max_length": 16384, "tokenizer_class": "LlamaTokenizerFast", "unk_token": None,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    named: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    named["additional_special_tokens"] = [token for token in specials[3:] if token != left_out]
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))
+    chat = {"image_tag": "<image_placeholder>", "num_image_tokens": 576, "processor_class": "VLChatProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(chat))
 
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]

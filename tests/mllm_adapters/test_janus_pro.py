@@ -1,6 +1,7 @@
 """What is special about Janus-Pro: it also draws, and its understanding path is a LLaVA."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from mllm_adapters import load_mllm
 from mllm_adapters.apply import apply_plan
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.conversations import Conversation, Corpus
-from mllm_adapters.examples import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.examples import IGNORED, AnswerCollator, check_processor, encode, prepare_examples
 from mllm_adapters.modeling.janus import MgllJanusConfig
 from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.stages import components
 from tests import builders
 from tests.builders import sparse_checkpoint
 from tests.mllm_adapters import janus_files as files
@@ -255,6 +257,18 @@ def test_a_deeper_aligner_is_no_llava(tmp_path, encoder):
         swap(host, encoder, tmp_path / "llava", target="llava")
 
 
+@pytest.mark.parametrize("made", ["converted", "swapped", "as_llava"])
+def test_no_stage_trains_the_generator(made, request):
+    model, _ = load(request.getfixturevalue(made)[1])
+    found: dict[str, set[str]] = {}
+    for name, component in components(model).items():
+        found.setdefault(component, set()).add(re.sub(r"^model\.", "", name).split(".")[0])
+    drawn = {"vqmodel", "generation_embeddings", "generation_aligner", "generation_head"}
+    assert found.get("other", set()) == (set() if made == "as_llava" else drawn)
+    assert found["projector"] == ({"multi_modal_projector"} if made == "as_llava" else {"aligner"})
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+
+
 def test_a_wider_tower_means_a_new_reader(host, tmp_path):
     wide = tmp_path / "wide"
     CLIPVisionModel(builders.tower_config(hidden_size=48)).save_pretrained(wide)
@@ -342,6 +356,15 @@ def test_it_can_be_trained_and_examined(made, request, tmp_path):
     )
     (score,) = LetterScorer(model, processor).score([item], [[Image.open(tmp_path / "a.png")]])
     assert sum(score.probabilities) == pytest.approx(1)
+
+
+def test_a_processor_that_hides_the_system_prompt_from_the_template_is_refused_for_training(converted):
+    """As in the published converted checkpoints: labels would stand where no answer is."""
+    _, processor = load(converted[1])
+    check_processor(processor)
+    processor.use_default_system_prompt = True
+    with pytest.raises(UserError, match=r"set use_default_system_prompt to false in processor_config\.json"):
+        check_processor(processor)
 
 
 # --- full size --------------------------------------------------------------------------------------------------
@@ -490,7 +513,8 @@ def test_another_variant_is_refused_in_one_line_that_names_the_field(tmp_path, f
     [
         ("vision_model.vision_tower.pos_embed", "pos_embed is missing: complete the download"),
         ("vision_model.vision_tower.blocks.1.attn.qkv.weight", "missing tensors"),
-        ("aligner.layers.0.weight", "missing tensors"),
+        ("aligner.layers.0.weight", r"aligner\.layers\.0\.weight is missing"),
+        ("language_model.lm_head.weight", r"missing tensors, first lm_head\.weight"),
         ("gen_head.output_mlp_projector.weight", "output_mlp_projector.weight is missing"),
         ("gen_vision_model.decoder.conv_blocks.0.res.0.conv1.weight", "conv1.weight is missing"),
         ("language_model.model.embed_tokens.weight", "embed_tokens.weight is missing"),
