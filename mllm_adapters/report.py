@@ -38,11 +38,8 @@ def total_bytes(plan: Plan) -> int:
 
 
 def loads_with(plan: Plan) -> str:
-    """What somebody must type to load the target."""
-    stock = plan.config["model_type"] not in MODEL_TYPES
-    return "AutoModelForImageTextToText.from_pretrained, " + (
-        "stock transformers" if stock else "after import mllm_adapters; or mllm_adapters.load_mllm"
-    )
+    """What ``AutoModelForImageTextToText.from_pretrained`` needs to load the target."""
+    return "import mllm_adapters" if plan.config["model_type"] in MODEL_TYPES else "stock transformers"
 
 
 def plan_table(plan: Plan, checkpoint: Checkpoint) -> RenderableType:
@@ -77,5 +74,5 @@ def plan_table(plan: Plan, checkpoint: Checkpoint) -> RenderableType:
     facts.add_row(
         "processor", plan.processor or "none is written, for want of a tokenizer; only its image processor is"
     )
-    facts.add_row("loads with", loads_with(plan))
+    facts.add_row("loads with", f"{loads_with(plan)}: AutoModelForImageTextToText.from_pretrained")
     return Group(facts, "", vision, tensors)

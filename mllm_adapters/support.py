@@ -5,12 +5,15 @@ them against the file.
 """
 
 import json
+import re
 from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 FILE = "support.json"
+
+LAYER = re.compile(r"\.\d+\.")
 
 
 class Size(BaseModel):
@@ -56,7 +59,14 @@ class Support(BaseModel):
 
     def cells(self) -> tuple[str, ...]:
         """The row in words."""
-        fates = sorted({fate.partition(":")[0] for fate in self.readers.values()})
+        by_fate: dict[str, list[str]] = {}
+        for reader, fate in self.readers.items():
+            name = LAYER.sub(".*.", reader)  # the same module of several layers
+            names = by_fate.setdefault(fate.partition(":")[0], [])
+            names += [name] if name not in names else []
+        loads = [
+            how if target == "own" else f"--layout {target}: {how}" for target, how in self.loads.items()
+        ]
         return (
             self.family,
             "; ".join(self.reads),
@@ -64,17 +74,14 @@ class Support(BaseModel):
             str(self.before),
             str(self.default),
             *(str(size.tokens) if size else "–" for size in (self.at_224, self.at_336)),
-            "; ".join(f"{', '.join(self._readers(fate))}: {fate}" for fate in fates),
-            "; ".join(f"{layout}: {how}" for layout, how in self.loads.items()),
+            "; ".join(f"{', '.join(names)}: {fate}" for fate, names in by_fate.items()),
+            "; ".join(loads),
         )
-
-    def _readers(self, fate: str) -> list[str]:
-        return [name for name, found in self.readers.items() if found.startswith(fate)]
 
 
 COLUMNS = (
     "family", "reads", "figures of", "tokens before", "after (default)", "at 224 px", "at 336 px", "readers",
-    "swapped model loads with",
+    "swapped, it loads with",
 )  # fmt: skip
 
 

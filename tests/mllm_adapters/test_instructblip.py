@@ -20,7 +20,7 @@ from mllm_adapters.registry import detect, open_checkpoint
 from mllm_adapters.stages import apply_stage
 from tests.mllm_adapters.families.case import Golden
 from tests.mllm_adapters.families.instructblip import CASES, inputs
-from tests.mllm_adapters.test_swap import a_tower
+from tests.mllm_adapters.llava_checkpoints import a_tower
 from tests.mllm_adapters.tiny_instructblip import (
     QUESTION,
     swap,

@@ -15,7 +15,7 @@ from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.registry import open_checkpoint
 from tests import builders
-from tests.mllm_adapters.test_swap import sentencepiece_tokenizer
+from tests.mllm_adapters.llava_checkpoints import sentencepiece_tokenizer
 from tests.mllm_adapters.tiny_instructblip import (
     QUESTION,
     bert_tokenizer,

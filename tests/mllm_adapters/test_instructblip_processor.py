@@ -18,7 +18,7 @@ from mllm_adapters.conversations import Conversation, Corpus
 from mllm_adapters.examples import IGNORED, AnswerCollator, encode, prepare_examples
 from mllm_adapters.stages import apply_stage
 from tests import builders
-from tests.mllm_adapters.test_swap import a_tower
+from tests.mllm_adapters.llava_checkpoints import a_tower
 from tests.mllm_adapters.tiny_instructblip import QUESTION, swap, text_tokenizer, tiny_instructblip
 
 PROMPTS = Path(__file__).parent / "prompts"

@@ -34,7 +34,7 @@ from mllm_adapters.conversations import read_corpus
 from mllm_adapters.examples import AnswerCollator, Collator, encode, prepare_examples
 from mllm_adapters.registry import open_checkpoint
 from tests import builders
-from tests.mllm_adapters.test_swap import a_tower
+from tests.mllm_adapters.llava_checkpoints import a_tower
 
 QUESTION = "Which disease does this image show?"
 

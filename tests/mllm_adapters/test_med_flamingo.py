@@ -32,8 +32,8 @@ from tests import builders
 from tests.mllm_adapters.families import full_size
 from tests.mllm_adapters.families import med_flamingo as family
 from tests.mllm_adapters.families.case import Golden
+from tests.mllm_adapters.llava_checkpoints import sentencepiece_tokenizer
 from tests.mllm_adapters.retraining import turns
-from tests.mllm_adapters.test_swap import sentencepiece_tokenizer
 
 State = dict[str, Tensor]
 PROMPT = Path(__file__).parent / "prompts" / "med-flamingo.txt"
