@@ -6,9 +6,13 @@ them against the file.
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict
+from rich import box
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 FILE = "support.json"
@@ -91,13 +95,27 @@ def support() -> list[Support]:
     return [Support.model_validate(row) for row in rows]
 
 
-def support_table() -> Table:
-    """The matrix for the terminal."""
-    table = Table(title="Families", title_justify="left", show_lines=True)
-    for column in COLUMNS:
-        table.add_column(column, overflow="fold")
-    for row in support():
-        table.add_row(*row.cells())
+def support_tables() -> Group:
+    """The matrix for the terminal, in two tables that fit 80 columns."""
+    rows = [dict(zip(COLUMNS, row.cells(), strict=True)) for row in support()]
+    figures = (
+        "family",
+        "tokens before",
+        "after (default)",
+        "at 224 px",
+        "at 336 px",
+        "swapped, it loads with",
+    )
+    words = ("family", "figures of", "reads", "readers")
+    return Group(_table("Tokens per image", figures, rows), "", _table("Layouts and readers", words, rows))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, leading=1)
+    for column in columns:
+        table.add_column(column, no_wrap=column == "family", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(row[column]) for column in columns))
     return table
 
 

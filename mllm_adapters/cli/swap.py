@@ -115,14 +115,14 @@ def families(
 
     Example: swap-encoder families
     """
-    from mllm_adapters.support import support, support_markdown, support_table
+    from mllm_adapters.support import support, support_markdown, support_tables
 
     if as_json:
         cli.stdout.print_json(data=[row.model_dump() for row in support()])
     elif markdown:
         cli.stdout.print(support_markdown(), soft_wrap=True, markup=False, highlight=False)
     else:
-        cli.stdout.print(support_table())
+        cli.stdout.print(support_tables())
 
 
 def main() -> None:
