@@ -98,15 +98,8 @@ def support() -> list[Support]:
 def support_tables() -> Group:
     """The matrix for the terminal, in two tables that fit 80 columns."""
     rows = [dict(zip(COLUMNS, row.cells(), strict=True)) for row in support()]
-    figures = (
-        "family",
-        "tokens before",
-        "after (default)",
-        "at 224 px",
-        "at 336 px",
-        "swapped, it loads with",
-    )
-    words = ("family", "figures of", "reads", "readers")
+    figures = ("family", "figures of", "tokens before", "after (default)", "at 224 px", "at 336 px")
+    words = ("family", "reads", "readers", "swapped, it loads with")
     return Group(_table("Tokens per image", figures, rows), "", _table("Layouts and readers", words, rows))
 
 
