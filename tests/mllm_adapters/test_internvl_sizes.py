@@ -116,7 +116,7 @@ def test_an_8b_llava_reads_single_patches(tmp_path: Path) -> None:
 
 def test_chat_v1_0_is_a_llava_and_swapped_as_one(golden: Path, tmp_path: Path) -> None:
     """Its code base is LLaVA's; the tower that it names need not be at hand to be replaced."""
-    source = original_llava(golden, "llava", tmp_path / "host", sharded=False)
+    source = original_llava(golden, "llava", tmp_path / "host", safetensors=True)
     state = load_file(source / "model.safetensors")
     rows = len(state["model.mm_projector.0.bias"])
     rewritten(source, lambda s: s.update({"model.mm_projector.0.weight": torch.ones(rows, 3200)}))
