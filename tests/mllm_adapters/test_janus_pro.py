@@ -363,7 +363,7 @@ def test_a_processor_that_hides_the_system_prompt_from_the_template_is_refused_f
     _, processor = load(converted[1])
     check_processor(processor)
     processor.use_default_system_prompt = True
-    with pytest.raises(UserError, match="set use_default_system_prompt to false in"):
+    with pytest.raises(UserError, match=r"set use_default_system_prompt to false in processor_config\.json"):
         check_processor(processor)
 
 
