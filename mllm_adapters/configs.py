@@ -54,6 +54,18 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
         raise UserError(f"{where}: transformers cannot use this configuration: {error!s:.300}") from None
 
 
+def tower_geometry(vision: Any) -> dict[str, Any]:
+    """The fields of `TowerSpec` that a transformers configuration of a vision tower holds."""
+    return {
+        "width": vision.hidden_size,
+        "depth": vision.num_hidden_layers,
+        "heads": vision.num_attention_heads,
+        "mlp_width": vision.intermediate_size,
+        "patch_size": vision.patch_size,
+        "activation": vision.hidden_act,
+    }
+
+
 def tower_config(spec: TowerSpec, after: VisionContract) -> dict[str, Any]:
     """``vision_config`` of a LLaVA-shaped checkpoint: a plain ``clip_vision_model``."""
     return vision_config(spec.model_copy(update={"image_size": after.image_size})).to_dict()

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields, text_config
+from mllm_adapters.configs import build_config, read_fields, text_config, tower_geometry
 from mllm_adapters.contract import Dropped, Step, VisionContract
 from mllm_adapters.families import internvl_text
 from mllm_adapters.families.internvl_names import (
@@ -272,17 +272,8 @@ def _language_model(llm_config: Mapping[str, Any], where: str) -> LanguageModel:
 def _original_tower(fields: OriginalFields, vision: VisionFields, where: str) -> TowerSpec:
     # Tiles are square already; only an image that is not cut is padded.
     resize: Resize = "pad" if fields.pad2square and not fields.dynamic_image_size else "squash"
-    geometry = {
-        "width": vision.hidden_size,
-        "depth": vision.num_hidden_layers,
-        "heads": vision.num_attention_heads,
-        "mlp_width": vision.intermediate_size,
-        "patch_size": vision.patch_size,
-        "activation": vision.hidden_act,
-        "image_size": fields.force_image_size or vision.image_size,
-        "resize": resize,
-    }
-    return checked(TowerSpec, geometry, Path(where))
+    given = {"image_size": fields.force_image_size or vision.image_size, "resize": resize}
+    return checked(TowerSpec, {**tower_geometry(vision), **given}, Path(where))
 
 
 def _shrink(ratio: float, grid: int, where: str) -> int:

@@ -6,7 +6,7 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields, tower_config
+from mllm_adapters.configs import build_config, read_fields, tower_config, tower_geometry
 from mllm_adapters.contract import FAMILY_KEY, Dropped, Plan
 from mllm_adapters.families.llava_fields import NativeFields
 from mllm_adapters.families.llava_weights import BASE_PART, READER
@@ -96,17 +96,9 @@ def _tower_prefix(checkpoint: Checkpoint) -> str:
 def _native_tower(checkpoint: Checkpoint, prefix: str) -> HostTower:
     """Geometry of the tower in a transformers checkpoint, from its configuration and image processor."""
     where: Path = checkpoint.folder / "config.json"
-    vision = build_config(checkpoint.config, str(where)).vision_config.to_dict()
-    pixels, notes = host_pixels(checkpoint.folder, vision["image_size"])
-    geometry = {
-        "width": vision["hidden_size"],
-        "depth": vision["num_hidden_layers"],
-        "heads": vision["num_attention_heads"],
-        "mlp_width": vision["intermediate_size"],
-        "patch_size": vision["patch_size"],
-        "activation": vision["hidden_act"],
-    }
-    spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, where)
+    vision = build_config(checkpoint.config, str(where)).vision_config
+    pixels, notes = host_pixels(checkpoint.folder, vision.image_size)
+    spec = checked(TowerSpec, {**tower_geometry(vision), **pixels.model_dump()}, where)
     positions = checkpoint.tensors[f"{prefix}embeddings.position_embedding.weight"]
     if positions.shape != (spec.patches + 1, spec.width):
         raise UserError(

@@ -17,7 +17,7 @@ from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields, text_config, tower_config
+from mllm_adapters.configs import build_config, read_fields, text_config, tower_config, tower_geometry
 from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target
 from mllm_adapters.families.flamingo_file import (
     HEAD,
@@ -292,15 +292,7 @@ def _native_tower(checkpoint: Checkpoint) -> tuple[TowerSpec, int, tuple[str, ..
     config = build_config(checkpoint.config, str(where))
     vision = config.vision_config
     pixels, notes = host_pixels(checkpoint.folder, vision.image_size)
-    spec = {
-        "width": vision.hidden_size,
-        "depth": vision.num_hidden_layers,
-        "heads": vision.num_attention_heads,
-        "mlp_width": vision.intermediate_size,
-        "patch_size": vision.patch_size,
-        "activation": vision.hidden_act,
-    }
-    tower = checked(TowerSpec, {**spec, **pixels.model_dump()}, where)
+    tower = checked(TowerSpec, {**tower_geometry(vision), **pixels.model_dump()}, where)
     return tower, config.text_config.num_hidden_layers, notes
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.configs import build_config
+from mllm_adapters.configs import build_config, tower_geometry
 from mllm_adapters.contract import Dropped
 from mllm_adapters.convnext import TIMM_KEY
 from mllm_adapters.planning import TOWER_PART, HostTower, external_tower
@@ -221,17 +221,11 @@ def own_tower(checkpoint: Checkpoint, fields: NativeFields) -> tuple[HostTower, 
         raise UserError(
             f"{checkpoint.folder}: expected one {CLASS_EMBEDDING}, found {len(found)}: download it again"
         )
-    vision = build_config(checkpoint.config, str(where)).vision_config.to_dict()
+    vision = build_config(checkpoint.config, str(where)).vision_config
     pixels, notes = host_pixels(checkpoint.folder, fields.image_size_aux)
-    geometry = {
-        "width": vision["hidden_size"],
-        "depth": vision["num_hidden_layers"],
-        "heads": vision["num_attention_heads"],
-        "mlp_width": vision["intermediate_size"],
-        "patch_size": vision["patch_size"],
-        "activation": vision["hidden_act"],
-    }
-    spec = checked(TowerSpec, {**geometry, **pixels.model_dump(), "image_size": vision["image_size"]}, where)
+    spec = checked(
+        TowerSpec, {**tower_geometry(vision), **pixels.model_dump(), "image_size": vision.image_size}, where
+    )
     _check_positions(checkpoint.tensors[found[0] + POSITIONS], spec, f"{where} describes")
     return HostTower("vision_tower", spec, None, notes), found[0]
 
