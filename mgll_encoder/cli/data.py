@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 
 from mgll_encoder.common.cli import new_app, note, stdout, warn
+from mgll_encoder.common.errors import UserError
 
 app = new_app("Make data sets for pretraining.")
 
@@ -13,6 +14,12 @@ app = new_app("Make data sets for pretraining.")
 def fundus(
     labels: Path = typer.Option(
         ..., help="CSV with a header line: image, labels, patient, perhaps keywords."
+    ),
+    layout: str = typer.Option(
+        "generic", help="generic (see the columns below), or as published: rfmid, odir (keywords per eye)."
+    ),
+    classes: str = typer.Option(
+        "", help="Names of the label column's values, for files with one class: 0=normal,1=glaucoma."
     ),
     images: Path = typer.Option(..., help="Folder that the image column is relative to."),
     out: Path = typer.Option(..., help="The manifest to write (.jsonl)."),
@@ -40,7 +47,16 @@ def fundus(
     """
     from mgll_encoder.data.fundus import EXPLANATIONS, FundusTable, build_fundus
 
-    table = FundusTable(labels, image_column, labels_column, patient_column, keywords_column, source_column)
+    table = FundusTable(
+        labels,
+        image_column,
+        labels_column,
+        patient_column,
+        keywords_column,
+        source_column,
+        layout,
+        _classes(classes),
+    )
     report = build_fundus(
         table, images, out, test=test, val=val, seed=seed, explanations=explanations or EXPLANATIONS,
         strict=strict, force=force,
@@ -57,6 +73,16 @@ def fundus(
     stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
     stdout.print(f"manifest: {out}", highlight=False, soft_wrap=True)
     stdout.print(f"next: mgll-encoder pretrain --data {out} --out tower", highlight=False, soft_wrap=True)
+
+
+def _classes(option: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in option.split(",") if part.strip()]
+    for value, equals, name in pairs:
+        if not (equals and value.strip() and name.strip()):
+            raise UserError(
+                f"--classes is '{option}': expected VALUE=LABEL pairs, such as 0=normal,1=glaucoma"
+            )
+    return {value.strip(): name.strip() for value, _, name in pairs}
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import csv
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256, write_text
 from mgll_encoder.common.splits import assign_split
+from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, manifest_text
 from mgll_encoder.data.skipped import Skipped
 
@@ -57,6 +59,8 @@ class FundusTable:
         keywords: Column with the annotators' words, separated by commas or ``;``; None for
             ``raw_label_or_keywords`` if the file has it.
         source: Column with the name of the data set; None for ``dataset`` if the file has it.
+        layout: ``generic``, or a published layout (`fundus_layouts`), which says what the columns are.
+        classes: Cell of the label column -> label, for files that write 0 and 1.
     """
 
     path: Path
@@ -65,6 +69,8 @@ class FundusTable:
     patient: str = "patient_or_source_id"
     keywords: str | None = None
     source: str | None = None
+    layout: str = GENERIC
+    classes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -260,6 +266,9 @@ def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, st
             found = list(reader.fieldnames or [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"label file {table.path} is not a UTF-8 CSV: {error}") from None
+    if table.layout != GENERIC:
+        generic = FundusTable(table.path, IMAGE, LABELS, PATIENT, KEYWORDS, SOURCE)
+        return generic, as_generic(table.layout, table.path, found, records)
     wanted = {
         "--image-column": table.image,
         "--labels-column": table.labels,
@@ -277,7 +286,19 @@ def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, st
         keywords=table.keywords or ("raw_label_or_keywords" if "raw_label_or_keywords" in found else None),
         source=table.source or ("dataset" if "dataset" in found else None),
     )
+    if table.classes:
+        records = [(number, {**row, table.labels: _named(table, row, number)}) for number, row in records]
     return settled, records
+
+
+def _named(table: FundusTable, record: dict[str, str], number: int) -> str:
+    cell = record[table.labels].strip()
+    if cell and cell not in table.classes:
+        raise UserError(
+            f"label file {table.path} row {number}: column '{table.labels}' is '{cell}', which --classes does not "
+            f"name: it names {', '.join(table.classes)}"
+        )
+    return table.classes.get(cell, "")
 
 
 def _labels(cell: str) -> tuple[str, ...]:

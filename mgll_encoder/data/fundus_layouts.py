@@ -1,0 +1,130 @@
+"""Label files of published fundus data sets, turned into the generic table: one row per image."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from mgll_encoder.common.errors import UserError, unknown_name
+
+GENERIC = "generic"
+
+IMAGE, LABELS, PATIENT, KEYWORDS, SOURCE = (
+    "file", "labels", "patient_or_source_id", "raw_label_or_keywords", "dataset",
+)  # fmt: skip
+"""Columns of the generic table."""
+
+SEPARATORS = re.compile("[,;，；]")
+
+
+class Eye(BaseModel):
+    """One image of a row: a template of its path over the columns, and the column with its annotators' words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: str
+    keywords: str | None = None
+
+
+class Layout(BaseModel):
+    """A published label file.
+
+    Attributes:
+        dataset: Name of the data set.
+        eyes: The images of a row.
+        patient: Column with the patient id; None: each image is a patient.
+        normal: Column that is 0 where nothing was found.
+        binary: Column with 0 or 1 -> label.
+        phrases: Regular expressions over a whole phrase of the annotators -> label, first match first. A phrase that
+            none of them matches (a suspicion, a remark) is no label.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    eyes: tuple[Eye, ...]
+    patient: str | None = None
+    normal: str | None = None
+    binary: dict[str, str] = {}
+    phrases: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns that must be there."""
+        templates = {name for eye in self.eyes for name in re.findall(r"{([^}]+)}", eye.image)}
+        optional = {self.patient, self.normal, *(eye.keywords for eye in self.eyes)} - {None}
+        return {*templates, *map(str, optional), *self.binary}
+
+
+@cache
+def layouts() -> Mapping[str, Layout]:
+    """The published layouts, by name."""
+    text = files(__package__).joinpath("fundus_layouts.json").read_text(encoding="utf-8")
+    return {name: Layout.model_validate(row) for name, row in json.loads(text)["layouts"].items()}
+
+
+def as_generic(
+    name: str, path: Path, columns: Sequence[str], records: Sequence[tuple[int, dict[str, str]]]
+) -> list[tuple[int, dict[str, str]]]:
+    """Rows of the generic table made of those of a published layout.
+
+    An image that several rows name in the same way (ODIR-5K lists each patient once per eye) is taken once.
+
+    Args:
+        name: A key of `layouts`.
+        path: The label file, for messages.
+        columns: Its columns.
+        records: Its rows with their numbers.
+
+    Raises:
+        UserError: no such layout, a column is missing, or a cell that must be 0 or 1 is not.
+    """
+    if name not in layouts():
+        raise unknown_name("layout", name, [GENERIC, *layouts()])
+    layout = layouts()[name]
+    if absent := sorted(layout.columns - set(columns)):
+        raise UserError(
+            f"label file {path} has no column '{absent[0]}', which layout '{name}' has: its columns are "
+            f"{', '.join(columns)}"
+        )
+    rows: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
+    for number, record in records:
+        for eye in layout.eyes:
+            image = eye.image.format_map(record).strip()
+            words = record[eye.keywords] if eye.keywords else ""
+            labels = _phrases(layout, words) if eye.keywords else _findings(layout, record, path, number)
+            row = {
+                IMAGE: image,
+                LABELS: ";".join(labels),
+                PATIENT: record[layout.patient].strip() if layout.patient else "",
+                KEYWORDS: words,
+                SOURCE: layout.dataset,
+            }
+            rows.setdefault((image, row[LABELS]), (number, row))
+    return list(rows.values())
+
+
+def _findings(layout: Layout, record: Mapping[str, str], path: Path, number: int) -> list[str]:
+    def true(column: str) -> bool:
+        value = record[column].strip()
+        if value not in ("0", "1"):
+            raise UserError(
+                f"label file {path} row {number}: column '{column}' is '{value}': expected 0 or 1"
+            )
+        return value == "1"
+
+    found = [label for column, label in layout.binary.items() if true(column)]
+    return found or (["normal"] if layout.normal and not true(layout.normal) else [])
+
+
+def _phrases(layout: Layout, words: str) -> list[str]:
+    labels = []
+    for phrase in (" ".join(part.casefold().split()) for part in SEPARATORS.split(words)):
+        matching = (label for pattern, label in layout.phrases if re.fullmatch(pattern, phrase))
+        labels += [label for label in [next(matching, None)] if label]
+    diseases = [label for label in dict.fromkeys(labels) if label != "normal"]
+    return diseases or labels[:1]

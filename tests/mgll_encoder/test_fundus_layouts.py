@@ -1,0 +1,115 @@
+"""Somebody has the label file of a published set, as it is published."""
+
+import csv
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mgll_encoder.cli import main
+from mgll_encoder.data.fundus import FundusTable, build_fundus
+from mgll_encoder.data.fundus_layouts import KEYWORDS, LABELS, PATIENT, as_generic, layouts
+from mgll_encoder.data.manifest import read_rows
+from tests.builders import invoke, picture, refused
+
+
+def read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        records = list(enumerate(reader, start=2))
+    return list(reader.fieldnames or []), records
+
+
+def test_rfmid_is_read_as_published(real_data: Path) -> None:
+    path = real_data / "labels" / "RFMiD_Training_Labels.csv"
+    columns, records = read(path)
+    rows = [row for _, row in as_generic("rfmid", path, columns, records)]
+    assert len(rows) == 1920
+    count = Counter(label for row in rows for label in row[LABELS].split(";"))
+    assert count["normal"] == sum(record["Disease_Risk"] == "0" for _, record in records)
+    assert count["diabetic retinopathy"] == sum(record["DR"] == "1" for _, record in records)
+    assert set(layouts()["rfmid"].binary) == set(columns) - {"ID", "Disease_Risk"}
+    assert rows[0]["file"] == "1.png"
+
+
+def test_odirs_keywords_give_the_labels_of_one_eye(real_data: Path) -> None:
+    """Against the labels of the photographs at hand, which somebody else derived from the same keywords."""
+    path = real_data / "labels" / "ODIR-5K_full_df.csv"
+    columns, records = read(path)
+    rows = {row["file"]: row for _, row in as_generic("odir", path, columns, records)}
+    assert rows["0_left.jpg"][LABELS] == "cataract"
+    assert rows["0_right.jpg"][LABELS] == "normal"
+    _, known = read(real_data / "fundus" / "manifest.csv")
+    compared = differing = 0
+    for _, record in known:
+        name = Path(record["file"]).name.removeprefix("odir_")
+        if record["dataset"] == "ODIR-5K" and name in rows:
+            compared += 1
+            differing += set(record["labels"].split(";")) != set(rows[name][LABELS].split(";"))
+    assert compared > 1900
+    assert differing == 0
+    assert len({row[PATIENT] for row in rows.values()}) == 3358
+    assert not any(
+        row[LABELS] and all("suspect" in phrase for phrase in row[KEYWORDS].split("，"))
+        for row in rows.values()
+    ), "a suspicion is no label"
+
+
+def test_a_file_with_one_class_gets_its_names(tmp_path: Path) -> None:
+    for name in ("V1.jpg", "V2.jpg", "V3.jpg"):
+        picture(tmp_path, name)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("imgName,Label,patient\nV1.jpg,0,a\nV2.jpg,1,b\nV3.jpg,,c\n")
+    out = tmp_path / "m.jsonl"
+    done = invoke(
+        main, "data", "fundus", "--labels", labels, "--images", tmp_path, "--out", out, "--image-column", "imgName",
+        "--labels-column", "Label", "--patient-column", "patient", "--classes", "0=normal,1=glaucoma",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = {row.image: row.texts["disease"] for _, _, row in read_rows(out)}
+    assert found == {"V1.jpg": ["normal"], "V2.jpg": ["glaucoma"]}
+    assert "no label" in done.err
+
+
+def test_a_published_layout_becomes_a_manifest(tmp_path: Path) -> None:
+    for name in ("0_left.jpg", "0_right.jpg"):
+        picture(tmp_path, name)
+    labels = tmp_path / "full_df.csv"
+    row = '0,0_left.jpg,0_right.jpg,"cataract，lens dust",normal fundus\n'
+    labels.write_text(
+        "ID,Left-Fundus,Right-Fundus,Left-Diagnostic Keywords,Right-Diagnostic Keywords\n" + row + row
+    )
+    report = build_fundus(FundusTable(labels, layout="odir"), tmp_path, tmp_path / "m.jsonl", test=0)
+    found = {row.image: row for _, _, row in read_rows(tmp_path / "m.jsonl")}
+    assert report.rows == 2
+    assert found["0_left.jpg"].texts["keyword"] == ["cataract"]
+    assert {row.patient for row in found.values()} == {"0"}
+    assert {row.source for row in found.values()} == {"ODIR-5K"}
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "complaint"),
+    [
+        ("ID,DR\n1,0\n", ["--layout", "rfmid"], "has no column 'AH', which layout 'rfmid' has"),
+        ("ID\n1\n", ["--layout", "rfmd"], "did you mean 'rfmid'"),
+        (
+            "file,labels,patient_or_source_id\na.png,2,p\n",
+            ["--classes", "0=normal"],
+            "row 2: column 'labels' is '2'",
+        ),
+        ("file\n", ["--classes", "normal"], "expected VALUE=LABEL pairs"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, text: str, arguments: list[str], complaint: str) -> None:
+    (tmp_path / "labels.csv").write_text(text)
+    given = [
+        "--labels",
+        tmp_path / "labels.csv",
+        "--images",
+        tmp_path,
+        "--out",
+        tmp_path / "m.jsonl",
+        *arguments,
+    ]
+    assert complaint in refused(main, "data", "fundus", *given)
+    assert not (tmp_path / "m.jsonl").exists()
