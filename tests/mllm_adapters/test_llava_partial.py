@@ -122,6 +122,7 @@ def test_base_and_tower_that_are_elsewhere_are_given_as_parts(
     (tmp_path / "openai").unlink()
     config = json.loads((source / "config.json").read_text())
     tower.symlink_to((golden / "llava" / config["mm_vision_tower"]).absolute())
+    edit_config(source, mm_vision_tower="checkpoints/clip_336", unfreeze_mm_vision_tower=False)
     tokenizer = builders.byte_tokenizer()
     weights = torch.load(base / "pytorch_model.bin")
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(weights):
@@ -259,5 +260,16 @@ def test_a_llava_is_a_base_too(golden: Path, tmp_path: Path) -> None:
     torch.save(weights | other, tmp_path / "vicuna" / "pytorch_model.bin")
     checkpoint, family, _ = open_checkpoint(source)
     assert {d.name for d in family.plan(checkpoint).dropped} >= {f"base/{name}" for name in other}
+    found, expected = golden_logits(golden, "llava", load_mllm(source, dtype=torch.float32)[0])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_trained_tensors_are_found_under_shorter_names_too(prefix: str, golden: Path, tmp_path: Path) -> None:
+    """LLaVA's loader takes off base_model. and model. where they are there."""
+    source = lora_folder(golden, "llava", tmp_path)
+    weights = torch.load(source / "non_lora_trainables.bin")
+    renamed = {prefix + name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    torch.save(renamed, source / "non_lora_trainables.bin")
     found, expected = golden_logits(golden, "llava", load_mllm(source, dtype=torch.float32)[0])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
