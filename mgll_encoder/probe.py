@@ -47,7 +47,7 @@ class ProbeResult:
         train: Training images.
         test: Test images.
         patients: Patients on the test side.
-        left_out: Labels that lack positives or negatives on a side.
+        left_out: Labels that lack positives or negatives on a side, or have too few positives on the test side.
     """
 
     labels: dict[str, dict[str, float]]
@@ -108,7 +108,7 @@ def cached_features(tower: Tower, images: Sequence[Path], cache: Path) -> NDArra
 
 
 def linear_scores(
-    features: NDArray[np.floating], data: LabelledImages, strength: float = 0.01
+    features: NDArray[np.floating], data: LabelledImages, strength: float = 0.01, positives: int = 1
 ) -> tuple[NDArray[np.float64], list[int]]:
     """Probabilities of every label for the test images, by logistic regression on standardised features.
 
@@ -118,15 +118,16 @@ def linear_scores(
         features: Features of all images, [n, width].
         data: Their labels and sides.
         strength: Inverse of the L2 penalty (scikit-learn's C).
+        positives: Least number of positive test images of a label that is kept.
 
     Returns:
         Probabilities, [test images, kept labels], and the places of the kept labels: those with positives and
-        negatives on both sides.
+        negatives on both sides, and enough of the first on the test side.
     """
     train, kept, columns = ~data.test, [], []
     for place in range(len(data.names)):
         known, asked = data.truth[train, place], data.truth[data.test, place]
-        if known.all() or asked.all() or not known.any() or not asked.any():
+        if known.all() or asked.all() or not known.any() or asked.sum() < max(1, positives):
             continue
         probe = make_pipeline(
             StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
