@@ -35,6 +35,9 @@ ARMS = {
 """Arm -> options of ``mgll-encoder pretrain``; the first is the control."""
 
 EVERY = "all sources"
+POSITIVES = 20
+"""Least number of positive test images of a disease that counts."""
+
 COLUMNS = Columns(labels="labels", patient="patient_or_source_id")
 """The split that ``mgll-encoder data fundus`` draws, so that no test patient was trained on."""
 
@@ -101,7 +104,7 @@ def _probe(out: Path, name: str, labelled: LabelledImages, sources: list[str]) -
             patients=tuple(p for p, kept in zip(labelled.patients, inside, strict=True) if kept),
             test=labelled.test[inside],
         )
-        scores, kept = linear_scores(features[inside], part)
+        scores, kept = linear_scores(features[inside], part, positives=POSITIVES)
         if kept:
             macro = judge(scores, kept, part, replicates=1).macro
             result[source] = [macro[metric].value for metric in METRICS]

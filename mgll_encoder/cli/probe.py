@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mgll_encoder.probe import ProbeResult
 
 CACHE = "MGLL_CACHE_DIR"
-FEW = 10
-"""Below so many positive test images a label is pointed out."""
 
 
 def probe(
@@ -42,6 +40,9 @@ def probe(
         None, help="Column that says train or test, instead of a random split."
     ),
     only: str = typer.Option("", help="Labels that count, separated by ';' (default: all)."),
+    min_positives: int = typer.Option(
+        10, min=1, help="Labels with fewer positive test images are left out: their figures are noise."
+    ),
     activation: str | None = typer.Option(
         None, help="gelu or quick_gelu, for towers that do not say it themselves."
     ),
@@ -85,14 +86,19 @@ def probe(
     for message in tower.header.warnings:
         warn(message)
     cache = Path(os.environ.get(CACHE, Path.home() / ".cache" / "mgll-mllm")) / "features"
-    scores, kept = linear_scores(cached_features(tower, labelled.images, cache), labelled)
+    scores, kept = linear_scores(
+        cached_features(tower, labelled.images, cache), labelled, positives=min_positives
+    )
     if not kept:
         raise UserError(
-            f"label file {data}: no label has positive and negative images on both sides of the split"
+            f"label file {data}: no label has negative and {min_positives} positive test images, and both to train on: "
+            "see --min-positives"
         )
     result = judge(scores, kept, labelled, seed=seed)
     if result.left_out:
-        note(f"left out, without positives or negatives on a side: {', '.join(result.left_out)}")
+        note(
+            f"left out, for want of positive or negative images (see --min-positives): {', '.join(result.left_out)}"
+        )
     if not columns.patient:
         warn("no --patient-column: images of one patient may be on both sides, which flatters every figure")
     published = {}
@@ -119,10 +125,7 @@ def _print(result: "ProbeResult", encoder: Path, published: dict[str, dict[str, 
     for column in ("", "positive", *METRICS):
         table.add_column(column, justify="left" if not column else "right")
     for name, figures in result.labels.items():
-        mark = "*" if result.positives[name] < FEW else ""
-        table.add_row(
-            name + mark, str(result.positives[name]), *(f"{figures[metric]:.1f}" for metric in METRICS)
-        )
+        table.add_row(name, str(result.positives[name]), *(f"{figures[metric]:.1f}" for metric in METRICS))
     table.add_section()
     macro = (
         f"{f.value:.1f} \\[{f.low:.1f}, {f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
@@ -139,5 +142,3 @@ def _print(result: "ProbeResult", encoder: Path, published: dict[str, dict[str, 
         highlight=False,
         soft_wrap=True,
     )
-    if any(count < FEW for count in result.positives.values()):
-        stdout.print(f"* fewer than {FEW} positive test images", highlight=False)

@@ -75,6 +75,16 @@ def test_it_finds_what_is_in_the_pictures(
     assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 1
 
 
+def test_rare_labels_are_left_out(
+    place: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path))
+    done = invoke(*probe(place, tower, "--patient-column", "patient", "--min-positives", 12))
+    assert done.code == 0, done.err
+    assert "left out, for want of positive" in done.err
+    assert "--min-positives" in refused(*probe(place, tower, "--min-positives", 70))
+
+
 def test_random_labels_are_not_found() -> None:
     """Negative control: features that know nothing of the labels."""
     rng = np.random.default_rng(1)
