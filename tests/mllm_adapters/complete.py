@@ -29,6 +29,11 @@ from tests.mllm_adapters.families.case import Golden
 from tests.mllm_adapters.llava_checkpoints import original_llava
 from tests.mllm_adapters.tiny_instructblip import tiny_instructblip
 
+Folder = Callable[[], Path]
+"""The golden folder, asked for by those that complete one of its checkpoints."""
+
+Builder = Callable[[Path, Folder], Path]
+
 
 def encoder(folder: Path) -> Path:
     """An MGLL tower: 28 px in 4 patches, exact GELU, ImageNet's normalisation."""
@@ -39,20 +44,29 @@ def encoder(folder: Path) -> Path:
     return save_tower(Tower.from_model(CLIPVisionModel(builders.tower_config()), spec), folder)
 
 
-def _qwen_vl(folder: Path, golden: Path) -> Path:
+def _qwen_vl(folder: Path, golden: Folder) -> Path:
     config = qwen_vl.tiny_config()
     qwen_vl.write_tiny(folder, config)
     qwen_vl.write_ranks(folder, config)
     return folder
 
 
-def _janus(folder: Path, golden: Path) -> Path:
+def _janus(folder: Path, golden: Folder) -> Path:
     janus_files.write(folder, janus_files.Sizes())
     janus_files.write_tokenizer(folder)
     return folder
 
 
-def _aya(folder: Path, golden: Path) -> Path:
+def _qwen2_vl(generation: str) -> Builder:
+    def build(folder: Path, golden: Folder) -> Path:
+        test_qwen2_vl.with_tokenizer(folder, generation)
+        (folder / "chat_template.jinja").write_text(builders.CHAT_TEMPLATE)
+        return folder
+
+    return build
+
+
+def _aya(folder: Path, golden: Folder) -> Path:
     tokenizer = builders.byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [*test_aya_vision.SPECIALS, "<image>"]})
     text = {**aya_vision.CONFIG["text_config"], "vocab_size": len(tokenizer)}
@@ -73,19 +87,19 @@ def _aya(folder: Path, golden: Path) -> Path:
     return folder
 
 
-BUILDERS: Mapping[str, Callable[[Path, Path], Path]] = {
-    "llava": lambda folder, golden: original_llava(golden, "llava", folder),
+BUILDERS: Mapping[str, Builder] = {
+    "llava": lambda folder, golden: original_llava(golden(), "llava", folder),
     "llava-hf": lambda folder, golden: builders.tiny_llava(folder),
-    "llava-med": lambda folder, golden: original_llava(golden, "llava_med", folder),
+    "llava-med": lambda folder, golden: original_llava(golden(), "llava_med", folder),
     "qwen-vl": _qwen_vl,
-    "qwen2-vl": lambda folder, golden: test_qwen2_vl.with_tokenizer(folder, "qwen2_vl"),
-    "qwen2_5-vl": lambda folder, golden: test_qwen2_vl.with_tokenizer(folder, "qwen2_5_vl"),
-    "qwen3-vl": lambda folder, golden: test_qwen2_vl.with_tokenizer(folder, "qwen3_vl"),
-    "internvl": lambda folder, golden: test_internvl.talking(golden, "qwen2", folder),
-    "internvl-internlm2": lambda folder, golden: test_internvl.talking(golden, "internlm2", folder),
-    "internvl-llama": lambda folder, golden: test_internvl.talking(golden, "llama", folder),
+    "qwen2-vl": _qwen2_vl("qwen2_vl"),
+    "qwen2_5-vl": _qwen2_vl("qwen2_5_vl"),
+    "qwen3-vl": _qwen2_vl("qwen3_vl"),
+    "internvl": lambda folder, golden: test_internvl.talking(golden(), "qwen2", folder),
+    "internvl-internlm2": lambda folder, golden: test_internvl.talking(golden(), "internlm2", folder),
+    "internvl-llama": lambda folder, golden: test_internvl.talking(golden(), "llama", folder),
     "mini-gemini": lambda folder, golden: test_mini_gemini.write(
-        Golden(golden / "mini_gemini"), folder, tokenizer=True
+        Golden(golden() / "mini_gemini"), folder, tokenizer=True
     ),
     "instructblip": lambda folder, golden: tiny_instructblip(folder),
     "instructblip-t5": lambda folder, golden: tiny_instructblip(folder, "t5"),
@@ -93,4 +107,4 @@ BUILDERS: Mapping[str, Callable[[Path, Path], Path]] = {
     "janus-pro": _janus,
     "aya-vision": _aya,
 }
-"""Name -> builder of (folder to write, golden folder); the first word is the family's."""
+"""Name -> builder of (folder to write, what gives the golden folder); the first word is the family's."""
