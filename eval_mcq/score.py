@@ -45,7 +45,7 @@ class LetterScorer:
         dtype: Number format of the model; probabilities are computed in float32 whatever it is.
 
     Raises:
-        UserError: the processor is missing, or has no chat template.
+        UserError: the processor is missing, or has no chat template; or the language model has an encoder.
     """
 
     def __init__(
@@ -62,6 +62,11 @@ class LetterScorer:
         if getattr(processor, "chat_template", None) is None:
             raise UserError(
                 "the model's processor has no chat template: add chat_template.jinja to the model folder"
+            )
+        if _has_encoder(model):
+            raise UserError(
+                "the model's language model reads the prompt with an encoder, and letters are scored by a model that "
+                "writes the answer after the prompt: take one on a decoder, such as Vicuna"
             )
         self.device = torch.device(device)
         self.dtype = dtype
@@ -159,6 +164,11 @@ class LetterScorer:
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+
+def _has_encoder(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    return config is not None and config.get_text_config().is_encoder_decoder
 
 
 def _score(logits: torch.Tensor, letter_ids: list[list[int]]) -> Score:

@@ -23,6 +23,9 @@ WEIGHTS = (
 )
 """Where a folder's weights are looked for; the first that is there counts, as in transformers."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Any of these in a folder is a tokenizer."""
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
@@ -130,6 +133,12 @@ class Checkpoint:
             return []
         files = (f for f in self.folder.iterdir() if f.is_file() and not f.name.startswith("."))
         return sorted(f for f in files if not f.name.endswith((*WEIGHT_SUFFIXES, ".py")))
+
+    @cached_property
+    def side_folders(self) -> list[Path]:
+        """Folders with a tokenizer and nothing of a model: a processor keeps its further tokenizers there."""
+        folders = (f for f in self.folder.iterdir() if f.is_dir() and not (f / "config.json").exists())
+        return sorted(f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES))
 
     def find(self, part: str, *names: str) -> Path | None:
         """Where a part lies: where the user says (``--part``), else the first of ``names`` that is found.

@@ -16,6 +16,9 @@ LIBRARY_ERRORS = (
 )  # fmt: skip
 """What transformers, tokenizers and sentencepiece raise on damaged or foreign files."""
 
+ADVICE: Mapping[str, str] = {"quantization_config": "take the unquantised checkpoint"}
+"""Field of a config.json -> what to do where its value is not accepted."""
+
 Fields = TypeVar("Fields", bound=BaseModel)
 
 
@@ -36,7 +39,8 @@ def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fi
         first = error.errors()[0]
         field = str(first["loc"][0])
         found = f"{field} is {config[field]!r}" if field in config else f"{field} is missing"
-        raise UserError(f"{where}: {found}: {first['msg']}; this variant is not supported") from None
+        advice = ADVICE.get(field, "this variant is not supported")
+        raise UserError(f"{where}: {found}: {first['msg']}; {advice}") from None
 
 
 def build_config(settings: Mapping[str, Any], where: str) -> Any:

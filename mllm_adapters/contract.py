@@ -170,7 +170,7 @@ class FamilySpec:
             of them are read.
         parts: Parts that may lie outside the checkpoint, name -> what it is; each can be given as ``--part NAME=PATH``.
         targets: Layouts that a swap can write: ``own`` and, where the understanding path is a LLaVA, ``llava``.
-        not_llava: Why it is none, where it is none.
+        not_llava: Why it is none, where it is none; empty where ``own`` is a LLaVA already.
     """
 
     name: str

@@ -21,6 +21,9 @@ IMAGE_TOKEN = "<image>"
 TOWER_PART = "vision-tower"
 """Name of the vision tower in ``--part``."""
 
+LARGEST_STRETCH = 16
+"""How many times its own side a tower's input may be asked to have; beyond, the number is a slip of the keyboard."""
+
 VOCABULARY_MULTIPLE = 64
 """Extended vocabularies are rounded up to this, as in the published llava-hf checkpoints (32000 -> 32064)."""
 
@@ -118,6 +121,12 @@ def after_swap(
         )
     unit = spec.patch_size * multiple
     size = ceil(before.grid / multiple) * unit if image_size is None else image_size
+    most = max(LARGEST_STRETCH * spec.image_size // unit, 1) * unit
+    if image_size is not None and image_size > most:
+        raise UserError(
+            f"--image-size {image_size} is more than {LARGEST_STRETCH} times the tower's own {spec.image_size}: "
+            f"take {most} at most, or leave it out to keep the host's number of tokens"
+        )
     if size % unit or size <= 0:
         near = max(1, round(size / unit)) * unit
         by = f"patch size {spec.patch_size}" + (f" times {multiple}" if multiple > 1 else "")

@@ -7,12 +7,10 @@ from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.preprocess import image_processor, read_preprocessing
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
+from mllm_adapters.checkpoint import TOKENIZER_FILES
 from mllm_adapters.configs import LIBRARY_ERRORS, build_config
 from mllm_adapters.contract import VisionContract
 from mllm_adapters.planning import IMAGE_TOKEN
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
 
 _PROBE = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
 

@@ -84,14 +84,18 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
     inner = _inner_folder(folder)
     if (inner / "config.json").is_file():
         found, layout = detect(read_json(inner / "config.json"), f"{inner}/config.json")
-        if layout == "transformers" and (inner / "adapter_config.json").is_file():
+        if (inner / "adapter_config.json").is_file() and not _reads_adapters(found, layout):
             raise UserError(UNMERGED.format(folder=inner, what="holds a PEFT adapter (adapter_config.json)"))
         loose: tuple[Path, ...] = ()
     else:
         found, layout, loose = _loose(inner)
     for part in given or {}:
+        if not found.spec.parts:
+            raise UserError(
+                f"--part {part}: a checkpoint of {found.spec.title} has no parts outside its folder"
+            )
         if part not in found.spec.parts:
-            raise unknown_name(f"part of a {found.spec.title} checkpoint", part, found.spec.parts)
+            raise unknown_name(f"--part for {found.spec.title}", part, found.spec.parts)
     return Checkpoint(inner, found.spec.extra_weights, given=given, loose=loose), found, layout
 
 
@@ -119,6 +123,11 @@ def _recognised(config: Mapping[str, Any]) -> tuple[Family, str] | None:
     return None
 
 
+def _reads_adapters(found: Family, layout: str) -> bool:
+    """Whether the family itself merges LoRA adapters (or says why not) in checkpoints of this layout."""
+    return layout == "original" and any(f.startswith("adapter_model") for f in found.spec.extra_weights)
+
+
 def _inner_folder(folder: Path) -> Path:
     """The checkpoint folder itself, or the one checkpoint of a known family that lies in it."""
     if not folder.is_dir():
@@ -135,8 +144,14 @@ def _inner_folder(folder: Path) -> Path:
     if (folder / "adapter_config.json").is_file():
         what = "is a PEFT adapter without a config.json (LLaVA's own LoRA folders have one)"
         raise UserError(UNMERGED.format(folder=folder, what=what))
-    if configs:
+    if len(configs) == 1:
         detect(read_json(configs[0]), str(configs[0]))
+    if configs:
+        names = ", ".join(config.parent.name for config in configs)
+        raise UserError(
+            f"{folder} holds no config.json and no weights of a known family, and neither is one of the folders in it "
+            f"({names}): complete the download, or pass the checkpoint's own folder"
+        )
     raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
 
 

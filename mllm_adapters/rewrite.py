@@ -22,7 +22,8 @@ def replace_tensors(
 ) -> Path:
     """Write a checkpoint equal to ``source`` but for the values of some tensors.
 
-    Files without any of them are hard-linked; side files are copied.
+    Files without any of them are hard-linked; side files and a processor's further
+    tokenizers are copied.
 
     Args:
         source: Checkpoint folder.
@@ -53,6 +54,9 @@ def replace_tensors(
     with new_checkpoint(out, force, [source]) as partial:
         write_weights(partial, checkpoint, steps, compute)
         copy_files(checkpoint.side_files, partial)
+        for folder in checkpoint.side_folders:
+            (partial / folder.name).mkdir()
+            copy_files((file for file in folder.iterdir() if file.is_file()), partial / folder.name)
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
     return out

@@ -18,6 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, sha256, write_text
+from mllm_adapters.configs import build_config
 from mllm_adapters.conversations import Corpus, read_corpus
 from mllm_adapters.examples import AnswerCollator, ConversationDataset, DataCounts, Example, prepare_examples
 from mllm_adapters.loading import load_mllm
@@ -210,7 +211,8 @@ def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job
     """Check everything, load the model, freeze all but its projector. Writes nothing.
 
     Raises:
-        UserError: the data or the model are not usable; see `read_corpus`, `prepare_examples`, `load_mllm`.
+        UserError: the data or the model are not usable (see `read_corpus`, `prepare_examples`, `load_mllm`), or the
+            language model has an encoder.
     """
     checkpoint, _, layout = open_checkpoint(source)
     if layout != "transformers":
@@ -218,6 +220,7 @@ def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job
             f"{source} is in its original layout: first "
             f"`swap-encoder convert --mllm {source} --out {source.name}-hf`, then retrain that"
         )
+    _check_decoder(build_config(checkpoint.config, f"{source}/config.json"), source)
     stored = checkpoint.tensors
     corpus = read_corpus(data, images)
     precision = recipe.precision
@@ -345,6 +348,15 @@ def names_on_disk(parameters: Iterable[str], tensors: Iterable[str]) -> dict[str
             )
         found[name] = matches[0]
     return found
+
+
+def _check_decoder(config: Any, source: Path) -> None:
+    text = config.get_text_config()
+    if text.is_encoder_decoder:
+        raise UserError(
+            f"{source}: its language model ({text.model_type}) reads the prompt with an encoder, and retrain-projector "
+            "trains models that write the answer after the prompt: take one on a decoder, such as Vicuna"
+        )
 
 
 def _claim(work: Path, identity: Mapping[str, Any], resume: bool) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -141,11 +141,15 @@ def _parts(options: list[str] | None) -> dict[str, Path]:
 
 
 def _target(layout: str, family: "Family") -> "Target":
-    if layout == "llava" and family.spec.not_llava:
-        raise UserError(f"--layout llava: {family.spec.not_llava}; use --layout own")
-    if layout not in family.spec.targets:
-        raise unknown_name(f"layout to write for {family.spec.title}", layout, family.spec.targets)
-    return layout
+    from mllm_adapters.contract import Target
+
+    if layout not in get_args(Target):
+        raise unknown_name("--layout", layout, get_args(Target))
+    if layout in family.spec.targets:
+        return cast(Target, layout)
+    if family.spec.not_llava:
+        raise UserError(f"--layout {layout}: {family.spec.not_llava}; use --layout own")
+    return "own"  # which is a LLaVA
 
 
 def _execute(

@@ -55,6 +55,7 @@ class AyaVision(Family):
         tower=r"vision_tower\.",
         projector=r"multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",
+        not_llava="Aya Vision cannot be written as a LLaVA: its projector merges 2 x 2 patches and gates them",
     )
 
     def layout(self, config: Mapping[str, Any]) -> str | None:

@@ -135,6 +135,8 @@ def _external_host(checkpoint: Checkpoint, geometry: Geometry, tower: TowerHeade
     if found is None:
         if geometry.width == published.width and tower is not None:
             return HostTower(HOST_TOWER, published)
+        for folder in _clip_folders(checkpoint):
+            inspect_tower(folder)  # a damaged one is named
         raise UserError(
             f"{checkpoint.files[0]} holds no vision tower, and no CLIP file lies beside it: say where OpenAI's "
             f"ViT-L/14 is, as state dict or transformers folder, with --part {TOWER_PART}=PATH"
@@ -153,7 +155,7 @@ def _external_host(checkpoint: Checkpoint, geometry: Geometry, tower: TowerHeade
 
 def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:
     """CLIP files and folders in the checkpoint's folder, by their keys; an MGLL training checkpoint is no host."""
-    folders = [path for path in sorted(checkpoint.folder.iterdir()) if path.is_dir()]
+    folders = _folders(checkpoint)
     models = [folder for folder in folders if (folder / "config.json").is_file()]
     loose = [
         path
@@ -162,7 +164,7 @@ def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:
         if path.is_file() and path.suffix in LOOSE_SUFFIXES and path not in checkpoint.files
     ]
     found = []
-    for path in (*(m for m in models if _model_type(m).startswith("clip")), *loose):
+    for path in (*_clip_folders(checkpoint), *loose):
         try:
             header = inspect_tower(path)
         except UserError:
@@ -170,6 +172,16 @@ def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:
         if header.layout != OFFICIAL:
             found.append(path)
     return found
+
+
+def _folders(checkpoint: Checkpoint) -> list[Path]:
+    return [path for path in sorted(checkpoint.folder.iterdir()) if path.is_dir()]
+
+
+def _clip_folders(checkpoint: Checkpoint) -> list[Path]:
+    """Folders in the checkpoint's folder whose config.json is a CLIP's."""
+    models = (folder for folder in _folders(checkpoint) if (folder / "config.json").is_file())
+    return [folder for folder in models if _model_type(folder).startswith("clip")]
 
 
 def inner_tower(checkpoint: Checkpoint, names: Names) -> tuple[list[Step], list[Dropped]]:

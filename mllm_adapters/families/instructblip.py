@@ -279,11 +279,12 @@ def _tokenizers(host: AsStock, checkpoint: Checkpoint) -> dict[str, Path]:
         return {}
     inside = host.tokenizer / QFORMER_TOKENIZER
     names = (QFORMER_TOKENIZER, *BERT)
-    found = (path for name in names if (path := checkpoint.find(QFORMER_TOKENIZER_PART, name)))
+    found = [path for name in names if (path := checkpoint.find(QFORMER_TOKENIZER_PART, name))]
     folder = next((path for path in found if has_tokenizer(path)), None)
     if folder is None:
+        looked = f" (nor in {found[0]})" if found else ""
         raise UserError(
-            f"{host.tokenizer} holds a tokenizer, but there is none for the Q-Former: put that of {BERT[0]} at "
+            f"{host.tokenizer} holds a tokenizer, but there is none for the Q-Former{looked}: put that of {BERT[0]} at "
             f"{inside}, or say where it is with --part {QFORMER_TOKENIZER_PART}=PATH"
         )
     return {QFORMER_TOKENIZER_PART: folder}
@@ -342,6 +343,7 @@ INSTRUCTBLIP = InstructBlip(
         tower=r"vision_model\.(?:tower|embeddings|encoder)\.",
         projector=r"vision_model\.(?:ln_vision|post_layernorm)\.|qformer\.|query_tokens|language_projection\.",
         language_model=r"language_model\.",
+        not_llava="InstructBLIP cannot be written as a LLaVA: between tower and language model it has a Q-Former",
         loose_weights=lavis.LOOSE_WEIGHTS,
         parts={
             lavis.LANGUAGE_PART: "the language model's folder (LAVIS)",

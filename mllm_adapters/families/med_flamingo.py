@@ -306,6 +306,7 @@ MED_FLAMINGO = MedFlamingo(
         # The original trains these two and the embedding; the gated blocks read latents as wide as the features.
         projector=r"perceiver\.|cross_attention\.",
         language_model=r"language_model\.|lm_head\.",
+        not_llava="Med-Flamingo cannot be written as a LLaVA: its language model reads images by cross-attention",
         loose_weights=(r"(?:module\.)?(?:perceiver|lang_encoder)\.", r"(?:module\.)?vision_encoder\."),
         parts={
             LANGUAGE_PART: "folder of the LLaMA-7B that it was trained on",

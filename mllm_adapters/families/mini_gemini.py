@@ -369,6 +369,7 @@ MINI_GEMINI = MiniGemini(
         tower=r"vision_tower\.",
         projector=r"mm_projector\.|vlm_uni_\w+_projector\.",
         language_model=r"language_model\.|lm_head\.",
+        not_llava="Mini-Gemini cannot be written as a LLaVA: it sees each image through a second tower, too",
         other=r"vision_tower_aux\.",
         parts={
             TOWER_PART: "the low-resolution tower that mm_vision_tower names",

@@ -122,6 +122,7 @@ class Qwen2VL(Family):
         tower=r"\bvisual\.(?!merger\.|deepstack_merger_list\.)",
         projector=r"\bvisual\.(merger|deepstack_merger_list)\.",
         language_model=r"\blanguage_model\.|\blm_head\.",
+        not_llava="a LLaVA has neither M-RoPE positions nor 2 x 2 merging, so this model cannot be written as one",
     )
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
@@ -149,10 +150,7 @@ class Qwen2VL(Family):
         """Plan a swap; see `Family.plan`."""
         config, where = checkpoint.config, f"{checkpoint.folder}/config.json"
         if target not in self.spec.targets:
-            raise UserError(
-                f"{checkpoint.folder}: a LLaVA has neither M-RoPE positions nor 2 x 2 merging, so this model cannot be "
-                "written as one: leave out --layout"
-            )
+            raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use --layout own")
         if tower is None:
             raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
         read_fields(Fields, config, where)

@@ -81,8 +81,11 @@ def original_names(model: FlamingoForConditionalGeneration) -> State:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_host(tmp_path_factory.mktemp("hosts") / "med-flamingo")
+
+
+def write_host(folder: Path) -> Path:
     """model.pt, a LLaMA with the tokenizer that it was published with, and a CLIP folder."""
-    folder = tmp_path_factory.mktemp("hosts") / "med-flamingo"
     folder.mkdir()
     model = tiny_model()
     torch.save({"epoch": 3, "model_state_dict": original_names(model)}, folder / "model.pt")
