@@ -15,6 +15,7 @@ from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
 from mllm_adapters.apply import apply_plan
 from mllm_adapters.contract import Plan
 from mllm_adapters.families.llava_fields import TEXT_MODELS
+from mllm_adapters.locate import find_part
 from mllm_adapters.registry import open_checkpoint
 from tests import builders
 
@@ -89,9 +90,8 @@ def original_llava(
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(state):
         state[name] = state[name][torch.arange(size) % state[name].shape[0]]
     write_config(folder, dict(checkpoint.config, vocab_size=size, mm_vision_tower="towers/clip"))
-    tower = golden / host / checkpoint.config["mm_vision_tower"]
     (folder / "towers").mkdir()
-    (folder / "towers" / "clip").symlink_to(tower.absolute())
+    (folder / "towers" / "clip").symlink_to(golden_tower(source).absolute())
     if safetensors:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     else:
@@ -110,6 +110,19 @@ def language_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, 
     return folder
 
 
+def golden_tower(source: Path) -> Path:
+    """The folder of the tower that a golden checkpoint names."""
+    tower = find_part(json.loads((source / "config.json").read_text())["mm_vision_tower"], source)
+    assert tower is not None, "the golden folder holds its tower"
+    return tower
+
+
+def link_tower(folder: Path, name: str, source: Path) -> None:
+    """Make the tower that a golden checkpoint names found from folders in ``folder`` too."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(golden_tower(source).absolute())
+
+
 def projector_only(golden: Path, host: str, folder: Path, base: str = "vicuna") -> Path:
     """A golden checkpoint taken apart: folder/projector, folder/vicuna and folder/openai."""
     source = golden / host / "checkpoint"
@@ -119,7 +132,7 @@ def projector_only(golden: Path, host: str, folder: Path, base: str = "vicuna") 
     write_config(folder / "projector", config)
     mine = {k: v for k, v in state.items() if not k.startswith(LANGUAGE_MODEL)}
     torch.save(mine, folder / "projector" / "mm_projector.bin")
-    (folder / "openai").symlink_to((golden / host / "openai").absolute())
+    link_tower(folder, config["mm_vision_tower"], source)
     return folder / "projector"
 
 
@@ -149,7 +162,7 @@ def lora_folder(golden: Path, host: str, folder: Path, *, base: str = "vicuna", 
     torch.save(adapter, folder / "lora" / "adapter_model.bin")
     mine = {f"base_model.model.{k}": v for k, v in state.items() if not k.startswith(LANGUAGE_MODEL)}
     torch.save(mine, folder / "lora" / "non_lora_trainables.bin")
-    (folder / "openai").symlink_to((golden / host / "openai").absolute())
+    link_tower(folder, config["mm_vision_tower"], source)
     return folder / "lora"
 
 

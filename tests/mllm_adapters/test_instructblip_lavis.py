@@ -1,6 +1,7 @@
 """InstructBLIP as LAVIS has it: files side by side, and no config.json."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
+from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.registry import open_checkpoint
 from tests import builders
@@ -24,9 +26,24 @@ from tests.mllm_adapters.tiny_instructblip import (
 
 
 def lavis_folder(golden: Path, folder: Path, leave_out: tuple[str, ...] = ()) -> Path:
-    """A copy of the golden files, some left out."""
-    shutil.copytree(golden / "instructblip_lavis", folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
+    """The golden checkpoint in the three places of the published one, however it is laid out; some left out."""
+    checkpoint, family, _ = open_checkpoint(golden / "instructblip_lavis", heads(golden))
+    language = Checkpoint(family.plan(checkpoint).parts["language-model"])
+    state = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    words = {n: state.pop(n) for n in list(state) if n.startswith("llm_model.")}
+    words = words or {f"llm_model.{name}": language.read(name) for name in language.tensors}
+    trained = re.compile(r"query_tokens|ln_vision\.|Qformer\.|llm_proj\.")
+    tower = {n: state.pop(n) for n in list(state) if not trained.match(n)}
+    (folder / "vicuna-7b").mkdir(parents=True)
+    shutil.copyfile(language.folder / "config.json", folder / "vicuna-7b" / "config.json")
+    files = (
+        (state, "instruct_blip_vicuna7b_trimmed.pth"),
+        (tower, "eva_vit_g.pth"),
+        (words, "vicuna-7b/pytorch_model.bin"),
+    )
+    for tensors, name in files:
+        bare = {n.removeprefix("visual_encoder.").removeprefix("llm_model."): v for n, v in tensors.items()}
+        torch.save({"model": bare} if tensors is state else bare, folder / name)
     for name in leave_out:
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
     return folder
@@ -70,7 +87,7 @@ def test_a_part_that_lies_elsewhere_is_asked_for_and_taken(
     checkpoint, family, _ = open_checkpoint(folder, heads(golden))
     with pytest.raises(UserError, match=f"--part {part}=PATH"):
         family.plan(checkpoint)
-    given = heads(golden) | {part: golden / "instructblip_lavis" / missing}
+    given = heads(golden) | {part: lavis_folder(golden, tmp_path / "whole") / missing}
     model, _ = load_mllm(folder, dtype=torch.float32, parts=given)
     whole, _ = load_mllm(golden / "instructblip_lavis", dtype=torch.float32, parts=heads(golden))
     for (name, found), expected in zip(model.state_dict().items(), whole.state_dict().values(), strict=True):
@@ -79,7 +96,9 @@ def test_a_part_that_lies_elsewhere_is_asked_for_and_taken(
 
 def test_a_file_that_is_beside_the_folder_is_found(golden: Path, tmp_path: Path) -> None:
     folder = lavis_folder(golden, tmp_path / "lavis" / "inner", ("eva_vit_g.pth",))
-    shutil.copyfile(golden / "instructblip_lavis" / "eva_vit_g.pth", tmp_path / "lavis" / "eva_vit_g.pth")
+    shutil.copyfile(
+        lavis_folder(golden, tmp_path / "whole") / "eva_vit_g.pth", folder.parent / "eva_vit_g.pth"
+    )
     load_mllm(folder, dtype=torch.float32, parts=heads(golden))
 
 

@@ -119,7 +119,6 @@ def test_base_and_tower_that_are_elsewhere_are_given_as_parts(
     """At the terminal, with the base's tokenizer; the tower takes part in a conversion only."""
     source = KINDS[kind](golden, "llava", tmp_path, base="lmsys/vicuna-7b-v1.5")
     base, tower = (tmp_path / "vicuna").rename(tmp_path / "elsewhere"), tmp_path / "clip"
-    (tmp_path / "openai").unlink()
     config = json.loads((source / "config.json").read_text())
     tower.symlink_to((golden / "llava" / config["mm_vision_tower"]).absolute())
     edit_config(source, mm_vision_tower="checkpoints/clip_336", unfreeze_mm_vision_tower=False)

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from eval_mcq.schema import load_bench
 from eval_mcq.score import LetterScorer
 from mgll_encoder import inspect_tower
+from mgll_encoder.checkpoint import open_checkpoint as open_checkpoint_file
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 from mllm_adapters import load_mllm
@@ -25,6 +26,7 @@ from mllm_adapters.apply import apply_plan
 from mllm_adapters.contract import Plan
 from mllm_adapters.conversations import Conversation, Corpus
 from mllm_adapters.examples import AnswerCollator, encode, prepare_examples
+from mllm_adapters.locate import find_part
 from mllm_adapters.modeling.mini_gemini_processor import low_resolution
 from mllm_adapters.registry import open_checkpoint
 from tests import builders
@@ -62,13 +64,15 @@ def tensors(source: Path) -> dict[str, Tensor]:
 def part(reference: Golden, field: str) -> Path:
     """The folder of a tower outside the shards."""
     config = json.loads((reference.folder / "checkpoint" / "config.json").read_text())
-    return reference.folder / config[field]
+    found = find_part(config[field], reference.folder / "checkpoint")
+    assert found is not None, "the golden folder holds both towers"
+    return found
 
 
 def open_clip(reference: Golden) -> dict[str, Tensor]:
     """timm's key -> value of the high-resolution tower in its own file."""
-    file = next(part(reference, "mm_vision_tower_aux").glob("open_clip_pytorch_model.*"))
-    state = torch.load(file, weights_only=True)
+    weights = open_checkpoint_file(part(reference, "mm_vision_tower_aux"))
+    state = weights.read(weights.headers)
     prefix = "visual.trunk."
     return {
         k.removeprefix(prefix): v
@@ -105,7 +109,8 @@ def write(
         torch.save(state, folder / "pytorch_model.bin")
     if zoo:
         top = Path(settings["mm_vision_tower"]).parts[0]
-        (folder / top).symlink_to((reference.folder / top).absolute())
+        places = (reference.folder / top, reference.folder / "checkpoint" / top)
+        (folder / top).symlink_to(next(place for place in places if place.exists()).absolute())
     return folder
 
 

@@ -19,6 +19,7 @@ from mllm_adapters.registry import open_checkpoint
 from tests.mllm_adapters.families.llava import expand
 from tests.mllm_adapters.llava_checkpoints import (
     HOSTS,
+    golden_tower,
     normalised,
     swap,
 )
@@ -30,7 +31,7 @@ def swapped(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pyte
     source = golden / request.param / "checkpoint"
     encoder = next((golden / "mgll_official").glob("*.pth"))
     plan = swap(source, encoder, out)
-    return SimpleNamespace(plan=plan, out=out, source=source, encoder=encoder, family=golden / request.param)
+    return SimpleNamespace(plan=plan, out=out, source=source, encoder=encoder)
 
 
 def by_hand(swapped: SimpleNamespace, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -85,8 +86,9 @@ def test_the_plan_says_what_changes(swapped: SimpleNamespace) -> None:
     assert plan.processor is None  # the golden folders hold no tokenizer
     assert plan.after.tokens == plan.before.tokens
     config = json.loads((swapped.source / "config.json").read_text())
-    own = json.loads((swapped.family / config["mm_vision_tower"] / "config.json").read_text())
-    assert (plan.before.activation, plan.after.activation) == (own["vision_config"]["hidden_act"], "gelu")
+    own = json.loads((golden_tower(swapped.source) / "config.json").read_text())
+    activation = own.get("vision_config", own)["hidden_act"]  # a CLIP, or its vision model alone
+    assert (plan.before.activation, plan.after.activation) == (activation, "gelu")
     assert plan.before.resize == ("pad" if config["image_aspect_ratio"] == "pad" else "crop")
     assert plan.after.resize == "squash"
     assert any(f"<image> = {plan.image_token_id}" in note for note in plan.notes)
@@ -129,8 +131,8 @@ def test_putting_the_hosts_own_tower_in_changes_nothing(host: str, golden: Path,
     """The strictest control there is: the logits stay those of the original code."""
     source = golden / host / "checkpoint"
     config = json.loads((source / "config.json").read_text())
-    tower = golden / host / config["mm_vision_tower"]
-    if host == "llava" and config["unfreeze_mm_vision_tower"]:
+    tower = golden_tower(source)
+    if host == "llava" and config.get("unfreeze_mm_vision_tower"):
         tower = the_tower_inside(source, tower, tmp_path / "inside")
     plan = swap(source, tower, tmp_path / "same")
     assert plan.readers == {"multi_modal_projector.linear_1": f"kept ({plan.after.width} wide)"}
