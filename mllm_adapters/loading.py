@@ -15,6 +15,9 @@ from mllm_adapters.parts import resolve
 from mllm_adapters.processing import load_processor
 from mllm_adapters.registry import open_checkpoint
 
+DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "depth", "perceiver_depth")
+"""Fields of configurations that say how many layers there are; each layer has tensors of its own."""
+
 
 def load_mllm(
     path: str | Path, *, dtype: Any = "auto", parts: Mapping[str, Path] | None = None
@@ -37,7 +40,7 @@ def load_mllm(
     checkpoint, family, layout = open_checkpoint(resolve(str(path)), parts)
     folder = checkpoint.folder
     if layout == "transformers":
-        _ = checkpoint.tensors  # damaged and missing shards are refused here, by name
+        check_depths(checkpoint.config, len(checkpoint.tensors), f"{folder}/config.json")
         model = _load(None, checkpoint.config, folder, dtype=dtype)
         return model.eval(), load_processor(folder)
     plan = family.plan(checkpoint)
@@ -57,6 +60,7 @@ def check_complete(plan: Plan) -> None:
     """
     from transformers.utils import logging
 
+    check_depths(plan.config, len(plan.steps), f"{plan.source}/config.json")
     state = {step.name: torch.empty(step.shape, device="meta") for step in plan.steps}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # nothing is loaded
@@ -65,6 +69,27 @@ def check_complete(plan: Plan) -> None:
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def check_depths(settings: Mapping[str, Any], tensors: int, where: str) -> None:
+    """Refuse a number of layers that the weights cannot have: building such a model would fill the memory.
+
+    Args:
+        settings: A config.json, or a part of it.
+        tensors: How many tensors the checkpoint has.
+        where: How the error message calls it.
+
+    Raises:
+        UserError: more layers than tensors.
+    """
+    for field, value in settings.items():
+        if isinstance(value, Mapping):
+            check_depths(value, tensors, f"{where}: {field}")
+        elif field in DEPTHS and isinstance(value, int) and value > tensors:
+            raise UserError(
+                f"{where}: {field} is {value}, but the weights have {tensors} tensors in all: they do not belong "
+                "together; take the config.json that the weights came with"
+            )
 
 
 def _load(state: dict[str, Tensor] | None, settings: Mapping[str, Any], folder: Path, **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """What a user does, for every family: swap, load, retrain (resumed, too), ask, and swap again."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +20,8 @@ from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.retraining import turns, write_json
 
-QUICK = ("llava-med", "instructblip", "med-flamingo", "qwen2_5-vl", "janus-pro")
-"""Rows of the default run: an MLP, a Q-Former, cross-attention, a merger, and a tower beside a generator."""
+QUICK = ("instructblip", "med-flamingo", "qwen2_5-vl", "janus-pro")
+"""Rows of the default run: a Q-Former, cross-attention, a merger, and a tower beside a generator."""
 
 UNABLE: Mapping[str, str] = {"instructblip-t5": "the prompt with an encoder"}
 """Rows that swap and load, and that neither training nor letter scoring can take -> what they are told."""
@@ -73,14 +74,11 @@ def swap(place: SimpleNamespace, model: Path, out: Path, *more: object) -> tuple
 
 @pytest.mark.parametrize("name", ROWS)
 def test_from_a_checkpoint_to_answers_and_on(
-    name: str, place: SimpleNamespace, golden: Path, tmp_path: Path
+    name: str, place: SimpleNamespace, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    source, swapped, aligned = (
-        complete.BUILDERS[name](tmp_path / "host", golden),
-        tmp_path / "s",
-        tmp_path / "a",
-    )
-    assert "tokens per image" in done(*swap(place, source, swapped, "--dry-run"))
+    source = complete.BUILDERS[name](tmp_path / "host", lambda: request.getfixturevalue("golden"))
+    swapped, aligned = tmp_path / "s", tmp_path / "a"
+    assert "tokens" in done(*swap(place, source, swapped, "--dry-run"))
     assert not swapped.exists()
     done(*swap(place, source, swapped))
     _, report = AutoModelForImageTextToText.from_pretrained(swapped, output_loading_info=True)
@@ -97,14 +95,16 @@ def test_from_a_checkpoint_to_answers_and_on(
     before, after = weights(swapped), weights(aligned)
     assert before.keys() == after.keys()
     changed = [key for key in before if not torch.equal(before[key], after[key])]
-    assert 0 < len(changed) < len(before) / 2
+    trained = json.loads((aligned / "training.json").read_text())["trained"]
+    assert changed
+    assert set(changed) <= set(trained) < set(before)
     assert names(swapped) <= names(aligned), "nothing of the checkpoint is lost"
 
     aligned.rename(tmp_path / "uninterrupted")
     shutil.rmtree(tmp_path / "a.training" / "checkpoint-2")
-    done(*retrain(place, swapped, aligned, "--resume"))
+    done(*retrain(place, swapped, aligned, "--gradient-checkpointing", "--resume"))
     for key, value in weights(aligned).items():
-        torch.testing.assert_close(value, after[key], msg=f"{key} after an interruption")
+        assert torch.equal(value, after[key]), f"{key} after an interruption"
 
     assert "3" in done(*ask(place, aligned, tmp_path / "run"))
     done(*swap(place, aligned, tmp_path / "again"))
