@@ -146,7 +146,7 @@ def _target(layout: str, family: "Family") -> "Target":
     if layout not in get_args(Target):
         raise unknown_name("--layout", layout, get_args(Target))
     if layout in family.spec.targets:
-        return cast(Target, layout)
+        return layout
     if family.spec.not_llava:
         raise UserError(f"--layout {layout}: {family.spec.not_llava}; use --layout own")
     return "own"  # which is a LLaVA
