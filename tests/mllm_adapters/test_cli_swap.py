@@ -241,7 +241,7 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(
         ({"mm_vision_tower": None}, "mm_vision_tower is None: Input should be a valid string"),
         ({"mm_vision_select_layer": "x"}, "mm_vision_select_layer is 'x': Input should be a valid integer"),
         ({"num_hidden_layers": "two"}, "Field 'num_hidden_layers' expected int"),
-        ({"num_hidden_layers": 99}, "missing tensors"),
+        ({"num_hidden_layers": 99}, "do not belong together; take the config.json"),
         ({"intermediate_size": 7}, "mismatched tensors"),
         ({"hidden_act": "junk"}, "transformers cannot load this model: KeyError('junk')"),
         ({"architectures": "LlavaLlamaForCausalLM"}, "no known family"),
