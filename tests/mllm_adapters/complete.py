@@ -60,7 +60,8 @@ def _janus(folder: Path, golden: Folder) -> Path:
 def _qwen2_vl(generation: str) -> Builder:
     def build(folder: Path, golden: Folder) -> Path:
         test_qwen2_vl.with_tokenizer(folder, generation)
-        (folder / "chat_template.jinja").write_text(builders.CHAT_TEMPLATE)
+        image = "<|vision_start|><|image_pad|><|vision_end|>"
+        (folder / "chat_template.jinja").write_text(builders.CHAT_TEMPLATE.replace("<image>\n", image))
         return folder
 
     return build
