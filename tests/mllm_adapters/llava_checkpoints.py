@@ -123,6 +123,13 @@ def link_tower(folder: Path, name: str, source: Path) -> None:
     (folder / name).symlink_to(golden_tower(source).absolute())
 
 
+def trained_beside(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What is saved apart from the language model: the projector, and a tower only if it was trained."""
+    own = {k: v for k, v in state.items() if not k.startswith(LANGUAGE_MODEL)}
+    trained = config.get("unfreeze_mm_vision_tower")
+    return own if trained else {k: v for k, v in own.items() if "vision_tower" not in k}
+
+
 def projector_only(golden: Path, host: str, folder: Path, base: str = "vicuna") -> Path:
     """A golden checkpoint taken apart: folder/projector, folder/vicuna and folder/openai."""
     source = golden / host / "checkpoint"
@@ -130,7 +137,7 @@ def projector_only(golden: Path, host: str, folder: Path, base: str = "vicuna") 
     config = {**json.loads((source / "config.json").read_text()), "_name_or_path": base}
     language_model(folder / "vicuna", config, state)
     write_config(folder / "projector", config)
-    mine = {k: v for k, v in state.items() if not k.startswith(LANGUAGE_MODEL)}
+    mine = trained_beside(state, config)
     torch.save(mine, folder / "projector" / "mm_projector.bin")
     link_tower(folder, config["mm_vision_tower"], source)
     return folder / "projector"
@@ -160,7 +167,7 @@ def lora_folder(golden: Path, host: str, folder: Path, *, base: str = "vicuna", 
     }  # fmt: skip
     (folder / "lora" / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
     torch.save(adapter, folder / "lora" / "adapter_model.bin")
-    mine = {f"base_model.model.{k}": v for k, v in state.items() if not k.startswith(LANGUAGE_MODEL)}
+    mine = {f"base_model.model.{k}": v for k, v in trained_beside(state, config).items()}
     torch.save(mine, folder / "lora" / "non_lora_trainables.bin")
     link_tower(folder, config["mm_vision_tower"], source)
     return folder / "lora"
