@@ -1,6 +1,5 @@
 """From a table of labels to multiple-choice questions: one true option each, the others not true."""
 
-import csv
 import os
 import random
 from collections import Counter, defaultdict
@@ -16,6 +15,7 @@ from eval_mcq.schema import BenchHeader, MCQItem
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.splits import assign_split
+from mgll_encoder.common.tables import check_columns, read_table
 
 Split = Literal["train", "test", "all"]
 
@@ -164,25 +164,12 @@ def build(
 
 
 def _read(table: LabelTable, filters: Iterable[str]) -> list[_Row]:
-    if not table.path.is_file():
-        raise UserError(f"label file {table.path} does not exist or is not a file: check --labels")
-    try:
-        with table.path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restval="")
-            records = list(reader)
-            found = list(reader.fieldnames or [])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"label file {table.path} is not a UTF-8 CSV: {error}") from None
+    records, found = read_table(table.path, "--labels")
     wanted = {
         "--image-column": table.image, "--labels-column": table.labels,
         "--patient-column": table.patient, "--source-column": table.source,
     }  # fmt: skip
-    for option, column in [*wanted.items(), *(("the preset's 'where'", name) for name in filters)]:
-        if column is not None and column not in found:
-            raise UserError(
-                f"label file {table.path} has no column '{column}' ({option}): "
-                f"its columns are {', '.join(found)}"
-            )
+    check_columns(table.path, found, [*wanted.items(), *(("the preset's 'where'", name) for name in filters)])
     if not records:
         raise UserError(f"label file {table.path} has a header but no rows")
     rows: list[_Row] = []

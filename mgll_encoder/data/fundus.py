@@ -1,6 +1,5 @@
 """From a table of fundus labels to a manifest of status, disease, keyword with severity, and explanation."""
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256, write_text
 from mgll_encoder.common.splits import assign_split
+from mgll_encoder.common.tables import check_columns, read_table
 from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, manifest_text
 from mgll_encoder.data.skipped import Skipped
@@ -257,15 +257,8 @@ def _trouble(path: Path) -> str:
 
 def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, str]]]]:
     """The table with its optional columns settled, and its records with row numbers (the header is row 1)."""
-    if not table.path.is_file():
-        raise UserError(f"label file {table.path} does not exist or is not a file: check --labels")
-    try:
-        with table.path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restval="")
-            records = list(enumerate(reader, start=2))
-            found = list(reader.fieldnames or [])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"label file {table.path} is not a UTF-8 CSV: {error}") from None
+    rows, found = read_table(table.path, "--labels")
+    records = list(enumerate(rows, start=2))
     if table.layout != GENERIC:
         generic = FundusTable(table.path, IMAGE, LABELS, PATIENT, KEYWORDS, SOURCE)
         return generic, as_generic(table.layout, table.path, found, records)
@@ -276,11 +269,7 @@ def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, st
         "--keywords-column": table.keywords,
         "--source-column": table.source,
     }
-    for option, column in wanted.items():
-        if column is not None and column not in found:
-            raise UserError(
-                f"label file {table.path} has no column '{column}' ({option}): its columns are {', '.join(found)}"
-            )
+    check_columns(table.path, found, wanted.items())
     settled = replace(
         table,
         keywords=table.keywords or ("raw_label_or_keywords" if "raw_label_or_keywords" in found else None),

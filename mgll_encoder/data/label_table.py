@@ -1,6 +1,5 @@
 """A table of labelled images, for probing: which columns mean what, and which images are on which side."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.splits import assign_split
+from mgll_encoder.common.tables import check_columns, read_table
 
 TRUE = frozenset({"1", "1.0", "true", "yes"})
 FALSE = frozenset({"0", "0.0", "false", "no", ""})
@@ -82,12 +82,8 @@ def read_labels(
     Raises:
         UserError: the file, a column or an image is missing, a cell cannot be read, or a side is empty.
     """
-    records, found = _read(path)
-    for option, name in _named(columns):
-        if name not in found:
-            raise UserError(
-                f"label file {path} has no column '{name}' ({option}): its columns are {', '.join(found)}"
-            )
+    records, found = read_table(path, "--data")
+    check_columns(path, found, _named(columns))
     rows: list[tuple[Path, frozenset[str], str, bool]] = []
     for number, record in enumerate(records, start=2):
         where = f"label file {path} row {number}"
@@ -120,17 +116,6 @@ def read_labels(
         tuple(row[2] for row in rows),
         side,
     )
-
-
-def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    if not path.is_file():
-        raise UserError(f"label file {path} does not exist or is not a file: check --data")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restval="")
-            return list(reader), list(reader.fieldnames or [])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"label file {path} is not a UTF-8 CSV: {error}") from None
 
 
 def _named(columns: Columns) -> list[tuple[str, str]]:
