@@ -33,6 +33,9 @@ UNMERGED = (
 
 LOOSE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
+LooseMatches = dict[str, tuple[Path, ...]]
+"""Family -> its weight files in a folder that has no config.json."""
+
 
 def family(name: str) -> Family:
     """The family of this name.
@@ -81,14 +84,14 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
     Raises:
         UserError: no checkpoint, one of no known family, several, or the family has no such part.
     """
-    inner = _inner_folder(folder)
-    if (inner / "config.json").is_file():
+    inner, matches = _inner_folder(folder)
+    if not matches:
         found, layout = detect(read_json(inner / "config.json"), f"{inner}/config.json")
         if (inner / "adapter_config.json").is_file() and not _reads_adapters(found, layout):
             raise UserError(UNMERGED.format(folder=inner, what="holds a PEFT adapter (adapter_config.json)"))
         loose: tuple[Path, ...] = ()
     else:
-        found, layout, loose = _loose(inner)
+        found, layout, loose = _loose(inner, matches)
     for part in given or {}:
         if not found.spec.parts:
             raise UserError(
@@ -128,18 +131,24 @@ def _reads_adapters(found: Family, layout: str) -> bool:
     return layout == "original" and any(f.startswith("adapter_model") for f in found.spec.extra_weights)
 
 
-def _inner_folder(folder: Path) -> Path:
-    """The checkpoint folder itself, or the one checkpoint of a known family that lies in it."""
+def _inner_folder(folder: Path) -> tuple[Path, LooseMatches]:
+    """The checkpoint folder itself, or the one checkpoint of a known family that lies in it.
+
+    With it come the families whose loose weights it holds, none where it has a config.json.
+    """
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist")
-    if (folder / "config.json").is_file() or _loose_matches(folder):
-        return folder
+    if (folder / "config.json").is_file():
+        return folder, {}
+    if matches := _loose_matches(folder):
+        return folder, matches
     configs = sorted(folder.glob("*/config.json"))
-    inner = [config.parent for config in configs if _recognised(read_json(config))] or _with_loose(folder)
+    inner: list[tuple[Path, LooseMatches]]
+    inner = [(c.parent, {}) for c in configs if _recognised(read_json(c))] or _with_loose(folder)
     if len(inner) == 1:
         return inner[0]
     if inner:
-        names = ", ".join(path.name for path in inner)
+        names = ", ".join(path.name for path, _ in inner)
         raise UserError(f"{folder} holds {len(inner)} checkpoints ({names}): pass the folder of one of them")
     if (folder / "adapter_config.json").is_file():
         what = "is a PEFT adapter without a config.json (LLaVA's own LoRA folders have one)"
@@ -155,8 +164,8 @@ def _inner_folder(folder: Path) -> Path:
     raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
 
 
-def _loose(folder: Path) -> tuple[Family, str, tuple[Path, ...]]:
-    (name, files), *more = _loose_matches(folder).items()
+def _loose(folder: Path, matches: LooseMatches) -> tuple[Family, str, tuple[Path, ...]]:
+    (name, files), *more = matches.items()
     if more:
         raise UserError(
             f"{folder} holds weights of {name} and of {more[0][0]}: keep each in a folder of its own"
@@ -166,10 +175,10 @@ def _loose(folder: Path) -> tuple[Family, str, tuple[Path, ...]]:
     return family(name), layout, files
 
 
-def _loose_matches(folder: Path) -> dict[str, tuple[Path, ...]]:
+def _loose_matches(folder: Path) -> LooseMatches:
     """Families whose weight files lie in a folder that has no config.json, with those files."""
     names = {f: list(open_weights(f).headers) for f in sorted(folder.iterdir()) if _may_be_loose(f)}
-    matches: dict[str, tuple[Path, ...]] = {}
+    matches: LooseMatches = {}
     for candidate in families():
         patterns = candidate.spec.loose_weights
         if patterns and any(re.match(patterns[0], key) for keys in names.values() for key in keys):
@@ -180,13 +189,13 @@ def _loose_matches(folder: Path) -> dict[str, tuple[Path, ...]]:
     return matches
 
 
-def _with_loose(folder: Path) -> list[Path]:
+def _with_loose(folder: Path) -> list[tuple[Path, LooseMatches]]:
     """Folders in a folder that hold the weight files of a family; what cannot be read is none of them."""
     found = []
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
-            if not (inner / "config.json").is_file() and _loose_matches(inner):
-                found.append(inner)
+            if not (inner / "config.json").is_file() and (matches := _loose_matches(inner)):
+                found.append((inner, matches))
         except UserError:
             continue
     return found
