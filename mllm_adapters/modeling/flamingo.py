@@ -100,14 +100,6 @@ class FlamingoModel(FlamingoPreTrainedModel):
         )
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The language model's embedding."""
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's embedding."""
-        self.language_model.set_input_embeddings(value)
-
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Pictures [n, 3, S, S] -> patch features [n, patches, width].
 
@@ -236,14 +228,6 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         self.model = FlamingoModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The language model's embedding."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's embedding."""
-        self.model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """See `FlamingoModel.get_image_features`."""
