@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -14,6 +14,7 @@ from mgll_encoder.common.files import check_free, write_text
 
 if TYPE_CHECKING:
     from mgll_encoder.probe import ProbeResult
+    from mgll_encoder.spec import Activation
 
 CACHE = "MGLL_CACHE_DIR"
 
@@ -82,7 +83,7 @@ def probe(
         binary = tuple(name.strip() for name in binary_columns.split(",") if name.strip())
         columns = Columns(image_column, labels_column, binary, patient_column, split_column)
     labelled = read_labels(data, images, columns, only=wanted, test=test, seed=seed)
-    tower = load_tower(encoder, activation=activation)  # type: ignore[arg-type]  # checked there
+    tower = load_tower(encoder, activation=cast("Activation | None", activation))
     for message in tower.header.warnings:
         warn(message)
     cache = Path(os.environ.get(CACHE, Path.home() / ".cache" / "mgll-mllm")) / "features"

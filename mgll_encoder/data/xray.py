@@ -42,6 +42,13 @@ MANIFEST = "manifest.jsonl"
 IMAGES = "images"
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 
+# pydicom's InvalidDicomError is not among them: under force=True a missing preamble is no error.
+_FOREIGN = (OSError, ValueError, EOFError, NotImplementedError)
+"""What pydicom raises on reading the header of what is no DICOM file; such files are counted, not hidden."""
+
+_UNDECODABLE = (AttributeError, ValueError, RuntimeError, NotImplementedError, KeyError)
+"""What pydicom raises where pixels are damaged or their decoder is missing; likewise counted."""
+
 
 @dataclass
 class XrayReport:
@@ -180,11 +187,10 @@ def read_radiograph(path: Path, modalities: Sequence[str]) -> tuple[NDArray[np.u
         _UnusableError: it is no greyscale radiograph of these modalities, or cannot be decoded.
     """
     from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
 
     try:
         header: Any = dcmread(path, force=True, specific_tags=[*TEXTS.values(), *PIXELS])
-    except (InvalidDicomError, OSError, ValueError, EOFError, NotImplementedError):
+    except _FOREIGN:
         raise _UnusableError("not a DICOM file") from None
     # A file without a header parses as nothing under force=True.
     if "Modality" not in header and "Rows" not in header:
@@ -216,7 +222,7 @@ def _eight_bits(header: Any) -> NDArray[np.uint8]:
         values = apply_modality_lut(pixel_array(header), header)
         shown = apply_voi_lut(values, header).astype(np.float64)
         low, high = _range(values, shown, header)
-    except (AttributeError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+    except _UNDECODABLE as error:
         kind = header.file_meta.TransferSyntaxUID.name
         raise _UnusableError(
             f"pixels cannot be decoded ({kind})",
