@@ -12,7 +12,7 @@ from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.contract import Operation, Step, VisionContract
+from mllm_adapters.contract import Dropped, Operation, Step, VisionContract
 from mllm_adapters.towers import PUBLISHED_TOWERS
 
 IMAGE_TOKEN = "<image>"
@@ -23,6 +23,9 @@ TOWER_PART = "vision-tower"
 
 LARGEST_STRETCH = 16
 """How many times its own side a tower's input may be asked to have; beyond, the number is a slip of the keyboard."""
+
+REPLACED = "replaced by the new tower"
+"""Why a swap drops the tensors of the old tower."""
 
 VOCABULARY_MULTIPLE = 64
 """Extended vocabularies are rounded up to this, as in the published llava-hf checkpoints (32000 -> 32064)."""
@@ -184,6 +187,30 @@ def kept(header: TensorHeader, name: str | None = None, rows: int | None = None)
     )
 
 
+def anew(step: Step, shape: tuple[int, ...]) -> Step:
+    """The same tensor in another shape, without the source's values: drawn, or as a new normalisation or bias is."""
+    flat: Operation = "zeros" if step.name.endswith(".bias") else "ones"
+    operation = flat if len(shape) == 1 else "reinit"
+    replaces = next(iter(step.sources), None)
+    return step.model_copy(
+        update={"operation": operation, "shape": shape, "sources": (), "replaces": replaces}
+    )
+
+
+def replaced(names: Iterable[str]) -> tuple[Dropped, ...]:
+    """Tensors of the old tower that a swap leaves out."""
+    return tuple(Dropped(name=name, reason=REPLACED) for name in names)
+
+
+def growth(vocabulary: int, rows: int) -> str:
+    """What to say before the id of a placeholder that may need new rows; empty where it needs none."""
+    if rows == vocabulary:
+        return ""
+    return (
+        f"the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of the old ones); "
+    )
+
+
 def refit_reader(
     steps: Iterable[Step], reader: str, before: VisionContract, after: VisionContract, where: Path
 ) -> tuple[list[Step], dict[str, str]]:
@@ -216,15 +243,11 @@ def refit_reader(
         return steps, {reader: f"kept ({after.width} wide)"}
     changed = []
     for step in steps:
-        unused = {"sources": (), "replaces": next(iter(step.sources), None)}
         if step.name == f"{reader}.weight":
-            operation = "ones" if len(step.shape) == 1 else "reinit"
-            shape = (*step.shape[:-1], step.shape[-1] // before.width * after.width)
-            step = step.model_copy(update={"operation": operation, "shape": shape, **unused})
+            step = anew(step, (*step.shape[:-1], step.shape[-1] // before.width * after.width))
         elif step.name == f"{reader}.bias":
             # A normalisation's bias is as wide as what it reads, a Linear's as what it gives.
-            shape = (reads // before.width * after.width,) if normalisation else step.shape
-            step = step.model_copy(update={"operation": "zeros", "shape": shape, **unused})
+            step = anew(step, (reads // before.width * after.width,) if normalisation else step.shape)
         changed.append(step)
     return changed, {reader: f"re-initialised ({before.width} -> {after.width} wide): retrain the projector"}
 

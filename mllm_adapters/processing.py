@@ -60,6 +60,11 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
+def own_processor(folder: Path) -> str | None:
+    """What a plan says of a processor that is the source's own but for the pixels; None where there is no tokenizer."""
+    return "the source's, with the new preprocessing" if has_tokenizer(folder) else None
+
+
 def load_tokenizer(folder: Path) -> Any | None:
     """The tokenizer saved in a model folder, or None where it holds none.
 

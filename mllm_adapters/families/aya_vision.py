@@ -13,9 +13,9 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, tower_config
-from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Target, VisionContract
-from mllm_adapters.planning import after_swap, kept, refit_reader, swap_notes, tower_steps
-from mllm_adapters.processing import has_tokenizer, host_pixels, image_settings, load_processor
+from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Target, VisionContract
+from mllm_adapters.planning import after_swap, kept, refit_reader, replaced, swap_notes, tower_steps
+from mllm_adapters.processing import host_pixels, image_settings, load_processor, own_processor
 
 TOWER = "vision_tower."
 READERS = ("multi_modal_projector.layernorm", "multi_modal_projector.linear_1")
@@ -99,7 +99,7 @@ class AyaVision(Family):
             tower=tower.source,
             swapped=True,
             steps=(*steps, *tower_steps(tower, prefix, after, old[0].dtype)),
-            dropped=tuple(Dropped(name=header.name, reason="replaced by the new tower") for header in old),
+            dropped=replaced(header.name for header in old),
             config={
                 **checkpoint.config,
                 FAMILY_KEY: self.spec.name,
@@ -110,9 +110,7 @@ class AyaVision(Family):
             before=before,
             after=after,
             image_token_id=fields.image_token_index,
-            processor="the source's, with the new preprocessing"
-            if has_tokenizer(checkpoint.folder)
-            else None,
+            processor=own_processor(checkpoint.folder),
             readers=readers,
             notes=(*notes, *swap_notes(tower, after)),
         )

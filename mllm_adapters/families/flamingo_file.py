@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Dropped, Step, VisionContract
-from mllm_adapters.planning import dtype_name, kept
+from mllm_adapters.planning import anew, dtype_name, kept
 
 PERCEIVER = "model.perceiver."
 BLOCKS = "model.cross_attention."
@@ -186,7 +186,7 @@ def rewidened(
     for step in steps:
         for pattern, reshape in _WIDENED:
             if pattern.fullmatch(step.name):
-                step = _new(step, reshape(step.shape, old, new))
+                step = anew(step, reshape(step.shape, old, new))
                 break
         changed.append(step)
     return changed, {
@@ -204,12 +204,6 @@ _WIDENED: tuple[tuple[re.Pattern[str], Callable[[tuple[int, ...], int, int], tup
     (re.compile(rf"{PERCEIVER}.+\.(?:weight|bias)"), lambda _, __, new: (new,)),  # the LayerNorms
 )
 """What reads vision features or is as wide as they: name -> shape after a change of width. First match counts."""
-
-
-def _new(step: Step, shape: tuple[int, ...]) -> Step:
-    flat = "zeros" if step.name.endswith(".bias") else "ones"
-    operation = flat if len(shape) == 1 else "reinit"
-    return step.model_copy(update={"operation": operation, "shape": shape, "sources": ()})
 
 
 def _target(source: str, checkpoint: Checkpoint) -> str | None:

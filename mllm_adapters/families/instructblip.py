@@ -6,7 +6,6 @@ Key names and vision contract after transformers (models/instructblip, and utils
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,15 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, tower_config
 from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
 from mllm_adapters.families import instructblip_lavis as lavis
+from mllm_adapters.families import read_template
 from mllm_adapters.families.instructblip_lavis import AsStock
 from mllm_adapters.families.instructblip_readers import QFORMER_PART, TOWER, refitted
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
+    REPLACED,
     TOWER_PART,
     after_swap,
+    growth,
     image_row,
     kept,
     swap_notes,
@@ -226,12 +228,10 @@ def _with_placeholder(
         "image_token_index": image_token_id,
         "text_config": {**fields.text_config, "vocab_size": rows},
     }
-    added = (
-        f"the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of the old ones); "
-        if rows > vocabulary
-        else ""
+    note = (
+        f"{growth(vocabulary, rows)}visual tokens take the place of {IMAGE_TOKEN} = {image_token_id} instead of being "
+        "put in front"
     )
-    note = f"{added}visual tokens take the place of {IMAGE_TOKEN} = {image_token_id} instead of being put in front"
     steps = [_extended(step, rows) if step.name in VOCABULARY else step for step in host.steps]
     return replace(host, config=config, steps=steps), image_token_id, (note,)
 
@@ -305,9 +305,7 @@ def _left_out(host: AsStock, steps: list[Step], checkpoint: Checkpoint) -> list[
     return [
         Dropped(
             name=name,
-            reason="replaced by the new tower"
-            if TOWER.match(step.name)
-            else "reads the old tower's features",
+            reason=REPLACED if TOWER.match(step.name) else "reads the old tower's features",
         )
         for step in host.steps
         for name in step.sources
@@ -329,7 +327,7 @@ def _swapped_config(
     }
 
 
-_TEMPLATE = files(__package__).joinpath("templates", "instructblip.jinja").read_text(encoding="utf-8")
+_TEMPLATE = read_template("instructblip.jinja")
 
 INSTRUCTBLIP = InstructBlip(
     spec=FamilySpec(

@@ -19,12 +19,7 @@ from mllm_adapters.families import internvl_text
 from mllm_adapters.families.internvl_hosts import TRY, Host, native_host, original_host
 from mllm_adapters.families.internvl_names import PROJECTOR, TOWER
 from mllm_adapters.families.llava import LLAVA, Llava
-from mllm_adapters.planning import (
-    after_swap,
-    refit_reader,
-    swap_notes,
-    tower_steps,
-)
+from mllm_adapters.planning import REPLACED, after_swap, anew, refit_reader, swap_notes, tower_steps
 
 ORIGINAL = "InternVLChatModel"
 
@@ -128,10 +123,8 @@ class InternVL(Family):
         steps = []
         for step in host.rest:
             if step.name.startswith(first):
-                weight = step.name.endswith("weight")
-                shape = (step.shape[0], after.width) if weight else step.shape
-                operation = "reinit" if weight else "zeros"
-                steps.append(step.model_copy(update={"operation": operation, "shape": shape, "sources": ()}))
+                shape = (step.shape[0], after.width) if step.name.endswith("weight") else step.shape
+                steps.append(anew(step, shape))
             elif not step.name.startswith(norm):
                 steps.append(step)
         prefix = f"{host.root}{TOWER}vision_model."
@@ -198,7 +191,7 @@ def _left_out(host: Host, steps: tuple[Step, ...]) -> list[Dropped]:
     """What a swap leaves out of the source."""
     used = {source for step in steps if step.operation != "tower" for source in step.sources}
     used |= {step.replaces for step in steps if step.replaces}
-    old = {source: "replaced by the new tower" for step in host.tower for source in step.sources}
+    old = {source: REPLACED for step in host.tower for source in step.sources}
     read = {source: "read features of another shape" for step in host.rest for source in step.sources}
     return [Dropped(name=name, reason=reason) for name, reason in {**old, **read}.items() if name not in used]
 

@@ -7,7 +7,6 @@ Formats after OpenGVLab/InternVL c981100 (internvl_chat/internvl/conversation.py
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError, unknown_name
 from mllm_adapters.configs import LIBRARY_ERRORS
 from mllm_adapters.contract import Plan, VisionContract
+from mllm_adapters.families import read_template
 from mllm_adapters.processing import (
     check_placeholder,
     check_sentencepiece,
@@ -298,4 +298,4 @@ def _template(form: Format) -> str:
     head = "".join(
         f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in words.items()
     )
-    return head + files(__package__).joinpath("templates", form.file).read_text(encoding="utf-8")
+    return head + read_template(form.file)

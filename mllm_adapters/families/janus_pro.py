@@ -7,7 +7,6 @@ layout after transformers (models/janus). Janus-1.3B is the same architecture.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
 from rich.filesize import decimal
@@ -27,6 +26,7 @@ from mllm_adapters.contract import (
     Target,
     VisionContract,
 )
+from mllm_adapters.families import read_template
 from mllm_adapters.families.janus_original import read_original
 from mllm_adapters.families.janus_source import (
     EMBEDDINGS,
@@ -42,7 +42,7 @@ from mllm_adapters.families.janus_source import (
     read_converted,
 )
 from mllm_adapters.families.llava import Llava
-from mllm_adapters.planning import after_swap, refit_reader, swap_notes, tower_steps
+from mllm_adapters.planning import REPLACED, after_swap, refit_reader, swap_notes, tower_steps
 from mllm_adapters.processing import check_placeholder, llava_processor
 from mllm_adapters.streaming import nbytes
 
@@ -175,7 +175,7 @@ class JanusPro(Family):
     ) -> Plan:
         """Understanding through the new tower, image generation as before."""
         after = after_swap(_as_clip(source), tower, image_size)
-        steps, dropped = _without(source, TOWER, "replaced by the new tower")
+        steps, dropped = _without(source, TOWER, REPLACED)
         dtype = checkpoint.tensors[steps_of(steps, f"{READER}.weight").sources[0]].dtype
         steps, readers = refit_reader(steps, READER, source.before, after, checkpoint.folder)
         config = {
@@ -208,7 +208,7 @@ class JanusPro(Family):
                 "LLaVA's projector two with gelu: take --layout own"
             )
         after = after_swap(_as_clip(source), tower, image_size)
-        steps, dropped = _without(source, TOWER, "replaced by the new tower")
+        steps, dropped = _without(source, TOWER, REPLACED)
         generation = [step for step in steps if step.name.startswith(GENERATION)]
         dropped += _sources(generation, "image generation is no part of a LLaVA")
         dtype = checkpoint.tensors[steps_of(steps, f"{READER}.weight").sources[0]].dtype
@@ -321,7 +321,7 @@ def _as_llava(step: Step) -> Step:
 
 def _template(llava: bool = False) -> str:
     """Janus-Pro's chat template; JanusProcessor writes the tokens around an image, LlavaProcessor does not."""
-    text = files(__package__).joinpath("templates", "janus_pro.jinja").read_text(encoding="utf-8")
+    text = read_template("janus_pro.jinja")
     return text.replace(PLACEHOLDER, IMAGE_BEGIN + PLACEHOLDER + IMAGE_END) if llava else text
 
 

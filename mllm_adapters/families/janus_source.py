@@ -13,7 +13,7 @@ from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields
 from mllm_adapters.contract import Dropped, Step, VisionContract
-from mllm_adapters.planning import contract_of, image_row, kept
+from mllm_adapters.planning import contract_of, growth, image_row, kept
 from mllm_adapters.processing import host_pixels, load_tokenizer
 
 PLACEHOLDER, IMAGE_BEGIN, IMAGE_END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
@@ -205,10 +205,7 @@ def placeholder(tokenizer: Any | None, vocabulary: int) -> tuple[int, int, tuple
     note = f"the image placeholder is {PLACEHOLDER} = {number}"
     if tokenizer is None:
         note += ", a new row: there is no tokenizer, and the vocabulary is not the published one"
-    if rows > vocabulary:
-        grows = f"the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of the old ones)"
-        note = f"{grows}; {note}"
-    return number, rows, (note,)
+    return number, rows, (growth(vocabulary, rows) + note,)
 
 
 def begin_id(tokenizer: Any | None, vocabulary: int) -> int | None:

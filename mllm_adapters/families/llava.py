@@ -7,14 +7,13 @@ LLaVA-Med v1.0.0.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import Any
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.checkpoint import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Target
-from mllm_adapters.families import llava_fields
+from mllm_adapters.families import llava_fields, read_template
 from mllm_adapters.families.llava_native import plan_native
 from mllm_adapters.families.llava_original import (
     image_markup,
@@ -32,12 +31,7 @@ from mllm_adapters.processing import (
     with_placeholder,
 )
 
-
-def _template(name: str) -> str:
-    return files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
-
-
-FIRST_TEMPLATE = _template("llava_v0.jinja")
+FIRST_TEMPLATE = read_template("llava_v0.jinja")
 """Prompt of the releases with a single Linear as projector."""
 
 
@@ -122,7 +116,7 @@ LLAVA = Llava(
             BASE_PART: "the language model of a projector-only or LoRA folder",
         },
     ),
-    chat_template=_template("vicuna_v1.jinja"),
+    chat_template=read_template("vicuna_v1.jinja"),
     owns_native_layout=True,
     reads_trained_tower=True,
 )
@@ -135,5 +129,5 @@ LLAVA_MED = Llava(
         hub_id="microsoft/llava-med-v1.5-mistral-7b",
         reads=("v1.5 original", "v1.0 with its delta applied", "transformers layout"),
     ),
-    chat_template=_template("mistral_instruct.jinja"),
+    chat_template=read_template("mistral_instruct.jinja"),
 )

@@ -7,7 +7,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, tower_config, tower_geometry
-from mllm_adapters.contract import FAMILY_KEY, Dropped, Plan
+from mllm_adapters.contract import FAMILY_KEY, Plan
 from mllm_adapters.families.llava_fields import NativeFields
 from mllm_adapters.families.llava_weights import BASE_PART, READER
 from mllm_adapters.planning import (
@@ -17,10 +17,11 @@ from mllm_adapters.planning import (
     contract_of,
     kept,
     refit_reader,
+    replaced,
     swap_notes,
     tower_steps,
 )
-from mllm_adapters.processing import has_tokenizer, host_pixels
+from mllm_adapters.processing import host_pixels, own_processor
 
 CLASS_EMBEDDING = "embeddings.class_embedding"
 
@@ -59,7 +60,6 @@ def plan_native(
     weights = (s.name for s in rest if s.name.endswith(f"{READER}.weight"))
     reader = next(weights, READER).removesuffix(".weight")
     steps, readers = refit_reader(rest, reader, before, after, checkpoint.folder)
-    tokenizer = has_tokenizer(checkpoint.folder)
     return Plan(
         family=family,
         layout="transformers",
@@ -67,7 +67,7 @@ def plan_native(
         tower=tower.source,
         swapped=True,
         steps=(*steps, *tower_steps(tower, prefix, after, dtype)),
-        dropped=tuple(Dropped(name=h.name, reason="replaced by the new tower") for h in old),
+        dropped=replaced(h.name for h in old),
         config={
             **{key: value for key, value in config.items() if key != "auto_map"},
             FAMILY_KEY: family,
@@ -77,7 +77,7 @@ def plan_native(
         before=before,
         after=after,
         image_token_id=fields.placeholder,
-        processor="the source's, with the new preprocessing" if tokenizer else None,
+        processor=own_processor(checkpoint.folder),
         readers=readers,
         notes=(*host.notes, *swap_notes(tower, after)),
     )

@@ -26,11 +26,13 @@ from mllm_adapters.families.llava_weights import (
 )
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
+    REPLACED,
     HostTower,
     after_swap,
     contract_of,
     dtype_name,
     external_tower,
+    growth,
     image_row,
     kept,
     refit_reader,
@@ -122,7 +124,7 @@ def plan_original(
         steps += [kept(checkpoint.header(source), TOWER_PREFIX + key) for key, source in own.items()]
     else:
         steps += tower_steps(new, TOWER_PREFIX, after, dtype)
-        reason = "replaced by the new tower" if tower else f"the original code reads {host.name} instead"
+        reason = REPLACED if tower else f"the original code reads {host.name} instead"
         dropped += [Dropped(name=weights.sources[name], reason=reason) for name in found.inside.values()]
 
     return Plan(
@@ -213,14 +215,8 @@ def _placeholder(
         note = f"the image placeholder is the tokenizer's own {PATCH_TOKEN} = {vocab[PATCH_TOKEN]}"
         return Placeholder(PATCH_TOKEN, vocab[PATCH_TOKEN], vocabulary, note)
     token_id, rows = image_row(tokenizer, vocabulary)
-    added = (
-        f"the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of the old ones); "
-        if rows > vocabulary
-        else ""
-    )
-    return Placeholder(
-        IMAGE_TOKEN, token_id, rows, f"{added}the image placeholder is {IMAGE_TOKEN} = {token_id}, not -200"
-    )
+    note = f"{growth(vocabulary, rows)}the image placeholder is {IMAGE_TOKEN} = {token_id}, not -200"
+    return Placeholder(IMAGE_TOKEN, token_id, rows, note)
 
 
 def _host_tower(

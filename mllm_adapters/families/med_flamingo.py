@@ -6,7 +6,6 @@ mlfoundations/open_flamingo 655f693 and 0.0.2 (open_flamingo/src/factory.py, fla
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,8 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, text_config, tower_config, tower_geometry
-from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target
+from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Step, Target
+from mllm_adapters.families import read_template
 from mllm_adapters.families.flamingo_file import (
     HEAD,
     LANGUAGE_MODEL,
@@ -43,6 +43,7 @@ from mllm_adapters.planning import (
     after_swap,
     contract_of,
     kept,
+    replaced,
     swap_notes,
     tower_steps,
 )
@@ -52,6 +53,7 @@ from mllm_adapters.processing import (
     host_pixels,
     image_processor,
     load_tokenizer,
+    own_processor,
     text_side,
 )
 
@@ -160,7 +162,7 @@ class MedFlamingo(Family):
             dropped += unused
         else:
             steps += tower_steps(new, TOWER_PREFIX, after, dtype)
-            dropped += [Dropped(name=name, reason="replaced by the new tower") for name in names.vision]
+            dropped += replaced(names.vision)
         has_text = has_tokenizer(language)
         return Plan(
             family=self.spec.name,
@@ -215,7 +217,7 @@ class MedFlamingo(Family):
             tower=tower.source,
             swapped=True,
             steps=(*steps, *tower_steps(tower, TOWER_PREFIX, after, old[0].dtype)),
-            dropped=tuple(Dropped(name=h.name, reason="replaced by the new tower") for h in old),
+            dropped=replaced(h.name for h in old),
             config={
                 **config,
                 FAMILY_KEY: self.spec.name,
@@ -225,9 +227,7 @@ class MedFlamingo(Family):
             before=before,
             after=after,
             image_token_id=fields.image_token_id,
-            processor="the source's, with the new preprocessing"
-            if has_tokenizer(checkpoint.folder)
-            else None,
+            processor=own_processor(checkpoint.folder),
             readers=readers,
             notes=(*notes, *swap_notes(tower, after)),
         )
@@ -313,5 +313,5 @@ MED_FLAMINGO = MedFlamingo(
             TOWER_PART: "OpenAI's CLIP ViT-L/14, as state dict or transformers folder",
         },
     ),
-    chat_template=files(__package__).joinpath("templates", "flamingo.jinja").read_text(encoding="utf-8"),
+    chat_template=read_template("flamingo.jinja"),
 )

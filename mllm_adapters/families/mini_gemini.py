@@ -5,7 +5,6 @@ After MGM 769820c (mgm/model/mgm_arch.py, mgm/conversation.py) and, for the olde
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, text_config, tower_config
 from mllm_adapters.contract import Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
 from mllm_adapters.convnext import STRIDE, convnext_config, convnext_name
+from mllm_adapters.families import read_template
 from mllm_adapters.families.mini_gemini_source import (
     AUX_PART,
     AUX_PREFIX,
@@ -33,18 +33,21 @@ from mllm_adapters.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
     after_swap,
+    anew,
     contract_of,
     dtype_name,
+    growth,
     image_row,
     kept,
     refit_reader,
+    replaced,
     swap_notes,
     tower_steps,
 )
 from mllm_adapters.processing import (
     check_placeholder,
-    has_tokenizer,
     load_tokenizer,
+    own_processor,
     text_side,
     with_placeholder,
 )
@@ -170,7 +173,7 @@ class MiniGemini(Family):
             ]
         else:
             steps += tower_steps(new, TOWER_PREFIX, after, reader.dtype)
-            dropped += [Dropped(name=n, reason="replaced by the new tower") for n in names.tower.values()]
+            dropped += replaced(names.tower.values())
         used = {header.name for header in aux.tensors.values()}
         steps += [
             kept(header, AUX_PREFIX + convnext_name(key, aux.where)).model_copy(
@@ -190,11 +193,6 @@ class MiniGemini(Family):
                 f"{checkpoint.folder}: model.vlm_uni_aux_projector.1.weight reads features of width {mining[1]}, but "
                 f"{aux.where} gives {sum(sizes['hidden_sizes'])}: they do not belong together"
             )
-        added = (
-            f"the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of the old ones); "
-            if rows > vocabulary
-            else ""
-        )
         return Plan(
             family=self.spec.name,
             layout="original",
@@ -233,7 +231,7 @@ class MiniGemini(Family):
                 *aux.notes,
                 *notes,
                 *_notes(tower, after, fields),
-                f"{added}the image placeholder is {IMAGE_TOKEN} = {image_token_id}, not -200",
+                f"{growth(vocabulary, rows)}the image placeholder is {IMAGE_TOKEN} = {image_token_id}, not -200",
             ),
         )
 
@@ -256,7 +254,7 @@ class MiniGemini(Family):
             tower=tower.source,
             swapped=True,
             steps=(*steps, *tower_steps(tower, prefix, after, dtype)),
-            dropped=tuple(Dropped(name=name, reason="replaced by the new tower") for name in old),
+            dropped=replaced(old),
             config={
                 **checkpoint.config,
                 "vision_config": tower_config(tower.spec, after),
@@ -266,9 +264,7 @@ class MiniGemini(Family):
             before=before,
             after=after,
             image_token_id=fields.image_token_id,
-            processor="the source's, with the new preprocessing"
-            if has_tokenizer(checkpoint.folder)
-            else None,
+            processor=own_processor(checkpoint.folder),
             readers=readers,
             notes=(*host.notes, *notes, *_notes(tower, after, fields)),
         )
@@ -333,10 +329,9 @@ def _refit(
     fresh = []
     for step in steps:
         if step.name == f"{MINED}.weight":
-            update = {"operation": "reinit", "shape": (after.width, step.shape[1]), "sources": ()}
-            step = step.model_copy(update=update)
+            step = anew(step, (after.width, step.shape[1]))
         elif step.name == f"{MINED}.bias":
-            step = step.model_copy(update={"operation": "zeros", "shape": (after.width,), "sources": ()})
+            step = anew(step, (after.width,))
         fresh.append(step)
     note = (
         f"{MINED} is re-initialised too: what it gives is added to the tower's features, which are {after.width} wide "
@@ -376,5 +371,5 @@ MINI_GEMINI = MiniGemini(
             AUX_PART: "the high-resolution tower that mm_vision_tower_aux names",
         },
     ),
-    chat_template=files(__package__).joinpath("templates", "vicuna_v1.jinja").read_text(encoding="utf-8"),
+    chat_template=read_template("vicuna_v1.jinja"),
 )

@@ -12,7 +12,6 @@ positions where the language model has never seen any.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, tower_config
 from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
-from mllm_adapters.planning import after_swap, kept, refit_reader, swap_notes, tower_steps
+from mllm_adapters.families import read_template
+from mllm_adapters.planning import REPLACED, after_swap, kept, refit_reader, swap_notes, tower_steps
 from mllm_adapters.processing import check_placeholder, has_tokenizer, host_pixels, text_side
 
 USUAL_GRID = 32
@@ -219,7 +219,9 @@ class Qwen2VL(Family):
         )
         generation = GENERATIONS[str(plan.config["model_type"]).removeprefix(OWN)]
         return MgllQwen2VLProcessor(
-            self.image_processor(plan), tokenizer, chat_template=template or _template(generation.template)
+            self.image_processor(plan),
+            tokenizer,
+            chat_template=template or read_template(generation.template),
         )
 
     def image_processor(self, plan: Plan) -> Any:
@@ -313,7 +315,7 @@ def _sort(checkpoint: Checkpoint, prefix: str) -> tuple[list[Step], list[Dropped
             reason = "reads features of Qwen's own tower between its blocks, which the new one does not have"
             dropped.append(Dropped(name=header.name, reason=reason))
         else:
-            dropped.append(Dropped(name=header.name, reason="replaced by the new tower"))
+            dropped.append(Dropped(name=header.name, reason=REPLACED))
     return steps, dropped
 
 
@@ -355,10 +357,6 @@ def _deepstack_notes(dropped: list[Dropped]) -> tuple[str, ...]:
         f"deepstack is left out: {len(mergers)} mergers that put features from between the blocks of Qwen's own tower "
         "into the language model's first layers have nothing to read any more",
     )
-
-
-def _template(name: str) -> str:
-    return files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
 
 
 QWEN2_VL = Qwen2VL()

@@ -5,7 +5,6 @@ The prompt is that of qwen_generation_utils.py of Qwen/Qwen-VL-Chat.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, tower_config
-from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
+from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Step, Target, VisionContract
+from mllm_adapters.families import read_template
 from mllm_adapters.families.qwen_vl_original import (
     EMBEDDINGS,
     QUERY,
@@ -29,8 +29,16 @@ from mllm_adapters.families.qwen_vl_original import (
     original_vision,
 )
 from mllm_adapters.families.qwen_vl_tokenizer import IMAGE_TOKEN, end_tokens, tokenizer, tokenizer_note
-from mllm_adapters.planning import after_swap, dtype_name, kept, refit_reader, swap_notes, tower_steps
-from mllm_adapters.processing import check_placeholder, has_tokenizer, host_pixels, text_side
+from mllm_adapters.planning import (
+    after_swap,
+    dtype_name,
+    kept,
+    refit_reader,
+    replaced,
+    swap_notes,
+    tower_steps,
+)
+from mllm_adapters.processing import check_placeholder, host_pixels, own_processor, text_side
 
 MODEL_TYPE = "mgll_qwen_vl"
 READER = "attn_pool.kv_proj"
@@ -114,7 +122,7 @@ class QwenVL(Family):
             return None if text is None else text[:2]
         context = plan.config["text_config"]["max_position_embeddings"]
         words = tokenizer(plan.source, plan.image_token_id, context)
-        template = files(__package__).joinpath("templates", "qwen_chatml.jinja").read_text(encoding="utf-8")
+        template = read_template("qwen_chatml.jinja")
         return None if words is None else (words, template)
 
     def _plan_original(
@@ -132,8 +140,7 @@ class QwenVL(Family):
         vision: dict[str, Any] = original_vision(visual)
         if tower is not None:
             old = [step for step in steps if step.name.startswith(TOWER_PREFIX)]
-            replaced = dict.fromkeys(source for step in old for source in step.sources)
-            dropped += map(_replaced, replaced)
+            dropped += replaced(dict.fromkeys(source for step in old for source in step.sources))
             steps = [step for step in steps if not step.name.startswith(TOWER_PREFIX)]
             steps += tower_steps(tower, TOWER_PREFIX, after, dtype)
             vision = tower_config(tower.spec, after)
@@ -191,7 +198,7 @@ class QwenVL(Family):
             tower=tower.source,
             swapped=True,
             steps=(*steps, *tower_steps(tower, TOWER_PREFIX, after, dtype)),
-            dropped=tuple(_replaced(h.name) for h in headers if h.name.startswith(TOWER_PREFIX)),
+            dropped=replaced(h.name for h in headers if h.name.startswith(TOWER_PREFIX)),
             config={
                 **checkpoint.config,
                 FAMILY_KEY: self.spec.name,
@@ -202,9 +209,7 @@ class QwenVL(Family):
             before=before,
             after=after,
             image_token_id=fields.image_token_id,
-            processor="the source's, with the new preprocessing"
-            if has_tokenizer(checkpoint.folder)
-            else None,
+            processor=own_processor(checkpoint.folder),
             readers=readers,
             notes=(*notes, *swap_notes(tower, after)),
         )
@@ -230,10 +235,6 @@ def _after(before: VisionContract, tower: TowerHeader | None, image_size: int | 
     """The contract after a swap; the number of queries is the number of tokens, whatever the grid."""
     read = before.model_copy(update={"feature_layer": SWAPPED_LAYER}) if tower else before
     return after_swap(read, tower, image_size, tokens=lambda _: before.tokens)
-
-
-def _replaced(name: str) -> Dropped:
-    return Dropped(name=name, reason="replaced by the new tower")
 
 
 def _read_anew(
