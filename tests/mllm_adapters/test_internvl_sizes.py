@@ -18,7 +18,7 @@ from mllm_adapters.registry import detect, family, open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
 from tests.mllm_adapters.families.internvl import CHAT_V1_2, INTERNVL2_5_8B, INTERNVL3_8B, Published
-from tests.mllm_adapters.test_internvl import edited, talking
+from tests.mllm_adapters.families.internvl_folders import edited, talking
 from tests.mllm_adapters.test_swap import original_llava
 
 CLIP_448 = 303_966_208
