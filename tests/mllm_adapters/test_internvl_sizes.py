@@ -18,8 +18,8 @@ from mllm_adapters.registry import detect, family, open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
 from tests.mllm_adapters.families.internvl import CHAT_V1_2, INTERNVL2_5_8B, INTERNVL3_8B, Published
+from tests.mllm_adapters.families.internvl_folders import edited, talking
 from tests.mllm_adapters.llava_checkpoints import original_llava
-from tests.mllm_adapters.test_internvl import edited, talking
 
 CLIP_448 = 303_966_208
 """Weights of CLIP ViT-L/14 at 448 px without its projection: 24 x 12_596_224 in blocks, 1_656_832 outside."""
