@@ -23,6 +23,7 @@ app = new_app(
 
 Format = Literal["rich", "markdown", "csv", "latex"]
 Layout = Literal["auto", "diseases", "paper"]
+ImportFormat = Literal["vlmevalkit", "gmai", "omnimedvqa", "llava", "scienceqa", "hf", "parquet"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -81,7 +82,7 @@ def build(
     from eval_mcq.build import LabelTable, SplitRule
     from eval_mcq.build import build as build_bench
     from eval_mcq.preset import load_preset
-    from eval_mcq.schema import bench_text
+    from eval_mcq.schema import write_bench
 
     check_free(out, force)
     chosen = load_preset(preset)
@@ -93,23 +94,78 @@ def build(
     header, items, report = build_bench(
         table, images, out, chosen, SplitRule(split, test_share, split_seed), seed
     )
-    write_text(out, bench_text(header, items), force)
+    write_bench(out, header, items, force)
     if split != "all" and patient_column is None:
         warn("without --patient-column the split is by image: a patient's eyes may fall on different sides")
     _show_report(report, header.categories, out)
 
 
+@app.command("import")
+def import_command(
+    source: Annotated[str, typer.Argument(help="File, folder of .json files, or hub id (format hf).")],
+    out: Annotated[Path, typer.Option(help="Bench file to write (.jsonl or .parquet).")],
+    format_: Annotated[ImportFormat, typer.Option("--format", help="Whose format it is.")],
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder that image paths are relative to; that of SOURCE if not given."),
+    ] = None,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", help="FIELD=COLUMN where the file calls it otherwise, such as answer=label; repeatable."
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Which split (hf, scienceqa).")] = None,
+    name: Annotated[str, typer.Option(help="Name of the bench in tables; the file's if not given.")] = "",
+    force: Force = False,
+) -> None:
+    """Take over questions from another tool's file.
+
+    Example: eval-mcq import GMAI_mm_bench_VAL.tsv --format gmai --out gmai.jsonl
+    """
+    from eval_mcq.interchange.importing import Source, import_questions
+    from eval_mcq.schema import write_bench
+
+    check_free(out, force)
+    header, items, report = import_questions(
+        format_, Source(source, images, split, maps or ()), out, name, force
+    )
+    write_bench(out, header, items, force)
+    stdout.print(f"{out}: {len(items)} questions", soft_wrap=True, highlight=False)
+    for category, count in report.questions.most_common():
+        stdout.print(f"  {count:6d}  {category}", soft_wrap=True, highlight=False, markup=False)
+    if report.pictures:
+        note(f"{report.pictures} embedded images are in {out.stem}_images beside it")
+    if report.folded:
+        note(
+            f"{report.folded} circular copies were put back into their questions (eval-mcq run rotates by itself)"
+        )
+    if report.skipped:
+        warn(f"{report.skipped} entries have no options or no image and were left out")
+    stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
+
+
 @app.command()
 def export(
     bench: Annotated[Path, typer.Argument(help="Bench file.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, typer.Option(help="File (for lmms-eval: folder) to write.")],
     to: Annotated[
-        Literal["llava"],
-        typer.Option("--format", help="llava: conversations JSON, as retrain-projector reads."),
+        Literal["llava", "vlmevalkit", "lmms-eval", "parquet", "jsonl"],
+        typer.Option(
+            "--format",
+            help="llava: conversations JSON, as retrain-projector reads; vlmevalkit: TSV with images, or with --run "
+            "its prediction table; lmms-eval: task folder; parquet: the bench with its images in one file.",
+        ),
     ] = "llava",
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder to write image paths relative to; the folder of --out if not given."),
+        typer.Option(
+            help="llava: folder to write image paths relative to; the folder of --out if not given."
+        ),
+    ] = None,
+    run_folder: Annotated[
+        Path | None,
+        typer.Option("--run", help="vlmevalkit: write the answers of this run, to be scored there."),
     ] = None,
     force: Force = False,
 ) -> None:
@@ -117,15 +173,24 @@ def export(
 
     Example: eval-mcq export train.jsonl --format llava --out train.json
     """
-    from eval_mcq.export import EXPORTERS
+    from eval_mcq.export import EXPORTERS, write_predictions
+    from eval_mcq.records import load_run
     from eval_mcq.schema import load_bench
 
     check_free(out, force)
+    if images is not None and to != "llava":
+        raise UserError(f"--images has no meaning for format '{to}': only llava refers to images by path")
+    if run_folder is not None and to != "vlmevalkit":
+        raise UserError(f"--run has no meaning for format '{to}': predictions are written for vlmevalkit")
     questions = load_bench(bench)
+    if run_folder is not None:
+        count = write_predictions(questions, load_run(run_folder), out, force)
+        stdout.print(f"{out}: {count} predictions", soft_wrap=True, highlight=False)
+        return
     folder = images or out.absolute().parent
-    write_text(out, EXPORTERS[to](questions, folder), force)
-    stdout.print(f"{out}: {len(questions.items)} conversations, images relative to {folder}", soft_wrap=True)
-    stdout.print(f"Next: retrain-projector --model MODEL --data {out} --images {folder}", soft_wrap=True)
+    following = EXPORTERS[to](questions, out, folder, force)
+    stdout.print(f"{out}: {len(questions.items)} questions", soft_wrap=True, highlight=False)
+    stdout.print(f"Next: {following}", soft_wrap=True, highlight=False)
 
 
 @app.command("run")
