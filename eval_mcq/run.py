@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval_mcq.pictures import check_images
-from eval_mcq.prompt import PROMPT_VERSION
+from eval_mcq.prompt import LETTER_PROMPT
 from eval_mcq.records import (
     ANSWERS_FILE,
     RUN_FILE,
@@ -19,8 +19,9 @@ from eval_mcq.records import (
     append_answers,
     load_run,
     read_answers,
+    read_record,
 )
-from eval_mcq.schema import LETTERS, Bench, MCQItem, parse
+from eval_mcq.schema import LETTERS, Bench, MCQItem
 from eval_mcq.summary import as_json, compare
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
@@ -53,7 +54,7 @@ def describe_run(model: Path, fingerprint: str, bench: Bench, dtype: str) -> Run
         model=str(model), model_sha256=fingerprint,
         bench=str(bench.path), bench_name=bench.name, bench_sha256=bench.digest,
         categories=bench.categories, questions=len(bench.items),
-        mode="letters", prompt=PROMPT_VERSION, dtype=dtype,
+        mode="letters", prompt=LETTER_PROMPT.version, dtype=dtype,
         versions={package: version(package) for package in ("mgll-mllm", "torch", "transformers")},
     )  # fmt: skip
 
@@ -70,13 +71,11 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
         raise UserError(
             f"output {out} exists and is not a run: choose another --out, or replace it with --force"
         )
-    old = parse(RunRecord, (out / RUN_FILE).read_text(encoding="utf-8"), str(out / RUN_FILE))
-    for what, value in record.identity.items():
-        if old.identity[what] != value:
-            raise UserError(
-                f"run {out} was made with another {what} ({old.identity[what][:12]}, now {value[:12]}): "
-                "its answers cannot be continued; choose another --out, or replace it with --force"
-            )
+    if differs := record.difference(read_record(out)):
+        raise UserError(
+            f"run {out} was made with another {differs}: its answers cannot be continued; choose another --out, or "
+            "replace it with --force"
+        )
 
 
 def run_bench(
@@ -104,7 +103,7 @@ def run_bench(
     asked = bench.items[:limit]
     digests = check_images({path: item.id for item in reversed(asked) for path in bench.image_paths(item)})
     hashes = {item.id: [digests[path] for path in bench.image_paths(item)] for item in asked}
-    old = [] if force else read_answers(out / ANSWERS_FILE)
+    old = [] if force else list(read_answers(out / ANSWERS_FILE, record.fingerprint))
     for answer in old:
         if hashes.get(answer.id, answer.images_sha256) != answer.images_sha256:
             raise UserError(
@@ -122,7 +121,7 @@ def run_bench(
     _drop_unfinished_line(out / ANSWERS_FILE, old)
     if scorer:
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-        for new in _answers(bench, scorer, batches, hashes):
+        for new in _answers(bench, scorer, batches, hashes, record.fingerprint):
             append_answers(out / ANSWERS_FILE, new)
     run = load_run(out)
     write_text(out / SUMMARY_FILE, json.dumps(as_json(compare({out.name: run})), indent=1) + "\n", force=True)
@@ -130,7 +129,11 @@ def run_bench(
 
 
 def _answers(
-    bench: Bench, scorer: "LetterScorer", batches: Sequence[Sequence[MCQItem]], hashes: dict[str, list[str]]
+    bench: Bench,
+    scorer: "LetterScorer",
+    batches: Sequence[Sequence[MCQItem]],
+    hashes: dict[str, list[str]],
+    fingerprint: str,
 ) -> Iterator[list[Answer]]:
     for items in track(batches, "Answering, in batches"):
         images = [[open_image(path) for path in bench.image_paths(item)] for item in items]
@@ -145,6 +148,7 @@ def _answers(
                 chosen=LETTERS[score.choice],
                 probabilities=[round(p, 6) for p in score.probabilities],
                 letter_mass=round(score.letter_mass, 6),
+                run=fingerprint,
             )
             for item, score in zip(items, scores, strict=True)
         ]
@@ -152,6 +156,6 @@ def _answers(
 
 def _drop_unfinished_line(path: Path, answers: Sequence[Answer]) -> None:
     """Rewrite the file without what a killed run left of its last line, so that appending stays sound."""
-    whole = "".join(answer.model_dump_json() + "\n" for answer in answers)
+    whole = "".join(answer.line() for answer in answers)
     if path.is_file() and path.read_text(encoding="utf-8") != whole:
         write_text(path, whole, force=True)

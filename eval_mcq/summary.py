@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_mcq.records import Answer, Run, letter_counts
+from eval_mcq.records import ItemAnswer, Run, letter_counts
 from eval_mcq.stats import (
     Interval,
     Replicates,
@@ -68,7 +68,7 @@ class Arm:
         gains: Per disease against the first arm; empty for the first arm itself.
         macro_gain: Difference of the macro averages.
         micro_gain: Difference of the micro averages, with McNemar over all questions.
-        letter_mass: Mean probability on the option letters.
+        letter_mass: Mean probability on the option letters; None where the scoring mode has none.
         letters: Per letter: how often true, how often chosen.
     """
 
@@ -79,7 +79,7 @@ class Arm:
     gains: dict[str, Gain]
     macro_gain: Estimate | None
     micro_gain: Gain | None
-    letter_mass: float
+    letter_mass: float | None
     letters: dict[str, tuple[int, int]]
 
 
@@ -181,7 +181,7 @@ class _Scores:
         return Gain(Estimate(float(after.mean() - before.mean()), interval), p, p)
 
 
-def _arm(name: str, a: int, scores: _Scores, answers: Sequence[Answer]) -> Arm:
+def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer]) -> Arm:
     counts = {c: (int(scores.right[mask, a].sum()), int(mask.sum())) for c, mask in scores.masks.items()}
     macro, pooled = scores.draws.macro, scores.draws.pooled
     gains: dict[str, Gain] = {}
@@ -204,9 +204,14 @@ def _arm(name: str, a: int, scores: _Scores, answers: Sequence[Answer]) -> Arm:
         gains=gains,
         macro_gain=macro_gain,
         micro_gain=micro_gain,
-        letter_mass=float(np.mean([answer.letter_mass for answer in answers])),
+        letter_mass=_mean([answer.letter_mass for answer in answers]),
         letters=letter_counts(answers),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def as_json(comparison: Comparison) -> dict[str, object]:
@@ -220,6 +225,7 @@ def _check_comparable(first_name: str, first: Run, name: str, run: Run) -> None:
         ("bench", ours.bench_sha256, theirs.bench_sha256),
         ("prompt", ours.prompt, theirs.prompt),
         ("scoring mode", ours.mode, theirs.mode),
+        ("number of rotations", str(ours.rotations), str(theirs.rotations)),
     ):
         if a != b:
             raise UserError(

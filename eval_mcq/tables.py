@@ -196,10 +196,9 @@ def _checks(comparison: Comparison) -> list[str]:
     checks = []
     for arm in comparison.arms:
         letters = ", ".join(f"{letter} {chosen} ({true})" for letter, (true, chosen) in arm.letters.items())
-        checks.append(
-            f"{arm.name}: letters chosen (true): {letters}; probability on the letters {arm.letter_mass:.2f}."
-        )
-        if arm.letter_mass < LOW_MASS:
+        mass = "" if arm.letter_mass is None else f"; probability on the letters {arm.letter_mass:.2f}"
+        checks.append(f"{arm.name}: letters chosen (true): {letters}{mass}.")
+        if arm.letter_mass is not None and arm.letter_mass < LOW_MASS:
             checks.append(f"{arm.name} hardly answers with letters: its choice among them says little.")
     return checks
 

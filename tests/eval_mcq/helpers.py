@@ -88,7 +88,7 @@ def run_of_counts(counts: dict[str, tuple[int, int]], bench: str = "b" * 64) -> 
 def save_run(run: Run, folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(run.record.model_dump_json())
-    (folder / "answers.jsonl").write_text("".join(a.model_dump_json() + "\n" for a in run.answers))
+    (folder / "answers.jsonl").write_text("".join(row.line() for row in run.rows))
     return folder
 
 

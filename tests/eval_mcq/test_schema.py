@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from eval_mcq.prompt import PROMPT_VERSION, render
+from eval_mcq.prompt import LETTER_PROMPT, render
 from eval_mcq.schema import LETTERS, MCQItem, bench_text, load_bench
 from mgll_encoder.common.errors import UserError
 from tests.eval_mcq.helpers import question, write_bench
@@ -81,7 +81,7 @@ def test_a_file_that_is_no_bench_is_refused(tmp_path, text, said):
 
 def test_the_prompt_is_frozen():
     item = MCQItem(**question("1"))
-    assert PROMPT_VERSION == "letters-1"
+    assert LETTER_PROMPT.version == "letters-1"
     assert render(item) == (
         "What is seen?\nA. drusen\nB. a cataract\nC. nothing\n"
         "Answer with the option's letter from the given choices directly."

@@ -165,7 +165,7 @@ def test_names_with_signs_of_markdown_or_latex_stay_names():
 def test_a_model_that_does_not_answer_with_letters_is_pointed_out(comparison):
     silent = run_of_counts({"DR": (10, 40), "CSR": (0, 7)})
     silent = type(silent)(
-        silent.folder, silent.record, [a.model_copy(update={"letter_mass": 0.01}) for a in silent.answers]
+        silent.folder, silent.record, [a.model_copy(update={"letter_mass": 0.01}) for a in silent.rows]
     )
     assert any(
         "silent hardly answers with letters" in check
@@ -176,7 +176,7 @@ def test_a_model_that_does_not_answer_with_letters_is_pointed_out(comparison):
 
 def test_the_order_of_the_answers_in_the_file_does_not_matter():
     run = run_of_counts({"DR": (10, 40), "CSR": (3, 7)})
-    backwards = type(run)(run.folder, run.record, run.answers[::-1])
+    backwards = type(run)(run.folder, run.record, run.rows[::-1])
     assert compare({"x": backwards}) == compare({"x": run})
 
 
@@ -195,6 +195,6 @@ def test_runs_that_answer_different_questions_are_not_compared():
 def test_a_partial_run_says_so():
     run = run_of_counts({"DR": (1, 2)})
     record = run.record.model_copy(update={"questions": 5, "categories": ["DR", "AMD"]})
-    notes = by_disease(compare({"x": type(run)(run.folder, record, run.answers)})).notes
+    notes = by_disease(compare({"x": type(run)(run.folder, record, run.rows)})).notes
     assert any("Only 2 of the bench's 5 questions" in note for note in notes)
     assert any("not in the Average: AMD" in note for note in notes)
