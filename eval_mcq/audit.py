@@ -156,7 +156,9 @@ def by_column(findings: Audit) -> Grid:
         "Disease", "n (inferred)", "one question", "widest ± (95%)", "chance", "luck reaches", "cannot be p < 0.05",
         "no k/n",
     ]  # fmt: skip
-    return Grid("What the printed figures can support, in % and points", columns, rows, [], _notes(findings), [])
+    return Grid(
+        "What the printed figures can support, in % and points", columns, rows, [], _notes(findings), []
+    )
 
 
 def by_model(findings: Audit) -> Grid:

@@ -46,7 +46,9 @@ class Calibration:
     bins: list[Bin]
 
 
-def calibration(probabilities: Sequence[Sequence[float]], true: Sequence[int], bins: int = BINS) -> Calibration:
+def calibration(
+    probabilities: Sequence[Sequence[float]], true: Sequence[int], bins: int = BINS
+) -> Calibration:
     """Calibration over questions.
 
     Args:
@@ -64,12 +66,15 @@ def calibration(probabilities: Sequence[Sequence[float]], true: Sequence[int], b
     right = table.argmax(axis=1) == np.asarray(true)
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     n = np.bincount(place, minlength=bins)
-    of_bin = [np.bincount(place, weights=values, minlength=bins) for values in (confidence, right.astype(float))]
+    of_bin = [
+        np.bincount(place, weights=values, minlength=bins) for values in (confidence, right.astype(float))
+    ]
     means = [np.divide(total, n, out=np.zeros(bins), where=n > 0) for total in of_bin]
     return Calibration(
         ece=float((n * np.abs(means[0] - means[1])).sum() / len(table)),
         brier=float(((table - truth) ** 2).sum(axis=1).mean()),
         bins=[
-            Bin(i / bins, (i + 1) / bins, int(n[i]), float(means[0][i]), float(means[1][i])) for i in range(bins)
+            Bin(i / bins, (i + 1) / bins, int(n[i]), float(means[0][i]), float(means[1][i]))
+            for i in range(bins)
         ],
     )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from eval_mcq.cli_items import COMMANDS, Force, Format, FormatOption, OutFile
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, write_text
@@ -21,20 +22,15 @@ app = new_app(
     "Example: eval-mcq build --labels labels.csv --images photos/ --out bench.jsonl"
 )
 
-Format = Literal["rich", "markdown", "csv", "latex"]
-Layout = Literal["auto", "diseases", "paper"]
-ImportFormat = Literal["vlmevalkit", "gmai", "omnimedvqa", "llava", "scienceqa", "hf", "parquet"]
+Layout = Literal["auto", "diseases", "paper", "long"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-FormatOption = Annotated[Format, typer.Option("--format", help="Format of the table.")]
-OutFile = Annotated[
-    Path | None, typer.Option("--out", help="Write the table to this file instead of the terminal.")
-]
 LayoutOption = Annotated[
     Layout,
     typer.Option(
-        "--layout", help="Diseases as rows, or as columns like the paper; auto: rows in the terminal only."
+        "--layout",
+        help="Diseases as rows, or as columns like the paper, or long: every figure in a row of its own; auto: rows "
+        "in the terminal if there is one model, else columns.",
     ),
 ]
 PaperRounding = Annotated[
@@ -100,99 +96,6 @@ def build(
     _show_report(report, header.categories, out)
 
 
-@app.command("import")
-def import_command(
-    source: Annotated[str, typer.Argument(help="File, folder of .json files, or hub id (format hf).")],
-    out: Annotated[Path, typer.Option(help="Bench file to write (.jsonl or .parquet).")],
-    format_: Annotated[ImportFormat, typer.Option("--format", help="Whose format it is.")],
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Folder that image paths are relative to; that of SOURCE if not given."),
-    ] = None,
-    maps: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--map", help="FIELD=COLUMN where the file calls it otherwise, such as answer=label; repeatable."
-        ),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Which split (hf, scienceqa).")] = None,
-    name: Annotated[str, typer.Option(help="Name of the bench in tables; the file's if not given.")] = "",
-    force: Force = False,
-) -> None:
-    """Take over questions from another tool's file.
-
-    Example: eval-mcq import GMAI_mm_bench_VAL.tsv --format gmai --out gmai.jsonl
-    """
-    from eval_mcq.interchange.importing import Source, import_questions
-    from eval_mcq.schema import write_bench
-
-    check_free(out, force)
-    header, items, report = import_questions(
-        format_, Source(source, images, split, maps or ()), out, name, force
-    )
-    write_bench(out, header, items, force)
-    stdout.print(f"{out}: {len(items)} questions", soft_wrap=True, highlight=False)
-    for category, count in report.questions.most_common():
-        stdout.print(f"  {count:6d}  {category}", soft_wrap=True, highlight=False, markup=False)
-    if report.pictures:
-        note(f"{report.pictures} embedded images are in {out.stem}_images beside it")
-    if report.folded:
-        note(
-            f"{report.folded} circular copies were put back into their questions (eval-mcq run rotates by itself)"
-        )
-    if report.skipped:
-        warn(f"{report.skipped} entries have no options or no image and were left out")
-    stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
-
-
-@app.command()
-def export(
-    bench: Annotated[Path, typer.Argument(help="Bench file.")],
-    out: Annotated[Path, typer.Option(help="File (for lmms-eval: folder) to write.")],
-    to: Annotated[
-        Literal["llava", "vlmevalkit", "lmms-eval", "parquet", "jsonl"],
-        typer.Option(
-            "--format",
-            help="llava: conversations JSON, as retrain-projector reads; vlmevalkit: TSV with images, or with --run "
-            "its prediction table; lmms-eval: task folder; parquet: the bench with its images in one file.",
-        ),
-    ] = "llava",
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            help="llava: folder to write image paths relative to; the folder of --out if not given."
-        ),
-    ] = None,
-    run_folder: Annotated[
-        Path | None,
-        typer.Option("--run", help="vlmevalkit: write the answers of this run, to be scored there."),
-    ] = None,
-    force: Force = False,
-) -> None:
-    """Write questions in another tool's format.
-
-    Example: eval-mcq export train.jsonl --format llava --out train.json
-    """
-    from eval_mcq.export import EXPORTERS, write_predictions
-    from eval_mcq.records import load_run
-    from eval_mcq.schema import load_bench
-
-    check_free(out, force)
-    if images is not None and to != "llava":
-        raise UserError(f"--images has no meaning for format '{to}': only llava refers to images by path")
-    if run_folder is not None and to != "vlmevalkit":
-        raise UserError(f"--run has no meaning for format '{to}': predictions are written for vlmevalkit")
-    questions = load_bench(bench)
-    if run_folder is not None:
-        count = write_predictions(questions, load_run(run_folder), out, force)
-        stdout.print(f"{out}: {count} predictions", soft_wrap=True, highlight=False)
-        return
-    folder = images or out.absolute().parent
-    following = EXPORTERS[to](questions, out, folder, force)
-    stdout.print(f"{out}: {len(questions.items)} questions", soft_wrap=True, highlight=False)
-    stdout.print(f"Next: {following}", soft_wrap=True, highlight=False)
-
-
 @app.command("run")
 def run_command(
     model: Annotated[Path, typer.Option(help="Model folder.")],
@@ -230,7 +133,7 @@ def run_command(
         return LetterScorer(*load_mllm(model, dtype=torch_dtype), device=torch_device, dtype=torch_dtype)
 
     done = run_bench(questions, load_scorer, record, folder, batch_size, limit, force)
-    _show_table({model.resolve().name: done}, "rich", "auto", None, paper_rounding=False, force=False)
+    _show_table({"": {model.resolve().name: done}}, "rich", "auto", None, paper_rounding=False, force=False)
     if not done.complete:
         stdout.print(
             f"Next, for the rest: the same command without --limit ({folder} is continued)", soft_wrap=True
@@ -254,55 +157,86 @@ def table(
     from eval_mcq.records import load_run
 
     arms = {run_folder.resolve().name: load_run(run_folder)}
-    _show_table(arms, format_, layout, out, paper_rounding, force)
+    _show_table({"": arms}, format_, layout, out, paper_rounding, force)
 
 
 @app.command()
 def compare(
     runs: Annotated[
-        list[str], typer.Argument(metavar="NAME=RUN...", help="Arms; gains are against the first.")
+        list[str],
+        typer.Argument(metavar="[MODEL:]ARM=RUN...", help="Arms; gains are against a model's first arm."),
     ],
     format_: FormatOption = "rich",
     layout: LayoutOption = "auto",
     out: OutFile = None,
     paper_rounding: PaperRounding = False,
+    beside: Annotated[
+        Literal["paper"] | None,
+        typer.Option("--compare", help="paper: set the published rows of the MGLL paper beside."),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Compare runs of one bench, paired question by question.
+    """Compare runs of one bench, paired question by question; of one model or of several.
 
     Example: eval-mcq compare base=runs/llava-med retrained=runs/llava-med-ft mgll=runs/llava-med-mgll
+
+    Example: eval-mcq compare LLaVA:base=runs/a LLaVA:mgll=runs/b Qwen-VL:base=runs/c Qwen-VL:mgll=runs/d
     """
     from eval_mcq.records import load_run
 
-    arms: dict[str, Run] = {}
-    for arm in runs:
-        name, equals, folder = arm.partition("=")
-        if not (name and equals and folder):
-            raise UserError(f"arm '{arm}' is not of the form NAME=RUN, such as base=runs/llava-med")
-        if name in arms:
+    models: dict[str, dict[str, Run]] = {}
+    for given in runs:
+        name, equals, folder = given.partition("=")
+        model, colon, arm = name.rpartition(":")
+        if not (arm and equals and folder and bool(model) == bool(colon)):
+            raise UserError(
+                f"arm '{given}' is not of the form NAME=RUN, such as base=runs/llava-med, nor MODEL:NAME=RUN"
+            )
+        arms = models.setdefault(model, {})
+        if arm in arms:
             raise UserError(f"two arms are called '{name}': give each its own name")
-        arms[name] = load_run(Path(folder))
-    if len(arms) < 2:
+        arms[arm] = load_run(Path(folder))
+    if "" in models and len(models) > 1:
+        raise UserError(
+            "some arms name a model (MODEL:NAME=RUN) and some do not: give all of them one, or none"
+        )
+    if sum(map(len, models.values())) < 2:
         raise UserError("compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN")
-    _show_table(arms, format_, layout, out, paper_rounding, force)
+    _show_table(models, format_, layout, out, paper_rounding, force, beside is not None)
 
 
 def _show_table(
-    arms: "dict[str, Run]",
+    models: "dict[str, dict[str, Run]]",
     format_: Format,
     layout: Layout,
     out: Path | None,
     paper_rounding: bool,
     force: bool,
+    published: bool = False,
 ) -> None:
+    from eval_mcq.paired import like_paper_pairs, long_table
+    from eval_mcq.published import load_published
     from eval_mcq.render import RENDERERS, show
-    from eval_mcq.summary import compare as compare_runs
+    from eval_mcq.summary import compare_models
     from eval_mcq.tables import by_disease, like_paper
 
     if out is not None:
         check_free(out, force)
-    rows = layout == "diseases" or (layout == "auto" and format_ == "rich")
-    grid = (by_disease if rows else like_paper)(compare_runs(arms), paper_rounding)
+    pairs = published or len(models) > 1
+    if pairs and layout == "diseases":
+        raise UserError("--layout diseases shows one model and no published rows: use paper or long")
+    if published and layout == "long":
+        raise UserError("--layout long has no published rows: leave --compare out, or use --layout paper")
+    comparisons = compare_models(models)
+    only = next(iter(comparisons.values()))
+    if layout == "long":
+        grid = long_table(comparisons)
+    elif pairs:
+        grid = like_paper_pairs(comparisons, paper_rounding, load_published() if published else None)
+    elif layout == "diseases" or (layout == "auto" and format_ == "rich"):
+        grid = by_disease(only, paper_rounding)
+    else:
+        grid = like_paper(only, paper_rounding)
     if out is not None:
         write_text(out, RENDERERS[format_](grid), force)
         stdout.print(f"table: {out}", soft_wrap=True)
@@ -353,6 +287,10 @@ def _device_and_dtype(device: str, dtype: Dtype) -> "tuple[torch.device, torch.d
     if dtype == "auto":
         return chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32
     return chosen, getattr(torch, dtype)
+
+
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:

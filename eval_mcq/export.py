@@ -107,7 +107,7 @@ def write_predictions(bench: Bench, run: Run, out: Path, force: bool = False) ->
             f"run {run.folder} answered {run.record.bench} ({run.record.bench_sha256[:12]}), not {bench.path} "
             f"({bench.digest[:12]}): give the bench that was run"
         )
-    chosen = {answer.id: answer.chosen for answer in run.answers}
+    chosen = {answer.id: answer.chosen or vlmevalkit.UNREAD for answer in run.answers}
     with new_file(out, force) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         stream.writelines(vlmevalkit.predictions(bench, chosen))
     return len(chosen)

@@ -113,8 +113,7 @@ def bootstrap(
     k = np.zeros((len(cluster_ids), len(names), right.shape[1]))
     np.add.at(k, (row, column), right)
     # Clusters with the same counts are the same to a draw: they are drawn as one pattern, as often as all of them.
-    table = np.concatenate([n, k.reshape(len(n), -1)], axis=1)
-    patterns, repeats = np.unique(table, axis=0, return_counts=True)
+    patterns, repeats = _patterns(np.concatenate([n, k.reshape(len(n), -1)], axis=1))
     n = patterns[:, : len(names)]
     k = patterns[:, len(names) :].reshape(len(patterns), len(names), -1)
     rarity = np.array([sizes[name] for name in names], dtype=float)
@@ -134,6 +133,16 @@ def bootstrap(
             by_category.append(drawn_k / drawn_n[:, :, None])
         pooled.append(drawn_k.sum(axis=1) / drawn_n.sum(axis=1)[:, None])
     return Replicates(np.concatenate(by_category), np.concatenate(pooled))
+
+
+def _patterns(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Different rows of a table of counts, and how often each occurs."""
+    counts = np.ascontiguousarray(table, dtype=np.uint32)
+    keys = counts.view(
+        np.dtype((np.void, counts.dtype.itemsize * counts.shape[1]))
+    ).ravel()  # compared as bytes
+    _, first, repeats = np.unique(keys, return_index=True, return_counts=True)
+    return table[first], repeats
 
 
 def _chunks(replicates: int, patterns: int) -> list[int]:

@@ -38,6 +38,9 @@ GMAI_COLUMNS = ColumnMap(
 )
 """GMAI-MMBench adds the clinical task, the department and the granularity."""
 
+UNREAD = "Z"
+"""VLMEvalKit's sign for a reply that names no option; it counts as wrong."""
+
 READ_AS_BLANK = {
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
     "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
