@@ -232,6 +232,52 @@ def compare(
     _show_table(models, format_, layout, out, paper_rounding, force, beside is not None)
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RUN...", help="Run folders; gains are against the first.")
+    ],
+    html: Annotated[Path, typer.Option(help="Page to write.")],
+    bench: Annotated[Path | None, typer.Option(help="Bench file, if it is no longer where it was.")] = None,
+    assets: Annotated[
+        Path | None, typer.Option(help="Folder for the thumbnails, instead of inside the page.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the plots as PNG and SVG files.")] = None,
+    thumbnail: Annotated[int, typer.Option(help="Longer side of a thumbnail in pixels.", min=16)] = 256,
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Whether to show the images.")] = True,
+    force: Force = False,
+) -> None:
+    """Write a page to look at: table, plots, and every question with its image and each arm's answer.
+
+    The page needs no network and no other file; filters and keys in it find what the swap has flipped.
+
+    Example: eval-mcq report base=runs/llava-med mgll=runs/llava-med-mgll --html report.html --plots plots
+    """
+    from eval_mcq.records import load_run
+    from eval_mcq.report import ReportOptions, write_report
+    from eval_mcq.schema import load_bench
+
+    named: dict[str, Run] = {}
+    for arm in runs:
+        name, equals, folder = arm.rpartition("=")
+        path = Path(folder)
+        name = name if equals else path.resolve().name
+        if name in named:
+            raise UserError(f"two arms are called '{name}': give each its own name, as NAME=RUN")
+        named[name] = load_run(path)
+    asked = bench or Path(next(iter(named.values())).record.bench)
+    if bench is None and not asked.is_file():
+        raise UserError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
+    count = write_report(
+        named, load_bench(asked), html, ReportOptions(assets, plots, thumbnail, images), force=force
+    )
+    size = html.stat().st_size / 1e6
+    where = f"in {assets}" if assets else "inside"
+    stdout.print(f"report: {html} ({size:.1f} MB, {count} thumbnails {where})", soft_wrap=True)
+    if plots:
+        stdout.print(f"plots: {plots}", soft_wrap=True)
+
+
 def _show_table(
     models: "dict[str, dict[str, Run]]",
     format_: Format,

@@ -1,0 +1,245 @@
+"""The plots of a report, drawn with matplotlib: SVG that follows the page's colours, and files for papers."""
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eval_mcq.report.content import Content
+from eval_mcq.schema import LETTERS
+from eval_mcq.summary import Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#7a7a7a", "#0072b2", "#d55e00", "#009e73", "#a3578a", "#8c6d1f")
+"""Colours of the arms in order, told apart by the colour-blind (after Okabe and Ito) and legible on white and black."""
+
+
+@dataclass(frozen=True)
+class Ink:
+    """Colours of text and lines."""
+
+    text: str
+    line: str
+
+
+ON_WHITE = Ink("#1a1a1a", "#c8c8c8")
+IN_PAGE = Ink("#010203", "#040506")
+"""Stand-ins: `page_svg` puts the page's own colours in their place, so that a plot follows its dark mode."""
+
+BINS = 10
+MOST_CONFUSED = 12
+"""Options in the confusion plot; rarer ones are gathered under OTHER."""
+OTHER = "(other)"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot.
+
+    Attributes:
+        name: File name without suffix.
+        title: Heading.
+        caption: What it shows, for those who see it and those who hear it.
+        figure: The drawing.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: "Figure"
+
+    def svg(self) -> str:
+        """The drawing as an ``svg`` element, with real text."""
+        import matplotlib
+
+        stream = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
+            self.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        text = stream.getvalue()
+        return text[text.index("<svg") :]
+
+    def png(self) -> bytes:
+        """The drawing as a PNG file on white."""
+        stream = io.BytesIO()
+        self.figure.savefig(stream, format="png", dpi=200, facecolor="white")
+        return stream.getvalue()
+
+
+def page_svg(plot: Plot) -> str:
+    """A plot drawn with `IN_PAGE`, in the colours of the page around it."""
+    return plot.svg().replace(IN_PAGE.text, "var(--ink)").replace(IN_PAGE.line, "var(--line)")
+
+
+def plots(content: Content, comparison: Comparison, ink: Ink) -> list[Plot]:
+    """All plots of a report, in the given ink."""
+    import matplotlib
+
+    settings: dict[Any, Any] = {
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink.text),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), ink.line),
+    }
+    with matplotlib.rc_context(settings):
+        drawn = [_accuracy(comparison, ink), _dots(comparison, ink), _reliability(content, ink)]
+        return [*drawn, *(_confusion(content, name, ink) for name in content.arms)]
+
+
+def _accuracy(comparison: Comparison, ink: Ink) -> Plot:
+    names = comparison.categories
+    figure, axes = _canvas(7.2, 0.6 + len(names) * (0.2 + 0.16 * len(comparison.arms)))
+    height = 0.8 / len(comparison.arms)
+    for a, arm in enumerate(comparison.arms):
+        cells = [arm.cells[name] for name in names]
+        shares = np.array([100 * cell.share for cell in cells])
+        errors = [
+            [max(0.0, share - 100 * cell.interval.low) for share, cell in zip(shares, cells, strict=True)],
+            [max(0.0, 100 * cell.interval.high - share) for share, cell in zip(shares, cells, strict=True)],
+        ]
+        places = np.arange(len(names)) + (a - (len(comparison.arms) - 1) / 2) * height
+        axes.barh(places, shares, height * 0.9, color=_colour(a), label=arm.name)
+        axes.errorbar(shares, places, xerr=errors, fmt="none", ecolor=ink.text, elinewidth=0.9, capsize=1.5)
+    for i, name in enumerate(names):
+        chance = 100 * comparison.chance[name]
+        axes.plot([chance, chance], [i - 0.45, i + 0.45], color=ink.text, linewidth=1, linestyle=":")
+    _rows(axes, [f"{name} ({comparison.arms[0].cells[name].n})" for name in names])
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy in %; dotted: chance")
+    _legend(axes)
+    return Plot(
+        "accuracy",
+        "Accuracy by disease",
+        "Accuracy of every arm on every disease (number of questions in brackets) with 95 % Wilson intervals; a "
+        "dotted line marks what guessing gets right. The same figures stand in the table.",
+        figure,
+    )
+
+
+def _dots(comparison: Comparison, ink: Ink) -> Plot:
+    names = [*comparison.categories, "Average"]
+    figure, axes = _canvas(7.2, 0.9 + 0.3 * len(names))
+    shares = [
+        [*(100 * arm.cells[name].share for name in comparison.categories), 100 * arm.macro.value]
+        for arm in comparison.arms
+    ]
+    for i in range(len(names)):
+        values = [of_arm[i] for of_arm in shares]
+        axes.plot([min(values), max(values)], [i, i], color=ink.line, linewidth=3, zorder=1)
+    for a, (arm, values) in enumerate(zip(comparison.arms, shares, strict=True)):
+        axes.scatter(values, range(len(names)), color=_colour(a), s=38, label=arm.name, zorder=2)
+    _rows(axes, names)
+    axes.axhline(len(names) - 1.5, color=ink.line, linewidth=0.8)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy in %")
+    _legend(axes)
+    return Plot(
+        "dots",
+        "From arm to arm",
+        "The same accuracies as dots on one line per disease, so that the way from the first arm to the others is "
+        "seen; below the line the macro average.",
+        figure,
+    )
+
+
+def _reliability(content: Content, ink: Ink) -> Plot:
+    figure, axes = _canvas(4.6, 4.2)
+    axes.plot([0, 100], [0, 100], color=ink.line, linewidth=1)
+    for a, (name, run) in enumerate(content.arms.items()):
+        sure = np.array([max(answer.probabilities) for answer in run.answers])
+        right = np.array([answer.right for answer in run.answers])
+        inside = np.minimum((sure * BINS).astype(int), BINS - 1)
+        filled = [b for b in range(BINS) if (inside == b).any()]
+        counts = np.array([(inside == b).sum() for b in filled])
+        x = [100 * sure[inside == b].mean() for b in filled]
+        y = [100 * right[inside == b].mean() for b in filled]
+        axes.plot(x, y, color=_colour(a), linewidth=1, label=name)
+        axes.scatter(x, y, s=10 + 90 * counts / counts.max(), color=_colour(a))
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 100)
+    axes.set_aspect("equal")
+    axes.set_xlabel("probability of the chosen option in %")
+    axes.set_ylabel("right in %")
+    _legend(axes)
+    return Plot(
+        "reliability",
+        "Reliability",
+        f"How often an answer is right against how probable the model said it was, in {BINS} bins; the area of a dot "
+        "is the number of answers in its bin. On the diagonal a model is as sure as it is right.",
+        figure,
+    )
+
+
+def _confusion(content: Content, arm: str, ink: Ink) -> Plot:
+    pairs: Counter[tuple[str, str]] = Counter()
+    answers = {answer.id: answer for answer in content.arms[arm].answers}
+    for item in content.items:
+        chosen = LETTERS.find(answers[item.id].chosen) if answers[item.id].chosen else -1
+        pairs[item.options[item.answer], item.options[chosen] if chosen >= 0 else "(unparsed)"] += 1
+    weight: Counter[str] = Counter()
+    for (true, chosen_text), n in pairs.items():
+        weight[true] += n
+        weight[chosen_text] += n
+    kept = [name for name, _ in weight.most_common(MOST_CONFUSED)]
+    names = [*sorted(kept), *([OTHER] if len(weight) > len(kept) else [])]
+    place = {name: names.index(name) if name in names else len(names) - 1 for name in weight}
+    counts = np.zeros((len(names), len(names)))
+    for (true, chosen_text), n in pairs.items():
+        counts[place[true], place[chosen_text]] += n
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.2 + 0.36 * len(names)
+    figure, axes = _canvas(side + 0.6, side)
+    axes.grid(visible=False)
+    colour = _colour(list(content.arms).index(arm))
+    for i, j in zip(*np.nonzero(counts), strict=True):
+        axes.add_patch(_square(int(j), int(i), colour, float(share[i, j])))
+        axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", fontsize=7, color=ink.text)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    _rows(axes, names)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_xlabel("chosen")
+    axes.set_ylabel("true")
+    return Plot(
+        f"confusion-{''.join(c if c.isalnum() else '-' for c in arm)}",
+        f"Confusion: {arm}",
+        f"What {arm} chose (columns) where an option was true (rows), in questions; the darker, the larger the "
+        "share of its row. Only options that stood beside each other can be confused.",
+        figure,
+    )
+
+
+def _canvas(width: float, height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(visible=True, axis="x", linewidth=0.5)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _rows(axes: "Axes", names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _legend(axes: "Axes") -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+
+
+def _square(x: int, y: int, colour: str, alpha: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, alpha=0.1 + 0.7 * alpha, linewidth=0)
+
+
+def _colour(arm: int) -> str:
+    return PALETTE[arm % len(PALETTE)]

@@ -1,0 +1,110 @@
+"""Writing a report: an HTML page that needs nothing else, and the plots as files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from eval_mcq.records import Run
+from eval_mcq.report.content import Content, check_unchanged, gather
+from eval_mcq.report.figures import IN_PAGE, ON_WHITE, page_svg, plots
+from eval_mcq.report.pictures import as_files, inlined
+from eval_mcq.schema import Bench
+from eval_mcq.summary import Comparison, compare
+from eval_mcq.tables import by_disease
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free, new_folder, write_text
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """How a report is written.
+
+    Attributes:
+        assets: Folder for the thumbnails, instead of inside the page; next to the page or below its folder.
+        plots: Folder for the plots as PNG and SVG files; None for none.
+        thumbnail: Longer side of a thumbnail in pixels.
+        images: Whether there are thumbnails at all.
+    """
+
+    assets: Path | None = None
+    plots: Path | None = None
+    thumbnail: int = 256
+    images: bool = True
+
+
+def write_report(
+    arms: Mapping[str, Run], bench: Bench, out: Path, options: ReportOptions, *, force: bool = False
+) -> int:
+    """Write the page.
+
+    Args:
+        arms: Arm name to run; the first is what the others are compared with.
+        bench: The bench that they were asked.
+        out: The page.
+        options: See `ReportOptions`.
+        force: Replace what is there.
+
+    Returns:
+        Number of thumbnails.
+
+    Raises:
+        UserError: an output is taken, the runs cannot be compared, the bench is another one, or an image is
+            missing or not the one that was asked about.
+    """
+    check_free(out, force)
+    for folder in (options.assets, options.plots):
+        if folder:
+            check_free(folder, force)
+    if options.assets and not options.assets.resolve().is_relative_to(out.resolve().parent):
+        raise UserError(
+            f"assets folder {options.assets} is not below {out.parent}: the page could not refer to it"
+        )
+    comparison = compare(arms)
+    content = gather(arms, bench)
+    data = content.data() | {"sources": _thumbnails(content, out, options, force)}
+    if options.plots:
+        with new_folder(options.plots, force) as partial:
+            for plot in plots(content, comparison, ON_WHITE):
+                (partial / f"{plot.name}.svg").write_text(plot.svg(), encoding="utf-8")
+                (partial / f"{plot.name}.png").write_bytes(plot.png())
+    write_text(out, _page(content, comparison, data), force)
+    return len(data["sources"])
+
+
+def _thumbnails(content: Content, out: Path, options: ReportOptions, force: bool) -> list[str]:
+    if not options.images:
+        return []
+    check_unchanged(content)
+    if options.assets is None:
+        return inlined(content.images, options.thumbnail)
+    with new_folder(options.assets, force) as partial:
+        names = as_files(content.images, options.thumbnail, partial)
+    below = options.assets.resolve().relative_to(out.resolve().parent)
+    return [f"{below.as_posix()}/{name}" for name in names]
+
+
+def _page(content: Content, comparison: Comparison, data: Mapping[str, object]) -> str:
+    environment = Environment(
+        loader=PackageLoader("eval_mcq.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    part = files("eval_mcq.report").joinpath("page")
+    return environment.get_template("report.html.jinja").render(
+        comparison=comparison,
+        grid=by_disease(comparison),
+        plots=[(plot, Markup(page_svg(plot))) for plot in plots(content, comparison, IN_PAGE)],
+        records={name: run.record for name, run in content.arms.items()},
+        models={name: Path(run.record.model).name for name, run in content.arms.items()},
+        style=Markup(part.joinpath("report.css").read_text(encoding="utf-8")),
+        script=Markup(part.joinpath("report.js").read_text(encoding="utf-8")),
+        # "<" would end the script element that holds the data
+        data=Markup(json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")),
+    )
