@@ -51,6 +51,9 @@ class Content:
                     "answer": item.answer,
                     "chosen": [LETTERS.find(answer.chosen) if answer.chosen else -1 for answer in given],
                     "right": [int(answer.right) for answer in given],
+                    "rotations": [
+                        [sum(row.right for row in answer.rows), len(answer.rows)] for answer in given
+                    ],
                     "probabilities": [[round(p, 3) for p in answer.probabilities] for answer in given],
                 }
             )

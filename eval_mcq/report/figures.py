@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval_mcq.calibration import BINS
 from eval_mcq.report.content import Content
 from eval_mcq.schema import LETTERS
 from eval_mcq.summary import Comparison
@@ -32,7 +33,6 @@ ON_WHITE = Ink("#1a1a1a", "#c8c8c8")
 IN_PAGE = Ink("#010203", "#040506")
 """Stand-ins: `page_svg` puts the page's own colours in their place, so that a plot follows its dark mode."""
 
-BINS = 10
 MOST_CONFUSED = 12
 """Options in the confusion plot; rarer ones are gathered under OTHER."""
 OTHER = "(other)"
@@ -90,7 +90,9 @@ def plots(content: Content, comparison: Comparison, ink: Ink) -> list[Plot]:
         **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), ink.line),
     }
     with matplotlib.rc_context(settings):
-        drawn = [_accuracy(comparison, ink), _dots(comparison, ink), _reliability(content, ink)]
+        drawn = [_accuracy(comparison, ink), _dots(comparison, ink)]
+        if any(arm.diagnosis.calibration for arm in comparison.arms):
+            drawn.append(_reliability(comparison, ink))
         return [*drawn, *(_confusion(content, name, ink) for name in content.arms)]
 
 
@@ -150,30 +152,30 @@ def _dots(comparison: Comparison, ink: Ink) -> Plot:
     )
 
 
-def _reliability(content: Content, ink: Ink) -> Plot:
+def _reliability(comparison: Comparison, ink: Ink) -> Plot:
     figure, axes = _canvas(4.6, 4.2)
     axes.plot([0, 100], [0, 100], color=ink.line, linewidth=1)
-    for a, (name, run) in enumerate(content.arms.items()):
-        sure = np.array([max(answer.probabilities) for answer in run.answers])
-        right = np.array([answer.right for answer in run.answers])
-        inside = np.minimum((sure * BINS).astype(int), BINS - 1)
-        filled = [b for b in range(BINS) if (inside == b).any()]
-        counts = np.array([(inside == b).sum() for b in filled])
-        x = [100 * sure[inside == b].mean() for b in filled]
-        y = [100 * right[inside == b].mean() for b in filled]
-        axes.plot(x, y, color=_colour(a), linewidth=1, label=name)
+    for a, arm in enumerate(comparison.arms):
+        if (found := arm.diagnosis.calibration) is None:
+            continue
+        filled = [place for place in found.bins if place.n]
+        x = [100 * place.confidence for place in filled]
+        y = [100 * place.accuracy for place in filled]
+        counts = np.array([place.n for place in filled])
+        axes.plot(x, y, color=_colour(a), linewidth=1, label=f"{arm.name} (ECE {100 * found.ece:.1f})")
         axes.scatter(x, y, s=10 + 90 * counts / counts.max(), color=_colour(a))
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 100)
     axes.set_aspect("equal")
     axes.set_xlabel("probability of the chosen option in %")
     axes.set_ylabel("right in %")
-    _legend(axes)
+    _legend(axes, 2)
     return Plot(
         "reliability",
         "Reliability",
         f"How often an answer is right against how probable the model said it was, in {BINS} bins; the area of a dot "
-        "is the number of answers in its bin. On the diagonal a model is as sure as it is right.",
+        "is the number of answers in its bin. On the diagonal a model is as sure as it is right; the expected "
+        "calibration error (ECE, in %) is the mean distance from it.",
         figure,
     )
 
@@ -231,8 +233,8 @@ def _rows(axes: "Axes", names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _legend(axes: "Axes") -> None:
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+def _legend(axes: "Axes", columns: int = 4) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False)
 
 
 def _square(x: int, y: int, colour: str, alpha: float) -> Any:

@@ -17,9 +17,13 @@
   };
   const letter = (index) => (index < 0 ? "unparsed" : LETTERS[index]);
   const verdict = (item, arm) => (item.right[arm] ? "right" : "wrong");
+  const rotations = (item, arm) => {
+    const [right, all] = item.rotations[arm];
+    return all > 1 ? ` (${right} of ${all} orders)` : "";
+  };
   const mark = (item, arm) =>
     make("span", { className: item.right[arm] ? "good" : "bad" },
-      `${item.right[arm] ? "✓" : "✗"} ${data.arms[arm]} ${letter(item.chosen[arm])}`);
+      `${item.right[arm] ? "✓" : "✗"} ${data.arms[arm]} ${letter(item.chosen[arm])}${rotations(item, arm)}`);
 
   // Flips are read between the first arm and each other one.
   const FLIPS = {
