@@ -56,6 +56,6 @@ def check_control(model: Path, control: Path, data: Path, images: Path, max_leng
         kept.append(counts.kept)
     if kept[0] != kept[1]:
         raise UserError(
-            f"--control: the arms would see different data: of {counts.rows} rows {kept[0]} are short enough for {model} "
-            f"and {kept[1]} for {control}; raise --max-length, or leave the long rows out of {data}"
+            f"--control: the arms would see different data: of {counts.rows} rows {kept[0]} are short enough for "
+            f"{model} and {kept[1]} for {control}; raise --max-length, or leave the long rows out of {data}"
         )

@@ -190,7 +190,7 @@ def train(
         if trainer.is_world_process_zero():
             seconds = time.monotonic() - began
             record = {**_record(job, identity, outcome, seconds), **extras.record}
-            files = {
+            files: dict[str, str | bytes] = {
                 **extras.files,
                 RECORD: json.dumps(record, indent=2) + "\n",
                 PLOT: loss_plot(outcome.losses, outcome.scores),
@@ -201,10 +201,10 @@ def train(
 
 def _trainer(job: Job, arguments: TrainingArguments, extras: Extras, work: Path) -> FrozenTrainer:
     dataset = ConversationDataset(job.examples, job.corpus.folder, job.processor)
-    pad = job.processor.tokenizer.pad_token_id or 0
-    collator = AnswerCollator(pad)
-    if any(not example.images for example in job.examples) and (row := filler_row(dataset, job.examples)):
-        collator = FillingCollator(pad, row)
+    collator: Any = AnswerCollator(job.processor.tokenizer.pad_token_id or 0)
+    text_only = any(not example.images for example in job.examples)
+    if text_only and (row := filler_row(dataset, job.examples)):
+        collator = FillingCollator(collator, row)
     return FrozenTrainer(
         model=job.model,
         args=arguments,
