@@ -42,7 +42,7 @@ def run(
         out: Folder to write.
         recipe: Recipe keys.
         **more: ``resume``; ``kill``, (rank, step): that process kills itself at the end of the step, and the others
-            are ended as torchrun ends them.
+            are ended as torchrun ends them; ``again``: train once more in the same processes, into that folder.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -92,7 +92,7 @@ def _rank(
 
 def _train(
     model: Path, data: Path, out: Path, recipe: dict, report: Path,
-    resume: bool = False, kill: tuple[int, int] | None = None,
+    resume: bool = False, kill: tuple[int, int] | None = None, again: Path | None = None,
 ) -> None:  # fmt: skip
     import torch
     from transformers import TrainerCallback
@@ -108,7 +108,8 @@ def _train(
 
     torch.set_num_threads(1)
     resolved = resolve(None, [f"{key}={json.dumps(value)}" for key, value in recipe.items()])
-    job = plan_training(model, data, data.parent / "images", resolved.recipe)
-    outcome = train(job, out, resolved.options, resume=resume, callbacks=[Kill()])
+    for folder in (again, out) if again else (out,):
+        job = plan_training(model, data, data.parent / "images", resolved.recipe)
+        outcome = train(job, folder, resolved.options, resume=resume, callbacks=[Kill()])
     if rank() == 0:
         report.write_text(json.dumps(outcome.losses))

@@ -70,8 +70,9 @@ def test_a_control_that_would_be_no_control_is_refused_before_anything_is_traine
     (place / "out-control").mkdir()
     assert "out-control exists" in told(place / "base")
     (place / "out-control").rmdir()
+    # 16 tokens per image instead of 4: answers in "blue" are too long now, those in "red" just not.
     config = json.loads((place / "base" / "processor_config.json").read_text())
     config["image_processor"]["size"] = config["image_processor"]["crop_size"] = {"height": 56, "width": 56}
     write_json(place / "base" / "processor_config.json", config)
-    assert "the arms would see different data" in told(place / "base", "--max-length", 40)
+    assert "the arms would see different data" in told(place / "base", "--max-length", 45)
     assert not (place / "out").exists()

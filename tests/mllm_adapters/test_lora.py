@@ -133,10 +133,9 @@ def language_widths(model):
 
 def tower_widths(name, family, shapes):
     """Likewise of the tower, by the shape of the first layer of its MLPs."""
-    first = [
-        shape for key, shape in shapes.items()
-        if re.search(family.spec.tower, key) and re.search(r"\.\d+\.mlp\.(linear_)?(fc1|gate_proj)\.weight$|\.\d+\.fc1\.weight$", key)
-    ]  # fmt: skip
+    mlps = re.compile(r"\.\d+\.(mlp\.)?(fc1|linear_fc1|gate_proj)\.weight$")
+    inside = re.compile(family.spec.tower)
+    first = [shape for key, shape in shapes.items() if inside.search(key) and mlps.search(key)]
     mlp, width = first[0]
     attention = 4 * width + 2 * width if name in FUSED else 4 * 2 * width
     return len(first) * (attention + (3 if name == "qwen2_5-vl" else 2) * (width + mlp))
@@ -288,7 +287,7 @@ def test_adapters_that_cannot_be_loaded_say_why(tuned, tmp_path, spoil, complain
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (("--stage", "projector"), "unknown stage for finetune-lora 'projector'"),
+        (("--stage", "projector"), "--rank has no effect: stage 'projector' has no adapters"),
         (("--stage", "full"), "--rank has no effect: stage 'full' has no adapters"),
         (("--qlora", "stage=full"), "has no effect|has no adapters"),
         (("--lora-dropout", 1.5), "--lora-dropout is 1.5"),
@@ -311,3 +310,10 @@ def test_an_adapter_is_not_trained_further_and_says_what_to_do(place, tuned, tmp
         finetune_lora, "--model", tuned.out, "--data", place.data, "--images", place.images, "--out", tmp_path / "o",
     )  # fmt: skip
     assert "is an adapter: train from its base, or merge it first" in complaint
+
+
+def test_the_projector_stage_has_a_command_of_its_own(place):
+    complaint = builders.refused(
+        finetune_lora, "--model", place.model, "--data", place.data, "--images", place.images, "stage=projector",
+    )  # fmt: skip
+    assert "unknown stage for finetune-lora 'projector'" in complaint

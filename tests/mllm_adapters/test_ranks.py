@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def run(model, data, tmp_path):
     def start(number, kind, name=None, file="train.json", model=model, **recipe):
-        more = {key: recipe.pop(key) for key in ("resume", "kill") if key in recipe}
+        more = {key: recipe.pop(key) for key in ("resume", "kill", "again") if key in recipe}
         settings = {**BASE, "per_device_train_batch_size": 4 // number, **recipe}
         if kind in ranks.DEEPSPEED:
             settings["deepspeed"] = str(data.parent / f"{kind}.json")
@@ -104,6 +104,12 @@ def test_other_families_train_on_two_processes(run, name, kind, request, tmp_pat
     two, shared = run(2, kind, name="two", model=source)
     assert two == pytest.approx(one, abs=1e-3)
     assert close(weights(alone), weights(shared))
+
+
+@pytest.mark.slow
+def test_two_arms_in_one_command_are_independent(run, tmp_path):
+    _, second = run(2, "zero3", again=tmp_path / "first")
+    assert close(weights(tmp_path / "first"), weights(second))
 
 
 @pytest.mark.slow

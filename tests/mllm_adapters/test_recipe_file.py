@@ -75,6 +75,7 @@ def test_the_resolved_recipe_is_a_recipe(recipe):
         ("weight_decay: [1]", r"recipe\.yaml: weight_decay is \[1\]"),
         ("seed:", r"recipe\.yaml: seed has no value"),
         ("bf16: true", r"bf16 is not for recipes: use precision"),
+        ("do_eval: true", r"do_eval has no effect"),
         ("output_dir: x", r"output_dir is not for recipes: it follows from --out"),
         ("stage: lorra\n", r"unknown stage 'lorra': did you mean 'lora'"),
         ("rank: 8", r"recipe\.yaml: rank has no effect: stage 'projector' has no adapters"),

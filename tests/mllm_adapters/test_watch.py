@@ -64,8 +64,8 @@ def installed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "site")
 
 
-def run(place, out, extras=None, recipe=RECIPE, **flags):
-    job = plan_training(place.model, place.data, place.images, recipe)
+def run(place, out, extras=None, **flags):
+    job = plan_training(place.model, place.data, place.images, RECIPE)
     return train(job, out, FAST, extras=extras, **flags)
 
 
@@ -83,8 +83,9 @@ def test_the_best_weights_are_written_and_the_scores_recorded(place, tmp_path):
     class Scores:
         """The second evaluation is the best."""
 
-        identity = {"judge": "fixed"}
-        values = iter([0.2, 0.9, 0.5, 0.1])
+        def __init__(self):
+            self.identity = {"judge": "fixed"}
+            self.values = iter([0.2, 0.9, 0.5, 0.1])
 
         def __call__(self, model, processor):
             assert not model.training
@@ -149,7 +150,7 @@ def test_a_lost_run_says_from_which_step_it_could_go_on(place, tmp_path):
                     model.model.multi_modal_projector.linear_1.weight.fill_(torch.nan)
 
     with pytest.raises(UserError, match=r"at step 4: start anew.*--resume goes on from step 2"):
-        run(place, tmp_path / "out", Extras(callbacks=[Poison()]))
+        run(place, tmp_path / "out", callbacks=[Poison()])
     assert last_checkpoint(tmp_path / "out.training").name == "checkpoint-2"
     assert run(place, tmp_path / "out", resume=True).steps == 4
 
@@ -165,7 +166,7 @@ def test_a_loss_that_rises_far_is_reported_once(tmp_path, capsys):
 def test_two_runs_into_one_folder_are_refused_and_the_lock_leaves_no_trace(place, tmp_path):
     out = tmp_path / "out"
     lock = out.with_name(".out.lock")
-    with FileLock(lock), pytest.raises(UserError, match="another run is training into .*out"):
+    with FileLock(lock), pytest.raises(UserError, match=r"another run is training into .*out"):
         run(place, out)
     assert not out.exists()
     run(place, out)
