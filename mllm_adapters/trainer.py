@@ -27,8 +27,9 @@ class FrozenTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(LossBar)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LossBar)
         self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         towers = outermost_modules(model, "tower")
         self.quiet = [tower for tower in towers if not any(p.requires_grad for p in tower.parameters())]

@@ -286,6 +286,7 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
         "save_steps": options.save_steps,
         "save_total_limit": 2,
         "report_to": list(options.report_to) or "none",
+        "disable_tqdm": False,  # the library would print dictionaries instead where its log level is low
         "dataloader_num_workers": options.workers,
         "dataloader_persistent_workers": options.workers > 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
