@@ -52,10 +52,10 @@ def check_control(model: Path, control: Path, data: Path, images: Path, max_leng
         checkpoint = check_source(source)
         text = build_config(checkpoint.config, f"{source}/config.json").get_text_config()
         longest = min(max_length, getattr(text, "max_position_embeddings", max_length))
-        _, counts = prepare_examples(corpus, load_processor(source), longest, text_only=True)
-        kept.append(counts.kept)
+        examples, counts = prepare_examples(corpus, load_processor(source), longest, text_only=True)
+        kept.append([(example.images, len(example.answers)) for example in examples])
     if kept[0] != kept[1]:
         raise UserError(
-            f"--control: the arms would see different data: of {counts.rows} rows {kept[0]} are short enough for {model} "
-            f"and {kept[1]} for {control}; raise --max-length, or leave the long rows out of {data}"
+            f"--control: the arms would see different data: of {counts.rows} rows {len(kept[0])} are short enough for "
+            f"{model} and {len(kept[1])} for {control}; raise --max-length, or leave the long rows out of {data}"
         )

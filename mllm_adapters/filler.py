@@ -5,34 +5,38 @@ batch never runs the projector would wait for ever for the others. Such a batch 
 prompt, with no label. It runs through every module and adds nothing to the loss, nor to any gradient.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mllm_adapters.examples import IGNORED, AnswerCollator, Example
+from mllm_adapters.examples import IGNORED, Example
+
+Row = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class FillingCollator(AnswerCollator):
-    """An `AnswerCollator` that adds a row with an image to batches without any.
+class FillingCollator:
+    """A collator that adds a row with an image to batches without any.
 
     Attributes:
+        collate: Makes the batch.
         filler: The row, see `filler_row`.
     """
 
-    filler: Mapping[str, Tensor]
+    collate: Callable[[Sequence[Row]], dict[str, Tensor]]
+    filler: Row
 
-    def __call__(self, batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """As `AnswerCollator`, of one row more where no row has what belongs to images."""
+    def __call__(self, batch: Sequence[Row]) -> dict[str, Tensor]:
+        """The batch, of one row more where no row has what belongs to images."""
         if any(self.filler.keys() <= row.keys() for row in batch):
-            return super().__call__(batch)
-        return super().__call__([*batch, self.filler])
+            return self.collate(batch)
+        return self.collate([*batch, self.filler])
 
 
-def filler_row(dataset: Dataset[dict[str, Tensor]], examples: Sequence[Example]) -> dict[str, Tensor] | None:
+def filler_row(dataset: Dataset[dict[str, Tensor]], examples: Sequence[Example]) -> Row | None:
     """A row with an image and without labels: the shortest example that has one; None if none has.
 
     Args:

@@ -54,6 +54,8 @@ def load_mllm(
         check_depths(checkpoint.config, len(checkpoint.tensors), f"{folder}/config.json")
         model = _load(None, checkpoint.config, folder, dtype=dtype, quantization_config=quantization)
         return model.eval(), load_processor(folder)
+    if quantization is not None:
+        raise UserError(f"{folder} is in its original layout, which is not quantised: convert it first")
     plan = family.plan(checkpoint)
     state = {step.name: value for step, value in compute(plan, checkpoint, plan.steps)}
     model = _load(state, plan.config, folder, dtype=dtype)

@@ -37,8 +37,9 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
     if settings.get("quantization_config"):
         raise UserError(f"{where}/config.json: the weights are quantised already: leave --qlora out")
     config = build_config(settings, f"{where}/config.json")
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     with torch.device("meta"):
-        model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+        model = kind(config)
     quantised = set(lora_targets(model, "language_model"))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return BitsAndBytesConfig(

@@ -46,6 +46,9 @@ OURS_TO_SET: Mapping[str, str] = {
 }
 """Fields of TrainingArguments that a recipe may not set, and what to do instead."""
 
+NO_EFFECT = ("do_", "eval_", "hub_", "per_device_eval_", "bf16_full_", "fp16_full_", "batch_eval_", "fsdp_")
+"""Beginnings of fields of TrainingArguments that change nothing here: nothing is evaluated or uploaded by it."""
+
 GROUPS = (Recipe, RunOptions, EvalOptions)
 
 
@@ -163,6 +166,8 @@ def _check_key(key: str, known: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: {key} is not for recipes: {OURS_TO_SET[key]}")
     if key in THEIR_NAMES:
         raise UserError(f"{where}: unknown recipe key '{key}': did you mean '{THEIR_NAMES[key]}'?")
+    if key not in known and key.startswith(NO_EFFECT):
+        raise UserError(f"{where}: {key} has no effect in these trainings: leave it out")
     if key not in known:
         nearest = unknown_name("recipe key", key, known)
         raise UserError(f"{where}: {str(nearest).partition('known are')[0].strip(' :')} "
@@ -201,7 +206,8 @@ def _known() -> dict[str, tuple[type, str | None, Any]]:
 
     found: dict[str, tuple[type, str | None, Any]] = {}
     for key, kind in get_type_hints(TrainingArguments).items():
-        if key in {entry.name for entry in fields(TrainingArguments)} - OURS_TO_SET.keys():
+        theirs = {entry.name for entry in fields(TrainingArguments)} - OURS_TO_SET.keys()
+        if key in theirs and not key.startswith(NO_EFFECT):
             found[key] = (Recipe, None, kind)
     for group in GROUPS:
         kinds = get_type_hints(group, include_extras=True)

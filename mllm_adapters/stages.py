@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import nn
 
@@ -139,7 +139,7 @@ def apply_stage(model: nn.Module, stage: str = "projector", lora: LoraSettings |
         raise UserError(f"stage '{stage}' trains nothing: this {type(model).__name__} has no such parameters")
     _check_not_quantised(model, stage, whole)
     if adapted:
-        model.add_adapter(lora_config(adapted, lora or LoraSettings()))
+        cast(Any, model).add_adapter(lora_config(adapted, lora or LoraSettings()))
     parts = components(model)
     trained = {name for name in parts if name in whole or is_adapter(name)}
     counts = {part: {True: 0, False: 0} for part in COMPONENTS}
@@ -175,7 +175,7 @@ def lora_config(targets: Iterable[str], settings: LoraSettings, **more: Any) -> 
 
     return LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type] (an int by its annotation, a factor by its use)
+        lora_alpha=cast(int, settings.alpha),  # an int by its annotation, a factor by its use
         lora_dropout=settings.dropout,
         target_modules=list(targets),
         **more,

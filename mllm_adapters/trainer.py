@@ -27,8 +27,9 @@ class FrozenTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(LossBar)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LossBar)
         self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         towers = outermost_modules(model, "tower")
         self.quiet = [tower for tower in towers if not any(p.requires_grad for p in tower.parameters())]
@@ -82,8 +83,9 @@ class FrozenTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
+        engine: Any = self.model_wrapped
+        engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _prepare_for_training(
@@ -93,7 +95,8 @@ class FrozenTrainer(Trainer):
         if not (self.is_deepspeed_enabled and resume_from_checkpoint):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        loaded, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        engine: Any = self.model_wrapped
+        loaded, _ = engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         if loaded is None:
             raise UserError(
                 f"{resume_from_checkpoint} is not a checkpoint of this DeepSpeed configuration: resume with the one "

@@ -46,7 +46,6 @@ class Extras:
     """What a run does besides training.
 
     Attributes:
-        callbacks: Further callbacks of the Trainer.
         evaluate: Scores the model, so that the best weights are kept.
         eval_every: Steps between two scores.
         merge: Whether a stage with adapters also writes ``<out>-merged``, a full checkpoint.
@@ -54,7 +53,6 @@ class Extras:
         files: Further files of the output, name -> text.
     """
 
-    callbacks: Sequence[TrainerCallback] = ()
     evaluate: Evaluator | None = None
     eval_every: int = 200
     merge: bool = False
@@ -163,7 +161,7 @@ def train(
         UserError: see `check_run`; or the run to resume is another one, another process trains into ``out``, an image
             turns out to be damaged, memory is full, or the loss is no longer a number.
     """
-    extras = extras or Extras(callbacks=callbacks)
+    extras = extras or Extras()
     check_run(out, job.recipe, options, resume=resume, force=force, merge=extras.merge)
     work = work_folder(out)
     began = time.monotonic()
@@ -173,7 +171,7 @@ def train(
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
                 claim(work, identity, resume)
-        trainer = _trainer(job, arguments, extras, work)
+        trainer = _trainer(job, arguments, [Watchdog(work), *callbacks])
         keeper = None
         if extras.evaluate:
             keeper = BestKeeper(trainer, job.processor, extras.evaluate, extras.eval_every, work)
@@ -190,27 +188,29 @@ def train(
         if trainer.is_world_process_zero():
             seconds = time.monotonic() - began
             record = {**_record(job, identity, outcome, seconds), **extras.record}
-            files = {
+            files: dict[str, str | bytes] = {
                 **extras.files,
                 RECORD: json.dumps(record, indent=2) + "\n",
                 PLOT: loss_plot(outcome.losses, outcome.scores),
             }
             _write(job, outcome, keeper.values() if keeper else values, files, force)
+    if options.deepspeed:
+        _forget_deepspeed()
     return outcome
 
 
-def _trainer(job: Job, arguments: TrainingArguments, extras: Extras, work: Path) -> FrozenTrainer:
+def _trainer(job: Job, arguments: TrainingArguments, callbacks: list[TrainerCallback]) -> FrozenTrainer:
     dataset = ConversationDataset(job.examples, job.corpus.folder, job.processor)
-    pad = job.processor.tokenizer.pad_token_id or 0
-    collator = AnswerCollator(pad)
-    if any(not example.images for example in job.examples) and (row := filler_row(dataset, job.examples)):
-        collator = FillingCollator(pad, row)
+    collator: Any = AnswerCollator(job.processor.tokenizer.pad_token_id or 0)
+    text_only = any(not example.images for example in job.examples)
+    if text_only and (row := filler_row(dataset, job.examples)):
+        collator = FillingCollator(collator, row)
     return FrozenTrainer(
         model=job.model,
         args=arguments,
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[Watchdog(work), *extras.callbacks],
+        callbacks=callbacks,
     )
 
 
@@ -232,6 +232,15 @@ def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool) -> None:
         if trainer.is_deepspeed_enabled and trainer.state.global_step == 0:
             raise UserError(f"DeepSpeed refuses its configuration: {error}") from error
         raise
+
+
+def _forget_deepspeed() -> None:
+    """Its configuration is a global of the libraries: the next model would be loaded in shards, unasked."""
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state()
 
 
 def _write(
@@ -277,6 +286,7 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
         "save_steps": options.save_steps,
         "save_total_limit": 2,
         "report_to": list(options.report_to) or "none",
+        "disable_tqdm": False,  # the library would print dictionaries instead where its log level is low
         "dataloader_num_workers": options.workers,
         "dataloader_persistent_workers": options.workers > 0,
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -185,7 +185,7 @@ class BestKeeper(TrainerCallback):
         self,
         args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
+        control: TrainerControl,
         **kwargs: Any,
     ) -> None:
         """Score the model where it is time to."""
@@ -195,7 +195,9 @@ class BestKeeper(TrainerCallback):
         model = kwargs["model"]
         score = self.evaluate(model.eval(), self.processor)
         model.train()
+        due = control.should_log
         self.trainer.log({"eval_score": score})
+        control.should_log = due  # logging the score has ticked off the log entry of the loss
         scores = (*(self.best.scores if self.best else ()), (step, score))
         better = self.best is None or score > self.best.score
         self.best = Best(step, score, scores) if better else Best(self.best.step, self.best.score, scores)  # type: ignore[union-attr]

@@ -92,8 +92,10 @@ def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> N
     from mllm_adapters.checkpoints import last_checkpoint, work_folder
     from mllm_adapters.training import check_run
 
-    for number, arm in enumerate(todo):
-        resume = request.resume and (not number or last_checkpoint(work_folder(arm.out)) is not None)
+    for arm in todo:
+        # A control that has not begun is no reason to refuse to go on.
+        begun = last_checkpoint(work_folder(arm.out)) is not None
+        resume = request.resume and (arm is request or begun)
         check_run(arm.out, resolved.recipe, resolved.options, resume=resume, force=arm.force, merge=arm.merge)
     if request.control:
         check_control(
