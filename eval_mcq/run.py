@@ -36,16 +36,20 @@ MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".mo
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hash over the bytes of a model folder: weights, config, processor and tokenizer.
+    """Hash over the bytes of a model folder: weights, config, processor and tokenizer; of an adapter, its base's, too.
 
     Raises:
-        UserError: not a folder with a ``config.json``.
+        UserError: not a folder with a ``config.json``, and no adapter whose base is one.
     """
-    if not (folder / "config.json").is_file():
+    from mllm_adapters.adapters import base_of_adapter
+
+    base = base_of_adapter(folder)
+    before = [f"base {model_fingerprint(base)}\n"] if base else []
+    if not base and not (folder / "config.json").is_file():
         raise UserError(f"model {folder} is not a model folder: it has no config.json")
     files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
     lines = [f"{path.name} {sha256(path)}\n" for path in track(files, "Hashing the model's files")]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join([*before, *lines]).encode()).hexdigest()
 
 
 def describe_run(model: Path, fingerprint: str, bench: Bench, dtype: str) -> RunRecord:

@@ -42,7 +42,8 @@ class LetterScorer:
         model: Called as ``model(**batch)``; gives ``logits`` of shape ``(batch, positions, vocabulary)``.
         processor: Renders the chat template and makes the batch; pads on either side.
         device: Where to compute.
-        dtype: Number format of the model; probabilities are computed in float32 whatever it is.
+        dtype: Number format of the model, None for the one it has; probabilities are computed in float32 whatever it
+            is.
 
     Raises:
         UserError: the processor is missing, or has no chat template; or the language model has an encoder.
@@ -53,7 +54,7 @@ class LetterScorer:
         model: Any,
         processor: Any,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
     ) -> None:
         if processor is None:
             raise UserError(
@@ -92,7 +93,7 @@ class LetterScorer:
         widest = max(items, key=lambda item: len(item.options))
         self._ids_of_letters(self.prompt(widest), len(widest.options))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, items: Sequence[MCQItem], images: Sequence[Sequence[Image.Image]]) -> list[Score]:
         """Answer a batch of questions.
 

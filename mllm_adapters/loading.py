@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
+from mllm_adapters.adapters import attach, base_of_adapter
 from mllm_adapters.configs import LIBRARY_ERRORS, build_config
 from mllm_adapters.contract import Plan
 from mllm_adapters.operations import compute
@@ -20,16 +21,22 @@ DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "depth", "per
 
 
 def load_mllm(
-    path: str | Path, *, dtype: Any = "auto", parts: Mapping[str, Path] | None = None
+    path: str | Path,
+    *,
+    dtype: Any = "auto",
+    parts: Mapping[str, Path] | None = None,
+    quantization: Any = None,
 ) -> tuple[Any, Any | None]:
     """Load a multimodal LLM and its processor.
 
-    Checkpoints in their original layout are converted in memory; nothing is written.
+    Checkpoints in their original layout are converted in memory, and adapters are merged into their base model;
+    nothing is written.
 
     Args:
-        path: Checkpoint folder (or the one around it and its parts), hub id, or family name.
+        path: Checkpoint folder (or the one around it and its parts), adapter folder, hub id, or family name.
         dtype: Torch dtype of the weights, or ``auto`` for the checkpoint's own.
         parts: Where parts lie that are not found by themselves, name -> path (``--part``).
+        quantization: A quantisation of transformers' for checkpoints in its layout, see `quantisation.nf4`.
 
     Returns:
         The model in evaluation mode, and its processor (None where the checkpoint has no tokenizer).
@@ -37,12 +44,18 @@ def load_mllm(
     Raises:
         UserError: the checkpoint cannot be read, or a tensor would be missing, left over or of another shape.
     """
-    checkpoint, family, layout = open_checkpoint(resolve(str(path)), parts)
+    where = resolve(str(path))
+    if base := base_of_adapter(where):
+        model, processor = load_mllm(base, dtype=dtype, parts=parts)
+        return attach(model, where).eval(), processor
+    checkpoint, family, layout = open_checkpoint(where, parts)
     folder = checkpoint.folder
     if layout == "transformers":
         check_depths(checkpoint.config, len(checkpoint.tensors), f"{folder}/config.json")
-        model = _load(None, checkpoint.config, folder, dtype=dtype)
+        model = _load(None, checkpoint.config, folder, dtype=dtype, quantization_config=quantization)
         return model.eval(), load_processor(folder)
+    if quantization is not None:
+        raise UserError(f"{folder} is in its original layout, which is not quantised: convert it first")
     plan = family.plan(checkpoint)
     state = {step.name: value for step, value in compute(plan, checkpoint, plan.steps)}
     model = _load(state, plan.config, folder, dtype=dtype)

@@ -18,7 +18,7 @@ def replace_tensors(
     tensors: Mapping[str, Tensor],
     *,
     force: bool = False,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
     """Write a checkpoint equal to ``source`` but for the values of some tensors.
 
@@ -30,7 +30,7 @@ def replace_tensors(
         out: Folder to write.
         tensors: New values by their names on disk; shape and number stay, dtypes follow the source.
         force: Replace ``out`` if it exists.
-        extra_files: Further text files, name -> contents.
+        extra_files: Further files, name -> contents.
 
     Raises:
         UserError: ``out`` is taken, is or holds ``source``, or cannot be written; or ``source`` has no such tensor
@@ -57,6 +57,6 @@ def replace_tensors(
         for folder in checkpoint.side_folders:
             (partial / folder.name).mkdir()
             copy_files((file for file in folder.iterdir() if file.is_file()), partial / folder.name)
-        for name, text in (extra_files or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
+        for name, contents in (extra_files or {}).items():
+            (partial / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
     return out

@@ -1,15 +1,13 @@
 """``retrain-projector``: teach a model's projector to read its vision tower."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from mgll_encoder.common import cli
-
-if TYPE_CHECKING:
-    from mllm_adapters.training import Job
+from mllm_adapters.cli import options as o
+from mllm_adapters.cli.launch import Request, launch
 
 app = cli.new_app(
     """Retrain the projector of a multimodal LLM; tower and language model stay as they are.
@@ -21,38 +19,34 @@ app = cli.new_app(
 
 @app.command()
 def retrain(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder, as swap-encoder writes it.")],
-    data: Annotated[Path, typer.Option(help="Conversations in LLaVA's format, JSON or JSON Lines.")],
-    images: Annotated[Path, typer.Option(help="Folder that the image paths in the data start from.")],
+    model: o.Model,
+    data: o.Data,
+    images: o.Images,
+    overrides: o.Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: <model>-aligned.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Examples per device and forward pass.")] = 16,
-    gradient_accumulation: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1e-3,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead of epochs.")] = None,
-    max_length: Annotated[
-        int, typer.Option(help="Longest example in tokens, image included; longer ones are left out.")
-    ] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
-    logging_steps: Annotated[int, typer.Option(help="Steps between two log entries.")] = 10,
-    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints to resume from.")] = 200,
-    report_to: Annotated[
-        list[str], typer.Option(help="tensorboard, wandb ..., or none; may be given several times.")
-    ] = ["tensorboard"],  # noqa: B006 (typer takes no tuple here)
-    workers: Annotated[int, typer.Option(help="Processes that open images.")] = 2,
-    precision: Annotated[
-        str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")
-    ] = "auto",
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show the plan and stop.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the output folder and forget an interrupted run.")
-    ] = False,
+    control: Annotated[
+        Path | None, typer.Option(help="The unswapped checkpoint: trained in the same way to <out>-control.")
+    ] = None,
+    recipe: o.RecipeFile = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    gradient_accumulation: o.Accumulation = None,
+    learning_rate: o.LearningRate = None,
+    max_steps: o.MaxSteps = None,
+    max_length: o.MaxLength = None,
+    seed: o.Seed = None,
+    logging_steps: o.LoggingSteps = None,
+    save_steps: o.SaveSteps = None,
+    report_to: o.ReportTo = None,
+    workers: o.Workers = None,
+    precision: o.Precision = None,
+    gradient_checkpointing: o.GradientCheckpointing = None,
+    deepspeed: o.DeepSpeed = None,
+    eval_bench: o.EvalBench = None,
+    eval_every: o.EvalEvery = None,
+    resume: o.Resume = False,
+    dry_run: o.DryRun = False,
+    force: o.Force = False,
 ) -> None:
     """Retrain the projector of a multimodal LLM; tower and language model stay as they are.
 
@@ -62,37 +56,41 @@ def retrain(
 
     Example: retrain-projector --model llava-med-mgll-fundus --data train.json --images images/
     """
-    from mllm_adapters.training import Recipe, RunOptions, check_output, plan_training, train, work_folder
-
-    recipe = Recipe(
-        epochs=epochs,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        learning_rate=learning_rate,
-        max_steps=max_steps,
-        seed=seed,
-        max_length=max_length,
-        precision=precision,
+    launch(
+        Request(
+            command="retrain-projector",
+            model=model,
+            data=data,
+            images=images,
+            out=out or model.with_name(f"{model.name}-aligned"),
+            recipe=recipe,
+            overrides=overrides or (),
+            flags={
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "gradient_accumulation": gradient_accumulation,
+                "learning_rate": learning_rate,
+                "max_steps": max_steps,
+                "max_length": max_length,
+                "seed": seed,
+                "logging_steps": logging_steps,
+                "save_steps": save_steps,
+                "report_to": report_to or None,
+                "workers": workers,
+                "precision": precision,
+                "gradient_checkpointing": gradient_checkpointing,
+                "deepspeed": deepspeed,
+                "eval_bench": eval_bench,
+                "eval_every": eval_every,
+            },
+            defaults={"workers": 2},
+            stages=("projector",),
+            control=control,
+            resume=resume,
+            force=force,
+            dry_run=dry_run,
+        )
     )
-    options = RunOptions(
-        logging_steps=logging_steps,
-        save_steps=save_steps,
-        report_to=tuple(name for name in report_to if name != "none"),
-        workers=workers,
-        gradient_checkpointing=gradient_checkpointing,
-    )
-    target = out or model.with_name(f"{model.name}-aligned")
-    check_output(target, resume=resume, force=force)
-    job = plan_training(model, data, images, recipe)
-    _show(job)
-    if dry_run:
-        return
-    cli.note(f"checkpoints and logs: {work_folder(target)} (if interrupted: the same command with --resume)")
-    outcome = train(job, target, options, resume=resume, force=force)
-    first, last = outcome.losses[0][1], outcome.losses[-1][1]
-    cli.stdout.print(f"Loss: {first:.4f} at step {outcome.losses[0][0]}, {last:.4f} at step {outcome.steps}")
-    cli.stdout.print(f"Written: {outcome.out}", soft_wrap=True)
-    cli.stdout.print(f"Next: eval-mcq run --model {outcome.out} --bench bench.jsonl", soft_wrap=True)
 
 
 def main() -> None:
@@ -100,18 +98,5 @@ def main() -> None:
     cli.run(app)
 
 
-def _show(job: "Job") -> None:
-    """Print what trains and on what."""
-    table = Table(title=f"Stage: {job.stage.stage}")
-    for heading in ("component", "trains", "frozen"):
-        table.add_column(heading, justify="left" if heading == "component" else "right")
-    for part in job.stage.components:
-        table.add_row(part.component, f"{part.trainable:,}", f"{part.frozen:,}")
-    cli.stdout.print(table)
-    share = f"{job.stage.trainable:,} of {job.stage.total:,} parameters ({job.stage.share:.2%})"
-    cli.stdout.print(f"Training {share}; the rest is frozen")
-    counts, recipe = job.counts, job.recipe
-    left_out = f"{counts.text_only} without image, {counts.too_long} longer than {job.max_length} tokens"
-    cli.stdout.print(f"Rows: {counts.kept} of {counts.rows} (left out: {left_out}); {counts.images} images")
-    batch = f"batch {recipe.batch_size} x {recipe.gradient_accumulation}"
-    cli.stdout.print(f"Steps: {job.steps} ({batch}), precision {job.precision}")
+if __name__ == "__main__":  # what torchrun, deepspeed and accelerate start
+    main()

@@ -3,7 +3,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.stages import apply_stage, components, outermost_modules
+from mllm_adapters.stages import LoraSettings, apply_stage, components, outermost_modules
 
 
 @pytest.fixture
@@ -57,3 +57,26 @@ def test_lora_style_modules_inside_the_language_model_belong_to_it(model):
 def test_components_are_found_as_whole_modules(model):
     assert outermost_modules(model, "tower") == [model.model.vision_tower]
     assert outermost_modules(model, "language_model") == [model.model.language_model, model.lm_head]
+
+
+@pytest.mark.parametrize(
+    ("stage", "whole", "adapted"),
+    [
+        ("lora", {"multi_modal_projector"}, {"language_model"}),
+        ("lora-vision", {"multi_modal_projector"}, {"language_model", "vision_tower"}),
+        ("full", {"multi_modal_projector", "language_model", "vision_tower", "lm_head"}, set()),
+    ],
+)
+def test_every_stage_trains_its_parts_and_reports_them(model, stage, whole, adapted):
+    report = apply_stage(model, stage, LoraSettings(rank=2))
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert training == set(report.names)
+    lora = {name for name in training if ".lora_" in name}
+    assert {part(name) for name in training - lora} == whole
+    assert {part(name) for name in lora} == adapted
+    assert {name.rpartition(".lora_")[0] for name in lora} == set(report.adapted)
+    assert report.trainable == sum(model.get_parameter(name).numel() for name in training)
+
+
+def part(name):
+    return name.removeprefix("model.").split(".")[0]

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
-from mllm_adapters.trainer import last_checkpoint
+from mllm_adapters.checkpoints import last_checkpoint
 from mllm_adapters.training import (
     Recipe,
     RunOptions,
@@ -279,9 +279,7 @@ def test_a_damaged_image_stops_training_with_its_name_and_the_step(run, data, tm
 
 
 def test_a_loss_that_is_no_number_stops_training(run, tmp_path):
-    with pytest.raises(
-        UserError, match=r"loss became nan at step \d: start anew with a lower --learning-rate"
-    ):
+    with pytest.raises(UserError, match=r"became nan.* at step \d: start anew with a lower --learning-rate"):
         run(recipe=replace(RECIPE, learning_rate=1e38))
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,124 @@
+"""``finetune-lora``: fine-tune a multimodal LLM through low-rank adapters, or whole."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgll_encoder.common import cli
+from mllm_adapters.cli import options as o
+from mllm_adapters.cli.launch import Request, launch
+
+app = cli.new_app(
+    """Fine-tune a multimodal LLM: its projector, and its language model through LoRA adapters.
+
+    Example: [bold]finetune-lora --model llava-med-aligned --data train.json --images images/ --merge[/bold]
+    """
+)
+
+
+@app.command()
+def finetune(
+    model: o.Model,
+    data: o.Data,
+    images: o.Images,
+    overrides: o.Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: <model>-<stage>.")] = None,
+    recipe: o.RecipeFile = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="lora, lora-vision (adapters on the tower, too), or full. Default: lora."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Inner width of the adapters. Default: 16.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Adapters are scaled by this over the rank. Default: 32.")
+    ] = None,
+    lora_dropout: Annotated[
+        float | None, typer.Option(help="Dropout of the adapters' inputs. Default: 0.05.")
+    ] = None,
+    qlora: Annotated[
+        bool | None,
+        typer.Option(
+            "--qlora", help="Keep the language model's layers in 4 bits meanwhile.", show_default=False
+        ),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Also write <out>-merged, an ordinary full checkpoint.")
+    ] = False,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    gradient_accumulation: o.Accumulation = None,
+    learning_rate: o.LearningRate = None,
+    max_steps: o.MaxSteps = None,
+    max_length: o.MaxLength = None,
+    seed: o.Seed = None,
+    logging_steps: o.LoggingSteps = None,
+    save_steps: o.SaveSteps = None,
+    report_to: o.ReportTo = None,
+    workers: o.Workers = None,
+    precision: o.Precision = None,
+    gradient_checkpointing: o.GradientCheckpointing = None,
+    deepspeed: o.DeepSpeed = None,
+    eval_bench: o.EvalBench = None,
+    eval_every: o.EvalEvery = None,
+    resume: o.Resume = False,
+    dry_run: o.DryRun = False,
+    force: o.Force = False,
+) -> None:
+    """Fine-tune a multimodal LLM: its projector, and its language model through LoRA adapters.
+
+    The result is a PEFT adapter folder with the projector in it (stage full: a checkpoint like the one given).
+
+    Logs, and checkpoints to resume from, go to <out>.training.
+
+    Example: finetune-lora --model llava-med-aligned --data train.json --images images/ --merge
+    """
+    launch(
+        Request(
+            command="finetune-lora",
+            model=model,
+            data=data,
+            images=images,
+            out=out or model.with_name(f"{model.name}-{stage or 'lora'}"),
+            recipe=recipe,
+            overrides=overrides or (),
+            flags={
+                "stage": stage,
+                "rank": rank,
+                "lora_alpha": lora_alpha,
+                "lora_dropout": lora_dropout,
+                "qlora": qlora or None,
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "gradient_accumulation": gradient_accumulation,
+                "learning_rate": learning_rate,
+                "max_steps": max_steps,
+                "max_length": max_length,
+                "seed": seed,
+                "logging_steps": logging_steps,
+                "save_steps": save_steps,
+                "report_to": report_to or None,
+                "workers": workers,
+                "precision": precision,
+                "gradient_checkpointing": gradient_checkpointing or None,
+                "deepspeed": deepspeed,
+                "eval_bench": eval_bench,
+                "eval_every": eval_every,
+            },
+            defaults={"workers": 2, "stage": "lora"},
+            stages=("lora", "lora-vision", "full"),
+            merge=merge,
+            resume=resume,
+            force=force,
+            dry_run=dry_run,
+        )
+    )
+
+
+def main() -> None:
+    """Entry point of ``finetune-lora``."""
+    cli.run(app)
+
+
+if __name__ == "__main__":  # what torchrun, deepspeed and accelerate start
+    main()

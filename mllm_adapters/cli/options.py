@@ -1,0 +1,59 @@
+"""Options that the training commands share, each worded once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[Path, typer.Option(help="Checkpoint folder, as swap-encoder writes it.")]
+Data = Annotated[Path, typer.Option(help="Conversations in LLaVA's format, JSON or JSON Lines.")]
+Images = Annotated[Path, typer.Option(help="Folder that the image paths in the data start from.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Recipe keys as key=value, such as weight_decay=0.01.", show_default=False),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", help="YAML: fields of transformers' TrainingArguments, and ours. Flags win over it."
+    ),
+]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples per device and forward pass. Default: 16.")]
+Accumulation = Annotated[int | None, typer.Option(help="Forward passes per step. Default: 1.")]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Peak of the schedule. Default: LLaVA's for the stage.")
+]
+MaxSteps = Annotated[int | None, typer.Option(help="Stop after so many steps instead of epochs.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Longest example in tokens, image included; longer ones are left out. Default: 2048."),
+]
+Seed = Annotated[int | None, typer.Option(help="Of the order of the examples. Default: 0.")]
+LoggingSteps = Annotated[int | None, typer.Option(help="Steps between two log entries. Default: 10.")]
+SaveSteps = Annotated[
+    int | None, typer.Option(help="Steps between two checkpoints to resume from. Default: 200.")
+]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(help="tensorboard, wandb ..., or none; may be given several times. Default: tensorboard."),
+]
+Workers = Annotated[int | None, typer.Option(help="Processes that open images. Default: 2.")]
+Precision = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it. Default: auto.")
+]
+GradientCheckpointing = Annotated[
+    bool | None,
+    typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.", show_default=False),
+]
+DeepSpeed = Annotated[Path | None, typer.Option("--deepspeed", help="DeepSpeed's configuration, JSON.")]
+EvalBench = Annotated[
+    Path | None,
+    typer.Option(help="Bench of a validation split: scored while training, and the best weights are kept."),
+]
+EvalEvery = Annotated[int | None, typer.Option(help="Steps between two such scores. Default: 200.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show recipe and plan, and stop.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the output folder and forget an interrupted run.")
+]

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# The per-disease table of one family, or of all: base, base + same retraining, + MGLL.
+#
+#   ENCODER=mgll-fundus.pt LABELS=labels.csv IMAGES=images/ scripts/run_table.sh llava-med
+#   ENCODER=mgll-fundus.pt LABELS=labels.csv IMAGES=images/ scripts/run_table.sh all
+#
+# Stopped or killed, the same command goes on where it stopped: a stage whose output is there is not run again, and
+# training and scoring continue inside their stage.
+#
+#   MLLM      checkpoint folder or hub id   (default: the family's published checkpoint)
+#   OUT       folder of everything          (default: tables)
+#   PRESET    diseases asked about          (default: fundus10)
+#   BUILD     further options of eval-mcq build, such as "--patient-column patient"
+#   ALIGN     images to align readers on; empty for none   (default: IMAGES)
+#   RECIPE    of the retraining             (default: scripts/recipes/FAMILY/projector.yaml)
+#   TRAIN     further options or key=value of retrain-projector
+#   LAUNCH    put before retrain-projector  (such as "torchrun --nproc-per-node 8 --no-python")
+#   RUN       further options of eval-mcq run, such as "--rotations 4"
+set -euo pipefail
+
+scripts=$(cd "$(dirname "$0")" && pwd)
+families="llava llava-med qwen-vl internvl mini-gemini instructblip med-flamingo janus-pro"
+
+usage() {
+  sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//' >&2
+  exit 2
+}
+
+stage() { # stage OUTPUT COMMAND...: run the command unless its output is there
+  local output=$1
+  shift
+  if [[ -e $output ]]; then
+    echo "$output is there" >&2
+  else
+    echo "+ $*" >&2
+    "$@"
+  fi
+}
+
+[[ $# -eq 1 && -n ${ENCODER:-} && -n ${LABELS:-} && -n ${IMAGES:-} ]] || usage
+out=${OUT:-tables}
+preset=${PRESET:-fundus10}
+
+if [[ $1 == all ]]; then
+  [[ -z ${MLLM:-} ]] || { echo "error: MLLM names one checkpoint: leave it out with 'all'" >&2; exit 2; }
+  arms=()
+  for family in $families; do
+    "$0" "$family"
+    arms+=("$family:base=$out/$family/runs/base" "$family:retrained=$out/$family/runs/retrained" "$family:mgll=$out/$family/runs/mgll")
+  done
+  eval-mcq compare "${arms[@]}" --format markdown --layout paper --out "$out/table.md" --force
+  eval-mcq compare "${arms[@]}" --layout paper
+  exit
+fi
+
+family=$1
+here=$out/$family
+recipe=${RECIPE:-$scripts/recipes/$family/projector.yaml}
+align=${ALIGN-$IMAGES}
+[[ -e $recipe ]] || { echo "error: $recipe does not exist: family is one of $families, or set RECIPE" >&2; exit 2; }
+mkdir -p "$here/runs"
+
+# shellcheck disable=SC2086  # BUILD, TRAIN, LAUNCH and RUN are lists of words
+{
+  for split in train test; do
+    stage "$out/$split.jsonl" eval-mcq build --labels "$LABELS" --images "$IMAGES" --preset "$preset" ${BUILD:-} \
+      --split $split --out "$out/$split.jsonl"
+  done
+  stage "$out/train.json" eval-mcq export "$out/train.jsonl" --images "$IMAGES" --out "$out/train.json"
+  stage "$here/base" swap-encoder convert --mllm "${MLLM:-$family}" --out "$here/base"
+  stage "$here/mgll" swap-encoder --mllm "$here/base" --encoder "$ENCODER" ${align:+--align "$align"} --out "$here/mgll"
+  for model in base mgll; do
+    resume=
+    compgen -G "$here/$model-retrained.training/checkpoint-*" >/dev/null && resume=--resume
+    stage "$here/$model-retrained" ${LAUNCH:-} retrain-projector --model "$here/$model" --data "$out/train.json" \
+      --images "$IMAGES" --recipe "$recipe" ${TRAIN:-} $resume --out "$here/$model-retrained"
+  done
+  for run in base=base retrained=base-retrained mgll=mgll-retrained; do
+    stage "$here/runs/${run%%=*}/summary.json" eval-mcq run --model "$here/${run#*=}" --bench "$out/test.jsonl" ${RUN:-} \
+      --out "$here/runs/${run%%=*}"
+  done
+}
+arms=("base=$here/runs/base" "retrained=$here/runs/retrained" "mgll=$here/runs/mgll")
+eval-mcq compare "${arms[@]}" --format markdown --out "$here/table.md" --force
+stage "$here/report.html" eval-mcq report "${arms[@]}" --html "$here/report.html"
+eval-mcq compare "${arms[@]}"

@@ -1,0 +1,91 @@
+"""What a training will take of memory, told beforehand, against what it takes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.memory import Setting, estimate, kept_for_backward
+from mllm_adapters.stages import LoraSettings, apply_stage
+from tests import builders
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return builders.tiny_llava(tmp_path_factory.mktemp("llava"))
+
+
+def setting(**changes) -> Setting:
+    return Setting(**{"batch_size": 2, "length": 48, "precision": torch.float32, **changes})
+
+
+@pytest.mark.parametrize("stage", ["projector", "lora", "full"])
+def test_weights_gradients_and_optimizer_are_those_of_a_real_step(folder: Path, stage: str) -> None:
+    told = estimate(read_json(folder / "config.json"), stage, setting(), lora=LoraSettings(rank=4))
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    apply_stage(model, stage, LoraSettings(rank=4))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    torch.stack([p.sum() for p in trained]).sum().backward()
+    optimizer.step()
+    moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    assert told.weights == sum(p.nbytes for p in model.parameters())
+    assert told.gradients == sum(p.grad.nbytes for p in trained)
+    assert told.optimizer == sum(moment.nbytes for moment in moments)
+
+
+@pytest.mark.parametrize("stage", ["projector", "full"])
+def test_activations_are_what_autograd_really_keeps(folder: Path, stage: str) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
+    apply_stage(model, stage)
+    decoder = model.get_decoder()
+    embeddings = torch.randn(2, 48, model.config.text_config.hidden_size, requires_grad=True)
+    kept = kept_for_backward(decoder, inputs_embeds=embeddings, use_cache=False)
+    told = estimate(read_json(folder / "config.json"), stage, setting())
+    tower = estimate(read_json(folder / "config.json"), stage, setting(length=1)).activations
+    of_language_model = told.activations - (tower if stage == "full" else 0)
+    assert of_language_model == pytest.approx(kept, rel=0.1)
+
+
+def test_longer_examples_take_more_and_recomputing_takes_less(folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    usual = estimate(config, "projector", setting())
+    assert estimate(config, "projector", setting(length=96)).activations == pytest.approx(
+        2 * usual.activations, rel=0.02
+    )
+    less = estimate(config, "projector", setting(gradient_checkpointing=True))
+    assert less.activations < 0.8 * usual.activations
+
+
+def test_zero_shares_what_its_stage_says_it_shares(folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    two, three = (estimate(config, "full", setting(devices=8, zero=zero)) for zero in (2, 3))
+    alone = estimate(config, "full", setting(zero=0))
+    assert two.weights == alone.weights
+    assert two.optimizer * 8 == alone.optimizer
+    assert three.weights * 8 == alone.weights
+    offloaded = estimate(config, "full", setting(devices=8, zero=3, offload=True))
+    assert offloaded.weights == offloaded.optimizer == 0
+    assert offloaded.host == three.weights + three.optimizer
+    assert offloaded.device < three.device
+
+
+def test_four_bits_are_an_eighth_of_32_for_the_language_models_blocks(folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    whole = estimate(config, "lora", setting())
+    packed = estimate(config, "lora", setting(), qlora=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    blocks = sum(
+        module.weight.numel()
+        for name, module in model.model.language_model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    assert whole.weights - packed.weights == pytest.approx(blocks * (4 - 0.5 - 0.0159), rel=0.01)
+
+
+def test_a_zero_stage_that_is_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match="ZeRO stage 1"):
+        setting(zero=1)
