@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from eval_mcq.build import BuildReport
     from eval_mcq.records import Run
-    from eval_mcq.score import LetterScorer
+    from eval_mcq.score import Scorer
 
 app = new_app(
     "Measure a multimodal LLM disease by disease: build questions from labels, run them, compare models.\n\n"
@@ -157,12 +157,12 @@ def run_command(
     record = describe_run(model, fingerprint, questions, str(torch_dtype).removeprefix("torch."))
     check_resumable(folder, record, force)
 
-    def load_scorer() -> "LetterScorer":
-        from eval_mcq.score import LetterScorer
+    def load_scorer() -> "Scorer":
+        from eval_mcq.score import Scorer
         from mllm_adapters import load_mllm
 
         note(f"Loading {model} on {torch_device} ...")
-        return LetterScorer(*load_mllm(model, dtype=torch_dtype), device=torch_device, dtype=torch_dtype)
+        return Scorer(*load_mllm(model, dtype=torch_dtype), device=torch_device, dtype=torch_dtype)
 
     done = run_bench(questions, load_scorer, record, folder, batch_size, limit, force)
     _show_table({model.resolve().name: done}, "rich", "auto", None, paper_rounding=False, force=False)

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -370,6 +373,41 @@ def append_answers(path: Path, answers: Iterable[Answer]) -> None:
     """Add answers and hand them to the operating system, so that a killed process loses none."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write("".join(answer.line() for answer in answers))
+
+
+def sort_answers(path: Path, order: Mapping[str, int]) -> None:
+    """Put the rows of an answers file in the order of the bench, rotations of a question together.
+
+    Args:
+        path: The file; replaced whole or not at all.
+        order: Question id to place in the bench.
+    """
+    rows: list[tuple[int, int, int]] = []
+    with path.open("rb") as stream:
+        while line := stream.readline():
+            row = json.loads(line)
+            rows.append((order[row["id"]], row["rotation"], stream.tell() - len(line)))
+        if rows == sorted(rows):
+            return
+        with replacing(path) as sorted_:
+            for _, _, start in sorted(rows):
+                stream.seek(start)
+                sorted_.write(stream.readline())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file beside ``path`` that takes its place when the block ends without an error."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+        partial.chmod(0o644)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def letter_counts(answers: Iterable[ItemAnswer]) -> dict[str, tuple[int, int]]:

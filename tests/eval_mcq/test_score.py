@@ -3,7 +3,7 @@ import torch
 from tokenizers import normalizers, processors
 
 from eval_mcq.schema import load_bench
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 from tests.builders import CHAT_TEMPLATE
@@ -16,7 +16,7 @@ def questions(tmp_path):
     return bench.items, [[open_image(path) for path in bench.image_paths(item)] for item in bench.items]
 
 
-def one_by_one(model_scorer: LetterScorer, items, images) -> list[list[float]]:
+def one_by_one(model_scorer: Scorer, items, images) -> list[list[float]]:
     """The definition, without batch, padding or shortcut: logits of the letters at the end of the prompt."""
     found = []
     for item, of_item in zip(items, images, strict=True):
@@ -122,7 +122,7 @@ def test_a_template_that_writes_the_first_token_does_not_get_it_twice(tiny_llava
 def test_a_model_without_processor_or_template_is_refused(tiny_llava):
     ready = scorer(tiny_llava)
     with pytest.raises(UserError, match="no processor"):
-        LetterScorer(ready.model, None)
+        Scorer(ready.model, None)
     ready.processor.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        LetterScorer(ready.model, ready.processor)
+        Scorer(ready.model, ready.processor)
