@@ -148,7 +148,7 @@ def build(
         )  # fmt: skip
         report.questions[draft.disease.name] += 1
         report.positions[position] += 1
-    check_images({folder / item.images[0]: item.id for item in reversed(items)})
+    check_images({(folder / item.images[0]).resolve(): item.id for item in reversed(items)})
     report.patients = Counter(category for category, _ in {(i.category, i.cluster) for i in items})
     built = {
         "preset": preset.name,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from eval_mcq.cli_items import COMMANDS, Force, Format, FormatOption, OutFile
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, write_text
@@ -21,19 +22,15 @@ app = new_app(
     "Example: eval-mcq build --labels labels.csv --images photos/ --out bench.jsonl"
 )
 
-Format = Literal["rich", "markdown", "csv", "latex"]
-Layout = Literal["auto", "diseases", "paper"]
+Layout = Literal["auto", "diseases", "paper", "long"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-FormatOption = Annotated[Format, typer.Option("--format", help="Format of the table.")]
-OutFile = Annotated[
-    Path | None, typer.Option("--out", help="Write the table to this file instead of the terminal.")
-]
 LayoutOption = Annotated[
     Layout,
     typer.Option(
-        "--layout", help="Diseases as rows, or as columns like the paper; auto: rows in the terminal only."
+        "--layout",
+        help="Diseases as rows, or as columns like the paper, or long: every figure in a row of its own; auto: rows "
+        "in the terminal if there is one model, else columns.",
     ),
 ]
 PaperRounding = Annotated[
@@ -81,7 +78,7 @@ def build(
     from eval_mcq.build import LabelTable, SplitRule
     from eval_mcq.build import build as build_bench
     from eval_mcq.preset import load_preset
-    from eval_mcq.schema import bench_text
+    from eval_mcq.schema import write_bench
 
     check_free(out, force)
     chosen = load_preset(preset)
@@ -93,39 +90,10 @@ def build(
     header, items, report = build_bench(
         table, images, out, chosen, SplitRule(split, test_share, split_seed), seed
     )
-    write_text(out, bench_text(header, items), force)
+    write_bench(out, header, items, force)
     if split != "all" and patient_column is None:
         warn("without --patient-column the split is by image: a patient's eyes may fall on different sides")
     _show_report(report, header.categories, out)
-
-
-@app.command()
-def export(
-    bench: Annotated[Path, typer.Argument(help="Bench file.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    to: Annotated[
-        Literal["llava"],
-        typer.Option("--format", help="llava: conversations JSON, as retrain-projector reads."),
-    ] = "llava",
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write image paths relative to; the folder of --out if not given."),
-    ] = None,
-    force: Force = False,
-) -> None:
-    """Write questions in another tool's format.
-
-    Example: eval-mcq export train.jsonl --format llava --out train.json
-    """
-    from eval_mcq.export import EXPORTERS
-    from eval_mcq.schema import load_bench
-
-    check_free(out, force)
-    questions = load_bench(bench)
-    folder = images or out.absolute().parent
-    write_text(out, EXPORTERS[to](questions, folder), force)
-    stdout.print(f"{out}: {len(questions.items)} conversations, images relative to {folder}", soft_wrap=True)
-    stdout.print(f"Next: retrain-projector --model MODEL --data {out} --images {folder}", soft_wrap=True)
 
 
 @app.command("run")
@@ -165,7 +133,7 @@ def run_command(
         return Scorer(*load_mllm(model, dtype=torch_dtype), device=torch_device, dtype=torch_dtype)
 
     done = run_bench(questions, load_scorer, record, folder, batch_size, limit, force)
-    _show_table({model.resolve().name: done}, "rich", "auto", None, paper_rounding=False, force=False)
+    _show_table({"": {model.resolve().name: done}}, "rich", "auto", None, paper_rounding=False, force=False)
     if not done.complete:
         stdout.print(
             f"Next, for the rest: the same command without --limit ({folder} is continued)", soft_wrap=True
@@ -189,55 +157,86 @@ def table(
     from eval_mcq.records import load_run
 
     arms = {run_folder.resolve().name: load_run(run_folder)}
-    _show_table(arms, format_, layout, out, paper_rounding, force)
+    _show_table({"": arms}, format_, layout, out, paper_rounding, force)
 
 
 @app.command()
 def compare(
     runs: Annotated[
-        list[str], typer.Argument(metavar="NAME=RUN...", help="Arms; gains are against the first.")
+        list[str],
+        typer.Argument(metavar="[MODEL:]ARM=RUN...", help="Arms; gains are against a model's first arm."),
     ],
     format_: FormatOption = "rich",
     layout: LayoutOption = "auto",
     out: OutFile = None,
     paper_rounding: PaperRounding = False,
+    beside: Annotated[
+        Literal["paper"] | None,
+        typer.Option("--compare", help="paper: set the published rows of the MGLL paper beside."),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Compare runs of one bench, paired question by question.
+    """Compare runs of one bench, paired question by question; of one model or of several.
 
     Example: eval-mcq compare base=runs/llava-med retrained=runs/llava-med-ft mgll=runs/llava-med-mgll
+
+    Example: eval-mcq compare LLaVA:base=runs/a LLaVA:mgll=runs/b Qwen-VL:base=runs/c Qwen-VL:mgll=runs/d
     """
     from eval_mcq.records import load_run
 
-    arms: dict[str, Run] = {}
-    for arm in runs:
-        name, equals, folder = arm.partition("=")
-        if not (name and equals and folder):
-            raise UserError(f"arm '{arm}' is not of the form NAME=RUN, such as base=runs/llava-med")
-        if name in arms:
+    models: dict[str, dict[str, Run]] = {}
+    for given in runs:
+        name, equals, folder = given.partition("=")
+        model, colon, arm = name.rpartition(":")
+        if not (arm and equals and folder and bool(model) == bool(colon)):
+            raise UserError(
+                f"arm '{given}' is not of the form NAME=RUN, such as base=runs/llava-med, nor MODEL:NAME=RUN"
+            )
+        arms = models.setdefault(model, {})
+        if arm in arms:
             raise UserError(f"two arms are called '{name}': give each its own name")
-        arms[name] = load_run(Path(folder))
-    if len(arms) < 2:
+        arms[arm] = load_run(Path(folder))
+    if "" in models and len(models) > 1:
+        raise UserError(
+            "some arms name a model (MODEL:NAME=RUN) and some do not: give all of them one, or none"
+        )
+    if sum(map(len, models.values())) < 2:
         raise UserError("compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN")
-    _show_table(arms, format_, layout, out, paper_rounding, force)
+    _show_table(models, format_, layout, out, paper_rounding, force, beside is not None)
 
 
 def _show_table(
-    arms: "dict[str, Run]",
+    models: "dict[str, dict[str, Run]]",
     format_: Format,
     layout: Layout,
     out: Path | None,
     paper_rounding: bool,
     force: bool,
+    published: bool = False,
 ) -> None:
+    from eval_mcq.paired import like_paper_pairs, long_table
+    from eval_mcq.published import load_published
     from eval_mcq.render import RENDERERS, show
-    from eval_mcq.summary import compare as compare_runs
+    from eval_mcq.summary import compare_models
     from eval_mcq.tables import by_disease, like_paper
 
     if out is not None:
         check_free(out, force)
-    rows = layout == "diseases" or (layout == "auto" and format_ == "rich")
-    grid = (by_disease if rows else like_paper)(compare_runs(arms), paper_rounding)
+    pairs = published or len(models) > 1
+    if pairs and layout == "diseases":
+        raise UserError("--layout diseases shows one model and no published rows: use paper or long")
+    if published and layout == "long":
+        raise UserError("--layout long has no published rows: leave --compare out, or use --layout paper")
+    comparisons = compare_models(models)
+    only = next(iter(comparisons.values()))
+    if layout == "long":
+        grid = long_table(comparisons)
+    elif pairs:
+        grid = like_paper_pairs(comparisons, paper_rounding, load_published() if published else None)
+    elif layout == "diseases" or (layout == "auto" and format_ == "rich"):
+        grid = by_disease(only, paper_rounding)
+    else:
+        grid = like_paper(only, paper_rounding)
     if out is not None:
         write_text(out, RENDERERS[format_](grid), force)
         stdout.print(f"table: {out}", soft_wrap=True)
@@ -288,6 +287,10 @@ def _device_and_dtype(device: str, dtype: Dtype) -> "tuple[torch.device, torch.d
     if dtype == "auto":
         return chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32
     return chosen, getattr(torch, dtype)
+
+
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from eval_mcq.tables import Grid
+from eval_mcq.tables import MARKS, Grid
 
 PLAIN_WIDTH = 200
 """Width of a terminal table that goes into a file."""
@@ -23,8 +23,18 @@ LATEX_SPECIAL = str.maketrans(
         ">": r"$>$",
     }
     | {character: f"\\{character}" for character in "&%$#_{}"}
-    | {"–": "--"}
+    | {
+        "–": "--",
+        "±": r"$\pm$",
+        "†": r"\textdagger{}",
+        "‡": r"\textdaggerdbl{}",
+        "°": r"$^\circ$",
+        "↑": r"$\uparrow$",
+        "↓": r"$\downarrow$",
+    }
 )
+
+UNMARKED = str.maketrans("", "", MARKS)
 
 
 def rich_tables(grid: Grid, console: Console) -> list[Table]:
@@ -100,9 +110,10 @@ def as_markdown(grid: Grid) -> str:
 
 
 def as_csv(grid: Grid) -> str:
-    """Headings and rows; notes have no place in a CSV and stay in ``summary.json`` and the other formats."""
+    """Headings and rows without marks; notes have no place in a CSV and stay in the other formats."""
     stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([grid.columns, *grid.rows])
+    rows = [[row[0], *(cell.translate(UNMARKED) for cell in row[1:])] for row in grid.rows]
+    csv.writer(stream, lineterminator="\n").writerows([grid.columns, *rows])
     return stream.getvalue()
 
 

@@ -1,6 +1,7 @@
-"""The bench file: JSON Lines, a header with the schema version, then one question per line."""
+"""The bench file: a header with the schema version, then one question per line (JSON Lines) or row (Parquet)."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -8,8 +9,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
+from eval_mcq.parquet import SUFFIX, has_embedded, parquet_lines, write_rows
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.common.files import sha256
+from mgll_encoder.common.files import new_file, sha256, write_text
 
 SCHEMA = "eval-mcq/1"
 """Version of the bench file; a file of another version is refused, never guessed at."""
@@ -136,7 +138,7 @@ class Bench:
         return [folder / image for image in item.images]
 
 
-def bench_text(header: BenchHeader, items: list[MCQItem]) -> str:
+def bench_text(header: BenchHeader, items: Sequence[MCQItem]) -> str:
     """The bench file as text."""
     lines = [header.model_dump_json(by_alias=True), *(item.model_dump_json() for item in items)]
     return "\n".join(lines) + "\n"
@@ -147,9 +149,23 @@ def load_bench(path: Path) -> Bench:
 
     Raises:
         UserError: no such file, another schema version, a line that is not a valid question (named by line,
-            id and field), two questions with one id, a category that the header does not list, or no question.
+            id and field), two questions with one id, a category that the header does not list, no question,
+            or images that are only inside a Parquet file.
     """
-    lines = read_lines(path, "bench")
+    header, items = read_bench(path)
+    if path.suffix == SUFFIX and has_embedded(path):
+        _check_unpacked(path, items)
+    return Bench(path=path, digest=sha256(path), header=header, items=items)
+
+
+def read_bench(path: Path) -> tuple[BenchHeader, list[MCQItem]]:
+    """Header and questions of a bench file, wherever its images are.
+
+    Raises:
+        UserError: as :func:`load_bench`, but for the images.
+    """
+    parquet = path.suffix == SUFFIX
+    lines = parquet_lines(path) if parquet else read_lines(path, "bench")
     if lines == [""]:
         raise UserError(f"bench {path} is empty: make one with eval-mcq build")
     header = _header(path, lines[0])
@@ -158,7 +174,7 @@ def load_bench(path: Path) -> Bench:
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip():
             continue
-        item = parse(MCQItem, line, f"bench {path} line {number}")
+        item = parse(MCQItem, line, f"bench {path} {'row' if parquet else 'line'} {number - parquet}")
         if item.id in seen:
             raise UserError(
                 f"bench {path} line {number}: id '{item.id}' is already used on line {seen[item.id]}"
@@ -170,7 +186,30 @@ def load_bench(path: Path) -> Bench:
         items.append(item)
     if not items:
         raise UserError(f"bench {path} has a header but no questions: make one with eval-mcq build")
-    return Bench(path=path, digest=sha256(path), header=header, items=items)
+    return header, items
+
+
+def write_bench(path: Path, header: BenchHeader, items: Sequence[MCQItem], force: bool = False) -> None:
+    """Write a bench whole or not at all: Parquet if the file is called so, else JSON Lines.
+
+    Raises:
+        UserError: ``path`` exists and ``force`` is not set.
+    """
+    if path.suffix != SUFFIX:
+        write_text(path, bench_text(header, items), force)
+        return
+    with new_file(path, force) as partial:
+        write_rows(partial, header.model_dump_json(by_alias=True), (item.model_dump() for item in items))
+
+
+def _check_unpacked(path: Path, items: Sequence[MCQItem]) -> None:
+    for item in items:
+        for image in item.images:
+            if not (path.resolve().parent / image).is_file():
+                raise UserError(
+                    f"bench {path}: image {image} of question '{item.id}' is only inside the file: unpack it with "
+                    f"eval-mcq import {path} --format parquet --out {path.stem}.jsonl"
+                )
 
 
 def read_lines(path: Path, kind: str) -> list[str]:

@@ -1,12 +1,12 @@
 """Intervals and tests for counts of right answers. All shares are on a 0-1 scale."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 CONFIDENCE = 0.95
 REPLICATES = 2000
@@ -31,9 +31,29 @@ def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> float:
 
     Only questions that one model gets right and the other wrong count; without any, p is 1.
     """
-    gained = int((after & ~before).sum())
-    lost = int((before & ~after).sum())
+    return exact_mcnemar(int((after & ~before).sum()), int((before & ~after).sum()))
+
+
+def exact_mcnemar(gained: int, lost: int) -> float:
+    """The same p-value from the numbers of questions gained and lost."""
     return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+
+
+def p_of_guessing(right: int, questions: Mapping[int, int]) -> float:
+    """Probability that guessing gets as many questions right, or more.
+
+    Exact: binomial where all questions have the same number of options, Poisson-binomial where not.
+
+    Args:
+        right: Number of right answers.
+        questions: Number of options to number of questions with so many.
+    """
+    *others, (options, n) = sorted(questions.items(), key=lambda entry: entry[1])
+    chances = np.ones(1)  # of 0, 1, 2 ... right among the others
+    for few_options, count in others:
+        chances = np.convolve(chances, binom.pmf(np.arange(count + 1), count, 1 / few_options))
+    beyond = binom.sf(right - 1 - np.arange(len(chances)), n, 1 / options)
+    return min(1.0, float(chances @ beyond))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -83,7 +103,8 @@ def bootstrap(
     """
     names = list(dict.fromkeys(categories))
     sizes = Counter(categories)
-    column = np.array([names.index(category) for category in categories])
+    place = {name: i for i, name in enumerate(names)}
+    column = np.array([place[category] for category in categories])
     cluster_ids = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
     row = np.array([cluster_ids[cluster] for cluster in clusters])
 
@@ -91,16 +112,21 @@ def bootstrap(
     np.add.at(n, (row, column), 1)
     k = np.zeros((len(cluster_ids), len(names), right.shape[1]))
     np.add.at(k, (row, column), right)
+    # Clusters with the same counts are the same to a draw: they are drawn as one pattern, as often as all of them.
+    patterns, repeats = _patterns(np.concatenate([n, k.reshape(len(n), -1)], axis=1))
+    n = patterns[:, : len(names)]
+    k = patterns[:, len(names) :].reshape(len(patterns), len(names), -1)
     rarity = np.array([sizes[name] for name in names], dtype=float)
     stratum = np.where(n > 0, rarity, np.inf).argmin(axis=1)
 
     generator = np.random.default_rng(seed)
     members = [np.flatnonzero(stratum == s) for s in np.unique(stratum)]
     by_category, pooled = [], []
-    for draws in _chunks(replicates, len(cluster_ids)):
-        weights = np.zeros((draws, len(cluster_ids)))
+    for draws in _chunks(replicates, len(patterns)):
+        weights = np.zeros((draws, len(patterns)))
         for group in members:
-            weights[:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), draws)
+            size = repeats[group].sum()
+            weights[:, group] = generator.multinomial(size, repeats[group] / size, draws)
         drawn_n = weights @ n
         drawn_k = np.tensordot(weights, k, axes=1)
         with np.errstate(invalid="ignore"):
@@ -109,9 +135,19 @@ def bootstrap(
     return Replicates(np.concatenate(by_category), np.concatenate(pooled))
 
 
-def _chunks(replicates: int, clusters: int) -> list[int]:
+def _patterns(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Different rows of a table of counts, and how often each occurs."""
+    counts = np.ascontiguousarray(table, dtype=np.uint32)
+    keys = counts.view(
+        np.dtype((np.void, counts.dtype.itemsize * counts.shape[1]))
+    ).ravel()  # compared as bytes
+    _, first, repeats = np.unique(keys, return_index=True, return_counts=True)
+    return table[first], repeats
+
+
+def _chunks(replicates: int, patterns: int) -> list[int]:
     """Numbers of replicates that keep the weights of a chunk near 32 MB."""
-    size = max(1, 4_000_000 // clusters)
+    size = max(1, 4_000_000 // patterns)
     return [min(size, replicates - start) for start in range(0, replicates, size)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from eval_mcq.diagnosis import Diagnosis, diagnose
 from eval_mcq.records import ItemAnswer, Run, letter_counts
 from eval_mcq.stats import (
     Interval,
@@ -13,6 +14,7 @@ from eval_mcq.stats import (
     bootstrap,
     holm,
     mcnemar,
+    p_of_guessing,
     percentile_interval,
     wilson,
 )
@@ -21,11 +23,21 @@ from mgll_encoder.common.errors import UserError
 
 @dataclass(frozen=True)
 class Cell:
-    """Right answers of an arm on a disease, with the Wilson interval of their share."""
+    """Right answers of an arm on a disease, with the Wilson interval of their share.
+
+    Attributes:
+        right: Number of questions answered right.
+        n: Number of questions.
+        interval: Wilson; takes the questions as independent.
+        p_guess: Probability that guessing gets as many right, or more.
+        unread: Replies that could not be read.
+    """
 
     right: int
     n: int
     interval: Interval
+    p_guess: float
+    unread: int = 0
 
     @property
     def share(self) -> float:
@@ -57,6 +69,23 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """A later arm against one that is not the first: what the swap adds to the same retraining without it.
+
+    Attributes:
+        name: The arm.
+        against: The arm it is compared with.
+        macro: Difference of the macro averages.
+        micro: Difference of the micro averages, with McNemar over all questions.
+    """
+
+    name: str
+    against: str
+    macro: Estimate
+    micro: Gain
+
+
+@dataclass(frozen=True)
 class Arm:
     """One model in the table.
 
@@ -70,6 +99,8 @@ class Arm:
         micro_gain: Difference of the micro averages, with McNemar over all questions.
         letter_mass: Mean probability on the option letters; None where the scoring mode has none.
         letters: Per letter: how often true, how often chosen.
+        p_guess: Probability that guessing gets as many questions right, over all diseases.
+        diagnosis: How it chose.
     """
 
     name: str
@@ -81,6 +112,8 @@ class Arm:
     micro_gain: Gain | None
     letter_mass: float | None
     letters: dict[str, tuple[int, int]]
+    p_guess: float
+    diagnosis: Diagnosis
 
 
 @dataclass(frozen=True)
@@ -98,6 +131,7 @@ class Comparison:
         clusters: Number of patients (or images).
         chance: Share that guessing gets right, per disease.
         arms: In the order given; the first is what the others are compared with.
+        contrasts: Of all pairs of other arms.
     """
 
     bench: str
@@ -110,6 +144,7 @@ class Comparison:
     clusters: int
     chance: dict[str, float]
     arms: list[Arm]
+    contrasts: list[Contrast]
 
     @property
     def macro_chance(self) -> float:
@@ -142,9 +177,11 @@ def compare(runs: Mapping[str, Run]) -> Comparison:
     categories = [category for category in first.record.categories if category in set(present)]
     right = np.array([[answer.right for answer in of_arm] for of_arm in answers.values()]).T
     draws = bootstrap(right, present, [answer.cluster for answer in base])
-    masks = {category: np.array(present) == category for category in categories}
+    places = np.array(present)
+    masks = {category: places == category for category in categories}
     columns = {category: i for i, category in enumerate(dict.fromkeys(present))}
-    scores = _Scores(right, masks, draws, columns)
+    options = np.array([len(answer.probabilities) for answer in base])
+    scores = _Scores(right, masks, draws, columns, options)
     return Comparison(
         bench=first.record.bench_name,
         mode=first.record.mode,
@@ -154,35 +191,70 @@ def compare(runs: Mapping[str, Run]) -> Comparison:
         answered=len(base),
         questions=first.record.questions,
         clusters=len({answer.cluster for answer in base}),
-        chance={
-            c: float(np.mean([answer.chance for answer in base if answer.category == c])) for c in categories
-        },
-        arms=[_arm(name, a, scores, answers[name]) for a, name in enumerate(runs)],
+        chance={c: float((1 / options[mask]).mean()) for c, mask in masks.items()},
+        arms=[_arm(name, a, scores, answers[name], run) for a, (name, run) in enumerate(runs.items())],
+        contrasts=[
+            scores.contrast(list(runs), against, arm)
+            for arm in range(2, len(runs))
+            for against in range(1, arm)
+        ],
     )
+
+
+def compare_models(models: Mapping[str, Mapping[str, Run]]) -> dict[str, Comparison]:
+    """Figures of several models, each against its own first arm, all on the same bench.
+
+    Args:
+        models: Model name to its arms.
+
+    Raises:
+        UserError: as :func:`compare`, also between models.
+    """
+    (first_model, first), *others = ((model, next(iter(arms.values()))) for model, arms in models.items())
+    for model, run in others:
+        _check_comparable(first_model, first, model, run)
+    return {model: compare(arms) for model, arms in models.items()}
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Right or wrong, shape ``(questions, arms)``, with the rows of each disease and the bootstrap draws."""
+    """Right or wrong, shape ``(questions, arms)``, with the rows of each disease, the draws, and option counts."""
 
     right: NDArray[np.bool_]
     masks: dict[str, NDArray[np.bool_]]
     draws: Replicates
     columns: dict[str, int]
+    options: NDArray[np.int_]
 
     def macro(self, arm: int) -> float:
         return float(np.mean([self.right[mask, arm].mean() for mask in self.masks.values()]))
 
-    def gain(self, arm: int, mask: NDArray[np.bool_], draws: NDArray[np.float64]) -> Gain:
-        """Against arm 0; ``draws`` has shape ``(replicates, arms)``. The p-value is not adjusted yet."""
-        before, after = self.right[mask, 0], self.right[mask, arm]
+    def gain(self, arm: int, mask: NDArray[np.bool_], draws: NDArray[np.float64], against: int = 0) -> Gain:
+        """Of an arm over another; ``draws`` has shape ``(replicates, arms)``. The p-value is not adjusted yet."""
+        before, after = self.right[mask, against], self.right[mask, arm]
         p = mcnemar(before, after)
-        interval = percentile_interval(draws[:, arm] - draws[:, 0])
+        interval = percentile_interval(draws[:, arm] - draws[:, against])
         return Gain(Estimate(float(after.mean() - before.mean()), interval), p, p)
 
+    def macro_gain(self, arm: int, against: int = 0) -> Estimate:
+        interval = percentile_interval(self.draws.macro[:, arm] - self.draws.macro[:, against])
+        return Estimate(self.macro(arm) - self.macro(against), interval)
 
-def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer]) -> Arm:
-    counts = {c: (int(scores.right[mask, a].sum()), int(mask.sum())) for c, mask in scores.masks.items()}
+    def micro_gain(self, arm: int, against: int = 0) -> Gain:
+        return self.gain(arm, np.ones(len(self.right), dtype=bool), self.draws.pooled, against)
+
+    def contrast(self, names: Sequence[str], against: int, arm: int) -> Contrast:
+        macro, micro = self.macro_gain(arm, against), self.micro_gain(arm, against)
+        return Contrast(names[arm], names[against], macro, micro)
+
+    def p_guess(self, arm: int, mask: NDArray[np.bool_]) -> float:
+        values, counts = np.unique(self.options[mask], return_counts=True)
+        questions = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+        return p_of_guessing(int(self.right[mask, arm].sum()), questions)
+
+
+def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer], run: Run) -> Arm:
+    unread = np.array([answer.unparsed for answer in answers])
     macro, pooled = scores.draws.macro, scores.draws.pooled
     gains: dict[str, Gain] = {}
     macro_gain = micro_gain = None
@@ -193,12 +265,10 @@ def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer]) -> A
         }
         adjusted = holm([gain.p for gain in gains.values()])
         gains = {c: replace(gain, p_holm=p) for (c, gain), p in zip(gains.items(), adjusted, strict=True)}
-        interval = percentile_interval(macro[:, a] - macro[:, 0])
-        macro_gain = Estimate(scores.macro(a) - scores.macro(0), interval)
-        micro_gain = scores.gain(a, np.ones(len(scores.right), dtype=bool), pooled)
+        macro_gain, micro_gain = scores.macro_gain(a), scores.micro_gain(a)
     return Arm(
         name=name,
-        cells={c: Cell(k, n, wilson(k, n)) for c, (k, n) in counts.items()},
+        cells={c: _cell(scores, a, mask, int(unread[mask].sum())) for c, mask in scores.masks.items()},
         macro=Estimate(scores.macro(a), percentile_interval(macro[:, a])),
         micro=Estimate(float(scores.right[:, a].mean()), percentile_interval(pooled[:, a])),
         gains=gains,
@@ -206,7 +276,14 @@ def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer]) -> A
         micro_gain=micro_gain,
         letter_mass=_mean([answer.letter_mass for answer in answers]),
         letters=letter_counts(answers),
+        p_guess=scores.p_guess(a, np.ones(len(scores.right), dtype=bool)),
+        diagnosis=diagnose(run),
     )
+
+
+def _cell(scores: _Scores, a: int, mask: NDArray[np.bool_], unread: int) -> Cell:
+    right, n = int(scores.right[mask, a].sum()), int(mask.sum())
+    return Cell(right, n, wilson(right, n), scores.p_guess(a, mask), unread)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,11 +1,11 @@
 """Tables of a comparison, in two layouts: diseases as rows (terminal) or as columns (as in the paper)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from eval_mcq.rounding import PaperRounding, Rounding
 from eval_mcq.stats import CONFIDENCE, REPLICATES, Interval
-from eval_mcq.summary import Arm, Comparison
+from eval_mcq.summary import Arm, Comparison, Estimate
 
 SMALL = 20
 """Below so many questions a disease is pointed out as too small to read by its value."""
@@ -16,6 +16,22 @@ LOW_MASS = 0.5
 AVERAGE = "Average"
 POOLED = "All questions"
 NONE = "–"
+
+FEW = "†"
+"""Marks a figure of fewer than :data:`SMALL` questions."""
+
+LUCK = "°"
+"""Marks a figure that guessing reaches with a probability of :data:`ALPHA` or more."""
+
+ODD = "‡"
+"""Marks a printed percentage that is no share of its number of questions."""
+
+SURE = "*"
+"""Marks a figure that differs from the base, Holm-adjusted exact McNemar below :data:`ALPHA`."""
+
+MARKS = FEW + LUCK + ODD + SURE
+
+ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class _Figure:
+class Figure:
     """What one arm shows for one disease or average, ready to print."""
 
     value: str
@@ -52,29 +68,39 @@ class _Figure:
     gain: str = ""
     gain_interval: str = ""
     p: str = ""
+    marks: str = ""
+    unread: int = 0
+
+    @property
+    def marked(self) -> str:
+        """The value with its marks."""
+        return self.value + self.marks
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A disease or an average, with a figure per arm."""
 
     heading: str
     n: int
     chance: str
-    figures: list[_Figure]
+    figures: list[Figure]
 
 
 def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
     """One row per disease; per arm its accuracy with interval, and gain and p-value against the first arm."""
     base, *others = comparison.arms
-    columns = ["Disease", "n", "chance", base.name]
+    unread = any(arm.diagnosis.unread for arm in comparison.arms)
+    columns = ["Disease", "n", "chance", base.name, *(["unread"] if unread else [])]
+    fixed = len(columns)
     for arm in others:
-        columns += [arm.name, f"gain of {arm.name}", "p"]
+        columns += [arm.name, *(["unread"] if unread else []), f"gain of {arm.name}", "p"]
     rows = []
-    for entry in _entries(comparison, PaperRounding() if paper_rounding else Rounding()):
+    for entry in entries_of(comparison, PaperRounding() if paper_rounding else Rounding()):
         row = [entry.heading, str(entry.n), entry.chance]
         for a, figure in enumerate(entry.figures):
-            row.append(f"{figure.value} {figure.interval}")
+            row.append(f"{figure.marked} {figure.interval}")
+            row += [str(figure.unread)] if unread else []
             if a > 0:
                 row += [f"{figure.gain} {figure.gain_interval}", figure.p]
         rows.append(row)
@@ -83,25 +109,27 @@ def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
         columns,
         rows,
         [len(comparison.categories)],
-        _notes(comparison),
-        _checks(comparison),
-        fixed=4,
-        group=3,
+        notes_of(comparison),
+        checks_of(comparison),
+        fixed=fixed,
+        group=4 if unread else 3,
     )
 
 
 def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
     """Diseases as columns and the Average last; per arm its accuracy, interval, gain and p-value as rows."""
-    entries = _entries(comparison, PaperRounding() if paper_rounding else Rounding())
+    entries = entries_of(comparison, PaperRounding() if paper_rounding else Rounding())
     *shown, pooled = entries
     rows = [["n", *(str(e.n) for e in shown)], ["chance", *(e.chance for e in shown)]]
     breaks = []
-    notes = _notes(comparison)
+    notes = notes_of(comparison)
     for a, arm in enumerate(comparison.arms):
         figures = [entry.figures[a] for entry in shown]
         breaks.append(len(rows))
-        rows.append([arm.name, *(f.value for f in figures)])
+        rows.append([arm.name, *(f.marked for f in figures)])
         rows.append([f"{arm.name}: {CONFIDENCE:.0%} interval", *(f.interval for f in figures)])
+        if arm.diagnosis.unread:
+            rows.append([f"{arm.name}: unread", *(str(f.unread) for f in figures)])
         of_all = pooled.figures[a]
         note = f"{arm.name}, all questions alike (micro): {of_all.value} {of_all.interval}"
         if a > 0:
@@ -116,11 +144,12 @@ def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
         rows,
         breaks,
         notes,
-        _checks(comparison),
+        checks_of(comparison),
     )
 
 
-def _entries(comparison: Comparison, rounding: Rounding) -> list[_Entry]:
+def entries_of(comparison: Comparison, rounding: Rounding) -> list[Entry]:
+    """The diseases in order, then the macro, then the micro average, ready to print."""
     base = comparison.arms[0]
     entries = []
     for category in comparison.categories:
@@ -129,46 +158,51 @@ def _entries(comparison: Comparison, rounding: Rounding) -> list[_Entry]:
         for arm in comparison.arms:
             cell = arm.cells[category]
             value = rounding.cell(cell.share)
-            figure = _Figure(str(value), _bracket(cell.interval, rounding))
+            marks = (FEW if cell.n < SMALL else "") + (LUCK if cell.p_guess >= ALPHA else "")
+            figure = Figure(str(value), _bracket(cell.interval, rounding), marks=marks, unread=cell.unread)
             if category in arm.gains:
                 gain = arm.gains[category]
                 points = rounding.gain(before, value, gain.estimate.value, places=2)
-                figure = _Figure(
-                    figure.value, figure.interval, _signed(points),
-                    _bracket(gain.estimate.interval, rounding), _p(gain.p_holm),
+                figure = replace(
+                    figure, gain=_signed(points), gain_interval=_bracket(gain.estimate.interval, rounding),
+                    p=_p(gain.p_holm), marks=(SURE if gain.p_holm < ALPHA else "") + marks,
                 )  # fmt: skip
             figures.append(figure)
         chance = rounding.cell(comparison.chance[category])
-        entries.append(_Entry(category, base.cells[category].n, str(chance), figures))
+        entries.append(Entry(category, base.cells[category].n, str(chance), figures))
     macro = [_macro_figure(arm, base, rounding) for arm in comparison.arms]
-    entries.append(_Entry(AVERAGE, comparison.answered, str(rounding.cell(comparison.macro_chance)), macro))
+    entries.append(Entry(AVERAGE, comparison.answered, str(rounding.cell(comparison.macro_chance)), macro))
     micro = [_micro_figure(arm, base, rounding) for arm in comparison.arms]
-    entries.append(_Entry(POOLED, comparison.answered, str(rounding.cell(comparison.micro_chance)), micro))
+    entries.append(Entry(POOLED, comparison.answered, str(rounding.cell(comparison.micro_chance)), micro))
     return entries
 
 
-def _macro_figure(arm: Arm, base: Arm, rounding: Rounding) -> _Figure:
+def _macro_figure(arm: Arm, base: Arm, rounding: Rounding) -> Figure:
     before, after = (rounding.average([cell.share for cell in a.cells.values()]) for a in (base, arm))
-    interval = _bracket(arm.macro.interval, rounding)
+    interval, unread = _bracket(arm.macro.interval, rounding), arm.diagnosis.unread
     if arm.macro_gain is None:
-        return _Figure(str(after), interval)
+        return Figure(str(after), interval, unread=unread)
     points = rounding.gain(before, after, arm.macro_gain.value, places=1)
-    return _Figure(str(after), interval, _signed(points), _bracket(arm.macro_gain.interval, rounding), NONE)
+    gain_interval = _bracket(arm.macro_gain.interval, rounding)
+    return Figure(str(after), interval, _signed(points), gain_interval, NONE, unread=unread)
 
 
-def _micro_figure(arm: Arm, base: Arm, rounding: Rounding) -> _Figure:
+def _micro_figure(arm: Arm, base: Arm, rounding: Rounding) -> Figure:
     before, after = (rounding.cell(a.micro.value) for a in (base, arm))
-    interval = _bracket(arm.micro.interval, rounding)
+    interval, unread = _bracket(arm.micro.interval, rounding), arm.diagnosis.unread
+    marks = LUCK if arm.p_guess >= ALPHA else ""
     if arm.micro_gain is None:
-        return _Figure(str(after), interval)
-    estimate = arm.micro_gain.estimate
+        return Figure(str(after), interval, marks=marks, unread=unread)
+    estimate, p = arm.micro_gain.estimate, arm.micro_gain.p
     points = rounding.gain(before, after, estimate.value, places=2)
-    return _Figure(
-        str(after), interval, _signed(points), _bracket(estimate.interval, rounding), _p(arm.micro_gain.p)
-    )
+    return Figure(
+        str(after), interval, _signed(points), _bracket(estimate.interval, rounding), _p(p),
+        (SURE if p < ALPHA else "") + marks, unread,
+    )  # fmt: skip
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def notes_of(comparison: Comparison) -> list[str]:
+    """What the figures mean."""
     base, *others = comparison.arms
     answered = f"{comparison.answered} questions"
     if comparison.answered < comparison.questions:
@@ -184,23 +218,60 @@ def _notes(comparison: Comparison) -> list[str]:
             f"Gains: against {base.name} on the same questions. p: exact McNemar, Holm-adjusted over the "
             "diseases of an arm; over all questions unadjusted."
         )
+        notes.append(f"{SURE} p < {ALPHA} by that test.")
     small = [f"{c} ({base.cells[c].n})" for c in comparison.categories if base.cells[c].n < SMALL]
     if small:
-        notes.append(f"Fewer than {SMALL} questions, read the interval: {', '.join(small)}.")
+        notes.append(f"{FEW} Fewer than {SMALL} questions, read the interval: {', '.join(small)}.")
+    lucky = [c.p_guess >= ALPHA for arm in comparison.arms for c in arm.cells.values()]
+    if any(lucky) or any(arm.p_guess >= ALPHA for arm in comparison.arms):
+        notes.append(f"{LUCK} Guessing reaches the figure with a probability of {ALPHA:.0%} or more (exact).")
+    notes += [
+        f"{c.name} against {c.against}: Average {_points(c.macro)}, all questions {_points(c.micro.estimate)}, "
+        f"p = {_p(c.micro.p)}."
+        for c in comparison.contrasts
+    ]
     if comparison.unanswered:
         notes.append(f"No answers, and not in the Average: {', '.join(comparison.unanswered)}.")
     return notes
 
 
-def _checks(comparison: Comparison) -> list[str]:
+def checks_of(comparison: Comparison) -> list[str]:
+    """How the arms chose."""
     checks = []
     for arm in comparison.arms:
-        letters = ", ".join(f"{letter} {chosen} ({true})" for letter, (true, chosen) in arm.letters.items())
+        letters = ", ".join(
+            f"{letter} {p.chosen} ({p.true}{'' if p.recall is None else f', {p.recall:.0%} right'})"
+            for letter, p in arm.diagnosis.positions.items()
+        )
         mass = "" if arm.letter_mass is None else f"; probability on the letters {arm.letter_mass:.2f}"
-        checks.append(f"{arm.name}: letters chosen (true): {letters}{mass}.")
+        checks.append(f"{arm.name}: letters chosen (true, of these right): {letters}{mass}.")
+        checks += _more_checks(arm)
         if arm.letter_mass is not None and arm.letter_mass < LOW_MASS:
             checks.append(f"{arm.name} hardly answers with letters: its choice among them says little.")
     return checks
+
+
+def _more_checks(arm: Arm) -> list[str]:
+    how, checks = arm.diagnosis, []
+    if how.rotations > 1:
+        checks.append(
+            f"{arm.name}: {how.single:.1%} of single rotations right, {how.all_right:.1%} of questions right in all "
+            f"{how.rotations} (guessing: {how.all_right_chance:.2%})."
+        )
+    if how.calibration:
+        checks.append(
+            f"{arm.name}: expected calibration error {how.calibration.ece:.3f} ({len(how.calibration.bins)} bins), "
+            f"Brier score {how.calibration.brier:.3f}."
+        )
+    if how.unread:
+        checks.append(f"{arm.name}: {how.unread} of {how.rows} replies could not be read and count as wrong.")
+    return checks
+
+
+def _points(estimate: Estimate) -> str:
+    rounding = Rounding()
+    value = _signed(rounding.cell(estimate.value))
+    return f"{value} {_bracket(estimate.interval, rounding)}"
 
 
 def _bracket(interval: Interval, rounding: Rounding) -> str:

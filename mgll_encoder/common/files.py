@@ -53,6 +53,27 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a hidden sibling file that becomes ``path`` when the block ends without an error.
+
+    Raises:
+        UserError: ``path`` exists and ``force`` is not set.
+    """
+    check_free(path, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str, force: bool = False) -> None:
     """Write a text file whole or not at all.
 

@@ -1,10 +1,18 @@
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
+from scipy.stats import binomtest, norm
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from eval_mcq.stats import bootstrap, holm, mcnemar, percentile_interval, wilson
+from eval_mcq.calibration import calibration
+from eval_mcq.diagnosis import diagnose
+from eval_mcq.prompt import shown_letters
+from eval_mcq.stats import bootstrap, holm, mcnemar, p_of_guessing, percentile_interval, wilson
+from tests.eval_mcq.helpers import run_of_counts
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (7, 7), (3, 9), (142, 171), (1, 1)])
@@ -98,3 +106,96 @@ def test_the_same_seed_draws_the_same():
     assert np.array_equal(
         bootstrap(right[:, None], categories, ids).macro, bootstrap(right[:, None], categories, ids).macro
     )
+
+
+@pytest.mark.parametrize("right", [0, 3, 7, 12])
+def test_guessing_among_equal_questions_is_binomial(right):
+    assert p_of_guessing(right, {4: 12}) == pytest.approx(
+        binomtest(right, 12, 0.25, alternative="greater").pvalue
+    )
+
+
+def test_guessing_among_unequal_questions_is_counted_out():
+    """Every pattern of right and wrong of eight questions with 2, 3 and 5 options."""
+    options = [2, 2, 2, 3, 3, 5, 5, 5]
+    exact = np.zeros(9)
+    for pattern in itertools.product((0, 1), repeat=8):
+        exact[sum(pattern)] += np.prod(
+            [1 / o if right else 1 - 1 / o for o, right in zip(options, pattern, strict=True)]
+        )
+    for right in range(9):
+        assert p_of_guessing(right, Counter(options)) == pytest.approx(exact[right:].sum(), abs=1e-12)
+
+
+def test_guessing_stays_exact_at_a_hundred_thousand_questions():
+    assert p_of_guessing(40_000, {2: 60_000, 5: 40_000}) == pytest.approx(
+        norm.sf((39_999.5 - 38_000) / np.sqrt(60_000 / 4 + 40_000 * 0.16)), rel=0.05
+    )
+
+
+def test_bootstrapping_patterns_of_patients_is_bootstrapping_patients():
+    """Against drawing the patients themselves, one by one."""
+    generator = np.random.default_rng(3)
+    clusters = np.repeat(np.arange(60), 2)
+    right = generator.random((120, 2)) < 0.6
+    ours = bootstrap(right, ["d"] * 120, [str(c) for c in clusters], replicates=20_000)
+    by_patient = right.reshape(60, 2, 2).mean(axis=1)
+    plain = by_patient[generator.integers(0, 60, (20_000, 60))].mean(axis=1)
+    assert ours.macro.mean(axis=0) == pytest.approx(plain.mean(axis=0), abs=2e-3)
+    assert np.cov(ours.macro.T) == pytest.approx(np.cov(plain.T), rel=0.06, abs=5e-5)
+
+
+def test_calibration_by_hand():
+    probabilities = [[0.9, 0.1], [0.8, 0.1, 0.1], [0.55, 0.45], [0.2, 0.5, 0.3]]
+    found = calibration(probabilities, [0, 1, 0, 2], bins=2)
+    # One bin, (0.5, 1], holds three of them, right 2 of 3; the fourth, at exactly 0.5, is in (0, 0.5] and wrong.
+    assert found.ece == pytest.approx(3 / 4 * abs(2.25 / 3 - 2 / 3) + 1 / 4 * 0.5)
+    assert found.brier == pytest.approx(np.mean([0.02, 0.64 + 0.81 + 0.01, 2 * 0.45**2, 0.04 + 0.25 + 0.49]))
+    assert [(b.n, b.low, b.high) for b in found.bins] == [(1, 0.0, 0.5), (3, 0.5, 1.0)]
+
+
+def test_calibration_agrees_with_the_libraries():
+    import torch
+    from sklearn.metrics import brier_score_loss
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    generator = np.random.default_rng(0)
+    probabilities = generator.dirichlet([0.7] * 4, 500)
+    true = generator.integers(0, 4, 500)
+    found = calibration(probabilities.tolist(), true.tolist())
+    reference = multiclass_calibration_error(
+        torch.tensor(probabilities), torch.tensor(true), num_classes=4, n_bins=15, norm="l1"
+    )
+    assert found.ece == pytest.approx(float(reference), abs=1e-6)
+    assert found.brier == pytest.approx(brier_score_loss(true, probabilities, scale_by_half=False), abs=1e-9)
+
+
+def test_a_model_that_always_says_a_is_seen_by_its_recall():
+    run = run_of_rotations(lambda shown: "A")
+    how = diagnose(run)
+    assert {letter: p.recall for letter, p in how.positions.items()} == {
+        "A": 1.0,
+        "B": 0.0,
+        "C": 0.0,
+        "D": 0.0,
+    }
+    assert {p.true for p in how.positions.values()} == {12}
+    assert (how.single, how.all_right, how.rotations) == (0.25, 0.0, 4)
+    assert how.all_right_chance == 0.25**4
+    perfect = diagnose(run_of_rotations(lambda shown: shown))
+    assert (perfect.single, perfect.all_right) == (1.0, 1.0)
+
+
+def run_of_rotations(choose):
+    """Twelve questions in four rotations; ``choose`` gets the letter under which the true option is shown."""
+    run = run_of_counts({"DR": (12, 12)})
+    rows = []
+    for row in run.rows:
+        for rotation in range(4):
+            shown = shown_letters(4, rotation)
+            gold = "ABCD"[int(row.id.partition("-")[2]) % 4]
+            said = "ABCD"[shown.index(choose(shown["ABCD".index(gold)]))]
+            rows.append(
+                row.model_copy(update={"rotation": rotation, "shown": shown, "gold": gold, "chosen": said})
+            )
+    return type(run)(run.folder, run.record.model_copy(update={"rotations": 4}), rows)

@@ -1,35 +1,22 @@
 import csv
 import io
-import itertools
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 from rich.console import Console
+from scipy.stats import binom
 
-from eval_mcq.render import as_csv, as_latex, as_markdown, as_text, rich_tables, show
+from eval_mcq.paired import like_paper_pairs, long_table
+from eval_mcq.published import load_published
+from eval_mcq.render import UNMARKED, as_csv, as_latex, as_markdown, as_text, rich_tables, show
 from eval_mcq.rounding import PaperRounding, Rounding, mean_of_printed
-from eval_mcq.summary import compare
+from eval_mcq.summary import compare, compare_models
 from eval_mcq.tables import by_disease, like_paper
 from mgll_encoder.common.errors import UserError
 from tests.eval_mcq.helpers import run_of_counts
 
-PUBLISHED = Path(__file__).parent / "data" / "published_table2.csv"
-QUESTIONS = (171, 20, 7, 149, 162, 31, 226, 9, 58, 12)
-"""Question counts inferred from the published percentages."""
-
 NO_COMMON_DENOMINATOR = {("InstructBLIP", "base"), ("LLaVA-Med", "base")}
 """Rows with a cell that is no k/n of its disease: 80.17, 59.30 and 16.67."""
-
-
-def published() -> list[dict[str, str]]:
-    lines = PUBLISHED.read_text().splitlines()
-    assert lines[0].startswith("# Table 2 of Li")
-    return list(csv.DictReader(lines[1:]))
-
-
-def diseases(row: dict[str, str]) -> dict[str, str]:
-    return dict(itertools.islice(row.items(), 2, 12))
 
 
 def column(grid, heading: str) -> dict[str, str]:
@@ -38,36 +25,114 @@ def column(grid, heading: str) -> dict[str, str]:
 
 
 def test_all_published_averages_are_the_mean_of_the_printed_cells():
-    rows = published()
+    rows = load_published().rows
     assert len(rows) == 16
     for row in rows:
-        assert str(mean_of_printed([Decimal(cell) for cell in diseases(row).values()])) == row["Average"]
+        assert str(mean_of_printed([Decimal(cell) for cell in row.cells.values()])) == row.average
 
 
 def test_all_published_gains_are_differences_of_the_rounded_averages():
-    rows = published()
+    rows = load_published().rows
     for base, mgll in zip(rows[::2], rows[1::2], strict=True):
-        printed = mgll["gain_printed"]
-        places = len(printed.partition(".")[2])
-        gain = PaperRounding().gain(Decimal(base["Average"]), Decimal(mgll["Average"]), 0.0, places)
-        assert str(gain) == printed
+        places = len(mgll.gain.partition(".")[2])
+        gain = PaperRounding().gain(Decimal(base.average), Decimal(mgll.average), 0.0, places)
+        assert str(gain) == mgll.gain
 
 
 def test_counts_of_right_answers_become_the_published_row():
+    table = load_published()
     reproduced = 0
-    for row in published():
-        if (row["model"], row["arm"]) in NO_COMMON_DENOMINATOR:
+    for row in table.rows:
+        if (row.model, row.arm) in NO_COMMON_DENOMINATOR:
             continue
-        cells = diseases(row)
-        counts = {
-            d: (round(float(cell) * n / 100), n)
-            for (d, cell), n in zip(cells.items(), QUESTIONS, strict=True)
-        }
-        grid = like_paper(compare({"model": run_of_counts(counts)}), paper_rounding=True)
-        assert grid.columns == ["", *cells, "Average"]
-        assert grid.rows[2] == ["model", *cells.values(), row["Average"]]
+        grid = like_paper(compare({"model": run_of_row(table, row)}), paper_rounding=True)
+        assert grid.columns == ["", *row.cells, "Average"]
+        assert list(csv.reader(io.StringIO(as_csv(grid))))[3] == ["model", *row.cells.values(), row.average]
         reproduced += 1
     assert reproduced == 14
+
+
+def run_of_row(table, row):
+    return run_of_counts({d: (table.count(row, d), n) for d, n in table.questions.items()})
+
+
+def test_the_whole_published_table_comes_out_of_the_counts_behind_it():
+    table = load_published()
+    models = {m: {r.arm: run_of_row(table, r) for r in rows} for m, rows in table.models.items()}
+    grid = like_paper_pairs(compare_models(models), paper_rounding=True, published=table)
+    ours = [row for row in grid.rows if not row[0].startswith(("  ", "n", "chance", "published"))]
+    theirs = [row for row in grid.rows if row[0].startswith("published") and len(row[0]) > 1]
+    assert len(ours) == len(theirs) == 16
+    off = 0
+    for row, mine, printed in zip(table.rows, ours, theirs, strict=True):
+        assert [cell.rstrip("‡") for cell in printed[1:-1]] == list(row.cells.values())
+        if (row.model, row.arm) in NO_COMMON_DENOMINATOR:
+            off += 1
+            continue
+        assert [cell.translate(UNMARKED) for cell in mine[1:-1]] == list(row.cells.values())
+        average, _, gain = mine[-1].partition(" ")
+        assert average == row.average
+        if row.gain and (row.model, "base") not in NO_COMMON_DENOMINATOR:
+            # All gains are printed to one decimal, but Janus-Pro's to two.
+            assert gain == {"10.88": "↑10.9"}.get(row.gain, f"↑{row.gain}")
+            assert printed[-1] == f"{average} ↑{row.gain}"
+    assert off == 2
+    assert sum(cell.endswith("‡") for row in theirs for cell in row) == 3
+    note = next(note for note in grid.notes if note.startswith("‡"))
+    assert "InstructBLIP base AMD 80.17; InstructBLIP base Glaucoma 59.30; LLaVA-Med base DME 16.67" in note
+    assert grid.rows[-1][:4] == ["n (published, inferred)", "171", "20", "7"]
+
+
+def test_three_arms_of_two_models_stand_in_one_table(comparison):
+    runs = {
+        "base": {"DR": (10, 40), "CSR": (0, 7)},
+        "ft": {"DR": (8, 40), "CSR": (0, 7)},
+        "mgll": {"DR": (20, 40), "CSR": (1, 7)},
+    }
+    arms = {name: run_of_counts(counts) for name, counts in runs.items()}
+    grid = like_paper_pairs(compare_models({"LLaVA": arms, "Other": dict(reversed(arms.items()))}))
+    names = [row[0] for row in grid.rows if not row[0].startswith("  ")]
+    assert names == ["n", "chance", "LLaVA (base)", "+ ft", "+ mgll", "Other (mgll)", "+ ft", "+ base"]
+    assert grid.rows[6] == ["+ mgll", "50.0*", "14.3†°", "32.1 ↑19.6"]
+    assert grid.rows[-2] == ["+ base", "25.0*°", "0.0†°", "12.5 ↓19.6"]
+    assert any(note.startswith("mgll against ft: Average +22.1 [") for note in grid.notes)
+    assert r"32.1 $\uparrow$19.6" in as_latex(grid)
+    beside = like_paper_pairs(compare_models({"": arms}), published=load_published())
+    assert (
+        sum(row[0].startswith("published") for row in beside.rows) == 16
+    )  # no model of that name: all of them
+    assert next(row for row in beside.rows if row[0] == "published: + mgll")[1:] == ["82.55", "28.57", "–"]
+    assert any("over other diseases" in note for note in beside.notes)
+
+
+def test_the_long_table_has_every_figure_once(comparison):
+    grid = long_table({"m": comparison})
+    rows = [dict(zip(grid.columns, row, strict=True)) for row in grid.rows]
+    assert len(rows) == 3 * 4
+    dr = next(row for row in rows if (row["arm"], row["disease"]) == ("mgll", "DR"))
+    assert (dr["n"], dr["right"], dr["accuracy"], dr["gain"], dr["p"]) == (
+        "40",
+        "20",
+        "0.5",
+        "0.25",
+        "0.00195312",
+    )
+    assert float(dr["p_guess"]) == pytest.approx(binom.sf(19, 40, 0.25), rel=1e-5)
+    assert next(row for row in rows if row["disease"] == "macro")["gain"] == ""
+
+
+def test_replies_that_were_not_read_have_a_column(comparison):
+    run = run_of_counts({"DR": (10, 40), "CSR": (0, 7)})
+    rows = [
+        row.model_copy(update={"chosen": None, "probabilities": [0.0] * 4}) if row.id == "CSR-3" else row
+        for row in run.rows
+    ]
+    unread = type(run)(run.folder, run.record.model_copy(update={"mode": "generate"}), rows)
+    grid = by_disease(compare({"x": unread}))
+    assert column(grid, "unread") == {"DR": "0", "CSR": "1", "Average": "1", "All questions": "1"}
+    assert any("1 of 47 replies could not be read and count as wrong" in check for check in grid.checks)
+    assert not any("calibration" in check for check in grid.checks)
+    assert ["x: unread", "0", "1", "1"] in like_paper(compare({"x": unread})).rows
 
 
 def test_half_up_needs_decimal_arithmetic():
@@ -91,7 +156,7 @@ def test_a_table_worked_out_by_hand(comparison):
     assert column(grid, "chance")["Average"] == "25.0"
     base = column(grid, "base")
     assert base["DR"] == "25.0 [14.2, 40.2]"
-    assert base["CSR"] == "0.0 [0.0, 35.4]"
+    assert base["CSR"] == "0.0†° [0.0, 35.4]"
     assert base["Average"].startswith("12.5 ")  # (25 + 0) / 2, not 10 / 47
     assert base["All questions"].startswith("21.3 ")  # 10 / 47
     assert column(grid, "mgll")["Average"].startswith("32.1 ")  # (50 + 14.29) / 2
@@ -117,24 +182,28 @@ def test_the_layout_of_the_paper_has_the_average_last(comparison):
         "ft", "ft: 95% interval", "ft: gain", "ft: gain, 95% interval", "ft: p",
         "mgll", "mgll: 95% interval", "mgll: gain", "mgll: gain, 95% interval", "mgll: p",
     ]  # fmt: skip
-    assert grid.rows[9] == ["mgll", "50.0", "14.3", "32.1"]
+    assert grid.rows[9] == ["mgll", "50.0*", "14.3†°", "32.1"]
     assert any("CSR (7)" in note for note in grid.notes)
     assert any(note.startswith("base, all questions alike (micro): 21.3 ") for note in grid.notes)
 
 
 def test_every_format_shows_the_same_figures(comparison):
     grid = like_paper(comparison)
-    assert list(csv.reader(io.StringIO(as_csv(grid)))) == [grid.columns, *grid.rows]
+    assert list(csv.reader(io.StringIO(as_csv(grid)))) == [
+        grid.columns, *([cell.translate(UNMARKED) for cell in row] for row in grid.rows)
+    ]  # fmt: skip
+    assert not set("*†°") & set(as_csv(grid))
     markdown = as_markdown(grid).splitlines()
     assert markdown[2] == "|  | DR | CSR | Average |"
-    assert "| mgll | 50.0 | 14.3 | 32.1 |" in markdown
+    assert "| mgll | 50.0* | 14.3†° | 32.1 |" in markdown
     latex = as_latex(grid)
-    assert r"mgll & 50.0 & 14.3 & 32.1 \\" in latex
+    assert r"mgll & 50.0* & 14.3\textdagger{}$^\circ$ & 32.1 \\" in latex
     assert r"base: 95\% interval" in latex
     assert latex.count(r"\midrule") == 4
     terminal = as_text(by_disease(comparison))
-    assert "25.0 [14.2, 40.2]" in terminal
-    assert "0.0 [0.0, 35.4]" in terminal
+    assert "25.0° [14.2, 40.2]" in terminal
+    assert "0.0†° [0.0, 35.4]" in terminal
+    assert any(note.startswith("° Guessing reaches") for note in grid.notes)
 
 
 def test_a_narrow_terminal_gets_several_tables_and_whole_figures(comparison):

@@ -1,0 +1,1 @@
+"""Questions from and for other tools: their files in, ours out, and back."""

@@ -1,0 +1,103 @@
+"""Reading other tools' files row by row: TSV, CSV, JSON, JSON Lines, or a folder of JSON files."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mgll_encoder.common.errors import UserError
+
+
+class Row(NamedTuple):
+    """One row of a file, and where it stands, for errors."""
+
+    where: str
+    cells: dict[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows of a file, or of all JSON files of a folder in the order of their names.
+
+    Raises:
+        UserError: no such file, a suffix that is not known, or a file that is damaged; names file and row.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        if not files:
+            raise UserError(f"folder {path} holds no .json file: give the folder with the question files")
+        for file in files:
+            yield from _json(file)
+        return
+    if not path.is_file():
+        raise UserError(f"file {path} does not exist: check the path")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(
+            f"file {path} ends with '{path.suffix}', expected {', '.join(READERS)} (or a folder of .json files)"
+        )
+    yield from reader(path)
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: no such file, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"file {path} does not exist: check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"file {path} is not JSON: {error}") from None
+
+
+def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
+    def read(path: Path) -> Iterator[Row]:
+        csv.field_size_limit(sys.maxsize)  # a base64 image is one field
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as stream:
+                reader = csv.DictReader(stream, delimiter=separator, restval="", strict=True)
+                for number, cells in enumerate(reader, start=2):
+                    if None in cells:
+                        raise UserError(f"{path} row {number} has more fields than the header has columns")
+                    yield Row(f"{path} row {number}", cells)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(
+                f"{path} is not a UTF-8 table with '{separator!r}' between fields: {error}"
+            ) from None
+
+    return read
+
+
+def _json(path: Path) -> Iterator[Row]:
+    data = load_json(path)
+    if not (isinstance(data, list) and all(isinstance(entry, dict) for entry in data)):
+        raise UserError(f"file {path} must hold a list of objects, one per question")
+    for number, cells in enumerate(data, start=1):
+        yield Row(f"{path} entry {number}", cells)
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                cells = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON: {error.msg}") from None
+            if not isinstance(cells, dict):
+                raise UserError(f"{path} line {number} is not a JSON object")
+            yield Row(f"{path} line {number}", cells)
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    ".tsv": _separated("\t"),
+    ".csv": _separated(","),
+    ".json": _json,
+    ".jsonl": _json_lines,
+}
+"""File suffix to reader."""

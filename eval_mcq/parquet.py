@@ -1,0 +1,115 @@
+"""The bench as Parquet: the fields of the JSON Lines, the header as metadata, on wish the bytes of the images."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgll_encoder.common.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+SUFFIX = ".parquet"
+HEADER = b"eval_mcq_header"
+"""Key of the file's metadata that holds the header line."""
+
+EMBEDDED = "image_bytes"
+"""Column with the bytes of each image, in the order of the paths; not part of a question."""
+
+BATCH = 256
+"""Rows per row group: some 100 MB of photographs at most."""
+
+
+def _schema(header: str, embed: bool) -> "pyarrow.Schema":
+    import pyarrow as pa
+
+    text, texts = pa.string(), pa.list_(pa.string())
+    fields = {
+        "id": text, "images": texts, "question": text, "options": texts, "answer": text, "category": text,
+        "source": text, "patient": text, "tags": texts,
+    } | ({EMBEDDED: pa.list_(pa.binary())} if embed else {})  # fmt: skip
+    return pa.schema(list(fields.items()), metadata={HEADER: header.encode()})
+
+
+def write_rows(path: Path, header: str, rows: Iterable[Mapping[str, Any]], embed: bool = False) -> None:
+    """Write a bench, a row group at a time.
+
+    Args:
+        path: File to write.
+        header: The header line, JSON.
+        rows: Questions as plain data; with ``embed`` also their ``image_bytes``.
+        embed: Whether the file holds the images.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _schema(header, embed)
+    batch: list[Mapping[str, Any]] = []
+    with pq.ParquetWriter(path, schema) as writer:
+        for row in rows:
+            batch.append(row)
+            if len(batch) == BATCH:
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+                batch = []
+        if batch:
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+
+
+def parquet_lines(path: Path) -> list[str]:
+    """The lines that the same bench has as JSON Lines; embedded images are left where they are.
+
+    Raises:
+        UserError: no such file, no Parquet, or one that is not a bench.
+    """
+    with _opened(path) as file:
+        header = _header(path, file)
+        columns = [name for name in file.schema_arrow.names if name != EMBEDDED]
+        return [
+            header,
+            *(json.dumps(row) for part in file.iter_batches(columns=columns) for row in part.to_pylist()),
+        ]
+
+
+def embedded_images(path: Path) -> Iterator[list[bytes] | None]:
+    """The image bytes of each question in the order of the file, None where it holds none.
+
+    Raises:
+        UserError: as :func:`parquet_lines`.
+    """
+    with _opened(path) as file:
+        has = EMBEDDED in file.schema_arrow.names
+        for part in file.iter_batches(batch_size=BATCH, columns=[EMBEDDED] if has else ["id"]):
+            yield from part.column(EMBEDDED).to_pylist() if has else [None] * len(part)
+
+
+def has_embedded(path: Path) -> bool:
+    """Whether the file holds images.
+
+    Raises:
+        UserError: as :func:`parquet_lines`.
+    """
+    with _opened(path) as file:
+        return EMBEDDED in file.schema_arrow.names
+
+
+def _opened(path: Path) -> "pyarrow.parquet.ParquetFile":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise UserError(f"bench {path} does not exist or is not a file")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"bench {path} is not a Parquet file: {error}") from None
+
+
+def _header(path: Path, file: "pyarrow.parquet.ParquetFile") -> str:
+    metadata = file.schema_arrow.metadata or {}
+    if HEADER not in metadata:
+        raise UserError(
+            f"bench {path} has no header of eval-mcq: import it with eval-mcq import --format hf, naming its columns"
+        )
+    return str(metadata[HEADER].decode())
