@@ -98,6 +98,7 @@ class Writer:
         self._lock = threading.RLock()  # fast tokenizers cannot be borrowed twice at a time
         self._letter_ids: list[list[int]] = []
         self._lead: str | None = None
+        self._reads_text: bool | None = None  # whether the image part of the model reads the question, too
 
     def prompt(self, item: MCQItem, rotation: int = 0) -> str:
         """The text before the answer, chat template and image placeholders included."""
@@ -108,7 +109,9 @@ class Writer:
         with self._lock:
             return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def batch(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **kwargs: Any) -> dict[str, Any]:
+    def batch(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **kwargs: Any
+    ) -> dict[str, Any]:
         """What the processor makes of prompts and their images, padded."""
         with self._lock:
             made = self.processor(
@@ -121,7 +124,9 @@ class Writer:
             )
         return dict(made)
 
-    def prepare(self, asks: Sequence[Ask], images: list[Image.Image], continuations: Continuations) -> Prepared:
+    def prepare(
+        self, asks: Sequence[Ask], images: list[Image.Image], continuations: Continuations
+    ) -> Prepared:
         """Token ids of all questions on an image; the image itself is prepared once."""
         prompts = [self.prompt(ask.item, ask.rotation) for ask in asks]
         batch = self.batch(prompts[:1], [images])
@@ -131,6 +136,10 @@ class Writer:
         expanded = first[0].tolist()
         plain = [self._unexpanded(prompt) for prompt in prompts]
         spread = _spread(plain, expanded, self._placeholder())
+        inputs = {name: value for name, value in batch.items() if name not in per_token}
+        if self._reads_text is None and prompts[0] != prompts[-1]:
+            other = self.batch(prompts[-1:], [images])
+            self._reads_text = not all(_same(value, other[name]) for name, value in inputs.items())
         wanted = [continuations(self, ask, prompt) for ask, prompt in zip(asks, prompts, strict=True)]
         return Prepared(
             rows=[
@@ -138,10 +147,10 @@ class Writer:
                 for ask, prompt, tokens, of_ask in zip(asks, prompts, spread.rows, wanted, strict=True)
             ],
             images=images,
-            inputs={name: value for name, value in batch.items() if name not in per_token},
+            inputs=inputs,
             per_token={"input_ids": first, **per_token},
             image_end=spread.image_end,
-            sharable=spread.sharable,
+            sharable=spread.sharable and (len(prompts) == 1 or not self._reads_text),
         )
 
     def letter_ids(self, prompt: str, count: int) -> list[list[int]]:
@@ -236,7 +245,9 @@ def _spread(plain: list[list[int]], expanded: list[int], placeholder: int | None
     """
     first = plain[0]
     if first == expanded:  # one token per image
-        image_end = replaced = max((i + 1 for i, token in enumerate(first) if token == placeholder), default=0)
+        image_end = replaced = max(
+            (i + 1 for i, token in enumerate(first) if token == placeholder), default=0
+        )
     else:
         before = common_length([first, expanded])
         after = common_length([first[before:][::-1], expanded[before:][::-1]])
@@ -244,6 +255,10 @@ def _spread(plain: list[list[int]], expanded: list[int], placeholder: int | None
     sharable = replaced > 0 and all(row[:replaced] == first[:replaced] for row in plain)
     rows = [expanded[:image_end] + row[replaced:] if sharable else [] for row in plain]
     return _Spread(rows, image_end, sharable)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.is_tensor(one) and torch.is_tensor(other) and torch.equal(one, other)
 
 
 def _is_per_token(value: Any, ids: Tensor) -> bool:

@@ -13,7 +13,7 @@ with it, and the user is told.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,14 +67,18 @@ class Engine:
         way: The only way that may be taken, or ``auto``.
     """
 
-    def __init__(self, model: Any, writer: Writer, dtype: torch.dtype, way: Way | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self, model: Any, writer: Writer, dtype: torch.dtype, way: Way | Literal["auto"] = "auto"
+    ) -> None:
         self.model = model
         self.writer = writer
         self.dtype = dtype
         self.device = next(model.parameters()).device
-        self.trusted: dict[Way, bool] = {"plain": True} if way == "auto" else {
-            known: known in (way, "plain") for known in ("prefix", "tree", "plain")
-        }
+        self.trusted: dict[Way, bool] = (
+            {"plain": True}
+            if way == "auto"
+            else {known: known in (way, "plain") for known in ("prefix", "tree", "plain")}
+        )
         self._inner = getattr(model, "model", model)
         self._window = getattr(model.config.get_text_config(), "sliding_window", None)
 
@@ -98,10 +102,14 @@ class Engine:
 
     def _way(self, prepared: Prepared) -> Way:
         """The first way that shares something and that the model is known to take."""
-        longest = max((len(row.tokens) + max(map(len, row.continuations)) for row in prepared.rows), default=0)
+        longest = max(
+            (len(row.tokens) + max(map(len, row.continuations)) for row in prepared.rows), default=0
+        )
         if not prepared.sharable or (self._window and longest >= self._window):
             return "plain"
-        several = len({row.ask.item.id for row in prepared.rows}) > 1 and _common(prepared) >= prepared.image_end
+        several = (
+            len({row.ask.item.id for row in prepared.rows}) > 1 and _common(prepared) >= prepared.image_end
+        )
         for way in ("prefix", "tree") if several else ("tree",):
             if way not in self.trusted:
                 self.trusted[way] = self._agrees(way, prepared)
@@ -118,7 +126,9 @@ class Engine:
         except REFUSALS as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            note(f"This model cannot share {_SHARED[way]} between questions ({error}): each is put by itself.")
+            note(
+                f"This model cannot share {_SHARED[way]} between questions ({error}): each is put by itself."
+            )
             return False
         off = max(
             float((a - b).abs().max())
@@ -182,7 +192,9 @@ class Engine:
             trees, sources = [part.tree for part in some], [part.source for part in some]
             given = {
                 "input_ids": self._ids(trees),
-                "position_ids": self._positions([batch[i] for i in sources], trees, [lengths[i] for i in sources]),
+                "position_ids": self._positions(
+                    [batch[i] for i in sources], trees, [lengths[i] for i in sources]
+                ),
                 "attention_mask": self._mask(trees, [lengths[i] for i in sources], longest),
                 "past_key_values": _repeated(cache, torch.tensor(sources, device=self.device)),
                 "use_cache": True,
@@ -191,7 +203,11 @@ class Engine:
         return found
 
     def _read(
-        self, parts: Sequence[_Part], batch: Sequence[Prepared], given: Mapping[str, Any], found: list[list[Found]]
+        self,
+        parts: Sequence[_Part],
+        batch: Sequence[Prepared],
+        given: Mapping[str, Any],
+        found: list[list[Found]],
     ) -> None:
         """One forward pass; what the rows wanted goes into ``found``."""
         needed = [sorted({n for row in part.nodes for of in row for n in of}) for part in parts]
@@ -216,7 +232,11 @@ class Engine:
     @torch.inference_mode()
     def plain_rows(self, rows: Sequence[Row], images: Sequence[Any]) -> list[Found]:
         """Rows in one padded batch, each with images of its own; the reference for all that is shared."""
-        many = [(row, of_row, tail) for row, of_row in zip(rows, images, strict=True) for tail in row.continuations]
+        many = [
+            (row, of_row, tail)
+            for row, of_row in zip(rows, images, strict=True)
+            for tail in row.continuations
+        ]
         made = self.writer.batch([row.prompt for row, _, _ in many], [of_row for _, of_row, _ in many])
         batch = {name: self.moved(value) for name, value in made.items()}
         tails = [tail[:-1] for _, _, tail in many]
@@ -225,7 +245,9 @@ class Engine:
         positions = torch.arange(batch["input_ids"].shape[1], device=self.device)
         last = torch.where(batch["attention_mask"].bool(), positions, -1).amax(dim=1)
         most = max(map(len, tails)) + 1
-        back = torch.tensor([[max(len(tail) - i, 0) for i in range(most)] for tail in tails], device=self.device)
+        back = torch.tensor(
+            [[max(len(tail) - i, 0) for i in range(most)] for tail in tails], device=self.device
+        )
         with self._reading(last[:, None] - back):
             logits = self.model(**batch).logits
         lines = iter(logits)
@@ -255,7 +277,8 @@ class Engine:
 
     def _images(self, batch: Sequence[Prepared]) -> dict[str, Tensor]:
         return {
-            name: self.moved(torch.cat([prepared.inputs[name] for prepared in batch])) for name in batch[0].inputs
+            name: self.moved(torch.cat([prepared.inputs[name] for prepared in batch]))
+            for name in batch[0].inputs
         }
 
     def _ids(self, trees: Sequence[Tree]) -> Tensor:
@@ -303,6 +326,11 @@ class Engine:
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+
+def token_tree(prepared: Prepared) -> Tree:
+    """All questions on an image as one tree: what must be computed at least."""
+    return _part(0, prepared, 0, range(len(prepared.rows))).tree
 
 
 _SHARED: Mapping[Way, str] = {"prefix": "the keys and values of an image", "tree": "a forward pass"}
@@ -399,5 +427,3 @@ def _lengthened(batch: Mapping[str, Any], tails: Sequence[Sequence[int]]) -> dic
                 longer[i, : end + len(tail)] = 1
         lengthened[name] = longer
     return lengthened
-
-

@@ -79,9 +79,7 @@ def _score_texts(per_token: bool) -> Callable[[Ask, Found], Score]:
         sums = torch.stack([torch.cat(of_option).sum() for of_option in found])
         tokens = torch.tensor([len(of_option) for of_option in found])
         chosen_by = sums / tokens if per_token else sums
-        return Score(
-            chosen_by.softmax(dim=0).tolist(), log_likelihoods=sums.tolist(), tokens=tokens.tolist()
-        )
+        return Score(chosen_by.softmax(dim=0).tolist(), log_likelihoods=sums.tolist(), tokens=tokens.tolist())
 
     return score
 
@@ -105,6 +103,6 @@ def chosen_letter(score: Score) -> str | None:
     return None if score.choice is None else LETTERS[score.choice]
 
 
-def rounded(values: Sequence[float] | None, digits: int = 6) -> list[float] | None:
+def rounded(values: Sequence[float], digits: int = 6) -> list[float]:
     """Values as they are stored."""
-    return None if values is None else [round(value, digits) for value in values]
+    return [round(value, digits) for value in values]

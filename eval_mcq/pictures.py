@@ -25,7 +25,6 @@ def check_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
         UserError: an image is missing or cannot be decoded; names the question and the file.
     """
 
-
     def check(path: Path) -> str:
         open_image(path)
         return sha256(path)

@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -17,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from eval_mcq.prompt import shown_letters
 from eval_mcq.schema import LETTERS, parse
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import new_file
 
 RUN_FILE = "run.json"
 ANSWERS_FILE = "answers.jsonl"
@@ -389,25 +387,10 @@ def sort_answers(path: Path, order: Mapping[str, int]) -> None:
             rows.append((order[row["id"]], row["rotation"], stream.tell() - len(line)))
         if rows == sorted(rows):
             return
-        with replacing(path) as sorted_:
+        with new_file(path, force=True) as partial, partial.open("wb") as in_order:
             for _, _, start in sorted(rows):
                 stream.seek(start)
-                sorted_.write(stream.readline())
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file beside ``path`` that takes its place when the block ends without an error."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-        partial.chmod(0o644)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+                in_order.write(stream.readline())
 
 
 def letter_counts(answers: Iterable[ItemAnswer]) -> dict[str, tuple[int, int]]:

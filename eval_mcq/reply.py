@@ -22,8 +22,14 @@ _SAID = re.compile(
     r"(?i:\s*(?:option|choice|letter))?\s*[(\[]?(?<![A-Za-z])([A-Z])(?![\w'’])[)\]]?" + _END
 )
 _LISTED = re.compile(r"^\s*(?:,|/|&|\band\b|\bor\b)\s*[(\[]?[A-Z](?![\w'’])")
-_LEAD = re.compile(r"^.*(?:\b(?:is|are|shows?|with|suggests?|indicates?|depicts?|demonstrates?|of)\b|:)\s*", re.I | re.S)
-_NEGATION = re.compile(r"\b(?:not|no|without|neither|nor|never|or|rather|than|instead|unlikely|except|cannot|but)\b|n['’]t\b", re.I)
+_LEAD = re.compile(
+    r"^.*(?:\b(?:is|are|shows?|with|suggests?|indicates?|depicts?|demonstrates?|of)\b|:)\s*",
+    re.IGNORECASE | re.DOTALL,
+)
+_NEGATION = re.compile(
+    r"\b(?:not|no|without|neither|nor|never|or|rather|than|instead|unlikely|except|cannot|but)\b|n['’]t\b",
+    re.IGNORECASE,
+)
 _ARTICLE = re.compile(r"^(?:an?|the)\s+", re.I)
 
 
@@ -53,13 +59,16 @@ def parse_reply(reply: str, options: Sequence[str]) -> int | None:
 
 
 def _checked(match: re.Match[str], text: str, names: Sequence[str]) -> int | None:
-    """A letter's place, unless another letter or another option's name follows at once."""
+    """A letter's place, unless another letter, another option's name or the rest of a name follows at once."""
     after = text[match.end() :]
     if _LISTED.match(after):
         return None
     place = LETTERS.index(match[1])
-    follows = _exact(re.split(r"[\n]", after.lstrip(" .:)]-,"), maxsplit=1)[0], names)
-    return place if follows in (None, place) else None
+    line = re.split(r"\n", after.lstrip(" .:)]-,"), maxsplit=1)[0]
+    follows = [i for i, name in enumerate(names) if re.match(rf"{re.escape(name)}(?!\w)", _plain(line))]
+    if follows:
+        return place if place in follows else None
+    return None if match.re is _FIRST and line[:1].islower() else place
 
 
 def _at_the_end(text: str, names: Sequence[str]) -> int | None:

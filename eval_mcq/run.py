@@ -8,8 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eval_mcq.checks import QUICK, look
 from eval_mcq.fingerprint import code_version
-from eval_mcq.modes import Score, chosen_letter, prompt_version, rounded
+from eval_mcq.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
 from eval_mcq.pictures import check_images, hash_images
 from eval_mcq.plan import Group, Shard, asks_of, batches, groups
 from eval_mcq.progress import rate
@@ -29,6 +30,7 @@ from eval_mcq.records import (
 )
 from eval_mcq.schema import Bench, MCQItem
 from eval_mcq.summary import as_json, compare
+from mgll_encoder.common.cli import warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder, write_text
 from mgll_encoder.common.images import open_image
@@ -106,7 +108,7 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
 
 def run_bench(
     bench: Bench, load_scorer: Callable[[], "Scorer"], record: RunRecord, out: Path,
-    settings: Settings = Settings(),  # noqa: B008 - it is immutable
+    settings: Settings = Settings(),
 ) -> Run:  # fmt: skip
     """Answer the questions of a bench that ``out`` does not answer yet.
 
@@ -128,15 +130,24 @@ def run_bench(
     planned = _planned(bench, record, settings)
     places = {place for batch in planned for group in batch for place, _ in group.asks}
     done = set() if settings.force else _done(out, record, bench)
-    todo = [batch for batch in planned if any((bench.items[p].id, r) not in done for g in batch for p, r in g.asks)]
+    todo = [
+        batch
+        for batch in planned
+        if any((bench.items[p].id, r) not in done for g in batch for p, r in g.asks)
+    ]
     shown = {place for batch in todo for group in batch for place, _ in group.asks}
     digests = check_images(_first_use(bench, shown)) | hash_images(_first_use(bench, places - shown))
-    hashes = {bench.items[p].id: [digests[path] for path in bench.image_paths(bench.items[p])] for p in places}
+    hashes = {
+        bench.items[p].id: [digests[path] for path in bench.image_paths(bench.items[p])] for p in places
+    }
     if not settings.force:
         _check_unchanged(out, hashes)
     scorer = load_scorer() if todo else None
     if scorer:
         scorer.check_letters([bench.items[place] for place in sorted(shown)])
+        if record.mode in LIKELIHOODS and not done:
+            for warning in look(scorer, bench, QUICK).warnings:
+                warn(warning)
     if settings.force or not out.exists():
         example = scorer.prompt(bench.items[0]) if scorer else ""
         with new_folder(out, settings.force) as partial:
@@ -147,7 +158,7 @@ def run_bench(
         drop_unfinished_line(answers)
         total = sum(len(group.asks) for batch in todo for group in batch)
         with rate("Answering", total) as advance:
-            for batch, scores in _scored(bench, scorer, todo):
+            for batch, scores in scored(bench, scorer, todo):
                 rows = list(_rows(bench, batch, scores, hashes, record.fingerprint))
                 append_answers(answers, (row for row in rows if row.key not in done))
                 advance(len(rows))
@@ -163,6 +174,23 @@ def finish(out: Path, record: RunRecord) -> Run:
         figures = as_json(compare({Path(record.model).name: run}))
         write_text(out / SUMMARY_FILE, json.dumps(figures, indent=1) + "\n", force=True)
     return run
+
+
+def planned_rows(bench: Bench, record: RunRecord, settings: Settings, shards: int) -> list[int]:
+    """How many rows each of so many shards answers."""
+    all_groups = groups(bench.items, record.rotations)
+    return [
+        sum(
+            len(g.asks) for batch in batches(all_groups, settings.batch_size, Shard(i, shards)) for g in batch
+        )
+        for i in range(shards)
+    ]
+
+
+def answered(folder: Path) -> int:
+    """Number of whole rows in a run folder, 0 where there is none yet."""
+    path = folder / ANSWERS_FILE
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def drop_unfinished_line(path: Path) -> None:
@@ -200,7 +228,9 @@ def _done(out: Path, record: RunRecord, bench: Bench) -> set[Key]:
     done = set()
     for answer in read_answers(out / ANSWERS_FILE, record.fingerprint):
         if answer.id not in ids:
-            raise UserError(f"{out / ANSWERS_FILE} answers '{answer.id}', which is not in {bench.path}: start anew")
+            raise UserError(
+                f"{out / ANSWERS_FILE} answers '{answer.id}', which is not in {bench.path}: start anew"
+            )
         done.add(answer.key)
     return done
 
@@ -220,14 +250,15 @@ def _first_use(bench: Bench, places: set[int]) -> dict[Path, str]:
     return {path: item.id for item in items for path in bench.image_paths(item)}
 
 
-def _scored(
+def scored(
     bench: Bench, scorer: "Scorer", todo: Sequence[Sequence[Group]]
 ) -> Iterator[tuple[Sequence[Group], list[list[Score]]]]:
     """Scores batch by batch; the next ones are decoded and prepared meanwhile."""
 
     def prepare(batch: Sequence[Group]) -> "list[Prepared]":
         return [
-            scorer.prepare(asks_of(group, bench.items), _opened(bench, bench.items[group.first])) for group in batch
+            scorer.prepare(asks_of(group, bench.items), _opened(bench, bench.items[group.first]))
+            for group in batch
         ]
 
     with ThreadPoolExecutor(1) as worker:
@@ -269,7 +300,7 @@ def _rows(
                 probabilities=rounded(score.probabilities),
                 shown=ask.letters,
                 letter_mass=None if score.letter_mass is None else round(score.letter_mass, 6),
-                log_likelihoods=rounded(score.log_likelihoods, 4),
+                log_likelihoods=None if score.log_likelihoods is None else rounded(score.log_likelihoods, 4),
                 tokens=score.tokens,
                 reply=score.reply,
                 run=fingerprint,

@@ -85,12 +85,12 @@ class Scorer:
 
     def answer(self, batch: Sequence[Prepared]) -> list[list[Score]]:
         """Scores of all rows of all images; in halves where the memory does not suffice."""
-        if self._most_rows and len(batch) > 1 and sum(len(prepared.rows) for prepared in batch) > self._most_rows:
+        rows = sum(len(prepared.rows) for prepared in batch)
+        if rows > max(self._most_rows or rows, 1):
             return self._halves(batch)
         try:
             return self._answer(batch)
         except torch.OutOfMemoryError:
-            rows = sum(len(prepared.rows) for prepared in batch)
             if rows == 1:
                 raise
             self._most_rows = rows // 2

@@ -43,7 +43,7 @@ class Tree:
         return seen
 
 
-def common_length(sequences: Sequence[Sequence[int]]) -> int:
+def common_length(sequences: Sequence[list[int]]) -> int:
     """Length of the longest common beginning."""
     first, last = min(sequences), max(sequences)
     for i, (a, b) in enumerate(zip(first, last, strict=False)):

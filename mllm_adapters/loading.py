@@ -20,7 +20,11 @@ DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "depth", "per
 
 
 def load_mllm(
-    path: str | Path, *, dtype: Any = "auto", parts: Mapping[str, Path] | None = None
+    path: str | Path,
+    *,
+    dtype: Any = "auto",
+    parts: Mapping[str, Path] | None = None,
+    quantization: Any = None,
 ) -> tuple[Any, Any | None]:
     """Load a multimodal LLM and its processor.
 
@@ -30,6 +34,7 @@ def load_mllm(
         path: Checkpoint folder (or the one around it and its parts), hub id, or family name.
         dtype: Torch dtype of the weights, or ``auto`` for the checkpoint's own.
         parts: Where parts lie that are not found by themselves, name -> path (``--part``).
+        quantization: A quantisation of transformers' for checkpoints in its layout.
 
     Returns:
         The model in evaluation mode, and its processor (None where the checkpoint has no tokenizer).
@@ -41,7 +46,7 @@ def load_mllm(
     folder = checkpoint.folder
     if layout == "transformers":
         check_depths(checkpoint.config, len(checkpoint.tensors), f"{folder}/config.json")
-        model = _load(None, checkpoint.config, folder, dtype=dtype)
+        model = _load(None, checkpoint.config, folder, dtype=dtype, quantization_config=quantization)
         return model.eval(), load_processor(folder)
     plan = family.plan(checkpoint)
     state = {step.name: value for step, value in compute(plan, checkpoint, plan.steps)}

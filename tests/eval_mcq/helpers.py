@@ -63,9 +63,7 @@ def write_labels(folder: Path, rows: list[dict[str, str]]) -> Path:
 
 def scorer(folder: Path) -> Scorer:
     """The stock model and processor of a folder, ready to score."""
-    return Scorer(
-        AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    )
+    return Scorer(AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder))
 
 
 def run_of_counts(counts: dict[str, tuple[int, int]], bench: str = "b" * 64) -> Run:

@@ -85,12 +85,13 @@ def test_a_letter_written_with_a_space_counts_too(tiny_llava, questions):
         head = model.get_output_embeddings().weight
         head[-3:] = 0
         head[-3] = head[model_scorer.processor.tokenizer.convert_tokens_to_ids("A")]
-    model_scorer.score(items[1:2], images[1:2])
-    ids = model_scorer._ids_of_letters(model_scorer.prompt(items[1]), 3)
+    prompt = model_scorer.prompt(items[1])
+    ids = model_scorer.writer.letter_ids(prompt, 3)
     assert [len(of_letter) for of_letter in ids] == [2, 2, 2]
-    logits = model_scorer._answer_logits(
-        model_scorer.processor(text=[model_scorer.prompt(items[1])], images=images[1], return_tensors="pt")
-    )[0]
+    with torch.no_grad():
+        logits = model(**model_scorer.processor(text=[prompt], images=images[1], return_tensors="pt")).logits[
+            0, -1
+        ]
     by_hand = torch.stack([logits[of_letter].exp().sum() for of_letter in ids])
     after = model_scorer.score(items[1:2], images[1:2])[0]
     assert after.probabilities == pytest.approx((by_hand / by_hand.sum()).tolist(), abs=1e-5)
