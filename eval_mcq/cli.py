@@ -147,11 +147,12 @@ def run_command(
     done = answer(questions, lambda: how.scorer(mode, engine), record, folder, settings)
     if done is None:
         return
-    if not done.answers:
-        raise UserError(
-            f"run {folder} has no question answered in all {rotations} rotations yet: start it again"
+    if done.answers:
+        _show_table(
+            {"": {model.resolve().name: done}}, "rich", "auto", None, paper_rounding=False, force=False
         )
-    _show_table({"": {model.resolve().name: done}}, "rich", "auto", None, paper_rounding=False, force=False)
+    else:
+        note(f"{folder}: no question is answered in all rotations")
     if part.count > 1:
         stdout.print(
             f"Next, when all {part.count} shards are done: eval-mcq merge {folder} ... --out RUN",

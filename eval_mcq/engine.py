@@ -15,14 +15,14 @@ with it, and the user is told.
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from eval_mcq.asking import Prepared, Row, Writer
-from eval_mcq.tree import Tree, common_length
+from eval_mcq.parts import Part, by_item, common, fitting, part_of, pieces
+from eval_mcq.tree import Tree
 from mgll_encoder.common.cli import note
 
 Way = Literal["prefix", "tree", "plain"]
@@ -33,28 +33,11 @@ Found = list[list[Tensor]]
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 """How far log-probabilities may lie from those of the plain way, by the model's number format."""
 
+PLAIN_ROWS = 8
+"""Prompts of a padded batch where nothing can be shared."""
+
 REFUSALS = (ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError, RuntimeError)
 """How models say that they do not take a mask, a cache or positions of the caller's."""
-
-TOKENS = 8192
-"""Tokens of one forward pass, cache included, beyond which questions on one image are put in several."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some rows on one image as one tree below a common beginning.
-
-    Attributes:
-        source: Which image of the batch.
-        tree: What is computed, without the beginning.
-        rows: Which rows of the image.
-        nodes: For each of these rows, continuation and position: the node whose output is read; see `Row.wanted`.
-    """
-
-    source: int
-    tree: Tree
-    rows: list[int]
-    nodes: list[list[list[int]]]
 
 
 class Engine:
@@ -97,7 +80,7 @@ class Engine:
 
     def _run(self, way: Way, batch: Sequence[Prepared]) -> list[list[Found]]:
         if way == "plain":
-            return [self._plain(prepared) for prepared in batch]
+            return [self._plain(prepared, PLAIN_ROWS) for prepared in batch]
         return self._tree(batch) if way == "tree" else self._prefix(batch)
 
     def _way(self, prepared: Prepared) -> Way:
@@ -108,7 +91,7 @@ class Engine:
         if not prepared.sharable or (self._window and longest >= self._window):
             return "plain"
         several = (
-            len({row.ask.item.id for row in prepared.rows}) > 1 and _common(prepared) >= prepared.image_end
+            len({row.ask.item.id for row in prepared.rows}) > 1 and common(prepared) >= prepared.image_end
         )
         for way in ("prefix", "tree") if several else ("tree",):
             if way not in self.trusted:
@@ -132,7 +115,7 @@ class Engine:
             return False
         off = max(
             float((a - b).abs().max())
-            for mine, theirs in zip(ours, self._plain(few), strict=True)
+            for mine, theirs in zip(ours, self._plain(few, 1), strict=True)
             for of_mine, of_theirs in zip(mine, theirs, strict=True)
             for a, b in zip(of_mine, of_theirs, strict=True)
         )
@@ -147,12 +130,12 @@ class Engine:
     def _tree(self, batch: Sequence[Prepared]) -> list[list[Found]]:
         """One forward pass for all images; images with too many questions are seen several times."""
         parts = [
-            _part(source, prepared, 0, some)
+            part_of(source, prepared, 0, some)
             for source, prepared in enumerate(batch)
-            for some in _pieces(prepared, range(len(prepared.rows)))
+            for some in pieces(prepared, range(len(prepared.rows)))
         ]
         found: list[list[Found]] = [[[] for _ in prepared.rows] for prepared in batch]
-        for some_parts in _fitting(parts, 0):
+        for some_parts in fitting(parts, 0):
             trees = [part.tree for part in some_parts]
             sources = [batch[part.source] for part in some_parts]
             given = {
@@ -167,7 +150,7 @@ class Engine:
 
     def _prefix(self, batch: Sequence[Prepared]) -> list[list[Found]]:
         """One forward pass for the beginnings of all images, then some for what follows, one tree per question."""
-        lengths = [_common(prepared) for prepared in batch]
+        lengths = [common(prepared) for prepared in batch]
         chains = [Tree() for _ in batch]
         for chain, prepared, length in zip(chains, batch, lengths, strict=True):
             chain.add(prepared.rows[0].tokens[:length])
@@ -182,13 +165,13 @@ class Engine:
                 use_cache=True,
             ).past_key_values
         parts = [
-            _part(source, prepared, lengths[source], rows)
+            part_of(source, prepared, lengths[source], rows)
             for source, prepared in enumerate(batch)
-            for of_item in _by_item(prepared)
-            for rows in _pieces(prepared, of_item)
+            for of_item in by_item(prepared)
+            for rows in pieces(prepared, of_item)
         ]
         found: list[list[Found]] = [[[] for _ in prepared.rows] for prepared in batch]
-        for some in _fitting(parts, longest):
+        for some in fitting(parts, longest):
             trees, sources = [part.tree for part in some], [part.source for part in some]
             given = {
                 "input_ids": self._ids(trees),
@@ -204,7 +187,7 @@ class Engine:
 
     def _read(
         self,
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         batch: Sequence[Prepared],
         given: Mapping[str, Any],
         found: list[list[Found]],
@@ -225,21 +208,20 @@ class Engine:
                     for of, wanted in zip(of_row, row.wanted, strict=True)
                 ]
 
-    def _plain(self, prepared: Prepared) -> list[Found]:
-        """Each prompt with each continuation by itself, as the processor writes it."""
-        return [self.plain_rows([row], [prepared.images])[0] for row in prepared.rows]
-
-    @torch.inference_mode()
-    def plain_rows(self, rows: Sequence[Row], images: Sequence[Any]) -> list[Found]:
-        """Rows in one padded batch, each with images of its own; the reference for all that is shared."""
-        many = [
-            (row, of_row, tail)
-            for row, of_row in zip(rows, images, strict=True)
-            for tail in row.continuations
+    def _plain(self, prepared: Prepared, rows: int) -> list[Found]:
+        """Prompts as the processor writes them, so many at a time; one at a time it is the reference for the rest."""
+        return [
+            found
+            for start in range(0, len(prepared.rows), rows)
+            for found in self._padded(prepared.rows[start : start + rows], prepared.images)
         ]
-        made = self.writer.batch([row.prompt for row, _, _ in many], [of_row for _, of_row, _ in many])
+
+    def _padded(self, rows: Sequence[Row], images: Sequence[Any]) -> list[Found]:
+        """Rows in one padded batch, each with its images and each continuation by itself."""
+        many = [(row, tail) for row in rows for tail in row.continuations]
+        made = self.writer.batch([row.prompt for row, _ in many], [images] * len(many))
         batch = {name: self.moved(value) for name, value in made.items()}
-        tails = [tail[:-1] for _, _, tail in many]
+        tails = [tail[:-1] for _, tail in many]
         if any(tails):
             batch = _lengthened(batch, tails)
         positions = torch.arange(batch["input_ids"].shape[1], device=self.device)
@@ -328,68 +310,7 @@ class Engine:
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
 
-def token_tree(prepared: Prepared) -> Tree:
-    """All questions on an image as one tree: what must be computed at least."""
-    return _part(0, prepared, 0, range(len(prepared.rows))).tree
-
-
 _SHARED: Mapping[Way, str] = {"prefix": "the keys and values of an image", "tree": "a forward pass"}
-
-
-def _common(prepared: Prepared) -> int:
-    """Length of what all rows begin with, less what a row must keep for itself."""
-    sequences = [row.tokens for row in prepared.rows]
-    return min(common_length(sequences), *(len(tokens) - 1 for tokens in sequences))
-
-
-def _part(source: int, prepared: Prepared, start: int, rows: Sequence[int]) -> _Part:
-    tree, nodes = Tree(), []
-    for number in rows:
-        row = prepared.rows[number]
-        end = tree.add(row.tokens[start:])
-        of_row = []
-        for tail in row.continuations:
-            path = [end]
-            for token in tail[:-1]:
-                path.append(tree.add([token], path[-1]))
-            of_row.append(path)
-        nodes.append(of_row)
-    return _Part(source, tree, list(rows), nodes)
-
-
-def _by_item(prepared: Prepared) -> list[list[int]]:
-    of_item: dict[str, list[int]] = {}
-    for number, row in enumerate(prepared.rows):
-        of_item.setdefault(row.ask.item.id, []).append(number)
-    return list(of_item.values())
-
-
-def _pieces(prepared: Prepared, rows: Sequence[int]) -> list[list[int]]:
-    """Rows of one image in as few trees as fit."""
-    pieces: list[list[int]] = [[]]
-    tokens = 0
-    for number in rows:
-        row = prepared.rows[number]
-        size = len(row.tokens) - prepared.image_end + sum(map(len, row.continuations))
-        if pieces[-1] and tokens + size > TOKENS // 4:
-            pieces.append([])
-            tokens = 0
-        pieces[-1].append(number)
-        tokens += size
-    return pieces
-
-
-def _fitting(parts: Sequence[_Part], before: int) -> Iterator[list[_Part]]:
-    """Parts in as few forward passes as fit, those of like size together."""
-    chosen: list[_Part] = []
-    widest = 0
-    for part in sorted(parts, key=lambda part: -len(part.tree)):
-        widest = max(widest, len(part.tree) + before)
-        if chosen and widest * (len(chosen) + 1) > TOKENS:
-            yield chosen
-            chosen, widest = [], len(part.tree) + before
-        chosen.append(part)
-    yield chosen
 
 
 def _alike(batch: Sequence[Prepared]) -> list[list[int]]:

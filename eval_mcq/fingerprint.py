@@ -11,7 +11,7 @@ from mgll_encoder.common.files import sha256
 MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".txt")
 """Files of a model folder that its answers depend on."""
 
-SCORING = ("asking", "engine", "modes", "prompt", "reply", "score", "tree")
+SCORING = ("asking", "engine", "modes", "parts", "prompt", "reply", "score", "tree")
 """Modules of this package whose code decides what is asked and how it is scored."""
 
 
@@ -36,5 +36,7 @@ def code_version() -> str:
     A build of torch for another device counts as the same.
     """
     here = Path(__file__).parent
-    code = hashlib.sha256(b"".join((here / f"{module}.py").read_bytes() for module in SCORING)).hexdigest()
+    models = sorted((here.parent / "mllm_adapters" / "modeling").glob("*.py"))
+    files = [*(here / f"{module}.py" for module in SCORING), *models]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return f"{code[:12]}, torch {version('torch').split('+')[0]}, transformers {version('transformers')}"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval_mcq.answers_file import sort_answers
 from eval_mcq.prompt import rotations_of
 from eval_mcq.records import (
     ANSWERS_FILE,
@@ -13,7 +14,6 @@ from eval_mcq.records import (
     load_run,
     read_answers,
     read_record,
-    sort_answers,
 )
 from eval_mcq.run import finish
 from eval_mcq.schema import Bench, load_bench

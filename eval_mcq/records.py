@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any, Final, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from eval_mcq.answers_file import whole_lines
 from eval_mcq.prompt import shown_letters
 from eval_mcq.schema import LETTERS, parse
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import new_file
 
 RUN_FILE = "run.json"
 ANSWERS_FILE = "answers.jsonl"
@@ -348,49 +348,6 @@ def read_answers(path: Path, fingerprint: str | None = None) -> Iterator[Answer]
             )
         seen.add(answer.key)
         yield answer
-
-
-def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of an answers file with their numbers, without what a killed run left of its last line.
-
-    Raises:
-        UserError: the file is not UTF-8 text.
-    """
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                if line.endswith("\n"):
-                    yield number, line[:-1]
-        except UnicodeDecodeError as error:
-            raise UserError(f"answers file {path} is not UTF-8 text (byte {error.start})") from None
-
-
-def append_answers(path: Path, answers: Iterable[Answer]) -> None:
-    """Add answers and hand them to the operating system, so that a killed process loses none."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write("".join(answer.line() for answer in answers))
-
-
-def sort_answers(path: Path, order: Mapping[str, int]) -> None:
-    """Put the rows of an answers file in the order of the bench, rotations of a question together.
-
-    Args:
-        path: The file; replaced whole or not at all.
-        order: Question id to place in the bench.
-    """
-    rows: list[tuple[int, int, int]] = []
-    with path.open("rb") as stream:
-        while line := stream.readline():
-            row = json.loads(line)
-            rows.append((order[row["id"]], row["rotation"], stream.tell() - len(line)))
-        if rows == sorted(rows):
-            return
-        with new_file(path, force=True) as partial, partial.open("wb") as in_order:
-            for _, _, start in sorted(rows):
-                stream.seek(start)
-                in_order.write(stream.readline())
 
 
 def letter_counts(answers: Iterable[ItemAnswer]) -> dict[str, tuple[int, int]]:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eval_mcq.answers_file import append_answers, drop_unfinished_line, sort_answers
 from eval_mcq.checks import QUICK, look
 from eval_mcq.fingerprint import code_version
 from eval_mcq.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
@@ -22,11 +23,8 @@ from eval_mcq.records import (
     Answer,
     Run,
     RunRecord,
-    append_answers,
-    load_run,
     read_answers,
     read_record,
-    sort_answers,
 )
 from eval_mcq.schema import Bench, MCQItem
 from eval_mcq.summary import as_json, compare
@@ -154,6 +152,7 @@ def run_bench(
             text = record.model_copy(update={"example": example}).model_dump_json(indent=1)
             write_text(partial / RUN_FILE, text + "\n")
     answers = out / ANSWERS_FILE
+    answers.touch()
     if scorer:
         drop_unfinished_line(answers)
         total = sum(len(group.asks) for batch in todo for group in batch)
@@ -168,8 +167,8 @@ def run_bench(
 
 
 def finish(out: Path, record: RunRecord) -> Run:
-    """Read the run back and write its figures."""
-    run = load_run(out)
+    """Read the answers back and write their figures; a shard that no question falls to has none."""
+    run = Run(out, record, list(read_answers(out / ANSWERS_FILE, record.fingerprint)))
     if run.answers:
         figures = as_json(compare({Path(record.model).name: run}))
         write_text(out / SUMMARY_FILE, json.dumps(figures, indent=1) + "\n", force=True)
@@ -191,23 +190,6 @@ def answered(folder: Path) -> int:
     """Number of whole rows in a run folder, 0 where there is none yet."""
     path = folder / ANSWERS_FILE
     return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def drop_unfinished_line(path: Path) -> None:
-    """Cut off what a killed run left of its last line, so that appending stays sound."""
-    if not path.is_file():
-        return
-    with path.open("rb+") as stream:
-        size = stream.seek(0, 2)
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            stream.seek(start)
-            if (newline := stream.read(end - start).rfind(b"\n")) >= 0:
-                stream.truncate(start + newline + 1)
-                return
-            end = start
-        stream.truncate(0)
 
 
 def _planned(bench: Bench, record: RunRecord, settings: Settings) -> list[list[Group]]:

@@ -1,4 +1,4 @@
-"""Half of eval_mcq.py that runs in an environment with lmms-eval: answers one list of questions per line of stdin.
+"""Half of mcq.py that runs in an environment with lmms-eval: answers one list of questions per line of stdin.
 
 Started by that script. A line is a JSON list of [image file, user's turn]; the reply is a JSON object with the seconds
 that the adapter took and what the model wrote.
@@ -42,9 +42,10 @@ def main() -> None:
             )
             for number, (_, text) in enumerate(asked)
         ]
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         texts = adapter.generate_until(requests)
-        replies.write(json.dumps({"seconds": time.perf_counter() - start, "replies": texts}) + "\n")
+        spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        replies.write(json.dumps({**spent, "replies": texts}) + "\n")
         replies.flush()
 
 

@@ -29,6 +29,25 @@ SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "
 
 
 @dataclass
+class Spent:
+    """Seconds of one turn."""
+
+    wall: float
+    cpu: float
+
+
+class Watch:
+    """Reads both clocks."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def spent(self) -> Spent:
+        """Since it was made."""
+        return Spent(time.perf_counter() - self._wall, time.process_time() - self._cpu)
+
+
+@dataclass
 class Case:
     """So many questions on each of so many images, in so many rotations."""
 
@@ -67,7 +86,7 @@ def bench(
 ) -> None:
     """Measure.
 
-    Example: python scripts/bench/eval_mcq.py --model smol-llava --bench test.jsonl --lmms-python lmms/bin/python
+    Example: python scripts/bench/mcq.py --model smol-llava --bench test.jsonl --lmms-python lmms/bin/python
     """
     from rich.console import Console
     from rich.table import Table
@@ -90,7 +109,8 @@ def bench(
                     figures.append({"images": images, "per_image": per_image, "rotations": count, **row})
                     table.add_row(
                         f"{images} x {per_image}", str(count), row["name"], f"{row['speed']:.2f}",
-                        f"{row['slowest']:.2f}-{row['fastest']:.2f}", f"{row['ratio']:.2f}x", row["same"],
+                        f"{row['slowest']:.2f}-{row['fastest']:.2f}", f"{row['wall_ratio']:.2f}x",
+                        f"{row['cpu_ratio']:.2f}x", row["same"],
                     )  # fmt: skip
                 table.add_section()
         contenders.close()
@@ -125,6 +145,8 @@ class _Contenders:
         from mllm_adapters import load_mllm
 
         self.bench, self.new_tokens = bench, new_tokens
+        self.model: Any
+        self.processor: Any
         self.model, self.processor = load_mllm(folder, dtype=torch.float32)
         self.scorer = Scorer(self.model, self.processor)
         self.worker = (
@@ -134,7 +156,7 @@ class _Contenders:
     def measure(self, case: Case, repeats: int) -> Iterator[dict[str, Any]]:
         """Times of all contenders, in turns."""
         bench = _asked(self.bench, case)
-        runs: dict[str, Callable[[], tuple[float, list[int | None]]]] = {
+        runs: dict[str, Callable[[], tuple[Spent, list[int | None]]]] = {
             "eval-mcq": lambda: self._ours(bench, case),
             "generate, one by one": lambda: self._generate(bench, case),
             "limit (linear layers alone)": lambda: self._limit(bench, case),
@@ -142,22 +164,23 @@ class _Contenders:
         if self.worker:
             runs["lmms-eval llava_hf"] = lambda: self._lmms(bench, case)
         self._ours(bench, case)  # the first time ways are tried
-        times: dict[str, list[float]] = {name: [] for name in runs}
+        times: dict[str, list[Spent]] = {name: [] for name in runs}
         letters: dict[str, list[int | None]] = {}
         for _ in range(repeats):
             for name, run in runs.items():
-                seconds, letters[name] = run()
-                times[name].append(seconds)
-        ours = statistics.median(times["eval-mcq"])
-        for name, seconds in times.items():
+                spent, letters[name] = run()
+                times[name].append(spent)
+        ours = times["eval-mcq"]
+        for name, spent in times.items():
             pairs = [(a, b) for a, b in zip(letters["eval-mcq"], letters[name], strict=True) if b is not None]
-            same = (
-                f"{sum(a == b for a, b in pairs)}/{len(pairs)}" if letters[name] != [None] * case.rows else ""
-            )
-            middle = statistics.median(seconds)
+            walls = [one.wall for one in spent]
             yield {
-                "name": name, "seconds": middle, "speed": case.rows / middle, "slowest": case.rows / max(seconds),
-                "fastest": case.rows / min(seconds), "ratio": middle / ours, "same": same,
+                "name": name, "wall": _middle(spent, "wall"), "cpu": _middle(spent, "cpu"),
+                "speed": case.rows / _middle(spent, "wall"),
+                "slowest": case.rows / max(walls), "fastest": case.rows / min(walls),
+                "wall_ratio": _middle(spent, "wall") / _middle(ours, "wall"),
+                "cpu_ratio": _middle(spent, "cpu") / _middle(ours, "cpu"),
+                "same": f"{sum(a == b for a, b in pairs)}/{len(pairs)}" if pairs else "",
             }  # fmt: skip
 
     def close(self) -> None:
@@ -167,25 +190,25 @@ class _Contenders:
             self.worker.stdin.close()
             self.worker.wait()
 
-    def _ours(self, bench: "Bench", case: Case) -> tuple[float, list[int | None]]:
+    def _ours(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
         from eval_mcq.run import ROWS, scored
 
-        start = time.perf_counter()
+        watch = Watch()
         found = [
             score.choice
             for _, scores in scored(bench, self.scorer, _batches(bench, case, ROWS))
             for of_group in scores
             for score in of_group
         ]
-        return time.perf_counter() - start, found
+        return watch.spent(), found
 
-    def _generate(self, bench: "Bench", case: Case) -> tuple[float, list[int | None]]:
+    def _generate(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
         import torch
 
         from eval_mcq.plan import asks_of
         from mgll_encoder.common.images import open_image
 
-        start, found = time.perf_counter(), []
+        watch, found = Watch(), []
         for group in _groups(bench, case):
             for ask in asks_of(group, bench.items):
                 images = [open_image(path) for path in bench.image_paths(ask.item)]
@@ -199,9 +222,9 @@ class _Contenders:
                     written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True
                 )
                 found.append(_read(reply, ask))
-        return time.perf_counter() - start, found
+        return watch.spent(), found
 
-    def _lmms(self, bench: "Bench", case: Case) -> tuple[float, list[int | None]]:
+    def _lmms(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
         from eval_mcq.plan import asks_of
         from eval_mcq.prompt import render
 
@@ -213,21 +236,23 @@ class _Contenders:
         self.worker.stdin.write(json.dumps(lines) + "\n")
         self.worker.stdin.flush()
         made = json.loads(self.worker.stdout.readline())
-        return made["seconds"], [_read(reply, ask) for reply, ask in zip(made["replies"], asks, strict=True)]
+        return Spent(made["wall"], made["cpu"]), [
+            _read(reply, ask) for reply, ask in zip(made["replies"], asks, strict=True)
+        ]
 
-    def _limit(self, bench: "Bench", case: Case) -> tuple[float, list[int | None]]:
+    def _limit(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
         """Linear layers on the tokens that must be computed: tower once per image, each beginning of a text once."""
         import torch
         from torch import nn
         from torch.nn.functional import linear
 
-        from eval_mcq.engine import token_tree
+        from eval_mcq.parts import token_tree
         from eval_mcq.plan import asks_of
         from mgll_encoder.common.images import open_image
 
         config, head = self.model.config.vision_config, self.model.get_output_embeddings()
         patches = (config.image_size // config.patch_size) ** 2
-        seconds = 0.0
+        spent = Spent(0.0, 0.0)
         for batch in _batches(bench, case, 32):
             tokens, rows = 0, 0
             for group in batch:
@@ -240,10 +265,15 @@ class _Contenders:
                     count = rows if layer is head else patches * len(batch) if image_part else tokens
                     given = torch.randn(count, layer.in_features)
                     with torch.inference_mode():
-                        start = time.perf_counter()
+                        watch = Watch()
                         linear(given, layer.weight)
-                        seconds += time.perf_counter() - start
-        return seconds, [None] * case.rows
+                        one = watch.spent()
+                    spent = Spent(spent.wall + one.wall, spent.cpu + one.cpu)
+        return spent, [None] * case.rows
+
+
+def _middle(spent: list[Spent], clock: str) -> float:
+    return statistics.median(getattr(one, clock) for one in spent)
 
 
 def _asked(bench: "Bench", case: Case) -> "Bench":
