@@ -150,7 +150,9 @@ class Writer:
             inputs=inputs,
             per_token={"input_ids": first, **per_token},
             image_end=spread.image_end,
-            sharable=spread.sharable and (len(prompts) == 1 or not self._reads_text),
+            sharable=spread.sharable
+            and all(map(torch.is_tensor, inputs.values()))
+            and (len(prompts) == 1 or not self._reads_text),
         )
 
     def letter_ids(self, prompt: str, count: int) -> list[list[int]]:

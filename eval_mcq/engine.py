@@ -140,7 +140,7 @@ class Engine:
             sources = [batch[part.source] for part in some_parts]
             given = {
                 **self._images(sources),
-                "input_ids": self._ids(trees),
+                "input_ids": self._ids(trees, batch),
                 "position_ids": self._positions(sources, trees, [0] * len(trees)),
                 "attention_mask": self._mask(trees, None, 0),
                 "use_cache": False,
@@ -159,7 +159,7 @@ class Engine:
         with self._reading(torch.zeros(len(batch), 1, dtype=torch.long)):
             cache = self.model(
                 **self._images(batch),
-                input_ids=self._ids(chains),
+                input_ids=self._ids(chains, batch),
                 position_ids=self._positions(batch, chains, [0] * len(batch)),
                 attention_mask=mask.long().to(self.device),
                 use_cache=True,
@@ -174,7 +174,7 @@ class Engine:
         for some in fitting(parts, longest):
             trees, sources = [part.tree for part in some], [part.source for part in some]
             given = {
-                "input_ids": self._ids(trees),
+                "input_ids": self._ids(trees, batch),
                 "position_ids": self._positions(
                     [batch[i] for i in sources], trees, [lengths[i] for i in sources]
                 ),
@@ -263,10 +263,10 @@ class Engine:
             for name in batch[0].inputs
         }
 
-    def _ids(self, trees: Sequence[Tree]) -> Tensor:
-        """Ids, padded on the right with each tree's last token: nothing reads what stands there."""
-        longest = max(map(len, trees))
-        rows = [tree.tokens + tree.tokens[-1:] * (longest - len(tree)) for tree in trees]
+    def _ids(self, trees: Sequence[Tree], batch: Sequence[Prepared]) -> Tensor:
+        """Ids, padded on the right with a token of text: nothing reads what stands there."""
+        longest, padding = max(map(len, trees)), batch[0].rows[0].tokens[-1]
+        rows = [tree.tokens + [padding] * (longest - len(tree)) for tree in trees]
         return torch.tensor(rows, device=self.device)
 
     def _mask(self, trees: Sequence[Tree], before: Sequence[int] | None, longest: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Scoring modes: what is wanted of a model after a prompt, and how an option is chosen from it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from eval_mcq.asking import Ask, Continuations, Writer
 from eval_mcq.prompt import PROMPTS, Mode
 from eval_mcq.reply import PARSER_VERSION
 from eval_mcq.schema import LETTERS
+from mgll_encoder.common.errors import UserError
 
 Found = list[list[torch.Tensor]]
 
@@ -54,7 +56,8 @@ class Likelihood:
 
 def _want_letters(writer: Writer, ask: Ask, prompt: str) -> tuple[list[list[int]], list[list[list[int]]]]:
     """All tokens of all offered letters, letter by letter, right after the prompt."""
-    ids = writer.letter_ids(prompt, len(ask.item.options))
+    with _naming(ask):
+        ids = writer.letter_ids(prompt, len(ask.item.options))
     return [[]], [[[token for of_letter in ids[: len(ask.item.options)] for token in of_letter]]]
 
 
@@ -70,7 +73,8 @@ def _score_letters(ask: Ask, found: Found) -> Score:
 
 def _want_texts(writer: Writer, ask: Ask, prompt: str) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Each token of each option's text."""
-    tails = [writer.continuation(prompt, text) for text in ask.item.options]
+    with _naming(ask):
+        tails = [writer.continuation(prompt, text) for text in ask.item.options]
     return tails, [[[token] for token in tail] for tail in tails]
 
 
@@ -82,6 +86,15 @@ def _score_texts(per_token: bool) -> Callable[[Ask, Found], Score]:
         return Score(chosen_by.softmax(dim=0).tolist(), log_likelihoods=sums.tolist(), tokens=tokens.tolist())
 
     return score
+
+
+@contextmanager
+def _naming(ask: Ask) -> Iterator[None]:
+    """Say in an error which question it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"question '{ask.item.id}': {error}") from None
 
 
 LIKELIHOODS: Mapping[Mode, Likelihood] = {

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 ROWS = 32
 """Rows of a batch where nothing else is asked for."""
 
-AHEAD = 2
-"""Batches that are decoded and prepared while the model works on one."""
+AHEAD = 1
+"""Batches that are decoded and prepared while the model works on one; their pictures are held in full."""
 
 Key = tuple[str, int]
 
@@ -142,7 +142,7 @@ def run_bench(
         _check_unchanged(out, hashes)
     scorer = load_scorer() if todo else None
     if scorer:
-        scorer.check_letters([bench.items[place] for place in sorted(shown)])
+        _check_options(scorer, bench, shown)
         if record.mode in LIKELIHOODS and not done:
             for warning in look(scorer, bench, QUICK).warnings:
                 warn(warning)
@@ -224,6 +224,13 @@ def _check_unchanged(out: Path, hashes: dict[str, list[str]]) -> None:
                 f"run {out}: an image of question '{answer.id}' has changed since it was answered; "
                 "start anew with --force"
             )
+
+
+def _check_options(scorer: "Scorer", bench: Bench, shown: set[int]) -> None:
+    try:
+        scorer.check_options([bench.items[place] for place in sorted(shown)])
+    except UserError as error:
+        raise UserError(f"bench {bench.path}: {error}") from None
 
 
 def _first_use(bench: Bench, places: set[int]) -> dict[Path, str]:

@@ -62,19 +62,16 @@ class Scorer:
         """The text before the answer, chat template and image placeholders included."""
         return self.writer.prompt(item, rotation)
 
-    def check_letters(self, items: Sequence[MCQItem]) -> None:
-        """See to it, before any question is put, that every option letter can be scored.
+    def check_options(self, items: Sequence[MCQItem]) -> None:
+        """See to it, before any question is put, that the options of the one with the most can be scored.
 
         Raises:
-            UserError: an option letter is not a single token for this tokenizer; names the question.
+            UserError: an option letter is not a single token for this tokenizer, or an option's text cannot be told
+                from the prompt; names the question.
         """
-        if self.mode != "letters":
-            return
-        widest = max(items, key=lambda item: len(item.options))
-        try:
-            self.writer.letter_ids(self.prompt(widest), len(widest.options))
-        except UserError as error:
-            raise UserError(f"question '{widest.id}': {error}") from None
+        if self.mode in LIKELIHOODS:
+            widest = Ask(max(items, key=lambda item: len(item.options)))
+            LIKELIHOODS[self.mode].continuations(self.writer, widest, self.prompt(widest.item))
 
     def prepare(self, asks: Sequence[Ask], images: list[Image.Image]) -> Prepared:
         """Everything but the model's part, for questions on the same images; may run in another thread."""

@@ -2,6 +2,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from tokenizers import normalizers
@@ -155,6 +157,16 @@ def test_shards_merge_to_the_bytes_of_the_whole(put, tmp_path):
     assert files(tmp_path / "merged") == files(tmp_path / "whole")
 
 
+def test_more_shards_than_images_leave_some_with_nothing_to_do(put, tmp_path):
+    few = load_bench(small_bench(tmp_path / "few", n=2))
+    put("whole", bench=few)
+    for i in range(3):
+        run = put(f"s{i}", bench=few, shard=Shard(i, 3))
+        assert len(run.rows) == (1, 1, 0)[i]
+    merge([tmp_path / f"s{i}" for i in range(3)], tmp_path / "merged")
+    assert files(tmp_path / "merged") == files(tmp_path / "whole")
+
+
 def test_merge_refuses_what_is_missing_twice_or_foreign_and_writes_nothing(put, tmp_path, bench):
     settings = {"rotations": 2, "batch_size": 4}
     for i in range(3):
@@ -299,3 +311,18 @@ def test_the_fingerprint_follows_the_weights_and_not_the_readme(tiny_llava, tmp_
     assert model_fingerprint(copy) != before
     with pytest.raises(UserError, match=r"has no config\.json"):
         model_fingerprint(tmp_path)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_each_process_a_part_and_one_run(tiny_llava, bench, tmp_path):
+    call = [
+        "run", "--model", tiny_llava, "--bench", bench.path, "--rotations", 2, "--out", tmp_path / "launched",
+    ]  # fmt: skip
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "eval_mcq.cli"]
+    subprocess.run([sys.executable, "-m", *map(str, [*launch, *call])], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "eval_mcq.cli", *map(str, call[:-1]), str(tmp_path / "alone")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    assert files(tmp_path / "launched") == files(tmp_path / "alone")
+    assert not (tmp_path / "launched.shards").exists()

@@ -154,7 +154,7 @@ def test_eval_mcq_can_put_questions_to_it(which: str, stock: Path, swapped: Simp
         )
         for i in range(2)
     ]
-    scorer.check_letters(items)
+    scorer.check_options(items)
     images = [[Image.new("RGB", (50, 40), colour)] for colour in ((200, 80, 40), (0, 90, 250))]
     together = scorer.score(items, images)
     for item, image, score in zip(items, images, together, strict=True):
