@@ -20,7 +20,10 @@ def main() -> None:
     from lmms_eval.api.instance import Instance
     from lmms_eval.models.simple.llava_hf import LlavaHf
 
-    adapter = LlavaHf(pretrained=model, device="cpu", dtype="float32", chat_template=template)
+    # Its default device_map, an empty string, is refused by transformers 5.
+    adapter = LlavaHf(
+        pretrained=model, device="cpu", device_map="cpu", dtype="float32", chat_template=template
+    )
     replies.write("ready\n")
     replies.flush()
     for line in sys.stdin:

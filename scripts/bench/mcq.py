@@ -106,6 +106,7 @@ def bench(
             for count in map(int, rotations.split(",")):
                 case = Case(images, per_image, count)
                 for row in contenders.measure(case, repeats):
+                    console.print(f"{shape}, {count} rotations: {row}", highlight=False)
                     figures.append({"images": images, "per_image": per_image, "rotations": count, **row})
                     table.add_row(
                         f"{images} x {per_image}", str(count), row["name"], f"{row['speed']:.2f}",
@@ -171,15 +172,15 @@ class _Contenders:
                 spent, letters[name] = run()
                 times[name].append(spent)
         ours = times["eval-mcq"]
-        for name, spent in times.items():
+        for name, turns in times.items():
             pairs = [(a, b) for a, b in zip(letters["eval-mcq"], letters[name], strict=True) if b is not None]
-            walls = [one.wall for one in spent]
+            walls = [one.wall for one in turns]
             yield {
-                "name": name, "wall": _middle(spent, "wall"), "cpu": _middle(spent, "cpu"),
-                "speed": case.rows / _middle(spent, "wall"),
+                "name": name, "wall": _middle(turns, "wall"), "cpu": _middle(turns, "cpu"),
+                "speed": case.rows / _middle(turns, "wall"),
                 "slowest": case.rows / max(walls), "fastest": case.rows / min(walls),
-                "wall_ratio": _middle(spent, "wall") / _middle(ours, "wall"),
-                "cpu_ratio": _middle(spent, "cpu") / _middle(ours, "cpu"),
+                "wall_ratio": _middle(turns, "wall") / _middle(ours, "wall"),
+                "cpu_ratio": _middle(turns, "cpu") / _middle(ours, "cpu"),
                 "same": f"{sum(a == b for a, b in pairs)}/{len(pairs)}" if pairs else "",
             }  # fmt: skip
 
