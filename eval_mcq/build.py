@@ -3,8 +3,8 @@
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import check_columns, read_table
+from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
 
 Split = Literal["train", "test", "all"]
 
@@ -30,9 +31,11 @@ class LabelTable:
     Attributes:
         path: CSV file with a header line.
         image: Column with the image path below the image folder.
-        labels: Column with the labels, separated by ``;``.
+        labels: Column with the labels, separated by ``;``; or several columns of 0 and 1 with commas between, each
+            the label of its name.
         patient: Column with the patient or source id; without it every image is a patient of its own.
         source: Column with the name of the data set.
+        layout: Published layout of the file instead of these columns, or ``generic``.
     """
 
     path: Path
@@ -40,6 +43,23 @@ class LabelTable:
     labels: str = "labels"
     patient: str | None = None
     source: str | None = None
+    layout: str = GENERIC
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How distractors and positions are drawn.
+
+    Attributes:
+        seed: Of distractors and positions (not of the split).
+        hard: Prefer distractors from the groups of confusable diseases that the preset lists.
+        min_negatives: A disease is refused if fewer images do not have it: its name would be the answer
+            whenever it is offered.
+    """
+
+    seed: int = 0
+    hard: bool = False
+    min_negatives: int = 5
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,7 @@ class BuildReport:
 
     Attributes:
         questions: Per disease.
+        negatives: Images asked that do not have the disease, per disease.
         patients: Per disease.
         positions: How often each position holds the true option.
         unasked: Labels outside the preset, with their number of rows.
@@ -64,6 +85,7 @@ class BuildReport:
     """
 
     questions: Counter[str] = field(default_factory=Counter)
+    negatives: Counter[str] = field(default_factory=Counter)
     patients: Counter[str] = field(default_factory=Counter)
     positions: Counter[int] = field(default_factory=Counter)
     unasked: Counter[str] = field(default_factory=Counter)
@@ -77,6 +99,7 @@ class _Row:
     labels: frozenset[str]
     patient: str
     source: str
+    words: str
     columns: dict[str, str]
 
 
@@ -98,7 +121,7 @@ def build(
     bench: Path,
     preset: Preset,
     split: SplitRule | None = None,
-    seed: int = 0,
+    draw: Draw | None = None,
 ) -> tuple[BenchHeader, list[MCQItem], BuildReport]:
     """Make questions from labels. Nothing is written.
 
@@ -112,30 +135,33 @@ def build(
         bench: Where the bench file will lie; image paths are written relative to its folder.
         preset: Diseases, question and options.
         split: Which patients to ask; all by default.
-        seed: Draws distractors and positions (not the split).
+        draw: How distractors and positions are drawn.
 
     Raises:
         UserError: the file or a column is missing, a label looks like a misspelt disease, an image is listed
-            twice, missing or unreadable, a disease has no image or too few distractors.
+            twice, missing or unreadable, a disease has no image, too few distractors or too few negatives.
     """
-    split = split or SplitRule()
+    split, draw = split or SplitRule(), draw or Draw()
+    if draw.hard and not any(len(group) > 1 for group in preset.confusable):
+        raise UserError(f"preset '{preset.name}' lists no confusable diseases: leave --hard-distractors out")
     if not images.is_dir():
         raise UserError(f"image folder {images} does not exist or is not a folder: check --images")
     rows = _read(table, [*preset.where, *(column for d in preset.diseases for column in d.where or {})])
-    report = BuildReport(unasked=_check_labels(table.path, rows, preset))
+    report = BuildReport(unasked=_check_labels(table, rows, preset))
     report.without_patient = sum(not row.patient for row in rows) if table.patient else 0
     asked = [
         r for r in rows if split.side in ("all", assign_split(_patient(r), test=split.test, seed=split.seed))
     ]
     drafts = [
-        draft for disease in preset.diseases for draft in _drafts(asked, disease, preset, split, table, seed)
+        draft for disease in preset.diseases for draft in _drafts(asked, disease, preset, split, table, draw)
     ]
-    positions = _deal_positions(drafts, seed)
+    report.negatives = _negatives(asked, preset, table, draw)
+    positions = _deal_positions(drafts, draw.seed)
 
     folder = bench.resolve().parent
     items = []
-    order = {row.number: place for place, row in enumerate(rows)}
-    for draft in sorted(drafts, key=lambda d: order[d.row.number]):
+    order = {row.image: place for place, row in enumerate(rows)}
+    for draft in sorted(drafts, key=lambda d: order[d.row.image]):
         position = positions[draft.id]
         options = [*draft.others[:position], draft.true, *draft.others[position:]]
         path = Path(os.path.relpath((images / draft.row.image).resolve(), folder))
@@ -152,7 +178,10 @@ def build(
     report.patients = Counter(category for category, _ in {(i.category, i.cluster) for i in items})
     built = {
         "preset": preset.name,
-        "seed": seed,
+        "preset_version": preset.version,
+        "options": preset.options,
+        "hard_distractors": draw.hard,
+        "seed": draw.seed,
         "split": split.side,
         "test_share": split.test,
         "split_seed": split.seed,
@@ -164,17 +193,24 @@ def build(
 
 
 def _read(table: LabelTable, filters: Iterable[str]) -> list[_Row]:
-    records, found = read_table(table.path, "--labels")
-    wanted = {
-        "--image-column": table.image, "--labels-column": table.labels,
-        "--patient-column": table.patient, "--source-column": table.source,
-    }  # fmt: skip
-    check_columns(table.path, found, [*wanted.items(), *(("the preset's 'where'", name) for name in filters)])
+    plain_records, found = read_table(table.path, "--labels")
+    records = list(enumerate(plain_records, start=2))
+    if table.layout != GENERIC:
+        records = as_generic(table.layout, table.path, found, records)
+        table = replace(table, image=IMAGE, labels=LABELS, patient=PATIENT, source=SOURCE)
+        found = [IMAGE, LABELS, PATIENT, SOURCE]
+    label_columns = [name.strip() for name in table.labels.split(",")]
+    wanted = [
+        ("--image-column", table.image), *(("--labels-column", name) for name in label_columns),
+        ("--patient-column", table.patient), ("--source-column", table.source),
+        *(("the preset's 'where'", name) for name in filters),
+    ]  # fmt: skip
+    check_columns(table.path, found, wanted)
     if not records:
         raise UserError(f"label file {table.path} has a header but no rows")
     rows: list[_Row] = []
     first: dict[str, int] = {}
-    for number, record in enumerate(records, start=2):
+    for number, record in records:
         image = record[table.image].strip()
         if not image:
             raise UserError(f"label file {table.path} row {number}: column '{table.image}' is blank")
@@ -184,14 +220,26 @@ def _read(table: LabelTable, filters: Iterable[str]) -> list[_Row]:
                 "put all its labels in one row, separated by ';'"
             )
         first[image] = number
-        labels = frozenset(plain(label) for label in record[table.labels].split(";") if label.strip())
+        labels = _labels(record, label_columns, table.path, number)
         patient = record[table.patient].strip() if table.patient else ""
         source = record[table.source].strip() if table.source else ""
-        rows.append(_Row(number, image, labels, patient, source, record))
+        words = plain(record.get(KEYWORDS, ""))
+        rows.append(_Row(number, image, labels, patient, source, words, record))
     return rows
 
 
-def _check_labels(path: Path, rows: list[_Row], preset: Preset) -> Counter[str]:
+def _labels(record: dict[str, str], columns: Sequence[str], path: Path, number: int) -> frozenset[str]:
+    if len(columns) == 1:
+        return frozenset(plain(label) for label in record[columns[0]].split(";") if label.strip())
+    for column in columns:
+        if record[column].strip() not in ("0", "1"):
+            raise UserError(
+                f"label file {path} row {number}: column '{column}' is '{record[column]}', expected 0 or 1"
+            )
+    return frozenset(plain(column) for column in columns if record[column].strip() == "1")
+
+
+def _check_labels(table: LabelTable, rows: list[_Row], preset: Preset) -> Counter[str]:
     """Count the labels that are outside the preset; a near miss of one inside it is a mistake."""
     known = {plain(label) for disease in preset.diseases for label in disease.labels}
     passed = known | {plain(label) for label in preset.other_labels}
@@ -200,13 +248,14 @@ def _check_labels(path: Path, rows: list[_Row], preset: Preset) -> Counter[str]:
         for label in sorted(row.labels - known):
             unasked[label] += 1
             if (
-                unasked[label] == 1
+                table.layout == GENERIC  # a published layout has labels of its own, not typed ones
+                and unasked[label] == 1
                 and label not in passed
                 and get_close_matches(label, known, 1, TYPO_CUTOFF)
             ):
                 error = unknown_name("disease", label, known)
                 raise UserError(
-                    f"label file {path} row {row.number}: {error} (if it is right, a preset must list it)"
+                    f"label file {table.path} row {row.number}: {error} (if it is right, a preset must list it)"
                 )
     return unasked
 
@@ -215,20 +264,44 @@ def _patient(row: _Row) -> str:
     return row.patient or row.image
 
 
-def _drafts(
-    rows: list[_Row], disease: Disease, preset: Preset, split: SplitRule, table: LabelTable, seed: int
-) -> list[_Draft]:
+def _asked_for(rows: Sequence[_Row], disease: Disease, preset: Preset) -> list[_Row]:
     where = preset.where if disease.where is None else disease.where
-    here = [row for row in rows if all(row.columns[column] == value for column, value in where.items())]
+    return [row for row in rows if all(row.columns[column] == value for column, value in where.items())]
+
+
+def _negatives(rows: Sequence[_Row], preset: Preset, table: LabelTable, draw: Draw) -> Counter[str]:
+    """Images without each disease, among those that are asked about it.
+
+    Raises:
+        UserError: there are too few.
+    """
+    negatives: Counter[str] = Counter()
+    for disease in preset.diseases:
+        here = _asked_for(rows, disease, preset)
+        negatives[disease.name] = sum(not disease.is_true_of(set(row.labels)) for row in here)
+        if not disease.choices and negatives[disease.name] < draw.min_negatives:
+            raise UserError(
+                f"disease '{disease.name}' is absent from {negatives[disease.name]} of the {len(here)} images of "
+                f"{table.path}, at least {draw.min_negatives} must not have it: add images, leave it out with "
+                "--diseases, or lower --min-negatives"
+            )
+    return negatives
+
+
+def _drafts(
+    rows: list[_Row], disease: Disease, preset: Preset, split: SplitRule, table: LabelTable, draw: Draw
+) -> list[_Draft]:
+    here = _asked_for(rows, disease, preset)
     if disease.choices:
-        drafts = _choice_drafts(here, disease, seed)
+        drafts = _choice_drafts(here, disease, draw.seed)
         missing = {choice.text for choice in disease.choices} - {draft.true for draft in drafts}
     else:
         drafts = [
-            _label_draft(row, disease, preset, seed) for row in here if disease.is_true_of(set(row.labels))
+            _label_draft(row, disease, preset, draw) for row in here if disease.is_true_of(set(row.labels))
         ]
         missing = set() if drafts else {disease.option}
     if missing:
+        where = preset.where if disease.where is None else disease.where
         among = f" where {', '.join(f'{c}={v}' for c, v in where.items())}" if where else ""
         raise UserError(
             f"disease '{disease.name}' has no image labelled '{min(missing)}' among the {len(here)} rows "
@@ -237,12 +310,14 @@ def _drafts(
     return drafts
 
 
-def _label_draft(row: _Row, disease: Disease, preset: Preset, seed: int) -> _Draft:
+def _label_draft(row: _Row, disease: Disease, preset: Preset, draw: Draw) -> _Draft:
     pool = [
-        other.option
+        other
         for other in preset.diseases
         if not other.choices  # asked within its own source only
         and not other.is_true_of(set(row.labels))
+        and not other.is_left_open_by(set(row.labels))
+        and not (row.words and other.is_mentioned_in(row.words))  # suspected is not absent
         and other.name not in disease.not_against
         and disease.name not in other.not_against
     ]
@@ -252,7 +327,12 @@ def _label_draft(row: _Row, disease: Disease, preset: Preset, seed: int) -> _Dra
             f"{preset.options} options need {preset.options - 1}: ask for fewer with --options, or for more diseases"
         )
     draft = _Draft(row, disease, disease.option, [])
-    return _Draft(row, disease, disease.option, _random(seed, draft.id).sample(pool, preset.options - 1))
+    chosen = _random(draw.seed, draft.id).sample(pool, len(pool) if draw.hard else preset.options - 1)
+    if draw.hard:
+        near = preset.confused_with(disease)
+        chosen = sorted(chosen, key=lambda other: other.name not in near)[: preset.options - 1]
+        _random(draw.seed, f"hard:{draft.id}").shuffle(chosen)  # the near ones do not always stand first
+    return replace(draft, others=[other.option for other in chosen])
 
 
 def _choice_drafts(rows: list[_Row], disease: Disease, seed: int) -> list[_Draft]:

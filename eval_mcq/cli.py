@@ -56,7 +56,12 @@ def build(
         int | None, typer.Option(help="Options per question; the preset's if not given.", min=2, max=26)
     ] = None,
     image_column: Annotated[str, typer.Option(help="Column with the image path.")] = "file",
-    labels_column: Annotated[str, typer.Option(help="Column with the labels, separated by ';'.")] = "labels",
+    labels_column: Annotated[
+        str,
+        typer.Option(
+            help="Column with the labels, separated by ';'; or 0/1 columns of that name: DR,AMD,CSR."
+        ),
+    ] = "labels",
     patient_column: Annotated[
         str | None,
         typer.Option(help="Column with the patient id; where blank, the image is its own patient."),
@@ -68,13 +73,28 @@ def build(
         int, typer.Option(help="Seed of the split, apart from --seed: test stays test.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of distractors and positions.")] = 0,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Published layout of the label file (rfmid, odir) or generic; the preset's if not given."
+        ),
+    ] = None,
+    hard_distractors: Annotated[
+        bool,
+        typer.Option(
+            "--hard-distractors", help="Prefer diseases that are easily confused with the true one."
+        ),
+    ] = False,
+    min_negatives: Annotated[
+        int, typer.Option(help="Refuse a disease that fewer images do not have.", min=1)
+    ] = 5,
     force: Force = False,
 ) -> None:
     """Make questions from a table of labels.
 
     Example: eval-mcq build --labels labels.csv --images photos --patient-column patient --split test --out b.jsonl
     """
-    from eval_mcq.build import LabelTable, SplitRule
+    from eval_mcq.build import Draw, LabelTable, SplitRule
     from eval_mcq.build import build as build_bench
     from eval_mcq.preset import load_preset
     from eval_mcq.schema import write_bench
@@ -85,12 +105,19 @@ def build(
         chosen = chosen.only([name.strip() for name in diseases.split(",")])
     if options is not None:
         chosen = chosen.model_copy(update={"options": options})
-    table = LabelTable(labels, image_column, labels_column, patient_column, source_column)
-    header, items, report = build_bench(
-        table, images, out, chosen, SplitRule(split, test_share, split_seed), seed
+    table = LabelTable(
+        labels, image_column, labels_column, patient_column, source_column, layout or chosen.layout
     )
+    if table.layout != "generic" and table != LabelTable(labels, layout=table.layout):
+        raise UserError(
+            f"layout '{table.layout}' says itself what the columns are: leave the --*-column options out"
+        )
+    header, items, report = build_bench(
+        table, images, out, chosen, SplitRule(split, test_share, split_seed),
+        Draw(seed, hard_distractors, min_negatives),
+    )  # fmt: skip
     write_bench(out, header, items, force)
-    if split != "all" and patient_column is None:
+    if split != "all" and not any(item.patient for item in items):
         warn("without --patient-column the split is by image: a patient's eyes may fall on different sides")
     _show_report(report, header.categories, out)
 
@@ -277,11 +304,12 @@ def _show_report(report: "BuildReport", categories: list[str], out: Path) -> Non
     from eval_mcq.schema import LETTERS
     from eval_mcq.tables import SMALL
 
-    counts = Table("Disease", "questions", "patients", title=str(out), title_justify="left")
+    counts = Table("Disease", "questions", "patients", "images without", title=str(out), title_justify="left")
     for category in categories:
-        counts.add_row(category, str(report.questions[category]), str(report.patients[category]))
+        of = (report.questions, report.patients, report.negatives)
+        counts.add_row(category, *(str(counter[category]) for counter in of))
     counts.add_section()
-    counts.add_row("all", str(report.questions.total()), "")
+    counts.add_row("all", str(report.questions.total()), "", "")
     stdout.print(counts)
     positions = ", ".join(f"{LETTERS[i]} {n}" for i, n in sorted(report.positions.items()))
     stdout.print(f"true option: {positions}", highlight=False)

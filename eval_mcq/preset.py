@@ -1,5 +1,6 @@
 """Presets: which diseases a bench asks for, under which names, from which labels. Data files, not code."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eval_mcq.schema import Text, parse
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.data.fundus_layouts import GENERIC, layouts
 
 FOLDER = Path(__file__).parent / "presets"
 
@@ -45,6 +47,8 @@ class Disease(BaseModel):
         labels: Spellings of the label in label files, compared without case.
         not_against: Names of diseases that never stand as distractors for this one, nor this one for them:
             what one implies, or what label files commonly leave unsaid (a cataract is a media opacity).
+        left_open_by: Labels of an image that leave open whether it has this disease too: there it is not offered as
+            wrong (a chorioretinitis is not labelled retinitis, but "retinitis" is no wrong answer).
         where: Column values that a row must have to be asked for this disease; replaces the preset's.
         choices: Options of its own instead of the names of other diseases; at most one may be true of an
             image. Such a disease is not offered as a distractor for others.
@@ -59,6 +63,7 @@ class Disease(BaseModel):
     option: Text
     labels: list[Text] = Field(min_length=1)
     not_against: list[Text] = []
+    left_open_by: list[Text] = []
     where: dict[str, str] | None = None
     choices: list[Choice] = []
     question: str = ""
@@ -76,18 +81,29 @@ class Disease(BaseModel):
         """Whether an image with these (plain) labels has the disease."""
         return any(plain(label) in labels for label in self.labels)
 
+    def is_left_open_by(self, labels: set[str]) -> bool:
+        """Whether (plain) labels of an image forbid to call this disease absent."""
+        return any(plain(label) in labels for label in self.left_open_by)
+
+    def is_mentioned_in(self, words: str) -> bool:
+        """Whether the annotators' (plain) words name the disease, be it as a mere suspicion."""
+        return any(re.search(rf"\b{re.escape(plain(name))}\b", words) for name in [self.option, *self.labels])
+
 
 class Preset(BaseModel):
     """A set of diseases with the question that is asked about them.
 
     Attributes:
         name: What ``--preset`` calls it; also the name of the bench.
+        version: Raised whenever a word of the question, an option or a rule changes; recorded in the bench.
         about: Where it comes from and what to mind, for the reader.
         question: The question of every item.
         options: Number of options per question.
         where: Column values that a row of the label file must have.
         diseases: In the order of the table.
         other_labels: Labels of such files that are not asked about, exempt from the check for misspellings.
+        layout: Published layout of the label file (`mgll_encoder.data.fundus_layouts`), or ``generic``.
+        confusable: Groups of diseases that are easily taken for each other: hard distractors.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,6 +115,9 @@ class Preset(BaseModel):
     where: dict[str, str] = {}
     diseases: list[Disease] = Field(min_length=2)
     other_labels: list[Text] = []
+    version: int = 1
+    layout: str = GENERIC
+    confusable: list[list[Text]] = []
 
     @model_validator(mode="after")
     def _names_fit(self) -> "Preset":
@@ -108,6 +127,12 @@ class Preset(BaseModel):
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
             raise ValueError(f"two diseases are called '{twice[0]}'")
+        for group in self.confusable:
+            for name in group:
+                if name not in names:
+                    raise ValueError(f"confusable has '{name}', which is no disease of the preset")
+        if self.layout != GENERIC and self.layout not in layouts():
+            raise ValueError(f"layout '{self.layout}' is none of {', '.join([GENERIC, *layouts()])}")
         for disease in self.diseases:
             for other in disease.not_against:
                 if other not in names:
@@ -115,6 +140,10 @@ class Preset(BaseModel):
                         f"'{disease.name}' is not_against '{other}', which is no disease of the preset"
                     )
         return self
+
+    def confused_with(self, disease: Disease) -> set[str]:
+        """Names of the diseases that stand in a group of confusable ones with this one."""
+        return {name for group in self.confusable if disease.name in group for name in group} - {disease.name}
 
     def only(self, names: list[str]) -> "Preset":
         """The preset with some of its diseases, still in its own order.
@@ -143,6 +172,7 @@ class Preset(BaseModel):
                     for d in kept
                 ],
                 "other_labels": [*self.other_labels, *(label for d in dropped for label in d.labels)],
+                "confusable": [[name for name in group if name in left] for group in self.confusable],
             }
         )
 

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +112,20 @@ def import_questions(
     found: list[tuple[RawQuestion, MCQItem]] = []
     with PictureFolder(bench.with_name(f"{bench.stem}_images"), force) as pictures:
         taken: dict[str, list[str]] = {}
-        waiting: list[tuple[RawQuestion, str]] = []
+        waiting: dict[int, str] = {}  # place in `found` to the index of the row that has the images
         for raw in chosen.read(source):
             if isinstance(raw.images[0], Same):
-                waiting.append((raw, raw.images[0].index))
-                found.append((raw, _item(raw, ["?"], bench)))
-                continue
-            images = [_place(image, raw, source, bench, pictures) for image in raw.images]
-            if raw.index is not None:
-                taken[raw.index] = images
-            found.append((raw, _item(raw, images, bench)))
-        borrowed = {id(raw): _borrow(raw, index, taken) for raw, index in waiting}
-        found = [
-            (raw, item.model_copy(update={"images": borrowed[id(raw)]}) if id(raw) in borrowed else item)
-            for raw, item in found
-        ]
+                waiting[len(found)] = raw.images[0].index
+                images = ["(another row's)"]
+            else:
+                images = [_place(image, raw, source, bench, pictures) for image in raw.images]
+                if raw.index is not None:
+                    taken[raw.index] = images
+            item = _item(raw, images, bench)
+            found.append((replace(raw, images=[]), item))  # a file may hold more pictures than memory does
+        for place, index in waiting.items():
+            raw, item = found[place]
+            found[place] = raw, item.model_copy(update={"images": _borrow(raw, index, taken)})
         items = chosen.finish(found)
         _check(items, found, source, bench, pictures.kept)
         report = ImportReport(

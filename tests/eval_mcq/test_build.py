@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from eval_mcq.build import LabelTable, SplitRule, build
+from eval_mcq.build import Draw, LabelTable, SplitRule, build
 from eval_mcq.preset import load_preset, preset_names
 from eval_mcq.schema import bench_text, load_bench
 from mgll_encoder.common.errors import UserError
@@ -29,12 +29,12 @@ def labels_of_all_ten(copies: int = 5) -> list[dict[str, str]]:
 def build_from(tmp_path, rows, preset="fundus10", split=None, seed=0, **columns):
     table = LabelTable(write_labels(tmp_path, rows), patient="patient", **columns)
     chosen = load_preset(preset) if isinstance(preset, str) else preset
-    return build(table, tmp_path / "photos", tmp_path / "bench.jsonl", chosen, split, seed)
+    return build(table, tmp_path / "photos", tmp_path / "bench.jsonl", chosen, split, Draw(seed))
 
 
 def test_the_default_preset_is_the_table_of_the_paper():
     assert [disease.name for disease in load_preset("fundus10").diseases] == PAPER_ORDER
-    assert preset_names() == ["fundus-real", "fundus10"]
+    assert preset_names() == ["fundus-real", "fundus10", "odir", "rfmid"]
 
 
 def test_every_image_becomes_a_question_with_one_true_option(tmp_path):

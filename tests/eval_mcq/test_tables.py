@@ -155,10 +155,10 @@ def test_a_table_worked_out_by_hand(comparison):
     assert column(grid, "n") == {"DR": "40", "CSR": "7", "Average": "47", "All questions": "47"}
     assert column(grid, "chance")["Average"] == "25.0"
     base = column(grid, "base")
-    assert base["DR"] == "25.0 [14.2, 40.2]"
+    assert base["DR"] == "25.0° [14.2, 40.2]"
     assert base["CSR"] == "0.0†° [0.0, 35.4]"
     assert base["Average"].startswith("12.5 ")  # (25 + 0) / 2, not 10 / 47
-    assert base["All questions"].startswith("21.3 ")  # 10 / 47
+    assert base["All questions"].startswith("21.3° ")  # 10 / 47
     assert column(grid, "mgll")["Average"].startswith("32.1 ")  # (50 + 14.29) / 2
     assert column(grid, "gain of mgll")["DR"].startswith("+25.0 ")
     assert column(grid, "gain of mgll")["Average"].startswith("+19.6 ")
