@@ -120,6 +120,7 @@ def answer(
         UserError: see `run_bench`; or processes were launched although a shard was named.
     """
     from eval_mcq.plan import Shard
+    from eval_mcq.records import load_run
     from eval_mcq.run import check_resumable, run_bench
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -130,6 +131,8 @@ def answer(
             "--shard and --limit are for a process on its own: leave them out under accelerate launch"
         )
     check_resumable(out, record, settings.force)
+    if out.exists() and not settings.force and (whole := load_run(out)).complete:
+        return whole if rank == 0 else None
     folders = [out.with_name(f"{out.name}.shards") / f"{i}-of-{world}" for i in range(world)]
     shard = Shard(rank, world)
     own = record.model_copy(update={"shard": shard.name})
