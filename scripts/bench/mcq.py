@@ -98,8 +98,9 @@ def bench(
         folder = _variant(model, size, image_size, Path(work) / "model")
         contenders = _Contenders(folder, load_bench(questions), new_tokens, lmms_python)
         table = Table(
-            "questions", "rotations", "contender", "questions/s", "min-max", "eval-mcq is", "same letters"
-        )
+            "images x questions", "rotations", "contender", "rows/s", "min-max", "time / ours", "cpu time / ours",
+            "same letters",
+        )  # fmt: skip
         figures = []
         for shape in cases.split(","):
             images, per_image = map(int, shape.split("x"))
@@ -124,10 +125,9 @@ def bench(
             if f["name"] == "eval-mcq" and (f["images"], f["per_image"]) == (images, per_image)
         ]
         if len(ours) > 1:
-            cost = ours[-1]["seconds"] / ours[0]["seconds"]
-            console.print(
-                f"{shape}: {ours[-1]['rotations']} rotations cost {cost:.2f}x of {ours[0]['rotations']}"
-            )
+            wall, cpu = (ours[-1][clock] / ours[0][clock] for clock in ("wall", "cpu"))
+            many, few = ours[-1]["rotations"], ours[0]["rotations"]
+            console.print(f"{shape}: {many} rotations cost {wall:.2f}x of {few} (cpu time {cpu:.2f}x)")
     if lmms_python is None:
         console.print("lmms-eval: left out (no --lmms-python)")
     if out:
