@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from eval_mcq.cli_items import COMMANDS, Force, Format, FormatOption, OutFile
+from eval_mcq.cli_items import COMMANDS as ITEM_COMMANDS
+from eval_mcq.cli_items import Force, Format, FormatOption, OutFile
+from eval_mcq.cli_run import COMMANDS as RUN_COMMANDS
+from eval_mcq.cli_run import DeviceOption, DtypeOption, FourBit, ModeName, WayName, answer, loading
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, write_text
 
 if TYPE_CHECKING:
-    import torch
-
     from eval_mcq.build import BuildReport
     from eval_mcq.records import Run
-    from eval_mcq.score import LetterScorer
 
 app = new_app(
     "Measure a multimodal LLM disease by disease: build questions from labels, run them, compare models.\n\n"
@@ -23,7 +23,6 @@ app = new_app(
 )
 
 Layout = Literal["auto", "diseases", "paper", "long"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 LayoutOption = Annotated[
     Layout,
@@ -130,37 +129,63 @@ def run_command(
     out: Annotated[
         Path | None, typer.Option(help="Run folder, continued if it is this run; runs/<model> if not given.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions per forward pass.", min=1)] = 8,
+    mode: Annotated[
+        ModeName,
+        typer.Option(
+            help="letters: probability of the option letters; options: likelihood of the option texts, summed over "
+            "their tokens (options-mean: per token); generate: a written reply, strictly read."
+        ),
+    ] = "letters",
+    rotations: Annotated[
+        int, typer.Option(help="Put each question in so many rotations of its options.", min=1, max=26)
+    ] = 1,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: answer only this part, from 0/n to n-1/n; see eval-mcq merge.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Questions times rotations per step; halved where memory is short.", min=1)
+    ] = 32,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes the GPU if there is one.")
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    load_in_4bit: FourBit = False,
+    engine: Annotated[
+        WayName, typer.Option(help="What is shared between questions, for debugging; plain: nothing.")
     ] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 elsewhere.")] = "auto",
     force: Force = False,
 ) -> None:
     """Put the questions to a model. Stopped or killed, the same command continues.
 
-    Example: eval-mcq run --model llava-med-mgll --bench test.jsonl --out runs/llava-med-mgll
+    Example: eval-mcq run --model llava-med-mgll --bench test.jsonl --rotations 4 --out runs/llava-med-mgll
     """
-    from eval_mcq.run import check_resumable, describe_run, model_fingerprint, run_bench
+    from eval_mcq.fingerprint import model_fingerprint
+    from eval_mcq.plan import Shard
+    from eval_mcq.run import Settings, check_resumable, describe_run
     from eval_mcq.schema import load_bench
 
     questions = load_bench(bench)
+    part = Shard.parse(shard) if shard else Shard()
     folder = out or Path("runs") / model.resolve().name
     fingerprint = model_fingerprint(model)
-    torch_device, torch_dtype = _device_and_dtype(device, dtype)
-    record = describe_run(model, fingerprint, questions, str(torch_dtype).removeprefix("torch."))
+    how = loading(model, device, dtype, load_in_4bit)
+    record = describe_run(model, fingerprint, questions, how.number_format, mode, rotations, part)
     check_resumable(folder, record, force)
-
-    def load_scorer() -> "LetterScorer":
-        from eval_mcq.score import LetterScorer
-        from mllm_adapters import load_mllm
-
-        note(f"Loading {model} on {torch_device} ...")
-        return LetterScorer(*load_mllm(model, dtype=torch_dtype), device=torch_device, dtype=torch_dtype)
-
-    done = run_bench(questions, load_scorer, record, folder, batch_size, limit, force)
-    _show_table({"": {model.resolve().name: done}}, "rich", "auto", None, paper_rounding=False, force=False)
+    settings = Settings(batch_size, limit, force, part)
+    done = answer(questions, lambda: how.scorer(mode, engine), record, folder, settings)
+    if done is None:
+        return
+    if done.answers:
+        _show_table(
+            {"": {model.resolve().name: done}}, "rich", "auto", None, paper_rounding=False, force=False
+        )
+    else:
+        note(f"{folder}: no question is answered in all rotations")
+    if part.count > 1:
+        stdout.print(
+            f"Next, when all {part.count} shards are done: eval-mcq merge {folder} ... --out RUN",
+            soft_wrap=True,
+        )
+        return
     if not done.complete:
         stdout.print(
             f"Next, for the rest: the same command without --limit ({folder} is continued)", soft_wrap=True
@@ -345,25 +370,7 @@ def _show_report(report: "BuildReport", categories: list[str], out: Path) -> Non
     stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
 
 
-def _device_and_dtype(device: str, dtype: Dtype) -> "tuple[torch.device, torch.dtype]":
-    import torch
-
-    try:
-        chosen = torch.device(
-            "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-        )
-    except RuntimeError:
-        raise unknown_name("device", device, ["auto", "cpu", "cuda", "cuda:1"]) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"device '{device}' is not there: this machine has no GPU that torch sees; use --device cpu"
-        )
-    if dtype == "auto":
-        return chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    return chosen, getattr(torch, dtype)
-
-
-for name, command in COMMANDS.items():
+for name, command in {**ITEM_COMMANDS, **RUN_COMMANDS}.items():
     app.command(name)(command)
 
 

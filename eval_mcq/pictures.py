@@ -1,12 +1,12 @@
 """Checking the images of questions before any work is done."""
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import open_image
 
 THREADS = 4
@@ -25,14 +25,35 @@ def check_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
         UserError: an image is missing or cannot be decoded; names the question and the file.
     """
 
-    def check(entry: tuple[Path, str]) -> str:
+    def check(path: Path) -> str:
+        open_image(path)
+        return sha256(path)
+
+    return _each(first_use, check, "Checking images")
+
+
+def hash_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
+    """Hash the bytes of images that have been shown before, as `check_images` without decoding."""
+
+    def hashed(path: Path) -> str:
+        if not path.is_file():
+            raise UserError(f"image {path} does not exist: check the image folder")
+        return sha256(path)
+
+    return _each(first_use, hashed, "Hashing images")
+
+
+def _each(first_use: Mapping[Path, str], work: Callable[[Path], str], what: str) -> dict[Path, str]:
+    if not first_use:
+        return {}
+
+    def named(entry: tuple[Path, str]) -> str:
         path, item_id = entry
         try:
-            open_image(path)
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            return work(path)
         except UserError as error:
             raise UserError(f"question '{item_id}': {error}") from None
 
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(check, first_use.items())
-        return dict(zip(first_use, track(digests, "Checking images", total=len(first_use)), strict=True))
+        digests = pool.map(named, first_use.items())
+        return dict(zip(first_use, track(digests, what, total=len(first_use)), strict=True))

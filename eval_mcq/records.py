@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from eval_mcq.answers_file import whole_lines
 from eval_mcq.prompt import shown_letters
 from eval_mcq.schema import LETTERS, parse
 from mgll_encoder.common.errors import UserError
@@ -347,29 +348,6 @@ def read_answers(path: Path, fingerprint: str | None = None) -> Iterator[Answer]
             )
         seen.add(answer.key)
         yield answer
-
-
-def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of an answers file with their numbers, without what a killed run left of its last line.
-
-    Raises:
-        UserError: the file is not UTF-8 text.
-    """
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                if line.endswith("\n"):
-                    yield number, line[:-1]
-        except UnicodeDecodeError as error:
-            raise UserError(f"answers file {path} is not UTF-8 text (byte {error.start})") from None
-
-
-def append_answers(path: Path, answers: Iterable[Answer]) -> None:
-    """Add answers and hand them to the operating system, so that a killed process loses none."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write("".join(answer.line() for answer in answers))
 
 
 def letter_counts(answers: Iterable[ItemAnswer]) -> dict[str, tuple[int, int]]:

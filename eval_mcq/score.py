@@ -1,49 +1,37 @@
-"""Scoring by letter logits: one forward pass per batch, softmax over the letters at the answer position."""
+"""Scoring questions with a model, in any mode."""
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 
-from eval_mcq.prompt import render
-from eval_mcq.schema import LETTERS, MCQItem
+from eval_mcq.asking import Ask, Prepared, Row, Writer
+from eval_mcq.engine import Engine, Way
+from eval_mcq.modes import LIKELIHOODS, Score
+from eval_mcq.prompt import PROMPTS, Mode, order
+from eval_mcq.reply import parse_reply
+from eval_mcq.schema import MCQItem
+from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 
-MODE = "letters"
-"""Scoring mode, recorded in every run."""
+__all__ = ["Score", "Scorer"]
+
+NEW_TOKENS = 32
+"""Longest reply in mode ``generate``; a letter or a name is far shorter."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """The answer to one question.
-
-    Attributes:
-        probabilities: Softmax over the offered letters.
-        letter_mass: Probability of all offered letters together within the whole vocabulary; near zero means
-            that the model does not answer with letters at all, and the choice among them says little.
-    """
-
-    probabilities: list[float]
-    letter_mass: float
-
-    @property
-    def choice(self) -> int:
-        """Index of the chosen option; of exactly equal ones the first."""
-        return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
-
-
-class LetterScorer:
+class Scorer:
     """Scores questions with a transformers image-text model.
 
     Args:
-        model: Called as ``model(**batch)``; gives ``logits`` of shape ``(batch, positions, vocabulary)``.
-        processor: Renders the chat template and makes the batch; pads on either side.
+        model: The model; moved to the device unless it is quantised, which fixes where it lies.
+        processor: Renders the chat template and makes the batch.
         device: Where to compute.
         dtype: Number format of the model, None for the one it has; probabilities are computed in float32 whatever it
             is.
+        mode: Scoring mode.
+        way: Way of computing that is allowed, see `eval_mcq.engine`.
 
     Raises:
         UserError: the processor is missing, or has no chat template; or the language model has an encoder.
@@ -55,47 +43,61 @@ class LetterScorer:
         processor: Any,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.float32,
+        mode: Mode = "letters",
+        way: Way | Literal["auto"] = "auto",
     ) -> None:
-        if processor is None:
-            raise UserError(
-                "the model has no processor (no tokenizer in its folder): eval-mcq cannot put questions to it"
-            )
-        if getattr(processor, "chat_template", None) is None:
-            raise UserError(
-                "the model's processor has no chat template: add chat_template.jinja to the model folder"
-            )
+        self.writer = Writer(processor, PROMPTS[mode])
         if _has_encoder(model):
             raise UserError(
                 "the model's language model reads the prompt with an encoder, and letters are scored by a model that "
                 "writes the answer after the prompt: take one on a decoder, such as Vicuna"
             )
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.model = model.to(device=self.device, dtype=dtype).eval()
+        quantised = getattr(model, "is_quantized", False)
+        self.model = (model if quantised else model.to(device=device, dtype=dtype)).eval()
         self.processor = processor
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._letter_ids: list[list[int]] = []
+        self.mode: Mode = mode
+        self.engine = Engine(self.model, self.writer, dtype or torch.float32, way)
+        self._most_rows: int | None = None
 
-    def prompt(self, item: MCQItem) -> str:
+    def prompt(self, item: MCQItem, rotation: int = 0) -> str:
         """The text before the answer, chat template and image placeholders included."""
-        content = [*({"type": "image"} for _ in item.images), {"type": "text", "text": render(item)}]
-        rendered = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        return str(rendered)
+        return self.writer.prompt(item, rotation)
 
-    def check_letters(self, items: Sequence[MCQItem]) -> None:
-        """See to it, before any question is put, that every option letter can be scored.
+    def check_options(self, items: Sequence[MCQItem]) -> None:
+        """See to it, before any question is put, that the options of the one with the most can be scored.
 
         Raises:
-            UserError: an option letter is not a single token for this tokenizer.
+            UserError: an option letter is not a single token for this tokenizer, or an option's text cannot be told
+                from the prompt; names the question.
         """
-        widest = max(items, key=lambda item: len(item.options))
-        self._ids_of_letters(self.prompt(widest), len(widest.options))
+        if self.mode in LIKELIHOODS:
+            widest = Ask(max(items, key=lambda item: len(item.options)))
+            LIKELIHOODS[self.mode].continuations(self.writer, widest, self.prompt(widest.item))
 
-    @torch.no_grad()
+    def prepare(self, asks: Sequence[Ask], images: list[Image.Image]) -> Prepared:
+        """Everything but the model's part, for questions on the same images; may run in another thread."""
+        if self.mode in LIKELIHOODS:
+            return self.writer.prepare(asks, images, LIKELIHOODS[self.mode].continuations)
+        rows = [Row(ask, self.prompt(ask.item, ask.rotation), [], [[]], [[[]]]) for ask in asks]
+        return Prepared(rows, images, {}, {}, 0, sharable=False)
+
+    def answer(self, batch: Sequence[Prepared]) -> list[list[Score]]:
+        """Scores of all rows of all images; in halves where the memory does not suffice."""
+        rows = sum(len(prepared.rows) for prepared in batch)
+        if rows > max(self._most_rows or rows, 1):
+            return self._halves(batch)
+        try:
+            return self._answer(batch)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            self._most_rows = rows // 2
+        note(f"Out of memory with {rows} questions at a time: going on with at most {rows // 2}.")
+        torch.cuda.empty_cache()
+        return self._halves(batch)
+
     def score(self, items: Sequence[MCQItem], images: Sequence[Sequence[Image.Image]]) -> list[Score]:
-        """Answer a batch of questions.
+        """Answer some questions in their original rotation.
 
         Args:
             items: The questions.
@@ -104,75 +106,54 @@ class LetterScorer:
         Raises:
             UserError: an option letter is not a single token for this tokenizer.
         """
-        prompts = [self.prompt(item) for item in items]
-        batch = self.processor(
-            text=prompts,
-            images=[image for of_item in images for image in of_item],
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=not self._starts_with_bos(prompts[0]),
-        )
-        batch = {name: self._move(value) for name, value in batch.items()}
-        logits = self._answer_logits(batch)
-        letter_ids = self._ids_of_letters(prompts[0], max(len(item.options) for item in items))
-        return [_score(row, letter_ids[: len(item.options)]) for row, item in zip(logits, items, strict=True)]
+        prepared = [
+            self.prepare([Ask(item)], list(of_item)) for item, of_item in zip(items, images, strict=True)
+        ]
+        return [score for (score,) in self.answer(prepared)]
 
-    def _answer_logits(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Logits at the last real token of each row, ``(batch, vocabulary)`` in float32."""
-        mask = batch["attention_mask"]
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = torch.where(mask.bool(), positions, -1).amax(dim=1)
-        if self._keeps_logits:  # the vocabulary times all positions is what fills the memory
-            kept, row_of = last.unique(return_inverse=True)
-            logits = self.model(**batch, logits_to_keep=kept).logits
-        else:
-            row_of = last
-            logits = self.model(**batch).logits
-        return logits[torch.arange(len(last), device=logits.device), row_of].float()
+    def _halves(self, batch: Sequence[Prepared]) -> list[list[Score]]:
+        if len(batch) > 1:
+            half = len(batch) // 2
+            return [*self.answer(batch[:half]), *self.answer(batch[half:])]
+        (whole,) = batch
+        half = len(whole.rows) // 2
+        parts = [
+            Prepared(rows, whole.images, whole.inputs, whole.per_token, whole.image_end, whole.sharable)
+            for rows in (whole.rows[:half], whole.rows[half:])
+        ]
+        return [[score for part in parts for score in self.answer([part])[0]]]
 
-    def _ids_of_letters(self, prompt: str, count: int) -> list[list[int]]:
-        """Token ids of each letter as the tokenizer writes it right after the prompt: "A", " A" or both."""
-        if len(self._letter_ids) < count:
-            before = self._tokenize(prompt)
-            per_variant = []
-            for variant in ("{}", " {}"):
-                ids = [
-                    self._single_token(prompt, before, variant.format(letter)) for letter in LETTERS[:count]
-                ]
-                per_variant.append(ids)
-            usable = [[i for i in ids if i is not None] for ids in per_variant if None not in ids]
-            if not usable:
-                nearest = min(per_variant, key=lambda ids: ids.count(None))
-                raise UserError(
-                    f"option letter '{LETTERS[nearest.index(None)]}' is not a single token after the prompt for "
-                    "this model's tokenizer: build the bench with fewer --options, or use another model"
-                )
-            self._letter_ids = [sorted(set(ids)) for ids in zip(*usable, strict=True)]
-        return self._letter_ids
+    def _answer(self, batch: Sequence[Prepared]) -> list[list[Score]]:
+        if self.mode not in LIKELIHOODS:
+            return [self._write(prepared) for prepared in batch]
+        score = LIKELIHOODS[self.mode].score
+        return [
+            [score(row.ask, of_row) for row, of_row in zip(prepared.rows, found, strict=True)]
+            for prepared, found in zip(batch, self.engine.run(batch), strict=True)
+        ]
 
-    def _single_token(self, prompt: str, before: list[int], answer: str) -> int | None:
-        after = self._tokenize(prompt + answer)
-        return after[-1] if after[:-1] == before else None
+    @torch.no_grad()
+    def _write(self, prepared: Prepared) -> list[Score]:
+        """Let the model reply, greedily, and read the replies."""
+        images = [prepared.images] * len(prepared.rows)
+        made = self.writer.batch([row.prompt for row in prepared.rows], images, padding_side="left")
+        batch = {name: self.engine.moved(value) for name, value in made.items()}
+        written = self.model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+        ids = batch["input_ids"]
+        if written.shape[1] >= ids.shape[1] and torch.equal(written[:, : ids.shape[1]], ids):
+            written = written[:, ids.shape[1] :]  # some models give the prompt back, some do not
+        replies = self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [self._read(row.ask, reply) for row, reply in zip(prepared.rows, replies, strict=True)]
 
-    def _tokenize(self, text: str) -> list[int]:
-        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _starts_with_bos(self, prompt: str) -> bool:
-        bos = self.processor.tokenizer.bos_token
-        return bos is not None and prompt.startswith(bos)
-
-    def _move(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+    def _read(self, ask: Ask, reply: str) -> Score:
+        places = order(len(ask.item.options), ask.rotation)
+        place = parse_reply(reply, [ask.item.options[option] for option in places])
+        probabilities = [0.0] * len(places)
+        if place is not None:
+            probabilities[places[place]] = 1.0
+        return Score(probabilities, reply=reply.strip())
 
 
 def _has_encoder(model: Any) -> bool:
     config = getattr(model, "config", None)
     return config is not None and config.get_text_config().is_encoder_decoder
-
-
-def _score(logits: torch.Tensor, letter_ids: list[list[int]]) -> Score:
-    log_probabilities = logits.log_softmax(dim=-1)
-    letters = torch.stack([log_probabilities[ids].logsumexp(dim=0) for ids in letter_ids])
-    return Score(letters.softmax(dim=0).tolist(), float(letters.logsumexp(dim=0).exp()))

@@ -9,7 +9,7 @@ import torch
 
 from eval_mcq.pictures import check_images
 from eval_mcq.schema import LETTERS, load_bench
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mgll_encoder.common.cli import warn
 from mgll_encoder.common.images import open_image
 
@@ -48,8 +48,8 @@ class BenchEvaluator:
         right: dict[str, list[bool]] = {}
         first = next(model.parameters())
         half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-        scorer = LetterScorer(model, processor, device=first.device, dtype=None)
-        scorer.check_letters(self.bench.items)
+        scorer = Scorer(model, processor, device=first.device, dtype=None, way="plain")
+        scorer.check_options(self.bench.items)
         with torch.autocast(first.device.type, dtype=torch.bfloat16, enabled=half):
             for start in range(0, len(self.bench.items), BATCH):
                 items = self.bench.items[start : start + BATCH]

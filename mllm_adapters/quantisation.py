@@ -1,4 +1,4 @@
-"""Four-bit weights for QLoRA: the language model's blocks and nothing else."""
+"""Four-bit weights: the language model's blocks and nothing else."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -33,9 +33,11 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if find_spec("bitsandbytes") is None:
-        raise UserError("--qlora needs the package bitsandbytes: pip install 'mgll-mllm[train]'")
+        raise UserError("weights in 4 bits need the package bitsandbytes: pip install 'mgll-mllm[train]'")
     if settings.get("quantization_config"):
-        raise UserError(f"{where}/config.json: the weights are quantised already: leave --qlora out")
+        raise UserError(
+            f"{where}/config.json: the weights are quantised already: leave --qlora or --load-in-4bit out"
+        )
     config = build_config(settings, f"{where}/config.json")
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     with torch.device("meta"):

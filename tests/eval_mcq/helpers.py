@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from eval_mcq.cli import main
 from eval_mcq.records import Answer, Run, RunRecord
 from eval_mcq.schema import SCHEMA
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from tests.builders import picture
 
 DISEASES = ("AMD", "Cataract", "DR", "Glaucoma")
@@ -61,11 +61,9 @@ def write_labels(folder: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-def scorer(folder: Path) -> LetterScorer:
+def scorer(folder: Path) -> Scorer:
     """The stock model and processor of a folder, ready to score."""
-    return LetterScorer(
-        AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    )
+    return Scorer(AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder))
 
 
 def run_of_counts(counts: dict[str, tuple[int, int]], bench: str = "b" * 64) -> Run:

@@ -1,16 +1,27 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 from tokenizers import normalizers
 from transformers import AutoModelForImageTextToText
 
+from eval_mcq import run as run_module
+from eval_mcq.fingerprint import model_fingerprint
+from eval_mcq.merge import merge
+from eval_mcq.plan import Shard
+from eval_mcq.prompt import shown_letters
 from eval_mcq.records import load_run
-from eval_mcq.run import describe_run, model_fingerprint, run_bench
+from eval_mcq.run import Settings, describe_run, run_bench
 from eval_mcq.schema import load_bench
 from mgll_encoder.common.errors import UserError
 from tests.builders import picture
 from tests.eval_mcq.helpers import scorer, small_bench
+
+WHOLE = Shard()
 
 
 @pytest.fixture
@@ -24,6 +35,16 @@ def model_scorer(tiny_llava):
 
 
 @pytest.fixture
+def asked(model_scorer, monkeypatch) -> list[int]:
+    """How many rows the model was asked, batch by batch."""
+    counts, answer = [], model_scorer.answer
+    monkeypatch.setattr(
+        model_scorer, "answer", lambda batch: counts.append(sum(len(p.rows) for p in batch)) or answer(batch)
+    )
+    return counts
+
+
+@pytest.fixture
 def put(bench, tiny_llava, model_scorer, tmp_path):
     """Put the questions to the tiny model; ``put.loads`` counts how often it was loaded."""
 
@@ -31,9 +52,12 @@ def put(bench, tiny_llava, model_scorer, tmp_path):
         run.loads += 1
         return model_scorer
 
-    def run(name="run", bench=bench, fingerprint="f" * 64, dtype="float32", **settings):
-        record = describe_run(tiny_llava, fingerprint, bench, dtype)
-        return run_bench(bench, load, record, tmp_path / name, **settings)
+    def run(
+        name="run", bench=bench, fingerprint="f" * 64, dtype="float32", rotations=1, shard=WHOLE, **settings
+    ):
+        record = describe_run(tiny_llava, fingerprint, bench, dtype, rotations=rotations, shard=shard)
+        settings["shard"] = shard
+        return run_bench(bench, load, record, tmp_path / name, Settings(**settings))
 
     run.loads = 0
     return run
@@ -41,6 +65,33 @@ def put(bench, tiny_llava, model_scorer, tmp_path):
 
 def rows(folder) -> list[str]:
     return sorted((folder / "answers.jsonl").read_text().splitlines())
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def killed_while_writing(run, batches: int) -> None:
+    """Run in a process of its own that is killed, by SIGKILL, halfway through writing a batch."""
+    if child := os.fork():
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        return
+    append = run_module.append_answers
+    left = [batches]
+
+    def dying(path, answers):
+        if left[0] == 0:
+            with path.open("a") as stream:
+                stream.write("".join(answer.line() for answer in answers)[:-30])
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        append(path, answers)
+
+    run_module.append_answers = dying
+    try:
+        run()
+    finally:
+        os._exit(1)
 
 
 def test_a_run_answers_every_question_and_leaves_its_figures(put, bench, tmp_path):
@@ -63,6 +114,114 @@ def test_a_killed_run_continues_and_ends_with_the_same_answers(put, tmp_path):
     assert len(load_run(partial).answers) == 4
     assert put("killed", batch_size=2).complete
     assert rows(partial) == rows(tmp_path / "whole")
+
+
+def test_after_sigkill_at_most_one_batch_is_repeated_and_the_files_are_the_same_bytes(put, tmp_path, asked):
+    settings = {"rotations": 3, "batch_size": 6}
+    put("whole", **settings)
+    killed_while_writing(lambda: put("killed", **settings), batches=3)
+    left = (tmp_path / "killed" / "answers.jsonl").read_bytes()
+    assert not left.endswith(b"\n")
+    asked.clear()
+    assert put("killed", **settings).complete
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    repeated = sum(asked)
+    remaining = len(rows(tmp_path / "whole")) - left.count(b"\n")
+    assert remaining <= repeated <= remaining + 6
+
+
+def test_rotations_are_put_together_and_stored_in_the_original_order(put, bench):
+    run = put(rotations=3, batch_size=100)
+    assert [len(answer.rows) for answer in run.answers] == [len(item.options) for item in bench.items]
+    for answer, item in zip(run.answers, bench.items, strict=True):
+        assert [row.shown for row in answer.rows] == [
+            shown_letters(len(item.options), r.rotation) for r in answer.rows
+        ]
+        mean = [
+            sum(p) / len(answer.rows) for p in zip(*(row.probabilities for row in answer.rows), strict=True)
+        ]
+        assert answer.probabilities == pytest.approx(mean)
+        assert answer.chosen == "ABC"[mean.index(max(mean))]
+        assert answer.all_right == all(row.chosen == answer.gold for row in answer.rows)
+    assert 0 <= run.all_right_accuracy <= run.rotation_accuracy <= 1
+
+
+def test_shards_merge_to_the_bytes_of_the_whole(put, tmp_path):
+    settings = {"rotations": 2, "batch_size": 4}
+    put("whole", **settings)
+    shards = []
+    for i in range(3):
+        put(f"s{i}", shard=Shard(i, 3), **settings)
+        shards.append(tmp_path / f"s{i}")
+    merge(shards[::-1], tmp_path / "merged")
+    assert files(tmp_path / "merged") == files(tmp_path / "whole")
+
+
+def test_more_shards_than_images_leave_some_with_nothing_to_do(put, tmp_path):
+    few = load_bench(small_bench(tmp_path / "few", n=2))
+    put("whole", bench=few)
+    for i in range(3):
+        run = put(f"s{i}", bench=few, shard=Shard(i, 3))
+        assert len(run.rows) == (1, 1, 0)[i]
+    merge([tmp_path / f"s{i}" for i in range(3)], tmp_path / "merged")
+    assert files(tmp_path / "merged") == files(tmp_path / "whole")
+
+
+def test_merge_refuses_what_is_missing_twice_or_foreign_and_writes_nothing(put, tmp_path, bench):
+    settings = {"rotations": 2, "batch_size": 4}
+    for i in range(3):
+        put(f"s{i}", shard=Shard(i, 3), **settings)
+    put("whole", **settings)
+    put("other", fingerprint="0" * 64, shard=Shard(2, 3), **settings)
+    s0, s1, s2, other, whole = (tmp_path / name for name in ("s0", "s1", "s2", "other", "whole"))
+    out = tmp_path / "merged"
+
+    def refused(*shards, said):
+        with pytest.raises(UserError, match=said):
+            merge(shards, out)
+        assert not out.exists()
+
+    refused(s0, s1, said="shard 2/3 is missing")
+    refused(s0, s1, s1, s2, said="are both shard 1/3")
+    refused(s0, s1, other, said="other is of another run than .*s0: it has another model")
+    refused(s0, s1, whole, said="is no shard")
+    answers = s2 / "answers.jsonl"
+    kept = answers.read_text()
+    lines = kept.splitlines(keepends=True)
+    gone = json.loads(lines[1])
+    answers.write_text("".join(lines[:1] + lines[2:]))
+    refused(
+        s0, s1, s2, said=f"no answer to question '{gone['id']}' .rotation {gone['rotation']}. in any of .*s2"
+    )
+    answers.write_text(kept + (s0 / "answers.jsonl").read_text().splitlines()[0] + "\n")
+    refused(s0, s1, s2, said=r"s2.answers.jsonl answers question 'q\d+' .rotation 0., and so does .*s0")
+    answers.write_text(kept + lines[0])
+    refused(s0, s1, s2, said="answers question 'q.*' twice")
+    answers.write_text(kept.replace(gone["run"], "f" * 16, 1))
+    refused(s0, s1, s2, said=r"s2.answers.jsonl line 1 .id 'q\d+'. is an answer of another run")
+    answers.write_text(kept.replace(f'"id":"{gone["id"]}"', '"id":"stranger"'))
+    refused(s0, s1, s2, said="'stranger' .* is not in the bench")
+    answers.write_text(kept)
+    bench.path.write_text(bench.path.read_text() + "\n")
+    refused(s0, s1, s2, said="bench .* has changed")
+
+
+def test_a_run_of_the_first_format_is_refused_in_one_line(put, tmp_path):
+    put(limit=2)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["format"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="has format 'eval-mcq-run/1', expected 'eval-mcq-run/2'"):
+        put()
+
+
+def test_a_model_that_does_not_see_is_warned_about(tiny_llava, bench, tmp_path, capsys):
+    ready = scorer(tiny_llava)
+    projector = ready.model.model.multi_modal_projector
+    for weight in projector.parameters():
+        weight.data.zero_()
+    run_bench(bench, lambda: ready, describe_run(tiny_llava, "f", bench, "float32"), tmp_path / "run")
+    assert "the answers do not depend on the image" in capsys.readouterr().err
 
 
 def test_a_finished_run_does_not_load_the_model_again(put):
@@ -152,3 +311,18 @@ def test_the_fingerprint_follows_the_weights_and_not_the_readme(tiny_llava, tmp_
     assert model_fingerprint(copy) != before
     with pytest.raises(UserError, match=r"has no config\.json"):
         model_fingerprint(tmp_path)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_each_process_a_part_and_one_run(tiny_llava, bench, tmp_path):
+    call = [
+        "run", "--model", tiny_llava, "--bench", bench.path, "--rotations", 2, "--out", tmp_path / "launched",
+    ]  # fmt: skip
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "eval_mcq.cli"]
+    subprocess.run([sys.executable, "-m", *map(str, [*launch, *call])], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "eval_mcq.cli", *map(str, call[:-1]), str(tmp_path / "alone")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    assert files(tmp_path / "launched") == files(tmp_path / "alone")
+    assert not (tmp_path / "launched.shards").exists()

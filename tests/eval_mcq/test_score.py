@@ -3,7 +3,7 @@ import torch
 from tokenizers import normalizers, processors
 
 from eval_mcq.schema import load_bench
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 from tests.builders import CHAT_TEMPLATE
@@ -16,7 +16,7 @@ def questions(tmp_path):
     return bench.items, [[open_image(path) for path in bench.image_paths(item)] for item in bench.items]
 
 
-def one_by_one(model_scorer: LetterScorer, items, images) -> list[list[float]]:
+def one_by_one(model_scorer: Scorer, items, images) -> list[list[float]]:
     """The definition, without batch, padding or shortcut: logits of the letters at the end of the prompt."""
     found = []
     for item, of_item in zip(items, images, strict=True):
@@ -85,12 +85,13 @@ def test_a_letter_written_with_a_space_counts_too(tiny_llava, questions):
         head = model.get_output_embeddings().weight
         head[-3:] = 0
         head[-3] = head[model_scorer.processor.tokenizer.convert_tokens_to_ids("A")]
-    model_scorer.score(items[1:2], images[1:2])
-    ids = model_scorer._ids_of_letters(model_scorer.prompt(items[1]), 3)
+    prompt = model_scorer.prompt(items[1])
+    ids = model_scorer.writer.letter_ids(prompt, 3)
     assert [len(of_letter) for of_letter in ids] == [2, 2, 2]
-    logits = model_scorer._answer_logits(
-        model_scorer.processor(text=[model_scorer.prompt(items[1])], images=images[1], return_tensors="pt")
-    )[0]
+    with torch.no_grad():
+        logits = model(**model_scorer.processor(text=[prompt], images=images[1], return_tensors="pt")).logits[
+            0, -1
+        ]
     by_hand = torch.stack([logits[of_letter].exp().sum() for of_letter in ids])
     after = model_scorer.score(items[1:2], images[1:2])[0]
     assert after.probabilities == pytest.approx((by_hand / by_hand.sum()).tolist(), abs=1e-5)
@@ -122,7 +123,7 @@ def test_a_template_that_writes_the_first_token_does_not_get_it_twice(tiny_llava
 def test_a_model_without_processor_or_template_is_refused(tiny_llava):
     ready = scorer(tiny_llava)
     with pytest.raises(UserError, match="no processor"):
-        LetterScorer(ready.model, None)
+        Scorer(ready.model, None)
     ready.processor.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        LetterScorer(ready.model, ready.processor)
+        Scorer(ready.model, ready.processor)

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from eval_mcq.schema import MCQItem
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mllm_adapters import load_mllm
 from mllm_adapters.conversations import Conversation, Corpus
 from mllm_adapters.examples import IGNORED, AnswerCollator, encode, prepare_examples
@@ -142,7 +142,7 @@ def test_eval_mcq_can_put_questions_to_it(which: str, stock: Path, swapped: Simp
     model, processor = (
         load_mllm(stock, dtype=torch.float32) if which == "stock" else (swapped.model, swapped.processor)
     )
-    scorer = LetterScorer(model, processor)
+    scorer = Scorer(model, processor)
     items = [
         MCQItem(
             id=str(i),
@@ -154,7 +154,7 @@ def test_eval_mcq_can_put_questions_to_it(which: str, stock: Path, swapped: Simp
         )
         for i in range(2)
     ]
-    scorer.check_letters(items)
+    scorer.check_options(items)
     images = [[Image.new("RGB", (50, 40), colour)] for colour in ((200, 80, 40), (0, 90, 250))]
     together = scorer.score(items, images)
     for item, image, score in zip(items, images, together, strict=True):

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from eval_mcq.schema import MCQItem
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mllm_adapters import load_mllm
 from mllm_adapters.contract import Target
 from mllm_adapters.conversations import read_corpus
@@ -106,9 +106,7 @@ def test_it_can_be_trained_and_asked(chat: SimpleNamespace) -> None:
     item = MCQItem(
         id="1", images=["eye.png"], question=QUESTION, options=["Glaucoma", "Myopia"], answer=0, category="x"
     )
-    score = LetterScorer(chat.model, chat.processor).score(
-        [item], [[Image.open(chat.work / "images" / "eye.png")]]
-    )
+    score = Scorer(chat.model, chat.processor).score([item], [[Image.open(chat.work / "images" / "eye.png")]])
     assert sum(score[0].probabilities) == pytest.approx(1)
 
 

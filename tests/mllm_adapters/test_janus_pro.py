@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, JanusConfig
 
 from eval_mcq.schema import MCQItem
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
@@ -354,7 +354,7 @@ def test_it_can_be_trained_and_examined(made, request, tmp_path):
     item = MCQItem(
         id="q", images=["a.png"], question="Which?", options=["red", "blue"], answer=0, category="C"
     )
-    (score,) = LetterScorer(model, processor).score([item], [[Image.open(tmp_path / "a.png")]])
+    (score,) = Scorer(model, processor).score([item], [[Image.open(tmp_path / "a.png")]])
     assert sum(score.probabilities) == pytest.approx(1)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from eval_mcq.schema import MCQItem
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mllm_adapters import load_mllm
 from mllm_adapters.contract import Plan
 from mllm_adapters.conversations import read_corpus
@@ -91,6 +91,6 @@ def test_it_answers_a_question_with_a_letter(asked: Asked) -> None:
     item = MCQItem(
         id="1", images=["a.png"], question="Which?", options=["Glaucoma", "Myopia"], answer=0, category="g"
     )
-    scorer = LetterScorer(asked.model, asked.processor)
+    scorer = Scorer(asked.model, asked.processor)
     (score,) = scorer.score([item], [[Image.new("RGB", (40, 40))]])
     assert sum(score.probabilities) == pytest.approx(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from eval_mcq.schema import MCQItem
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD
@@ -600,7 +600,7 @@ def test_training_learns_the_answers(swapped: Path, tmp_path: Path) -> None:
 
 
 def test_questions_are_answered_by_letter(swapped: Path) -> None:
-    scorer = LetterScorer(*load_mllm(swapped))
+    scorer = Scorer(*load_mllm(swapped))
     items = [
         MCQItem(id=str(n), images=["x"] * n, question="Which disease?", options=["Glaucoma", "Myopia"],
                 answer=0, category="x")

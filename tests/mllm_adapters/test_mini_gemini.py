@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, AutoProcessor
 
 from eval_mcq.schema import load_bench
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mgll_encoder import inspect_tower
 from mgll_encoder.checkpoint import open_checkpoint as open_checkpoint_file
 from mgll_encoder.common.errors import UserError
@@ -488,7 +488,7 @@ def test_it_answers_by_letter(swapped: tuple[Plan, Path], tmp_path: Path) -> Non
     model, processor = load_mllm(swapped[1], dtype=torch.float32)
     bench = load_bench(small_bench(tmp_path, n=3))
     images = [[open_image(path) for path in bench.image_paths(item)] for item in bench.items]
-    scorer = LetterScorer(model, processor)
+    scorer = Scorer(model, processor)
     together = scorer.score(bench.items, images)
     for score, item, of_item in zip(together, bench.items, images, strict=True):
         alone = scorer.score([item], [of_item])[0]

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from eval_mcq.schema import MCQItem
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mgll_encoder import image_transform, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
@@ -379,7 +379,7 @@ def test_training_batches_of_unequal_rows_have_a_loss(complete: Complete, images
 
 
 def test_letters_are_scored_alone_as_in_a_batch(complete: Complete) -> None:
-    scorer = LetterScorer(*load_mllm(complete.folder, dtype=torch.float32))
+    scorer = Scorer(*load_mllm(complete.folder, dtype=torch.float32))
     items = [
         MCQItem(
             id=str(n),

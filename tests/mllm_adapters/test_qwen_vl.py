@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from eval_mcq.schema import MCQItem
-from eval_mcq.score import LetterScorer
+from eval_mcq.score import Scorer
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
@@ -533,7 +533,7 @@ def test_a_training_batch_has_a_finite_loss(swapped_chat: Path, tmp_path: Path) 
 
 def test_questions_are_answered_alike_alone_and_in_a_padded_batch(swapped_chat: Path) -> None:
     model, processor = load_mllm(swapped_chat)
-    scorer = LetterScorer(model, processor)
+    scorer = Scorer(model, processor)
     items = [
         MCQItem(id=str(i), images=["x.png"], question="What is seen?" * (i + 1), options=["drusen", "a cataract"],
                 answer=0, category="x")

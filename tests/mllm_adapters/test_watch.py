@@ -103,7 +103,7 @@ def test_the_best_weights_are_written_and_the_scores_recorded(place, tmp_path):
 
 def test_the_benchmark_is_found_scores_the_macro_average_and_changes_no_weight(place, bench, installed):
     from eval_mcq.schema import load_bench
-    from eval_mcq.score import LetterScorer
+    from eval_mcq.score import Scorer
     from mgll_encoder.common.images import open_image
 
     evaluate = find_evaluator(bench)
@@ -113,7 +113,7 @@ def test_the_benchmark_is_found_scores_the_macro_average_and_changes_no_weight(p
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     items = load_bench(bench).items
     images = [[open_image(bench.parent / name) for name in item.images] for item in items]
-    chosen = [found.choice for found in LetterScorer(model, processor).score(items, images)]
+    chosen = [found.choice for found in Scorer(model, processor).score(items, images)]
     right = [choice == item.answer for choice, item in zip(chosen, items, strict=True)]
     shares = [
         [ok for ok, item in zip(right, items, strict=True) if item.category == name] for name in ("A", "B")

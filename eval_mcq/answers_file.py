@@ -1,0 +1,76 @@
+"""The answers file: one JSON object per line, appended to, and put in order when a run is complete."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import new_file
+
+
+class HasLine(Protocol):
+    """A row of the file."""
+
+    def line(self) -> str:
+        """Its line."""
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of an answers file with their numbers, without what a killed run left of its last line.
+
+    Raises:
+        UserError: the file is not UTF-8 text.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                if line.endswith("\n"):
+                    yield number, line[:-1]
+        except UnicodeDecodeError as error:
+            raise UserError(f"answers file {path} is not UTF-8 text (byte {error.start})") from None
+
+
+def append_answers(path: Path, answers: Iterable[HasLine]) -> None:
+    """Add answers and hand them to the operating system, so that a killed process loses none."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("".join(answer.line() for answer in answers))
+
+
+def sort_answers(path: Path, order: Mapping[str, int]) -> None:
+    """Put the rows of an answers file in the order of the bench, rotations of a question together.
+
+    Args:
+        path: The file; replaced whole or not at all.
+        order: Question id to place in the bench.
+    """
+    rows: list[tuple[int, int, int]] = []
+    with path.open("rb") as stream:
+        while line := stream.readline():
+            row = json.loads(line)
+            rows.append((order[row["id"]], row["rotation"], stream.tell() - len(line)))
+        if rows == sorted(rows):
+            return
+        with new_file(path, force=True) as partial, partial.open("wb") as in_order:
+            for _, _, start in sorted(rows):
+                stream.seek(start)
+                in_order.write(stream.readline())
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed run left of its last line, so that appending stays sound."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as stream:
+        size = stream.seek(0, 2)
+        end = size
+        while end > 0:
+            start = max(0, end - 65536)
+            stream.seek(start)
+            if (newline := stream.read(end - start).rfind(b"\n")) >= 0:
+                stream.truncate(start + newline + 1)
+                return
+            end = start
+        stream.truncate(0)

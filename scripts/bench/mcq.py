@@ -1,0 +1,359 @@
+"""Questions per second of eval-mcq beside `generate` one by one, lmms-eval's adapter, and the matrix products alone.
+
+Everything in one run, in turns, on the same model, pictures and prompts. The limit is the time of the model's linear
+layers on as many tokens as have to be computed (each beginning once), measured here, with nothing else.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from eval_mcq.plan import Group
+    from eval_mcq.schema import Bench
+
+app = typer.Typer(add_completion=False)
+
+SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
+         "num_key_value_heads": 4, "head_dim": 64}  # fmt: skip
+"""Language model of the small size."""
+
+
+@dataclass
+class Spent:
+    """Seconds of one turn."""
+
+    wall: float
+    cpu: float
+
+
+class Watch:
+    """Reads both clocks."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def spent(self) -> Spent:
+        """Since it was made."""
+        return Spent(time.perf_counter() - self._wall, time.process_time() - self._cpu)
+
+
+@dataclass
+class Case:
+    """So many questions on each of so many images, in so many rotations."""
+
+    images: int
+    per_image: int
+    rotations: int
+
+    @property
+    def rows(self) -> int:
+        """Questions times rotations."""
+        return self.images * self.per_image * self.rotations
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Option(help="LLaVA folder in the transformers layout.")],
+    questions: Annotated[
+        Path, typer.Option("--bench", help="Bench file; its pictures and options are used.")
+    ],
+    size: Annotated[
+        str, typer.Option(help="whole: the model as it is; small: 6 layers of width 256.")
+    ] = "whole",
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="A new, untrained tower for so many pixels, patch 14 (336: 576 tokens)."),
+    ] = None,
+    cases: Annotated[str, typer.Option(help="images x questions per image, by commas.")] = "8x1,3x4,2x10",
+    rotations: Annotated[str, typer.Option(help="Rotations, by commas.")] = "1,4",
+    repeats: Annotated[int, typer.Option(help="Turns.", min=1)] = 3,
+    new_tokens: Annotated[int, typer.Option(help="Most tokens that generate writes.", min=1)] = 8,
+    lmms_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment with lmms-eval and decord; without it, no such row."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Measure.
+
+    Example: python scripts/bench/mcq.py --model smol-llava --bench test.jsonl --lmms-python lmms/bin/python
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from eval_mcq.schema import load_bench
+
+    console = Console()
+    with tempfile.TemporaryDirectory() as work:
+        folder = _variant(model, size, image_size, Path(work) / "model")
+        contenders = _Contenders(folder, load_bench(questions), new_tokens, lmms_python)
+        table = Table(
+            "images x questions", "rotations", "contender", "rows/s", "min-max", "time / ours", "cpu time / ours",
+            "same letters",
+        )  # fmt: skip
+        figures = []
+        for shape in cases.split(","):
+            images, per_image = map(int, shape.split("x"))
+            for count in map(int, rotations.split(",")):
+                case = Case(images, per_image, count)
+                for row in contenders.measure(case, repeats):
+                    console.print(f"{shape}, {count} rotations: {row}", highlight=False)
+                    figures.append({"images": images, "per_image": per_image, "rotations": count, **row})
+                    table.add_row(
+                        f"{images} x {per_image}", str(count), row["name"], f"{row['speed']:.2f}",
+                        f"{row['slowest']:.2f}-{row['fastest']:.2f}", f"{row['wall_ratio']:.2f}x",
+                        f"{row['cpu_ratio']:.2f}x", row["same"],
+                    )  # fmt: skip
+                table.add_section()
+        contenders.close()
+    console.print(table)
+    for shape in cases.split(","):
+        images, per_image = map(int, shape.split("x"))
+        ours = [
+            f
+            for f in figures
+            if f["name"] == "eval-mcq" and (f["images"], f["per_image"]) == (images, per_image)
+        ]
+        if len(ours) > 1:
+            wall, cpu = (ours[-1][clock] / ours[0][clock] for clock in ("wall", "cpu"))
+            many, few = ours[-1]["rotations"], ours[0]["rotations"]
+            console.print(f"{shape}: {many} rotations cost {wall:.2f}x of {few} (cpu time {cpu:.2f}x)")
+    if lmms_python is None:
+        console.print("lmms-eval: left out (no --lmms-python)")
+    if out:
+        out.write_text(
+            json.dumps({"model": str(model), "size": size, "image_size": image_size, "cases": figures})
+        )
+
+
+class _Contenders:
+    """The same questions for everybody."""
+
+    def __init__(self, folder: Path, bench: "Bench", new_tokens: int, lmms_python: Path | None) -> None:
+        import torch
+
+        from eval_mcq.score import Scorer
+        from mllm_adapters import load_mllm
+
+        self.bench, self.new_tokens = bench, new_tokens
+        self.model: Any
+        self.processor: Any
+        self.model, self.processor = load_mllm(folder, dtype=torch.float32)
+        self.scorer = Scorer(self.model, self.processor)
+        self.worker = (
+            _worker(lmms_python, folder, self.processor.chat_template, new_tokens) if lmms_python else None
+        )
+
+    def measure(self, case: Case, repeats: int) -> Iterator[dict[str, Any]]:
+        """Times of all contenders, in turns."""
+        bench = _asked(self.bench, case)
+        runs: dict[str, Callable[[], tuple[Spent, list[int | None]]]] = {
+            "eval-mcq": lambda: self._ours(bench, case),
+            "generate, one by one": lambda: self._generate(bench, case),
+            "limit (linear layers alone)": lambda: self._limit(bench, case),
+        }
+        if self.worker:
+            runs["lmms-eval llava_hf"] = lambda: self._lmms(bench, case)
+        self._ours(bench, case)  # the first time ways are tried
+        times: dict[str, list[Spent]] = {name: [] for name in runs}
+        letters: dict[str, list[int | None]] = {}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                spent, letters[name] = run()
+                times[name].append(spent)
+        ours = times["eval-mcq"]
+        for name, turns in times.items():
+            pairs = [(a, b) for a, b in zip(letters["eval-mcq"], letters[name], strict=True) if b is not None]
+            walls = [one.wall for one in turns]
+            yield {
+                "name": name, "wall": _middle(turns, "wall"), "cpu": _middle(turns, "cpu"),
+                "speed": case.rows / _middle(turns, "wall"),
+                "slowest": case.rows / max(walls), "fastest": case.rows / min(walls),
+                "wall_ratio": _middle(turns, "wall") / _middle(ours, "wall"),
+                "cpu_ratio": _middle(turns, "cpu") / _middle(ours, "cpu"),
+                "same": f"{sum(a == b for a, b in pairs)}/{len(pairs)}" if pairs else "",
+            }  # fmt: skip
+
+    def close(self) -> None:
+        """End the other process."""
+        if self.worker:
+            assert self.worker.stdin is not None
+            self.worker.stdin.close()
+            self.worker.wait()
+
+    def _ours(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
+        from eval_mcq.run import ROWS, scored
+
+        watch = Watch()
+        found = [
+            score.choice
+            for _, scores in scored(bench, self.scorer, _batches(bench, case, ROWS))
+            for of_group in scores
+            for score in of_group
+        ]
+        return watch.spent(), found
+
+    def _generate(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
+        import torch
+
+        from eval_mcq.plan import asks_of
+        from mgll_encoder.common.images import open_image
+
+        watch, found = Watch(), []
+        for group in _groups(bench, case):
+            for ask in asks_of(group, bench.items):
+                images = [open_image(path) for path in bench.image_paths(ask.item)]
+                batch = self.processor(
+                    text=self.scorer.prompt(ask.item, ask.rotation), images=images, return_tensors="pt",
+                    add_special_tokens=False,
+                )  # fmt: skip
+                with torch.inference_mode():
+                    written = self.model.generate(**batch, max_new_tokens=self.new_tokens, do_sample=False)
+                reply = self.processor.tokenizer.decode(
+                    written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True
+                )
+                found.append(_read(reply, ask))
+        return watch.spent(), found
+
+    def _lmms(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
+        from eval_mcq.plan import asks_of
+        from eval_mcq.prompt import render
+
+        assert self.worker is not None
+        assert self.worker.stdin is not None
+        assert self.worker.stdout is not None
+        asks = [ask for group in _groups(bench, case) for ask in asks_of(group, bench.items)]
+        lines = [(str(bench.image_paths(ask.item)[0]), render(ask.item, ask.rotation)) for ask in asks]
+        self.worker.stdin.write(json.dumps(lines) + "\n")
+        self.worker.stdin.flush()
+        made = json.loads(self.worker.stdout.readline())
+        return Spent(made["wall"], made["cpu"]), [
+            _read(reply, ask) for reply, ask in zip(made["replies"], asks, strict=True)
+        ]
+
+    def _limit(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
+        """Linear layers on the tokens that must be computed: tower once per image, each beginning of a text once."""
+        import torch
+        from torch import nn
+        from torch.nn.functional import linear
+
+        from eval_mcq.parts import token_tree
+        from eval_mcq.plan import asks_of
+        from mgll_encoder.common.images import open_image
+
+        config, head = self.model.config.vision_config, self.model.get_output_embeddings()
+        patches = (config.image_size // config.patch_size) ** 2
+        spent = Spent(0.0, 0.0)
+        for batch in _batches(bench, case, 32):
+            tokens, rows = 0, 0
+            for group in batch:
+                images = [open_image(path) for path in bench.image_paths(bench.items[group.first])]
+                tokens += len(token_tree(self.scorer.prepare(asks_of(group, bench.items), images)))
+                rows += len(group.asks)
+            for name, layer in self.model.named_modules():
+                if isinstance(layer, nn.Linear):
+                    image_part = "vision_tower" in name or "projector" in name
+                    count = rows if layer is head else patches * len(batch) if image_part else tokens
+                    given = torch.randn(count, layer.in_features)
+                    with torch.inference_mode():
+                        watch = Watch()
+                        linear(given, layer.weight)
+                        one = watch.spent()
+                    spent = Spent(spent.wall + one.wall, spent.cpu + one.cpu)
+        return spent, [None] * case.rows
+
+
+def _middle(spent: list[Spent], clock: str) -> float:
+    return statistics.median(getattr(one, clock) for one in spent)
+
+
+def _asked(bench: "Bench", case: Case) -> "Bench":
+    """So many questions about each of the first pictures: the picture's own, then other pictures' options."""
+    import dataclasses
+
+    pictures = list({tuple(item.images): item for item in reversed(bench.items)}.values())[::-1][
+        : case.images
+    ]
+    items = []
+    for number, picture in enumerate(pictures):
+        for k in range(case.per_image):
+            other = bench.items[(number + 37 * k) % len(bench.items)]
+            asked = picture if k == 0 else other
+            place = {"id": f"{number}-{k}", "images": picture.images}
+            items.append(asked.model_copy(update=place))
+    return dataclasses.replace(bench, items=items)
+
+
+def _groups(bench: "Bench", case: Case) -> "list[Group]":
+    from eval_mcq.plan import groups
+
+    return groups(bench.items, case.rotations)
+
+
+def _batches(bench: "Bench", case: Case, rows: int) -> "list[list[Group]]":
+    """As in a run on many images, where a block holds 32 of them."""
+    held: list[list[Group]] = [[]]
+    for group in _groups(bench, case):
+        if held[-1] and sum(len(g.asks) for g in held[-1]) + len(group.asks) > rows:
+            held.append([])
+        held[-1].append(group)
+    return held
+
+
+def _read(reply: str, ask: Any) -> int | None:
+    from eval_mcq.prompt import order
+    from eval_mcq.reply import parse_reply
+
+    places = order(len(ask.item.options), ask.rotation)
+    place = parse_reply(reply, [ask.item.options[option] for option in places])
+    return None if place is None else places[place]
+
+
+def _variant(model: Path, size: str, image_size: int | None, folder: Path) -> Path:
+    """The model, or one like it with another language model or tower; weights do not matter for the time."""
+    if size == "whole" and image_size is None:
+        return model
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    config = AutoConfig.from_pretrained(model)
+    processor = AutoProcessor.from_pretrained(model)
+    if size == "small":
+        config.text_config.update(SMALL)
+    if image_size:
+        config.vision_config.update({"image_size": image_size, "patch_size": 14})
+        config.image_seq_length = (image_size // 14) ** 2
+        side = {"height": image_size, "width": image_size}
+        processor.image_processor.size = processor.image_processor.crop_size = side
+        processor.patch_size = 14
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _worker(python: Path, model: Path, template: str, new_tokens: int) -> "subprocess.Popen[str]":
+    script = Path(__file__).with_name("lmms_eval_worker.py")
+    arguments = [str(python), str(script), str(model), template, str(new_tokens)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    worker = subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert worker.stdout is not None
+    if worker.stdout.readline() != "ready\n":
+        raise typer.BadParameter(f"{python} could not load lmms-eval's adapter (see above)")
+    return worker
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,100 @@
+"""Memory of a long run: many synthetic questions, a tiny model, resident memory as the answers come in."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        Path, typer.Option(help="LLaVA folder in the transformers layout; its processor is used.")
+    ],
+    questions: Annotated[int, typer.Option(help="Number of questions.", min=10)] = 100_000,
+    images: Annotated[int, typer.Option(help="Number of images that they are about.", min=1)] = 1000,
+) -> None:
+    """Run the questions and print resident memory at each tenth of them.
+
+    Example: python scripts/bench/mcq_memory.py --model smol-llava --questions 100000
+    """
+    import psutil
+    import torch
+    from rich.console import Console
+
+    from eval_mcq import run as running
+    from eval_mcq.schema import load_bench
+    from eval_mcq.score import Scorer
+    from mllm_adapters import load_mllm
+
+    console, process = Console(), psutil.Process()
+    with tempfile.TemporaryDirectory() as work:
+        folder = _tiny(model, Path(work) / "model")
+        asked = load_bench(_synthetic(Path(work), questions, images))
+        scorer = Scorer(*load_mllm(folder, dtype=torch.float32))
+        record = running.describe_run(folder, "0" * 64, asked, "float32")
+        append, rows, start = running.append_answers, 0, time.perf_counter()
+        loaded = process.memory_info().rss
+        console.print(f"{questions} questions read, model loaded: {loaded / 2**20:.0f} MiB")
+
+        def watched(path: Path, answers: Any) -> None:
+            nonlocal rows
+            new = list(answers)
+            append(path, new)
+            before, rows = rows, rows + len(new)
+            if before * 10 // questions != rows * 10 // questions:
+                now = process.memory_info().rss
+                speed = rows / (time.perf_counter() - start)
+                console.print(
+                    f"{rows} answered: {now / 2**20:.0f} MiB ({(now - loaded) / 2**20:+.0f}), {speed:.0f}/s"
+                )
+
+        running.append_answers = watched
+        running.run_bench(asked, lambda: scorer, record, Path(work) / "run")
+        console.print(f"with table and intervals: {process.memory_info().rss / 2**20:.0f} MiB")
+
+
+def _synthetic(folder: Path, questions: int, images: int) -> Path:
+    """A bench about plain pictures; four options each."""
+    from PIL import Image
+
+    from eval_mcq.schema import BenchHeader, MCQItem, write_bench
+
+    for i in range(images):
+        Image.new("RGB", (32, 32), (i % 256, i // 256 % 256, 90)).save(folder / f"{i}.png")
+    options = ["cataract", "glaucoma", "drusen", "normal fundus"]
+    items = [
+        MCQItem(id=f"q{i}", images=[f"{i % images}.png"], question=f"What is seen ({i // images})?", options=options,
+                answer=i % 4, category=options[i % 4])
+        for i in range(questions)
+    ]  # fmt: skip
+    write_bench(folder / "bench.jsonl", BenchHeader(name="synthetic"), items)
+    return folder / "bench.jsonl"
+
+
+def _tiny(model: Path, folder: Path) -> Path:
+    """One layer of width 32, four visual tokens."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    config.text_config.update(
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "head_dim": 16}
+    )  # fmt: skip
+    config.vision_config.update({"image_size": 28, "patch_size": 14, "num_hidden_layers": 2})
+    config.image_seq_length = 4
+    processor.image_processor.size = processor.image_processor.crop_size = {"height": 28, "width": 28}
+    processor.patch_size = 14
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,96 @@
+"""`eval-mcq check`, and shards and modes from the command line."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from eval_mcq.records import load_run
+from tests.builders import tiny_llava as write_tiny_llava
+from tests.eval_mcq.helpers import small_bench
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return small_bench(tmp_path / "data")
+
+
+def blind(folder):
+    """A model whose projector gives nothing, as after a swap that lost it."""
+    write_tiny_llava(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    with torch.no_grad():
+        for weight in model.model.multi_modal_projector.parameters():
+            weight.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_does_not_see_is_caught_and_one_that_does_passes(eval_mcq, tiny_llava, bench, tmp_path):
+    assert eval_mcq("check", tiny_llava, "--bench", bench, "--questions", 6) == 0
+    for said in (
+        "USER: <image>",
+        "drusen",
+        "real",
+        "blank",
+        "shuffled",
+        "letter prior",
+        "A 0.",
+        "no mgll_swap.json",
+    ):
+        assert said in eval_mcq.out
+    error = eval_mcq.refuses("check", blind(tmp_path / "blind"), "--bench", bench, "--questions", 6)
+    assert "the answers do not depend on the image" in error
+
+
+def test_a_tower_that_is_not_that_of_its_provenance_is_caught(eval_mcq, tmp_path):
+    model = write_tiny_llava(tmp_path / "model")
+    after = {"image_size": 28, "patch_size": 14, "width": 32, "mean": [0.48145466, 0.4578275, 0.40821073],
+             "std": [0.26862954, 0.26130258, 0.27577711]}  # fmt: skip
+    made = {"plan": {"family": "llava", "source": "host", "tower": "mgll", "after": after}}
+    (model / "mgll_swap.json").write_text(json.dumps(made))
+    assert eval_mcq("check", model) == 0
+    assert "tower by provenance: mgll in host" in eval_mcq.out
+    after["width"], after["mean"] = 48, [0.5, 0.5, 0.5]
+    (model / "mgll_swap.json").write_text(json.dumps(made))
+    error = eval_mcq.refuses("check", model)
+    assert "image size, patch size and width of the tower are (28, 14, 32), not (28, 14, 48)" in error
+    assert "normalised with mean" in error
+    (model / "mgll_swap.json").write_text("{}")
+    assert "mgll_swap.json is damaged" in eval_mcq.refuses("check", model)
+
+
+def test_shards_are_run_and_merged(eval_mcq, tiny_llava, bench, tmp_path):
+    call = ("run", "--model", tiny_llava, "--bench", bench, "--rotations", 2, "--out")
+    assert eval_mcq(*call, tmp_path / "whole") == 0
+    for i in range(2):
+        assert eval_mcq(*call, tmp_path / f"s{i}", "--shard", f"{i}/2") == 0
+        assert "eval-mcq merge" in eval_mcq.out
+    assert eval_mcq("merge", tmp_path / "s0", tmp_path / "s1", "--out", tmp_path / "merged") == 0
+    assert (tmp_path / "merged" / "answers.jsonl").read_bytes() == (
+        tmp_path / "whole" / "answers.jsonl"
+    ).read_bytes()
+    assert "another shard" in eval_mcq.refuses(*call, tmp_path / "s0", "--shard", "1/2")
+    assert "exists" in eval_mcq.refuses(
+        "merge", tmp_path / "s0", tmp_path / "s1", "--out", tmp_path / "merged"
+    )
+    for wrong in ("2/2", "1", "a/b"):
+        assert "not of the form i/n" in eval_mcq.refuses(*call, tmp_path / "x", "--shard", wrong)
+
+
+@pytest.mark.parametrize("mode", ["options", "options-mean", "generate"])
+def test_other_modes_are_recorded_and_never_mixed(eval_mcq, tiny_llava, bench, tmp_path, mode):
+    call = ("run", "--model", tiny_llava, "--bench", bench, "--out", tmp_path / "run")
+    assert eval_mcq(*call, "--mode", mode) == 0
+    run = load_run(tmp_path / "run")
+    assert run.record.mode == mode
+    assert run.complete
+    first = run.rows[0]
+    if mode == "generate":
+        assert (first.reply is None, first.chosen, run.unparsed) == (False, None, 10)
+        assert not any(answer.right for answer in run.answers), "what cannot be read is wrong, never guessed"
+    else:
+        assert len(first.log_likelihoods) == len(first.tokens) == len(first.probabilities)
+        assert first.letter_mass is None
+    assert "another scoring mode" in eval_mcq.refuses(*call)

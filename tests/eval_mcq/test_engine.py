@@ -1,0 +1,174 @@
+"""What is shared between questions changes no answer, in any family; and what cannot be shared is not."""
+
+import pytest
+import torch
+from PIL import Image
+
+from eval_mcq.asking import Ask
+from eval_mcq.engine import Engine
+from eval_mcq.prompt import order
+from eval_mcq.schema import MCQItem
+from eval_mcq.score import Scorer
+from eval_mcq.tree import Tree, common_length
+from mllm_adapters import load_mllm
+from tests.mllm_adapters import complete
+
+WAYS = {
+    "instructblip": set(),  # its Q-Former reads the question with the image
+    "med-flamingo": {"tree"},  # cross-attention: no cache that is continued by hand
+}
+"""Family -> what it can share; the others share everything."""
+
+QUICK = ("llava-hf", "qwen2_5-vl", "med-flamingo", "instructblip")
+ROWS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in complete.BUILDERS
+    if name != "instructblip-t5"
+]
+
+
+def pictures(count: int) -> list[Image.Image]:
+    torch.manual_seed(0)
+    return [
+        Image.fromarray(torch.randint(0, 255, (50 + 9 * i, 60, 3), dtype=torch.uint8).numpy())
+        for i in range(count)
+    ]
+
+
+def questions(count: int) -> list[MCQItem]:
+    """Of ragged length, with two to four options."""
+    options = ["drusen", "a cataract", "nothing at all", "diabetic retinopathy"]
+    return [
+        MCQItem(id=f"q{i}", images=["x"], question="What is seen" + " here" * i + "?", options=options[: 2 + i % 3],
+                answer=0, category="x")
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def asks(items: list[MCQItem], rotations: int) -> list[Ask]:
+    return [Ask(item, rotation) for item in items for rotation in range(min(rotations, len(item.options)))]
+
+
+@torch.no_grad()
+def by_definition(scorer: Scorer, ask: Ask, image: Image.Image) -> list[float]:
+    """One question by itself, the whole forward pass: logits of the letters at the end, in the original order."""
+    prompt, tokenizer = scorer.prompt(ask.item, ask.rotation), scorer.processor.tokenizer
+    starts = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    batch = scorer.processor(text=prompt, images=[image], return_tensors="pt", add_special_tokens=not starts)
+    probabilities = scorer.model(**batch).logits[0, -1].float().softmax(dim=-1)
+    before = tokenizer(prompt, add_special_tokens=False).input_ids
+    shown = []
+    for letter in "ABCD"[: len(ask.item.options)]:
+        written = {
+            tuple(tokenizer(prompt + v + letter, add_special_tokens=False).input_ids) for v in ("", " ")
+        }
+        ids = {ids[-1] for ids in written if list(ids[:-1]) == before}
+        shown.append(sum(float(probabilities[i]) for i in ids))
+    places = order(len(shown), ask.rotation)
+    return [shown[places.index(option)] / sum(shown) for option in range(len(shown))]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_many_questions_on_many_images_score_as_each_by_itself(name, request, tmp_path):
+    folder = complete.BUILDERS[name](tmp_path / "m", lambda: request.getfixturevalue("golden"))
+    scorer = Scorer(*load_mllm(folder, dtype=torch.float32))
+    images = pictures(3)
+    groups = [asks(questions(3), 3), asks(questions(2), 2), asks(questions(1), 2)]
+    prepared = [scorer.prepare(group, [image]) for group, image in zip(groups, images, strict=True)]
+    together = scorer.answer(prepared)
+    for group, image, scores in zip(groups, images, together, strict=True):
+        for ask, score in zip(group, scores, strict=True):
+            assert score.probabilities == pytest.approx(by_definition(scorer, ask, image), abs=1e-4)
+            assert score.probabilities != pytest.approx(score.probabilities[::-1], abs=1e-6), "says something"
+    trusted = {way for way in ("prefix", "tree") if scorer.engine.trusted.get(way)}
+    assert trusted == WAYS.get(name, {"prefix", "tree"})
+
+
+@pytest.mark.parametrize("mode", ["options", "options-mean"])
+def test_likelihoods_of_option_texts_are_those_of_each_text_by_itself(tiny_llava, mode):
+    model, processor = load_mllm(tiny_llava, dtype=torch.float32)
+    scorer, (image,) = Scorer(model, processor, mode=mode), pictures(1)
+    group = asks(questions(3), 2)
+    for ask, score in zip(group, scorer.answer([scorer.prepare(group, [image])])[0], strict=True):
+        sums, counts = [], []
+        for text in ask.item.options:
+            prompt = scorer.prompt(ask.item, ask.rotation)
+            batch = processor(text=prompt + " " + text, images=[image], return_tensors="pt")
+            tokens = len(processor.tokenizer(" " + text).input_ids)
+            with torch.no_grad():
+                logits = model(**batch).logits[0, :-1].log_softmax(dim=-1)
+            each = logits.gather(1, batch["input_ids"][0, 1:, None])[-tokens:]
+            sums.append(float(each.sum()))
+            counts.append(tokens)
+        assert score.tokens == counts
+        assert score.log_likelihoods == pytest.approx(sums, abs=1e-3)
+        per = [s / n if mode == "options-mean" else s for s, n in zip(sums, counts, strict=True)]
+        assert score.choice == per.index(max(per))
+
+
+def test_an_image_passes_the_tower_once_whatever_is_asked_about_it(tiny_llava):
+    scorer = Scorer(*load_mllm(tiny_llava, dtype=torch.float32))
+    images = pictures(2)
+    prepared = [scorer.prepare(asks(questions(3), 3), [image]) for image in images]
+    scorer.answer(prepared)  # the first time the ways are held against the plain one
+    seen = []
+    tower = scorer.model.model.vision_tower
+    tower.register_forward_hook(lambda module, given, output: seen.append(len(output[0])))
+    scorer.answer(prepared)
+    assert seen == [2]
+
+
+def test_a_model_that_another_mask_would_mislead_is_asked_plainly(tiny_llava, capsys, monkeypatch):
+    """Negative control of the check at the start: a way with wrong positions is found out."""
+    right = Engine._positions
+    monkeypatch.setattr(Engine, "_positions", lambda *given: right(*given) * 2)
+    scorer, (image,) = Scorer(*load_mllm(tiny_llava, dtype=torch.float32)), pictures(1)
+    for weight in scorer.model.model.language_model.layers.parameters():
+        weight.data *= 4  # untrained attention hardly looks at positions
+    group = asks(questions(2), 2)
+    scores = scorer.answer([scorer.prepare(group, [image])])[0]
+    assert scorer.engine.trusted == {"plain": True, "prefix": False, "tree": False}
+    assert "changes this model's answers" in capsys.readouterr().err
+    for ask, score in zip(group, scores, strict=True):
+        assert score.probabilities == pytest.approx(by_definition(scorer, ask, image), abs=1e-4)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_llava, monkeypatch, capsys):
+    scorer, images = Scorer(*load_mllm(tiny_llava, dtype=torch.float32)), pictures(3)
+    prepared = [scorer.prepare(asks(questions(2), 2), [image]) for image in images]
+    expected = scorer.answer(prepared)
+    run, sizes = Engine.run, []
+
+    def small(self, batch):
+        sizes.append(sum(len(p.rows) for p in batch))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("no")
+        return run(self, batch)
+
+    monkeypatch.setattr(Engine, "run", small)
+    for found, right in zip(scorer.answer(prepared), expected, strict=True):
+        for a, b in zip(found, right, strict=True):
+            assert a.probabilities == pytest.approx(b.probabilities, abs=1e-4)
+    assert "Out of memory" in capsys.readouterr().err
+    tried = len(sizes)
+    scorer.answer(prepared)
+    assert max(sizes[tried:]) <= 3, "what did not fit is not tried again"
+
+
+def test_generated_replies_are_the_same_in_a_batch_and_alone(tiny_llava):
+    scorer, (image,) = Scorer(*load_mllm(tiny_llava, dtype=torch.float32), mode="generate"), pictures(1)
+    group = asks(questions(3), 2)
+    together = scorer.answer([scorer.prepare(group, [image])])[0]
+    alone = [scorer.answer([scorer.prepare([ask], [image])])[0][0] for ask in group]
+    assert [score.reply for score in together] == [score.reply for score in alone]
+    assert all(score.choice is None for score in together), "an untrained model's reply is no answer"
+
+
+def test_a_tree_holds_each_beginning_once():
+    tree = Tree()
+    ends = [tree.add(path) for path in ([1, 2, 3], [1, 2, 4, 5], [1, 2, 3])]
+    assert tree.tokens == [1, 2, 3, 4, 5]
+    assert tree.depths == [0, 1, 2, 2, 3]
+    assert ends == [2, 4, 2]
+    assert tree.visible().int().tolist()[4] == [1, 1, 0, 1, 1]
+    assert common_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
