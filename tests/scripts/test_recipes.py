@@ -122,8 +122,8 @@ def memory(file: Path, folder: Path) -> str:
     checkpoint, found, _ = open_checkpoint(folder / of)
     config = found.plan(checkpoint, inspect_tower(folder / "mgll", activation="gelu")).config
     lines = [
-        f"# memory per device (mllm_adapters/memory.py) of {family(of).spec.hub_id} with an MGLL ViT-L/14, all examples "
-        f"{recipe.max_length} tokens long:"
+        f"# memory per device (mllm_adapters/memory.py) of {family(of).spec.hub_id} with an MGLL ViT-L/14, all "
+        f"examples {recipe.max_length} tokens long:"
     ]
     for place, changes in PLACES.items():
         if recipe.qlora and changes:
