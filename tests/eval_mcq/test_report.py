@@ -164,7 +164,7 @@ def test_questions_are_opened_and_walked_with_the_keyboard(page):
 def test_scrolling_brings_the_other_questions(page):
     before = len(page.find_elements("css selector", "#list li"))
     assert before < QUESTIONS
-    page.set_script_timeout(10)
+    page.set_script_timeout(60)
     after = page.execute_async_script(
         "const done = arguments[0], list = document.getElementById('list');"
         "const step = () => { document.getElementById('more').scrollIntoView();"
