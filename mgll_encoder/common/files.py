@@ -53,8 +53,9 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str, force: bool = False) -> None:
-    """Write a text file whole or not at all.
+@contextmanager
+def new_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a hidden sibling file that becomes ``path`` when the block ends without an error.
 
     Raises:
         UserError: ``path`` exists and ``force`` is not set.
@@ -62,15 +63,25 @@ def write_text(path: Path, text: str, force: bool = False) -> None:
     check_free(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     partial = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        yield partial
         partial.chmod(0o644)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str, force: bool = False) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        UserError: ``path`` exists and ``force`` is not set.
+    """
+    with new_file(path, force) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
