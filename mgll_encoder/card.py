@@ -53,7 +53,8 @@ _TRAINING = """
 | data | {manifest}, SHA-256 `{manifest_sha256}`, {images} images |
 | distinct texts | {texts} |
 | started from | image tower: {init}; text tower: {text_tower} |
-| schedule | {epochs} epochs, {steps} steps of {batch_size} images on each of {processes} process(es), peak learning rate {lr} |
+| schedule | {epochs} epochs, {steps} steps; {processes} process(es) with {batch_size} images each |
+| peak learning rate | {lr} |
 | seed | {seed} |
 | kept | epoch {kept_epoch} ({select}); training loss {final_loss}; temperature {temperature} |
 | validation | {validation} |

@@ -153,7 +153,7 @@ def test_a_table_without_a_header_and_a_file_that_is_no_table_say_so(tmp_path):
     with pytest.raises(UserError, match="metadata is no manifest header"):
         read_header(tmp_path / "m.parquet")
     (tmp_path / "x.parquet").write_text("{}")
-    with pytest.raises(UserError, match="x.parquet is no Parquet file"):
+    with pytest.raises(UserError, match=r"x.parquet is no Parquet file"):
         read_header(tmp_path / "x.parquet")
 
 

@@ -298,7 +298,7 @@ def test_a_text_tower_that_lacks_words_is_not_trained_on(manifest, tmp_path):
         tmp_path / "m.jsonl",
         lambda rows: [{**r, "texts": {"status": [f"Zebra {i % 2}"]}} for i, r in enumerate(rows)],
     )
-    with pytest.raises(UserError, match="no vector for .*'Zebra 0'.*--text-tower new"):
+    with pytest.raises(UserError, match=r"no vector for .*'Zebra 0'.*--text-tower new"):
         pretrain(other, tmp_path / "second", options(epochs=1, init=tmp_path / "first"), workers=0)
     pretrain(
         other, tmp_path / "third", options(epochs=1, init=tmp_path / "first", text_tower="new"), workers=0
