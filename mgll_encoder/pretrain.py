@@ -20,7 +20,7 @@ from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.losses import PLAIN_CLIP, Alphas
 from mgll_encoder.save import save_tower
 from mgll_encoder.spec import Activation
-from mgll_encoder.starting import AUTO, NEW, starting_towers
+from mgll_encoder.starting import AUTO, starting_towers
 from mgll_encoder.trainer import TowerTrainer, Validation
 from mgll_encoder.training_setup import Precision, check_deepspeed, kept_epoch, training_arguments
 from mgll_encoder.two_towers import PRESETS, TwoTowers
@@ -96,10 +96,8 @@ class PretrainOptions:
         ):
             if number <= 0 or not math.isfinite(number):
                 raise UserError(f"{option} is {number}: it must be greater than 0")
-        if self.freeze_text and self.text_tower == NEW:
-            raise UserError(
-                "--freeze-text with --text-tower new: a new text tower has to learn; leave one out"
-            )
+        if self.activation is not None and self.init is None:
+            raise UserError("--activation is for --init: a new tower has the activation of its --preset")
         if self.deepspeed is not None:
             check_deepspeed(self.deepspeed)
 
@@ -178,12 +176,15 @@ def pretrain(
         )
     arguments = training_arguments(checkpoint_folder(out), options, len(plan), workers)
     set_seed(options.seed)
-    init = None if options.init is None else str(options.init)
     model = starting_towers(
-        PRESETS[options.preset], init, options.activation, options.text_tower, plan, options.weights
+        PRESETS[options.preset],
+        None if options.init is None else str(options.init),
+        options.activation,
+        options.text_tower,
+        plan,
+        options.weights,
+        options.freeze_text,
     )
-    if options.freeze_text:
-        model.text.freeze()
     validation = _validation(plans.get("val"), options.select, model, workers)
     if validation is not None:
         arguments.eval_strategy = IntervalStrategy.EPOCH

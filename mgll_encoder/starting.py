@@ -32,6 +32,7 @@ def starting_towers(
     text_tower: str,
     plan: Plan,
     alphas: Alphas,
+    freeze_text: bool = False,
 ) -> TwoTowers:
     """The towers as they are before the first step.
 
@@ -42,9 +43,11 @@ def starting_towers(
         text_tower: ``AUTO``, ``NEW``, or a transformers folder or repository of a text encoder.
         plan: The training rows, whose texts are the vocabulary of a new text tower.
         alphas: Weights of the loss terms.
+        freeze_text: Train the projection of the text tower only.
 
     Raises:
-        UserError: weights cannot be read or had, or the text tower of ``init`` does not know the texts.
+        UserError: a new text tower is to be frozen, weights cannot be read or had, or the text tower of ``init``
+            does not know the texts.
     """
     path, activation = _openai(activation) if init == OPENAI else (Path(init) if init else None, activation)
     vision = new_tower(preset) if path is None else load_tower(path, activation=activation)
@@ -52,8 +55,15 @@ def starting_towers(
         warn(line)
     projection = image_projection(vision)
     text = _text(text_tower, path, vision, projection.out_features, plan)
+    if text is None and freeze_text:
+        raise UserError(
+            "--freeze-text: the text tower is a new one, which has to learn; leave it out, or name a trained one with "
+            "--text-tower"
+        )
     if text is None:
         text = TextTower.new(plan.all_texts(), preset.text_width, preset.text_depth, projection.out_features)
+    if freeze_text:
+        text.freeze()
     return TwoTowers(vision, projection, text, alphas)
 
 
@@ -61,7 +71,7 @@ def _openai(activation: Activation | None) -> tuple[Path, Activation]:
     """OpenAI's weights, from open_clip's cache or the hub; they were trained with QuickGELU."""
     try:
         file = download_pretrained(get_pretrained_cfg("ViT-L-14", OPENAI))
-    except (OSError, HfHubHTTPError, RuntimeError, FileNotFoundError) as error:
+    except (OSError, RuntimeError, HfHubHTTPError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"--init {OPENAI}: the weights of CLIP ViT-L/14 cannot be downloaded ({first}): connect to the internet, "

@@ -145,7 +145,12 @@ def test_the_same_seed_gives_the_same_tower_and_test_rows_play_no_part(manifest,
     assert not torch.allclose(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-def test_a_killed_training_resumes_to_the_same_tower(manifest, tmp_path, monkeypatch):
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_killed_training_resumes_to_the_same_tower(manifest, tmp_path, monkeypatch, validated):
+    if validated:
+        (tmp_path / "rows").mkdir()
+        manifest = with_validation(manifest, tmp_path / "rows" / "m.jsonl")
+
     class Killed(BaseException):
         pass
 
@@ -333,7 +338,8 @@ def test_a_bert_can_be_the_text_tower_frozen_with_checkpointing_and_bf16(manifes
         (["--images", "nowhere"], "image folder nowhere"),
         (["--init", "nowhere.pt"], "nowhere.pt"),
         (["--text-tower", "./nowhere"], "text tower ./nowhere cannot be read"),
-        (["--text-tower", "new", "--freeze-text"], "leave one out"),
+        (["--freeze-text"], "which has to learn"),
+        (["--activation", "gelu"], "--activation is for --init"),
         (["--select", "first"], "unknown select 'first'"),
         (["--precision", "fp8"], "unknown precision 'fp8'"),
         (["--precision", "fp16"], "needs a GPU"),
