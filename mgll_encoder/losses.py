@@ -154,13 +154,14 @@ class MGLLLoss(nn.Module):
     def __init__(self, alphas: Alphas | None = None, temperature: float = 0.07) -> None:
         super().__init__()
         self.alphas = alphas or Alphas()
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        # one number in a row: DeepSpeed cannot broadcast a parameter without dimensions between CPUs
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
 
     @property
     def scale(self) -> Tensor:
-        """1/τ, at most 100."""
+        """1/τ, at most 100; without dimensions."""
         excess = (self.log_scale - MAX_LOG_SCALE).clamp_min(0).detach()
-        return (self.log_scale - excess).exp()
+        return (self.log_scale - excess).exp()[0]
 
     def forward(self, images: Tensor, texts: Tensor, truth: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """The total under ``loss`` and each active term under its name.
