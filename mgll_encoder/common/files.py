@@ -10,6 +10,33 @@ from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
 
+CACHE = "MGLL_CACHE_DIR"
+"""Environment variable that names the cache folder."""
+
+
+def cache_folder(kind: str) -> Path:
+    """Where things of a kind that can be computed again are kept: below `CACHE`, or ``~/.cache/mgll-mllm``."""
+    return Path(os.environ.get(CACHE, Path.home() / ".cache" / "mgll-mllm")) / kind
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write that becomes ``path`` when the block ends without an error.
+
+    Unlike outputs, what is kept in a cache may be written by several processes at once: the last one wins, and
+    all have written the same.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
 
 def check_free(path: Path, force: bool = False) -> None:
     """Refuse an output path that is taken.
@@ -50,6 +77,27 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         _fsync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def new_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a hidden sibling file that becomes ``path`` when the block ends without an error.
+
+    Raises:
+        UserError: ``path`` exists and ``force`` is not set.
+    """
+    check_free(path, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -88,7 +88,7 @@ def plan_rows(
     texts: set[str] = set()
     rows: dict[str, tuple[int, int, bytes]] = {}  # image -> line, offset, digest of its texts
     disagreeing: set[str] = set()
-    for line, offset, row in read_rows(path):
+    for line, offset, row in read_rows(path, skipped):
         if row.split != split:
             continue
         digest = hashlib.sha256(row.model_dump_json(include={"texts"}).encode()).digest()

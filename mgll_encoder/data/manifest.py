@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.data.skipped import Skipped
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -71,24 +72,31 @@ def read_header(path: Path) -> ManifestHeader:
     return _header(path, _first_line(path))
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, int, ManifestRow]]:
+def read_rows(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[int, int, ManifestRow]]:
     """Read and check a manifest, row by row.
 
     Args:
         path: The manifest.
+        skipped: Takes the lines that are wrong; None: stop at the first.
 
     Yields:
         Line number (the header is line 1), byte offset of the line, and the row.
 
     Raises:
-        UserError: a line is not a row, names an unknown granularity, or holds an empty text.
+        UserError: ``skipped`` is strict or None, and a line is not a row, names an unknown granularity, or holds an
+            empty text.
     """
-    header = read_header(path)
+    header, skipped = read_header(path), skipped or Skipped(strict=True)
     with path.open("rb") as stream:
         offset = len(stream.readline())
         for number, line in enumerate(stream, start=2):
             if line.strip():
-                yield number, offset, _row(path, number, line, header)
+                try:
+                    row = _row(path, number, line, header)
+                except UserError as error:
+                    skipped.add("line is no row", str(error))
+                else:
+                    yield number, offset, row
             offset += len(line)
 
 
