@@ -24,8 +24,9 @@ from mgll_encoder.data.batches import Collator, ManifestImages, Plan, plan_rows
 from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.losses import PLAIN_CLIP, Alphas
 from mgll_encoder.save import save_tower
+from mgll_encoder.text_tower import TextTower
 from mgll_encoder.tower import load_tower
-from mgll_encoder.two_towers import PRESETS, Preset, TwoTowers
+from mgll_encoder.two_towers import PRESETS, Preset, TwoTowers, image_projection
 
 Loss = Literal["mgll", "clip"]
 RUN_FILE = "run.json"
@@ -131,7 +132,7 @@ def pretrain(
     if len(plan.offsets) < 2:
         raise UserError(f"manifest {manifest} has {len(plan.offsets)} train image: contrast needs at least 2")
     set_seed(options.seed)
-    model = _towers(options, len(plan.vocabulary))
+    model = _towers(options, plan)
     checkpoints = out.absolute().parent / f".{out.name}.training"
     identity = _identity(manifest, options, plan)
     data = ManifestImages(plan, model.spec, options.seed)
@@ -147,7 +148,7 @@ def pretrain(
         model=model,
         args=arguments,
         train_dataset=data,
-        data_collator=Collator(plan.vocabulary),
+        data_collator=Collator(model.text.tokenize),
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.args.n_gpu > 1:
@@ -170,7 +171,7 @@ def pretrain(
             "skipped": dict(skipped.counts),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        save_tower(model.tower(), out, force, provenance={"pretraining": record})
+        save_tower(model.tower(), out, force, {"pretraining": record}, model.text_tower())
         shutil.rmtree(checkpoints)
     return PretrainResult(out, len(data), outcome.global_step, losses, temperature, skipped)
 
@@ -208,12 +209,14 @@ class _Trainer(Trainer):
             note(f"epoch {round(self.state.epoch or 0)}/{epochs}: training loss {logs['loss']:.4f} ({terms})")
 
 
-def _towers(options: PretrainOptions, vocabulary: int) -> TwoTowers:
+def _towers(options: PretrainOptions, plan: Plan) -> TwoTowers:
     preset: Preset = PRESETS[options.preset]
     if options.init is None:
-        return TwoTowers.from_preset(preset, vocabulary, options.weights)
+        return TwoTowers.from_preset(preset, plan.all_texts(), options.weights)
     tower = load_tower(options.init)
-    return TwoTowers(tower, preset.text_width, preset.text_depth, vocabulary, options.weights)
+    projection = image_projection(tower)
+    text = TextTower.new(plan.all_texts(), preset.text_width, preset.text_depth, projection.out_features)
+    return TwoTowers(tower, projection, text, options.weights)
 
 
 def _arguments(folder: Path, options: PretrainOptions, rows: int, workers: int) -> TrainingArguments:

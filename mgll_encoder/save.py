@@ -12,6 +12,8 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder, sha256
 from mgll_encoder.keymap import PROJECTION
 from mgll_encoder.preprocess import image_processor
+from mgll_encoder.text_tower import FOLDER as TEXT_FOLDER
+from mgll_encoder.text_tower import TextTower
 from mgll_encoder.tower import PROJECTION_FILE, Tower, vision_config
 
 _CARD = """---
@@ -42,7 +44,11 @@ Not a medical device. The licence and terms of use are those of the weights it w
 
 
 def save_tower(
-    tower: Tower, out: Path, force: bool = False, provenance: dict[str, Any] | None = None
+    tower: Tower,
+    out: Path,
+    force: bool = False,
+    provenance: dict[str, Any] | None = None,
+    text: TextTower | None = None,
 ) -> Path:
     """Write a tower's folder, whole or not at all.
 
@@ -54,6 +60,7 @@ def save_tower(
         out: The folder to write.
         force: Replace ``out`` if it exists.
         provenance: More to record (training data, command line ...), added to source, hashes and version.
+        text: The text tower that was trained with it, for the sub-folder ``text/``.
 
     Returns:
         ``out``.
@@ -99,6 +106,10 @@ def save_tower(
         (folder / TOWER_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         card = _CARD.format(spec=spec, provenance=json.dumps(record, indent=2))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        for file in folder.iterdir():  # safetensors writes files that only their owner may read
+        if text is not None:
+            text.save(folder / TEXT_FOLDER)
+        for file in filter(
+            Path.is_file, folder.rglob("*")
+        ):  # safetensors writes files that only their owner may read
             file.chmod(0o644)
     return out

@@ -1,17 +1,15 @@
 """An image tower and a text tower that learn together."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from mgll_encoder.losses import Alphas, MGLLLoss
 from mgll_encoder.spec import TowerSpec
+from mgll_encoder.text_tower import TextTower
 from mgll_encoder.tower import Tower, build_model
-
-CONTEXT = 77
-"""Longest text in tokens, as in CLIP."""
 
 
 @dataclass(frozen=True)
@@ -53,65 +51,55 @@ class TwoTowers(nn.Module):
     """Image tower, text tower and loss; ``forward`` gives what transformers' Trainer needs.
 
     Args:
-        vision: The image tower; its projection, where it has one, is trained on.
-        text_width: Hidden size of the (new) text tower.
-        text_depth: Blocks of the text tower.
-        vocabulary: Number of token ids; the last one ends a text, 0 is padding.
+        vision: The image tower.
+        projection: From its width to the shared space, as :func:`image_projection` makes it.
+        text: The text tower, into the same space.
         alphas: Weights of the loss terms.
     """
 
-    def __init__(
-        self, vision: Tower, text_width: int, text_depth: int, vocabulary: int, alphas: Alphas
-    ) -> None:
+    def __init__(self, vision: Tower, projection: nn.Linear, text: TextTower, alphas: Alphas) -> None:
         super().__init__()
-        width, shared = vision.spec.width, vision.spec.projection_dim or vision.spec.width
         self.spec = vision.spec
         self.vision = vision.model
-        self.projection = nn.Linear(width, shared, bias=False)
-        if vision.projection is None:
-            nn.init.normal_(self.projection.weight, std=width**-0.5)
-        else:
-            self.projection.weight.data.copy_(vision.projection)
-        text = CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=text_width,
-            intermediate_size=4 * text_width,
-            num_hidden_layers=text_depth,
-            num_attention_heads=text_width // 32,
-            max_position_embeddings=CONTEXT,
-            projection_dim=shared,
-            hidden_act="gelu",
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=0,
-        )
-        self.text = CLIPTextModelWithProjection(text)
-        self.loss = MGLLLoss(alphas)
+        self.projection = projection
+        self.text = text
+        self.loss = MGLLLoss(alphas, text.temperature)
 
     @classmethod
-    def from_preset(cls, preset: Preset, vocabulary: int, alphas: Alphas) -> "TwoTowers":
-        """Towers with random weights."""
+    def from_preset(cls, preset: Preset, texts: Iterable[str], alphas: Alphas) -> "TwoTowers":
+        """Towers with random weights, whose vocabulary is that of the texts."""
         vision = Tower.from_model(build_model(preset.spec), preset.spec)
-        return cls(vision, preset.text_width, preset.text_depth, vocabulary, alphas)
+        projection = image_projection(vision)
+        text = TextTower.new(texts, preset.text_width, preset.text_depth, projection.out_features)
+        return cls(vision, projection, text, alphas)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Features in the shared space, [N, D], not normalised, of pixels [N, 3, S, S]."""
         return self.projection(self.vision(pixels).pooler_output)
 
-    def text_features(self, ids: Tensor) -> Tensor:
-        """Features in the shared space, [U, D], not normalised, of token ids [U, L].
-
-        Attention is causal and the feature is read at the end token, so padding after it has no effect.
-        """
-        return self.text(ids).text_embeds
-
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, truth: Tensor, keys: Tensor
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, truth: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
         """The loss under ``loss`` and its terms; see :class:`mgll_encoder.losses.MGLLLoss` for the arguments."""
-        images, texts = self.image_features(pixel_values), self.text_features(input_ids)
+        images, texts = self.image_features(pixel_values), self.text.encode(input_ids, attention_mask)
         return self.loss(images, texts, truth, keys)
 
     def tower(self) -> Tower:
         """The image tower with its projection, to be saved."""
         return Tower.from_model(self.vision, self.spec, self.projection.weight.detach().to(torch.float32))
+
+    def text_tower(self) -> TextTower:
+        """The text tower with the learnt temperature, to be saved."""
+        self.text.temperature = float(1 / self.loss.scale.detach())
+        return self.text
+
+
+def image_projection(vision: Tower) -> nn.Linear:
+    """A tower's projection into the shared space, to be trained on; a new one of its own width if it has none."""
+    width, shared = vision.spec.width, vision.spec.projection_dim or vision.spec.width
+    projection = nn.Linear(width, shared, bias=False)
+    if vision.projection is None:
+        nn.init.normal_(projection.weight, std=width**-0.5)
+    else:
+        projection.weight.data.copy_(vision.projection)
+    return projection

@@ -1,17 +1,15 @@
 """From a manifest to batches: images opened in the workers, each distinct text of a batch encoded once."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -36,8 +34,6 @@ class Plan:
         offsets: Byte offsets of the rows, [n].
         granularities: Those that are used, coarse to fine.
         joined: One string per image, all its texts in order (plain CLIP), instead of texts per granularity.
-        vocabulary: Sorted token ids that occur in the texts, with 0 (padding): the text tower's embedding
-            has a row for each of these only, not 49,408.
     """
 
     path: Path
@@ -45,12 +41,17 @@ class Plan:
     offsets: NDArray[np.int64]
     granularities: tuple[str, ...]
     joined: bool
-    vocabulary: NDArray[np.int64]
 
     def texts(self, row: ManifestRow) -> list[list[str]]:
         """The texts of a row, per granularity in use (one for ``joined``)."""
         levels = [row.texts.get(name, []) for name in self.granularities]
         return [["; ".join(text for level in levels for text in level)]] if self.joined else levels
+
+    def all_texts(self) -> Iterator[str]:
+        """Every text of every row, one row in memory at a time."""
+        for offset in self.offsets:
+            for level in self.texts(row_at(self.path, int(offset))):
+                yield from level
 
 
 def plan_rows(
@@ -84,8 +85,7 @@ def plan_rows(
         raise UserError(
             f"image folder {folder} of manifest {path} does not exist: say where it is with --images"
         )
-    draft = Plan(path, folder, np.empty(0, np.int64), used, joined, np.empty(0, np.int64))
-    texts: set[str] = set()
+    draft = Plan(path, folder, np.empty(0, np.int64), used, joined)
     rows: dict[str, tuple[int, int, bytes]] = {}  # image -> line, offset, digest of its texts
     disagreeing: set[str] = set()
     for line, offset, row in read_rows(path, skipped):
@@ -104,7 +104,6 @@ def plan_rows(
             skipped.add(
                 "no text", f"manifest {path} line {line}: {row.image} has no text for {', '.join(used)}"
             )
-        texts.update(text for level in draft.texts(row) for text in level)
     kept = [(image, line, offset) for image, (line, offset, _) in rows.items() if image not in disagreeing]
     with ThreadPoolExecutor() as pool:
         troubles = pool.map(lambda entry: _trouble(folder / entry[0]), kept)
@@ -119,8 +118,7 @@ def plan_rows(
     if not offsets:
         reasons = "; ".join(skipped.lines()) or f"it has no row with split '{split}'"
         raise UserError(f"manifest {path} gives no image to train on: {reasons}")
-    vocabulary = np.unique(np.append(tokenizer()(sorted(texts)).numpy(), 0))
-    return replace(draft, offsets=np.asarray(offsets, np.int64), vocabulary=vocabulary)
+    return replace(draft, offsets=np.asarray(offsets, np.int64))
 
 
 def _trouble(path: Path) -> str:
@@ -181,12 +179,6 @@ def _shrink(image: Image.Image, enough: int) -> Image.Image:
     return image.reduce(factor) if factor > 1 else image
 
 
-@lru_cache(maxsize=1)
-def tokenizer() -> SimpleTokenizer:
-    """CLIP's tokenizer, out of open_clip's package."""
-    return SimpleTokenizer()
-
-
 def text_key(text: str) -> int:
     """A number that identifies a text on every rank (64 bits of its SHA-256)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
@@ -196,11 +188,11 @@ class Collator:
     """Makes batches out of what :class:`ManifestImages` gives.
 
     Args:
-        vocabulary: Token ids that occur, as in :class:`Plan`.
+        tokenize: Turns texts into ``input_ids`` and ``attention_mask`` [U, L], as the text tower does.
     """
 
-    def __init__(self, vocabulary: NDArray[np.int64]) -> None:
-        self._vocabulary = torch.from_numpy(vocabulary)
+    def __init__(self, tokenize: Callable[[Sequence[str]], dict[str, Tensor]]) -> None:
+        self._tokenize = tokenize
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch.
@@ -209,9 +201,8 @@ class Collator:
             items: ``pixels`` [3, S, S], and ``texts`` per granularity.
 
         Returns:
-            ``pixel_values`` [N, 3, S, S]; ``input_ids`` [U, L] of the distinct texts, as places in the
-            vocabulary, cut after the longest; ``truth`` [G, N, U], 1 where a text belongs to an image at a
-            granularity; ``keys`` [U].
+            ``pixel_values`` [N, 3, S, S]; ``input_ids`` and ``attention_mask`` [U, L] of the distinct texts;
+            ``truth`` [G, N, U], 1 where a text belongs to an image at a granularity; ``keys`` [U].
         """
         distinct = list(dict.fromkeys(text for item in items for level in item["texts"] for text in level))
         column = {text: u for u, text in enumerate(distinct)}
@@ -220,11 +211,9 @@ class Collator:
             for g, level in enumerate(item["texts"]):
                 for text in level:
                     truth[g, i, column[text]] = 1
-        ids = tokenizer()(distinct)
-        longest = int(ids.argmax(dim=1).max()) + 1  # the end token has the largest id
         return {
             "pixel_values": torch.stack([item["pixels"] for item in items]),
-            "input_ids": torch.searchsorted(self._vocabulary, ids[:, :longest].contiguous()),
+            **self._tokenize(distinct),
             "truth": truth,
             "keys": torch.tensor([text_key(text) for text in distinct]),
         }

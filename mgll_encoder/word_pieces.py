@@ -1,0 +1,74 @@
+"""CLIP's tokenizer as a transformers tokenizer: whole, or cut down to the pieces that a set of texts needs."""
+
+import gzip
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import open_clip.tokenizer
+from tokenizers import pre_tokenizers
+from transformers import CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+CONTEXT = 77
+"""Longest text in tokens, as in CLIP."""
+
+_MERGES = 48_894
+"""Merges that CLIP uses of its file: 49,408 tokens less 512 bytes and 2 specials."""
+
+
+@lru_cache(maxsize=1)
+def _merges() -> tuple[tuple[str, str], ...]:
+    """CLIP's merges in order, from the file that open_clip's package carries."""
+    path = Path(open_clip.tokenizer.default_bpe())
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    return tuple((left, right) for left, right in (line.split() for line in lines[1 : 1 + _MERGES]))
+
+
+@lru_cache(maxsize=1)
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer, 49,408 pieces; the same ids as open_clip's."""
+    return _tokenizer([*_bytes(), *("".join(pair) for pair in _merges()), START, END], _merges())
+
+
+def trimmed_tokenizer(texts: Iterable[str]) -> tuple[CLIPTokenizer, int]:
+    """CLIP's tokenizer with the pieces that occur in texts, and the smaller ones that they are merged from.
+
+    Args:
+        texts: All texts that the tower will learn; read once, none of them is kept.
+
+    Returns:
+        The tokenizer, and how many pieces occur in the texts. These have the first ids, in CLIP's order, the
+        last two of them start and end of text; the ids that follow are of pieces that no text has. A text is
+        cut into the same pieces as by CLIP's own tokenizer.
+    """
+    whole = clip_tokenizer()
+    occurring = {0}  # CLIP's first piece; keeps a row for it whether it occurs or not
+    ids_of = lru_cache(maxsize=2**16)(lambda text: frozenset(whole(text)["input_ids"]))
+    for text in texts:
+        occurring |= ids_of(text)
+    first = whole.convert_ids_to_tokens(sorted(occurring))
+    origin = {"".join(pair): pair for pair in _merges()}  # a piece comes from one merge only
+    needed, open_ends = set(first), list(first)
+    while open_ends:
+        for part in origin.get(open_ends.pop(), ()):
+            if part not in needed:
+                needed.add(part)
+                open_ends.append(part)
+    known = needed.union(_bytes()).difference(first)
+    rest = [piece for piece in (*_bytes(), *origin) if piece in known]
+    merges = tuple(pair for pair in _merges() if "".join(pair) in needed)
+    return _tokenizer([*first, *rest], merges), len(first)
+
+
+@lru_cache(maxsize=1)
+def _bytes() -> tuple[str, ...]:
+    """The 256 bytes as CLIP writes them, within and at the end of a word, in its order."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda sign: (ord(sign) >= 256, ord(sign)))
+    return (*letters, *(f"{letter}</w>" for letter in letters))
+
+
+def _tokenizer(pieces: Iterable[str], merges: Iterable[tuple[str, str]]) -> CLIPTokenizer:
+    return CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=list(merges), model_max_length=CONTEXT
+    )
