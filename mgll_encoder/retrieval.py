@@ -96,10 +96,13 @@ def _nearest(similar: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray[
 def _text_recall(
     order: NDArray[np.int64], right: NDArray[np.bool_], truth: NDArray[np.bool_], weight: NDArray[np.float64]
 ) -> list[float]:
-    """Share of texts with a right image among the k nearest, when each image is there ``weight`` times."""
-    here = weight[order]  # [u, nearest]
-    before = np.cumsum(here * ~right, axis=1)
-    found = np.where(right & (here > 0), before, np.inf).min(axis=1)
+    """Share of texts with a right image among the k nearest of those that are there, [n] with a weight above 0.
+
+    An image that is drawn twice is searched once: two copies of a wrong one would take two of k places.
+    """
+    here = weight[order] > 0  # [u, nearest]
+    before = np.cumsum(here & ~right, axis=1)
+    found = np.where(right & here, before, np.inf).min(axis=1)
     asked = weight @ truth > 0
     return [float((found[asked] < k).mean()) for k in DEPTHS]
 
