@@ -138,7 +138,13 @@ def text_tower_of(path: Path, tower: Tower) -> TextTower:
             "wrote, or a whole CLIP in a transformers folder"
         )
     if path.is_dir() and not (path / FOLDER).is_dir() and _is_clip(path):
-        return TextTower.pretrained(str(path), tower.projection.shape[0]).eval()
+        text = TextTower.pretrained(str(path), tower.projection.shape[0]).eval()
+        if text.rows < len(text.tokenizer):
+            raise UserError(
+                f"{path}: the tokenizer has {len(text.tokenizer)} pieces, but the text tower knows {text.rows}: "
+                "expected those of one CLIP; take both from the same folder"
+            )
+        return text
     return load_text_tower(path)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from scipy.special import softmax
+from transformers import CLIPConfig, CLIPModel
 
-from mgll_encoder import load_tower
+from mgll_encoder import load_tower, save_tower
 from mgll_encoder.benchmarks import benchmarks
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
@@ -22,9 +23,17 @@ from mgll_encoder.features import pooled_features
 from mgll_encoder.pretrain import PretrainOptions, pretrain
 from mgll_encoder.text_tower import load_text_tower
 from mgll_encoder.two_towers import PRESETS, Preset
-from mgll_encoder.zero_shot import class_directions, projected, prompt_sets, read_prompts, zero_shot_scores
-from tests.builders import invoke, refused
-from tests.mgll_encoder.towers import clip_model
+from mgll_encoder.word_pieces import clip_tokenizer
+from mgll_encoder.zero_shot import (
+    class_directions,
+    projected,
+    prompt_sets,
+    read_prompts,
+    text_tower_of,
+    zero_shot_scores,
+)
+from tests.builders import invoke, refused, tower_config
+from tests.mgll_encoder.towers import TEXT, clip_model
 
 NANO = Preset(
     PRESETS["tiny"].spec.model_copy(
@@ -188,15 +197,30 @@ def test_a_damaged_line_of_a_manifest_is_counted_or_stops_a_strict_run(
 
 
 def test_a_whole_clip_folder_brings_its_own_text_tower(place: Path, tmp_path: Path, asked) -> None:
-    from mgll_encoder.word_pieces import clip_tokenizer
-
-    clip_model().save_pretrained(tmp_path / "clip")
+    words = {**TEXT, "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+    torch.manual_seed(0)
+    whole = CLIPModel(
+        CLIPConfig(vision_config=tower_config().to_dict(), text_config=words, projection_dim=16)
+    ).eval()
+    whole.save_pretrained(tmp_path / "clip")
     clip_tokenizer().save_pretrained(tmp_path / "clip")
+    tower = load_tower(tmp_path / "clip")
+    found = text_tower_of(tmp_path / "clip", tower).features(["navy", "olive green"])
+    with torch.no_grad():
+        tokens = clip_tokenizer()(["navy", "olive green"], padding=True, return_tensors="pt")
+        expected = whole.get_text_features(**tokens)
+    torch.testing.assert_close(
+        found.detach(), getattr(expected, "pooler_output", expected), atol=1e-5, rtol=0
+    )
     done = invoke(
         main, "zero-shot", "--encoder", tmp_path / "clip", "--data", place / "labels.csv", "--images",
-        place / "images", "--labels-column", "colour", "--min-positives", 1, "--activation", "gelu",
+        place / "images", "--labels-column", "colour", "--min-positives", 1,
     )  # fmt: skip
     assert done.code == 0, done.err
+    clip_model().save_pretrained(tmp_path / "other")
+    clip_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="take both from the same folder"):
+        text_tower_of(tmp_path / "other", load_tower(tmp_path / "other"))
 
 
 def test_every_packaged_prompt_can_be_filled_for_every_benchmark() -> None:
@@ -241,7 +265,5 @@ def test_bad_input_is_one_line(asked, arguments: list[str], complaint: str) -> N
 
 
 def test_a_tower_without_texts_says_what_is_needed(place: Path, asked, tmp_path: Path) -> None:
-    from mgll_encoder import save_tower
-
     save_tower(load_tower(place / "tower"), place / "mute", force=True)
     assert "has no text tower" in refused(*asked("--labels-column", "colour", encoder="mute"))
