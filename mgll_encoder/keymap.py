@@ -58,6 +58,13 @@ _OPEN_CLIP: dict[str, Rule | None] = {
     "proj": Rule((PROJECTION,), lambda tensor: (tensor.T,), optional=True),
 }
 
+OPEN_CLIP_BLOCKS = {
+    name.removeprefix("transformer.resblocks.{}."): rule
+    for name, rule in _OPEN_CLIP.items()
+    if rule and name.startswith("transformer.resblocks.{}.")
+}
+"""Within a transformer block, which is the same in the image and in the text tower."""
+
 _OUR_NAMES = [
     target for rule in _OPEN_CLIP.values() if rule for target in rule.targets if target != PROJECTION
 ]

@@ -5,31 +5,34 @@ import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
-from mgll_encoder.common.cli import note, stderr
+from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, sha256, write_text
-from mgll_encoder.data.batches import Collator, ManifestImages, Plan, plan_rows
+from mgll_encoder.data.batches import Collator, ManifestImages, Plan, plan_splits
 from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.losses import PLAIN_CLIP, Alphas
 from mgll_encoder.save import save_tower
-from mgll_encoder.text_tower import TextTower
-from mgll_encoder.tower import load_tower
-from mgll_encoder.two_towers import PRESETS, Preset, TwoTowers, image_projection
+from mgll_encoder.spec import Activation
+from mgll_encoder.starting import AUTO, NEW, starting_towers
+from mgll_encoder.trainer import TowerTrainer, Validation
+from mgll_encoder.training_setup import Precision, check_deepspeed, kept_epoch, training_arguments
+from mgll_encoder.two_towers import PRESETS, TwoTowers
 
 Loss = Literal["mgll", "clip"]
+Select = Literal["auto", "best", "last"]
 RUN_FILE = "run.json"
+
+
+def checkpoint_folder(out: Path) -> Path:
+    """Where the checkpoints of a training lie until its tower is written."""
+    return out.absolute().parent / f".{out.name}.training"
 
 
 @dataclass(frozen=True)
@@ -38,36 +41,67 @@ class PretrainOptions:
 
     Attributes:
         loss: ``mgll``, or ``clip``: the control, with all texts of an image joined in one string.
-        preset: Geometry from scratch, out of ``PRESETS``; with ``init``, the text tower's.
-        init: A tower to start from (anything that ``load_tower`` reads).
+        preset: Geometry of new towers, out of ``PRESETS``.
+        init: Weights to start from: ``openai``, or anything that ``load_tower`` reads; None for new ones.
+        activation: Of ``init``, where it does not say.
+        text_tower: ``auto`` (that of ``init`` where it has one, else a new one), ``new``, or a transformers folder
+            or repository of the hub.
+        freeze_text: Train the projection of the text tower only.
         granularities: Which to use; empty for all.
         alphas: Weights of the terms of ``mgll``.
         epochs: Passes over the training rows.
         batch_size: Images per step and process.
         lr: Peak learning rate, after 5 % of warm-up; cosine decay to 0.
         weight_decay: On weight matrices; not on norms, biases, embeddings and the temperature.
+        select: ``best``: keep the epoch with the highest mAP on the ``val`` rows; ``last``; ``auto``: best where
+            there are such rows.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 on a GPU that can, else fp32.
+        gradient_checkpointing: Save memory, spend a third more time.
+        deepspeed: A DeepSpeed configuration (ZeRO 0 to 2).
         seed: Draws weights, order and augmentation.
     """
 
     loss: Loss = "mgll"
     preset: str = "small"
-    init: Path | None = None
+    init: str | Path | None = None
+    activation: Activation | None = None
+    text_tower: str = AUTO
+    freeze_text: bool = False
     granularities: tuple[str, ...] = ()
     alphas: Alphas = field(default_factory=Alphas)
     epochs: int = 20
     batch_size: int = 32
     lr: float = 5e-4
     weight_decay: float = 0.05
+    select: Select = "auto"
+    precision: Precision = "auto"
+    gradient_checkpointing: bool = False
+    deepspeed: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise unknown_name("preset", self.preset, PRESETS)
-        if self.loss not in ("mgll", "clip"):
-            raise unknown_name("loss", self.loss, ("mgll", "clip"))
-        for name, value in (("--epochs", self.epochs), ("--batch-size", self.batch_size), ("--lr", self.lr)):
-            if value <= 0 or not math.isfinite(value):
-                raise UserError(f"{name} is {value}: it must be greater than 0")
+        choices = {
+            "preset": (self.preset, tuple(PRESETS)),
+            "loss": (self.loss, get_args(Loss)),
+            "select": (self.select, get_args(Select)),
+            "precision": (self.precision, get_args(Precision)),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise unknown_name(name, value, known)
+        for option, number in (
+            ("--epochs", self.epochs),
+            ("--batch-size", self.batch_size),
+            ("--lr", self.lr),
+        ):
+            if number <= 0 or not math.isfinite(number):
+                raise UserError(f"{option} is {number}: it must be greater than 0")
+        if self.freeze_text and self.text_tower == NEW:
+            raise UserError(
+                "--freeze-text with --text-tower new: a new text tower has to learn; leave one out"
+            )
+        if self.deepspeed is not None:
+            check_deepspeed(self.deepspeed)
 
     @property
     def weights(self) -> Alphas:
@@ -86,6 +120,9 @@ class PretrainResult:
         losses: Mean training loss of each epoch.
         temperature: The learnt τ.
         skipped: Rows left out, by reason.
+        kept: The epoch whose weights were saved, from 1.
+        validation: Its figures on the ``val`` rows; empty where there are none.
+        first: Whether this is the process that speaks to the user, of several under torchrun.
     """
 
     out: Path
@@ -94,6 +131,9 @@ class PretrainResult:
     losses: list[float]
     temperature: float
     skipped: Skipped
+    kept: int
+    validation: dict[str, float]
+    first: bool
 
 
 def pretrain(
@@ -123,128 +163,94 @@ def pretrain(
         force: Replace ``out``.
 
     Raises:
-        UserError: bad input (see ``plan_rows``, ``load_tower``), ``out`` exists, or there is nothing to
+        UserError: bad input (see ``plan_rows``, ``starting_towers``), ``out`` exists, or there is nothing to
         resume.
     """
     check_free(out, force)
     skipped = Skipped(strict)
-    plan = plan_rows(manifest, images, options.granularities, "train", options.loss == "clip", skipped)
-    if len(plan.offsets) < 2:
-        raise UserError(f"manifest {manifest} has {len(plan.offsets)} train image: contrast needs at least 2")
+    splits = ("train",) if options.select == "last" else ("train", "val")
+    plans = plan_splits(manifest, images, options.granularities, splits, options.loss == "clip", skipped)
+    plan = plans["train"]
+    if len(plan) < 2:
+        reasons = "; ".join(skipped.lines()) or "it has no more with split 'train'"
+        raise UserError(
+            f"manifest {manifest} has {len(plan)} train images: contrast needs at least 2; {reasons}"
+        )
+    arguments = training_arguments(checkpoint_folder(out), options, len(plan), workers)
     set_seed(options.seed)
-    model = _towers(options, plan)
-    checkpoints = out.absolute().parent / f".{out.name}.training"
+    init = None if options.init is None else str(options.init)
+    model = starting_towers(
+        PRESETS[options.preset], init, options.activation, options.text_tower, plan, options.weights
+    )
+    if options.freeze_text:
+        model.text.freeze()
+    validation = _validation(plans.get("val"), options.select, model, workers)
+    if validation is not None:
+        arguments.eval_strategy = IntervalStrategy.EPOCH
+        arguments.load_best_model_at_end = True
+        arguments.metric_for_best_model, arguments.greater_is_better = "eval_mAP", True
     identity = _identity(manifest, options, plan)
-    data = ManifestImages(plan, model.spec, options.seed)
-    arguments = _arguments(checkpoints, options, len(data), workers)
-    if resume:
-        last = _last_checkpoint(checkpoints, identity)
-    else:
-        last = None
-        if arguments.process_index == 0:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            write_text(checkpoints / RUN_FILE, json.dumps(identity, indent=2))
-    trainer = _Trainer(
-        model=model,
+    last = _prepare_checkpoints(checkpoint_folder(out), identity, resume, arguments.process_index == 0)
+    trainer = TowerTrainer(
+        model,
+        skipped,
+        validation,
         args=arguments,
-        train_dataset=data,
+        train_dataset=ManifestImages(plan, model.spec, options.seed),
         data_collator=Collator(model.text.tokenize),
     )
     trainer.remove_callback(PrinterCallback)
-    if trainer.args.n_gpu > 1:
-        raise UserError(
-            f"{trainer.args.n_gpu} GPUs are visible to one process: start one process per GPU with "
-            f"torchrun --nproc-per-node {trainer.args.n_gpu} --no-python mgll-encoder pretrain ..."
-        )
     outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.gather_skipped()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if not math.isfinite(outcome.training_loss) or not all(map(math.isfinite, losses)):
         raise UserError(f"the loss is not finite after {outcome.global_step} steps: take a smaller --lr")
-    temperature = float(1 / model.loss.scale.detach())
+    kept, figures = kept_epoch(trainer)
+    temperature = model.text_tower().temperature
     if trainer.is_world_process_zero():
         record = {
             **identity,
             "steps": outcome.global_step,
             "epoch_losses": [round(loss, 6) for loss in losses],
             "final_loss": round(losses[-1], 6),
+            "kept_epoch": kept,
+            "validation": {name: round(value, 6) for name, value in figures.items()},
+            "validation_images": len(validation) if validation else 0,
             "temperature": round(temperature, 6),
             "skipped": dict(skipped.counts),
+            "processes": arguments.world_size,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
         save_tower(model.tower(), out, force, {"pretraining": record}, model.text_tower())
-        shutil.rmtree(checkpoints)
-    return PretrainResult(out, len(data), outcome.global_step, losses, temperature, skipped)
-
-
-class _Trainer(Trainer):
-    """transformers' Trainer, with weight decay on weight matrices only (CLIP's rule) and the loss terms logged."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._terms: list[dict[str, Tensor]] = []
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        loss, terms = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._terms.append({name: value for name, value in terms.items() if name != "loss"})
-        return (loss, terms) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._terms and "loss" in logs:
-            for name in self._terms[0]:
-                logs[name] = round(float(torch.stack([terms[name] for terms in self._terms]).mean()), 4)
-            self._terms.clear()
-        super().log(logs, start_time)
-        if "loss" in logs and self.args.disable_tqdm and self.is_world_process_zero():
-            terms = ", ".join(f"{name} {logs[name]:.4f}" for name in asdict(Alphas()) if name in logs)
-            epochs = round(self.args.num_train_epochs)
-            note(f"epoch {round(self.state.epoch or 0)}/{epochs}: training loss {logs['loss']:.4f} ({terms})")
-
-
-def _towers(options: PretrainOptions, plan: Plan) -> TwoTowers:
-    preset: Preset = PRESETS[options.preset]
-    if options.init is None:
-        return TwoTowers.from_preset(preset, plan.all_texts(), options.weights)
-    tower = load_tower(options.init)
-    projection = image_projection(tower)
-    text = TextTower.new(plan.all_texts(), preset.text_width, preset.text_depth, projection.out_features)
-    return TwoTowers(tower, projection, text, options.weights)
-
-
-def _arguments(folder: Path, options: PretrainOptions, rows: int, workers: int) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        dataloader_drop_last=rows >= options.batch_size,
-        dataloader_num_workers=workers,
-        dataloader_pin_memory=cuda,
-        learning_rate=options.lr,
-        warmup_steps=0.05,
-        lr_scheduler_type="cosine",
-        weight_decay=options.weight_decay,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
-        use_cpu=not cuda,
-        seed=options.seed,
-        logging_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        disable_tqdm=not stderr.is_terminal,
-        report_to=[],
+        shutil.rmtree(checkpoint_folder(out))
+    return PretrainResult(
+        out,
+        len(plan),
+        outcome.global_step,
+        losses,
+        temperature,
+        skipped,
+        kept,
+        figures,
+        trainer.is_world_process_zero(),
     )
+
+
+def _validation(plan: Plan | None, select: Select, model: TwoTowers, workers: int) -> Validation | None:
+    """What epochs are compared by, if the manifest has it and it is wanted."""
+    if plan is None:
+        return None
+    validation = Validation(plan, model.spec, workers)
+    if validation.tells:
+        return validation
+    found = f"manifest {plan.path} has {len(plan)} usable val images, and no text that only some of them have"
+    if select == "best":
+        raise UserError(
+            f"--select best: {found}; keep some for it with 'mgll-encoder data fundus --val 0.1', or leave --select out"
+        )
+    if len(plan):
+        note(f"{found}: the last epoch is kept")
+    return None
 
 
 def _identity(manifest: Path, options: PretrainOptions, plan: Plan) -> dict[str, Any]:
@@ -253,13 +259,25 @@ def _identity(manifest: Path, options: PretrainOptions, plan: Plan) -> dict[str,
         "alphas": asdict(options.weights),
         "granularities": list(plan.granularities),
     }
-    settings["init"] = str(options.init) if options.init else None
+    for name in ("init", "deepspeed"):
+        settings[name] = None if settings[name] is None else str(settings[name])
     return {
         "manifest": manifest.name,
         "manifest_sha256": sha256(manifest),
-        "images": len(plan.offsets),
+        "images": len(plan),
+        "texts": plan.texts_per_granularity,
         **settings,
     }
+
+
+def _prepare_checkpoints(folder: Path, identity: dict[str, Any], resume: bool, first: bool) -> Path | None:
+    """An empty folder with the run's identity, or the checkpoint to resume from."""
+    if resume:
+        return _last_checkpoint(folder, identity)
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_text(folder / RUN_FILE, json.dumps(identity, indent=2))
+    return None
 
 
 def _last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from mgll_encoder.card import model_card
 from mgll_encoder.claims import TOWER_FILE, TOWER_VERSION
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder, sha256
@@ -15,32 +16,6 @@ from mgll_encoder.preprocess import image_processor
 from mgll_encoder.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text_tower import TextTower
 from mgll_encoder.tower import PROJECTION_FILE, Tower, vision_config
-
-_CARD = """---
-library_name: transformers
-pipeline_tag: image-feature-extraction
----
-
-# MGLL vision tower
-
-A CLIP ViT: width {spec.width}, {spec.depth} blocks, activation `{spec.activation}`, {spec.image_size} px in
-patches of {spec.patch_size}, {spec.patches} patch tokens. Pixels: {spec.resize} to {spec.image_size} px (bicubic),
-mean {spec.mean}, std {spec.std}.
-
-    from transformers import AutoImageProcessor, CLIPVisionModel
-    tower = CLIPVisionModel.from_pretrained(folder)
-    features = tower(**AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt"))
-
-    swap-encoder --mllm llava-med --encoder folder
-
-Not a medical device. The licence and terms of use are those of the weights it was made from.
-
-## Provenance
-
-```json
-{provenance}
-```
-"""
 
 
 def save_tower(
@@ -104,7 +79,7 @@ def save_tower(
             save_file(projection, folder / PROJECTION_FILE, metadata={"format": "pt"})
         content = {"version": TOWER_VERSION, "spec": spec.model_dump(), "provenance": record}
         (folder / TOWER_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        card = _CARD.format(spec=spec, provenance=json.dumps(record, indent=2))
+        card = model_card(spec, record, text is not None)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if text is not None:
             text.save(folder / TEXT_FOLDER)

@@ -110,7 +110,7 @@ class TextTower(nn.Module):
     @property
     def rows(self) -> int:
         """How many token ids the encoder knows."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return _rows(self.model)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, int64 [U, L], padded at the end to the longest text."""
@@ -122,7 +122,7 @@ class TextTower(nn.Module):
     def unknown(self, text: str) -> list[str]:
         """Pieces of a text that the encoder has no vector for; empty for towers with a whole vocabulary."""
         beyond = [piece for piece in self._pieces([text], None)[0] if piece >= self.rows]
-        return self.tokenizer.convert_ids_to_tokens(beyond)
+        return list(self.tokenizer.convert_ids_to_tokens(beyond))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Features [U, D] of tokens [U, L], not normalised; padding has no effect."""
@@ -232,11 +232,12 @@ class TextTower(nn.Module):
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(source, error) from None
         tokenizer, own = _tokenizer(source), None
+        model: Any
         clip = config.model_type in _CLIP_TYPES
         if clip:
             shape = config.get_text_config()
             shape.projection_dim = config.projection_dim  # a whole CLIP's stands outside
-            both = _pretrained(CLIPTextModelWithProjection, source, config=shape)
+            both: Any = _pretrained(CLIPTextModelWithProjection, source, config=shape)
             model, own = both.text_model, both.text_projection
         else:
             model = _pretrained(AutoModel, source)
@@ -301,6 +302,11 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
             f"text tower {source}: its tokenizer has no padding token: expected one, as BERT's has"
         )
     return tokenizer
+
+
+def _rows(model: PreTrainedModel) -> int:
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0])
 
 
 @contextmanager

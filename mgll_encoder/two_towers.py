@@ -1,7 +1,7 @@
 """An image tower and a text tower that learn together."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +65,6 @@ class TwoTowers(nn.Module):
         self.text = text
         self.loss = MGLLLoss(alphas, text.temperature)
 
-    @classmethod
-    def from_preset(cls, preset: Preset, texts: Iterable[str], alphas: Alphas) -> "TwoTowers":
-        """Towers with random weights, whose vocabulary is that of the texts."""
-        vision = Tower.from_model(build_model(preset.spec), preset.spec)
-        projection = image_projection(vision)
-        text = TextTower.new(texts, preset.text_width, preset.text_depth, projection.out_features)
-        return cls(vision, projection, text, alphas)
-
     def image_features(self, pixels: Tensor) -> Tensor:
         """Features in the shared space, [N, D], not normalised, of pixels [N, 3, S, S]."""
         return self.projection(self.vision(pixels).pooler_output)
@@ -84,6 +76,11 @@ class TwoTowers(nn.Module):
         images, texts = self.image_features(pixel_values), self.text.encode(input_ids, attention_mask)
         return self.loss(images, texts, truth, keys)
 
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """Keep block inputs only and compute the rest again on the way back; called by the Trainer."""
+        self.vision.activation_checkpointing_enable(**settings)
+        self.text.model.activation_checkpointing_enable(**settings)
+
     def tower(self) -> Tower:
         """The image tower with its projection, to be saved."""
         return Tower.from_model(self.vision, self.spec, self.projection.weight.detach().to(torch.float32))
@@ -92,6 +89,11 @@ class TwoTowers(nn.Module):
         """The text tower with the learnt temperature, to be saved."""
         self.text.temperature = float(1 / self.loss.scale.detach())
         return self.text
+
+
+def new_tower(preset: Preset) -> Tower:
+    """An image tower with random weights and no projection yet."""
+    return Tower.from_model(build_model(preset.spec), preset.spec)
 
 
 def image_projection(vision: Tower) -> nn.Linear:

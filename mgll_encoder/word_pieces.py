@@ -4,6 +4,7 @@ import gzip
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import open_clip.tokenizer
 from tokenizers import pre_tokenizers
@@ -69,6 +70,9 @@ def _bytes() -> tuple[str, ...]:
 
 
 def _tokenizer(pieces: Iterable[str], merges: Iterable[tuple[str, str]]) -> CLIPTokenizer:
+    pairs: list[Any] = list(
+        merges
+    )  # transformers says strings, and passes them on to tokenizers, which wants pairs
     return CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(pieces)}, merges=list(merges), model_max_length=CONTEXT
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=pairs, model_max_length=CONTEXT
     )

@@ -9,12 +9,24 @@ from mgll_encoder.common.errors import UserError
 
 
 def pretrain(
-    data: Path = typer.Option(..., help="Manifest (.jsonl), as 'mgll-encoder data fundus' writes it."),
+    data: Path = typer.Option(
+        ..., help="Manifest (.jsonl or .parquet), as 'mgll-encoder data fundus' writes it."
+    ),
     out: Path = typer.Option(..., help="New folder for the tower."),
     images: Path | None = typer.Option(None, help="Image folder (default: the one that the manifest names)."),
     loss: str = typer.Option("mgll", help="mgll, or clip: the control, all texts of an image joined in one."),
     preset: str = typer.Option("small", help="Size of a new tower: tiny or small (64 px, for CPUs)."),
-    init: Path | None = typer.Option(None, help="A tower to start from, instead of a new one."),
+    init: str | None = typer.Option(
+        None, help="Weights to start from: 'openai' (CLIP ViT-L/14), a CLIP file, or a tower's folder."
+    ),
+    activation: str | None = typer.Option(None, help="Of --init, where it does not say: gelu or quick_gelu."),
+    text_tower: str = typer.Option(
+        "auto",
+        help="Text tower: 'new', a transformers folder or hub id, or 'auto': that of --init, else new.",
+    ),
+    freeze_text: bool = typer.Option(
+        False, "--freeze-text", help="Keep the text tower as it is, but for its projection."
+    ),
     granularities: str = typer.Option("", help="Which to use, separated by commas (default: all)."),
     alpha: str = typer.Option(
         "1,0.02,0.1", help="Weights of soft CLIP, point-wise and smooth KL; 0 ablates."
@@ -23,6 +35,14 @@ def pretrain(
     batch_size: int = typer.Option(32, help="Images per step."),
     lr: float = typer.Option(5e-4, help="Peak learning rate."),
     weight_decay: float = typer.Option(0.05, help="Weight decay of the weight matrices."),
+    select: str = typer.Option(
+        "auto", help="Epoch to keep: best (by mAP on the val rows), last, or auto: best where there are any."
+    ),
+    precision: str = typer.Option("auto", help="fp32, bf16, fp16, or auto: bf16 on a GPU that can."),
+    gradient_checkpointing: bool = typer.Option(
+        False, "--gradient-checkpointing", help="Less memory, a third more time."
+    ),
+    deepspeed: Path | None = typer.Option(None, help="DeepSpeed configuration (.json), ZeRO 0 to 2."),
     seed: int = typer.Option(0, help="Draws weights, order and augmentation."),
     workers: int = typer.Option(2, help="Processes that open images."),
     strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be left out."),
@@ -32,6 +52,9 @@ def pretrain(
     """Train a tower with the MGLL losses, or its plain CLIP control, on the manifest's training split.
 
     Example: mgll-encoder pretrain --data manifest.jsonl --loss mgll --epochs 20 --out mgll-fundus
+
+    On GPUs: torchrun --nproc-per-node 4 --no-python mgll-encoder pretrain --data manifest.parquet --init openai
+    --lr 1e-5 --batch-size 64 --gradient-checkpointing --out mgll-fundus
     """
     from mgll_encoder.losses import Alphas
     from mgll_encoder.pretrain import PretrainOptions
@@ -45,17 +68,26 @@ def pretrain(
         loss=loss,  # type: ignore[arg-type]  # checked by PretrainOptions
         preset=preset,
         init=init,
+        activation=activation,  # type: ignore[arg-type]  # checked by load_tower
+        text_tower=text_tower,
+        freeze_text=freeze_text,
         granularities=tuple(name.strip() for name in granularities.split(",") if name.strip()),
         alphas=Alphas(soft_clip, pointwise, smooth_kl),
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
         weight_decay=weight_decay,
+        select=select,  # type: ignore[arg-type]  # checked by PretrainOptions
+        precision=precision,  # type: ignore[arg-type]  # likewise
+        gradient_checkpointing=gradient_checkpointing,
+        deepspeed=deepspeed,
         seed=seed,
     )
     result = run(
         data, out, options, images=images, workers=workers, strict=strict, resume=resume, force=force
     )
+    if not result.first:
+        return
     for line in result.skipped.lines():
         note(line)
     stdout.print(
@@ -64,5 +96,11 @@ def pretrain(
         highlight=False,
         soft_wrap=True,
     )
+    if result.validation:
+        stdout.print(
+            f"kept epoch {result.kept} of {epochs}: validation mAP {result.validation['mAP']:.4f}",
+            highlight=False,
+            soft_wrap=True,
+        )
     stdout.print(f"tower: {out}", highlight=False, soft_wrap=True)
     stdout.print(f"next: swap-encoder --mllm llava-med --encoder {out}", highlight=False, soft_wrap=True)

@@ -1,9 +1,9 @@
 """From a manifest to batches: images opened in the workers, each distinct text of a batch encoded once."""
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torchvision.transforms.v2 import functional as tv
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.images import open_image
-from mgll_encoder.data.manifest import ManifestRow, image_folder, read_header, read_rows, row_at
+from mgll_encoder.data.manifest import ManifestRow, image_folder, named, read_header, read_rows, row_at
+from mgll_encoder.data.manifest_formats import format_of
 from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.preprocess import image_transform
 from mgll_encoder.spec import TowerSpec
@@ -26,21 +27,32 @@ from mgll_encoder.spec import TowerSpec
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of a manifest that are trained on.
+    """The rows of one side of a manifest's split.
 
     Attributes:
         path: The manifest.
         folder: The image folder.
-        offsets: Byte offsets of the rows, [n].
+        places: Places of the rows in the manifest, [n].
+        numbers: Their numbers in error messages, [n].
         granularities: Those that are used, coarse to fine.
         joined: One string per image, all its texts in order (plain CLIP), instead of texts per granularity.
+        texts_per_granularity: Granularity -> how many distinct texts the rows have.
     """
 
     path: Path
     folder: Path
-    offsets: NDArray[np.int64]
+    places: NDArray[np.int64]
+    numbers: NDArray[np.int64]
     granularities: tuple[str, ...]
     joined: bool
+    texts_per_granularity: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def row(self, index: int) -> ManifestRow:
+        """A row, read from the manifest."""
+        return row_at(self.path, int(self.places[index]))
 
     def texts(self, row: ManifestRow) -> list[list[str]]:
         """The texts of a row, per granularity in use (one for ``joined``)."""
@@ -49,9 +61,16 @@ class Plan:
 
     def all_texts(self) -> Iterator[str]:
         """Every text of every row, one row in memory at a time."""
-        for offset in self.offsets:
-            for level in self.texts(row_at(self.path, int(offset))):
+        for index in range(len(self)):
+            for level in self.texts(self.row(index)):
                 yield from level
+
+    def sample(self, most: int) -> "Plan":
+        """At most so many rows, evenly spread."""
+        if len(self) <= most:
+            return self
+        chosen = np.linspace(0, len(self) - 1, most).round().astype(int)
+        return replace(self, places=self.places[chosen], numbers=self.numbers[chosen])
 
 
 def plan_rows(
@@ -62,18 +81,33 @@ def plan_rows(
     joined: bool,
     skipped: Skipped,
 ) -> Plan:
-    """Choose the rows of a split, and decode each image once, so that a damaged file shows before the training.
+    """The plan of one side of the split, see :func:`plan_splits`."""
+    return plan_splits(path, folder, granularities, (split,), joined, skipped)[split]
+
+
+def plan_splits(
+    path: Path,
+    folder: Path | None,
+    granularities: Sequence[str],
+    splits: Sequence[str],
+    joined: bool,
+    skipped: Skipped,
+) -> dict[str, Plan]:
+    """Choose the rows of each side of the split, in one pass. Per row, a few numbers stay in memory.
+
+    That every image is there is seen here; that it can be decoded is seen when it is read (`ManifestImages`):
+    decoding a quarter of a million photographs only to look takes an hour.
 
     Args:
         path: The manifest.
         folder: The image folder; None for the one that the manifest names.
         granularities: Which to use; empty for all.
-        split: Side of the split.
+        splits: Sides of the split.
         joined: See :class:`Plan`.
         skipped: Takes the rows that are left out, and stops there if strict.
 
     Raises:
-        UserError: the manifest is damaged, a granularity is unknown, or no row remains.
+        UserError: the manifest is damaged, a granularity is unknown, or the image folder does not exist.
     """
     header = read_header(path)
     for name in granularities:
@@ -85,52 +119,66 @@ def plan_rows(
         raise UserError(
             f"image folder {folder} of manifest {path} does not exist: say where it is with --images"
         )
-    draft = Plan(path, folder, np.empty(0, np.int64), used, joined)
-    rows: dict[str, tuple[int, int, bytes]] = {}  # image -> line, offset, digest of its texts
-    disagreeing: set[str] = set()
-    for line, offset, row in read_rows(path, skipped):
-        if row.split != split:
+    drafts = {split: _Draft(used) for split in splits}
+    for number, place, row in track(read_rows(path, skipped), f"Reading {path.name}"):
+        if row.split not in drafts:
             continue
-        digest = hashlib.sha256(row.model_dump_json(include={"texts"}).encode()).digest()
-        first, _, before = rows.setdefault(row.image, (line, offset, digest))
-        if before != digest:
-            disagreeing.add(row.image)
-            skipped.add(
-                "rows of one image disagree",
-                f"manifest {path} line {line}: the texts of {row.image} differ from those in line {first}",
-            )
-        elif not any(name in row.texts for name in used):
-            del rows[row.image]
-            skipped.add(
-                "no text", f"manifest {path} line {line}: {row.image} has no text for {', '.join(used)}"
-            )
-    kept = [(image, line, offset) for image, (line, offset, _) in rows.items() if image not in disagreeing]
-    with ThreadPoolExecutor() as pool:
-        troubles = pool.map(lambda entry: _trouble(folder / entry[0]), kept)
-        offsets = []
-        for (_, line, offset), trouble in track(
-            zip(kept, troubles, strict=True), "Opening every image once", len(kept)
-        ):
-            if trouble:
-                skipped.add("image unreadable", f"manifest {path} line {line}: {trouble}")
-            else:
-                offsets.append(offset)
-    if not offsets:
-        reasons = "; ".join(skipped.lines()) or f"it has no row with split '{split}'"
-        raise UserError(f"manifest {path} gives no image to train on: {reasons}")
-    return replace(draft, offsets=np.asarray(offsets, np.int64))
+        if not any(name in row.texts for name in used):
+            skipped.add("no text", f"{named(path, number)}: {row.image} has no text for {', '.join(used)}")
+        elif not (folder / row.image).is_file():
+            trouble = f"image {folder / row.image} does not exist: check the image folder"
+            skipped.add(UNREADABLE, f"{named(path, number)}: {trouble}")
+        else:
+            drafts[row.split].add(number, place, row)
+    return {split: draft.plan(path, folder, joined, skipped) for split, draft in drafts.items()}
 
 
-def _trouble(path: Path) -> str:
-    try:
-        open_image(path)
-    except UserError as error:
-        return str(error)
-    return ""
+class _Draft:
+    """The numbers that are kept of each row, 32 bytes and 8 per text."""
+
+    def __init__(self, granularities: tuple[str, ...]) -> None:
+        self._columns = {name: array("q") for name in ("number", "place", "image", "texts")}
+        self._texts = {name: array("q") for name in granularities}
+
+    def add(self, number: int, place: int, row: ManifestRow) -> None:
+        digest = text_key(row.model_dump_json(include={"texts"}))
+        values = (number, place, text_key(row.image), digest)
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(value)
+        for name, keys in self._texts.items():
+            keys.extend(text_key(text) for text in row.texts.get(name, ()))
+
+    def plan(self, path: Path, folder: Path, joined: bool, skipped: Skipped) -> Plan:
+        rows = {name: np.array(column, np.int64) for name, column in self._columns.items()}
+        counts = {name: len(np.unique(np.array(keys, np.int64))) for name, keys in self._texts.items()}
+        kept = _agreeing(path, rows, skipped)
+        return Plan(
+            path, folder, rows["place"][kept], rows["number"][kept], tuple(self._texts), joined, counts
+        )
+
+
+UNREADABLE = "image unreadable"
+"""Reason under which images that are missing or damaged are counted."""
+
+
+def _agreeing(path: Path, rows: dict[str, NDArray[np.int64]], skipped: Skipped) -> NDArray[np.int64]:
+    """Places of the first row of each image, without the images whose rows say different things."""
+    _, first, image = np.unique(rows["image"], return_index=True, return_inverse=True)
+    other = np.flatnonzero(rows["texts"] != rows["texts"][first[image]])
+    for index in other:
+        name = row_at(path, int(rows["place"][index])).image
+        skipped.add(
+            "rows of one image disagree",
+            f"{named(path, int(rows['number'][index]))}: the texts of {name} differ from those in "
+            f"{format_of(path).unit} {rows['number'][first[image[index]]]}",
+        )
+    return np.setdiff1d(first, first[image[other]])
 
 
 class ManifestImages(Dataset):
     """Images and texts of a plan, read on demand.
+
+    An image that cannot be decoded gives ``{"trouble": one line}`` in place of pixels and texts.
 
     Args:
         plan: The rows.
@@ -146,15 +194,18 @@ class ManifestImages(Dataset):
         self._seed, self._augment, self._epoch = seed, augment, 0
 
     def __len__(self) -> int:
-        return len(self._plan.offsets)
+        return len(self._plan)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the training loop, so that an epoch's augmentation is the same in a resumed run."""
         self._epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = row_at(self._plan.path, int(self._plan.offsets[index]))
-        image = open_image(self._plan.folder / row.image)
+        row = self._plan.row(index)
+        try:
+            image = open_image(self._plan.folder / row.image)
+        except UserError as error:
+            return {"trouble": f"{named(self._plan.path, int(self._plan.numbers[index]))}: {error}"}
         if self._augment:
             image = jitter(
                 _shrink(image, 2 * self._size), np.random.default_rng((self._seed, self._epoch, index))
@@ -194,16 +245,21 @@ class Collator:
     def __init__(self, tokenize: Callable[[Sequence[str]], dict[str, Tensor]]) -> None:
         self._tokenize = tokenize
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch.
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of the images that could be read.
 
         Args:
-            items: ``pixels`` [3, S, S], and ``texts`` per granularity.
+            items: ``pixels`` [3, S, S] and ``texts`` per granularity, or ``trouble``.
 
         Returns:
             ``pixel_values`` [N, 3, S, S]; ``input_ids`` and ``attention_mask`` [U, L] of the distinct texts;
-            ``truth`` [G, N, U], 1 where a text belongs to an image at a granularity; ``keys`` [U].
+            ``truth`` [G, N, U], 1 where a text belongs to an image at a granularity; ``keys`` [U]; and
+            ``troubles``, one line for each image that is not among the N. Only the last, if N is 0.
         """
+        troubles = [item["trouble"] for item in items if "trouble" in item]
+        items = [item for item in items if "trouble" not in item]
+        if not items:
+            return {"troubles": troubles}
         distinct = list(dict.fromkeys(text for item in items for level in item["texts"] for text in level))
         column = {text: u for u, text in enumerate(distinct)}
         truth = torch.zeros(len(items[0]["texts"]), len(items), len(distinct))
@@ -216,4 +272,5 @@ class Collator:
             **self._tokenize(distinct),
             "truth": truth,
             "keys": torch.tensor([text_key(text) for text in distinct]),
+            "troubles": troubles,
         }

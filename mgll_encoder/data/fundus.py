@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import check_free, sha256, write_text
+from mgll_encoder.common.files import check_free, sha256
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import check_columns, read_table
 from mgll_encoder.data.fundus_layouts import (
@@ -24,7 +24,7 @@ from mgll_encoder.data.fundus_layouts import (
     as_generic,
     from_folders,
 )
-from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, manifest_text
+from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.data.skipped import Skipped
 
 NORMAL = "normal"
@@ -216,7 +216,7 @@ def build_fundus(
             "skipped": report.skipped.total,
         },
     )
-    write_text(out, manifest_text(out, images, header, rows), force)
+    write_manifest(out, images, header, rows, force)
     return report
 
 

@@ -1,4 +1,4 @@
-"""The manifest: which texts, at which granularities, belong to which image. One JSON object per line.
+"""The manifest: which texts, at which granularities, belong to which image. JSON lines, or Parquet by its name.
 
 The first line is the header, every other line a row::
 
@@ -6,7 +6,8 @@ The first line is the header, every other line a row::
     {"image": "images/1.jpg", "texts": {"status": ["normal fundus"], "disease": ["normal"]}, "patient": "7",
      "split": "train", "source": "ODIR-5K"}
 
-Rows are read one at a time: a manifest of any length needs no memory to speak of.
+In ``.parquet`` files the same fields are columns and the header is metadata, see :mod:`.manifest_formats`. Rows are
+read one at a time: a manifest of any length needs no memory to speak of.
 """
 
 import json
@@ -18,6 +19,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.files import new_file
+from mgll_encoder.data.manifest_formats import format_of
 from mgll_encoder.data.skipped import Skipped
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -67,9 +70,21 @@ def read_header(path: Path) -> ManifestHeader:
     """The header of a manifest.
 
     Raises:
-        UserError: no such file, or its first line is no header.
+        UserError: no such file, or it has no header.
     """
-    return _header(path, _first_line(path))
+    if not path.is_file():
+        raise UserError(
+            f"manifest {path} does not exist or is not a file: make one with 'mgll-encoder data fundus'"
+        )
+    form = format_of(path)
+    try:
+        return ManifestHeader.model_validate_json(form.header(path))
+    except ValidationError as error:
+        raise UserError(
+            f"manifest {path} {form.header_place} is no manifest header ({_explain(error)}): expected "
+            '{"format": "mgll-manifest", "version": 1, "granularities": [...]}; '
+            "make one with 'mgll-encoder data fundus'"
+        ) from None
 
 
 def read_rows(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[int, int, ManifestRow]]:
@@ -77,34 +92,34 @@ def read_rows(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[int,
 
     Args:
         path: The manifest.
-        skipped: Takes the lines that are wrong; None: stop at the first.
+        skipped: Takes the rows that are wrong; None: stop at the first.
 
     Yields:
-        Line number (the header is line 1), byte offset of the line, and the row.
+        Number of the row (in JSON lines the line, the header is line 1; in Parquet the first row is 1), its place
+        for :func:`row_at`, and the row.
 
     Raises:
-        UserError: ``skipped`` is strict or None, and a line is not a row, names an unknown granularity, or holds an
+        UserError: ``skipped`` is strict or None, and a row is not one, names an unknown granularity, or holds an
             empty text.
     """
-    header, skipped = read_header(path), skipped or Skipped(strict=True)
-    with path.open("rb") as stream:
-        offset = len(stream.readline())
-        for number, line in enumerate(stream, start=2):
-            if line.strip():
-                try:
-                    row = _row(path, number, line, header)
-                except UserError as error:
-                    skipped.add("line is no row", str(error))
-                else:
-                    yield number, offset, row
-            offset += len(line)
+    header, form, skipped = read_header(path), format_of(path), skipped or Skipped(strict=True)
+    for number, place, content in form.rows(path):
+        try:
+            row = _row(named(path, number), content, header)
+        except UserError as error:
+            skipped.add("line is no row", str(error))
+        else:
+            yield number, place, row
 
 
-def row_at(path: Path, offset: int) -> ManifestRow:
-    """The row at a byte offset that :func:`read_rows` gave (and thereby checked)."""
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        return ManifestRow.model_validate_json(stream.readline())
+def named(path: Path, number: int) -> str:
+    """How error messages call a row of a manifest, by the number that :func:`read_rows` gave."""
+    return f"manifest {path} {format_of(path).unit} {number}"
+
+
+def row_at(path: Path, place: int) -> ManifestRow:
+    """The row at a place that :func:`read_rows` gave (and thereby checked)."""
+    return ManifestRow.model_validate_json(format_of(path).row(path, place))
 
 
 def image_folder(path: Path, header: ManifestHeader) -> Path:
@@ -113,7 +128,7 @@ def image_folder(path: Path, header: ManifestHeader) -> Path:
 
 
 def manifest_text(path: Path, images: Path, header: ManifestHeader, rows: Iterable[ManifestRow]) -> str:
-    """A manifest as text, to be written to ``path``.
+    """A manifest as JSON lines, to be written to ``path``.
 
     Args:
         path: Where it will lie; the image folder is recorded relative to it.
@@ -121,45 +136,47 @@ def manifest_text(path: Path, images: Path, header: ManifestHeader, rows: Iterab
         header: The header; ``images`` in it is replaced.
         rows: The rows.
     """
-    relative = os.path.relpath(images.resolve(), path.resolve().parent)
-    head = header.model_copy(update={"images": Path(relative).as_posix()})
+    head = _with_images(path, images, header)
     lines = [head.model_dump_json(), *(row.model_dump_json() for row in rows)]
     return "\n".join(lines) + "\n"
 
 
-def _first_line(path: Path) -> bytes:
-    if not path.is_file():
-        raise UserError(
-            f"manifest {path} does not exist or is not a file: make one with 'mgll-encoder data fundus'"
-        )
-    with path.open("rb") as stream:
-        return stream.readline()
+def write_manifest(
+    path: Path, images: Path, header: ManifestHeader, rows: Iterable[ManifestRow], force: bool = False
+) -> None:
+    """Write a manifest, whole or not at all, in the format that its name asks for (``.parquet``, or JSON lines).
+
+    Args:
+        path: The file to write; the image folder is recorded relative to it.
+        images: The image folder.
+        header: The header; ``images`` in it is replaced.
+        rows: The rows; one at a time is in memory.
+        force: Replace ``path`` if it exists.
+
+    Raises:
+        UserError: ``path`` exists and ``force`` is not set.
+    """
+    head = _with_images(path, images, header).model_dump_json()
+    with new_file(path, force) as partial:
+        format_of(path).write(partial, head, (row.model_dump_json() for row in rows))
 
 
-def _header(path: Path, line: bytes) -> ManifestHeader:
+def _with_images(path: Path, images: Path, header: ManifestHeader) -> ManifestHeader:
+    relative = os.path.relpath(images.resolve(), path.resolve().parent)
+    return header.model_copy(update={"images": Path(relative).as_posix()})
+
+
+def _row(where: str, content: bytes, header: ManifestHeader) -> ManifestRow:
     try:
-        return ManifestHeader.model_validate_json(line)
+        row = ManifestRow.model_validate_json(content)
     except ValidationError as error:
-        raise UserError(
-            f"manifest {path} line 1 is no manifest header ({_explain(error)}): expected "
-            '{"format": "mgll-manifest", "version": 1, "granularities": [...]}; '
-            "make one with 'mgll-encoder data fundus'"
-        ) from None
-
-
-def _row(path: Path, number: int, line: bytes, header: ManifestHeader) -> ManifestRow:
-    try:
-        row = ManifestRow.model_validate_json(line)
-    except ValidationError as error:
-        raise UserError(f"manifest {path} line {number}: {_explain(error)}") from None
+        raise UserError(f"{where}: {_explain(error)}") from None
     for granularity, texts in row.texts.items():
         if granularity not in header.granularities:
-            unknown = unknown_name("granularity", granularity, header.granularities)
-            raise UserError(f"manifest {path} line {number}: {unknown}")
+            raise UserError(f"{where}: {unknown_name('granularity', granularity, header.granularities)}")
         if not texts:
             raise UserError(
-                f"manifest {path} line {number}: granularity '{granularity}' has no text: "
-                "leave it out, or give at least one"
+                f"{where}: granularity '{granularity}' has no text: leave it out, or give at least one"
             )
     return row
 

@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.data.manifest import (
@@ -12,7 +14,9 @@ from mgll_encoder.data.manifest import (
     read_header,
     read_rows,
     row_at,
+    write_manifest,
 )
+from mgll_encoder.data.skipped import Skipped
 
 HEADER = {
     "format": "mgll-manifest",
@@ -71,6 +75,86 @@ def test_what_is_written_is_read_back_and_found_again_by_offset(tmp_path):
 def test_a_bad_row_is_named_by_its_line(tmp_path, line, complaint):
     with pytest.raises(UserError, match=complaint):
         list(read_rows(write(tmp_path, HEADER, ROW, line)))
+
+
+def parquet_and_lines(folder: Path, rows: list[ManifestRow]) -> tuple[Path, Path]:
+    header = ManifestHeader(granularities=["status", "disease"])
+    paths = (folder / "m.parquet", folder / "m.jsonl")
+    for path in paths:
+        write_manifest(path, folder / "images", header, rows)
+    return paths
+
+
+def test_parquet_and_json_lines_hold_the_same(tmp_path):
+    rows = [
+        ManifestRow(
+            image=f"é{i}.png",
+            texts={"status": [f"n {i}"], **({"disease": ["a", "b"]} if i % 3 else {})},
+            split="val",
+        )
+        for i in range(1300)  # three groups of rows
+    ]
+    columns, lines = parquet_and_lines(tmp_path, rows)
+    assert read_header(columns) == read_header(lines)
+    assert [row for _, _, row in read_rows(columns)] == [row for _, _, row in read_rows(lines)] == rows
+    assert [number for number, _, _ in read_rows(columns)] == list(range(1, 1301))
+    places = [place for _, place, _ in read_rows(columns)]
+    for i in (1299, 0, 512, 511, 700, 1):
+        assert row_at(columns, places[i]) == rows[i]
+    write_manifest(
+        tmp_path / "back.jsonl",
+        tmp_path / "images",
+        read_header(columns),
+        (r for _, _, r in read_rows(columns)),
+    )
+    assert (tmp_path / "back.jsonl").read_bytes() == lines.read_bytes()
+
+
+def test_tables_that_others_wrote_are_read(tmp_path):
+    """Texts as a struct, empty cells, one group of rows, as pandas writes them."""
+    rows = [{**ROW, "patient": None}, {**ROW, "texts": {"status": None, "disease": ["x"]}}]
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"mgll-manifest": json.dumps(HEADER)})
+    parquet.write_table(table, tmp_path / "m.parquet")
+    read = [row for _, _, row in read_rows(tmp_path / "m.parquet")]
+    assert [row.texts for row in read] == [ROW["texts"], {"disease": ["x"]}]
+    assert read[0].patient == ""
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (
+            {**ROW, "texts": {"diseases": ["x"]}},
+            "row 2: unknown granularity 'diseases': did you mean 'disease'",
+        ),
+        ({**ROW, "texts": {"status": [" "]}}, r"row 2: 'texts.status.0': .*at least 1 character"),
+        ({**ROW, "image": None}, "row 2: 'image': Field required"),
+        ({**ROW, "label": "x"}, "row 2: 'label': Extra inputs"),
+    ],
+)
+def test_a_bad_row_of_a_table_is_named_and_can_be_skipped(tmp_path, row, complaint):
+    texts = pa.array(
+        [list(r["texts"].items()) for r in (ROW, row)], pa.map_(pa.string(), pa.list_(pa.string()))
+    )
+    columns = {name: [r.get(name) for r in (ROW, row)] for name in row if name != "texts"}
+    table = pa.table({**columns, "texts": texts}).replace_schema_metadata(
+        {"mgll-manifest": json.dumps(HEADER)}
+    )
+    parquet.write_table(table, tmp_path / "m.parquet")
+    with pytest.raises(UserError, match=complaint):
+        list(read_rows(tmp_path / "m.parquet"))
+    skipped = Skipped()
+    assert [row.image for _, _, row in read_rows(tmp_path / "m.parquet", skipped)] == ["1.png"]
+    assert skipped.counts == {"line is no row": 1}
+
+
+def test_a_table_without_a_header_and_a_file_that_is_no_table_say_so(tmp_path):
+    parquet.write_table(pa.Table.from_pylist([ROW]), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match="metadata is no manifest header"):
+        read_header(tmp_path / "m.parquet")
+    (tmp_path / "x.parquet").write_text("{}")
+    with pytest.raises(UserError, match="x.parquet is no Parquet file"):
+        read_header(tmp_path / "x.parquet")
 
 
 def test_blank_lines_are_allowed(tmp_path):

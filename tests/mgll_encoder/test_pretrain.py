@@ -10,14 +10,19 @@ from typer.testing import CliRunner
 from mgll_encoder.cli.pretrain import pretrain as pretrain_command
 from mgll_encoder.common.cli import new_app
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import sha256
 from mgll_encoder.data.batches import Collator, ManifestImages, jitter, plan_rows, text_key
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.phantom_set import write_phantom
 from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.pretrain import PretrainOptions, pretrain
+from mgll_encoder.text_tower import TextTower, load_text_tower
+from mgll_encoder.tower import inspect_tower as swap_header
 from mgll_encoder.tower import load_tower
+from mgll_encoder.trainer import Validation
 from mgll_encoder.two_towers import PRESETS, Preset
 from mgll_encoder.word_pieces import clip_tokenizer
+from tests.mgll_encoder.test_text_tower import bert_folder
 
 NANO = Preset(
     PRESETS["tiny"].spec.model_copy(
@@ -150,7 +155,7 @@ def test_a_killed_training_resumes_to_the_same_tower(manifest, tmp_path, monkeyp
 
     pretrain(manifest, tmp_path / "whole", options(), workers=0)
     with monkeypatch.context() as patch:
-        patch.setattr("mgll_encoder.pretrain._Trainer.log", dying)
+        patch.setattr("mgll_encoder.trainer.TowerTrainer.log", dying)
         with pytest.raises(Killed):
             pretrain(manifest, tmp_path / "killed", options(), workers=0)
     assert not (tmp_path / "killed").exists()
@@ -175,22 +180,145 @@ def test_a_training_can_start_from_a_tower(manifest, tmp_path):
     torch.testing.assert_close(*projections, atol=1e-6, rtol=0)
 
 
-def test_broken_images_are_counted_or_stop_a_strict_run(manifest, tmp_path):
+def spoilt(manifest: Path, out: Path) -> Path:
+    """The training rows, with a damaged image, a missing one, two that disagree, and a line that is no row."""
+
     def change(rows):
         kept = [row for row in rows if row["split"] == "train"]
-        extra = {**kept[0], "image": "broken.png"}
         other = {**kept[1], "texts": {"status": ["something else"]}}
-        return [*kept, extra, {**kept[0], "image": "gone.png"}, other]
+        return [
+            *kept,
+            {**kept[0], "image": "broken.png"},
+            {**kept[0], "image": "gone.png"},
+            other,
+            {"image": "x"},
+        ]
 
     (manifest.parent / "broken.png").write_bytes((manifest.parent / "contact_sheet.png").read_bytes()[:2000])
-    changed = edit(manifest, tmp_path / "m.jsonl", change)
+    return edit(manifest, out, change)
+
+
+def test_rows_that_cannot_be_used_are_counted_or_stop_a_strict_run(manifest, tmp_path):
+    changed = spoilt(manifest, tmp_path / "m.jsonl")
     skipped = Skipped()
     plan = plan_rows(changed, None, (), "train", False, skipped)
-    assert skipped.counts == {"image unreadable": 2, "rows of one image disagree": 1}
-    assert len(plan.offsets) == 38 - 1
-    assert "line 40: image" in skipped.first["image unreadable"]
-    with pytest.raises(UserError, match=r"line 42: the texts of .* differ from those in line 3"):
+    assert skipped.counts == {"image unreadable": 1, "rows of one image disagree": 1, "line is no row": 1}
+    assert len(plan) == 38
+    assert "line 41: image" in skipped.first["image unreadable"]
+    assert "line 42: the texts of" in skipped.first["rows of one image disagree"]
+    assert "differ from those in line 3" in skipped.first["rows of one image disagree"]
+    with pytest.raises(UserError, match=r"line 41: image .*gone.png does not exist"):
         plan_rows(changed, None, (), "train", False, Skipped(strict=True))
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out_of_its_batches_and_counted_once(manifest, tmp_path):
+    def change(rows):
+        kept = [row for row in rows if row["split"] == "train"]
+        return [*kept[:20], {**kept[0], "image": "broken.png"}]
+
+    spoilt(manifest, tmp_path / "all.jsonl")
+    changed = edit(manifest, tmp_path / "m.jsonl", change)
+    result = pretrain(changed, tmp_path / "tower", options(epochs=2, batch_size=7), workers=2)
+    assert result.skipped.counts == {"image unreadable": 1}
+    assert "line 22: image" in result.skipped.first["image unreadable"]
+    assert result.steps == 6
+    plan = plan_rows(changed, None, (), "train", False, Skipped())
+    data = ManifestImages(plan, NANO.spec, seed=0)
+    batch = Collator(clip_tokens)([data[i] for i in range(14, 21)])
+    assert len(batch["pixel_values"]) == batch["truth"].shape[1] == 6
+    assert len(batch["troubles"]) == 1
+    with pytest.raises(UserError, match=r"line 22: image .*broken.png cannot be decoded"):
+        pretrain(changed, tmp_path / "strict", options(epochs=1, batch_size=7), workers=2, strict=True)
+    only = edit(manifest, tmp_path / "o.jsonl", lambda rows: change(rows)[-1:] * 1 + change(rows)[:1])
+    with pytest.raises(UserError, match="none of the 1 images of a batch can be read"):
+        pretrain(only, tmp_path / "none", options(epochs=1, batch_size=1), workers=0)
+
+
+def with_validation(manifest: Path, out: Path) -> Path:
+    """The manifest with its test rows turned into validation rows."""
+    return edit(
+        manifest,
+        out,
+        lambda rows: [{**r, "split": "val" if r["split"] == "test" else r["split"]} for r in rows],
+    )
+
+
+def test_the_epoch_that_ranks_validation_texts_best_is_kept(manifest, tmp_path, monkeypatch):
+    changed = with_validation(manifest, tmp_path / "m.jsonl")
+    given = iter([0.3, 0.9, 0.5])
+    judge = Validation.judge
+
+    def scripted(self, towers, batch_size):
+        figures, troubles = judge(self, towers, batch_size)
+        assert 0 < figures["mAP"] <= 1
+        return figures | {"mAP": next(given)}, troubles
+
+    pretrain(changed, tmp_path / "two", options(select="last"), workers=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "judge", scripted)
+        best = pretrain(changed, tmp_path / "best", options(), workers=0)
+    assert (best.kept, best.validation["mAP"]) == (2, 0.9)
+    record = json.loads((tmp_path / "best" / "mgll_tower.json").read_text())["provenance"]["pretraining"]
+    assert (record["kept_epoch"], record["validation"]["mAP"]) == (2, 0.9)
+    assert record["validation_images"] == len(manifest.read_text().splitlines()) - 1 - 38
+    assert best.losses == pytest.approx(
+        json.loads((tmp_path / "two" / "mgll_tower.json").read_text())["provenance"]["pretraining"][
+            "epoch_losses"
+        ],
+        abs=1e-6,
+    )  # looking at the validation rows does not change the training
+    assert not torch.equal(weights(tmp_path / "best"), weights(tmp_path / "two"))
+
+
+def test_best_needs_validation_rows(manifest, tmp_path):
+    with pytest.raises(UserError, match="has 0 usable val images"):
+        pretrain(manifest, tmp_path / "none", options(select="best"), workers=0)
+
+
+def test_the_card_tells_what_it_was_trained_on(manifest, tmp_path):
+    pretrain(manifest, tmp_path / "tower", options(epochs=1), workers=0)
+    card = (tmp_path / "tower" / "README.md").read_text()
+    for told in (
+        "Not a medical device",
+        sha256(manifest),
+        "| seed | 0 |",
+        "status 2",
+        "soft_clip 1, pointwise 0.02",
+    ):
+        assert told in card
+    text = load_text_tower(tmp_path / "tower")
+    assert text.features(["normal fundus"]).shape == (1, 16)
+    assert swap_header(tmp_path / "tower").spec.projection_dim == 16
+
+
+def test_a_text_tower_that_lacks_words_is_not_trained_on(manifest, tmp_path):
+    pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
+    other = edit(
+        manifest,
+        tmp_path / "m.jsonl",
+        lambda rows: [{**r, "texts": {"status": [f"Zebra {i % 2}"]}} for i, r in enumerate(rows)],
+    )
+    with pytest.raises(UserError, match="no vector for .*'Zebra 0'.*--text-tower new"):
+        pretrain(other, tmp_path / "second", options(epochs=1, init=tmp_path / "first"), workers=0)
+    pretrain(
+        other, tmp_path / "third", options(epochs=1, init=tmp_path / "first", text_tower="new"), workers=0
+    )
+
+
+def test_a_bert_can_be_the_text_tower_frozen_with_checkpointing_and_bf16(manifest, tmp_path):
+    bert = bert_folder(tmp_path / "bert")
+    changes = {
+        "text_tower": str(bert),
+        "freeze_text": True,
+        "gradient_checkpointing": True,
+        "precision": "bf16",
+    }
+    result = pretrain(manifest, tmp_path / "tower", options(epochs=1, **changes), workers=0)
+    assert np.isfinite(result.losses).all()
+    before, after = TextTower.load(tmp_path / "tower" / "text"), TextTower.pretrained(str(bert), 16)
+    for name, weight in after.model.state_dict().items():
+        assert torch.equal(before.model.state_dict()[name], weight)
+    assert before.pooling == "mean"
 
 
 @pytest.mark.parametrize(
@@ -204,6 +332,12 @@ def test_broken_images_are_counted_or_stop_a_strict_run(manifest, tmp_path):
         (["--epochs", "0"], "--epochs is 0"),
         (["--images", "nowhere"], "image folder nowhere"),
         (["--init", "nowhere.pt"], "nowhere.pt"),
+        (["--text-tower", "./nowhere"], "text tower ./nowhere cannot be read"),
+        (["--text-tower", "new", "--freeze-text"], "leave one out"),
+        (["--select", "first"], "unknown select 'first'"),
+        (["--precision", "fp8"], "unknown precision 'fp8'"),
+        (["--precision", "fp16"], "needs a GPU"),
+        (["--deepspeed", "nowhere.json"], "nowhere.json"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(manifest, tmp_path, arguments, complaint):

@@ -1,0 +1,109 @@
+"""What a pretraining starts from: new towers, ours, a whole CLIP, or a text encoder that somebody trained."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub.errors import HfHubHTTPError
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.claims import HF_FOLDER, OURS
+from mgll_encoder.clip_text import clip_text_tower
+from mgll_encoder.common.cli import note, warn
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.data.batches import Plan
+from mgll_encoder.losses import Alphas
+from mgll_encoder.spec import Activation
+from mgll_encoder.text_tower import FOLDER as TEXT_FOLDER
+from mgll_encoder.text_tower import TextTower, load_text_tower
+from mgll_encoder.tower import HF_STATE, Tower, load_tower
+from mgll_encoder.two_towers import Preset, TwoTowers, image_projection, new_tower
+
+OPENAI = "openai"
+"""The name, for ``--init``, of OpenAI's CLIP ViT-L/14."""
+AUTO, NEW = "auto", "new"
+"""For ``--text-tower``: the one of ``--init`` where it has one, else a new one; or a new one in any case."""
+
+
+def starting_towers(
+    preset: Preset,
+    init: str | None,
+    activation: Activation | None,
+    text_tower: str,
+    plan: Plan,
+    alphas: Alphas,
+) -> TwoTowers:
+    """The towers as they are before the first step.
+
+    Args:
+        preset: Geometry of new towers.
+        init: None for new ones, ``OPENAI``, or anything that ``load_tower`` reads.
+        activation: Of ``init``, where it does not say.
+        text_tower: ``AUTO``, ``NEW``, or a transformers folder or repository of a text encoder.
+        plan: The training rows, whose texts are the vocabulary of a new text tower.
+        alphas: Weights of the loss terms.
+
+    Raises:
+        UserError: weights cannot be read or had, or the text tower of ``init`` does not know the texts.
+    """
+    path, activation = _openai(activation) if init == OPENAI else (Path(init) if init else None, activation)
+    vision = new_tower(preset) if path is None else load_tower(path, activation=activation)
+    for line in vision.header.warnings:
+        warn(line)
+    projection = image_projection(vision)
+    text = _text(text_tower, path, vision, projection.out_features, plan)
+    if text is None:
+        text = TextTower.new(plan.all_texts(), preset.text_width, preset.text_depth, projection.out_features)
+    return TwoTowers(vision, projection, text, alphas)
+
+
+def _openai(activation: Activation | None) -> tuple[Path, Activation]:
+    """OpenAI's weights, from open_clip's cache or the hub; they were trained with QuickGELU."""
+    try:
+        file = download_pretrained(get_pretrained_cfg("ViT-L-14", OPENAI))
+    except (OSError, HfHubHTTPError, RuntimeError, FileNotFoundError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"--init {OPENAI}: the weights of CLIP ViT-L/14 cannot be downloaded ({first}): connect to the internet, "
+            "or give a file or folder with them, such as --init ViT-L-14.pt"
+        ) from None
+    return Path(file), activation or "quick_gelu"
+
+
+def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: Plan) -> TextTower | None:
+    """The text tower that was asked for; None for a new one."""
+    if choice == NEW or (choice == AUTO and path is None):
+        return None
+    if choice != AUTO:
+        return TextTower.pretrained(choice, shared)
+    assert path is not None  # the first case
+    text = _text_beside(path, vision, shared)
+    if text is None:
+        note(f"{path} has no text tower: a new one is trained")
+    else:
+        _check_known(text, plan)
+    return text
+
+
+def _text_beside(path: Path, vision: Tower, shared: int) -> TextTower | None:
+    """The text tower that an image tower was trained with, if it was saved too."""
+    layout = vision.header.layout
+    if layout == OURS:
+        return load_text_tower(path) if (path / TEXT_FOLDER).is_dir() else None
+    if layout == HF_FOLDER:
+        whole = read_json(path / "config.json").get("model_type") == "clip"
+        return TextTower.pretrained(str(path), shared) if whole else None
+    return None if layout == HF_STATE else clip_text_tower(path, vision.spec.activation, shared)
+
+
+def _check_known(text: TextTower, plan: Plan) -> None:
+    """Refuse texts with words that a text tower of few words would leave out."""
+    if text.rows >= len(text.tokenizer):
+        return
+    unknown = lru_cache(maxsize=2**16)(lambda sentence: tuple(text.unknown(sentence)))
+    for sentence in plan.all_texts():
+        if pieces := unknown(sentence):
+            raise UserError(
+                f"the text tower of --init has no vector for {', '.join(pieces[:5])} in '{sentence[:80]}', a text of "
+                f"{plan.path}: train another one with --text-tower {NEW}"
+            )
