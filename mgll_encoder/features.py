@@ -27,9 +27,11 @@ _FEW = 256
 """Up to so many images, starting worker processes costs more than they save."""
 
 
-def default_workers() -> int:
-    """Processes that read images, unless told otherwise: one per core, up to 8."""
-    return min(8, os.cpu_count() or 1)
+def workers_for(images: int, asked: int | None) -> int:
+    """Processes that read images: as asked for; else one per core, up to 8, and none for a few images."""
+    if asked is not None:
+        return asked
+    return min(8, os.cpu_count() or 1) if images > _FEW else 0
 
 
 def pooled_features(
@@ -174,13 +176,11 @@ def _pooled(
     tower: Tower, images: Sequence[Path], batch_size: int, workers: int | None
 ) -> NDArray[np.float32]:
     """Pooled features, NaN for images that cannot be read."""
-    if workers is None:
-        workers = default_workers() if len(images) > _FEW else 0
     device = best_device()
     loader = DataLoader(
         _Images(images, tower.spec),
         batch_size=batch_size,
-        num_workers=workers,
+        num_workers=workers_for(len(images), workers),
         pin_memory=device.type == "cuda",
     )
     model = tower.model.to(device)

@@ -34,9 +34,9 @@ from mgll_encoder.common.cli import note, stderr
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.data.batches import jitter
+from mgll_encoder.data.batches import jitter, shrink
 from mgll_encoder.data.label_table import LabelledImages
-from mgll_encoder.features import best_device, default_workers, images_digest, tower_digest
+from mgll_encoder.features import best_device, images_digest, tower_digest, workers_for
 from mgll_encoder.preprocess import image_transform
 from mgll_encoder.probe import METRICS, kept_labels, metrics
 from mgll_encoder.spec import TowerSpec
@@ -139,7 +139,7 @@ class LabelledPixels(Dataset):
 
     def __init__(self, data: LabelledImages, spec: TowerSpec, augment: bool, seed: int) -> None:
         self._images, self._truth = data.images, torch.from_numpy(data.truth).float()
-        self._transform = image_transform(spec)
+        self._transform, self._size = image_transform(spec), spec.image_size
         self._augment, self._seed, self._epoch = augment, seed, 0
 
     def __len__(self) -> int:
@@ -152,7 +152,9 @@ class LabelledPixels(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = open_image(self._images[index])
         if self._augment:
-            image = jitter(image, np.random.default_rng((self._seed, self._epoch, index)))
+            image = jitter(
+                shrink(image, 2 * self._size), np.random.default_rng((self._seed, self._epoch, index))
+            )
         return {"pixel_values": self._transform(image), "labels": self._truth[index]}
 
 
@@ -201,9 +203,10 @@ def finetune(
         "validation_images": len(choose.images),
     }
     folder = cache / hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+    lock = folder.with_suffix(".lock")
     cache.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(f"{folder}.lock", timeout=0):
+        with FileLock(lock, timeout=0):
             set_seed(options.seed)
             model = TowerWithHead(_copy(tower), learn.truth, data.exclusive)
             trainer = _trainer(model, learn, choose, tower.spec, options, folder, workers)
@@ -213,8 +216,9 @@ def finetune(
                     f"the loss is not finite after {outcome.global_step} steps: give a smaller --lr"
                 )
             logits = trainer.predict(LabelledPixels(asked, tower.spec, False, options.seed)).predictions
-            best = float(trainer.state.best_metric or math.nan)
+            best = math.nan if trainer.state.best_metric is None else float(trainer.state.best_metric)
             shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
     except Timeout:
         raise UserError(
             "the same fine-tuning is running in another process: wait for it, or end it"
@@ -255,7 +259,7 @@ def _trainer(
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=2 * options.batch_size,
-        dataloader_num_workers=default_workers() if workers is None else workers,
+        dataloader_num_workers=workers_for(len(learn.images), workers),
         dataloader_pin_memory=cuda,
         learning_rate=options.lr,
         weight_decay=options.weight_decay,

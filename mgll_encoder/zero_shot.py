@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.special import expit, softmax
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoConfig
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.data.fundus import read_explanations
-from mgll_encoder.text_tower import FOLDER, TextTower, load_text_tower
+from mgll_encoder.starting import text_beside
+from mgll_encoder.text_tower import TextTower
 from mgll_encoder.tower import Tower
 
 
@@ -123,36 +123,33 @@ def read_prompts(name: str) -> Prompts:
 
 
 def text_tower_of(path: Path, tower: Tower) -> TextTower:
-    """The text tower beside an image tower: of a pretraining of ours, or of a whole CLIP as transformers writes it.
+    """The text tower beside an image tower: of a pretraining of ours, or of a whole CLIP of any layout.
 
     Args:
         path: What the image tower was read from.
         tower: The image tower.
 
     Raises:
-        UserError: there is none, or the image tower has no projection into the shared space.
+        UserError: there is none, it is damaged, or the image tower has no projection into the shared space.
     """
     if tower.projection is None:
         raise UserError(
             f"tower {path} has no projection into the image-text space: expected one that 'mgll-encoder pretrain' "
-            "wrote, or a whole CLIP in a transformers folder"
+            "wrote, or a whole CLIP"
         )
-    if path.is_dir() and not (path / FOLDER).is_dir() and _is_clip(path):
-        text = TextTower.pretrained(str(path), tower.projection.shape[0]).eval()
-        if text.rows < len(text.tokenizer):
-            raise UserError(
-                f"{path}: the tokenizer has {len(text.tokenizer)} pieces, but the text tower knows {text.rows}: "
-                "expected those of one CLIP; take both from the same folder"
-            )
-        return text
-    return load_text_tower(path)
-
-
-def _is_clip(folder: Path) -> bool:
-    try:
-        return AutoConfig.from_pretrained(folder).model_type == "clip"
-    except (OSError, ValueError, KeyError):  # no transformers folder: load_text_tower says what is expected
-        return False
+    text = text_beside(path, tower, tower.projection.shape[0])
+    if text is None:
+        raise UserError(
+            f"tower {path} has no text tower: expected a folder that 'mgll-encoder pretrain' wrote, or a whole CLIP; "
+            "an image tower alone cannot compare images with texts"
+        )
+    end = text.tokenizer.eos_token_id
+    if end is not None and end >= text.rows:
+        raise UserError(
+            f"{path}: the text tower knows {text.rows} pieces, its tokenizer counts to {len(text.tokenizer)}: expected "
+            "those of one CLIP; take both from the same folder"
+        )
+    return text.eval()
 
 
 def projected(tower: Tower, features: NDArray[np.floating]) -> NDArray[np.float32]:

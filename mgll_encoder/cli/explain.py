@@ -68,7 +68,7 @@ def explain(
         raise UserError(
             "--label needs --data with labels to fit a probe on (and its columns, as for 'probe')"
         )
-    if data and not label:
+    if (data or benchmark) and not label:
         raise UserError("--data has no effect without --label: name a class, or leave it out")
     skipped, tower = Skipped(strict), open_tower(encoder, activation)
     targets = _texts(tower, encoder, text or [])

@@ -85,6 +85,10 @@ Workers = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 
+_COLUMNS = ("file", "labels", "")
+"""Defaults of the options that a benchmark answers itself."""
+
+
 @dataclass(frozen=True)
 class Question:
     """Which images and labels the user means; each field is the option of its name."""
@@ -122,13 +126,23 @@ class Question:
         sides = Sides(
             self.test, self.seed, _listed(self.test_list), self.test_data, self.test_images, both_sides
         )
+        if self.benchmark and (self.image_column, self.labels_column, self.binary_columns) != _COLUMNS:
+            raise UserError(
+                f"--benchmark {self.benchmark} says what the columns are: leave their options out"
+            )
         only = tuple(name.strip().casefold() for name in self.only.split(";") if name.strip())
         known = described(self.benchmark) if self.benchmark else None
         if known and not self.data and known.folders:
+            if self.patient_column or self.split_column:
+                raise UserError(
+                    "--patient-column and --split-column need a label table: give --data, or leave them out"
+                )
             columns = known.columns if known.tabled else None
             if self.test_data and not columns:
                 raise UserError(f"benchmark '{self.benchmark}' has no label table: leave --test-data out")
-            return read_class_files(self.images, known.folders, columns=columns, sides=sides, skipped=skipped)
+            return read_class_files(
+                self.images, known.folders, only=only, columns=columns, sides=sides, skipped=skipped
+            )
         if not self.data:
             raise UserError(
                 "--data is missing: expected the label file; only sets labelled by folders need none"

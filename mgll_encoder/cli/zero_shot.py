@@ -54,7 +54,7 @@ def zero_shot(
 ) -> None:
     """Classify without training, by the likeness of an image to prompts of each class: AUC, mAP, accuracy.
 
-    Needs a tower with its text tower: a folder of 'mgll-encoder pretrain', or a whole CLIP in a transformers folder.
+    Needs a tower with its text tower: a folder of 'mgll-encoder pretrain', or a whole CLIP.
     The prompts of a class are averaged; where several labels may be true at once, a label is weighed against the
     prompts of its absence.
 

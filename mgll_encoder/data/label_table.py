@@ -171,6 +171,7 @@ def read_class_files(
     images: Path,
     classes: Mapping[str, str],
     *,
+    only: Sequence[str] = (),
     columns: Columns | None = None,
     sides: Sides | None = None,
     skipped: Skipped | None = None,
@@ -180,6 +181,7 @@ def read_class_files(
     Args:
         images: Folder of the images.
         classes: Pattern of paths below it (at any depth) -> class.
+        only: Classes to keep; empty for all.
         columns: Meaning of the columns of the table of test images, where there is one.
         sides: Who is on the test side.
         skipped: Takes what is left out; None: stop at the first.
@@ -200,7 +202,7 @@ def read_class_files(
             found.append(_Row(f"image {file}", key, file, frozenset({name}), key, side))
     if columns:
         found = _with_test_table(found, images, columns, sides, skipped)
-    return _assembled(found, f"image folder {images}", (), sides, skipped)
+    return _assembled(found, f"image folder {images}", only, sides, skipped)
 
 
 def _with_test_table(
