@@ -307,14 +307,13 @@ class _Telling(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,  # noqa: ARG002 - the library's signature
-        metrics: dict[str, float],
-        **_: Any,
+        **given: Any,
     ) -> None:
         if args.disable_tqdm:
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
             note(
                 f"epoch {round(state.epoch or 0)}/{round(args.num_train_epochs)}: training loss {losses[-1]:.4f}, "
-                f"validation {CHOSEN_BY} {metrics[f'eval_{CHOSEN_BY}']:.1f}"
+                f"validation {CHOSEN_BY} {given['metrics'][f'eval_{CHOSEN_BY}']:.1f}"
             )
 
 

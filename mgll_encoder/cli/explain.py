@@ -84,7 +84,8 @@ def explain(
     pictures = [open_image(path) for path in paths]
     transform = image_transform(tower.spec)
     pixels = torch.stack([transform(picture) for picture in pictures])
-    columns, notes = attention_maps(tower, pixels), {}
+    columns = attention_maps(tower, pixels)
+    notes: dict[str, list[str]] = {}
     for target in targets:
         maps, scores = target_maps(tower, pixels, target)
         columns[target.name] = maps

@@ -18,7 +18,7 @@ from mgll_encoder.probe import judge, linear_scores, pooled_features
 from tests.builders import invoke, refused
 
 COUNT = 240
-QUICK = FinetuneOptions(epochs=10, batch_size=16, lr=2e-3, augment=False)
+QUICK = FinetuneOptions(epochs=8, batch_size=16, lr=2e-3, augment=False)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_killed_fine_tuning_goes_on_and_ends_the_same(
         if state.epoch >= 2:
             raise Killed
 
-    few = eyes.subset(np.arange(COUNT) < 90)
+    few = eyes.subset(np.arange(COUNT) < 60)
     options = replace(QUICK, epochs=3, augment=True)
     whole = finetune(tower, few, options, tmp_path / "a", workers=0)
     with monkeypatch.context() as patch:
