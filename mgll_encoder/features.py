@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mgll_encoder.common.cli import track
@@ -84,7 +84,7 @@ def readable_features(
         UserError: ``skipped`` is strict and an image cannot be read, or none can.
     """
     features = _cached(tower, data.images, cache, workers)
-    kept = ~np.isnan(features).any(axis=1)
+    kept = np.asarray(~np.isnan(features).any(axis=1))
     return features[kept], without_unreadable(data, kept, skipped)
 
 
@@ -183,14 +183,15 @@ def _pooled(
         num_workers=workers_for(len(images), workers),
         pin_memory=device.type == "cuda",
     )
-    model = tower.model.to(device)
+    model: nn.Module = tower.model
+    model.to(device)
     features = np.full((len(images), tower.spec.width), np.nan, np.float32)
     start = 0
     with torch.inference_mode():
         for pixels in track(loader, "Reading features", len(loader)):
             good = ~torch.isnan(pixels).flatten(1).any(dim=1)
             if good.any():
-                found = model(pixels[good].to(device, model.dtype)).pooler_output.float().cpu().numpy()
+                found = model(pixels[good].to(device, tower.model.dtype)).pooler_output.float().cpu().numpy()
                 features[start : start + len(pixels)][good.numpy()] = found
             start += len(pixels)
     model.cpu()

@@ -38,7 +38,7 @@ from mgll_encoder.data.batches import jitter, shrink
 from mgll_encoder.data.label_table import LabelledImages
 from mgll_encoder.features import best_device, images_digest, tower_digest, workers_for
 from mgll_encoder.preprocess import image_transform
-from mgll_encoder.probe import METRICS, kept_labels, metrics
+from mgll_encoder.probe import METRICS, kept_labels, metrics, mixed
 from mgll_encoder.spec import TowerSpec
 from mgll_encoder.tower import Tower
 
@@ -186,7 +186,7 @@ def finetune(
     val = validation_part(data, options.validation, options.seed)
     learn = data.subset(~data.test & ~val)
     choose, asked = data.subset(val), data.subset(data.test)
-    if not len(learn.images) or not _judged(choose.truth).any():
+    if not len(learn.images) or not mixed(choose.truth).any():
         raise UserError(
             f"the validation part ({len(choose.images)} of {len(learn.images) + len(choose.images)} training images) "
             "has no label with positive and negative images: give a larger --validation, or more patients"
@@ -225,7 +225,7 @@ def finetune(
         ) from None
     spec = tower.spec.model_copy(update={"projection_dim": None})
     learnt = Tower.from_model(model.vision.cpu(), spec)
-    return Finetuned(model.probabilities(logits)[:, kept], kept, learnt, best, record)
+    return Finetuned(model.probabilities(np.asarray(logits))[:, kept], kept, learnt, best, record)
 
 
 def validation_part(data: LabelledImages, share: float, seed: int) -> NDArray[np.bool_]:
@@ -234,10 +234,6 @@ def validation_part(data: LabelledImages, share: float, seed: int) -> NDArray[np
         return data.val & ~data.test
     drawn = [assign_split(f"validation of {patient}", test=share, seed=seed) for patient in data.patients]
     return ~data.test & (np.array(drawn) == "test")
-
-
-def _judged(truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    return truth.any(axis=0) & ~truth.all(axis=0)
 
 
 def _copy(tower: Tower) -> Tower:

@@ -58,6 +58,11 @@ class ProbeResult:
     runs: tuple[dict[str, float], ...] = ()
 
 
+def mixed(truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which labels are true of some and not of others of these images, [labels] of truth [n, labels]."""
+    return np.asarray(truth.any(axis=0) & ~truth.all(axis=0))
+
+
 def kept_labels(data: LabelledImages, positives: int = 1, trained: bool = True) -> list[int]:
     """Places of the labels that can be judged.
 
@@ -66,14 +71,10 @@ def kept_labels(data: LabelledImages, positives: int = 1, trained: bool = True) 
         positives: Least number of positive test images.
         trained: Whether positive and negative training images are needed too.
     """
-
-    def both(truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        return truth.any(axis=0) & ~truth.all(axis=0)
-
     asked = data.truth[data.test]
-    enough = both(asked) & (asked.sum(axis=0) >= positives)
+    enough = mixed(asked) & (asked.sum(axis=0) >= positives)
     if trained:
-        enough &= both(data.truth[~data.test])
+        enough &= mixed(data.truth[~data.test])
     return np.flatnonzero(enough).tolist()
 
 
@@ -192,7 +193,8 @@ def metrics(
     guess = scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1]) if exclusive else scores >= 0.5
     right = (guess == truth).astype(np.float64)
     if exclusive:  # the accuracy of a classifier among classes is one figure
-        right = np.repeat((guess & truth).any(axis=1)[:, None].astype(np.float64), scores.shape[1], axis=1)
+        hits = np.asarray((guess & truth).any(axis=1), np.float64)
+        right = np.repeat(hits[:, None], scores.shape[1], axis=1)
     found = np.full((len(weights), scores.shape[1], len(METRICS)), np.nan)
     found[..., 2] = weights @ right / weights.sum(axis=1)[:, None]
     for label in range(scores.shape[1]):

@@ -147,6 +147,8 @@ def retrieval(
 
     Example: mgll-encoder retrieval --encoder mgll-fundus --data manifest.jsonl
     """
+    import numpy as np
+
     from mgll_encoder.common.files import cache_folder
     from mgll_encoder.data.described import described_images
     from mgll_encoder.data.skipped import Skipped
@@ -169,7 +171,7 @@ def retrieval(
     for level, texts in levels.items():
         places = [readable.names.index(name) for name in texts]
         truth = readable.truth[:, places]
-        rows, used = truth.any(axis=1), truth.any(axis=0)
+        rows, used = np.asarray(truth.any(axis=1)), np.asarray(truth.any(axis=0))
         if used.sum() < 2:
             continue
         owners = [owner for owner, kept in zip(readable.patients, rows, strict=True) if kept]

@@ -18,7 +18,7 @@ from mgll_encoder.probe import judge, linear_scores, pooled_features
 from tests.builders import invoke, refused
 
 COUNT = 240
-QUICK = FinetuneOptions(epochs=8, batch_size=16, lr=2e-3, augment=False)
+QUICK = FinetuneOptions(epochs=12, batch_size=16, lr=2e-3, augment=False)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,7 @@ def test_labels_that_mean_nothing_stay_at_chance(tower: Tower, eyes: LabelledIma
     assert auc.low <= 50 <= auc.high
 
 
+@pytest.mark.slow
 def test_a_killed_fine_tuning_goes_on_and_ends_the_same(
     tower: Tower, eyes: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
