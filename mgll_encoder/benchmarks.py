@@ -1,48 +1,93 @@
-"""Published probes: their columns, and the figures of the paper."""
+"""Published probes: how their labels are laid out, and the figures of the paper."""
 
 import json
 from collections.abc import Mapping
 from importlib.resources import files
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mgll_encoder.common.errors import unknown_name
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.data.fundus_layouts import layouts
 from mgll_encoder.data.label_table import Columns
+
+LINEAR, FINETUNE, ZERO_SHOT = "linear probe", "full fine-tune", "zero-shot"
+PROTOCOLS = {"linear": LINEAR, "finetune": FINETUNE}
+"""Mode of ``mgll-encoder probe`` -> protocol of the published figures."""
 
 
 class Benchmark(BaseModel):
-    """A published data set, as its label file is laid out.
+    """A published data set, as its labels are laid out.
 
     Attributes:
         title: What it is.
+        source: Where the column names were seen.
         image: Template of the image path over the columns.
-        labels: Column with labels, unless ``binary``.
+        labels: Column with labels, unless ``binary``; several names, of which a file has one, where files differ.
         binary: Columns with 0 or 1.
+        folders: Pattern of image paths -> class, for sets whose files or folders tell the class.
         patient: Column with the patient id.
+        nested: Images lie in sub-folders that no column names.
         only: Labels that count.
-        paper: Names in the published figures, with their protocol.
+        names: Label -> its name in words.
+        layout: A layout of ``data/fundus_layouts.json`` that has the names.
+        prompts: Set of prompts for zero-shot classification.
+        paper: Name in the published figures, if they have it.
+        hint: What the user should know, such as the official test side.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str
-    image: str
-    labels: str | None = None
+    source: str
+    image: str = ""
+    labels: tuple[str, ...] = ()
     binary: tuple[str, ...] = ()
+    folders: dict[str, str] = {}
     patient: str | None = None
+    nested: bool = False
     only: tuple[str, ...] = ()
-    paper: dict[str, tuple[str, ...]] = {}
+    names: dict[str, str] = {}
+    layout: str | None = None
+    prompts: str = "generic"
+    paper: str | None = None
+    hint: str = ""
+
+    @model_validator(mode="after")
+    def _is_labelled(self) -> "Benchmark":
+        if not self.folders and not (self.image and (self.labels or self.binary)):
+            raise ValueError("neither columns nor folders tell the labels")
+        return self
+
+    @property
+    def tabled(self) -> bool:
+        """Whether a label table tells the classes."""
+        return bool(self.image)
+
+    @property
+    def in_words(self) -> Mapping[str, str]:
+        """Label -> its name in words."""
+        return {**(layouts()[self.layout].binary if self.layout else {}), **self.names}
 
     @property
     def columns(self) -> Columns:
-        """Meaning of the columns of its label file."""
-        return Columns(self.image, self.labels, self.binary, self.patient)
+        """Meaning of the columns of its label files."""
+        label, *aliases = self.labels or (None,)
+        return Columns(
+            self.image, label, self.binary, self.patient, nested=self.nested, aliases=tuple(map(str, aliases))
+        )
+
+
+class _Benchmarks(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    about: str
+    benchmarks: dict[str, Benchmark] = Field(min_length=1)
 
 
 def benchmarks() -> dict[str, Benchmark]:
     """All published probes that are described, by name."""
     text = files(__package__).joinpath("benchmarks.json").read_text(encoding="utf-8")
-    return {name: Benchmark.model_validate(row) for name, row in json.loads(text)["benchmarks"].items()}
+    return _Benchmarks.model_validate_json(text).benchmarks
 
 
 def benchmark(name: str) -> Benchmark:
@@ -57,8 +102,35 @@ def benchmark(name: str) -> Benchmark:
     return known[name]
 
 
-def published_figures(name: str) -> Mapping[str, Mapping[str, float]]:
-    """Method -> metric -> figure of the paper in %; empty where it has none."""
+def published_figures(name: str, protocol: str = LINEAR) -> Mapping[str, Mapping[str, float]]:
+    """Method -> metric -> figure of the paper in %; empty where it has none.
+
+    Args:
+        name: Name in the published figures.
+        protocol: `LINEAR` or `FINETUNE`.
+    """
     text = files(__package__).joinpath("published_probes.json").read_text(encoding="utf-8")
-    figures: Mapping[str, Mapping[str, Mapping[str, float]]] = json.loads(text)["figures"]
-    return figures.get(name, {})
+    figures: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]] = json.loads(text)["figures"]
+    return figures.get(name, {}).get(protocol, {})
+
+
+def published_beside(name: str | None, protocol: str) -> Mapping[str, Mapping[str, float]]:
+    """The rows that ``--compare paper`` prints.
+
+    Args:
+        name: The benchmark.
+        protocol: `LINEAR` or `FINETUNE`.
+
+    Raises:
+        UserError: no benchmark is named, or the paper has no figure for it.
+    """
+    having = [
+        known for known, row in benchmarks().items() if row.paper and published_figures(row.paper, protocol)
+    ]
+    paper = benchmark(name).paper if name else None
+    found = published_figures(paper, protocol) if paper else {}
+    if not found:
+        raise UserError(
+            f"--compare paper needs --benchmark with published figures of a {protocol}: {', '.join(having)}"
+        )
+    return found

@@ -58,6 +58,7 @@ class PretrainOptions:
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 on a GPU that can, else fp32.
         gradient_checkpointing: Save memory, spend a third more time.
         deepspeed: A DeepSpeed configuration (ZeRO 0 to 2).
+        flip: Mirror every other training image, but none whose texts name a side.
         seed: Draws weights, order and augmentation.
     """
 
@@ -77,6 +78,7 @@ class PretrainOptions:
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     deepspeed: Path | None = None
+    flip: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -197,7 +199,7 @@ def pretrain(
         skipped,
         validation,
         args=arguments,
-        train_dataset=ManifestImages(plan, model.spec, options.seed),
+        train_dataset=ManifestImages(plan, model.spec, options.seed, flip=options.flip),
         data_collator=Collator(model.text.tokenize),
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,30 +1,27 @@
-"""How much a tower sees: a linear classifier on its frozen features, judged on other patients."""
+"""How much a tower sees: a linear classifier on its frozen features, and the judge of every kind of probe."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, roc_auc_score
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mgll_encoder.common.cli import track
-from mgll_encoder.common.images import open_image
 from mgll_encoder.data.label_table import LabelledImages
-from mgll_encoder.preprocess import image_transform
-from mgll_encoder.tower import Tower
+from mgll_encoder.features import cached_features as cached_features
+from mgll_encoder.features import pooled_features as pooled_features
 
 CONFIDENCE = 95
 REPLICATES = 1000
 METRICS = ("AUC", "mAP", "ACC")
 """Area under the ROC curve, average precision, accuracy (of the likeliest class where classes exclude each other, of
 each label at probability 0.5 otherwise); over labels the unweighted mean (macro average)."""
+
+_CELLS = 4_000_000
+"""Weights (draws x images) of the bootstrap that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class ProbeResult:
         test: Test images.
         patients: Patients on the test side.
         left_out: Labels that lack positives or negatives on a side, or have too few positives on the test side.
+        runs: Metric -> macro average, of each training; values above are means over these.
     """
 
     labels: dict[str, dict[str, float]]
@@ -57,54 +55,39 @@ class ProbeResult:
     test: int
     patients: int
     left_out: tuple[str, ...]
+    runs: tuple[dict[str, float], ...] = ()
 
 
-def pooled_features(tower: Tower, images: Sequence[Path], batch_size: int = 64) -> NDArray[np.float32]:
-    """The tower's pooled features (class token after the last norm, no projection), [n, width].
-
-    Args:
-        tower: The tower; its own preprocessing is used.
-        images: Image files.
-        batch_size: Images per forward pass.
-
-    Raises:
-        UserError: an image cannot be read.
-    """
-    transform = image_transform(tower.spec)
-    features = []
-    starts = range(0, len(images), batch_size)
-    with torch.inference_mode():
-        for start in track(starts, "Reading features"):
-            pixels = [transform(open_image(path)) for path in images[start : start + batch_size]]
-            features.append(tower.model(torch.stack(pixels)).pooler_output.float().numpy())
-    return np.concatenate(features)
+def mixed(truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which labels are true of some and not of others of these images, [labels] of truth [n, labels]."""
+    return np.asarray(truth.any(axis=0) & ~truth.all(axis=0))
 
 
-def cached_features(tower: Tower, images: Sequence[Path], cache: Path) -> NDArray[np.float32]:
-    """`pooled_features`, kept in a file whose name is a hash of tower, preprocessing and images.
+def kept_labels(data: LabelledImages, positives: int = 1, trained: bool = True) -> list[int]:
+    """Places of the labels that can be judged.
 
     Args:
-        tower: The tower.
-        images: Image files; told apart by path, size and time of change.
-        cache: Folder of such files.
-
-    Raises:
-        UserError: an image cannot be read.
+        data: Labels and sides.
+        positives: Least number of positive test images.
+        trained: Whether positive and negative training images are needed too.
     """
-    digest = hashlib.sha256(tower.spec.model_dump_json().encode())
-    for name, value in sorted(tower.model.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
-    for path in images:
-        state = path.stat()
-        digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
-    file = cache / f"{digest.hexdigest()[:32]}.safetensors"
-    if not file.is_file():
-        features = pooled_features(tower, images)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"features": features}, partial)
-        partial.replace(file)
-    return load_file(file)["features"]
+    asked = data.truth[data.test]
+    enough = mixed(asked) & (asked.sum(axis=0) >= positives)
+    if trained:
+        enough &= mixed(data.truth[~data.test])
+    return np.flatnonzero(enough).tolist()
+
+
+def fit_linear(features: NDArray[np.floating], truth: NDArray[np.bool_], strength: float = 0.01) -> Pipeline:
+    """Logistic regression (class-balanced) on standardised features.
+
+    Args:
+        features: Of the training images, [n, width].
+        truth: Whether the label is true of them, [n].
+        strength: Inverse of the L2 penalty (scikit-learn's C).
+    """
+    regression = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+    return make_pipeline(StandardScaler(), regression).fit(features, truth)
 
 
 def linear_scores(
@@ -124,17 +107,13 @@ def linear_scores(
         Probabilities, [test images, kept labels], and the places of the kept labels: those with positives and
         negatives on both sides, and enough of the first on the test side.
     """
-    train, kept, columns = ~data.test, [], []
-    for place in range(len(data.names)):
-        known, asked = data.truth[train, place], data.truth[data.test, place]
-        if known.all() or asked.all() or not known.any() or asked.sum() < max(1, positives):
-            continue
-        probe = make_pipeline(
-            StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
-        )
-        probe.fit(features[train], known)
-        columns.append(probe.predict_proba(features[data.test])[:, 1])
-        kept.append(place)
+    train, kept = ~data.test, kept_labels(data, positives)
+    columns = [
+        fit_linear(features[train], data.truth[train, place], strength).predict_proba(features[data.test])[
+            :, 1
+        ]
+        for place in track(kept, "Fitting one regression per label")
+    ]
     return np.stack(columns, axis=1) if columns else np.empty((int(data.test.sum()), 0)), kept
 
 
@@ -149,21 +128,26 @@ def judge(
     """Metrics of scores on the test side.
 
     Args:
-        scores: Probabilities, [test images, kept labels].
+        scores: Probabilities, [test images, kept labels], or [runs, test images, kept labels]: every value is then the
+            mean over runs, and so is every draw of the bootstrap.
         kept: Places of those labels.
         data: Labels and sides.
         replicates: Bootstrap draws of whole patients.
         seed: Seed of the draws.
     """
+    runs = scores if scores.ndim == 3 else scores[None]
     truth = data.truth[data.test][:, list(kept)]
     patients = np.array(data.patients)[data.test]
     names = [data.names[place] for place in kept]
     exclusive = data.exclusive and len(kept) == len(data.names)
-    whole = _metrics(scores, truth, exclusive)
-    draws = np.array(
+    once = np.ones((1, len(truth)))
+    each = np.stack([metrics(run, truth, exclusive, once)[0] for run in runs])  # [runs, labels, METRICS]
+    whole = each.mean(axis=0)
+    chunk = max(1, _CELLS // max(1, len(truth)))
+    draws = np.concatenate(
         [
-            np.nanmean(_metrics(scores[rows], truth[rows], exclusive), axis=0)
-            for rows in track(_resampled(patients, replicates, seed), "Bootstrapping", replicates)
+            np.mean([np.nanmean(metrics(run, truth, exclusive, weights), axis=1) for run in runs], axis=0)
+            for weights in resampled(patients, replicates, seed, chunk)
         ]
     )
     tail = (100 - CONFIDENCE) / 2
@@ -182,32 +166,72 @@ def judge(
         test=int(data.test.sum()),
         patients=len(set(patients)),
         left_out=tuple(name for name in data.names if name not in names),
+        runs=tuple(dict(zip(METRICS, map(float, np.nanmean(run, axis=0)), strict=True)) for run in each),
     )
 
 
-def _metrics(scores: NDArray[np.float64], truth: NDArray[np.bool_], exclusive: bool) -> NDArray[np.float64]:
-    """Metrics in %, [labels, METRICS]; NaN for a label without positives or negatives among these rows."""
+def metrics(
+    scores: NDArray[np.floating],
+    truth: NDArray[np.bool_],
+    exclusive: bool,
+    weights: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Metrics in %, of one set of scores under many weightings of the images.
+
+    They equal those of scikit-learn with ``sample_weight``; here each label is sorted once for all weightings, because
+    a bootstrap over 25,000 images and 14 labels would otherwise take minutes.
+
+    Args:
+        scores: Probabilities, [n, labels].
+        truth: Which label is true of which image, [n, labels].
+        exclusive: Whether labels are classes, of which the likeliest is the answer.
+        weights: How often each image counts, [weightings, n].
+
+    Returns:
+        [weightings, labels, METRICS]; NaN for a label without positives or negatives.
+    """
     guess = scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1]) if exclusive else scores >= 0.5
-    accuracy = (guess == truth).mean(axis=0)
+    right = (guess == truth).astype(np.float64)
     if exclusive:  # the accuracy of a classifier among classes is one figure
-        accuracy = np.full(scores.shape[1], (guess & truth).any(axis=1).mean())
-    rows = np.full((scores.shape[1], len(METRICS)), np.nan)
-    for i in range(scores.shape[1]):
-        if truth[:, i].any() and not truth[:, i].all():
-            rows[i] = (
-                roc_auc_score(truth[:, i], scores[:, i]),
-                average_precision_score(truth[:, i], scores[:, i]),
-                accuracy[i],
-            )
-    return rows * 100
+        hits = np.asarray((guess & truth).any(axis=1), np.float64)
+        right = np.repeat(hits[:, None], scores.shape[1], axis=1)
+    found = np.full((len(weights), scores.shape[1], len(METRICS)), np.nan)
+    found[..., 2] = weights @ right / weights.sum(axis=1)[:, None]
+    for label in range(scores.shape[1]):
+        found[:, label, :2] = _ranked(scores[:, label], truth[:, label], weights)
+    found[np.isnan(found[..., 0])] = np.nan
+    return found * 100
 
 
-def _resampled(patients: NDArray[np.str_], replicates: int, seed: int) -> list[NDArray[np.int64]]:
-    """Rows of patients drawn with replacement, all rows of a patient together."""
+def _ranked(
+    scores: NDArray[np.floating], truth: NDArray[np.bool_], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Area under the ROC curve and average precision under each weighting, [weightings, 2]; ties fall together."""
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    sorted_weights = weights[:, order]
+    true = np.cumsum(sorted_weights * truth[order], axis=1)[:, ends]
+    false = np.cumsum(sorted_weights, axis=1)[:, ends] - true
+    gained = np.diff(true, axis=1, prepend=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        area = np.sum(np.diff(false, axis=1, prepend=0) * (true - gained / 2), axis=1)
+        area /= true[:, -1] * false[:, -1]
+        precision = np.where(gained > 0, true / (true + false), 0)
+        average = np.sum(gained * precision, axis=1) / true[:, -1]
+    average[false[:, -1] == 0] = np.nan
+    return np.stack([area, average], axis=1)
+
+
+def resampled(
+    patients: NDArray[np.str_], replicates: int, seed: int, chunk: int
+) -> Iterator[NDArray[np.float64]]:
+    """Bootstrap over whole patients: how often each image is drawn, [at most ``chunk`` draws, n], chunk by chunk."""
     names, place = np.unique(patients, return_inverse=True)
-    rows = [np.flatnonzero(place == i) for i in range(len(names))]
-    draw = np.random.default_rng(seed)
-    return [
-        np.concatenate([rows[i] for i in draw.integers(len(names), size=len(names))])
-        for _ in range(replicates)
-    ]
+    rng = np.random.default_rng(seed)
+    starts = range(0, replicates, chunk)
+    for start in track(starts, "Bootstrapping") if len(starts) > 1 else starts:
+        draws = [
+            np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+            for _ in range(min(chunk, replicates - start))
+        ]
+        yield np.stack(draws)[:, place].astype(np.float64)

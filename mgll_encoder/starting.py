@@ -87,7 +87,7 @@ def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: Plan
     if choice != AUTO:
         return TextTower.pretrained(choice, shared)
     assert path is not None  # the first case
-    text = _text_beside(path, vision, shared)
+    text = text_beside(path, vision, shared)
     if text is None:
         note(f"{path} has no text tower: a new one is trained")
     else:
@@ -95,8 +95,17 @@ def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: Plan
     return text
 
 
-def _text_beside(path: Path, vision: Tower, shared: int) -> TextTower | None:
-    """The text tower that an image tower was trained with, if it was saved too."""
+def text_beside(path: Path, vision: Tower, shared: int) -> TextTower | None:
+    """The text tower that an image tower was trained with, if it was saved too.
+
+    Args:
+        path: What the image tower was read from.
+        vision: The image tower.
+        shared: Width of the shared space.
+
+    Raises:
+        UserError: it is there, but damaged.
+    """
     layout = vision.header.layout
     if layout == OURS:
         return load_text_tower(path) if (path / TEXT_FOLDER).is_dir() else None

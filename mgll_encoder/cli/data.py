@@ -12,11 +12,14 @@ app = new_app("Make data sets for pretraining.")
 
 @app.command()
 def fundus(
-    labels: Path = typer.Option(
-        ..., help="CSV with a header line: image, labels, patient, perhaps keywords."
+    labels: Path | None = typer.Option(
+        None,
+        help="CSV or .xlsx with a header line: image, labels, patient, perhaps keywords. Not needed where folders or "
+        "file names tell the class: the training sets of adam, refuge and palm.",
     ),
     layout: str = typer.Option(
-        "generic", help="generic (see the columns below), or as published: rfmid, odir (keywords per eye)."
+        "generic",
+        help="generic (see the columns below), or as published: rfmid, odir (keywords per eye), refuge, adam, palm.",
     ),
     classes: str = typer.Option(
         "", help="Names of the label column's values, for files with one class: 0=normal,1=glaucoma."
@@ -46,9 +49,16 @@ def fundus(
     Example: mgll-encoder data fundus --labels odir/labels.csv --images odir --out odir/manifest.jsonl
     """
     from mgll_encoder.data.fundus import EXPLANATIONS, FundusTable, build_fundus
+    from mgll_encoder.data.fundus_layouts import GENERIC
 
+    if labels is None and layout == GENERIC:
+        raise UserError(
+            "--labels is missing: expected the label file; only sets labelled by folders need none"
+        )
+    if classes and layout != GENERIC:
+        raise UserError(f"--classes has no effect on layout '{layout}', which says what its classes are")
     table = FundusTable(
-        labels,
+        labels or images,
         image_column,
         labels_column,
         patient_column,

@@ -43,6 +43,9 @@ def pretrain(
         False, "--gradient-checkpointing", help="Less memory, a third more time."
     ),
     deepspeed: Path | None = typer.Option(None, help="DeepSpeed configuration (.json), ZeRO 0 to 2."),
+    flip: bool = typer.Option(
+        False, "--flip", help="Mirror every other training image, but none whose texts name a side."
+    ),
     seed: int = typer.Option(0, help="Draws weights, order and augmentation."),
     workers: int = typer.Option(2, help="Processes that open images."),
     strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be left out."),
@@ -81,6 +84,7 @@ def pretrain(
         precision=precision,  # type: ignore[arg-type]  # likewise
         gradient_checkpointing=gradient_checkpointing,
         deepspeed=deepspeed,
+        flip=flip,
         seed=seed,
     )
     result = run(

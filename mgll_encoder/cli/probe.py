@@ -1,145 +1,194 @@
-"""``mgll-encoder probe``: what a tower's frozen features know."""
+"""``mgll-encoder probe``: what a tower's features know, frozen or fine-tuned."""
 
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgll_encoder.common.cli import note, stdout, warn
+from mgll_encoder.cli import labelled
+from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said, say_skipped
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, write_text
 
 if TYPE_CHECKING:
-    from mgll_encoder.probe import ProbeResult
-    from mgll_encoder.spec import Activation
+    import numpy as np
+    from numpy.typing import NDArray
 
-CACHE = "MGLL_CACHE_DIR"
+    from mgll_encoder.data.label_table import LabelledImages
+    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.tower import Tower
+
+    Scored = tuple[NDArray[np.float64], list[int], LabelledImages, dict[str, Any]]
+
+MODES = ("linear", "finetune")
+_TITLES = {"linear": "Linear probe of {}, in %", "finetune": "Fine-tuned {}, in %"}
 
 
 def probe(
-    encoder: Path = typer.Option(..., help="Tower: whatever 'mgll-encoder inspect' reads."),
-    data: Path = typer.Option(..., help="CSV with a header line: image, labels, patient."),
-    images: Path = typer.Option(..., help="Folder that the image column is relative to."),
-    benchmark: str | None = typer.Option(
-        None,
-        help="A published data set, which says what the columns are, such as rfmid or chestxray14.",
-    ),
-    image_column: str = typer.Option(
-        "file", help="Column with the image path, or a template such as '{ID}.png'."
-    ),
-    labels_column: str = typer.Option(
-        "labels", help="Column with a class, or with labels separated by ';' or '|'."
-    ),
-    binary_columns: str = typer.Option("", help="Columns with 0 or 1 instead, separated by commas."),
-    patient_column: str | None = typer.Option(
-        None, help="Column with the patient id; sides never divide a patient."
-    ),
-    split_column: str | None = typer.Option(
-        None, help="Column that says train or test, instead of a random split."
-    ),
-    only: str = typer.Option("", help="Labels that count, separated by ';' (default: all)."),
-    min_positives: int = typer.Option(
-        10, min=1, help="Labels with fewer positive test images are left out: their figures are noise."
-    ),
-    activation: str | None = typer.Option(
-        None, help="gelu or quick_gelu, for towers that do not say it themselves."
-    ),
-    test: float = typer.Option(0.3, help="Share of patients for the test side."),
-    seed: int = typer.Option(0, help="Draws the sides and the bootstrap."),
-    compare: str | None = typer.Option(None, help="'paper': print the published figures beside."),
-    out: Path | None = typer.Option(None, help="Write the result as JSON."),
-    force: bool = typer.Option(False, "--force", help="Replace an existing result."),
+    encoder: labelled.Encoder,
+    images: labelled.Images,
+    data: labelled.Data = None,
+    mode: Annotated[
+        str, typer.Option(help="linear: frozen features; finetune: tower and linear head learn together.")
+    ] = "linear",
+    benchmark: labelled.BenchmarkName = None,
+    image_column: labelled.ImageColumn = "file",
+    labels_column: labelled.LabelsColumn = "labels",
+    binary_columns: labelled.BinaryColumns = "",
+    patient_column: labelled.PatientColumn = None,
+    split_column: labelled.SplitColumn = None,
+    test_data: labelled.TestData = None,
+    test_images: labelled.TestImages = None,
+    test_list: labelled.TestList = None,
+    only: labelled.Only = "",
+    min_positives: labelled.MinPositives = 10,
+    activation: labelled.ActivationName = None,
+    test: labelled.TestShare = 0.3,
+    seed: Annotated[int, typer.Option(help="Draws the sides, the bootstrap and the fine-tuning.")] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(help="finetune: passes over the training images (default 20).")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="finetune: images per step (default 32).")] = None,
+    lr: Annotated[float | None, typer.Option(help="finetune: peak learning rate (default 1e-4).")] = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(help="finetune: share of training patients that chooses the epoch (default 0.15)."),
+    ] = None,
+    trainings: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="finetune: how often, with seeds from --seed on; figures are means (default 1)."
+        ),
+    ] = None,
+    tower_out: Annotated[
+        Path | None,
+        typer.Option(help="finetune: new folder for the tower that is best on the validation part."),
+    ] = None,
+    compare: Annotated[str | None, typer.Option(help="'paper': print the published figures beside.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    strict: labelled.Strict = False,
+    workers: labelled.Workers = None,
+    force: labelled.Force = False,
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            is_eager=True,
+            callback=labelled.table_of_benchmarks,
+            help="List the benchmarks, and leave.",
+        ),
+    ] = False,
 ) -> None:
-    """Fit a linear classifier on a tower's frozen features and judge it on other patients: AUC, mAP, accuracy.
+    """Classify with a tower and judge it on other patients: AUC, mAP, accuracy, with intervals.
 
-    Features are kept in a cache folder (MGLL_CACHE_DIR, by default ~/.cache/mgll-mllm), so that a second probe of the
-    same images takes seconds.
+    By default a linear classifier on frozen features, which are kept in a cache folder (MGLL_CACHE_DIR, by default
+    ~/.cache/mgll-mllm), so that a second probe of the same images takes seconds. With --mode finetune the tower learns
+    too; killed and given again, the command goes on with the last whole epoch.
 
     Example: mgll-encoder probe --encoder mgll-fundus --data labels.csv --images images --patient-column patient
     """
+    from mgll_encoder.benchmarks import PROTOCOLS, published_beside
     from mgll_encoder.benchmarks import benchmark as described
-    from mgll_encoder.benchmarks import published_figures
-    from mgll_encoder.data.label_table import Columns, read_labels
-    from mgll_encoder.probe import cached_features, judge, linear_scores
-    from mgll_encoder.tower import load_tower
+    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.probe import judge
 
+    if mode not in MODES:
+        raise unknown_name("mode", mode, MODES)
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "validation": validation}
+    settings = {name: value for name, value in given.items() if value is not None}
+    beyond = [
+        name for name, value in {**given, "trainings": trainings, "tower_out": tower_out}.items() if value
+    ]
+    if mode != "finetune" and beyond:
+        raise UserError(
+            f"--{beyond[0].replace('_', '-')} has no effect on a linear probe: add --mode finetune"
+        )
     if compare not in (None, "paper"):
         raise unknown_name("comparison", compare, ["paper"])
-    if compare and not (benchmark and described(benchmark).paper):
-        raise UserError(
-            "--compare paper needs --benchmark with published figures: rfmid, refuge, adam or chestxray14"
-        )
-    if out:
-        check_free(out, force)
-    wanted = tuple(name.strip().casefold() for name in only.split(";") if name.strip())
-    if benchmark:
-        known = described(benchmark)
-        columns, wanted = known.columns, wanted or known.only
-        columns = replace(columns, patient=patient_column or columns.patient, split=split_column)
+    published = published_beside(benchmark, PROTOCOLS[mode]) if compare else {}
+    for path in filter(None, (out, tower_out)):
+        check_free(path, force)
+    question = Question(
+        data, images, benchmark, image_column, labels_column, binary_columns, patient_column, split_column,
+        test_data, test_images, test_list, only, test, seed,
+    )  # fmt: skip
+    skipped = Skipped(strict)
+    labels = question.read(skipped)
+    tower = open_tower(encoder, activation)
+    if mode == "linear":
+        scores, kept, labels, record = _linear(tower, labels, skipped, min_positives, workers)
     else:
-        binary = tuple(name.strip() for name in binary_columns.split(",") if name.strip())
-        columns = Columns(image_column, labels_column, binary, patient_column, split_column)
-    labelled = read_labels(data, images, columns, only=wanted, test=test, seed=seed)
-    tower = load_tower(encoder, activation=cast("Activation | None", activation))
-    for message in tower.header.warnings:
-        warn(message)
-    cache = Path(os.environ.get(CACHE, Path.home() / ".cache" / "mgll-mllm")) / "features"
-    scores, kept = linear_scores(
-        cached_features(tower, labelled.images, cache), labelled, positives=min_positives
-    )
-    if not kept:
-        raise UserError(
-            f"label file {data}: no label has negative and {min_positives} positive test images, and both to train on: "
-            "see --min-positives"
+        settings["seed"] = seed
+        scores, kept, labels, record = _finetuned(
+            tower, labels, skipped, min_positives, workers, settings, trainings or 1, tower_out, force
         )
-    result = judge(scores, kept, labelled, seed=seed)
-    if result.left_out:
-        note(
-            f"left out, for want of positive or negative images (see --min-positives): {', '.join(result.left_out)}"
-        )
-    if not columns.patient:
-        warn("no --patient-column: images of one patient may be on both sides, which flatters every figure")
-    published = {}
-    if compare and benchmark:
-        published = {
-            f"paper: {method}": dict(figures)
-            for name in described(benchmark).paper
-            for method, figures in published_figures(name).items()
-        }
-    _print(result, encoder, published)
+    result = judge(scores, kept, labels, seed=seed)
+    say_skipped(skipped)
+    question.warn_of_leaks(labels)
+    names = described(benchmark).in_words if benchmark else {}
+    print_result(result, _TITLES[mode].format(encoder), published, names)
     if out:
-        record = {"encoder": str(encoder), "data": str(data), "seed": seed, "test": test, **asdict(result)}
-        write_text(out, json.dumps(record, indent=2) + "\n", force)
-        stdout.print(f"written: {out}", highlight=False, soft_wrap=True)
+        content = {
+            "encoder": str(encoder), "data": str(data or images), "mode": mode, "seed": seed, "test": test, **record,
+            "skipped": dict(skipped.counts), **asdict(result),
+        }  # fmt: skip
+        write_text(out, json.dumps(content, indent=2) + "\n", force)
+        said(f"written: {out}")
+    if tower_out:
+        said(f"tower: {tower_out}")
 
 
-def _print(result: "ProbeResult", encoder: Path, published: dict[str, dict[str, float]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _linear(
+    tower: "Tower", labels: "LabelledImages", skipped: "Skipped", positives: int, workers: int | None
+) -> "Scored":
+    from mgll_encoder.common.files import cache_folder
+    from mgll_encoder.features import readable_features
+    from mgll_encoder.probe import linear_scores
 
-    from mgll_encoder.probe import CONFIDENCE, METRICS, REPLICATES
+    features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
+    scores, kept = linear_scores(features, labels, positives=positives)
+    need_kept(kept, positives)
+    return scores, kept, labels, {}
 
-    table = Table(title=Text(f"Linear probe of {encoder}, in %"), title_justify="left")
-    for column in ("", "positive", *METRICS):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, figures in result.labels.items():
-        table.add_row(name, str(result.positives[name]), *(f"{figures[metric]:.1f}" for metric in METRICS))
-    table.add_section()
-    macro = (
-        f"{f.value:.1f} \\[{f.low:.1f}, {f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
-    )
-    table.add_row("macro average", "", *macro)
-    for name, figures in published.items():
-        table.add_row(
-            name, "", *(f"{figures[metric]:.2f}" if metric in figures else "–" for metric in METRICS)
+
+def _finetuned(
+    tower: "Tower",
+    labels: "LabelledImages",
+    skipped: "Skipped",
+    positives: int,
+    workers: int | None,
+    settings: dict[str, Any],
+    trainings: int,
+    tower_out: Path | None,
+    force: bool,
+) -> "Scored":
+    import numpy as np
+
+    from mgll_encoder.common.files import cache_folder
+    from mgll_encoder.features import open_every_image
+    from mgll_encoder.finetune import CHOSEN_BY, FinetuneOptions, finetune
+    from mgll_encoder.probe import kept_labels
+    from mgll_encoder.save import save_tower
+
+    options = FinetuneOptions(**settings)
+    labels = open_every_image(labels, skipped)
+    need_kept(kept_labels(labels, positives), positives)
+    cache = cache_folder("finetune")
+    runs = [
+        finetune(
+            tower,
+            labels,
+            replace(options, seed=options.seed + i),
+            cache,
+            positives=positives,
+            workers=workers,
         )
-    stdout.print(table)
-    stdout.print(
-        f"{result.train} training and {result.test} test images of {result.patients} patients; brackets: "
-        f"{CONFIDENCE} % bootstrap over patients ({REPLICATES} draws)",
-        highlight=False,
-        soft_wrap=True,
-    )
+        for i in range(trainings)
+    ]
+    best = max(runs, key=lambda run: run.validation)
+    if tower_out:
+        save_tower(best.tower, tower_out, force, {"finetuning": {**best.record, CHOSEN_BY: best.validation}})
+    record = {"finetuning": [{**run.record, f"validation_{CHOSEN_BY}": run.validation} for run in runs]}
+    return np.stack([run.scores for run in runs]), runs[0].kept, labels, record

@@ -17,7 +17,12 @@ class UserError(Exception):
 def unknown_name(kind: str, found: str, known: Iterable[str]) -> UserError:
     """An error for a name that is not among the known ones, with the nearest suggestion."""
     names = sorted(known)
+    return UserError(f"unknown {kind} '{found}': {did_you_mean(found, names)}known are {', '.join(names)}")
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """``"did you mean 'x'? "`` for the nearest of the known names; empty where none is near."""
+    names = list(known)
     close = get_close_matches(found.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
     nearest = next((n for n in names if close and n.lower() == close[0]), None)
-    suggestion = f"did you mean '{nearest}'? " if nearest else ""
-    return UserError(f"unknown {kind} '{found}': {suggestion}known are {', '.join(names)}")
+    return f"did you mean '{nearest}'? " if nearest else ""

@@ -4,13 +4,14 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
@@ -18,6 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.images import open_image
+from mgll_encoder.data.laterality import names_side
 from mgll_encoder.data.manifest import ManifestRow, image_folder, named, read_header, read_rows, row_at
 from mgll_encoder.data.manifest_formats import format_of
 from mgll_encoder.data.skipped import Skipped
@@ -184,12 +186,15 @@ class ManifestImages(Dataset):
         plan: The rows.
         spec: Contract of the tower: size and normalisation.
         seed: Of the augmentation.
-        augment: Turn, scale, shift and recolour a little. Never flips: disc and macula tell the side of the
-        eye.
+        augment: Turn, scale, shift and recolour a little.
+        flip: Mirror every other image too, but none whose texts name a side. Off unless asked for: disc and macula
+            tell the side of the eye, the heart that of the chest.
     """
 
-    def __init__(self, plan: Plan, spec: TowerSpec, seed: int, augment: bool = True) -> None:
-        self._plan, self._size = plan, spec.image_size
+    def __init__(
+        self, plan: Plan, spec: TowerSpec, seed: int, augment: bool = True, flip: bool = False
+    ) -> None:
+        self._plan, self._size, self._flip = plan, spec.image_size, flip
         self._transform = image_transform(spec)
         self._seed, self._augment, self._epoch = seed, augment, 0
 
@@ -207,9 +212,11 @@ class ManifestImages(Dataset):
         except UserError as error:
             return {"trouble": f"{named(self._plan.path, int(self._plan.numbers[index]))}: {error}"}
         if self._augment:
-            image = jitter(
-                _shrink(image, 2 * self._size), np.random.default_rng((self._seed, self._epoch, index))
-            )
+            rng = np.random.default_rng((self._seed, self._epoch, index))
+            image = jitter(shrink(image, 2 * self._size), rng)
+            # every text of the row counts, those of granularities that are not in use too
+            if self._flip and rng.random() < 0.5 and not names_side(chain(*row.texts.values())):
+                image = ImageOps.mirror(image)
         return {"pixels": self._transform(image), "texts": self._plan.texts(row)}
 
 
@@ -225,7 +232,8 @@ def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def _shrink(image: Image.Image, enough: int) -> Image.Image:
+def shrink(image: Image.Image, enough: int) -> Image.Image:
+    """A large picture made smaller by a whole factor, its shorter side at least ``enough``: jitter is faster then."""
     factor = min(image.size) // enough
     return image.reduce(factor) if factor > 1 else image
 

@@ -14,7 +14,16 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import check_columns, read_table
-from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
+from mgll_encoder.data.fundus_layouts import (
+    GENERIC,
+    IMAGE,
+    KEYWORDS,
+    LABELS,
+    PATIENT,
+    SOURCE,
+    as_generic,
+    from_folders,
+)
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.data.skipped import Skipped
 
@@ -52,7 +61,7 @@ class FundusTable:
     """A label file and the meaning of its columns.
 
     Attributes:
-        path: CSV file with a header line.
+        path: CSV or Excel file with a header line; for layouts whose folders tell the classes, the image folder.
         image: Column with the image path below the image folder.
         labels: Column with canonical labels, separated by ``;``.
         patient: Column with the patient or source id.
@@ -71,6 +80,11 @@ class FundusTable:
     source: str | None = None
     layout: str = GENERIC
     classes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What error messages call it."""
+        return f"image folder {self.path}" if self.path.is_dir() else f"label file {self.path}"
 
 
 @dataclass
@@ -156,7 +170,7 @@ def build_fundus(
     for number, record in track(usable, f"Checking the images of {table.path.name}"):
         path = images / record[table.image].strip()
         if trouble := _trouble(path):
-            where = f"label file {table.path} row {number}"
+            where = f"{table.title} row {number}"
             report.skipped.add(trouble, f"{where}: {trouble}: {path}; check --images and --image-column")
             continue
         patient = record[table.patient].strip()
@@ -185,7 +199,7 @@ def build_fundus(
         )
     if not rows:
         reasons = "; ".join(report.skipped.lines()) or "it has no rows"
-        raise UserError(f"label file {table.path} gives no image to train on: {reasons}")
+        raise UserError(f"{table.title} gives no image to train on: {reasons}")
     report.rows = len(rows)
     report.splits.update(row.split for row in rows)
     used = {g: {text for row in rows for text in row.texts.get(g, [])} for g in GRANULARITIES}
@@ -194,7 +208,7 @@ def build_fundus(
         granularities=list(report.texts),
         built={
             "labels": table.path.name,
-            "labels_sha256": sha256(table.path),
+            **({} if table.path.is_dir() else {"labels_sha256": sha256(table.path)}),
             "explanations_version": known.version,
             "split_test": test,
             "split_val": val,
@@ -217,7 +231,7 @@ def _consistent(
     kept = []
     for number, record in records:
         image, labels = record[table.image].strip(), _labels(record[table.labels])
-        where = f"label file {table.path} row {number}"
+        where = f"{table.title} row {number}"
         others = {said: row for said, row in claims[image].items() if said != labels}
         if not image:
             skipped.add("no image named", f"{where}: column '{table.image}' is blank")
@@ -257,10 +271,12 @@ def _trouble(path: Path) -> str:
 
 def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, str]]]]:
     """The table with its optional columns settled, and its records with row numbers (the header is row 1)."""
+    generic = FundusTable(table.path, IMAGE, LABELS, PATIENT, KEYWORDS, SOURCE)
+    if table.path.is_dir():
+        return generic, from_folders(table.layout, table.path)
     rows, found = read_table(table.path, "--labels")
     records = list(enumerate(rows, start=2))
     if table.layout != GENERIC:
-        generic = FundusTable(table.path, IMAGE, LABELS, PATIENT, KEYWORDS, SOURCE)
         return generic, as_generic(table.layout, table.path, found, records)
     wanted = {
         "--image-column": table.image,
@@ -284,7 +300,7 @@ def _named(table: FundusTable, record: dict[str, str], number: int) -> str:
     cell = record[table.labels].strip()
     if cell and cell not in table.classes:
         raise UserError(
-            f"label file {table.path} row {number}: column '{table.labels}' is '{cell}', which --classes does not "
+            f"{table.title} row {number}: column '{table.labels}' is '{cell}', which --classes does not "
             f"name: it names {', '.join(table.classes)}"
         )
     return table.classes.get(cell, "")

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.tables import check_columns
 
 GENERIC = "generic"
 
@@ -39,6 +40,9 @@ class Layout(BaseModel):
         patient: Column with the patient id; None: each image is a patient.
         normal: Column that is 0 where nothing was found.
         binary: Column with 0 or 1 -> label.
+        label: Column with one class; several names, of which a file has one, where files differ.
+        classes: Class -> label; blank where the class leaves open what the eye has: such rows are unknown.
+        folders: Pattern of image paths -> class, for sets whose folders or file names tell it.
         phrases: Regular expressions over a whole phrase of the annotators -> label, first match first. A phrase that
             none of them matches (a suspicion, a remark) is no label.
     """
@@ -46,10 +50,13 @@ class Layout(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
-    eyes: tuple[Eye, ...]
+    eyes: tuple[Eye, ...] = ()
     patient: str | None = None
     normal: str | None = None
     binary: dict[str, str] = {}
+    label: tuple[str, ...] = ()
+    classes: dict[str, str] = {}
+    folders: dict[str, str] = {}
     phrases: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -86,11 +93,12 @@ def as_generic(
     if name not in layouts():
         raise unknown_name("layout", name, [GENERIC, *layouts()])
     layout = layouts()[name]
-    if absent := sorted(layout.columns - set(columns)):
-        raise UserError(
-            f"label file {path} has no column '{absent[0]}', which layout '{name}' has: its columns are "
-            f"{', '.join(columns)}"
-        )
+    if not layout.eyes:
+        raise UserError(f"layout '{name}' is labelled by its folders: leave --labels out")
+    wanted = sorted(layout.columns)
+    if layout.label and not set(layout.label) & set(columns):
+        wanted.append(layout.label[0])
+    check_columns(path, columns, [(f"layout '{name}'", column) for column in wanted])
     rows: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
     for number, record in records:
         for eye in layout.eyes:
@@ -108,7 +116,52 @@ def as_generic(
     return list(rows.values())
 
 
+def from_folders(name: str, images: Path) -> list[tuple[int, dict[str, str]]]:
+    """Rows of the generic table made of the folders or file names of a published set, numbered from 1.
+
+    Args:
+        name: A key of `layouts`.
+        images: The image folder.
+
+    Raises:
+        UserError: no such layout, folders do not tell its classes, or there is no image of a class.
+    """
+    if name not in layouts():
+        raise unknown_name("layout", name, [GENERIC, *layouts()])
+    layout = layouts()[name]
+    if not layout.folders:
+        raise UserError(f"--labels is missing: layout '{name}' needs its label file")
+    rows = []
+    for pattern, found in layout.folders.items():
+        files = sorted(images.rglob(pattern))
+        if not files:
+            raise UserError(f"image folder {images} has no file '{pattern}' ({found}): check --images")
+        for file in files:
+            row = {
+                IMAGE: file.relative_to(images).as_posix(),
+                LABELS: layout.classes[found],
+                PATIENT: "",
+                KEYWORDS: "",
+                SOURCE: layout.dataset,
+            }
+            rows.append(row)
+    return list(enumerate(rows, start=1))
+
+
+def _class(layout: Layout, record: Mapping[str, str], path: Path, number: int) -> list[str]:
+    column = next(name for name in layout.label if name in record)
+    cell = record[column].strip()
+    if cell and cell not in layout.classes:
+        raise UserError(
+            f"label file {path} row {number}: column '{column}' is '{cell}': expected {' or '.join(layout.classes)}"
+        )
+    return [layout.classes[cell]] if cell and layout.classes[cell] else []
+
+
 def _findings(layout: Layout, record: Mapping[str, str], path: Path, number: int) -> list[str]:
+    if layout.label:
+        return _class(layout, record, path, number)
+
     def true(column: str) -> bool:
         value = record[column].strip()
         if value not in ("0", "1"):

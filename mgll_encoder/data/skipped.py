@@ -17,17 +17,18 @@ class Skipped:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
 
-    def add(self, reason: str, detail: str) -> None:
+    def add(self, reason: str, detail: str, trouble: bool = True) -> None:
         """Leave a row out.
 
         Args:
             reason: The kind of trouble, in a few words; the key of the count.
             detail: One line that names file, row and value.
+            trouble: Whether strict mode stops here; false for what is left out as a matter of course.
 
         Raises:
             UserError: in strict mode, with the detail.
         """
-        if self._strict:
+        if self._strict and trouble:
             raise UserError(detail)
         self.counts[reason] += 1
         self.first.setdefault(reason, detail)

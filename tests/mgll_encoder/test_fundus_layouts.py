@@ -87,10 +87,53 @@ def test_a_published_layout_becomes_a_manifest(tmp_path: Path) -> None:
     assert {row.source for row in found.values()} == {"ODIR-5K"}
 
 
+def test_sets_with_one_class_are_read_as_published_from_tables_and_folders(tmp_path: Path) -> None:
+    for name in ("AMD/A0001.jpg", "Non-AMD/N0001.jpg"):
+        picture((tmp_path / "adam" / name).parent, Path(name).name)
+    for name in ("P0001.jpg", "H0001.jpg", "N0001.jpg"):
+        picture(tmp_path / "palm", name)
+    refuge = tmp_path / "refuge.csv"
+    refuge.write_text("ID,ImgName,Label(Glaucoma=1),Fovea_X,Fovea_Y\n1,T1.jpg,0,1,1\n2,T2.jpg,1,1,1\n")
+    for name in ("T1.jpg", "T2.jpg"):
+        picture(tmp_path / "test400", name)
+    given = {
+        "adam": ("--images", tmp_path / "adam"),
+        "palm": ("--images", tmp_path / "palm"),
+        "refuge": ("--images", tmp_path / "test400", "--labels", refuge),
+    }
+    found = {}
+    for layout, options in given.items():
+        out = tmp_path / f"{layout}.jsonl"
+        done = invoke(main, "data", "fundus", "--layout", layout, *options, "--out", out)
+        assert done.code == 0, done.err
+        assert "skipped 1: no label (unknown, not normal)" in done.err
+        found[layout] = {
+            row.image: (row.texts["status"], row.texts["disease"]) for _, _, row in read_rows(out)
+        }
+    sick = ["abnormal fundus"]
+    assert found == {
+        "adam": {"AMD/A0001.jpg": (sick, ["age-related macular degeneration"])},
+        "palm": {"P0001.jpg": (sick, ["myopia"]), "N0001.jpg": (["normal fundus"], ["normal"])},
+        "refuge": {"T2.jpg": (sick, ["glaucoma"])},
+    }
+
+
+def test_a_set_labelled_by_folders_needs_them(tmp_path: Path) -> None:
+    command = (main, "data", "fundus", "--images", tmp_path, "--out", tmp_path / "m.jsonl")
+    assert "has no file 'AMD/*.jpg'" in refused(*command, "--layout", "adam")
+    assert "--labels is missing" in refused(*command)
+    assert "needs its label file" in refused(*command, "--layout", "rfmid")
+    (tmp_path / "l.csv").write_text("imgName,Label\n1.jpg,2\n")
+    assert "row 2: column 'Label' is '2': expected 0 or 1" in refused(
+        *command, "--layout", "palm", "--labels", tmp_path / "l.csv"
+    )
+    assert "leave --labels out" in refused(*command, "--layout", "adam", "--labels", tmp_path / "l.csv")
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "complaint"),
     [
-        ("ID,DR\n1,0\n", ["--layout", "rfmid"], "has no column 'AH', which layout 'rfmid' has"),
+        ("ID,DR\n1,0\n", ["--layout", "rfmid"], "has no column 'AH' (layout 'rfmid')"),
         ("ID\n1\n", ["--layout", "rfmd"], "did you mean 'rfmid'"),
         (
             "file,labels,patient_or_source_id\na.png,2,p\n",

@@ -12,10 +12,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import CLIPVisionModel
 
 from mgll_encoder import Tower, TowerSpec, load_tower, save_tower
-from mgll_encoder.benchmarks import benchmarks, published_figures
 from mgll_encoder.cli import main
 from mgll_encoder.data.label_table import Columns, LabelledImages, read_labels
-from mgll_encoder.probe import cached_features, judge, linear_scores, pooled_features
+from mgll_encoder.features import cached_features, pooled_features
+from mgll_encoder.probe import METRICS, judge, linear_scores, metrics
 from tests import builders
 from tests.builders import invoke, refused
 
@@ -127,7 +127,7 @@ def test_patients_are_not_divided_and_a_split_column_is_obeyed(place: Path) -> N
     told = read_labels(table, images, Columns(patient="patient", split="side"))
     assert told.test.tolist() == [i % 10 < 4 for i in range(80)]
     binary = read_labels(table, images, Columns("{file}", None, ("red", "dark"), "patient"))
-    assert (binary.names, len(binary.images)) == (("dark", "red"), 81)
+    assert (binary.names, len(binary.images)) == (("dark", "red"), 80), "the repeated row counts once"
     assert read_labels(table, images, Columns(labels="colour")).exclusive
 
 
@@ -148,16 +148,84 @@ def test_features_are_those_of_any_batch_size_and_are_computed_once(
     assert not np.array_equal(first, cached_features(eyes, images, tmp_path)), "another tower, other features"
 
 
-def test_published_probes_are_described_and_their_figures_are_the_papers(real_data: Path) -> None:
-    known = benchmarks()
-    rfmid = real_data / "labels" / "RFMiD_Training_Labels.csv"
-    with rfmid.open(encoding="utf-8-sig") as stream:
-        header = next(csv.reader(stream))
-    assert set(known["rfmid"].binary) == set(header) - {"ID", "Disease_Risk"}
-    for row in known.values():
-        for name in row.paper:
-            assert published_figures(name)["MGLL"]["AUC"] > published_figures(name)["CLIP"]["AUC"]
-    assert published_figures("ADAM")["MGLL"]["AUC"] == 90.02
+def test_metrics_are_scikit_learns_under_any_weights_and_ties() -> None:
+    """The bootstrap sorts once for all draws; scikit-learn, draw by draw, is the reference."""
+    rng = np.random.default_rng(0)
+    truth = rng.random((80, 3)) < 0.4
+    scores = np.round(np.clip(truth * 0.2 + rng.random((80, 3)) * 0.8, 0, 1), 1)  # many ties
+    weights = rng.integers(0, 4, (5, 80)).astype(float)
+    found = metrics(scores, truth, False, weights)
+    for draw, weight in zip(found, weights, strict=True):
+        for label in range(3):
+            expected = (
+                roc_auc_score(truth[:, label], scores[:, label], sample_weight=weight),
+                average_precision_score(truth[:, label], scores[:, label], sample_weight=weight),
+                np.average((scores[:, label] >= 0.5) == truth[:, label], weights=weight),
+            )
+            np.testing.assert_allclose(draw[label], 100 * np.array(expected), atol=1e-9)
+    truth[:, 1] = True
+    assert np.isnan(metrics(scores, truth, False, weights)[:, 1]).all()
+
+
+def test_several_trainings_give_means() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random((60, 2)) < 0.5
+    runs = np.stack([np.clip(truth * part + rng.random((60, 2)), 0, 1) for part in (0.1, 0.5)])
+    data = LabelledImages((), ("a", "b"), truth, tuple(map(str, range(60))), np.ones(60, bool))
+    both = judge(runs, [0, 1], data, replicates=50)
+    apart = [judge(run, [0, 1], data, replicates=50) for run in runs]
+    for metric in METRICS:
+        values = [one.macro[metric].value for one in apart]
+        assert both.macro[metric].value == pytest.approx(np.mean(values))
+        assert [run[metric] for run in both.runs] == pytest.approx(values)
+
+
+def test_features_read_in_workers_are_the_same(place: Path, tower: Path) -> None:
+    eyes, images = load_tower(tower), sorted((place / "images").iterdir())[:9]
+    np.testing.assert_allclose(
+        pooled_features(eyes, images, batch_size=4, workers=2),
+        pooled_features(eyes, images, workers=0),
+        atol=1e-5,
+    )
+
+
+def test_what_cannot_be_used_is_counted_with_its_row_and_strict_stops(
+    place: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path / "cache"))
+    rows = (place / "labels.csv").read_text().splitlines()
+    file, _, *rest = rows[1].split(",")
+    bad = [
+        "gone.png,red,p90,train,1,0,red",
+        "broken.png,red,p91,train,1,0,red",
+        ",".join([file, "something else", *rest]),
+        rows[5],
+        ",red,p92,train,1,0,red",
+    ]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join([*rows, *bad]) + "\n")
+    (place / "images" / "broken.png").write_bytes((place / "images" / "1.png").read_bytes()[:60])
+    command = (
+        main, "probe", "--encoder", tower, "--data", table, "--images", place / "images", "--patient-column", "patient",
+    )  # fmt: skip
+    done = invoke(*command)
+    assert done.code == 0, done.err
+    for said in (
+        "skipped 1: image missing; first: label file", f"row {len(rows) + 1}: image", "skipped 1: image unreadable",
+        f"row {len(rows) + 2}: image", "skipped 2: rows of one image disagree", "skipped 1: image listed twice",
+        "skipped 1: no image named", "skipped 1: no label (unknown)",
+    ):  # fmt: skip
+        assert said in done.err
+    assert f"row {len(rows) + 1}" in refused(*command, "--strict")
+    table.write_text("\n".join([*rows, bad[1]]) + "\n")
+    assert "broken.png" in refused(*command, "--strict")
+    cells = rows[3].split(",")
+    cells[4] = "maybe"
+    table.write_text("\n".join([*rows[:3], ",".join(cells), *rows[4:]]) + "\n")
+    done = invoke(*command, "--binary-columns", "red,dark")
+    assert "skipped 1: cell is not 0 or 1; first: label file" in done.err
+    assert "row 4: column 'red' is 'maybe': expected 0 or 1" in done.err
+    (place / "images" / "broken.png").unlink()
 
 
 @pytest.mark.parametrize(
@@ -165,6 +233,7 @@ def test_published_probes_are_described_and_their_figures_are_the_papers(real_da
     [
         (["--labels-column", "label"], "has no column 'label' (--labels-column)"),
         (["--images", "nowhere"], "does not exist: check --images"),
+        (["--data", "nowhere.csv"], "check --data"),
         (["--only", "rde"], "did you mean 'red'"),
         (["--benchmark", "rfmdi"], "did you mean 'rfmid'"),
         (["--compare", "paper"], "--compare paper needs --benchmark"),

@@ -9,8 +9,9 @@ from PIL import Image
 from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.datadict import DicomDictionary, keyword_dict
 from pydicom.dataset import FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import MPEG2MPML, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from mgll_encoder.cli import main
 from mgll_encoder.data.xray import PIXELS, TEXTS, build_xray, read_radiograph
@@ -188,6 +189,26 @@ def test_what_cannot_be_used_is_counted_and_strict_stops(tmp_path: Path) -> None
     line = refused(main, "data", "xray", "--dicom", source, "--out", tmp_path / "strict", "--strict")
     assert "ct.dcm" in line or "again.dcm" in line
     assert not (tmp_path / "strict").exists()
+
+
+def test_a_codec_that_is_not_installed_is_named_with_the_file_and_what_brings_decoders(
+    tmp_path: Path,
+) -> None:
+    """MPEG-2 in place of JPEG 2000: pydicom has no decoder for it, whatever else is installed."""
+    radiograph(tmp_path / "in" / "good.dcm", ramp())
+    film = dcmread(radiograph(tmp_path / "in" / "film.dcm", ramp()))
+    film.PixelData = encapsulate([film.PixelData])
+    film["PixelData"].is_undefined_length = True
+    film.file_meta.TransferSyntaxUID = MPEG2MPML
+    dcmwrite(tmp_path / "in" / "film.dcm", film)
+    done = invoke(main, "data", "xray", "--dicom", tmp_path / "in", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.err.splitlines() if line.startswith("skipped")]
+    assert line.startswith("skipped 1: pixels cannot be decoded (MPEG2 Main Profile / Main Level)")
+    assert "film.dcm" in line
+    assert "pip install 'mgll-mllm[dicom]'" in line
+    strict = refused(main, "data", "xray", "--dicom", tmp_path / "in", "--out", tmp_path / "no", "--strict")
+    assert "film.dcm" in strict
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,169 @@
+"""``mgll-encoder explain``: pictures of where a tower looks."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mgll_encoder.cli import labelled
+from mgll_encoder.cli.labelled import Question, open_tower, said, say_skipped
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.files import check_free, new_file
+
+if TYPE_CHECKING:
+    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.explain import Target
+    from mgll_encoder.tower import Tower
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def explain(
+    encoder: labelled.Encoder,
+    images: Annotated[
+        Path, typer.Option(help="An image, a folder of images, or the folder that --data is relative to.")
+    ],
+    out: Annotated[Path, typer.Option(help="The contact sheet to write (.png).")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Show what speaks for this text; again for more (needs the text tower)."),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Show what speaks for this class of a linear probe, fitted on the training side of --data; again "
+            "for more. The pictures are then test images, those of the class first."
+        ),
+    ] = None,
+    data: labelled.Data = None,
+    benchmark: labelled.BenchmarkName = None,
+    image_column: labelled.ImageColumn = "file",
+    labels_column: labelled.LabelsColumn = "labels",
+    binary_columns: labelled.BinaryColumns = "",
+    patient_column: labelled.PatientColumn = None,
+    limit: Annotated[int, typer.Option(min=1, max=40, help="Images on the sheet at most.")] = 6,
+    activation: labelled.ActivationName = None,
+    seed: Annotated[int, typer.Option(help="Draws the sides of --data.")] = 0,
+    strict: labelled.Strict = False,
+    force: labelled.Force = False,
+) -> None:
+    """Lay attention, and what speaks for a text or a class, over images: a contact sheet to look at.
+
+    Columns: the image as the tower's resize rule shows it, attention of the last block, attention rollout and, for each
+    --text and --label, a class activation map. Maps show what moved the tower's answer, not what is wrong with an eye.
+
+    Example: mgll-encoder explain --encoder mgll-fundus --images photos --text glaucoma --out look.png
+    """
+    import torch
+
+    from mgll_encoder.common.images import open_image
+    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.explain import attention_maps, contact_sheet, target_maps
+    from mgll_encoder.preprocess import image_transform
+
+    check_free(out, force)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out is {out}: expected a name that ends in .png")
+    if label and not (data or benchmark):
+        raise UserError(
+            "--label needs --data with labels to fit a probe on (and its columns, as for 'probe')"
+        )
+    if (data or benchmark) and not label:
+        raise UserError("--data has no effect without --label: name a class, or leave it out")
+    skipped, tower = Skipped(strict), open_tower(encoder, activation)
+    targets = _texts(tower, encoder, text or [])
+    if label:
+        question = Question(
+            data, images, benchmark, image_column, labels_column, binary_columns, patient_column, seed=seed
+        )
+        classes, paths, captions = _classes(tower, question, label, limit, skipped)
+        targets += classes
+    else:
+        paths = _pictures(images, limit, skipped)
+        captions = [path.name for path in paths]
+    pictures = [open_image(path) for path in paths]
+    transform = image_transform(tower.spec)
+    pixels = torch.stack([transform(picture) for picture in pictures])
+    columns = attention_maps(tower, pixels)
+    notes: dict[str, list[str]] = {}
+    for target in targets:
+        maps, scores = target_maps(tower, pixels, target)
+        columns[target.name] = maps
+        notes[target.name] = [f"{target.unit} {score:.2f}" for score in scores]
+    with new_file(out, force) as partial:
+        contact_sheet(pictures, captions, columns, notes, tower, partial)
+    say_skipped(skipped)
+    said(f"{len(paths)} images: {out}")
+
+
+def _texts(tower: "Tower", encoder: Path, texts: list[str]) -> "list[Target]":
+    from mgll_encoder.explain import text_target
+    from mgll_encoder.zero_shot import class_directions, text_tower_of
+
+    if not texts:
+        return []
+    if blank := [text for text in texts if not text.strip()]:
+        raise UserError(f"--text is '{blank[0]}': expected some words")
+    directions = class_directions(text_tower_of(encoder, tower), [[text] for text in texts])
+    return [text_target(tower, text, feature) for text, feature in zip(texts, directions, strict=True)]
+
+
+def _classes(
+    tower: "Tower", question: Question, labels: list[str], limit: int, skipped: "Skipped"
+) -> "tuple[list[Target], list[Path], list[str]]":
+    """Targets of the classes, test images to show (those of the classes first), and captions with their labels."""
+    import numpy as np
+
+    from mgll_encoder.common.files import cache_folder
+    from mgll_encoder.explain import class_target
+    from mgll_encoder.features import readable_features
+    from mgll_encoder.probe import fit_linear
+
+    found = question.read(skipped)
+    features, found = readable_features(tower, found, cache_folder("features"), skipped)
+    train, targets, places = ~found.test, [], []
+    for label in labels:
+        name = next((known for known in found.names if known.casefold() == label.strip().casefold()), None)
+        if name is None:
+            raise unknown_name("label", label, found.names)
+        place = found.names.index(name)
+        truth = found.truth[train, place]
+        if truth.all() or not truth.any():
+            raise UserError(
+                f"label '{label}' has no positive, or no negative, training image: nothing to fit"
+            )
+        targets.append(class_target(name, fit_linear(features[train], truth)))
+        places.append(place)
+    asked = np.flatnonzero(found.test)
+    having = found.truth[asked][:, places].any(axis=1)
+    chosen = asked[np.argsort(~having, kind="stable")][:limit]
+    captions = [
+        f"{found.images[i].name}\n{', '.join(np.array(found.names)[found.truth[i]]) or 'no label'}"
+        for i in chosen
+    ]
+    return targets, [found.images[i] for i in chosen], captions
+
+
+def _pictures(images: Path, limit: int, skipped: "Skipped") -> list[Path]:
+    from mgll_encoder.features import unreadable
+
+    if images.is_file():
+        candidates = [images]
+    elif images.is_dir():
+        candidates = sorted(path for path in images.rglob("*") if path.suffix.lower() in _PICTURES)
+    else:
+        raise UserError(
+            f"--images is {images}, which does not exist: expected an image or a folder of images"
+        )
+    chosen: list[Path] = []
+    for path in candidates:
+        if len(chosen) == limit:
+            break
+        if trouble := unreadable(path):
+            skipped.add("image unreadable", trouble)
+        else:
+            chosen.append(path)
+    if not chosen:
+        reasons = "; ".join(skipped.lines()) or f"it holds no {', '.join(_PICTURES)}"
+        raise UserError(f"{images} gives no image to look at: {reasons}")
+    return chosen

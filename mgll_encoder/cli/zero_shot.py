@@ -1,0 +1,217 @@
+"""``mgll-encoder zero-shot`` and ``retrieval``: what image and text tower know together, without training."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mgll_encoder.cli import labelled
+from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said, say_skipped
+from mgll_encoder.common.cli import stdout, warn
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mgll_encoder.retrieval import Retrieval
+
+
+def zero_shot(
+    encoder: labelled.Encoder,
+    images: labelled.Images,
+    data: labelled.Data = None,
+    benchmark: labelled.BenchmarkName = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="generic, fundus, xray, or a .json file of yours (default: the benchmark's, or generic)."
+        ),
+    ] = None,
+    image_column: labelled.ImageColumn = "file",
+    labels_column: labelled.LabelsColumn = "labels",
+    binary_columns: labelled.BinaryColumns = "",
+    patient_column: labelled.PatientColumn = None,
+    split_column: labelled.SplitColumn = None,
+    test_data: labelled.TestData = None,
+    test_images: labelled.TestImages = None,
+    test_list: labelled.TestList = None,
+    only: labelled.Only = "",
+    min_positives: labelled.MinPositives = 10,
+    activation: labelled.ActivationName = None,
+    test: labelled.TestShare = 0.3,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Judge all images, not the test side only: for sets the tower never saw."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Draws the sides and the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    strict: labelled.Strict = False,
+    workers: labelled.Workers = None,
+    force: labelled.Force = False,
+) -> None:
+    """Classify without training, by the likeness of an image to prompts of each class: AUC, mAP, accuracy.
+
+    Needs a tower with its text tower: a folder of 'mgll-encoder pretrain', or a whole CLIP.
+    The prompts of a class are averaged; where several labels may be true at once, a label is weighed against the
+    prompts of its absence.
+
+    Example: mgll-encoder zero-shot --encoder mgll-fundus --data labels.csv --images images --prompts fundus
+    """
+    from mgll_encoder.benchmarks import benchmark as described
+    from mgll_encoder.common.files import cache_folder
+    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.features import readable_features
+    from mgll_encoder.probe import judge, kept_labels
+    from mgll_encoder.zero_shot import (
+        class_directions,
+        projected,
+        read_prompts,
+        text_tower_of,
+        unknown_pieces,
+        zero_shot_scores,
+    )
+
+    if out:
+        check_free(out, force)
+    known = described(benchmark) if benchmark else None
+    used = read_prompts(prompts or (known.prompts if known else "generic"))
+    question = Question(
+        data, images, benchmark, image_column, labels_column, binary_columns, patient_column, split_column,
+        test_data, test_images, test_list, only, test, seed,
+    )  # fmt: skip
+    skipped = Skipped(strict)
+    labels = question.read(skipped, both_sides=False)
+    labels = (labels if every else labels.subset(labels.test)).all_for_test
+    if not labels.images:
+        raise UserError("no image is on the test side: give a larger --test, or --all")
+    tower = open_tower(encoder, activation)
+    text = text_tower_of(encoder, tower)
+    names = known.in_words if known else {}
+    positive = [used.positive(label, names) for label in labels.names]
+    negative = [used.negative(label, names) for label in labels.names]
+    for prompt, pieces in unknown_pieces(text, positive if labels.exclusive else positive + negative).items():
+        warn(f"prompt '{prompt}': the text tower has never seen {', '.join(pieces)}, and leaves that out")
+    features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
+    scores = zero_shot_scores(
+        projected(tower, features),
+        class_directions(text, positive),
+        class_directions(text, negative),
+        text.temperature,
+        labels.exclusive,
+    )
+    kept = kept_labels(labels, min_positives, trained=False)
+    need_kept(kept, min_positives)
+    result = judge(scores[:, kept], kept, labels, seed=seed)
+    say_skipped(skipped)
+    print_result(result, f"Zero-shot classification by {encoder}, in %", {}, names, trained=False)
+    if out:
+        content = {
+            "encoder": str(encoder), "data": str(data or images), "mode": "zero-shot", "seed": seed, "test": test,
+            "prompts": {
+                label: {"positive": p} if labels.exclusive else {"positive": p, "negative": n}
+                for label, p, n in zip(labels.names, positive, negative, strict=True)
+            },
+            "skipped": dict(skipped.counts), **asdict(result),
+        }  # fmt: skip
+        write_text(out, json.dumps(content, indent=2) + "\n", force)
+        said(f"written: {out}")
+
+
+def retrieval(
+    encoder: labelled.Encoder,
+    data: Annotated[
+        Path, typer.Option("--data", help="Manifest, as 'mgll-encoder data fundus' or 'data xray' writes it.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Image folder (default: the one that the manifest names).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Side of the split: train, val or test.")] = "test",
+    granularities: Annotated[
+        str,
+        typer.Option(help="Which to use, separated by commas (default: each by itself, and all together)."),
+    ] = "",
+    activation: labelled.ActivationName = None,
+    seed: Annotated[int, typer.Option(help="Draws the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    strict: labelled.Strict = False,
+    workers: labelled.Workers = None,
+    force: labelled.Force = False,
+) -> None:
+    """Find the texts of an image and the images of a text: recall among the nearest 1, 5 and 10.
+
+    Texts repeat, so any of an image's texts, and any of a text's images, is a hit; what a random order would hit stands
+    beside.
+
+    Example: mgll-encoder retrieval --encoder mgll-fundus --data manifest.jsonl
+    """
+    import numpy as np
+
+    from mgll_encoder.common.files import cache_folder
+    from mgll_encoder.data.described import described_images
+    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.features import readable_features
+    from mgll_encoder.retrieval import retrieval as judge
+    from mgll_encoder.zero_shot import class_directions, projected, text_tower_of
+
+    if out:
+        check_free(out, force)
+    skipped = Skipped(strict)
+    wanted = [name.strip() for name in granularities.split(",") if name.strip()]
+    found = described_images(data, images, split, wanted, skipped)
+    tower = open_tower(encoder, activation)
+    text = text_tower_of(encoder, tower)
+    features, readable = readable_features(tower, found.labels, cache_folder("features"), skipped, workers)
+    seen = projected(tower, features)
+    said_all = class_directions(text, [[name] for name in readable.names])
+    levels = {**found.levels, "all": list(readable.names)} if len(found.levels) > 1 else found.levels
+    results: dict[str, tuple[Retrieval, Retrieval]] = {}
+    for level, texts in levels.items():
+        places = [readable.names.index(name) for name in texts]
+        truth = readable.truth[:, places]
+        rows, used = np.asarray(truth.any(axis=1)), np.asarray(truth.any(axis=0))
+        if used.sum() < 2:
+            continue
+        owners = [owner for owner, kept in zip(readable.patients, rows, strict=True) if kept]
+        results[level] = judge(seen[rows], said_all[places][used], truth[rows][:, used], owners, seed=seed)
+    if not results:
+        raise UserError(
+            f"manifest {data}: no granularity has two texts on the {split} side: nothing to search in"
+        )
+    say_skipped(skipped)
+    _print_retrieval(results, encoder, len(set(readable.patients)))
+    if out:
+        content = {
+            "encoder": str(encoder), "data": str(data), "split": split, "seed": seed, "skipped": dict(skipped.counts),
+            "granularities": {level: [asdict(way) for way in both] for level, both in results.items()},
+        }  # fmt: skip
+        write_text(out, json.dumps(content, indent=2) + "\n", force)
+        said(f"written: {out}")
+
+
+def _print_retrieval(
+    results: "Mapping[str, tuple[Retrieval, Retrieval]]", encoder: Path, patients: int
+) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from mgll_encoder.probe import CONFIDENCE, REPLICATES
+    from mgll_encoder.retrieval import DEPTHS
+
+    table = Table(title=Text(f"Retrieval by {encoder}: recall in %, and by chance"), title_justify="left")
+    for column in ("texts", "from, to", "queries", "candidates", *(f"R@{k}" for k in DEPTHS)):
+        table.add_column(column, justify="right" if column.startswith(("R@", "q", "c")) else "left")
+    for level, both in results.items():
+        for way in both:
+            cells = (
+                f"{f.value:.1f} \\[{f.low:.1f}, {f.high:.1f}] ({way.chance[k]:.1f})"
+                for k, f in way.recall.items()
+            )
+            table.add_row(level, way.direction, str(way.queries), str(way.candidates), *cells)
+    stdout.print(table)
+    said(
+        f"{patients} patients; brackets: {CONFIDENCE} % bootstrap over patients ({REPLICATES} draws); "
+        "parentheses: chance"
+    )

@@ -1,0 +1,92 @@
+"""Images of a manifest with their texts as labels, for retrieval."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.data.label_table import SIDES, LabelledImages
+from mgll_encoder.data.manifest import ManifestRow, image_folder, read_header, read_rows
+from mgll_encoder.data.skipped import Skipped
+
+
+@dataclass(frozen=True)
+class DescribedImages:
+    """Images and their texts.
+
+    Attributes:
+        labels: The images; its names are the distinct texts, and all images are on the test side.
+        levels: Granularity -> its distinct texts.
+    """
+
+    labels: LabelledImages
+    levels: dict[str, list[str]]
+
+
+def described_images(
+    manifest: Path, images: Path | None, split: str, granularities: Sequence[str], skipped: Skipped
+) -> DescribedImages:
+    """The images of one side of a manifest.
+
+    Args:
+        manifest: The manifest.
+        images: The image folder; None for the one that the manifest names.
+        split: Side of the split.
+        granularities: Which to use; empty for all.
+        skipped: Takes the rows that are left out.
+
+    Raises:
+        UserError: the manifest is damaged, a granularity or side is unknown, or no image remains.
+    """
+    header = read_header(manifest)
+    for name in granularities:
+        if name not in header.granularities:
+            raise unknown_name("granularity", name, header.granularities)
+    if split not in SIDES:
+        raise unknown_name("split", split, SIDES)
+    used = [name for name in header.granularities if not granularities or name in granularities]
+    folder = images or image_folder(manifest, header)
+    if not folder.is_dir():
+        raise UserError(
+            f"image folder {folder} of manifest {manifest} does not exist: say where it is with --images"
+        )
+    rows: dict[str, tuple[str, ManifestRow]] = {}
+    disagreeing = set()
+    for line, _, row in read_rows(manifest, skipped):
+        if row.split != split:
+            continue
+        where = f"manifest {manifest} line {line}"
+        if row.image in rows and rows[row.image][1].texts != row.texts:
+            disagreeing.add(row.image)
+            skipped.add(
+                "rows of one image disagree",
+                f"{where}: the texts of {row.image} differ from those in {rows[row.image][0]}",
+            )
+        elif not any(name in row.texts for name in used):
+            skipped.add("no text", f"{where}: {row.image} has no text for {', '.join(used)}")
+        elif not (folder / row.image).is_file():
+            skipped.add("image missing", f"{where}: image {folder / row.image} does not exist")
+        else:
+            rows.setdefault(row.image, (where, row))
+    kept = [(where, row) for image, (where, row) in rows.items() if image not in disagreeing]
+    if not kept:
+        reasons = "; ".join(skipped.lines()) or f"it has no row with split '{split}'"
+        raise UserError(f"manifest {manifest} gives no image to look at: {reasons}")
+    levels = {name: sorted({text for _, row in kept for text in row.texts.get(name, [])}) for name in used}
+    names = list(dict.fromkeys(text for texts in levels.values() for text in texts))
+    place = {text: i for i, text in enumerate(names)}
+    truth = np.zeros((len(kept), len(names)), bool)
+    for i, (_, row) in enumerate(kept):
+        for name in used:
+            truth[i, [place[text] for text in row.texts.get(name, [])]] = True
+    labels = LabelledImages(
+        tuple(folder / row.image for _, row in kept),
+        tuple(names),
+        truth,
+        tuple(row.patient or row.image for _, row in kept),
+        np.ones(len(kept), bool),
+        tuple(where for where, _ in kept),
+    )
+    return DescribedImages(labels, {name: texts for name, texts in levels.items() if texts})

@@ -1,0 +1,113 @@
+"""What a probe costs on a big set: the bootstrap against scikit-learn's metrics draw by draw, and reading in workers.
+
+python scripts/bench/probe.py --images 25000 --labels 14
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgll_encoder.common import cli
+from mgll_encoder.common.files import write_text
+
+app = cli.new_app("Time the probe's bootstrap and its reading of images.")
+
+
+@app.command()
+def bench(
+    images: Annotated[int, typer.Option(min=10, help="Test images of the bootstrap.")] = 25_000,
+    labels: Annotated[int, typer.Option(min=1, help="Labels of the bootstrap.")] = 14,
+    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws per repeat.")] = 5,
+    photographs: Annotated[int, typer.Option(min=2, help="Photographs to read.")] = 64,
+    side: Annotated[int, typer.Option(min=32, help="Their side in pixels.")] = 1024,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read, against none.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of each way.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write the times as JSON.")] = None,
+) -> None:
+    """Run both ways of each task in turn, and print medians, spread and ratio.
+
+    Example: python scripts/bench/probe.py --repeats 5 --out probe-bench.json
+    """
+    from rich.table import Table
+
+    table = Table(title="Seconds: median (least to most)", title_justify="left")
+    for heading in ("task", "before", "now", "before / now"):
+        table.add_column(heading)
+    record = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = {
+            f"{draws} draws over {images} images x {labels} labels": _bootstrap(images, labels, draws),
+            f"features of {photographs} photographs of {side} px": _reading(
+                Path(folder), photographs, side, workers
+            ),
+        }
+        for name, ways in tasks.items():
+            times = _interleaved(ways, repeats)
+            ratio = statistics.median(times[0]) / statistics.median(times[1])
+            cells = (f"{statistics.median(t):.3f} ({min(t):.3f} to {max(t):.3f})" for t in times)
+            table.add_row(name, *cells, f"{ratio:.1f}")
+            record[name] = {"before": times[0], "now": times[1], "ratio": ratio}
+    cli.stdout.print(table)
+    if out:
+        write_text(out, json.dumps(record, indent=2) + "\n", force=True)
+
+
+def _interleaved(ways: tuple[Callable[[], object], Callable[[], object]], repeats: int) -> list[list[float]]:
+    times: list[list[float]] = [[], []]
+    for _ in range(repeats):
+        for place, way in enumerate(ways):
+            start = time.perf_counter()
+            way()
+            times[place].append(time.perf_counter() - start)
+    return times
+
+
+def _bootstrap(images: int, labels: int, draws: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    import numpy as np
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    from mgll_encoder.probe import metrics
+
+    rng = np.random.default_rng(0)
+    truth = rng.random((images, labels)) < 0.05
+    scores = np.clip(truth * 0.3 + rng.random((images, labels)), 0, 1)
+    chosen = rng.integers(images, size=(draws, images))
+    weights = np.stack([np.bincount(rows, minlength=images) for rows in chosen]).astype(float)
+
+    def one_by_one() -> None:
+        for rows in chosen:
+            for label in range(labels):
+                roc_auc_score(truth[rows, label], scores[rows, label])
+                average_precision_score(truth[rows, label], scores[rows, label])
+
+    return one_by_one, lambda: metrics(scores, truth, False, weights)
+
+
+def _reading(
+    folder: Path, photographs: int, side: int, workers: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    from mgll_encoder.data.phantom import render
+    from mgll_encoder.features import pooled_features
+    from mgll_encoder.tower import Tower, build_model
+    from mgll_encoder.two_towers import PRESETS
+
+    picture = render([], 0, min(side, 256)).resize((side, side))
+    paths = [folder / f"{i}.jpg" for i in range(photographs)]
+    for path in paths:
+        picture.save(path)
+    spec = PRESETS["tiny"].spec
+    tower = Tower.from_model(build_model(spec), spec)
+    return (
+        lambda: pooled_features(tower, paths, batch_size=16, workers=0),
+        lambda: pooled_features(tower, paths, batch_size=16, workers=workers),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(app)
