@@ -214,12 +214,12 @@ def find_device(name: str) -> torch.device:
         UserError: there is no such device here.
     """
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        here = torch.accelerator.current_accelerator()
+        here = torch.accelerator.current_accelerator(check_available=True)
         known = f"cpu or {here.type}" if here else "cpu"
         raise UserError(f"--align-device {name}: no such device here: take auto, {known}") from None
     return device
