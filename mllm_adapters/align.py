@@ -87,7 +87,8 @@ class Alignment:
         used: Images that were used.
         held_out: How many of these chose the ridge strength.
         tokens: Tokens that the readers were fitted on.
-        skipped: Images that were left out, in words.
+        unreadable: Images that were left out.
+        skipped: Why, in words.
         seconds: Time for everything.
         device: Where the towers ran.
     """
@@ -98,14 +99,22 @@ class Alignment:
     used: int
     held_out: int
     tokens: int
+    unreadable: int
     skipped: tuple[str, ...]
     seconds: float
     device: str
 
     def record(self) -> dict[str, Any]:
-        """All of it but the values, for ``mgll_swap.json``."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("tensors", "fits")}
-        return {**fields, "images": str(self.images), "readers": [asdict(fit) for fit in self.fits]}
+        """For ``mgll_swap.json``: without values, and without paths, which may name patients."""
+        kept = ("used", "unreadable", "held_out", "tokens", "seconds", "device")
+        fields = {name: getattr(self, name) for name in kept}
+        return {"images": self.images.absolute().name, **fields, "readers": [asdict(fit) for fit in self.fits]}
+
+    def apply_to(self, plan: Plan) -> Plan:
+        """The plan with what became of its readers, for provenance and model card."""
+        fates = {fit.reader: f"fitted on {self.used} images, held-out R² {fit.r2:.3f}" for fit in self.fits}
+        readers = {**plan.readers, **fates}
+        return plan.model_copy(update={"readers": readers, "alignment": self.record()})
 
     def warnings(self) -> list[str]:
         """What the user should know before relying on it."""
@@ -201,6 +210,7 @@ def align(
         used=data.used,
         held_out=len(range(HELD_OUT - 1, data.used, HELD_OUT)),
         tokens=max(one.tokens for one in data.fitted.values()),
+        unreadable=data.skipped.total,
         skipped=tuple(data.skipped.lines()),
         seconds=round(time.monotonic() - began, 1),
         device=str(place),

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, new_folder
-from mllm_adapters.align import Alignment
 from mllm_adapters.card import model_card
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Family, Plan, Step
@@ -47,7 +46,7 @@ def apply_plan(
     *,
     force: bool = False,
     progress: Callable[[int], None] = lambda _: None,
-    alignment: Alignment | None = None,
+    fitted: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the planned checkpoint.
 
@@ -58,14 +57,13 @@ def apply_plan(
         out: Folder that appears when everything is written and checked.
         force: Replace ``out`` if it exists.
         progress: Called with the number of bytes written, tensor by tensor.
-        alignment: Values of the tensors that the plan has fitted.
+        fitted: Values of the tensors that the plan has fitted, by name (`mllm_adapters.align`).
 
     Raises:
         UserError: ``out`` cannot be written, something in the source cannot be read, or the planned tensors are not
             those of the planned model.
     """
     check_complete(plan)
-    fitted = alignment.tensors if alignment else None
     processor = family.processor(plan)
     with new_checkpoint(out, force, inputs(plan)) as partial:
         write_weights(
@@ -77,7 +75,7 @@ def apply_plan(
             processor.save_pretrained(partial)
         # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
         family.image_processor(plan).save_pretrained(partial)
-        (partial / PROVENANCE).write_text(provenance(plan, alignment), encoding="utf-8")
+        (partial / PROVENANCE).write_text(provenance(plan), encoding="utf-8")
         (partial / CARD).write_text(model_card(plan), encoding="utf-8")
         # Last, so that a folder left behind by a kill is no checkpoint.
         (partial / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
@@ -179,12 +177,11 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def provenance(plan: Plan, alignment: Alignment | None = None) -> str:
+def provenance(plan: Plan) -> str:
     """What was done, with which versions, as the JSON text of ``mgll_swap.json``."""
     versions = {name: version(name) for name in ("mgll-mllm", "torch", "transformers", "safetensors")}
     summary = plan.model_dump(mode="json", exclude={"steps", "dropped", "config"})
-    aligned = {"alignment": alignment.record()} if alignment else {}
-    return json.dumps({"format": 1, "versions": versions, "plan": summary, **aligned}, indent=2) + "\n"
+    return json.dumps({"format": 1, "versions": versions, "plan": summary}, indent=2) + "\n"
 
 
 def _update_generation(file: Path, plan: Plan) -> None:

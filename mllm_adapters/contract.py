@@ -133,6 +133,7 @@ class Plan(_Data):
         processor: How the processor comes about, or why none is written.
         readers: Modules that read vision features, and what becomes of them.
         notes: What the user should know.
+        alignment: How the readers were fitted, where they were (`mllm_adapters.align.Alignment.record`).
     """
 
     family: str
@@ -151,6 +152,7 @@ class Plan(_Data):
     processor: str | None = None
     readers: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    alignment: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,8 @@ class Watch:
         self, sight: Sight, rule: PixelRule, points: Mapping[str, str], pictures: Sequence[Image.Image]
     ) -> dict[str, Tensor]:
         pixels = image_processor(rule)(list(pictures), return_tensors="pt")["pixel_values"]
-        device = next(p.device for n, p in sight.model.named_parameters() if "patch_embed" in n)
-        with _inputs(sight.model, points) as caught:
-            with suppress(_AllSeen):
-                self._family.look(sight.model, pixels.to(device), sight.contract)
+        with _inputs(sight.model, points) as caught, suppress(_AllSeen):
+            self._family.look(sight.model, pixels.to(sight.device), sight.contract)
         order = self._family.token_order(sight.model, sight.contract)
         found = {name: _by_picture(value, len(pictures)) for name, value in caught.items()}
         return found if order is None else {name: value[:, order] for name, value in found.items()}

@@ -29,11 +29,13 @@ class Sight:
         model: The model, in float32; its language model is all zeros.
         contract: Its vision contract.
         config: Its config.json.
+        device: Where tower and readers are.
     """
 
     model: Any
     contract: VisionContract
     config: Mapping[str, Any]
+    device: torch.device
 
     def module(self, name: str) -> nn.Module:
         """The module whose tensors a checkpoint has under this name, whatever prefix either of them lacks."""
@@ -62,14 +64,14 @@ def sight_of_source(plan: Plan, family: Family, checkpoint: Checkpoint, device: 
         source = family.plan(checkpoint)
         steps, config = source.steps, source.config
         values = compute(source, checkpoint, _needed(family, steps))
-    return Sight(_load(steps, values, config, checkpoint.folder, device), plan.before, config)
+    return Sight(_load(steps, values, config, checkpoint.folder, device), plan.before, config, device)
 
 
 def sight_of_plan(plan: Plan, family: Family, checkpoint: Checkpoint, device: torch.device) -> Sight:
     """The model that a swap will write, as it would be without alignment; what is to be fitted is zero."""
     wanted = [step for step in _needed(family, plan.steps) if step.operation != "fit"]
     values = compute(plan, checkpoint, wanted)
-    return Sight(_load(plan.steps, values, plan.config, plan.source, device), plan.after, plan.config)
+    return Sight(_load(plan.steps, values, plan.config, plan.source, device), plan.after, plan.config, device)
 
 
 def _needed(family: Family, steps: Iterable[Step]) -> list[Step]:

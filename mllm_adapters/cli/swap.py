@@ -70,10 +70,12 @@ def swap(
             help="Folder of images, without labels: fit what reads the tower to them, in closed form."
         ),
     ] = None,
-    align_samples: Annotated[int, typer.Option(min=1, help="Images of --align to use, at most.")] = 500,
+    align_samples: Annotated[
+        int | None, typer.Option(min=1, help="Images of --align to use, at most (default: 500).")
+    ] = None,
     align_device: Annotated[
-        str, typer.Option(help="Where --align runs the towers: auto, cpu, cuda ...")
-    ] = "auto",
+        str | None, typer.Option(help="Where --align runs the towers: cpu, cuda ... (default: auto).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
@@ -103,7 +105,7 @@ def swap(
     named = Path(os.path.abspath(encoder))  # noqa: PTH100 - "." and ".." have no names of their own
     tower_name = named.name if encoder.is_dir() else named.stem
     target = out or Path(f"{Path(os.path.abspath(mllm)).name}-{tower_name}")  # noqa: PTH100
-    fitting = None if align is None else Fitting(align, align_samples, align_device)
+    fitting = _fitting(align, align_samples, align_device)
     _execute(plan, family, checkpoint, target, dry_run=dry_run, as_json=as_json, force=force, fitting=fitting)
     if not dry_run:
         _tell(f"Next: retrain-projector --model {target} --data train.json --images images/", as_json)
@@ -204,6 +206,7 @@ def _execute(
     if dry_run:
         return
     alignment = None if fitting is None else _fit(plain, family, checkpoint, fitting, as_json)
+    plan = alignment.apply_to(plan) if alignment else plan
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("writing", *columns, console=cli.stderr, transient=True) as progress:
         task = progress.add_task("writing", total=total_bytes(plan))
@@ -214,9 +217,20 @@ def _execute(
             out,
             force=force,
             progress=lambda n: progress.advance(task, n),
-            alignment=alignment,
+            fitted=alignment.tensors if alignment else None,
         )
     _tell(f"Written: {out}", as_json)
+
+
+def _fitting(images: Path | None, samples: int | None, device: str | None) -> Fitting | None:
+    from mllm_adapters.align import SAMPLES
+
+    if images is not None:
+        return Fitting(images, samples or SAMPLES, device or "auto")
+    for option, value in (("--align-samples", samples), ("--align-device", device)):
+        if value is not None:
+            raise UserError(f"{option} {value} is about the images to align on: give --align IMAGES too")
+    return None
 
 
 def _to_be_fitted(plan: "Plan", family: "Family", checkpoint: "Checkpoint", fitting: Fitting) -> "Plan":

@@ -15,16 +15,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, text_config, tower_config
-from mllm_adapters.contract import (
-    Dropped,
-    Family,
-    FamilySpec,
-    Plan,
-    Reading,
-    Step,
-    Target,
-    VisionContract,
-)
+from mllm_adapters.contract import Dropped, Family, FamilySpec, Plan, Reading, Step, Target, VisionContract
 from mllm_adapters.convnext import STRIDE, convnext_config, convnext_name
 from mllm_adapters.families import read_template
 from mllm_adapters.families.mini_gemini_source import (

@@ -31,10 +31,14 @@ def bench(
     mllm: Annotated[Path, typer.Option(help="Model before the swap.")],
     encoder: Annotated[Path, typer.Option(help="Tower that it gets.")],
     align: Annotated[Path, typer.Option(help="Images to align on: a folder, or a manifest.")],
-    data: Annotated[Path, typer.Option(help="Test conversations, answered with a letter (`eval-mcq export`).")],
+    data: Annotated[
+        Path, typer.Option(help="Test conversations, answered with a letter (`eval-mcq export`).")
+    ],
     train: Annotated[Path, typer.Option(help="Training conversations.")],
     images: Annotated[Path, typer.Option(help="Image folder of both.")],
-    samples: Annotated[list[int] | None, typer.Option(help="Images to align on, at most. Repeatable.")] = None,
+    samples: Annotated[
+        list[int] | None, typer.Option(help="Images to align on, at most. Repeatable.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of retraining, at most; 0 for none.")] = 300,
     every: Annotated[int, typer.Option(min=1, help="Steps between two measurements.")] = 10,
     learning_rate: Annotated[float, typer.Option(help="Of the retraining.")] = 1e-3,
@@ -93,8 +97,8 @@ def swapped(
     if images is None:
         return apply_plan(plan, family, checkpoint, out), None
     found = align(plan, family, checkpoint, images, samples=samples, track=cli.track)
-    fitted = fitted_plan(plan, family, checkpoint)
-    return apply_plan(fitted, family, checkpoint, out, alignment=found), found
+    fitted = found.apply_to(fitted_plan(plan, family, checkpoint))
+    return apply_plan(fitted, family, checkpoint, out, fitted=found.tensors), found
 
 
 def measure(job: "Job", limit: int, model: Any | None = None) -> tuple[float, float]:
@@ -125,7 +129,9 @@ def measure(job: "Job", limit: int, model: Any | None = None) -> tuple[float, fl
     return loss / tokens, right / len(rows)
 
 
-def retrain(job: "Job", test: "Job", target: float, every: int, limit: int, out: Path) -> list[tuple[int, float]]:
+def retrain(
+    job: "Job", test: "Job", target: float, every: int, limit: int, out: Path
+) -> list[tuple[int, float]]:
     """(step, test loss) while the swap is retrained, until its test loss is that of the aligned one."""
     from transformers import TrainerCallback
 

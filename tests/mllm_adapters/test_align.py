@@ -27,13 +27,13 @@ from mllm_adapters.contract import Family
 from mllm_adapters.families.llava import LLAVA, Llava
 from mllm_adapters.matching import match
 from mllm_adapters.registry import open_checkpoint
-from tests.builders import invoke, picture, refused, tower_config
+from tests.builders import invoke, picture, refused, sparse_checkpoint, tower_config
 
 READER = "multi_modal_projector.linear_1"
 
 
 def drawn_pictures(folder: Path, number: int) -> Path:
-    """Noise and coloured boxes, of any shape; half of them one folder deeper."""
+    """Coloured boxes, of any shape; half of them one folder deeper."""
     draw = random.Random(0)
     for i in range(number):
         image = Image.new("RGB", (draw.randint(30, 60), draw.randint(30, 60)), "grey")
@@ -52,7 +52,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return drawn_pictures(tmp_path_factory.mktemp("align") / "images", 120)
 
 
-def written_tower(folder: Path, state: dict[str, Tensor] | None = None, resize: str = "squash", **changes: Any) -> Path:
+def written_tower(
+    folder: Path, state: dict[str, Tensor] | None = None, resize: str = "squash", **changes: Any
+) -> Path:
     """A tower folder of random weights, or of these."""
     torch.manual_seed(7)
     tower = CLIPVisionModel(tower_config(**changes))
@@ -78,9 +80,7 @@ def permuted(state: dict[str, Tensor]) -> dict[str, Tensor]:
     turned = {}
     for name, value in state.items():
         inner = any(part in name for part in ("q_proj", "k_proj", "v_proj", "fc1"))
-        if inner and value.ndim == 2:
-            value = value[:, order]
-        elif name.endswith(("position_embedding.weight",)):
+        if (inner and value.ndim == 2) or name.endswith("position_embedding.weight"):
             value = value[:, order]
         elif not inner and "position_ids" not in name:
             value = value[order]
@@ -93,26 +93,28 @@ class Swap:
     """An aligned swap."""
 
     alignment: Alignment
-    source: Path
     folder: Path
 
-    def logits(self, folder: Path) -> Tensor:
-        model, processor = load_mllm(folder, dtype=torch.float32)
-        torch.manual_seed(0)
-        image = Image.effect_noise((40, 40), 90).convert("RGB") if self is None else Image.new("RGB", (40, 40), "red")
-        image.paste("blue", (3, 5, 30, 20))
-        given = processor(text="USER: <image>\nWhat? ASSISTANT:", images=[image], return_tensors="pt")
-        with torch.no_grad():
-            return model(**given).logits
+
+def logits(folder: Path) -> Tensor:
+    """What a model says to a prompt about a picture."""
+    model, processor = load_mllm(folder, dtype=torch.float32)
+    image = Image.new("RGB", (40, 40), "red")
+    image.paste("blue", (3, 5, 30, 20))
+    given = processor(text="USER: <image>\nWhat? ASSISTANT:", images=[image], return_tensors="pt")
+    with torch.no_grad():
+        return model(**given).logits
 
 
-def swap(source: Path, tower: Path, images: Path, out: Path, family: Family | None = None, **options: Any) -> Swap:
+def swap(
+    source: Path, tower: Path, images: Path, out: Path, family: Family | None = None, **options: Any
+) -> Swap:
     checkpoint, found, _ = open_checkpoint(source)
     family = family or found
     plan = family.plan(checkpoint, inspect_tower(tower))
     alignment = align(plan, family, checkpoint, images, **options)
-    apply_plan(fitted_plan(plan, family, checkpoint), family, checkpoint, out, alignment=alignment)
-    return Swap(alignment, source, out)
+    apply_plan(fitted_plan(plan, family, checkpoint), family, checkpoint, out, fitted=alignment.tensors)
+    return Swap(alignment, out)
 
 
 def test_the_same_tower_gives_the_same_reader(tiny_llava: Path, images: Path, tmp_path: Path) -> None:
@@ -123,9 +125,11 @@ def test_the_same_tower_gives_the_same_reader(tiny_llava: Path, images: Path, tm
     stored = load_file(tiny_llava / "model.safetensors")
     for kind in ("weight", "bias"):
         before = next(value for name, value in stored.items() if name.endswith(f"{READER}.{kind}"))
-        after = next(value for name, value in found.alignment.tensors.items() if name.endswith(f"{READER}.{kind}"))
+        after = next(
+            value for name, value in found.alignment.tensors.items() if name.endswith(f"{READER}.{kind}")
+        )
         torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.logits(found.folder), found.logits(tiny_llava), atol=1e-3, rtol=0)
+    torch.testing.assert_close(logits(found.folder), logits(tiny_llava), atol=1e-3, rtol=0)
 
 
 def test_features_in_another_order_are_put_back(tiny_llava: Path, images: Path, tmp_path: Path) -> None:
@@ -135,11 +139,11 @@ def test_features_in_another_order_are_put_back(tiny_llava: Path, images: Path, 
     assert fit.r2 > 0.999
     assert fit.r2_unaligned is not None
     assert fit.r2_unaligned < 0.5
-    expected = found.logits(tiny_llava)
-    torch.testing.assert_close(found.logits(found.folder), expected, atol=0.02, rtol=0)
+    expected = logits(tiny_llava)
+    torch.testing.assert_close(logits(found.folder), expected, atol=0.02, rtol=0)
     checkpoint, family, _ = open_checkpoint(tiny_llava)
     apply_plan(family.plan(checkpoint, inspect_tower(tower)), family, checkpoint, tmp_path / "plain")
-    assert (found.logits(tmp_path / "plain") - expected).abs().max() > 0.1, "negative control: not aligned"
+    assert (logits(tmp_path / "plain") - expected).abs().max() > 0.1, "negative control: not aligned"
 
 
 @dataclass(frozen=True)
@@ -151,13 +155,15 @@ class Mixed(Llava):
         super().look(model, pixels.roll(3, 0) if new else pixels, contract)
 
 
-def test_other_pictures_explain_nothing_and_it_says_so(tiny_llava: Path, images: Path, tmp_path: Path) -> None:
+def test_other_pictures_explain_nothing_and_it_says_so(
+    tiny_llava: Path, images: Path, tmp_path: Path
+) -> None:
     tower = written_tower(tmp_path / "tower", hidden_size=16)
     mixed = Mixed(LLAVA.spec, LLAVA.chat_template, owns_native_layout=True)
     found = swap(tiny_llava, tower, images, tmp_path / "mixed", mixed).alignment
     right = swap(tiny_llava, tower, images, tmp_path / "right").alignment
     assert found.fits[0].r2 < 0.1
-    assert any("alignment did not work" in line and "more" not in line[:5] for line in found.warnings())
+    assert any("alignment did not work" in line for line in found.warnings())
     assert right.fits[0].r2 > found.fits[0].r2 + 0.2
     assert right.fits[0].r2_unaligned is None, "the reader's width changes: it would be drawn anew"
 
@@ -173,7 +179,9 @@ def test_where_the_old_tower_saw_nothing_nothing_is_fitted() -> None:
     assert not seen[:, [0, 3]].any()
     found = pairs.old.view(side, side, 2)[:, 1]
     torch.testing.assert_close(found[1:3, 0], torch.tensor([-0.25, 0.25]))
-    torch.testing.assert_close(found[:, 1], torch.full((side,), -0.5), msg="x of the second column, twice as far out")
+    torch.testing.assert_close(
+        found[:, 1], torch.full((side,), -0.5), msg="x of the second column, twice as far out"
+    )
 
 
 def test_class_tokens_are_matched_with_class_tokens() -> None:
@@ -207,7 +215,9 @@ def test_memory_does_not_grow_with_the_language_model(tiny_llava: Path, images: 
     config = {**small, "text_config": text}
     fields = dict(config)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model(fields.pop("model_type"), **fields)
+        )
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     source.mkdir()
     seeing = {n: torch.randn(s) * 0.05 for n, s in shapes.items() if "vision" in n or "projector" in n}
@@ -244,23 +254,31 @@ class TestCommand:
         broken = images / "broken.png"
         broken.write_bytes(b"no picture")
         try:
-            outcome = invoke(swap_encoder, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--align", images)
+            outcome = invoke(
+                swap_encoder, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--align", images
+            )
         finally:
             broken.unlink()
         assert outcome.code == 0, outcome.err
-        assert "Readers fitted on 120 images (24 of them held out), 384 tokens" in " ".join(outcome.out.split())
+        assert "Readers fitted on 120 images (24 of them held out), 384 tokens" in " ".join(
+            outcome.out.split()
+        )
         assert "skipped 1: images that cannot be opened" in outcome.err
         record = json.loads((out / "mgll_swap.json").read_text())
-        (reader,) = record["alignment"]["readers"]
+        (reader,) = record["plan"]["alignment"]["readers"]
         assert reader["reader"].endswith(READER)
         assert 0 < reader["r2"] <= 1
-        assert record["alignment"]["used"] == 120
-        assert "fitted on images" in (out / "README.md").read_text()
+        assert record["plan"]["alignment"]["used"] == 120
+        assert record["plan"]["alignment"]["unreadable"] == 1
+        assert "fitted on 120 images, held-out R²" in (out / "README.md").read_text()
         data = [
             {
                 "id": "1",
                 "image": "a.png",
-                "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A disc."}],
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat?"},
+                    {"from": "gpt", "value": "A disc."},
+                ],
             }
         ]
         (tmp_path / "train.json").write_text(json.dumps(data))
@@ -286,10 +304,25 @@ class TestCommand:
             folder.mkdir()
             drawn_pictures(folder, number)
         line = refused(
-            swap_encoder, "--mllm", tiny_llava, "--encoder", tower, "--out", tmp_path / "out", "--align", folder, *options
+            swap_encoder,
+            "--mllm",
+            tiny_llava,
+            "--encoder",
+            tower,
+            "--out",
+            tmp_path / "out",
+            "--align",
+            folder,
+            *options,
         )
         assert message in line
         assert not (tmp_path / "out").exists()
+
+    def test_its_options_go_with_it(self, tiny_llava: Path, tmp_path: Path) -> None:
+        tower = written_tower(tmp_path / "tower")
+        line = refused(swap_encoder, "--mllm", tiny_llava, "--encoder", tower, "--align-samples", 50)
+        assert "--align-samples" in line
+        assert "give --align IMAGES too" in line
 
     def test_images_that_cannot_be_read_are_no_images(self, tiny_llava: Path, tmp_path: Path) -> None:
         folder = tmp_path / "images"
@@ -298,30 +331,43 @@ class TestCommand:
             (folder / f"{i}.png").write_bytes(b"no picture")
         tower = written_tower(tmp_path / "tower")
         line = refused(
-            swap_encoder, "--mllm", tiny_llava, "--encoder", tower, "--out", tmp_path / "out", "--align", folder
+            swap_encoder,
+            "--mllm",
+            tiny_llava,
+            "--encoder",
+            tower,
+            "--out",
+            tmp_path / "out",
+            "--align",
+            folder,
         )
         assert "0 readable images are too few" in line
         assert "not in a format that Pillow reads" in line
 
     def test_the_old_tower_is_needed(self, golden: Path, images: Path, tmp_path: Path) -> None:
-        source = tmp_path / "llava"
-        source.mkdir()
-        for file in (golden / "llava" / "checkpoint").iterdir():
-            if file.is_file():
-                (source / file.name).symlink_to(file)
-        config = json.loads((source / "config.json").read_text())
-        (source / "config.json").unlink()
-        config["mm_vision_tower"] = "openai/clip-vit-large-patch14"
-        (source / "config.json").write_text(json.dumps(config))
+        """A swap needs no more of a published tower than its geometry; alignment needs its weights."""
+        published, original = "openai/clip-vit-large-patch14", Checkpoint(golden / "llava" / "checkpoint")
+        config = {**original.config, "mm_vision_tower": published, "mm_hidden_size": 1024}
+        shapes = {h.name: h.shape for h in original.tensors.values() if "vision_tower" not in h.name}
+        shapes["model.mm_projector.0.weight"] = (*shapes["model.mm_projector.0.weight"][:-1], 1024)
+        source = sparse_checkpoint(tmp_path / "llava", config, shapes)
         encoder = next((golden / "mgll_official").glob("*.pth"))
-        line = refused(swap_encoder, "--mllm", source, "--encoder", encoder, "--out", tmp_path / "o", "--align", images)
+        given = ("--mllm", source, "--encoder", encoder, "--out", tmp_path / "out")
+        assert invoke(swap_encoder, *given, "--dry-run").code == 0
+        line = refused(swap_encoder, *given, "--align", images)
+        assert line.startswith("--align needs the model as it was, tower and all")
         assert "--part vision-tower=PATH" in line
 
 
-def test_rules_of_preprocessing_are_those_that_the_towers_have(tiny_llava: Path, images: Path, tmp_path: Path) -> None:
+def test_rules_of_preprocessing_are_those_that_the_towers_have(
+    tiny_llava: Path, images: Path, tmp_path: Path
+) -> None:
     """A tower that pads sees margins; the host that squashes does not: these places count for nothing."""
     padded = written_tower(tmp_path / "padded", own_tower(tiny_llava), resize="pad")
-    assert PixelRule(**inspect_tower(padded).spec.model_dump(include=set(PixelRule.model_fields))).resize == "pad"
+    assert (
+        PixelRule(**inspect_tower(padded).spec.model_dump(include=set(PixelRule.model_fields))).resize
+        == "pad"
+    )
     found = swap(tiny_llava, padded, images, tmp_path / "out").alignment
     assert found.tokens <= 96 * 4
     assert found.fits[0].r2 < 0.999, "what is shown is not the same"

@@ -20,7 +20,6 @@ from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.training import names_on_disk
 from tests.mllm_adapters.families import qwen2_vl
 from tests.mllm_adapters.families.case import Case, Golden
-from tests.mllm_adapters.families.case import Case, Golden
 from tests.mllm_adapters.test_contract import CASES
 
 ROWS = [case for case in CASES if not case.converted]
@@ -32,7 +31,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, draw = tmp_path_factory.mktemp("pictures"), random.Random(0)
     for i in range(20):
         patches = Image.frombytes("RGB", (4, 4), draw.randbytes(48))
-        patches.resize((draw.randint(40, 64), draw.randint(40, 64)), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        patches.resize((draw.randint(40, 64), draw.randint(40, 64)), Image.Resampling.BICUBIC).save(
+            folder / f"{i}.png"
+        )
     return folder
 
 
@@ -49,7 +50,9 @@ def planned(case: Case, golden: Path, checkpoint: Checkpoint, family: Family) ->
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
-def test_its_readers_are_fitted_and_nothing_else(case: Case, golden: Path, pictures: Path, tmp_path: Path) -> None:
+def test_its_readers_are_fitted_and_nothing_else(
+    case: Case, golden: Path, pictures: Path, tmp_path: Path
+) -> None:
     checkpoint, family = opened(case, golden, tmp_path)
     plain = planned(case, golden, checkpoint, family)
     plan = fitted_plan(plain, family, checkpoint)
@@ -59,9 +62,11 @@ def test_its_readers_are_fitted_and_nothing_else(case: Case, golden: Path, pictu
     for fit in alignment.fits:
         assert fit.r2 > 0.05, fit
         assert fit.r2 > (fit.r2_unaligned or 0) - 1e-3, fit
-    out = apply_plan(plan, family, checkpoint, tmp_path / "out", alignment=alignment)
+    out = apply_plan(plan, family, checkpoint, tmp_path / "out", fitted=alignment.tensors)
     model, _ = load_mllm(out, dtype=torch.float32)
-    stored = names_on_disk([name for name, _ in model.named_parameters() if _fitted(name, plan)], alignment.tensors)
+    stored = names_on_disk(
+        [name for name, _ in model.named_parameters() if _fitted(name, plan)], alignment.tensors
+    )
     assert set(stored.values()) == set(alignment.tensors)
     for name, source in stored.items():
         found, expected = model.get_parameter(name), alignment.tensors[source]
@@ -97,7 +102,11 @@ def test_a_bridged_flamingo_takes_another_tower(golden: Path, pictures: Path, tm
     plan = fitted_plan(plain, family, checkpoint)
     assert not [step.name for step in plan.steps if step.operation in ("reinit", "zeros", "ones")]
     first = apply_plan(
-        plan, family, checkpoint, tmp_path / "first", alignment=align(plain, family, checkpoint, pictures)
+        plan,
+        family,
+        checkpoint,
+        tmp_path / "first",
+        fitted=align(plain, family, checkpoint, pictures).tensors,
     )
     checkpoint, family, _ = open_checkpoint(first)
     again = planned(replace(case, parts=None), golden, checkpoint, family)
