@@ -98,7 +98,7 @@ def find_images(images: Path, most: int) -> list[Path]:
     """Image files, in an order that is drawn, always the same for the same files.
 
     Args:
-        images: Folder, searched recursively, or an MGLL manifest (``.jsonl``).
+        images: Folder, searched recursively, or an MGLL manifest (``.jsonl``), of which the training split is taken.
         most: How many at most.
 
     Raises:
@@ -109,8 +109,8 @@ def find_images(images: Path, most: int) -> list[Path]:
         where = f"{images} holds {len(files)} image files ({', '.join(SUFFIXES)})"
     elif images.suffix == ".jsonl":
         folder = image_folder(images, read_header(images))
-        files = sorted({folder / row.image for _, _, row in read_rows(images)})
-        where = f"{images} names {len(files)} images"
+        files = sorted({folder / row.image for _, _, row in read_rows(images) if row.split == "train"})
+        where = f"the training split of {images} has {len(files)} images"
     else:
         what = "is neither a folder nor a manifest (.jsonl)" if images.exists() else "does not exist"
         raise UserError(f"--align {images} {what}: give a folder of images; they need no labels")
