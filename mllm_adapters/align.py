@@ -108,7 +108,11 @@ class Alignment:
         """For ``mgll_swap.json``: without values, and without paths, which may name patients."""
         kept = ("used", "unreadable", "held_out", "tokens", "seconds", "device")
         fields = {name: getattr(self, name) for name in kept}
-        return {"images": self.images.absolute().name, **fields, "readers": [asdict(fit) for fit in self.fits]}
+        return {
+            "images": self.images.absolute().name,
+            **fields,
+            "readers": [asdict(fit) for fit in self.fits],
+        }
 
     def apply_to(self, plan: Plan) -> Plan:
         """The plan with what became of its readers, for provenance and model card."""

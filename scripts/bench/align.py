@@ -140,7 +140,7 @@ def retrain(
     curve: list[tuple[int, float]] = []
 
     class Measuring(TrainerCallback):
-        def on_step_end(self, _: Any, state: Any, control: Any, **rest: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:  # noqa: ARG002
             if state.global_step % every == 0:
                 curve.append((state.global_step, measure(test, limit, rest["model"])[0]))
                 rest["model"].train()
