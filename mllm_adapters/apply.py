@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,7 @@ def apply_plan(
     *,
     force: bool = False,
     progress: Callable[[int], None] = lambda _: None,
+    fitted: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the planned checkpoint.
 
@@ -56,6 +57,7 @@ def apply_plan(
         out: Folder that appears when everything is written and checked.
         force: Replace ``out`` if it exists.
         progress: Called with the number of bytes written, tensor by tensor.
+        fitted: Values of the tensors that the plan has fitted, by name (`mllm_adapters.align`).
 
     Raises:
         UserError: ``out`` cannot be written, something in the source cannot be read, or the planned tensors are not
@@ -65,7 +67,7 @@ def apply_plan(
     processor = family.processor(plan)
     with new_checkpoint(out, force, inputs(plan)) as partial:
         write_weights(
-            partial, checkpoint, plan.steps, lambda steps: compute(plan, checkpoint, steps), progress
+            partial, checkpoint, plan.steps, lambda steps: compute(plan, checkpoint, steps, fitted), progress
         )
         copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), partial)
         _update_generation(partial / GENERATION, plan)

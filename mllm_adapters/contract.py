@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.spec import PixelRule
@@ -20,7 +21,7 @@ from mllm_adapters.checkpoint import Checkpoint
 
 Operation = Literal[
     "keep", "rename", "same", "tower", "slice", "concat", "reshape", "resample", "lora",
-    "extend_rows", "reinit", "zeros", "ones", "identity",
+    "extend_rows", "reinit", "zeros", "ones", "identity", "fit",
 ]  # fmt: skip
 """How a target tensor comes about; in brackets what `Step.arguments` holds.
 
@@ -39,6 +40,7 @@ Operation = Literal[
 - ``zeros``: set to zero beside a ``reinit``.
 - ``ones``: set to one: a normalisation's scale beside a ``reinit``.
 - ``identity``: the identity matrix.
+- ``fit``: fitted on images (`mllm_adapters.align`); the values are given when the plan is executed.
 """
 
 
@@ -131,6 +133,7 @@ class Plan(_Data):
         processor: How the processor comes about, or why none is written.
         readers: Modules that read vision features, and what becomes of them.
         notes: What the user should know.
+        alignment: How the readers were fitted, where they were (`mllm_adapters.align.Alignment.record`).
     """
 
     family: str
@@ -149,6 +152,26 @@ class Plan(_Data):
     processor: str | None = None
     readers: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    alignment: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A linear layer that reads vision features, and where alignment finds these.
+
+    Attributes:
+        linear: Name of the layer in the plan's tensors, without ``.weight``.
+        at: Module whose input are the features; None for the layer itself.
+        host: The layer's name in the source model, where it is another one. A host that has no such layer has an
+            ``Identity`` in its place: then the features themselves are what is fitted to.
+        adds: Linear layer whose output is added to the features before they are read; what it gives is brought to
+            the new features' space.
+    """
+
+    linear: str
+    at: str | None = None
+    host: str | None = None
+    adds: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +186,7 @@ class FamilySpec:
         tower: Regular expression over parameter names of the loaded model: the vision tower.
         projector: Likewise: what reads the tower's features (trained by the projector stage).
         language_model: Likewise: the language model.
+        sees: Likewise over tensor names: what `Family.look` needs; empty for tower and projector.
         other: Likewise: what no stage trains (an image generator, a second tower).
         extra_weights: Files of the checkpoint folder that may hold tensors its shards lack.
         loose_weights: Regular expressions over tensor names, for checkpoints that are weight files without a
@@ -180,6 +204,7 @@ class FamilySpec:
     tower: str
     projector: str
     language_model: str
+    sees: str = ""
     other: str = r"(?!)"
     extra_weights: tuple[str, ...] = ()
     loose_weights: tuple[str, ...] = ()
@@ -224,6 +249,27 @@ class Family(ABC):
         from mgll_encoder.preprocess import image_processor
 
         return image_processor(plan.after)
+
+    def readings(self, plan: Plan) -> tuple[Reading, ...]:
+        """The linear layers that alignment fits; normalisations before them stay as planned."""
+        linear = {step.name for step in plan.steps if len(step.shape) == 2}
+        return tuple(Reading(name) for name in plan.readers if f"{name}.weight" in linear)
+
+    def for_alignment(self, plan: Plan, checkpoint: Checkpoint) -> Plan:  # noqa: ARG002 (what overrides it reads it)
+        """The plan of a swap whose readers will be fitted: of another one, where they need a layer of their own."""
+        return plan
+
+    def picture(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:  # noqa: ARG002 (likewise)
+        """How pictures are prepared for `look`, given a model's vision contract and config.json."""
+        return contract
+
+    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (likewise)
+        """Let a model see pictures [n, 3, S, S] made as `picture` says, up to its readers at least."""
+        model.get_image_features(pixel_values=pixels)
+
+    def token_order(self, model: Any, contract: VisionContract) -> Tensor | None:  # noqa: ARG002 (likewise)
+        """Indices that put the features of one picture, as its readers get them, row by row; None if they are."""
+        return None
 
     def refusal(self, config: Mapping[str, Any]) -> str | None:  # noqa: ARG002 (what overrides it reads it)
         """Why a checkpoint that is close to this family is not of it, and what would work; None for all others."""

@@ -71,14 +71,29 @@ def check_complete(plan: Plan) -> None:
     Raises:
         UserError: a tensor would be missing, left over, or of another shape than the model wants.
     """
-    from transformers.utils import logging
-
     check_depths(plan.config, len(plan.steps), f"{plan.source}/config.json")
     state = {step.name: torch.empty(step.shape, device="meta") for step in plan.steps}
+    load_state(state, plan.config, plan.source, device_map="meta")
+
+
+def load_state(state: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path, **options: Any) -> Any:
+    """A model from tensors that are at hand already, so without a progress bar.
+
+    Args:
+        state: Its tensors, by their names on disk.
+        settings: Its config.json.
+        folder: How error messages call it.
+        **options: For ``from_pretrained``.
+
+    Raises:
+        UserError: a tensor is missing, left over, or of another shape than the model wants.
+    """
+    from transformers.utils import logging
+
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # nothing is loaded
+    logging.disable_progress_bar()
     try:
-        _load(state, plan.config, plan.source, device_map="meta")
+        return _load(dict(state), settings, folder, **options)
     finally:
         if bars:
             logging.enable_progress_bar()

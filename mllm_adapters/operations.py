@@ -18,16 +18,23 @@ POSITIONS = "embeddings.position_embedding.weight"
 PATCHES = "embeddings.patch_embedding.weight"
 
 
-def compute(plan: Plan, checkpoint: Checkpoint, steps: Sequence[Step]) -> Iterator[tuple[Step, Tensor]]:
+def compute(
+    plan: Plan, checkpoint: Checkpoint, steps: Sequence[Step], fitted: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[Step, Tensor]]:
     """The values of target tensors, one at a time.
 
     Args:
         plan: The plan that the steps belong to.
         checkpoint: Its source.
         steps: Those steps whose values are wanted, in the order in which they come.
+        fitted: Values of the steps whose operation is ``fit``, by name.
     """
     tower = fitted_tower(plan) if any(s.operation == "tower" for s in steps) else {}
     for step in steps:
+        if step.operation == "fit":
+            assert fitted is not None, "a plan with fitted tensors is executed with their values"
+            yield step, fitted[step.name].to(getattr(torch, step.dtype))
+            continue
         given = [tower[name] if step.operation == "tower" else checkpoint.read(name) for name in step.sources]
         yield step, OPERATIONS[step.operation](step, *given).to(getattr(torch, step.dtype))
 

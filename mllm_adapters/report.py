@@ -7,6 +7,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from mllm_adapters.align import Alignment
 from mllm_adapters.apply import bytes_linked
 from mllm_adapters.card import contract_rows
 from mllm_adapters.checkpoint import Checkpoint
@@ -24,12 +25,29 @@ OPERATION_WORDS = {
     "zeros": "set to zero",
     "ones": "set to one",
     "identity": "set to the identity",
+    "fit": "fitted on images (--align)",
     "slice": "cut out of fused tensors",
     "concat": "joined",
     "reshape": "kept in another shape",
     "resample": "position tables resampled",
     "lora": "merged with LoRA",
 }
+
+
+def alignment_table(alignment: Alignment) -> RenderableType:
+    """How well each reader was fitted, as a table for the terminal."""
+    table = Table(
+        title=f"Readers fitted on {alignment.used} images ({alignment.held_out} of them held out), "
+        f"{alignment.tokens} tokens, in {alignment.seconds:.0f} s",
+        title_justify="left",
+    )
+    for column in ("reader", "R² held out", "R² unaligned", "relative error", "ridge", "towards", "seconds"):
+        table.add_column(column, justify="left" if column in ("reader", "towards") else "right")
+    for fit in alignment.fits:
+        unaligned = "drawn anew" if fit.r2_unaligned is None else f"{fit.r2_unaligned:.3f}"
+        error, ridge = f"{fit.relative_error:.3f}", f"{fit.strength:.1e}"
+        table.add_row(fit.reader, f"{fit.r2:.3f}", unaligned, error, ridge, fit.towards, f"{fit.seconds:.1f}")
+    return table
 
 
 def total_bytes(plan: Plan) -> int:

@@ -1,6 +1,7 @@
 """``swap-encoder``: put a vision tower into a multimodal LLM."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
@@ -12,8 +13,19 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.spec import Activation
 
 if TYPE_CHECKING:
+    from mllm_adapters.align import Alignment
     from mllm_adapters.checkpoint import Checkpoint
     from mllm_adapters.contract import Family, Plan, Target
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The options of ``--align``."""
+
+    images: Path
+    samples: int
+    device: str
+
 
 app = cli.new_app(
     """Put an MGLL vision tower into a multimodal LLM.
@@ -52,6 +64,18 @@ def swap(
             help="What to write: own, or llava (loads with stock transformers) where that is exact."
         ),
     ] = "own",
+    align: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images, without labels: fit what reads the tower to them, in closed form."
+        ),
+    ] = None,
+    align_samples: Annotated[
+        int | None, typer.Option(min=1, help="Images of --align to use, at most (default: 500).")
+    ] = None,
+    align_device: Annotated[
+        str | None, typer.Option(help="Where --align runs the towers: cpu, cuda ... (default: auto).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
@@ -81,7 +105,8 @@ def swap(
     named = Path(os.path.abspath(encoder))  # noqa: PTH100 - "." and ".." have no names of their own
     tower_name = named.name if encoder.is_dir() else named.stem
     target = out or Path(f"{Path(os.path.abspath(mllm)).name}-{tower_name}")  # noqa: PTH100
-    _execute(plan, family, checkpoint, target, dry_run=dry_run, as_json=as_json, force=force)
+    fitting = _fitting(align, align_samples, align_device)
+    _execute(plan, family, checkpoint, target, dry_run=dry_run, as_json=as_json, force=force, fitting=fitting)
     if not dry_run:
         _tell(f"Next: retrain-projector --model {target} --data train.json --images images/", as_json)
 
@@ -161,12 +186,16 @@ def _execute(
     dry_run: bool,
     as_json: bool,
     force: bool,
+    fitting: Fitting | None = None,
 ) -> None:
     from mllm_adapters.apply import apply_plan, check_output, inputs
     from mllm_adapters.loading import check_complete
     from mllm_adapters.report import plan_table, total_bytes
 
     check_output(out, force, inputs(plan))
+    plain = plan
+    if fitting is not None:
+        plan = _to_be_fitted(plan, family, checkpoint, fitting)
     check_complete(plan)
     if as_json:
         cli.stdout.print_json(plan.model_dump_json())
@@ -176,11 +205,64 @@ def _execute(
         cli.note(f"note: {note}")
     if dry_run:
         return
+    alignment = None if fitting is None else _fit(plain, family, checkpoint, fitting, as_json)
+    plan = alignment.apply_to(plan) if alignment else plan
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("writing", *columns, console=cli.stderr, transient=True) as progress:
         task = progress.add_task("writing", total=total_bytes(plan))
-        apply_plan(plan, family, checkpoint, out, force=force, progress=lambda n: progress.advance(task, n))
+        apply_plan(
+            plan,
+            family,
+            checkpoint,
+            out,
+            force=force,
+            progress=lambda n: progress.advance(task, n),
+            fitted=alignment.tensors if alignment else None,
+        )
     _tell(f"Written: {out}", as_json)
+
+
+def _fitting(images: Path | None, samples: int | None, device: str | None) -> Fitting | None:
+    from mllm_adapters.align import SAMPLES
+
+    if images is not None:
+        return Fitting(images, samples or SAMPLES, device or "auto")
+    for option, value in (("--align-samples", samples), ("--align-device", device)):
+        if value is not None:
+            raise UserError(f"{option} {value} is about the images to align on: give --align IMAGES too")
+    return None
+
+
+def _to_be_fitted(plan: "Plan", family: "Family", checkpoint: "Checkpoint", fitting: Fitting) -> "Plan":
+    """The plan with its readers to be fitted; what the options ask for is there."""
+    from mllm_adapters.align import find_device, fitted_plan
+    from mllm_adapters.matching import find_images
+
+    find_images(fitting.images, fitting.samples)
+    find_device(fitting.device)
+    return fitted_plan(plan, family, checkpoint)
+
+
+def _fit(
+    plan: "Plan", family: "Family", checkpoint: "Checkpoint", fitting: Fitting, as_json: bool
+) -> "Alignment":
+    """Fit the readers and say how well that went."""
+    from mllm_adapters.align import align
+    from mllm_adapters.report import alignment_table
+
+    found = align(
+        plan,
+        family,
+        checkpoint,
+        fitting.images,
+        samples=fitting.samples,
+        device=fitting.device,
+        track=cli.track,
+    )
+    (cli.stderr if as_json else cli.stdout).print(alignment_table(found))
+    for warning in found.warnings():
+        cli.warn(warning)
+    return found
 
 
 def _tell(line: str, as_json: bool) -> None:

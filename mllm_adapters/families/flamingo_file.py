@@ -8,13 +8,15 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Dropped, Step, VisionContract
-from mllm_adapters.planning import anew, dtype_name, kept
+from mllm_adapters.planning import anew, dtype_name, kept, refit_reader
 
 PERCEIVER = "model.perceiver."
+BRIDGE = "model.bridge"
 BLOCKS = "model.cross_attention."
 LANGUAGE_MODEL = "model.language_model."
 EMBEDDINGS = f"{LANGUAGE_MODEL}embed_tokens.weight"
@@ -171,14 +173,18 @@ def measure(steps: Mapping[str, Step], depth: int, where: str) -> Geometry:
 
 
 def rewidened(
-    steps: list[Step], before: VisionContract, after: VisionContract
+    steps: list[Step], before: VisionContract, after: VisionContract, where: Path
 ) -> tuple[list[Step], dict[str, str]]:
     """Re-initialise what reads vision features if their width changes: latents are as wide as features.
+
+    Where a bridge stands between the two, it is all that reads them.
 
     Returns:
         The steps, and what becomes of each reader in words.
     """
     old, new = before.width, after.width
+    if any(step.name == f"{BRIDGE}.weight" for step in steps):
+        return refit_reader(steps, BRIDGE, before, after, where)
     if old == new:
         return steps, {PERCEIVER[:-1]: f"kept ({new} wide)"}
     fate = f"re-initialised ({old} -> {new} wide): retrain the projector"

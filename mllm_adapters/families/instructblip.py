@@ -9,14 +9,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, tower_config
-from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
+from mllm_adapters.contract import (
+    FAMILY_KEY,
+    Dropped,
+    Family,
+    FamilySpec,
+    Plan,
+    Reading,
+    Step,
+    Target,
+    VisionContract,
+)
 from mllm_adapters.families import instructblip_lavis as lavis
 from mllm_adapters.families import read_template
 from mllm_adapters.families.instructblip_lavis import AsStock
@@ -176,6 +188,16 @@ class InstructBlip(Family):
             num_query_tokens=plan.after.tokens,
             chat_template=own.read_text(encoding="utf-8") if own.is_file() else _TEMPLATE,
         )
+
+    def readings(self, plan: Plan) -> tuple[Reading, ...]:
+        """Keys and values of all layers, which read the same: the tower's features after the norm."""
+        found = super().readings(plan)
+        return tuple(replace(reading, at=found[0].linear) for reading in found)
+
+    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
+        """See `Family.look`: whatever the instruction, the Q-Former reads the same of the picture."""
+        words = torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device)
+        model.get_image_features(pixels, words, torch.ones_like(words))
 
 
 def _as_stock(checkpoint: Checkpoint) -> AsStock:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mgll_encoder import TowerHeader
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
@@ -107,6 +110,13 @@ class InternVL(Family):
     def image_processor(self, plan: Plan) -> Any:
         """InternVL's own, which can cut tiles, unless images are cropped or padded or the target is a LLaVA."""
         return internvl_text.image_processor(plan) or super().image_processor(plan)
+
+    def token_order(self, model: Any, contract: VisionContract) -> Tensor | None:
+        """See `Family.token_order`: the first releases join patches column by column."""
+        if getattr(model.config, "ps_version", "v2") == "v2":
+            return None
+        side = isqrt(contract.tokens)
+        return torch.arange(contract.tokens).view(side, side).T.flatten()
 
     @property
     def _as_llava(self) -> Llava:

@@ -6,10 +6,11 @@ layout after transformers (models/janus). Janus-1.3B is the same architecture.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.filesize import decimal
+from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.checkpoint import read_json
@@ -22,6 +23,7 @@ from mllm_adapters.contract import (
     Family,
     FamilySpec,
     Plan,
+    Reading,
     Step,
     Target,
     VisionContract,
@@ -169,6 +171,16 @@ class JanusPro(Family):
             image_std=list(plan.after.std),
             min_size=min_size,
         )
+
+    def readings(self, plan: Plan) -> tuple[Reading, ...]:
+        """The aligner's first layer, under its name in either layout."""
+        (reading,) = super().readings(plan)
+        was_llava = read_json(plan.source / "config.json").get("model_type") == "llava"
+        return (reading if was_llava else replace(reading, host=READER),)
+
+    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
+        """See `Family.look`; Janus' outer class has no ``get_image_features``."""
+        model.base_model.get_image_features(pixel_values=pixels)
 
     def _swap_own(
         self, checkpoint: Checkpoint, source: JanusSource, tower: TowerHeader, image_size: int | None

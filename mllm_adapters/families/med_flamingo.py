@@ -17,11 +17,13 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, text_config, tower_config, tower_geometry
-from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Step, Target
+from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Reading, Step, Target
 from mllm_adapters.families import read_template
 from mllm_adapters.families.flamingo_file import (
+    BRIDGE,
     HEAD,
     LANGUAGE_MODEL,
+    PERCEIVER,
     Geometry,
     measure,
     rewidened,
@@ -71,6 +73,7 @@ class NativeFields(BaseModel):
     text_config: dict[str, Any]
     image_token_id: int
     perceiver_latents: int
+    perceiver_width: int | None = None
     media_mask: Literal["preceding", "legacy"]
     quantization_config: None = None
 
@@ -132,6 +135,37 @@ class MedFlamingo(Family):
         check_placeholder(tokenizer, IMAGE_TOKEN, plan.image_token_id)
         return FlamingoProcessor(image_processor(plan.after), tokenizer, chat_template=template)
 
+    def readings(self, plan: Plan) -> tuple[Reading, ...]:  # noqa: ARG002 (it is always the same)
+        """The bridge; before there is one, the perceiver reads the features themselves."""
+        return (Reading(BRIDGE),)
+
+    def for_alignment(self, plan: Plan, checkpoint: Checkpoint) -> Plan:
+        """See `Family.for_alignment`: the perceiver's layers read features and latents alike, so they are all kept.
+
+        A linear layer of its own, the bridge, brings the new features to what the old ones were.
+        """
+        if any(step.name == f"{BRIDGE}.weight" for step in plan.steps):
+            return plan
+        steps = [
+            kept(checkpoint.header(step.replaces), step.name) if step.replaces else step
+            for step in plan.steps
+        ]
+        old, new = plan.before.width, plan.after.width
+        dtype = next(step.dtype for step in steps if step.name.startswith(PERCEIVER))
+        shapes = {"weight": (old, new), "bias": (old,)}
+        added = [
+            Step(name=f"{BRIDGE}.{kind}", dtype=dtype, shape=shape, operation="reinit")
+            for kind, shape in shapes.items()
+        ]
+        inner = plan.config["perceiver_intermediate_size"] // new * old
+        return plan.model_copy(
+            update={
+                "steps": (*steps, *added),
+                "config": {**plan.config, "perceiver_width": old, "perceiver_intermediate_size": inner},
+                "readers": {BRIDGE: f"added ({new} -> {old} wide)", PERCEIVER[:-1]: f"kept ({old} wide)"},
+            }
+        )
+
     def _plan_original(
         self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None
     ) -> Plan:
@@ -154,7 +188,7 @@ class MedFlamingo(Family):
         before = contract_of(host.spec, -1, False).model_copy(update={"tokens": latents})
         after = after_swap(before, tower, image_size, tokens=lambda _: latents)
         dtype = checkpoint.tensors[names.found["model.perceiver.latents"][0]].dtype
-        steps, readers = rewidened(steps, before, after)
+        steps, readers = rewidened(steps, before, after, checkpoint.folder)
         new, dropped = tower or host.header, list(names.dropped)
         if new is None:
             own, unused = inner_tower(checkpoint, names)
@@ -209,7 +243,7 @@ class MedFlamingo(Family):
         if not old:
             raise UserError(f"{checkpoint.folder} has no tensors under {TOWER_PREFIX}: complete the download")
         geometry = measure(by_name, depth, str(checkpoint.folder))
-        steps, readers = rewidened(rest, before, after)
+        steps, readers = rewidened(rest, before, after, checkpoint.folder)
         return Plan(
             family=self.spec.name,
             layout="transformers",
@@ -222,7 +256,11 @@ class MedFlamingo(Family):
                 **config,
                 FAMILY_KEY: self.spec.name,
                 "vision_config": tower_config(tower.spec, after),
-                **_perceiver_fields(geometry, before.width, after.width),
+                **(
+                    _perceiver_fields(geometry, before.width, after.width)
+                    if fields.perceiver_width is None
+                    else {}
+                ),
             },
             before=before,
             after=after,
@@ -304,8 +342,9 @@ MED_FLAMINGO = MedFlamingo(
         reads=("model.pt beside a LLaMA-7B and a CLIP, also as OpenFlamingo >= 2.0 saves it",),
         tower=r"vision_tower\.",
         # The original trains these two and the embedding; the gated blocks read latents as wide as the features.
-        projector=r"perceiver\.|cross_attention\.",
+        projector=r"perceiver\.|cross_attention\.|bridge\.",
         language_model=r"language_model\.|lm_head\.",
+        sees=r"vision_tower\.|bridge\.",
         not_llava="Med-Flamingo cannot be written as a LLaVA: its language model reads images by cross-attention",
         loose_weights=(r"(?:module\.)?(?:perceiver|lang_encoder)\.", r"(?:module\.)?vision_encoder\."),
         parts={

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, text_config, tower_config
-from mllm_adapters.contract import Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
+from mllm_adapters.contract import Dropped, Family, FamilySpec, Plan, Reading, Step, Target, VisionContract
 from mllm_adapters.convnext import STRIDE, convnext_config, convnext_name
 from mllm_adapters.families import read_template
 from mllm_adapters.families.mini_gemini_source import (
@@ -142,6 +145,19 @@ class MiniGemini(Family):
         from mgll_encoder.preprocess import image_processor
 
         return image_processor(plan.after.model_copy(update={"image_size": plan.config["image_size_aux"]}))
+
+    def readings(self, plan: Plan) -> tuple[Reading, ...]:  # noqa: ARG002 (they are always the same)
+        """The queries of the mining, and the projector, which reads the same features with what was mined added."""
+        norm, queries, projector = READERS
+        return Reading(queries, at=norm), Reading(projector, at=norm, adds=MINED)
+
+    def picture(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:
+        """See `Family.picture`: the model makes its low-resolution views of the high-resolution picture."""
+        return contract.model_copy(update={"image_size": config["image_size_aux"]})
+
+    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
+        """See `Family.look`: without the high-resolution tower, which stays."""
+        model.model.vlm_uni_query_projector(model.model.queries(pixels))
 
     def _plan_original(
         self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.checkpoint import read_json
@@ -238,6 +240,33 @@ class Qwen2VL(Family):
             "merge_size": plan.config["vision_config"]["spatial_merge_size"],
         }
         return MgllQwen2VLImageProcessor(**settings)
+
+    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:
+        """See `Family.look`: pictures go in as patches."""
+        from mllm_adapters.modeling.qwen2_vl import to_patches
+
+        vision = model.config.vision_config
+        patches = to_patches(
+            pixels, contract.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        )
+        model.get_image_features(patches, _grids(contract, len(pixels)).to(pixels.device))
+
+    def token_order(self, model: Any, contract: VisionContract) -> Tensor | None:
+        """See `Family.token_order`: Qwen2.5's own tower hands the merger its patches window by window."""
+        from transformers.vision_utils import get_vision_window_index
+
+        vision = model.config.vision_config
+        if not hasattr(vision, "window_size"):
+            return None
+        windows, _ = get_vision_window_index(
+            _grids(contract, 1), vision.spatial_merge_size, vision.window_size, contract.patch_size
+        )
+        return windows.argsort()
+
+
+def _grids(contract: VisionContract, pictures: int) -> Tensor:
+    """Frames, rows and columns of patches of each picture [pictures, 3]."""
+    return torch.tensor([[1, contract.grid, contract.grid]] * pictures)
 
 
 def _quantisation(config: Mapping[str, Any]) -> str | None:

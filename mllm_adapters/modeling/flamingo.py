@@ -91,6 +91,10 @@ class FlamingoModel(FlamingoPreTrainedModel):
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__(config)
         self.vision_tower = CLIPVisionModel(config.vision_config)
+        bridged = config.perceiver_width is not None
+        self.bridge = (
+            nn.Linear(config.vision_config.hidden_size, config.latent_width) if bridged else nn.Identity()
+        )
         self.perceiver = Perceiver(config)
         self.language_model = LlamaModel(config.text_config)
         every, depth = config.cross_attention_interval, config.text_config.num_hidden_layers
@@ -111,7 +115,12 @@ class FlamingoModel(FlamingoPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Pictures [n, 3, S, S] -> `image_features` (``last_hidden_state``) and latents (``pooler_output``)."""
         features = self.image_features(pixel_values)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.perceiver(features))
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.resample(features))
+
+    def resample(self, features: Tensor) -> Tensor:
+        """Patch features [n, patches, width] -> latents [n, latents, latent width]."""
+        latents: Tensor = self.perceiver(self.bridge(features))
+        return latents
 
     def place_images(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """Latents of pictures [n, 3, S, S], row by row of ``input_ids``: [B, most pictures, latents, width].
@@ -126,7 +135,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
             raise ValueError(
                 f"{len(pixel_values)} images for {int(per_row.sum())} image tokens: the text needs one per image"
             )
-        latents: Tensor = self.perceiver(self.image_features(pixel_values))
+        latents = self.resample(self.image_features(pixel_values))
         taken = torch.arange(int(per_row.max()), device=per_row.device) < per_row[:, None]
         rows = latents.new_zeros(*taken.shape, *latents.shape[1:])
         rows[taken.to(latents.device)] = latents

@@ -34,6 +34,8 @@ class FlamingoConfig(PreTrainedConfig):
         cross_attention_heads: Heads of each gated block.
         cross_attention_intermediate_size: Width of each gated block's MLP.
         perceiver_latents: Latents per picture.
+        perceiver_width: Width of the latents, where a linear layer, the bridge, brings features to it; None where they
+            are as wide as the features and there is no bridge.
         perceiver_depth: Layers of the perceiver.
         perceiver_heads: Heads of each of them.
         perceiver_intermediate_size: Width of their MLPs.
@@ -54,11 +56,17 @@ class FlamingoConfig(PreTrainedConfig):
     cross_attention_heads: int = 8
     cross_attention_intermediate_size: int = 16384
     perceiver_latents: int = 64
+    perceiver_width: int | None = None
     perceiver_depth: int = 6
     perceiver_heads: int = 8
     perceiver_intermediate_size: int = 4096
     resampler_head_dim: int = 64
     tie_word_embeddings: bool = False
+
+    @property
+    def latent_width(self) -> int:
+        """Width of the latents, which the gated blocks read."""
+        return self.vision_config.hidden_size if self.perceiver_width is None else self.perceiver_width
 
 
 class CrossAttention(nn.Module):
@@ -131,7 +139,7 @@ class PerceiverLayer(nn.ModuleList, GradientCheckpointingLayer):
     """Attention (0) and MLP (1), each added to the latents."""
 
     def __init__(self, config: FlamingoConfig) -> None:
-        width = config.vision_config.hidden_size
+        width = config.latent_width
         attention = PerceiverAttention(width, config.perceiver_heads, config.resampler_head_dim)
         super().__init__((attention, feed_forward(width, config.perceiver_intermediate_size)))
 
@@ -143,11 +151,11 @@ class PerceiverLayer(nn.ModuleList, GradientCheckpointingLayer):
 
 
 class Perceiver(nn.Module):
-    """Resamples the features of a picture to a fixed number of latents, as wide as the features."""
+    """Resamples what it reads of a picture to a fixed number of latents, equally wide."""
 
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
-        width = config.vision_config.hidden_size
+        width = config.latent_width
         self.latents = nn.Parameter(torch.empty(config.perceiver_latents, width))
         self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.perceiver_depth))
         self.norm = nn.LayerNorm(width)
@@ -167,7 +175,7 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         super().__init__()
         width = config.text_config.hidden_size
         self.attn = MediaAttention(
-            width, config.vision_config.hidden_size, config.cross_attention_heads, config.resampler_head_dim
+            width, config.latent_width, config.cross_attention_heads, config.resampler_head_dim
         )
         self.attn_gate = nn.Parameter(torch.zeros(1))
         self.ff = feed_forward(width, config.cross_attention_intermediate_size)

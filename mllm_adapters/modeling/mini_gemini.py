@@ -143,8 +143,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         """
         config = self.config
         low, high = self._resolutions(pixel_values, pixel_values_aux)
-        hidden = self.vision_tower(low.flatten(0, -4), output_hidden_states=True).hidden_states
-        queries = hidden[config.vision_feature_layer][:, 1:]
+        queries = self._low_features(low)
         cells = self.vision_tower_aux(high)
         views = split_tiles(cells, config.image_grid)
         if config.image_global:
@@ -158,6 +157,14 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         if config.image_global:
             tokens = tokens.roll(1, dims=1)
         return BaseModelOutputWithPooling(last_hidden_state=queries, pooler_output=tokens.flatten(1, 2))
+
+    def queries(self, pixel_values: Tensor | None = None, pixel_values_aux: Tensor | None = None) -> Tensor:
+        """Low-resolution features [n * views, patches, width] alone; pictures as for `get_image_features`."""
+        return self._low_features(self._resolutions(pixel_values, pixel_values_aux)[0])
+
+    def _low_features(self, low: Tensor) -> Tensor:
+        hidden = self.vision_tower(low.flatten(0, -4), output_hidden_states=True).hidden_states
+        return hidden[self.config.vision_feature_layer][:, 1:]
 
     def mine(self, queries: Tensor, cells: Tensor) -> Tensor:
         """Patch-info mining: each low-resolution token attends to the high-resolution cells of its own patch.

@@ -1,0 +1,165 @@
+"""What alignment is worth: a swap as it is against the same swap aligned, and how much retraining makes up for it.
+
+python scripts/bench/align.py --mllm models/base --encoder towers/mgll --align images/ \
+    --data test.json --train train.json --images images/ --steps 300
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mgll_encoder.common import cli
+from mgll_encoder.common.files import write_text
+
+if TYPE_CHECKING:
+    from mllm_adapters.align import Alignment
+    from mllm_adapters.training import Job
+
+LETTERS = "ABCD"
+
+app = cli.new_app("Measure alignment in closed form.")
+
+
+@app.command()
+def bench(
+    mllm: Annotated[Path, typer.Option(help="Model before the swap.")],
+    encoder: Annotated[Path, typer.Option(help="Tower that it gets.")],
+    align: Annotated[Path, typer.Option(help="Images to align on: a folder, or a manifest.")],
+    data: Annotated[
+        Path, typer.Option(help="Test conversations, answered with a letter (`eval-mcq export`).")
+    ],
+    train: Annotated[Path, typer.Option(help="Training conversations.")],
+    images: Annotated[Path, typer.Option(help="Image folder of both.")],
+    samples: Annotated[
+        list[int] | None, typer.Option(help="Images to align on, at most. Repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of retraining, at most; 0 for none.")] = 300,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two measurements.")] = 10,
+    learning_rate: Annotated[float, typer.Option(help="Of the retraining.")] = 1e-3,
+    seeds: Annotated[int, typer.Option(min=1, help="Retrainings, each with a seed of its own.")] = 1,
+    limit: Annotated[int, typer.Option(min=1, help="Test questions, at most.")] = 300,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Letter accuracy and answer loss of the base, the swap and the aligned swap, before any training.
+
+    Example: python scripts/bench/align.py --mllm base --encoder mgll --align images --data test.json --train train.json
+    --images images
+    """
+    from mllm_adapters.training import Recipe, plan_training
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arms: dict[str, tuple[Path, Alignment | None]] = {"base": (mllm, None)}
+        arms["swapped"] = swapped(mllm, encoder, Path(scratch) / "swapped")
+        for number in samples or [500]:
+            name = f"aligned on {number}"
+            arms[name] = swapped(mllm, encoder, Path(scratch) / name.replace(" ", "-"), align, number)
+        table = Table("", "answer loss", "accuracy", "R² held out", "seconds to align")
+        results: dict[str, dict[str, Any]] = {}
+        for arm, (folder, alignment) in arms.items():
+            loss, accuracy = measure(plan_training(folder, data, images, Recipe()), limit)
+            record = alignment.record() if alignment else {}
+            results[arm] = {"loss": loss, "accuracy": accuracy, "alignment": record}
+            fits = [fit["r2"] for fit in record.get("readers", [])]
+            r2 = f"{min(fits):.3f} to {max(fits):.3f}" if fits else ""
+            table.add_row(arm, f"{loss:.4f}", f"{accuracy:.1%}", r2, str(record.get("seconds", "")))
+        cli.stdout.print(table)
+        if steps:
+            target = min(r["loss"] for name, r in results.items() if name.startswith("aligned"))
+            curves = []
+            for seed in range(seeds):
+                recipe = Recipe(max_steps=steps, learning_rate=learning_rate, seed=seed)
+                job = plan_training(arms["swapped"][0], train, images, recipe)
+                test = plan_training(arms["swapped"][0], data, images, Recipe())
+                curves.append(retrain(job, test, target, every, limit, Path(scratch) / f"retrained-{seed}"))
+            results["retrained"] = {"target": target, "steps": steps, "curves": curves}
+            _show_steps(curves, target, steps)
+    if out:
+        write_text(out, json.dumps(results, indent=1) + "\n", force=True)
+
+
+def swapped(
+    mllm: Path, encoder: Path, out: Path, images: Path | None = None, samples: int = 0
+) -> "tuple[Path, Alignment | None]":
+    """A swap, aligned on images where there are any."""
+    from mgll_encoder import inspect_tower
+    from mllm_adapters.align import align, fitted_plan
+    from mllm_adapters.apply import apply_plan
+    from mllm_adapters.registry import open_checkpoint
+
+    checkpoint, family, _ = open_checkpoint(mllm)
+    plan = family.plan(checkpoint, inspect_tower(encoder))
+    if images is None:
+        return apply_plan(plan, family, checkpoint, out), None
+    found = align(plan, family, checkpoint, images, samples=samples, track=cli.track)
+    fitted = found.apply_to(fitted_plan(plan, family, checkpoint))
+    return apply_plan(fitted, family, checkpoint, out, fitted=found.tensors), found
+
+
+def measure(job: "Job", limit: int, model: Any | None = None) -> tuple[float, float]:
+    """Mean loss per answer token, and the share of questions whose letter gets the largest logit of all letters."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from mllm_adapters.examples import IGNORED, AnswerCollator, ConversationDataset
+
+    model = job.model if model is None else model
+    tokenizer = job.processor.tokenizer
+    letters = torch.tensor([tokenizer.encode(one, add_special_tokens=False)[-1] for one in LETTERS])
+    rows = ConversationDataset(job.examples[:limit], job.corpus.folder, job.processor)
+    collate = AnswerCollator(tokenizer.pad_token_id or 0)
+    loss = tokens = right = 0.0
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(rows), 16):
+            batch = collate([rows[i] for i in range(start, min(start + 16, len(rows)))])
+            wanted = batch.pop("shift_labels")
+            batch.pop("labels")
+            logits = model(**batch).logits
+            counted = wanted != IGNORED
+            loss += float(cross_entropy(logits[counted], wanted[counted], reduction="sum"))
+            tokens += int(counted.sum())
+            first = torch.arange(len(wanted)), counted.float().argmax(1)
+            right += int((letters[logits[first][:, letters].argmax(1)] == wanted[first]).sum())
+    return loss / tokens, right / len(rows)
+
+
+def retrain(
+    job: "Job", test: "Job", target: float, every: int, limit: int, out: Path
+) -> list[tuple[int, float]]:
+    """(step, test loss) while the swap is retrained, until its test loss is that of the aligned one."""
+    from transformers import TrainerCallback
+
+    from mllm_adapters.training import RunOptions, train
+
+    curve: list[tuple[int, float]] = []
+
+    class Measuring(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:  # noqa: ARG002
+            if state.global_step % every == 0:
+                curve.append((state.global_step, measure(test, limit, rest["model"])[0]))
+                rest["model"].train()
+                control.should_training_stop = curve[-1][1] <= target
+
+    train(job, out, RunOptions(report_to=()), callbacks=[Measuring()])
+    return curve
+
+
+def _show_steps(curves: Sequence[list[tuple[int, float]]], target: float, steps: int) -> None:
+    reached = [next((step for step, loss in curve if loss <= target), None) for curve in curves]
+    done = [step for step in reached if step is not None]
+    best = min(loss for curve in curves for _, loss in curve)
+    cli.stdout.print(
+        f"Steps of retraining until the swap is where the aligned one begins (loss {target:.4f}): "
+        + (f"median {median(done)}, {min(done)} to {max(done)}; " if done else "")
+        + f"{len(curves) - len(done)} of {len(curves)} runs did not get there in {steps} (best loss {best:.4f})"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(app)
