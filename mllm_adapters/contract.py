@@ -20,7 +20,7 @@ from mllm_adapters.checkpoint import Checkpoint
 
 Operation = Literal[
     "keep", "rename", "same", "tower", "slice", "concat", "reshape", "resample", "lora",
-    "extend_rows", "reinit", "zeros", "ones", "identity",
+    "extend_rows", "reinit", "zeros", "ones", "identity", "trained",
 ]  # fmt: skip
 """How a target tensor comes about; in brackets what `Step.arguments` holds.
 
@@ -39,6 +39,7 @@ Operation = Literal[
 - ``zeros``: set to zero beside a ``reinit``.
 - ``ones``: set to one: a normalisation's scale beside a ``reinit``.
 - ``identity``: the identity matrix.
+- ``trained``: in the place of the source tensor, values that it was given since; no plan of a swap has it.
 """
 
 
