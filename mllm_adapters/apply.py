@@ -104,15 +104,9 @@ def apply_plan(
     """
     if not checked:
         check_complete(plan)
-    processor = family.processor(plan)
-    tower = (
-        inspect_tower(plan.tower, activation=cast(Activation, plan.after.activation)) if plan.tower else None
-    )
-    config = json.dumps(plan.config, indent=2) + "\n"
-    with new_checkpoint(out, force, inputs(plan)) as partial, ThreadPoolExecutor(1) as aside:
-        # Whole training checkpoints are hashed: beside the writing.
-        hashing = aside.submit(input_record, tower.source, hashed_files(tower)) if tower else None
-        written = write_weights(
+
+    def write(partial: Path) -> Written:
+        return write_weights(
             partial,
             checkpoint,
             plan.steps,
@@ -120,27 +114,50 @@ def apply_plan(
             progress,
             copy=copy,
         )
-        copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), partial)
-        _update_generation(partial / GENERATION, plan)
-        if processor is not None:
-            processor.save_pretrained(partial)
-        # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
-        family.image_processor(plan).save_pretrained(partial)
-        files = {**side_records(partial, written.files), CONFIG: record_of_text(config), **written.files}
-        record = record_of(
-            plan,
-            checkpoint,
-            hashing.result() if hashing else None,
-            tower.spec if tower else None,
-            files,
-            written.hashes,
-        )
-        (partial / PROVENANCE).write_text(record.dump(), encoding="utf-8")
-        (partial / CARD).write_text(model_card(plan, record), encoding="utf-8")
-        sync_tree(partial)
-        # Last, so that a folder left behind by a kill is no checkpoint.
-        (partial / CONFIG).write_text(config, encoding="utf-8")
+
+    with new_checkpoint(out, force, inputs(plan)) as partial:
+        complete_folder(partial, plan, family, checkpoint, write)
     return out
+
+
+def complete_folder(
+    folder: Path, plan: Plan, family: Family, checkpoint: Checkpoint, write: Callable[[Path], Written]
+) -> None:
+    """Write everything that belongs to the planned checkpoint into a folder; config.json last.
+
+    Args:
+        folder: Existing folder.
+        plan: What it will hold.
+        family: The family that made the plan.
+        checkpoint: The plan's source.
+        write: Writes the weights into a folder.
+
+    Raises:
+        UserError: the processor cannot be made, or what ``write`` raises.
+    """
+    processor = family.processor(plan)
+    tower = (
+        inspect_tower(plan.tower, activation=cast(Activation, plan.after.activation)) if plan.tower else None
+    )
+    config = json.dumps(plan.config, indent=2) + "\n"
+    with ThreadPoolExecutor(1) as aside:
+        # Training checkpoints are large, and are hashed whole: beside the writing.
+        hashing = aside.submit(input_record, tower.source, hashed_files(tower)) if tower else None
+        written = write(folder)
+        tower_record = hashing.result() if hashing else None
+    copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), folder)
+    _update_generation(folder / GENERATION, plan)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
+    family.image_processor(plan).save_pretrained(folder)
+    files = {**side_records(folder, written.files), CONFIG: record_of_text(config), **written.files}
+    record = record_of(plan, checkpoint, tower_record, tower.spec if tower else None, files, written.hashes)
+    (folder / PROVENANCE).write_text(record.dump(), encoding="utf-8")
+    (folder / CARD).write_text(model_card(plan, record), encoding="utf-8")
+    sync_tree(folder)
+    # Last, so that a folder left behind by a kill is no checkpoint.
+    (folder / CONFIG).write_text(config, encoding="utf-8")
 
 
 def inputs(plan: Plan) -> tuple[Path, ...]:

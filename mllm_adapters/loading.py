@@ -58,6 +58,15 @@ def check_complete(plan: Plan) -> None:
     Raises:
         UserError: a tensor would be missing, left over, or of another shape than the model wants.
     """
+    empty_model(plan)
+
+
+def empty_model(plan: Plan) -> Any:
+    """The model that a plan describes, on the ``meta`` device: names and shapes without values.
+
+    Raises:
+        UserError: as `check_complete`.
+    """
     from transformers.utils import logging
 
     check_depths(plan.config, len(plan.steps), f"{plan.source}/config.json")
@@ -65,7 +74,7 @@ def check_complete(plan: Plan) -> None:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # nothing is loaded
     try:
-        _load(state, plan.config, plan.source, device_map="meta")
+        return _load(state, plan.config, plan.source, device_map="meta")
     finally:
         if bars:
             logging.enable_progress_bar()

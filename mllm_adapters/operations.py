@@ -27,7 +27,7 @@ def compute(plan: Plan, checkpoint: Checkpoint, steps: Sequence[Step]) -> Iterat
         checkpoint: Its source.
         steps: Those steps whose values are wanted, in the order in which they come.
     """
-    tower = _FittedTower(plan)
+    tower = FittedTower(plan)
     for step in steps:
         read = tower.read if step.operation == "tower" else checkpoint.read
         given = [read(name) for name in step.sources]
@@ -60,13 +60,14 @@ def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContrac
     return fitted
 
 
-class _FittedTower:
-    """`fitted_tower`, one tensor at a time; it is opened when the first is read."""
+class FittedTower:
+    """What `fitted_tower` gives, one tensor at a time; the tower is opened when the first is read."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
     def read(self, name: str) -> Tensor:
+        """The tensor of a key without prefix."""
         return self._input_side[name] if name in (POSITIONS, PATCHES) else self._tower.read(name)
 
     @cached_property

@@ -55,13 +55,18 @@ def replace_tensors(
 
     with new_checkpoint(out, force, [source]) as partial:
         written = write_weights(partial, checkpoint, steps, compute)
-        copy_files(checkpoint.side_files, partial)
-        for folder in checkpoint.side_folders:
-            (partial / folder.name).mkdir()
-            copy_files((file for file in folder.iterdir() if file.is_file()), partial / folder.name)
+        copy_sides(checkpoint, partial)
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         if has_record(source):
             record = read_record(source).trained_since({n: written.hashes[n] for n in tensors}, written.files)
             (partial / PROVENANCE).write_text(record.dump(), encoding="utf-8")
     return out
+
+
+def copy_sides(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy everything of a checkpoint that is neither weights nor code."""
+    copy_files(checkpoint.side_files, folder)
+    for inner in checkpoint.side_folders:
+        (folder / inner.name).mkdir()
+        copy_files((file for file in inner.iterdir() if file.is_file()), folder / inner.name)
