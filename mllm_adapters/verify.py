@@ -14,6 +14,7 @@ from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.apply import CONFIG
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.configs import LIBRARY_ERRORS
 from mllm_adapters.fingerprint import agrees, span_hash
 from mllm_adapters.loading import check_complete, load_mllm
 from mllm_adapters.locate import cached
@@ -192,7 +193,11 @@ class Verification:
         if processor is None:
             yield Check("image", None, "there is no tokenizer, so nothing can be asked")
             return
-        changed = blanking_changes(model, processor)
+        try:
+            changed = blanking_changes(model, processor)
+        except LIBRARY_ERRORS as error:
+            yield Check("image", False, f"the model cannot be asked about an image: {error!r:.200}")
+            return
         detail = f"blanking the image moves the logits of the next token by up to {changed:.3g}"
         yield Check(
             "image", changed > 0, detail if changed else "blanking the image changes nothing: it is not seen"
@@ -250,8 +255,9 @@ def _logits(model: Any, processor: Any, image: Image.Image) -> torch.Tensor:
     for name, value in batch.items():
         if value.is_floating_point():
             batch[name] = value.to(model.dtype)
-    if model.config.is_encoder_decoder:
-        batch["decoder_input_ids"] = torch.tensor([[model.generation_config.decoder_start_token_id or 0]])
+    text_config = model.config.get_text_config()
+    if text_config.is_encoder_decoder:
+        batch["decoder_input_ids"] = torch.tensor([[text_config.decoder_start_token_id]])
     return model(**batch).logits[0, -1].float()
 
 
