@@ -48,10 +48,8 @@ def verify(
             table.add_row(MARKS[check.passed], check.name, escape(check.detail))
         cli.stdout.print(table)
     if failed := [check for check in checks if check.passed is False]:
-        names = ", ".join(check.name for check in failed)
-        raise UserError(
-            f"{folder}: {len(failed)} of {len(checks)} checks failed: {names} ({failed[0].detail})"
-        )
+        found = "; ".join(f"{check.name} ({check.detail})" for check in failed)
+        raise UserError(f"{folder}: {len(failed)} of {len(checks)} checks failed: {found}")
 
 
 def restore(
