@@ -24,7 +24,7 @@ def fetch(hub_id: str) -> Path:
     if (folder := cached(hub_id)) is not None:
         return folder
     try:
-        names = HfApi().list_repo_files(hub_id)
+        names = [file.rfilename for file in HfApi().model_info(hub_id).siblings or ()]
         twice = any(name in names for name in WEIGHTS if "safetensors" in name)
         skipped = [*UNUSED, *(DUPLICATES if twice else ())]
         return Path(snapshot_download(hub_id, ignore_patterns=skipped))
