@@ -131,8 +131,6 @@ def bench(
 
 def write_encoder(folder: Path, shrink: int) -> Path:
     """A random CLIP ViT-L/14 at 224 px in bfloat16, as a tower folder."""
-    import torch
-
     from mgll_encoder import Tower, TowerSpec, build_model, save_tower
 
     spec = TowerSpec(
@@ -144,7 +142,7 @@ def write_encoder(folder: Path, shrink: int) -> Path:
         image_size=224,
         activation="gelu",
     )
-    return save_tower(Tower.from_model(build_model(spec).to(torch.bfloat16), spec), folder, force=True)
+    return save_tower(Tower.from_model(build_model(spec).bfloat16(), spec), folder, force=True)
 
 
 def write_host(folder: Path, gigabytes: float, shard: float, shrink: int) -> Path:
@@ -164,7 +162,7 @@ def write_host(folder: Path, gigabytes: float, shard: float, shrink: int) -> Pat
         shards[-1][name] = shape
         room -= nbytes
     folder.mkdir()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         values = {}
@@ -206,7 +204,7 @@ def _shapes(gigabytes: float, shrink: int) -> tuple[dict[str, Sequence[int]], Ma
         config = LlavaConfig(
             vision_config=vision,
             text_config=text,
-            image_token_id=32000,
+            image_token_index=32000,
             image_seq_length=576,
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
