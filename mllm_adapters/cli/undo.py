@@ -55,7 +55,10 @@ def verify(
 def restore(
     folder: Annotated[Path, typer.Argument(help="Checkpoint that swap-encoder wrote.")],
     original: Annotated[
-        Path | None, typer.Option(help="The checkpoint that it was made of: its tower and readers come back.")
+        str | None,
+        typer.Option(
+            help="The checkpoint (folder or hub id) that it was made of: its tower and readers come back."
+        ),
     ] = None,
     to_encoder: Annotated[
         bool, typer.Option("--to-encoder", help="Write the tower alone, as an ordinary tower folder.")
@@ -89,13 +92,14 @@ def restore(
 
     from mllm_adapters import undo
     from mllm_adapters.cli.swap import parts_of
+    from mllm_adapters.parts import resolve
 
     if original is None:
         undo.to_encoder(folder, target, force=force)
         following = f"mgll-encoder inspect {target}"
     else:
         cli.note(f"restoring {folder} from {original} ...")
-        undo.restore(folder, original, target, parts=parts_of(part), force=force, copy=copy)
+        undo.restore(folder, resolve(original), target, parts=parts_of(part), force=force, copy=copy)
         following = f"eval-mcq run --model {target} --bench test.jsonl --out runs/{target.name}"
     cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
     cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)

@@ -113,6 +113,7 @@ def bench(
             for name in ("swapped", "copied", "saved"):
                 shutil.rmtree(scratch / name)
         shutil.rmtree(host)
+        _show_ratios(runs)
         for gigabytes in [float(word) for word in growth.split(",") if word]:
             host = write_host(scratch / "host", gigabytes, shard, shrink)
             for _ in cli.track(range(repeats), f"growth: {gigabytes:g} GB"):
@@ -122,7 +123,7 @@ def bench(
     finally:
         for name in ("encoder", "host", "swapped", "copied", "saved"):
             shutil.rmtree(scratch / name, ignore_errors=True)
-    _show(runs)
+    _show_table(runs)
     if out is not None:
         from mgll_encoder.common.files import write_text
 
@@ -250,7 +251,7 @@ def _run(runs: dict[str, list[dict[str, float]]], name: str, script: str, *argum
     runs.setdefault(name, []).append(row)
 
 
-def _show(runs: Mapping[str, list[dict[str, float]]]) -> None:
+def _show_table(runs: Mapping[str, list[dict[str, float]]]) -> None:
     from rich.table import Table
 
     table = Table("", "wall s", "without imports s", "CPU s", "phases s", "peak RSS GB", "written GB")
@@ -267,6 +268,9 @@ def _show(runs: Mapping[str, list[dict[str, float]]]) -> None:
             f"{median(columns['written']):.3f}",
         )
     cli.stdout.print(table)
+
+
+def _show_ratios(runs: Mapping[str, list[dict[str, float]]]) -> None:
     swap, saved, copied = (runs[name] for name in ("swap", "load, replace, save", "cp of the touched bytes"))
     ratios = {
         "faster than load, replace, save, whole process": (saved, "wall", swap, "wall"),
