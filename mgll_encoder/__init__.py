@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mgll_encoder.tower import (
         Tower,
         TowerHeader,
+        TowerReader,
         build_model,
         inspect_tower,
         load_tower,
@@ -24,6 +25,7 @@ __all__ = [
     "Resize",
     "Tower",
     "TowerHeader",
+    "TowerReader",
     "TowerSpec",
     "build_model",
     "fold_normalisation",

@@ -39,6 +39,9 @@ _DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
+_MAPPED = 256 << 20
+"""Bytes that are read of a mapped file before it is mapped anew: the pages that were read are let go then."""
+
 _BROKEN = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
     AssertionError, OSError, struct.error,
@@ -171,11 +174,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
 def _open_torch(path: Path, zipped: bool) -> Checkpoint:
     if zipped:
         _check_archive(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", mmap=zipped or None, weights_only=True)
-    except _BROKEN as error:
-        raise _refusal(path, zipped, error) from None
+    content = _load(path, zipped)
     state, wrapper = _state_dict(content)
     if not state:
         found = type(content).__name__
@@ -186,7 +185,36 @@ def _open_torch(path: Path, zipped: bool) -> Checkpoint:
             f"{', '.join(repr(name) for name in _WRAPPERS)}"
         )
     headers = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    return Checkpoint(path, (path,), headers, wrapper, dict.fromkeys(headers, state.__getitem__))
+    reader = _TorchReader(path, zipped)
+    return Checkpoint(path, (path,), headers, wrapper, dict.fromkeys(headers, reader.read))
+
+
+class _TorchReader:
+    """The tensors of a file written by ``torch.save``; however much is read of it, little stays in memory.
+
+    (Of the bare pickles of before torch 1.6, which cannot be mapped, the whole file does.)
+    """
+
+    def __init__(self, path: Path, zipped: bool) -> None:
+        self._path = path
+        self._zipped = zipped
+        self._state: dict[str, Tensor] = {}
+        self._read = 0
+
+    def read(self, name: str) -> Tensor:
+        if not self._state or (self._zipped and self._read > _MAPPED):
+            self._state, self._read = _state_dict(_load(self._path, self._zipped))[0], 0
+        tensor = self._state[name]
+        self._read += tensor.nbytes
+        return tensor
+
+
+def _load(path: Path, zipped: bool) -> object:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", mmap=zipped or None, weights_only=True)
+    except _BROKEN as error:
+        raise _refusal(path, zipped, error) from None
 
 
 def _state_dict(content: object) -> tuple[dict[str, Tensor], frozenset[str]]:

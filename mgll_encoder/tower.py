@@ -158,6 +158,29 @@ def tower_state_dict(
     return header, tensors
 
 
+class TowerReader:
+    """A tower whose tensors are read one at a time, so that memory need not hold it whole.
+
+    Arguments and errors as for ``load_tower``.
+
+    Attributes:
+        header: What is known of it without its weights.
+    """
+
+    def __init__(self, path: Path | str, *, activation: Activation | None = None) -> None:
+        self.header, self._checkpoint, self._plan = _examine(Path(path), activation)
+        self._sources = {t: key for key, rule in self._plan.taken.items() for t in rule.targets}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a ``CLIPVisionModel`` key (without ``vision_model.``), in its stored dtype."""
+        source = self._sources[name]
+        (fused,) = self._checkpoint.read([source]).values()
+        rule = self._plan.taken[source]
+        tensor = rule.cut(fused)[rule.targets.index(name)]
+        _check_finite(name, tensor, self.header.source)
+        return tensor
+
+
 def load_tower(
     path: Path | str, *, activation: Activation | None = None, dtype: torch.dtype | None = None
 ) -> Tower:
@@ -212,12 +235,16 @@ def _read(path: Path, activation: Activation | None) -> tuple[TowerHeader, dict[
     if (aside := path / PROJECTION_FILE).is_file():
         tensors |= open_checkpoint(aside).read([PROJECTION])
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{path}: tensor '{name}' holds NaN or infinite values: expected finite weights; "
-                "take an earlier checkpoint of that training"
-            )
+        _check_finite(name, tensor, path)
     return header, tensors, tensors.pop(PROJECTION, None)
+
+
+def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
+    if not torch.isfinite(tensor).all():
+        raise UserError(
+            f"{path}: tensor '{name}' holds NaN or infinite values: expected finite weights; "
+            "take an earlier checkpoint of that training"
+        )
 
 
 def _examine(path: Path, activation: Activation | None) -> tuple[TowerHeader, Checkpoint, KeyPlan]:

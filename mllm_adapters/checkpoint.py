@@ -179,6 +179,10 @@ class Checkpoint:
         own = name if name in self.tensors else name.partition("/")[2]
         return self._weights(header.file).read([own])[own]
 
+    def release(self, file: Path) -> None:
+        """Let go of what is held in memory of a weight file; it can be read again."""
+        self._opened.pop(file, None)
+
     @cached_property
     def _weights_file(self) -> Path:
         file = next((self.folder / name for name in WEIGHTS if (self.folder / name).is_file()), None)

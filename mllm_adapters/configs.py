@@ -10,6 +10,7 @@ from mgll_encoder import vision_config
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.contract import VisionContract
+from mllm_adapters.modeling import register
 
 LIBRARY_ERRORS = (
     ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError, StrictDataclassError,
@@ -52,6 +53,7 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
     from transformers import AutoConfig
 
     fields = dict(settings)
+    register([str(fields.get("model_type"))])
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except LIBRARY_ERRORS as error:

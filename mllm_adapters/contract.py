@@ -21,7 +21,7 @@ from mllm_adapters.checkpoint import Checkpoint
 
 Operation = Literal[
     "keep", "rename", "same", "tower", "slice", "concat", "reshape", "resample", "lora",
-    "extend_rows", "reinit", "zeros", "ones", "identity", "fit",
+    "extend_rows", "reinit", "zeros", "ones", "identity", "fit", "trained",
 ]  # fmt: skip
 """How a target tensor comes about; in brackets what `Step.arguments` holds.
 
@@ -41,6 +41,7 @@ Operation = Literal[
 - ``ones``: set to one: a normalisation's scale beside a ``reinit``.
 - ``identity``: the identity matrix.
 - ``fit``: fitted on images (`mllm_adapters.align`); the values are given when the plan is executed.
+- ``trained``: in the place of the source tensor, values that it was given since; no plan of a swap has it.
 """
 
 

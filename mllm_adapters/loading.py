@@ -71,9 +71,18 @@ def check_complete(plan: Plan) -> None:
     Raises:
         UserError: a tensor would be missing, left over, or of another shape than the model wants.
     """
+    empty_model(plan)
+
+
+def empty_model(plan: Plan) -> Any:
+    """The model that a plan describes, on the ``meta`` device: names and shapes without values.
+
+    Raises:
+        UserError: as `check_complete`.
+    """
     check_depths(plan.config, len(plan.steps), f"{plan.source}/config.json")
     state = {step.name: torch.empty(step.shape, device="meta") for step in plan.steps}
-    load_state(state, plan.config, plan.source, device_map="meta")
+    return load_state(state, plan.config, plan.source, device_map="meta")
 
 
 def load_state(state: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path, **options: Any) -> Any:

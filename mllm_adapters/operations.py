@@ -1,6 +1,7 @@
 """The operations of a plan: how each target tensor is computed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from math import isqrt, sqrt
 from typing import cast
 from zlib import crc32
@@ -8,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from mgll_encoder import fold_normalisation, resample_positions, tower_state_dict
+from mgll_encoder import TowerReader, fold_normalisation, resample_positions, tower_state_dict
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Activation, PixelRule
 from mllm_adapters.checkpoint import Checkpoint
@@ -29,13 +30,14 @@ def compute(
         steps: Those steps whose values are wanted, in the order in which they come.
         fitted: Values of the steps whose operation is ``fit``, by name.
     """
-    tower = fitted_tower(plan) if any(s.operation == "tower" for s in steps) else {}
+    tower = FittedTower(plan)
     for step in steps:
         if step.operation == "fit":
             assert fitted is not None, "a plan with fitted tensors is executed with their values"
             yield step, fitted[step.name].to(getattr(torch, step.dtype))
             continue
-        given = [tower[name] if step.operation == "tower" else checkpoint.read(name) for name in step.sources]
+        read = tower.read if step.operation == "tower" else checkpoint.read
+        given = [read(name) for name in step.sources]
         yield step, OPERATIONS[step.operation](step, *given).to(getattr(torch, step.dtype))
 
 
@@ -63,6 +65,27 @@ def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContrac
         given=(contract.mean, contract.std),
     )
     return fitted
+
+
+class FittedTower:
+    """What `fitted_tower` gives, one tensor at a time; the tower is opened when the first is read."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a key without prefix."""
+        return self._input_side[name] if name in (POSITIONS, PATCHES) else self._tower.read(name)
+
+    @cached_property
+    def _tower(self) -> TowerReader:
+        assert self._plan.tower is not None, "a plan with steps of a tower names it"
+        return TowerReader(self._plan.tower, activation=cast(Activation, self._plan.after.activation))
+
+    @cached_property
+    def _input_side(self) -> dict[str, Tensor]:
+        state = {name: self._tower.read(name) for name in (POSITIONS, PATCHES)}
+        return fit(state, self._tower.header.spec, self._plan.after)
 
 
 def mean_rows(rows: Tensor, number: int) -> Tensor:

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from mgll_encoder.common.errors import UserError, unknown_name
+from mllm_adapters.hub import fetch
 from mllm_adapters.registry import FAMILIES, family
 
 
@@ -23,23 +21,8 @@ def resolve(name: str) -> Path:
         raise UserError(f"{name} is a file: pass the checkpoint's folder, the one that holds config.json")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         if name in FAMILIES:
-            return _from_hub(family(name).spec.hub_id)
+            return fetch(family(name).spec.hub_id)
         if "/" in name:
             raise UserError(f"checkpoint folder {name} does not exist")
         raise unknown_name("family or checkpoint folder", name, FAMILIES)
-    return _from_hub(name)
-
-
-def _from_hub(hub_id: str) -> Path:
-    try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass  # not in the cache: try to download
-    try:
-        return Path(snapshot_download(hub_id))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"'{hub_id}' is no folder here, is not in the Hugging Face cache, and cannot be downloaded "
-            f"({reason[:120]}): pass the folder of a downloaded checkpoint"
-        ) from None
+    return fetch(name)

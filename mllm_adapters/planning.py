@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,8 +12,11 @@ from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.contract import Dropped, Operation, Step, VisionContract
+from mllm_adapters.contract import Dropped, Operation, Plan, Step, VisionContract
 from mllm_adapters.towers import PUBLISHED_TOWERS
+
+TowerDtype = Literal["float32", "float16", "bfloat16"]
+"""What a tower can be written in."""
 
 IMAGE_TOKEN = "<image>"
 """Placeholder that the processor expands to one id per visual token."""
@@ -173,6 +176,20 @@ def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: t
             Step(name=prefix + key, dtype=dtype_name(dtype), shape=fitted, operation="tower", sources=(key,))
         )
     return steps
+
+
+def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
+    """A plan whose tower is written in another dtype than the host's weights."""
+    tower = [step for step in plan.steps if step.operation == "tower"]
+    hosts = sorted({step.dtype for step in tower})
+    if hosts == [dtype]:
+        return plan
+    steps = [s.model_copy(update={"dtype": dtype}) if s.operation == "tower" else s for s in plan.steps]
+    note = (
+        f"the tower is written in {dtype} (--dtype), the host's own dtype is {' and '.join(hosts)}; what loads the "
+        "model in one dtype, as transformers does by default, converts the tower to that"
+    )
+    return plan.model_copy(update={"steps": tuple(steps), "notes": (*plan.notes, note)})
 
 
 def kept(header: TensorHeader, name: str | None = None, rows: int | None = None) -> Step:

@@ -10,6 +10,7 @@ from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.checkpoint import TOKENIZER_FILES
 from mllm_adapters.configs import LIBRARY_ERRORS, build_config
 from mllm_adapters.contract import VisionContract
+from mllm_adapters.modeling import register
 from mllm_adapters.planning import IMAGE_TOKEN
 
 _PROBE = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
@@ -75,6 +76,7 @@ def load_tokenizer(folder: Path) -> Any | None:
 
     if not has_tokenizer(folder):
         return None
+    _register(folder)
     if (folder / "tokenizer.json").is_file():
         read_json(folder / "tokenizer.json")
     settings = folder / "tokenizer_config.json"
@@ -94,6 +96,12 @@ def load_tokenizer(folder: Path) -> Any | None:
     if expected:
         _check_against(expected, tokenizer, folder)
     return tokenizer
+
+
+def _register(folder: Path) -> None:
+    """The Auto classes go by the model_type in config.json."""
+    if (folder / "config.json").is_file():
+        register([str(read_json(folder / "config.json").get("model_type"))])
 
 
 def check_sentencepiece(tokenizer: Any, folder: Path) -> None:
@@ -134,6 +142,7 @@ def load_processor(folder: Path) -> Any | None:
 
     if not has_tokenizer(folder):
         return None
+    _register(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except LIBRARY_ERRORS as error:

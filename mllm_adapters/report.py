@@ -60,8 +60,14 @@ def loads_with(plan: Plan) -> str:
     return "import mllm_adapters" if plan.config["model_type"] in MODEL_TYPES else "stock transformers"
 
 
-def plan_table(plan: Plan, checkpoint: Checkpoint) -> RenderableType:
-    """What a plan will change, as tables for the terminal."""
+def plan_table(plan: Plan, checkpoint: Checkpoint, *, copy: bool = False) -> RenderableType:
+    """What a plan will change, as tables for the terminal.
+
+    Args:
+        plan: The plan.
+        checkpoint: Its source.
+        copy: Whether unchanged files will be copied instead of linked.
+    """
     vision = Table(title="What the language model will see", title_justify="left")
     for column in ("", "before", "after"):
         vision.add_column(column)
@@ -80,7 +86,7 @@ def plan_table(plan: Plan, checkpoint: Checkpoint) -> RenderableType:
     linked = bytes_linked(plan, checkpoint)
     tensors.add_section()
     tensors.add_row("to write", "", decimal(total_bytes(plan) - linked))
-    tensors.add_row("to hard-link", "", decimal(linked))
+    tensors.add_row("to copy unchanged" if copy else "to hard-link", "", decimal(linked))
 
     facts = Table.grid(padding=(0, 2))
     facts.add_column()

@@ -6,10 +6,12 @@ from pathlib import Path
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.apply import copy_files, new_checkpoint, write_weights
+from mllm_adapters.apply import new_checkpoint, write_weights
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Step
 from mllm_adapters.planning import kept
+from mllm_adapters.provenance import PROVENANCE, has_record, read_record
+from mllm_adapters.transfer import copy_files
 
 
 def replace_tensors(
@@ -44,7 +46,7 @@ def replace_tensors(
             found, expected = list(value.shape), list(checkpoint.tensors[name].shape)
             raise UserError(f"{source}: the new {name} has shape {found}, expected {expected}")
     steps = [kept(header) for header in checkpoint.tensors.values()]
-    steps = [s.model_copy(update={"operation": "rename"}) if s.name in tensors else s for s in steps]
+    steps = [s.model_copy(update={"operation": "trained"}) if s.name in tensors else s for s in steps]
 
     def compute(group: list[Step]) -> Iterable[tuple[Step, Tensor]]:
         for step in group:
@@ -52,11 +54,19 @@ def replace_tensors(
             yield step, value.to(checkpoint.tensors[step.name].dtype)
 
     with new_checkpoint(out, force, [source]) as partial:
-        write_weights(partial, checkpoint, steps, compute)
-        copy_files(checkpoint.side_files, partial)
-        for folder in checkpoint.side_folders:
-            (partial / folder.name).mkdir()
-            copy_files((file for file in folder.iterdir() if file.is_file()), partial / folder.name)
+        written = write_weights(partial, checkpoint, steps, compute)
+        copy_sides(checkpoint, partial)
         for name, contents in (extra_files or {}).items():
             (partial / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        if has_record(source):
+            record = read_record(source).trained_since({n: written.hashes[n] for n in tensors}, written.files)
+            (partial / PROVENANCE).write_text(record.dump(), encoding="utf-8")
     return out
+
+
+def copy_sides(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy everything of a checkpoint that is neither weights nor code."""
+    copy_files(checkpoint.side_files, folder)
+    for inner in checkpoint.side_folders:
+        (folder / inner.name).mkdir()
+        copy_files((file for file in inner.iterdir() if file.is_file()), folder / inner.name)

@@ -7,12 +7,17 @@ with spaces, then the tensors' bytes in the order of their offsets).
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from mllm_adapters.contract import Step
+from mllm_adapters.transfer import copy_range
 
 DTYPE_CODES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
@@ -26,13 +31,51 @@ def nbytes(step: Step) -> int:
     return torch.Size(step.shape).numel() * getattr(torch, step.dtype).itemsize
 
 
-def write_safetensors(path: Path, steps: Sequence[Step], tensors: Iterable[tuple[Step, Tensor]]) -> None:
+@dataclass(frozen=True)
+class Span:
+    """The bytes of a tensor in a file, to be copied as they are."""
+
+    file: Path
+    start: int
+    length: int
+
+
+def spans(file: Path) -> dict[str, Span]:
+    """Where the tensors of a safetensors file lie in it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: its header is damaged.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    data = 8 + length
+    return {
+        name: Span(file, data + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as a file holds them."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_safetensors(
+    path: Path, steps: Sequence[Step], tensors: Iterable[tuple[Step, Tensor | Span]]
+) -> dict[str, str]:
     """Write the tensors of ``steps`` as they come.
 
     Args:
         path: File to write.
         steps: What will come, in order.
-        tensors: The same steps with their values, on any device.
+        tensors: The same steps with their values, on any device, or with the place where these lie.
+
+    Returns:
+        The SHA-256 of each tensor that was given by value.
 
     Raises:
         ValueError: a value's shape or dtype is not what its step says.
@@ -48,16 +91,25 @@ def write_safetensors(path: Path, steps: Sequence[Step], tensors: Iterable[tuple
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as stream:
+    hashes: dict[str, str] = {}
+    with path.open("wb") as stream, ExitStack() as opened:
+        sources: dict[Path, BinaryIO] = {}
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
-        for step, tensor in tensors:
-            if tuple(tensor.shape) != step.shape or tensor.dtype != getattr(torch, step.dtype):
+        for step, value in tensors:
+            if isinstance(value, Span):
+                if value.file not in sources:
+                    sources[value.file] = opened.enter_context(value.file.open("rb"))
+                copy_range(sources[value.file], stream, value.start, value.length)
+                continue
+            if tuple(value.shape) != step.shape or value.dtype != getattr(torch, step.dtype):
                 raise ValueError(
-                    f"{step.name} came out as {tensor.dtype} {list(tensor.shape)}, planned was "
+                    f"{step.name} came out as {value.dtype} {list(value.shape)}, planned was "
                     f"{step.dtype} {list(step.shape)}"
                 )
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            stream.write(flat.view(torch.uint8).numpy().data)
+            data = raw_bytes(value)
+            hashes[step.name] = sha256(data).hexdigest()
+            stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+    return hashes

@@ -2,16 +2,22 @@
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from mgll_encoder.common.errors import UserError
 
 CACHE = "MGLL_CACHE_DIR"
 """Environment variable that names the cache folder."""
+
+_RANDOM = r"[a-z0-9_]{8}"
+"""What `tempfile.mkdtemp` appends."""
 
 
 def cache_folder(kind: str) -> Path:
@@ -52,32 +58,69 @@ def check_free(path: Path, force: bool = False) -> None:
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """Yield a hidden sibling folder that becomes ``path`` when the block ends without an error.
 
-    A killed process leaves nothing under ``path``; a failed block removes the sibling.
+    A killed process leaves nothing under ``path``; a failed block removes the sibling. What killed processes left
+    beside ``path`` is cleared away first. Two processes cannot make the same folder at once; the lock is one of the
+    operating system (flock), so it ends with the process that holds it, however that ends.
 
     Raises:
-        UserError: ``path`` exists and ``force`` is not set.
+        UserError: ``path`` exists and ``force`` is not set, or another process is writing it.
     """
     check_free(path, force)
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    partial.chmod(0o755)
+    with _locked(path):
+        _clear_leftovers(path)
+        check_free(path, force)  # again: another process may have finished it, or an old one come back
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        partial.chmod(0o755)
+        try:
+            yield partial
+            sync_tree(partial)
+            if path.exists():
+                doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.replaced-", dir=path.parent))
+                path.rename(doomed / path.name)
+                partial.rename(path)
+                shutil.rmtree(doomed)
+            else:
+                partial.rename(path)
+            _fsync(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until every file and folder below ``folder`` is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            _fsync(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    file = path.parent / f".{path.name}.lock"
+    lock = FileLock(file, timeout=0)
     try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        if path.exists():
-            doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.replaced-", dir=path.parent))
-            path.rename(doomed / path.name)
-            partial.rename(path)
-            shutil.rmtree(doomed)
-        else:
-            partial.rename(path)
-        _fsync(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is writing {path} (it holds the lock {file}): wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        # While it is held: who opened it meanwhile finds it unlinked, and makes a new one.
+        file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside ``path``; what one was about to replace comes back."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(partial|replaced)-{_RANDOM}")
+    for left in [found for found in path.parent.iterdir() if pattern.fullmatch(found.name)]:
+        if (left / path.name).is_dir() and ".replaced-" in left.name and not path.exists():
+            (left / path.name).rename(path)
+        shutil.rmtree(left)
 
 
 @contextmanager

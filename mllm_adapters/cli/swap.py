@@ -11,11 +11,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.spec import Activation
+from mllm_adapters.cli.undo import restore, verify
 
 if TYPE_CHECKING:
     from mllm_adapters.align import Alignment
     from mllm_adapters.checkpoint import Checkpoint
     from mllm_adapters.contract import Family, Plan, Target
+    from mllm_adapters.planning import TowerDtype
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ PART_HELP = "Where a part of the checkpoint lies that is not found beside it: NA
 FORCE_HELP = "Replace the output folder if it exists."
 DRY_RUN_HELP = "Print the plan and stop."
 JSON_HELP = "Print the plan as JSON."
+COPY_HELP = "Copy unchanged files instead of hard-linking them (sharing blocks where the file system can)."
 
 
 @app.callback(invoke_without_command=True)
@@ -76,6 +79,15 @@ def swap(
     align_device: Annotated[
         str | None, typer.Option(help="Where --align runs the towers: cpu, cuda ... (default: auto).")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What to write the tower in: float32, float16 or bfloat16. Default: the host's."),
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result to the hub as OWNER/NAME.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: not for everyone.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
@@ -93,21 +105,36 @@ def swap(
         missing = "--mllm" if mllm is None else "--encoder"
         raise UserError(f"{missing} is missing: swap-encoder --mllm llava-med --encoder mgll-fundus.pt")
 
+    if private and push_to_hub is None:
+        raise UserError("--private goes with --push-to-hub OWNER/NAME")
+
     from mgll_encoder import inspect_tower
+    from mllm_adapters.hub import check_push, push
     from mllm_adapters.parts import resolve
+    from mllm_adapters.planning import with_tower_dtype
     from mllm_adapters.registry import open_checkpoint
 
+    if push_to_hub is not None and not dry_run:
+        check_push(push_to_hub)
+    tower_dtype = _dtype(dtype)
     tower = inspect_tower(encoder, activation=cast(Activation | None, activation))
-    checkpoint, family, _ = open_checkpoint(resolve(mllm), _parts(part))
+    checkpoint, family, _ = open_checkpoint(resolve(mllm), parts_of(part))
     plan = family.plan(checkpoint, tower, image_size, _target(layout, family))
+    if tower_dtype is not None:
+        plan = with_tower_dtype(plan, tower_dtype)
     for warning in tower.warnings:
         cli.warn(warning)
     named = Path(os.path.abspath(encoder))  # noqa: PTH100 - "." and ".." have no names of their own
     tower_name = named.name if encoder.is_dir() else named.stem
     target = out or Path(f"{Path(os.path.abspath(mllm)).name}-{tower_name}")  # noqa: PTH100
     fitting = _fitting(align, align_samples, align_device)
-    _execute(plan, family, checkpoint, target, dry_run=dry_run, as_json=as_json, force=force, fitting=fitting)
+    _execute(
+        plan, family, checkpoint, target,
+        dry_run=dry_run, as_json=as_json, force=force, copy=copy, fitting=fitting,
+    )  # fmt: skip
     if not dry_run:
+        if push_to_hub is not None:
+            _tell(f"Pushed: {push(target, push_to_hub, private=private)}", as_json)
         _tell(f"Next: retrain-projector --model {target} --data train.json --images images/", as_json)
 
 
@@ -116,6 +143,7 @@ def convert(
     mllm: Annotated[str, typer.Option(help=MLLM_HELP)],
     out: Annotated[Path, typer.Option(help=OUT_HELP)],
     part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
+    copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
@@ -127,8 +155,9 @@ def convert(
     from mllm_adapters.parts import resolve
     from mllm_adapters.registry import open_checkpoint
 
-    checkpoint, family, _ = open_checkpoint(resolve(mllm), _parts(part))
-    _execute(family.plan(checkpoint), family, checkpoint, out, dry_run=dry_run, as_json=as_json, force=force)
+    checkpoint, family, _ = open_checkpoint(resolve(mllm), parts_of(part))
+    plan = family.plan(checkpoint)
+    _execute(plan, family, checkpoint, out, dry_run=dry_run, as_json=as_json, force=force, copy=copy)
 
 
 @app.command()
@@ -150,12 +179,21 @@ def families(
         cli.stdout.print(support_tables())
 
 
+app.command()(verify)
+app.command()(restore)
+
+
 def main() -> None:
     """Entry point of ``swap-encoder``."""
     cli.run(app)
 
 
-def _parts(options: list[str] | None) -> dict[str, Path]:
+def parts_of(options: list[str] | None) -> dict[str, Path]:
+    """What ``--part NAME=PATH`` says.
+
+    Raises:
+        UserError: one is not of this form.
+    """
     parts = {}
     for option in options or []:
         name, equals, path = option.partition("=")
@@ -177,6 +215,14 @@ def _target(layout: str, family: "Family") -> "Target":
     return "own"  # which is a LLaVA
 
 
+def _dtype(name: str | None) -> "TowerDtype | None":
+    from mllm_adapters.planning import TowerDtype
+
+    if name is not None and name not in get_args(TowerDtype):
+        raise unknown_name("--dtype", name, get_args(TowerDtype))
+    return cast("TowerDtype | None", name)
+
+
 def _execute(
     plan: "Plan",
     family: "Family",
@@ -186,6 +232,7 @@ def _execute(
     dry_run: bool,
     as_json: bool,
     force: bool,
+    copy: bool,
     fitting: Fitting | None = None,
 ) -> None:
     from mllm_adapters.apply import apply_plan, check_output, inputs
@@ -200,7 +247,7 @@ def _execute(
     if as_json:
         cli.stdout.print_json(plan.model_dump_json())
     else:
-        cli.stdout.print(plan_table(plan, checkpoint))
+        cli.stdout.print(plan_table(plan, checkpoint, copy=copy))
     for note in plan.notes:
         cli.note(f"note: {note}")
     if dry_run:
@@ -216,6 +263,8 @@ def _execute(
             checkpoint,
             out,
             force=force,
+            copy=copy,
+            checked=True,
             progress=lambda n: progress.advance(task, n),
             fitted=alignment.tensors if alignment else None,
         )

@@ -4,7 +4,7 @@ Two kinds: models that transformers does not have, and native ones whose configu
 ``import mllm_adapters`` they load as any other: ``AutoModelForImageTextToText.from_pretrained(folder)``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -78,15 +78,23 @@ MODEL_TYPES: Mapping[str, Architecture] = {
 """``model_type`` -> what it is built of."""
 
 
-def register() -> None:
-    """Make every architecture known to transformers' Auto classes."""
+_registered: set[str] = set()
+
+
+def register(model_types: Iterable[str] = MODEL_TYPES) -> None:
+    """Make architectures known to transformers' Auto classes: all, or those among these model types that are ours."""
+    wanted = [name for name in model_types if name in MODEL_TYPES and name not in _registered]
+    if not wanted:
+        return
+
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
 
-    for model_type, row in MODEL_TYPES.items():
+    for model_type in wanted:
+        row = MODEL_TYPES[model_type]
         module = import_module(f"{__name__}.{row.module}")
         config = getattr(module, row.config)
         AutoConfig.register(model_type, config, exist_ok=True)
@@ -99,3 +107,4 @@ def register() -> None:
         if row.renames_like:
             renames = get_checkpoint_conversion_mapping(row.renames_like)
             register_checkpoint_conversion_mapping(model_type, renames, overwrite=True)
+        _registered.add(model_type)

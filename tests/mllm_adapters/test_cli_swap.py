@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mllm_adapters import parts
 from mllm_adapters.cli.swap import main
 from mllm_adapters.parts import resolve
 from tests.builders import invoke, refused
@@ -311,10 +310,7 @@ def test_a_family_name_is_found_in_the_hub_cache(
     (repo / "refs" / "main").write_text("abc")
     for file in tiny_llava.iterdir():
         (snapshot / file.name).symlink_to(file)
-    download = parts.snapshot_download
-    monkeypatch.setattr(
-        parts, "snapshot_download", lambda name, **kw: download(name, cache_dir=tmp_path / "hub", **kw)
-    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert resolve("llava-med") == snapshot
     outcome = invoke(
         main, "--mllm", "llava-med", "--encoder", a_tower(tmp_path / "t"), "--out", tmp_path / "o"

@@ -1,9 +1,6 @@
 """Somebody puts an MGLL tower into a LLaVA."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,38 +162,3 @@ def test_the_model_card_says_what_the_checkpoint_is_made_of(swapped: SimpleNames
     assert "multi_modal_projector.linear_1" in card
     assert f"| activation | {swapped.plan.before.activation} | gelu |" in card
     assert str(swapped.source.absolute().parent) not in card, "a card is published: no paths of this machine"
-
-
-def test_a_killed_swap_leaves_nothing_that_loads(golden: Path, tmp_path: Path) -> None:
-    """Fork children that kill themselves after so many tensors; nothing may stand under the output's name."""
-    script = f"""
-import os, signal, sys
-from pathlib import Path
-from mgll_encoder import inspect_tower
-from mllm_adapters.apply import apply_plan
-from mllm_adapters.registry import open_checkpoint
-import torch
-torch.set_num_threads(1)
-checkpoint, family, _ = open_checkpoint(Path({str(golden / "llava" / "checkpoint")!r}))
-(encoder,) = Path({str(golden / "mgll_official")!r}).glob("*.pth")
-plan = family.plan(checkpoint, inspect_tower(encoder))
-out = Path({str(tmp_path / "out")!r})
-for moment in [0, 1, 5, 20, 40, len(plan.steps) - 2, len(plan.steps) - 1]:
-    child = os.fork()
-    if child == 0:
-        count = 0
-        def progress(_):
-            global count
-            count += 1
-            if count > moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-        apply_plan(plan, family, checkpoint, out, progress=progress)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL, (moment, status)
-    assert not out.exists(), moment
-    assert not list(out.parent.rglob("config.json")), "what a kill leaves behind is no checkpoint"
-apply_plan(plan, family, checkpoint, out)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    load_mllm(tmp_path / "out")

@@ -1,0 +1,134 @@
+"""From the hub and to it, against a hub on this machine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mllm_adapters.cli.swap import main
+from mllm_adapters.verify import Verification
+from tests.builders import invoke, refused
+from tests.mllm_adapters.fake_hub import FakeHub, serving
+from tests.mllm_adapters.llava_checkpoints import a_tower
+
+UNWANTED = (
+    "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
+    "consolidated.00.pth", "optimizer.pt", "training_args.bin", "onnx/model.onnx",
+)  # fmt: skip
+
+
+@pytest.fixture
+def hub(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    files = {file.name: file.read_bytes() for file in tiny_llava.iterdir()}
+    with serving(files | dict.fromkeys(UNWANTED, b"much")) as server:
+        address = server.url
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        yield server
+
+
+@pytest.fixture
+def tower(tmp_path: Path) -> Path:
+    return a_tower(tmp_path / "mgll")
+
+
+def test_a_model_on_the_hub_is_swapped_and_only_what_is_needed_is_downloaded(
+    hub: FakeHub, tower: Path, tiny_llava: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    outcome = invoke(main, "--mllm", "org/model", "--encoder", tower, "--out", out)
+    assert outcome.code == 0, outcome.err
+    assert sorted(hub.asked) == sorted(file.name for file in tiny_llava.iterdir())
+    assert "base_model: org/model" in (out / "README.md").read_text()
+    checks = {check.name: check for check in Verification(out).checks(quick=True)}
+    assert all(checks[name].passed for name in ("files", "tensors", "tower", "plan", "loading")), checks
+
+    asked = list(hub.asked)
+    outcome = invoke(main, "--mllm", "org/model", "--encoder", tower, "--out", tmp_path / "again")
+    assert outcome.code == 0, outcome.err
+    assert hub.asked == asked, "the second time it is there"
+
+
+def test_an_interrupted_download_is_completed(hub: FakeHub, tower: Path, tmp_path: Path) -> None:
+    assert invoke(main, "--mllm", "org/model", "--encoder", tower, "--out", tmp_path / "one").code == 0
+    (snapshot,) = (tmp_path / "cache").glob("models--org--model/snapshots/*")
+    (snapshot / "model.safetensors").resolve().unlink()
+    (snapshot / "model.safetensors").unlink()
+    hub.asked.clear()
+    assert invoke(main, "--mllm", "org/model", "--encoder", tower, "--out", tmp_path / "two").code == 0
+    assert hub.asked == ["model.safetensors"]
+
+
+def test_weights_that_are_there_in_bin_only_are_downloaded(
+    hub: FakeHub, tower: Path, tiny_llava: Path, tmp_path: Path
+) -> None:
+    for name in (*UNWANTED[:2], "model.safetensors"):
+        del hub.files[name]
+    torch.save(load_file(tiny_llava / "model.safetensors"), tmp_path / "weights")
+    hub.files["pytorch_model.bin"] = (tmp_path / "weights").read_bytes()
+    outcome = invoke(main, "--mllm", "org/model", "--encoder", tower, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "pytorch_model.bin" in hub.asked
+
+
+def test_the_result_is_pushed_in_one_commit(
+    hub: FakeHub, tower: Path, tiny_llava: Path, tmp_path: Path
+) -> None:
+    hub.files.clear()
+    out = tmp_path / "out"
+    given = (
+        "--mllm",
+        tiny_llava,
+        "--encoder",
+        tower,
+        "--out",
+        out,
+        "--push-to-hub",
+        "org/model",
+        "--private",
+    )
+    outcome = invoke(main, *given)
+    assert outcome.code == 0, outcome.err
+    assert f"Pushed: {hub.url}/org/model/commit/" in outcome.out
+    assert hub.created[0]["name"] == "model"
+    assert hub.created[0]["visibility"] == "private"
+    assert hub.commits == ["Upload out"]
+    assert hub.files == {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+def test_what_cannot_be_pushed_is_told_before_the_work(
+    hub: FakeHub, tower: Path, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--mllm", tiny_llava, "--encoder", tower, "--out", tmp_path / "out")
+    assert "--private goes with --push-to-hub" in refused(main, *given, "--private")
+    assert "--push-to-hub a/b/c" in refused(main, *given, "--push-to-hub", "a/b/c")
+    assert "expected OWNER/NAME" in refused(main, *given, "--push-to-hub", "model")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert "nobody is logged in" in refused(main, *given, "--push-to-hub", "org/model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_does_not_answer_leaves_the_folder_and_says_how_to_go_on(
+    hub: FakeHub, tower: Path, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    out = tmp_path / "out"
+    message = refused(
+        main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--push-to-hub", "org/model"
+    )
+    assert f"{out} is complete, but could not be pushed to org/model" in message
+    assert f"`hf upload org/model {out}`" in message
+    assert (out / "config.json").is_file()
+    message = refused(main, "--mllm", "org/other", "--encoder", tower, "--out", tmp_path / "other")
+    assert (
+        "'org/other' is no folder here, is not in the Hugging Face cache, and cannot be downloaded" in message
+    )
