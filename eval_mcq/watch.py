@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from eval_mcq.pictures import check_images
-from eval_mcq.schema import LETTERS, load_bench
+from eval_mcq.schema import load_bench
 from eval_mcq.score import Scorer
 from mgll_encoder.common.cli import warn
 from mgll_encoder.common.images import open_image
@@ -55,5 +55,5 @@ class BenchEvaluator:
                 items = self.bench.items[start : start + BATCH]
                 images = [[open_image(path) for path in self.bench.image_paths(item)] for item in items]
                 for item, score in zip(items, scorer.score(items, images), strict=True):
-                    right.setdefault(item.category, []).append(LETTERS[score.choice] == item.letter)
+                    right.setdefault(item.category, []).append(score.choice == item.answer)
         return fmean(fmean(answers) for answers in right.values())

@@ -174,7 +174,7 @@ def _counted_attention(
 ) -> tuple[Tensor, None]:
     """An attention of transformers for the ``meta`` device, which would else keep all probabilities."""
     del module, attention_mask, options
-    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]
+    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
 def _on_meta(settings: Mapping[str, Any], precision: torch.dtype, where: str) -> Any:
@@ -189,8 +189,9 @@ def _on_meta(settings: Mapping[str, Any], precision: torch.dtype, where: str) ->
     if rope := getattr(text, "rope_parameters", None):
         # Some kinds look at the positions' values, which meta tensors have none of; all kinds keep the same tensors.
         text.rope_parameters = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     with init_empty_weights():
-        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config).to(precision)
+        return kind(config).to(precision)
 
 
 def _activations(model: Any, setting: Setting) -> float:

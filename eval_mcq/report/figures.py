@@ -36,6 +36,7 @@ IN_PAGE = Ink("#010203", "#040506")
 MOST_CONFUSED = 12
 """Options in the confusion plot; rarer ones are gathered under OTHER."""
 OTHER = "(other)"
+UNPARSED = "(unparsed)"
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,9 @@ def _confusion(content: Content, arm: str, ink: Ink) -> Plot:
     pairs: Counter[tuple[str, str]] = Counter()
     answers = {answer.id: answer for answer in content.arms[arm].answers}
     for item in content.items:
-        chosen = LETTERS.find(answers[item.id].chosen) if answers[item.id].chosen else -1
-        pairs[item.options[item.answer], item.options[chosen] if chosen >= 0 else "(unparsed)"] += 1
+        letter = answers[item.id].chosen
+        chosen = item.options[LETTERS.index(letter)] if letter else UNPARSED
+        pairs[item.options[item.answer], chosen] += 1
     weight: Counter[str] = Counter()
     for (true, chosen_text), n in pairs.items():
         weight[true] += n
