@@ -17,10 +17,18 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.common.files import check_free, sha256, write_text
+from mgll_encoder.common.files import check_free, write_text
 from mllm_adapters.configs import build_config
-from mllm_adapters.conversations import Corpus, read_corpus
-from mllm_adapters.examples import AnswerCollator, ConversationDataset, DataCounts, Example, prepare_examples
+from mllm_adapters.conversations import Corpus, DataOptions, read_corpus
+from mllm_adapters.examples import (
+    AnswerCollator,
+    ConversationDataset,
+    DataCounts,
+    ExampleTable,
+    prepare_examples,
+)
+from mllm_adapters.feature_cache import Cached, cache_features
+from mllm_adapters.feature_fill import DTYPES, Place
 from mllm_adapters.loading import load_mllm
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.rewrite import replace_tensors
@@ -91,6 +99,9 @@ class RunOptions:
         report_to: Where the Trainer logs to: ``tensorboard``, ``wandb`` ...; empty for nowhere.
         workers: Processes that open images; 0 for the training process itself.
         gradient_checkpointing: Compute the language model's activations twice instead of keeping them.
+        feature_cache: Let a frozen tower see every image once, and keep what it saw on disk.
+        feature_dtype: What it is kept in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the precision of
+            the forward pass, which changes nothing.
     """
 
     logging_steps: int = 10
@@ -98,8 +109,12 @@ class RunOptions:
     report_to: tuple[str, ...] = ("tensorboard",)
     workers: int = 0
     gradient_checkpointing: bool = False
+    feature_cache: bool = True
+    feature_dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.feature_dtype not in ("auto", *DTYPES):
+            raise unknown_name("--feature-dtype", self.feature_dtype, ("auto", *DTYPES))
         known = get_available_reporting_integrations()
         for name in self.report_to:
             if name not in known:
@@ -130,7 +145,7 @@ class Job:
     model: Any
     processor: Any
     stage: StageReport
-    examples: Sequence[Example]
+    examples: ExampleTable
     counts: DataCounts
     disk_names: Mapping[str, str]
     max_length: int
@@ -153,7 +168,8 @@ class Job:
                 digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return {
             "precision": self.precision,
-            "data_sha256": sha256(self.corpus.path),
+            "data_sha256": self.corpus.digest(),
+            "data_options": asdict(self.corpus.options),
             "model_sha256": digest.hexdigest(),
             **asdict(self.recipe),
         }
@@ -178,12 +194,13 @@ class Outcome:
 
 def retrain_projector(
     source: Path,
-    data: Path,
-    images: Path,
+    data: Path | Sequence[Path],
+    images: Path | None,
     out: Path,
     recipe: Recipe | None = None,
     options: RunOptions | None = None,
     *,
+    data_options: DataOptions | None = None,
     resume: bool = False,
     force: bool = False,
 ) -> Outcome:
@@ -191,11 +208,12 @@ def retrain_projector(
 
     Args:
         source: Checkpoint folder in the transformers layout.
-        data: LLaVA-format conversations.
-        images: What the image paths are relative to.
+        data: One file or several, see `mllm_adapters.training_rows`.
+        images: What the image paths of conversations are relative to.
         out: Checkpoint folder to write.
         recipe: What decides the result.
         options: What does not.
+        data_options: How rows are made of files.
         resume: Continue the interrupted run of the same ``out``.
         force: Replace ``out``, and forget an interrupted run.
 
@@ -203,11 +221,17 @@ def retrain_projector(
         UserError: see `plan_training` and `train`.
     """
     check_output(out, resume=resume, force=force)
-    job = plan_training(source, data, images, recipe or Recipe())
+    job = plan_training(source, data, images, recipe or Recipe(), data_options)
     return train(job, out, options or RunOptions(), resume=resume, force=force)
 
 
-def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job:
+def plan_training(
+    source: Path,
+    data: Path | Sequence[Path],
+    images: Path | None,
+    recipe: Recipe,
+    data_options: DataOptions | None = None,
+) -> Job:
     """Check everything, load the model, freeze all but its projector. Writes nothing.
 
     Raises:
@@ -222,7 +246,7 @@ def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job
         )
     _check_decoder(build_config(checkpoint.config, f"{source}/config.json"), source)
     stored = checkpoint.tensors
-    corpus = read_corpus(data, images)
+    corpus = read_corpus(data, images, data_options)
     precision = recipe.precision
     if precision == "auto":
         half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -273,11 +297,17 @@ def train(
     work = work_folder(out)
     _claim(work, job.identity, resume)
     began = time.monotonic()
+    arguments = _arguments(job, options, work)
+    cached = _cached(job, options, arguments) if options.feature_cache else None
     trainer = FrozenTrainer(
         model=job.model,
-        args=_arguments(job, options, work),
-        train_dataset=ConversationDataset(job.examples, job.corpus.folder, job.processor),
-        data_collator=AnswerCollator(job.processor.tokenizer.pad_token_id or 0),
+        args=arguments,
+        train_dataset=cached.dataset
+        if cached
+        else ConversationDataset(job.examples, job.corpus.folder, job.processor),
+        data_collator=cached.collator
+        if cached
+        else AnswerCollator(job.processor.tokenizer.pad_token_id or 0),
         callbacks=[Watchdog(), *callbacks],
     )
     try:
@@ -407,11 +437,27 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
     )
 
 
+def _cached(job: Job, options: RunOptions, arguments: TrainingArguments) -> Cached | None:
+    """The tower's features in its place, where that is possible."""
+    place = Place(
+        device=arguments.device,
+        precision=job.precision,
+        dtype=options.feature_dtype,
+        rank=arguments.process_index,
+        ranks=arguments.world_size,
+        workers=options.workers,
+    )
+    job.model.to(place.device)
+    return cache_features(job.model, job.examples, job.corpus, job.processor, place)
+
+
 def _record(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
     return {
         "command": "retrain-projector",
         "source": str(job.source),
-        "data": str(job.corpus.path),
+        "data": [str(file) for file in job.corpus.files]
+        if len(job.corpus.files) > 1
+        else str(job.corpus.path),
         "images": str(job.corpus.folder),
         **job.identity,
         "rows": asdict(job.counts),

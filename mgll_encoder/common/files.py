@@ -10,6 +10,33 @@ from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
 
+CACHE = "MGLL_CACHE_DIR"
+"""Environment variable that names the cache folder."""
+
+
+def cache_folder(kind: str) -> Path:
+    """Where things of a kind that can be computed again are kept: below `CACHE`, or ``~/.cache/mgll-mllm``."""
+    return Path(os.environ.get(CACHE, Path.home() / ".cache" / "mgll-mllm")) / kind
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write that becomes ``path`` when the block ends without an error.
+
+    Unlike outputs, what is kept in a cache may be written by several processes at once: the last one wins, and
+    all have written the same.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
 
 def check_free(path: Path, force: bool = False) -> None:
     """Refuse an output path that is taken.

@@ -22,8 +22,17 @@ app = cli.new_app(
 @app.command()
 def retrain(
     model: Annotated[Path, typer.Option(help="Checkpoint folder, as swap-encoder writes it.")],
-    data: Annotated[Path, typer.Option(help="Conversations in LLaVA's format, JSON or JSON Lines.")],
-    images: Annotated[Path, typer.Option(help="Folder that the image paths in the data start from.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="LLaVA conversations (JSON or JSON Lines), a bench of eval-mcq or a manifest of mgll-encoder data; "
+            "may be given several times."
+        ),
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the image paths of conversations start from; the others know theirs."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: <model>-aligned.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Examples per device and forward pass.")] = 16,
@@ -46,6 +55,22 @@ def retrain(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
     ] = False,
+    answer: Annotated[
+        str, typer.Option(help="What is learnt of a multiple-choice question: letter, text or both.")
+    ] = "letter",
+    caption: Annotated[
+        str, typer.Option(help="Granularity of a manifest that becomes the caption; all: one after another.")
+    ] = "all",
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Stop at images that cannot be read, instead of leaving them out."),
+    ] = False,
+    feature_cache: Annotated[
+        bool, typer.Option(help="Let the frozen tower see every image once, and keep the features.")
+    ] = True,
+    feature_dtype: Annotated[
+        str, typer.Option(help="What they are kept in: float32, bfloat16, float16, or auto: as computed.")
+    ] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan and stop.")
@@ -62,6 +87,7 @@ def retrain(
 
     Example: retrain-projector --model llava-med-mgll-fundus --data train.json --images images/
     """
+    from mllm_adapters.conversations import DataOptions
     from mllm_adapters.training import Recipe, RunOptions, check_output, plan_training, train, work_folder
 
     recipe = Recipe(
@@ -80,10 +106,13 @@ def retrain(
         report_to=tuple(name for name in report_to if name != "none"),
         workers=workers,
         gradient_checkpointing=gradient_checkpointing,
+        feature_cache=feature_cache,
+        feature_dtype=feature_dtype,
     )
     target = out or model.with_name(f"{model.name}-aligned")
     check_output(target, resume=resume, force=force)
-    job = plan_training(model, data, images, recipe)
+    rows = DataOptions(answer=answer, caption=caption, strict=strict, seed=seed)
+    job = plan_training(model, data, images, recipe, rows)
     _show(job)
     if dry_run:
         return
@@ -112,6 +141,8 @@ def _show(job: "Job") -> None:
     cli.stdout.print(f"Training {share}; the rest is frozen")
     counts, recipe = job.counts, job.recipe
     left_out = f"{counts.text_only} without image, {counts.too_long} longer than {job.max_length} tokens"
+    left_out += f", {counts.damaged} with unreadable images" if counts.damaged else ""
+    left_out += f", {counts.other_split} of other splits" if counts.other_split else ""
     cli.stdout.print(f"Rows: {counts.kept} of {counts.rows} (left out: {left_out}); {counts.images} images")
     batch = f"batch {recipe.batch_size} x {recipe.gradient_accumulation}"
     cli.stdout.print(f"Steps: {job.steps} ({batch}), precision {job.precision}")
