@@ -244,7 +244,8 @@ def encode_with(example: Example, images: Sequence[Image.Image], processor: Any)
         return_tensors="pt",
     )
     offsets = features.pop("offset_mapping")[0]
-    placeholders = features.pop("text_replacement_offsets")[0]
+    replaced = features.pop("text_replacement_offsets")
+    placeholders = replaced[0] if replaced else []  # a processor may give none where there is no image
     input_ids, mask = features.pop("input_ids")[0], features.pop("attention_mask")[0]
     labels = torch.full_like(input_ids, IGNORED)
     for span in example.answers:

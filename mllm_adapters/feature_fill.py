@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from mgll_encoder.common.cli import note, track
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.images import open_image
-from mllm_adapters.feature_store import SHARD_BYTES, FeatureStore, Stored, gigabytes, size_of
+from mllm_adapters.feature_store import SHARD_BYTES, FeatureStore, Stored, readable, size_of
 from mllm_adapters.fingerprints import modules_fingerprint, pixel_fingerprint
 from mllm_adapters.stand_ins import Plan, seen_of_images, watched
 
@@ -141,9 +141,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 def _announce(store: FeatureStore, images: int, each: int) -> None:
     store.check_space(images * each)
-    note(
-        f"feature cache: {images:,} images x {gigabytes(each)} = {gigabytes(images * each)} in {store.folder}"
-    )
+    note(f"feature cache: {images:,} images x {readable(each)} = {readable(images * each)} in {store.folder}")
 
 
 class _Images(Dataset[tuple[str, dict[str, Tensor]]]):
@@ -167,7 +165,7 @@ def _features(
     model: Any, processor: Any, plan: Plan, images: Sequence[tuple[str, Path]], place: Place
 ) -> Iterator[tuple[str, Stored]]:
     """Hash and features of every image."""
-    accepted = frozenset(inspect.signature(model.get_image_features).parameters)
+    accepted = frozenset(inspect.signature(_sight(model)).parameters)
     loader = DataLoader(
         _Images(images, processor, accepted),
         batch_size=IMAGES_AT_ONCE,
@@ -180,6 +178,11 @@ def _features(
             yield from _towers(model, plan, group, place)
 
 
+def _sight(model: Any) -> Any:
+    """The method that every family has for its images alone; of the whole model or of the model inside."""
+    return next(part for part in model.modules() if hasattr(part, "get_image_features")).get_image_features
+
+
 def _towers(
     model: Any, plan: Plan, group: Sequence[tuple[str, dict[str, Tensor]]], place: Place
 ) -> Iterator[tuple[str, Stored]]:
@@ -188,7 +191,7 @@ def _towers(
     names = group[0][1]
     inputs = {name: torch.cat([each[name] for _, each in group]).to(place.device) for name in names}
     with torch.no_grad(), place.autocast(), watched(modules) as seen:
-        model.get_image_features(**inputs)
+        _sight(model)(**inputs)
     found = seen_of_images(seen, plan, len(group))
     for (digest, each), (tensors, lengths) in zip(group, found, strict=True):
         stored = [tensor.to(place.stored).cpu() for tensor in tensors]

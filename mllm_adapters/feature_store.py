@@ -59,6 +59,7 @@ class FeatureStore:
             header = _header(shard)
             if header is None:
                 shard.unlink(missing_ok=True)
+                _opened.cache_clear()
                 continue
             self._looked_at.add(shard)
             for name in header:
@@ -94,6 +95,7 @@ class FeatureStore:
         shard = self.folder / f"{name}.safetensors"
         with appearing(shard) as partial:
             save_file(tensors, partial)
+        _opened.cache_clear()  # the name may have been another process's file
         self.shards |= dict.fromkeys(images, shard)
         self._looked_at.add(shard)
 
@@ -106,7 +108,7 @@ class FeatureStore:
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise UserError(
-                f"the feature cache needs {gigabytes(size)} in {self.folder.parent}, where {gigabytes(free)} are free: "
+                f"the feature cache needs {readable(size)} in {self.folder.parent}, where {readable(free)} are free: "
                 "set MGLL_CACHE_DIR to a larger disk, or add --no-feature-cache"
             )
 
@@ -116,9 +118,10 @@ def size_of(stored: Stored) -> int:
     return sum(value.numel() * value.element_size() for value in stored[0])
 
 
-def gigabytes(size: float) -> str:
-    """A size for people."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+def readable(size: float) -> str:
+    """A number of bytes for people."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
+    return f"{size / unit:,.1f} {name}"
 
 
 @lru_cache(OPEN_SHARDS)
