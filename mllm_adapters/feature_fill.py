@@ -110,8 +110,8 @@ def fill(
 def _write(features: Iterator[tuple[str, Stored]], store: FeatureStore, count: int, place: Place) -> None:
     shard: dict[str, Stored] = {}
     size = 0
-    for digest, stored in track(features, "caching image features", count):
-        if not size and not shard:
+    for number, (digest, stored) in enumerate(track(features, "caching image features", count)):
+        if number == 0:
             _announce(store, count * place.ranks, size_of(stored))
         shard[digest] = stored
         size += size_of(stored)

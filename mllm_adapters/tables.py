@@ -60,7 +60,7 @@ def compute_table(
                 OneThread(work),
                 cache_file_name=str(folder / f"{key}.arrow"),
                 load_from_cache_file=True,
-                new_fingerprint=key,
+                new_fingerprint=key[:32],  # which datasets makes longer for each process
                 num_proc=processes if processes > 1 else None,
                 desc=description,
                 **options,

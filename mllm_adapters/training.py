@@ -447,7 +447,8 @@ def _cached(job: Job, options: RunOptions, arguments: TrainingArguments) -> Cach
         ranks=arguments.world_size,
         workers=options.workers,
     )
-    job.model.to(place.device)
+    if not getattr(job.model, "is_quantized", False):  # what is quantised lies where it belongs
+        job.model.to(place.device)
     return cache_features(job.model, job.examples, job.corpus, job.processor, place)
 
 
