@@ -3,7 +3,10 @@
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -363,3 +366,13 @@ def test_the_towers_come_back_for_as_long_as_they_are_needed(loud, own_cache):
     with cache.cast.towers_back():
         assert loss(ready.model, batch) == expected
     assert loss(ready.model, whole_batch(cache)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_bench_times_four_arms(tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "bench" / "retrain.py"
+    options = ["--shape", "smoke", "--steps", "2", "--repeats", "1", "--out", tmp_path / "bench.json"]
+    subprocess.run([sys.executable, script, *map(str, options)], check=True, capture_output=True)
+    rates = json.loads((tmp_path / "bench.json").read_text())["samples_per_second"]
+    assert set(rates) == {"limit", "bare", "cached", "uncached"}
+    assert all(value > 0 for values in rates.values() for value in values)
