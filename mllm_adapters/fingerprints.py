@@ -56,7 +56,8 @@ def _is_fast(value: Any) -> bool:
 
 def _bytes_hash(value: torch.Tensor) -> str:
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+    data: Any = flat.view(torch.uint8).numpy()  # a buffer, which its type does not say
+    return hashlib.sha256(data).hexdigest()
 
 
 def _hash(*parts: str) -> str:
