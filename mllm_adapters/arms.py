@@ -1,6 +1,7 @@
 """The control arm: the same training of the unswapped model, so that a gain is the tower's and not the training's."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from mllm_adapters.configs import build_config
 from mllm_adapters.conversations import read_corpus
 from mllm_adapters.examples import prepare_examples
 from mllm_adapters.processing import load_processor
+from mllm_adapters.recipe import Recipe
 from mllm_adapters.training import RECORD
 from mllm_adapters.training_plan import check_source
 
@@ -36,7 +38,9 @@ def finished(out: Path, model: Path) -> bool:
     return record.is_file() and json.loads(record.read_text(encoding="utf-8"))["source"] == str(model)
 
 
-def check_control(model: Path, control: Path, data: Path, images: Path, max_length: int) -> None:
+def check_control(
+    model: Path, control: Path, data: Sequence[Path], images: Path | None, recipe: Recipe
+) -> None:
     """See to it that both arms can be trained, and on the same rows.
 
     Raises:
@@ -46,16 +50,16 @@ def check_control(model: Path, control: Path, data: Path, images: Path, max_leng
         raise UserError(
             f"--control {control} is the model itself: pass the checkpoint that the tower was swapped in"
         )
-    corpus = read_corpus(data, images)
+    corpus = read_corpus(data, images, recipe.rows)
     kept = []
     for source in (model, control):
         checkpoint = check_source(source)
         text = build_config(checkpoint.config, f"{source}/config.json").get_text_config()
-        longest = min(max_length, getattr(text, "max_position_embeddings", max_length))
+        longest = min(recipe.max_length, getattr(text, "max_position_embeddings", recipe.max_length))
         examples, counts = prepare_examples(corpus, load_processor(source), longest, text_only=True)
         kept.append([(example.images, len(example.answers)) for example in examples])
     if kept[0] != kept[1]:
         raise UserError(
             f"--control: the arms would see different data: of {counts.rows} rows {len(kept[0])} are short enough for "
-            f"{model} and {len(kept[1])} for {control}; raise --max-length, or leave the long rows out of {data}"
+            f"{model} and {len(kept[1])} for {control}; raise --max-length, or leave the long rows out of {corpus.path}"
         )

@@ -1,196 +1,100 @@
-"""LLaVA-format conversations: read them, check every row and image, turn them into chat messages.
+"""Training data as a whole: the rows of all files, and what is known of their images."""
 
-The format is that of haotian-liu/LLaVA (docs/Finetune_Custom_Data.md): rows of ``id``, ``image`` (a path
-below the image folder, a list of them, or nothing) and ``conversations``, where ``human`` and ``gpt`` take
-turns and ``<image>`` in a human's turn stands for an image.
-"""
-
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import sha256
+from mllm_adapters.dialogue import Conversation
+from mllm_adapters.image_facts import image_facts
+from mllm_adapters.training_rows import DataOptions, conversations, read_table
 
-IMAGE_TAG = "<image>"
-
-ROLES: Mapping[str, str] = {"human": "user", "gpt": "assistant"}
-"""Speakers of the format, in the order in which they take turns -> roles of chat messages."""
-
-
-def _as_tuple(value: Any) -> Any:
-    return () if value is None else (value,) if isinstance(value, str) else value
-
-
-class Turn(BaseModel):
-    """What one side says."""
-
-    model_config = ConfigDict(frozen=True)
-
-    speaker: Literal["human", "gpt"] = Field(alias="from")
-    value: str
-
-
-class Conversation(BaseModel):
-    """One row: images and the turns about them."""
-
-    model_config = ConfigDict(frozen=True)
-
-    id: str | int | None = None
-    images: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(default=(), alias="image")
-    turns: tuple[Turn, ...] = Field(alias="conversations", min_length=2)
-
-    @model_validator(mode="after")
-    def _check_turns(self) -> "Conversation":
-        for number, (turn, expected) in enumerate(zip(self.turns, cycle(ROLES), strict=False), 1):
-            if turn.speaker != expected:
-                raise ValueError(
-                    f"turn {number} is from '{turn.speaker}', expected '{expected}' (they alternate)"
-                )
-            if not turn.value.strip():
-                raise ValueError(f"turn {number} ({turn.speaker}) is empty")
-            if turn.speaker == "gpt" and IMAGE_TAG in turn.value:
-                raise ValueError(f"turn {number} (gpt) has an {IMAGE_TAG} tag: only human turns may")
-        if self.turns[-1].speaker != "gpt":
-            raise ValueError("the last turn is from 'human': the answer of 'gpt' is missing")
-        tags = sum(turn.value.count(IMAGE_TAG) for turn in self.turns)
-        if tags != len(self.images):
-            raise ValueError(f"{tags} {IMAGE_TAG} tags for {len(self.images)} images: each image needs one")
-        return self
-
-    def messages(self) -> list[dict[str, Any]]:
-        """The turns as chat messages of the form that ``apply_chat_template`` takes."""
-        return [{"role": ROLES[turn.speaker], "content": _content(turn.value)} for turn in self.turns]
+__all__ = ["Conversation", "Corpus", "DataOptions", "read_conversations", "read_corpus"]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A conversations file that has passed every check that needs no model.
+    """Training data that has passed every check that needs no model.
 
     Attributes:
-        path: The file.
-        folder: What the image paths are relative to.
-        rows: Its rows.
+        path: The file, the first where there are several.
+        folder: What relative image paths start from.
+        rows: Its rows: a list, or a table on disk that looks like one.
         sizes: Image path -> (width, height) in pixels.
+        digests: Image path -> SHA-256 of the file.
+        damaged: Image path -> why the file cannot be read; rows that show it are left out.
+        files: All files.
+        other_split: Rows that the files' own splits keep for something else than training.
+        options: How rows were made of files.
     """
 
     path: Path
     folder: Path
     rows: Sequence[Conversation]
     sizes: Mapping[str, tuple[int, int]]
+    digests: Mapping[str, str] = field(default_factory=dict)
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    other_split: int = 0
+    options: DataOptions = field(default_factory=DataOptions)
+
+    def digest(self) -> str:
+        """SHA-256 of the file, or of the hashes of several."""
+        hashes = [sha256(file) for file in self.files or (self.path,)]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
-def read_corpus(path: Path, folder: Path) -> Corpus:
-    """Read a conversations file, check every row, and read the header of every image.
+def read_corpus(
+    path: Path | Sequence[Path], folder: Path | None = None, options: DataOptions | None = None
+) -> Corpus:
+    """Read training files, check every row, and decode every image that was not decoded before.
+
+    Args:
+        path: One file or several, of any format that `mllm_adapters.training_rows` reads.
+        folder: What the image paths of LLaVA conversations start from; benches and manifests know theirs.
+        options: How rows are made of files.
 
     Raises:
-        UserError: see `read_conversations` and `image_sizes`.
+        UserError: see `read_table` and `image_facts`; images start from a folder that was not given; or, with
+            ``strict``, an image cannot be read.
     """
-    rows = read_conversations(path)
-    return Corpus(path, folder, rows, image_sizes(rows, folder))
+    files = (path,) if isinstance(path, Path) else tuple(path)
+    options = options or DataOptions()
+    rows, other_split = read_table(files, options)
+    names = dict.fromkeys(name for images in rows.table.select_columns("images") for name in images["images"])
+    if folder is None and (relative := next((name for name in names if not Path(name).is_absolute()), None)):
+        raise UserError(f"{files[0]} names images without their folder ({relative}): pass it as --images")
+    start = folder or files[0].parent
+    facts = image_facts(names, start)
+    damaged = {name: fact.fault for name, fact in facts.items() if fact.fault}
+    if damaged and options.strict:
+        name, fault = next(iter(damaged.items()))
+        raise UserError(
+            f"{len(damaged)} of {len(facts)} images cannot be read as images in {start}, first: {name} ({fault})"
+        )
+    return Corpus(
+        path=files[0],
+        folder=start,
+        rows=rows,
+        sizes={name: (fact.width, fact.height) for name, fact in facts.items() if not fact.fault},
+        digests={name: fact.digest for name, fact in facts.items() if not fact.fault},
+        damaged=damaged,
+        files=files,
+        other_split=other_split,
+        options=options,
+    )
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Read a JSON list or JSON Lines of conversations and check every row.
+    """All conversations of a file in LLaVA's format; for large files see `read_corpus`.
 
     Raises:
-        UserError: the file is missing, empty or no JSON, or a row breaks the format; the message names the
-            first such row, what is wrong with it, and how many more there are.
+        UserError: see `conversations`; or there is none.
     """
-    rows: list[Conversation] = []
-    faults: list[str] = []
-    for number, record in _records(path):
-        try:
-            rows.append(Conversation.model_validate(record))
-        except ValidationError as error:
-            name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
-            faults.append(f"{path}: row {number}{name}: {_describe(error)}")
-    if faults:
-        raise UserError(faults[0] + (f" (and {len(faults) - 1} more bad rows)" if len(faults) > 1 else ""))
+    rows = list(conversations(path))
     if not rows:
         raise UserError(f"{path} holds no conversations: expected a JSON list, or one JSON object per line")
     return rows
-
-
-def image_sizes(rows: Sequence[Conversation], folder: Path) -> dict[str, tuple[int, int]]:
-    """Read the header of every image that the rows name.
-
-    Returns:
-        Path below ``folder`` -> (width, height) in pixels.
-
-    Raises:
-        UserError: the folder is missing, or images in it are missing or no images; the message counts them.
-    """
-    if not folder.is_dir():
-        raise UserError(f"image folder {folder} does not exist: pass the folder that image paths start from")
-    names = list(dict.fromkeys(name for row in rows for name in row.images))
-    sizes: dict[str, tuple[int, int]] = {}
-    missing: list[str] = []
-    unreadable: list[str] = []
-    for name in track(names, "checking images"):
-        try:
-            with Image.open(folder / name) as image:
-                sizes[name] = image.size
-        except FileNotFoundError:
-            missing.append(name)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
-            unreadable.append(name)
-    for fault, found in (("are missing in", missing), ("cannot be read as images in", unreadable)):
-        if found:
-            raise UserError(f"{len(found)} of {len(names)} images {fault} {folder}, first: {found[0]}")
-    return sizes
-
-
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Row numbers (line numbers in JSON Lines) and rows."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"data file {path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"data file {path} is a folder: pass a .json or .jsonl file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    if text.lstrip().startswith("["):
-        yield from enumerate(_parse(text, f"{path}"), 1)
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield number, _parse(line, f"{path}, line {number},")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-
-
-def _describe(error: ValidationError) -> str:
-    """The first fault of a row, in one line."""
-    fault = error.errors()[0]
-    if cause := fault.get("ctx", {}).get("error"):
-        return str(cause)
-    place = ".".join(str(part) for part in fault["loc"]) or "row"
-    found = repr(fault["input"])
-    return f"{place}: {fault['msg']}, found {found if len(found) < 60 else found[:57] + '...'}"
-
-
-def _content(value: str) -> list[dict[str, str]]:
-    """Split a turn at its image tags; line breaks beside a tag belong to the tag, as in LLaVA's files."""
-    parts: list[dict[str, str]] = []
-    for index, piece in enumerate(value.strip().split(IMAGE_TAG)):
-        if index:
-            parts.append({"type": "image"})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.strip("\n")})
-    if texts := [part for part in parts if part["type"] == "text"]:
-        texts[0]["text"] = texts[0]["text"].lstrip()
-        texts[-1]["text"] = texts[-1]["text"].rstrip()
-    return parts

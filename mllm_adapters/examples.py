@@ -3,21 +3,47 @@
 All text is rendered and counted before training begins; images are opened only when their row is trained on.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
+from datasets import Dataset as Table
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
-from mllm_adapters.conversations import Conversation, Corpus
+from mllm_adapters.conversations import Corpus
+from mllm_adapters.fingerprints import text_fingerprint
+from mllm_adapters.rendering import Example, adds_special_tokens, check_processor, image_tokens, render
+from mllm_adapters.tables import compute_table
+from mllm_adapters.training_rows import RowTable, in_memory, to_conversation
+
+RENDERED_VERSION = 1
+"""Part of the key of rendered rows: changes when the same row would be rendered in another way."""
+
+RENDERED = pa.schema(
+    [
+        ("images", pa.list_(pa.string())),
+        ("text", pa.string()),
+        ("starts", pa.list_(pa.int32())),
+        ("ends", pa.list_(pa.int32())),
+        ("length", pa.int32()),
+        ("shown", pa.int32()),
+        ("damaged", pa.bool_()),
+    ]
+)
+"""Columns of a rendered table: those of `Example`, its length in tokens, the number of its images, and whether one of
+them cannot be read (the rest is empty then)."""
 
 IGNORED = -100
 """Label of positions that carry no loss (PyTorch's default ``ignore_index``)."""
@@ -26,36 +52,68 @@ TOKEN_TYPES = "mm_token_type_ids"
 """What some processors say of each position beside its id: text (0), image, video; Qwen's models place tokens by it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A rendered conversation.
+class ExampleTable(Sequence[Example]):
+    """Rendered conversations on disk that look like a list of examples.
 
     Attributes:
-        images: Paths below the image folder, in the order of their placeholders.
-        text: The rendered text; one placeholder per image.
-        answers: Where the assistant's answers stand in ``text``, each with its end-of-turn token.
+        table: All rows of the corpus, see `RENDERED`.
+        kept: Which of them are trained on.
+        key: Hash of what ``table`` was made of; empty where it is not on disk.
     """
 
-    images: tuple[str, ...]
-    text: str
-    answers: tuple[tuple[int, int], ...]
+    def __init__(self, table: Table, kept: NDArray[np.int64], key: str = "") -> None:
+        self.table, self.kept, self.key = table, kept, key
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def text_only(self) -> bool:
+        """Whether a row that is trained on shows no image."""
+        return not self.column("shown").all()
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """A column of numbers of `RENDERED`, of the rows that are trained on."""
+        return np.asarray(self.table.select_columns(name).with_format("numpy")[:][name][self.kept])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return to_example(self.table[int(self.kept[index])])
+
+
+def to_example(row: Mapping[str, Any]) -> Example:
+    """The example of a row of `RENDERED`."""
+    return Example(tuple(row["images"]), row["text"], tuple(zip(row["starts"], row["ends"], strict=True)))
 
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What became of the rows of a file: ``rows`` = ``kept`` + ``text_only`` + ``too_long``."""
+    """What became of the rows of the files: ``rows`` = ``kept`` + all that were left out.
+
+    Attributes:
+        rows: All of them.
+        images: Images that they show and that can be read.
+        kept: Rows that are trained on.
+        text_only: Rows without an image, where these teach nothing.
+        too_long: Rows with more tokens than allowed.
+        damaged: Rows that show an image that cannot be read.
+        other_split: Rows that the files keep for validation or test.
+    """
 
     rows: int
     images: int
     kept: int
     text_only: int
     too_long: int
+    damaged: int = 0
+    other_split: int = 0
 
 
 def prepare_examples(
     corpus: Corpus, processor: Any, max_length: int, text_only: bool
-) -> tuple[list[Example], DataCounts]:
-    """Render and count the rows of a corpus.
+) -> tuple[ExampleTable, DataCounts]:
+    """Render and count the rows of a corpus; what has been rendered before is taken from the cache.
 
     Args:
         corpus: Checked conversations.
@@ -67,85 +125,106 @@ def prepare_examples(
         UserError: see `check_processor` and `render`; or no row is left.
     """
     check_processor(processor)
-    rows = [row for row in corpus.rows if row.images or text_only]
-    tokens_per_image: dict[tuple[int, int], int] = {}
-    kept: list[Example] = []
-    for row in track(rows, "rendering conversations"):
-        example = render(row, processor)
-        special = _adds_special_tokens(example.text, processor)
-        length = len(processor.tokenizer(example.text, add_special_tokens=special)["input_ids"])
-        for size in (corpus.sizes[name] for name in example.images):
-            if size not in tokens_per_image:
-                tokens_per_image[size] = _image_tokens(size, processor)
-            length += tokens_per_image[size] - 1  # the placeholder itself is counted already
-        if length <= max_length:
-            kept.append(example)
+    rendered, key = _rendered(corpus, processor)
+    columns = rendered.select_columns(["length", "shown", "damaged"]).with_format("numpy")[:]
+    usable = ~columns["damaged"]
+    wanted = usable & ((columns["shown"] > 0) | text_only)
+    short = columns["length"] <= max_length
+    kept = np.flatnonzero(wanted & short)
     counts = DataCounts(
-        rows=len(corpus.rows),
+        rows=len(rendered) + corpus.other_split,
         images=len(corpus.sizes),
         kept=len(kept),
-        text_only=len(corpus.rows) - len(rows),
-        too_long=len(rows) - len(kept),
+        text_only=int((usable & ~wanted).sum()),
+        too_long=int((wanted & ~short).sum()),
+        damaged=int((~usable).sum()),
+        other_split=corpus.other_split,
     )
-    if not kept:
+    if not len(kept):
+        unreadable = f", {counts.damaged} show images that cannot be read" if counts.damaged else ""
         raise UserError(
             f"{corpus.path}: none of {counts.rows} rows can be trained on: {counts.text_only} have no image, "
-            f"{counts.too_long} are longer than {max_length} tokens (--max-length)"
+            f"{counts.too_long} are longer than {max_length} tokens (--max-length){unreadable}"
         )
-    return kept, counts
+    examples = ExampleTable(rendered, kept, key)
+    _try_several_images(examples, columns["shown"][kept], corpus, processor)
+    return examples, counts
 
 
-def check_processor(processor: Any) -> None:
-    """See to it that training examples can be made with this processor.
+def _rendered(corpus: Corpus, processor: Any) -> tuple[Table, str]:
+    """All rows of a corpus as `RENDERED`, and the key of the table if it is on disk."""
+    work = Renderer(processor, corpus.sizes, frozenset(corpus.damaged))
+    if not isinstance(corpus.rows, RowTable):
+        return compute_table(in_memory(corpus.rows), work, RENDERED), ""
+    looks = sorted((name, *corpus.sizes[name], digest) for name, digest in corpus.digests.items())
+    made_of = [RENDERED_VERSION, corpus.rows.key, text_fingerprint(processor), looks, sorted(corpus.damaged)]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    return compute_table(corpus.rows.table, work, RENDERED, key, "rendering conversations"), key
 
-    Raises:
-        UserError: there is none, it has no chat template, it writes text that its chat template does not, or its
-            tokenizer gives no character offsets.
+
+@dataclass
+class Renderer:
+    """Makes rows of `RENDERED` from rows of `mllm_adapters.training_rows.SCHEMA`, in any process.
+
+    Attributes:
+        processor: The model's.
+        sizes: Image path -> (width, height) in pixels.
+        damaged: Images that cannot be read.
+        tokens: Size -> tokens of an image of this size, as far as the processor has been asked.
     """
-    if processor is None:
+
+    processor: Any
+    sizes: Mapping[str, tuple[int, int]]
+    damaged: frozenset[str]
+    tokens: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Columns of a batch of rows -> columns of the result."""
+        rows = [
+            self._row(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)
+        ]
+        return {name: [row[name] for row in rows] for name in RENDERED.names}
+
+    def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        damaged = not self.damaged.isdisjoint(row["images"])
+        example = Example((), "", ()) if damaged else render(to_conversation(row), self.processor)
+        return {
+            "images": row["images"],
+            "text": example.text,
+            "starts": [start for start, _ in example.answers],
+            "ends": [end for _, end in example.answers],
+            "length": 0 if damaged else self._length(example),
+            "shown": len(row["images"]),
+            "damaged": damaged,
+        }
+
+    def _length(self, example: Example) -> int:
+        """Tokens of an example, image tokens included."""
+        special = adds_special_tokens(example.text, self.processor)
+        length = len(self.processor.tokenizer(example.text, add_special_tokens=special)["input_ids"])
+        for size in (self.sizes[name] for name in example.images):
+            if size not in self.tokens:
+                self.tokens[size] = image_tokens(size, self.processor)
+            length += self.tokens[size] - 1  # the placeholder itself is counted already
+        return length
+
+
+def _try_several_images(
+    examples: ExampleTable, shown: NDArray[np.int64], corpus: Corpus, processor: Any
+) -> None:
+    """Encode the first row with more than one image: not every family can show several, or show them anywhere."""
+    several = np.flatnonzero(shown > 1)
+    if not len(several):
+        return
+    example = examples[int(several[0])]
+    blanks = [Image.new("RGB", corpus.sizes[name]) for name in example.images]
+    try:
+        encode_with(example, blanks, processor)
+    except ValueError as error:
+        names = ", ".join(example.images)
         raise UserError(
-            "the model folder holds no tokenizer, so text cannot be read: add its processor files"
-        )
-    if not processor.chat_template:
-        raise UserError("the model's processor has no chat template: add chat_template.jinja to its folder")
-    if getattr(processor, "use_default_system_prompt", False):  # of Janus: it would shift the labels
-        raise UserError(
-            "the model's processor puts a system prompt before what its chat template writes: set "
-            "use_default_system_prompt to false in processor_config.json, and write the prompt into the template"
-        )
-    if not processor.tokenizer.is_fast:
-        raise UserError("the model's tokenizer gives no character offsets: add its tokenizer.json")
-
-
-def render(conversation: Conversation, processor: Any) -> Example:
-    """Render a conversation and find its answers, by rendering every prompt that precedes one.
-
-    An answer begins where the generation prompt ends, and ends with what the template puts after it, trailing
-    white space excepted.
-
-    Raises:
-        UserError: a prompt is no prefix of the whole (a template that rewrites history), or the template does
-            not place the images.
-    """
-    messages = conversation.messages()
-    text = processor.apply_chat_template(messages)
-    answers = []
-    for index in range(1, len(messages), 2):
-        prompt = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
-        answered = processor.apply_chat_template(messages[: index + 1])
-        if not (answered.startswith(prompt) and text.startswith(answered)):
-            raise UserError(
-                "the model's chat template cannot be used for training: the prompt of answer "
-                f"{index // 2 + 1} (id {conversation.id!r}) is not what the whole conversation begins with"
-            )
-        answers.append((len(prompt), len(answered.rstrip())))
-    placeholders = text.count(processor.image_token)
-    if placeholders != len(conversation.images):
-        raise UserError(
-            f"id {conversation.id!r} has {len(conversation.images)} images, its rendered text {placeholders} "
-            f"{processor.image_token}: the chat template must write one per image, and the data none"
-        )
-    return Example(conversation.images, text, tuple(answers))
+            f"{corpus.path}: this model cannot take a row with the images {names}: {error}"
+        ) from None
 
 
 def encode(example: Example, folder: Path, processor: Any) -> dict[str, Tensor]:
@@ -159,18 +238,23 @@ def encode(example: Example, folder: Path, processor: Any) -> dict[str, Tensor]:
     Raises:
         UserError: an image is missing or damaged.
     """
-    images = [open_image(folder / name) for name in example.images]
+    return encode_with(example, [open_image(folder / name) for name in example.images], processor)
+
+
+def encode_with(example: Example, images: Sequence[Image.Image], processor: Any) -> dict[str, Tensor]:
+    """As `encode`, with images that are open already."""
     features = processor(
         text=[example.text],
-        images=images or None,
+        images=list(images) or None,
         **_instruction(example, processor),
-        add_special_tokens=_adds_special_tokens(example.text, processor),
+        add_special_tokens=adds_special_tokens(example.text, processor),
         return_offsets_mapping=True,
         return_text_replacement_offsets=True,
         return_tensors="pt",
     )
     offsets = features.pop("offset_mapping")[0]
-    placeholders = features.pop("text_replacement_offsets")[0]
+    replaced = features.pop("text_replacement_offsets")
+    placeholders = replaced[0] if replaced else []  # a processor may give none where there is no image
     input_ids, mask = features.pop("input_ids")[0], features.pop("attention_mask")[0]
     labels = torch.full_like(input_ids, IGNORED)
     for span in example.answers:
@@ -245,19 +329,6 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
         longest = max(value.shape[1] for value in values)
         values = [torch.nn.functional.pad(value, (0, longest - value.shape[1])) for value in values]
     return torch.cat(list(values))
-
-
-def _adds_special_tokens(text: str, processor: Any) -> bool:
-    """Whether the tokenizer must add its own: not where the template has written the first one already."""
-    first = processor.tokenizer.bos_token
-    return not (first and text.startswith(first))
-
-
-def _image_tokens(size: tuple[int, int], processor: Any) -> int:
-    """How many tokens an image of this size becomes, by asking the processor."""
-    blank = Image.new("RGB", size)
-    features = processor(text=[processor.image_token], images=[blank], add_special_tokens=False)
-    return len(features["input_ids"][0])
 
 
 def _after_expansion(position: int, placeholders: Sequence[Mapping[str, Any]]) -> int:

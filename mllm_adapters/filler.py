@@ -8,11 +8,12 @@ prompt, with no label. It runs through every module and adds nothing to the loss
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mllm_adapters.examples import IGNORED, Example
+from mllm_adapters.examples import IGNORED, ExampleTable
 
 Row = Mapping[str, Tensor]
 
@@ -36,16 +37,16 @@ class FillingCollator:
         return self.collate([*batch, self.filler])
 
 
-def filler_row(dataset: Dataset[dict[str, Tensor]], examples: Sequence[Example]) -> Row | None:
+def filler_row(dataset: Dataset[dict[str, Tensor]], examples: ExampleTable) -> Row | None:
     """A row with an image and without labels: the shortest example that has one; None if none has.
 
     Args:
         dataset: Encodes the examples, by index.
         examples: What it is made of.
     """
-    pictured = [index for index, example in enumerate(examples) if example.images]
-    if not pictured:
+    shown, length = examples.column("shown"), examples.column("length")
+    pictured = np.flatnonzero(shown)
+    if not len(pictured):
         return None
-    shortest = min(pictured, key=lambda index: (len(examples[index].images), len(examples[index].text)))
-    row = dataset[shortest]
+    row = dataset[int(pictured[np.lexsort((length[pictured], shown[pictured]))[0]])]
     return {**row, "labels": torch.full_like(row["labels"], IGNORED)}

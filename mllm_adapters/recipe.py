@@ -9,7 +9,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from transformers.integrations import get_available_reporting_integrations
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mllm_adapters.feature_fill import DTYPES
 from mllm_adapters.stages import STAGES, LoraSettings
+from mllm_adapters.training_rows import ALL, DataOptions
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -40,6 +42,9 @@ class Recipe:
         lora_alpha: Adapters are scaled by ``lora_alpha / rank``.
         lora_dropout: Of the adapters' inputs.
         qlora: Keep the language model in 4 bits (NF4) while its adapters train.
+        answer: What is learnt of a multiple-choice question: ``letter``, ``text`` or ``both``.
+        caption: Granularity of a manifest that becomes the caption, or ``all`` for all of them in order.
+        strict: Whether an image that cannot be read stops the run; otherwise its rows are left out and counted.
         arguments: Further fields of transformers' TrainingArguments.
     """
 
@@ -57,6 +62,9 @@ class Recipe:
     lora_alpha: Positive = 32.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     qlora: bool = False
+    answer: str = "letter"
+    caption: str = ALL
+    strict: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,11 +72,17 @@ class Recipe:
         for kind, known in (("precision", PRECISIONS), ("stage", STAGES)):
             if getattr(self, kind) not in known:
                 raise unknown_name(kind, getattr(self, kind), known)
+        _ = self.rows  # which checks itself
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", STAGES[self.stage].learning_rate)
         if self.qlora and not STAGES[self.stage].lora:
             raise UserError(f"--qlora keeps the language model in 4 bits, but stage '{self.stage}' has no adapters: "
                             "use stage lora or lora-vision")  # fmt: skip
+
+    @property
+    def rows(self) -> DataOptions:
+        """How rows are made of files."""
+        return DataOptions(self.answer, self.caption, self.strict, self.seed)
 
     @property
     def lora(self) -> LoraSettings:
@@ -87,6 +101,9 @@ class RunOptions:
         workers: Processes that open images; 0 for the training process itself.
         gradient_checkpointing: Compute the language model's activations twice instead of keeping them.
         deepspeed: DeepSpeed's configuration, a JSON file; None for none.
+        feature_cache: Let a frozen tower see every image once, and keep what it saw on disk.
+        feature_dtype: What it is kept in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the precision of
+            the forward pass, which changes nothing.
     """
 
     logging_steps: Count = 10
@@ -95,9 +112,13 @@ class RunOptions:
     workers: Annotated[int, Field(ge=0)] = 0
     gradient_checkpointing: bool = False
     deepspeed: Path | None = None
+    feature_cache: bool = True
+    feature_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        if self.feature_dtype not in ("auto", *DTYPES):
+            raise unknown_name("--feature-dtype", self.feature_dtype, ("auto", *DTYPES))
         known = get_available_reporting_integrations()
         for name in self.report_to:
             if name not in known:

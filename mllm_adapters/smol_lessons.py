@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.conversations import IMAGE_TAG, Conversation
+from mllm_adapters.dialogue import IMAGE_TAG, Conversation
 
 WRITTEN_PICTURE = "The image shows {}."
 """Stands in for an image in the lesson of words."""

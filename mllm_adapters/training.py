@@ -19,6 +19,8 @@ from mgll_encoder.common.files import check_free
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.checkpoints import check_output, claim, last_checkpoint, locked, work_folder
 from mllm_adapters.examples import AnswerCollator, ConversationDataset
+from mllm_adapters.feature_cache import Cached, cache_features
+from mllm_adapters.feature_fill import Place
 from mllm_adapters.filler import FillingCollator, filler_row
 from mllm_adapters.lora import merged, write_adapter
 from mllm_adapters.recipe import Recipe, RunOptions
@@ -171,10 +173,12 @@ def train(
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
                 claim(work, identity, resume)
-        trainer = _trainer(job, arguments, [Watchdog(work), *callbacks])
+        cached = _cached(job, options, arguments) if options.feature_cache else None
+        trainer = _trainer(job, arguments, cached, [Watchdog(work), *callbacks])
         keeper = None
         if extras.evaluate:
-            keeper = BestKeeper(trainer, job.processor, extras.evaluate, extras.eval_every, work)
+            seeing = cached.cast.towers_back if cached else contextlib.nullcontext
+            keeper = BestKeeper(trainer, job.processor, extras.evaluate, extras.eval_every, work, seeing)
             trainer.add_callback(keeper)
         _run(trainer, job, work, resume)
         values = trainer.trained_values()
@@ -199,11 +203,29 @@ def train(
     return outcome
 
 
-def _trainer(job: Job, arguments: TrainingArguments, callbacks: list[TrainerCallback]) -> FrozenTrainer:
-    dataset = ConversationDataset(job.examples, job.corpus.folder, job.processor)
+def _cached(job: Job, options: RunOptions, arguments: TrainingArguments) -> Cached | None:
+    """The tower's features in its place, where that is possible."""
+    place = Place(
+        device=arguments.device,
+        precision=job.precision,
+        dtype=options.feature_dtype,
+        rank=arguments.process_index,
+        ranks=arguments.world_size,
+        workers=options.workers,
+    )
+    if not getattr(job.model, "is_quantized", False):  # what is quantised lies where it belongs
+        job.model.to(place.device)
+    return cache_features(job.model, job.examples, job.corpus, job.processor, place)
+
+
+def _trainer(
+    job: Job, arguments: TrainingArguments, cached: Cached | None, callbacks: list[TrainerCallback]
+) -> FrozenTrainer:
+    dataset: Any = ConversationDataset(job.examples, job.corpus.folder, job.processor)
     collator: Any = AnswerCollator(job.processor.tokenizer.pad_token_id or 0)
-    text_only = any(not example.images for example in job.examples)
-    if text_only and (row := filler_row(dataset, job.examples)):
+    if cached:
+        dataset, collator = cached.dataset, cached.collator
+    if job.examples.text_only and (row := filler_row(dataset, job.examples)):
         collator = FillingCollator(collator, row)
     return FrozenTrainer(
         model=job.model,
@@ -311,7 +333,7 @@ def _record(job: Job, identity: Mapping[str, Any], outcome: Outcome, seconds: fl
     return {
         "command": "retrain-projector",
         "source": str(job.source),
-        "data": str(job.corpus.path),
+        "data": [str(file) for file in job.corpus.files],
         "images": str(job.corpus.folder),
         **identity,
         "rows": asdict(job.counts),

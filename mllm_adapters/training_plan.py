@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import sha256
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config
 from mllm_adapters.conversations import Corpus, read_corpus
-from mllm_adapters.examples import DataCounts, Example, prepare_examples
+from mllm_adapters.examples import DataCounts, ExampleTable, prepare_examples
 from mllm_adapters.loading import load_mllm
 from mllm_adapters.quantisation import nf4
 from mllm_adapters.recipe import Recipe
@@ -49,7 +48,7 @@ class Job:
     model: Any
     processor: Any
     stage: StageReport
-    examples: Sequence[Example]
+    examples: ExampleTable
     counts: DataCounts
     disk_names: Mapping[str, str]
     max_length: int
@@ -72,7 +71,7 @@ class Job:
                 digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return {
             "precision": self.precision,
-            "data_sha256": sha256(self.corpus.path),
+            "data_sha256": self.corpus.digest(),
             "model_sha256": digest.hexdigest(),
             "ranks": ranks(),
             **asdict(self.recipe),
@@ -89,7 +88,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job:
+def plan_training(source: Path, data: Path | Sequence[Path], images: Path | None, recipe: Recipe) -> Job:
     """Check everything, load the model, freeze all but what the stage trains. Writes nothing.
 
     Raises:
@@ -97,7 +96,7 @@ def plan_training(source: Path, data: Path, images: Path, recipe: Recipe) -> Job
             language model has an encoder, or the stage does not fit the model.
     """
     checkpoint = check_source(source)
-    corpus = read_corpus(data, images)
+    corpus = read_corpus(data, images, recipe.rows)
     precision = recipe.precision
     if precision == "auto":
         half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()

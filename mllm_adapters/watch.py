@@ -4,7 +4,8 @@ import io
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -157,13 +158,20 @@ class BestKeeper(TrainerCallback):
         evaluate: The score.
         every: Steps between two.
         work: Folder that the best weights are kept in.
+        seeing: Gives the model its towers back while it is scored, where it trains without them.
     """
 
     def __init__(
-        self, trainer: "FrozenTrainer", processor: Any, evaluate: Evaluator, every: int, work: Path
+        self,
+        trainer: "FrozenTrainer",
+        processor: Any,
+        evaluate: Evaluator,
+        every: int,
+        work: Path,
+        seeing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.trainer, self.processor, self.evaluate, self.every = trainer, processor, evaluate, every
-        self.work = work
+        self.work, self.seeing = work, seeing
         self.best: Best | None = None
 
     def on_train_begin(
@@ -193,7 +201,8 @@ class BestKeeper(TrainerCallback):
         if step % self.every and step < state.max_steps:
             return
         model = kwargs["model"]
-        score = self.evaluate(model.eval(), self.processor)
+        with self.seeing():
+            score = self.evaluate(model.eval(), self.processor)
         model.train()
         due = control.should_log
         self.trainer.log({"eval_score": score})

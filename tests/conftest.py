@@ -34,6 +34,14 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the tests' own, for the commands that they start, too."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["MGLL_CACHE_DIR"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained LLaVA in the transformers layout, with processor. Do not write into it."""

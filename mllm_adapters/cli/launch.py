@@ -25,8 +25,8 @@ class Request:
     Attributes:
         command: Name of the command.
         model: Checkpoint folder.
-        data: Conversations.
-        images: What the image paths are relative to.
+        data: Training files.
+        images: What the image paths of conversations are relative to.
         out: Folder to write.
         recipe: Recipe file.
         overrides: ``key=value``.
@@ -42,8 +42,8 @@ class Request:
 
     command: str
     model: Path
-    data: Path
-    images: Path
+    data: Sequence[Path]
+    images: Path | None
     out: Path
     recipe: Path | None = None
     overrides: Sequence[str] = ()
@@ -98,9 +98,7 @@ def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> N
         resume = request.resume and (arm is request or begun)
         check_run(arm.out, resolved.recipe, resolved.options, resume=resume, force=arm.force, merge=arm.merge)
     if request.control:
-        check_control(
-            request.model, request.control, request.data, request.images, resolved.recipe.max_length
-        )
+        check_control(request.model, request.control, request.data, request.images, resolved.recipe)
 
 
 def _train(arm: Request, request: Request, resolved: "Resolved") -> None:
@@ -150,6 +148,8 @@ def _show(job: "Job") -> None:
             cli.stdout.print(f"{what}: {', '.join(describe(names))}", soft_wrap=True, highlight=False)
     counts, recipe = job.counts, job.recipe
     left_out = f"{counts.text_only} without image, {counts.too_long} longer than {job.max_length} tokens"
+    left_out += f", {counts.damaged} with unreadable images" if counts.damaged else ""
+    left_out += f", {counts.other_split} of other splits" if counts.other_split else ""
     cli.stdout.print(f"Rows: {counts.kept} of {counts.rows} (left out: {left_out}); {counts.images} images")
     devices = f" x {ranks()} processes" if ranks() > 1 else ""
     batch = f"batch {recipe.batch_size} x {recipe.gradient_accumulation}{devices}"

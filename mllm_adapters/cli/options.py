@@ -6,8 +6,47 @@ from typing import Annotated
 import typer
 
 Model = Annotated[Path, typer.Option(help="Checkpoint folder, as swap-encoder writes it.")]
-Data = Annotated[Path, typer.Option(help="Conversations in LLaVA's format, JSON or JSON Lines.")]
-Images = Annotated[Path, typer.Option(help="Folder that the image paths in the data start from.")]
+Data = Annotated[
+    list[Path],
+    typer.Option(
+        help="LLaVA conversations (JSON or JSON Lines), a bench of eval-mcq or a manifest of mgll-encoder data; "
+        "may be given several times."
+    ),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Folder that the image paths of conversations start from; the others know theirs."),
+]
+Answer = Annotated[
+    str | None,
+    typer.Option(help="What is learnt of a multiple-choice question: letter, text or both. Default: letter."),
+]
+Caption = Annotated[
+    str | None,
+    typer.Option(
+        help="Granularity of a manifest that becomes the caption; all: one after another (default)."
+    ),
+]
+Strict = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict",
+        help="Stop at images that cannot be read, instead of leaving them out.",
+        show_default=False,
+    ),
+]
+FeatureCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--feature-cache/--no-feature-cache",
+        help="Let a frozen tower see every image once, and keep the features (default), or not.",
+        show_default=False,
+    ),
+]
+FeatureDtype = Annotated[
+    str | None,
+    typer.Option(help="What they are kept in: float32, bfloat16, float16, or auto: as computed (default)."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Recipe keys as key=value, such as weight_decay=0.01.", show_default=False),

@@ -123,7 +123,6 @@ TALK_ONLY = [{"id": 1, "conversations": turns("Hello", "Hi")}]
         (data_is_broken, "is not JSON"),
         (no_images, "image folder"),
         (one_image_less, "1 of 4 images are missing"),
-        (image_is_text, "1 of 4 images cannot be read"),
         (output_is_taken, "llava-aligned exists"),
         (no_model, "llava"),
         (weights_are_cut, "damaged"),

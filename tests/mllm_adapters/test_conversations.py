@@ -3,7 +3,8 @@ import json
 import pytest
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.conversations import Conversation, image_sizes, read_conversations, read_corpus
+from mllm_adapters.conversations import Conversation, read_conversations, read_corpus
+from mllm_adapters.training_rows import DataOptions
 from tests import builders
 from tests.mllm_adapters.retraining import turns, write_json
 
@@ -107,13 +108,14 @@ def test_files_that_are_no_images_are_counted(tmp_path):
     builders.picture(tmp_path, "a.png")
     (tmp_path / "b.png").write_text("no picture")
     path = write_json(tmp_path / "a.json", [GOOD, row(image="b.png")])
+    assert list(read_corpus(path, tmp_path).damaged) == ["b.png"]
     with pytest.raises(UserError, match=r"1 of 2 images cannot be read as images .*b\.png"):
-        read_corpus(path, tmp_path)
+        read_corpus(path, tmp_path, DataOptions(strict=True))
 
 
 def test_a_missing_image_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"image folder .*absent does not exist"):
-        image_sizes([Conversation.model_validate(GOOD)], tmp_path / "absent")
+        read_corpus(write_json(tmp_path / "a.json", [GOOD]), tmp_path / "absent")
 
 
 def test_images_shared_by_rows_are_measured_once(tmp_path):

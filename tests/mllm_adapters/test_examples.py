@@ -143,7 +143,7 @@ def test_rows_that_are_too_long_are_counted_never_cut(processor, images):
     short, long = conversation("<image>\nA?", "b"), conversation("<image>\nA?", "b" * 50)
     length = len(encode(render(short, processor), images, processor)["input_ids"])
     kept, counts = prepare_examples(corpus(images, short, long), processor, length, text_only=True)
-    assert kept == [render(short, processor)]
+    assert list(kept) == [render(short, processor)]
     assert (counts.rows, counts.kept, counts.too_long) == (2, 1, 1)
     with pytest.raises(UserError, match=r"none of 2 rows.*2 are longer than"):
         prepare_examples(corpus(images, short, long), processor, length - 1, text_only=True)

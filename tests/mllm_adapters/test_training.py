@@ -214,7 +214,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(run, whole):
 
 
 def test_images_are_opened_by_workers_with_the_same_result(run, whole):
-    many = RunOptions(report_to=(), logging_steps=1, workers=2)
+    many = RunOptions(report_to=(), logging_steps=1, workers=2, feature_cache=False)
     assert run(options=many).losses == whole.losses
 
 
@@ -264,16 +264,19 @@ def test_resuming_with_another_model_is_refused(model, run, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_stops_training_with_its_name_and_the_step(run, data, tmp_path, workers):
+def test_an_image_damaged_since_it_was_checked_stops_training_with_its_name_and_the_step(
+    model, data, tmp_path, workers
+):
     folder = tmp_path / "damaged"
     shutil.copytree(data.parent, folder)
+    job = plan_training(model, folder / "train.json", folder / "images", RECIPE)
     broken = folder / "images" / "3.png"
     broken.write_bytes(broken.read_bytes()[:-30])
-    options = RunOptions(report_to=(), workers=workers, save_steps=1)
+    options = RunOptions(report_to=(), workers=workers, save_steps=1, feature_cache=False)
     with pytest.raises(
         UserError, match=r"^image \S+3\.png cannot be decoded.*training stopped at step \d"
     ) as caught:
-        run(data=folder / "train.json", options=options)
+        train(job, tmp_path / "out", options)
     assert "Traceback" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,82 @@
+"""Tables computed row by row with `datasets`: memory-mapped, kept in the cache, computed by several processes."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+import torch
+from datasets import (
+    Dataset,
+    Features,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from filelock import FileLock
+
+from mgll_encoder.common.cli import note, stderr
+from mgll_encoder.common.files import cache_folder
+
+Work = Callable[[Mapping[str, Sequence[Any]]], dict[str, list[Any]]]
+
+ROWS_PER_PROCESS = 10_000
+"""Fewer rows are computed before another process has started."""
+
+
+def compute_table(
+    source: Dataset, work: Work, schema: pa.Schema, key: str = "", description: str = ""
+) -> Dataset:
+    """Apply a function to batches of rows; the order stays.
+
+    Args:
+        source: The rows.
+        work: Columns of a batch -> columns of ``schema``.
+        schema: Columns of the result.
+        key: Hash of everything that the result depends on; it is then kept on disk, and taken from there.
+            Without it the result stays in memory.
+        description: Of the progress bar.
+    """
+    options: dict[str, Any] = {
+        "batched": True,
+        "remove_columns": source.column_names,
+        "features": Features.from_arrow_schema(schema),
+    }
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        if not key:
+            return source.map(work, keep_in_memory=True, new_fingerprint=uuid4().hex, **options)
+        folder = cache_folder("rows")
+        folder.mkdir(parents=True, exist_ok=True)
+        processes = max(1, min(os.cpu_count() or 1, len(source) // ROWS_PER_PROCESS))
+        with FileLock(folder / f"{key}.lock"):
+            if not any(folder.glob(f"{key}*.arrow")):
+                note(f"{description} ({len(source)}) ...")
+                if stderr.is_terminal:
+                    enable_progress_bars()
+            return source.map(
+                OneThread(work),
+                cache_file_name=str(folder / f"{key}.arrow"),
+                load_from_cache_file=True,
+                new_fingerprint=key[:32],  # which datasets makes longer for each process
+                num_proc=processes if processes > 1 else None,
+                desc=description,
+                **options,
+            )
+    finally:
+        (disable_progress_bars if hidden else enable_progress_bars)()
+
+
+class OneThread:
+    """Work that leaves torch's threads alone: they do not survive the fork that makes a process."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.home = work, os.getpid()
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """See `compute_table`."""
+        if os.getpid() != self.home:
+            torch.set_num_threads(1)
+        return self.work(batch)
