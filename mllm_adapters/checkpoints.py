@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.common.files import check_free, locked, write_text
 
 RUN = "run.json"
 """What identifies a run, in its work folder."""
@@ -48,27 +47,17 @@ def check_output(out: Path, *, resume: bool, force: bool) -> None:
         )
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
+def only_run(out: Path) -> AbstractContextManager[None]:
     """Hold the only right to train into ``out``; a killed process gives it up.
 
     Raises:
         UserError: another process has it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    file = out.with_name(f".{out.name}.lock")
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another run is training into {out} ({file} is locked): wait for it, or choose another --out"
-        ) from None
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        lock.release()
+    file = out.with_name(f".{out.name}.training.lock")
+    return locked(
+        file, f"another run is training into {out} ({file} is locked): wait for it, or choose another --out"
+    )
 
 
 def claim(work: Path, identity: Mapping[str, Any], resume: bool) -> None:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.checkpoints import check_output, claim, last_checkpoint, locked, work_folder
+from mllm_adapters.checkpoints import check_output, claim, last_checkpoint, only_run, work_folder
 from mllm_adapters.examples import AnswerCollator, ConversationDataset
 from mllm_adapters.feature_cache import Cached, cache_features
 from mllm_adapters.feature_fill import Place
@@ -169,7 +169,7 @@ def train(
     began = time.monotonic()
     arguments = _arguments(job, options, work)
     identity = {**job.identity, **(extras.evaluate.identity if extras.evaluate else {})}
-    with locked(out) if arguments.process_index == 0 else contextlib.nullcontext():
+    with only_run(out) if arguments.process_index == 0 else contextlib.nullcontext():
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
                 claim(work, identity, resume)

@@ -68,7 +68,11 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     check_free(path, force)
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    lock = path.parent / f".{path.name}.lock"
+    taken = (
+        f"another process is writing {path} (it holds the lock {lock}): wait for it, or choose another --out"
+    )
+    with locked(lock, taken):
         _clear_leftovers(path)
         check_free(path, force)  # again: another process may have finished it, or an old one come back
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
@@ -97,15 +101,21 @@ def sync_tree(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    file = path.parent / f".{path.name}.lock"
+def locked(file: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock; a killed process gives it up.
+
+    Args:
+        file: The lock; it is there only while it is held.
+        otherwise: What to tell the user where another process holds it.
+
+    Raises:
+        UserError: another process does.
+    """
     lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
-            f"another process is writing {path} (it holds the lock {file}): wait for it, or choose another --out"
-        ) from None
+        raise UserError(otherwise) from None
     try:
         yield
     finally:

@@ -190,7 +190,8 @@ def _trainer(model: Any, dataset: Any, collator: Any, batch_size: int, clock: Cl
     """The Trainer as `mllm_adapters.training.train` sets it up."""
     from transformers import TrainerCallback, TrainingArguments
 
-    from mllm_adapters.trainer import FrozenTrainer, Watchdog
+    from mllm_adapters.trainer import FrozenTrainer
+    from mllm_adapters.watch import Watchdog
 
     class Timer(TrainerCallback):
         """Notes when steps end."""
@@ -213,7 +214,7 @@ def _trainer(model: Any, dataset: Any, collator: Any, batch_size: int, clock: Cl
         args=arguments,
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[Watchdog(), timer],
+        callbacks=[Watchdog(work), timer],
     )
     trainer.train()
     return timer.ends[-1] - timer.ends[0]

@@ -72,7 +72,10 @@ def test_training_conversations_are_the_very_prompt_that_is_scored(eval_mcq, tin
 
 def test_a_missing_column_is_answered_with_the_columns_there_are(eval_mcq, labels, tmp_path):
     error = eval_mcq.refuses("build", *labels, "--labels-column", "label", "--out", tmp_path / "b.jsonl")
-    assert "no column 'label' (--labels-column): its columns are file, labels, patient" in error
+    assert (
+        "no column 'label' (--labels-column): did you mean 'labels'? its columns are file, labels, patient"
+        in error
+    )
     assert not (tmp_path / "b.jsonl").exists()
 
 

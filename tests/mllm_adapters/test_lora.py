@@ -229,7 +229,9 @@ def test_qlora_quantises_the_language_models_layers_alone_trains_and_merges(plac
         apply_stage(model, "full")
     assert not any(is_adapter(name) for name, _ in model.named_parameters())
 
-    outcome = tune(place, "--out", tmp_path / "out", "--qlora", "--merge", "--max-steps", 12)
+    # The cache's look at the model is no training step, and bitsandbytes' kernel for that wants wider layers on CPUs.
+    options = ("--qlora", "--merge", "--max-steps", 12, "--no-feature-cache")
+    outcome = tune(place, "--out", tmp_path / "out", *options)
     assert outcome.code == 0, outcome.err
     losses = [loss for _, loss in json.loads((tmp_path / "out" / "training.json").read_text())["losses"]]
     assert losses[-1] < 0.8 * losses[0]

@@ -165,7 +165,7 @@ def test_a_loss_that_rises_far_is_reported_once(tmp_path, capsys):
 
 def test_two_runs_into_one_folder_are_refused_and_the_lock_leaves_no_trace(place, tmp_path):
     out = tmp_path / "out"
-    lock = out.with_name(".out.lock")
+    lock = out.with_name(".out.training.lock")
     with FileLock(lock), pytest.raises(UserError, match=r"another run is training into .*out"):
         run(place, out)
     assert not out.exists()
