@@ -189,7 +189,7 @@ def test_several_files_train_together_and_bad_choices_are_refused(place, tiny_ll
     assert outcome.code == 0, outcome.err
     assert "Rows: 8 of 10" in outcome.out
     record = json.loads((place / "out" / "training.json").read_text())
-    assert record["data_options"]["answer"] == "both"
+    assert record["answer"] == "both"
     assert len(record["data"]) == 3
 
 
