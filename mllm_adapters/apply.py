@@ -235,8 +235,8 @@ def write_weights(
             files[name] = sampled(file)
         else:
             values = _values(group, source, compute)
-            made = write_safetensors(folder / name, group, _reporting(values, progress))
-            _check_values(
+            made = write_safetensors(folder / name, group, reporting(values, progress))
+            check_values(
                 folder / name, {s.name: made[s.name] for s in group if s.operation not in TAKEN_OVER}
             )
             hashes |= made
@@ -324,15 +324,16 @@ def _values(
         yield (step, taken[step.name]) if step.name in taken else next(computed)
 
 
-def _reporting(
+def reporting(
     tensors: Iterable[tuple[Step, Tensor | Span]], progress: Callable[[int], None]
 ) -> Iterator[tuple[Step, Tensor | Span]]:
+    """Pass tensors on; ``progress`` is told the number of bytes of each that has been taken."""
     for step, tensor in tensors:
         yield step, tensor
         progress(nbytes(step))
 
 
-def _check_values(path: Path, hashes: Mapping[str, str]) -> None:
+def check_values(path: Path, hashes: Mapping[str, str]) -> None:
     """Read back what was made: the bytes in the file must be those that were computed."""
     found = spans(path)
     for name, expected in hashes.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.configs import LIBRARY_ERRORS, build_config
 from mllm_adapters.contract import Plan
+from mllm_adapters.delta import Delta, is_delta, open_delta
 from mllm_adapters.operations import compute
 from mllm_adapters.parts import resolve
 from mllm_adapters.processing import load_processor
@@ -20,24 +21,38 @@ DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "depth", "per
 
 
 def load_mllm(
-    path: str | Path, *, dtype: Any = "auto", parts: Mapping[str, Path] | None = None
+    path: str | Path,
+    *,
+    dtype: Any = "auto",
+    parts: Mapping[str, Path] | None = None,
+    delta: str | Path | None = None,
 ) -> tuple[Any, Any | None]:
     """Load a multimodal LLM and its processor.
 
-    Checkpoints in their original layout are converted in memory; nothing is written.
+    Checkpoints in their original layout are converted in memory, and deltas are put together with their base; nothing
+    is written.
 
     Args:
-        path: Checkpoint folder (or the one around it and its parts), hub id, or family name.
+        path: Checkpoint folder (or the one around it and its parts), hub id, or family name; or a delta, whose base is
+            looked for beside it, here and in the Hugging Face cache.
         dtype: Torch dtype of the weights, or ``auto`` for the checkpoint's own.
-        parts: Where parts lie that are not found by themselves, name -> path (``--part``).
+        parts: Where parts lie that are not found by themselves, name -> path (``--part``); ``encoder`` is that of a
+            delta without its tower.
+        delta: A delta (folder or hub id) of which ``path`` is the base.
 
     Returns:
         The model in evaluation mode, and its processor (None where the checkpoint has no tokenizer).
 
     Raises:
-        UserError: the checkpoint cannot be read, or a tensor would be missing, left over or of another shape.
+        UserError: the checkpoint cannot be read, a tensor would be missing, left over or of another shape, or a
+            delta's base or encoder is not at hand or is another one.
     """
-    checkpoint, family, layout = open_checkpoint(resolve(str(path)), parts)
+    where = resolve(str(path))
+    if delta is not None:
+        return _load_delta(open_delta(resolve(str(delta)), where, parts), dtype)
+    if is_delta(where):
+        return _load_delta(open_delta(where, parts=parts), dtype)
+    checkpoint, family, layout = open_checkpoint(where, parts)
     folder = checkpoint.folder
     if layout == "transformers":
         check_depths(checkpoint.config, len(checkpoint.tensors), f"{folder}/config.json")
@@ -48,6 +63,18 @@ def load_mllm(
     model = _load(state, plan.config, folder, dtype=dtype)
     model.generation_config.update(**plan.generation)
     return model.eval(), family.processor(plan)
+
+
+def _load_delta(delta: Delta, dtype: Any) -> tuple[Any, Any | None]:
+    from transformers import GenerationConfig
+
+    plan, folder = delta.plan, delta.folder
+    check_depths(plan.config, len(plan.steps), f"{folder}/config.json")
+    state = {step.name: value for step, value in delta.values(plan.steps)}
+    model = _load(state, plan.config, folder, dtype=dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval(), load_processor(folder)
 
 
 def check_complete(plan: Plan) -> None:

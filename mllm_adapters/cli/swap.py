@@ -1,15 +1,16 @@
 """``swap-encoder``: put a vision tower into a multimodal LLM."""
 
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.spec import Activation
+from mllm_adapters.cli.delta import compose, extract, progress_bar
 from mllm_adapters.cli.undo import restore, verify
 
 if TYPE_CHECKING:
@@ -60,6 +61,16 @@ def swap(
         typer.Option(help="What to write the tower in: float32, float16 or bfloat16. Default: the host's."),
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
+    delta: Annotated[
+        bool,
+        typer.Option("--delta", help="Write only what does not follow from the checkpoint: a small folder."),
+    ] = False,
+    reference_tower: Annotated[
+        bool,
+        typer.Option(
+            "--reference-tower", help="With --delta: name the tower by its hashes, do not store it."
+        ),
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the result to the hub as OWNER/NAME.")
     ] = None,
@@ -83,8 +94,15 @@ def swap(
 
     if private and push_to_hub is None:
         raise UserError("--private goes with --push-to-hub OWNER/NAME")
+    if reference_tower and not delta:
+        raise UserError("--reference-tower goes with --delta")
+    if copy and delta:
+        raise UserError("--copy goes without --delta: a delta holds no file of the checkpoint")
 
     from mgll_encoder import inspect_tower
+    from mllm_adapters.apply import apply_plan
+    from mllm_adapters.delta import stored_names
+    from mllm_adapters.delta_files import write_delta
     from mllm_adapters.hub import check_push, push
     from mllm_adapters.parts import resolve
     from mllm_adapters.planning import with_tower_dtype
@@ -102,12 +120,25 @@ def swap(
         cli.warn(warning)
     named = Path(os.path.abspath(encoder))  # noqa: PTH100 - "." and ".." have no names of their own
     tower_name = named.name if encoder.is_dir() else named.stem
-    target = out or Path(f"{Path(os.path.abspath(mllm)).name}-{tower_name}")  # noqa: PTH100
-    _execute(plan, family, checkpoint, target, dry_run=dry_run, as_json=as_json, force=force, copy=copy)
+    swapped_name = f"{Path(os.path.abspath(mllm)).name}-{tower_name}"  # noqa: PTH100
+    target = out or Path(f"{swapped_name}-delta" if delta else swapped_name)
+    held = stored_names(plan.steps, reference_tower=reference_tower) if delta else None
+
+    def write(progress: Callable[[int], None]) -> None:
+        options: dict[str, Any] = {"force": force, "checked": True, "progress": progress}
+        if delta:
+            write_delta(plan, family, checkpoint, target, reference_tower=reference_tower, **options)
+        else:
+            apply_plan(plan, family, checkpoint, target, copy=copy, **options)
+
+    _execute(plan, checkpoint, target, write, held, dry_run=dry_run, as_json=as_json, force=force, copy=copy)
     if not dry_run:
         if push_to_hub is not None:
             _tell(f"Pushed: {push(target, push_to_hub, private=private)}", as_json)
-        _tell(f"Next: retrain-projector --model {target} --data train.json --images images/", as_json)
+        following = f"retrain-projector --model {target} --data train.json --images images/"
+        if delta:
+            following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {swapped_name}"
+        _tell(f"Next: {following}", as_json)
 
 
 @app.command()
@@ -124,12 +155,17 @@ def convert(
 
     Example: swap-encoder convert --mllm llava-v1.5-7b --out llava-v1.5-7b-hf
     """
+    from mllm_adapters.apply import apply_plan
     from mllm_adapters.parts import resolve
     from mllm_adapters.registry import open_checkpoint
 
     checkpoint, family, _ = open_checkpoint(resolve(mllm), parts_of(part))
     plan = family.plan(checkpoint)
-    _execute(plan, family, checkpoint, out, dry_run=dry_run, as_json=as_json, force=force, copy=copy)
+
+    def write(progress: Callable[[int], None]) -> None:
+        apply_plan(plan, family, checkpoint, out, force=force, copy=copy, checked=True, progress=progress)
+
+    _execute(plan, checkpoint, out, write, dry_run=dry_run, as_json=as_json, force=force, copy=copy)
 
 
 @app.command()
@@ -153,6 +189,8 @@ def families(
 
 app.command()(verify)
 app.command()(restore)
+app.command()(compose)
+app.command()(extract)
 
 
 def main() -> None:
@@ -197,16 +235,18 @@ def _dtype(name: str | None) -> "TowerDtype | None":
 
 def _execute(
     plan: "Plan",
-    family: "Family",
     checkpoint: "Checkpoint",
     out: Path,
+    write: Callable[[Callable[[int], None]], None],
+    held: Collection[str] | None = None,
     *,
     dry_run: bool,
     as_json: bool,
     force: bool,
     copy: bool,
 ) -> None:
-    from mllm_adapters.apply import apply_plan, check_output, inputs
+    """Show a plan and, unless that is all, write it; of a delta, ``held`` are the tensors that it holds."""
+    from mllm_adapters.apply import check_output, inputs
     from mllm_adapters.loading import check_complete
     from mllm_adapters.report import plan_table, total_bytes
 
@@ -215,24 +255,13 @@ def _execute(
     if as_json:
         cli.stdout.print_json(plan.model_dump_json())
     else:
-        cli.stdout.print(plan_table(plan, checkpoint, copy=copy))
+        cli.stdout.print(plan_table(plan, checkpoint, copy=copy, held=held))
     for note in plan.notes:
         cli.note(f"note: {note}")
     if dry_run:
         return
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("writing", *columns, console=cli.stderr, transient=True) as progress:
-        task = progress.add_task("writing", total=total_bytes(plan))
-        apply_plan(
-            plan,
-            family,
-            checkpoint,
-            out,
-            force=force,
-            copy=copy,
-            checked=True,
-            progress=lambda n: progress.advance(task, n),
-        )
+    with progress_bar("writing", total_bytes(plan, held)) as advance:
+        write(advance)
     _tell(f"Written: {out}", as_json)
 
 
