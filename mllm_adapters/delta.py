@@ -251,7 +251,8 @@ def attach_parts(base: Checkpoint, record: SwapRecord, folder: Path) -> None:
 
 
 def _recorded_place(base: Checkpoint, place: str | None) -> Path | None:
-    return base.folder / place if place and (base.folder / place).exists() else None
+    around = (base.folder, base.folder.absolute().parent) if place else ()
+    return next((folder / place for folder in around if place and (folder / place).exists()), None)
 
 
 def _found(record: InputRecord, folder: Path, what: str, how: str) -> Path:

@@ -4,6 +4,7 @@ It is published with the checkpoint, so it holds names and hashes and never a pa
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -39,7 +40,8 @@ class InputRecord(_Data):
         revision: The commit there.
         files: Its files that were read, by name: of the tower and of configurations the whole hash, of a language
             model's shards a sample (`mllm_adapters.fingerprint`).
-        place: Of a part, where it lay seen from the source's folder, if it lay in it or beside it.
+        place: Of a part, where it lay seen from the source's folder or, where that is not around it, from the one
+            around that.
     """
 
     name: str
@@ -260,12 +262,9 @@ def mismatch(record: InputRecord, path: Path, *, sample: bool = False) -> str | 
 
 def _part_record(path: Path, source: Path) -> InputRecord:
     """Record of a part of a source, with its place if that tells nothing of the machine's paths."""
-    folder, own = source.absolute(), path.absolute()
-    place = None
-    if own.is_relative_to(folder):
-        place = own.relative_to(folder).as_posix()
-    elif own.is_relative_to(folder.parent):
-        place = f"../{own.relative_to(folder.parent).as_posix()}"
+    folder, own = (Path(os.path.abspath(p)) for p in (source, path))  # noqa: PTH100 - without ".."
+    around = next((place for place in (folder, folder.parent) if own.is_relative_to(place)), None)
+    place = own.relative_to(around).as_posix() if around else None
     return input_record(path).model_copy(update={"place": place})
 
 
