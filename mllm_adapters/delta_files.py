@@ -13,7 +13,6 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters.apply import (
     TAKEN_OVER,
     Written,
-    check_values,
     complete_folder,
     inputs,
     new_checkpoint,
@@ -182,11 +181,10 @@ def _write_stored(
     values: Iterable[tuple[Step, Tensor]],
     progress: Progress = lambda _: None,
 ) -> Written:
-    """Write the weight file of a delta, and read it back."""
+    """Write the weight file of a delta."""
     check_space(folder, sum(map(nbytes, steps)))
     file = folder / DELTA_WEIGHTS
     hashes = write_safetensors(file, steps, reporting(values, progress))
-    check_values(file, hashes)
     return Written({DELTA_WEIGHTS: sampled(file)}, hashes)
 
 

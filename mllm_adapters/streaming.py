@@ -7,8 +7,10 @@ with spaces, then the tensors' bytes in the order of their offsets).
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from errno import EIO
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +31,9 @@ DTYPE_CODES = {
 def nbytes(step: Step) -> int:
     """Bytes of a step's target tensor."""
     return torch.Size(step.shape).numel() * getattr(torch, step.dtype).itemsize
+
+
+_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def write_safetensors(
 
     Raises:
         ValueError: a value's shape or dtype is not what its step says.
+        OSError: it cannot be written, or reads back differently.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -92,7 +98,7 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     hashes: dict[str, str] = {}
-    with path.open("wb") as stream, ExitStack() as opened:
+    with path.open("w+b") as stream, ThreadPoolExecutor(1) as aside, ExitStack() as opened:
         sources: dict[Path, BinaryIO] = {}
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
@@ -108,8 +114,20 @@ def write_safetensors(
                     f"{step.dtype} {list(step.shape)}"
                 )
             data = raw_bytes(value)
-            hashes[step.name] = sha256(data).hexdigest()
+            hashing = aside.submit(sha256, data)  # beside the writing
             stream.write(data)
+            stream.flush()
+            _check_tail(stream, data, path, step.name)
+            hashes[step.name] = hashing.result().hexdigest()
         stream.flush()
         os.fsync(stream.fileno())
     return hashes
+
+
+def _check_tail(stream: BinaryIO, data: memoryview, path: Path, name: str) -> None:
+    """Read back what was written last: the bytes in the file must be those that were computed."""
+    end = os.lseek(stream.fileno(), 0, os.SEEK_CUR)
+    for start in range(0, len(data), _BLOCK):
+        block = bytes(data[start : start + _BLOCK])  # two memoryviews would be compared item by item
+        if os.pread(stream.fileno(), len(block), end - len(data) + start) != block:
+            raise OSError(EIO, f"tensor {name} reads back differently from how it was written", str(path))

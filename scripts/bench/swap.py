@@ -123,11 +123,11 @@ def bench(
     finally:
         for name in ("encoder", "host", "swapped", "copied", "saved"):
             shutil.rmtree(scratch / name, ignore_errors=True)
-    _show_table(runs)
     if out is not None:
         from mgll_encoder.common.files import write_text
 
         write_text(out, json.dumps({"size": size, "shard": shard, "runs": runs}, indent=2) + "\n", force=True)
+    _show_table(runs)
 
 
 def write_encoder(folder: Path, shrink: int) -> Path:
@@ -241,13 +241,8 @@ def _run(runs: dict[str, list[dict[str, float]]], name: str, script: str, *argum
     written = sum(f.stat().st_size for f in target.iterdir() if f.is_file() and f.stat().st_nlink == 1)
     found = json.loads(said.splitlines()[-1])
     work = sum(seconds for phase, seconds in found.items() if phase not in ("imports", "cp", "peak RSS"))
-    row = {
-        "wall": wall,
-        "work": work,
-        **found,
-        "peak RSS": usage.ru_maxrss * 1024 / GB,
-        "written": written / GB,
-    }
+    cpu = usage.ru_utime + usage.ru_stime
+    row = {"wall": wall, "work": work, "cpu": cpu, **found, "written": written / GB}
     runs.setdefault(name, []).append(row)
 
 
