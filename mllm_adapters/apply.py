@@ -236,7 +236,7 @@ def write_weights(
             files[name] = sampled(file)
         else:
             values = _values(group, source, compute)
-            made = write_safetensors(folder / name, group, _reporting(values, progress))
+            made = write_safetensors(folder / name, group, reporting(values, progress))
             hashes |= made
             files[name] = sampled(folder / name)
             if file:
@@ -322,9 +322,10 @@ def _values(
         yield (step, taken[step.name]) if step.name in taken else next(computed)
 
 
-def _reporting(
+def reporting(
     tensors: Iterable[tuple[Step, Tensor | Span]], progress: Callable[[int], None]
 ) -> Iterator[tuple[Step, Tensor | Span]]:
+    """Pass tensors on; ``progress`` is told the number of bytes of each that has been taken."""
     for step, tensor in tensors:
         yield step, tensor
         progress(nbytes(step))

@@ -29,6 +29,23 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
+DELTA = "mgll_delta.json"
+"""What tells the folder of a delta (`mllm_adapters.delta`) from that of a checkpoint."""
+
+
+def refuse_delta(folder: Path) -> None:
+    """Say of a delta, where a whole checkpoint is needed, what it is and what to do.
+
+    Raises:
+        UserError: the folder is a delta.
+    """
+    if (folder / DELTA).is_file():
+        raise UserError(
+            f"{folder} is a delta (it holds {DELTA}), not a whole checkpoint: `swap-encoder compose --delta {folder} "
+            f"--out {folder.name}-whole` makes one of it; load_mllm and eval-mcq run take it as it is"
+        )
+
+
 @dataclass(frozen=True)
 class TensorHeader:
     """Name, dtype and shape of a tensor, and the file that holds it."""
@@ -71,6 +88,7 @@ class Checkpoint:
         self._loose = loose
         self._opened: dict[Path, Weights] = {}
         self._attached: dict[str, TensorHeader] = {}
+        refuse_delta(folder)
         if not loose and not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
         self.config: dict[str, Any] = {} if loose else read_json(folder / "config.json")

@@ -11,6 +11,7 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters.adapters import attach, base_of_adapter
 from mllm_adapters.configs import LIBRARY_ERRORS, build_config
 from mllm_adapters.contract import Plan
+from mllm_adapters.delta import Delta, is_delta, open_delta
 from mllm_adapters.operations import compute
 from mllm_adapters.parts import resolve
 from mllm_adapters.processing import load_processor
@@ -26,28 +27,37 @@ def load_mllm(
     dtype: Any = "auto",
     parts: Mapping[str, Path] | None = None,
     quantization: Any = None,
+    delta: str | Path | None = None,
 ) -> tuple[Any, Any | None]:
     """Load a multimodal LLM and its processor.
 
-    Checkpoints in their original layout are converted in memory, and adapters are merged into their base model;
-    nothing is written.
+    Checkpoints in their original layout are converted in memory, adapters are merged into their base model, and deltas
+    are put together with their base; nothing is written.
 
     Args:
-        path: Checkpoint folder (or the one around it and its parts), adapter folder, hub id, or family name.
+        path: Checkpoint folder (or the one around it and its parts), adapter folder, hub id, or family name; or a delta,
+            whose base is looked for beside it, here and in the Hugging Face cache.
         dtype: Torch dtype of the weights, or ``auto`` for the checkpoint's own.
-        parts: Where parts lie that are not found by themselves, name -> path (``--part``).
+        parts: Where parts lie that are not found by themselves, name -> path (``--part``); ``encoder`` is that of a
+            delta without its tower.
         quantization: A quantisation of transformers' for checkpoints in its layout, see `quantisation.nf4`.
+        delta: A delta (folder or hub id) of which ``path`` is the base.
 
     Returns:
         The model in evaluation mode, and its processor (None where the checkpoint has no tokenizer).
 
     Raises:
-        UserError: the checkpoint cannot be read, or a tensor would be missing, left over or of another shape.
+        UserError: the checkpoint cannot be read, a tensor would be missing, left over or of another shape, or a
+            delta's base or encoder is not at hand or is another one.
     """
     where = resolve(str(path))
     if base := base_of_adapter(where):
         model, processor = load_mllm(base, dtype=dtype, parts=parts)
         return attach(model, where).eval(), processor
+    if delta is not None:
+        return _load_delta(open_delta(resolve(str(delta)), where, parts), dtype)
+    if is_delta(where):
+        return _load_delta(open_delta(where, parts=parts), dtype)
     checkpoint, family, layout = open_checkpoint(where, parts)
     folder = checkpoint.folder
     if layout == "transformers":
@@ -61,6 +71,18 @@ def load_mllm(
     model = _load(state, plan.config, folder, dtype=dtype)
     model.generation_config.update(**plan.generation)
     return model.eval(), family.processor(plan)
+
+
+def _load_delta(delta: Delta, dtype: Any) -> tuple[Any, Any | None]:
+    from transformers import GenerationConfig
+
+    plan, folder = delta.plan, delta.folder
+    check_depths(plan.config, len(plan.steps), f"{folder}/config.json")
+    state = {step.name: value for step, value in delta.values(plan.steps)}
+    model = _load(state, plan.config, folder, dtype=dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval(), load_processor(folder)
 
 
 def check_complete(plan: Plan) -> None:

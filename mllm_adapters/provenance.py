@@ -4,20 +4,22 @@ It is published with the checkpoint, so it holds names and hashes and never a pa
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mgll_encoder.checkpoint import FOLDER_FILES, read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec
-from mllm_adapters.checkpoint import WEIGHT_SUFFIXES, WEIGHTS, Checkpoint
+from mllm_adapters.checkpoint import WEIGHT_SUFFIXES, WEIGHTS, Checkpoint, refuse_delta
 from mllm_adapters.contract import Dropped, Plan, Step
-from mllm_adapters.fingerprint import FileRecord, sampled, whole
+from mllm_adapters.fingerprint import FileRecord, agrees, sample_hash, sampled, whole
+from mllm_adapters.locate import cached
 
 PROVENANCE = "mgll_swap.json"
 
@@ -38,12 +40,15 @@ class InputRecord(_Data):
         revision: The commit there.
         files: Its files that were read, by name: of the tower and of configurations the whole hash, of a language
             model's shards a sample (`mllm_adapters.fingerprint`).
+        place: Of a part, where it lay seen from the source's folder or, where that is not around it, from the one
+            around that.
     """
 
     name: str
     hub_id: str | None = None
     revision: str | None = None
     files: dict[str, FileRecord]
+    place: str | None = None
 
 
 class TensorRecord(Step):
@@ -130,14 +135,27 @@ def read_record(folder: Path) -> SwapRecord:
     """
     file = folder / PROVENANCE
     if not file.is_file():
+        refuse_delta(folder)
         raise UserError(f"{folder} holds no {PROVENANCE}: expected a checkpoint that swap-encoder wrote")
+    return read_as(SwapRecord, file)
+
+
+Record = TypeVar("Record", bound=SwapRecord)
+
+
+def read_as(kind: type[Record], file: Path) -> Record:
+    """A record of this kind in a file that exists.
+
+    Raises:
+        UserError: it is of another version, or cannot be read.
+    """
     content = read_json(file)
     if content.get("format") != 2:
         raise UserError(
             f"{file}: field 'format' is {content.get('format')!r}, expected 2: swap again with this version"
         )
     try:
-        return SwapRecord.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -168,7 +186,7 @@ def record_of(
         inputs=Inputs(
             source=checkpoint_record(checkpoint),
             tower=tower,
-            parts={name: input_record(path) for name, path in plan.parts.items()},
+            parts={name: _part_record(path, checkpoint.folder) for name, path in plan.parts.items()},
         ),
         tower_spec=tower_spec,
         plan=without_paths(summary, plan),
@@ -200,6 +218,54 @@ def input_record(path: Path, files: Iterable[Path] | None = None) -> InputRecord
     names = dict.fromkeys(("config.json", *FOLDER_FILES))
     found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
     return named(path, {f.name: whole(f) if f.suffix == ".json" else sampled(f) for f in found})
+
+
+def find_input(record: InputRecord, folder: Path) -> Path | None:
+    """Something that a checkpoint was made of, if it lies beside it, here, or in the Hugging Face cache.
+
+    What has the name but not the hashes is not it.
+    """
+    places = [folder.absolute().parent / record.name, Path.cwd() / record.name]
+    if record.hub_id and (found := cached(record.hub_id)):
+        places.insert(0, found)
+    return next((place for place in places if place.exists() and is_input(record, place)), None)
+
+
+def is_input(record: InputRecord, path: Path) -> bool:
+    """Whether a file or folder has everything that was recorded, by hash."""
+    return mismatch(record, path) is None
+
+
+def mismatch(record: InputRecord, path: Path, *, sample: bool = False) -> str | None:
+    """In what a file or folder differs from what was recorded, in words; None where it has everything, by hash.
+
+    Args:
+        record: What was recorded.
+        path: The file or folder.
+        sample: Be content with the samples of files of which there are samples.
+    """
+    for name, known in record.files.items():
+        file = path / name if path.is_dir() else path
+        if not file.is_file():
+            return f"it has no {name}"
+        by_whole = bool(known.sha256) and not (sample and known.sample)
+        if agrees(known, file, read_whole=by_whole):
+            continue
+        if file.stat().st_size != known.size:
+            return f"its {name} has {file.stat().st_size} bytes, expected {known.size}"
+        found, expected = (
+            (whole(file).sha256, known.sha256) if by_whole else (sample_hash(file), known.sample)
+        )
+        return f"its {name} has the hash {str(found)[:12]}, expected {str(expected)[:12]}"
+    return None
+
+
+def _part_record(path: Path, source: Path) -> InputRecord:
+    """Record of a part of a source, with its place if that tells nothing of the machine's paths."""
+    folder, own = (Path(os.path.abspath(p)) for p in (source, path))  # noqa: PTH100 - without ".."
+    around = next((place for place in (folder, folder.parent) if own.is_relative_to(place)), None)
+    place = own.relative_to(around).as_posix() if around else None
+    return input_record(path).model_copy(update={"place": place})
 
 
 def named(path: Path, files: Mapping[str, FileRecord]) -> InputRecord:

@@ -1,6 +1,7 @@
 """A plan for the eye."""
 
 from collections import Counter
+from collections.abc import Collection
 
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
@@ -50,9 +51,9 @@ def alignment_table(alignment: Alignment) -> RenderableType:
     return table
 
 
-def total_bytes(plan: Plan) -> int:
-    """Bytes of all target tensors."""
-    return sum(map(nbytes, plan.steps))
+def total_bytes(plan: Plan, names: Collection[str] | None = None) -> int:
+    """Bytes of all target tensors, or of those with these names."""
+    return sum(nbytes(step) for step in plan.steps if names is None or step.name in names)
 
 
 def loads_with(plan: Plan) -> str:
@@ -60,13 +61,16 @@ def loads_with(plan: Plan) -> str:
     return "import mllm_adapters" if plan.config["model_type"] in MODEL_TYPES else "stock transformers"
 
 
-def plan_table(plan: Plan, checkpoint: Checkpoint, *, copy: bool = False) -> RenderableType:
+def plan_table(
+    plan: Plan, checkpoint: Checkpoint, *, copy: bool = False, held: Collection[str] | None = None
+) -> RenderableType:
     """What a plan will change, as tables for the terminal.
 
     Args:
         plan: The plan.
         checkpoint: Its source.
         copy: Whether unchanged files will be copied instead of linked.
+        held: Of a delta, the names of the tensors that it will hold.
     """
     vision = Table(title="What the language model will see", title_justify="left")
     for column in ("", "before", "after"):
@@ -83,10 +87,11 @@ def plan_table(plan: Plan, checkpoint: Checkpoint, *, copy: bool = False) -> Ren
             tensors.add_row(words, str(len(steps)), decimal(sum(map(nbytes, steps))))
     for reason, number in Counter(d.reason for d in plan.dropped).items():
         tensors.add_row(f"dropped: {reason}", str(number), "")
-    linked = bytes_linked(plan, checkpoint)
+    left = bytes_linked(plan, checkpoint) if held is None else total_bytes(plan) - total_bytes(plan, held)
     tensors.add_section()
-    tensors.add_row("to write", "", decimal(total_bytes(plan) - linked))
-    tensors.add_row("to copy unchanged" if copy else "to hard-link", "", decimal(linked))
+    tensors.add_row("to write", "", decimal(total_bytes(plan) - left))
+    elsewhere = "made from the base" if held is not None else "to copy unchanged" if copy else "to hard-link"
+    tensors.add_row(elsewhere, "", decimal(left))
 
     facts = Table.grid(padding=(0, 2))
     facts.add_column()
@@ -98,5 +103,6 @@ def plan_table(plan: Plan, checkpoint: Checkpoint, *, copy: bool = False) -> Ren
     facts.add_row(
         "processor", plan.processor or "none is written, for want of a tokenizer; only its image processor is"
     )
-    facts.add_row("loads with", f"{loads_with(plan)}: AutoModelForImageTextToText.from_pretrained")
+    loads = f"{loads_with(plan)}: AutoModelForImageTextToText.from_pretrained"
+    facts.add_row("loads with", loads if held is None else "mllm_adapters.load_mllm, with its base")
     return Group(facts, "", vision, tensors)

@@ -14,11 +14,10 @@ from mllm_adapters.contract import Plan, Step
 from mllm_adapters.loading import check_complete, empty_model
 from mllm_adapters.operations import compute
 from mllm_adapters.planning import kept
-from mllm_adapters.provenance import SwapRecord, read_record
+from mllm_adapters.provenance import SwapRecord, is_input, read_record
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.rewrite import copy_sides
 from mllm_adapters.stages import components
-from mllm_adapters.verify import is_input
 
 ORIGINAL = "original/"
 """What the names of the original checkpoint's tensors begin with where both checkpoints are read."""
@@ -68,7 +67,7 @@ def restore(
     if plan is not None:
         check_complete(plan)
     both = _Both(swapped, source)
-    merged = list(_merged(steps, record, _readers(swapped, record)))
+    merged = list(_merged(steps, record, readers(swapped, record)))
     own = {step.name: step for step in steps}
 
     def values(group: list[Step]) -> Iterable[tuple[Step, Tensor]]:
@@ -170,7 +169,7 @@ def _originals(steps: list[Step], plan: Plan | None, source: Checkpoint) -> Iter
     return (value for _, value in compute(plan, source, steps))
 
 
-def _readers(swapped: Checkpoint, record: SwapRecord) -> set[str]:
+def readers(swapped: Checkpoint, record: SwapRecord) -> set[str]:
     """Names on disk of the tower and of everything that reads its features."""
     parts = components(empty_model(record.plan_with(swapped.config)))
     wanted = [name for name, part in parts.items() if part in ("tower", "projector")]

@@ -17,10 +17,9 @@ from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import LIBRARY_ERRORS
 from mllm_adapters.fingerprint import agrees, span_hash
 from mllm_adapters.loading import check_complete, load_mllm
-from mllm_adapters.locate import cached
 from mllm_adapters.operations import FittedTower
 from mllm_adapters.planning import dtype_name
-from mllm_adapters.provenance import InputRecord, TensorRecord, read_record
+from mllm_adapters.provenance import TensorRecord, find_input, is_input, read_record
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.streaming import Span, raw_bytes, spans
 
@@ -215,23 +214,6 @@ class Verification:
     @cached_property
     def _spans(self) -> Mapping[str, Span]:
         return {name: span for file in self._checkpoint.files for name, span in spans(file).items()}
-
-
-def find_input(record: InputRecord, folder: Path) -> Path | None:
-    """Something that a checkpoint was made of, if it lies beside it, here, or in the Hugging Face cache.
-
-    What has the name but not the hashes is not it.
-    """
-    places = [folder.absolute().parent / record.name, Path.cwd() / record.name]
-    if record.hub_id and (found := cached(record.hub_id)):
-        places.insert(0, found)
-    return next((place for place in places if place.exists() and is_input(record, place)), None)
-
-
-def is_input(record: InputRecord, path: Path) -> bool:
-    """Whether a file or folder has everything that was recorded, by hash."""
-    files = {name: path / name if path.is_dir() else path for name in record.files}
-    return all(files[name].is_file() and agrees(known, files[name]) for name, known in record.files.items())
 
 
 @torch.no_grad()

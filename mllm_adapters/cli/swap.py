@@ -1,16 +1,17 @@
 """``swap-encoder``: put a vision tower into a multimodal LLM."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.spec import Activation
+from mllm_adapters.cli.delta import compose, extract, progress_bar
 from mllm_adapters.cli.undo import restore, verify
 
 if TYPE_CHECKING:
@@ -84,6 +85,16 @@ def swap(
         typer.Option(help="What to write the tower in: float32, float16 or bfloat16. Default: the host's."),
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
+    delta: Annotated[
+        bool,
+        typer.Option("--delta", help="Write only what does not follow from the checkpoint: a small folder."),
+    ] = False,
+    reference_tower: Annotated[
+        bool,
+        typer.Option(
+            "--reference-tower", help="With --delta: name the tower by its hashes, do not store it."
+        ),
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the result to the hub as OWNER/NAME.")
     ] = None,
@@ -107,12 +118,20 @@ def swap(
 
     if private and push_to_hub is None:
         raise UserError("--private goes with --push-to-hub OWNER/NAME")
+    if reference_tower and not delta:
+        raise UserError("--reference-tower goes with --delta")
+    if copy and delta:
+        raise UserError("--copy goes without --delta: a delta holds no file of the checkpoint")
 
     from mgll_encoder import inspect_tower
+    from mllm_adapters.apply import apply_plan
+    from mllm_adapters.delta import stored_names
+    from mllm_adapters.delta_files import write_delta
     from mllm_adapters.hub import check_push, push
     from mllm_adapters.parts import resolve
     from mllm_adapters.planning import with_tower_dtype
     from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.report import total_bytes
 
     if push_to_hub is not None and not dry_run:
         check_push(push_to_hub)
@@ -126,16 +145,35 @@ def swap(
         cli.warn(warning)
     named = Path(os.path.abspath(encoder))  # noqa: PTH100 - "." and ".." have no names of their own
     tower_name = named.name if encoder.is_dir() else named.stem
-    target = out or Path(f"{Path(os.path.abspath(mllm)).name}-{tower_name}")  # noqa: PTH100
-    fitting = _fitting(align, align_samples, align_device)
-    _execute(
-        plan, family, checkpoint, target,
-        dry_run=dry_run, as_json=as_json, force=force, copy=copy, fitting=fitting,
-    )  # fmt: skip
-    if not dry_run:
-        if push_to_hub is not None:
-            _tell(f"Pushed: {push(target, push_to_hub, private=private)}", as_json)
-        _tell(f"Next: retrain-projector --model {target} --data train.json --images images/", as_json)
+    swapped_name = f"{Path(os.path.abspath(mllm)).name}-{tower_name}"  # noqa: PTH100
+    target = out or Path(f"{swapped_name}-delta" if delta else swapped_name)
+    plain, fitting = plan, _fitting(align, align_samples, align_device)
+    if fitting:
+        plan = _to_be_fitted(plan, family, checkpoint, fitting)
+    held = stored_names(plan.steps, reference_tower=reference_tower) if delta else None
+    _show(plan, checkpoint, target, held, as_json=as_json, force=force, copy=copy)
+    if dry_run:
+        return
+    alignment = _fit(plain, family, checkpoint, fitting, as_json) if fitting else None
+    if alignment:
+        plan = alignment.apply_to(plan)
+    options: dict[str, Any] = {"force": force, "checked": True}
+    options["fitted"] = alignment.tensors if alignment else None
+    with progress_bar("writing", total_bytes(plan, held)) as advance:
+        if delta:
+            write_delta(
+                plan, family, checkpoint, target,
+                reference_tower=reference_tower, progress=advance, **options,
+            )  # fmt: skip
+        else:
+            apply_plan(plan, family, checkpoint, target, copy=copy, progress=advance, **options)
+    _tell(f"Written: {target}", as_json)
+    if push_to_hub is not None:
+        _tell(f"Pushed: {push(target, push_to_hub, private=private)}", as_json)
+    following = f"retrain-projector --model {target} --data train.json --images images/"
+    if delta:
+        following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {swapped_name}"
+    _tell(f"Next: {following}", as_json)
 
 
 @app.command()
@@ -152,12 +190,19 @@ def convert(
 
     Example: swap-encoder convert --mllm llava-v1.5-7b --out llava-v1.5-7b-hf
     """
+    from mllm_adapters.apply import apply_plan
     from mllm_adapters.parts import resolve
     from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.report import total_bytes
 
     checkpoint, family, _ = open_checkpoint(resolve(mllm), parts_of(part))
     plan = family.plan(checkpoint)
-    _execute(plan, family, checkpoint, out, dry_run=dry_run, as_json=as_json, force=force, copy=copy)
+    _show(plan, checkpoint, out, as_json=as_json, force=force, copy=copy)
+    if dry_run:
+        return
+    with progress_bar("writing", total_bytes(plan)) as advance:
+        apply_plan(plan, family, checkpoint, out, force=force, copy=copy, checked=True, progress=advance)
+    _tell(f"Written: {out}", as_json)
 
 
 @app.command()
@@ -181,6 +226,8 @@ def families(
 
 app.command()(verify)
 app.command()(restore)
+app.command()(compose)
+app.command()(extract)
 
 
 def main() -> None:
@@ -223,52 +270,29 @@ def _dtype(name: str | None) -> "TowerDtype | None":
     return cast("TowerDtype | None", name)
 
 
-def _execute(
+def _show(
     plan: "Plan",
-    family: "Family",
     checkpoint: "Checkpoint",
     out: Path,
+    held: Collection[str] | None = None,
     *,
-    dry_run: bool,
     as_json: bool,
     force: bool,
     copy: bool,
-    fitting: Fitting | None = None,
 ) -> None:
-    from mllm_adapters.apply import apply_plan, check_output, inputs
+    """Check a plan and print it; of a delta, ``held`` are the tensors that it holds."""
+    from mllm_adapters.apply import check_output, inputs
     from mllm_adapters.loading import check_complete
-    from mllm_adapters.report import plan_table, total_bytes
+    from mllm_adapters.report import plan_table
 
     check_output(out, force, inputs(plan))
-    plain = plan
-    if fitting is not None:
-        plan = _to_be_fitted(plan, family, checkpoint, fitting)
     check_complete(plan)
     if as_json:
         cli.stdout.print_json(plan.model_dump_json())
     else:
-        cli.stdout.print(plan_table(plan, checkpoint, copy=copy))
+        cli.stdout.print(plan_table(plan, checkpoint, copy=copy, held=held))
     for note in plan.notes:
         cli.note(f"note: {note}")
-    if dry_run:
-        return
-    alignment = None if fitting is None else _fit(plain, family, checkpoint, fitting, as_json)
-    plan = alignment.apply_to(plan) if alignment else plan
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("writing", *columns, console=cli.stderr, transient=True) as progress:
-        task = progress.add_task("writing", total=total_bytes(plan))
-        apply_plan(
-            plan,
-            family,
-            checkpoint,
-            out,
-            force=force,
-            copy=copy,
-            checked=True,
-            progress=lambda n: progress.advance(task, n),
-            fitted=alignment.tensors if alignment else None,
-        )
-    _tell(f"Written: {out}", as_json)
 
 
 def _fitting(images: Path | None, samples: int | None, device: str | None) -> Fitting | None:
