@@ -35,8 +35,8 @@ def load_mllm(
     are put together with their base; nothing is written.
 
     Args:
-        path: Checkpoint folder (or the one around it and its parts), adapter folder, hub id, or family name; or a delta,
-            whose base is looked for beside it, here and in the Hugging Face cache.
+        path: Checkpoint folder (or the one around it and its parts), adapter folder, hub id, or family name; or a
+            delta, whose base is looked for beside it, here and in the Hugging Face cache.
         dtype: Torch dtype of the weights, or ``auto`` for the checkpoint's own.
         parts: Where parts lie that are not found by themselves, name -> path (``--part``); ``encoder`` is that of a
             delta without its tower.
