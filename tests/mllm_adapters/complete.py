@@ -71,7 +71,11 @@ def _aya(folder: Path, golden: Folder) -> Path:
     tokenizer = builders.byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [*test_aya_vision.SPECIALS, "<image>"]})
     text = {**aya_vision.CONFIG["text_config"], "vocab_size": len(tokenizer)}
-    settings = {**aya_vision.CONFIG, "text_config": text, "image_token_index": 3}
+    settings = {
+        **aya_vision.CONFIG,
+        "text_config": text,
+        "image_token_index": tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
+    }
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
