@@ -254,7 +254,7 @@ def encode_with(example: Example, images: Sequence[Image.Image], processor: Any)
     )
     offsets = features.pop("offset_mapping")[0]
     replaced = features.pop("text_replacement_offsets")
-    placeholders = replaced[0] if replaced else []  # a processor may give none where there is no image
+    placeholders = list(replaced[0]) if len(replaced) else []  # nothing where there is no image
     input_ids, mask = features.pop("input_ids")[0], features.pop("attention_mask")[0]
     labels = torch.full_like(input_ids, IGNORED)
     for span in example.answers:
