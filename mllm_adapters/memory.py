@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.configs import build_config, tower_geometry
+from mllm_adapters.recipe import Recipe, RunOptions
 from mllm_adapters.stages import LoraSettings, apply_stage, components, lora_targets
 
 ANSWER_TOKENS = 64
@@ -87,6 +88,41 @@ class Estimate:
     def device(self) -> float:
         """All that lies on the device."""
         return sum(getattr(self, entry.name) for entry in fields(self)) - self.host
+
+
+PLACES: Mapping[str, Mapping[str, Any]] = {
+    "1 device": {},
+    "8 devices, ZeRO-2": {"devices": 8, "zero": 2},
+    "8 devices, ZeRO-3": {"devices": 8, "zero": 3},
+    "8 devices, ZeRO-3 offload": {"devices": 8, "zero": 3, "offload": True},
+}
+"""Where recipes are meant to run -> fields of `Setting`."""
+
+
+def estimates(settings: Mapping[str, Any], recipe: Recipe, options: RunOptions) -> dict[str, Estimate]:
+    """Estimates of a recipe for every place that it can run in, all examples as long as it allows.
+
+    Args:
+        settings: The config.json of a checkpoint that loads as it is.
+        recipe: What decides the result.
+        options: What does not.
+
+    Raises:
+        UserError: see `estimate`.
+    """
+    found = {}
+    for name, changes in PLACES.items():
+        if recipe.qlora and changes.get("zero") == 3:
+            continue  # 4-bit weights cannot be shared out
+        setting = Setting(
+            recipe.batch_size,
+            recipe.max_length,
+            precision=torch.float32 if recipe.precision == "float32" else torch.bfloat16,
+            gradient_checkpointing=options.gradient_checkpointing,
+            **changes,
+        )
+        found[name] = estimate(settings, recipe.stage, setting, lora=recipe.lora, qlora=recipe.qlora)
+    return found
 
 
 def estimate(

@@ -39,7 +39,8 @@ PLOT = "loss.png"
 
 OUT_OF_MEMORY = (
     "memory is full at --batch-size {batch}: halve it and double --gradient-accumulation, or add "
-    "--gradient-checkpointing; a GPU that it still does not fit wants --deepspeed with ZeRO-3, or --qlora"
+    "--gradient-checkpointing; a GPU that it still does not fit wants --deepspeed with ZeRO-3, or --qlora; "
+    "--estimate says what each takes"
 )
 
 

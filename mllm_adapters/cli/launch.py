@@ -38,6 +38,7 @@ class Request:
         resume: Continue an interrupted run.
         force: Replace what is there.
         dry_run: Stop before training.
+        estimate: Print what it takes of memory, and do nothing else.
     """
 
     command: str
@@ -55,6 +56,7 @@ class Request:
     resume: bool = False
     force: bool = False
     dry_run: bool = False
+    estimate: bool = False
 
 
 def launch(request: Request) -> None:
@@ -72,6 +74,9 @@ def launch(request: Request) -> None:
     resolved = resolve(request.recipe, request.overrides, request.flags, **request.defaults)
     if resolved.recipe.stage not in request.stages:
         raise unknown_name(f"stage for {request.command}", resolved.recipe.stage, request.stages)
+    if request.estimate:
+        _estimate(request.model, resolved)
+        return
     arms = [request]
     if request.control:
         arms.append(replace(request, model=request.control, out=control_folder(request.out)))
@@ -84,6 +89,25 @@ def launch(request: Request) -> None:
         _train(arm, request, resolved)
         if request.dry_run:
             return
+
+
+def _estimate(model: Path, resolved: "Resolved") -> None:
+    from mllm_adapters.memory import estimates
+    from mllm_adapters.training_plan import check_source
+
+    recipe = resolved.recipe
+    table = Table(
+        title=f"Memory per device in GB: stage {recipe.stage}, "
+        f"{recipe.batch_size} examples of {recipe.max_length} tokens",
+        title_justify="left",
+    )
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "device", "host")
+    for heading in ("", *parts[:-2], "all", "host's"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for place, found in estimates(check_source(model).config, recipe, resolved.options).items():
+        table.add_row(place, *(f"{getattr(found, part) / 1e9:.2f}" for part in parts))
+    cli.stdout.print(table)
+    cli.stdout.print("Not in it: the CUDA context (about 0.5 GB), buffers of collectives, fragmentation.")
 
 
 def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> None:

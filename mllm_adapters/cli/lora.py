@@ -68,6 +68,7 @@ def finetune(
     eval_every: o.EvalEvery = None,
     resume: o.Resume = False,
     dry_run: o.DryRun = False,
+    estimate: o.EstimateMemory = False,
     force: o.Force = False,
 ) -> None:
     """Fine-tune a multimodal LLM: its projector, and its language model through LoRA adapters.
@@ -121,6 +122,7 @@ def finetune(
             resume=resume,
             force=force,
             dry_run=dry_run,
+            estimate=estimate,
         )
     )
 

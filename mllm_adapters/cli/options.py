@@ -91,6 +91,9 @@ EvalBench = Annotated[
     typer.Option(help="Bench of a validation split: scored while training, and the best weights are kept."),
 ]
 EvalEvery = Annotated[int | None, typer.Option(help="Steps between two such scores. Default: 200.")]
+EstimateMemory = Annotated[
+    bool, typer.Option("--estimate", help="Print what it takes of each device's memory, and stop.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show recipe and plan, and stop.")]
 Force = Annotated[

@@ -51,6 +51,7 @@ def retrain(
     eval_every: o.EvalEvery = None,
     resume: o.Resume = False,
     dry_run: o.DryRun = False,
+    estimate: o.EstimateMemory = False,
     force: o.Force = False,
 ) -> None:
     """Retrain the projector of a multimodal LLM; tower and language model stay as they are.
@@ -99,6 +100,7 @@ def retrain(
             resume=resume,
             force=force,
             dry_run=dry_run,
+            estimate=estimate,
         )
     )
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.memory import Setting, estimate, kept_for_backward
 from mllm_adapters.stages import LoraSettings, apply_stage
 from tests import builders
@@ -89,3 +90,20 @@ def test_four_bits_are_an_eighth_of_32_for_the_language_models_blocks(folder: Pa
 def test_a_zero_stage_that_is_not_known_is_refused() -> None:
     with pytest.raises(UserError, match="ZeRO stage 1"):
         setting(zero=1)
+
+
+def test_the_command_prints_it_and_trains_nothing(folder: Path, tmp_path: Path) -> None:
+    shown = builders.invoke(
+        finetune_lora,
+        "--model",
+        folder,
+        "--data",
+        tmp_path / "absent.json",
+        "--out",
+        tmp_path / "out",
+        "--estimate",
+    )
+    assert shown.code == 0, shown.err
+    assert "Memory per device in GB: stage lora, 16 examples of 2048 tokens" in shown.out
+    assert "offload" in shown.out
+    assert not (tmp_path / "out").exists()

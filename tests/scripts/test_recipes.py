@@ -14,7 +14,7 @@ from mgll_encoder import inspect_tower
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.memory import Setting, estimate
+from mllm_adapters.memory import estimates
 from mllm_adapters.recipe_file import read_deepspeed, resolve
 from mllm_adapters.registry import family, open_checkpoint
 from tests import builders
@@ -32,12 +32,6 @@ KINDS = ("projector", "lora", "qlora")
 COMMANDS = {"projector": retrain_projector, "lora": finetune_lora, "qlora": finetune_lora}
 
 BEGIN, END = "# memory", "#\n# one GPU"
-PLACES = {
-    "1 device": {},
-    "8 devices, ZeRO-2": {"devices": 8, "zero": 2},
-    "8 devices, ZeRO-3": {"devices": 8, "zero": 3},
-    "8 devices, ZeRO-3 offload": {"devices": 8, "zero": 3, "offload": True},
-}
 
 
 def name(file: Path) -> str:
@@ -125,16 +119,7 @@ def memory(file: Path, folder: Path) -> str:
         f"# memory per device (mllm_adapters/memory.py) of {family(of).spec.hub_id} with an MGLL ViT-L/14, all "
         f"examples {recipe.max_length} tokens long:"
     ]
-    for place, changes in PLACES.items():
-        if recipe.qlora and changes:
-            continue
-        setting = Setting(
-            recipe.batch_size,
-            recipe.max_length,
-            gradient_checkpointing=resolved.options.gradient_checkpointing,
-            **changes,
-        )
-        found_bytes = estimate(config, recipe.stage, setting, lora=recipe.lora, qlora=recipe.qlora)
+    for place, found_bytes in estimates(config, recipe, resolved.options).items():
         host = f" and {found_bytes.host / 1e9:.1f} GB of the host's" if found_bytes.host else ""
         lines.append(f"#   {place + ':':<27}{found_bytes.device / 1e9:6.1f} GB{host}")
     return "\n".join(lines) + "\n"
