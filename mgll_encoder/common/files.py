@@ -141,17 +141,8 @@ def new_file(path: Path, force: bool = False) -> Iterator[Path]:
         UserError: ``path`` exists and ``force`` is not set.
     """
     check_free(path, force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
+    with appearing(path) as partial:
         yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str, force: bool = False) -> None:
