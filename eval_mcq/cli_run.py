@@ -72,7 +72,7 @@ class Loading:
         if not self.four_bit:
             return None
         from mgll_encoder.checkpoint import read_json
-        from mllm_adapters.quantisation import nf4
+        from mllm_adapters.training.quantisation import nf4
 
         config = self.model / "config.json"
         return nf4(read_json(config) if config.is_file() else {}, self.model, self.dtype)

@@ -23,7 +23,7 @@ def model_fingerprint(folder: Path) -> str:
     Raises:
         UserError: not a folder with a ``config.json``, and no adapter whose base is one.
     """
-    from mllm_adapters.adapters import base_of_adapter
+    from mllm_adapters.training.adapters import base_of_adapter
 
     base = base_of_adapter(folder)
     before = [f"base {model_fingerprint(base)}\n"] if base else []

@@ -30,7 +30,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 
 
 DELTA = "mgll_delta.json"
-"""What tells the folder of a delta (`mllm_adapters.delta`) from that of a checkpoint."""
+"""What tells the folder of a delta (`mllm_adapters.swap.delta`) from that of a checkpoint."""
 
 
 def refuse_delta(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 A family reads a checkpoint's headers and answers with a `Plan`: the target tensors one by one (each with the
 operation that makes it and the source tensors it is made of), the configuration and the vision contract before
-and after. Whoever executes the plan (`mllm_adapters.apply` on disk, `mllm_adapters.loading` in memory) needs to
+and after. Whoever executes the plan (`mllm_adapters.swap.apply` on disk, `mllm_adapters.loading` in memory) needs to
 know nothing about families.
 """
 
@@ -40,7 +40,7 @@ Operation = Literal[
 - ``zeros``: set to zero beside a ``reinit``.
 - ``ones``: set to one: a normalisation's scale beside a ``reinit``.
 - ``identity``: the identity matrix.
-- ``fit``: fitted on images (`mllm_adapters.align`); the values are given when the plan is executed.
+- ``fit``: fitted on images (`mllm_adapters.alignment.align`); the values are given when the plan is executed.
 - ``trained``: in the place of the source tensor, values that it was given since; no plan of a swap has it.
 """
 
@@ -134,7 +134,7 @@ class Plan(_Data):
         processor: How the processor comes about, or why none is written.
         readers: Modules that read vision features, and what becomes of them.
         notes: What the user should know.
-        alignment: How the readers were fitted, where they were (`mllm_adapters.align.Alignment.record`).
+        alignment: How the readers were fitted, where they were (`mllm_adapters.alignment.align.Alignment.record`).
     """
 
     family: str

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError, unknown_name
-from mllm_adapters.hub import fetch
 from mllm_adapters.registry import FAMILIES, family
+from mllm_adapters.swap.hub import fetch
 
 
 def resolve(name: str) -> Path:

@@ -39,12 +39,12 @@ def compose(
 
     Example: swap-encoder compose --mllm llava-med --delta llava-med-mgll-delta --out llava-med-mgll
     """
-    from mllm_adapters import delta_files
-    from mllm_adapters.apply import check_output
     from mllm_adapters.cli.swap import parts_of
-    from mllm_adapters.delta import ENCODER_PART, open_delta
     from mllm_adapters.parts import resolve
-    from mllm_adapters.report import total_bytes
+    from mllm_adapters.swap import delta_files
+    from mllm_adapters.swap.apply import check_output
+    from mllm_adapters.swap.delta import ENCODER_PART, open_delta
+    from mllm_adapters.swap.report import total_bytes
 
     check_output(out, force, [delta])
     parts = parts_of(part) | ({ENCODER_PART: encoder} if encoder else {})
@@ -77,12 +77,12 @@ def extract(
 
     Example: swap-encoder extract llava-med-mgll-aligned --mllm llava-med --out run-7-delta
     """
-    from mllm_adapters import delta_files
-    from mllm_adapters.apply import check_output
     from mllm_adapters.cli.swap import parts_of
     from mllm_adapters.parts import resolve
-    from mllm_adapters.provenance import read_record
-    from mllm_adapters.streaming import nbytes
+    from mllm_adapters.swap import delta_files
+    from mllm_adapters.swap.apply import check_output
+    from mllm_adapters.swap.provenance import read_record
+    from mllm_adapters.swap.streaming import nbytes
 
     target = out or Path(f"{folder.absolute().name}-delta")
     check_output(target, force, [folder])

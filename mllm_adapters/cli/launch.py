@@ -11,8 +11,8 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.errors import unknown_name
 
 if TYPE_CHECKING:
-    from mllm_adapters.recipe_file import Resolved
-    from mllm_adapters.training import Job, Outcome
+    from mllm_adapters.training.engine import Job, Outcome
+    from mllm_adapters.training.recipe_file import Resolved
 
 RECIPE = "recipe.yaml"
 """The recipe with every key written out, in the output folder."""
@@ -65,9 +65,9 @@ def launch(request: Request) -> None:
     Raises:
         UserError: see `resolve`, `plan_training`, `train` and `check_control`.
     """
-    from mllm_adapters.arms import control_folder, finished
-    from mllm_adapters.recipe_file import resolve
-    from mllm_adapters.training_plan import rank
+    from mllm_adapters.training.arms import control_folder, finished
+    from mllm_adapters.training.plan import rank
+    from mllm_adapters.training.recipe_file import resolve
 
     if rank():  # of several processes only the first one shows what is going on; errors are heard from all
         cli.stdout.quiet = True
@@ -92,8 +92,8 @@ def launch(request: Request) -> None:
 
 
 def _estimate(model: Path, resolved: "Resolved") -> None:
-    from mllm_adapters.memory import estimates
-    from mllm_adapters.training_plan import check_source
+    from mllm_adapters.training.memory import estimates
+    from mllm_adapters.training.plan import check_source
 
     recipe = resolved.recipe
     table = Table(
@@ -112,9 +112,9 @@ def _estimate(model: Path, resolved: "Resolved") -> None:
 
 def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> None:
     """All that can be refused before anything is loaded, for every arm."""
-    from mllm_adapters.arms import check_control
-    from mllm_adapters.checkpoints import last_checkpoint, work_folder
-    from mllm_adapters.training import check_run
+    from mllm_adapters.training.arms import check_control
+    from mllm_adapters.training.checkpoints import last_checkpoint, work_folder
+    from mllm_adapters.training.engine import check_run
 
     for arm in todo:
         # A control that has not begun is no reason to refuse to go on.
@@ -127,10 +127,10 @@ def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> N
 
 def _train(arm: Request, request: Request, resolved: "Resolved") -> None:
     """One arm, from the plan to what comes next."""
-    from mllm_adapters.arms import record_of
-    from mllm_adapters.checkpoints import last_checkpoint, work_folder
-    from mllm_adapters.training import Extras, plan_training, train
-    from mllm_adapters.watch import find_evaluator
+    from mllm_adapters.training.arms import record_of
+    from mllm_adapters.training.checkpoints import last_checkpoint, work_folder
+    from mllm_adapters.training.engine import Extras, plan_training, train
+    from mllm_adapters.training.watch import find_evaluator
 
     evaluation = resolved.evaluation
     evaluate = find_evaluator(evaluation.eval_bench) if evaluation.eval_bench else None
@@ -155,8 +155,8 @@ def _train(arm: Request, request: Request, resolved: "Resolved") -> None:
 
 def _show(job: "Job") -> None:
     """Print what trains and on what."""
-    from mllm_adapters.stages import STAGES, describe
-    from mllm_adapters.training_plan import ranks
+    from mllm_adapters.training.plan import ranks
+    from mllm_adapters.training.stages import STAGES, describe
 
     table = Table(title=f"Stage: {job.stage.stage} ({STAGES[job.stage.stage].about})")
     for heading in ("component", "trains", "frozen"):

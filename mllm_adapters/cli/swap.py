@@ -15,7 +15,7 @@ from mllm_adapters.cli.delta import compose, extract, progress_bar
 from mllm_adapters.cli.undo import restore, verify
 
 if TYPE_CHECKING:
-    from mllm_adapters.align import Alignment
+    from mllm_adapters.alignment.align import Alignment
     from mllm_adapters.checkpoint import Checkpoint
     from mllm_adapters.contract import Family, Plan, Target
     from mllm_adapters.planning import TowerDtype
@@ -124,14 +124,14 @@ def swap(
         raise UserError("--copy goes without --delta: a delta holds no file of the checkpoint")
 
     from mgll_encoder import inspect_tower
-    from mllm_adapters.apply import apply_plan
-    from mllm_adapters.delta import stored_names
-    from mllm_adapters.delta_files import write_delta
-    from mllm_adapters.hub import check_push, push
     from mllm_adapters.parts import resolve
     from mllm_adapters.planning import with_tower_dtype
     from mllm_adapters.registry import open_checkpoint
-    from mllm_adapters.report import total_bytes
+    from mllm_adapters.swap.apply import apply_plan
+    from mllm_adapters.swap.delta import stored_names
+    from mllm_adapters.swap.delta_files import write_delta
+    from mllm_adapters.swap.hub import check_push, push
+    from mllm_adapters.swap.report import total_bytes
 
     if push_to_hub is not None and not dry_run:
         check_push(push_to_hub)
@@ -190,10 +190,10 @@ def convert(
 
     Example: swap-encoder convert --mllm llava-v1.5-7b --out llava-v1.5-7b-hf
     """
-    from mllm_adapters.apply import apply_plan
     from mllm_adapters.parts import resolve
     from mllm_adapters.registry import open_checkpoint
-    from mllm_adapters.report import total_bytes
+    from mllm_adapters.swap.apply import apply_plan
+    from mllm_adapters.swap.report import total_bytes
 
     checkpoint, family, _ = open_checkpoint(resolve(mllm), parts_of(part))
     plan = family.plan(checkpoint)
@@ -281,9 +281,9 @@ def _show(
     copy: bool,
 ) -> None:
     """Check a plan and print it; of a delta, ``held`` are the tensors that it holds."""
-    from mllm_adapters.apply import check_output, inputs
     from mllm_adapters.loading import check_complete
-    from mllm_adapters.report import plan_table
+    from mllm_adapters.swap.apply import check_output, inputs
+    from mllm_adapters.swap.report import plan_table
 
     check_output(out, force, inputs(plan))
     check_complete(plan)
@@ -296,7 +296,7 @@ def _show(
 
 
 def _fitting(images: Path | None, samples: int | None, device: str | None) -> Fitting | None:
-    from mllm_adapters.align import SAMPLES
+    from mllm_adapters.alignment.align import SAMPLES
 
     if images is not None:
         return Fitting(images, samples or SAMPLES, device or "auto")
@@ -308,8 +308,8 @@ def _fitting(images: Path | None, samples: int | None, device: str | None) -> Fi
 
 def _to_be_fitted(plan: "Plan", family: "Family", checkpoint: "Checkpoint", fitting: Fitting) -> "Plan":
     """The plan with its readers to be fitted; what the options ask for is there."""
-    from mllm_adapters.align import find_device, fitted_plan
-    from mllm_adapters.matching import find_images
+    from mllm_adapters.alignment.align import find_device, fitted_plan
+    from mllm_adapters.alignment.matching import find_images
 
     find_images(fitting.images, fitting.samples)
     find_device(fitting.device)
@@ -320,8 +320,8 @@ def _fit(
     plan: "Plan", family: "Family", checkpoint: "Checkpoint", fitting: Fitting, as_json: bool
 ) -> "Alignment":
     """Fit the readers and say how well that went."""
-    from mllm_adapters.align import align
-    from mllm_adapters.report import alignment_table
+    from mllm_adapters.alignment.align import align
+    from mllm_adapters.swap.report import alignment_table
 
     found = align(
         plan,

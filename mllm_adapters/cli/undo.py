@@ -37,7 +37,7 @@ def verify(
     from rich.markup import escape
     from rich.table import Table
 
-    from mllm_adapters.verify import Verification
+    from mllm_adapters.swap.verify import Verification
 
     checks = list(cli.track(Verification(folder, encoder, source).checks(quick=quick), "verifying"))
     if as_json:
@@ -90,9 +90,9 @@ def restore(
     name = folder.absolute().name
     target = out or Path(f"{name}-{'encoder' if to_encoder else 'restored'}")
 
-    from mllm_adapters import undo
     from mllm_adapters.cli.swap import parts_of
     from mllm_adapters.parts import resolve
+    from mllm_adapters.swap import undo
 
     if original is None:
         undo.to_encoder(folder, target, force=force)

@@ -46,7 +46,7 @@ from mllm_adapters.families.janus_source import (
 from mllm_adapters.families.llava import Llava
 from mllm_adapters.planning import REPLACED, after_swap, refit_reader, swap_notes, tower_steps
 from mllm_adapters.processing import check_placeholder, llava_processor
-from mllm_adapters.streaming import nbytes
+from mllm_adapters.swap.streaming import nbytes
 
 OWN_TYPE = "mgll_janus"
 

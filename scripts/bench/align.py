@@ -18,8 +18,8 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.files import write_text
 
 if TYPE_CHECKING:
-    from mllm_adapters.align import Alignment
-    from mllm_adapters.training import Job
+    from mllm_adapters.alignment.align import Alignment
+    from mllm_adapters.training.engine import Job
 
 LETTERS = "ABCD"
 
@@ -51,7 +51,7 @@ def bench(
     Example: python scripts/bench/align.py --mllm base --encoder mgll --align images --data test.json --train train.json
     --images images
     """
-    from mllm_adapters.training import Recipe, plan_training
+    from mllm_adapters.training.engine import Recipe, plan_training
 
     with tempfile.TemporaryDirectory() as scratch:
         arms: dict[str, tuple[Path, Alignment | None]] = {"base": (mllm, None)}
@@ -88,9 +88,9 @@ def swapped(
 ) -> "tuple[Path, Alignment | None]":
     """A swap, aligned on images where there are any."""
     from mgll_encoder import inspect_tower
-    from mllm_adapters.align import align, fitted_plan
-    from mllm_adapters.apply import apply_plan
+    from mllm_adapters.alignment.align import align, fitted_plan
     from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.swap.apply import apply_plan
 
     checkpoint, family, _ = open_checkpoint(mllm)
     plan = family.plan(checkpoint, inspect_tower(encoder))
@@ -106,7 +106,7 @@ def measure(job: "Job", limit: int, model: Any | None = None) -> tuple[float, fl
     import torch
     from torch.nn.functional import cross_entropy
 
-    from mllm_adapters.examples import IGNORED, AnswerCollator, ConversationDataset
+    from mllm_adapters.data.examples import IGNORED, AnswerCollator, ConversationDataset
 
     model = job.model if model is None else model
     tokenizer = job.processor.tokenizer
@@ -135,7 +135,7 @@ def retrain(
     """(step, test loss) while the swap is retrained, until its test loss is that of the aligned one."""
     from transformers import TrainerCallback
 
-    from mllm_adapters.training import RunOptions, train
+    from mllm_adapters.training.engine import RunOptions, train
 
     curve: list[tuple[int, float]] = []
 

@@ -40,7 +40,7 @@ import mllm_adapters.cli.swap, mllm_adapters.families.llava, mllm_adapters.suppo
 import mgll_encoder.preprocess
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlavaForConditionalGeneration
 from mgll_encoder import inspect_tower
-from mllm_adapters.apply import apply_plan
+from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.loading import check_complete
 from mllm_adapters.registry import open_checkpoint
 host, encoder, out = map(Path, sys.argv[1:])

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
-from mllm_adapters.apply import apply_plan
 from mllm_adapters.contract import Plan
 from mllm_adapters.families.llava_fields import TEXT_MODELS
 from mllm_adapters.locate import find_part
 from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 
 HOSTS = ["llava", "llava_med"]

@@ -97,9 +97,9 @@ def _train(
     import torch
     from transformers import TrainerCallback
 
-    from mllm_adapters.recipe_file import resolve
-    from mllm_adapters.training import plan_training, train
-    from mllm_adapters.training_plan import rank
+    from mllm_adapters.training.engine import plan_training, train
+    from mllm_adapters.training.plan import rank
+    from mllm_adapters.training.recipe_file import resolve
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -8,7 +8,7 @@ import deepspeed
 import torch
 import transformers  # noqa: F401
 
-import mllm_adapters.training  # noqa: F401
+import mllm_adapters.training.engine  # noqa: F401
 
 torch.set_num_threads(1)
 # Sums in shared memory instead of over gloo: compiled by gcc at first use, minutes on a busy machine.

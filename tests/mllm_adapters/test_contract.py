@@ -12,11 +12,11 @@ from transformers import AutoModelForImageTextToText
 
 from mgll_encoder import inspect_tower
 from mllm_adapters import load_mllm
-from mllm_adapters.apply import apply_plan
 from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.stages import apply_stage
+from mllm_adapters.swap.apply import apply_plan
+from mllm_adapters.training.stages import apply_stage
 from tests.mllm_adapters.families import (
     aya_vision,
     instructblip,

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.conversations import Conversation, read_conversations, read_corpus
-from mllm_adapters.training_rows import DataOptions
+from mllm_adapters.data.conversations import Conversation, read_conversations, read_corpus
+from mllm_adapters.data.training_rows import DataOptions
 from tests import builders
 from tests.mllm_adapters.retraining import turns, write_json
 

@@ -18,11 +18,11 @@ from eval_mcq.fingerprint import model_fingerprint
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main
-from mllm_adapters.delta import DELTA_WEIGHTS, FROM_BASE, read_delta
-from mllm_adapters.provenance import read_record
-from mllm_adapters.rewrite import replace_tensors
-from mllm_adapters.streaming import nbytes, spans
-from mllm_adapters.verify import _logits
+from mllm_adapters.swap.delta import DELTA_WEIGHTS, FROM_BASE, read_delta
+from mllm_adapters.swap.provenance import read_record
+from mllm_adapters.swap.rewrite import replace_tensors
+from mllm_adapters.swap.streaming import nbytes, spans
+from mllm_adapters.swap.verify import _logits
 from tests import builders
 from tests.builders import invoke, refused
 from tests.eval_mcq.helpers import small_bench

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from mllm_adapters.cli.swap import main
-from mllm_adapters.verify import Verification
+from mllm_adapters.swap.verify import Verification
 from tests.builders import invoke, refused
 from tests.mllm_adapters.fake_hub import FakeHub, serving
 from tests.mllm_adapters.llava_checkpoints import a_tower

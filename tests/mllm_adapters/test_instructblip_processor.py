@@ -14,9 +14,9 @@ from transformers import (
 from eval_mcq.schema import MCQItem
 from eval_mcq.score import Scorer
 from mllm_adapters import load_mllm
-from mllm_adapters.conversations import Conversation, Corpus
-from mllm_adapters.examples import IGNORED, AnswerCollator, encode, prepare_examples
-from mllm_adapters.stages import apply_stage
+from mllm_adapters.data.conversations import Conversation, Corpus
+from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.training.stages import apply_stage
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import a_tower
 from tests.mllm_adapters.tiny_instructblip import QUESTION, swap, text_tokenizer, tiny_instructblip

@@ -14,13 +14,13 @@ from eval_mcq.score import Scorer
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
-from mllm_adapters.apply import apply_plan
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.conversations import Conversation, Corpus
-from mllm_adapters.examples import IGNORED, AnswerCollator, check_processor, encode, prepare_examples
+from mllm_adapters.data.conversations import Conversation, Corpus
+from mllm_adapters.data.examples import IGNORED, AnswerCollator, check_processor, encode, prepare_examples
 from mllm_adapters.modeling.janus import MgllJanusConfig
 from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.stages import components
+from mllm_adapters.swap.apply import apply_plan
+from mllm_adapters.training.stages import components
 from tests import builders
 from tests.builders import sparse_checkpoint
 from tests.mllm_adapters import janus_files as files

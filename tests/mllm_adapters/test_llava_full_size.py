@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from mgll_encoder import inspect_tower
-from mllm_adapters.apply import bytes_linked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Plan
 from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.report import total_bytes
+from mllm_adapters.swap.apply import bytes_linked
+from mllm_adapters.swap.report import total_bytes
 from tests.builders import sparse_checkpoint
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
 

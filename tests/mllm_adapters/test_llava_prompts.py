@@ -13,8 +13,8 @@ from eval_mcq.schema import MCQItem
 from eval_mcq.score import Scorer
 from mllm_adapters import load_mllm
 from mllm_adapters.contract import Plan
-from mllm_adapters.conversations import read_corpus
-from mllm_adapters.examples import AnswerCollator, encode, prepare_examples
+from mllm_adapters.data.conversations import read_corpus
+from mllm_adapters.data.examples import AnswerCollator, encode, prepare_examples
 from mllm_adapters.registry import open_checkpoint
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import convert, first_llava, original_llava

@@ -22,12 +22,12 @@ from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD
 from mllm_adapters import load_mllm
-from mllm_adapters.apply import apply_plan
-from mllm_adapters.conversations import Conversation, Corpus
-from mllm_adapters.examples import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.data.conversations import Conversation, Corpus
+from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
 from mllm_adapters.modeling.flamingo import FlamingoConfig, FlamingoForConditionalGeneration
 from mllm_adapters.modeling.flamingo_blocks import attended_image
 from mllm_adapters.registry import detect, open_checkpoint
+from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters.families import full_size
 from tests.mllm_adapters.families import med_flamingo as family

@@ -9,8 +9,8 @@ from transformers import AutoModelForImageTextToText
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.lora import main as finetune_lora
-from mllm_adapters.memory import Setting, estimate, kept_for_backward
-from mllm_adapters.stages import LoraSettings, apply_stage
+from mllm_adapters.training.memory import Setting, estimate, kept_for_backward
+from mllm_adapters.training.stages import LoraSettings, apply_stage
 from tests import builders
 
 

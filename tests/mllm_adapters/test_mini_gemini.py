@@ -22,13 +22,13 @@ from mgll_encoder.checkpoint import open_checkpoint as open_checkpoint_file
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 from mllm_adapters import load_mllm
-from mllm_adapters.apply import apply_plan
 from mllm_adapters.contract import Plan
-from mllm_adapters.conversations import Conversation, Corpus
-from mllm_adapters.examples import AnswerCollator, encode, prepare_examples
+from mllm_adapters.data.conversations import Conversation, Corpus
+from mllm_adapters.data.examples import AnswerCollator, encode, prepare_examples
 from mllm_adapters.locate import find_part
 from mllm_adapters.modeling.mini_gemini_processor import low_resolution
 from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters.families import full_size

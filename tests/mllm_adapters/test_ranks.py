@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from mllm_adapters.loading import load_mllm
-from mllm_adapters.trainer import WEIGHTS
+from mllm_adapters.training.trainer import WEIGHTS
 from tests.mllm_adapters import complete, ranks
 from tests.mllm_adapters.retraining import colour_rows, loud_llava, turns, write_json
 
@@ -94,8 +94,8 @@ def test_a_run_that_lost_a_process_goes_on_where_it_was_saved(run, kind):
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_families_train_on_two_processes(run, name, kind, request, tmp_path):
-    from mllm_adapters.apply import apply_plan
     from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.swap.apply import apply_plan
 
     source = complete.BUILDERS[name](tmp_path / "host", lambda: request.getfixturevalue("golden"))
     checkpoint, family, layout = open_checkpoint(source)

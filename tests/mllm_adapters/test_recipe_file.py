@@ -5,8 +5,8 @@ import pytest
 import yaml
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.recipe import Recipe
-from mllm_adapters.recipe_file import resolve
+from mllm_adapters.training.recipe import Recipe
+from mllm_adapters.training.recipe_file import resolve
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from mllm_adapters.ridge import STRENGTHS, Linear, Moments, fit_readers
+from mllm_adapters.alignment.ridge import STRENGTHS, Linear, Moments, fit_readers
 
 NEW, OLD, OUT = 7, 5, 4
 

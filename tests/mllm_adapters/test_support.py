@@ -16,8 +16,8 @@ from mllm_adapters import support
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.contract import Plan
 from mllm_adapters.registry import FAMILIES, family, open_checkpoint
-from mllm_adapters.report import loads_with
 from mllm_adapters.support import Size, Support
+from mllm_adapters.swap.report import loads_with
 from tests import builders
 from tests.mllm_adapters import (
     janus_files,

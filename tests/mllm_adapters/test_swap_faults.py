@@ -21,10 +21,10 @@ from transformers import LlavaForConditionalGeneration
 
 from mgll_encoder import inspect_tower
 from mllm_adapters import load_mllm
-from mllm_adapters.apply import apply_plan
 from mllm_adapters.cli.swap import main
 from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.verify import Verification
+from mllm_adapters.swap.apply import apply_plan
+from mllm_adapters.swap.verify import Verification
 from tests.builders import invoke, refused
 from tests.mllm_adapters.llava_checkpoints import a_tower
 
@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_nothing(
     host: Path, tower: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else writes at the same time: the check has passed, and yet there is no room."""
-    monkeypatch.setattr("mllm_adapters.apply.check_space", lambda *_: None)
+    monkeypatch.setattr("mllm_adapters.swap.apply.check_space", lambda *_: None)
     message = refused(*swap(host, tower, small_disk / "out"))
     assert "cannot be written" in message
     assert "No space left on device" in message

@@ -8,10 +8,10 @@ import pytest
 from eval_mcq.prompt import render
 from eval_mcq.schema import SCHEMA, load_bench
 from mgll_encoder.common.errors import UserError
-from mllm_adapters import captions, image_facts, questions, tables, training_rows
 from mllm_adapters.cli.retrain import main as retrain_projector
-from mllm_adapters.conversations import DataOptions, read_corpus
-from mllm_adapters.examples import prepare_examples
+from mllm_adapters.data import captions, image_facts, questions, tables, training_rows
+from mllm_adapters.data.conversations import DataOptions, read_corpus
+from mllm_adapters.data.examples import prepare_examples
 from mllm_adapters.loading import load_processor
 from tests import builders
 from tests.eval_mcq.helpers import small_bench

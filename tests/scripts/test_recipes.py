@@ -14,9 +14,9 @@ from mgll_encoder import inspect_tower
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.memory import estimates
-from mllm_adapters.recipe_file import read_deepspeed, resolve
 from mllm_adapters.registry import family, open_checkpoint
+from mllm_adapters.training.memory import estimates
+from mllm_adapters.training.recipe_file import read_deepspeed, resolve
 from tests import builders
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.families.full_size import published_tower
@@ -116,8 +116,8 @@ def memory(file: Path, folder: Path) -> str:
     checkpoint, found, _ = open_checkpoint(folder / of)
     config = found.plan(checkpoint, inspect_tower(folder / "mgll", activation="gelu")).config
     lines = [
-        f"# memory per device (mllm_adapters/memory.py) of {family(of).spec.hub_id} with an MGLL ViT-L/14, all "
-        f"examples {recipe.max_length} tokens long:"
+        f"# memory per device (mllm_adapters/training/memory.py) of {family(of).spec.hub_id} with an MGLL ViT-L/14, "
+        f"all examples {recipe.max_length} tokens long:"
     ]
     for place, found_bytes in estimates(config, recipe, resolved.options).items():
         host = f" and {found_bytes.host / 1e9:.1f} GB of the host's" if found_bytes.host else ""

@@ -5,7 +5,7 @@ from pathlib import Path
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Plan
 from mllm_adapters.loading import check_complete
-from mllm_adapters.streaming import nbytes
+from mllm_adapters.swap.streaming import nbytes
 
 
 def check_full_size(plan: Plan, checkpoint: Checkpoint, *, weights: int) -> None:

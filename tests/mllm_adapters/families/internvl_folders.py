@@ -12,9 +12,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import pre_tokenizers
 
 from mgll_encoder import inspect_tower
-from mllm_adapters.apply import apply_plan
 from mllm_adapters.contract import Plan, Target
 from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.swap.apply import apply_plan
 
 QUESTION = "Which disease does this image show?"
 

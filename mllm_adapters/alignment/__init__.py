@@ -1,0 +1,1 @@
+"""Fitting the readers of a swapped tower in closed form."""

@@ -1,0 +1,351 @@
+"""Alignment in closed form: readers fitted on unlabelled images, to do with the new tower what they did with the old.
+
+Both towers see the same images. For every linear layer that reads vision features, ridge regression finds the layer
+that gives, on the new features, the pre-activations that the old one gave on the old features
+(`mllm_adapters.alignment.ridge`).
+Normalisations before a reader stay as the plan has them: the regression is on what comes out of them, so it is exact
+for both together. Nothing is trained, and no language model is loaded.
+
+Tokens are matched by place. Old features are read off between patch centres (bilinear) where the new tower has
+another grid, or where old and new preprocessing show another part of the picture: what a centre crop leaves out has
+no old features, and counts for nothing. The class token is matched with the class token.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.images import open_image
+from mgll_encoder.data.skipped import Skipped
+from mllm_adapters.alignment.matching import FEWEST, Watch, find_images
+from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_readers
+from mllm_adapters.alignment.sight import Sight, sight_of_plan, sight_of_source
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.contract import Family, Plan, Reading, Step
+
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Iterates under a progress bar: items, what is done with them, how many there are."""
+
+SAMPLES = 500
+"""Images that are used, unless told otherwise."""
+
+BATCH = 8
+"""Images that pass through the towers together."""
+
+HELD_OUT = 5
+"""Every so-many-th image is held out."""
+
+POOR = 0.5
+"""Held-out R² below which the fit has failed; docs/alignment.md has what was measured."""
+
+SCARCE = 5
+"""Tokens per feature below which more images would help."""
+
+FEATURES = 1e-6
+"""Ridge of the layer that writes into the new features' space (`Reading.adds`), relative to its mean square."""
+
+
+@dataclass(frozen=True)
+class ReaderFit:
+    """What became of a reader.
+
+    Attributes:
+        reader: Its name in the checkpoint.
+        r2: Share of the variance of its pre-activations on held-out images that the fit explains.
+        relative_error: Root mean square error there, relative to the root mean square of the pre-activations.
+        r2_unaligned: The same share for the reader as a swap would have left it; None where it would be drawn anew.
+        strength: Ridge strength, relative to the mean variance of the features.
+        towards: What the ridge pulls towards: ``zero`` or ``kept``, the reader as a swap would have left it.
+        intercept: Whether an intercept was fitted; a reader without bias has none.
+        seconds: Time to solve for it and those that read the same features.
+    """
+
+    reader: str
+    r2: float
+    relative_error: float
+    r2_unaligned: float | None
+    strength: float
+    towards: str
+    intercept: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Fitted readers.
+
+    Attributes:
+        tensors: Their values, float32, by names in the checkpoint.
+        fits: What became of each.
+        images: Folder or manifest that the images come from.
+        used: Images that were used.
+        held_out: How many of these chose the ridge strength.
+        tokens: Tokens that the readers were fitted on.
+        unreadable: Images that were left out.
+        skipped: Why, in words.
+        seconds: Time for everything.
+        device: Where the towers ran.
+    """
+
+    tensors: Mapping[str, Tensor]
+    fits: tuple[ReaderFit, ...]
+    images: Path
+    used: int
+    held_out: int
+    tokens: int
+    unreadable: int
+    skipped: tuple[str, ...]
+    seconds: float
+    device: str
+
+    def record(self) -> dict[str, Any]:
+        """For ``mgll_swap.json``: without values, and without paths, which may name patients."""
+        kept = ("used", "unreadable", "held_out", "tokens", "seconds", "device")
+        fields = {name: getattr(self, name) for name in kept}
+        return {
+            "images": self.images.absolute().name,
+            **fields,
+            "readers": [asdict(fit) for fit in self.fits],
+        }
+
+    def apply_to(self, plan: Plan) -> Plan:
+        """The plan with what became of its readers, for provenance and model card."""
+        fates = {fit.reader: f"fitted on {self.used} images, held-out R² {fit.r2:.3f}" for fit in self.fits}
+        readers = {**plan.readers, **fates}
+        return plan.model_copy(update={"readers": readers, "alignment": self.record()})
+
+    def warnings(self) -> list[str]:
+        """What the user should know before relying on it."""
+        found = list(self.skipped)
+        for fit in self.fits:
+            if fit.r2 < POOR:
+                found.append(
+                    f"alignment did not work for {fit.reader}: on held-out images it explains {fit.r2:.0%} of what the "
+                    f"old tower's features gave; add images (--align-samples, now {self.used}) of the kind that the "
+                    "model is to see, and retrain the projector before use"
+                )
+        widest = max(value.shape[-1] for value in self.tensors.values() if value.ndim == 2)
+        if self.tokens < SCARCE * widest:
+            found.append(
+                f"{self.used} images gave {self.tokens} tokens for features {widest} wide: more images will fit better"
+            )
+        return found
+
+
+def fitted_plan(plan: Plan, family: Family, checkpoint: Checkpoint) -> Plan:
+    """A swap's plan with its readers to be fitted on images.
+
+    Raises:
+        UserError: it swaps nothing, or has no linear layer that reads features.
+    """
+    if not plan.swapped:
+        raise UserError("--align goes with a new tower: give one with --encoder")
+    plan = family.for_alignment(plan, checkpoint)
+    readings = family.readings(plan)
+    if not readings:
+        raise UserError(
+            f"{plan.source}: no linear layer of its own reads the tower's features ({', '.join(plan.readers)}), so "
+            "there is nothing to align: leave out --align and retrain the projector"
+        )
+    linears = {name for reading in readings for name in (reading.linear, reading.adds) if name}
+    steps = [_to_fit(step) if step.name.rpartition(".")[0] in linears else step for step in plan.steps]
+    fates = {name: "fitted on images" if name in linears else fate for name, fate in plan.readers.items()}
+    return plan.model_copy(update={"steps": tuple(steps), "readers": fates})
+
+
+def _to_fit(step: Step) -> Step:
+    replaces = step.replaces or next(iter(step.sources), None)
+    return step.model_copy(update={"operation": "fit", "sources": (), "replaces": replaces, "arguments": {}})
+
+
+@torch.no_grad()
+def align(
+    plan: Plan,
+    family: Family,
+    checkpoint: Checkpoint,
+    images: Path,
+    *,
+    samples: int = SAMPLES,
+    device: str = "auto",
+    track: Track = lambda items, *_: items,
+) -> Alignment:
+    """Fit the readers of a swap on images.
+
+    Args:
+        plan: What the swap will write, as planned without alignment.
+        family: The family that made it.
+        checkpoint: Its source.
+        images: Folder of images, searched recursively, or an MGLL manifest.
+        samples: Most images to use; which ones is drawn, always the same.
+        device: Where the towers run: ``auto``, or what torch calls it.
+        track: Shows progress.
+
+    Raises:
+        UserError: there are too few images, the old tower cannot be found, or there is no such device.
+    """
+    began, place = time.monotonic(), find_device(device)
+    target = fitted_plan(plan, family, checkpoint)
+    files, readings = find_images(images, samples), family.readings(target)
+    try:
+        old = sight_of_source(target, family, checkpoint, place)
+    except UserError as error:
+        raise UserError(f"--align needs the model as it was, tower and all: {error}") from error
+    new = sight_of_plan(target, family, checkpoint, place)
+    points = {_point(r): (_point(r), r.at or r.host or r.linear) for r in readings}
+    data = _Data(Watch(family, old, new, points))
+    for start in track(range(0, len(files), BATCH), "looking at images", -(-len(files) // BATCH)):
+        data.add(files[start : start + BATCH])
+    if data.used < FEWEST:
+        found = "; ".join(data.skipped.lines())
+        raise UserError(
+            f"--align {images}: {data.used} readable images are too few, {FEWEST} at least are needed; {found}"
+        )
+    tensors, fits = _solve(data, readings, old, plan, target)
+    return Alignment(
+        tensors=tensors,
+        fits=tuple(fits),
+        images=images,
+        used=data.used,
+        held_out=len(range(HELD_OUT - 1, data.used, HELD_OUT)),
+        tokens=max(one.tokens for one in data.fitted.values()),
+        unreadable=data.skipped.total,
+        skipped=tuple(data.skipped.lines()),
+        seconds=round(time.monotonic() - began, 1),
+        device=str(place),
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """The torch device of this name; ``auto`` for an accelerator if there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        here = torch.accelerator.current_accelerator(check_available=True)
+        known = f"cpu or {here.type}" if here else "cpu"
+        raise UserError(f"--align-device {name}: no such device here: take auto, {known}") from None
+    return device
+
+
+def _point(reading: Reading) -> str:
+    return reading.at or reading.linear
+
+
+class _Data:
+    """Moments of what two towers see, to fit on and to choose the ridge strength with.
+
+    Args:
+        watch: Shows them pictures.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self.fitted: dict[str, Moments] = {}
+        self.held_out: dict[str, Moments] = {}
+        self.skipped = Skipped()
+        self.used = 0
+
+    def add(self, files: Sequence[Path]) -> None:
+        """Look at a batch of images; those that cannot be opened are left out and counted."""
+        pictures: list[Image.Image] = []
+        for file in files:
+            try:
+                pictures.append(open_image(file))
+            except UserError as error:
+                self.skipped.add("images that cannot be opened", str(error))
+        if not pictures:
+            return
+        numbers = torch.arange(self.used, self.used + len(pictures))
+        held = numbers % HELD_OUT == HELD_OUT - 1
+        for point, pairs in self._watch.look(pictures).items():
+            for moments, chosen in ((self.fitted, ~held), (self.held_out, held)):
+                new, old = pairs.rows(chosen)
+                if point not in moments:
+                    # Apple's accelerator has no float64.
+                    device = new.device if new.device.type != "mps" else torch.device("cpu")
+                    moments[point] = Moments(new.shape[-1], old.shape[-1], device)
+                moments[point].add(new, old)
+        self.used += len(pictures)
+
+
+def _solve(
+    data: _Data, readings: Sequence[Reading], old: Sight, plan: Plan, target: Plan
+) -> tuple[dict[str, Tensor], list[ReaderFit]]:
+    """Values of the fitted tensors, and how good they are."""
+    biased = {step.name.removesuffix(".bias") for step in target.steps if step.name.endswith(".bias")}
+    drawn = {step.name.removesuffix(".weight") for step in plan.steps if step.operation == "reinit"}
+    tensors: dict[str, Tensor] = {}
+    fits: dict[str, ReaderFit] = {}
+    for point in data.fitted:
+        began, group = time.monotonic(), [r for r in readings if _point(r) == point]
+        fitted, held_out = data.fitted[point], data.held_out[point]
+        targets = [_target(old, r, fitted.old, bias=r.linear in biased) for r in group]
+        stays = fitted.new == fitted.old
+        starts = [
+            one if stays and r.linear not in drawn else None for r, one in zip(group, targets, strict=True)
+        ]
+        found = fit_readers(fitted, held_out, targets, starts)
+        seconds = round(time.monotonic() - began, 2)
+        for reading, one in zip(group, found, strict=True):
+            fits[reading.linear] = _described(reading.linear, one, seconds)
+            tensors |= _tensors(reading.linear, one.layer)
+            if reading.adds:
+                tensors |= _tensors(reading.adds, _writer(old, reading, one.layer))
+    return tensors, [fits[reading.linear] for reading in readings]
+
+
+def _target(old: Sight, reading: Reading, width: int, *, bias: bool) -> Linear:
+    """What the old model does with its features at a reader: a layer, or nothing."""
+    module = old.module(reading.host or reading.linear)
+    if isinstance(module, nn.Linear):
+        given = module.bias if module.bias is not None else module.weight.new_zeros(module.out_features)
+        return Linear(module.weight, given if bias else None)
+    return Linear(torch.eye(width), torch.zeros(width) if bias else None)
+
+
+def _described(reader: str, fit: Fit, seconds: float) -> ReaderFit:
+    return ReaderFit(
+        reader=reader,
+        r2=round(fit.r2, 4),
+        relative_error=round(fit.error, 4),
+        r2_unaligned=None if fit.r2_start is None else round(fit.r2_start, 4),
+        strength=fit.strength,
+        towards="kept" if fit.shrunk_to_start else "zero",
+        intercept=fit.layer.bias is not None,
+        seconds=seconds,
+    )
+
+
+def _tensors(name: str, layer: Linear) -> dict[str, Tensor]:
+    values = {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+    return {key: value.float().cpu() for key, value in values.items() if value is not None}
+
+
+def _writer(old: Sight, reading: Reading, layer: Linear) -> Linear:
+    """The layer that adds to the features, such that the fitted reader makes of it what the old one made.
+
+    Least squares again, V' of W' V' = W V, with a small ridge where W' has fewer columns than W.
+    """
+    reader, writer = old.module(reading.linear), old.module(str(reading.adds))
+    assert isinstance(reader, nn.Linear)
+    assert isinstance(writer, nn.Linear)
+    new = layer.weight
+    square = new.T @ new
+    ridge = (
+        FEATURES * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype, device=square.device)
+    )
+    back = torch.linalg.solve(square + ridge, new.T) @ reader.weight.to(new)
+    return Linear(back @ writer.weight.to(new), back @ writer.bias.to(new))

@@ -1,0 +1,1 @@
+"""Training data: from files of several formats to rendered, counted and encoded examples."""

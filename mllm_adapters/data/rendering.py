@@ -1,0 +1,90 @@
+"""Conversations in the model's own words, and where its answers stand in them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.data.dialogue import Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A rendered conversation.
+
+    Attributes:
+        images: Paths below the image folder, in the order of their placeholders.
+        text: The rendered text; one placeholder per image.
+        answers: Where the assistant's answers stand in ``text``, each with its end-of-turn token.
+    """
+
+    images: tuple[str, ...]
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+def check_processor(processor: Any) -> None:
+    """See to it that training examples can be made with this processor.
+
+    Raises:
+        UserError: there is none, it has no chat template, it writes text that its chat template does not, or its
+            tokenizer gives no character offsets.
+    """
+    if processor is None:
+        raise UserError(
+            "the model folder holds no tokenizer, so text cannot be read: add its processor files"
+        )
+    if not processor.chat_template:
+        raise UserError("the model's processor has no chat template: add chat_template.jinja to its folder")
+    if getattr(processor, "use_default_system_prompt", False):  # of Janus: it would shift the labels
+        raise UserError(
+            "the model's processor puts a system prompt before what its chat template writes: set "
+            "use_default_system_prompt to false in processor_config.json, and write the prompt into the template"
+        )
+    if not processor.tokenizer.is_fast:
+        raise UserError("the model's tokenizer gives no character offsets: add its tokenizer.json")
+
+
+def render(conversation: Conversation, processor: Any) -> Example:
+    """Render a conversation and find its answers, by rendering every prompt that precedes one.
+
+    An answer begins where the generation prompt ends, and ends with what the template puts after it, trailing
+    white space excepted.
+
+    Raises:
+        UserError: a prompt is no prefix of the whole (a template that rewrites history), or the template does
+            not place the images.
+    """
+    messages = conversation.messages()
+    text = processor.apply_chat_template(messages)
+    answers = []
+    for index in range(1, len(messages), 2):
+        prompt = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
+        answered = processor.apply_chat_template(messages[: index + 1])
+        if not (answered.startswith(prompt) and text.startswith(answered)):
+            raise UserError(
+                "the model's chat template cannot be used for training: the prompt of answer "
+                f"{index // 2 + 1} (id {conversation.id!r}) is not what the whole conversation begins with"
+            )
+        answers.append((len(prompt), len(answered.rstrip())))
+    placeholders = text.count(processor.image_token)
+    if placeholders != len(conversation.images):
+        raise UserError(
+            f"id {conversation.id!r} has {len(conversation.images)} images, its rendered text {placeholders} "
+            f"{processor.image_token}: the chat template must write one per image, and the data none"
+        )
+    return Example(conversation.images, text, tuple(answers))
+
+
+def adds_special_tokens(text: str, processor: Any) -> bool:
+    """Whether the tokenizer must add its own: not where the template has written the first one already."""
+    first = processor.tokenizer.bos_token
+    return not (first and text.startswith(first))
+
+
+def image_tokens(size: tuple[int, int], processor: Any) -> int:
+    """How many tokens an image of this size becomes, by asking the processor."""
+    blank = Image.new("RGB", size)
+    features = processor(text=[processor.image_token], images=[blank], add_special_tokens=False)
+    return len(features["input_ids"][0])

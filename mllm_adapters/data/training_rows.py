@@ -1,0 +1,322 @@
+"""Training files of any format, read as a stream and kept as memory-mapped Arrow: one row per conversation.
+
+A file says itself what it is: a JSON list or JSON Lines of LLaVA conversations, a bench of eval-mcq (its first line has
+a ``schema``), or a manifest of ``mgll-encoder data`` (its first line has a ``format``).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO, TypedDict, TypeVar
+
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets
+from filelock import FileLock
+from pydantic import BaseModel, ValidationError
+
+from mgll_encoder.common.cli import track
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.files import appearing, cache_folder, sha256
+from mgll_encoder.data.manifest import image_folder, read_header
+from mgll_encoder.data.manifest import read_rows as read_manifest
+from mllm_adapters.data.captions import ALL, CAPTION_PROMPTS_VERSION, caption, caption_prompt
+from mllm_adapters.data.dialogue import IMAGE_TAG, Conversation, Turn, faults_of
+from mllm_adapters.data.questions import ANSWERS, BENCH_SCHEMA, BenchQuestion
+
+ROWS_VERSION = 1
+"""Part of the key of cached rows: changes when the same file would give other rows."""
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("turns", pa.list_(pa.string())),
+        ("train", pa.bool_()),
+    ]
+)
+"""``id`` as JSON; ``turns`` alternate, the human first; ``train`` is false for rows of another side of a split."""
+
+CHUNK = 1 << 20
+BATCH = 1000
+DECODER = json.JSONDecoder()
+SPACE = re.compile(r"\s*")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How rows are made of files.
+
+    Attributes:
+        answer: What is learnt of a multiple-choice question: ``letter``, ``text`` or ``both``.
+        caption: Granularity of a manifest that becomes the caption, or ``all`` for all of them in order.
+        strict: Whether images that cannot be read stop the run; otherwise their rows are left out and counted.
+        seed: Chooses the questions that captions answer.
+    """
+
+    answer: str = "letter"
+    caption: str = ALL
+    strict: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.answer not in ANSWERS:
+            raise unknown_name("--answer", self.answer, ANSWERS)
+
+
+class Row(TypedDict):
+    """A row of `SCHEMA`."""
+
+    id: str
+    images: list[str]
+    turns: list[str]
+    train: bool
+
+
+M = TypeVar("M", bound=BaseModel)
+
+Reader = Callable[[Path, DataOptions], Iterator[Row]]
+
+
+class RowTable(Sequence[Conversation]):
+    """Rows on disk that look like a list of conversations.
+
+    Attributes:
+        table: The rows, see `SCHEMA`.
+        key: Hash of what they were made of.
+    """
+
+    def __init__(self, table: Dataset, key: str) -> None:
+        self.table, self.key = table, key
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return to_conversation(self.table[index])
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return map(to_conversation, self.table)
+
+
+def to_conversation(row: Mapping[str, Any]) -> Conversation:
+    """A conversation of a row, which has been checked already."""
+    turns = [
+        Turn.model_construct(speaker=("human", "gpt")[i % 2], value=t) for i, t in enumerate(row["turns"])
+    ]
+    return Conversation.model_construct(
+        id=json.loads(row["id"]), images=tuple(row["images"]), turns=tuple(turns)
+    )
+
+
+def to_row(conversation: Conversation) -> Row:
+    """The row of a conversation."""
+    return {
+        "id": json.dumps(conversation.id),
+        "images": list(conversation.images),
+        "turns": [turn.value for turn in conversation.turns],
+        "train": True,
+    }
+
+
+def read_table(paths: Sequence[Path], options: DataOptions) -> tuple[RowTable, int]:
+    """Read training files, one after another in one table. Rows are cached by the hash of their file.
+
+    Returns:
+        The rows to train on, and how many others the files' own splits keep for something else.
+
+    Raises:
+        UserError: a file is missing, empty, of no known format, or a row breaks its format; the message names the
+            first such row, what is wrong with it, and how many more there are.
+    """
+    tables, keys = zip(*(_cached(path, options) for path in paths), strict=True)
+    table = concatenate_datasets(list(tables)) if len(tables) > 1 else tables[0]
+    trained = table.data.column("train").to_numpy()
+    kept = table if trained.all() else table.select(trained.nonzero()[0])
+    if not len(kept):
+        raise UserError(f"{paths[0]}: all {len(table)} rows are of another side of its split than train")
+    return RowTable(kept, hashlib.sha256("".join(keys).encode()).hexdigest()), len(table) - len(kept)
+
+
+def in_memory(rows: Iterable[Conversation]) -> Dataset:
+    """Rows as a table that is not on disk."""
+    return Dataset(pa.Table.from_pylist([dict(to_row(row)) for row in rows], SCHEMA))
+
+
+def _cached(path: Path, options: DataOptions) -> tuple[Dataset, str]:
+    """The table of a file, and its key; the file is read if it has not been before."""
+    read = detect(path)
+    said = {**asdict(options), "strict": None, "prompts": CAPTION_PROMPTS_VERSION}
+    made_of = [ROWS_VERSION, read.__name__, sha256(path), str(path.resolve().parent), said]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    file = cache_folder("rows") / f"{key}.arrow"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            with appearing(file) as partial:
+                _write(track(read(path, options), f"reading {path.name}"), partial, path)
+    return Dataset.from_file(str(file)), key
+
+
+def _write(rows: Iterator[Row], file: Path, source: Path) -> None:
+    count = 0
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        while batch := list(islice(rows, BATCH)):
+            writer.write_batch(pa.RecordBatch.from_pylist([dict(row) for row in batch], SCHEMA))
+            count += len(batch)
+    if not count:
+        raise UserError(f"{source} holds no conversations: expected a JSON list, or one JSON object per line")
+
+
+def detect(path: Path) -> Reader:
+    """What reads this file, by its first line.
+
+    Raises:
+        UserError: the file is missing, a folder, or no text; or its header is of a version that is not read.
+    """
+    with _open(path) as stream:
+        first = next((line for line in stream if line.strip()), "")
+    try:
+        head = json.loads(first)
+    except json.JSONDecodeError:
+        return _conversations  # a list over many lines, or broken: the reader will say
+    if isinstance(head, dict) and "format" in head and "granularities" in head:
+        return _captions
+    if isinstance(head, dict) and "schema" in head:
+        if head["schema"] != BENCH_SCHEMA:
+            raise UserError(
+                f"{path} line 1 has schema '{head['schema']}', expected '{BENCH_SCHEMA}': rebuild it with "
+                "eval-mcq build"
+            )
+        return _questions
+    return _conversations
+
+
+def _conversations(path: Path, options: DataOptions) -> Iterator[Row]:  # noqa: ARG001 (of a Reader)
+    yield from map(to_row, conversations(path))
+
+
+def conversations(path: Path) -> Iterator[Conversation]:
+    """The conversations of a JSON list or JSON Lines file in LLaVA's format, checked.
+
+    Raises:
+        UserError: after the last row, if rows break the format; at once, if the file is no JSON.
+    """
+    yield from _checked(
+        path, ((f"row {number}", record) for number, record in _records(path)), Conversation.model_validate
+    )
+
+
+def _questions(path: Path, options: DataOptions) -> Iterator[Row]:
+    folder = path.resolve().parent
+    records = ((f"line {number}", record) for number, record in islice(_records(path), 1, None))
+    for question in _checked(path, records, BenchQuestion.model_validate):
+        asked = f"{IMAGE_TAG}\n" * len(question.images) + question.asked()
+        yield {
+            "id": json.dumps(question.id),
+            "images": [str(folder / image) for image in question.images],
+            "turns": [asked, question.answered(options.answer)],  # type: ignore[arg-type] # checked by DataOptions
+            "train": True,
+        }
+
+
+def _captions(path: Path, options: DataOptions) -> Iterator[Row]:
+    header = read_header(path)
+    if options.caption not in (ALL, *header.granularities):
+        raise unknown_name(f"--caption for {path}", options.caption, [ALL, *header.granularities])
+    folder = image_folder(path.resolve(), header)
+    for number, _, row in read_manifest(path):
+        said = caption(row.texts, header.granularities, options.caption)
+        if said is not None:
+            prompt = caption_prompt(row.image, options.seed)
+            yield {
+                "id": json.dumps(f"line {number}"),
+                "images": [str(folder / row.image)],
+                "turns": [f"{IMAGE_TAG}\n{prompt}", said],
+                "train": row.split == "train",
+            }
+
+
+def _checked(path: Path, records: Iterable[tuple[str, Any]], parse: Callable[[Any], M]) -> Iterator[M]:
+    """Parsed records; faults are counted, and reported at the end."""
+    first, faults = "", 0
+    for where, record in records:
+        try:
+            yield parse(record)
+        except ValidationError as error:
+            name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
+            first = first or f"{path}: {where}{name}: {faults_of(error)}"
+            faults += 1
+    if faults:
+        raise UserError(first + (f" (and {faults - 1} more bad rows)" if faults > 1 else ""))
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        stream = path.open(encoding="utf-8-sig")
+        stream.read(1)
+        stream.seek(0)
+    except FileNotFoundError:
+        raise UserError(f"data file {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"data file {path} is a folder: pass a .json or .jsonl file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    return stream
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Row numbers (line numbers in JSON Lines) and rows, one at a time."""
+    with _open(path) as stream:
+        try:
+            start = next((line for line in stream if line.strip()), "").lstrip()
+            stream.seek(0)
+            yield from _listed(stream, path) if start.startswith("[") else _lines(stream, path)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _lines(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}, is not JSON: {error}") from None
+
+
+def _listed(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON list that need not fit into memory."""
+    text = stream.read(CHUNK).lstrip()
+    at, size, number = _skip(text, 1), CHUNK, 1
+    if text[at:] == "]":
+        return
+    while True:
+        try:
+            item, end = DECODER.raw_decode(text, at)
+            end = _skip(text, end)
+            if text[end : end + 1] not in (",", "]"):
+                raise json.JSONDecodeError("expected ',' or ']'", text, end)
+        except json.JSONDecodeError as error:
+            # Not all of the item may have been read; ever larger pieces, so that a broken file costs no square.
+            if not (more := stream.read(size)):
+                raise UserError(f"{path}, row {number}, is not JSON: {error.msg}") from None
+            text, at, size = text[at:] + more, 0, size * 2
+            at = _skip(text, at)
+            continue
+        yield number, item
+        if text[end] == "]":
+            break
+        at, size, number = _skip(text, end + 1), CHUNK, number + 1
+    if (text[end + 1 :] + stream.read()).strip():
+        raise UserError(f"{path} is not JSON: there is text after the list")
+
+
+def _skip(text: str, at: int) -> int:
+    """Where the white space that begins at a place ends."""
+    return SPACE.match(text, at).end()  # type: ignore[union-attr] # it matches nothing, too

@@ -1,0 +1,1 @@
+"""What a frozen tower sees, computed once and kept."""

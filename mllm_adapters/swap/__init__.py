@@ -1,0 +1,1 @@
+"""Executing, checking and undoing a plan: everything that writes or compares checkpoint folders."""

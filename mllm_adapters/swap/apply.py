@@ -1,0 +1,343 @@
+"""Executing a plan on disk: shard by shard, tensor by tensor, in a hidden folder that is renamed at the end."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol, cast
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mgll_encoder import TowerHeader, inspect_tower
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free, new_folder, sync_tree
+from mgll_encoder.spec import Activation
+from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.contract import Family, Plan, Step
+from mllm_adapters.loading import check_complete
+from mllm_adapters.operations import compute
+from mllm_adapters.planning import dtype_name
+from mllm_adapters.swap.card import CARD, model_card
+from mllm_adapters.swap.fingerprint import FileRecord, sampled, whole
+from mllm_adapters.swap.provenance import PROVENANCE, input_record, record_of
+from mllm_adapters.swap.streaming import DTYPE_CODES, Span, nbytes, spans, write_safetensors
+from mllm_adapters.swap.transfer import best_way, check_space, copy_files, transfer
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+REWRITTEN = (
+    CONFIG,
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "adapter_config.json",
+    CARD,
+    PROVENANCE,
+)
+"""Side files that a swap writes anew or, an adapter being merged, leaves out; the source's others are copied."""
+
+TAKEN_OVER = ("keep", "rename")
+"""Operations that change nothing of a tensor's bytes."""
+
+
+class Source(Protocol):
+    """Where kept tensors come from: a `Checkpoint`, or something like it."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorHeader]:
+        """Headers of all tensors by name."""
+
+    def header(self, name: str) -> TensorHeader:
+        """The header of one tensor."""
+
+    def release(self, file: Path) -> None:
+        """Let go of what is held in memory of a weight file."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_weights` wrote.
+
+    Attributes:
+        files: Records of the weight files by name.
+        hashes: SHA-256 of every tensor whose bytes were made anew, by name.
+    """
+
+    files: dict[str, FileRecord]
+    hashes: dict[str, str]
+
+
+def apply_plan(
+    plan: Plan,
+    family: Family,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    force: bool = False,
+    copy: bool = False,
+    checked: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+    fitted: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write the planned checkpoint.
+
+    Args:
+        plan: What to write.
+        family: The family that made the plan; it makes the processor.
+        checkpoint: The plan's source.
+        out: Folder that appears when everything is written and checked.
+        force: Replace ``out`` if it exists.
+        copy: Copy unchanged files instead of hard-linking them (sharing blocks where the file system can).
+        checked: The plan has passed `check_complete` already.
+        progress: Called with the number of bytes written, tensor by tensor.
+        fitted: Values of the tensors that the plan has fitted, by name (`mllm_adapters.alignment.align`).
+
+    Raises:
+        UserError: ``out`` cannot be written, something in the source cannot be read, or the planned tensors are not
+            those of the planned model.
+    """
+    if not checked:
+        check_complete(plan)
+
+    def write(partial: Path) -> Written:
+        return write_weights(
+            partial,
+            checkpoint,
+            plan.steps,
+            lambda steps: compute(plan, checkpoint, steps, fitted),
+            progress,
+            copy=copy,
+        )
+
+    with new_checkpoint(out, force, inputs(plan)) as partial:
+        complete_folder(partial, plan, family, checkpoint, write)
+    return out
+
+
+def complete_folder(
+    folder: Path, plan: Plan, family: Family, checkpoint: Checkpoint, write: Callable[[Path], Written]
+) -> None:
+    """Write everything that belongs to the planned checkpoint into a folder; config.json last.
+
+    Args:
+        folder: Existing folder.
+        plan: What it will hold.
+        family: The family that made the plan.
+        checkpoint: The plan's source.
+        write: Writes the weights into a folder.
+
+    Raises:
+        UserError: the processor cannot be made, or what ``write`` raises.
+    """
+    processor = family.processor(plan)
+    tower = (
+        inspect_tower(plan.tower, activation=cast(Activation, plan.after.activation)) if plan.tower else None
+    )
+    config = json.dumps(plan.config, indent=2) + "\n"
+    with ThreadPoolExecutor(1) as aside:
+        # Training checkpoints are large, and are hashed whole: beside the writing.
+        hashing = aside.submit(input_record, tower.source, hashed_files(tower)) if tower else None
+        written = write(folder)
+        tower_record = hashing.result() if hashing else None
+    copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), folder)
+    _update_generation(folder / GENERATION, plan)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
+    family.image_processor(plan).save_pretrained(folder)
+    files = {**side_records(folder, written.files), CONFIG: record_of_text(config), **written.files}
+    record = record_of(plan, checkpoint, tower_record, tower.spec if tower else None, files, written.hashes)
+    (folder / PROVENANCE).write_text(record.dump(), encoding="utf-8")
+    (folder / CARD).write_text(model_card(plan, record), encoding="utf-8")
+    sync_tree(folder)
+    # Last, so that a folder left behind by a kill is no checkpoint.
+    (folder / CONFIG).write_text(config, encoding="utf-8")
+
+
+def inputs(plan: Plan) -> tuple[Path, ...]:
+    """The files and folders that a plan reads."""
+    return (plan.source, *([plan.tower] if plan.tower else []), *plan.parts.values())
+
+
+def check_output(out: Path, force: bool, inputs: Iterable[Path]) -> None:
+    """Refuse an output path that is taken, or (whatever ``force`` says) that is or holds an input.
+
+    Raises:
+        UserError: it is.
+    """
+    for given in inputs:
+        if given.resolve().is_relative_to(out.resolve()):
+            what = "is" if given.resolve() == out.resolve() else "holds"
+            raise UserError(f"output {out} {what} the input {given}: choose another --out")
+    check_free(out, force)
+
+
+@contextmanager
+def new_checkpoint(out: Path, force: bool, inputs: Iterable[Path]) -> Iterator[Path]:
+    """`new_folder` for a checkpoint made of others, which it never replaces.
+
+    Raises:
+        UserError: ``out`` is taken, is or holds an input, or cannot be written.
+    """
+    check_output(out, force, inputs)
+    try:
+        with new_folder(out, force) as partial:
+            yield partial
+    except OSError as error:
+        where = error.filename or out
+        raise UserError(f"{out} cannot be written ({where}: {error.strerror or error})") from error
+
+
+def write_weights(
+    folder: Path,
+    source: Source,
+    steps: Iterable[Step],
+    compute: Callable[[list[Step]], Iterable[tuple[Step, Tensor]]],
+    progress: Callable[[int], None] = lambda _: None,
+    *,
+    copy: bool = False,
+) -> Written:
+    """Write shards and their index; source files of which nothing changes are hard-linked.
+
+    Args:
+        folder: Existing folder to write into.
+        source: Checkpoint that kept tensors come from.
+        steps: Every tensor of the target.
+        compute: Gives the values of the steps that it is asked for.
+        progress: Called with the number of bytes written, tensor by tensor.
+        copy: Copy such files instead (see `mllm_adapters.swap.transfer.best_way`).
+
+    Raises:
+        UserError: there is no room for what is to be written.
+    """
+    groups: dict[Path | None, list[Step]] = {}
+    for step in steps:
+        groups.setdefault(_home(step, source), []).append(step)
+    whole_files = [file for file, group in groups.items() if file and _untouched(file, group, source)]
+    ways = {file: best_way(file, folder, copy=copy) for file in whole_files}
+    shared = {file for file, way in ways.items() if way != "copy"}
+    check_space(folder, sum(sum(map(nbytes, group)) for file, group in groups.items() if file not in shared))
+    weight_map: dict[str, str] = {}
+    files: dict[str, FileRecord] = {}
+    hashes: dict[str, str] = {}
+    for number, (file, group) in enumerate(groups.items(), start=1):
+        single = len(groups) == 1
+        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        if file in ways:
+            transfer(file, folder / name, ways[file])
+            progress(sum(map(nbytes, group)))
+            files[name] = sampled(file)
+        else:
+            values = _values(group, source, compute)
+            made = write_safetensors(folder / name, group, reporting(values, progress))
+            hashes |= made
+            files[name] = sampled(folder / name)
+            if file:
+                source.release(file)
+        _check_written(folder / name, group)
+        weight_map |= dict.fromkeys((step.name for step in group), name)
+    if len(groups) > 1:
+        total = sum(nbytes(step) for group in groups.values() for step in group)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / INDEX).write_text(text, encoding="utf-8")
+        files[INDEX] = record_of_text(text)
+    return Written(files, hashes)
+
+
+def bytes_linked(plan: Plan, source: Checkpoint) -> int:
+    """Bytes of the plan that need not be written, because their source file stays as it is."""
+    groups: dict[Path, list[Step]] = {}
+    for step in plan.steps:
+        if step.operation == "keep":
+            groups.setdefault(source.header(step.sources[0]).file, []).append(step)
+    return sum(sum(map(nbytes, g)) for file, g in groups.items() if _untouched(file, g, source))
+
+
+def side_records(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Records of all files in and below a folder that are not known yet, by their names relative to it."""
+    found = {
+        file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
+    }
+    return {name: whole(file) for name, file in found.items() if name not in known}
+
+
+def record_of_text(text: str) -> FileRecord:
+    """The record that a file with this text will have."""
+    return FileRecord(size=len(text.encode()), sha256=sha256(text.encode()).hexdigest())
+
+
+def hashed_files(tower: TowerHeader) -> list[Path]:
+    """The files of a tower that its record holds the hashes of: weights, and the configurations beside them."""
+    folder = tower.source
+    texts = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    return list(dict.fromkeys([*tower.files, *texts]))
+
+
+def _update_generation(file: Path, plan: Plan) -> None:
+    if plan.generation:
+        source = read_json(file) if file.is_file() else {}
+        file.write_text(json.dumps({**source, **plan.generation}, indent=2) + "\n", encoding="utf-8")
+
+
+def _untouched(file: Path, group: list[Step], source: Source) -> bool:
+    held = {header.name for header in source.tensors.values() if header.file == file}
+    return (
+        file.suffix == ".safetensors"
+        and bool(held)
+        and {s.name for s in group if s.operation == "keep"} == held
+    )
+
+
+def _home(step: Step, source: Source) -> Path | None:
+    """The source file in whose place a tensor goes; None for the tower and for what is made of nothing."""
+    stays = step.sources and step.operation != "tower"
+    return source.header(step.sources[0]).file if stays else None
+
+
+def _values(
+    group: list[Step], source: Source, compute: Callable[[list[Step]], Iterable[tuple[Step, Tensor]]]
+) -> Iterator[tuple[Step, Tensor | Span]]:
+    """The values of steps in their order; of a tensor that is taken over as it is, the place in its file."""
+    known: dict[Path, dict[str, Span]] = {}
+    taken: dict[str, Span] = {}
+    for step in group:
+        header = source.header(step.sources[0]) if step.operation in TAKEN_OVER else None
+        if header and header.file.suffix == ".safetensors" and dtype_name(header.dtype) == step.dtype:
+            if header.file not in known:
+                known[header.file] = spans(header.file)
+            held, own = known[header.file], step.sources[0]
+            while own not in held:  # PART/KEY
+                own = own.partition("/")[2]
+            taken[step.name] = held[own]
+    computed = iter(compute([step for step in group if step.name not in taken]))
+    for step in group:
+        yield (step, taken[step.name]) if step.name in taken else next(computed)
+
+
+def reporting(
+    tensors: Iterable[tuple[Step, Tensor | Span]], progress: Callable[[int], None]
+) -> Iterator[tuple[Step, Tensor | Span]]:
+    """Pass tensors on; ``progress`` is told the number of bytes of each that has been taken."""
+    for step, tensor in tensors:
+        yield step, tensor
+        progress(nbytes(step))
+
+
+def _check_written(path: Path, steps: list[Step]) -> None:
+    """Read the header back: names, dtypes and shapes must be those of the plan."""
+    with safe_open(path, "pt") as weights:
+        views = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
+    found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+    planned = {step.name: (DTYPE_CODES[step.dtype], step.shape) for step in steps}
+    if found != planned:
+        raise ValueError(
+            f"{path.name} does not hold what was planned: {sorted(set(found) ^ set(planned))[:3]}"
+        )

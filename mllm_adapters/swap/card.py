@@ -1,0 +1,135 @@
+"""The model card: what a written checkpoint is made of, in the form that the hub reads."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
+from mllm_adapters.contract import Plan, VisionContract
+from mllm_adapters.registry import family
+from mllm_adapters.swap.provenance import InputRecord, SwapRecord, without_paths
+
+CARD = "README.md"
+
+_LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
+
+_CARD = """---
+{data}
+---
+
+# {title}
+
+- Source: `{source}` ({family}, {layout} layout)
+- Vision tower: {tower}
+{readers}
+
+| | before | after |
+|---|---|---|
+{rows}
+
+{notes}
+
+## Intended use
+
+Research on medical images and text. Not a medical device: not for diagnosis, treatment or any decision about a patient.
+{trained}
+
+## Licence
+
+{licences}
+
+## Provenance
+
+What was done, tensor by tensor, with hashes of everything that was read and written: `mgll_swap.json`.
+`swap-encoder verify FOLDER` checks this folder against it.
+"""
+
+_UNTRAINED = (
+    "A swap trains nothing: until the projector is retrained to the new tower (`retrain-projector`, whose record lies "
+    "beside this card if it was), answers about images are worse than the source's."
+)
+
+
+def model_card(plan: Plan, record: SwapRecord) -> str:
+    """README.md of the planned checkpoint.
+
+    Args:
+        plan: What was done.
+        record: Its provenance.
+    """
+    title = family(plan.family).spec.title
+    inputs = record.inputs
+    licences = {inputs.source.name: licence_of(plan.source)}
+    if inputs.tower and plan.tower:
+        licences[inputs.tower.name] = licence_of(plan.tower)
+    return _CARD.format(
+        data=_metadata(inputs.source, licences[inputs.source.name], plan).to_yaml(),
+        title=f"{title} with another vision tower" if plan.swapped else f"{title} in the transformers layout",
+        source=inputs.source.name,
+        family=plan.family,
+        layout=plan.layout,
+        tower=f"`{inputs.tower.name}`" if inputs.tower else "the source's own",
+        readers="\n".join(
+            f"- Reader of its features: `{name}`, {fate}" for name, fate in plan.readers.items()
+        ),
+        rows="\n".join(f"| {name} | {b} | {a} |" for name, b, a in contract_rows(plan.before, plan.after)),
+        notes="\n".join(f"- {note}" for note in without_paths(plan.notes, plan)),
+        trained=_UNTRAINED if plan.swapped else "",
+        licences="\n".join(_licence_line(name, found) for name, found in licences.items()),
+    )
+
+
+def licence_of(path: Path) -> dict[str, str]:
+    """What a model folder says of its licence: the fields ``license...`` of its card, and a file of terms."""
+    found: dict[str, str] = {}
+    card = path / CARD
+    if card.is_file():
+        try:
+            fields = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        except (ValueError, YAMLError):  # a card without fields that can be read
+            fields = {}
+        wanted = ("license", "license_name", "license_link")
+        found = {name: fields[name] for name in wanted if isinstance(fields.get(name), str)}
+    terms = next((name for name in _LICENCES if (path / name).is_file()), None)
+    return found | ({"terms": terms} if terms else {})
+
+
+def _metadata(source: InputRecord, licence: dict[str, str], plan: Plan) -> ModelCardData:
+    fields: dict[str, Any] = {name: value for name, value in licence.items() if name != "terms"}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=source.hub_id,
+        tags=["medical", "mgll", "vision-tower-swap" if plan.swapped else "converted", plan.family],
+        **fields,
+    )
+
+
+def _licence_line(name: str, licence: dict[str, str]) -> str:
+    said = licence.get("license_name") or licence.get("license")
+    what = f"`{said}`" if said else "its folder does not name one; ask where you had it from"
+    link = f" ({licence['license_link']})" if "license_link" in licence else ""
+    terms = f"; terms in its file `{licence['terms']}`" if "terms" in licence else ""
+    return f"- `{name}`: {what}{link}{terms}. It holds for this checkpoint too."
+
+
+def contract_rows(before: VisionContract, after: VisionContract) -> list[tuple[str, str, str]]:
+    """Name, before and after of everything in a vision contract, in words."""
+
+    def words(c: VisionContract) -> list[tuple[str, str]]:
+        one_each = c.tokens == c.grid**2 + c.class_token
+        patches = f"{c.grid}x{c.grid}{' + class token' if c.class_token else ''}"
+        unit = "image" if c.tiles == 1 else f"tile, of at most {c.tiles}"
+        return [
+            ("tokens", f"{c.tokens} per {unit} ({patches if one_each else f'from {patches} patches'})"),
+            ("image", f"{c.image_size} px, patch {c.patch_size}"),
+            ("resize", c.resize),
+            ("mean", " ".join(f"{x:.4f}" for x in c.mean)),
+            ("std", " ".join(f"{x:.4f}" for x in c.std)),
+            ("feature width", str(c.width)),
+            ("hidden layer", str(c.feature_layer)),
+            ("activation", c.activation),
+        ]
+
+    return [(name, b, a) for (name, b), (_, a) in zip(words(before), words(after), strict=True)]

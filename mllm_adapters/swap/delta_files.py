@@ -1,0 +1,285 @@
+"""Writing deltas: of a plan, or out of a whole checkpoint; and whole checkpoints out of deltas."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from rich.filesize import decimal
+from torch import Tensor
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoint import DELTA, Checkpoint
+from mllm_adapters.contract import Family, Plan, Step
+from mllm_adapters.loading import check_complete
+from mllm_adapters.operations import compute
+from mllm_adapters.planning import dtype_name
+from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.swap.apply import (
+    TAKEN_OVER,
+    Written,
+    complete_folder,
+    inputs,
+    new_checkpoint,
+    reporting,
+    side_records,
+    write_weights,
+)
+from mllm_adapters.swap.card import CARD
+from mllm_adapters.swap.delta import (
+    DELTA_WEIGHTS,
+    FROM_BASE,
+    Delta,
+    DeltaRecord,
+    attach_parts,
+    check_base,
+    stored_names,
+)
+from mllm_adapters.swap.fingerprint import FileRecord, sampled
+from mllm_adapters.swap.provenance import PROVENANCE, SwapRecord, read_record
+from mllm_adapters.swap.rewrite import copy_sides
+from mllm_adapters.swap.streaming import nbytes, raw_bytes, write_safetensors
+from mllm_adapters.swap.transfer import check_space
+from mllm_adapters.swap.undo import readers
+
+Progress = Callable[[int], None]
+
+NOTICE = """
+> **A delta, not a whole checkpoint.** It holds {held} of the model described below; all else comes from its base,
+> `{base}`{encoder}. `from mllm_adapters import load_mllm; load_mllm(BASE, delta=THIS_FOLDER)` puts the two together in
+> memory, `swap-encoder compose --mllm BASE --delta THIS_FOLDER --out FOLDER` on disk. What is held, and by which hashes
+> base and encoder are told: `{record}`.
+"""
+
+
+def write_delta(
+    plan: Plan,
+    family: Family,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    reference_tower: bool = False,
+    force: bool = False,
+    checked: bool = False,
+    progress: Progress = lambda _: None,
+    fitted: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write the planned checkpoint as a delta of the plan's source.
+
+    Args:
+        plan: What the checkpoint would be.
+        family: The family that made the plan; it makes the processor.
+        checkpoint: The plan's source.
+        out: Folder to write.
+        reference_tower: Leave out the tower too, and name it by its hashes.
+        force: Replace ``out`` if it exists.
+        checked: The plan has passed `check_complete` already.
+        progress: Called with the number of bytes written, tensor by tensor.
+        fitted: Values of the tensors that the plan has fitted, by name (`mllm_adapters.alignment.align`).
+
+    Raises:
+        UserError: ``out`` cannot be written, or something that is needed cannot be read.
+    """
+    if not checked:
+        check_complete(plan)
+    names = stored_names(plan.steps, reference_tower=reference_tower)
+    steps = [step for step in plan.steps if step.name in names]
+
+    def write(partial: Path) -> Written:
+        return _write_stored(partial, steps, compute(plan, checkpoint, steps, fitted), progress)
+
+    with new_checkpoint(out, force, inputs(plan)) as partial:
+        complete_folder(partial, plan, family, checkpoint, write)
+        _make_delta(partial, read_record(partial), reference_tower)
+    return out
+
+
+def extract(
+    folder: Path,
+    base: Path,
+    out: Path,
+    *,
+    parts: Mapping[str, Path] | None = None,
+    reference_tower: bool = False,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> Path:
+    """Write what of a whole checkpoint does not follow from its base, after a training too.
+
+    Args:
+        folder: A checkpoint that ``swap-encoder`` wrote, or one that ``retrain-projector`` made of such a one.
+        base: The checkpoint that it was made of.
+        out: Folder to write.
+        parts: Where parts of the base lie, as for a swap.
+        reference_tower: Leave out the tower, unless it was trained, and name it by its hashes.
+        force: Replace ``out`` if it exists.
+        progress: Called with the number of bytes compared, tensor by tensor.
+
+    Raises:
+        UserError: ``base`` is not what it was made of, tensors outside tower, readers and what was trained are not the
+            base's, or ``out`` cannot be written.
+    """
+    record = read_record(folder)
+    if reference_tower and record.inputs.tower is None:
+        raise UserError(f"{folder} has no encoder to refer to: leave --reference-tower out")
+    whole = Checkpoint(folder)
+    _check_headers(whole, record)
+    source, _, _ = open_checkpoint(base, parts)
+    check_base(record, source, folder)
+    attach_parts(source, record, folder)
+    record = _with_changes(record, whole, source, progress)
+    names = stored_names(record.tensors, record.trained, reference_tower=reference_tower)
+    steps = [step for step in record.tensors if step.name in names]
+    with new_checkpoint(out, force, [folder, base, *source.parts.values()]) as partial:
+        _write_stored(partial, steps, ((step, whole.read(step.name)) for step in steps))
+        copy_sides(whole, partial)
+        _make_delta(partial, record, reference_tower)
+    return out
+
+
+def compose(
+    delta: Delta,
+    out: Path,
+    *,
+    force: bool = False,
+    copy: bool = False,
+    progress: Progress = lambda _: None,
+) -> Path:
+    """Write the whole checkpoint that a delta and its base make up.
+
+    Args:
+        delta: The delta, opened with its base.
+        out: Folder to write.
+        force: Replace ``out`` if it exists.
+        copy: Copy unchanged files instead of hard-linking them.
+        progress: Called with the number of bytes written, tensor by tensor.
+
+    Raises:
+        UserError: the delta is damaged, or ``out`` cannot be written.
+    """
+    plan, record = delta.plan, delta.record
+    check_complete(plan)
+    steps = [_given(step) if step.name in delta.stored else step for step in plan.steps]
+    tower = [plan.tower] if record.reference_tower and plan.tower else []
+    with new_checkpoint(
+        out, force, [delta.folder, delta.base.folder, *tower, *delta.base.parts.values()]
+    ) as partial:
+        written = write_weights(partial, delta.base, steps, delta.values, progress, copy=copy)
+        for name in record.files.keys() - {DELTA_WEIGHTS}:
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(delta.folder / name, partial / name)
+        files = {**side_records(partial, written.files), **written.files}
+        text = _whole_record(record, files, written.hashes).dump()
+        (partial / PROVENANCE).write_text(text, encoding="utf-8")
+        if record.card:
+            (partial / CARD).write_text(record.card, encoding="utf-8")
+    return out
+
+
+def _write_stored(
+    folder: Path,
+    steps: Sequence[Step],
+    values: Iterable[tuple[Step, Tensor]],
+    progress: Progress = lambda _: None,
+) -> Written:
+    """Write the weight file of a delta."""
+    check_space(folder, sum(map(nbytes, steps)))
+    file = folder / DELTA_WEIGHTS
+    hashes = write_safetensors(file, steps, reporting(values, progress))
+    return Written({DELTA_WEIGHTS: sampled(file)}, hashes)
+
+
+def _make_delta(folder: Path, record: SwapRecord, reference_tower: bool) -> None:
+    """Turn a folder with a delta's weights and a whole checkpoint's other files into a delta."""
+    (folder / PROVENANCE).unlink()
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    card.unlink(missing_ok=True)
+    weights = {DELTA_WEIGHTS: sampled(folder / DELTA_WEIGHTS)}
+    fields = {name: getattr(record, name) for name in SwapRecord.model_fields}
+    fields["files"] = {**side_records(folder, weights), **weights}
+    delta = DeltaRecord(**fields, reference_tower=reference_tower, card=text)
+    (folder / DELTA).write_text(delta.dump(), encoding="utf-8")
+    card.write_text(_delta_card(delta), encoding="utf-8")
+
+
+def _whole_record(
+    record: DeltaRecord, files: Mapping[str, FileRecord], hashes: Mapping[str, str]
+) -> SwapRecord:
+    """The record that the whole checkpoint would have."""
+    fields = {name: getattr(record, name) for name in SwapRecord.model_fields}
+    tensors = [
+        t if t.sha256 or t.name in record.trained else t.model_copy(update={"sha256": hashes.get(t.name)})
+        for t in record.tensors
+    ]
+    return SwapRecord(**{**fields, "files": dict(files), "tensors": tuple(tensors)})
+
+
+def _delta_card(record: DeltaRecord) -> str:
+    """README.md of a delta: that of the whole checkpoint, with another library and a notice in front."""
+    inputs = record.inputs
+    notice = NOTICE.format(
+        held=f"{len(record.stored)} tensors ({decimal(sum(map(nbytes, record.stored)))})",
+        base=inputs.source.name,
+        encoder=f" and the encoder `{inputs.tower.name}`" if record.reference_tower and inputs.tower else "",
+        record=DELTA,
+    )
+    fields, rest = re.match(r"(?s)(---\n.*?\n---\n)?(.*)", record.card).groups("")  # type: ignore[union-attr]
+    library = "library_name: mgll-mllm\nbase_model_relation: adapter"
+    return fields.replace("library_name: transformers", library) + notice + rest
+
+
+def _given(step: Step) -> Step:
+    """A step whose value comes from the delta: no bytes of the base are taken over."""
+    return step.model_copy(update={"operation": "trained"}) if step.operation in TAKEN_OVER else step
+
+
+def _check_headers(checkpoint: Checkpoint, record: SwapRecord) -> None:
+    found = {name: (dtype_name(h.dtype), h.shape) for name, h in checkpoint.tensors.items()}
+    planned = {t.name: (t.dtype, t.shape) for t in record.tensors}
+    for name in sorted(found.keys() | planned.keys()):
+        if found.get(name) != planned.get(name):
+            raise UserError(
+                f"{checkpoint.folder}: {name} is {found.get(name, 'absent')}, but the swap wrote "
+                f"{planned.get(name, 'no such tensor')}: a delta keeps names, dtypes and shapes"
+            )
+
+
+def _with_changes(
+    record: SwapRecord, checkpoint: Checkpoint, base: Checkpoint, progress: Progress
+) -> SwapRecord:
+    """The record with the hashes of all tensors that have other values than the swap gave them.
+
+    Raises:
+        UserError: one of them belongs neither to the tower nor to its readers, and no recorded training changed it.
+    """
+    plan = record.plan_with(checkpoint.config, source=base.folder)
+    changed: dict[str, str] = {}
+    for tensor in record.tensors:
+        known = record.trained.get(tensor.name, tensor.sha256)
+        if not (known or (tensor.operation in TAKEN_OVER and _one_file(tensor, checkpoint, base))):
+            known = _hash(next(compute(plan, base, [tensor]))[1])
+        if known and (now := _hash(checkpoint.read(tensor.name))) != known:
+            changed[tensor.name] = now
+        progress(nbytes(tensor))
+    follows = {t.name for t in record.tensors if t.operation in FROM_BASE} - record.trained.keys()
+    if foreign := follows & changed.keys():
+        foreign -= readers(checkpoint, record)
+    if foreign:
+        first = next(t.name for t in record.tensors if t.name in foreign)
+        raise UserError(
+            f"{checkpoint.folder}: {len(foreign)} tensors differ from {base.folder} though they belong neither to the "
+            f"tower nor to what reads it and no training is recorded that changed them, first {first}: this cannot be "
+            "a delta; keep the whole checkpoint"
+        )
+    return record.model_copy(update={"trained": {**record.trained, **changed}})
+
+
+def _one_file(tensor: Step, checkpoint: Checkpoint, base: Checkpoint) -> bool:
+    """Whether a tensor lies in a file that a checkpoint shares with its base."""
+    return base.header(tensor.sources[0]).file.samefile(checkpoint.header(tensor.name).file)
+
+
+def _hash(value: Tensor) -> str:
+    return sha256(raw_bytes(value)).hexdigest()

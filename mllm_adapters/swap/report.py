@@ -1,0 +1,108 @@
+"""A plan for the eye."""
+
+from collections import Counter
+from collections.abc import Collection
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from mllm_adapters.alignment.align import Alignment
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.contract import Plan
+from mllm_adapters.modeling import MODEL_TYPES
+from mllm_adapters.swap.apply import bytes_linked
+from mllm_adapters.swap.card import contract_rows
+from mllm_adapters.swap.streaming import nbytes
+
+OPERATION_WORDS = {
+    "keep": "kept as they are",
+    "rename": "kept under a new name",
+    "same": "kept once of several names",
+    "tower": "from the tower",
+    "extend_rows": "extended by rows (each the mean of the old rows)",
+    "reinit": "re-initialised",
+    "zeros": "set to zero",
+    "ones": "set to one",
+    "identity": "set to the identity",
+    "fit": "fitted on images (--align)",
+    "slice": "cut out of fused tensors",
+    "concat": "joined",
+    "reshape": "kept in another shape",
+    "resample": "position tables resampled",
+    "lora": "merged with LoRA",
+}
+
+
+def alignment_table(alignment: Alignment) -> RenderableType:
+    """How well each reader was fitted, as a table for the terminal."""
+    table = Table(
+        title=f"Readers fitted on {alignment.used} images ({alignment.held_out} of them held out), "
+        f"{alignment.tokens} tokens, in {alignment.seconds:.0f} s",
+        title_justify="left",
+    )
+    for column in ("reader", "R² held out", "R² unaligned", "relative error", "ridge", "towards", "seconds"):
+        table.add_column(column, justify="left" if column in ("reader", "towards") else "right")
+    for fit in alignment.fits:
+        unaligned = "drawn anew" if fit.r2_unaligned is None else f"{fit.r2_unaligned:.3f}"
+        error, ridge = f"{fit.relative_error:.3f}", f"{fit.strength:.1e}"
+        table.add_row(fit.reader, f"{fit.r2:.3f}", unaligned, error, ridge, fit.towards, f"{fit.seconds:.1f}")
+    return table
+
+
+def total_bytes(plan: Plan, names: Collection[str] | None = None) -> int:
+    """Bytes of all target tensors, or of those with these names."""
+    return sum(nbytes(step) for step in plan.steps if names is None or step.name in names)
+
+
+def loads_with(plan: Plan) -> str:
+    """What ``AutoModelForImageTextToText.from_pretrained`` needs to load the target."""
+    return "import mllm_adapters" if plan.config["model_type"] in MODEL_TYPES else "stock transformers"
+
+
+def plan_table(
+    plan: Plan, checkpoint: Checkpoint, *, copy: bool = False, held: Collection[str] | None = None
+) -> RenderableType:
+    """What a plan will change, as tables for the terminal.
+
+    Args:
+        plan: The plan.
+        checkpoint: Its source.
+        copy: Whether unchanged files will be copied instead of linked.
+        held: Of a delta, the names of the tensors that it will hold.
+    """
+    vision = Table(title="What the language model will see", title_justify="left")
+    for column in ("", "before", "after"):
+        vision.add_column(column)
+    for name, before, after in contract_rows(plan.before, plan.after):
+        vision.add_row(name, before, after if after == before else f"[bold]{after}[/bold]")
+
+    tensors = Table(title="Tensors", title_justify="left")
+    for column in ("", "number", "bytes"):
+        tensors.add_column(column, justify="left" if not column else "right")
+    for operation, words in OPERATION_WORDS.items():
+        steps = [step for step in plan.steps if step.operation == operation]
+        if steps:
+            tensors.add_row(words, str(len(steps)), decimal(sum(map(nbytes, steps))))
+    for reason, number in Counter(d.reason for d in plan.dropped).items():
+        tensors.add_row(f"dropped: {reason}", str(number), "")
+    left = bytes_linked(plan, checkpoint) if held is None else total_bytes(plan) - total_bytes(plan, held)
+    tensors.add_section()
+    tensors.add_row("to write", "", decimal(total_bytes(plan) - left))
+    elsewhere = "made from the base" if held is not None else "to copy unchanged" if copy else "to hard-link"
+    tensors.add_row(elsewhere, "", decimal(left))
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")
+    facts.add_row("checkpoint", escape(f"{plan.source} ({plan.family}, {plan.layout} layout)"))
+    facts.add_row("tower", escape(str(plan.tower or "the checkpoint's own")))
+    for reader, fate in plan.readers.items():
+        facts.add_row("reader", f"{reader}: {fate}")
+    facts.add_row(
+        "processor", plan.processor or "none is written, for want of a tokenizer; only its image processor is"
+    )
+    loads = f"{loads_with(plan)}: AutoModelForImageTextToText.from_pretrained"
+    facts.add_row("loads with", loads if held is None else "mllm_adapters.load_mllm, with its base")
+    return Group(facts, "", vision, tensors)

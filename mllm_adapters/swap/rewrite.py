@@ -1,0 +1,72 @@
+"""A checkpoint like another one, but for some tensors."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.contract import Step
+from mllm_adapters.planning import kept
+from mllm_adapters.swap.apply import new_checkpoint, write_weights
+from mllm_adapters.swap.provenance import PROVENANCE, has_record, read_record
+from mllm_adapters.swap.transfer import copy_files
+
+
+def replace_tensors(
+    source: Path,
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    force: bool = False,
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> Path:
+    """Write a checkpoint equal to ``source`` but for the values of some tensors.
+
+    Files without any of them are hard-linked; side files and a processor's further
+    tokenizers are copied.
+
+    Args:
+        source: Checkpoint folder.
+        out: Folder to write.
+        tensors: New values by their names on disk; shape and number stay, dtypes follow the source.
+        force: Replace ``out`` if it exists.
+        extra_files: Further files, name -> contents.
+
+    Raises:
+        UserError: ``out`` is taken, is or holds ``source``, or cannot be written; or ``source`` has no such tensor
+            or one of another shape.
+    """
+    checkpoint = Checkpoint(source)
+    for name, value in tensors.items():
+        if name not in checkpoint.tensors:
+            raise UserError(f"{source} has no tensor {name}")
+        if tuple(value.shape) != checkpoint.tensors[name].shape:
+            found, expected = list(value.shape), list(checkpoint.tensors[name].shape)
+            raise UserError(f"{source}: the new {name} has shape {found}, expected {expected}")
+    steps = [kept(header) for header in checkpoint.tensors.values()]
+    steps = [s.model_copy(update={"operation": "trained"}) if s.name in tensors else s for s in steps]
+
+    def compute(group: list[Step]) -> Iterable[tuple[Step, Tensor]]:
+        for step in group:
+            value = tensors[step.name] if step.name in tensors else checkpoint.read(step.name)
+            yield step, value.to(checkpoint.tensors[step.name].dtype)
+
+    with new_checkpoint(out, force, [source]) as partial:
+        written = write_weights(partial, checkpoint, steps, compute)
+        copy_sides(checkpoint, partial)
+        for name, contents in (extra_files or {}).items():
+            (partial / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        if has_record(source):
+            record = read_record(source).trained_since({n: written.hashes[n] for n in tensors}, written.files)
+            (partial / PROVENANCE).write_text(record.dump(), encoding="utf-8")
+    return out
+
+
+def copy_sides(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy everything of a checkpoint that is neither weights nor code."""
+    copy_files(checkpoint.side_files, folder)
+    for inner in checkpoint.side_folders:
+        (folder / inner.name).mkdir()
+        copy_files((file for file in inner.iterdir() if file.is_file()), folder / inner.name)

@@ -1,0 +1,273 @@
+"""Holding a swapped checkpoint against its record, its encoder and its source, any time after the swap."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.configs import LIBRARY_ERRORS
+from mllm_adapters.loading import check_complete, load_mllm
+from mllm_adapters.operations import FittedTower
+from mllm_adapters.planning import dtype_name
+from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.swap.apply import CONFIG
+from mllm_adapters.swap.fingerprint import agrees, span_hash
+from mllm_adapters.swap.provenance import TensorRecord, find_input, is_input, read_record
+from mllm_adapters.swap.streaming import Span, raw_bytes, spans
+
+QUESTION = "What does this image show?"
+
+_SIDE = 64
+_BLOCK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the result.
+
+    Attributes:
+        name: What was looked at.
+        passed: Whether it is as it should be; None where it was not checked.
+        detail: What was compared with what, or what is wrong.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+class Verification:
+    """The checks of one folder.
+
+    Args:
+        folder: What ``swap-encoder`` wrote.
+        encoder: The tower that was put in; looked for by name and hash if not given.
+        source: The checkpoint that it was put into; likewise.
+
+    Raises:
+        UserError: the folder holds no record, or what was given cannot be read.
+    """
+
+    def __init__(self, folder: Path, encoder: Path | None = None, source: Path | None = None) -> None:
+        self.folder = folder
+        self.record = read_record(folder)
+        inputs = self.record.inputs
+        self._encoder = encoder or (find_input(inputs.tower, folder) if inputs.tower else None)
+        self._source = source or find_input(inputs.source, folder)
+        self._checkpoint = Checkpoint(folder)
+
+    def checks(self, *, quick: bool = False) -> Iterator[Check]:
+        """All checks, one after the other.
+
+        Args:
+            quick: Leave out those that load the model.
+        """
+        files = self._files()
+        yield files
+        tensors = self._tensors()
+        yield tensors
+        if tensors.passed:
+            yield self._tower()
+            yield self._untouched()
+        else:
+            yield from (Check(name, None, "its tensors are not there") for name in ("tower", "plan"))
+        yield from self._loading(quick)
+
+    def _files(self) -> Check:
+        wrong = []
+        for name, recorded in self.record.files.items():
+            file = self.folder / name
+            if not file.is_file():
+                wrong.append(f"{name} is missing")
+            elif not agrees(recorded, file):
+                wrong.append(f"{name} is not the file that was written")
+        return _result("files", wrong, f"{len(self.record.files)} as they were written (hashes, samples)")
+
+    def _tensors(self) -> Check:
+        try:
+            found = {name: _describe(header) for name, header in self._checkpoint.tensors.items()}
+        except UserError as error:
+            return Check("tensors", False, str(error))
+        planned = {t.name: (t.dtype, t.shape) for t in self.record.tensors}
+        wrong = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
+        return _result(
+            "tensors",
+            [f"{name} is {_said(found.get(name))}, planned was {_said(planned.get(name))}" for name in wrong],
+            f"{len(planned)} with the names, shapes and dtypes of the plan",
+        )
+
+    def _tower(self) -> Check:
+        steps = [
+            t for t in self.record.tensors if t.operation == "tower" and t.name not in self.record.trained
+        ]
+        named = self.record.inputs.tower
+        if named is None or not steps:
+            return Check("tower", None, "the source's own: no encoder was put in")
+        if self._encoder is None:
+            return _result(
+                "tower",
+                self._changed(steps),
+                f"{len(steps)} tensors by their hashes; {named.name} is not at hand, so they were not made again from "
+                "it: --encoder says where it is",
+            )
+        plan = self.record.plan_with(self._checkpoint.config, source=self.folder, tower=self._encoder)
+        tower = FittedTower(plan)
+        wrong = []
+        for step in steps:
+            expected = tower.read(step.sources[0]).to(getattr(torch, step.dtype))
+            if tuple(expected.shape) != step.shape:
+                wrong.append(
+                    f"{step.name} has shape {list(step.shape)}, the encoder gives {list(expected.shape)}"
+                )
+            elif sha256(raw_bytes(expected)).hexdigest() != span_hash(self._spans[step.name]):
+                wrong.append(f"{step.name} is not that of the encoder {self._encoder.name}")
+        same = is_input(named, self._encoder)
+        which = "the file recorded at the swap" if same else "not the file recorded at the swap, by its hash"
+        return _result(
+            "tower",
+            wrong,
+            f"{len(steps)} tensors made again from {self._encoder.name} ({which}), bit for bit",
+        )
+
+    def _untouched(self) -> Check:
+        trained = [t for t in self.record.tensors if t.name in self.record.trained]
+        made = [t for t in self.record.tensors if t.sha256 and t not in trained and t.operation != "tower"]
+        wrong = self._changed([*made, *trained])
+        taken = [t for t in self.record.tensors if not t.sha256 and t not in trained]
+        said = [f"{len(made)} made tensors by their hashes"] if made else []
+        said += [f"{len(trained)} trained since the swap, by the hashes recorded then"] if trained else []
+        if self._source is None:
+            name = self.record.inputs.source.name
+            said.append(
+                f"{len(taken)} taken over by samples of their files only: {name} is not at hand, --source says where "
+                "it is"
+            )
+            return _result("plan", wrong, "; ".join(said))
+        original, _, _ = open_checkpoint(self._source)
+        shared = compared = 0
+        held: dict[Path, dict[str, Span]] = {}
+        for step in taken:
+            mine = self._spans[step.name]
+            header = original.tensors.get(step.sources[0])
+            if header is None or header.file.suffix != ".safetensors":
+                continue
+            if header.file.samefile(mine.file):
+                shared += 1
+                continue
+            if header.file not in held:
+                held[header.file] = spans(header.file)
+            compared += 1
+            if not _equal(mine, held[header.file][header.name]):
+                wrong.append(f"{step.name} is not that of {self._source.name}")
+        said += [f"{compared} compared byte by byte with {self._source.name}"] if compared else []
+        said += [f"{shared} in files shared with it (samples agree)"] if shared else []
+        rest = len(taken) - shared - compared
+        said += [f"{rest} from parts beside it, by samples"] if rest else []
+        return _result("plan", wrong, "; ".join(said))
+
+    def _loading(self, quick: bool) -> Iterator[Check]:
+        if quick:
+            try:
+                check_complete(self.record.plan_with(read_json(self.folder / CONFIG), source=self.folder))
+                yield Check("loading", True, "the report is empty (headers only: --quick)")
+            except UserError as error:
+                yield Check("loading", False, str(error))
+            yield Check("image", None, "not looked at: --quick loads no model")
+            return
+        try:
+            model, processor = load_mllm(self.folder)
+        except UserError as error:
+            yield Check("loading", False, str(error))
+            yield Check("image", None, "the model does not load")
+            return
+        yield Check("loading", True, "the report is empty: no tensor missing, left over or of another shape")
+        if processor is None:
+            yield Check("image", None, "there is no tokenizer, so nothing can be asked")
+            return
+        try:
+            changed = blanking_changes(model, processor)
+        except LIBRARY_ERRORS as error:
+            yield Check("image", False, f"the model cannot be asked about an image: {error!r:.200}")
+            return
+        detail = f"blanking the image moves the logits of the next token by up to {changed:.3g}"
+        yield Check(
+            "image", changed > 0, detail if changed else "blanking the image changes nothing: it is not seen"
+        )
+
+    def _changed(self, steps: list[TensorRecord]) -> list[str]:
+        """What is wrong with tensors that must still have the hashes of the record."""
+        expected = {step.name: self.record.trained.get(step.name, step.sha256) for step in steps}
+        return [
+            f"{name} is not what was written"
+            for name, hash_ in expected.items()
+            if span_hash(self._spans[name]) != hash_
+        ]
+
+    @cached_property
+    def _spans(self) -> Mapping[str, Span]:
+        return {name: span for file in self._checkpoint.files for name, span in spans(file).items()}
+
+
+@torch.no_grad()
+def blanking_changes(model: Any, processor: Any) -> float:
+    """By how much the logits of the next token move when an image is replaced by a blank one, at most."""
+    gradient = Image.linear_gradient("L").resize((_SIDE, _SIDE))
+    picture = Image.merge("RGB", (gradient, gradient.rotate(90), gradient.rotate(180)))
+    blank = Image.new("RGB", (_SIDE, _SIDE), (128, 128, 128))
+    seen, unseen = (_logits(model, processor, image) for image in (picture, blank))
+    return float((seen - unseen).abs().max())
+
+
+def _logits(model: Any, processor: Any, image: Image.Image) -> torch.Tensor:
+    text = f"{processor.image_token}\n{QUESTION}"
+    if processor.chat_template:
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    batch = dict(processor(text=[text], images=[image], return_tensors="pt"))
+    for name, value in batch.items():
+        if value.is_floating_point():
+            batch[name] = value.to(model.dtype)
+    text_config = model.config.get_text_config()
+    if text_config.is_encoder_decoder:
+        batch["decoder_input_ids"] = torch.tensor([[text_config.decoder_start_token_id]])
+    return model(**batch).logits[0, -1].float()
+
+
+def _result(name: str, wrong: list[str], detail: str) -> Check:
+    if not wrong:
+        return Check(name, True, detail)
+    more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+    return Check(name, False, "; ".join(wrong[:3]) + more)
+
+
+def _describe(header: TensorHeader) -> tuple[str, tuple[int, ...]]:
+    return dtype_name(header.dtype), header.shape
+
+
+def _said(described: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if described is None else f"{described[0]} {list(described[1])}"
+
+
+def _equal(one: Span, other: Span) -> bool:
+    if one.length != other.length:
+        return False
+    with one.file.open("rb") as a, other.file.open("rb") as b:
+        a.seek(one.start)
+        b.seek(other.start)
+        left = one.length
+        while left:
+            size = min(left, _BLOCK)
+            if a.read(size) != b.read(size):
+                return False
+            left -= size
+    return True

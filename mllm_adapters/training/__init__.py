@@ -1,0 +1,1 @@
+"""Stages, recipes and the engine around transformers' Trainer."""

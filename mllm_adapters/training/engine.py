@@ -1,0 +1,369 @@
+"""Training a multimodal LLM with transformers' Trainer: one engine for every stage, ordinary folders as results."""
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.data.examples import AnswerCollator, ConversationDataset
+from mllm_adapters.features.cache import Cached, cache_features
+from mllm_adapters.features.fill import Place
+from mllm_adapters.swap.rewrite import replace_tensors
+from mllm_adapters.training.checkpoints import check_output, claim, last_checkpoint, only_run, work_folder
+from mllm_adapters.training.filler import FillingCollator, filler_row
+from mllm_adapters.training.lora import merged, write_adapter
+from mllm_adapters.training.plan import Job, names_on_disk, plan_training
+from mllm_adapters.training.recipe import Recipe, RunOptions
+from mllm_adapters.training.recipe_file import read_deepspeed
+from mllm_adapters.training.stages import STAGES
+from mllm_adapters.training.trainer import FrozenTrainer
+from mllm_adapters.training.watch import BestKeeper, DivergedError, Evaluator, Watchdog, loss_plot
+
+RECORD = "training.json"
+"""Record of the training, in the output folder."""
+
+PLOT = "loss.png"
+"""The loss over the steps, in the output folder."""
+
+OUT_OF_MEMORY = (
+    "memory is full at --batch-size {batch}: halve it and double --gradient-accumulation, or add "
+    "--gradient-checkpointing; a GPU that it still does not fit wants --deepspeed with ZeRO-3, or --qlora; "
+    "--estimate says what each takes"
+)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a run does besides training.
+
+    Attributes:
+        evaluate: Scores the model, so that the best weights are kept.
+        eval_every: Steps between two scores.
+        merge: Whether a stage with adapters also writes ``<out>-merged``, a full checkpoint.
+        record: Further fields of the record.
+        files: Further files of the output, name -> text.
+    """
+
+    evaluate: Evaluator | None = None
+    eval_every: int = 200
+    merge: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished training.
+
+    Attributes:
+        out: The checkpoint or adapter folder written.
+        work: Folder of Trainer checkpoints and logs.
+        steps: Optimizer steps done.
+        losses: (step, mean loss since the entry before).
+        scores: (step, score) of the evaluations.
+        best_step: The step whose weights were written.
+        merged: The full checkpoint beside an adapter folder, if there is one.
+    """
+
+    out: Path
+    work: Path
+    steps: int
+    losses: tuple[tuple[int, float], ...]
+    scores: tuple[tuple[int, float], ...] = ()
+    best_step: int | None = None
+    merged: Path | None = None
+
+
+def retrain_projector(
+    source: Path,
+    data: Path,
+    images: Path,
+    out: Path,
+    recipe: Recipe | None = None,
+    options: RunOptions | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> Outcome:
+    """Retrain a model's projector on conversations about images: `plan_training`, then `train`.
+
+    Args:
+        source: Checkpoint folder in the transformers layout.
+        data: LLaVA-format conversations.
+        images: What the image paths are relative to.
+        out: Checkpoint folder to write.
+        recipe: What decides the result.
+        options: What does not.
+        resume: Continue the interrupted run of the same ``out``.
+        force: Replace ``out``, and forget an interrupted run.
+
+    Raises:
+        UserError: see `plan_training` and `train`.
+    """
+    check_output(out, resume=resume, force=force)
+    job = plan_training(source, data, images, recipe or Recipe())
+    return train(job, out, options or RunOptions(), resume=resume, force=force)
+
+
+def merged_folder(out: Path) -> Path:
+    """Where the full checkpoint of an adapter folder goes."""
+    return out.with_name(f"{out.name}-merged")
+
+
+def check_run(
+    out: Path, recipe: Recipe, options: RunOptions, *, resume: bool, force: bool, merge: bool = False
+) -> None:
+    """See to it, before anything is loaded, that a run may write to ``out`` and that its settings agree.
+
+    Raises:
+        UserError: see `check_output`; DeepSpeed's configuration cannot be read; 4-bit weights are to be sharded; or
+            there would be nothing to merge.
+    """
+    check_output(out, resume=resume, force=force)
+    if merge and not STAGES[recipe.stage].lora:
+        raise UserError(f"--merge: stage '{recipe.stage}' has no adapters to merge: leave it out")
+    if merge:
+        check_free(merged_folder(out), force)
+    if options.deepspeed:
+        zero = read_deepspeed(options.deepspeed).get("zero_optimization", {})
+        if recipe.qlora and zero.get("stage") == 3:
+            raise UserError(
+                f"deepspeed: {options.deepspeed}: ZeRO-3 cannot shard 4-bit weights: use ZeRO-2 with --qlora"
+            )
+
+
+def train(
+    job: Job,
+    out: Path,
+    options: RunOptions,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    extras: Extras | None = None,
+) -> Outcome:
+    """Train, then write ``out``: a checkpoint like the source, or an adapter folder; with a record and a loss plot.
+
+    Trainer checkpoints and logs go to ``<out>.training``, which stays. An interrupted run that is resumed
+    ends with the same weights as one that was not interrupted. Under torchrun, deepspeed or accelerate every process
+    calls this, and the first one writes.
+
+    Raises:
+        UserError: see `check_run`; or the run to resume is another one, another process trains into ``out``, an image
+            turns out to be damaged, memory is full, or the loss is no longer a number.
+    """
+    extras = extras or Extras()
+    check_run(out, job.recipe, options, resume=resume, force=force, merge=extras.merge)
+    work = work_folder(out)
+    began = time.monotonic()
+    arguments = _arguments(job, options, work)
+    identity = {**job.identity, **(extras.evaluate.identity if extras.evaluate else {})}
+    with only_run(out) if arguments.process_index == 0 else contextlib.nullcontext():
+        with arguments.main_process_first(local=False):
+            if arguments.process_index == 0:
+                claim(work, identity, resume)
+        cached = _cached(job, options, arguments) if options.feature_cache else None
+        trainer = _trainer(job, arguments, cached, [Watchdog(work), *callbacks])
+        keeper = None
+        if extras.evaluate:
+            seeing = cached.cast.towers_back if cached else contextlib.nullcontext
+            keeper = BestKeeper(trainer, job.processor, extras.evaluate, extras.eval_every, work, seeing)
+            trainer.add_callback(keeper)
+        _run(trainer, job, work, resume)
+        values = trainer.trained_values()
+        losses = tuple((int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row)
+        best = keeper.best if keeper else None
+        outcome = Outcome(
+            out, work, trainer.state.global_step, losses,
+            scores=best.scores if best else (), best_step=best.step if best else None,
+            merged=merged_folder(out) if extras.merge else None,
+        )  # fmt: skip
+        if trainer.is_world_process_zero():
+            seconds = time.monotonic() - began
+            record = {**_record(job, identity, outcome, seconds), **extras.record}
+            files: dict[str, str | bytes] = {
+                **extras.files,
+                RECORD: json.dumps(record, indent=2) + "\n",
+                PLOT: loss_plot(outcome.losses, outcome.scores),
+            }
+            _write(job, outcome, keeper.values() if keeper else values, files, force)
+    if options.deepspeed:
+        _forget_deepspeed()
+    return outcome
+
+
+def _cached(job: Job, options: RunOptions, arguments: TrainingArguments) -> Cached | None:
+    """The tower's features in its place, where that is possible."""
+    place = Place(
+        device=arguments.device,
+        precision=job.precision,
+        dtype=options.feature_dtype,
+        rank=arguments.process_index,
+        ranks=arguments.world_size,
+        workers=options.workers,
+    )
+    if not getattr(job.model, "is_quantized", False):  # what is quantised lies where it belongs
+        job.model.to(place.device)
+    return cache_features(job.model, job.examples, job.corpus, job.processor, place)
+
+
+def _trainer(
+    job: Job, arguments: TrainingArguments, cached: Cached | None, callbacks: list[TrainerCallback]
+) -> FrozenTrainer:
+    dataset: Any = ConversationDataset(job.examples, job.corpus.folder, job.processor)
+    collator: Any = AnswerCollator(job.processor.tokenizer.pad_token_id or 0)
+    if cached:
+        dataset, collator = cached.dataset, cached.collator
+    if job.examples.text_only and (row := filler_row(dataset, job.examples)):
+        collator = FillingCollator(collator, row)
+    return FrozenTrainer(
+        model=job.model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=callbacks,
+    )
+
+
+def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool) -> None:
+    """Train, and say in one line what went wrong."""
+    try:
+        trainer.train(resume_from_checkpoint=str(last_checkpoint(work)) if resume else None)
+    except torch.OutOfMemoryError:
+        raise UserError(OUT_OF_MEMORY.format(batch=job.recipe.batch_size)) from None
+    except DivergedError:
+        raise
+    except UserError as error:
+        # From a data loader's worker the message arrives wrapped in a traceback.
+        cause = str(error).rpartition("UserError: ")[2]
+        saved = last_checkpoint(work)
+        hint = f"; once mended, --resume continues from {saved.name}" if saved else ""
+        raise UserError(f"{cause} (training stopped at step {trainer.state.global_step}{hint})") from None
+    except (ValueError, ValidationError) as error:
+        if trainer.is_deepspeed_enabled and trainer.state.global_step == 0:
+            raise UserError(f"DeepSpeed refuses its configuration: {error}") from error
+        raise
+
+
+def _forget_deepspeed() -> None:
+    """Its configuration is a global of the libraries: the next model would be loaded in shards, unasked."""
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state()
+
+
+def _write(
+    job: Job, outcome: Outcome, values: Mapping[str, Tensor], files: Mapping[str, str | bytes], force: bool
+) -> None:
+    """Write what the stage makes: a full checkpoint, or an adapter folder and, where asked for, both."""
+    adapted = job.stage.adapted
+    if adapted:
+        write_adapter(
+            job.source,
+            outcome.out,
+            job.model,
+            values,
+            adapted,
+            job.recipe.lora,
+            force=force,
+            extra_files=files,
+        )
+    full = outcome.merged if adapted else outcome.out
+    if full:
+        source = Checkpoint(job.source)
+        tensors = merged(values, job.recipe.lora, adapted, lambda name: source.read(job.disk_names[name]))
+        stored = {job.disk_names[name]: value for name, value in tensors.items()}
+        replace_tensors(job.source, full, stored, force=force, extra_files=files)
+
+
+def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
+    recipe = job.recipe
+    settings: dict[str, Any] = {
+        "num_train_epochs": recipe.epochs,
+        "max_steps": recipe.max_steps or -1,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation,
+        "activation_checkpointing": options.gradient_checkpointing,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": recipe.warmup_ratio,
+        "weight_decay": 0.0,
+        "seed": recipe.seed,
+        "use_cpu": not torch.accelerator.is_available(),
+        "logging_steps": options.logging_steps,
+        "logging_first_step": True,
+        "save_steps": options.save_steps,
+        "save_total_limit": 2,
+        "report_to": list(options.report_to) or "none",
+        "disable_tqdm": False,  # the library would print dictionaries instead where its log level is low
+        "dataloader_num_workers": options.workers,
+        "dataloader_persistent_workers": options.workers > 0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Towers are read at a layer before the last, Q-Formers have branches that no image takes.
+        "ddp_find_unused_parameters": True,
+        "deepspeed": str(options.deepspeed) if options.deepspeed else None,
+    }
+    fixed: dict[str, Any] = {
+        "output_dir": str(work),
+        "run_name": work.stem,
+        "bf16": job.precision == "bfloat16",
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+    }
+    try:
+        return TrainingArguments(**{**settings, **recipe.arguments, **fixed})
+    except (ValueError, ImportError) as error:
+        raise UserError(f"transformers refuses the recipe: {error}") from error
+
+
+def _record(job: Job, identity: Mapping[str, Any], outcome: Outcome, seconds: float) -> dict[str, Any]:
+    return {
+        "command": "retrain-projector",
+        "source": str(job.source),
+        "data": [str(file) for file in job.corpus.files],
+        "images": str(job.corpus.folder),
+        **identity,
+        "rows": asdict(job.counts),
+        "trained": list(job.disk_names.values()),
+        "adapted": list(job.stage.adapted),
+        "trained_parameters": job.stage.trainable,
+        "all_parameters": job.stage.total,
+        "steps": outcome.steps,
+        "final_loss": outcome.losses[-1][1],
+        "losses": outcome.losses,
+        "scores": outcome.scores,
+        "best_step": outcome.best_step,
+        "seconds": round(seconds, 1),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+__all__ = [
+    "Extras",
+    "Job",
+    "Outcome",
+    "Recipe",
+    "RunOptions",
+    "check_output",
+    "check_run",
+    "merged_folder",
+    "names_on_disk",
+    "plan_training",
+    "retrain_projector",
+    "train",
+    "work_folder",
+]

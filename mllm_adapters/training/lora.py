@@ -1,0 +1,102 @@
+"""What was trained with adapters, written: PEFT's layout with the projector in it, or merged tensors."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mllm_adapters.swap.apply import new_checkpoint
+from mllm_adapters.training.adapters import ADAPTER, ADAPTER_WEIGHTS, CONFIG, PREFIX
+from mllm_adapters.training.stages import LoraSettings, is_adapter, lora_config, outermost_modules
+
+
+def write_adapter(
+    base: Path,
+    out: Path,
+    model: nn.Module,
+    trained: Mapping[str, Tensor],
+    adapted: Sequence[str],
+    settings: LoraSettings,
+    *,
+    force: bool = False,
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> Path:
+    """Write a folder that ``PeftModel.from_pretrained(base, out)`` and `load_mllm` read.
+
+    The projector goes into PEFT's file under the names of ``modules_to_save``; a parameter that is no module's (the
+    query tokens of a Q-Former) goes there under its own name, which PEFT puts in place as well.
+
+    Args:
+        base: Checkpoint folder that the adapter belongs to.
+        out: Folder to write.
+        model: The model that was trained.
+        trained: What was trained, by parameter name.
+        adapted: The layers that have an adapter.
+        settings: Of the adapters.
+        force: Replace ``out`` if it exists.
+        extra_files: Further files, name -> contents.
+
+    Raises:
+        UserError: ``out`` is taken, is or holds ``base``, or cannot be written.
+    """
+    saved = _saved_modules(model)
+    config = lora_config(adapted, settings, inference_mode=True).to_dict()
+    config |= {
+        "target_modules": sorted(adapted),
+        "modules_to_save": [name for name, _ in saved],
+        "base_model_name_or_path": str(base.absolute()),
+    }
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    # PEFT asks for the buffers of these modules, too (position tables).
+    buffers = {f"{name}.{key}": value for name, module in saved for key, value in module.state_dict().items()}
+    tensors = {
+        PREFIX + name.replace(ADAPTER, "."): value.detach().cpu().contiguous()
+        for name, value in {**buffers, **trained}.items()
+    }
+    with new_checkpoint(out, force, [base]) as partial:
+        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        for name, contents in (extra_files or {}).items():
+            (partial / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        (partial / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def merged(
+    trained: Mapping[str, Tensor],
+    settings: LoraSettings,
+    adapted: Iterable[str],
+    read: Callable[[str], Tensor],
+) -> dict[str, Tensor]:
+    """What a full checkpoint has in place of trained parameters: the projector's, and adapters added to their layers.
+
+    Args:
+        trained: What was trained, by parameter name.
+        settings: Of the adapters.
+        adapted: The layers that have an adapter.
+        read: Reads a parameter of the base model, not quantised.
+
+    Returns:
+        Parameter name in the base model -> value in float32.
+    """
+    values = {name: value.float() for name, value in trained.items() if not is_adapter(name)}
+    for layer in adapted:
+        down, up = (trained[f"{layer}.lora_{part}{ADAPTER}weight"].float() for part in "AB")
+        base = read(f"{layer}.weight").float()
+        values[f"{layer}.weight"] = base + settings.alpha / settings.rank * up @ down
+    return values
+
+
+def _saved_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The projector's modules that have a forward pass: containers are taken apart."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[tuple[str, nn.Module]] = []
+    queue = outermost_modules(model, "projector")
+    while queue:
+        module = queue.pop(0)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            queue = [*module.children(), *queue]
+        elif any(True for _ in module.parameters()):
+            found.append((names[id(module)], module))
+    return found

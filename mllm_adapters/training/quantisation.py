@@ -1,0 +1,55 @@
+"""Four-bit weights: the language model's blocks and nothing else."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.configs import build_config
+from mllm_adapters.training.stages import lora_targets
+
+
+def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
+    """Bitsandbytes' NormalFloat4 with double quantisation (QLoRA, Dettmers et al. 2023) for a checkpoint.
+
+    Quantised is what gets an adapter: tower, projector, embeddings and output head stay as they are.
+
+    Args:
+        settings: The checkpoint's config.json.
+        where: Its folder, for messages.
+        dtype: Of the forward pass.
+
+    Returns:
+        A ``transformers.BitsAndBytesConfig``.
+
+    Raises:
+        UserError: bitsandbytes is not installed, or the weights are quantised already.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError("weights in 4 bits need the package bitsandbytes: pip install 'mgll-mllm[train]'")
+    if settings.get("quantization_config"):
+        raise UserError(
+            f"{where}/config.json: the weights are quantised already: leave --qlora or --load-in-4bit out"
+        )
+    config = build_config(settings, f"{where}/config.json")
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    with torch.device("meta"):
+        model = kind(config)
+    quantised = set(lora_targets(model, "language_model"))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[
+            f"{name.replace('.', chr(92) + '.')}$" for name in linear if name not in quantised
+        ],
+    )

@@ -1,0 +1,162 @@
+"""What decides the result of a training, and what does not: two dataclasses that check themselves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
+from transformers.integrations import get_available_reporting_integrations
+
+from mgll_encoder.common.errors import UserError, unknown_name
+from mllm_adapters.data.training_rows import ALL, DataOptions
+from mllm_adapters.features.fill import DTYPES
+from mllm_adapters.training.stages import STAGES, LoraSettings
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the result of a training.
+
+    Learning rate, schedule, warm-up and length are those of LLaVA's stages (haotian-liu/LLaVA,
+    scripts/v1_5), which also average over 256 examples per step.
+
+    Attributes:
+        epochs: Passes over the data.
+        batch_size: Examples per device and forward pass.
+        gradient_accumulation: Forward passes per step.
+        learning_rate: Peak of the schedule; the stage's own if None.
+        max_steps: Stop after so many steps, whatever ``epochs`` says.
+        seed: Of the order of the examples, and of new adapters.
+        max_length: Longest example in tokens, image tokens included.
+        warmup_ratio: Share of the steps with a rising learning rate.
+        precision: Of the frozen weights and the forward pass: ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on a
+            GPU that has it). What trains is float32 (with DeepSpeed, its master copy is).
+        stage: What trains, a key of `STAGES`.
+        rank: Of LoRA's adapters.
+        lora_alpha: Adapters are scaled by ``lora_alpha / rank``.
+        lora_dropout: Of the adapters' inputs.
+        qlora: Keep the language model in 4 bits (NF4) while its adapters train.
+        answer: What is learnt of a multiple-choice question: ``letter``, ``text`` or ``both``.
+        caption: Granularity of a manifest that becomes the caption, or ``all`` for all of them in order.
+        strict: Whether an image that cannot be read stops the run; otherwise its rows are left out and counted.
+        arguments: Further fields of transformers' TrainingArguments.
+    """
+
+    epochs: Positive = 1.0
+    batch_size: Count = 16
+    gradient_accumulation: Count = 1
+    learning_rate: Positive | None = None
+    max_steps: Count | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_length: Count = 2048
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    precision: str = "auto"
+    stage: str = "projector"
+    rank: Count = 16
+    lora_alpha: Positive = 32.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    qlora: bool = False
+    answer: str = "letter"
+    caption: str = ALL
+    strict: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        for kind, known in (("precision", PRECISIONS), ("stage", STAGES)):
+            if getattr(self, kind) not in known:
+                raise unknown_name(kind, getattr(self, kind), known)
+        _ = self.rows  # which checks itself
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", STAGES[self.stage].learning_rate)
+        if self.qlora and not STAGES[self.stage].lora:
+            raise UserError(f"--qlora keeps the language model in 4 bits, but stage '{self.stage}' has no adapters: "
+                            "use stage lora or lora-vision")  # fmt: skip
+
+    @property
+    def rows(self) -> DataOptions:
+        """How rows are made of files."""
+        return DataOptions(self.answer, self.caption, self.strict, self.seed)
+
+    @property
+    def lora(self) -> LoraSettings:
+        """Of the adapters."""
+        return LoraSettings(self.rank, self.lora_alpha, self.lora_dropout)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What does not change the result.
+
+    Attributes:
+        logging_steps: Steps between two log entries.
+        save_steps: Steps between two checkpoints.
+        report_to: Where the Trainer logs to: ``tensorboard``, ``wandb`` ...; empty for nowhere.
+        workers: Processes that open images; 0 for the training process itself.
+        gradient_checkpointing: Compute the language model's activations twice instead of keeping them.
+        deepspeed: DeepSpeed's configuration, a JSON file; None for none.
+        feature_cache: Let a frozen tower see every image once, and keep what it saw on disk.
+        feature_dtype: What it is kept in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the precision of
+            the forward pass, which changes nothing.
+    """
+
+    logging_steps: Count = 10
+    save_steps: Count = 200
+    report_to: tuple[str, ...] = ("tensorboard",)
+    workers: Annotated[int, Field(ge=0)] = 0
+    gradient_checkpointing: bool = False
+    deepspeed: Path | None = None
+    feature_cache: bool = True
+    feature_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.feature_dtype not in ("auto", *DTYPES):
+            raise unknown_name("--feature-dtype", self.feature_dtype, ("auto", *DTYPES))
+        known = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in known:
+                raise unknown_name("--report-to (or its package is not installed)", name, known)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Evaluation while training.
+
+    Attributes:
+        eval_bench: A bench of ``eval-mcq build`` on a validation split; None for no evaluation.
+        eval_every: Steps between two evaluations; the last step is evaluated in any case.
+    """
+
+    eval_bench: Path | None = None
+    eval_every: Count = 200
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+def check_value(kind: Any, value: Any, where: str) -> Any:
+    """A value as the type that a field has.
+
+    Raises:
+        UserError: it is none; the message is one line that says where it was given.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].replace("Input should", "it must")
+        raise UserError(f"{where} is {value}: {reason}") from None
+
+
+def _check_fields(options: Any) -> None:
+    kinds = get_type_hints(type(options), include_extras=True)
+    for entry in fields(options):
+        option = f"--{entry.name.replace('_', '-')}"
+        value = check_value(kinds[entry.name], getattr(options, entry.name), option)
+        object.__setattr__(options, entry.name, value)

@@ -1,0 +1,247 @@
+"""Recipes as YAML files: fields of transformers' TrainingArguments under their own names, and a few of ours.
+
+What counts is, from weak to strong: defaults, the recipe file, and what is typed (flags and ``key=value``).
+"""
+
+import enum
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from mgll_encoder.common.errors import UserError, unknown_name
+from mllm_adapters.training.recipe import EvalOptions, Recipe, RunOptions, check_value
+from mllm_adapters.training.stages import STAGES
+
+THEIR_NAMES: Mapping[str, str] = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "workers": "dataloader_num_workers",
+}
+"""Our field -> the field of TrainingArguments that it is, whose name stands in recipes."""
+
+PATHS = ("deepspeed", "eval_bench")
+"""Keys that are paths; in a recipe file they start from its folder."""
+
+OURS_TO_SET: Mapping[str, str] = {
+    "output_dir": "it follows from --out",
+    "run_name": "it follows from --out",
+    "resume_from_checkpoint": "use --resume",
+    "warmup_steps": "use warmup_ratio",
+    "bf16": "use precision",
+    "fp16": "use precision: bfloat16 or float32",
+    "activation_checkpointing": "use gradient_checkpointing",
+    "remove_unused_columns": "the collator's columns are all used",
+    "logging_nan_inf_filter": "a loss that is no number must be seen",
+    "push_to_hub": "upload the finished folder instead",
+    "load_best_model_at_end": "use eval_bench and eval_every",
+    "eval_strategy": "use eval_bench and eval_every",
+    "auto_find_batch_size": "the batch size is part of the recipe",
+    "fsdp": "use deepspeed",
+}
+"""Fields of TrainingArguments that a recipe may not set, and what to do instead."""
+
+NO_EFFECT = ("do_", "eval_", "hub_", "per_device_eval_", "bf16_full_", "fp16_full_", "batch_eval_", "fsdp_")
+"""Beginnings of fields of TrainingArguments that change nothing here: nothing is evaluated or uploaded by it."""
+
+GROUPS = (Recipe, RunOptions, EvalOptions)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe file, the flags and the overrides, made one.
+
+    Attributes:
+        recipe: What decides the result.
+        options: What does not.
+        evaluation: Evaluation while training.
+    """
+
+    recipe: Recipe
+    options: RunOptions
+    evaluation: EvalOptions
+
+    def as_yaml(self) -> str:
+        """The same as a recipe file, every key written out."""
+        values: dict[str, Any] = {}
+        for group in (self.recipe, self.options, self.evaluation):
+            values |= {THEIR_NAMES.get(key, key): value for key, value in asdict(group).items()}
+        values |= values.pop("arguments")
+        return yaml.safe_dump({key: _plain(value) for key, value in values.items()}, sort_keys=False)
+
+
+@dataclass(frozen=True)
+class _Given:
+    value: Any
+    where: str
+    folder: Path
+
+
+def resolve(
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    **defaults: Any,
+) -> Resolved:
+    """Make one recipe of a file and of what was typed.
+
+    Args:
+        file: A YAML file, or None.
+        overrides: ``key=value``, the value in YAML.
+        flags: Our field -> value, as typed behind ``--field``; None for what was not typed.
+        **defaults: Our field -> default that a command has instead of the field's own.
+
+    Raises:
+        UserError: the file cannot be read; a key is unknown or not for recipes, is given twice, or has a value that it
+            cannot have; or adapter settings are given for a stage without adapters.
+    """
+    known = _known()
+    given = {key: _Given(v, f"{file}: {key}", file.parent) for key, v in _read(file).items()} if file else {}
+    for key, entry in given.items():
+        _check_key(key, known, f"{file}")
+        _no_surprises(key, entry)
+    given |= _typed(overrides, flags or {}, known)
+    values: dict[type, dict[str, Any]] = {group: {} for group in GROUPS}
+    for key, value in defaults.items():
+        values[known[THEIR_NAMES.get(key, key)][0]][key] = value
+    for key, entry in given.items():
+        group, name, kind = known[key]
+        value = check_value(kind, _prepared(key, entry), entry.where)
+        if name is None:
+            values[Recipe].setdefault("arguments", {})[key] = _plain(value)
+        else:
+            values[group][name] = value
+    resolved = Resolved(
+        Recipe(**values[Recipe]), RunOptions(**values[RunOptions]), EvalOptions(**values[EvalOptions])
+    )
+    _check_adapters(resolved.recipe, given)
+    return resolved
+
+
+def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, _Given]:
+    given: dict[str, _Given] = {}
+    here = Path()
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"'{text}' is no override: write key=value, such as learning_rate=1e-4")
+        _check_key(key, known, "the command line")
+        if key in given:
+            raise UserError(f"{key} is given twice: '{text}' and {given[key].where}")
+        given[key] = _Given(_parse(value, f"'{text}'"), f"{key}= on the command line", here)
+    for field, value in flags.items():
+        key, flag = THEIR_NAMES.get(field, field), f"--{field.replace('_', '-')}"
+        if value is None:
+            continue
+        if key in given:
+            raise UserError(f"{key} is given twice: as {flag} and as {key}=; leave one of them out")
+        given[key] = _Given(value, flag, here)
+    return given
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = _parse(file.read_text(encoding="utf-8"), f"{file}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"recipe {file} holds no keys: expected lines such as 'learning_rate: 1e-3'")
+    return {str(key): value for key, value in found.items()}
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not YAML: {error}") from None
+
+
+def _check_key(key: str, known: Mapping[str, Any], where: str) -> None:
+    if key in OURS_TO_SET:
+        raise UserError(f"{where}: {key} is not for recipes: {OURS_TO_SET[key]}")
+    if key in THEIR_NAMES:
+        raise UserError(f"{where}: unknown recipe key '{key}': did you mean '{THEIR_NAMES[key]}'?")
+    if key not in known and key.startswith(NO_EFFECT):
+        raise UserError(f"{where}: {key} has no effect in these trainings: leave it out")
+    if key not in known:
+        nearest = unknown_name("recipe key", key, known)
+        raise UserError(f"{where}: {str(nearest).partition('known are')[0].strip(' :')} "
+                        "(keys are those of transformers' TrainingArguments, and ours: docs/training.md)")  # fmt: skip
+
+
+def _no_surprises(key: str, entry: _Given) -> None:
+    if entry.value is None and key not in (*PATHS, "max_steps"):
+        raise UserError(f"{entry.where} has no value: write one, or leave the key out")
+
+
+def _prepared(key: str, entry: _Given) -> Any:
+    """What YAML cannot say of itself: paths start from the file's folder, loggers may be one or several."""
+    if key in PATHS and entry.value is not None:
+        return entry.folder / str(entry.value)
+    if key == "report_to":
+        names = [entry.value] if isinstance(entry.value, str) else entry.value
+        return tuple(name for name in names if name != "none")
+    return entry.value
+
+
+def _check_adapters(recipe: Recipe, given: Mapping[str, _Given]) -> None:
+    if not STAGES[recipe.stage].lora:
+        for key in ("rank", "lora_alpha", "lora_dropout"):
+            if key in given:
+                raise UserError(
+                    f"{given[key].where} has no effect: stage '{recipe.stage}' has no adapters; leave it out, or "
+                    "use stage lora or lora-vision"
+                )
+
+
+@cache
+def _known() -> dict[str, tuple[type, str | None, Any]]:
+    """Recipe key -> the dataclass it belongs to, the field in it (None for a further argument), its type."""
+    from transformers import TrainingArguments
+
+    found: dict[str, tuple[type, str | None, Any]] = {}
+    for key, kind in get_type_hints(TrainingArguments).items():
+        theirs = {entry.name for entry in fields(TrainingArguments)} - OURS_TO_SET.keys()
+        if key in theirs and not key.startswith(NO_EFFECT):
+            found[key] = (Recipe, None, kind)
+    for group in GROUPS:
+        kinds = get_type_hints(group, include_extras=True)
+        for entry in fields(group):
+            if entry.name != "arguments":
+                found[THEIR_NAMES.get(entry.name, entry.name)] = (group, entry.name, kinds[entry.name])
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML and JSON have it."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, enum.Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_deepspeed(file: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or the file is missing or not JSON.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("deepspeed") is None:
+        raise UserError(f"deepspeed: {file} needs the package deepspeed: pip install 'mgll-mllm[train]'")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"deepspeed: {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"deepspeed: {file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"deepspeed: {file} holds no settings: expected a JSON object")
+    return found
