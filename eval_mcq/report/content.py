@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval_mcq.records import Run
-from eval_mcq.schema import LETTERS, Bench, MCQItem
+from eval_mcq.items.schema import LETTERS, Bench, MCQItem
+from eval_mcq.runs.records import Run
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 
@@ -69,7 +69,7 @@ def gather(arms: Mapping[str, Run], bench: Bench) -> Content:
     """Put questions and answers together.
 
     Args:
-        arms: Runs of the bench that answer the same questions (`eval_mcq.summary.compare` sees to that).
+        arms: Runs of the bench that answer the same questions (`eval_mcq.tables.summary.compare` sees to that).
         bench: The bench that they were asked.
 
     Raises:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval_mcq.calibration import BINS
+from eval_mcq.items.schema import LETTERS
 from eval_mcq.report.content import Content
-from eval_mcq.schema import LETTERS
-from eval_mcq.summary import Comparison
+from eval_mcq.tables.calibration import BINS
+from eval_mcq.tables.summary import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,13 +9,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval_mcq.records import Run
+from eval_mcq.items.schema import Bench
 from eval_mcq.report.content import Content, check_unchanged, gather
 from eval_mcq.report.figures import IN_PAGE, ON_WHITE, page_svg, plots
 from eval_mcq.report.pictures import as_files, inlined
-from eval_mcq.schema import Bench
-from eval_mcq.summary import Comparison, compare
-from eval_mcq.tables import by_disease
+from eval_mcq.runs.records import Run
+from eval_mcq.tables.grid import by_disease
+from eval_mcq.tables.summary import Comparison, compare
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, new_folder, write_text
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from eval_mcq.plan import Group
-    from eval_mcq.schema import Bench
+    from eval_mcq.items.schema import Bench
+    from eval_mcq.runs.plan import Group
 
 app = typer.Typer(add_completion=False)
 
@@ -91,7 +91,7 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
-    from eval_mcq.schema import load_bench
+    from eval_mcq.items.schema import load_bench
 
     console = Console()
     with tempfile.TemporaryDirectory() as work:
@@ -142,7 +142,7 @@ class _Contenders:
     def __init__(self, folder: Path, bench: "Bench", new_tokens: int, lmms_python: Path | None) -> None:
         import torch
 
-        from eval_mcq.score import Scorer
+        from eval_mcq.scoring.score import Scorer
         from mllm_adapters import load_mllm
 
         self.bench, self.new_tokens = bench, new_tokens
@@ -192,7 +192,7 @@ class _Contenders:
             self.worker.wait()
 
     def _ours(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
-        from eval_mcq.run import ROWS, scored
+        from eval_mcq.runs.run import ROWS, scored
 
         watch = Watch()
         found = [
@@ -206,7 +206,7 @@ class _Contenders:
     def _generate(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
         import torch
 
-        from eval_mcq.plan import asks_of
+        from eval_mcq.runs.plan import asks_of
         from mgll_encoder.common.images import open_image
 
         watch, found = Watch(), []
@@ -226,8 +226,8 @@ class _Contenders:
         return watch.spent(), found
 
     def _lmms(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
-        from eval_mcq.plan import asks_of
-        from eval_mcq.prompt import render
+        from eval_mcq.runs.plan import asks_of
+        from eval_mcq.scoring.prompt import render
 
         assert self.worker is not None
         assert self.worker.stdin is not None
@@ -247,8 +247,8 @@ class _Contenders:
         from torch import nn
         from torch.nn.functional import linear
 
-        from eval_mcq.parts import token_tree
-        from eval_mcq.plan import asks_of
+        from eval_mcq.runs.plan import asks_of
+        from eval_mcq.scoring.parts import token_tree
         from mgll_encoder.common.images import open_image
 
         config, head = self.model.config.vision_config, self.model.get_output_embeddings()
@@ -295,7 +295,7 @@ def _asked(bench: "Bench", case: Case) -> "Bench":
 
 
 def _groups(bench: "Bench", case: Case) -> "list[Group]":
-    from eval_mcq.plan import groups
+    from eval_mcq.runs.plan import groups
 
     return groups(bench.items, case.rotations)
 
@@ -311,8 +311,8 @@ def _batches(bench: "Bench", case: Case, rows: int) -> "list[list[Group]]":
 
 
 def _read(reply: str, ask: Any) -> int | None:
-    from eval_mcq.prompt import order
-    from eval_mcq.reply import parse_reply
+    from eval_mcq.scoring.prompt import order
+    from eval_mcq.scoring.reply import parse_reply
 
     places = order(len(ask.item.options), ask.rotation)
     place = parse_reply(reply, [ask.item.options[option] for option in places])

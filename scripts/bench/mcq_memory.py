@@ -26,9 +26,9 @@ def bench(
     import torch
     from rich.console import Console
 
-    from eval_mcq import run as running
-    from eval_mcq.schema import load_bench
-    from eval_mcq.score import Scorer
+    from eval_mcq.items.schema import load_bench
+    from eval_mcq.runs import run as running
+    from eval_mcq.scoring.score import Scorer
     from mllm_adapters import load_mllm
 
     console, process = Console(), psutil.Process()
@@ -62,7 +62,7 @@ def _synthetic(folder: Path, questions: int, images: int) -> Path:
     """A bench about plain pictures; four options each."""
     from PIL import Image
 
-    from eval_mcq.schema import BenchHeader, MCQItem, write_bench
+    from eval_mcq.items.schema import BenchHeader, MCQItem, write_bench
 
     for i in range(images):
         Image.new("RGB", (32, 32), (i % 256, i // 256 % 256, 90)).save(folder / f"{i}.png")

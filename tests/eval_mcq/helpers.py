@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eval_mcq.cli import main
-from eval_mcq.records import Answer, Run, RunRecord
-from eval_mcq.schema import SCHEMA
-from eval_mcq.score import Scorer
+from eval_mcq.cli.main import main
+from eval_mcq.items.schema import SCHEMA
+from eval_mcq.runs.records import Answer, Run, RunRecord
+from eval_mcq.scoring.score import Scorer
 from tests.builders import picture
 
 DISEASES = ("AMD", "Cataract", "DR", "Glaucoma")

@@ -3,9 +3,9 @@ from collections import Counter
 
 import pytest
 
-from eval_mcq.build import Draw, LabelTable, SplitRule, build
-from eval_mcq.preset import load_preset, preset_names
-from eval_mcq.schema import bench_text, load_bench
+from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
+from eval_mcq.items.preset import load_preset, preset_names
+from eval_mcq.items.schema import bench_text, load_bench
 from mgll_encoder.common.errors import UserError
 from tests.eval_mcq.helpers import write_labels
 

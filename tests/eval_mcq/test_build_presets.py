@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from eval_mcq.build import Draw, LabelTable, SplitRule, build
-from eval_mcq.preset import FOLDER, load_preset, preset_names
-from eval_mcq.schema import load_bench
+from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
+from eval_mcq.items.preset import FOLDER, load_preset, preset_names
+from eval_mcq.items.schema import load_bench
 from mgll_encoder.common.errors import UserError
 from tests.builders import picture
 from tests.eval_mcq.helpers import write_labels

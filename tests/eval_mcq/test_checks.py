@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from eval_mcq.records import load_run
+from eval_mcq.runs.records import load_run
 from tests.builders import tiny_llava as write_tiny_llava
 from tests.eval_mcq.helpers import small_bench
 

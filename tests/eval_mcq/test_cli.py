@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from eval_mcq.prompt import render
-from eval_mcq.schema import load_bench
+from eval_mcq.items.schema import load_bench
+from eval_mcq.scoring.prompt import render
 from tests.builders import tiny_llava as write_tiny_llava
 from tests.eval_mcq.helpers import (
     question,

@@ -4,12 +4,12 @@ import pytest
 import torch
 from PIL import Image
 
-from eval_mcq.asking import Ask
-from eval_mcq.engine import Engine
-from eval_mcq.prompt import order
-from eval_mcq.schema import MCQItem
-from eval_mcq.score import Scorer
-from eval_mcq.tree import Tree, common_length
+from eval_mcq.items.schema import MCQItem
+from eval_mcq.scoring.asking import Ask
+from eval_mcq.scoring.engine import Engine
+from eval_mcq.scoring.prompt import order
+from eval_mcq.scoring.score import Scorer
+from eval_mcq.scoring.tree import Tree, common_length
 from mllm_adapters import load_mllm
 from tests.mllm_adapters import complete
 

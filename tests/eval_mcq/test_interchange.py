@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from eval_mcq.interchange.conversations import parse_prompt, parse_reply
-from eval_mcq.schema import load_bench
+from eval_mcq.items.interchange.conversations import parse_prompt, parse_reply
+from eval_mcq.items.schema import load_bench
 from tests.builders import picture
 from tests.eval_mcq.helpers import question, run_of_counts, save_run, small_bench, write_bench
 

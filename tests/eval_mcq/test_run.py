@@ -9,14 +9,14 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoModelForImageTextToText
 
-from eval_mcq import run as run_module
-from eval_mcq.fingerprint import model_fingerprint
-from eval_mcq.merge import merge
-from eval_mcq.plan import Shard
-from eval_mcq.prompt import shown_letters
-from eval_mcq.records import load_run
-from eval_mcq.run import Settings, describe_run, run_bench
-from eval_mcq.schema import load_bench
+from eval_mcq.items.schema import load_bench
+from eval_mcq.runs import run as run_module
+from eval_mcq.runs.fingerprint import model_fingerprint
+from eval_mcq.runs.merge import merge
+from eval_mcq.runs.plan import Shard
+from eval_mcq.runs.records import load_run
+from eval_mcq.runs.run import Settings, describe_run, run_bench
+from eval_mcq.scoring.prompt import shown_letters
 from mgll_encoder.common.errors import UserError
 from tests.builders import picture
 from tests.eval_mcq.helpers import scorer, small_bench
@@ -318,10 +318,10 @@ def test_accelerate_launch_gives_each_process_a_part_and_one_run(tiny_llava, ben
     call = [
         "run", "--model", tiny_llava, "--bench", bench.path, "--rotations", 2, "--out", tmp_path / "launched",
     ]  # fmt: skip
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "eval_mcq.cli"]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "eval_mcq.cli.main"]
     subprocess.run([sys.executable, "-m", *map(str, [*launch, *call])], check=True, capture_output=True)
     subprocess.run(
-        [sys.executable, "-m", "eval_mcq.cli", *map(str, call[:-1]), str(tmp_path / "alone")],
+        [sys.executable, "-m", "eval_mcq.cli.main", *map(str, call[:-1]), str(tmp_path / "alone")],
         check=True, capture_output=True,
     )  # fmt: skip
     assert files(tmp_path / "launched") == files(tmp_path / "alone")

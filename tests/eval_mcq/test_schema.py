@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from eval_mcq.prompt import LETTER_PROMPT, render
-from eval_mcq.schema import LETTERS, MCQItem, bench_text, load_bench
+from eval_mcq.items.schema import LETTERS, MCQItem, bench_text, load_bench
+from eval_mcq.scoring.prompt import LETTER_PROMPT, render
 from mgll_encoder.common.errors import UserError
 from tests.eval_mcq.helpers import question, write_bench
 

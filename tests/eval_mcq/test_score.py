@@ -2,8 +2,8 @@ import pytest
 import torch
 from tokenizers import normalizers, processors
 
-from eval_mcq.schema import load_bench
-from eval_mcq.score import Scorer
+from eval_mcq.items.schema import load_bench
+from eval_mcq.scoring.score import Scorer
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 from tests.builders import CHAT_TEMPLATE

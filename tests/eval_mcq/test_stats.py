@@ -8,10 +8,10 @@ from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from eval_mcq.calibration import calibration
-from eval_mcq.diagnosis import diagnose
-from eval_mcq.prompt import shown_letters
-from eval_mcq.stats import bootstrap, holm, mcnemar, p_of_guessing, percentile_interval, wilson
+from eval_mcq.scoring.prompt import shown_letters
+from eval_mcq.tables.calibration import calibration
+from eval_mcq.tables.diagnosis import diagnose
+from eval_mcq.tables.stats import bootstrap, holm, mcnemar, p_of_guessing, percentile_interval, wilson
 from tests.eval_mcq.helpers import run_of_counts
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from eval_mcq.cli import main as eval_mcq
-from eval_mcq.fingerprint import model_fingerprint
+from eval_mcq.cli.main import main as eval_mcq
+from eval_mcq.runs.fingerprint import model_fingerprint
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eval_mcq.cli import main as eval_mcq
+from eval_mcq.cli.main import main as eval_mcq
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.registry import FAMILIES

@@ -11,8 +11,8 @@ from transformers import (
     AutoProcessor,
 )
 
-from eval_mcq.schema import MCQItem
-from eval_mcq.score import Scorer
+from eval_mcq.items.schema import MCQItem
+from eval_mcq.scoring.score import Scorer
 from mllm_adapters import load_mllm
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, JanusConfig
 
-from eval_mcq.schema import MCQItem
-from eval_mcq.score import Scorer
+from eval_mcq.items.schema import MCQItem
+from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from eval_mcq.cli import main as eval_mcq
+from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.data.conversations import read_corpus

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from eval_mcq.schema import MCQItem
-from eval_mcq.score import Scorer
+from eval_mcq.items.schema import MCQItem
+from eval_mcq.scoring.score import Scorer
 from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoProcessor
 
-from eval_mcq.schema import load_bench
-from eval_mcq.score import Scorer
+from eval_mcq.items.schema import load_bench
+from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower
 from mgll_encoder.checkpoint import open_checkpoint as open_checkpoint_file
 from mgll_encoder.common.errors import UserError

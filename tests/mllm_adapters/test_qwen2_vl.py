@@ -20,8 +20,8 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
-from eval_mcq.schema import MCQItem
-from eval_mcq.score import Scorer
+from eval_mcq.items.schema import MCQItem
+from eval_mcq.scoring.score import Scorer
 from mgll_encoder import image_transform, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm

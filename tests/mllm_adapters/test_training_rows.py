@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from eval_mcq.prompt import render
-from eval_mcq.schema import SCHEMA, load_bench
+from eval_mcq.items.schema import SCHEMA, load_bench
+from eval_mcq.scoring.prompt import render
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.data import captions, image_facts, questions, tables, training_rows

@@ -102,8 +102,8 @@ def test_the_best_weights_are_written_and_the_scores_recorded(place, tmp_path):
 
 
 def test_the_benchmark_is_found_scores_the_macro_average_and_changes_no_weight(place, bench, installed):
-    from eval_mcq.schema import load_bench
-    from eval_mcq.score import Scorer
+    from eval_mcq.items.schema import load_bench
+    from eval_mcq.scoring.score import Scorer
     from mgll_encoder.common.images import open_image
 
     evaluate = find_evaluator(bench)

@@ -1,0 +1,151 @@
+"""Commands of ``eval-mcq`` that need no model: questions from and to other tools, the audit of a printed table."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mgll_encoder.common.cli import note, stdout, warn
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free, write_text
+
+Format = Literal["rich", "markdown", "csv", "latex"]
+ImportFormat = Literal["vlmevalkit", "gmai", "omnimedvqa", "llava", "scienceqa", "hf", "parquet"]
+
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="Format of the table.")]
+OutFile = Annotated[
+    Path | None, typer.Option("--out", help="Write the table to this file instead of the terminal.")
+]
+
+
+def import_command(
+    source: Annotated[str, typer.Argument(help="File, folder of .json files, or hub id (format hf).")],
+    out: Annotated[Path, typer.Option(help="Bench file to write (.jsonl or .parquet).")],
+    format_: Annotated[ImportFormat, typer.Option("--format", help="Whose format it is.")],
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder that image paths are relative to; that of SOURCE if not given."),
+    ] = None,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", help="FIELD=COLUMN where the file calls it otherwise, such as answer=label; repeatable."
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Which split (hf, scienceqa).")] = None,
+    name: Annotated[str, typer.Option(help="Name of the bench in tables; the file's if not given.")] = "",
+    force: Force = False,
+) -> None:
+    """Take over questions from another tool's file.
+
+    Example: eval-mcq import GMAI_mm_bench_VAL.tsv --format gmai --out gmai.jsonl
+    """
+    from eval_mcq.items.interchange.importing import Source, import_questions
+    from eval_mcq.items.schema import write_bench
+
+    check_free(out, force)
+    header, items, report = import_questions(
+        format_, Source(source, images, split, maps or ()), out, name, force
+    )
+    write_bench(out, header, items, force)
+    stdout.print(f"{out}: {len(items)} questions", soft_wrap=True, highlight=False)
+    for category, count in report.questions.most_common():
+        stdout.print(f"  {count:6d}  {category}", soft_wrap=True, highlight=False, markup=False)
+    if report.pictures:
+        note(f"{report.pictures} embedded images are in {out.stem}_images beside it")
+    if report.folded:
+        note(
+            f"{report.folded} circular copies were put back into their questions (eval-mcq run rotates by itself)"
+        )
+    if report.skipped:
+        warn(f"{report.skipped} entries have no options or no image and were left out")
+    stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
+
+
+def export(
+    bench: Annotated[Path, typer.Argument(help="Bench file.")],
+    out: Annotated[Path, typer.Option(help="File (for lmms-eval: folder) to write.")],
+    to: Annotated[
+        Literal["llava", "vlmevalkit", "lmms-eval", "parquet", "jsonl"],
+        typer.Option(
+            "--format",
+            help="llava: conversations JSON, as retrain-projector reads; vlmevalkit: TSV with images, or with --run "
+            "its prediction table; lmms-eval: task folder; parquet: the bench with its images in one file.",
+        ),
+    ] = "llava",
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="llava: folder to write image paths relative to; the folder of --out if not given."
+        ),
+    ] = None,
+    run_folder: Annotated[
+        Path | None,
+        typer.Option("--run", help="vlmevalkit: write the answers of this run, to be scored there."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write questions in another tool's format.
+
+    Example: eval-mcq export train.jsonl --format llava --out train.json
+    """
+    from eval_mcq.items.export import EXPORTERS, write_predictions
+    from eval_mcq.items.schema import load_bench
+    from eval_mcq.runs.records import load_run
+
+    check_free(out, force)
+    if images is not None and to != "llava":
+        raise UserError(f"--images has no meaning for format '{to}': only llava refers to images by path")
+    if run_folder is not None and to != "vlmevalkit":
+        raise UserError(f"--run has no meaning for format '{to}': predictions are written for vlmevalkit")
+    questions = load_bench(bench)
+    if run_folder is not None:
+        count = write_predictions(questions, load_run(run_folder), out, force)
+        stdout.print(f"{out}: {count} predictions", soft_wrap=True, highlight=False)
+        return
+    folder = images or out.absolute().parent
+    following = EXPORTERS[to](questions, out, folder, force)
+    stdout.print(f"{out}: {len(questions.items)} questions", soft_wrap=True, highlight=False)
+    stdout.print(f"Next: {following}", soft_wrap=True, highlight=False)
+
+
+def audit(
+    format_: FormatOption = "rich",
+    out: OutFile = None,
+    table_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--table",
+            help="A printed table as JSON, of the form of the shipped one; the MGLL paper's if not given.",
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Say what a published table can and cannot support, from the numbers of questions behind it.
+
+    Example: eval-mcq audit --format markdown --out audit.md
+    """
+    from eval_mcq.tables.audit import audit as audit_table
+    from eval_mcq.tables.audit import by_column, by_model
+    from eval_mcq.tables.published import PAPER, load_published
+    from eval_mcq.tables.render import RENDERERS, show
+
+    if out is not None:
+        check_free(out, force)
+    findings = audit_table(load_published(table_file or PAPER))
+    grids = [by_column(findings), by_model(findings)]
+    if out is not None:
+        write_text(out, "\n".join(RENDERERS[format_](grid) for grid in grids), force)
+        stdout.print(f"audit: {out}", soft_wrap=True)
+        return
+    for grid in grids:
+        if format_ == "rich":
+            show(grid, stdout)
+        else:
+            typer.echo(RENDERERS[format_](grid))
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {"import": import_command, "export": export, "audit": audit}
+"""Name of the command to its function."""

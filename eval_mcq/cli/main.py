@@ -1,0 +1,383 @@
+"""The command ``eval-mcq``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from eval_mcq.cli.items import COMMANDS as ITEM_COMMANDS
+from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
+from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
+from eval_mcq.cli.run import DeviceOption, DtypeOption, FourBit, ModeName, WayName, answer, loading
+from mgll_encoder.common.cli import new_app, note, run, stdout, warn
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free, write_text
+
+if TYPE_CHECKING:
+    from eval_mcq.items.build import BuildReport
+    from eval_mcq.runs.records import Run
+
+app = new_app(
+    "Measure a multimodal LLM disease by disease: build questions from labels, run them, compare models.\n\n"
+    "Example: eval-mcq build --labels labels.csv --images photos/ --out bench.jsonl"
+)
+
+Layout = Literal["auto", "diseases", "paper", "long"]
+
+LayoutOption = Annotated[
+    Layout,
+    typer.Option(
+        "--layout",
+        help="Diseases as rows, or as columns like the paper, or long: every figure in a row of its own; auto: rows "
+        "in the terminal if there is one model, else columns.",
+    ),
+]
+PaperRounding = Annotated[
+    bool,
+    typer.Option(
+        "--paper-rounding",
+        help="Round as the published table: Average of rounded cells, gain of rounded Averages.",
+    ),
+]
+
+
+@app.command()
+def build(
+    labels: Annotated[Path, typer.Option(help="CSV with one row per image.")],
+    images: Annotated[Path, typer.Option(help="Folder that the image column is relative to.")],
+    out: Annotated[Path, typer.Option(help="Bench file to write (.jsonl).")],
+    preset: Annotated[
+        str, typer.Option(help="Preset by name, or a .json file of the same form.")
+    ] = "fundus10",
+    diseases: Annotated[
+        str | None, typer.Option(help="Ask only these diseases of the preset, separated by commas.")
+    ] = None,
+    options: Annotated[
+        int | None, typer.Option(help="Options per question; the preset's if not given.", min=2, max=26)
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="Column with the image path.")] = "file",
+    labels_column: Annotated[
+        str,
+        typer.Option(
+            help="Column with the labels, separated by ';'; or 0/1 columns of that name: DR,AMD,CSR."
+        ),
+    ] = "labels",
+    patient_column: Annotated[
+        str | None,
+        typer.Option(help="Column with the patient id; where blank, the image is its own patient."),
+    ] = None,
+    source_column: Annotated[str | None, typer.Option(help="Column with the name of the data set.")] = None,
+    split: Annotated[Literal["train", "test", "all"], typer.Option(help="Which patients to ask.")] = "all",
+    test_share: Annotated[float, typer.Option(help="Share of patients in the test split.")] = 0.3,
+    split_seed: Annotated[
+        int, typer.Option(help="Seed of the split, apart from --seed: test stays test.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of distractors and positions.")] = 0,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Published layout of the label file (rfmid, odir) or generic; the preset's if not given."
+        ),
+    ] = None,
+    hard_distractors: Annotated[
+        bool,
+        typer.Option(
+            "--hard-distractors", help="Prefer diseases that are easily confused with the true one."
+        ),
+    ] = False,
+    min_negatives: Annotated[
+        int, typer.Option(help="Refuse a disease that fewer images do not have.", min=1)
+    ] = 5,
+    force: Force = False,
+) -> None:
+    """Make questions from a table of labels.
+
+    Example: eval-mcq build --labels labels.csv --images photos --patient-column patient --split test --out b.jsonl
+    """
+    from eval_mcq.items.build import Draw, LabelTable, SplitRule
+    from eval_mcq.items.build import build as build_bench
+    from eval_mcq.items.preset import load_preset
+    from eval_mcq.items.schema import write_bench
+
+    check_free(out, force)
+    chosen = load_preset(preset)
+    if diseases is not None:
+        chosen = chosen.only([name.strip() for name in diseases.split(",")])
+    if options is not None:
+        chosen = chosen.model_copy(update={"options": options})
+    table = LabelTable(
+        labels, image_column, labels_column, patient_column, source_column, layout or chosen.layout
+    )
+    if table.layout != "generic" and table != LabelTable(labels, layout=table.layout):
+        raise UserError(
+            f"layout '{table.layout}' says itself what the columns are: leave the --*-column options out"
+        )
+    header, items, report = build_bench(
+        table, images, out, chosen, SplitRule(split, test_share, split_seed),
+        Draw(seed, hard_distractors, min_negatives),
+    )  # fmt: skip
+    write_bench(out, header, items, force)
+    if split != "all" and not any(item.patient for item in items):
+        warn("without --patient-column the split is by image: a patient's eyes may fall on different sides")
+    _show_report(report, header.categories, out)
+
+
+@app.command("run")
+def run_command(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    bench: Annotated[Path, typer.Option(help="Bench file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, continued if it is this run; runs/<model> if not given.")
+    ] = None,
+    mode: Annotated[
+        ModeName,
+        typer.Option(
+            help="letters: probability of the option letters; options: likelihood of the option texts, summed over "
+            "their tokens (options-mean: per token); generate: a written reply, strictly read."
+        ),
+    ] = "letters",
+    rotations: Annotated[
+        int, typer.Option(help="Put each question in so many rotations of its options.", min=1, max=26)
+    ] = 1,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: answer only this part, from 0/n to n-1/n; see eval-mcq merge.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Questions times rotations per step; halved where memory is short.", min=1)
+    ] = 32,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    load_in_4bit: FourBit = False,
+    engine: Annotated[
+        WayName, typer.Option(help="What is shared between questions, for debugging; plain: nothing.")
+    ] = "auto",
+    force: Force = False,
+) -> None:
+    """Put the questions to a model. Stopped or killed, the same command continues.
+
+    Example: eval-mcq run --model llava-med-mgll --bench test.jsonl --rotations 4 --out runs/llava-med-mgll
+    """
+    from eval_mcq.items.schema import load_bench
+    from eval_mcq.runs.fingerprint import model_fingerprint
+    from eval_mcq.runs.plan import Shard
+    from eval_mcq.runs.run import Settings, check_resumable, describe_run
+
+    questions = load_bench(bench)
+    part = Shard.parse(shard) if shard else Shard()
+    folder = out or Path("runs") / model.resolve().name
+    fingerprint = model_fingerprint(model)
+    how = loading(model, device, dtype, load_in_4bit)
+    record = describe_run(model, fingerprint, questions, how.number_format, mode, rotations, part)
+    check_resumable(folder, record, force)
+    settings = Settings(batch_size, limit, force, part)
+    done = answer(questions, lambda: how.scorer(mode, engine), record, folder, settings)
+    if done is None:
+        return
+    if done.answers:
+        _show_table(
+            {"": {model.resolve().name: done}}, "rich", "auto", None, paper_rounding=False, force=False
+        )
+    else:
+        note(f"{folder}: no question is answered in all rotations")
+    if part.count > 1:
+        stdout.print(
+            f"Next, when all {part.count} shards are done: eval-mcq merge {folder} ... --out RUN",
+            soft_wrap=True,
+        )
+        return
+    if not done.complete:
+        stdout.print(
+            f"Next, for the rest: the same command without --limit ({folder} is continued)", soft_wrap=True
+        )
+    stdout.print(f"Next: eval-mcq compare base=OTHER_RUN {folder.name}={folder}", soft_wrap=True)
+
+
+@app.command()
+def table(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    format_: FormatOption = "rich",
+    layout: LayoutOption = "auto",
+    out: OutFile = None,
+    paper_rounding: PaperRounding = False,
+    force: Force = False,
+) -> None:
+    """Show the table of one run.
+
+    Example: eval-mcq table runs/llava-med --format markdown
+    """
+    from eval_mcq.runs.records import load_run
+
+    arms = {run_folder.resolve().name: load_run(run_folder)}
+    _show_table({"": arms}, format_, layout, out, paper_rounding, force)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="[MODEL:]ARM=RUN...", help="Arms; gains are against a model's first arm."),
+    ],
+    format_: FormatOption = "rich",
+    layout: LayoutOption = "auto",
+    out: OutFile = None,
+    paper_rounding: PaperRounding = False,
+    beside: Annotated[
+        Literal["paper"] | None,
+        typer.Option("--compare", help="paper: set the published rows of the MGLL paper beside."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Compare runs of one bench, paired question by question; of one model or of several.
+
+    Example: eval-mcq compare base=runs/llava-med retrained=runs/llava-med-ft mgll=runs/llava-med-mgll
+
+    Example: eval-mcq compare LLaVA:base=runs/a LLaVA:mgll=runs/b Qwen-VL:base=runs/c Qwen-VL:mgll=runs/d
+    """
+    from eval_mcq.runs.records import load_run
+
+    models: dict[str, dict[str, Run]] = {}
+    for given in runs:
+        name, equals, folder = given.partition("=")
+        model, colon, arm = name.rpartition(":")
+        if not (arm and equals and folder and bool(model) == bool(colon)):
+            raise UserError(
+                f"arm '{given}' is not of the form NAME=RUN, such as base=runs/llava-med, nor MODEL:NAME=RUN"
+            )
+        arms = models.setdefault(model, {})
+        if arm in arms:
+            raise UserError(f"two arms are called '{name}': give each its own name")
+        arms[arm] = load_run(Path(folder))
+    if "" in models and len(models) > 1:
+        raise UserError(
+            "some arms name a model (MODEL:NAME=RUN) and some do not: give all of them one, or none"
+        )
+    if sum(map(len, models.values())) < 2:
+        raise UserError("compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN")
+    _show_table(models, format_, layout, out, paper_rounding, force, beside is not None)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RUN...", help="Run folders; gains are against the first.")
+    ],
+    html: Annotated[Path, typer.Option(help="Page to write.")],
+    bench: Annotated[Path | None, typer.Option(help="Bench file, if it is no longer where it was.")] = None,
+    assets: Annotated[
+        Path | None, typer.Option(help="Folder for the thumbnails, instead of inside the page.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the plots as PNG and SVG files.")] = None,
+    thumbnail: Annotated[int, typer.Option(help="Longer side of a thumbnail in pixels.", min=16)] = 256,
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Whether to show the images.")] = True,
+    force: Force = False,
+) -> None:
+    """Write a page to look at: table, plots, and every question with its image and each arm's answer.
+
+    The page needs no network and no other file; filters and keys in it find what the swap has flipped.
+
+    Example: eval-mcq report base=runs/llava-med mgll=runs/llava-med-mgll --html report.html --plots plots
+    """
+    from eval_mcq.items.schema import load_bench
+    from eval_mcq.report import ReportOptions, write_report
+    from eval_mcq.runs.records import load_run
+
+    named: dict[str, Run] = {}
+    for arm in runs:
+        name, equals, folder = arm.rpartition("=")
+        path = Path(folder)
+        name = name if equals else path.resolve().name
+        if name in named:
+            raise UserError(f"two arms are called '{name}': give each its own name, as NAME=RUN")
+        named[name] = load_run(path)
+    asked = bench or Path(next(iter(named.values())).record.bench)
+    if bench is None and not asked.is_file():
+        raise UserError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
+    count = write_report(
+        named, load_bench(asked), html, ReportOptions(assets, plots, thumbnail, images), force=force
+    )
+    size = html.stat().st_size / 1e6
+    where = f"in {assets}" if assets else "inside"
+    stdout.print(f"report: {html} ({size:.1f} MB, {count} thumbnails {where})", soft_wrap=True)
+    if plots:
+        stdout.print(f"plots: {plots}", soft_wrap=True)
+
+
+def _show_table(
+    models: "dict[str, dict[str, Run]]",
+    format_: Format,
+    layout: Layout,
+    out: Path | None,
+    paper_rounding: bool,
+    force: bool,
+    published: bool = False,
+) -> None:
+    from eval_mcq.tables.grid import by_disease, like_paper
+    from eval_mcq.tables.paired import like_paper_pairs, long_table
+    from eval_mcq.tables.published import load_published
+    from eval_mcq.tables.render import RENDERERS, show
+    from eval_mcq.tables.summary import compare_models
+
+    if out is not None:
+        check_free(out, force)
+    pairs = published or len(models) > 1
+    if pairs and layout == "diseases":
+        raise UserError("--layout diseases shows one model and no published rows: use paper or long")
+    if published and layout == "long":
+        raise UserError("--layout long has no published rows: leave --compare out, or use --layout paper")
+    comparisons = compare_models(models)
+    only = next(iter(comparisons.values()))
+    if layout == "long":
+        grid = long_table(comparisons)
+    elif pairs:
+        grid = like_paper_pairs(comparisons, paper_rounding, load_published() if published else None)
+    elif layout == "diseases" or (layout == "auto" and format_ == "rich"):
+        grid = by_disease(only, paper_rounding)
+    else:
+        grid = like_paper(only, paper_rounding)
+    if out is not None:
+        write_text(out, RENDERERS[format_](grid), force)
+        stdout.print(f"table: {out}", soft_wrap=True)
+    elif format_ == "rich":
+        show(grid, stdout)
+    else:
+        typer.echo(RENDERERS[format_](grid), nl=False)
+
+
+def _show_report(report: "BuildReport", categories: list[str], out: Path) -> None:
+    from rich.table import Table
+
+    from eval_mcq.items.schema import LETTERS
+    from eval_mcq.tables.grid import SMALL
+
+    counts = Table("Disease", "questions", "patients", "images without", title=str(out), title_justify="left")
+    for category in categories:
+        of = (report.questions, report.patients, report.negatives)
+        counts.add_row(category, *(str(counter[category]) for counter in of))
+    counts.add_section()
+    counts.add_row("all", str(report.questions.total()), "", "")
+    stdout.print(counts)
+    positions = ", ".join(f"{LETTERS[i]} {n}" for i, n in sorted(report.positions.items()))
+    stdout.print(f"true option: {positions}", highlight=False)
+    if report.without_patient:
+        note(f"{report.without_patient} rows without a patient id: each counts as a patient of its own")
+    if report.unasked:
+        unasked = ", ".join(f"{label} ({n})" for label, n in report.unasked.most_common())
+        note(f"labels that the preset does not ask about: {unasked}")
+    small = [f"{c} ({report.questions[c]})" for c in categories if report.questions[c] < SMALL]
+    if small:
+        warn(f"fewer than {SMALL} questions, so wide intervals: {', '.join(small)}")
+    stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
+
+
+for name, command in {**ITEM_COMMANDS, **RUN_COMMANDS}.items():
+    app.command(name)(command)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Questions: their schema, where they come from and go to."""

@@ -1,0 +1,134 @@
+"""LLaVA's conversations and ScienceQA's problems, as far as they are multiple choice."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from eval_mcq.items.interchange.columns import RawQuestion, as_text
+from eval_mcq.items.interchange.rows import load_json, read_rows
+from eval_mcq.items.schema import LETTERS
+from eval_mcq.scoring.prompt import INSTRUCTION
+from mgll_encoder.common.errors import UserError
+
+OPTION_LINE = re.compile(r"^\(?([A-Z])[.):]\s+", re.MULTILINE)
+INLINE = re.compile(r"^Options?: *(?=\(A\))", re.MULTILINE)
+INLINE_OPTION = re.compile(r"\(([A-Z])\) ")
+INSTRUCTIONS = re.compile(r"^(answer|please|choose|select|respond|reply)\b", re.IGNORECASE)
+ANSWER = re.compile(r"^(?:the )?(?:correct )?(?:answer|option) is:? ", re.IGNORECASE)
+LETTER_AND_TEXT = re.compile(r"^\(?([A-Z])\)?[.):]\s+(.+)$", re.DOTALL)
+
+
+def read_conversations(path: Path, skipped: list[str]) -> Iterator[RawQuestion]:
+    """Questions of a conversations file; turns without options or images are noted in ``skipped``.
+
+    Raises:
+        UserError: an entry is not of the format, or its answer is none of its options.
+    """
+    for row in read_rows(path):
+        turns, images = row.cells.get("conversations"), row.cells.get("image")
+        if not isinstance(turns, list):
+            raise UserError(f"{row.where} has no list 'conversations': is it LLaVA's format?")
+        first = as_text(row.cells.get("id")) or row.where.rpartition(" ")[2]
+        for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=False), start=1):
+            where = row.where if len(turns) == 2 else f"{row.where} turn {number}"
+            parsed = parse_prompt(_said(human, "human", where))
+            if parsed is None or not images:
+                skipped.append(where)
+                continue
+            question, options = parsed
+            yield RawQuestion(
+                where=where, id=first if len(turns) == 2 else f"{first}#{number}",
+                images=list(images) if isinstance(images, list) else [images],
+                question=question, options=options, answer=parse_reply(_said(gpt, "gpt", where)),
+                category=as_text(row.cells.get("category")),
+            )  # fmt: skip
+
+
+def read_scienceqa(path: Path, split: str | None, images: Path, skipped: list[str]) -> Iterator[RawQuestion]:
+    """Questions of ScienceQA's ``problems.json``; those without an image are noted in ``skipped``.
+
+    Raises:
+        UserError: the file is not of the format.
+    """
+    problems = load_json(path)
+    if not (isinstance(problems, dict) and all(isinstance(p, dict) for p in problems.values())):
+        raise UserError(f"file {path} must hold an object of problems by id, as ScienceQA's problems.json")
+    for key, problem in problems.items():
+        where = f"{path} problem '{key}'"
+        for field in ("question", "choices", "answer"):
+            if field not in problem:
+                raise UserError(f"{where} has no '{field}': its fields are {', '.join(problem)}")
+        part = as_text(problem.get("split"))
+        if split is not None and part != split:
+            continue
+        if not problem.get("image"):
+            skipped.append(where)
+            continue
+        name = as_text(problem["image"])
+        inner = f"{part}/{key}/{name}"
+        yield RawQuestion(
+            where=where, id=str(key), images=[inner if (images / inner).is_file() else f"{key}/{name}"],
+            question=with_hint(as_text(problem.get("hint")), as_text(problem["question"])),
+            options=[as_text(choice) for choice in problem["choices"]], answer=problem["answer"],
+            category=as_text(problem.get("topic") or problem.get("subject")),
+            tags=[f"{n}={problem[n]}" for n in ("subject", "grade", "split") if problem.get(n)],
+        )  # fmt: skip
+
+
+def with_hint(hint: str, question: str) -> str:
+    """The question with what must be read before it."""
+    return f"{hint}\n{question}" if hint.strip() else question
+
+
+def parse_prompt(text: str) -> tuple[str, list[str]] | None:
+    """Question and options of a prompt, None if it offers no options.
+
+    Options stand one per line ("A. text"), or in one line ("Options: (A) text (B) text").
+    """
+    text = text.replace("<image>\n", "").replace("\n<image>", "").replace("<image>", "")
+    inline = INLINE.search(text)
+    if inline:
+        options = INLINE_OPTION.split(text[inline.end() :].split("\n", 1)[0])[1:]
+        return text[: inline.start()].rstrip("\n"), [part.strip() for part in options[1::2]]
+    marks = _run_of_letters(list(OPTION_LINE.finditer(text)))
+    if len(marks) < 2:
+        return None
+    ends = [mark.start() - 1 for mark in marks[1:]] + [len(text)]
+    options = [text[mark.end() : end] for mark, end in zip(marks, ends, strict=True)]
+    options[-1] = _without_instruction(options[-1])
+    return text[: marks[0].start()].rstrip("\n"), options
+
+
+def _run_of_letters(marks: list[re.Match[str]]) -> list[re.Match[str]]:
+    """The last run of marks that counts A, B, C ... (the question itself may hold an "A. ")."""
+    starts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
+    if not starts:
+        return []
+    run: list[re.Match[str]] = []
+    for mark in marks[starts[-1] :]:
+        if mark[1] == LETTERS[len(run)]:
+            run.append(mark)
+    return run
+
+
+def _without_instruction(text: str) -> str:
+    if text.endswith(f"\n{INSTRUCTION}"):
+        return text.removesuffix(f"\n{INSTRUCTION}")
+    lines = text.rstrip("\n").split("\n")
+    while len(lines) > 1 and (not lines[-1].strip() or INSTRUCTIONS.match(lines[-1])):
+        lines.pop()
+    return "\n".join(lines)
+
+
+def parse_reply(text: str) -> str:
+    """The letter or the option text of a reply such as "B", "B. drusen" or "The answer is B."."""
+    text = ANSWER.sub("", text.strip())
+    both = LETTER_AND_TEXT.match(text)
+    return both[1] if both else text
+
+
+def _said(turn: Any, speaker: str, where: str) -> str:
+    if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+        raise UserError(f"{where}: expected a turn from '{speaker}' with a 'value'")
+    return str(turn["value"])

@@ -1,0 +1,198 @@
+"""Presets: which diseases a bench asks for, under which names, from which labels. Data files, not code."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from eval_mcq.items.schema import Text, parse
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.data.fundus_layouts import GENERIC, layouts
+
+FOLDER = Path(__file__).parents[1] / "presets"
+
+
+def plain(label: str) -> str:
+    """A label as it is compared: lower case, single spaces."""
+    return " ".join(label.casefold().split())
+
+
+class Choice(BaseModel):
+    """An option of a disease that is asked with options of its own.
+
+    Attributes:
+        text: The option as it is shown.
+        labels: True of images that carry all of these labels ...
+        without: ... and none of these.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: Text
+    labels: list[Text] = Field(min_length=1)
+    without: list[Text] = []
+
+    def fits(self, labels: set[str]) -> bool:
+        """Whether the option is true of an image with these (plain) labels."""
+        return {plain(w) for w in self.labels} <= labels and not {plain(w) for w in self.without} & labels
+
+
+class Disease(BaseModel):
+    """One row of the table.
+
+    Attributes:
+        name: Column name in tables.
+        option: Full name, used as option text.
+        labels: Spellings of the label in label files, compared without case.
+        not_against: Names of diseases that never stand as distractors for this one, nor this one for them:
+            what one implies, or what label files commonly leave unsaid (a cataract is a media opacity).
+        left_open_by: Labels of an image that leave open whether it has this disease too: there it is not offered as
+            wrong (a chorioretinitis is not labelled retinitis, but "retinitis" is no wrong answer).
+        where: Column values that a row must have to be asked for this disease; replaces the preset's.
+        choices: Options of its own instead of the names of other diseases; at most one may be true of an
+            image. Such a disease is not offered as a distractor for others.
+        question: Question of its own.
+        balance: Keep as many questions of each true choice as the rarest one has (seeded draw), so that a
+            model that always gives one answer scores at chance.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Text
+    option: Text
+    labels: list[Text] = Field(min_length=1)
+    not_against: list[Text] = []
+    left_open_by: list[Text] = []
+    where: dict[str, str] | None = None
+    choices: list[Choice] = []
+    question: str = ""
+    balance: bool = False
+
+    @model_validator(mode="after")
+    def _choices_make_sense(self) -> "Disease":
+        if len(self.choices) == 1:
+            raise ValueError(f"'{self.name}' has a single choice: give two or more, or none")
+        if self.balance and not self.choices:
+            raise ValueError(f"'{self.name}' has balance without choices of its own")
+        return self
+
+    def is_true_of(self, labels: set[str]) -> bool:
+        """Whether an image with these (plain) labels has the disease."""
+        return any(plain(label) in labels for label in self.labels)
+
+    def is_left_open_by(self, labels: set[str]) -> bool:
+        """Whether (plain) labels of an image forbid to call this disease absent."""
+        return any(plain(label) in labels for label in self.left_open_by)
+
+    def is_mentioned_in(self, words: str) -> bool:
+        """Whether the annotators' (plain) words name the disease, be it as a mere suspicion."""
+        return any(re.search(rf"\b{re.escape(plain(name))}\b", words) for name in [self.option, *self.labels])
+
+
+class Preset(BaseModel):
+    """A set of diseases with the question that is asked about them.
+
+    Attributes:
+        name: What ``--preset`` calls it; also the name of the bench.
+        version: Raised whenever a word of the question, an option or a rule changes; recorded in the bench.
+        about: Where it comes from and what to mind, for the reader.
+        question: The question of every item.
+        options: Number of options per question.
+        where: Column values that a row of the label file must have.
+        diseases: In the order of the table.
+        other_labels: Labels of such files that are not asked about, exempt from the check for misspellings.
+        layout: Published layout of the label file (`mgll_encoder.data.fundus_layouts`), or ``generic``.
+        confusable: Groups of diseases that are easily taken for each other: hard distractors.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Text
+    about: str = ""
+    question: Text
+    options: int = Field(default=4, ge=2, le=26)
+    where: dict[str, str] = {}
+    diseases: list[Disease] = Field(min_length=2)
+    other_labels: list[Text] = []
+    version: int = 1
+    layout: str = GENERIC
+    confusable: list[list[Text]] = []
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "Preset":
+        names = [disease.name for disease in self.diseases]
+        counts = Counter(plain(name) for name in names)
+        counts.update(plain(d.option) for d in self.diseases if plain(d.option) != plain(d.name))
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise ValueError(f"two diseases are called '{twice[0]}'")
+        for group in self.confusable:
+            for name in group:
+                if name not in names:
+                    raise ValueError(f"confusable has '{name}', which is no disease of the preset")
+        if self.layout != GENERIC and self.layout not in layouts():
+            raise ValueError(f"layout '{self.layout}' is none of {', '.join([GENERIC, *layouts()])}")
+        for disease in self.diseases:
+            for other in disease.not_against:
+                if other not in names:
+                    raise ValueError(
+                        f"'{disease.name}' is not_against '{other}', which is no disease of the preset"
+                    )
+        return self
+
+    def confused_with(self, disease: Disease) -> set[str]:
+        """Names of the diseases that stand in a group of confusable ones with this one."""
+        return {name for group in self.confusable if disease.name in group for name in group} - {disease.name}
+
+    def only(self, names: list[str]) -> "Preset":
+        """The preset with some of its diseases, still in its own order.
+
+        All stay known as labels; those left out are neither asked nor offered.
+
+        Raises:
+            UserError: a name is unknown, or fewer than two remain.
+        """
+        by_plain = {plain(disease.name): disease for disease in self.diseases}
+        for name in names:
+            if plain(name) not in by_plain:
+                raise unknown_name(f"disease of preset '{self.name}'", name, [d.name for d in self.diseases])
+        wanted = {plain(name) for name in names}
+        kept = [d for d in self.diseases if plain(d.name) in wanted]
+        dropped = [d for d in self.diseases if plain(d.name) not in wanted]
+        if len(kept) < 2:
+            raise UserError(
+                f"--diseases names {len(kept)} disease: give at least two, for one offers the others"
+            )
+        left = {d.name for d in kept}
+        return self.model_copy(
+            update={
+                "diseases": [
+                    d.model_copy(update={"not_against": [o for o in d.not_against if o in left]})
+                    for d in kept
+                ],
+                "other_labels": [*self.other_labels, *(label for d in dropped for label in d.labels)],
+                "confusable": [[name for name in group if name in left] for group in self.confusable],
+            }
+        )
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load_preset(name_or_file: str) -> Preset:
+    """A preset by name, or from a JSON file of the same form.
+
+    Raises:
+        UserError: unknown name, no such file, or a file that is not a preset.
+    """
+    path = Path(name_or_file)
+    if path.suffix != ".json":
+        if name_or_file not in preset_names():
+            raise unknown_name("preset (or give a .json file)", name_or_file, preset_names())
+        path = FOLDER / f"{name_or_file}.json"
+    if not path.is_file():
+        raise UserError(f"preset file {path} does not exist: known presets are {', '.join(preset_names())}")
+    return parse(Preset, path.read_text(encoding="utf-8"), f"preset {path}")

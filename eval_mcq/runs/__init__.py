@@ -1,0 +1,1 @@
+"""Runs of a bench: resumable, divisible, never mixed."""

@@ -1,0 +1,183 @@
+"""Does a model look at the picture, and does it answer with letters? What a broken swap would show."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from eval_mcq.items.schema import Bench, MCQItem
+from eval_mcq.scoring.asking import Ask
+from mgll_encoder.common.cli import track
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.images import open_image
+
+if TYPE_CHECKING:
+    from eval_mcq.scoring.modes import Score
+    from eval_mcq.scoring.score import Scorer
+
+QUICK = 8
+"""Questions that a run looks at before it starts."""
+
+UNMOVED = 1e-4
+"""Where no probability changes by as much when the image is exchanged, the model does not see it."""
+
+LOW_MASS = 0.5
+"""Mean probability on the letters below which a model is said not to answer with letters."""
+
+PROVENANCE = "mgll_swap.json"
+
+Pictures = list[Image.Image]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a model answers with the images as they are, blank, and exchanged.
+
+    Attributes:
+        questions: Number of questions.
+        right: Share of right answers: real, blank and shuffled images.
+        moved: Largest change of a probability with blank and with shuffled images.
+        mass: Mean probability on the letters; None where the scoring mode has none.
+        prior: Probability of each letter for a blank image and a question without content.
+    """
+
+    questions: int
+    right: dict[str, float]
+    moved: dict[str, float]
+    mass: float | None
+    prior: list[float]
+
+    @property
+    def sees(self) -> bool:
+        """Whether any image makes a difference."""
+        return max(self.moved.values()) > UNMOVED
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong, in one sentence each."""
+        found = []
+        if not self.sees:
+            found.append(
+                f"the answers do not depend on the image: blank and exchanged images change no probability by more "
+                f"than {UNMOVED:g} in {self.questions} questions; tower, projector or image tokens are broken"
+            )
+        if self.mass is not None and self.mass < LOW_MASS:
+            found.append(
+                f"the model hardly answers with letters: all of them together have probability {self.mass:.2f} in "
+                f"{self.questions} questions; consider --mode options"
+            )
+        return found
+
+
+def look(scorer: "Scorer", bench: Bench, questions: int) -> Look:
+    """Put some questions of a bench, spread evenly over it, with real, blank and exchanged images."""
+    items = _some(bench, questions)
+    real = [[open_image(path) for path in bench.image_paths(item)] for item in items]
+    blank = [[_blank(image) for image in images] for images in real]
+    kinds = {"real": real, "blank": blank, "shuffled": _exchanged(items, real)}
+    scores: dict[str, list[Score]] = {kind: [] for kind in kinds}
+    for start in track(range(0, len(items), QUICK), f"Looking at {len(items)} questions"):
+        some = slice(start, start + QUICK)
+        for kind, images in kinds.items():
+            scores[kind] += scorer.score(items[some], images[some])
+    masses = [score.letter_mass for score in scores["real"] if score.letter_mass is not None]
+    return Look(
+        questions=len(items),
+        right={
+            kind: sum(score.choice == item.answer for item, score in zip(items, of_kind, strict=True))
+            / len(items)
+            for kind, of_kind in scores.items()
+        },
+        moved={kind: _moved(scores["real"], scores[kind]) for kind in ("blank", "shuffled")},
+        mass=sum(masses) / len(masses) if masses else None,
+        prior=_prior(scorer, max(len(item.options) for item in items), blank[0][0]),
+    )
+
+
+def provenance(model: Path) -> dict[str, Any] | None:
+    """What a swapped model says of how it was made; None of one that was not swapped.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = model / PROVENANCE
+    if not path.is_file():
+        return None
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))["plan"]
+        return {name: plan[name] for name in ("family", "source", "tower", "after")}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): swap the tower anew") from None
+
+
+def contradictions(model: Any, processor: Any, made: dict[str, Any]) -> list[str]:
+    """Where the loaded model is not what its provenance says: the tower's geometry, and how pixels are prepared.
+
+    That every weight of the tower is the encoder's is for ``swap-encoder`` to verify, which has the encoder.
+    """
+    after = made["after"]
+    towers = {(c.image_size, c.patch_size, c.hidden_size) for c in _vision_configs(model)}
+    expected = (after["image_size"], after["patch_size"], after["width"])
+    found = []
+    if towers and expected not in towers:
+        found.append(f"image size, patch size and width of the tower are {min(towers)}, not {expected}")
+    images = getattr(processor, "image_processor", None)
+    for field in ("mean", "std"):
+        value = getattr(images, f"image_{field}", None)
+        if value is not None and [round(v, 4) for v in value] != [round(v, 4) for v in after[field]]:
+            found.append(f"pixels are normalised with {field} {list(value)}, not {after[field]}")
+    return found
+
+
+def _vision_configs(model: Any) -> list[Any]:
+    fields = ("image_size", "patch_size", "hidden_size")
+    parts = [module.config for module in model.modules() if getattr(module, "config", None) is not None]
+    return [
+        config for config in parts if all(isinstance(getattr(config, field, None), int) for field in fields)
+    ]
+
+
+def _some(bench: Bench, count: int) -> list[MCQItem]:
+    """Questions on as many different images as there are, evenly spread."""
+    by_image = {tuple(item.images): item for item in reversed(bench.items)}
+    different = list(by_image.values())[::-1]
+    pool = different if len(different) >= min(count, 2) else bench.items
+    step = max(len(pool) / count, 1)
+    return [pool[int(i * step)] for i in range(min(count, len(pool)))]
+
+
+def _exchanged(items: Sequence[MCQItem], images: Sequence[Pictures]) -> list[Pictures]:
+    """Each question with the images of another one on other images, if there is one with as many."""
+    exchanged = []
+    for i, item in enumerate(items):
+        others = [*range(i + 1, len(items)), *range(i)]
+        fitting = (
+            images[j] for j in others if items[j].images != item.images and len(images[j]) == len(item.images)
+        )
+        exchanged.append(next(fitting, images[i]))
+    return exchanged
+
+
+def _blank(image: Image.Image) -> Image.Image:
+    return Image.new("RGB", image.size, (127, 127, 127))
+
+
+def _moved(real: Sequence["Score"], other: Sequence["Score"]) -> float:
+    return max(
+        abs(a - b)
+        for of_real, of_other in zip(real, other, strict=True)
+        for a, b in zip(of_real.probabilities, of_other.probabilities, strict=True)
+    )
+
+
+def _prior(scorer: "Scorer", options: int, blank: Image.Image) -> list[float]:
+    """After contextual calibration (Zhao et al. 2021): a prompt without content."""
+    empty = MCQItem.model_construct(
+        id="prior", images=["blank"], question="N/A", options=["N/A"] * options, answer=0, category="", source="",
+        patient="", tags=[],
+    )  # fmt: skip
+    prepared = scorer.prepare([Ask(empty)], [blank])
+    return scorer.answer([prepared])[0][0].probabilities

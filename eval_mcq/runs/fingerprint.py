@@ -1,0 +1,45 @@
+"""What a run's answers depend on, as hashes."""
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+from mgll_encoder.common.cli import track
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import sha256
+
+MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".txt")
+"""Files of a model folder that its answers depend on."""
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hash over the bytes of a model folder: weights, config, processor and tokenizer, sub-folders included.
+
+    That of an adapter covers its base model's, too.
+
+    Raises:
+        UserError: not a folder with a ``config.json``, and no adapter whose base is one.
+    """
+    from mllm_adapters.training.adapters import base_of_adapter
+
+    base = base_of_adapter(folder)
+    before = [f"base {model_fingerprint(base)}\n"] if base else []
+    if not base and not (folder / "config.json").is_file():
+        raise UserError(f"model {folder} is not a model folder: it has no config.json")
+    files = sorted(path for path in folder.rglob("*") if path.suffix in MODEL_SUFFIXES and path.is_file())
+    shown = [(path.relative_to(folder).as_posix(), path) for path in files]
+    visible = [(name, path) for name, path in shown if not any(p.startswith(".") for p in name.split("/"))]
+    lines = [f"{name} {sha256(path)}\n" for name, path in track(visible, "Hashing the model's files")]
+    return hashlib.sha256("".join([*before, *lines]).encode()).hexdigest()
+
+
+def code_version() -> str:
+    """Versions of what computes, and a hash of the code that asks and scores.
+
+    A build of torch for another device counts as the same.
+    """
+    here = Path(__file__).parents[1]
+    models = sorted((here.parent / "mllm_adapters" / "modeling").glob("*.py"))
+    files = [*sorted((here / "scoring").glob("*.py")), *models]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return f"{code[:12]}, torch {version('torch').split('+')[0]}, transformers {version('transformers')}"

@@ -1,0 +1,117 @@
+"""Putting the shards of a run together; nothing missing, nothing twice, nothing of another run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval_mcq.items.schema import Bench, load_bench
+from eval_mcq.runs.answers_file import sort_answers
+from eval_mcq.runs.records import (
+    ANSWERS_FILE,
+    RUN_FILE,
+    Answer,
+    Run,
+    RunRecord,
+    load_run,
+    read_answers,
+    read_record,
+)
+from eval_mcq.runs.run import finish
+from eval_mcq.scoring.prompt import rotations_of
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free, new_folder, write_text
+
+
+def merge(shards: Sequence[Path], out: Path, bench: Path | None = None, force: bool = False) -> Run:
+    """Write the run that the shards make up; its bytes are those of a run that was never sharded.
+
+    Args:
+        shards: Run folders made with ``--shard``.
+        out: Run folder to write.
+        bench: Where the bench lies, if not where the shards found it.
+        force: Replace ``out``.
+
+    Raises:
+        UserError: ``out`` exists, a shard is of another run, given twice or left out, the bench is not theirs, or a
+            row is missing, there twice, or of another run; names question and file.
+    """
+    check_free(out, force)
+    records = [read_record(folder) for folder in shards]
+    first = records[0]
+    _check_shards(shards, records)
+    questions = _bench(first, bench)
+    with new_folder(out, force) as partial:
+        _gather(shards, first, questions, partial / ANSWERS_FILE)
+        whole = first.model_copy(update={"shard": None, "example": _example(records)})
+        write_text(partial / RUN_FILE, whole.model_dump_json(indent=1) + "\n")
+        sort_answers(partial / ANSWERS_FILE, {item.id: place for place, item in enumerate(questions.items)})
+        finish(partial, whole)
+    return load_run(out)
+
+
+def _check_shards(folders: Sequence[Path], records: Sequence[RunRecord]) -> None:
+    first = records[0]
+    seen: dict[str, Path] = {}
+    for folder, record in zip(folders, records, strict=True):
+        if record.shard is None:
+            raise UserError(f"{folder} is no shard: it was made without --shard")
+        if differs := record.difference(first):
+            raise UserError(f"shard {folder} is of another run than {folders[0]}: it has another {differs}")
+        if record.shard in seen:
+            raise UserError(
+                f"{folder} and {seen[record.shard]} are both shard {record.shard}: give each once"
+            )
+        seen[record.shard] = folder
+    count = str(first.shard).partition("/")[2]
+    for folder, record in zip(folders, records, strict=True):
+        if str(record.shard).partition("/")[2] != count:
+            raise UserError(f"{folder} is shard {record.shard}, but {folders[0]} is shard {first.shard}")
+    missing = [name for name in (f"{i}/{count}" for i in range(int(count))) if name not in seen]
+    if missing:
+        raise UserError(f"shard {missing[0]} is missing: run it, or give its folder too")
+
+
+def _bench(record: RunRecord, given: Path | None) -> Bench:
+    path = given or Path(record.bench)
+    if given is None and not path.is_file():
+        raise UserError(f"bench {path} of these shards is not here: say where it is with --bench")
+    bench = load_bench(path)
+    if bench.digest != record.bench_sha256:
+        raise UserError(
+            f"bench {path} is not the one that these shards answer: it has changed; give theirs by --bench"
+        )
+    return bench
+
+
+def _gather(shards: Sequence[Path], record: RunRecord, bench: Bench, out: Path) -> None:
+    expected = {item.id: rotations_of(len(item.options), record.rotations) for item in bench.items}
+    origin: dict[tuple[str, int], int] = {}
+    with out.open("w", encoding="utf-8") as stream:
+        for number, folder in enumerate(shards):
+            path = folder / ANSWERS_FILE
+            for answer in read_answers(path, record.fingerprint):
+                _check_row(answer, path, expected, record)
+                if (other := origin.setdefault(answer.key, number)) != number:
+                    raise UserError(
+                        f"{path} answers question '{answer.id}' (rotation {answer.rotation}), and so does "
+                        f"{shards[other] / ANSWERS_FILE}: these are not shards of one run"
+                    )
+                stream.write(answer.line())
+    for item_id, rotations in expected.items():
+        for rotation in range(rotations):
+            if (item_id, rotation) not in origin:
+                raise UserError(
+                    f"no answer to question '{item_id}' (rotation {rotation}) in any of "
+                    f"{', '.join(str(folder / ANSWERS_FILE) for folder in shards)}: finish the shards by starting them "
+                    "again"
+                )
+
+
+def _check_row(answer: Answer, path: Path, expected: dict[str, int], record: RunRecord) -> None:
+    if answer.run != record.fingerprint:
+        raise UserError(f"{path}: the answer to question '{answer.id}' does not say that it is of this run")
+    if answer.rotation >= expected.get(answer.id, 0):
+        raise UserError(f"{path}: question '{answer.id}' (rotation {answer.rotation}) is not in the bench")
+
+
+def _example(records: Sequence[RunRecord]) -> str:
+    return next((record.example for record in records if record.example), "")

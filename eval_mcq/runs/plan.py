@@ -1,0 +1,101 @@
+"""In what order a bench is asked: questions on one image together, in batches that do not depend on who asks them.
+
+Batches are the same whether a run is new, resumed or one of several shards, so that the same machine gives the same
+bytes each time.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from eval_mcq.items.schema import MCQItem
+from eval_mcq.scoring.asking import Ask
+from eval_mcq.scoring.prompt import rotations_of
+from mgll_encoder.common.errors import UserError
+
+BLOCK = 32
+"""Most images of a block: batches do not reach across blocks, and shards take whole ones."""
+
+BLOCKS = 64
+"""A bench is cut into at least so many blocks, where it has so many images."""
+
+GROUP_ROWS = 256
+"""Most rows on one image that are asked before they are written down."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Questions on the same images, as places in the bench, with their rotations."""
+
+    asks: tuple[tuple[int, int], ...]
+
+    @property
+    def first(self) -> int:
+        """Place of its first question."""
+        return self.asks[0][0]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of several runs that answer a bench together: number ``index`` of ``count``, from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read ``i/n``.
+
+        Raises:
+            UserError: it is not of that form, or i is not below n.
+        """
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise UserError(f"--shard '{text}' is not of the form i/n with i from 0 to n-1, such as 0/4")
+        return cls(int(index), int(count))
+
+    @property
+    def name(self) -> str | None:
+        """``i/n``; None where there is one shard only."""
+        return f"{self.index}/{self.count}" if self.count > 1 else None
+
+
+def groups(items: Sequence[MCQItem], rotations: int) -> list[Group]:
+    """Questions by their images, in order of first appearance."""
+    by_images: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for place, item in enumerate(items):
+        asks = by_images.setdefault(tuple(item.images), [])
+        asks.extend((place, rotation) for rotation in range(rotations_of(len(item.options), rotations)))
+    return [
+        Group(tuple(asks[start : start + GROUP_ROWS]))
+        for asks in by_images.values()
+        for start in range(0, len(asks), GROUP_ROWS)
+    ]
+
+
+def batches(all_groups: Sequence[Group], rows: int, shard: Shard) -> Iterator[list[Group]]:
+    """Batches of about ``rows`` rows, of whole groups, of one shard's blocks.
+
+    Args:
+        all_groups: Of the whole bench.
+        rows: Rows after which a batch is full.
+        shard: Whose blocks.
+    """
+    size = min(BLOCK, max(1, ceil(len(all_groups) / BLOCKS)))
+    for number, start in enumerate(range(0, len(all_groups), size)):
+        if number % shard.count != shard.index:
+            continue
+        batch: list[Group] = []
+        held = 0
+        for group in all_groups[start : start + size]:
+            if batch and held + len(group.asks) > rows:
+                yield batch
+                batch, held = [], 0
+            batch.append(group)
+            held += len(group.asks)
+        yield batch
+
+
+def asks_of(group: Group, items: Sequence[MCQItem]) -> list[Ask]:
+    """The questions themselves."""
+    return [Ask(items[place], rotation) for place, rotation in group.asks]

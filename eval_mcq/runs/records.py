@@ -1,0 +1,359 @@
+"""What a run leaves on disk: ``run.json`` (what was asked of whom), ``answers.jsonl`` (the answers)."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from eval_mcq.items.schema import LETTERS, parse
+from eval_mcq.runs.answers_file import whole_lines
+from eval_mcq.scoring.prompt import shown_letters
+from mgll_encoder.common.errors import UserError
+
+RUN_FILE = "run.json"
+ANSWERS_FILE = "answers.jsonl"
+SUMMARY_FILE = "summary.json"
+
+RUN_FORMAT: Final = "eval-mcq-run/2"
+"""Version of the run folder; one of another version is refused."""
+
+OPTIONAL = ("letter_mass", "log_likelihoods", "tokens", "reply")
+"""Fields of an answer that only some scoring modes fill; left out of the file where empty."""
+
+
+class RunRecord(BaseModel):
+    """What identifies a run; answers are reused only while all of ``identity`` is the same.
+
+    Attributes:
+        format: Version of the run folder.
+        model: Model folder as given.
+        model_sha256: Hash over the bytes of weights, config, processor and tokenizer, sub-folders included.
+        bench: Bench file as given.
+        bench_name: Its name for tables.
+        bench_sha256: Hash of its bytes.
+        categories: Diseases in table order.
+        questions: Number of questions in the bench.
+        mode: Scoring mode.
+        rotations: Most rotations of the options that each question is put in; a question of n options has n.
+        prompt: Version of the prompt, and of the parser of replies where there is one.
+        dtype: Number format of the model, and its quantisation if any.
+        code: Versions and hash of the code that scores.
+        shard: ``i/n`` of a run that holds only a part of the answers; None of a whole one.
+        example: The prompt of the bench's first question in full, for the reader.
+        versions: Package versions, for the reader.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    format: Literal["eval-mcq-run/2"] = RUN_FORMAT
+    model: str
+    model_sha256: str
+    bench: str
+    bench_name: str
+    bench_sha256: str
+    categories: list[str]
+    questions: int
+    mode: str
+    rotations: int = 1
+    prompt: str
+    dtype: str
+    code: str = ""
+    shard: str | None = None
+    example: str = ""
+    versions: dict[str, str] = {}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must agree for an answer to be this run's, in the words of an error message."""
+        return {
+            "model": self.model_sha256, "bench": self.bench_sha256, "scoring mode": self.mode,
+            "number of rotations": str(self.rotations), "prompt": self.prompt, "dtype": self.dtype,
+            "code version": self.code,
+        }  # fmt: skip
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the identity, written into every row."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def difference(self, other: "RunRecord") -> str | None:
+        """The first thing in which another run's identity differs, with both values; None if in nothing."""
+        for what, value in self.identity.items():
+            if (theirs := other.identity[what]) != value:
+                at = next((i for i, (a, b) in enumerate(zip(value, theirs, strict=False)) if a != b), 0)
+                start = max(0, at - 6) if max(len(value), len(theirs)) > 24 else 0
+                return f"{what} ({theirs[start : start + 24]}, now {value[start : start + 24]})"
+        return None
+
+
+class Answer(BaseModel):
+    """One line of ``answers.jsonl``: a question in one rotation of its options.
+
+    Letters and probabilities are of the options in their *original* order, as in the bench, whatever the rotation.
+
+    Attributes:
+        id: The question.
+        rotation: The option shown at place p is number ``(p + rotation) % options``.
+        category: Its disease.
+        cluster: Patient (or image) that its answers are clustered by.
+        images_sha256: Bytes of its images.
+        gold: True letter.
+        chosen: Chosen letter; None where a reply could not be read.
+        probabilities: Of the options; of a reply that was read 1 for its option, of one that was not 0 for all.
+        shown: The letter under which each option was shown, as one string.
+        letter_mass: Probability of the offered letters within the whole vocabulary.
+        log_likelihoods: Of the option texts, summed over their tokens.
+        tokens: Number of those tokens.
+        reply: What the model wrote.
+        run: Fingerprint of the run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    rotation: int = 0
+    category: str
+    cluster: str
+    images_sha256: list[str]
+    gold: str
+    chosen: str | None
+    probabilities: list[float]
+    shown: str = ""
+    letter_mass: float | None = None
+    log_likelihoods: list[float] | None = None
+    tokens: list[int] | None = None
+    reply: str | None = None
+    run: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shown(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "shown" not in data and isinstance(data.get("probabilities"), list):
+            return {**data, "shown": shown_letters(len(data["probabilities"]), data.get("rotation", 0))}
+        return data
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What is answered once in a run."""
+        return self.id, self.rotation
+
+    @property
+    def right(self) -> bool:
+        """Whether the true option was chosen."""
+        return self.chosen == self.gold
+
+    @property
+    def chance(self) -> float:
+        """Share that guessing gets right."""
+        return 1 / len(self.probabilities)
+
+    def as_shown(self, letter: str) -> str:
+        """The letter under which an option was shown, of its letter in the bench."""
+        return self.shown[LETTERS.index(letter)]
+
+    def line(self) -> str:
+        """The line of the answers file."""
+        empty = {name for name in OPTIONAL if getattr(self, name) is None}
+        return self.model_dump_json(exclude=empty) + "\n"
+
+
+@dataclass(frozen=True)
+class ItemAnswer:
+    """A question with the answers of all its rotations; reads like an `Answer`.
+
+    Attributes:
+        chosen: The option with the highest mean probability over rotations, or the most read replies; of equal ones
+            that of the earliest rotation; None where no reply could be read.
+        probabilities: Means over rotations.
+        letter_mass: Mean over rotations; None where the scoring mode has none.
+        rows: The answers, by rotation.
+    """
+
+    id: str
+    category: str
+    cluster: str
+    images_sha256: list[str]
+    gold: str
+    chosen: str | None
+    probabilities: list[float]
+    letter_mass: float | None
+    rows: tuple[Answer, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Answer]) -> "ItemAnswer":
+        """Put the rotations of one question together."""
+        first = rows[0]
+        mean = np.mean([row.probabilities for row in rows], axis=0)
+        masses = [row.letter_mass for row in rows if row.letter_mass is not None]
+        return cls(
+            id=first.id,
+            category=first.category,
+            cluster=first.cluster,
+            images_sha256=first.images_sha256,
+            gold=first.gold,
+            chosen=_chosen(mean.tolist(), rows),
+            probabilities=mean.tolist(),
+            letter_mass=float(np.mean(masses)) if masses else None,
+            rows=tuple(rows),
+        )
+
+    @property
+    def right(self) -> bool:
+        """Whether the true option was chosen."""
+        return self.chosen == self.gold
+
+    @property
+    def all_right(self) -> bool:
+        """Whether the true option was chosen in every rotation (CircularEval, after open-compass/MMBench)."""
+        return all(row.right for row in self.rows)
+
+    @property
+    def share_right(self) -> float:
+        """Share of rotations in which the true option was chosen."""
+        return sum(row.right for row in self.rows) / len(self.rows)
+
+    @property
+    def unparsed(self) -> int:
+        """Number of rotations whose reply could not be read."""
+        return sum(row.chosen is None for row in self.rows)
+
+    @property
+    def chance(self) -> float:
+        """Share that guessing gets right."""
+        return 1 / len(self.probabilities)
+
+
+def _chosen(mean: Sequence[float], rows: Sequence[Answer]) -> str | None:
+    best = max(mean)
+    if best <= 0:
+        return None
+    tied = [LETTERS[i] for i, p in enumerate(mean) if p >= best - 1e-9]
+    return next((row.chosen for row in rows if row.chosen in tied), tied[0])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read from disk.
+
+    Attributes:
+        folder: Where it lies.
+        record: What identifies it.
+        rows: One answer per question and rotation, in the order of the file.
+    """
+
+    folder: Path
+    record: RunRecord
+    rows: Sequence[Answer]
+
+    @cached_property
+    def answers(self) -> list[ItemAnswer]:
+        """One answer per question all of whose rotations are answered, in the order of the file."""
+        by_item: dict[str, list[Answer]] = {}
+        for row in self.rows:
+            by_item.setdefault(row.id, []).append(row)
+        return [
+            ItemAnswer.of(sorted(rows, key=lambda row: row.rotation))
+            for rows in by_item.values()
+            if len(rows) == min(self.record.rotations, len(rows[0].probabilities))
+        ]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every question of the bench is answered, in every rotation."""
+        return len(self.answers) == self.record.questions
+
+    @property
+    def rotation_accuracy(self) -> float:
+        """Accuracy of a single rotation, on average: mean over questions of the share of right rotations."""
+        return float(np.mean([answer.share_right for answer in self.answers]))
+
+    @property
+    def all_right_accuracy(self) -> float:
+        """Share of questions that are right in every rotation."""
+        return float(np.mean([answer.all_right for answer in self.answers]))
+
+    @property
+    def unparsed(self) -> int:
+        """Number of rows whose reply could not be read."""
+        return sum(row.chosen is None for row in self.rows)
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run, finished or not.
+
+    Raises:
+        UserError: not a run folder, one of another format, no answers in it, or a line of it is damaged.
+    """
+    record = read_record(folder)
+    rows = list(read_answers(folder / ANSWERS_FILE, record.fingerprint))
+    if not rows:
+        raise UserError(
+            f"run {folder} holds no answers yet: start the same eval-mcq run command again to resume it"
+        )
+    return Run(folder, record, rows)
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read ``run.json``.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a run (it has no {RUN_FILE}): give the --out folder of eval-mcq run"
+        )
+    text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error.msg}): start the run anew with --force") from None
+    if not isinstance(found, dict) or found.get("format") != RUN_FORMAT:
+        was = found.get("format", "eval-mcq-run/1") if isinstance(found, dict) else "no run"
+        raise UserError(
+            f"{path} has format '{was}', expected '{RUN_FORMAT}': start the run anew with --force"
+        )
+    return parse(RunRecord, text, str(path))
+
+
+def read_answers(path: Path, fingerprint: str | None = None) -> Iterator[Answer]:
+    """Read the answers file line by line; a last line that a killed run left unfinished is passed over.
+
+    Args:
+        path: The file; one that is missing holds no answers.
+        fingerprint: Of the run that the rows must be of, if they say of which they are.
+
+    Raises:
+        UserError: another line is damaged, is of another run, or answers a question a second time.
+    """
+    seen: set[tuple[str, int]] = set()
+    for number, line in whole_lines(path):
+        answer = parse(Answer, line, f"{path} line {number}")
+        if fingerprint and answer.run not in ("", fingerprint):
+            raise UserError(
+                f"{path} line {number} (id '{answer.id}') is an answer of another run ({answer.run}, this is "
+                f"{fingerprint}): start the run anew with --force"
+            )
+        if answer.key in seen:
+            raise UserError(
+                f"{path} line {number} answers question '{answer.id}' twice (rotation {answer.rotation}): start the "
+                "run anew with --force"
+            )
+        seen.add(answer.key)
+        yield answer
+
+
+def letter_counts(answers: Iterable[ItemAnswer]) -> dict[str, tuple[int, int]]:
+    """Per letter *as shown*: in how many rows it was true, in how many it was chosen."""
+    rows = [row for answer in answers for row in answer.rows]
+    used = max(len(row.probabilities) for row in rows)
+    true = [row.as_shown(row.gold) for row in rows]
+    chosen = [row.as_shown(row.chosen) for row in rows if row.chosen is not None]
+    return {letter: (true.count(letter), chosen.count(letter)) for letter in LETTERS[:used]}

@@ -1,0 +1,296 @@
+"""Running a bench: answers are flushed per batch, and a killed run continues where it stopped."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval_mcq.items.pictures import check_images, hash_images
+from eval_mcq.items.schema import Bench, MCQItem
+from eval_mcq.runs.answers_file import append_answers, drop_unfinished_line, sort_answers
+from eval_mcq.runs.checks import QUICK, look
+from eval_mcq.runs.fingerprint import code_version
+from eval_mcq.runs.plan import Group, Shard, asks_of, batches, groups
+from eval_mcq.runs.progress import rate
+from eval_mcq.runs.records import (
+    ANSWERS_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+    Answer,
+    Run,
+    RunRecord,
+    read_answers,
+    read_record,
+)
+from eval_mcq.scoring.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
+from eval_mcq.scoring.prompt import Mode
+from eval_mcq.tables.summary import as_json, compare
+from mgll_encoder.common.cli import warn
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import new_folder, write_text
+from mgll_encoder.common.images import open_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from eval_mcq.scoring.asking import Prepared
+    from eval_mcq.scoring.score import Scorer
+
+ROWS = 32
+"""Rows of a batch where nothing else is asked for."""
+
+AHEAD = 1
+"""Batches that are decoded and prepared while the model works on one; their pictures are held in full."""
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made; none of it changes an answer.
+
+    Attributes:
+        batch_size: Rows (questions times rotations) of a batch.
+        limit: Only the first so many questions of the bench.
+        force: Start anew although the output exists.
+        shard: Which part of the bench.
+    """
+
+    batch_size: int = ROWS
+    limit: int | None = None
+    force: bool = False
+    shard: Shard = Shard()  # noqa: RUF009 - it is immutable
+
+
+def describe_run(
+    model: Path, fingerprint: str, bench: Bench, dtype: str, mode: Mode = "letters", rotations: int = 1,
+    shard: Shard | None = None,
+) -> RunRecord:  # fmt: skip
+    """The record of a run, before its first answer."""
+    most = max(len(item.options) for item in bench.items)
+    return RunRecord(
+        model=str(model), model_sha256=fingerprint,
+        bench=str(bench.path), bench_name=bench.name, bench_sha256=bench.digest,
+        categories=bench.categories, questions=len(bench.items),
+        mode=mode, rotations=min(rotations, most), prompt=prompt_version(mode), dtype=dtype,
+        code=code_version(), shard=(shard or Shard()).name,
+        versions={package: version(package) for package in ("mgll-mllm", "torch", "transformers")},
+    )  # fmt: skip
+
+
+def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
+    """Refuse an output folder that holds something else than this very run.
+
+    Raises:
+        UserError: the folder is no run, or a run of another model, bench, prompt, number format or shard.
+    """
+    if not out.exists() or force:
+        return
+    if not (out / RUN_FILE).is_file():
+        raise UserError(
+            f"output {out} exists and is not a run: choose another --out, or replace it with --force"
+        )
+    old = read_record(out)
+    differs = record.difference(old)
+    if differs is None and old.shard != record.shard:
+        differs = f"shard ({old.shard or 'none'}, now {record.shard or 'none'})"
+    if differs:
+        raise UserError(
+            f"run {out} was made with another {differs}: its answers cannot be continued; choose another --out, or "
+            "replace it with --force"
+        )
+
+
+def run_bench(
+    bench: Bench, load_scorer: Callable[[], "Scorer"], record: RunRecord, out: Path,
+    settings: Settings = Settings(),
+) -> Run:  # fmt: skip
+    """Answer the questions of a bench that ``out`` does not answer yet.
+
+    All images that are still to be shown are decoded before the model is loaded, so that a bad one stops the run
+    before it writes.
+
+    Args:
+        bench: The questions.
+        load_scorer: Loads the model; not called if nothing is left to answer.
+        record: What identifies the run, see :func:`describe_run`.
+        out: Run folder; made if missing, continued if it is this run.
+        settings: How it is made.
+
+    Raises:
+        UserError: ``out`` is taken by something else, an image is missing or unreadable or has changed since
+            its question was answered, or an option letter is not a single token for this model.
+    """
+    check_resumable(out, record, settings.force)
+    planned = _planned(bench, record, settings)
+    places = {place for batch in planned for group in batch for place, _ in group.asks}
+    done = set() if settings.force else _done(out, record, bench)
+    todo = [
+        batch
+        for batch in planned
+        if any((bench.items[p].id, r) not in done for g in batch for p, r in g.asks)
+    ]
+    shown = {place for batch in todo for group in batch for place, _ in group.asks}
+    digests = check_images(_first_use(bench, shown)) | hash_images(_first_use(bench, places - shown))
+    hashes = {
+        bench.items[p].id: [digests[path] for path in bench.image_paths(bench.items[p])] for p in places
+    }
+    if not settings.force:
+        _check_unchanged(out, hashes)
+    scorer = load_scorer() if todo else None
+    if scorer:
+        _check_options(scorer, bench, shown)
+        if record.mode in LIKELIHOODS and not done:
+            for warning in look(scorer, bench, QUICK).warnings:
+                warn(warning)
+    if settings.force or not out.exists():
+        example = scorer.prompt(bench.items[0]) if scorer else ""
+        with new_folder(out, settings.force) as partial:
+            text = record.model_copy(update={"example": example}).model_dump_json(indent=1)
+            write_text(partial / RUN_FILE, text + "\n")
+    answers = out / ANSWERS_FILE
+    answers.touch()
+    if scorer:
+        drop_unfinished_line(answers)
+        total = sum(len(group.asks) for batch in todo for group in batch)
+        with rate("Answering", total) as advance:
+            for batch, scores in scored(bench, scorer, todo):
+                rows = list(_rows(bench, batch, scores, hashes, record.fingerprint))
+                append_answers(answers, (row for row in rows if row.key not in done))
+                advance(len(rows))
+    if not settings.limit:
+        sort_answers(answers, {item.id: place for place, item in enumerate(bench.items)})
+    return finish(out, record)
+
+
+def finish(out: Path, record: RunRecord) -> Run:
+    """Read the answers back and write their figures; a shard that no question falls to has none."""
+    run = Run(out, record, list(read_answers(out / ANSWERS_FILE, record.fingerprint)))
+    if run.answers:
+        figures = as_json(compare({Path(record.model).name: run}))
+        write_text(out / SUMMARY_FILE, json.dumps(figures, indent=1) + "\n", force=True)
+    return run
+
+
+def planned_rows(bench: Bench, record: RunRecord, settings: Settings, shards: int) -> list[int]:
+    """How many rows each of so many shards answers."""
+    all_groups = groups(bench.items, record.rotations)
+    return [
+        sum(
+            len(g.asks) for batch in batches(all_groups, settings.batch_size, Shard(i, shards)) for g in batch
+        )
+        for i in range(shards)
+    ]
+
+
+def answered(folder: Path) -> int:
+    """Number of whole rows in a run folder, 0 where there is none yet."""
+    path = folder / ANSWERS_FILE
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def _planned(bench: Bench, record: RunRecord, settings: Settings) -> list[list[Group]]:
+    """The batches of this run; those that reach beyond the limit are cut short."""
+    planned = batches(groups(bench.items, record.rotations), settings.batch_size, settings.shard)
+    if settings.limit is None:
+        return list(planned)
+    limited = []
+    for batch in planned:
+        cut = [Group(tuple(ask for ask in group.asks if ask[0] < settings.limit)) for group in batch]
+        if kept := [group for group in cut if group.asks]:
+            limited.append(kept)
+    return limited
+
+
+def _done(out: Path, record: RunRecord, bench: Bench) -> set[Key]:
+    ids = {item.id for item in bench.items}
+    done = set()
+    for answer in read_answers(out / ANSWERS_FILE, record.fingerprint):
+        if answer.id not in ids:
+            raise UserError(
+                f"{out / ANSWERS_FILE} answers '{answer.id}', which is not in {bench.path}: start anew"
+            )
+        done.add(answer.key)
+    return done
+
+
+def _check_unchanged(out: Path, hashes: dict[str, list[str]]) -> None:
+    for answer in read_answers(out / ANSWERS_FILE):
+        if hashes.get(answer.id, answer.images_sha256) != answer.images_sha256:
+            raise UserError(
+                f"run {out}: an image of question '{answer.id}' has changed since it was answered; "
+                "start anew with --force"
+            )
+
+
+def _check_options(scorer: "Scorer", bench: Bench, shown: set[int]) -> None:
+    try:
+        scorer.check_options([bench.items[place] for place in sorted(shown)])
+    except UserError as error:
+        raise UserError(f"bench {bench.path}: {error}") from None
+
+
+def _first_use(bench: Bench, places: set[int]) -> dict[Path, str]:
+    """Image path to the id of the first question that shows it."""
+    items = [bench.items[place] for place in sorted(places, reverse=True)]
+    return {path: item.id for item in items for path in bench.image_paths(item)}
+
+
+def scored(
+    bench: Bench, scorer: "Scorer", todo: Sequence[Sequence[Group]]
+) -> Iterator[tuple[Sequence[Group], list[list[Score]]]]:
+    """Scores batch by batch; the next ones are decoded and prepared meanwhile."""
+
+    def prepare(batch: Sequence[Group]) -> "list[Prepared]":
+        return [
+            scorer.prepare(asks_of(group, bench.items), _opened(bench, bench.items[group.first]))
+            for group in batch
+        ]
+
+    with ThreadPoolExecutor(1) as worker:
+        waiting: list[tuple[Sequence[Group], Future[list[Prepared]]]] = []
+        coming = iter(todo)
+        try:
+            while True:
+                while len(waiting) <= AHEAD and (batch := next(coming, None)) is not None:
+                    waiting.append((batch, worker.submit(prepare, batch)))
+                if not waiting:
+                    return
+                batch, prepared = waiting.pop(0)
+                yield batch, scorer.answer(prepared.result())
+        finally:
+            worker.shutdown(wait=False, cancel_futures=True)
+
+
+def _opened(bench: Bench, item: MCQItem) -> list["Image"]:
+    try:
+        return [open_image(path) for path in bench.image_paths(item)]
+    except UserError as error:
+        raise UserError(f"question '{item.id}': {error}") from None
+
+
+def _rows(
+    bench: Bench, batch: Sequence[Group], scores: Sequence[Sequence[Score]], hashes: dict[str, list[str]],
+    fingerprint: str,
+) -> Iterator[Answer]:  # fmt: skip
+    for group, of_group in zip(batch, scores, strict=True):
+        for ask, score in zip(asks_of(group, bench.items), of_group, strict=True):
+            yield Answer(
+                id=ask.item.id,
+                rotation=ask.rotation,
+                category=ask.item.category,
+                cluster=ask.item.cluster,
+                images_sha256=hashes[ask.item.id],
+                gold=ask.item.letter,
+                chosen=chosen_letter(score),
+                probabilities=rounded(score.probabilities),
+                shown=ask.letters,
+                letter_mass=None if score.letter_mass is None else round(score.letter_mass, 6),
+                log_likelihoods=None if score.log_likelihoods is None else rounded(score.log_likelihoods, 4),
+                tokens=score.tokens,
+                reply=score.reply,
+                run=fingerprint,
+            )

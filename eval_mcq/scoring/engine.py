@@ -1,0 +1,350 @@
+"""Forward passes: what questions on one image have in common is computed once.
+
+Three ways, the first that a model allows is taken:
+
+* ``prefix``: keys and values of the common beginning (system prompt, image, first words) are computed once per image;
+  the rest of each question, all its rotations in one tree, continues them.
+* ``tree``: everything about an image is one tree, one forward pass.
+* ``plain``: each prompt by itself, in padded batches. For models that read the text with the image (a Q-Former that
+  sees the instruction) or that take no masks of ours.
+
+Before a way is used it is held against ``plain`` on the first image; a model that gives other numbers is not trusted
+with it, and the user is told.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eval_mcq.scoring.asking import Prepared, Row, Writer
+from eval_mcq.scoring.parts import Part, by_item, common, fitting, part_of, pieces
+from eval_mcq.scoring.tree import Tree
+from mgll_encoder.common.cli import note
+
+Way = Literal["prefix", "tree", "plain"]
+
+Found = list[list[Tensor]]
+"""Of one row: for each continuation and each of its positions, the log-probabilities that were wanted."""
+
+TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
+"""How far log-probabilities may lie from those of the plain way, by the model's number format."""
+
+PLAIN_ROWS = 8
+"""Prompts of a padded batch where nothing can be shared."""
+
+REFUSALS = (ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError, RuntimeError)
+"""How models say that they do not take a mask, a cache or positions of the caller's."""
+
+
+class Engine:
+    """Computes log-probabilities of wanted tokens after prompts.
+
+    Args:
+        model: A transformers image-text model on a decoder, on its device.
+        writer: Makes its inputs.
+        dtype: Number format of what the model is given; log-probabilities are computed in float32 whatever it is.
+        way: The only way that may be taken, or ``auto``.
+    """
+
+    def __init__(
+        self, model: Any, writer: Writer, dtype: torch.dtype, way: Way | Literal["auto"] = "auto"
+    ) -> None:
+        self.model = model
+        self.writer = writer
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.trusted: dict[Way, bool] = (
+            {"plain": True}
+            if way == "auto"
+            else {known: known in (way, "plain") for known in ("prefix", "tree", "plain")}
+        )
+        self._inner = getattr(model, "model", model)
+        self._window = getattr(model.config.get_text_config(), "sliding_window", None)
+
+    @torch.no_grad()  # and not inference_mode, in which DeepSpeed cannot gather shared weights
+    def run(self, batch: Sequence[Prepared]) -> list[list[Found]]:
+        """Log-probabilities for every row of every image of a batch."""
+        ways = [self._way(prepared) for prepared in batch]
+        found: list[list[Found]] = [[] for _ in batch]
+        for way in dict.fromkeys(ways):
+            chosen = [i for i, of_image in enumerate(ways) if of_image == way]
+            for some in _alike([batch[i] for i in chosen]):
+                members = [chosen[i] for i in some]
+                for i, of_image in zip(members, self._run(way, [batch[i] for i in members]), strict=True):
+                    found[i] = of_image
+        return found
+
+    def _run(self, way: Way, batch: Sequence[Prepared]) -> list[list[Found]]:
+        if way == "plain":
+            return [self._plain(prepared, PLAIN_ROWS) for prepared in batch]
+        return self._tree(batch) if way == "tree" else self._prefix(batch)
+
+    def _way(self, prepared: Prepared) -> Way:
+        """The first way that shares something and that the model is known to take."""
+        longest = max(
+            (len(row.tokens) + max(map(len, row.continuations)) for row in prepared.rows), default=0
+        )
+        if not prepared.sharable or (self._window and longest >= self._window):
+            return "plain"
+        several = (
+            len({row.ask.item.id for row in prepared.rows}) > 1 and common(prepared) >= prepared.image_end
+        )
+        for way in ("prefix", "tree") if several else ("tree",):
+            if way not in self.trusted:
+                self.trusted[way] = self._agrees(way, prepared)
+            if self.trusted[way]:
+                return way
+        return "plain"
+
+    def _agrees(self, way: Way, prepared: Prepared) -> bool:
+        """Whether a way gives the numbers of the plain one, on the first and the last row of an image."""
+        ends = [prepared.rows[0], prepared.rows[-1]][: len(prepared.rows)]
+        few = Prepared(ends, prepared.images, prepared.inputs, prepared.per_token, prepared.image_end, True)
+        try:
+            ours = self._run(way, [few])[0]
+        except REFUSALS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            note(
+                f"This model cannot share {_SHARED[way]} between questions ({error}): each is put by itself."
+            )
+            return False
+        off = max(
+            float((a - b).abs().max())
+            for mine, theirs in zip(ours, self._plain(few, 1), strict=True)
+            for of_mine, of_theirs in zip(mine, theirs, strict=True)
+            for a, b in zip(of_mine, of_theirs, strict=True)
+        )
+        if off <= TOLERANCE[self.dtype]:
+            return True
+        note(
+            f"Sharing {_SHARED[way]} between questions changes this model's answers (log-probabilities by {off:.2g}): "
+            "each is put by itself."
+        )
+        return False
+
+    def _tree(self, batch: Sequence[Prepared]) -> list[list[Found]]:
+        """One forward pass for all images; images with too many questions are seen several times."""
+        parts = [
+            part_of(source, prepared, 0, some)
+            for source, prepared in enumerate(batch)
+            for some in pieces(prepared, range(len(prepared.rows)))
+        ]
+        found: list[list[Found]] = [[[] for _ in prepared.rows] for prepared in batch]
+        for some_parts in fitting(parts, 0):
+            trees = [part.tree for part in some_parts]
+            sources = [batch[part.source] for part in some_parts]
+            given = {
+                **self._images(sources),
+                "input_ids": self._ids(trees, batch),
+                "position_ids": self._positions(sources, trees, [0] * len(trees)),
+                "attention_mask": self._mask(trees, None, 0),
+                "use_cache": False,
+            }
+            self._read(some_parts, batch, given, found)
+        return found
+
+    def _prefix(self, batch: Sequence[Prepared]) -> list[list[Found]]:
+        """One forward pass for the beginnings of all images, then some for what follows, one tree per question."""
+        lengths = [common(prepared) for prepared in batch]
+        chains = [Tree() for _ in batch]
+        for chain, prepared, length in zip(chains, batch, lengths, strict=True):
+            chain.add(prepared.rows[0].tokens[:length])
+        longest = max(lengths)
+        mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        with self._reading(torch.zeros(len(batch), 1, dtype=torch.long)):
+            cache = self.model(
+                **self._images(batch),
+                input_ids=self._ids(chains, batch),
+                position_ids=self._positions(batch, chains, [0] * len(batch)),
+                attention_mask=mask.long().to(self.device),
+                use_cache=True,
+            ).past_key_values
+        parts = [
+            part_of(source, prepared, lengths[source], rows)
+            for source, prepared in enumerate(batch)
+            for of_item in by_item(prepared)
+            for rows in pieces(prepared, of_item)
+        ]
+        found: list[list[Found]] = [[[] for _ in prepared.rows] for prepared in batch]
+        for some in fitting(parts, longest):
+            trees, sources = [part.tree for part in some], [part.source for part in some]
+            given = {
+                "input_ids": self._ids(trees, batch),
+                "position_ids": self._positions(
+                    [batch[i] for i in sources], trees, [lengths[i] for i in sources]
+                ),
+                "attention_mask": self._mask(trees, [lengths[i] for i in sources], longest),
+                "past_key_values": _repeated(cache, torch.tensor(sources, device=self.device)),
+                "use_cache": True,
+            }
+            self._read(some, batch, given, found)
+        return found
+
+    def _read(
+        self,
+        parts: Sequence[Part],
+        batch: Sequence[Prepared],
+        given: Mapping[str, Any],
+        found: list[list[Found]],
+    ) -> None:
+        """One forward pass; what the rows wanted goes into ``found``."""
+        needed = [sorted({n for row in part.nodes for of in row for n in of}) for part in parts]
+        widest = max(map(len, needed))
+        places = torch.tensor([nodes + nodes[-1:] * (widest - len(nodes)) for nodes in needed])
+        with self._reading(places):
+            logits = self.model(**given).logits
+        for part, nodes, of_part in zip(parts, needed, logits, strict=True):
+            of_part = of_part[: len(nodes)].float().log_softmax(dim=-1)
+            place = {node: i for i, node in enumerate(nodes)}
+            for number, of_row in zip(part.rows, part.nodes, strict=True):
+                row = batch[part.source].rows[number]
+                found[part.source][number] = [
+                    [of_part[place[node], ids].cpu() for node, ids in zip(of, wanted, strict=True)]
+                    for of, wanted in zip(of_row, row.wanted, strict=True)
+                ]
+
+    def _plain(self, prepared: Prepared, rows: int) -> list[Found]:
+        """Prompts as the processor writes them, so many at a time; one at a time it is the reference for the rest."""
+        return [
+            found
+            for start in range(0, len(prepared.rows), rows)
+            for found in self._padded(prepared.rows[start : start + rows], prepared.images)
+        ]
+
+    def _padded(self, rows: Sequence[Row], images: Sequence[Any]) -> list[Found]:
+        """Rows in one padded batch, each with its images and each continuation by itself."""
+        many = [(row, tail) for row in rows for tail in row.continuations]
+        made = self.writer.batch([row.prompt for row, _ in many], [images] * len(many))
+        batch = {name: self.moved(value) for name, value in made.items()}
+        tails = [tail[:-1] for _, tail in many]
+        if any(tails):
+            batch = _lengthened(batch, tails)
+        positions = torch.arange(batch["input_ids"].shape[1], device=self.device)
+        last = torch.where(batch["attention_mask"].bool(), positions, -1).amax(dim=1)
+        most = max(map(len, tails)) + 1
+        back = torch.tensor(
+            [[max(len(tail) - i, 0) for i in range(most)] for tail in tails], device=self.device
+        )
+        with self._reading(last[:, None] - back):
+            logits = self.model(**batch).logits
+        lines = iter(logits)
+        found: list[Found] = []
+        for row in rows:
+            of_row = []
+            for wanted in row.wanted:
+                line = next(lines)[: len(wanted)].float().log_softmax(dim=-1)
+                of_row.append([of_place[ids].cpu() for of_place, ids in zip(line, wanted, strict=True)])
+            found.append(of_row)
+        return found
+
+    @contextmanager
+    def _reading(self, places: Tensor) -> Iterator[None]:
+        """Within, the head computes logits of the given positions of each sequence [n, k] only."""
+
+        def gather(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, *rest = given
+            index = places.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+            return (hidden.gather(1, index), *rest)
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _images(self, batch: Sequence[Prepared]) -> dict[str, Tensor]:
+        return {
+            name: self.moved(torch.cat([prepared.inputs[name] for prepared in batch]))
+            for name in batch[0].inputs
+        }
+
+    def _ids(self, trees: Sequence[Tree], batch: Sequence[Prepared]) -> Tensor:
+        """Ids, padded on the right with a token of text: nothing reads what stands there."""
+        longest, padding = max(map(len, trees)), batch[0].rows[0].tokens[-1]
+        rows = [tree.tokens + [padding] * (longest - len(tree)) for tree in trees]
+        return torch.tensor(rows, device=self.device)
+
+    def _mask(self, trees: Sequence[Tree], before: Sequence[int] | None, longest: int) -> Tensor:
+        """What each node sees [n, 1, nodes, longest + nodes]: the beginning of its image, its ancestors and itself."""
+        size = max(map(len, trees))
+        seen = torch.zeros(len(trees), size, longest + size, dtype=torch.bool)
+        for i, tree in enumerate(trees):
+            seen[i, :, longest:].fill_diagonal_(True)
+            seen[i, : len(tree), longest : longest + len(tree)] = tree.visible()
+            if before:
+                seen[i, :, : before[i]] = True
+        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
+        return mask[:, None].to(self.device)
+
+    def _positions(self, sources: Sequence[Prepared], trees: Sequence[Tree], starts: Sequence[int]) -> Tensor:
+        """Positions of all nodes, [n, nodes], or [axes, n, nodes] for a model with several axes."""
+        size = max(map(len, trees))
+        rows = []
+        for prepared, tree, start in zip(sources, trees, starts, strict=True):
+            table = self._along(prepared)
+            depths = torch.tensor(tree.depths + [0] * (size - len(tree))) + start
+            beyond = (depths - (table.shape[1] - 1)).clamp(min=0)  # text goes on one by one, on every axis
+            rows.append(table[:, depths.clamp(max=table.shape[1] - 1)] + beyond)
+        positions = torch.stack(rows, dim=1).to(self.device)
+        return positions[0] if positions.shape[0] == 1 else positions
+
+    def _along(self, prepared: Prepared) -> Tensor:
+        """Positions along the first row [axes, length], as the model itself numbers them."""
+        index = getattr(self._inner, "get_rope_index", None)
+        length = len(prepared.rows[0].tokens)
+        if index is None:
+            return torch.arange(length)[None]
+        given = {**prepared.inputs, **prepared.per_token}
+        known = {name: given[name] for name in inspect.signature(index).parameters if name in given}
+        return index(**known)[0][:, 0].cpu()[:, :length]
+
+    def moved(self, value: Any) -> Any:
+        """A tensor where and as the model wants it."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+
+_SHARED: Mapping[Way, str] = {"prefix": "the keys and values of an image", "tree": "a forward pass"}
+
+
+def _alike(batch: Sequence[Prepared]) -> list[list[int]]:
+    """Images whose inputs can be joined: the same names, and shapes that differ in the first dimension only."""
+    kinds: dict[Any, list[int]] = {}
+    for i, prepared in enumerate(batch):
+        kind = tuple((name, value.shape[1:]) for name, value in sorted(prepared.inputs.items()))
+        kinds.setdefault(kind, []).append(i)
+    return list(kinds.values())
+
+
+def _repeated(cache: Any, rows: Tensor) -> Any:
+    """A cache of its own with the given rows of another."""
+    from transformers import DynamicCache
+
+    return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in cache.layers])
+
+
+def _lengthened(batch: Mapping[str, Any], tails: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A batch with more tokens at the end of each row, padded on the right."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    lengthened = dict(batch)
+    width = max(int(real.sum()) + len(tail) for real, tail in zip(mask, tails, strict=True))
+    of_tokens = {
+        name: value for name, value in batch.items() if torch.is_tensor(value) and value.shape == ids.shape
+    }
+    for name, value in of_tokens.items():
+        longer = value.new_zeros(len(ids), width)
+        for i, (real, tail) in enumerate(zip(mask, tails, strict=True)):
+            end = int(real.sum())
+            longer[i, :end] = value[i][real]
+            if name == "input_ids" and tail:
+                longer[i, end : end + len(tail)] = torch.tensor(tail)
+            if name == "attention_mask":
+                longer[i, : end + len(tail)] = 1
+        lengthened[name] = longer
+    return lengthened

@@ -1,0 +1,159 @@
+"""Scoring questions with a model, in any mode."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from eval_mcq.items.schema import MCQItem
+from eval_mcq.scoring.asking import Ask, Prepared, Row, Writer
+from eval_mcq.scoring.engine import Engine, Way
+from eval_mcq.scoring.modes import LIKELIHOODS, Score
+from eval_mcq.scoring.prompt import PROMPTS, Mode, order
+from eval_mcq.scoring.reply import parse_reply
+from mgll_encoder.common.cli import note
+from mgll_encoder.common.errors import UserError
+
+__all__ = ["Score", "Scorer"]
+
+NEW_TOKENS = 32
+"""Longest reply in mode ``generate``; a letter or a name is far shorter."""
+
+
+class Scorer:
+    """Scores questions with a transformers image-text model.
+
+    Args:
+        model: The model; moved to the device unless it is quantised, which fixes where it lies.
+        processor: Renders the chat template and makes the batch.
+        device: Where to compute.
+        dtype: Number format of the model, None for the one it has; probabilities are computed in float32 whatever it
+            is.
+        mode: Scoring mode.
+        way: Way of computing that is allowed, see `eval_mcq.scoring.engine`.
+
+    Raises:
+        UserError: the processor is missing, or has no chat template; or the language model has an encoder.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        mode: Mode = "letters",
+        way: Way | Literal["auto"] = "auto",
+    ) -> None:
+        self.writer = Writer(processor, PROMPTS[mode])
+        if _has_encoder(model):
+            raise UserError(
+                "the model's language model reads the prompt with an encoder, and letters are scored by a model that "
+                "writes the answer after the prompt: take one on a decoder, such as Vicuna"
+            )
+        quantised = getattr(model, "is_quantized", False)
+        self.model = (model if quantised else model.to(device=device, dtype=dtype)).eval()
+        self.processor = processor
+        self.mode: Mode = mode
+        self.engine = Engine(self.model, self.writer, dtype or torch.float32, way)
+        self._most_rows: int | None = None
+
+    def prompt(self, item: MCQItem, rotation: int = 0) -> str:
+        """The text before the answer, chat template and image placeholders included."""
+        return self.writer.prompt(item, rotation)
+
+    def check_options(self, items: Sequence[MCQItem]) -> None:
+        """See to it, before any question is put, that the options of the one with the most can be scored.
+
+        Raises:
+            UserError: an option letter is not a single token for this tokenizer, or an option's text cannot be told
+                from the prompt; names the question.
+        """
+        if self.mode in LIKELIHOODS:
+            widest = Ask(max(items, key=lambda item: len(item.options)))
+            LIKELIHOODS[self.mode].continuations(self.writer, widest, self.prompt(widest.item))
+
+    def prepare(self, asks: Sequence[Ask], images: list[Image.Image]) -> Prepared:
+        """Everything but the model's part, for questions on the same images; may run in another thread."""
+        if self.mode in LIKELIHOODS:
+            return self.writer.prepare(asks, images, LIKELIHOODS[self.mode].continuations)
+        rows = [Row(ask, self.prompt(ask.item, ask.rotation), [], [[]], [[[]]]) for ask in asks]
+        return Prepared(rows, images, {}, {}, 0, sharable=False)
+
+    def answer(self, batch: Sequence[Prepared]) -> list[list[Score]]:
+        """Scores of all rows of all images; in halves where the memory does not suffice."""
+        rows = sum(len(prepared.rows) for prepared in batch)
+        if rows > max(self._most_rows or rows, 1):
+            return self._halves(batch)
+        try:
+            return self._answer(batch)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            self._most_rows = rows // 2
+        note(f"Out of memory with {rows} questions at a time: going on with at most {rows // 2}.")
+        torch.cuda.empty_cache()
+        return self._halves(batch)
+
+    def score(self, items: Sequence[MCQItem], images: Sequence[Sequence[Image.Image]]) -> list[Score]:
+        """Answer some questions in their original rotation.
+
+        Args:
+            items: The questions.
+            images: The images of each question.
+
+        Raises:
+            UserError: an option letter is not a single token for this tokenizer.
+        """
+        prepared = [
+            self.prepare([Ask(item)], list(of_item)) for item, of_item in zip(items, images, strict=True)
+        ]
+        return [score for (score,) in self.answer(prepared)]
+
+    def _halves(self, batch: Sequence[Prepared]) -> list[list[Score]]:
+        if len(batch) > 1:
+            half = len(batch) // 2
+            return [*self.answer(batch[:half]), *self.answer(batch[half:])]
+        (whole,) = batch
+        half = len(whole.rows) // 2
+        parts = [
+            Prepared(rows, whole.images, whole.inputs, whole.per_token, whole.image_end, whole.sharable)
+            for rows in (whole.rows[:half], whole.rows[half:])
+        ]
+        return [[score for part in parts for score in self.answer([part])[0]]]
+
+    def _answer(self, batch: Sequence[Prepared]) -> list[list[Score]]:
+        if self.mode not in LIKELIHOODS:
+            return [self._write(prepared) for prepared in batch]
+        score = LIKELIHOODS[self.mode].score
+        return [
+            [score(row.ask, of_row) for row, of_row in zip(prepared.rows, found, strict=True)]
+            for prepared, found in zip(batch, self.engine.run(batch), strict=True)
+        ]
+
+    @torch.no_grad()
+    def _write(self, prepared: Prepared) -> list[Score]:
+        """Let the model reply, greedily, and read the replies."""
+        images = [prepared.images] * len(prepared.rows)
+        made = self.writer.batch([row.prompt for row in prepared.rows], images, padding_side="left")
+        batch = {name: self.engine.moved(value) for name, value in made.items()}
+        written = self.model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+        ids = batch["input_ids"]
+        if written.shape[1] >= ids.shape[1] and torch.equal(written[:, : ids.shape[1]], ids):
+            written = written[:, ids.shape[1] :]  # some models give the prompt back, some do not
+        replies = self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [self._read(row.ask, reply) for row, reply in zip(prepared.rows, replies, strict=True)]
+
+    def _read(self, ask: Ask, reply: str) -> Score:
+        places = order(len(ask.item.options), ask.rotation)
+        place = parse_reply(reply, [ask.item.options[option] for option in places])
+        probabilities = [0.0] * len(places)
+        if place is not None:
+            probabilities[places[place]] = 1.0
+        return Score(probabilities, reply=reply.strip())
+
+
+def _has_encoder(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    return config is not None and config.get_text_config().is_encoder_decoder

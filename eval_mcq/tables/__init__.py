@@ -1,0 +1,1 @@
+"""From answers to figures, and from figures to tables."""

@@ -1,0 +1,321 @@
+"""From the answers of one or more runs to the figures of a table: per disease, macro, micro, and gains."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval_mcq.runs.records import ItemAnswer, Run, letter_counts
+from eval_mcq.tables.diagnosis import Diagnosis, diagnose
+from eval_mcq.tables.stats import (
+    Interval,
+    Replicates,
+    bootstrap,
+    holm,
+    mcnemar,
+    p_of_guessing,
+    percentile_interval,
+    wilson,
+)
+from mgll_encoder.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Right answers of an arm on a disease, with the Wilson interval of their share.
+
+    Attributes:
+        right: Number of questions answered right.
+        n: Number of questions.
+        interval: Wilson; takes the questions as independent.
+        p_guess: Probability that guessing gets as many right, or more.
+        unread: Replies that could not be read.
+    """
+
+    right: int
+    n: int
+    interval: Interval
+    p_guess: float
+    unread: int = 0
+
+    @property
+    def share(self) -> float:
+        """Accuracy, 0-1."""
+        return self.right / self.n
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An average or a gain, with its bootstrap interval; shares, 0-1."""
+
+    value: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Gain:
+    """An arm against the first one on the same questions.
+
+    Attributes:
+        estimate: Difference of the shares.
+        p: Exact McNemar.
+        p_holm: The same, Holm-adjusted over the diseases of this arm.
+    """
+
+    estimate: Estimate
+    p: float
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A later arm against one that is not the first: what the swap adds to the same retraining without it.
+
+    Attributes:
+        name: The arm.
+        against: The arm it is compared with.
+        macro: Difference of the macro averages.
+        micro: Difference of the micro averages, with McNemar over all questions.
+    """
+
+    name: str
+    against: str
+    macro: Estimate
+    micro: Gain
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model in the table.
+
+    Attributes:
+        name: Row or column heading.
+        cells: Per disease.
+        macro: Unweighted mean over diseases: the "Average" of the table.
+        micro: Mean over all questions.
+        gains: Per disease against the first arm; empty for the first arm itself.
+        macro_gain: Difference of the macro averages.
+        micro_gain: Difference of the micro averages, with McNemar over all questions.
+        letter_mass: Mean probability on the option letters; None where the scoring mode has none.
+        letters: Per letter: how often true, how often chosen.
+        p_guess: Probability that guessing gets as many questions right, over all diseases.
+        diagnosis: How it chose.
+    """
+
+    name: str
+    cells: dict[str, Cell]
+    macro: Estimate
+    micro: Estimate
+    gains: dict[str, Gain]
+    macro_gain: Estimate | None
+    micro_gain: Gain | None
+    letter_mass: float | None
+    letters: dict[str, tuple[int, int]]
+    p_guess: float
+    diagnosis: Diagnosis
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All figures of a table.
+
+    Attributes:
+        bench: Name of the bench.
+        mode: Scoring mode.
+        prompt: Prompt version.
+        categories: Diseases with answers, in table order.
+        unanswered: Diseases of the bench without a single answer.
+        answered: Number of questions answered.
+        questions: Number of questions in the bench.
+        clusters: Number of patients (or images).
+        chance: Share that guessing gets right, per disease.
+        arms: In the order given; the first is what the others are compared with.
+        contrasts: Of all pairs of other arms.
+    """
+
+    bench: str
+    mode: str
+    prompt: str
+    categories: list[str]
+    unanswered: list[str]
+    answered: int
+    questions: int
+    clusters: int
+    chance: dict[str, float]
+    arms: list[Arm]
+    contrasts: list[Contrast]
+
+    @property
+    def macro_chance(self) -> float:
+        """Share that guessing gets right, averaged over diseases."""
+        return float(np.mean(list(self.chance.values())))
+
+    @property
+    def micro_chance(self) -> float:
+        """Share that guessing gets right, averaged over questions."""
+        cells = self.arms[0].cells
+        return sum(self.chance[c] * cells[c].n for c in self.categories) / self.answered
+
+
+def compare(runs: Mapping[str, Run]) -> Comparison:
+    """Figures of runs of the same bench, paired question by question.
+
+    Args:
+        runs: Arm name to run; the first is the base of all gains.
+
+    Raises:
+        UserError: the runs are of different benches, prompts or scoring modes, or answer different questions.
+    """
+    first_name, first = next(iter(runs.items()))
+    for name, run in runs.items():
+        _check_comparable(first_name, first, name, run)
+    # The bootstrap draws by position, so the order of the answers in the file must not matter.
+    answers = {name: sorted(run.answers, key=lambda answer: answer.id) for name, run in runs.items()}
+    base = answers[first_name]
+    present = [answer.category for answer in base]
+    categories = [category for category in first.record.categories if category in set(present)]
+    right = np.array([[answer.right for answer in of_arm] for of_arm in answers.values()]).T
+    draws = bootstrap(right, present, [answer.cluster for answer in base])
+    places = np.array(present)
+    masks = {category: places == category for category in categories}
+    columns = {category: i for i, category in enumerate(dict.fromkeys(present))}
+    options = np.array([len(answer.probabilities) for answer in base])
+    scores = _Scores(right, masks, draws, columns, options)
+    return Comparison(
+        bench=first.record.bench_name,
+        mode=first.record.mode,
+        prompt=first.record.prompt,
+        categories=categories,
+        unanswered=[category for category in first.record.categories if category not in masks],
+        answered=len(base),
+        questions=first.record.questions,
+        clusters=len({answer.cluster for answer in base}),
+        chance={c: float((1 / options[mask]).mean()) for c, mask in masks.items()},
+        arms=[_arm(name, a, scores, answers[name], run) for a, (name, run) in enumerate(runs.items())],
+        contrasts=[
+            scores.contrast(list(runs), against, arm)
+            for arm in range(2, len(runs))
+            for against in range(1, arm)
+        ],
+    )
+
+
+def compare_models(models: Mapping[str, Mapping[str, Run]]) -> dict[str, Comparison]:
+    """Figures of several models, each against its own first arm, all on the same bench.
+
+    Args:
+        models: Model name to its arms.
+
+    Raises:
+        UserError: as :func:`compare`, also between models.
+    """
+    (first_model, first), *others = ((model, next(iter(arms.values()))) for model, arms in models.items())
+    for model, run in others:
+        _check_comparable(first_model, first, model, run)
+    return {model: compare(arms) for model, arms in models.items()}
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Right or wrong, shape ``(questions, arms)``, with the rows of each disease, the draws, and option counts."""
+
+    right: NDArray[np.bool_]
+    masks: dict[str, NDArray[np.bool_]]
+    draws: Replicates
+    columns: dict[str, int]
+    options: NDArray[np.int_]
+
+    def macro(self, arm: int) -> float:
+        return float(np.mean([self.right[mask, arm].mean() for mask in self.masks.values()]))
+
+    def gain(self, arm: int, mask: NDArray[np.bool_], draws: NDArray[np.float64], against: int = 0) -> Gain:
+        """Of an arm over another; ``draws`` has shape ``(replicates, arms)``. The p-value is not adjusted yet."""
+        before, after = self.right[mask, against], self.right[mask, arm]
+        p = mcnemar(before, after)
+        interval = percentile_interval(draws[:, arm] - draws[:, against])
+        return Gain(Estimate(float(after.mean() - before.mean()), interval), p, p)
+
+    def macro_gain(self, arm: int, against: int = 0) -> Estimate:
+        interval = percentile_interval(self.draws.macro[:, arm] - self.draws.macro[:, against])
+        return Estimate(self.macro(arm) - self.macro(against), interval)
+
+    def micro_gain(self, arm: int, against: int = 0) -> Gain:
+        return self.gain(arm, np.ones(len(self.right), dtype=bool), self.draws.pooled, against)
+
+    def contrast(self, names: Sequence[str], against: int, arm: int) -> Contrast:
+        macro, micro = self.macro_gain(arm, against), self.micro_gain(arm, against)
+        return Contrast(names[arm], names[against], macro, micro)
+
+    def p_guess(self, arm: int, mask: NDArray[np.bool_]) -> float:
+        values, counts = np.unique(self.options[mask], return_counts=True)
+        questions = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+        return p_of_guessing(int(self.right[mask, arm].sum()), questions)
+
+
+def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer], run: Run) -> Arm:
+    unread = np.array([answer.unparsed for answer in answers])
+    macro, pooled = scores.draws.macro, scores.draws.pooled
+    gains: dict[str, Gain] = {}
+    macro_gain = micro_gain = None
+    if a > 0:
+        gains = {
+            c: scores.gain(a, mask, scores.draws.by_category[:, scores.columns[c]])
+            for c, mask in scores.masks.items()
+        }
+        adjusted = holm([gain.p for gain in gains.values()])
+        gains = {c: replace(gain, p_holm=p) for (c, gain), p in zip(gains.items(), adjusted, strict=True)}
+        macro_gain, micro_gain = scores.macro_gain(a), scores.micro_gain(a)
+    return Arm(
+        name=name,
+        cells={c: _cell(scores, a, mask, int(unread[mask].sum())) for c, mask in scores.masks.items()},
+        macro=Estimate(scores.macro(a), percentile_interval(macro[:, a])),
+        micro=Estimate(float(scores.right[:, a].mean()), percentile_interval(pooled[:, a])),
+        gains=gains,
+        macro_gain=macro_gain,
+        micro_gain=micro_gain,
+        letter_mass=_mean([answer.letter_mass for answer in answers]),
+        letters=letter_counts(answers),
+        p_guess=scores.p_guess(a, np.ones(len(scores.right), dtype=bool)),
+        diagnosis=diagnose(run),
+    )
+
+
+def _cell(scores: _Scores, a: int, mask: NDArray[np.bool_], unread: int) -> Cell:
+    right, n = int(scores.right[mask, a].sum()), int(mask.sum())
+    return Cell(right, n, wilson(right, n), scores.p_guess(a, mask), unread)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def as_json(comparison: Comparison) -> dict[str, object]:
+    """The figures as plain data for ``summary.json``; shares, 0-1."""
+    return asdict(comparison)
+
+
+def _check_comparable(first_name: str, first: Run, name: str, run: Run) -> None:
+    ours, theirs = first.record, run.record
+    for what, a, b in (
+        ("bench", ours.bench_sha256, theirs.bench_sha256),
+        ("prompt", ours.prompt, theirs.prompt),
+        ("scoring mode", ours.mode, theirs.mode),
+        ("number of rotations", str(ours.rotations), str(theirs.rotations)),
+    ):
+        if a != b:
+            raise UserError(
+                f"runs '{first_name}' ({first.folder}) and '{name}' ({run.folder}) differ in their {what} "
+                f"({a[:12]}, {b[:12]}; bench files {ours.bench}, {theirs.bench}): run both on the same"
+            )
+    missing = {answer.id for answer in first.answers} ^ {answer.id for answer in run.answers}
+    if missing:
+        raise UserError(
+            f"runs '{first_name}' and '{name}' answer different questions ({len(first.answers)} and "
+            f"{len(run.answers)} answers; only one has '{min(missing)}'): finish both by starting them again"
+        )
+    images = {answer.id: answer.images_sha256 for answer in first.answers}
+    changed = [answer.id for answer in run.answers if images[answer.id] != answer.images_sha256]
+    if changed:
+        raise UserError(f"runs '{first_name}' and '{name}' saw different images for question '{changed[0]}'")
