@@ -1,20 +1,15 @@
 """``swap-encoder compose`` and ``swap-encoder extract``: a whole checkpoint out of a delta, a delta out of one."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from mgll_encoder.common import cli
+from mllm_adapters.cli.writing import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
 
 MLLM_HELP = "The base: checkpoint folder, hub id, or family name."
-OUT_HELP = "Folder to write."
 PART_HELP = "Where a part of the base lies that is not beside it: NAME=PATH. Repeatable."
-COPY_HELP = "Copy unchanged files instead of hard-linking them (sharing blocks where the file system can)."
-FORCE_HELP = "Replace the output folder if it exists."
 
 
 def compose(
@@ -39,7 +34,6 @@ def compose(
 
     Example: swap-encoder compose --mllm llava-med --delta llava-med-mgll-delta --out llava-med-mgll
     """
-    from mllm_adapters.cli.swap import parts_of
     from mllm_adapters.parts import resolve
     from mllm_adapters.swap import delta_files
     from mllm_adapters.swap.apply import check_output
@@ -77,7 +71,6 @@ def extract(
 
     Example: swap-encoder extract llava-med-mgll-aligned --mllm llava-med --out run-7-delta
     """
-    from mllm_adapters.cli.swap import parts_of
     from mllm_adapters.parts import resolve
     from mllm_adapters.swap import delta_files
     from mllm_adapters.swap.apply import check_output
@@ -99,12 +92,3 @@ def extract(
     cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
     following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {folder.absolute().name}-again"
     cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes on stderr; what is yielded advances it."""
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(description, *columns, console=cli.stderr, transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda done: progress.advance(task, done)

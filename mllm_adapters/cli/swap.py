@@ -11,8 +11,9 @@ import typer
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.spec import Activation
-from mllm_adapters.cli.delta import compose, extract, progress_bar
+from mllm_adapters.cli.delta import compose, extract
 from mllm_adapters.cli.undo import restore, verify
+from mllm_adapters.cli.writing import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
 
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
@@ -38,12 +39,9 @@ app = cli.new_app(
 )
 
 MLLM_HELP = "Checkpoint folder, hub id, or family name (which stands for its published checkpoint)."
-OUT_HELP = "Folder to write."
 PART_HELP = "Where a part of the checkpoint lies that is not found beside it: NAME=PATH. Repeatable."
-FORCE_HELP = "Replace the output folder if it exists."
 DRY_RUN_HELP = "Print the plan and stop."
 JSON_HELP = "Print the plan as JSON."
-COPY_HELP = "Copy unchanged files instead of hard-linking them (sharing blocks where the file system can)."
 
 
 @app.callback(invoke_without_command=True)
@@ -233,21 +231,6 @@ app.command()(extract)
 def main() -> None:
     """Entry point of ``swap-encoder``."""
     cli.run(app)
-
-
-def parts_of(options: list[str] | None) -> dict[str, Path]:
-    """What ``--part NAME=PATH`` says.
-
-    Raises:
-        UserError: one is not of this form.
-    """
-    parts = {}
-    for option in options or []:
-        name, equals, path = option.partition("=")
-        if not (name and equals and path):
-            raise UserError(f"--part {option}: expected NAME=PATH, such as --part vision-tower=openai/clip")
-        parts[name] = Path(path)
-    return parts
 
 
 def _target(layout: str, family: "Family") -> "Target":

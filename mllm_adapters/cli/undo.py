@@ -7,6 +7,7 @@ import typer
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError
+from mllm_adapters.cli.writing import FORCE_HELP, parts_of
 
 MARKS = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "–"}
 """Passed, failed, not checked."""
@@ -73,7 +74,7 @@ def restore(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy unchanged files instead of hard-linking them.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
     """Undo a swap: put the original tower and its readers back, or take the new tower out.
 
@@ -90,7 +91,6 @@ def restore(
     name = folder.absolute().name
     target = out or Path(f"{name}-{'encoder' if to_encoder else 'restored'}")
 
-    from mllm_adapters.cli.swap import parts_of
     from mllm_adapters.parts import resolve
     from mllm_adapters.swap import undo
 

@@ -1,0 +1,38 @@
+"""What the commands that write checkpoints share: options in words, ``--part``, the bar."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from mgll_encoder.common import cli
+from mgll_encoder.common.errors import UserError
+
+OUT_HELP = "Folder to write."
+COPY_HELP = "Copy unchanged files instead of hard-linking them (sharing blocks where the file system can)."
+FORCE_HELP = "Replace the output folder if it exists."
+
+
+def parts_of(options: list[str] | None) -> dict[str, Path]:
+    """What ``--part NAME=PATH`` says.
+
+    Raises:
+        UserError: one is not of this form.
+    """
+    parts = {}
+    for option in options or []:
+        name, equals, path = option.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--part {option}: expected NAME=PATH, such as --part vision-tower=openai/clip")
+        parts[name] = Path(path)
+    return parts
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over bytes on stderr; what is yielded advances it."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(description, *columns, console=cli.stderr, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.advance(task, done)
