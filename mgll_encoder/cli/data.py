@@ -25,7 +25,7 @@ def fundus(
         "", help="Names of the label column's values, for files with one class: 0=normal,1=glaucoma."
     ),
     images: Path = typer.Option(..., help="Folder that the image column is relative to."),
-    out: Path = typer.Option(..., help="The manifest to write (.jsonl)."),
+    out: Path = typer.Option(..., help="The manifest to write (.jsonl or .parquet)."),
     image_column: str = typer.Option("file", help="Column with the image path."),
     labels_column: str = typer.Option("labels", help="Column with labels, separated by ';'."),
     patient_column: str = typer.Option(
@@ -98,10 +98,13 @@ def _classes(option: str) -> dict[str, str]:
 @app.command()
 def xray(
     dicom: Path = typer.Option(..., help="Folder with DICOM files, at any depth."),
-    out: Path = typer.Option(..., help="New folder for images/*.png and manifest.jsonl."),
+    out: Path = typer.Option(..., help="New folder for images/*.png and the manifest."),
     modalities: str = typer.Option("CR,DX", help="Values of Modality to take, separated by commas."),
     patient_folders: bool = typer.Option(
         False, "--patient-folders", help="Each folder directly below is a patient; splits never divide one."
+    ),
+    parquet: bool = typer.Option(
+        False, "--parquet", help="Write manifest.parquet instead of manifest.jsonl, for long manifests."
     ),
     test: float = typer.Option(0.3, help="Share of patients for the test split."),
     val: float = typer.Option(0.0, help="Share of patients for the validation split."),
@@ -117,12 +120,13 @@ def xray(
 
     Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders
     """
-    from mgll_encoder.data.xray import MANIFEST, build_xray
+    from mgll_encoder.data.xray import MANIFEST, PARQUET_MANIFEST, build_xray
 
+    manifest = PARQUET_MANIFEST if parquet else MANIFEST
     wanted = [name.strip().upper() for name in modalities.split(",") if name.strip()]
     report = build_xray(
-        dicom, out, modalities=wanted, patient_folders=patient_folders, test=test, val=val, seed=seed,
-        workers=workers, strict=strict, force=force,
+        dicom, out, modalities=wanted, patient_folders=patient_folders, manifest=manifest, test=test, val=val,
+        seed=seed, workers=workers, strict=strict, force=force,
     )  # fmt: skip
     for line in report.skipped.lines():
         note(line)
@@ -135,7 +139,7 @@ def xray(
     texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
     stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
     stdout.print(
-        f"next: mgll-encoder pretrain --data {out / MANIFEST} --out tower", highlight=False, soft_wrap=True
+        f"next: mgll-encoder pretrain --data {out / manifest} --out tower", highlight=False, soft_wrap=True
     )
 
 

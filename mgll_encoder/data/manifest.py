@@ -127,20 +127,6 @@ def image_folder(path: Path, header: ManifestHeader) -> Path:
     return path.parent / header.images
 
 
-def manifest_text(path: Path, images: Path, header: ManifestHeader, rows: Iterable[ManifestRow]) -> str:
-    """A manifest as JSON lines, to be written to ``path``.
-
-    Args:
-        path: Where it will lie; the image folder is recorded relative to it.
-        images: The image folder.
-        header: The header; ``images`` in it is replaced.
-        rows: The rows.
-    """
-    head = _with_images(path, images, header)
-    lines = [head.model_dump_json(), *(row.model_dump_json() for row in rows)]
-    return "\n".join(lines) + "\n"
-
-
 def write_manifest(
     path: Path, images: Path, header: ManifestHeader, rows: Iterable[ManifestRow], force: bool = False
 ) -> None:

@@ -21,7 +21,7 @@ from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, manifest_text
+from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.data.skipped import Skipped
 
 TEXTS = {"modality": "Modality", "study": "StudyDescription", "series": "SeriesDescription"}
@@ -38,7 +38,7 @@ PIXELS = (
 PLAIN_RADIOGRAPHS = ("CR", "DX")
 """Modalities taken unless told otherwise: computed and digital radiography, as in MGLL-Xray."""
 
-MANIFEST = "manifest.jsonl"
+MANIFEST, PARQUET_MANIFEST = "manifest.jsonl", "manifest.parquet"
 IMAGES = "images"
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 
@@ -97,6 +97,7 @@ def build_xray(
     *,
     modalities: Sequence[str] = PLAIN_RADIOGRAPHS,
     patient_folders: bool = False,
+    manifest: str = MANIFEST,
     test: float = 0.3,
     val: float = 0.0,
     seed: int = 0,
@@ -104,7 +105,7 @@ def build_xray(
     strict: bool = False,
     force: bool = False,
 ) -> XrayReport:
-    """Write ``images/*.png`` and ``manifest.jsonl``.
+    """Write ``images/*.png`` and the manifest.
 
     Args:
         dicom: Folder with DICOM files, at any depth; their names do not matter.
@@ -112,6 +113,7 @@ def build_xray(
         modalities: Values of Modality to take.
         patient_folders: Each folder directly below ``dicom`` is a patient. Otherwise each file is one, because the
             header fields that would tell are not read.
+        manifest: The manifest's name, which decides its format.
         test: Share of patients for the test split.
         val: Share of patients for the validation split.
         seed: Draws the split.
@@ -163,8 +165,7 @@ def build_xray(
                 "skipped": report.skipped.total,
             },
         )
-        text = manifest_text(folder / MANIFEST, folder, header, rows.values())
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        write_manifest(folder / manifest, folder, header, rows.values())
     report.rows = len(rows)
     report.splits.update(row.split for row in rows.values())
     return report

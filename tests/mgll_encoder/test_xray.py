@@ -14,6 +14,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import MPEG2MPML, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from mgll_encoder.cli import main
+from mgll_encoder.data.manifest import read_header, read_rows
 from mgll_encoder.data.xray import PIXELS, TEXTS, build_xray, read_radiograph
 from tests.builders import invoke, refused
 
@@ -165,6 +166,19 @@ def test_splits_never_divide_a_patient_folder(tmp_path: Path) -> None:
     sides = {(row["patient"], row["split"]) for row in rows}
     assert len(sides) == 12
     assert set(report.splits) == {"train", "test"}
+
+
+def test_a_manifest_in_parquet_says_the_same(tmp_path: Path) -> None:
+    radiograph(tmp_path / "in" / "a.dcm", ramp())
+    found = []
+    for name, flags in {"lines": [], "table": ["--parquet"]}.items():
+        done = invoke(main, "data", "xray", "--dicom", tmp_path / "in", "--out", tmp_path / name, *flags)
+        assert done.code == 0, done.err
+        manifest = next((tmp_path / name).glob("manifest.*"))
+        assert str(manifest) in done.out
+        found.append((read_header(manifest), [row for _, _, row in read_rows(manifest)]))
+    assert manifest.suffix == ".parquet"
+    assert found[0] == found[1]
 
 
 def test_what_cannot_be_used_is_counted_and_strict_stops(tmp_path: Path) -> None:
