@@ -8,31 +8,57 @@ Every tower and every probe is kept in the output folder, so the command can be 
 
 import csv
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.table import Table
 from scipy import stats
 from three_arms import Way
 
 from mgll_encoder.common import cli
+from mgll_encoder.common.errors import unknown_name
 from mgll_encoder.common.files import write_text
+from mgll_encoder.data.batches import plan_rows
 from mgll_encoder.data.label_table import Columns, LabelledImages, read_labels
-from mgll_encoder.probe import METRICS, cached_features, judge, linear_scores
+from mgll_encoder.data.skipped import Skipped
+from mgll_encoder.probe import cached_features, judge, kept_labels, linear_scores
 from mgll_encoder.tower import load_tower
+from mgll_encoder.zero_shot import class_directions, projected, text_tower_of
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a tower is trained with: options of ``mgll-encoder pretrain``."""
+
+    loss: str = "mgll"
+    alpha: str = ""
+    granularities: str = ""
+
+    @property
+    def options(self) -> list[str]:
+        """As typed."""
+        given = {"--loss": self.loss, "--alpha": self.alpha, "--granularities": self.granularities}
+        return [word for option, value in given.items() if value for word in (option, value)]
+
 
 ARMS = {
-    "clip": ["--loss", "clip"],
-    "mgll": ["--loss", "mgll"],
-    "soft CLIP alone": ["--loss", "mgll", "--alpha", "1,0,0"],
-    "without point-wise": ["--loss", "mgll", "--alpha", "1,0,0.1"],
-    "without smooth KL": ["--loss", "mgll", "--alpha", "1,0.02,0"],
-    "point-wise alone": ["--loss", "mgll", "--alpha", "0,1,0"],
+    "clip": Arm("clip"),
+    "mgll": Arm(),
+    "without smooth KL": Arm(alpha="1,0.02,0"),
+    "without point-wise": Arm(alpha="1,0,0.1"),
+    "soft CLIP alone": Arm(alpha="1,0,0"),
+    "without soft CLIP": Arm(alpha="0,0.02,0.1"),
+    "clip, disease only": Arm("clip", granularities="disease"),
 }
-"""Arm -> options of ``mgll-encoder pretrain``; the first is the control."""
+"""The first is the control: plain CLIP with one string per image, the texts of all its granularities."""
+
+FIGURES = ("probe AUC", "probe mAP", "zero-shot AUC")
+"""Of a linear probe, and of the similarity of an image to the texts that a label had in the training."""
 
 EVERY = "all sources"
 POSITIVES = 20
@@ -50,7 +76,7 @@ def proof(
     out: Annotated[Path, typer.Option(help="Folder of towers and results; what is there is not made again.")],
     seeds: Annotated[int, typer.Option(help="Towers per arm.", min=2)] = 3,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 30,
-    arms: Annotated[str, typer.Option(help="Arms, separated by commas (default: all).")] = "",
+    arms: Annotated[str, typer.Option(help="Arms, separated by semicolons (default: all).")] = "",
 ) -> None:
     """Train every arm with every seed, probe the towers on held-out patients, compare seed by seed.
 
@@ -62,19 +88,22 @@ def proof(
         "mgll-encoder", "data", "fundus", "--labels", data / "manifest.csv", "--images", data,
         "--out", out / "manifest.jsonl",
     )  # fmt: skip
-    chosen = [name.strip() for name in arms.split(",") if name.strip()] or list(ARMS)
+    chosen = [name.strip() for name in arms.split(";") if name.strip()] or list(ARMS)
+    if unknown := [name for name in chosen if name not in ARMS]:
+        raise unknown_name("arm", unknown[0], ARMS)
     labelled, sources = _images(data)
     found: dict[str, dict[str, list[list[float]]]] = {}
     for seed in range(seeds):
         for arm in chosen:
-            name = f"{arm.replace(' ', '-')}-{seed}"
+            name = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
             way.step(
                 f"{arm}, seed {seed}", f"towers/{name}",
-                "mgll-encoder", "pretrain", "--data", manifest, "--images", data, *ARMS[arm], "--preset", "tiny",
-                "--epochs", str(epochs), "--batch-size", "32", "--lr", "1e-3", "--seed", str(seed),
-                "--out", out / "towers" / name,
+                "mgll-encoder", "pretrain", "--data", manifest, "--images", data, *ARMS[arm].options,
+                "--preset", "tiny", "--epochs", str(epochs), "--batch-size", "32", "--lr", "1e-3",
+                "--precision", "bf16", "--seed", str(seed), "--out", out / "towers" / name,
             )  # fmt: skip
-            for source, values in _probe(out, name, labelled, sources).items():
+            texts = _texts(manifest, data, labelled.names, ARMS[arm])
+            for source, values in _judged(out, name, labelled, sources, texts).items():
                 found.setdefault(source, {}).setdefault(arm, []).append(values)
     lines = [line for source, by_arm in found.items() for line in _table(source, by_arm)]
     write_text(out / "proof.md", "\n".join(lines) + "\n", force=True)
@@ -88,37 +117,69 @@ def _images(data: Path) -> tuple[LabelledImages, list[str]]:
     return labelled, [of[path] for path in labelled.images]
 
 
-def _probe(out: Path, name: str, labelled: LabelledImages, sources: list[str]) -> dict[str, list[float]]:
-    """Macro averages per source, in %; a probe is fitted and judged inside each source."""
-    stored = out / "probes" / f"{name}.json"
+def _texts(manifest: Path, data: Path, names: Sequence[str], arm: Arm) -> list[list[str]]:
+    """Texts of the training images that have a label and no other; where there are none, of all that have it."""
+    granularities = [arm.granularities] if arm.granularities else []
+    plan = plan_rows(manifest, data, granularities, "train", arm.loss == "clip", Skipped(strict=False))
+    rows = [plan.row(index) for index in range(len(plan))]
+    found = []
+    for name in names:
+        having = [row for row in rows if name in row.texts.get("disease", [])]
+        alone = [row for row in having if row.texts["disease"] == [name]]
+        found.append(sorted({text for row in alone or having for level in plan.texts(row) for text in level}))
+    return found
+
+
+def _judged(
+    out: Path, name: str, labelled: LabelledImages, sources: list[str], texts: list[list[str]]
+) -> dict[str, list[float]]:
+    """The figures per source, macro averages in %; a probe is fitted and judged inside each source."""
+    stored = out / "figures" / f"{name}.json"
     if stored.is_file():
         return {source: list(values) for source, values in json.loads(stored.read_text()).items()}
-    features = cached_features(load_tower(out / "towers" / name), labelled.images, out / "features")
+    path = out / "towers" / name
+    tower = load_tower(path)
+    features = cached_features(tower, labelled.images, out / "features")
+    # a label without training texts is in no image of the training side, and is left out by kept_labels
+    directions = class_directions(text_tower_of(path, tower), [group or [""] for group in texts])
+    similar = projected(tower, features) @ directions.T
     result = {}
     for source in [EVERY, *sorted(set(sources))]:
         inside = np.array([source in (EVERY, own) for own in sources])
-        part = replace(
-            labelled,
-            images=tuple(path for path, kept in zip(labelled.images, inside, strict=True) if kept),
-            truth=labelled.truth[inside],
-            patients=tuple(p for p, kept in zip(labelled.patients, inside, strict=True) if kept),
-            test=labelled.test[inside],
-        )
-        scores, kept = linear_scores(features[inside], part, positives=POSITIVES)
+        part = _part(labelled, inside)
+        kept = kept_labels(part, POSITIVES)
         if kept:
-            macro = judge(scores, kept, part, replicates=1).macro
-            result[source] = [macro[metric].value for metric in METRICS]
+            probe = judge(
+                linear_scores(features[inside], part, positives=POSITIVES)[0], kept, part, replicates=1
+            )
+            asked = similar[inside][part.test][:, kept].astype(np.float64)
+            without = judge(asked, kept, part, replicates=1)
+            result[source] = [
+                probe.macro["AUC"].value, probe.macro["mAP"].value, without.macro["AUC"].value
+            ]  # fmt: skip
     stored.parent.mkdir(parents=True, exist_ok=True)
     stored.write_text(json.dumps(result))
     return result
 
 
+def _part(labelled: LabelledImages, inside: NDArray[np.bool_]) -> LabelledImages:
+    """Some of the images."""
+    places = np.flatnonzero(inside)
+    return replace(
+        labelled,
+        images=tuple(labelled.images[place] for place in places),
+        truth=labelled.truth[inside],
+        patients=tuple(labelled.patients[place] for place in places),
+        test=labelled.test[inside],
+    )
+
+
 def _table(source: str, by_arm: dict[str, list[list[float]]]) -> list[str]:
     """Print one source's table; its lines as Markdown."""
-    title = f"{source}: linear probe on held-out patients, macro average in %"
+    title = f"{source}: held-out patients, macro average in %"
     control, *_ = by_arm
     table = Table(title=title, title_justify="left")
-    headings = ["arm", *METRICS, f"gain in {METRICS[0]} over {control}", "seeds better"]
+    headings = ["arm", *FIGURES, *(f"gain in {name}" for name in FIGURES), "seeds better"]
     for heading in headings:
         table.add_column(heading)
     lines = [f"**{title}**", "", f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
@@ -129,15 +190,15 @@ def _table(source: str, by_arm: dict[str, list[list[float]]]) -> list[str]:
             f"{mean:.1f} ± {spread:.1f}"
             for mean, spread in zip(values.mean(0), values.std(0, ddof=1), strict=True)
         ]
-        gains = values[:, 0] - base[:, 0]
+        gains = values - base
         if arm == control:
-            cells += ["–", "–"]
+            cells += ["–"] * (len(FIGURES) + 1)
         else:
-            low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(), stats.sem(gains))
+            low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(0), stats.sem(gains))
             cells += [
-                f"{gains.mean():+.1f} [{low:.1f}, {high:.1f}]",
-                f"{int((gains > 0).sum())} of {len(gains)}",
+                f"{m:+.1f} [{a:.1f}, {b:.1f}]" for m, a, b in zip(gains.mean(0), low, high, strict=True)
             ]
+            cells.append(f"{', '.join(map(str, (gains > 0).sum(0)))} of {len(gains)}")
         table.add_row(arm, *(cell.replace("[", r"\[") for cell in cells))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     cli.stdout.print(table)
