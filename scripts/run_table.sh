@@ -53,8 +53,10 @@ if [[ $1 == all ]]; then # a family that fails does not keep the others from the
       failed+=" $family"
     fi
   done
-  [[ ${#arms[@]} -eq 0 ]] || eval-mcq compare "${arms[@]}" --format markdown --layout paper --out "$out/table.md" --force
-  [[ ${#arms[@]} -eq 0 ]] || eval-mcq compare "${arms[@]}" --layout paper
+  if [[ ${#arms[@]} -gt 0 ]]; then
+    eval-mcq compare "${arms[@]}" --format markdown --layout paper --out "$out/table.md" --force
+    eval-mcq compare "${arms[@]}" --layout paper
+  fi
   [[ -z $failed ]] || { echo "error: no table of$failed: see above; the same command goes on with them" >&2; exit 1; }
   exit
 fi
