@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
@@ -82,6 +82,14 @@ class Validation:
         return ranking_metrics(scores, self.truth[:, np.array(readable)], self.names), troubles
 
 
+class EpochOfData(TrainerCallback):
+    """Tells the data set which epoch it is; of several processes accelerate tells the sampler only."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Before the first batch of an epoch is asked for."""
+        kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch))
+
+
 class TowerTrainer(Trainer):
     """transformers' Trainer; weight decay on weight matrices only (CLIP's rule), loss terms logged.
 
@@ -97,6 +105,7 @@ class TowerTrainer(Trainer):
     ) -> None:
         # the Trainer wants a data set where it evaluates; `evaluate` below reads `validation` itself
         super().__init__(model=towers, eval_dataset=validation, **settings)
+        self.add_callback(EpochOfData)
         self._towers, self._skipped, self._validation = towers, skipped, validation
         self._terms: list[dict[str, Tensor]] = []
         self._troubles: dict[str, None] = {}

@@ -7,14 +7,16 @@
 # Stopped or killed, the same command goes on where it stopped: a stage whose output is there is not run again, and
 # training and scoring continue inside their stage.
 #
-#   MLLM      checkpoint folder or hub id   (default: the family's published checkpoint)
+#   MLLM      checkpoint folder or hub id; with "all", a folder that has one named for each family
+#             (default: the published checkpoint of each)
 #   OUT       folder of everything          (default: tables)
 #   PRESET    diseases asked about          (default: fundus10)
 #   BUILD     further options of eval-mcq build, such as "--patient-column patient"
 #   ALIGN     images to align readers on; empty for none   (default: IMAGES)
 #   RECIPE    of the retraining             (default: scripts/recipes/FAMILY/projector.yaml)
 #   TRAIN     further options or key=value of retrain-projector
-#   LAUNCH    put before retrain-projector  (such as "torchrun --nproc-per-node 8 --no-python")
+#   LAUNCH    put before retrain-projector, such as "torchrun --nproc-per-node 8 --no-python"
+#             (default: one process, without the recipe's DeepSpeed)
 #   RUN       further options of eval-mcq run, such as "--rotations 4"
 set -euo pipefail
 
@@ -41,15 +43,21 @@ stage() { # stage OUTPUT COMMAND...: run the command unless its output is there
 out=${OUT:-tables}
 preset=${PRESET:-fundus10}
 
-if [[ $1 == all ]]; then
-  [[ -z ${MLLM:-} ]] || { echo "error: MLLM names one checkpoint: leave it out with 'all'" >&2; exit 2; }
-  arms=()
+if [[ $1 == all ]]; then # a family that fails does not keep the others from their table
+  trap 'exit 130' INT
+  arms=() failed=
   for family in $families; do
-    "$0" "$family"
-    arms+=("$family:base=$out/$family/runs/base" "$family:retrained=$out/$family/runs/retrained" "$family:mgll=$out/$family/runs/mgll")
+    if MLLM=${MLLM:+$MLLM/$family} "$0" "$family"; then
+      for arm in base retrained mgll; do arms+=("$family:$arm=$out/$family/runs/$arm"); done
+    else
+      failed+=" $family"
+    fi
   done
-  eval-mcq compare "${arms[@]}" --format markdown --layout paper --out "$out/table.md" --force
-  eval-mcq compare "${arms[@]}" --layout paper
+  if [[ ${#arms[@]} -gt 0 ]]; then
+    eval-mcq compare "${arms[@]}" --format markdown --layout paper --out "$out/table.md" --force
+    eval-mcq compare "${arms[@]}" --layout paper
+  fi
+  [[ -z $failed ]] || { echo "error: no table of$failed: see above; the same command goes on with them" >&2; exit 1; }
   exit
 fi
 
@@ -69,13 +77,12 @@ mkdir -p "$here/runs"
   stage "$out/train.json" eval-mcq export "$out/train.jsonl" --images "$IMAGES" --out "$out/train.json"
   stage "$here/base" swap-encoder convert --mllm "${MLLM:-$family}" --out "$here/base"
   stage "$here/mgll" swap-encoder --mllm "$here/base" --encoder "$ENCODER" ${align:+--align "$align"} --out "$here/mgll"
-  for model in base mgll; do
-    resume=
-    compgen -G "$here/$model-retrained.training/checkpoint-*" >/dev/null && resume=--resume
-    stage "$here/$model-retrained" ${LAUNCH:-} retrain-projector --model "$here/$model" --data "$out/train.json" \
-      --images "$IMAGES" --recipe "$recipe" ${TRAIN:-} $resume --out "$here/$model-retrained"
-  done
-  for run in base=base retrained=base-retrained mgll=mgll-retrained; do
+  retrained=$here/mgll-retrained resume= single=
+  if [[ -e $retrained ]] || compgen -G "$retrained.training/checkpoint-*" >/dev/null; then resume=--resume; fi
+  [[ -n ${LAUNCH:-} ]] || single=deepspeed=null
+  stage "$retrained-control" ${LAUNCH:-} retrain-projector --model "$here/mgll" --control "$here/base" \
+    --data "$out/train.json" --images "$IMAGES" --recipe "$recipe" $single ${TRAIN:-} $resume --out "$retrained"
+  for run in base=base retrained=mgll-retrained-control mgll=mgll-retrained; do
     stage "$here/runs/${run%%=*}/summary.json" eval-mcq run --model "$here/${run#*=}" --bench "$out/test.jsonl" ${RUN:-} \
       --out "$here/runs/${run%%=*}"
   done

@@ -114,8 +114,10 @@ def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> N
     """All that can be refused before anything is loaded, for every arm."""
     from mllm_adapters.training.arms import check_control
     from mllm_adapters.training.checkpoints import last_checkpoint, work_folder
-    from mllm_adapters.training.engine import check_run
+    from mllm_adapters.training.engine import check_launcher, check_run
 
+    if not request.dry_run:
+        check_launcher(resolved.options)
     for arm in todo:
         # A control that has not begun is no reason to refuse to go on.
         begun = last_checkpoint(work_folder(arm.out)) is not None

@@ -64,7 +64,9 @@ class CachedDataset(Dataset[dict[str, Any]]):
         row = self.rows[int(self.kept[index])]
         tensors = {name: value.long() for name, value in safetensors.torch.load(row["tensors"]).items()}
         tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
-        return {**tensors, KEY: [self._image(digest) for digest in row["images"]]}
+        if row["images"]:  # as an encoded example, a row has what belongs to images only where it has some
+            return {**tensors, KEY: [self._image(digest) for digest in row["images"]]}
+        return tensors
 
     def _image(self, digest: str) -> dict[str, Any]:
         features, lengths = self.store.get(digest)
@@ -81,7 +83,7 @@ class CachedCollator(AnswerCollator):
 
     def __call__(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """As `AnswerCollator`, with what the stand-ins need of the images."""
-        images = [image for row in batch for image in row[KEY]]
+        images = [image for row in batch for image in row.get(KEY, ())]
         tensors: dict[str, Any] = super().__call__(
             [{k: v for k, v in row.items() if k != KEY} for row in batch]
         )

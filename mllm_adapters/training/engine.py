@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -144,6 +145,19 @@ def check_run(
             )
 
 
+def check_launcher(options: RunOptions) -> None:
+    """See to it that DeepSpeed's process has been told of the others; alone, it would ask MPI.
+
+    Raises:
+        UserError: it was started by none of the launchers.
+    """
+    if options.deepspeed and "RANK" not in os.environ:
+        raise UserError(
+            f"deepspeed: {options.deepspeed} needs processes that know of each other: start with torchrun, deepspeed "
+            "--no_local_rank or accelerate launch --multi_gpu, or add deepspeed=null to train on one device"
+        )
+
+
 def train(
     job: Job,
     out: Path,
@@ -161,11 +175,12 @@ def train(
     calls this, and the first one writes.
 
     Raises:
-        UserError: see `check_run`; or the run to resume is another one, another process trains into ``out``, an image
-            turns out to be damaged, memory is full, or the loss is no longer a number.
+        UserError: see `check_run` and `check_launcher`; or the run to resume is another one, another process trains
+            into ``out``, an image turns out to be damaged, memory is full, or the loss is no longer a number.
     """
     extras = extras or Extras()
     check_run(out, job.recipe, options, resume=resume, force=force, merge=extras.merge)
+    check_launcher(options)
     work = work_folder(out)
     began = time.monotonic()
     arguments = _arguments(job, options, work)
@@ -358,6 +373,7 @@ __all__ = [
     "Outcome",
     "Recipe",
     "RunOptions",
+    "check_launcher",
     "check_output",
     "check_run",
     "merged_folder",

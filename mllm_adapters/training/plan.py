@@ -18,7 +18,7 @@ from mllm_adapters.data.conversations import Corpus, read_corpus
 from mllm_adapters.data.examples import DataCounts, ExampleTable, prepare_examples
 from mllm_adapters.loading import load_mllm
 from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.training.quantisation import nf4
+from mllm_adapters.training.quantisation import keep_differentiable, nf4
 from mllm_adapters.training.recipe import Recipe
 from mllm_adapters.training.stages import STAGES, StageReport, apply_stage, components, is_adapter
 
@@ -105,6 +105,8 @@ def plan_training(source: Path, data: Path | Sequence[Path], images: Path | None
     model, processor = load_mllm(
         source, dtype=dtype, quantization=nf4(checkpoint.config, source, dtype) if recipe.qlora else None
     )
+    if recipe.qlora:
+        keep_differentiable(model)
     torch.manual_seed(recipe.seed)  # of new adapters
     stage = apply_stage(model, recipe.stage, recipe.lora)
     whole = [name for name in stage.names if not is_adapter(name)]

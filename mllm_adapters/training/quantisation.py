@@ -53,3 +53,16 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
             f"{name.replace('.', chr(92) + '.')}$" for name in linear if name not in quantised
         ],
     )
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Leave 4-bit weights in the layout that has a gradient.
+
+    On CPUs with AVX512-BF16 bitsandbytes packs them anew, for good, at the first forward pass in evaluation mode
+    (of the feature cache, of an evaluation), and its kernel for that layout passes no gradient on.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

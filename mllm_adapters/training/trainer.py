@@ -27,6 +27,9 @@ class FrozenTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
+        # Every family's loss divides by the answer tokens of the whole step. Qwen2-VL and its successors deny it
+        # (`accepts_loss_kwargs`), and the library would then average the means of unequal batches.
+        self.model_accepts_loss_kwargs = True
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LossBar)

@@ -1,4 +1,4 @@
-"""The whole command on two processes: the same first epoch as one process with the double batch."""
+"""The whole command on two processes: the same epochs, augmentation and all, as one with the double batch."""
 
 import json
 import os

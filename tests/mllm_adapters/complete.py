@@ -1,5 +1,6 @@
 """A tiny checkpoint of every family as a user has it: weights, configuration, tokenizer, image processor."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers import (
 
 from mgll_encoder import Tower, save_tower
 from mgll_encoder.spec import TowerSpec
+from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters import (
     janus_files,
@@ -27,6 +30,7 @@ from tests.mllm_adapters import (
 from tests.mllm_adapters.families import aya_vision, qwen_vl
 from tests.mllm_adapters.families.case import Golden
 from tests.mllm_adapters.llava_checkpoints import original_llava
+from tests.mllm_adapters.retraining import write_json
 from tests.mllm_adapters.tiny_instructblip import tiny_instructblip
 
 Folder = Callable[[], Path]
@@ -110,3 +114,16 @@ BUILDERS: Mapping[str, Builder] = {
     "aya-vision": _aya,
 }
 """Name -> builder of (folder to write, what gives the golden folder); the first word is the family's."""
+
+
+def steady(name: str, folder: Path, golden: Folder) -> Path:
+    """A checkpoint of `BUILDERS` in the transformers layout and without dropout, so that two trainings agree."""
+    source = BUILDERS[name](folder / "host", golden)
+    checkpoint, family, layout = open_checkpoint(source)
+    if layout != "transformers":
+        source = apply_plan(family.plan(checkpoint), family, checkpoint, folder / "converted")
+    config = json.loads((source / "config.json").read_text())
+    if "qformer_config" in config:
+        config["qformer_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        write_json(source / "config.json", config)
+    return source

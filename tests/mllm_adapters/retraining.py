@@ -27,6 +27,14 @@ def colour_rows(images: Path, n: int = 8) -> list[dict]:
     return rows
 
 
+def uneven_rows(images: Path, n: int = 8) -> list[dict]:
+    """As `colour_rows`, with answers of one to ``n`` words: batches of them differ in their number of tokens."""
+    rows = colour_rows(images, n)
+    for i, row in enumerate(rows):
+        row["conversations"][1]["value"] = " ".join(["of", "the", "sea", "and", "more"][: 1 + i % 5])
+    return rows
+
+
 def write_json(path: Path, value: object) -> Path:
     """Write a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)

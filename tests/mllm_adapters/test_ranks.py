@@ -1,6 +1,5 @@
 """Two processes on the CPU: DDP, ZeRO-2 and ZeRO-3 do what one process does on the same global batch."""
 
-import json
 import shutil
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 from mllm_adapters.loading import load_mllm
 from mllm_adapters.training.trainer import WEIGHTS
 from tests.mllm_adapters import complete, ranks
-from tests.mllm_adapters.retraining import colour_rows, loud_llava, turns, write_json
+from tests.mllm_adapters.retraining import colour_rows, loud_llava, turns, uneven_rows, write_json
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is in the extra 'train'")
 
@@ -26,11 +25,13 @@ def model(tiny_llava, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Rows about images; ``mixed.json`` beside it has more rows without one, so that whole batches have none."""
+    """Rows about images; ``mixed.json`` beside it has more rows without one, so that whole batches have none, and
+    answers differ most in length in ``uneven.json``."""
     folder = tmp_path_factory.mktemp("data")
     rows = colour_rows(folder / "images")
     texts = [{"id": f"t{i}", "conversations": turns("Hello", "Hi")} for i in range(8)]
     write_json(folder / "mixed.json", rows[:3] + texts)
+    write_json(folder / "uneven.json", uneven_rows(folder / "images"))
     for name, settings in ranks.DEEPSPEED.items():
         write_json(folder / f"{name}.json", settings)
     return write_json(folder / "train.json", rows)
@@ -91,24 +92,17 @@ def test_a_run_that_lost_a_process_goes_on_where_it_was_saved(run, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_other_families_train_on_two_processes(run, name, kind, request, tmp_path):
-    from mllm_adapters.registry import open_checkpoint
-    from mllm_adapters.swap.apply import apply_plan
-
-    source = complete.BUILDERS[name](tmp_path / "host", lambda: request.getfixturevalue("golden"))
-    checkpoint, family, layout = open_checkpoint(source)
-    if layout != "transformers":
-        source = apply_plan(family.plan(checkpoint), family, checkpoint, tmp_path / "hf")
-    config = json.loads((source / "config.json").read_text())
-    if "qformer_config" in config:  # each process draws its own dropout
-        config["qformer_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        write_json(source / "config.json", config)
+def test_families_train_on_two_processes_as_on_one(run, name, request, tmp_path):
+    source = complete.steady(name, tmp_path, lambda: request.getfixturevalue("golden"))
+    settings = {"model": source, "file": "uneven.json"}
     # Losses only: Adam makes whole steps of gradients that are zero but for rounding (biases of keys).
-    one, _ = run(1, "ddp", model=source)
-    two, _ = run(2, kind, name="two", model=source)
-    assert two == pytest.approx(one, abs=1e-3)
+    one, _ = run(1, "ddp", **settings)
+    for kind in ("ddp", "zero2", "zero3"):
+        two, _ = run(2, kind, **settings)
+        assert two == pytest.approx(one, abs=2e-5), kind
+    apart, _ = run(2, "ddp", "apart", average_tokens_across_devices=False, **settings)
+    assert apart[0] != pytest.approx(one[0], abs=2e-4), "negative control: a mean of each process's mean"
 
 
 @pytest.mark.slow
