@@ -115,7 +115,7 @@ def write_safetensors(
 
 
 def _write(stream: BinaryIO, data: memoryview, buffer: bytearray) -> None:
-    """Write bytes that may lie in a mapped file: from there, the kernel copies them four times as slowly."""
+    """Write bytes that may lie in a mapped file, from where the kernel copies more slowly than out of a warm buffer."""
     for start in range(0, len(data), len(buffer)):
         block = data[start : start + len(buffer)]
         buffer[: len(block)] = block

@@ -52,6 +52,9 @@ def bench(
     learning_rate: Annotated[float, typer.Option(help="Of the retraining.")] = 1e-3,
     seeds: Annotated[int, typer.Option(min=1, help="Retrainings, each with a seed of its own.")] = 1,
     limit: Annotated[int, typer.Option(min=1, help="Test questions, at most.")] = 300,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Multiply in bfloat16 when measuring: twice as fast on a CPU.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Letter accuracy and answer loss of the base, the swap and the aligned swap, before any training.
@@ -79,7 +82,7 @@ def bench(
         for arm in [name for name in arms if name not in results]:
             folder, alignment = arms[arm]()
             job = plan_training(folder, data, images, Recipe())
-            loss, accuracy = measure(job, limit)
+            loss, accuracy = measure(job, limit, bf16=bf16)
             results[arm] = {"loss": loss, "accuracy": accuracy, "chance": chance(job, limit)}
             results[arm]["alignment"] = alignment.record() if alignment else {}
             keep()
@@ -138,7 +141,7 @@ def chance(job: "Job", limit: int) -> float:
     return sum(1 / len(re.findall(rf"^[{LETTERS}]\. ", text, re.MULTILINE)) for text in asked) / len(asked)
 
 
-def measure(job: "Job", limit: int, model: Any | None = None) -> tuple[float, float]:
+def measure(job: "Job", limit: int, model: Any | None = None, *, bf16: bool = False) -> tuple[float, float]:
     """Mean loss per answer token, and the share of questions whose letter gets the largest logit of all letters."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -152,12 +155,12 @@ def measure(job: "Job", limit: int, model: Any | None = None) -> tuple[float, fl
     collate = AnswerCollator(tokenizer.pad_token_id or 0)
     loss = tokens = right = 0.0
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for start in range(0, len(rows), 16):
             batch = collate([rows[i] for i in range(start, min(start + 16, len(rows)))])
             wanted = batch.pop("shift_labels")
             batch.pop("labels")
-            logits = model(**batch).logits
+            logits = model(**batch).logits.float()
             counted = wanted != IGNORED
             loss += float(cross_entropy(logits[counted], wanted[counted], reduction="sum"))
             tokens += int(counted.sum())
