@@ -153,10 +153,6 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
-    def read(name: str) -> Tensor:
-        with safe_open(path, framework="pt") as stream:
-            return stream.get_tensor(name)
-
     headers = {}
     try:
         with safe_open(path, framework="pt") as stream:
@@ -168,7 +164,23 @@ def _open_safetensors(path: Path) -> Checkpoint:
                 headers[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or damaged: {error}; copy or download it again") from None
-    return Checkpoint(path, (path,), headers, _readers=dict.fromkeys(headers, read))
+    return Checkpoint(path, (path,), headers, _readers=dict.fromkeys(headers, _SafetensorsReader(path).read))
+
+
+class _SafetensorsReader:
+    """The tensors of a safetensors file; however much is read of it, little stays in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._opened: Any = None
+        self._read = 0
+
+    def read(self, name: str) -> Tensor:
+        if self._opened is None or self._read > _MAPPED:
+            self._opened, self._read = safe_open(self._path, framework="pt"), 0
+        tensor: Tensor = self._opened.get_tensor(name)
+        self._read += tensor.nbytes
+        return tensor
 
 
 def _open_torch(path: Path, zipped: bool) -> Checkpoint:

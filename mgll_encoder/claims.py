@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPConfig, CLIPVisionConfig
-
 from mgll_encoder.checkpoint import read_json
+from mgll_encoder.clip_vision import SPEC_FIELDS, spec_fields
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.preprocess import read_preprocessing
 from mgll_encoder.spec import TowerSpec, checked
@@ -17,17 +15,6 @@ HF_FOLDER, OPEN_CLIP_FOLDER, OURS = "transformers folder", "open_clip folder", "
 
 TOWER_FILE = "mgll_tower.json"
 TOWER_VERSION = 1
-
-_HF_FIELDS = {
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
-    "patch_size": "patch_size",
-    "image_size": "image_size",
-    "activation": "hidden_act",
-    "layer_norm_eps": "layer_norm_eps",
-}
 
 _OPEN_CLIP_FIELDS = {
     "width": "width",
@@ -131,13 +118,16 @@ def _transformers(folder: Path) -> Claims:
             f"{file}: field 'model_type' is {kind!r}: expected 'clip' or 'clip_vision_model', the folder of "
             "a CLIP vision tower (a whole MLLM belongs to --mllm)"
         )
+    vision = content
+    if kind == "clip":  # where a file of old holds it twice, transformers goes by the second
+        twice = (content.get(name) for name in ("vision_config_dict", "vision_config"))
+        vision = next((part for part in twice if part is not None), {})
     try:
-        config = CLIPConfig(**content).vision_config if kind == "clip" else CLIPVisionConfig(**content)
-    except (StrictDataclassError, TypeError, ValueError) as error:
+        fields = spec_fields(vision)
+    except ValueError as error:
         raise UserError(f"{file} is no valid config of a CLIP vision tower: {error}") from None
-    fields = {ours: getattr(config, theirs) for ours, theirs in _HF_FIELDS.items()}
     pixels, notes = _pixels(folder, fields["image_size"])
-    return Claims(HF_FOLDER, file, {**fields, **pixels}, _HF_FIELDS, notes)
+    return Claims(HF_FOLDER, file, {**fields, **pixels}, SPEC_FIELDS, notes)
 
 
 def _pixels(folder: Path, image_size: int) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -2,19 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
-from torch import Tensor
-from transformers import BaseImageProcessor, CLIPImageProcessor, LlavaImageProcessor
+from typing import TYPE_CHECKING, Any
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, Resize, checked
 
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+    from transformers import BaseImageProcessor
+
 _BICUBIC = 3  # PIL's number, as preprocessor_config.json has it
 
 
-def image_processor(spec: PixelRule) -> BaseImageProcessor:
+def image_processor(spec: PixelRule) -> "BaseImageProcessor":
     """The transformers image processor of a tower (bicubic with antialias, then mean and standard deviation).
 
     Args:
@@ -24,22 +25,35 @@ def image_processor(spec: PixelRule) -> BaseImageProcessor:
         A ``CLIPImageProcessor``, or a ``LlavaImageProcessor`` for ``resize="pad"``; both give
         ``pixel_values`` [n, 3, S, S].
     """
+    from transformers import CLIPImageProcessor, LlavaImageProcessor
+
+    kind = LlavaImageProcessor if spec.resize == "pad" else CLIPImageProcessor
+    settings = processor_settings(spec)
+    del settings["image_processor_type"]
+    return kind(**settings)
+
+
+def processor_settings(spec: PixelRule) -> dict[str, Any]:
+    """What ``image_processor(spec)`` saves as preprocessor_config.json; transformers need not be imported."""
     square = {"height": spec.image_size, "width": spec.image_size}
-    common: dict[str, Any] = {
+    return {
         "crop_size": square,
         "do_center_crop": spec.resize == "crop",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        **({"do_pad": True} if spec.resize == "pad" else {}),
+        "do_rescale": True,
+        "do_resize": True,
         "image_mean": list(spec.mean),
+        "image_processor_type": "LlavaImageProcessor" if spec.resize == "pad" else "CLIPImageProcessor",
         "image_std": list(spec.std),
         "resample": _BICUBIC,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": spec.image_size} if spec.resize == "crop" else square,
     }
-    if spec.resize == "crop":
-        return CLIPImageProcessor(size={"shortest_edge": spec.image_size}, **common)
-    if spec.resize == "squash":
-        return CLIPImageProcessor(size=square, **common)
-    return LlavaImageProcessor(size=square, do_pad=True, **common)
 
 
-def image_transform(spec: PixelRule) -> Callable[[Image.Image], Tensor]:
+def image_transform(spec: PixelRule) -> "Callable[[Image.Image], Tensor]":
     """A picture-to-pixels function for data sets, the same pixels as ``image_processor(spec)``.
 
     Args:
@@ -50,7 +64,7 @@ def image_transform(spec: PixelRule) -> Callable[[Image.Image], Tensor]:
     """
     processor = image_processor(spec)
 
-    def transform(image: Image.Image) -> Tensor:
+    def transform(image: "Image.Image") -> "Tensor":
         return processor(image, return_tensors="pt")["pixel_values"][0]
 
     return transform

@@ -3,19 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ValidationError
 
-from mgll_encoder import vision_config
+from mgll_encoder.clip_vision import vision_settings
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.contract import VisionContract
 from mllm_adapters.modeling import register
-
-LIBRARY_ERRORS = (
-    ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError, StrictDataclassError,
-)  # fmt: skip
-"""What transformers, tokenizers and sentencepiece raise on damaged or foreign files."""
 
 ADVICE: Mapping[str, str] = {"quantization_config": "take the unquantised checkpoint"}
 """Field of a config.json -> what to do where its value is not accepted."""
@@ -44,6 +38,14 @@ def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fi
         raise UserError(f"{where}: {found}: {first['msg']}; {advice}") from None
 
 
+def library_errors() -> tuple[type[Exception], ...]:
+    """What transformers, tokenizers and sentencepiece raise on damaged or foreign files."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    known = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError)
+    return (*known, StrictDataclassError)
+
+
 def build_config(settings: Mapping[str, Any], where: str) -> Any:
     """The transformers configuration object that a config.json describes.
 
@@ -56,7 +58,7 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
     register([str(fields.get("model_type"))])
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except LIBRARY_ERRORS as error:
+    except library_errors() as error:
         raise UserError(f"{where}: transformers cannot use this configuration: {error!s:.300}") from None
 
 
@@ -74,7 +76,7 @@ def tower_geometry(vision: Any) -> dict[str, Any]:
 
 def tower_config(spec: TowerSpec, after: VisionContract) -> dict[str, Any]:
     """``vision_config`` of a LLaVA-shaped checkpoint: a plain ``clip_vision_model``."""
-    return vision_config(spec.model_copy(update={"image_size": after.image_size})).to_dict()
+    return vision_settings(spec.model_copy(update={"image_size": after.image_size}))
 
 
 def text_config(model_type: str, config: Mapping[str, Any], vocabulary: int, where: str) -> dict[str, Any]:

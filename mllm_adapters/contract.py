@@ -7,7 +7,7 @@ know nothing about families.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -244,6 +244,22 @@ class Family(ABC):
     @abstractmethod
     def processor(self, plan: Plan) -> Any | None:
         """The processor of the planned checkpoint, or None where the source has no tokenizer."""
+
+    def processor_writer(self, plan: Plan) -> Callable[[Path], None]:
+        """Make the processor; what comes back writes everything of it into the folder of the planned checkpoint.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        processor, images = self.processor(plan), self.image_processor(plan)
+
+        def write(folder: Path) -> None:
+            if processor is not None:
+                processor.save_pretrained(folder)
+            # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
+            images.save_pretrained(folder)
+
+        return write
 
     def image_processor(self, plan: Plan) -> Any:
         """The image processor of the planned checkpoint, which is written even where there is no tokenizer."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.configs import LIBRARY_ERRORS, build_config
+from mllm_adapters.configs import build_config, library_errors
 from mllm_adapters.contract import Plan
+from mllm_adapters.inventory import is_complete
 from mllm_adapters.operations import compute
 from mllm_adapters.parts import resolve
 from mllm_adapters.processing import load_processor
@@ -88,12 +89,15 @@ def _load_delta(delta: Delta, dtype: Any) -> tuple[Any, Any | None]:
 def check_complete(plan: Plan) -> None:
     """Hold a plan's tensors, by name and shape, against the model that its configuration describes.
 
-    No memory is taken: everything lies on the ``meta`` device. About a second for a model of 7B.
+    No memory is taken. Of a LLaVA the figures in its configuration suffice (`mllm_adapters.inventory`); every other
+    model, and every doubt, is for transformers to judge, on the ``meta`` device: about a second for one of 7B.
 
     Raises:
         UserError: a tensor would be missing, left over, or of another shape than the model wants.
     """
-    empty_model(plan)
+    check_depths(plan.config, len(plan.steps), f"{plan.source}/config.json")
+    if not is_complete(plan.config, {step.name: step.shape for step in plan.steps}):
+        empty_model(plan)
 
 
 def empty_model(plan: Plan) -> Any:
@@ -169,7 +173,7 @@ def _load(state: dict[str, Tensor] | None, settings: Mapping[str, Any], folder: 
             ignore_mismatched_sizes=True,  # they land in the report, which is refused
             **options,
         )
-    except LIBRARY_ERRORS as error:
+    except library_errors() as error:
         raise UserError(f"{folder}: transformers cannot load this model: {error!r:.300}") from error
     finally:
         logging.set_verbosity(before)

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
 UNUSED = (
     "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "*.gguf", "consolidated*", "onnx/*", "openvino*",
     "optimizer.*", "scheduler.pt", "rng_state*", "training_args.bin", "global_step*/*", "checkpoint-*/*", "runs/*",
@@ -19,6 +16,9 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 def cached(hub_id: str) -> Path | None:
     """The folder of a hub id in the Hugging Face cache, if all that is read of it has been downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
     for skipped in ((*UNUSED, *DUPLICATES), UNUSED):
         try:
             folder = Path(snapshot_download(hub_id, local_files_only=True, ignore_patterns=list(skipped)))

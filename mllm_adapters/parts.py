@@ -4,7 +4,6 @@ from pathlib import Path
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mllm_adapters.registry import FAMILIES, family
-from mllm_adapters.swap.hub import fetch
 
 
 def resolve(name: str) -> Path:
@@ -21,8 +20,14 @@ def resolve(name: str) -> Path:
         raise UserError(f"{name} is a file: pass the checkpoint's folder, the one that holds config.json")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         if name in FAMILIES:
-            return fetch(family(name).spec.hub_id)
+            return _fetch(family(name).spec.hub_id)
         if "/" in name:
             raise UserError(f"checkpoint folder {name} does not exist")
         raise unknown_name("family or checkpoint folder", name, FAMILIES)
-    return fetch(name)
+    return _fetch(name)
+
+
+def _fetch(hub_id: str) -> Path:
+    from mllm_adapters.swap.hub import fetch  # a second, which a folder at hand need not wait for
+
+    return fetch(hub_id)

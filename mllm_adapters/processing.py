@@ -8,7 +8,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.preprocess import image_processor, read_preprocessing
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.checkpoint import TOKENIZER_FILES
-from mllm_adapters.configs import LIBRARY_ERRORS, build_config
+from mllm_adapters.configs import build_config, library_errors
 from mllm_adapters.contract import VisionContract
 from mllm_adapters.modeling import register
 from mllm_adapters.planning import IMAGE_TOKEN
@@ -91,7 +91,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     own = getattr(transformers, named.removesuffix("Fast"), None) if expected else None
     try:
         tokenizer = (own or transformers.AutoTokenizer).from_pretrained(folder)
-    except LIBRARY_ERRORS as error:
+    except library_errors() as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {error!r}") from None
     if expected:
         _check_against(expected, tokenizer, folder)
@@ -145,7 +145,7 @@ def load_processor(folder: Path) -> Any | None:
     _register(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder)
-    except LIBRARY_ERRORS as error:
+    except library_errors() as error:
         raise UserError(f"the processor in {folder} cannot be read: {error!r}") from None
     if isinstance(processor, LlavaProcessor):
         _complete_llava(processor, folder / "config.json")

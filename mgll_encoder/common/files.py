@@ -87,7 +87,7 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
                 shutil.rmtree(doomed)
             else:
                 partial.rename(path)
-            _fsync(path.parent)
+            sync_file(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -97,7 +97,7 @@ def sync_tree(folder: Path) -> None:
     """Wait until every file and folder below ``folder`` is on the disk."""
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink():
-            _fsync(path)
+            sync_file(path)
 
 
 @contextmanager
@@ -161,7 +161,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

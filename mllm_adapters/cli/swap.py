@@ -127,11 +127,11 @@ def swap(
     from mllm_adapters.registry import open_checkpoint
     from mllm_adapters.swap.apply import apply_plan
     from mllm_adapters.swap.delta import stored_names
-    from mllm_adapters.swap.delta_files import write_delta
-    from mllm_adapters.swap.hub import check_push, push
     from mllm_adapters.swap.report import total_bytes
 
     if push_to_hub is not None and not dry_run:
+        from mllm_adapters.swap.hub import check_push
+
         check_push(push_to_hub)
     tower_dtype = _dtype(dtype)
     tower = inspect_tower(encoder, activation=cast(Activation | None, activation))
@@ -159,6 +159,8 @@ def swap(
     options["fitted"] = alignment.tensors if alignment else None
     with progress_bar("writing", total_bytes(plan, held)) as advance:
         if delta:
+            from mllm_adapters.swap.delta_files import write_delta
+
             write_delta(
                 plan, family, checkpoint, target,
                 reference_tower=reference_tower, progress=advance, **options,
@@ -167,6 +169,8 @@ def swap(
             apply_plan(plan, family, checkpoint, target, copy=copy, progress=advance, **options)
     _tell(f"Written: {target}", as_json)
     if push_to_hub is not None:
+        from mllm_adapters.swap.hub import push
+
         _tell(f"Pushed: {push(target, push_to_hub, private=private)}", as_json)
     following = f"retrain-projector --model {target} --data train.json --images images/"
     if delta:

@@ -5,8 +5,10 @@ llava/model/multimodal_encoder/clip_encoder.py, llava/conversation.py), LLaVA-Me
 LLaVA-Med v1.0.0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mgll_encoder import TowerHeader
@@ -21,6 +23,7 @@ from mllm_adapters.families.llava_original import (
     plan_original,
     tokenizer_folder,
 )
+from mllm_adapters.families.llava_processor import processor_files
 from mllm_adapters.families.llava_weights import BASE_PART, PARTIAL_WEIGHTS
 from mllm_adapters.planning import IMAGE_TOKEN, TOWER_PART
 from mllm_adapters.processing import (
@@ -92,9 +95,20 @@ class Llava(Family):
         template = template.replace(IMAGE_TOKEN, image_markup(config, image_token))
         return llava_processor(plan.after, tokenizer, template, image_token)
 
+    def processor_writer(self, plan: Plan) -> Callable[[Path], None]:
+        """See `Family.processor_writer`; what only the pixels change in is written as text, which takes no seconds."""
+        if plan.layout == "transformers" and (files := processor_files(plan)) is not None:
+            return partial(_write, files)
+        return super().processor_writer(plan)
+
     def refusal(self, config: Mapping[str, Any]) -> str | None:
         """See `Family.refusal`."""
         return llava_fields.refusal(config)
+
+
+def _write(files: Mapping[str, str], folder: Path) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 LLAVA = Llava(

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from mgll_encoder import TowerHeader
+from mgll_encoder.clip_vision import spec_fields
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields, tower_config, tower_geometry
+from mllm_adapters.configs import read_fields, tower_config
 from mllm_adapters.contract import FAMILY_KEY, Plan
 from mllm_adapters.families.llava_fields import NativeFields
 from mllm_adapters.families.llava_weights import BASE_PART, READER
@@ -96,9 +97,12 @@ def _tower_prefix(checkpoint: Checkpoint) -> str:
 def _native_tower(checkpoint: Checkpoint, prefix: str) -> HostTower:
     """Geometry of the tower in a transformers checkpoint, from its configuration and image processor."""
     where: Path = checkpoint.folder / "config.json"
-    vision = build_config(checkpoint.config, str(where)).vision_config
-    pixels, notes = host_pixels(checkpoint.folder, vision.image_size)
-    spec = checked(TowerSpec, {**tower_geometry(vision), **pixels.model_dump()}, where)
+    try:
+        vision = spec_fields(checkpoint.config["vision_config"])
+    except ValueError as error:
+        raise UserError(f"{where}: vision_config: {error}") from None
+    pixels, notes = host_pixels(checkpoint.folder, vision["image_size"])
+    spec = checked(TowerSpec, {**vision, **pixels.model_dump()}, where)
     positions = checkpoint.tensors[f"{prefix}embeddings.position_embedding.weight"]
     if positions.shape != (spec.patches + 1, spec.width):
         raise UserError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import check_free, new_folder, sync_tree
+from mgll_encoder.common.files import check_free, new_folder, sync_file
 from mgll_encoder.spec import Activation
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Family, Plan, Step
@@ -136,7 +136,7 @@ def complete_folder(
     Raises:
         UserError: the processor cannot be made, or what ``write`` raises.
     """
-    processor = family.processor(plan)
+    write_processor = family.processor_writer(plan)
     tower = (
         inspect_tower(plan.tower, activation=cast(Activation, plan.after.activation)) if plan.tower else None
     )
@@ -148,16 +148,12 @@ def complete_folder(
         tower_record = hashing.result() if hashing else None
     copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), folder)
     _update_generation(folder / GENERATION, plan)
-    if processor is not None:
-        processor.save_pretrained(folder)
-    # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
-    family.image_processor(plan).save_pretrained(folder)
+    write_processor(folder)
     files = {**side_records(folder, written.files), CONFIG: record_of_text(config), **written.files}
     record = record_of(plan, checkpoint, tower_record, tower.spec if tower else None, files, written.hashes)
     (folder / PROVENANCE).write_text(record.dump(), encoding="utf-8")
     (folder / CARD).write_text(model_card(plan, record), encoding="utf-8")
-    sync_tree(folder)
-    # Last, so that a folder left behind by a kill is no checkpoint.
+    # Last, so that a folder left behind by a kill is no checkpoint; `new_folder` waits for the disk.
     (folder / CONFIG).write_text(config, encoding="utf-8")
 
 
@@ -227,22 +223,26 @@ def write_weights(
     weight_map: dict[str, str] = {}
     files: dict[str, FileRecord] = {}
     hashes: dict[str, str] = {}
-    for number, (file, group) in enumerate(groups.items(), start=1):
-        single = len(groups) == 1
-        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        if file in ways:
-            transfer(file, folder / name, ways[file])
-            progress(sum(map(nbytes, group)))
-            files[name] = sampled(file)
-        else:
-            values = _values(group, source, compute)
-            made = write_safetensors(folder / name, group, reporting(values, progress))
-            hashes |= made
-            files[name] = sampled(folder / name)
-            if file:
-                source.release(file)
-        _check_written(folder / name, group)
-        weight_map |= dict.fromkeys((step.name for step in group), name)
+    with ThreadPoolExecutor(1) as aside:
+        syncing = []
+        for number, (file, group) in enumerate(groups.items(), start=1):
+            single = len(groups) == 1
+            name = "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            if file in ways:
+                transfer(file, folder / name, ways[file])
+                progress(sum(map(nbytes, group)))
+                files[name] = sampled(file)
+            else:
+                values = _values(group, source, compute)
+                hashes |= write_safetensors(folder / name, group, reporting(values, progress))
+                syncing.append(aside.submit(sync_file, folder / name))  # while the next one is written
+                files[name] = sampled(folder / name)
+                if file:
+                    source.release(file)
+            _check_written(folder / name, group)
+            weight_map |= dict.fromkeys((step.name for step in group), name)
+        for waiting in syncing:
+            waiting.result()
     if len(groups) > 1:
         total = sum(nbytes(step) for group in groups.values() for step in group)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -1,16 +1,19 @@
 """The model card: what a written checkpoint is made of, in the form that the hub reads."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError
+import yaml
 
 from mllm_adapters.contract import Plan, VisionContract
 from mllm_adapters.registry import family
 from mllm_adapters.swap.provenance import InputRecord, SwapRecord, without_paths
 
 CARD = "README.md"
+
+_FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\n---[ \t]*(\r?\n|$)", re.DOTALL)
+"""The fields of a card, as huggingface_hub cuts them out."""
 
 _LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 
@@ -64,7 +67,7 @@ def model_card(plan: Plan, record: SwapRecord) -> str:
     if inputs.tower and plan.tower:
         licences[inputs.tower.name] = licence_of(plan.tower)
     return _CARD.format(
-        data=_metadata(inputs.source, licences[inputs.source.name], plan).to_yaml(),
+        data=_metadata(inputs.source, licences[inputs.source.name], plan),
         title=f"{title} with another vision tower" if plan.swapped else f"{title} in the transformers layout",
         source=inputs.source.name,
         family=plan.family,
@@ -85,25 +88,28 @@ def licence_of(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     card = path / CARD
     if card.is_file():
+        matter = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
         try:
-            fields = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-        except (ValueError, YAMLError):  # a card without fields that can be read
-            fields = {}
+            fields = yaml.safe_load(matter[1]) if matter else None
+        except yaml.YAMLError:  # a card without fields that can be read
+            fields = None
         wanted = ("license", "license_name", "license_link")
-        found = {name: fields[name] for name in wanted if isinstance(fields.get(name), str)}
+        values = fields if isinstance(fields, dict) else {}
+        found = {name: values[name] for name in wanted if isinstance(values.get(name), str)}
     terms = next((name for name in _LICENCES if (path / name).is_file()), None)
     return found | ({"terms": terms} if terms else {})
 
 
-def _metadata(source: InputRecord, licence: dict[str, str], plan: Plan) -> ModelCardData:
-    fields: dict[str, Any] = {name: value for name, value in licence.items() if name != "terms"}
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=source.hub_id,
-        tags=["medical", "mgll", "vision-tower-swap" if plan.swapped else "converted", plan.family],
-        **fields,
-    )
+def _metadata(source: InputRecord, licence: dict[str, str], plan: Plan) -> str:
+    """The fields that the hub reads, see huggingface.co/docs/hub/model-cards."""
+    fields: dict[str, Any] = {"base_model": source.hub_id} if source.hub_id else {}
+    fields |= {"library_name": "transformers"}
+    fields |= {name: value for name, value in licence.items() if name != "terms"}
+    fields |= {
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["medical", "mgll", "vision-tower-swap" if plan.swapped else "converted", plan.family],
+    }
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
 
 
 def _licence_line(name: str, licence: dict[str, str]) -> str:

@@ -2,19 +2,22 @@
 
 from collections import Counter
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from mllm_adapters.alignment.align import Alignment
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Plan
 from mllm_adapters.modeling import MODEL_TYPES
 from mllm_adapters.swap.apply import bytes_linked
 from mllm_adapters.swap.card import contract_rows
 from mllm_adapters.swap.streaming import nbytes
+
+if TYPE_CHECKING:
+    from mllm_adapters.alignment.align import Alignment
 
 OPERATION_WORDS = {
     "keep": "kept as they are",
@@ -35,7 +38,7 @@ OPERATION_WORDS = {
 }
 
 
-def alignment_table(alignment: Alignment) -> RenderableType:
+def alignment_table(alignment: "Alignment") -> RenderableType:
     """How well each reader was fitted, as a table for the terminal."""
     table = Table(
         title=f"Readers fitted on {alignment.used} images ({alignment.held_out} of them held out), "

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mgll_encoder import Tower, build_model, save_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Plan, Step
@@ -108,6 +107,8 @@ def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
     Raises:
         UserError: ``folder`` was not swapped, or ``out`` cannot be written.
     """
+    from mgll_encoder import Tower, build_model, save_tower
+
     record = read_record(folder)
     steps = {step.sources[0]: step for step in record.tensors if step.operation == "tower"}
     if record.tower_spec is None or not steps or not record.plan["swapped"]:

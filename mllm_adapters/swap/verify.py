@@ -13,7 +13,7 @@ from PIL import Image
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.configs import LIBRARY_ERRORS
+from mllm_adapters.configs import library_errors
 from mllm_adapters.loading import check_complete, load_mllm
 from mllm_adapters.operations import FittedTower
 from mllm_adapters.planning import dtype_name
@@ -194,7 +194,7 @@ class Verification:
             return
         try:
             changed = blanking_changes(model, processor)
-        except LIBRARY_ERRORS as error:
+        except library_errors() as error:
             yield Check("image", False, f"the model cannot be asked about an image: {error!r:.200}")
             return
         detail = f"blanking the image moves the logits of the next token by up to {changed:.3g}"

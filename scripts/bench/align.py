@@ -1,12 +1,15 @@
 """What alignment is worth: a swap as it is against the same swap aligned, and how much retraining makes up for it.
 
+What is in the file of ``--out`` already is not measured again, so a run that was stopped goes on where it was.
+
 python scripts/bench/align.py --mllm models/base --encoder towers/mgll --align images/ \
     --data test.json --train train.json --images images/ --steps 300
 """
 
 import json
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,9 +22,14 @@ from mgll_encoder.common.files import write_text
 
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
+    from mllm_adapters.contract import Family, Plan
     from mllm_adapters.training.engine import Job
 
+    Maker = Callable[[], tuple[Path, Alignment | None]]
+
 LETTERS = "ABCD"
+
+KEPT = "swapped, reader kept"
 
 app = cli.new_app("Measure alignment in closed form.")
 
@@ -44,6 +52,9 @@ def bench(
     learning_rate: Annotated[float, typer.Option(help="Of the retraining.")] = 1e-3,
     seeds: Annotated[int, typer.Option(min=1, help="Retrainings, each with a seed of its own.")] = 1,
     limit: Annotated[int, typer.Option(min=1, help="Test questions, at most.")] = 300,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Multiply in bfloat16 when measuring: twice as fast on a CPU.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Letter accuracy and answer loss of the base, the swap and the aligned swap, before any training.
@@ -53,40 +64,54 @@ def bench(
     """
     from mllm_adapters.training.engine import Recipe, plan_training
 
+    results: dict[str, Any] = json.loads(out.read_text()) if out and out.is_file() else {}
+
+    def keep() -> None:
+        if out:
+            write_text(out, json.dumps(results, indent=1) + "\n", force=True)
+
     with tempfile.TemporaryDirectory() as scratch:
-        arms: dict[str, tuple[Path, Alignment | None]] = {"base": (mllm, None)}
-        arms["swapped"] = swapped(mllm, encoder, Path(scratch) / "swapped")
+
+        def made(arm: str, **how: Any) -> "Maker":
+            return lambda: swapped(mllm, encoder, Path(scratch) / arm.replace(" ", "-"), **how)
+
+        arms: dict[str, Maker] = {"base": lambda: (mllm, None), KEPT: made(KEPT)}
+        arms["swapped, reader drawn anew"] = made("anew", anew=True)
         for number in samples or [500]:
-            name = f"aligned on {number}"
-            arms[name] = swapped(mllm, encoder, Path(scratch) / name.replace(" ", "-"), align, number)
-        table = Table("", "answer loss", "accuracy", "R² held out", "seconds to align")
-        results: dict[str, dict[str, Any]] = {}
-        for arm, (folder, alignment) in arms.items():
-            loss, accuracy = measure(plan_training(folder, data, images, Recipe()), limit)
-            record = alignment.record() if alignment else {}
-            results[arm] = {"loss": loss, "accuracy": accuracy, "alignment": record}
-            fits = [fit["r2"] for fit in record.get("readers", [])]
-            r2 = f"{min(fits):.3f} to {max(fits):.3f}" if fits else ""
-            table.add_row(arm, f"{loss:.4f}", f"{accuracy:.1%}", r2, str(record.get("seconds", "")))
-        cli.stdout.print(table)
+            arms[f"aligned on {number}"] = made(f"aligned on {number}", images=align, samples=number)
+        for arm in [name for name in arms if name not in results]:
+            folder, alignment = arms[arm]()
+            job = plan_training(folder, data, images, Recipe())
+            loss, accuracy = measure(job, limit, bf16=bf16)
+            results[arm] = {"loss": loss, "accuracy": accuracy, "chance": chance(job, limit)}
+            results[arm]["alignment"] = alignment.record() if alignment else {}
+            keep()
+        _show_arms({name: results[name] for name in arms})
         if steps:
             target = min(r["loss"] for name, r in results.items() if name.startswith("aligned"))
-            curves = []
+            curves = results.setdefault("retrained", {})
             for seed in range(seeds):
-                recipe = Recipe(max_steps=steps, learning_rate=learning_rate, seed=seed)
-                job = plan_training(arms["swapped"][0], train, images, recipe)
-                test = plan_training(arms["swapped"][0], data, images, Recipe())
-                curves.append(retrain(job, test, target, every, limit, Path(scratch) / f"retrained-{seed}"))
-            results["retrained"] = {"target": target, "steps": steps, "curves": curves}
-            _show_steps(curves, target, steps)
-    if out:
-        write_text(out, json.dumps(results, indent=1) + "\n", force=True)
+                if str(seed) not in curves:
+                    folder, _ = made(f"to retrain {seed}")()
+                    recipe = Recipe(max_steps=steps, learning_rate=learning_rate, seed=seed)
+                    job = plan_training(folder, train, images, recipe)
+                    test = plan_training(folder, data, images, Recipe())
+                    scores = retrain(job, test, target, every, limit, Path(scratch) / f"retrained-{seed}")
+                    curves[str(seed)] = scores
+                    keep()
+            _show_steps(list(curves.values()), target, steps)
 
 
 def swapped(
-    mllm: Path, encoder: Path, out: Path, images: Path | None = None, samples: int = 0
+    mllm: Path,
+    encoder: Path,
+    out: Path,
+    *,
+    images: Path | None = None,
+    samples: int = 0,
+    anew: bool = False,
 ) -> "tuple[Path, Alignment | None]":
-    """A swap, aligned on images where there are any."""
+    """A swap: as it is, its readers drawn anew, or aligned on images."""
     from mgll_encoder import inspect_tower
     from mllm_adapters.alignment.align import align, fitted_plan
     from mllm_adapters.registry import open_checkpoint
@@ -95,13 +120,28 @@ def swapped(
     checkpoint, family, _ = open_checkpoint(mllm)
     plan = family.plan(checkpoint, inspect_tower(encoder))
     if images is None:
-        return apply_plan(plan, family, checkpoint, out), None
+        return apply_plan(readers_anew(plan, family) if anew else plan, family, checkpoint, out), None
     found = align(plan, family, checkpoint, images, samples=samples, track=cli.track)
     fitted = found.apply_to(fitted_plan(plan, family, checkpoint))
     return apply_plan(fitted, family, checkpoint, out, fitted=found.tensors), found
 
 
-def measure(job: "Job", limit: int, model: Any | None = None) -> tuple[float, float]:
+def readers_anew(plan: "Plan", family: "Family") -> "Plan":
+    """The plan of a swap that draws its readers anew, as if the width had changed."""
+    from mllm_adapters.planning import anew
+
+    readers = {reading.linear for reading in family.readings(plan)}
+    steps = [anew(s, s.shape) if s.name.rpartition(".")[0] in readers else s for s in plan.steps]
+    return plan.model_copy(update={"steps": tuple(steps)})
+
+
+def chance(job: "Job", limit: int) -> float:
+    """Accuracy of one who guesses among the options that a question names."""
+    asked = [example.text for example in job.examples[:limit]]
+    return sum(1 / len(re.findall(rf"^[{LETTERS}]\. ", text, re.MULTILINE)) for text in asked) / len(asked)
+
+
+def measure(job: "Job", limit: int, model: Any | None = None, *, bf16: bool = False) -> tuple[float, float]:
     """Mean loss per answer token, and the share of questions whose letter gets the largest logit of all letters."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -115,12 +155,12 @@ def measure(job: "Job", limit: int, model: Any | None = None) -> tuple[float, fl
     collate = AnswerCollator(tokenizer.pad_token_id or 0)
     loss = tokens = right = 0.0
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for start in range(0, len(rows), 16):
             batch = collate([rows[i] for i in range(start, min(start + 16, len(rows)))])
             wanted = batch.pop("shift_labels")
             batch.pop("labels")
-            logits = model(**batch).logits
+            logits = model(**batch).logits.float()
             counted = wanted != IGNORED
             loss += float(cross_entropy(logits[counted], wanted[counted], reduction="sum"))
             tokens += int(counted.sum())
@@ -148,6 +188,26 @@ def retrain(
 
     train(job, out, RunOptions(report_to=()), callbacks=[Measuring()])
     return curve
+
+
+def _show_arms(results: dict[str, dict[str, Any]]) -> None:
+    table = Table(
+        "", "answer loss", "accuracy", "of the base's above chance", "R² held out", "seconds to align"
+    )
+    base = results["base"]
+    for arm, found in results.items():
+        fits = [fit["r2"] for fit in found["alignment"].get("readers", [])]
+        above = (found["accuracy"] - found["chance"]) / (base["accuracy"] - base["chance"])
+        table.add_row(
+            arm,
+            f"{found['loss']:.4f}",
+            f"{found['accuracy']:.1%}",
+            f"{above:.0%}",
+            f"{min(fits):.3f} to {max(fits):.3f}" if fits else "",
+            str(found["alignment"].get("seconds", "")),
+        )
+    cli.stdout.print(table)
+    cli.stdout.print(f"Chance: {base['chance']:.1%}")
 
 
 def _show_steps(curves: Sequence[list[tuple[int, float]]], target: float, steps: int) -> None:

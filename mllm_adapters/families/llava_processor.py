@@ -1,0 +1,73 @@
+"""The processor of a LLaVA whose tokenizer stays: files of text, for which transformers need not be imported."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.preprocess import processor_settings
+from mllm_adapters.contract import Plan
+from mllm_adapters.planning import IMAGE_TOKEN
+from mllm_adapters.processing import has_tokenizer
+
+IMAGES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+"""Where a processor keeps its one chat template, now and before transformers 4.50."""
+
+SEVERAL_TEMPLATES = "additional_chat_templates"
+
+
+def processor_files(plan: Plan) -> dict[str, str] | None:
+    """The files of the planned processor, name -> text, beside those of the source's tokenizer, which are copied.
+
+    Returns:
+        None where the source's processor is not plainly a LlavaProcessor with one tokenizer.json: transformers must
+        read it then.
+    """
+    images = processor_settings(plan.after)
+    files = {IMAGES: as_json(images)}
+    source = plan.source
+    if not has_tokenizer(source):
+        return files
+    image_token = _plain_placeholder(source)
+    if image_token is None or _token_id(source / "tokenizer.json", image_token) != plan.image_token_id:
+        return None
+    settings = {
+        "image_processor": images,
+        "image_token": image_token,
+        "num_additional_image_tokens": 1,  # CLIP's class token, which the strategy takes off again
+        "patch_size": plan.after.patch_size,
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": "full" if plan.after.class_token else "default",
+    }
+    templates = {name: (source / name) for name in TEMPLATES if (source / name).is_file()}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in templates.items()}
+    return {**files, PROCESSOR: as_json(settings), **texts}
+
+
+def as_json(settings: Mapping[str, Any]) -> str:
+    """The text that transformers makes of settings."""
+    return json.dumps(settings, indent=2, sort_keys=True) + "\n"
+
+
+def _plain_placeholder(folder: Path) -> str | None:
+    """The image placeholder of a folder that holds a LlavaProcessor and nothing out of the ordinary, else None."""
+    if not (folder / "tokenizer.json").is_file() or (folder / SEVERAL_TEMPLATES).exists():
+        return None
+    if not any((folder / name).is_file() for name in (IMAGES, PROCESSOR)):
+        return None
+    settings = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+    own = folder / "tokenizer_config.json"
+    named_by_tokenizer = own.is_file() and "image_token" in read_json(own)
+    kind = settings.get("processor_class", "LlavaProcessor")
+    if kind != "LlavaProcessor" or "chat_template" in settings or named_by_tokenizer:
+        return None
+    return str(settings.get("image_token", IMAGE_TOKEN))
+
+
+def _token_id(file: Path, token: str) -> int | None:
+    """The id of a special token in a tokenizer.json."""
+    added = read_json(file).get("added_tokens") or ()
+    return next((entry.get("id") for entry in added if entry.get("content") == token), None)
