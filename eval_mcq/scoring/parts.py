@@ -80,10 +80,8 @@ def branches(prepared: Prepared, start: int, bearable: float) -> list[list[int]]
         bearable: How many tokens another one can be held against at the price of computing one more.
     """
     order = sorted(range(len(prepared.rows)), key=lambda number: prepared.rows[number].tokens)
-    known, own = (
-        [start],
-        list[int](),
-    )  # of each row's tokens: what the one before it has, too; and what is new with it
+    known: list[int] = [start]  # how many of a row's tokens the one before it has, too
+    own: list[int] = []  # how many are new with it
     for before, number in pairwise([order[0], *order]):
         row = prepared.rows[number]
         if own:
