@@ -185,17 +185,19 @@ def check(
 ) -> None:
     """See whether a model looks at the picture: real, blank and exchanged images; letter prior; provenance; prompt.
 
-    Exits with 2 where the answers do not depend on the image.
+    Exits with 2 where the answers do not depend on the image, or where the tower is not the one that was put in.
 
     Example: eval-mcq check llava-med-mgll --bench test.jsonl
     """
     from eval_mcq.items.schema import MCQItem, load_bench
-    from eval_mcq.runs.checks import contradictions, look, provenance
+    from eval_mcq.runs.checks import contradictions, look
     from eval_mcq.runs.fingerprint import model_fingerprint
+    from mllm_adapters.swap.provenance import PROVENANCE
+    from mllm_adapters.swap.verify import Verification
 
     asked = load_bench(bench) if bench else None
     fingerprint = model_fingerprint(model)
-    made = provenance(model)
+    swap = Verification(model) if (model / PROVENANCE).is_file() else None
     scorer = loading(model, device, dtype, load_in_4bit).scorer()
     example = MCQItem(
         id="example", images=["x"], question="Which finding does this fundus photograph show?",
@@ -205,10 +207,14 @@ def check(
     stdout.print(f"model: {model} ({fingerprint[:12]})", soft_wrap=True, highlight=False)
     stdout.print("prompt:", highlight=False)
     typer.echo(scorer.prompt(item))
-    wrong = contradictions(scorer.model, scorer.processor, made) if made else []
-    if made:
-        stdout.print(f"tower by provenance: {made['tower'] or 'its own'} in {made['source']}", soft_wrap=True)
-        stdout.print(f"That its weights are the encoder's: swap-encoder verify {model}", soft_wrap=True)
+    wrong = []
+    if swap:
+        plan, tower = swap.record.plan, swap.tower()
+        stdout.print(f"tower by provenance: {plan['tower'] or 'its own'} in {plan['source']}", soft_wrap=True)
+        equal = {True: "yes", False: "NO", None: "not checked"}[tower.passed]
+        stdout.print(f"tower equals provenance: {equal} ({tower.detail})", soft_wrap=True, highlight=False)
+        wrong = contradictions(scorer.model, scorer.processor, plan["after"])
+        wrong += [f"the tower is not that of its provenance: {tower.detail}"] if tower.passed is False else []
     else:
         stdout.print("tower: no mgll_swap.json, so nothing is known of a swap", highlight=False)
     if asked:

@@ -1,9 +1,7 @@
 """Does a model look at the picture, and does it answer with letters? What a broken swap would show."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -11,7 +9,6 @@ from PIL import Image
 from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.scoring.asking import Ask
 from mgll_encoder.common.cli import track
-from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 
 if TYPE_CHECKING:
@@ -26,8 +23,6 @@ UNMOVED = 1e-4
 
 LOW_MASS = 0.5
 """Mean probability on the letters below which a model is said not to answer with letters."""
-
-PROVENANCE = "mgll_swap.json"
 
 Pictures = list[Image.Image]
 
@@ -97,28 +92,14 @@ def look(scorer: "Scorer", bench: Bench, questions: int) -> Look:
     )
 
 
-def provenance(model: Path) -> dict[str, Any] | None:
-    """What a swapped model says of how it was made; None of one that was not swapped.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = model / PROVENANCE
-    if not path.is_file():
-        return None
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))["plan"]
-        return {name: plan[name] for name in ("family", "source", "tower", "after")}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): swap the tower anew") from None
-
-
-def contradictions(model: Any, processor: Any, made: dict[str, Any]) -> list[str]:
+def contradictions(model: Any, processor: Any, after: Mapping[str, Any]) -> list[str]:
     """Where the loaded model is not what its provenance says: the tower's geometry, and how pixels are prepared.
 
-    That every weight of the tower is the encoder's is for ``swap-encoder`` to verify, which has the encoder.
+    Args:
+        model: The model.
+        processor: Its processor.
+        after: The vision contract after the swap, as recorded.
     """
-    after = made["after"]
     towers = {(c.image_size, c.patch_size, c.hidden_size) for c in _vision_configs(model)}
     expected = (after["image_size"], after["patch_size"], after["width"])
     found = []

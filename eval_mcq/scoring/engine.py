@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from eval_mcq.scoring.asking import Prepared, Row, Writer
-from eval_mcq.scoring.parts import Part, by_item, common, fitting, part_of, pieces
+from eval_mcq.scoring.parts import Part, branches, common, fitting, part_of, pieces
 from eval_mcq.scoring.tree import Tree
 from mgll_encoder.common.cli import note
 
@@ -63,7 +63,11 @@ class Engine:
             else {known: known in (way, "plain") for known in ("prefix", "tree", "plain")}
         )
         self._inner = getattr(model, "model", model)
-        self._window = getattr(model.config.get_text_config(), "sliding_window", None)
+        text = model.config.get_text_config()
+        self._window = getattr(text, "sliding_window", None)
+        # A layer has some 12 width² weights, of which each takes a product per token, and attention takes two times
+        # width per pair of tokens, at about two thirds of the speed.
+        self._bearable = 4.0 * text.hidden_size
 
     @torch.no_grad()  # and not inference_mode, in which DeepSpeed cannot gather shared weights
     def run(self, batch: Sequence[Prepared]) -> list[list[Found]]:
@@ -167,8 +171,7 @@ class Engine:
         parts = [
             part_of(source, prepared, lengths[source], rows)
             for source, prepared in enumerate(batch)
-            for of_item in by_item(prepared)
-            for rows in pieces(prepared, of_item)
+            for rows in branches(prepared, lengths[source], self._bearable)
         ]
         found: list[list[Found]] = [[[] for _ in prepared.rows] for prepared in batch]
         for some in fitting(parts, longest):

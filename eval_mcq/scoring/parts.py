@@ -2,12 +2,26 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import inf
 
 from eval_mcq.scoring.asking import Prepared
 from eval_mcq.scoring.tree import Tree, common_length
 
 TOKENS = 8192
 """Tokens of one forward pass, cache included, beyond which questions on one image are put in several."""
+
+LARGEST = TOKENS // 4
+"""Tokens of the largest tree, unless one row has more."""
+
+SMALLEST = 32
+"""Tokens below which no tree is cut further."""
+
+ENOUGH = 512
+"""Tokens of a forward pass from which it is worth another one to be spared padding."""
+
+PADDING = 1 / 4
+"""Share of padding in a tree that is spared where the pass has enough tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +68,39 @@ def part_of(source: int, prepared: Prepared, start: int, rows: Sequence[int]) ->
     return Part(source, tree, list(rows), nodes)
 
 
-def by_item(prepared: Prepared) -> list[list[int]]:
-    """Rows of each question."""
-    of_item: dict[str, list[int]] = {}
-    for number, row in enumerate(prepared.rows):
-        of_item.setdefault(row.ask.item.id, []).append(number)
-    return list(of_item.values())
+def branches(prepared: Prepared, start: int, bearable: float) -> list[list[int]]:
+    """Rows of one image, those that begin alike together, in the cheapest number of trees below a common beginning.
+
+    Rotations of a question share its words, and questions share options. But in a tree every token is held against
+    every other one, so that large ones cost more than they save.
+
+    Args:
+        prepared: The image's questions.
+        start: Length of the beginning.
+        bearable: How many tokens another one can be held against at the price of computing one more.
+    """
+    order = sorted(range(len(prepared.rows)), key=lambda number: prepared.rows[number].tokens)
+    known: list[int] = [start]  # how many of a row's tokens the one before it has, too
+    own: list[int] = []  # how many are new with it
+    for before, number in pairwise([order[0], *order]):
+        row = prepared.rows[number]
+        if own:
+            known.append(common_length([prepared.rows[before].tokens, row.tokens]))
+        own.append(len(row.tokens) - known[-1] + sum(map(len, row.continuations)))
+    whole = sum(own)
+    ends = list(accumulate(own))
+    best: list[list[int]] = []
+    least = (True, inf)
+    for count in range(1, min(len(order), whole // SMALLEST + 1) + 1):
+        cut: dict[int, list[int]] = {}
+        for place, end in enumerate(ends):
+            cut.setdefault(int((end - own[place] / 2) * count / whole), []).append(place)
+        sizes = [known[places[0]] - start + sum(own[place] for place in places) for places in cut.values()]
+        widest = max(sizes)
+        price = (widest > LARGEST, len(sizes) * widest * (1 + (start + widest) / bearable))
+        if price < least:
+            best, least = [[order[place] for place in places] for places in cut.values()], price
+    return best
 
 
 def pieces(prepared: Prepared, rows: Sequence[int]) -> list[list[int]]:
@@ -69,7 +110,7 @@ def pieces(prepared: Prepared, rows: Sequence[int]) -> list[list[int]]:
     for number in rows:
         row = prepared.rows[number]
         size = len(row.tokens) - prepared.image_end + sum(map(len, row.continuations))
-        if pieces[-1] and tokens + size > TOKENS // 4:
+        if pieces[-1] and tokens + size > LARGEST:
             pieces.append([])
             tokens = 0
         pieces[-1].append(number)
@@ -78,13 +119,17 @@ def pieces(prepared: Prepared, rows: Sequence[int]) -> list[list[int]]:
 
 
 def fitting(parts: Sequence[Part], before: int) -> Iterator[list[Part]]:
-    """Parts in as few forward passes as fit, those of like size together."""
+    """Parts in as few forward passes as fit, those of like size together, so that little is padded."""
     chosen: list[Part] = []
     widest = 0
     for part in sorted(parts, key=lambda part: -len(part.tree)):
-        widest = max(widest, len(part.tree) + before)
-        if chosen and widest * (len(chosen) + 1) > TOKENS:
+        size = len(part.tree)
+        full = (widest + before) * (len(chosen) + 1) > TOKENS
+        shorter = widest * len(chosen) >= ENOUGH and widest - size > widest * PADDING
+        if chosen and (full or shorter):
             yield chosen
-            chosen, widest = [], len(part.tree) + before
+            chosen = []
+        if not chosen:
+            widest = size
         chosen.append(part)
     yield chosen

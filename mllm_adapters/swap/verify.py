@@ -81,6 +81,11 @@ class Verification:
             yield from (Check(name, None, "its tensors are not there") for name in ("tower", "plan"))
         yield from self._loading(quick)
 
+    def tower(self) -> Check:
+        """Whether each tensor of the tower is the encoder's or, where that is not at hand, has the recorded hash."""
+        tensors = self._tensors()
+        return self._tower() if tensors.passed else Check("tower", False, tensors.detail)
+
     def _files(self) -> Check:
         wrong = []
         for name, recorded in self.record.files.items():

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,9 @@ def bench(
     ],
     questions: Annotated[int, typer.Option(help="Number of questions.", min=10)] = 100_000,
     images: Annotated[int, typer.Option(help="Number of images that they are about.", min=1)] = 1000,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder that is kept: the same command goes on with a killed run.")
+    ] = None,
 ) -> None:
     """Run the questions and print resident memory at each tenth of them.
 
@@ -32,14 +36,19 @@ def bench(
     from mllm_adapters import load_mllm
 
     console, process = Console(), psutil.Process()
-    with tempfile.TemporaryDirectory() as work:
-        folder = _tiny(model, Path(work) / "model")
-        asked = load_bench(_synthetic(Path(work), questions, images))
+    with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as work:
+        folder, bench_file = Path(work) / "model", Path(work) / "bench.jsonl"
+        if not folder.is_dir():
+            _tiny(model, folder)
+        if not bench_file.is_file():
+            _synthetic(bench_file, questions, images)
+        asked = load_bench(bench_file)
         scorer = Scorer(*load_mllm(folder, dtype=torch.float32))
         record = running.describe_run(folder, "0" * 64, asked, "float32")
-        append, rows, start = running.append_answers, 0, time.perf_counter()
+        append, done = running.append_answers, running.answered(Path(work) / "run")
+        rows, start = done, time.perf_counter()
         loaded = process.memory_info().rss
-        console.print(f"{questions} questions read, model loaded: {loaded / 2**20:.0f} MiB")
+        console.print(f"{questions} questions read, {done} answered, model loaded: {loaded / 2**20:.0f} MiB")
 
         def watched(path: Path, answers: Any) -> None:
             nonlocal rows
@@ -48,7 +57,7 @@ def bench(
             before, rows = rows, rows + len(new)
             if before * 10 // questions != rows * 10 // questions:
                 now = process.memory_info().rss
-                speed = rows / (time.perf_counter() - start)
+                speed = (rows - done) / (time.perf_counter() - start)
                 console.print(
                     f"{rows} answered: {now / 2**20:.0f} MiB ({(now - loaded) / 2**20:+.0f}), {speed:.0f}/s"
                 )
@@ -58,25 +67,25 @@ def bench(
         console.print(f"with table and intervals: {process.memory_info().rss / 2**20:.0f} MiB")
 
 
-def _synthetic(folder: Path, questions: int, images: int) -> Path:
+def _synthetic(file: Path, questions: int, images: int) -> None:
     """A bench about plain pictures; four options each."""
     from PIL import Image
 
     from eval_mcq.items.schema import BenchHeader, MCQItem, write_bench
 
+    file.parent.mkdir(parents=True, exist_ok=True)
     for i in range(images):
-        Image.new("RGB", (32, 32), (i % 256, i // 256 % 256, 90)).save(folder / f"{i}.png")
+        Image.new("RGB", (32, 32), (i % 256, i // 256 % 256, 90)).save(file.with_name(f"{i}.png"))
     options = ["cataract", "glaucoma", "drusen", "normal fundus"]
     items = [
         MCQItem(id=f"q{i}", images=[f"{i % images}.png"], question=f"What is seen ({i // images})?", options=options,
                 answer=i % 4, category=options[i % 4])
         for i in range(questions)
     ]  # fmt: skip
-    write_bench(folder / "bench.jsonl", BenchHeader(name="synthetic"), items)
-    return folder / "bench.jsonl"
+    write_bench(file, BenchHeader(name="synthetic"), items)
 
 
-def _tiny(model: Path, folder: Path) -> Path:
+def _tiny(model: Path, folder: Path) -> None:
     """One layer of width 32, four visual tokens."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -93,7 +102,6 @@ def _tiny(model: Path, folder: Path) -> Path:
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
     processor.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

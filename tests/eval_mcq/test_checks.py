@@ -1,14 +1,19 @@
 """`eval-mcq check`, and shards and modes from the command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from eval_mcq.runs.records import load_run
+from mllm_adapters.cli.swap import main as swap
+from tests.builders import invoke
 from tests.builders import tiny_llava as write_tiny_llava
 from tests.eval_mcq.helpers import small_bench
+from tests.mllm_adapters import complete
 
 
 @pytest.fixture
@@ -44,21 +49,45 @@ def test_a_model_that_does_not_see_is_caught_and_one_that_does_passes(eval_mcq, 
     assert "the answers do not depend on the image" in error
 
 
+def edited(file, **after):
+    """A provenance with other figures of the tower."""
+    made = json.loads(file.read_text())
+    made["plan"]["after"] |= after
+    file.write_text(json.dumps(made))
+
+
 def test_a_tower_that_is_not_that_of_its_provenance_is_caught(eval_mcq, tmp_path):
-    model = write_tiny_llava(tmp_path / "model")
-    after = {"image_size": 28, "patch_size": 14, "width": 32, "mean": [0.48145466, 0.4578275, 0.40821073],
-             "std": [0.26862954, 0.26130258, 0.27577711]}  # fmt: skip
-    made = {"plan": {"family": "llava", "source": "host", "tower": "mgll", "after": after}}
-    (model / "mgll_swap.json").write_text(json.dumps(made))
+    host, encoder = write_tiny_llava(tmp_path / "host"), complete.encoder(tmp_path / "mgll")
+    assert invoke(swap, "--mllm", host, "--encoder", encoder, "--out", tmp_path / "model").code == 0
+    model = tmp_path / "model"
     assert eval_mcq("check", model) == 0
     assert "tower by provenance: mgll in host" in eval_mcq.out
-    after["width"], after["mean"] = 48, [0.5, 0.5, 0.5]
-    (model / "mgll_swap.json").write_text(json.dumps(made))
+    assert "tower equals provenance: yes" in eval_mcq.out
+    assert "made again from mgll (the file recorded at the swap), bit for bit" in eval_mcq.out
+    shutil.rmtree(encoder)
+    assert eval_mcq("check", model) == 0
+    assert "tensors by their hashes; mgll is not at hand" in eval_mcq.out
+
+    record = (model / "mgll_swap.json").read_text()
+    width = json.loads(record)["plan"]["after"]["width"]
+    edited(model / "mgll_swap.json", width=width + 16, mean=[0.5, 0.5, 0.5])
     error = eval_mcq.refuses("check", model)
-    assert "image size, patch size and width of the tower are (28, 14, 32), not (28, 14, 48)" in error
+    assert "image size, patch size and width of the tower are" in error
+    assert f", {width}), not " in error
     assert "normalised with mean" in error
     (model / "mgll_swap.json").write_text("{}")
-    assert "mgll_swap.json is damaged" in eval_mcq.refuses("check", model)
+    assert "mgll_swap.json: field 'format' is None, expected 2" in eval_mcq.refuses("check", model)
+
+    (model / "mgll_swap.json").write_text(record)
+    for file in model.glob("*.safetensors"):
+        weights = load_file(file)
+        if found := [name for name in weights if "vision_tower" in name and name.endswith("fc1.weight")]:
+            weights[found[0]][0, 0] += 1e-3
+            save_file(weights, file, metadata={"format": "pt"})
+    error = eval_mcq.refuses("check", model)
+    assert "tower equals provenance: NO" in eval_mcq.out
+    assert "the tower is not that of its provenance" in error
+    assert "fc1.weight is not what was written" in error
 
 
 def test_shards_are_run_and_merged(eval_mcq, tiny_llava, bench, tmp_path):

@@ -7,6 +7,7 @@ from PIL import Image
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.asking import Ask
 from eval_mcq.scoring.engine import Engine
+from eval_mcq.scoring.parts import branches, common, fitting, part_of
 from eval_mcq.scoring.prompt import order
 from eval_mcq.scoring.score import Scorer
 from eval_mcq.scoring.tree import Tree, common_length
@@ -163,6 +164,21 @@ def test_generated_replies_are_the_same_in_a_batch_and_alone(tiny_llava):
     alone = [scorer.answer([scorer.prepare([ask], [image])])[0][0] for ask in group]
     assert [score.reply for score in together] == [score.reply for score in alone]
     assert all(score.choice is None for score in together), "an untrained model's reply is no answer"
+
+
+@pytest.mark.parametrize("mode", ["letters", "options"])
+def test_trees_hold_every_row_once_compute_less_than_row_by_row_and_are_of_like_size(tiny_llava, mode):
+    scorer, (image,) = Scorer(*load_mllm(tiny_llava, dtype=torch.float32), mode=mode), pictures(1)
+    prepared = scorer.prepare(asks(questions(12), 4), [image])
+    start = common(prepared)
+    cut = branches(prepared, start, bearable=1000.0)
+    assert sorted(number for rows in cut for number in rows) == list(range(len(prepared.rows)))
+    parts = [part_of(0, prepared, start, rows) for rows in cut]
+    alone = sum(len(part_of(0, prepared, start, [number]).tree) for number in range(len(prepared.rows)))
+    assert sum(len(part.tree) for part in parts) < 0.95 * alone
+    padded = sum(len(some) * max(len(part.tree) for part in some) for some in fitting(parts, start))
+    assert padded <= 1.25 * sum(len(part.tree) for part in parts)
+    assert len(branches(prepared, start, bearable=1.0)) > len(cut), "where attention is dear, trees are small"
 
 
 def test_a_tree_holds_each_beginning_once():
