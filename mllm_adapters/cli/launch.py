@@ -116,13 +116,13 @@ def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> N
     from mllm_adapters.training.checkpoints import last_checkpoint, work_folder
     from mllm_adapters.training.engine import check_launcher, check_run
 
-    if not request.dry_run:
-        check_launcher(resolved.options)
     for arm in todo:
         # A control that has not begun is no reason to refuse to go on.
         begun = last_checkpoint(work_folder(arm.out)) is not None
         resume = request.resume and (arm is request or begun)
         check_run(arm.out, resolved.recipe, resolved.options, resume=resume, force=arm.force, merge=arm.merge)
+    if not request.dry_run:
+        check_launcher(resolved.options)
     if request.control:
         check_control(request.model, request.control, request.data, request.images, resolved.recipe)
 
