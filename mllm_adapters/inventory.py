@@ -7,7 +7,7 @@ transformers to judge (`mllm_adapters.loading.check_complete`); what is known he
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from mgll_encoder.clip_vision import MODEL_TYPE, spec_fields, vision_shapes
 from mgll_encoder.spec import TowerSpec
@@ -91,7 +91,7 @@ def llava_shapes(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...
         text = _Text.model_validate({**DEFAULTS[kind], **llava.text_config})
         vision = {**spec_fields(llava.vision_config), "activation": "gelu"}  # which has no weights
         tower = TowerSpec(**vision)
-    except (ValidationError, ValueError, KeyError):
+    except (ValueError, KeyError):  # of which a ValidationError is one
         return
     if llava.vision_config.get("model_type", MODEL_TYPE) != MODEL_TYPE:
         return

@@ -44,9 +44,8 @@ def run(app: typer.Typer) -> NoReturn:
     Set ``MGLL_DEBUG=1`` to see tracebacks instead of one-line errors.
     """
     _quieten_libraries()
-    atexit.register(
-        gc.freeze
-    )  # so that nothing looks for garbage among all that torch has made: half a second
+    # So that nothing looks for garbage among all that torch has made: half a second at every exit.
+    atexit.register(gc.freeze)
     command = typer.main.get_command(app)
     try:
         code = command.main(standalone_mode=False)
