@@ -7,7 +7,7 @@ transformers to judge (`mllm_adapters.loading.check_complete`); what is known he
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from mgll_encoder.clip_vision import MODEL_TYPE, spec_fields, vision_shapes
 from mgll_encoder.spec import TowerSpec
@@ -39,10 +39,28 @@ DEFAULTS: Mapping[str, Mapping[str, int]] = {
 """Language models that are known here -> the defaults in which their configurations differ."""
 
 
+class _Rope(BaseModel):
+    """Rotary positions without scaling."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rope_type: Literal["default"] = "default"
+    rope_theta: float
+
+
 class _Text(BaseModel):
-    """The fields of a ``LlamaConfig`` or ``MistralConfig`` that shapes follow from, with the defaults of both."""
+    """What a ``LlamaConfig`` or ``MistralConfig`` is built of, with the defaults of both.
+
+    Those that have no say in shapes are here because a value that is not the usual one may be one that transformers
+    refuses.
+    """
 
     model_config = ConfigDict(strict=True)
+
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_scaling: None = None
+    rope_parameters: _Rope | None = None
 
     intermediate_size: PositiveInt
     vocab_size: PositiveInt = 32000
@@ -65,6 +83,7 @@ class _Llava(BaseModel):
     vision_config: dict[str, Any]
     text_config: dict[str, Any]
     vision_feature_layer: int = -2
+    projector_hidden_act: Literal["gelu"] = "gelu"
     multimodal_projector_bias: Literal[True] = True
     tie_word_embeddings: bool = False
     quantization_config: None = None
@@ -89,9 +108,8 @@ def llava_shapes(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...
         llava = _Llava.model_validate(dict(config))
         kind = str(llava.text_config.get("model_type", "llama"))
         text = _Text.model_validate({**DEFAULTS[kind], **llava.text_config})
-        vision = {**spec_fields(llava.vision_config), "activation": "gelu"}  # which has no weights
-        tower = TowerSpec(**vision)
-    except (ValidationError, ValueError, KeyError):
+        tower = TowerSpec(**spec_fields(llava.vision_config))
+    except (ValueError, KeyError):  # of which a ValidationError is one
         return
     if llava.vision_config.get("model_type", MODEL_TYPE) != MODEL_TYPE:
         return

@@ -1,10 +1,13 @@
 """Manners of every command: exit codes (0 done, 2 the user's mistake, 1 our fault), one-line errors, progress."""
 
+import atexit
+import gc
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 import typer
@@ -41,6 +44,8 @@ def run(app: typer.Typer) -> NoReturn:
     Set ``MGLL_DEBUG=1`` to see tracebacks instead of one-line errors.
     """
     _quieten_libraries()
+    # So that nothing looks for garbage among all that torch has made: half a second at every exit.
+    atexit.register(gc.freeze)
     command = typer.main.get_command(app)
     try:
         code = command.main(standalone_mode=False)
@@ -56,6 +61,18 @@ def run(app: typer.Typer) -> NoReturn:
             1, f"{type(error).__name__}: {error} (a fault of ours: run again with MGLL_DEBUG=1 and report it)"
         )
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """A block of imports without garbage collection: what they make stays, and torch takes a fifth less time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def warn(message: str) -> None:

@@ -121,13 +121,14 @@ def swap(
     if copy and delta:
         raise UserError("--copy goes without --delta: a delta holds no file of the checkpoint")
 
-    from mgll_encoder import inspect_tower
-    from mllm_adapters.parts import resolve
-    from mllm_adapters.planning import with_tower_dtype
-    from mllm_adapters.registry import open_checkpoint
-    from mllm_adapters.swap.apply import apply_plan
-    from mllm_adapters.swap.delta import stored_names
-    from mllm_adapters.swap.report import total_bytes
+    with cli.importing():
+        from mgll_encoder import inspect_tower
+        from mllm_adapters.parts import resolve
+        from mllm_adapters.planning import with_tower_dtype
+        from mllm_adapters.registry import open_checkpoint
+        from mllm_adapters.swap.apply import apply_plan
+        from mllm_adapters.swap.delta import stored_names
+        from mllm_adapters.swap.report import total_bytes
 
     if push_to_hub is not None and not dry_run:
         from mllm_adapters.swap.hub import check_push

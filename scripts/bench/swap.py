@@ -32,17 +32,24 @@ def report(**phases):
 """
 """Beginning of every contender: it says itself what its peak was, because that of a child counts its parent's."""
 
+NO_WORK = ("imports", "of which torch", "cp", "peak RSS")
+"""What contenders say of themselves that is not, or not once more, time of their work."""
+
 SWAP = """
 began = time.monotonic()
 sys.argv[0] = "swap-encoder"
+import atexit, gc
 from pathlib import Path
-import mllm_adapters.cli.swap, mllm_adapters.families.llava, mllm_adapters.support
-import mgll_encoder.preprocess
-from transformers import CLIPImageProcessor, CLIPVisionModel, LlavaForConditionalGeneration
-from mgll_encoder import inspect_tower
-from mllm_adapters.swap.apply import apply_plan
-from mllm_adapters.loading import check_complete
-from mllm_adapters.registry import open_checkpoint
+from mgll_encoder.common import cli
+atexit.register(gc.freeze)  # as `cli.run` does
+with cli.importing():
+    import torch
+    torched = time.monotonic()
+    import mllm_adapters.cli.swap, mllm_adapters.families.llava
+    from mgll_encoder import inspect_tower
+    from mllm_adapters.swap.apply import apply_plan
+    from mllm_adapters.loading import check_complete
+    from mllm_adapters.registry import open_checkpoint
 host, encoder, out = map(Path, sys.argv[1:])
 imported = time.monotonic()
 tower = inspect_tower(encoder)
@@ -52,7 +59,8 @@ check_complete(plan)
 planned = time.monotonic()
 apply_plan(plan, family, checkpoint, out, checked=True)
 done = time.monotonic()
-report(imports=imported - began, plan=planned - imported, apply=done - planned)
+report(**{"imports": imported - began, "of which torch": torched - began, "plan": planned - imported,
+    "apply": done - planned})
 """
 
 REPLACE = """
@@ -240,7 +248,7 @@ def _run(runs: dict[str, list[dict[str, float]]], name: str, script: str, *argum
     target = next(Path(str(a)) for a in reversed(arguments) if Path(str(a)).is_dir())
     written = sum(f.stat().st_size for f in target.iterdir() if f.is_file() and f.stat().st_nlink == 1)
     found = json.loads(said.splitlines()[-1])
-    work = sum(seconds for phase, seconds in found.items() if phase not in ("imports", "cp", "peak RSS"))
+    work = sum(seconds for phase, seconds in found.items() if phase not in NO_WORK)
     cpu = usage.ru_utime + usage.ru_stime
     row = {"wall": wall, "work": work, "cpu": cpu, **found, "written": written / GB}
     runs.setdefault(name, []).append(row)

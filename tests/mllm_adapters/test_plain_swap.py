@@ -100,7 +100,15 @@ def test_one_tensor_too_few_too_many_or_of_another_shape_is_not_complete() -> No
     [
         {"text_config": {"model_type": "qwen2", **TEXT}},
         {"text_config": {"model_type": "llama", **TEXT, "attention_bias": True}},
+        {
+            "text_config": {
+                "model_type": "llama",
+                **TEXT,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            }
+        },
         {"multimodal_projector_bias": False, **CONFIGS["llama"]},
+        {"projector_hidden_act": "relu", **CONFIGS["llama"]},
         {"vision_feature_layer": [-2, -1], **CONFIGS["llama"]},
         {"vision_config": {"model_type": "siglip_vision_model", **VISION}, **CONFIGS["llama"]},
     ],
