@@ -17,11 +17,8 @@ LARGEST = TOKENS // 4
 SMALLEST = 32
 """Tokens below which no tree is cut further."""
 
-ENOUGH = 512
-"""Tokens of a forward pass from which it is worth another one to be spared padding."""
-
 PADDING = 1 / 4
-"""Share of padding in a tree that is spared where the pass has enough tokens."""
+"""Share of padding in a tree that is worth another forward pass."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +122,7 @@ def fitting(parts: Sequence[Part], before: int) -> Iterator[list[Part]]:
     for part in sorted(parts, key=lambda part: -len(part.tree)):
         size = len(part.tree)
         full = (widest + before) * (len(chosen) + 1) > TOKENS
-        shorter = widest * len(chosen) >= ENOUGH and widest - size > widest * PADDING
-        if chosen and (full or shorter):
+        if chosen and (full or widest - size > widest * PADDING):
             yield chosen
             chosen = []
         if not chosen:

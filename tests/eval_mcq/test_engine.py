@@ -181,6 +181,18 @@ def test_trees_hold_every_row_once_compute_less_than_row_by_row_and_are_of_like_
     assert len(branches(prepared, start, bearable=1.0)) > len(cut), "where attention is dear, trees are small"
 
 
+def test_short_trees_are_not_padded_to_long_ones(tiny_llava):
+    scorer, (image,) = Scorer(*load_mllm(tiny_llava, dtype=torch.float32)), pictures(1)
+    prepared = scorer.prepare(asks(questions(12), 4), [image])
+    rows = len(prepared.rows)
+    parts = [part_of(0, prepared, 0, [number]) for number in range(rows)]
+    parts += [part_of(0, prepared, 0, range(rows))] * 2
+    passes = list(fitting(parts, 0))
+    assert sum(map(len, passes)) == rows + 2
+    assert len(passes) <= 4, "lengths within a quarter share a pass"
+    assert all(len(one.tree) > 0.75 * max(len(part.tree) for part in some) for some in passes for one in some)
+
+
 def test_a_tree_holds_each_beginning_once():
     tree = Tree()
     ends = [tree.add(path) for path in ([1, 2, 3], [1, 2, 4, 5], [1, 2, 3])]
