@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from eval_mcq.scoring.asking import Prepared, Row, Writer
 from eval_mcq.scoring.parts import Part, branches, common, fitting, part_of, pieces
@@ -32,6 +33,8 @@ Found = list[list[Tensor]]
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 """How far log-probabilities may lie from those of the plain way, by the model's number format."""
+
+_HALF = (torch.bfloat16, torch.float16)
 
 PLAIN_ROWS = 8
 """Prompts of a padded batch where nothing can be shared."""
@@ -199,7 +202,8 @@ class Engine:
         needed = [sorted({n for row in part.nodes for of in row for n in of}) for part in parts]
         widest = max(map(len, needed))
         places = torch.tensor([nodes + nodes[-1:] * (widest - len(nodes)) for nodes in needed])
-        with self._reading(places):
+        wanted = _tokens([batch[part.source].rows[number] for part in parts for number in part.rows])
+        with self._reading(places, wanted):
             logits = self.model(**given).logits
         for part, nodes, of_part in zip(parts, needed, logits, strict=True):
             of_part = of_part[: len(nodes)].float().log_softmax(dim=-1)
@@ -233,7 +237,7 @@ class Engine:
         back = torch.tensor(
             [[max(len(tail) - i, 0) for i in range(most)] for tail in tails], device=self.device
         )
-        with self._reading(last[:, None] - back):
+        with self._reading(last[:, None] - back, _tokens(rows)):
             logits = self.model(**batch).logits
         lines = iter(logits)
         found: list[Found] = []
@@ -246,19 +250,38 @@ class Engine:
         return found
 
     @contextmanager
-    def _reading(self, places: Tensor) -> Iterator[None]:
-        """Within, the head computes logits of the given positions of each sequence [n, k] only."""
+    def _reading(self, places: Tensor, wanted: Tensor | None = None) -> Iterator[None]:
+        """Within, the head computes logits of the given positions of each sequence [n, k] only.
 
-        def gather(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        In half precision it rounds them to steps of an eighth and more, so that options tie; those of the ``wanted``
+        tokens are computed in float32 then.
+        """
+        head = self.model.get_output_embeddings()
+        exact: list[Tensor] = []
+
+        def before(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden, *rest = given
             index = places.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-            return (hidden.gather(1, index), *rest)
+            hidden = hidden.gather(1, index)
+            if refined:  # here, and not after it, where DeepSpeed has put away the weights
+                bias = None if head.bias is None else head.bias[wanted].float()
+                exact.append(linear(hidden.float(), head.weight[wanted].float(), bias))
+            return (hidden, *rest)
 
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
+        def after(_: Any, __: Any, logits: Tensor) -> Tensor:
+            logits = logits.float()
+            logits[..., wanted] = exact.pop()
+            return logits
+
+        refined = wanted is not None and type(head) is nn.Linear and head.weight.dtype in _HALF
+        handles = [head.register_forward_pre_hook(before)]
+        if refined:
+            handles.append(head.register_forward_hook(after))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _images(self, batch: Sequence[Prepared]) -> dict[str, Tensor]:
         return {
@@ -314,6 +337,11 @@ class Engine:
 
 
 _SHARED: Mapping[Way, str] = {"prefix": "the keys and values of an image", "tree": "a forward pass"}
+
+
+def _tokens(rows: Sequence[Row]) -> Tensor:
+    """The ids that any of the rows wants."""
+    return torch.tensor(sorted({i for row in rows for of in row.wanted for ids in of for i in ids}))
 
 
 def _alike(batch: Sequence[Prepared]) -> list[list[int]]:

@@ -108,6 +108,26 @@ def test_likelihoods_of_option_texts_are_those_of_each_text_by_itself(tiny_llava
         assert score.choice == per.index(max(per))
 
 
+@pytest.mark.parametrize("way", ["plain", "tree"])
+def test_half_precision_does_not_round_the_letters_to_a_tie(tiny_llava, way):
+    model, processor = load_mllm(tiny_llava, dtype=torch.bfloat16)
+    scorer, (image,) = Scorer(model, processor, dtype=torch.bfloat16, way=way), pictures(1)
+    a, b = (processor.tokenizer(letter, add_special_tokens=False).input_ids[-1] for letter in "AB")
+    head = model.lm_head.weight.data
+    head[a] *= 40
+    head[b] = head[a]
+    head[b, 0] *= 1 + 2**-6
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, given, __: seen.append(given[0][0, -1].float()))
+    group = asks(questions(1), 1)
+    score = scorer.answer([scorer.prepare(group, [image])])[0][0]
+    exact = (head[[a, b]].float() @ seen[-1]).softmax(dim=0)
+    rounded = (head[[a, b]] @ seen[-1].bfloat16()).float().softmax(dim=0)
+    assert rounded[0] == rounded[1], "what half precision makes of it"
+    assert score.probabilities == pytest.approx(exact.tolist(), abs=1e-4)
+    assert score.probabilities[0] != score.probabilities[1]
+
+
 def test_an_image_passes_the_tower_once_whatever_is_asked_about_it(tiny_llava):
     scorer = Scorer(*load_mllm(tiny_llava, dtype=torch.float32))
     images = pictures(2)
