@@ -130,7 +130,15 @@ def _clear_leftovers(path: Path) -> None:
     for left in [found for found in path.parent.iterdir() if pattern.fullmatch(found.name)]:
         if (left / path.name).is_dir() and ".replaced-" in left.name and not path.exists():
             (left / path.name).rename(path)
-        shutil.rmtree(left)
+        _remove_last_first(left)
+
+
+def _remove_last_first(folder: Path) -> None:
+    """Remove a folder, what was written last first: killed in between, what is left looks as unfinished as it is."""
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    for file in sorted(files, key=lambda file: file.lstat().st_mtime_ns, reverse=True):
+        file.unlink()
+    shutil.rmtree(folder)
 
 
 @contextmanager

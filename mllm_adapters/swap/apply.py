@@ -15,7 +15,7 @@ from torch import Tensor
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import check_free, new_folder, sync_file
+from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
 from mgll_encoder.spec import Activation
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Family, Plan, Step
@@ -153,8 +153,9 @@ def complete_folder(
     record = record_of(plan, checkpoint, tower_record, tower.spec if tower else None, files, written.hashes)
     (folder / PROVENANCE).write_text(record.dump(), encoding="utf-8")
     (folder / CARD).write_text(model_card(plan, record), encoding="utf-8")
-    # Last, so that a folder left behind by a kill is no checkpoint; `new_folder` waits for the disk.
-    (folder / CONFIG).write_text(config, encoding="utf-8")
+    # Last and at once, so that a folder left behind by a kill is no checkpoint; `new_folder` waits for the disk.
+    with appearing(folder / CONFIG) as file:
+        file.write_text(config, encoding="utf-8")
 
 
 def inputs(plan: Plan) -> tuple[Path, ...]:

@@ -90,3 +90,24 @@ def test_a_folder_that_was_about_to_be_replaced_comes_back(tmp_path: Path) -> No
         new_folder(out).__enter__()
     assert (out / "precious").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_kill_left_is_cleared_away_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed once more while clearing, a complete leftover must not keep its config.json and lose its weights."""
+    left = tmp_path / ".out.partial-abcdefgh"
+    (left / "text").mkdir(parents=True)
+    for written, name in enumerate(("model.safetensors", "text/a.json", "README.md", "config.json")):
+        (left / name).write_text(name)
+        os.utime(left / name, ns=(written, written))
+    unlink, cleared = Path.unlink, []
+
+    def recorded(path: Path, missing_ok: bool = False) -> None:
+        cleared.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", recorded)
+    with new_folder(tmp_path / "out"):
+        assert cleared[:4] == ["config.json", "README.md", "a.json", "model.safetensors"]
+    assert not left.exists()
