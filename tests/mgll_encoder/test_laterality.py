@@ -8,7 +8,7 @@ from PIL import Image
 from mgll_encoder.data.batches import ManifestImages, plan_rows
 from mgll_encoder.data.fundus import read_explanations
 from mgll_encoder.data.laterality import names_side
-from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, manifest_text
+from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.two_towers import PRESETS
 
@@ -51,7 +51,7 @@ def test_pretraining_mirrors_only_when_asked_and_never_where_a_text_names_a_side
         ManifestRow(image=name, texts={"view": [text], "disease": ["glaucoma"]})
         for name, text in texts.items()
     ]
-    path.write_text(manifest_text(path, tmp_path, ManifestHeader(granularities=["view", "disease"]), rows))
+    write_manifest(path, tmp_path, ManifestHeader(granularities=["view", "disease"]), rows)
     plan = plan_rows(path, None, ("disease",), "train", False, Skipped())
     spec = PRESETS["tiny"].spec.model_copy(update={"image_size": 32})
 

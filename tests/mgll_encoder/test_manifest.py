@@ -10,7 +10,6 @@ from mgll_encoder.data.manifest import (
     ManifestHeader,
     ManifestRow,
     image_folder,
-    manifest_text,
     read_header,
     read_rows,
     row_at,
@@ -45,9 +44,7 @@ def test_what_is_written_is_read_back_and_found_again_by_offset(tmp_path):
     ]
     path = tmp_path / "sets" / "manifest.jsonl"
     path.parent.mkdir()
-    path.write_text(
-        manifest_text(path, tmp_path / "images", ManifestHeader(granularities=["status", "disease"]), rows)
-    )
+    write_manifest(path, tmp_path / "images", ManifestHeader(granularities=["status", "disease"]), rows)
     header = read_header(path)
     assert image_folder(path, header).resolve() == tmp_path / "images"
     read = list(read_rows(path))

@@ -18,7 +18,7 @@ from mgll_encoder.benchmarks import benchmarks
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, manifest_text
+from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.features import pooled_features
 from mgll_encoder.pretrain import PretrainOptions, pretrain
 from mgll_encoder.text_tower import load_text_tower
@@ -68,9 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
         )
     path = folder / "manifest.jsonl"
-    path.write_text(
-        manifest_text(path, folder / "images", ManifestHeader(granularities=["shade", "colour"]), rows)
-    )
+    write_manifest(path, folder / "images", ManifestHeader(granularities=["shade", "colour"]), rows)
     with (folder / "labels.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, table[0])
         writer.writeheader()
