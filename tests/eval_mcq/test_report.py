@@ -173,6 +173,23 @@ def test_scrolling_brings_the_other_questions(page):
     assert after == QUESTIONS
 
 
+def test_a_window_that_shows_all_of_the_list_is_filled_without_scrolling(page):
+    """The end of the list never leaves it, so that no scrolling tells of it."""
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 3000, "height": 60_000, "deviceScaleFactor": 0.1, "mobile": False},
+    )
+    page.refresh()
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(page, 60).until(
+        lambda page: (
+            page.execute_script("return document.getElementById('list').childElementCount") == QUESTIONS
+        )
+    )
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_a_telephone_shows_it_without_sideways_scrolling(page):
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",

@@ -77,9 +77,15 @@
     return make("li", {}, button);
   };
 
+  const more = document.getElementById("more");
+  const bottom = new IntersectionObserver((seen) => seen.some((entry) => entry.isIntersecting) && grow(), { rootMargin: "800px" });
+
   const grow = () => {
     const from = list.childElementCount;
     list.append(...found.slice(from, from + BATCH).map((i, place) => card(data.items[i], from + place)));
+    // Asked anew: of an end that is in sight before and after, the browser would not tell.
+    bottom.unobserve(more);
+    if (list.childElementCount < found.length) bottom.observe(more);
   };
 
   const filter = () => {
@@ -152,8 +158,6 @@
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(filter));
-  new IntersectionObserver((seen) => seen.some((entry) => entry.isIntersecting) && grow(), { rootMargin: "800px" })
-    .observe(document.getElementById("more"));
 
   for (const [name, value] of new URLSearchParams(location.hash.split("?")[1] ?? "")) {
     if (form.elements[name]) form.elements[name].value = value;
