@@ -17,6 +17,7 @@ from mgll_encoder.checkpoint import Checkpoint, open_checkpoint
 from mgll_encoder.claims import HF_FOLDER, OPEN_CLIP_FOLDER, Claims, read_claims
 from mgll_encoder.clip_vision import vision_settings, vision_shapes
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.finite import FLOATS, all_finite
 from mgll_encoder.keymap import PROJECTION, KeyPlan, plan_keys
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Activation, TowerSpec, checked
 
@@ -29,17 +30,6 @@ PROJECTION_FILE = "visual_projection.safetensors"
 
 _CLIP_PIXELS: dict[str, Any] = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize": "crop"}
 _MGLL_PIXELS: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "squash"}
-
-_EXPONENTS: dict[torch.dtype, tuple[torch.dtype, int]] = {
-    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
-    torch.float32: (torch.int32, 0x7F80_0000),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-}
-"""Dtypes that a tower may have -> integers of their size, and in them the bits of the exponent."""
-
-_BLOCK = 1 << 17
-"""Numbers that are looked at together: they stay in the processor's cache."""
 
 OFFICIAL, OPENAI, OPEN_CLIP = "mgll training checkpoint", "OpenAI state dict", "open_clip state dict"
 HF_STATE = "transformers state dict"
@@ -248,19 +238,11 @@ def _read(path: Path, activation: Activation | None) -> tuple[TowerHeader, dict[
 
 
 def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
-    if not _all_finite(tensor):
+    if not all_finite(tensor):
         raise UserError(
             f"{path}: tensor '{name}' holds NaN or infinite values: expected finite weights; "
             "take an earlier checkpoint of that training"
         )
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """Whether no exponent has all its bits set; in one pass and one thread, because a swap has work for the others."""
-    bits, exponent = _EXPONENTS[tensor.dtype]
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(bits).numpy()
-    blocks = range(0, len(values), _BLOCK)
-    return all((values[start : start + _BLOCK] & exponent).max() < exponent for start in blocks)
 
 
 def _examine(path: Path, activation: Activation | None) -> tuple[TowerHeader, Checkpoint, KeyPlan]:
@@ -401,7 +383,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], spec: TowerSpec, path: Path) ->
                 f"{path}: tensor '{name}' has shape {list(tensor.shape)}: expected {list(expected[name])} "
                 f"in a tower of width {spec.width} and patch {spec.patch_size}"
             )
-        if tensor.dtype not in _EXPONENTS:
+        if tensor.dtype not in FLOATS:
             raise UserError(
                 f"{path}: tensor '{name}' is {tensor.dtype}: expected floats, not quantised weights"
             )

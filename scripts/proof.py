@@ -9,13 +9,12 @@ Every tower and every probe is kept in the output folder, so the command can be 
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.table import Table
 from scipy import stats
 from three_arms import Way
@@ -26,7 +25,7 @@ from mgll_encoder.common.files import write_text
 from mgll_encoder.data.batches import plan_rows
 from mgll_encoder.data.label_table import Columns, LabelledImages, read_labels
 from mgll_encoder.data.skipped import Skipped
-from mgll_encoder.probe import cached_features, judge, kept_labels, linear_scores
+from mgll_encoder.probe import cached_features, judge, linear_scores
 from mgll_encoder.tower import load_tower
 from mgll_encoder.zero_shot import class_directions, projected, text_tower_of
 
@@ -140,18 +139,16 @@ def _judged(
     path = out / "towers" / name
     tower = load_tower(path)
     features = cached_features(tower, labelled.images, out / "features")
-    # a label without training texts is in no image of the training side, and is left out by kept_labels
+    # a label without training texts is in no image of the training side, and is left out by linear_scores
     directions = class_directions(text_tower_of(path, tower), [group or [""] for group in texts])
     similar = projected(tower, features) @ directions.T
     result = {}
     for source in [EVERY, *sorted(set(sources))]:
         inside = np.array([source in (EVERY, own) for own in sources])
-        part = _part(labelled, inside)
-        kept = kept_labels(part, POSITIVES)
+        part = labelled.subset(inside)
+        scores, kept = linear_scores(features[inside], part, positives=POSITIVES)
         if kept:
-            probe = judge(
-                linear_scores(features[inside], part, positives=POSITIVES)[0], kept, part, replicates=1
-            )
+            probe = judge(scores, kept, part, replicates=1)
             asked = similar[inside][part.test][:, kept].astype(np.float64)
             without = judge(asked, kept, part, replicates=1)
             result[source] = [
@@ -160,18 +157,6 @@ def _judged(
     stored.parent.mkdir(parents=True, exist_ok=True)
     stored.write_text(json.dumps(result))
     return result
-
-
-def _part(labelled: LabelledImages, inside: NDArray[np.bool_]) -> LabelledImages:
-    """Some of the images."""
-    places = np.flatnonzero(inside)
-    return replace(
-        labelled,
-        images=tuple(labelled.images[place] for place in places),
-        truth=labelled.truth[inside],
-        patients=tuple(labelled.patients[place] for place in places),
-        test=labelled.test[inside],
-    )
 
 
 def _table(source: str, by_arm: dict[str, list[list[float]]]) -> list[str]:

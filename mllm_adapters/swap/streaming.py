@@ -182,7 +182,6 @@ class _Checks:
                 )
             digest.update(block)
         page = start - start % PAGESIZE
-        self._written.madvise(
-            MADV_DONTNEED, page, start + len(data) - page
-        )  # or the whole file counts as ours
+        # Or the whole file would count as memory of this process.
+        self._written.madvise(MADV_DONTNEED, page, start + len(data) - page)
         return digest.hexdigest()
