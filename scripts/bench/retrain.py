@@ -62,7 +62,7 @@ def bench(
     shape: Annotated[
         str, typer.Option(help="Proportions of tower and language model: llava-7b or smollm2.")
     ] = "llava-7b",
-    steps: Annotated[int, typer.Option(min=2, help="Timed steps per repeat.")] = 8,
+    steps: Annotated[int, typer.Option(min=2, help="Timed steps per repeat.")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="How often each arm runs, in turn.")] = 5,
     clock: Annotated[
