@@ -1,13 +1,13 @@
 """Features of many images: read in workers, computed in batches, kept in a cache."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
@@ -28,10 +28,10 @@ _FEW = 256
 
 
 def workers_for(images: int, asked: int | None) -> int:
-    """Processes that read images: as asked for; else one per core, up to 8, and none for a few images."""
+    """Processes that read images: as asked for; else one per core of ours, up to 8, and none for a few images."""
     if asked is not None:
         return asked
-    return min(8, os.cpu_count() or 1) if images > _FEW else 0
+    return min(8, cpu_count()) if images > _FEW else 0
 
 
 def pooled_features(

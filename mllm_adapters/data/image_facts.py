@@ -5,13 +5,13 @@ no program can set back the last, so a file that has changed is read again.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+from joblib import cpu_count
 
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
@@ -102,7 +102,7 @@ def _read(names: Sequence[str], keys: Mapping[str, bytes], folder: Path) -> dict
 
 
 def _looks(names: Sequence[str], keys: Mapping[str, bytes], folder: Path) -> Iterator[tuple[str, ImageFact]]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of the interpreter's lock
+    with ThreadPoolExecutor(cpu_count()) as pool:  # Pillow decodes outside of the interpreter's lock
         for start in range(0, len(names), SHARD):
             shard: dict[bytes, ImageFact] = {}
             part = names[start : start + SHARD]

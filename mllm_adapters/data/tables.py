@@ -15,6 +15,7 @@ from datasets import (
     enable_progress_bars,
 )
 from filelock import FileLock
+from joblib import cpu_count
 
 from mgll_encoder.common.cli import note, stderr
 from mgll_encoder.common.files import cache_folder
@@ -50,7 +51,7 @@ def compute_table(
             return source.map(work, keep_in_memory=True, new_fingerprint=uuid4().hex, **options)
         folder = cache_folder("rows")
         folder.mkdir(parents=True, exist_ok=True)
-        processes = max(1, min(os.cpu_count() or 1, len(source) // ROWS_PER_PROCESS))
+        processes = max(1, min(cpu_count(), len(source) // ROWS_PER_PROCESS))
         with FileLock(folder / f"{key}.lock"):
             if not any(folder.glob(f"{key}*.arrow")):
                 note(f"{description} ({len(source)}) ...")

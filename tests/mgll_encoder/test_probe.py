@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import CLIPVisionModel
 from mgll_encoder import Tower, TowerSpec, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.data.label_table import Columns, LabelledImages, read_labels
-from mgll_encoder.features import cached_features, pooled_features
+from mgll_encoder.features import cached_features, pooled_features, workers_for
 from mgll_encoder.probe import METRICS, judge, linear_scores, metrics
 from tests import builders
 from tests.builders import invoke, refused
@@ -187,6 +188,18 @@ def test_features_read_in_workers_are_the_same(place: Path, tower: Path) -> None
         pooled_features(eyes, images, workers=0),
         atol=1e-5,
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a core")
+def test_a_job_with_one_core_of_many_starts_one_worker() -> None:
+    given = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(given)})
+    try:
+        assert workers_for(1000, None) == 1
+    finally:
+        os.sched_setaffinity(0, given)
+    assert workers_for(1000, 3) == 3
+    assert workers_for(10, None) == 0
 
 
 def test_what_cannot_be_used_is_counted_with_its_row_and_strict_stops(
