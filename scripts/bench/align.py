@@ -198,12 +198,13 @@ def _show_arms(results: dict[str, dict[str, Any]]) -> None:
     base = results["base"]
     for arm, found in results.items():
         fits = [fit["r2"] for fit in found["alignment"].get("readers", [])]
-        above = (found["accuracy"] - found["chance"]) / (base["accuracy"] - base["chance"])
+        own = base["accuracy"] - base["chance"]
+        above = f"{(found['accuracy'] - found['chance']) / own:.0%}" if own > 0 else "base guesses"
         table.add_row(
             arm,
             f"{found['loss']:.4f}",
             f"{found['accuracy']:.1%}",
-            f"{above:.0%}",
+            above,
             f"{min(fits):.3f} to {max(fits):.3f}" if fits else "",
             str(found["alignment"].get("seconds", "")),
         )
