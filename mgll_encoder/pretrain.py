@@ -21,6 +21,7 @@ from mgll_encoder.losses import PLAIN_CLIP, Alphas
 from mgll_encoder.save import save_tower
 from mgll_encoder.spec import Activation
 from mgll_encoder.starting import AUTO, starting_towers
+from mgll_encoder.text_tower import TextTower
 from mgll_encoder.trainer import TowerTrainer, Validation
 from mgll_encoder.training_setup import Precision, check_deepspeed, kept_epoch, training_arguments
 from mgll_encoder.two_towers import PRESETS, TwoTowers
@@ -28,6 +29,9 @@ from mgll_encoder.two_towers import PRESETS, TwoTowers
 Loss = Literal["mgll", "clip"]
 Select = Literal["auto", "best", "last"]
 RUN_FILE = "run.json"
+
+_LOOKED_AT = 2000
+"""Rows whose texts are measured before training."""
 
 
 def checkpoint_folder(out: Path) -> Path:
@@ -187,6 +191,8 @@ def pretrain(
         options.weights,
         options.freeze_text,
     )
+    if arguments.process_index == 0:
+        _tell_what_is_cut(model.text, plan)
     validation = _validation(plans.get("val"), options.select, model, workers)
     if validation is not None:
         arguments.eval_strategy = IntervalStrategy.EPOCH
@@ -237,6 +243,19 @@ def pretrain(
         figures,
         trainer.is_world_process_zero(),
     )
+
+
+def _tell_what_is_cut(text: TextTower, plan: Plan) -> None:
+    """Say that texts are longer than the text tower reads, looking at some rows."""
+    distinct = sorted(set(plan.sample(_LOOKED_AT).all_texts()))
+    lengths = text.lengths(distinct)
+    if many := sum(length > text.context for length in lengths):
+        longest = max(range(len(distinct)), key=lengths.__getitem__)
+        note(
+            f"{many} of {len(distinct)} texts have more tokens than the {text.context} that the text tower reads, and "
+            f"lose their ends. The longest has {lengths[longest]}: '{distinct[longest][:80]}'. Shorter texts, fewer "
+            "granularities or a --text-tower of a longer context keep them"
+        )
 
 
 def _validation(plan: Plan | None, select: Select, model: TwoTowers, workers: int) -> Validation | None:

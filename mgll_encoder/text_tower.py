@@ -37,6 +37,8 @@ TEXT_PROJECTION = "text_projection.weight"
 
 Pooling = Literal["end", "mean"]
 
+_UNCUT = 10**6
+"""More tokens than a text has; a tokenizer that is given no length complains of longer ones than its own."""
 _AT_ONCE = 256
 """Texts per forward pass of :meth:`TextTower.features`."""
 
@@ -119,9 +121,13 @@ class TextTower(nn.Module):
         padded = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
         return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, special ones included, before it is cut to the context."""
+        return [len(row) for row in self._pieces(texts)]
+
     def unknown(self, text: str) -> list[str]:
         """Pieces of a text that the encoder has no vector for; empty for towers with a whole vocabulary."""
-        beyond = [piece for piece in self._pieces([text], None)[0] if piece >= self.rows]
+        beyond = [piece for piece in self._pieces([text])[0] if piece >= self.rows]
         return list(self.tokenizer.convert_ids_to_tokens(beyond))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -248,8 +254,8 @@ class TextTower(nn.Module):
         context = min(limit, tokenizer.model_max_length)
         return cls(model, tokenizer, own, "end" if clip else "mean", context)
 
-    def _pieces(self, texts: Sequence[str], most: int | None) -> list[list[int]]:
-        return self.tokenizer(list(texts), truncation=most is not None, max_length=most)["input_ids"]
+    def _pieces(self, texts: Sequence[str], most: int = _UNCUT) -> list[list[int]]:
+        return self.tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
 
 
 def load_text_tower(tower_folder: Path) -> TextTower:

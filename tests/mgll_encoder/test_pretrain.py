@@ -310,6 +310,25 @@ def test_a_text_tower_that_lacks_words_is_not_trained_on(manifest, tmp_path):
     )
 
 
+def test_texts_that_lose_their_ends_are_told(manifest, tmp_path, capsys):
+    def lengthen(rows):
+        return [{**row, "texts": {**row["texts"], "keyword": ["drusen " * 90]}} for row in rows]
+
+    told = "have more tokens than the 77 that the text tower reads"
+    pretrain(manifest, tmp_path / "short", options(epochs=1))
+    assert told not in " ".join(capsys.readouterr().err.split())
+    long = edit(manifest, tmp_path / "long.jsonl", lengthen)
+    pretrain(long, tmp_path / "long", options(epochs=1))
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"1 of {_distinct(long)} texts {told}" in shown
+    assert "The longest has 182: 'drusen drusen" in shown
+    assert "Token indices" not in shown, "what transformers would say of it"
+
+
+def _distinct(manifest: Path) -> int:
+    return len(set(plan_rows(manifest, None, (), "train", False, Skipped()).all_texts()))
+
+
 def test_a_bert_can_be_the_text_tower_frozen_with_checkpointing_and_bf16(manifest, tmp_path):
     bert = bert_folder(tmp_path / "bert")
     changes = {
