@@ -1,24 +1,16 @@
 """The machine's side of a pretraining: transformers' arguments, precision, DeepSpeed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import Trainer, TrainingArguments
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.cli import stderr
 from mgll_encoder.common.errors import UserError
-
-if TYPE_CHECKING:
-    from mgll_encoder.pretrain import PretrainOptions
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+from mgll_encoder.pretrain_options import PretrainOptions
 
 
-def training_arguments(
-    folder: Path, options: "PretrainOptions", rows: int, workers: int
-) -> TrainingArguments:
+def training_arguments(folder: Path, options: PretrainOptions, rows: int, workers: int) -> TrainingArguments:
     """What transformers' Trainer is to do.
 
     Args:
@@ -71,28 +63,6 @@ def training_arguments(
             f"torchrun --nproc-per-node {arguments.n_gpu} --no-python mgll-encoder pretrain ..."
         )
     return arguments
-
-
-def check_deepspeed(path: Path) -> None:
-    """Refuse a DeepSpeed configuration that cannot be used.
-
-    Raises:
-        UserError: it is no JSON object, or asks for ZeRO 3 or gradient accumulation.
-    """
-    content = read_json(path)
-    zero = content.get("zero_optimization")
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    if stage == 3:
-        raise UserError(
-            f"{path}: field 'zero_optimization.stage' is 3: expected 0, 1 or 2; both towers fit on one GPU, and "
-            "are written whole from there"
-        )
-    steps = content.get("gradient_accumulation_steps", 1)
-    if steps not in (1, "auto"):
-        raise UserError(
-            f"{path}: field 'gradient_accumulation_steps' is {steps}: expected 1; texts of one step are no contrast "
-            "for images of another; raise --batch-size or the number of processes, with --gradient-checkpointing"
-        )
 
 
 def kept_epoch(trainer: Trainer) -> tuple[int, dict[str, float]]:

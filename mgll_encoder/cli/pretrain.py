@@ -60,8 +60,8 @@ def pretrain(
     --lr 1e-5 --batch-size 64 --gradient-checkpointing --out mgll-fundus
     """
     from mgll_encoder.losses import Alphas
-    from mgll_encoder.pretrain import PretrainOptions
     from mgll_encoder.pretrain import pretrain as run
+    from mgll_encoder.pretrain_options import PretrainOptions
 
     try:
         soft_clip, pointwise, smooth_kl = (float(part) for part in alpha.split(","))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,9 +18,6 @@ from mgll_encoder.common.cli import warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import write_text
 from mllm_adapters.training.checkpoints import last_checkpoint
-
-if TYPE_CHECKING:
-    from mllm_adapters.training.trainer import FrozenTrainer
 
 BEST = "best.safetensors"
 BEST_NOTE = "best.json"
@@ -43,6 +40,18 @@ class Evaluator(Protocol):
 
     def __call__(self, model: Any, processor: Any) -> float:
         """The score of a model; more is better."""
+        ...
+
+
+class Trained(Protocol):
+    """What `BestKeeper` asks of a trainer."""
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Write figures into the history, and to whoever listens."""
+        ...
+
+    def trained_values(self) -> dict[str, Tensor]:
+        """What is being trained, whole, by name."""
         ...
 
 
@@ -163,7 +172,7 @@ class BestKeeper(TrainerCallback):
 
     def __init__(
         self,
-        trainer: "FrozenTrainer",
+        trainer: Trained,
         processor: Any,
         evaluate: Evaluator,
         every: int,

@@ -15,7 +15,8 @@ from mgll_encoder.data.batches import Collator, ManifestImages, jitter, plan_row
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.phantom_set import write_phantom
 from mgll_encoder.data.skipped import Skipped
-from mgll_encoder.pretrain import PretrainOptions, pretrain
+from mgll_encoder.pretrain import pretrain
+from mgll_encoder.pretrain_options import PretrainOptions
 from mgll_encoder.text_tower import TextTower, load_text_tower
 from mgll_encoder.tower import inspect_tower as swap_header
 from mgll_encoder.tower import load_tower
