@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from threadpoolctl import threadpool_limits
+
 from eval_mcq.items.pictures import check_images, hash_images
 from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.runs.answers_file import append_answers, drop_unfinished_line, sort_answers
@@ -250,7 +252,7 @@ def scored(
             for group in batch
         ]
 
-    with ThreadPoolExecutor(1) as worker:
+    with ThreadPoolExecutor(1, initializer=_by_itself) as worker:
         waiting: list[tuple[Sequence[Group], Future[list[Prepared]]]] = []
         coming = iter(todo)
         try:
@@ -263,6 +265,14 @@ def scored(
                 yield batch, scorer.answer(prepared.result())
         finally:
             worker.shutdown(wait=False, cancel_futures=True)
+
+
+def _by_itself() -> None:
+    """Let this thread compute without helpers: beside a second team of them, the model's own is a quarter slower."""
+    import torch
+
+    torch.get_num_threads()  # the first call of a thread sets its number, which would undo what follows
+    threadpool_limits(1, user_api="openmp")
 
 
 def _opened(bench: Bench, item: MCQItem) -> list["Image"]:

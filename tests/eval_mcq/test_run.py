@@ -4,8 +4,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch
 from tokenizers import normalizers
 from transformers import AutoModelForImageTextToText
 
@@ -103,6 +105,28 @@ def test_a_run_answers_every_question_and_leaves_its_figures(put, bench, tmp_pat
     assert sum(cell["right"] for cell in summary["arms"][0]["cells"].values()) == right
     assert summary["answered"] == 10
     assert load_run(tmp_path / "run").answers == run.answers
+
+
+def test_questions_are_prepared_without_taking_the_cores_of_the_model(put, model_scorer, monkeypatch):
+    aside, answering = set(), set()
+    prepare, answer = model_scorer.prepare, model_scorer.answer
+
+    def preparing(*given):
+        if threading.current_thread() is not threading.main_thread():
+            aside.add(torch.get_num_threads())
+        return prepare(*given)
+
+    monkeypatch.setattr(model_scorer, "prepare", preparing)
+    monkeypatch.setattr(
+        model_scorer, "answer", lambda batch: answering.add(torch.get_num_threads()) or answer(batch)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        put(batch_size=3)
+    finally:
+        torch.set_num_threads(before)
+    assert (aside, answering) == ({1}, {2})
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_answers(put, tmp_path):
