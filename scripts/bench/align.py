@@ -196,9 +196,9 @@ def _show_arms(results: dict[str, dict[str, Any]]) -> None:
         "", "answer loss", "accuracy", "of the base's above chance", "R² held out", "seconds to align"
     )
     base = results["base"]
+    own = base["accuracy"] - base["chance"]
     for arm, found in results.items():
         fits = [fit["r2"] for fit in found["alignment"].get("readers", [])]
-        own = base["accuracy"] - base["chance"]
         above = f"{(found['accuracy'] - found['chance']) / own:.0%}" if own > 0 else "base guesses"
         table.add_row(
             arm,
