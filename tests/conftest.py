@@ -1,4 +1,4 @@
-"""Fixtures: tiny real models, made once per session; the golden reference vectors where they are at hand."""
+"""Fixtures: tiny real models, made once per session; the golden reference vectors and real photographs."""
 
 import os
 from pathlib import Path
@@ -12,23 +12,28 @@ torch.set_num_threads(1)  # models here are tiny, and tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # likewise for the commands that tests start
 
 
-def _folder_from(variable: str, default: str) -> Path:
-    return Path(os.environ.get(variable, Path(__file__).parents[2] / "shared" / default))
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Reference vectors of the original implementations (``MGLL_GOLDEN_DIR``)."""
-    folder = _folder_from("MGLL_GOLDEN_DIR", "golden")
+    """Reference vectors of the original implementations (``MGLL_GOLDEN_DIR``); tests/golden by default."""
+    folder = Path(os.environ.get("MGLL_GOLDEN_DIR", HERE / "golden"))
     if not folder.is_dir():
-        pytest.skip(f"no golden vectors at {folder}: set MGLL_GOLDEN_DIR")
+        pytest.fail(f"no golden vectors at {folder}: restore tests/golden or set MGLL_GOLDEN_DIR")
     return folder
 
 
 @pytest.fixture(scope="session")
+def photographs() -> Path:
+    """24 real fundus photographs of IDRiD (tests/data/CREDITS.md): images/ and manifest.csv."""
+    return HERE / "data" / "fundus"
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Real fundus photographs and X-rays (``MGLL_DATA_DIR``)."""
-    folder = _folder_from("MGLL_DATA_DIR", "data")
+    """All real fundus photographs, X-rays and label tables, which may not be redistributed (``MGLL_DATA_DIR``)."""
+    folder = Path(os.environ.get("MGLL_DATA_DIR", HERE.parents[1] / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}: set MGLL_DATA_DIR")
     return folder

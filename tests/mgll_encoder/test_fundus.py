@@ -152,8 +152,15 @@ def test_the_command_reports_and_says_what_to_do_next(tmp_path):
     assert image_folder(out, read_header(out)).resolve() == tmp_path
 
 
+def test_the_shipped_photographs_build(photographs, tmp_path):
+    builds(photographs, tmp_path)
+
+
 def test_the_real_table_builds(real_data, tmp_path):
-    folder = real_data / "fundus"
+    builds(real_data / "fundus", tmp_path)
+
+
+def builds(folder: Path, tmp_path: Path) -> None:
     report = build_fundus(FundusTable(folder / "manifest.csv"), folder, tmp_path / "m.jsonl")
     with (folder / "manifest.csv").open(encoding="utf-8") as stream:
         labelled = [row for row in csv.DictReader(stream) if row["labels"]]

@@ -423,11 +423,11 @@ def swapped(
 
 
 def test_after_the_swap_a_real_photograph_is_seen_by_the_new_towers_rule(
-    swapped: tuple[Plan, Path], real_data: Path
+    swapped: tuple[Plan, Path], photographs: Path
 ) -> None:
     plan, folder = swapped
     model, processor = load_mllm(folder, dtype=torch.float32)
-    picture = open_image(next(iter(sorted((real_data / "fundus").rglob("*.jp*g")))))
+    picture = open_image(min(photographs.rglob("*.jpg")))
     prompt = processor.apply_chat_template(conversation(), add_generation_prompt=True)
     batch = processor(text=[prompt], images=[picture], return_tensors="pt")
     assert (plan.before.resize, plan.after.resize) == ("pad", "squash")

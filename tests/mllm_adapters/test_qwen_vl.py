@@ -548,11 +548,11 @@ def test_questions_are_answered_alike_alone_and_in_a_padded_batch(swapped_chat: 
 
 
 @torch.no_grad()
-def test_a_real_photograph_and_its_question_go_through_together(real_data: Path, swapped_chat: Path) -> None:
+def test_a_real_photograph_and_its_question_go_through_together(
+    photographs: Path, swapped_chat: Path
+) -> None:
     model, processor = load_mllm(swapped_chat)
-    photograph = next(
-        path for path in sorted((real_data / "fundus").rglob("*")) if path.suffix in (".jpg", ".png")
-    )
+    photograph = min(photographs.rglob("*.jpg"))
     prompt = (PROMPTS / "qwen_vl.txt").read_text()
     batch = processor(text=[prompt], images=[Image.open(photograph).convert("RGB")], return_tensors="pt")
     assert (batch["input_ids"] == processor.image_token_id).sum() == 16
