@@ -1,24 +1,21 @@
-"""LLaVA-format conversations: check a row, turn it into chat messages.
+"""Conversations: check a row, turn it into chat messages.
 
 The format is that of haotian-liu/LLaVA (docs/Finetune_Custom_Data.md): rows of ``id``, ``image`` (a path
 below the image folder, a list of them, or nothing) and ``conversations``, where ``human`` and ``gpt`` take
-turns and ``<image>`` in a human's turn stands for an image.
+turns, after a ``system`` turn where there is one, and ``<image>`` in a human's turn stands for an image. Other
+published shapes are brought into this one by `mllm_adapters.data.row_shapes`.
 """
 
 from collections.abc import Mapping
 from itertools import cycle
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-IMAGE_TAG = "<image>"
+from mllm_adapters.data.row_shapes import IMAGE_TAG, as_llava
 
 ROLES: Mapping[str, str] = {"human": "user", "gpt": "assistant"}
 """Speakers of the format, in the order in which they take turns -> roles of chat messages."""
-
-
-def _as_tuple(value: Any) -> Any:
-    return () if value is None else (value,) if isinstance(value, str) else value
 
 
 class Turn(BaseModel):
@@ -31,13 +28,19 @@ class Turn(BaseModel):
 
 
 class Conversation(BaseModel):
-    """One row: images and the turns about them."""
+    """One row: images, and the turns about them after an instruction (``system``), if there is one."""
 
     model_config = ConfigDict(frozen=True)
 
     id: str | int | None = None
-    images: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(default=(), alias="image")
+    images: tuple[str, ...] = Field(default=(), alias="image")
+    system: str | None = None
     turns: tuple[Turn, ...] = Field(alias="conversations", min_length=2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shape(cls, record: Any) -> Any:
+        return as_llava(record)
 
     @model_validator(mode="after")
     def _check_turns(self) -> "Conversation":
@@ -59,7 +62,10 @@ class Conversation(BaseModel):
 
     def messages(self) -> list[dict[str, Any]]:
         """The turns as chat messages of the form that ``apply_chat_template`` takes."""
-        return [{"role": ROLES[turn.speaker], "content": _content(turn.value)} for turn in self.turns]
+        spoken = [{"role": ROLES[turn.speaker], "content": _content(turn.value)} for turn in self.turns]
+        if self.system is None:
+            return spoken
+        return [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *spoken]
 
 
 def faults_of(error: ValidationError) -> str:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 from PIL import Image
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.data.dialogue import Conversation
+from mllm_adapters.data.dialogue import ROLES, Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +54,21 @@ def render(conversation: Conversation, processor: Any) -> Example:
     white space excepted.
 
     Raises:
-        UserError: a prompt is no prefix of the whole (a template that rewrites history), or the template does
-            not place the images.
+        UserError: a prompt is no prefix of the whole (a template that rewrites history), the template has no place
+            for the system turn, or does not place the images.
     """
     messages = conversation.messages()
+    if conversation.system is not None:
+        _check_system(conversation, processor)
     text = processor.apply_chat_template(messages)
     answers = []
-    for index in range(1, len(messages), 2):
+    for index in range(len(messages) - len(conversation.turns) + 1, len(messages), 2):
         prompt = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
         answered = processor.apply_chat_template(messages[: index + 1])
         if not (answered.startswith(prompt) and text.startswith(answered)):
             raise UserError(
                 "the model's chat template cannot be used for training: the prompt of answer "
-                f"{index // 2 + 1} (id {conversation.id!r}) is not what the whole conversation begins with"
+                f"{len(answers) + 1} (id {conversation.id!r}) is not what the whole conversation begins with"
             )
         answers.append((len(prompt), len(answered.rstrip())))
     placeholders = text.count(processor.image_token)
@@ -75,6 +78,28 @@ def render(conversation: Conversation, processor: Any) -> Example:
             f"{processor.image_token}: the chat template must write one per image, and the data none"
         )
     return Example(conversation.images, text, tuple(answers))
+
+
+def _check_system(conversation: Conversation, processor: Any) -> None:
+    """Refuse a system turn that the template drops, or takes for a turn of somebody else."""
+    system, *rest = conversation.messages()
+    written = processor.apply_chat_template([system, *rest])
+    taken_for = [role for role in ROLES.values() if _written_alike(system, rest, role, written, processor)]
+    if taken_for or written.count(str(conversation.system).strip()) != 1:
+        how = f"writes it as a turn of the {taken_for[0]}" if taken_for else "does not write it"
+        raise UserError(
+            f"id {conversation.id!r} has a system turn, and the model's chat template {how}: take the system turns "
+            "out of the data, or add them to chat_template.jinja"
+        )
+
+
+def _written_alike(
+    system: dict[str, Any], rest: list[dict[str, Any]], role: str, written: str, processor: Any
+) -> bool:
+    try:
+        return bool(processor.apply_chat_template([{**system, "role": role}, *rest]) == written)
+    except jinja2.TemplateError:  # a template that insists on the order of roles
+        return False
 
 
 def adds_special_tokens(text: str, processor: Any) -> bool:

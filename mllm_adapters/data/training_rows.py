@@ -1,7 +1,7 @@
 """Training files of any format, read as a stream and kept as memory-mapped Arrow: one row per conversation.
 
-A file says itself what it is: a JSON list or JSON Lines of LLaVA conversations, a bench of eval-mcq (its first line has
-a ``schema``), or a manifest of ``mgll-encoder data`` (its first line has a ``format``).
+A file says itself what it is: a JSON list or JSON Lines of conversations, a bench of eval-mcq (its first line has a
+``schema``), or a manifest of ``mgll-encoder data`` (its first line has a ``format``).
 """
 
 import hashlib
@@ -27,13 +27,14 @@ from mllm_adapters.data.captions import ALL, CAPTION_PROMPTS_VERSION, caption, c
 from mllm_adapters.data.dialogue import IMAGE_TAG, Conversation, Turn, faults_of
 from mllm_adapters.data.questions import ANSWERS, BENCH_SCHEMA, BenchQuestion
 
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 """Part of the key of cached rows: changes when the same file would give other rows."""
 
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("images", pa.list_(pa.string())),
+        ("system", pa.string()),
         ("turns", pa.list_(pa.string())),
         ("train", pa.bool_()),
     ]
@@ -72,6 +73,7 @@ class Row(TypedDict):
 
     id: str
     images: list[str]
+    system: str | None
     turns: list[str]
     train: bool
 
@@ -110,7 +112,7 @@ def to_conversation(row: Mapping[str, Any]) -> Conversation:
         Turn.model_construct(speaker=("human", "gpt")[i % 2], value=t) for i, t in enumerate(row["turns"])
     ]
     return Conversation.model_construct(
-        id=json.loads(row["id"]), images=tuple(row["images"]), turns=tuple(turns)
+        id=json.loads(row["id"]), images=tuple(row["images"]), system=row["system"], turns=tuple(turns)
     )
 
 
@@ -119,6 +121,7 @@ def to_row(conversation: Conversation) -> Row:
     return {
         "id": json.dumps(conversation.id),
         "images": list(conversation.images),
+        "system": conversation.system,
         "turns": [turn.value for turn in conversation.turns],
         "train": True,
     }
@@ -202,7 +205,7 @@ def _conversations(path: Path, options: DataOptions) -> Iterator[Row]:  # noqa: 
 
 
 def conversations(path: Path) -> Iterator[Conversation]:
-    """The conversations of a JSON list or JSON Lines file in LLaVA's format, checked.
+    """The conversations of a JSON list or JSON Lines file, checked.
 
     Raises:
         UserError: after the last row, if rows break the format; at once, if the file is no JSON.
@@ -220,6 +223,7 @@ def _questions(path: Path, options: DataOptions) -> Iterator[Row]:
         yield {
             "id": json.dumps(question.id),
             "images": [str(folder / image) for image in question.images],
+            "system": None,
             "turns": [asked, question.answered(options.answer)],  # type: ignore[arg-type] # checked by DataOptions
             "train": True,
         }
@@ -237,6 +241,7 @@ def _captions(path: Path, options: DataOptions) -> Iterator[Row]:
             yield {
                 "id": json.dumps(f"line {number}"),
                 "images": [str(folder / row.image)],
+                "system": None,
                 "turns": [f"{IMAGE_TAG}\n{prompt}", said],
                 "train": row.split == "train",
             }
