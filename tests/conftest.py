@@ -47,6 +47,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The key of patients' pseudonyms, the same in all tests but those that are about keys."""
+    file = tmp_path_factory.mktemp("key") / "key"
+    file.write_text("5e" * 32 + "\n")
+    os.environ["MGLL_KEY_FILE"] = str(file)
+    return file
+
+
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained LLaVA in the transformers layout, with processor. Do not write into it."""

@@ -20,6 +20,7 @@ from PIL import Image
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder
+from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.data.skipped import Skipped
@@ -129,6 +130,7 @@ def build_xray(
     files = sorted(path for path in dicom.rglob("*") if path.is_file())
     report = XrayReport(skipped=Skipped(strict))
     rows: dict[str, ManifestRow] = {}
+    pseudonyms = Pseudonyms(dicom)
     with new_folder(out, force) as folder:
         (folder / IMAGES).mkdir()
         for outcome in _converted(files, folder / IMAGES, tuple(modalities), workers):
@@ -139,13 +141,14 @@ def build_xray(
                     "same pixels as another file", f"{outcome.file}: its picture is there already"
                 )
             else:
-                patient = _patient(outcome, dicom) if patient_folders else outcome.image
+                top = outcome.file.relative_to(dicom).parts[0]
+                drawn_by = _bare_hash(top) if patient_folders else outcome.image
                 rows[outcome.image] = ManifestRow.model_validate(
                     {
                         "image": f"{IMAGES}/{outcome.image}.png",
                         "texts": outcome.texts,
-                        "patient": patient,
-                        "split": assign_split(patient, test=test, val=val, seed=seed),
+                        "patient": pseudonyms.patient(top) if patient_folders else outcome.image,
+                        "split": assign_split(drawn_by, test=test, val=val, seed=seed),
                     }
                 )
         if not rows:
@@ -268,7 +271,6 @@ def _convert(file: Path, images: Path, modalities: tuple[str, ...]) -> _Outcome:
     return _Outcome(file, name, texts)
 
 
-def _patient(outcome: _Outcome, dicom: Path) -> str:
-    """A hash of the patient folder's name, which may itself identify somebody."""
-    top = outcome.file.relative_to(dicom).parts[0]
-    return hashlib.sha256(top.encode()).hexdigest()[:12]
+def _bare_hash(folder: str) -> str:
+    """What splits have always been drawn by; it can be undone by guessing, so it is never written."""
+    return hashlib.sha256(folder.encode(errors="surrogateescape")).hexdigest()[:12]
