@@ -11,7 +11,6 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -27,6 +26,7 @@ from transformers.utils import logging
 
 from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.pretrained import load_pretrained
 from mgll_encoder.word_pieces import CONTEXT, trimmed_tokenizer
 
 FOLDER = "text"
@@ -233,10 +233,7 @@ class TextTower(nn.Module):
         Raises:
             UserError: it cannot be had or read, or is no text encoder.
         """
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
-            raise _unreadable(source, error) from None
+        config = _load(AutoConfig, source)
         tokenizer, own = _tokenizer(source), None
         model: Any
         clip = config.model_type in _CLIP_TYPES
@@ -278,13 +275,8 @@ def load_text_tower(tower_folder: Path) -> TextTower:
 
 def _pretrained(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
     """The encoder without its pooling head, which no feature here passes through."""
-    try:
-        with _no_bars():
-            model, report = kind.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **settings
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise _unreadable(source, error) from None
+    with _no_bars():
+        model, report = _load(kind, source, dtype=torch.float32, output_loading_info=True, **settings)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing or report["mismatched_keys"]:
         raise UserError(
@@ -299,10 +291,7 @@ def _pretrained(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(source, error) from None
+    tokenizer = _load(AutoTokenizer, source)
     if tokenizer.pad_token_id is None:
         raise UserError(
             f"text tower {source}: its tokenizer has no padding token: expected one, as BERT's has"
@@ -326,9 +315,6 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _unreadable(source: str, error: Exception) -> UserError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(
-        f"text tower {source} cannot be read ({first}): expected a transformers folder, or a repository of the hub "
-        "and a connection to it"
-    )
+def _load(kind: Any, source: str, **settings: Any) -> Any:
+    advice = "expected a transformers folder, or a repository of the hub and a connection to it"
+    return load_pretrained(kind, source, f"text tower {source}", advice=advice, **settings)

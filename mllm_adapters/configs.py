@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from mgll_encoder.clip_vision import vision_settings
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.pretrained import library_errors, library_reason
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.contract import VisionContract
 from mllm_adapters.modeling import register
@@ -38,14 +39,6 @@ def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fi
         raise UserError(f"{where}: {found}: {first['msg']}; {advice}") from None
 
 
-def library_errors() -> tuple[type[Exception], ...]:
-    """What transformers, tokenizers and sentencepiece raise on damaged or foreign files."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    known = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError)
-    return (*known, StrictDataclassError)
-
-
 def build_config(settings: Mapping[str, Any], where: str) -> Any:
     """The transformers configuration object that a config.json describes.
 
@@ -59,7 +52,9 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except library_errors() as error:
-        raise UserError(f"{where}: transformers cannot use this configuration: {error!s:.300}") from None
+        raise UserError(
+            f"{where}: transformers cannot use this configuration: {library_reason(error)}"
+        ) from None
 
 
 def tower_geometry(vision: Any) -> dict[str, Any]:

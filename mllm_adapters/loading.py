@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.configs import build_config, library_errors
+from mgll_encoder.pretrained import load_pretrained
+from mllm_adapters.configs import build_config
 from mllm_adapters.contract import Plan
 from mllm_adapters.inventory import is_complete
 from mllm_adapters.operations import compute
@@ -82,7 +84,7 @@ def _load_delta(delta: Delta, dtype: Any) -> tuple[Any, Any | None]:
     state = {step.name: value for step, value in delta.values(plan.steps)}
     model = _load(state, plan.config, folder, dtype=dtype)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
     return model.eval(), load_processor(folder)
 
 
@@ -158,25 +160,18 @@ def check_depths(settings: Mapping[str, Any], tensors: int, where: str) -> None:
 def _load(state: dict[str, Tensor] | None, settings: Mapping[str, Any], folder: Path, **options: Any) -> Any:
     """A model from tensors or, where there are none, from the folder; its loading report is empty."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    from transformers.utils import logging
 
     config = build_config(settings, f"{folder}/config.json")
-    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # its own report says of random weights that they can be ignored
-    try:
-        model, report = kind.from_pretrained(
-            None if state else folder,
-            config=config,
-            state_dict=state,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they land in the report, which is refused
-            **options,
-        )
-    except library_errors() as error:
-        raise UserError(f"{folder}: transformers cannot load this model: {error!r:.300}") from error
-    finally:
-        logging.set_verbosity(before)
+    model, report = load_pretrained(
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)],
+        None if state else folder,
+        f"the model in {folder}",
+        config=config,
+        state_dict=state,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they land in the report, which is refused
+        **options,
+    )
     check_report(report, folder)
     return model
 

@@ -6,9 +6,10 @@ from typing import Any
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.preprocess import image_processor, read_preprocessing
+from mgll_encoder.pretrained import load_pretrained
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.checkpoint import TOKENIZER_FILES
-from mllm_adapters.configs import build_config, library_errors
+from mllm_adapters.configs import build_config
 from mllm_adapters.contract import VisionContract
 from mllm_adapters.modeling import register
 from mllm_adapters.planning import IMAGE_TOKEN
@@ -89,10 +90,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     # For a SentencePiece model, AutoTokenizer goes by the model_type of config.json and cuts text in another way
     # where that is not the language model's; the class that the tokenizer itself names is right.
     own = getattr(transformers, named.removesuffix("Fast"), None) if expected else None
-    try:
-        tokenizer = (own or transformers.AutoTokenizer).from_pretrained(folder)
-    except library_errors() as error:
-        raise UserError(f"the tokenizer in {folder} cannot be read: {error!r}") from None
+    tokenizer = load_pretrained(own or transformers.AutoTokenizer, folder, f"the tokenizer in {folder}")
     if expected:
         _check_against(expected, tokenizer, folder)
     return tokenizer
@@ -143,10 +141,7 @@ def load_processor(folder: Path) -> Any | None:
     if not has_tokenizer(folder):
         return None
     _register(folder)
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-    except library_errors() as error:
-        raise UserError(f"the processor in {folder} cannot be read: {error!r}") from None
+    processor = load_pretrained(AutoProcessor, folder, f"the processor in {folder}")
     if isinstance(processor, LlavaProcessor):
         _complete_llava(processor, folder / "config.json")
     return processor

@@ -12,7 +12,7 @@ from typing import Any
 
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError, unknown_name
-from mllm_adapters.configs import library_errors
+from mgll_encoder.pretrained import library_errors, library_reason
 from mllm_adapters.contract import Plan, VisionContract
 from mllm_adapters.families import read_template
 from mllm_adapters.processing import (
@@ -231,7 +231,7 @@ def original_tokenizer(folder: Path) -> Any:
     try:
         return _internlm2(folder, settings)
     except library_errors() as error:
-        raise UserError(f"the tokenizer in {folder} cannot be read: {error!r:.300}") from None
+        raise UserError(f"the tokenizer in {folder} cannot be read: {library_reason(error)}") from None
 
 
 def _internlm2(folder: Path, settings: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, PositiveInt
 
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.pretrained import load_pretrained
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields
@@ -147,7 +148,9 @@ def janus_tokenizer(folder: Path) -> Any | None:
     if absent := [token for token in (IMAGE_BEGIN, IMAGE_END) if token not in vocabulary]:
         raise UserError(f"{folder}: the tokenizer has no {absent[0]}: it is not a Janus tokenizer")
     named = {"image_token": PLACEHOLDER, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
-    tokenizer = type(tokenizer).from_pretrained(folder, extra_special_tokens=named)
+    tokenizer = load_pretrained(
+        type(tokenizer), folder, f"the tokenizer in {folder}", extra_special_tokens=named
+    )
     settings = folder / "tokenizer_config.json"
     begins = settings.is_file() and read_json(settings).get("add_bos_token")
     if begins and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:

@@ -83,10 +83,8 @@ class MgllInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerat
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, qformer.hidden_size))
         self.qformer = InstructBlipQFormerModel._from_config(qformer)
         self.language_projection = nn.Linear(qformer.hidden_size, text.hidden_size)
-        decoder_only = config.use_decoder_only_language_model
-        self.language_model = (AutoModelForCausalLM if decoder_only else AutoModelForSeq2SeqLM).from_config(
-            text
-        )
+        kind = AutoModelForCausalLM if config.use_decoder_only_language_model else AutoModelForSeq2SeqLM
+        self.language_model = kind.from_config(text, trust_remote_code=False)
         self.post_init()
 
     def forward(

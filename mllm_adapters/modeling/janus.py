@@ -82,7 +82,7 @@ class MgllJanusModel(JanusModel):
         vision: Any = config.vision_config
         generator: Any = config.vq_config
         text: Any = config.text_config
-        self.vision_model = AutoModel.from_config(vision)
+        self.vision_model = AutoModel.from_config(vision, trust_remote_code=False)
         self.aligner = JanusVisionAlignerMLP(
             JanusVisionConfig(
                 hidden_size=vision.hidden_size,
@@ -95,7 +95,7 @@ class MgllJanusModel(JanusModel):
         self.generation_embeddings = nn.Embedding(generator.num_embeddings, generator.embed_dim)
         self.generation_aligner = JanusVQVAEAlignerMLP(generator)
         self.generation_head = JanusVQVAEHead(generator)
-        self.language_model = AutoModel.from_config(text)
+        self.language_model = AutoModel.from_config(text, trust_remote_code=False)
         self.gradient_checkpointing = False
         self.post_init()
 

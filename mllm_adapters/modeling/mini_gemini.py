@@ -115,7 +115,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         super().__init__(config)
         aux, text = config.vision_config_aux, config.text_config
         width, cells = config.vision_config.hidden_size, sum(aux.hidden_sizes)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.vision_tower_aux = HighResolutionTower(aux)
         self.vlm_uni_query_projector = _normalised_linear(width, config.mining_width)
         self.vlm_uni_aux_projector = _normalised_linear(cells, config.mining_width)
@@ -123,7 +123,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         self.mm_projector = nn.Sequential(
             nn.Linear(width, text.hidden_size), nn.GELU(), nn.Linear(text.hidden_size, text.hidden_size)
         )
-        self.language_model = AutoModel.from_config(text)
+        self.language_model = AutoModel.from_config(text, trust_remote_code=False)
         self.post_init()
 
     def get_image_features(

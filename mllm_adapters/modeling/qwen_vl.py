@@ -199,7 +199,7 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: QwenVLConfig) -> None:
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.attn_pool = Resampler(config)
         self.language_model = LanguageModel._from_config(config.text_config)
         self.post_init()

@@ -86,9 +86,11 @@ def smollm2(texts: Sequence[str], options: Sequence[str], seed: int) -> Speech: 
     """
     weights = _gguf_file()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            weights.parent, gguf_file=weights.name, trust_remote_code=False
+        )
         source = AutoModelForCausalLM.from_pretrained(
-            weights.parent, gguf_file=weights.name, dtype=torch.float32
+            weights.parent, gguf_file=weights.name, dtype=torch.float32, trust_remote_code=False
         )
     except ImportError as error:
         raise UserError(f"{weights.name} cannot be read ({error}): pip install gguf") from None

@@ -12,8 +12,8 @@ from PIL import Image
 
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.pretrained import library_errors, library_reason
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.configs import library_errors
 from mllm_adapters.loading import check_complete, load_mllm
 from mllm_adapters.operations import FittedTower
 from mllm_adapters.planning import dtype_name
@@ -200,7 +200,7 @@ class Verification:
         try:
             changed = blanking_changes(model, processor)
         except library_errors() as error:
-            yield Check("image", False, f"the model cannot be asked about an image: {error!r:.200}")
+            yield Check("image", False, f"the model cannot be asked about an image: {library_reason(error)}")
             return
         detail = f"blanking the image moves the logits of the next token by up to {changed:.3g}"
         yield Check(

@@ -326,8 +326,8 @@ def _variant(model: Path, size: str, image_size: int | None, folder: Path) -> Pa
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    config = AutoConfig.from_pretrained(model)
-    processor = AutoProcessor.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     if size == "small":
         config.text_config.update(SMALL)
     if image_size:
@@ -337,7 +337,7 @@ def _variant(model: Path, size: str, image_size: int | None, folder: Path) -> Pa
         processor.image_processor.size = processor.image_processor.crop_size = side
         processor.patch_size = 14
     torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
+    AutoModelForImageTextToText.from_config(config, trust_remote_code=False).float().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

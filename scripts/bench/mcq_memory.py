@@ -90,7 +90,10 @@ def _tiny(model: Path, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    config, processor = (
+        AutoConfig.from_pretrained(model, trust_remote_code=False),
+        AutoProcessor.from_pretrained(model, trust_remote_code=False),
+    )
     config.text_config.update(
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
          "num_key_value_heads": 2, "head_dim": 16}
@@ -100,7 +103,7 @@ def _tiny(model: Path, folder: Path) -> None:
     processor.image_processor.size = processor.image_processor.crop_size = {"height": 28, "width": 28}
     processor.patch_size = 14
     torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
+    AutoModelForImageTextToText.from_config(config, trust_remote_code=False).float().save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

@@ -69,8 +69,8 @@ import torch
 from transformers import AutoModelForImageTextToText, CLIPVisionModel, LlavaForConditionalGeneration
 host, encoder, out, shard = sys.argv[1:]
 imported = time.monotonic()
-model = AutoModelForImageTextToText.from_pretrained(host, dtype=torch.bfloat16)
-tower = CLIPVisionModel.from_pretrained(encoder, dtype=torch.bfloat16)
+model = AutoModelForImageTextToText.from_pretrained(host, dtype=torch.bfloat16, trust_remote_code=False)
+tower = CLIPVisionModel.from_pretrained(encoder, dtype=torch.bfloat16, trust_remote_code=False)
 model.model.vision_tower = tower
 loaded = time.monotonic()
 model.save_pretrained(out, max_shard_size=int(shard))

@@ -47,9 +47,11 @@ def _load(path: Path, split: str | None) -> Any:
         elif path.suffix == ".parquet":
             if not path.is_file():
                 raise UserError(f"data set {path} does not exist: check the path")
-            data = datasets.load_dataset("parquet", data_files=str(path), streaming=True)
+            data = datasets.load_dataset(
+                "parquet", data_files=str(path), streaming=True, trust_remote_code=False
+            )
         else:
-            data = datasets.load_dataset(str(path), streaming=True)
+            data = datasets.load_dataset(str(path), streaming=True, trust_remote_code=False)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         message = str(error).partition("\n")[0]
         raise UserError(

@@ -1,0 +1,139 @@
+"""Other people's folders read through transformers: their code never runs, nobody is asked, errors are one line."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.errors import UserError
+
+CODE_FIELD = "auto_map"
+"""The field with which a folder asks transformers to run a Python file."""
+
+CONFIGS = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+)
+"""The files that transformers goes by, in the order in which it reads them."""
+
+_NEEDS_CODE = ("trust_remote_code", "Unrecognized processing class")
+"""What transformers says where it would have to run a folder's code."""
+
+_LOADS_ANOTHER = "audio_tokenizer"
+"""A field of processors that names another repository, which would be loaded without a word."""
+
+_IN_PLAIN_WORDS = {
+    "CONVERSION": "its tensors do not have the shapes that its config.json describes",
+    "ignore_mismatched_sizes": "its tensors do not have the shapes that its config.json describes",
+    "Unrecognized processing class": "no processor class that transformers knows is named",
+}
+"""What a message of transformers holds that speaks to programmers -> what it means."""
+
+
+def load_pretrained(
+    kind: Any, source: str | Path | None, what: str, *, advice: str = "", **options: Any
+) -> Any:
+    """What ``kind.from_pretrained(source, **options)`` gives, without running code of the folder.
+
+    Args:
+        kind: A class of transformers, an Auto class too.
+        source: A folder or a hub id; None where the options hold everything.
+        what: What is read and where it lies, such as ``the tokenizer in llava/``; begins the error message.
+        advice: What was expected, or what to do; ends the error message.
+        **options: Passed on.
+
+    Raises:
+        UserError: it cannot be read, or only with code of its own.
+    """
+    folder = Path(source) if source is not None and Path(source).is_dir() else None
+    if folder is not None:
+        _check_configs(folder)
+    try:
+        with quiet():
+            return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except library_errors() as error:
+        raise _unreadable(what, folder, error, advice) from error
+
+
+def library_errors() -> tuple[type[Exception], ...]:
+    """What transformers, tokenizers and sentencepiece raise on damaged or foreign files.
+
+    That is anything at all: ``tokenizers`` raises bare exceptions, and few fields are checked before they are used.
+    """
+    return (Exception,)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the reports of transformers and sentencepiece off the screen; what is wrong is told by our own errors."""
+    import sentencepiece
+
+    sentencepiece.set_min_log_level(3)
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def library_reason(error: Exception) -> str:
+    """The first line of what a library says, without advice for programmers."""
+    text = str(error).strip()
+    for sign, meaning in _IN_PLAIN_WORDS.items():
+        if sign in text:
+            return meaning
+    first = text.splitlines()[0] if text else ""
+    named = first if isinstance(error, ValueError | OSError | RuntimeError) and first else repr(error)
+    return named[:200]
+
+
+def _check_configs(folder: Path) -> None:
+    """Read the folder's configurations once before transformers does, so that errors name the file and the field."""
+    for name in CONFIGS:
+        if not (folder / name).is_file():
+            continue
+        settings = read_json(folder / name)
+        if settings.get(_LOADS_ANOTHER) is not None:
+            raise UserError(
+                f"{folder / name}: field '{_LOADS_ANOTHER}' names another model to load; nothing was loaded: remove "
+                "the field, models here take no sound"
+            )
+        code = settings.get(CODE_FIELD)
+        if code is not None and not isinstance(code, dict | list):
+            raise UserError(
+                f"{folder / name}: field '{CODE_FIELD}' is {code!r}: expected an object; remove it"
+            )
+
+
+def _unreadable(what: str, folder: Path | None, error: Exception, advice: str) -> UserError:
+    needs_code = any(sign in str(error) for sign in _NEEDS_CODE)
+    asking = _asks_for_code(folder) if folder and needs_code else None
+    if asking is not None:
+        file, code = asking
+        return UserError(
+            f"{what} cannot be read without running Python code of its folder; nothing of it was run: {file} names it "
+            f"in field '{CODE_FIELD}' ({code!s:.120}), and no class of transformers in its place: expected files that "
+            "transformers reads by itself"
+        )
+    if needs_code and "trust_remote_code" in str(error):
+        return UserError(
+            f"{what} cannot be read without running Python code of its repository (field '{CODE_FIELD}'); nothing of "
+            "it was run: expected a model that transformers reads by itself"
+        )
+    return UserError(f"{what} cannot be read: {library_reason(error)}{advice and f'; {advice}'}")
+
+
+def _asks_for_code(folder: Path) -> tuple[Path, Any] | None:
+    """The first configuration of a folder that names code, and what it names."""
+    for name in CONFIGS:
+        file = folder / name
+        if file.is_file() and (code := read_json(file).get(CODE_FIELD)):
+            return file, code
+    return None
