@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing
-from mgll_encoder.common.images import open_image
+from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.data.label_table import LabelledImages
 from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.preprocess import image_transform
@@ -142,8 +142,8 @@ def tower_digest(tower: Tower) -> str:
 
 
 def images_digest(images: Sequence[Path]) -> str:
-    """A hash of image files by path, size and time of change."""
-    digest = hashlib.sha256()
+    """A hash of image files by path, size and time of change, and of how they are read."""
+    digest = hashlib.sha256(f"reader {READER_VERSION}\n".encode())
     for path in images:
         state = path.stat()
         digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())

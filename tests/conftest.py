@@ -39,6 +39,15 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Small inputs that once failed (``MGLL_CASES_DIR``); their kinds are tested without them, too."""
+    folder = Path(os.environ.get("MGLL_CASES_DIR", HERE.parents[1] / "shared" / "cases"))
+    if not folder.is_dir():
+        pytest.skip(f"no cases at {folder}: set MGLL_CASES_DIR")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the tests' own, for the commands that they start, too."""

@@ -105,6 +105,7 @@ def _quieten_libraries() -> None:
     # It sets its own level when it is imported, which transformers' Trainer does; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="PIL")  # what matters is said by mgll_encoder.common.images
 
 
 def _reraise_if_debugging() -> None:

@@ -1,23 +1,78 @@
-"""Opening images, with errors that name the file."""
+"""The one reader of pictures: training, scoring, probes, caches and reports see the same pixels of a file.
+
+It gives what ``transformers.image_utils.load_image`` gives: the picture turned upright by its EXIF orientation, then
+Pillow's conversion to RGB, which drops transparency and keeps the colors as they are stored. Two things differ:
+pictures of more than 8 bits are scaled (Pillow cuts values off at 255), and files with several frames are refused.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from mgll_encoder.common.errors import UserError
 
+READER_VERSION = 2
+"""Part of the key of everything cached: changes when the same file gives other pixels."""
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "GIF", "WEBP", "AVIF", "JPEG2000", "PPM")
+"""Formats that are read, by Pillow's names. Others have several pictures (ICO), or run a program (EPS)."""
+
+DEPTHS = (8, 10, 12, 14, 16, 24, 32)
+"""Bits per sample that values are taken to have; files with more than 8 do not say how many of them are used."""
+
+_PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+"""Pillow's modes of more than 8 bits; it reads coloured pictures of 16 bits as 8 by itself."""
+
+_READABLE = "PNG, JPEG, TIFF, BMP, GIF, WebP, AVIF, JPEG 2000 or PNM"
+
+_SLACK = 0.05
+"""How far floats may go beyond their scale, as resampling makes them; they are cut off there."""
+
+_FLOAT_GAP = 16.0
+"""Floats that end between 1 and this have neither a scale of 0 to 1 nor of 0 to 255."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the picture upright."""
+
 
 def open_image(path: Path) -> Image.Image:
-    """Read an image file as RGB.
+    """Read an image file as RGB with 8 bits, upright.
+
+    Values of more than 8 bits are scaled by their depth: the smallest of `DEPTHS` that holds the file's greatest value,
+    so that 12 bits stored in 16 come out right. Floats up to 1 have a scale of 0 to 1.
 
     Raises:
-        UserError: the file is missing, is no image, is truncated, or is so large that it may be an attack.
+        UserError: the file is missing, is no image, is truncated, has several frames or values that are no brightness,
+            or is so large that it may be an attack.
     """
-    with _named(f"image {path}"), Image.open(path) as image:
-        return image.convert("RGB")
+    name = f"image {path}"
+    with _opened(path, name) as image:
+        return _upright_rgb(image, name)
+
+
+def check_image_header(path: Path) -> None:
+    """Recognise an image file without decoding its pixels.
+
+    Raises:
+        UserError: the file is missing, is no image, or has several frames.
+    """
+    name = f"image {path}"
+    with _opened(path, name) as image:
+        _check_single(image, name)
 
 
 def image_format(stream: IO[bytes], name: str) -> str:
@@ -28,23 +83,94 @@ def image_format(stream: IO[bytes], name: str) -> str:
         name: What to call it in an error message.
 
     Raises:
-        UserError: it is no image, is truncated, or is so large that it may be an attack.
+        UserError: as for `open_image`.
     """
-    with _named(name), Image.open(stream) as image:
-        image.load()
+    with _named(name), Image.open(stream, formats=FORMATS) as image:
+        _upright_rgb(image, name)
         return image.format or ""
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    _check_single(image, name)
+    image.load()
+    pixels = _eight_bits(image, name) if image.mode in _DEEP else image
+    upright = pixels.transpose(turn) if (turn := _turn(image)) is not None else pixels
+    return upright.convert("RGB")
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[Image.Image]:
+    """An image file as a stream: given a path, Pillow maps plain TIFFs into memory and shears those that EXIF turns."""
+    with _named(name):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{name} is a folder, pipe or device: expected a file")
+        with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+            yield image
+
+
+def _check_single(image: Image.Image, name: str) -> None:
+    """Refuse pages and animations; the further pictures of a camera's JPEG (MPO) are previews of the first."""
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise UserError(
+            f"{name} has {frames} frames (pages, or an animation): expected one picture; save each as a file of its own"
+        )
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """The turn that EXIF or XMP asks for; none where they are damaged, as in any viewer."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of any kind, see `_named`
+        return None
+    return _TURNS.get(orientation)
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Grey values of more than 8 bits on a scale of 0 to 255, mode ``L``."""
+    values = np.asarray(image)
+    white = _white(values, name)
+    scaled = np.clip(values * (255 / white), 0, 255)
+    if _white_is_zero(image):
+        scaled = 255 - scaled
+    return Image.fromarray(np.round(scaled).astype(np.uint8))
+
+
+def _white(values: NDArray[np.generic], name: str) -> float:
+    """The value that stands for white (black is 0)."""
+    low, high = float(values.min()), float(values.max())
+    floating = values.dtype.kind == "f"
+    slack = 1 + _SLACK if floating else 1.0
+    scales = ([1] if floating else []) + [2**bits - 1 for bits in DEPTHS]
+    white = next((scale for scale in scales if high <= scale * slack), None)
+    unclear = floating and white == 255 and high < _FLOAT_GAP
+    if white is None or unclear or low < -(slack - 1) * white:
+        raise UserError(
+            f"{name} has values from {low:g} to {high:g}: expected brightness from 0 to 255 or 65535, or floats from 0 "
+            "to 1; apply the window that it is meant to be seen with, and save it with 8 or 16 bits"
+        )
+    return float(white)
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF's values fall from white to black; Pillow inverts those of 8 bits only."""
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC, 1) == 0
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Turn Pillow's errors into one line about the image of this name."""
+    """Turn Pillow's errors into one line about the image of this name; damaged files raise errors of any kind."""
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{name} does not exist: check the image folder") from None
     except UnidentifiedImageError:
-        raise UserError(f"{name} is not in a format that Pillow reads") from None
+        raise UserError(f"{name} is not in a format that is read here: expected {_READABLE}") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large to open safely: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise UserError(f"{name} is too large for the memory of this machine") from None
+    except Exception as error:
         raise UserError(f"{name} cannot be decoded: {error}") from None

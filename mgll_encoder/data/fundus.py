@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256
+from mgll_encoder.common.images import check_image_header
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import check_columns, read_table
 from mgll_encoder.data.fundus_layouts import (
@@ -260,13 +260,13 @@ def _consistent(
 
 def _trouble(path: Path) -> str:
     """What keeps an image's header from being read; empty if nothing does."""
-    if not path.is_file():
+    if not path.exists():
         return "image missing"
     try:
-        with Image.open(path):
-            return ""
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        check_image_header(path)
+    except UserError:
         return "image unreadable"
+    return ""
 
 
 def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, str]]]]:

@@ -1,7 +1,7 @@
 """What is known of image files before training: that they decode, their size, and the hash of their bytes.
 
-Each file is read once on a machine: facts are kept in the cache under path, size, inode and times of change, of which
-no program can set back the last, so a file that has changed is read again.
+Each file is read once on a machine: facts are kept in the cache under the reader's version, path, size, inode and times
+of change, of which no program can set back the last, so a file that has changed is read again.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from joblib import cpu_count
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing, cache_folder, sha256
-from mgll_encoder.common.images import open_image
+from mgll_encoder.common.images import READER_VERSION, open_image
 
 SCHEMA = pa.schema(
     [
@@ -79,7 +79,14 @@ def image_facts(names: Iterable[str], folder: Path) -> dict[str, ImageFact]:
 
 def _key(path: Path) -> bytes:
     state = path.stat()
-    told = (str(path.absolute()), state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns)
+    told = (
+        READER_VERSION,
+        str(path.absolute()),
+        state.st_size,
+        state.st_ino,
+        state.st_mtime_ns,
+        state.st_ctime_ns,
+    )
     return hashlib.sha256(repr(told).encode()).digest()
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mgll_encoder.common.cli import note, track
 from mgll_encoder.common.files import cache_folder
-from mgll_encoder.common.images import open_image
+from mgll_encoder.common.images import READER_VERSION, open_image
 from mllm_adapters.data.fingerprints import modules_fingerprint, pixel_fingerprint
 from mllm_adapters.features.stand_ins import Plan, seen_of_images, watched
 from mllm_adapters.features.store import SHARD_BYTES, FeatureStore, Stored, readable, size_of
@@ -68,6 +68,7 @@ def open_store(model: Any, processor: Any, plan: Plan, place: Place) -> FeatureS
     modules = {call.name: model.get_submodule(call.name) for call in plan.calls}
     about = {
         "version": FEATURES_VERSION,
+        "reader": READER_VERSION,
         "towers": modules_fingerprint(modules),
         "preprocessing": pixel_fingerprint(processor),
         "plan": plan.described(),

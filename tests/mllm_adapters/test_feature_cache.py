@@ -204,7 +204,7 @@ def test_training_opens_no_image_but_those_it_checks_the_cache_with(loud, tmp_pa
     run(loud, tmp_path / "first")
     opened = []
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(path) or original(path, *rest))
+    monkeypatch.setattr(Image, "open", lambda path, **rest: opened.append(path) or original(path, **rest))
     run(loud, tmp_path / "second")
     assert len(opened) == 2
 
