@@ -1,28 +1,44 @@
-"""Manners of every command: exit codes (0 done, 2 the user's mistake, 1 our fault), one-line errors, progress."""
+"""Manners of every command: exit codes, one-line errors, progress.
+
+Exit codes: 0 done, 2 the user's mistake (or that of their disk), 1 our fault, 130 and 143 ended by Ctrl-C and SIGTERM.
+"""
 
 import atexit
 import gc
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mgll_encoder.common import signals
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.faults import find_fault
 
 T = TypeVar("T")
 
-stdout = Console()
+
+class _Console(Console):
+    """A console whose reader may leave early (``| head``)."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave quietly, as a shell expects of a process whose output nobody reads."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE)
+
+
+stdout = _Console()
 """Results: tables, paths, the next command to type."""
 
-stderr = Console(stderr=True)
+stderr = _Console(stderr=True)
 """Progress, warnings and errors."""
 
 
@@ -46,21 +62,45 @@ def run(app: typer.Typer) -> NoReturn:
     _quieten_libraries()
     # So that nothing looks for garbage among all that torch has made: half a second at every exit.
     atexit.register(gc.freeze)
-    command = typer.main.get_command(app)
+    with signals.watched():
+        code = _outcome(typer.main.get_command(app))
+    sys.exit(code)
+
+
+def _outcome(command: Any) -> int:
+    """Run a command; say in one line what went wrong. Its exit code."""
     try:
         code = command.main(standalone_mode=False)
+        sys.stdout.flush()
     except (UserError, typer.exceptions.TyperException) as error:
         _reraise_if_debugging()
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        _fail(2, message)
-    except (typer.Abort, KeyboardInterrupt):
-        _fail(130, "interrupted")
-    except Exception as error:  # the last resort: our fault, said in one line
+        return _ended() or _told(2, message)
+    except KeyboardInterrupt:
+        return _ended() or _told(130, "interrupted")
+    except Exception as error:  # the last resort: the disk's fault or ours
         _reraise_if_debugging()
-        _fail(
-            1, f"{type(error).__name__}: {error} (a fault of ours: run again with MGLL_DEBUG=1 and report it)"
-        )
-    sys.exit(code if isinstance(code, int) else 0)
+        return _ended() or _explained(error)
+    if code == 130:  # how Typer passes Ctrl-C on
+        return _ended() or 130
+    return code if isinstance(code, int) else 0
+
+
+def _explained(error: Exception) -> int:
+    """Say in one line what the operating system refused, or else that we are at fault."""
+    if fault := find_fault(error):
+        return _told(2, fault.line())
+    if isinstance(error, typer.Abort) and error.__cause__ is not None:  # what Typer makes of an EOFError
+        error = cast(Exception, error.__cause__)
+    again = "(a fault of ours: run again with MGLL_DEBUG=1 and report it)"
+    return _told(1, f"{type(error).__name__}: {error} {again}")
+
+
+def _ended() -> int:
+    """The exit code where a signal has ended the command, which is said; else 0."""
+    if signals.received() is None:
+        return 0
+    return _told(signals.exit_code(), "interrupted")
 
 
 @contextmanager
@@ -113,6 +153,6 @@ def _reraise_if_debugging() -> None:
         raise
 
 
-def _fail(code: int, message: str) -> NoReturn:
+def _told(code: int, message: str) -> int:
     stderr.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
-    sys.exit(code)
+    return code

@@ -1,23 +1,34 @@
-"""Outputs that appear whole or not at all, and hashes of inputs."""
+"""Inputs that are files, outputs that appear whole or not at all, and hashes of both."""
 
 import hashlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.faults import CACHE, find_fault, writing
+from mgll_encoder.common.locks import locked
 
-CACHE = "MGLL_CACHE_DIR"
-"""Environment variable that names the cache folder."""
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[a-z0-9_]{8}", re.DOTALL)
+"""Hidden siblings that something is written to, or that hold what is about to be replaced."""
 
-_RANDOM = r"[a-z0-9_]{8}"
-"""What `tempfile.mkdtemp` appends."""
+_LOCK = re.compile(r"\.(?P<name>.+)\.lock", re.DOTALL)
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe (FIFO)"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+_swept: set[Path] = set()
+"""Cache folders that this process has cleared of what killed ones left."""
 
 
 def cache_folder(kind: str) -> Path:
@@ -25,33 +36,76 @@ def cache_folder(kind: str) -> Path:
     return Path(os.environ.get(CACHE, Path.home() / ".cache" / "mgll-mllm")) / kind
 
 
+def regular_file(path: Path, what: str = "file") -> Path:
+    """An input that is an ordinary file, or a link to one. It is not opened, so nothing waits for a pipe.
+
+    Args:
+        path: The input.
+        what: What it is to be, for the message, such as ``"label file"``.
+
+    Raises:
+        UserError: it is missing, a folder, a pipe, a device or a socket, or cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        leads = f" (a link to {path.readlink()})" if path.is_symlink() else ""
+        raise UserError(f"{what} {path}{leads} does not exist: check the path") from None
+    except OSError as error:
+        fault = find_fault(error)
+        raise UserError(f"{what} {fault.line() if fault else error}") from None
+    except ValueError:
+        raise UserError(f"{what} {str(path)!r} is no file name: it holds characters that none has") from None
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no file")
+        raise UserError(f"{what} {path} is {kind}, expected an ordinary file: check the path")
+    return path
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """The text of an input in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        UserError: it is no ordinary file (see `regular_file`), cannot be read, or is no UTF-8.
+    """
+    regular_file(path, what)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        fault = find_fault(error)
+        raise UserError(f"{what} {fault.line() if fault else f'{path}: {error}'}") from None
+
+
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write that becomes ``path`` when the block ends without an error.
 
-    Unlike outputs, what is kept in a cache may be written by several processes at once: the last one wins, and
-    all have written the same.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_free(path: Path, force: bool = False) -> None:
-    """Refuse an output path that is taken.
+    For what can be computed again and is kept in a cache: a second process waits, and then writes the same. What
+    killed processes left in the folder is cleared away first.
 
     Raises:
-        UserError: ``path`` exists and ``force`` is not set.
+        UserError: the disk is full or read-only.
     """
-    if path.exists() and not force:
-        raise UserError(f"output {path} exists: choose another --out, or replace it with --force")
+    with writing(path):
+        _make(path.parent)
+        _sweep(path.parent)
+        with locked(_lock_of(path), otherwise=None), _partial_file(path) as partial:
+            yield partial
+
+
+@contextmanager
+def new_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """Yield the name of a file to write that becomes ``path`` when the block ends without an error.
+
+    Two processes cannot write the same file at once. What killed ones left beside ``path`` is cleared away first.
+
+    Raises:
+        UserError: ``path`` exists and ``force`` is not set, another process is writing it, or it cannot be written.
+    """
+    with _only_writer(path, force), _partial_file(path) as partial:
+        yield partial
 
 
 @contextmanager
@@ -63,25 +117,16 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     operating system (flock), so it ends with the process that holds it, however that ends.
 
     Raises:
-        UserError: ``path`` exists and ``force`` is not set, or another process is writing it.
+        UserError: ``path`` exists and ``force`` is not set, another process is writing it, or it cannot be written.
     """
-    check_free(path, force)
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.parent / f".{path.name}.lock"
-    taken = (
-        f"another process is writing {path} (it holds the lock {lock}): wait for it, or choose another --out"
-    )
-    with locked(lock, taken):
-        _clear_leftovers(path)
-        check_free(path, force)  # again: another process may have finished it, or an old one come back
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-        partial.chmod(0o755)
+    with _only_writer(path, force):
+        path = path.absolute()
+        partial = _new_sibling(path, "partial")
         try:
             yield partial
-            sync_tree(partial)
+            _publish(partial)
             if path.exists():
-                doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.replaced-", dir=path.parent))
+                doomed = _new_sibling(path, "replaced")
                 path.rename(doomed / path.name)
                 partial.rename(path)
                 shutil.rmtree(doomed)
@@ -93,71 +138,26 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
             raise
 
 
-def sync_tree(folder: Path) -> None:
-    """Wait until every file and folder below ``folder`` is on the disk."""
-    for path in (*folder.rglob("*"), folder):
-        if not path.is_symlink():
-            sync_file(path)
-
-
-@contextmanager
-def locked(file: Path, otherwise: str) -> Iterator[None]:
-    """Hold a lock; a killed process gives it up.
-
-    Args:
-        file: The lock; it is there only while it is held.
-        otherwise: What to tell the user where another process holds it.
+def check_free(path: Path, force: bool = False) -> None:
+    """Refuse an output path that is taken.
 
     Raises:
-        UserError: another process does.
+        UserError: ``path`` exists and ``force`` is not set, or is a link to nothing.
     """
-    lock = FileLock(file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(otherwise) from None
-    try:
-        yield
-    finally:
-        # While it is held: who opened it meanwhile finds it unlinked, and makes a new one.
-        file.unlink(missing_ok=True)
-        lock.release()
-
-
-def _clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left beside ``path``; what one was about to replace comes back."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(partial|replaced)-{_RANDOM}")
-    for left in [found for found in path.parent.iterdir() if pattern.fullmatch(found.name)]:
-        if (left / path.name).is_dir() and ".replaced-" in left.name and not path.exists():
-            (left / path.name).rename(path)
-        _remove_last_first(left)
-
-
-def _remove_last_first(folder: Path) -> None:
-    """Remove a folder, what was written last first: killed in between, what is left looks as unfinished as it is."""
-    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    for file in sorted(files, key=lambda file: file.lstat().st_mtime_ns, reverse=True):
-        file.unlink()
-    shutil.rmtree(folder)
-
-
-@contextmanager
-def new_file(path: Path, force: bool = False) -> Iterator[Path]:
-    """Yield a hidden sibling file that becomes ``path`` when the block ends without an error.
-
-    Raises:
-        UserError: ``path`` exists and ``force`` is not set.
-    """
-    check_free(path, force)
-    with appearing(path) as partial:
-        yield partial
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"output {path} is a link to {path.readlink()}, which does not exist: remove the link, or choose another "
+            "--out"
+        )
+    if path.exists() and not force:
+        raise UserError(f"output {path} exists: choose another --out, or replace it with --force")
 
 
 def write_text(path: Path, text: str, force: bool = False) -> None:
     """Write a text file whole or not at all.
 
     Raises:
-        UserError: ``path`` exists and ``force`` is not set.
+        UserError: see `new_file`.
     """
     with new_file(path, force) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -165,7 +165,7 @@ def write_text(path: Path, text: str, force: bool = False) -> None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
+    with regular_file(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -176,3 +176,101 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _only_writer(path: Path, force: bool) -> Iterator[None]:
+    """Hold the only right to write an output, beside which nothing of killed processes is left."""
+    check_free(path, force)
+    with writing(path):
+        _make(path.absolute().parent)
+        lock = _lock_of(path.absolute())
+        taken = (
+            f"another process is writing {path.absolute()} (it holds the lock {lock}): wait for it, or choose another "
+            "--out"
+        )
+        with locked(lock, taken) as alone:
+            if alone:
+                _clear_leftovers(path.absolute())
+            check_free(path, force)  # again: another process may have finished it, or an old one come back
+            yield
+
+
+@contextmanager
+def _partial_file(path: Path) -> Iterator[Path]:
+    """A file in a hidden sibling folder, which also holds what libraries write beside a file until it is whole."""
+    folder = _new_sibling(path.absolute(), "partial")
+    partial = folder / f"partial{path.suffix}"  # of another name: an unfinished config.json must not pass for one
+    try:
+        yield partial
+        _publish(folder)
+        partial.replace(path)
+        sync_file(path.absolute().parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{error.filename} is a file, expected a folder: choose another --out") from None
+
+
+def _lock_of(path: Path) -> Path:
+    return path.parent / f".{path.name}.lock"
+
+
+def _new_sibling(path: Path, kind: str) -> Path:
+    sibling = path.parent / f".{path.name}.{kind}-{secrets.token_hex(4)}"
+    sibling.mkdir()
+    return sibling
+
+
+def _publish(folder: Path) -> None:
+    """Give files the permissions that the umask leaves (safetensors makes private ones), and wait for the disk."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in (*folder.rglob("*"), folder):
+        if path.is_symlink():
+            continue
+        state = path.lstat()
+        if (
+            stat.S_ISREG(state.st_mode) and state.st_nlink == 1
+        ):  # a hard link has the permissions of its source
+            path.chmod(0o666 & ~umask)
+        sync_file(path)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside ``path``; what one was about to replace comes back."""
+    for left, told in _siblings(path.parent, _PARTIAL):
+        if told["name"] == path.name:
+            if (left / path.name).is_dir() and told["kind"] == "replaced" and not path.exists():
+                (left / path.name).rename(path)
+            _remove_last_first(left)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left in a cache folder, once for each process that writes there."""
+    if folder.resolve() in _swept:
+        return
+    _swept.add(folder.resolve())
+    names = {told["name"] for pattern in (_PARTIAL, _LOCK) for _, told in _siblings(folder, pattern)}
+    for name in names:
+        with suppress(UserError), locked(_lock_of(folder / name), "it is being written") as alone:
+            if alone:
+                _clear_leftovers(folder / name)
+
+
+def _siblings(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
+    found = ((path, pattern.fullmatch(path.name)) for path in folder.iterdir())
+    return [(path, told) for path, told in found if told]
+
+
+def _remove_last_first(folder: Path) -> None:
+    """Remove a folder, what was written last first: killed in between, what is left looks as unfinished as it is."""
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    for file in sorted(files, key=lambda file: file.lstat().st_mtime_ns, reverse=True):
+        file.unlink()
+    shutil.rmtree(folder)

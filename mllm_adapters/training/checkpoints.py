@@ -10,7 +10,8 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import check_free, locked, write_text
+from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.common.locks import locked
 
 RUN = "run.json"
 """What identifies a run, in its work folder."""
@@ -47,7 +48,7 @@ def check_output(out: Path, *, resume: bool, force: bool) -> None:
         )
 
 
-def only_run(out: Path) -> AbstractContextManager[None]:
+def only_run(out: Path) -> AbstractContextManager[bool]:
     """Hold the only right to train into ``out``; a killed process gives it up.
 
     Raises:

@@ -1,0 +1,80 @@
+"""SIGTERM (sent by Slurm and container engines) and SIGHUP end a command as Ctrl-C does: its files are cleared away."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to end. Libraries treat it as Ctrl-C."""
+
+
+class _State:
+    received: int | None = None
+    deferring = False
+
+
+_state = _State()
+
+
+def received() -> int | None:
+    """The first signal that told this process to end, or None."""
+    return _state.received
+
+
+def exit_code() -> int:
+    """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (_state.received or signal.SIGINT)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Raise `Terminated` in the main thread on a signal to end; what a user ignores (nohup) stays ignored.
+
+    Only Ctrl-C interrupts again, so that clearing away is not disturbed by launchers that signal twice.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    home = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != home:  # a forked child: as if nothing were watched
+            _as_before(number, frame)
+            return
+        first, _state.received = _state.received is None, _state.received or number
+        if (first and not _state.deferring) or (number == signal.SIGINT and not first):
+            raise Terminated
+
+    before = {number: signal.getsignal(number) for number in WATCHED}
+    _state.received = None
+    for number, handler in before.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let the first signal only be noted, see `received`; a second Ctrl-C interrupts at once."""
+    _state.deferring = True
+    try:
+        yield
+    finally:
+        _state.deferring = False
+
+
+def _as_before(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+        signal.default_int_handler(number, frame)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

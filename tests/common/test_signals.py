@@ -1,0 +1,120 @@
+"""What ends a command from outside: its temporary files go, and the exit code says which signal it was."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+    import multiprocessing, sys, time
+    from pathlib import Path
+    from mgll_encoder.common import signals
+    from mgll_encoder.common.cli import new_app, run
+    from mgll_encoder.common.files import new_file, new_folder
+
+    app = new_app("x")
+    out = Path(sys.argv.pop(1))
+
+    @app.command()
+    def write() -> None:
+        with new_folder(out / "folder") as partial, new_file(out / "file") as file:
+            (partial / "half").write_text("half")
+            file.write_text("half")
+            {action}
+
+    run(app)
+"""
+
+WAIT = "print('ready', flush=True); time.sleep(60)"
+
+
+def started(folder: Path, action: str = WAIT, **more: object) -> subprocess.Popen[str]:
+    program = textwrap.dedent(PROGRAM).replace(
+        "{action}", textwrap.indent(textwrap.dedent(action), " " * 8).strip()
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, folder],
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        **more,  # type: ignore[call-overload]
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_command_that_is_told_to_end_clears_away(number: int, code: int, tmp_path: Path) -> None:
+    process = started(tmp_path)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said.strip()) == (code, "error: interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_told_twice_it_still_clears_away(tmp_path: Path) -> None:
+    """Slurm tells every process, and torchrun its own once more."""
+    slow = """
+        try:
+            print('ready', flush=True); time.sleep(60)
+        finally:
+            time.sleep(0.5)
+    """
+    process = started(tmp_path, slow)
+    for _ in range(5):
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    process = started(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+
+
+def test_an_error_that_the_signal_caused_is_not_told_as_ours(tmp_path: Path) -> None:
+    wrapped = """
+        try:
+            print('ready', flush=True); time.sleep(60)
+        except KeyboardInterrupt:
+            raise RuntimeError('DataLoader worker exited unexpectedly')
+    """
+    process = started(tmp_path, wrapped)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said.strip()) == (143, "error: interrupted")
+
+
+def test_workers_end_when_their_pool_does(tmp_path: Path) -> None:
+    """A pool ends its workers with SIGTERM: no tracebacks of theirs."""
+    pool = """
+        with multiprocessing.get_context('fork').Pool(2) as pool:
+            pool.map(abs, [1, 2])
+        print('ready', flush=True)
+        file.write_text('whole')
+    """
+    process = started(tmp_path, pool)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (0, "")
+
+
+def test_a_first_signal_can_wait_until_work_is_saved(tmp_path: Path) -> None:
+    saving = """
+        with signals.deferred():
+            print('ready', flush=True)
+            while signals.received() is None:
+                time.sleep(0.01)
+            (out / 'saved').touch()
+        raise signals.Terminated
+    """
+    process = started(tmp_path, saving)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
