@@ -200,7 +200,9 @@ def _only_writer(path: Path, force: bool) -> Iterator[None]:
 def _partial_file(path: Path) -> Iterator[Path]:
     """A file in a hidden sibling folder, which also holds what libraries write beside a file until it is whole."""
     folder = _new_sibling(path.absolute(), "partial")
-    partial = folder / f"partial{path.suffix}"  # of another name: an unfinished config.json must not pass for one
+    partial = (
+        folder / f"partial{path.suffix}"
+    )  # of another name: an unfinished config.json must not pass for one
     try:
         yield partial
         _publish(folder)
