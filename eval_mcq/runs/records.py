@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from eval_mcq.items.schema import LETTERS, parse
 from eval_mcq.runs.answers_file import whole_lines
+from eval_mcq.runs.leaks import Leak
 from eval_mcq.scoring.prompt import shown_letters
 from mgll_encoder.common.errors import UserError
 
@@ -47,6 +48,7 @@ class RunRecord(BaseModel):
         shard: ``i/n`` of a run that holds only a part of the answers; None of a whole one.
         example: The prompt of the bench's first question in full, for the reader.
         versions: Package versions, for the reader.
+        leak: How much of the bench its model was trained on, where that was allowed; None of a clean run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -67,6 +69,7 @@ class RunRecord(BaseModel):
     shard: str | None = None
     example: str = ""
     versions: dict[str, str] = {}
+    leak: Leak | None = None
 
     @property
     def identity(self) -> dict[str, str]:

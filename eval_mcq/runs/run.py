@@ -15,6 +15,7 @@ from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.runs.answers_file import append_answers, drop_unfinished_line, sort_answers
 from eval_mcq.runs.checks import QUICK, look
 from eval_mcq.runs.fingerprint import code_version
+from eval_mcq.runs.leaks import Leak
 from eval_mcq.runs.plan import Group, Shard, asks_of, batches, groups
 from eval_mcq.runs.progress import rate
 from eval_mcq.runs.records import (
@@ -69,7 +70,7 @@ class Settings:
 
 def describe_run(
     model: Path, fingerprint: str, bench: Bench, dtype: str, mode: Mode = "letters", rotations: int = 1,
-    shard: Shard | None = None,
+    shard: Shard | None = None, leak: Leak | None = None,
 ) -> RunRecord:  # fmt: skip
     """The record of a run, before its first answer."""
     most = max(len(item.options) for item in bench.items)
@@ -79,7 +80,7 @@ def describe_run(
         categories=bench.categories, questions=len(bench.items),
         mode=mode, rotations=min(rotations, most), prompt=prompt_version(mode), dtype=dtype,
         code=code_version(), shard=(shard or Shard()).name,
-        versions={package: version(package) for package in ("mgll-mllm", "torch", "transformers")},
+        versions={package: version(package) for package in ("mgll-mllm", "torch", "transformers")}, leak=leak,
     )  # fmt: skip
 
 
@@ -292,7 +293,8 @@ def _rows(
                 id=ask.item.id,
                 rotation=ask.rotation,
                 category=ask.item.category,
-                cluster=ask.item.cluster,
+                # A path may hold a patient's name.
+                cluster=ask.item.cluster if ask.item.patient else hashes[ask.item.id][0][:16],
                 images_sha256=hashes[ask.item.id],
                 gold=ask.item.letter,
                 chosen=chosen_letter(score),

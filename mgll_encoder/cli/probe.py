@@ -167,6 +167,8 @@ def _finetuned(
     import numpy as np
 
     from mgll_encoder.common.files import cache_folder
+    from mgll_encoder.common.picture_bytes import picture_digests
+    from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
     from mgll_encoder.features import open_every_image
     from mgll_encoder.finetune import CHOSEN_BY, FinetuneOptions, finetune
     from mgll_encoder.probe import kept_labels
@@ -189,6 +191,12 @@ def _finetuned(
     ]
     best = max(runs, key=lambda run: run.validation)
     if tower_out:
-        save_tower(best.tower, tower_out, force, {"finetuning": {**best.record, CHOSEN_BY: best.validation}})
+        digests = picture_digests(best.trained_on, "Noting the training images").values()
+        trained = [
+            *trainings_of(tower.header.source),
+            Training.of((TOWER,), "probe --mode finetune", digests),
+        ]
+        provenance = {"finetuning": {**best.record, CHOSEN_BY: best.validation}}
+        save_tower(best.tower, tower_out, force, provenance, trainings=trained)
     record = {"finetuning": [{**run.record, f"validation_{CHOSEN_BY}": run.validation} for run in runs]}
     return np.stack([run.scores for run in runs]), runs[0].kept, labels, record

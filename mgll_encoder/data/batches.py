@@ -67,6 +67,11 @@ class Plan:
             for level in self.texts(self.row(index)):
                 yield from level
 
+    @property
+    def images(self) -> Iterator[Path]:
+        """The image file of every row, one row in memory at a time."""
+        return (self.folder / self.row(index).image for index in range(len(self)))
+
     def sample(self, most: int) -> "Plan":
         """At most so many rows, evenly spread."""
         if len(self) <= most:

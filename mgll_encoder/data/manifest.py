@@ -12,9 +12,9 @@ read one at a time: a manifest of any length needs no memory to speak of.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -22,6 +22,11 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import new_file
 from mgll_encoder.data.manifest_formats import format_of
 from mgll_encoder.data.skipped import Skipped
+
+SPLIT_FIELDS = (
+    "split", "split_by", "split_test", "split_val", "split_seed", "test_share"
+)  # fmt: skip
+"""Entries of ``built`` that say how sides were drawn, in manifests and benches."""
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -120,6 +125,11 @@ def named(path: Path, number: int) -> str:
 def row_at(path: Path, place: int) -> ManifestRow:
     """The row at a place that :func:`read_rows` gave (and thereby checked)."""
     return ManifestRow.model_validate_json(format_of(path).row(path, place))
+
+
+def split_of(built: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """How the sides of a manifest or bench were drawn: the entries of its header's ``built`` that say so."""
+    return {name: value for name, value in built.items() if name in SPLIT_FIELDS}
 
 
 def image_folder(path: Path, header: ManifestHeader) -> Path:

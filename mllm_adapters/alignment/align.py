@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
+from mgll_encoder.common.picture_bytes import picture_digests
+from mgll_encoder.common.trained_on import Training
 from mgll_encoder.data.skipped import Skipped
 from mllm_adapters.alignment.matching import FEWEST, Watch, find_images
 from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_readers
@@ -92,6 +94,7 @@ class Alignment:
         skipped: Why, in words.
         seconds: Time for everything.
         device: Where the towers ran.
+        digests: Hashes of the images (`picture_digest`).
     """
 
     tensors: Mapping[str, Tensor]
@@ -104,6 +107,11 @@ class Alignment:
     skipped: tuple[str, ...]
     seconds: float
     device: str
+    digests: tuple[str, ...] = ()
+
+    def training(self) -> Training:
+        """The record of what the readers were fitted on."""
+        return Training.of(("projector",), "swap-encoder --align", self.digests)
 
     def record(self) -> dict[str, Any]:
         """For ``mgll_swap.json``: without values, and without paths, which may name patients."""
@@ -219,6 +227,7 @@ def align(
         skipped=tuple(data.skipped.lines()),
         seconds=round(time.monotonic() - began, 1),
         device=str(place),
+        digests=tuple(picture_digests(files, "Noting the images").values()),
     )
 
 

@@ -182,15 +182,10 @@ def detect(path: Path) -> Reader:
     Raises:
         UserError: the file is missing, a folder, or no text; or its header is of a version that is not read.
     """
-    with _open(path) as stream:
-        first = next((line for line in stream if line.strip()), "")
-    try:
-        head = json.loads(first)
-    except json.JSONDecodeError:
-        return _conversations  # a list over many lines, or broken: the reader will say
-    if isinstance(head, dict) and "format" in head and "granularities" in head:
+    head = _head(path)
+    if "format" in head and "granularities" in head:
         return _captions
-    if isinstance(head, dict) and "schema" in head:
+    if "schema" in head:
         if head["schema"] != BENCH_SCHEMA:
             raise UserError(
                 f"{path} line 1 has schema '{head['schema']}', expected '{BENCH_SCHEMA}': rebuild it with "
@@ -198,6 +193,23 @@ def detect(path: Path) -> Reader:
             )
         return _questions
     return _conversations
+
+
+def built_of(path: Path) -> dict[str, Any]:
+    """How a manifest or bench says that it was made; empty for other files."""
+    built = _head(path).get("built")
+    return built if isinstance(built, dict) else {}
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """The object in the first line; empty where that is none: a list over many lines, or broken."""
+    with _open(path) as stream:
+        first = next((line for line in stream if line.strip()), "")
+    try:
+        head = json.loads(first)
+    except json.JSONDecodeError:
+        return {}
+    return head if isinstance(head, dict) else {}
 
 
 def _conversations(path: Path, options: DataOptions) -> Iterator[Row]:  # noqa: ARG001 (of a Reader)
