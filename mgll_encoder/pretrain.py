@@ -16,10 +16,10 @@ from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256, write_text
 from mgll_encoder.common.picture_bytes import picture_digests
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
 from mgll_encoder.data.batches import Collator, ManifestImages, Plan, plan_splits
 from mgll_encoder.data.manifest import read_header, split_of
-from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.pretrain_options import PretrainOptions, Select
 from mgll_encoder.save import save_tower
 from mgll_encoder.starting import OPENAI, starting_towers
@@ -154,7 +154,7 @@ def pretrain(
             "validation": {name: round(value, 6) for name, value in figures.items()},
             "validation_images": len(validation) if validation else 0,
             "temperature": round(temperature, 6),
-            "skipped": dict(skipped.counts),
+            **skipped.record(),
             "processes": arguments.world_size,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from mgll_encoder.common.cli import new_app, note, stdout, warn
+from mgll_encoder.common.cli import new_app, stdout, warn
 from mgll_encoder.common.errors import UserError
 
 app = new_app("Make data sets for pretraining.")
@@ -71,8 +71,7 @@ def fundus(
         table, images, out, test=test, val=val, seed=seed, explanations=explanations or EXPLANATIONS,
         strict=strict, force=force,
     )  # fmt: skip
-    for line in report.skipped.lines():
-        note(line)
+    report.skipped.say()
     if report.without_patient:
         warn(f"{report.without_patient} images have no patient id: each counts as a patient of its own")
     if report.unexplained:
@@ -128,8 +127,7 @@ def xray(
         dicom, out, modalities=wanted, patient_folders=patient_folders, manifest=manifest, test=test, val=val,
         seed=seed, workers=workers, strict=strict, force=force,
     )  # fmt: skip
-    for line in report.skipped.lines():
-        note(line)
+    report.skipped.say()
     if not patient_folders:
         warn(
             "each image counts as a patient of its own, because the header's patient fields are not read: sort the "

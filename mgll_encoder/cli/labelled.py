@@ -12,8 +12,8 @@ from mgll_encoder.common.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.label_table import LabelledImages
-    from mgll_encoder.data.skipped import Skipped
     from mgll_encoder.probe import ProbeResult
     from mgll_encoder.tower import Tower
 
@@ -211,12 +211,6 @@ def need_kept(kept: list[int], min_positives: int) -> None:
         raise UserError(
             f"no label has negative and {min_positives} positive test images, and both to train on: see --min-positives"
         )
-
-
-def say_skipped(skipped: "Skipped") -> None:
-    """One line per reason for which rows were left out."""
-    for line in skipped.lines():
-        note(line)
 
 
 def print_result(

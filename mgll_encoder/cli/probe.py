@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said, say_skipped
+from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, write_text
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.label_table import LabelledImages
-    from mgll_encoder.data.skipped import Skipped
     from mgll_encoder.tower import Tower
 
     Scored = tuple[NDArray[np.float64], list[int], LabelledImages, dict[str, Any]]
@@ -91,7 +91,7 @@ def probe(
     """
     from mgll_encoder.benchmarks import PROTOCOLS, published_beside
     from mgll_encoder.benchmarks import benchmark as described
-    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.probe import judge
 
     if mode not in MODES:
@@ -125,19 +125,19 @@ def probe(
             tower, labels, skipped, min_positives, workers, settings, trainings or 1, tower_out, force
         )
     result = judge(scores, kept, labels, seed=seed)
-    say_skipped(skipped)
     question.warn_of_leaks(labels)
     names = described(benchmark).in_words if benchmark else {}
     print_result(result, _TITLES[mode].format(encoder), published, names)
     if out:
         content = {
             "encoder": str(encoder), "data": str(data or images), "mode": mode, "seed": seed, "test": test, **record,
-            "skipped": dict(skipped.counts), **asdict(result),
+            **skipped.record(), **asdict(result),
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
         said(f"written: {out}")
     if tower_out:
         said(f"tower: {tower_out}")
+    skipped.say()
 
 
 def _linear(

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.skipped import DISAGREE, NO_FILE, NO_LABEL, NOT_NAMED, TWICE, Skipped
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import check_columns, read_table
-from mgll_encoder.data.skipped import Skipped
 
 TRUE = frozenset({"1", "1.0", "true", "yes"})
 FALSE = frozenset({"0", "0.0", "false", "no", ""})
@@ -196,6 +196,7 @@ def read_class_files(
         files = sorted(images.rglob(pattern))
         if not files:
             raise UserError(f"image folder {images} has no file '{pattern}' ({name}): check --images")
+        skipped.read += len(files)
         for file in files:
             key = file.relative_to(images).as_posix()
             side = _side(None, {}, key, key, sides)
@@ -230,6 +231,7 @@ def _rows_of(
     _check_folder(images)
     index = {file.name: file for file in images.rglob("*") if file.is_file()} if columns.nested else {}
     rows = []
+    skipped.read += len(records)
     for number, record in enumerate(records, start=2):
         where = f"label file {path} row {number}"
         try:
@@ -259,11 +261,12 @@ def _row(
     name = columns.image.format_map(record) if "{" in columns.image else record[columns.image]
     name = name.strip()
     if not name:
-        raise _UnusableError("no image named", f"column '{columns.image}' is blank")
+        raise _UnusableError(NOT_NAMED, f"column '{columns.image}' is blank")
     path = index.get(Path(name).name, images / name)
     if not path.is_file():
         raise _UnusableError(
-            "image missing", f"image {path} does not exist: check --images and --image-column"
+            NO_FILE,
+            f"column '{columns.image}' names no file below {images}: check --images and --image-column",
         )
     patient = (record[columns.patient].strip() if columns.patient else "") or name
     return _Row(where, name, path, labels, patient, _side(columns.split, record, patient, name, sides))
@@ -274,7 +277,7 @@ def _labels(record: Mapping[str, str], columns: Columns) -> frozenset[str]:
         cell = record[columns.labels or ""].replace("|", ";")
         labels = frozenset(" ".join(label.casefold().split()) for label in cell.split(";") if label.strip())
         if not labels:
-            raise _UnusableError("no label (unknown)", f"column '{columns.labels}' is blank", trouble=False)
+            raise _UnusableError(NO_LABEL, f"column '{columns.labels}' is blank", trouble=False)
         return labels
     for name in columns.binary:
         if record[name].strip().casefold() not in TRUE | FALSE:
@@ -307,18 +310,20 @@ def _consistent(rows: Iterable[_Row], skipped: Skipped) -> Iterator[_Row]:
         if other is None:
             yield first
             for row in others:
-                skipped.add("image listed twice", f"{row.where}: {row.name} as in {first.where}", False)
+                skipped.add(TWICE, f"{row.where}: the image and labels of {first.where}", False)
             continue
         for row in (first, *others):
             against = first if row is not first else other
             skipped.add(
-                "rows of one image disagree",
-                f"{row.where}: {row.name} is {_said(row)}, but {_said(against)} in {against.where}",
+                DISAGREE,
+                f"{row.where}: {_differing(row, against)} not as in {against.where}, the image is the same",
             )
 
 
-def _said(row: _Row) -> str:
-    return f"'{';'.join(sorted(row.labels)) or 'none'}' of patient {row.patient} for {row.side}"
+def _differing(row: _Row, other: _Row) -> str:
+    """What rows of one image say differently, by name only: the values may tell who the patient is."""
+    names = ("labels", "patient", "side")
+    return " and ".join(name for name, a, b in zip(names, row.claim, other.claim, strict=True) if a != b)
 
 
 def _assembled(

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import new_file
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.manifest_formats import format_of
-from mgll_encoder.data.skipped import Skipped
 
 SPLIT_FIELDS = (
     "split", "split_by", "split_test", "split_val", "split_seed", "test_share"
@@ -39,7 +39,7 @@ class ManifestHeader(BaseModel):
         version: Version of the format.
         granularities: Names of the levels of text, coarse to fine.
         images: Folder that image paths are relative to, itself relative to the manifest's folder.
-        built: How it was made: inputs with hashes, split, counts.
+        built: How it was made: inputs with hashes, split, how many rows or files were read and, by reason, left out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +48,7 @@ class ManifestHeader(BaseModel):
     version: Literal[1] = 1
     granularities: list[Text] = Field(min_length=1)
     images: str = "."
-    built: dict[str, str | int | float] = {}
+    built: dict[str, str | int | float | dict[str, int]] = {}
 
 
 class ManifestRow(BaseModel):
@@ -109,6 +109,7 @@ def read_rows(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[int,
     """
     header, form, skipped = read_header(path), format_of(path), skipped or Skipped(strict=True)
     for number, place, content in form.rows(path):
+        skipped.read += 1
         try:
             row = _row(named(path, number), content, header)
         except UserError as error:

@@ -21,9 +21,9 @@ from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder
 from mgll_encoder.common.pseudonyms import Pseudonyms
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
-from mgll_encoder.data.skipped import Skipped
 
 TEXTS = {"modality": "Modality", "study": "StudyDescription", "series": "SeriesDescription"}
 """Granularity, coarse to fine -> the header field that its text comes from; no other text is read."""
@@ -128,12 +128,13 @@ def build_xray(
     if not dicom.is_dir():
         raise UserError(f"DICOM folder {dicom} does not exist or is not a folder: check --dicom")
     files = sorted(path for path in dicom.rglob("*") if path.is_file())
-    report = XrayReport(skipped=Skipped(strict))
+    report = XrayReport(skipped=Skipped(strict, "files"))
     rows: dict[str, ManifestRow] = {}
     pseudonyms = Pseudonyms(dicom)
     with new_folder(out, force) as folder:
         (folder / IMAGES).mkdir()
         for outcome in _converted(files, folder / IMAGES, tuple(modalities), workers):
+            report.skipped.read += 1
             if outcome.reason:
                 report.skipped.add(outcome.reason, outcome.detail)
             elif outcome.image in rows:
@@ -165,7 +166,7 @@ def build_xray(
                 "split_test": test,
                 "split_val": val,
                 "split_seed": seed,
-                "skipped": report.skipped.total,
+                **report.skipped.record(),
             },
         )
         write_manifest(folder / manifest, folder, header, rows.values())

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.picture_bytes import picture_digests
+from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.trained_on import Training
-from mgll_encoder.data.skipped import Skipped
 from mllm_adapters.alignment.matching import FEWEST, Watch, find_images
 from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_readers
 from mllm_adapters.alignment.sight import Sight, sight_of_plan, sight_of_source
@@ -264,17 +264,20 @@ class _Data:
         self._watch = watch
         self.fitted: dict[str, Moments] = {}
         self.held_out: dict[str, Moments] = {}
-        self.skipped = Skipped()
+        self.skipped = Skipped(unit="images")
         self.used = 0
 
     def add(self, files: Sequence[Path]) -> None:
         """Look at a batch of images; those that cannot be opened are left out and counted."""
         pictures: list[Image.Image] = []
         for file in files:
+            self.skipped.read += 1
             try:
                 pictures.append(open_image(file))
             except UserError as error:
-                self.skipped.add("images that cannot be opened", str(error))
+                self.skipped.add(
+                    UNREADABLE, f"image {self.skipped.read} of those drawn {unnamed(error, file)}"
+                )
         if not pictures:
             return
         numbers = torch.arange(self.used, self.used + len(pictures))
