@@ -14,7 +14,7 @@ from mgll_encoder.common.files import check_free, sha256
 from mgll_encoder.common.images import check_image_header
 from mgll_encoder.common.skipped import DISAGREE, NO_FILE, NO_LABEL, NOT_NAMED, TWICE, UNREADABLE, Skipped
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.common.tables import check_columns, read_table
+from mgll_encoder.common.tables import read_table
 from mgll_encoder.data.fundus_layouts import (
     GENERIC,
     IMAGE,
@@ -165,8 +165,7 @@ def build_fundus(
     known = read_explanations(explanations)
     report = FundusReport(skipped=Skipped(strict))
     rows: list[ManifestRow] = []
-    table, records = _read(table)
-    report.skipped.read = len(records)
+    table, records = _read(table, report.skipped)
     usable = _consistent(table, records, report.skipped)
     for number, record in track(usable, f"Checking the images of {table.path.name}"):
         path = images / record[table.image].strip()
@@ -267,15 +266,17 @@ def _trouble(path: Path) -> str:
     return ""
 
 
-def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, str]]]]:
+def _read(table: FundusTable, skipped: Skipped) -> tuple[FundusTable, list[tuple[int, dict[str, str]]]]:
     """The table with its optional columns settled, and its records with row numbers (the header is row 1)."""
     generic = FundusTable(table.path, IMAGE, LABELS, PATIENT, KEYWORDS, SOURCE)
     if table.path.is_dir():
-        return generic, from_folders(table.layout, table.path)
-    rows, found = read_table(table.path, "--labels")
-    records = list(enumerate(rows, start=2))
+        found = from_folders(table.layout, table.path)
+        skipped.read += len(found)
+        return generic, found
+    content = read_table(table.path, "--labels", skipped)
+    records = content.rows
     if table.layout != GENERIC:
-        return generic, as_generic(table.layout, table.path, found, records)
+        return generic, as_generic(table.layout, content)
     wanted = {
         "--image-column": table.image,
         "--labels-column": table.labels,
@@ -283,11 +284,12 @@ def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, st
         "--keywords-column": table.keywords,
         "--source-column": table.source,
     }
-    check_columns(table.path, found, wanted.items())
+    content.check_columns(wanted.items())
     settled = replace(
         table,
-        keywords=table.keywords or ("raw_label_or_keywords" if "raw_label_or_keywords" in found else None),
-        source=table.source or ("dataset" if "dataset" in found else None),
+        keywords=table.keywords
+        or ("raw_label_or_keywords" if "raw_label_or_keywords" in content.columns else None),
+        source=table.source or ("dataset" if "dataset" in content.columns else None),
     )
     if table.classes:
         records = [(number, {**row, table.labels: _named(table, row, number)}) for number, row in records]
