@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,7 +172,7 @@ def run_bench(
 
 def finish(out: Path, record: RunRecord) -> Run:
     """Read the answers back and write their figures; a shard that no question falls to has none."""
-    run = Run(out, record, list(read_answers(out / ANSWERS_FILE, record.fingerprint)))
+    run = Run(out, record, list(read_answers(out / ANSWERS_FILE, record)))
     if run.answers:
         figures = as_json(compare({Path(record.model).name: run}))
         write_text(out / SUMMARY_FILE, json.dumps(figures, indent=1) + "\n", force=True)
@@ -209,12 +210,13 @@ def _planned(bench: Bench, record: RunRecord, settings: Settings) -> list[list[G
 
 
 def _done(out: Path, record: RunRecord, bench: Bench) -> set[Key]:
-    ids = {item.id for item in bench.items}
+    items = {item.id: item for item in bench.items}
     done = set()
-    for answer in read_answers(out / ANSWERS_FILE, record.fingerprint):
-        if answer.id not in ids:
+    for answer in read_answers(out / ANSWERS_FILE, record):
+        if answer.id not in items or not answer.answers_item(items[answer.id]):
             raise UserError(
-                f"{out / ANSWERS_FILE} answers '{answer.id}', which is not in {bench.path}: start anew"
+                f"{out / ANSWERS_FILE} answers '{answer.id}' (true: {answer.gold}), which is not in {bench.path} or "
+                "otherwise: start the run anew with --force"
             )
         done.add(answer.key)
     return done
@@ -289,6 +291,11 @@ def _rows(
 ) -> Iterator[Answer]:  # fmt: skip
     for group, of_group in zip(batch, scores, strict=True):
         for ask, score in zip(asks_of(group, bench.items), of_group, strict=True):
+            if not all(map(isfinite, score.probabilities)):
+                raise UserError(
+                    f"question '{ask.item.id}': the model's probabilities are no numbers (NaN): its weights are "
+                    "damaged or overflow; try --dtype float32"
+                )
             yield Answer(
                 id=ask.item.id,
                 rotation=ask.rotation,

@@ -244,7 +244,7 @@ def print_result(
         )
     table.add_section()
     macro = (
-        f"{f.value:.1f} \\[{f.low:.1f}, {f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
+        f"{f.value:.1f} [{f.low:.1f}, {f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
     )
     table.add_row("macro average", "", *macro)
     if len(result.runs) > 1:

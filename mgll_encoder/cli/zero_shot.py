@@ -206,7 +206,7 @@ def _print_retrieval(
     for level, both in results.items():
         for way in both:
             cells = (
-                f"{f.value:.1f} \\[{f.low:.1f}, {f.high:.1f}] ({way.chance[k]:.1f})"
+                f"{f.value:.1f} [{f.low:.1f}, {f.high:.1f}] ({way.chance[k]:.1f})"
                 for k, f in way.recall.items()
             )
             table.add_row(level, way.direction, str(way.queries), str(way.candidates), *cells)
