@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.data.conversations import read_conversations, read_corpus
 from mllm_adapters.data.examples import prepare_examples
 from mllm_adapters.loading import load_processor
 from tests import builders
+from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters.retraining import turns, write_json
 
 ASKED, SAID = "What is shown?", "Glaucoma."
@@ -151,3 +153,22 @@ def test_a_lab_trains_on_rows_of_several_shapes_at_once(tmp_path, tiny_llava):
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "Rows: 3 of 3" in outcome.out
+
+
+def test_questions_exported_as_messages_train_as_the_same_rows(tmp_path):
+    bench = small_bench(tmp_path / "bench", 3)
+    for format_ in ("llava", "messages"):
+        outcome = builders.invoke(
+            eval_mcq,
+            "export",
+            bench,
+            "--format",
+            format_,
+            "--images",
+            bench.parent,
+            "--out",
+            tmp_path / format_,
+        )
+        assert outcome.code == 0, outcome.err
+    assert read_conversations(tmp_path / "messages") == read_conversations(tmp_path / "llava")
+    assert "images" in json.loads((tmp_path / "messages").read_text())[0]
