@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import sha256
 from mgll_encoder.data.manifest import split_of
+from mllm_adapters.data.dataset_rows import content_digest
 from mllm_adapters.data.dialogue import Conversation
 from mllm_adapters.data.image_facts import image_facts
 from mllm_adapters.data.training_rows import DataOptions, built_of, conversations, read_table
@@ -49,7 +49,7 @@ class Corpus:
 
     def digest(self) -> str:
         """SHA-256 of the file, or of the hashes of several."""
-        hashes = [sha256(file) for file in self.files or (self.path,)]
+        hashes = [content_digest(file) for file in self.files or (self.path,)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
