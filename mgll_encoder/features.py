@@ -17,11 +17,13 @@ from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing
 from mgll_encoder.common.images import READER_VERSION, open_image
+from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.data.label_table import LabelledImages
-from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.preprocess import image_transform
 from mgll_encoder.spec import PixelRule
 from mgll_encoder.tower import Tower
+
+_NOT_FINITE = "gives features that are not finite"
 
 _FEW = 256
 """Up to so many images, starting worker processes costs more than they save."""
@@ -116,20 +118,19 @@ def without_unreadable(data: LabelledImages, kept: NDArray[np.bool_], skipped: S
         UserError: ``skipped`` is strict and there are others, or no image is left.
     """
     for place in np.flatnonzero(~kept):
-        path = data.images[place]
-        where = f"{data.rows[place]}: " if data.rows else ""
-        skipped.add("image unreadable", where + _complaint(path))
+        where = data.rows[place] if data.rows else f"image {place + 1}"
+        skipped.add(UNREADABLE, f"{where}: the image {unreadable(data.images[place]) or _NOT_FINITE}")
     if not kept.any():
         raise UserError(f"none of {len(kept)} images can be read: {'; '.join(skipped.lines())}")
     return data.subset(kept)
 
 
 def unreadable(path: Path) -> str:
-    """What keeps an image from being read, in a line; empty if nothing does."""
+    """What keeps an image from being read, in words that follow its name; empty if nothing does."""
     try:
         open_image(path)
     except UserError as error:
-        return str(error)
+        return unnamed(error, path)
     return ""
 
 
@@ -211,9 +212,6 @@ def _cached(tower: Tower, images: Sequence[Path], cache: Path, workers: int | No
 def _whole(images: Sequence[Path], features: NDArray[np.float32]) -> NDArray[np.float32]:
     """The features, if there are no NaN among them."""
     if (bad := np.isnan(features).any(axis=1)).any():
-        raise UserError(_complaint(images[int(bad.argmax())]))
+        path = images[int(bad.argmax())]
+        raise UserError(f"image {path} {unreadable(path) or _NOT_FINITE}")
     return features
-
-
-def _complaint(path: Path) -> str:
-    return unreadable(path) or f"image {path} gives features that are not finite"

@@ -84,6 +84,7 @@ class Finetuned:
         scores: Probabilities of the test images, [test images, kept labels].
         kept: Places of those labels.
         tower: The tower of the chosen epoch, without its projection, which belongs to the tower it was.
+        trained_on: The images that it learned from.
         validation: Value of `CHOSEN_BY` on the validation part at that epoch, in %.
         record: What it was made from and how.
     """
@@ -91,6 +92,7 @@ class Finetuned:
     scores: NDArray[np.float64]
     kept: list[int]
     tower: Tower
+    trained_on: tuple[Path, ...]
     validation: float
     record: dict[str, Any]
 
@@ -225,7 +227,9 @@ def finetune(
         ) from None
     spec = tower.spec.model_copy(update={"projection_dim": None})
     learnt = Tower.from_model(model.vision.cpu(), spec)
-    return Finetuned(model.probabilities(np.asarray(logits))[:, kept], kept, learnt, best, record)
+    return Finetuned(
+        model.probabilities(np.asarray(logits))[:, kept], kept, learnt, learn.images, best, record
+    )
 
 
 def validation_part(data: LabelledImages, share: float, seed: int) -> NDArray[np.bool_]:

@@ -15,11 +15,14 @@ from transformers.trainer_utils import IntervalStrategy
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256, write_text
+from mgll_encoder.common.picture_bytes import picture_digests
+from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
 from mgll_encoder.data.batches import Collator, ManifestImages, Plan, plan_splits
-from mgll_encoder.data.skipped import Skipped
+from mgll_encoder.data.manifest import read_header, split_of
 from mgll_encoder.pretrain_options import PretrainOptions, Select
 from mgll_encoder.save import save_tower
-from mgll_encoder.starting import starting_towers
+from mgll_encoder.starting import OPENAI, starting_towers
 from mgll_encoder.text_tower import TextTower
 from mgll_encoder.trainer import TowerTrainer, Validation
 from mgll_encoder.training_setup import kept_epoch, training_arguments
@@ -132,6 +135,7 @@ def pretrain(
         data_collator=Collator(model.text.tokenize),
     )
     trainer.remove_callback(PrinterCallback)
+    trainings = _trainings(plan, options.init) if arguments.process_index == 0 else ()
     outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.gather_skipped()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -142,6 +146,7 @@ def pretrain(
     if trainer.is_world_process_zero():
         record = {
             **identity,
+            "split": split_of(read_header(manifest).built),
             "steps": outcome.global_step,
             "epoch_losses": [round(loss, 6) for loss in losses],
             "final_loss": round(losses[-1], 6),
@@ -149,11 +154,11 @@ def pretrain(
             "validation": {name: round(value, 6) for name, value in figures.items()},
             "validation_images": len(validation) if validation else 0,
             "temperature": round(temperature, 6),
-            "skipped": dict(skipped.counts),
+            **skipped.record(),
             "processes": arguments.world_size,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        save_tower(model.tower(), out, force, {"pretraining": record}, model.text_tower())
+        save_tower(model.tower(), out, force, {"pretraining": record}, model.text_tower(), trainings)
         shutil.rmtree(checkpoint_folder(out))
     return PretrainResult(
         out,
@@ -166,6 +171,13 @@ def pretrain(
         figures,
         trainer.is_world_process_zero(),
     )
+
+
+def _trainings(plan: Plan, init: Path | str | None) -> tuple[Training, ...]:
+    """What the tower will have been trained on: what it starts from was, and the images of this training."""
+    before = () if init is None or init == OPENAI else trainings_of(Path(init))
+    digests = picture_digests(plan.images, "Noting the training images").values()
+    return (*before, Training.of((TOWER,), "pretrain", digests, [split_of(read_header(plan.path).built)]))
 
 
 def _tell_what_is_cut(text: TextTower, plan: Plan) -> None:

@@ -1,6 +1,7 @@
 """Writing a tower as a folder that transformers reads, old and new."""
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mgll_encoder.card import model_card
 from mgll_encoder.claims import TOWER_FILE, TOWER_VERSION
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder, sha256
+from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
 from mgll_encoder.keymap import PROJECTION
 from mgll_encoder.preprocess import image_processor
 from mgll_encoder.text_tower import FOLDER as TEXT_FOLDER
@@ -24,6 +26,7 @@ def save_tower(
     force: bool = False,
     provenance: dict[str, Any] | None = None,
     text: TextTower | None = None,
+    trainings: Sequence[Training] = (),
 ) -> Path:
     """Write a tower's folder, whole or not at all.
 
@@ -36,6 +39,7 @@ def save_tower(
         force: Replace ``out`` if it exists.
         provenance: More to record (training data, command line ...), added to source, hashes and version.
         text: The text tower that was trained with it, for the sub-folder ``text/``.
+        trainings: What it was trained on since it was read; what its source was trained on is taken over from there.
 
     Returns:
         ``out``.
@@ -83,6 +87,8 @@ def save_tower(
         (folder / "README.md").write_text(card, encoding="utf-8")
         if text is not None:
             text.save(folder / TEXT_FOLDER)
+        before = trainings_of(header.source) if header.files else ()  # a tower made in memory has no source
+        write_trainings(folder, [*before, *trainings])
         for file in filter(
             Path.is_file, folder.rglob("*")
         ):  # safetensors writes files that only their owner may read

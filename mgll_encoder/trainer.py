@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback
 
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.data.batches import UNREADABLE, ManifestImages, Plan
-from mgll_encoder.data.skipped import Skipped
+from mgll_encoder.common.skipped import UNREADABLE, Skipped
+from mgll_encoder.data.batches import ManifestImages, Plan
 from mgll_encoder.losses import Alphas
 from mgll_encoder.spec import TowerSpec
 from mgll_encoder.text_ranking import ranking_metrics

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from mgll_encoder.common.cli import note, stdout, warn
+from mgll_encoder.common.cli import note, stdout
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.common.skipped import Skipped
 
 Format = Literal["rich", "markdown", "csv", "latex"]
 ImportFormat = Literal["vlmevalkit", "gmai", "omnimedvqa", "llava", "scienceqa", "hf", "parquet"]
@@ -36,9 +37,24 @@ def import_command(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Which split (hf, scienceqa).")] = None,
     name: Annotated[str, typer.Option(help="Name of the bench in tables; the file's if not given.")] = "",
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad",
+            help="Leave out questions that are wrong instead of stopping; they are counted by reason, here and in "
+            "every table of the bench.",
+        ),
+    ] = False,
+    option_letters: Annotated[
+        Literal["auto", "strip", "keep"],
+        typer.Option(
+            help="Options that carry letters of their own ('A. glaucoma'): strip them, keep them, or strip where "
+            "all questions of the file have them."
+        ),
+    ] = "auto",
     force: Force = False,
 ) -> None:
-    """Take over questions from another tool's file.
+    """Import questions from another tool's file.
 
     Example: eval-mcq import GMAI_mm_bench_VAL.tsv --format gmai --out gmai.jsonl
     """
@@ -46,9 +62,9 @@ def import_command(
     from eval_mcq.items.schema import write_bench
 
     check_free(out, force)
-    header, items, report = import_questions(
-        format_, Source(source, images, split, maps or ()), out, name, force
-    )
+    skipped = Skipped(strict=not skip_bad, unit="questions")
+    given = Source(source, images, split, maps or (), option_letters, skipped)
+    header, items, report = import_questions(format_, given, out, name, force)
     write_bench(out, header, items, force)
     stdout.print(f"{out}: {len(items)} questions", soft_wrap=True, highlight=False)
     for category, count in report.questions.most_common():
@@ -59,8 +75,12 @@ def import_command(
         note(
             f"{report.folded} circular copies were put back into their questions (eval-mcq run rotates by itself)"
         )
-    if report.skipped:
-        warn(f"{report.skipped} entries have no options or no image and were left out")
+    if report.unlettered:
+        note(
+            f"the options of {report.unlettered} questions carried letters or numbers of their own: taken off "
+            "(--option-letters keep leaves them)"
+        )
+    skipped.say()
     stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
 
 
@@ -68,17 +88,18 @@ def export(
     bench: Annotated[Path, typer.Argument(help="Bench file.")],
     out: Annotated[Path, typer.Option(help="File (for lmms-eval: folder) to write.")],
     to: Annotated[
-        Literal["llava", "vlmevalkit", "lmms-eval", "parquet", "jsonl"],
+        Literal["llava", "messages", "vlmevalkit", "lmms-eval", "parquet", "jsonl"],
         typer.Option(
             "--format",
-            help="llava: conversations JSON, as retrain-projector reads; vlmevalkit: TSV with images, or with --run "
+            help="llava: conversations JSON, as retrain-projector reads; messages: the same as messages and images, "
+            "for TRL, LLaMA-Factory and ms-swift; vlmevalkit: TSV with images, or with --run "
             "its prediction table; lmms-eval: task folder; parquet: the bench with its images in one file.",
         ),
     ] = "llava",
     images: Annotated[
         Path | None,
         typer.Option(
-            help="llava: folder to write image paths relative to; the folder of --out if not given."
+            help="llava, messages: folder to write image paths relative to; the folder of --out if not given."
         ),
     ] = None,
     run_folder: Annotated[
@@ -96,8 +117,10 @@ def export(
     from eval_mcq.runs.records import load_run
 
     check_free(out, force)
-    if images is not None and to != "llava":
-        raise UserError(f"--images has no meaning for format '{to}': only llava refers to images by path")
+    if images is not None and to not in ("llava", "messages"):
+        raise UserError(
+            f"--images has no meaning for format '{to}': only llava and messages refer to images by path"
+        )
     if run_folder is not None and to != "vlmevalkit":
         raise UserError(f"--run has no meaning for format '{to}': predictions are written for vlmevalkit")
     questions = load_bench(bench)

@@ -152,6 +152,14 @@ def run_command(
     engine: Annotated[
         WayName, typer.Option(help="What is shared between questions, for debugging; plain: nothing.")
     ] = "auto",
+    allow_leak: Annotated[
+        bool,
+        typer.Option(
+            "--allow-leak",
+            help="Run the bench although the model was trained on images of it; the run, its tables and the report say "
+            "how many.",
+        ),
+    ] = False,
     force: Force = False,
 ) -> None:
     """Put the questions to a model. Stopped or killed, the same command continues.
@@ -160,6 +168,7 @@ def run_command(
     """
     from eval_mcq.items.schema import load_bench
     from eval_mcq.runs.fingerprint import model_fingerprint
+    from eval_mcq.runs.leaks import check_leak
     from eval_mcq.runs.plan import Shard
     from eval_mcq.runs.run import Settings, check_resumable, describe_run
 
@@ -168,7 +177,8 @@ def run_command(
     folder = out or Path("runs") / model.resolve().name
     fingerprint = model_fingerprint(model)
     how = loading(model, device, dtype, load_in_4bit)
-    record = describe_run(model, fingerprint, questions, how.number_format, mode, rotations, part)
+    leak = check_leak(model, questions, allow=allow_leak)
+    record = describe_run(model, fingerprint, questions, how.number_format, mode, rotations, part, leak)
     check_resumable(folder, record, force)
     settings = Settings(batch_size, limit, force, part)
     done = answer(questions, lambda: how.scorer(mode, engine), record, folder, settings)

@@ -192,6 +192,7 @@ def check(
     from eval_mcq.items.schema import MCQItem, load_bench
     from eval_mcq.runs.checks import contradictions, look
     from eval_mcq.runs.fingerprint import model_fingerprint
+    from eval_mcq.runs.leaks import find_leak, trainings_of_model
     from mllm_adapters.swap.provenance import PROVENANCE
     from mllm_adapters.swap.verify import Verification
 
@@ -217,6 +218,10 @@ def check(
         wrong += [f"the tower is not that of its provenance: {tower.detail}"] if tower.passed is False else []
     else:
         stdout.print("tower: no mgll_swap.json, so nothing is known of a swap", highlight=False)
+    for training in trainings_of_model(model):
+        stdout.print(f"trained on: {len(training.images)} images, {training.title}", highlight=False)
+    if asked and (leak := find_leak(model, asked)):
+        warn(f"bench {asked.path}: {leak.text}; eval-mcq run refuses it without --allow-leak")
     if asked:
         found = look(scorer, asked, questions)
         _show_look(found)

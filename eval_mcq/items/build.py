@@ -15,7 +15,7 @@ from eval_mcq.items.schema import BenchHeader, MCQItem
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.common.tables import check_columns, read_table
+from mgll_encoder.common.tables import read_table
 from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
 
 Split = Literal["train", "test", "all"]
@@ -193,19 +193,19 @@ def build(
 
 
 def _read(table: LabelTable, filters: Iterable[str]) -> list[_Row]:
-    plain_records, found = read_table(table.path, "--labels")
-    records = list(enumerate(plain_records, start=2))
+    content = read_table(table.path, "--labels")
+    records = content.rows
     if table.layout != GENERIC:
-        records = as_generic(table.layout, table.path, found, records)
+        records = as_generic(table.layout, content)
         table = replace(table, image=IMAGE, labels=LABELS, patient=PATIENT, source=SOURCE)
-        found = [IMAGE, LABELS, PATIENT, SOURCE]
+        content = replace(content, columns=(IMAGE, LABELS, PATIENT, SOURCE))
     label_columns = [name.strip() for name in table.labels.split(",")]
     wanted = [
         ("--image-column", table.image), *(("--labels-column", name) for name in label_columns),
         ("--patient-column", table.patient), ("--source-column", table.source),
         *(("the preset's 'where'", name) for name in filters),
     ]  # fmt: skip
-    check_columns(table.path, found, wanted)
+    content.check_columns(wanted)
     if not records:
         raise UserError(f"label file {table.path} has a header but no rows")
     rows: list[_Row] = []

@@ -22,24 +22,66 @@ def llava_conversations(bench: Bench, images: Path) -> str:
         bench: The questions.
         images: Folder that image paths are written relative to.
     """
-    return json.dumps([_conversation(bench, item, images.resolve()) for item in bench.items], indent=1) + "\n"
+    return _listed(bench, images, _llava_row)
 
 
-def _conversation(bench: Bench, item: MCQItem, images: Path) -> dict[str, object]:
-    paths = [Path(os.path.relpath(path.resolve(), images)).as_posix() for path in bench.image_paths(item)]
+def chat_messages(bench: Bench, images: Path) -> str:
+    """The bench as rows of ``messages`` and ``images``, as TRL, LLaMA-Factory and ms-swift read them.
+
+    Args:
+        bench: The questions.
+        images: Folder that image paths are written relative to.
+    """
+    return _listed(bench, images, _messages_row)
+
+
+def _listed(bench: Bench, images: Path, row: Callable[[MCQItem, list[str]], dict[str, object]]) -> str:
+    """A JSON list with a row per question; image paths are relative to a folder."""
+    start = images.resolve()
+    rows = [
+        row(
+            item,
+            [Path(os.path.relpath(path.resolve(), start)).as_posix() for path in bench.image_paths(item)],
+        )
+        for item in bench.items
+    ]
+    return json.dumps(rows, indent=1) + "\n"
+
+
+def _asked(item: MCQItem) -> str:
+    return "<image>\n" * len(item.images) + render(item)
+
+
+def _llava_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
     return {
         "id": item.id,
         "image": paths[0] if len(paths) == 1 else paths,
         "conversations": [
-            {"from": "human", "value": "<image>\n" * len(paths) + render(item)},
+            {"from": "human", "value": _asked(item)},
             {"from": "gpt", "value": item.letter},
         ],
+    }
+
+
+def _messages_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
+    return {
+        "id": item.id,
+        "messages": [
+            {"role": "user", "content": _asked(item)},
+            {"role": "assistant", "content": item.letter},
+        ],
+        "images": paths,
     }
 
 
 def _llava(bench: Bench, out: Path, images: Path, force: bool) -> str:
     write_text(out, llava_conversations(bench, images), force)
     return f"retrain-projector --model MODEL --data {out} --images {images}"
+
+
+def _messages(bench: Bench, out: Path, images: Path, force: bool) -> str:
+    write_text(out, chat_messages(bench, images), force)
+    return f"finetune-lora --model MODEL --data {out} --images {images}"
 
 
 def _vlmevalkit(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001 (images are embedded)
@@ -85,6 +127,7 @@ def _moved(bench: Bench, item: MCQItem, out: Path) -> MCQItem:
 
 EXPORTERS: Mapping[str, Callable[[Bench, Path, Path, bool], str]] = {
     "llava": _llava,
+    "messages": _messages,
     "vlmevalkit": _vlmevalkit,
     "lmms-eval": _lmms_eval,
     "parquet": _parquet,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +67,8 @@ def parquet_lines(path: Path) -> list[str]:
     with _opened(path) as file:
         header = _header(path, file)
         columns = [name for name in file.schema_arrow.names if name != EMBEDDED]
-        return [
-            header,
-            *(json.dumps(row) for part in file.iter_batches(columns=columns) for row in part.to_pylist()),
-        ]
+        rows = (row for part in file.iter_batches(columns=columns) for row in part.to_pylist())
+        return [header, *(json.dumps(row, default=_foreign) for row in rows)]
 
 
 def embedded_images(path: Path) -> Iterator[list[bytes] | None]:
@@ -94,16 +93,23 @@ def has_embedded(path: Path) -> bool:
         return EMBEDDED in file.schema_arrow.names
 
 
-def _opened(path: Path) -> "pyarrow.parquet.ParquetFile":
+@contextmanager
+def _opened(path: Path) -> Iterator["pyarrow.parquet.ParquetFile"]:
+    """The open file; what the library finds wrong with it within the block is said in one line."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():
         raise UserError(f"bench {path} does not exist or is not a file")
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"bench {path} is not a Parquet file: {error}") from None
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"bench {path} cannot be read as Parquet: {error}") from None
+
+
+def _foreign(value: Any) -> Any:
+    raise ValueError(f"it holds a {type(value).__name__}, where a bench has text, numbers and lists of them")
 
 
 def _header(path: Path, file: "pyarrow.parquet.ParquetFile") -> str:

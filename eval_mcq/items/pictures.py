@@ -1,6 +1,6 @@
 """Checking the images of questions before any work is done."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +41,26 @@ def hash_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
         return sha256(path)
 
     return _each(first_use, hashed, "Hashing images")
+
+
+def unreadable_images(first_use: Mapping[Path, str]) -> Iterator[tuple[Path, UserError]]:
+    """Decode every image once; those that are missing or cannot be decoded, each with its error."""
+
+    def tried(entry: tuple[Path, str]) -> tuple[Path, UserError | None]:
+        path, item_id = entry
+        try:
+            open_image(path)
+        except UserError as error:
+            return path, UserError(f"question '{item_id}': {error}")
+        return path, None
+
+    if not first_use:
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        outcomes = pool.map(tried, first_use.items())
+        for path, error in track(outcomes, "Checking images", total=len(first_use)):
+            if error:
+                yield path, error
 
 
 def _each(first_use: Mapping[Path, str], work: Callable[[Path], str], what: str) -> dict[Path, str]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eval_mcq.items.schema import Text, parse
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus_layouts import GENERIC, layouts
 
 FOLDER = Path(__file__).parents[1] / "presets"
@@ -195,4 +196,4 @@ def load_preset(name_or_file: str) -> Preset:
         path = FOLDER / f"{name_or_file}.json"
     if not path.is_file():
         raise UserError(f"preset file {path} does not exist: known presets are {', '.join(preset_names())}")
-    return parse(Preset, path.read_text(encoding="utf-8"), f"preset {path}")
+    return parse(Preset, read_text(path, "preset"), f"preset {path}")

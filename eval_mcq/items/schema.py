@@ -1,6 +1,5 @@
 """The bench file: a header with the schema version, then one question per line (JSON Lines) or row (Parquet)."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from eval_mcq.items.parquet import SUFFIX, has_embedded, parquet_lines, write_rows
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import new_file, sha256, write_text
+from mgll_encoder.common.texts import parse_json, read_text
 
 SCHEMA = "eval-mcq/1"
 """Version of the bench file; a file of another version is refused, never guessed at."""
 
 LETTERS = ascii_uppercase
 """Option letters in order; a question has at most 26 options."""
+
+LONG = 1e18
+"""Numbers that are not smaller are not repeated in a message."""
 
 Text = Annotated[str, Field(min_length=1)]
 M = TypeVar("M", bound=BaseModel)
@@ -218,13 +221,8 @@ def read_lines(path: Path, kind: str) -> list[str]:
     Raises:
         UserError: the file is missing or is not text.
     """
-    if not path.is_file():
-        raise UserError(f"{kind} {path} does not exist or is not a file")
-    try:
-        # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-        return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{kind} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    return read_text(path, kind).rstrip("\n").split("\n")
 
 
 def parse(model: type[M], line: str, where: str) -> M:
@@ -240,18 +238,18 @@ def parse(model: type[M], line: str, where: str) -> M:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first fault of a pydantic report: field, message, what was found."""
+    """The first fault of a pydantic report: field, message, and the number that was found if it is one."""
     fault = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
+    # Texts are not repeated: they may be about a patient.
+    if isinstance(fault["input"], int | float) and abs(fault["input"]) < LONG:
+        message += f" (found {fault['input']})"
     return f"field '{field}': {message}" if field else message
 
 
 def _header(path: Path, line: str) -> BenchHeader:
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"bench {path} line 1 is not JSON: {error.msg}") from None
+    data = parse_json(line, f"bench {path} line 1")
     found = data.get("schema") if isinstance(data, dict) else None
     if found is None:
         raise UserError(
@@ -266,7 +264,7 @@ def _header(path: Path, line: str) -> BenchHeader:
 
 def _id_of(line: str) -> str:
     try:
-        data = json.loads(line)
-    except json.JSONDecodeError:
+        data = parse_json(line, "")
+    except UserError:
         return ""
     return f" (id '{data['id']}')" if isinstance(data, dict) and "id" in data else ""

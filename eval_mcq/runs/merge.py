@@ -1,9 +1,9 @@
 """Putting the shards of a run together; nothing missing, nothing twice, nothing of another run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval_mcq.items.schema import Bench, load_bench
+from eval_mcq.items.schema import Bench, MCQItem, load_bench
 from eval_mcq.runs.answers_file import sort_answers
 from eval_mcq.runs.records import (
     ANSWERS_FILE,
@@ -84,12 +84,13 @@ def _bench(record: RunRecord, given: Path | None) -> Bench:
 
 def _gather(shards: Sequence[Path], record: RunRecord, bench: Bench, out: Path) -> None:
     expected = {item.id: rotations_of(len(item.options), record.rotations) for item in bench.items}
+    items = {item.id: item for item in bench.items}
     origin: dict[tuple[str, int], int] = {}
     with out.open("w", encoding="utf-8") as stream:
         for number, folder in enumerate(shards):
             path = folder / ANSWERS_FILE
-            for answer in read_answers(path, record.fingerprint):
-                _check_row(answer, path, expected, record)
+            for answer in read_answers(path, record):
+                _check_row(answer, path, items, record)
                 if (other := origin.setdefault(answer.key, number)) != number:
                     raise UserError(
                         f"{path} answers question '{answer.id}' (rotation {answer.rotation}), and so does "
@@ -106,11 +107,15 @@ def _gather(shards: Sequence[Path], record: RunRecord, bench: Bench, out: Path) 
                 )
 
 
-def _check_row(answer: Answer, path: Path, expected: dict[str, int], record: RunRecord) -> None:
+def _check_row(answer: Answer, path: Path, items: Mapping[str, MCQItem], record: RunRecord) -> None:
     if answer.run != record.fingerprint:
         raise UserError(f"{path}: the answer to question '{answer.id}' does not say that it is of this run")
-    if answer.rotation >= expected.get(answer.id, 0):
+    if answer.id not in items:
         raise UserError(f"{path}: question '{answer.id}' (rotation {answer.rotation}) is not in the bench")
+    if not answer.answers_item(items[answer.id]):
+        raise UserError(
+            f"{path}: question '{answer.id}' has another category, true letter or number of options in the bench"
+        )
 
 
 def _example(records: Sequence[RunRecord]) -> str:

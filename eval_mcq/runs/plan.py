@@ -4,6 +4,7 @@ Batches are the same whether a run is new, resumed or one of several shards, so 
 bytes each time.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -49,10 +50,10 @@ class Shard:
         Raises:
             UserError: it is not of that form, or i is not below n.
         """
-        index, slash, count = text.partition("/")
-        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-            raise UserError(f"--shard '{text}' is not of the form i/n with i from 0 to n-1, such as 0/4")
-        return cls(int(index), int(count))
+        found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text)
+        if found is None or not int(found[1]) < int(found[2]):
+            raise UserError(f"shard '{text[:40]}' is not of the form i/n with i from 0 to n-1, such as 0/4")
+        return cls(int(found[1]), int(found[2]))
 
     @property
     def name(self) -> str | None:

@@ -6,15 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from eval_mcq.items.schema import LETTERS, parse
+from eval_mcq.items.schema import LETTERS, MCQItem, Text, parse
 from eval_mcq.runs.answers_file import whole_lines
-from eval_mcq.scoring.prompt import shown_letters
+from eval_mcq.runs.leaks import Leak
+from eval_mcq.runs.plan import Shard
+from eval_mcq.scoring.prompt import Mode, shown_letters
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import parse_json, read_text
 
 RUN_FILE = "run.json"
 ANSWERS_FILE = "answers.jsonl"
@@ -25,6 +28,14 @@ RUN_FORMAT: Final = "eval-mcq-run/2"
 
 OPTIONAL = ("letter_mass", "log_likelihoods", "tokens", "reply")
 """Fields of an answer that only some scoring modes fill; left out of the file where empty."""
+
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""A probability."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Rotations = Annotated[int, Field(ge=1, le=len(LETTERS))]
+Texts = Annotated[list[Text], Field(min_length=1)]
 
 
 class RunRecord(BaseModel):
@@ -47,6 +58,7 @@ class RunRecord(BaseModel):
         shard: ``i/n`` of a run that holds only a part of the answers; None of a whole one.
         example: The prompt of the bench's first question in full, for the reader.
         versions: Package versions, for the reader.
+        leak: How much of the bench its model was trained on, where that was allowed; None of a clean run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -57,16 +69,25 @@ class RunRecord(BaseModel):
     bench: str
     bench_name: str
     bench_sha256: str
-    categories: list[str]
-    questions: int
-    mode: str
-    rotations: int = 1
+    categories: Texts
+    questions: int = Field(ge=1)
+    mode: Mode
+    rotations: Rotations = 1
     prompt: str
     dtype: str
     code: str = ""
     shard: str | None = None
     example: str = ""
     versions: dict[str, str] = {}
+    leak: Leak | None = None
+
+    @field_validator("shard")
+    @classmethod
+    def _shard_is_one(cls, shard: str | None) -> str | None:
+        try:
+            return shard if shard is None else Shard.parse(shard).name
+        except UserError as error:
+            raise ValueError(str(error)) from None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -116,32 +137,58 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: str
-    rotation: int = 0
-    category: str
-    cluster: str
-    images_sha256: list[str]
+    id: Text
+    rotation: int = Field(default=0, ge=0, lt=len(LETTERS))
+    category: Text
+    cluster: Text
+    images_sha256: Texts
     gold: str
     chosen: str | None
-    probabilities: list[float]
+    probabilities: list[Share] = Field(min_length=2, max_length=len(LETTERS))
     shown: str = ""
-    letter_mass: float | None = None
-    log_likelihoods: list[float] | None = None
-    tokens: list[int] | None = None
+    letter_mass: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    log_likelihoods: list[Finite] | None = None
+    tokens: list[Annotated[int, Field(ge=0)]] | None = None
     reply: str | None = None
     run: str = ""
 
     @model_validator(mode="before")
     @classmethod
     def _shown(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "shown" not in data and isinstance(data.get("probabilities"), list):
-            return {**data, "shown": shown_letters(len(data["probabilities"]), data.get("rotation", 0))}
+        if not isinstance(data, dict) or "shown" in data:
+            return data
+        probabilities, rotation = data.get("probabilities"), data.get("rotation", 0)
+        if isinstance(probabilities, list) and isinstance(rotation, int) and len(probabilities) > 1:
+            return {**data, "shown": shown_letters(min(len(probabilities), len(LETTERS)), rotation)}
         return data
+
+    @model_validator(mode="after")
+    def _letters_fit(self) -> "Answer":
+        options = len(self.probabilities)
+        if self.rotation >= options:
+            raise ValueError(f"field 'rotation' is {self.rotation}, of {options} options")
+        shown = shown_letters(options, self.rotation)
+        if self.shown != shown:
+            raise ValueError(f"field 'shown' is not '{shown}', as it is in rotation {self.rotation}")
+        for field, letter in (("gold", self.gold), ("chosen", self.chosen)):
+            if letter is not None and not (len(letter) == 1 and letter in shown):
+                raise ValueError(
+                    f"field '{field}' is none of the letters {LETTERS[0]}-{LETTERS[options - 1]}"
+                )
+        for field, of_options in (("log_likelihoods", self.log_likelihoods), ("tokens", self.tokens)):
+            if of_options is not None and len(of_options) != options:
+                raise ValueError(f"field '{field}' has {len(of_options)} entries for {options} options")
+        return self
 
     @property
     def key(self) -> tuple[str, int]:
         """What is answered once in a run."""
         return self.id, self.rotation
+
+    @property
+    def about(self) -> int:
+        """A hash of what all rotations of a question have in common."""
+        return hash((self.category, self.cluster, self.gold, len(self.probabilities), *self.images_sha256))
 
     @property
     def right(self) -> bool:
@@ -152,6 +199,12 @@ class Answer(BaseModel):
     def chance(self) -> float:
         """Share that guessing gets right."""
         return 1 / len(self.probabilities)
+
+    def answers_item(self, item: MCQItem) -> bool:
+        """Whether it is about a question as it stands in the bench."""
+        return (self.category, self.gold, len(self.probabilities)) == (
+            item.category, item.letter, len(item.options)
+        )  # fmt: skip
 
     def as_shown(self, letter: str) -> str:
         """The letter under which an option was shown, of its letter in the bench."""
@@ -288,15 +341,16 @@ def load_run(folder: Path) -> Run:
     """Read a run, finished or not.
 
     Raises:
-        UserError: not a run folder, one of another format, no answers in it, or a line of it is damaged.
+        UserError: not a run folder, one of another format, no question is answered, or a line of it is damaged.
     """
     record = read_record(folder)
-    rows = list(read_answers(folder / ANSWERS_FILE, record.fingerprint))
-    if not rows:
+    run = Run(folder, record, list(read_answers(folder / ANSWERS_FILE, record)))
+    if not run.answers:
+        found = "no question in all its rotations" if run.rows else "no question"
         raise UserError(
-            f"run {folder} holds no answers yet: start the same eval-mcq run command again to resume it"
+            f"run {folder} answers {found} yet: start the same eval-mcq run command again to resume it"
         )
-    return Run(folder, record, rows)
+    return run
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -310,44 +364,61 @@ def read_record(folder: Path) -> RunRecord:
         raise UserError(
             f"{folder} is not a run (it has no {RUN_FILE}): give the --out folder of eval-mcq run"
         )
-    text = path.read_text(encoding="utf-8")
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error.msg}): start the run anew with --force") from None
+    text = read_text(path, "run")
+    found = parse_json(text, f"run {path}")
     if not isinstance(found, dict) or found.get("format") != RUN_FORMAT:
-        was = found.get("format", "eval-mcq-run/1") if isinstance(found, dict) else "no run"
+        was = str(found.get("format", "eval-mcq-run/1"))[:40] if isinstance(found, dict) else "no run"
         raise UserError(
-            f"{path} has format '{was}', expected '{RUN_FORMAT}': start the run anew with --force"
+            f"run {path} has format '{was}', expected '{RUN_FORMAT}': start the run anew with --force"
         )
-    return parse(RunRecord, text, str(path))
+    return parse(RunRecord, text, f"run {path}")
 
 
-def read_answers(path: Path, fingerprint: str | None = None) -> Iterator[Answer]:
+def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer]:
     """Read the answers file line by line; a last line that a killed run left unfinished is passed over.
+
+    A line that stands there a second time, as it is, is passed over as well.
 
     Args:
         path: The file; one that is missing holds no answers.
-        fingerprint: Of the run that the rows must be of, if they say of which they are.
+        record: Of the run that the rows must be of, if they say of which they are.
 
     Raises:
-        UserError: another line is damaged, is of another run, or answers a question a second time.
+        UserError: another line is damaged, is of another run, answers a question a second time and otherwise, or
+            is about another question than the other rotations of it.
     """
-    seen: set[tuple[str, int]] = set()
+    lines: dict[tuple[str, int], int] = {}
+    questions: dict[str, int] = {}
     for number, line in whole_lines(path):
         answer = parse(Answer, line, f"{path} line {number}")
-        if fingerprint and answer.run not in ("", fingerprint):
+        where = f"{path} line {number} (id '{answer.id}')"
+        if record:
+            _check_of(answer, record, where)
+        if questions.setdefault(answer.id, answer.about) != answer.about:
             raise UserError(
-                f"{path} line {number} (id '{answer.id}') is an answer of another run ({answer.run}, this is "
-                f"{fingerprint}): start the run anew with --force"
+                f"{where} has another category, patient, true letter, image or number of options than another "
+                "rotation of its question: start the run anew with --force"
             )
-        if answer.key in seen:
+        if (before := lines.get(answer.key)) is None:
+            lines[answer.key] = hash(line)
+            yield answer
+        elif before != hash(line):
             raise UserError(
-                f"{path} line {number} answers question '{answer.id}' twice (rotation {answer.rotation}): start the "
-                "run anew with --force"
+                f"{path} line {number} answers question '{answer.id}' twice (rotation {answer.rotation}), and not as "
+                "the first time: start the run anew with --force"
             )
-        seen.add(answer.key)
-        yield answer
+
+
+def _check_of(answer: Answer, record: RunRecord, where: str) -> None:
+    if answer.run not in ("", record.fingerprint):
+        raise UserError(
+            f"{where} is an answer of another run ({answer.run[:16]}, this is {record.fingerprint}): start the run "
+            "anew with --force"
+        )
+    if answer.category not in record.categories:
+        raise UserError(f"{where} has category '{answer.category}', which is none of {RUN_FILE}")
+    if answer.rotation >= record.rotations:
+        raise UserError(f"{where} is rotation {answer.rotation}, of {record.rotations} of the run")
 
 
 def letter_counts(answers: Iterable[ItemAnswer]) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.runs.answers_file import append_answers, drop_unfinished_line, sort_answers
 from eval_mcq.runs.checks import QUICK, look
 from eval_mcq.runs.fingerprint import code_version
+from eval_mcq.runs.leaks import Leak
 from eval_mcq.runs.plan import Group, Shard, asks_of, batches, groups
 from eval_mcq.runs.progress import rate
 from eval_mcq.runs.records import (
@@ -69,7 +71,7 @@ class Settings:
 
 def describe_run(
     model: Path, fingerprint: str, bench: Bench, dtype: str, mode: Mode = "letters", rotations: int = 1,
-    shard: Shard | None = None,
+    shard: Shard | None = None, leak: Leak | None = None,
 ) -> RunRecord:  # fmt: skip
     """The record of a run, before its first answer."""
     most = max(len(item.options) for item in bench.items)
@@ -79,7 +81,7 @@ def describe_run(
         categories=bench.categories, questions=len(bench.items),
         mode=mode, rotations=min(rotations, most), prompt=prompt_version(mode), dtype=dtype,
         code=code_version(), shard=(shard or Shard()).name,
-        versions={package: version(package) for package in ("mgll-mllm", "torch", "transformers")},
+        versions={package: version(package) for package in ("mgll-mllm", "torch", "transformers")}, leak=leak,
     )  # fmt: skip
 
 
@@ -170,7 +172,7 @@ def run_bench(
 
 def finish(out: Path, record: RunRecord) -> Run:
     """Read the answers back and write their figures; a shard that no question falls to has none."""
-    run = Run(out, record, list(read_answers(out / ANSWERS_FILE, record.fingerprint)))
+    run = Run(out, record, list(read_answers(out / ANSWERS_FILE, record)))
     if run.answers:
         figures = as_json(compare({Path(record.model).name: run}))
         write_text(out / SUMMARY_FILE, json.dumps(figures, indent=1) + "\n", force=True)
@@ -208,12 +210,13 @@ def _planned(bench: Bench, record: RunRecord, settings: Settings) -> list[list[G
 
 
 def _done(out: Path, record: RunRecord, bench: Bench) -> set[Key]:
-    ids = {item.id for item in bench.items}
+    items = {item.id: item for item in bench.items}
     done = set()
-    for answer in read_answers(out / ANSWERS_FILE, record.fingerprint):
-        if answer.id not in ids:
+    for answer in read_answers(out / ANSWERS_FILE, record):
+        if answer.id not in items or not answer.answers_item(items[answer.id]):
             raise UserError(
-                f"{out / ANSWERS_FILE} answers '{answer.id}', which is not in {bench.path}: start anew"
+                f"{out / ANSWERS_FILE} answers '{answer.id}' (true: {answer.gold}), which is not in {bench.path} or "
+                "otherwise: start the run anew with --force"
             )
         done.add(answer.key)
     return done
@@ -288,11 +291,17 @@ def _rows(
 ) -> Iterator[Answer]:  # fmt: skip
     for group, of_group in zip(batch, scores, strict=True):
         for ask, score in zip(asks_of(group, bench.items), of_group, strict=True):
+            if not all(map(isfinite, score.probabilities)):
+                raise UserError(
+                    f"question '{ask.item.id}': the model's probabilities are no numbers (NaN): its weights are "
+                    "damaged or overflow; try --dtype float32"
+                )
             yield Answer(
                 id=ask.item.id,
                 rotation=ask.rotation,
                 category=ask.item.category,
-                cluster=ask.item.cluster,
+                # A path may hold a patient's name.
+                cluster=ask.item.cluster if ask.item.patient else hashes[ask.item.id][0][:16],
                 images_sha256=hashes[ask.item.id],
                 gold=ask.item.letter,
                 chosen=chosen_letter(score),

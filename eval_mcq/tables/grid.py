@@ -213,6 +213,9 @@ def notes_of(comparison: Comparison) -> list[str]:
         f"Average: unweighted mean over diseases (macro). Brackets: {CONFIDENCE:.0%} intervals, Wilson per "
         f"disease, stratified bootstrap over patients for averages and gains ({REPLICATES} draws).",
     ]
+    notes += [
+        f"LEAK: of {arm.name}, {arm.leak}; its figures are flattered." for arm in comparison.arms if arm.leak
+    ]
     if others:
         notes.append(
             f"Gains: against {base.name} on the same questions. p: exact McNemar, Holm-adjusted over the "

@@ -1,14 +1,41 @@
 """Tables that others published, as data: the printed figures, and the numbers of questions inferred from them."""
 
+import re
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from eval_mcq.items.schema import Text, parse
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_text
+
+_PERCENT = re.compile(r"(100(\.0{1,4})?|[0-9]{1,2}(\.[0-9]{1,4})?)")
+_POINTS = re.compile(r"-?[0-9]{1,3}(\.[0-9]{1,4})?")
+
+
+def _percent(printed: str) -> str:
+    if not _PERCENT.fullmatch(printed):
+        raise ValueError(f"'{printed[:40]}' is no printed percentage, such as 80.17")
+    return printed
+
+
+def _points(printed: str) -> str:
+    if printed and not _POINTS.fullmatch(printed):
+        raise ValueError(f"'{printed[:40]}' is no printed difference, such as 10.9 or -0.4")
+    return printed
+
+
+Percent = Annotated[str, AfterValidator(_percent)]
+"""A printed percentage with its digits."""
+
+Points = Annotated[str, AfterValidator(_points)]
+"""A printed difference of percentages, or nothing."""
+
+MOST = 10_000
+"""Most questions of a disease: every number of right answers among them is looked at."""
 
 PAPER = Path(__file__).parents[1] / "data" / "mgll_table2.json"
 """The multiple-choice table of the MGLL paper."""
@@ -29,9 +56,9 @@ class PublishedRow(BaseModel):
 
     model: Text
     arm: Text
-    cells: dict[str, str]
-    average: str
-    gain: str = ""
+    cells: dict[str, Percent]
+    average: Percent
+    gain: Points = ""
 
 
 class Published(BaseModel):
@@ -50,7 +77,7 @@ class Published(BaseModel):
     source: Text
     about: str = ""
     options: int = Field(ge=2, le=26)
-    questions: dict[str, int] = Field(min_length=1)
+    questions: dict[Text, Annotated[int, Field(ge=1, le=MOST)]] = Field(min_length=1)
     rows: list[PublishedRow] = Field(min_length=2)
 
     @model_validator(mode="after")
@@ -90,9 +117,7 @@ def load_published(path: Path = PAPER) -> Published:
     Raises:
         UserError: no such file, or not of the form.
     """
-    if not path.is_file():
-        raise UserError(f"table {path} does not exist or is not a file")
-    return parse(Published, path.read_text(encoding="utf-8"), f"table {path}")
+    return parse(Published, read_text(path, "table"), f"table {path}")
 
 
 def counts_behind(printed: str, n: int) -> list[int]:

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from eval_mcq.tables.grid import MARKS, Grid
 
@@ -58,18 +59,19 @@ def rich_tables(grid: Grid, console: Console) -> list[Table]:
 
 
 def _table(grid: Grid, columns: Sequence[int], gap: str) -> Table:
-    table = Table(title=grid.title, title_justify="left", header_style="bold")
+    # As `Text`: a name with brackets is no markup.
+    table = Table(title=Text(grid.title), title_justify="left", header_style="bold")
     if gap != " ":  # every column counts
         table.box, table.pad_edge = box.SIMPLE_HEAD, False
     for i in columns:
-        table.add_column(grid.columns[i], justify="left" if i == 0 else "right")
+        table.add_column(Text(grid.columns[i]), justify="left" if i == 0 else "right")
     for number, row in enumerate(grid.rows):
         if number in grid.breaks:
             table.add_section()
         cells = (
             row[i] if gap == " " else row[i].replace(" [", f"{gap}[").replace(", ", ",") for i in columns
         )
-        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+        table.add_row(*map(Text, cells))
     return table
 
 

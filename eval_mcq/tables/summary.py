@@ -101,6 +101,7 @@ class Arm:
         letters: Per letter: how often true, how often chosen.
         p_guess: Probability that guessing gets as many questions right, over all diseases.
         diagnosis: How it chose.
+        leak: How much of the bench the model was trained on, in words; empty where nothing is known of that.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Arm:
     letters: dict[str, tuple[int, int]]
     p_guess: float
     diagnosis: Diagnosis
+    leak: str = ""
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,7 @@ def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer], run:
         letters=letter_counts(answers),
         p_guess=scores.p_guess(a, np.ones(len(scores.right), dtype=bool)),
         diagnosis=diagnose(run),
+        leak=run.record.leak.text if run.record.leak else "",
     )
 
 

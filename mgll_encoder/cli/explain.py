@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import Question, open_tower, said, say_skipped
+from mgll_encoder.cli.labelled import Question, open_tower, said
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, new_file
 
 if TYPE_CHECKING:
-    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.explain import Target
     from mgll_encoder.tower import Tower
 
@@ -57,7 +57,7 @@ def explain(
     import torch
 
     from mgll_encoder.common.images import open_image
-    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.explain import attention_maps, contact_sheet, target_maps
     from mgll_encoder.preprocess import image_transform
 
@@ -70,7 +70,7 @@ def explain(
         )
     if (data or benchmark) and not label:
         raise UserError("--data has no effect without --label: name a class, or leave it out")
-    skipped, tower = Skipped(strict), open_tower(encoder, activation)
+    skipped, tower = Skipped(strict, "rows" if label else "images"), open_tower(encoder, activation)
     targets = _texts(tower, encoder, text or [])
     if label:
         question = Question(
@@ -92,7 +92,7 @@ def explain(
         notes[target.name] = [f"{target.unit} {score:.2f}" for score in scores]
     with new_file(out, force) as partial:
         contact_sheet(pictures, captions, columns, notes, tower, partial)
-    say_skipped(skipped)
+    skipped.say()
     said(f"{len(paths)} images: {out}")
 
 
@@ -145,6 +145,7 @@ def _classes(
 
 
 def _pictures(images: Path, limit: int, skipped: "Skipped") -> list[Path]:
+    from mgll_encoder.common.skipped import UNREADABLE
     from mgll_encoder.features import unreadable
 
     if images.is_file():
@@ -156,11 +157,12 @@ def _pictures(images: Path, limit: int, skipped: "Skipped") -> list[Path]:
             f"--images is {images}, which does not exist: expected an image or a folder of images"
         )
     chosen: list[Path] = []
-    for path in candidates:
+    for number, path in enumerate(candidates, start=1):
         if len(chosen) == limit:
             break
+        skipped.read += 1
         if trouble := unreadable(path):
-            skipped.add("image unreadable", trouble)
+            skipped.add(UNREADABLE, f"image {number} (sorted by name) of {images} {trouble}")
         else:
             chosen.append(path)
     if not chosen:

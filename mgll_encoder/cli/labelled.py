@@ -12,8 +12,8 @@ from mgll_encoder.common.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.label_table import LabelledImages
-    from mgll_encoder.data.skipped import Skipped
     from mgll_encoder.probe import ProbeResult
     from mgll_encoder.tower import Tower
 
@@ -213,12 +213,6 @@ def need_kept(kept: list[int], min_positives: int) -> None:
         )
 
 
-def say_skipped(skipped: "Skipped") -> None:
-    """One line per reason for which rows were left out."""
-    for line in skipped.lines():
-        note(line)
-
-
 def print_result(
     result: "ProbeResult",
     title: str,
@@ -250,7 +244,7 @@ def print_result(
         )
     table.add_section()
     macro = (
-        f"{f.value:.1f} \\[{f.low:.1f}, {f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
+        f"{f.value:.1f} [{f.low:.1f}, {f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
     )
     table.add_row("macro average", "", *macro)
     if len(result.runs) > 1:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from mgll_encoder.common.cli import note, stdout
+from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import UserError
 
 
@@ -92,8 +92,7 @@ def pretrain(
     )
     if not result.first:
         return
-    for line in result.skipped.lines():
-        note(line)
+    result.skipped.say()
     stdout.print(
         f"{result.images} images, {result.steps} steps: training loss {result.losses[0]:.4f} -> "
         f"{result.losses[-1]:.4f}, temperature {result.temperature:.4f}",

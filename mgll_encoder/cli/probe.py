@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said, say_skipped
+from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, write_text
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.label_table import LabelledImages
-    from mgll_encoder.data.skipped import Skipped
     from mgll_encoder.tower import Tower
 
     Scored = tuple[NDArray[np.float64], list[int], LabelledImages, dict[str, Any]]
@@ -91,7 +91,7 @@ def probe(
     """
     from mgll_encoder.benchmarks import PROTOCOLS, published_beside
     from mgll_encoder.benchmarks import benchmark as described
-    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.probe import judge
 
     if mode not in MODES:
@@ -125,19 +125,19 @@ def probe(
             tower, labels, skipped, min_positives, workers, settings, trainings or 1, tower_out, force
         )
     result = judge(scores, kept, labels, seed=seed)
-    say_skipped(skipped)
     question.warn_of_leaks(labels)
     names = described(benchmark).in_words if benchmark else {}
     print_result(result, _TITLES[mode].format(encoder), published, names)
     if out:
         content = {
             "encoder": str(encoder), "data": str(data or images), "mode": mode, "seed": seed, "test": test, **record,
-            "skipped": dict(skipped.counts), **asdict(result),
+            **skipped.record(), **asdict(result),
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
         said(f"written: {out}")
     if tower_out:
         said(f"tower: {tower_out}")
+    skipped.say()
 
 
 def _linear(
@@ -167,6 +167,8 @@ def _finetuned(
     import numpy as np
 
     from mgll_encoder.common.files import cache_folder
+    from mgll_encoder.common.picture_bytes import picture_digests
+    from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
     from mgll_encoder.features import open_every_image
     from mgll_encoder.finetune import CHOSEN_BY, FinetuneOptions, finetune
     from mgll_encoder.probe import kept_labels
@@ -189,6 +191,12 @@ def _finetuned(
     ]
     best = max(runs, key=lambda run: run.validation)
     if tower_out:
-        save_tower(best.tower, tower_out, force, {"finetuning": {**best.record, CHOSEN_BY: best.validation}})
+        digests = picture_digests(best.trained_on, "Noting the training images").values()
+        trained = [
+            *trainings_of(tower.header.source),
+            Training.of((TOWER,), "probe --mode finetune", digests),
+        ]
+        provenance = {"finetuning": {**best.record, CHOSEN_BY: best.validation}}
+        save_tower(best.tower, tower_out, force, provenance, trainings=trained)
     record = {"finetuning": [{**run.record, f"validation_{CHOSEN_BY}": run.validation} for run in runs]}
     return np.stack([run.scores for run in runs]), runs[0].kept, labels, record

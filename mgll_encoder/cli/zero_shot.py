@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said, say_skipped
+from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said
 from mgll_encoder.common.cli import stdout, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, write_text
@@ -62,7 +62,7 @@ def zero_shot(
     """
     from mgll_encoder.benchmarks import benchmark as described
     from mgll_encoder.common.files import cache_folder
-    from mgll_encoder.data.skipped import Skipped
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.features import readable_features
     from mgll_encoder.probe import judge, kept_labels
     from mgll_encoder.zero_shot import (
@@ -105,7 +105,6 @@ def zero_shot(
     kept = kept_labels(labels, min_positives, trained=False)
     need_kept(kept, min_positives)
     result = judge(scores[:, kept], kept, labels, seed=seed)
-    say_skipped(skipped)
     print_result(result, f"Zero-shot classification by {encoder}, in %", {}, names, trained=False)
     if out:
         content = {
@@ -114,10 +113,11 @@ def zero_shot(
                 label: {"positive": p} if labels.exclusive else {"positive": p, "negative": n}
                 for label, p, n in zip(labels.names, positive, negative, strict=True)
             },
-            "skipped": dict(skipped.counts), **asdict(result),
+            **skipped.record(), **asdict(result),
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
         said(f"written: {out}")
+    skipped.say()
 
 
 def retrieval(
@@ -150,8 +150,8 @@ def retrieval(
     import numpy as np
 
     from mgll_encoder.common.files import cache_folder
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.described import described_images
-    from mgll_encoder.data.skipped import Skipped
     from mgll_encoder.features import readable_features
     from mgll_encoder.retrieval import retrieval as judge
     from mgll_encoder.zero_shot import class_directions, projected, text_tower_of
@@ -180,15 +180,15 @@ def retrieval(
         raise UserError(
             f"manifest {data}: no granularity has two texts on the {split} side: nothing to search in"
         )
-    say_skipped(skipped)
     _print_retrieval(results, encoder, len(set(readable.patients)))
     if out:
         content = {
-            "encoder": str(encoder), "data": str(data), "split": split, "seed": seed, "skipped": dict(skipped.counts),
+            "encoder": str(encoder), "data": str(data), "split": split, "seed": seed, **skipped.record(),
             "granularities": {level: [asdict(way) for way in both] for level, both in results.items()},
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
         said(f"written: {out}")
+    skipped.say()
 
 
 def _print_retrieval(
@@ -206,7 +206,7 @@ def _print_retrieval(
     for level, both in results.items():
         for way in both:
             cells = (
-                f"{f.value:.1f} \\[{f.low:.1f}, {f.high:.1f}] ({way.chance[k]:.1f})"
+                f"{f.value:.1f} [{f.low:.1f}, {f.high:.1f}] ({way.chance[k]:.1f})"
                 for k, f in way.recall.items()
             )
             table.add_row(level, way.direction, str(way.queries), str(way.candidates), *cells)

@@ -35,8 +35,8 @@ class _Console(Console):
         raise SystemExit(128 + signal.SIGPIPE)
 
 
-stdout = _Console()
-"""Results: tables, paths, the next command to type."""
+stdout = _Console(markup=False)
+"""Results: tables, paths, the next command to type; a name with brackets is a name and no markup."""
 
 stderr = _Console(stderr=True)
 """Progress, warnings and errors."""

@@ -1,71 +1,246 @@
-"""Label tables: CSV and Excel files that people have."""
+"""Label tables as people have them: text with columns (CSV, TSV), Excel workbooks, Parquet.
 
+What a file is, is told by its content. Whatever is recognised beyond a plain UTF-8 CSV is said once.
+"""
+
+import codecs
 import csv
-from collections.abc import Iterable
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Literal
 
+from mgll_encoder.common import workbooks
+from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError, did_you_mean
+from mgll_encoder.common.skipped import Skipped
 
-EXCEL = ".xlsx"
+Uncertain = Literal["ignore", "positive", "negative"]
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""What separates columns, the first that fits best."""
+
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it starts with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
+"""First line by which a file tells Excel what separates its columns."""
+
+_LOOKED_AT = 50
+"""Rows that tell the delimiter."""
 
 
-def read_table(path: Path, option: str) -> tuple[list[dict[str, str]], list[str]]:
-    """Read a label file.
+@dataclass(frozen=True)
+class Reading:
+    """What the user says about a label table, where the file does not say it itself.
+
+    Attributes:
+        encoding: Of a text file; None for UTF-8, or UTF-16 and UTF-32 with their mark.
+        sheet: Of a workbook; None for the first.
+        separator: Of the labels in a cell; None for what is recognised, ``none`` where a cell is one label.
+        uncertain: What becomes of cells that leave a label open: `mgll_encoder.data.label_cells`.
+    """
+
+    encoding: str | None = None
+    sheet: str | None = None
+    separator: str | None = None
+    uncertain: Uncertain = "ignore"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        path: Its file.
+        columns: Names of its columns.
+        rows: Number of each row in the file (that of the header is 1), and its cells by column.
+        sheet: The sheet it comes from; empty where a file has only one table.
+        others: Names of the other sheets.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[tuple[int, dict[str, str]]] = field(repr=False)
+    sheet: str = ""
+    others: tuple[str, ...] = ()
+
+    def where(self, number: int) -> str:
+        """How messages call a row."""
+        return f"label file {self.path} row {number}"
+
+    def check_columns(self, wanted: Iterable[tuple[str, str | None]]) -> None:
+        """Refuse a table that lacks a column.
+
+        Args:
+            wanted: What asks for a column (an option), and the column; None where none is asked for.
+
+        Raises:
+            UserError: one is missing.
+        """
+        for asked_by, column in wanted:
+            if column is not None and column not in self.columns:
+                raise UserError(
+                    f"label file {self.path} has no column '{column}' ({asked_by}): "
+                    f"{did_you_mean(column, self.columns)}its columns are {', '.join(self.columns)}{self._elsewhere}"
+                )
+
+    @property
+    def _elsewhere(self) -> str:
+        if not self.others:
+            return ""
+        return f"; that is sheet '{self.sheet}', --sheet chooses another: {', '.join(self.others)}"
+
+
+def read_table(
+    path: Path, option: str, skipped: Skipped | None = None, reading: Reading | None = None
+) -> Table:
+    """Read a label table.
 
     Args:
-        path: UTF-8 CSV with a header line (a byte-order mark does not matter), or an Excel file whose first sheet
-            is such a table.
+        path: Text with a header line, columns separated by commas, semicolons, tabs or bars; an Excel workbook
+            (.xlsx, .xls); or Parquet.
         option: The option that named it, for the error message.
-
-    Returns:
-        Its rows (the first one is row 2 of the file), and its columns.
+        skipped: Takes rows with more or fewer cells than columns, and counts all rows; None: stop at the first.
+        reading: What the file does not say itself.
 
     Raises:
-        UserError: it is missing, or neither a UTF-8 CSV nor an Excel file.
+        UserError: it is missing, is no table, is in another encoding, names a column twice, has no sheet of that name
+            or, where ``skipped`` is strict or None, a row has more or fewer cells than there are columns.
     """
     if not path.is_file():
         raise UserError(f"label file {path} does not exist or is not a file: check {option}")
-    if path.suffix.lower() == EXCEL:
-        return _read_excel(path)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restval="")
-            return list(reader), list(reader.fieldnames or [])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"label file {path} is not a UTF-8 CSV: {error}") from None
-
-
-def check_columns(path: Path, found: Iterable[str], wanted: Iterable[tuple[str, str | None]]) -> None:
-    """Refuse a table that lacks a column.
-
-    Args:
-        path: The table, for the error message.
-        found: Its columns.
-        wanted: What asks for a column (an option), and the column; None where none is asked for.
-
-    Raises:
-        UserError: one is missing.
-    """
-    columns = list(found)
-    for asked_by, column in wanted:
-        if column is not None and column not in columns:
-            raise UserError(
-                f"label file {path} has no column '{column}' ({asked_by}): {did_you_mean(column, columns)}"
-                f"its columns are {', '.join(columns)}"
-            )
-
-
-def _read_excel(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    import pandas as pd
-
-    try:
-        sheet = pd.read_excel(path, dtype=str, keep_default_na=False, engine="openpyxl")
-    except ImportError:
+    skipped, reading = skipped or Skipped(strict=True), reading or Reading()
+    book = workbooks.kind_of(path)
+    if book and reading.encoding:
+        raise UserError(f"--encoding has no effect on label file {path}, which is {book.name}: leave it out")
+    if reading.sheet is not None and not (book and book.sheets):
         raise UserError(
-            f"label file {path} is an Excel file: pip install openpyxl to read it, or save it as CSV"
+            f"--sheet has no effect on label file {path}, which is no Excel workbook: leave it out"
+        )
+    if book:
+        sheet = book.read(path, reading.sheet)
+        lines: Iterable[tuple[int, list[str] | str]] = enumerate(sheet.lines, start=1)
+    else:
+        sheet = workbooks.Sheet([])
+        lines = _text_lines(path, reading.encoding)
+    if sheet.others:
+        others = ", ".join(f"'{name}'" for name in sheet.others)
+        note(f"{path.name}: sheet '{sheet.name}' is read, not {others} (--sheet chooses)")
+    numbered = iter(lines)
+    columns = _columns(path, numbered)
+    table = Table(path, columns, [], sheet.name, sheet.others)
+    for number, cells in numbered:
+        _take(table, number, cells, skipped)
+    return table
+
+
+def _take(table: Table, number: int, cells: list[str] | str, skipped: Skipped) -> None:
+    """A row into the table, or into what is left out; rows without a word are no rows."""
+    if not isinstance(cells, str) and not any(cell.strip() for cell in cells):
+        return
+    skipped.read += 1
+    if isinstance(cells, str):
+        skipped.add("row with stray quotes", f"{table.where(number)}: {cells}")
+    elif len(cells) != len(table.columns):
+        more = "more" if len(cells) > len(table.columns) else "fewer"
+        skipped.add(
+            f"row with {more} cells than columns",
+            f"{table.where(number)} has {len(cells)} cells, expected {len(table.columns)} as in the header: "
+            "quote cells that hold a separator",
+        )
+    else:
+        table.rows.append((number, dict(zip(table.columns, cells, strict=True))))
+
+
+def _columns(path: Path, lines: Iterator[tuple[int, list[str] | str]]) -> tuple[str, ...]:
+    _, header = next(lines, (1, []))
+    if isinstance(header, str):
+        raise UserError(f"label file {path} row 1: {header}")
+    columns = tuple(name.strip() for name in header)
+    if not any(columns):
+        raise UserError(f"label file {path} is empty: expected a header line with the names of its columns")
+    twice = [name for name, count in Counter(columns).items() if count > 1 and name]
+    if twice:
+        raise UserError(
+            f"label file {path} has two columns '{twice[0]}': rename or remove one, for they may say different things"
+        )
+    return columns
+
+
+def _text_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, list[str] | str]]:
+    """Number and cells of each row of a text file, or what is wrong with its quotes."""
+    text = _decoded(path, encoding)
+    told = _SEPARATOR_LINE.match(text)
+    text = text[told.end() :] if told else text
+    delimiter = told[1] if told else _delimiter(text)
+    if delimiter != ",":
+        note(f"{path.name}: columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    number, above = 1, 0
+    while True:
+        try:
+            cells: list[str] | str = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if reader.line_num > above + 1 or "end of data" in str(error):
+                raise UserError(
+                    f"label file {path} row {number}: a quote that opens on line {above + 1} is not closed at the "
+                    f'end of a cell (line {reader.line_num}): write a quote within a cell as ""'
+                ) from None
+            cells = f'a quote does not end its cell: write a quote within a cell as "" ({error})'
+        yield number, cells
+        number, above = number + 1, reader.line_num
+
+
+def _decoded(path: Path, encoding: str | None) -> str:
+    content = path.read_bytes()
+    told = encoding or next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(told).removeprefix("\ufeff")
+    except LookupError:
+        raise UserError(
+            f"--encoding is '{encoding}', which is none: give one such as utf-8, cp1252, gb18030"
         ) from None
-    except (ValueError, KeyError, OSError, BadZipFile) as error:
-        raise UserError(f"label file {path} is not an Excel file: {error}") from None
-    columns = [str(name) for name in sheet.columns]
-    return [dict(zip(columns, row, strict=True)) for row in sheet.itertuples(index=False)], columns
+    except UnicodeDecodeError as error:
+        if b"\0" not in content:
+            raise UserError(
+                f"label file {path} line {content[: error.start].count(10) + 1} is not {told.upper()} text (byte "
+                f"0x{content[error.start]:02X}): give its --encoding, such as cp1252 where Excel saved it on Windows, "
+                "or save it as 'CSV UTF-8'"
+            ) from None
+        text = content.decode("latin-1")
+    if "\0" in text:
+        raise UserError(
+            f"label file {path} line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a NUL character, which no "
+            "text has: the file is damaged, or give its --encoding, such as utf-16-le"
+        )
+    return text
+
+
+def _delimiter(text: str) -> str:
+    """The one that gives most of the first rows as many cells as the header, and more than one."""
+
+    def fit(delimiter: str) -> tuple[int, int]:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        counts = []
+        try:
+            for cells in reader:
+                counts.append(len(cells))
+                if len(counts) > _LOOKED_AT:
+                    break
+        except csv.Error:
+            pass  # the quotes are looked at when the rows are read
+        if not counts or counts[0] < 2:
+            return 0, 0
+        return counts.count(counts[0]), counts[0]
+
+    return max(DELIMITERS, key=fit)

@@ -19,10 +19,10 @@ from torchvision.transforms.v2 import functional as tv
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.images import open_image
+from mgll_encoder.common.skipped import DISAGREE, NO_FILE, Skipped, unnamed
 from mgll_encoder.data.laterality import names_side
 from mgll_encoder.data.manifest import ManifestRow, image_folder, named, read_header, read_rows, row_at
 from mgll_encoder.data.manifest_formats import format_of
-from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.preprocess import image_transform
 from mgll_encoder.spec import TowerSpec
 
@@ -66,6 +66,11 @@ class Plan:
         for index in range(len(self)):
             for level in self.texts(self.row(index)):
                 yield from level
+
+    @property
+    def images(self) -> Iterator[Path]:
+        """The image file of every row, one row in memory at a time."""
+        return (self.folder / self.row(index).image for index in range(len(self)))
 
     def sample(self, most: int) -> "Plan":
         """At most so many rows, evenly spread."""
@@ -126,10 +131,12 @@ def plan_splits(
         if row.split not in drafts:
             continue
         if not any(name in row.texts for name in used):
-            skipped.add("no text", f"{named(path, number)}: {row.image} has no text for {', '.join(used)}")
+            skipped.add("no text", f"{named(path, number)}: it has no text for {', '.join(used)}")
         elif not (folder / row.image).is_file():
-            trouble = f"image {folder / row.image} does not exist: check the image folder"
-            skipped.add(UNREADABLE, f"{named(path, number)}: {trouble}")
+            skipped.add(
+                NO_FILE,
+                f"{named(path, number)}: the image does not exist below {folder}: check the image folder",
+            )
         else:
             drafts[row.split].add(number, place, row)
     return {split: draft.plan(path, folder, joined, skipped) for split, draft in drafts.items()}
@@ -159,19 +166,14 @@ class _Draft:
         )
 
 
-UNREADABLE = "image unreadable"
-"""Reason under which images that are missing or damaged are counted."""
-
-
 def _agreeing(path: Path, rows: dict[str, NDArray[np.int64]], skipped: Skipped) -> NDArray[np.int64]:
     """Places of the first row of each image, without the images whose rows say different things."""
     _, first, image = np.unique(rows["image"], return_index=True, return_inverse=True)
     other = np.flatnonzero(rows["texts"] != rows["texts"][first[image]])
     for index in other:
-        name = row_at(path, int(rows["place"][index])).image
         skipped.add(
-            "rows of one image disagree",
-            f"{named(path, int(rows['number'][index]))}: the texts of {name} differ from those in "
+            DISAGREE,
+            f"{named(path, int(rows['number'][index]))}: the texts of the image differ from those in "
             f"{format_of(path).unit} {rows['number'][first[image[index]]]}",
         )
     return np.setdiff1d(first, first[image[other]])
@@ -207,10 +209,12 @@ class ManifestImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._plan.row(index)
+        path = self._plan.folder / row.image
         try:
-            image = open_image(self._plan.folder / row.image)
+            image = open_image(path)
         except UserError as error:
-            return {"trouble": f"{named(self._plan.path, int(self._plan.numbers[index]))}: {error}"}
+            where = named(self._plan.path, int(self._plan.numbers[index]))
+            return {"trouble": f"{where}: the image {unnamed(error, path)}"}
         if self._augment:
             rng = np.random.default_rng((self._seed, self._epoch, index))
             image = jitter(shrink(image, 2 * self._size), rng)

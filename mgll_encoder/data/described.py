@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.skipped import DISAGREE, NO_FILE, Skipped
 from mgll_encoder.data.label_table import SIDES, LabelledImages
-from mgll_encoder.data.manifest import ManifestRow, image_folder, read_header, read_rows
-from mgll_encoder.data.skipped import Skipped
+from mgll_encoder.data.manifest import ManifestRow, image_folder, named, read_header, read_rows
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,16 @@ def described_images(
     for line, _, row in read_rows(manifest, skipped):
         if row.split != split:
             continue
-        where = f"manifest {manifest} line {line}"
+        where = named(manifest, line)
         if row.image in rows and rows[row.image][1].texts != row.texts:
             disagreeing.add(row.image)
             skipped.add(
-                "rows of one image disagree",
-                f"{where}: the texts of {row.image} differ from those in {rows[row.image][0]}",
+                DISAGREE, f"{where}: the texts of the image differ from those in {rows[row.image][0]}"
             )
         elif not any(name in row.texts for name in used):
-            skipped.add("no text", f"{where}: {row.image} has no text for {', '.join(used)}")
+            skipped.add("no text", f"{where}: it has no text for {', '.join(used)}")
         elif not (folder / row.image).is_file():
-            skipped.add("image missing", f"{where}: image {folder / row.image} does not exist")
+            skipped.add(NO_FILE, f"{where}: the image does not exist below {folder}")
         else:
             rows.setdefault(row.image, (where, row))
     kept = [(where, row) for image, (where, row) in rows.items() if image not in disagreeing]

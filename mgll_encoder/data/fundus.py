@@ -12,8 +12,9 @@ from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256
 from mgll_encoder.common.images import check_image_header
+from mgll_encoder.common.skipped import DISAGREE, NO_FILE, NO_LABEL, NOT_NAMED, TWICE, UNREADABLE, Skipped
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.common.tables import check_columns, read_table
+from mgll_encoder.common.tables import read_table
 from mgll_encoder.data.fundus_layouts import (
     GENERIC,
     IMAGE,
@@ -25,7 +26,6 @@ from mgll_encoder.data.fundus_layouts import (
     from_folders,
 )
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
-from mgll_encoder.data.skipped import Skipped
 
 NORMAL = "normal"
 GRANULARITIES = ["status", "disease", "keyword", "explanation"]
@@ -165,13 +165,15 @@ def build_fundus(
     known = read_explanations(explanations)
     report = FundusReport(skipped=Skipped(strict))
     rows: list[ManifestRow] = []
-    table, records = _read(table)
+    table, records = _read(table, report.skipped)
     usable = _consistent(table, records, report.skipped)
     for number, record in track(usable, f"Checking the images of {table.path.name}"):
         path = images / record[table.image].strip()
         if trouble := _trouble(path):
-            where = f"{table.title} row {number}"
-            report.skipped.add(trouble, f"{where}: {trouble}: {path}; check --images and --image-column")
+            report.skipped.add(
+                trouble,
+                f"{table.title} row {number}: column '{table.image}': {trouble}; check --images and --image-column",
+            )
             continue
         patient = record[table.patient].strip()
         report.without_patient += not patient
@@ -213,7 +215,7 @@ def build_fundus(
             "split_test": test,
             "split_val": val,
             "split_seed": seed,
-            "skipped": report.skipped.total,
+            **report.skipped.record(),
         },
     )
     write_manifest(out, images, header, rows, force)
@@ -234,24 +236,19 @@ def _consistent(
         where = f"{table.title} row {number}"
         others = {said: row for said, row in claims[image].items() if said != labels}
         if not image:
-            skipped.add("no image named", f"{where}: column '{table.image}' is blank")
+            skipped.add(NOT_NAMED, f"{where}: column '{table.image}' is blank")
         elif others:
             said, row = next(iter(others.items()))
             skipped.add(
-                "rows of one image disagree",
-                f"{where}: {image} is labelled '{';'.join(labels)}', but '{';'.join(said)}' in row {row}",
+                DISAGREE,
+                f"{where}: the image is labelled '{';'.join(labels)}', but '{';'.join(said)}' in row {row}",
             )
         elif image in seen:
-            skipped.add(
-                "image listed twice",
-                f"{where}: {image} is already in row {claims[image][labels]}, labels alike",
-            )
+            skipped.add(TWICE, f"{where}: the image is already in row {claims[image][labels]}, labels alike")
         elif not labels:
-            skipped.add(
-                "no label (unknown, not normal)", f"{where}: column '{table.labels}' is blank for {image}"
-            )
+            skipped.add(NO_LABEL, f"{where}: column '{table.labels}' is blank: unknown, not normal")
         elif NORMAL in labels and len(labels) > 1:
-            skipped.add("normal and diseased", f"{where}: {image} is labelled '{';'.join(labels)}'")
+            skipped.add("normal and diseased", f"{where}: the image is labelled '{';'.join(labels)}'")
         else:
             kept.append((number, record))
         seen.add(image)
@@ -261,23 +258,25 @@ def _consistent(
 def _trouble(path: Path) -> str:
     """What keeps an image's header from being read; empty if nothing does."""
     if not path.exists():
-        return "image missing"
+        return NO_FILE
     try:
         check_image_header(path)
     except UserError:
-        return "image unreadable"
+        return UNREADABLE
     return ""
 
 
-def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, str]]]]:
+def _read(table: FundusTable, skipped: Skipped) -> tuple[FundusTable, list[tuple[int, dict[str, str]]]]:
     """The table with its optional columns settled, and its records with row numbers (the header is row 1)."""
     generic = FundusTable(table.path, IMAGE, LABELS, PATIENT, KEYWORDS, SOURCE)
     if table.path.is_dir():
-        return generic, from_folders(table.layout, table.path)
-    rows, found = read_table(table.path, "--labels")
-    records = list(enumerate(rows, start=2))
+        found = from_folders(table.layout, table.path)
+        skipped.read += len(found)
+        return generic, found
+    content = read_table(table.path, "--labels", skipped)
+    records = content.rows
     if table.layout != GENERIC:
-        return generic, as_generic(table.layout, table.path, found, records)
+        return generic, as_generic(table.layout, content)
     wanted = {
         "--image-column": table.image,
         "--labels-column": table.labels,
@@ -285,11 +284,12 @@ def _read(table: FundusTable) -> tuple[FundusTable, list[tuple[int, dict[str, st
         "--keywords-column": table.keywords,
         "--source-column": table.source,
     }
-    check_columns(table.path, found, wanted.items())
+    content.check_columns(wanted.items())
     settled = replace(
         table,
-        keywords=table.keywords or ("raw_label_or_keywords" if "raw_label_or_keywords" in found else None),
-        source=table.source or ("dataset" if "dataset" in found else None),
+        keywords=table.keywords
+        or ("raw_label_or_keywords" if "raw_label_or_keywords" in content.columns else None),
+        source=table.source or ("dataset" if "dataset" in content.columns else None),
     )
     if table.classes:
         records = [(number, {**row, table.labels: _named(table, row, number)}) for number, row in records]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.common.tables import check_columns
+from mgll_encoder.common.tables import Table
 
 GENERIC = "generic"
 
@@ -74,18 +74,14 @@ def layouts() -> Mapping[str, Layout]:
     return {name: Layout.model_validate(row) for name, row in json.loads(text)["layouts"].items()}
 
 
-def as_generic(
-    name: str, path: Path, columns: Sequence[str], records: Sequence[tuple[int, dict[str, str]]]
-) -> list[tuple[int, dict[str, str]]]:
+def as_generic(name: str, table: Table) -> list[tuple[int, dict[str, str]]]:
     """Rows of the generic table made of those of a published layout.
 
     An image that several rows name in the same way (ODIR-5K lists each patient once per eye) is taken once.
 
     Args:
         name: A key of `layouts`.
-        path: The label file, for messages.
-        columns: Its columns.
-        records: Its rows with their numbers.
+        table: Its label file.
 
     Raises:
         UserError: no such layout, a column is missing, or a cell that must be 0 or 1 is not.
@@ -96,15 +92,17 @@ def as_generic(
     if not layout.eyes:
         raise UserError(f"layout '{name}' is labelled by its folders: leave --labels out")
     wanted = sorted(layout.columns)
-    if layout.label and not set(layout.label) & set(columns):
+    if layout.label and not set(layout.label) & set(table.columns):
         wanted.append(layout.label[0])
-    check_columns(path, columns, [(f"layout '{name}'", column) for column in wanted])
+    table.check_columns([(f"layout '{name}'", column) for column in wanted])
     rows: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
-    for number, record in records:
+    for number, record in table.rows:
         for eye in layout.eyes:
             image = eye.image.format_map(record).strip()
             words = record[eye.keywords] if eye.keywords else ""
-            labels = _phrases(layout, words) if eye.keywords else _findings(layout, record, path, number)
+            labels = (
+                _phrases(layout, words) if eye.keywords else _findings(layout, record, table.path, number)
+            )
             row = {
                 IMAGE: image,
                 LABELS: ";".join(labels),

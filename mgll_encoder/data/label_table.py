@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.skipped import DISAGREE, NO_FILE, NO_LABEL, NOT_NAMED, TWICE, Skipped
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.common.tables import check_columns, read_table
-from mgll_encoder.data.skipped import Skipped
+from mgll_encoder.common.tables import Reading, read_table
 
 TRUE = frozenset({"1", "1.0", "true", "yes"})
 FALSE = frozenset({"0", "0.0", "false", "no", ""})
@@ -140,6 +140,7 @@ def read_labels(
     seed: int = 0,
     sides: Sides | None = None,
     skipped: Skipped | None = None,
+    reading: Reading | None = None,
 ) -> LabelledImages:
     """Read a label table.
 
@@ -147,7 +148,7 @@ def read_labels(
     taken once, and not at all where they disagree.
 
     Args:
-        path: The table, CSV or Excel, with a header line.
+        path: The table, see `mgll_encoder.common.tables`.
         images: Folder of the images.
         columns: Meaning of its columns.
         only: Labels to keep; all others are ignored. Empty for all.
@@ -155,6 +156,7 @@ def read_labels(
         seed: Draws the sides.
         sides: Everything about the sides, instead of ``test`` and ``seed``.
         skipped: Takes the rows that are left out; None: stop at the first that is wrong.
+        reading: What the user says about the file.
 
     Raises:
         UserError: a file or a column is missing, a side is empty or, where ``skipped`` is strict or None, a row names
@@ -162,8 +164,8 @@ def read_labels(
     """
     skipped = skipped or Skipped(strict=True)
     sides = sides or Sides(test, seed)
-    found = _rows_of(path, images, columns, sides, skipped)
-    found = _with_test_table(found, images, columns, sides, skipped)
+    found = _rows_of(path, images, columns, sides, skipped, reading)
+    found = _with_test_table(found, images, columns, sides, skipped, reading)
     return _assembled(found, f"label file {path}", only, sides, skipped)
 
 
@@ -175,6 +177,7 @@ def read_class_files(
     columns: Columns | None = None,
     sides: Sides | None = None,
     skipped: Skipped | None = None,
+    reading: Reading | None = None,
 ) -> LabelledImages:
     """Images whose class is told by folder or file name, as some sets publish them; each image is a patient.
 
@@ -185,6 +188,7 @@ def read_class_files(
         columns: Meaning of the columns of the table of test images, where there is one.
         sides: Who is on the test side.
         skipped: Takes what is left out; None: stop at the first.
+        reading: What the user says about that table.
 
     Raises:
         UserError: no such folder, no image of a class, or a side is empty.
@@ -196,24 +200,25 @@ def read_class_files(
         files = sorted(images.rglob(pattern))
         if not files:
             raise UserError(f"image folder {images} has no file '{pattern}' ({name}): check --images")
+        skipped.read += len(files)
         for file in files:
             key = file.relative_to(images).as_posix()
             side = _side(None, {}, key, key, sides)
             found.append(_Row(f"image {file}", key, file, frozenset({name}), key, side))
     if columns:
-        found = _with_test_table(found, images, columns, sides, skipped)
+        found = _with_test_table(found, images, columns, sides, skipped, reading)
     return _assembled(found, f"image folder {images}", only, sides, skipped)
 
 
 def _with_test_table(
-    found: list[_Row], images: Path, columns: Columns, sides: Sides, skipped: Skipped
+    found: list[_Row], images: Path, columns: Columns, sides: Sides, skipped: Skipped, reading: Reading | None
 ) -> list[_Row]:
     """The rows, and those of the table of test images if there is one: the first are then all for training."""
     if not sides.table:
         return found
     rows = [replace(row, side="train") if row.side == "test" else row for row in found]
     apart = replace(columns, split=None)
-    for row in _rows_of(sides.table, sides.images or images, apart, sides, skipped, "--test-data"):
+    for row in _rows_of(sides.table, sides.images or images, apart, sides, skipped, reading, "--test-data"):
         # both tables may count their images from 1
         patient = row.patient if columns.patient else f"{sides.table.name}:{row.patient}"
         rows.append(replace(row, side="test", patient=patient))
@@ -221,17 +226,25 @@ def _with_test_table(
 
 
 def _rows_of(
-    path: Path, images: Path, columns: Columns, sides: Sides, skipped: Skipped, option: str = "--data"
+    path: Path,
+    images: Path,
+    columns: Columns,
+    sides: Sides,
+    skipped: Skipped,
+    reading: Reading | None,
+    option: str = "--data",
 ) -> list[_Row]:
     """The rows of a table that can be used, contradictions between them not yet looked for."""
-    records, found = read_table(path, option)
-    columns = replace(columns, labels=next((n for n in columns.aliases if n in found), columns.labels))
-    check_columns(path, found, _named(columns))
+    table = read_table(path, option, skipped, reading)
+    columns = replace(
+        columns, labels=next((n for n in columns.aliases if n in table.columns), columns.labels)
+    )
+    table.check_columns(_named(columns))
     _check_folder(images)
     index = {file.name: file for file in images.rglob("*") if file.is_file()} if columns.nested else {}
     rows = []
-    for number, record in enumerate(records, start=2):
-        where = f"label file {path} row {number}"
+    for number, record in table.rows:
+        where = table.where(number)
         try:
             row = _row(record, columns, where, images, index, sides)
         except _UnusableError as error:
@@ -259,11 +272,12 @@ def _row(
     name = columns.image.format_map(record) if "{" in columns.image else record[columns.image]
     name = name.strip()
     if not name:
-        raise _UnusableError("no image named", f"column '{columns.image}' is blank")
+        raise _UnusableError(NOT_NAMED, f"column '{columns.image}' is blank")
     path = index.get(Path(name).name, images / name)
     if not path.is_file():
         raise _UnusableError(
-            "image missing", f"image {path} does not exist: check --images and --image-column"
+            NO_FILE,
+            f"column '{columns.image}' names no file below {images}: check --images and --image-column",
         )
     patient = (record[columns.patient].strip() if columns.patient else "") or name
     return _Row(where, name, path, labels, patient, _side(columns.split, record, patient, name, sides))
@@ -274,7 +288,7 @@ def _labels(record: Mapping[str, str], columns: Columns) -> frozenset[str]:
         cell = record[columns.labels or ""].replace("|", ";")
         labels = frozenset(" ".join(label.casefold().split()) for label in cell.split(";") if label.strip())
         if not labels:
-            raise _UnusableError("no label (unknown)", f"column '{columns.labels}' is blank", trouble=False)
+            raise _UnusableError(NO_LABEL, f"column '{columns.labels}' is blank", trouble=False)
         return labels
     for name in columns.binary:
         if record[name].strip().casefold() not in TRUE | FALSE:
@@ -307,18 +321,20 @@ def _consistent(rows: Iterable[_Row], skipped: Skipped) -> Iterator[_Row]:
         if other is None:
             yield first
             for row in others:
-                skipped.add("image listed twice", f"{row.where}: {row.name} as in {first.where}", False)
+                skipped.add(TWICE, f"{row.where}: the image and labels of {first.where}", False)
             continue
         for row in (first, *others):
             against = first if row is not first else other
             skipped.add(
-                "rows of one image disagree",
-                f"{row.where}: {row.name} is {_said(row)}, but {_said(against)} in {against.where}",
+                DISAGREE,
+                f"{row.where}: {_differing(row, against)} not as in {against.where}, the image is the same",
             )
 
 
-def _said(row: _Row) -> str:
-    return f"'{';'.join(sorted(row.labels)) or 'none'}' of patient {row.patient} for {row.side}"
+def _differing(row: _Row, other: _Row) -> str:
+    """What rows of one image say differently, by name only: the values may tell who the patient is."""
+    names = ("labels", "patient", "side")
+    return " and ".join(name for name, a, b in zip(names, row.claim, other.claim, strict=True) if a != b)
 
 
 def _assembled(

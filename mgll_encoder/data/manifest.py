@@ -12,16 +12,21 @@ read one at a time: a manifest of any length needs no memory to speak of.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import new_file
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.manifest_formats import format_of
-from mgll_encoder.data.skipped import Skipped
+
+SPLIT_FIELDS = (
+    "split", "split_by", "split_test", "split_val", "split_seed", "test_share"
+)  # fmt: skip
+"""Entries of ``built`` that say how sides were drawn, in manifests and benches."""
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -34,7 +39,7 @@ class ManifestHeader(BaseModel):
         version: Version of the format.
         granularities: Names of the levels of text, coarse to fine.
         images: Folder that image paths are relative to, itself relative to the manifest's folder.
-        built: How it was made: inputs with hashes, split, counts.
+        built: How it was made: inputs with hashes, split, how many rows or files were read and, by reason, left out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +48,7 @@ class ManifestHeader(BaseModel):
     version: Literal[1] = 1
     granularities: list[Text] = Field(min_length=1)
     images: str = "."
-    built: dict[str, str | int | float] = {}
+    built: dict[str, str | int | float | dict[str, int]] = {}
 
 
 class ManifestRow(BaseModel):
@@ -104,6 +109,7 @@ def read_rows(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[int,
     """
     header, form, skipped = read_header(path), format_of(path), skipped or Skipped(strict=True)
     for number, place, content in form.rows(path):
+        skipped.read += 1
         try:
             row = _row(named(path, number), content, header)
         except UserError as error:
@@ -120,6 +126,11 @@ def named(path: Path, number: int) -> str:
 def row_at(path: Path, place: int) -> ManifestRow:
     """The row at a place that :func:`read_rows` gave (and thereby checked)."""
     return ManifestRow.model_validate_json(format_of(path).row(path, place))
+
+
+def split_of(built: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """How the sides of a manifest or bench were drawn: the entries of its header's ``built`` that say so."""
+    return {name: value for name, value in built.items() if name in SPLIT_FIELDS}
 
 
 def image_folder(path: Path, header: ManifestHeader) -> Path:

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
-from mgll_encoder.data.skipped import Skipped
+from mgll_encoder.common.picture_bytes import picture_digests
+from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
+from mgll_encoder.common.trained_on import Training
 from mllm_adapters.alignment.matching import FEWEST, Watch, find_images
 from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_readers
 from mllm_adapters.alignment.sight import Sight, sight_of_plan, sight_of_source
@@ -92,6 +94,7 @@ class Alignment:
         skipped: Why, in words.
         seconds: Time for everything.
         device: Where the towers ran.
+        digests: Hashes of the images (`picture_digest`).
     """
 
     tensors: Mapping[str, Tensor]
@@ -104,6 +107,11 @@ class Alignment:
     skipped: tuple[str, ...]
     seconds: float
     device: str
+    digests: tuple[str, ...] = ()
+
+    def training(self) -> Training:
+        """The record of what the readers were fitted on."""
+        return Training.of(("projector",), "swap-encoder --align", self.digests)
 
     def record(self) -> dict[str, Any]:
         """For ``mgll_swap.json``: without values, and without paths, which may name patients."""
@@ -219,6 +227,7 @@ def align(
         skipped=tuple(data.skipped.lines()),
         seconds=round(time.monotonic() - began, 1),
         device=str(place),
+        digests=tuple(picture_digests(files, "Noting the images").values()),
     )
 
 
@@ -255,17 +264,20 @@ class _Data:
         self._watch = watch
         self.fitted: dict[str, Moments] = {}
         self.held_out: dict[str, Moments] = {}
-        self.skipped = Skipped()
+        self.skipped = Skipped(unit="images")
         self.used = 0
 
     def add(self, files: Sequence[Path]) -> None:
         """Look at a batch of images; those that cannot be opened are left out and counted."""
         pictures: list[Image.Image] = []
         for file in files:
+            self.skipped.read += 1
             try:
                 pictures.append(open_image(file))
             except UserError as error:
-                self.skipped.add("images that cannot be opened", str(error))
+                self.skipped.add(
+                    UNREADABLE, f"image {self.skipped.read} of those drawn {unnamed(error, file)}"
+                )
         if not pictures:
             return
         numbers = torch.arange(self.used, self.used + len(pictures))

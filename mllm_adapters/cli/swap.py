@@ -157,7 +157,8 @@ def swap(
     if alignment:
         plan = alignment.apply_to(plan)
     options: dict[str, Any] = {"force": force, "checked": True}
-    options["fitted"] = alignment.tensors if alignment else None
+    if alignment:
+        options |= {"fitted": alignment.tensors, "trainings": [alignment.training()]}
     with progress_bar("writing", total_bytes(plan, held)) as advance:
         if delta:
             from mllm_adapters.swap.delta_files import write_delta

@@ -5,12 +5,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import sha256
+from mgll_encoder.data.manifest import split_of
+from mllm_adapters.data.dataset_rows import content_digest
 from mllm_adapters.data.dialogue import Conversation
 from mllm_adapters.data.image_facts import image_facts
-from mllm_adapters.data.training_rows import DataOptions, conversations, read_table
+from mllm_adapters.data.training_rows import DataOptions, built_of, conversations, read_table
 
 __all__ = ["Conversation", "Corpus", "DataOptions", "read_conversations", "read_corpus"]
 
@@ -24,7 +26,7 @@ class Corpus:
         folder: What relative image paths start from.
         rows: Its rows: a list, or a table on disk that looks like one.
         sizes: Image path -> (width, height) in pixels.
-        digests: Image path -> SHA-256 of the file.
+        digests: Image path -> hash of what decides its pixels (`picture_digest`).
         damaged: Image path -> why the file cannot be read; rows that show it are left out.
         files: All files.
         other_split: Rows that the files' own splits keep for something else than training.
@@ -41,9 +43,13 @@ class Corpus:
     other_split: int = 0
     options: DataOptions = field(default_factory=DataOptions)
 
+    def splits(self) -> list[dict[str, Any]]:
+        """How the sides of each file were drawn, of those that say so: manifests and benches."""
+        return [split for file in self.files or (self.path,) if (split := split_of(built_of(file)))]
+
     def digest(self) -> str:
         """SHA-256 of the file, or of the hashes of several."""
-        hashes = [sha256(file) for file in self.files or (self.path,)]
+        hashes = [content_digest(file) for file in self.files or (self.path,)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 

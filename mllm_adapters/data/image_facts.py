@@ -1,4 +1,4 @@
-"""What is known of image files before training: that they decode, their size, and the hash of their bytes.
+"""What is known of image files before training: that they decode, their size, and the hash of their content.
 
 Each file is read once on a machine: facts are kept in the cache under the reader's version, path, size, inode and times
 of change, of which no program can set back the last, so a file that has changed is read again.
@@ -15,8 +15,9 @@ from joblib import cpu_count
 
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import appearing, cache_folder, sha256
+from mgll_encoder.common.files import appearing, cache_folder
 from mgll_encoder.common.images import READER_VERSION, open_image
+from mgll_encoder.common.picture_bytes import picture_digest
 
 SCHEMA = pa.schema(
     [
@@ -37,7 +38,7 @@ class ImageFact:
     """One file.
 
     Attributes:
-        digest: SHA-256 of its bytes, in hexadecimal.
+        digest: Hash of what decides its pixels (`picture_digest`).
         width: In pixels.
         height: In pixels.
         fault: Why it cannot be used; empty where it can.
@@ -138,6 +139,6 @@ def _look(path: Path) -> ImageFact:
     """Decode a file whole, as training will."""
     try:
         width, height = open_image(path).size
-        return ImageFact(sha256(path), width, height, "")
+        return ImageFact(picture_digest(path), width, height, "")
     except UserError as error:
         return ImageFact("", 0, 0, str(error))

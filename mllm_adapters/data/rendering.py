@@ -61,7 +61,7 @@ def render(conversation: Conversation, processor: Any) -> Example:
     if conversation.system is not None:
         _check_system(conversation, processor)
     text = processor.apply_chat_template(messages)
-    answers = []
+    answers: list[tuple[int, int]] = []
     for index in range(len(messages) - len(conversation.turns) + 1, len(messages), 2):
         prompt = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
         answered = processor.apply_chat_template(messages[: index + 1])

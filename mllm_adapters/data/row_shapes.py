@@ -26,6 +26,9 @@ TURN_LISTS = ("conversations", "messages", "conversatons")
 
 SPEAKER_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content")
 
+PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "output"))
+"""Keys of a question and its answer, in rows that have no list of turns."""
+
 IMAGE_LISTS = ("image", "images")
 
 QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?", re.DOTALL)
@@ -43,7 +46,9 @@ def as_llava(record: Any) -> Any:
     if not isinstance(record, Mapping):
         return record
     key = _only(record, TURN_LISTS, "lists of turns")
-    if key is None or not isinstance(record[key], list | tuple):
+    if key is None:
+        return _of_pair(record)
+    if not isinstance(record[key], list | tuple):
         return record
     images = _images(record)
     inline: list[Any] = []
@@ -56,6 +61,20 @@ def as_llava(record: Any) -> Any:
     if key == "messages" and images:
         turns = _tagged(turns, len(images))
     return {"id": record.get("id"), "image": images or inline, "system": system, "conversations": turns}
+
+
+def _of_pair(record: Mapping[str, Any]) -> Any:
+    """A row of a question and its answer, as two messages."""
+    pair = next((pair for pair in PAIRS if all(isinstance(record.get(key), str) for key in pair)), None)
+    if pair is None:
+        return record
+    if "options" in record:
+        raise ValueError("a multiple-choice row: take it over with eval-mcq import, and pass the bench")
+    asked, answered = (
+        {"role": role, "content": record[key]} for role, key in zip(("user", "assistant"), pair, strict=True)
+    )
+    rest = {key: value for key, value in record.items() if key not in pair}
+    return as_llava({**rest, "messages": [asked, answered]})
 
 
 def is_blank(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """Training files of any format, read as a stream and kept as memory-mapped Arrow: one row per conversation.
 
 A file says itself what it is: a JSON list or JSON Lines of conversations, a bench of eval-mcq (its first line has a
-``schema``), or a manifest of ``mgll-encoder data`` (its first line has a ``format``).
+``schema``), a manifest of ``mgll-encoder data`` (its first line has a ``format``), or a data set of the library
+``datasets``.
 """
 
 import hashlib
@@ -20,10 +21,13 @@ from pydantic import BaseModel, ValidationError
 
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.common.files import appearing, cache_folder, sha256
+from mgll_encoder.common.files import appearing, cache_folder
+from mgll_encoder.common.hf_datasets import is_dataset
 from mgll_encoder.data.manifest import image_folder, read_header
 from mgll_encoder.data.manifest import read_rows as read_manifest
+from mgll_encoder.data.manifest_formats import format_of
 from mllm_adapters.data.captions import ALL, CAPTION_PROMPTS_VERSION, caption, caption_prompt
+from mllm_adapters.data.dataset_rows import content_digest, dataset_records, refuse_archive
 from mllm_adapters.data.dialogue import IMAGE_TAG, Conversation, Turn, faults_of
 from mllm_adapters.data.questions import ANSWERS, BENCH_SCHEMA, BenchQuestion
 
@@ -40,6 +44,9 @@ SCHEMA = pa.schema(
     ]
 )
 """``id`` as JSON; ``turns`` alternate, the human first; ``train`` is false for rows of another side of a split."""
+
+PICTURES = "pictures"
+"""Kind of cache that holds the images of data sets that embed them, named by their hash."""
 
 CHUNK = 1 << 20
 BATCH = 1000
@@ -155,12 +162,12 @@ def _cached(path: Path, options: DataOptions) -> tuple[Dataset, str]:
     """The table of a file, and its key; the file is read if it has not been before."""
     read = detect(path)
     said = {**asdict(options), "strict": None, "prompts": CAPTION_PROMPTS_VERSION}
-    made_of = [ROWS_VERSION, read.__name__, sha256(path), str(path.resolve().parent), said]
+    made_of = [ROWS_VERSION, read.__name__, content_digest(path), str(path.resolve().parent), said]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     file = cache_folder("rows") / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
-        if not file.is_file():
+        if not file.is_file() or (read is _dataset and not cache_folder(PICTURES).is_dir()):
             with appearing(file) as partial:
                 _write(track(read(path, options), f"reading {path.name}"), partial, path)
     return Dataset.from_file(str(file)), key
@@ -182,22 +189,45 @@ def detect(path: Path) -> Reader:
     Raises:
         UserError: the file is missing, a folder, or no text; or its header is of a version that is not read.
     """
-    with _open(path) as stream:
-        first = next((line for line in stream if line.strip()), "")
-    try:
-        head = json.loads(first)
-    except json.JSONDecodeError:
-        return _conversations  # a list over many lines, or broken: the reader will say
-    if isinstance(head, dict) and "format" in head and "granularities" in head:
+    refuse_archive(path)
+    head = _head(path)
+    if "format" in head and "granularities" in head:
         return _captions
-    if isinstance(head, dict) and "schema" in head:
+    if "schema" in head:
         if head["schema"] != BENCH_SCHEMA:
             raise UserError(
                 f"{path} line 1 has schema '{head['schema']}', expected '{BENCH_SCHEMA}': rebuild it with "
                 "eval-mcq build"
             )
         return _questions
-    return _conversations
+    return _dataset if is_dataset(path) else _conversations
+
+
+def built_of(path: Path) -> dict[str, Any]:
+    """How a manifest or bench says that it was made; empty for other files."""
+    built = _head(path).get("built")
+    return built if isinstance(built, dict) else {}
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """The object in the first line; empty where that is none: a list over many lines, a data set, or broken."""
+    if is_dataset(path):
+        first = format_of(path).header(path).decode() if path.is_file() else ""
+    else:
+        with _open(path) as stream:
+            first = next((line for line in stream if line.strip()), "")
+    try:
+        head = json.loads(first)
+    except json.JSONDecodeError:
+        return {}
+    return head if isinstance(head, dict) else {}
+
+
+def _dataset(path: Path, options: DataOptions) -> Iterator[Row]:  # noqa: ARG001 (of a Reader)
+    pictures = cache_folder(PICTURES)
+    pictures.mkdir(parents=True, exist_ok=True)
+    records = ((f"row {number}", record) for number, record in dataset_records(path, pictures))
+    yield from map(to_row, _checked(path, records, Conversation.model_validate))
 
 
 def _conversations(path: Path, options: DataOptions) -> Iterator[Row]:  # noqa: ARG001 (of a Reader)

@@ -21,6 +21,7 @@ from mgll_encoder import Tower, load_tower, vision_config
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, new_folder, sha256
+from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
 from mllm_adapters.data.conversations import Conversation, Corpus, read_corpus
 from mllm_adapters.data.examples import AnswerCollator, ConversationDataset, prepare_examples
 from mllm_adapters.planning import contract_of
@@ -186,6 +187,8 @@ def build_smol_llava(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        taught = Training.of(("projector", "language_model"), "build_smol_llava.py", corpus.digests.values())
+        write_trainings(folder, [*trainings_of(tower), taught])
     return out
 
 

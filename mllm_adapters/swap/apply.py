@@ -1,7 +1,7 @@
 """Executing a plan on disk: shard by shard, tensor by tensor, in a hidden folder that is renamed at the end."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,13 @@ from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
+from mgll_encoder.common.trained_on import (
+    TRAINED_ON,
+    Training,
+    trainings_of,
+    without_tower,
+    write_trainings,
+)
 from mgll_encoder.spec import Activation
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Family, Plan, Step
@@ -40,6 +47,7 @@ REWRITTEN = (
     "adapter_config.json",
     CARD,
     PROVENANCE,
+    TRAINED_ON,
 )
 """Side files that a swap writes anew or, an adapter being merged, leaves out; the source's others are copied."""
 
@@ -85,6 +93,7 @@ def apply_plan(
     checked: bool = False,
     progress: Callable[[int], None] = lambda _: None,
     fitted: Mapping[str, Tensor] | None = None,
+    trainings: Sequence[Training] = (),
 ) -> Path:
     """Write the planned checkpoint.
 
@@ -98,6 +107,7 @@ def apply_plan(
         checked: The plan has passed `check_complete` already.
         progress: Called with the number of bytes written, tensor by tensor.
         fitted: Values of the tensors that the plan has fitted, by name (`mllm_adapters.alignment.align`).
+        trainings: What they were fitted on.
 
     Raises:
         UserError: ``out`` cannot be written, something in the source cannot be read, or the planned tensors are not
@@ -117,12 +127,17 @@ def apply_plan(
         )
 
     with new_checkpoint(out, force, inputs(plan)) as partial:
-        complete_folder(partial, plan, family, checkpoint, write)
+        complete_folder(partial, plan, family, checkpoint, write, trainings)
     return out
 
 
 def complete_folder(
-    folder: Path, plan: Plan, family: Family, checkpoint: Checkpoint, write: Callable[[Path], Written]
+    folder: Path,
+    plan: Plan,
+    family: Family,
+    checkpoint: Checkpoint,
+    write: Callable[[Path], Written],
+    trainings: Sequence[Training] = (),
 ) -> None:
     """Write everything that belongs to the planned checkpoint into a folder; config.json last.
 
@@ -132,6 +147,7 @@ def complete_folder(
         family: The family that made the plan.
         checkpoint: The plan's source.
         write: Writes the weights into a folder.
+        trainings: What it was trained on beyond what its source and its tower were.
 
     Raises:
         UserError: the processor cannot be made, or what ``write`` raises.
@@ -149,6 +165,7 @@ def complete_folder(
     copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), folder)
     _update_generation(folder / GENERATION, plan)
     write_processor(folder)
+    write_trainings(folder, [*_inherited(plan, checkpoint), *trainings])
     files = {**side_records(folder, written.files), CONFIG: record_of_text(config), **written.files}
     record = record_of(plan, checkpoint, tower_record, tower.spec if tower else None, files, written.hashes)
     (folder / PROVENANCE).write_text(record.dump(), encoding="utf-8")
@@ -156,6 +173,12 @@ def complete_folder(
     # Last and at once, so that a folder left behind by a kill is no checkpoint; `new_folder` waits for the disk.
     with appearing(folder / CONFIG) as file:
         file.write_text(config, encoding="utf-8")
+
+
+def _inherited(plan: Plan, checkpoint: Checkpoint) -> tuple[Training, ...]:
+    """What the planned checkpoint was trained on through its source and its tower."""
+    before = trainings_of(checkpoint.folder)
+    return (*without_tower(before), *trainings_of(plan.tower)) if plan.tower else before
 
 
 def inputs(plan: Plan) -> tuple[Path, ...]:

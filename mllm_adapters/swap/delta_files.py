@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.trained_on import Training
 from mllm_adapters.checkpoint import DELTA, Checkpoint
 from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import check_complete
@@ -64,6 +65,7 @@ def write_delta(
     checked: bool = False,
     progress: Progress = lambda _: None,
     fitted: Mapping[str, Tensor] | None = None,
+    trainings: Sequence[Training] = (),
 ) -> Path:
     """Write the planned checkpoint as a delta of the plan's source.
 
@@ -77,6 +79,7 @@ def write_delta(
         checked: The plan has passed `check_complete` already.
         progress: Called with the number of bytes written, tensor by tensor.
         fitted: Values of the tensors that the plan has fitted, by name (`mllm_adapters.alignment.align`).
+        trainings: What they were fitted on.
 
     Raises:
         UserError: ``out`` cannot be written, or something that is needed cannot be read.
@@ -90,7 +93,7 @@ def write_delta(
         return _write_stored(partial, steps, compute(plan, checkpoint, steps, fitted), progress)
 
     with new_checkpoint(out, force, inputs(plan)) as partial:
-        complete_folder(partial, plan, family, checkpoint, write)
+        complete_folder(partial, plan, family, checkpoint, write, trainings)
         _make_delta(partial, read_record(partial), reference_tower)
     return out
 

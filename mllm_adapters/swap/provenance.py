@@ -106,7 +106,7 @@ class SwapRecord(_Data):
 
         Args:
             hashes: SHA-256 of the tensors that were trained, by name.
-            weights: Records of the weight files as they are now.
+            weights: Records of the weight files, and of others that were written anew, as they are now.
         """
         sides = {name: file for name, file in self.files.items() if not name.endswith(WEIGHT_SUFFIXES)}
         return self.model_copy(update={"trained": {**self.trained, **hashes}, "files": {**sides, **weights}})

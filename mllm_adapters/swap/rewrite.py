@@ -10,6 +10,7 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Step
 from mllm_adapters.planning import kept
 from mllm_adapters.swap.apply import new_checkpoint, write_weights
+from mllm_adapters.swap.fingerprint import whole
 from mllm_adapters.swap.provenance import PROVENANCE, has_record, read_record
 from mllm_adapters.swap.transfer import copy_files
 
@@ -59,7 +60,11 @@ def replace_tensors(
         for name, contents in (extra_files or {}).items():
             (partial / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
         if has_record(source):
-            record = read_record(source).trained_since({n: written.hashes[n] for n in tensors}, written.files)
+            record = read_record(source)
+            renewed = {name: whole(partial / name) for name in extra_files or {} if name in record.files}
+            record = record.trained_since(
+                {n: written.hashes[n] for n in tensors}, {**renewed, **written.files}
+            )
             (partial / PROVENANCE).write_text(record.dump(), encoding="utf-8")
     return out
 

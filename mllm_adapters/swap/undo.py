@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.trained_on import TOWER, trainings_of, without_tower, write_trainings
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Plan, Step
 from mllm_adapters.loading import check_complete, empty_model
@@ -84,13 +85,15 @@ def restore(
     def write(partial: Path) -> Written:
         return write_weights(partial, both, merged, values, progress, copy=copy)
 
+    since = without_tower(trainings_of(folder))
     read = [folder, original, *(inputs(plan) if plan else ())]
     with new_checkpoint(out, force, read) as partial:
         if plan is None:
             write(partial)
             copy_sides(source, partial)
+            write_trainings(partial, [*trainings_of(source.folder), *since])
         else:
-            complete_folder(partial, plan, family, source, write)
+            complete_folder(partial, plan, family, source, write, since)
     return out
 
 
@@ -125,7 +128,8 @@ def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
     model.embeddings.position_ids = torch.nn.Buffer(torch.arange(1 + spec.patches)[None], persistent=False)
     made_of = record.inputs.tower.name if record.inputs.tower else None
     provenance = {"source": folder.absolute().name, "layout": "swapped checkpoint", "encoder": made_of}
-    return save_tower(Tower.from_model(model, spec), out, force, provenance)
+    trainings = [training for training in trainings_of(folder) if TOWER in training.parts]
+    return save_tower(Tower.from_model(model, spec), out, force, provenance, trainings=trainings)
 
 
 class _Both:

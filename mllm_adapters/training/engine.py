@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free
+from mgll_encoder.common.trained_on import TRAINED_ON, trainings_of, trainings_text
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.data.examples import AnswerCollator, ConversationDataset
 from mllm_adapters.features.cache import Cached, cache_features
@@ -208,8 +209,10 @@ def train(
         if trainer.is_world_process_zero():
             seconds = time.monotonic() - began
             record = {**_record(job, identity, outcome, seconds), **extras.record}
+            trained_on = [*trainings_of(job.source), job.training(record["command"])]
             files: dict[str, str | bytes] = {
                 **extras.files,
+                TRAINED_ON: trainings_text(trained_on),
                 RECORD: json.dumps(record, indent=2) + "\n",
                 PLOT: loss_plot(outcome.losses, outcome.scores),
             }
@@ -351,6 +354,7 @@ def _record(job: Job, identity: Mapping[str, Any], outcome: Outcome, seconds: fl
         "source": str(job.source),
         "data": [str(file) for file in job.corpus.files],
         "images": str(job.corpus.folder),
+        "splits": job.corpus.splits(),
         **identity,
         "rows": asdict(job.counts),
         "trained": list(job.disk_names.values()),

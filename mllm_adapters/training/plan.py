@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.trained_on import Training
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config
 from mllm_adapters.data.conversations import Corpus, read_corpus
@@ -60,6 +61,13 @@ class Job:
         batches = math.ceil(len(self.examples) / (self.recipe.batch_size * ranks()))
         per_epoch = math.ceil(batches / self.recipe.gradient_accumulation)
         return self.recipe.max_steps or math.ceil(self.recipe.epochs * per_epoch)
+
+    def training(self, command: str) -> Training:
+        """The record of what the model is trained on."""
+        rows = self.examples.table.select_columns("images").select(self.examples.kept)
+        digests = [self.corpus.digests[name] for row in rows for name in row["images"]]
+        parts = [part.component for part in self.stage.components if part.trainable]
+        return Training.of(parts, command, digests, self.corpus.splits())
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from rich.table import Table
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import write_text
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.batches import Collator, Plan, plan_rows
 from mgll_encoder.data.fundus import FundusTable, build_fundus
-from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.losses import PLAIN_CLIP, Alphas
 from mgll_encoder.spec import TowerSpec
 from mgll_encoder.text_tower import TextTower

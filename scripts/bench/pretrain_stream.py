@@ -98,8 +98,8 @@ def link(folder: Path, pictures: list[Path], length: int) -> None:
 
 def read(manifest: Path, images: int) -> dict[str, float]:
     """What reading the rows and some images costs, in this process."""
+    from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.batches import ManifestImages, plan_rows
-    from mgll_encoder.data.skipped import Skipped
     from mgll_encoder.two_towers import PRESETS
 
     def peak() -> float:

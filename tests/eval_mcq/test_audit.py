@@ -10,6 +10,7 @@ from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
 from eval_mcq.tables.audit import audit
 from eval_mcq.tables.published import PAPER, counts_behind, load_published
+from mgll_encoder.common.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,28 @@ def test_a_table_of_ones_own_is_checked(eval_mcq, tmp_path):
     assert "row 'InstructBLIP base' has other diseases than 'questions'" in eval_mcq.refuses(
         "audit", "--table", path
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "value", "said"),
+    [
+        (0, "cells", "n/a", "'n/a' is no printed percentage, such as 80.17"),
+        (0, "cells", "101", "is no printed percentage"),
+        (0, "cells", "1e5", "is no printed percentage"),
+        (0, "average", "NaN", "is no printed percentage"),
+        (1, "gain", "much", "is no printed difference"),
+        (None, "questions", 0, "greater than or equal to 1 .found 0."),
+        (None, "questions", 10**12, "less than or equal to"),
+        (None, "questions", "n", "should be a valid integer"),
+    ],
+)  # fmt: skip
+def test_a_printed_table_that_makes_no_sense_is_named_by_field(tmp_path, row, field, value, said):
+    table = json.loads(PAPER.read_text())
+    place = table if row is None else table["rows"][row]
+    if field in ("cells", "questions"):
+        place, field = place[field], next(iter(place[field]))
+    place[field] = value
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(table))
+    with pytest.raises(UserError, match=rf"table .*t\.json: field '.*{field}.*{said}"):
+        load_published(path)

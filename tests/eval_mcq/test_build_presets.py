@@ -34,6 +34,21 @@ def test_the_shipped_presets_are_frozen():
     assert content == FROZEN
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff{}", "preset .*p.json is not UTF-8 text"),
+        (b"[" * 5000, "preset .*p.json: Invalid JSON: recursion limit"),
+        (b'{"name": "x", "question": "?", "diseases": []}', "field 'diseases'"),
+        (b'{"name": "x", "question": "?", "version": ' + b"9" * 6000 + b"}", "preset .*p.json"),
+    ],
+)
+def test_a_file_that_is_no_preset_is_refused(tmp_path, content, said):
+    (tmp_path / "p.json").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        load_preset(str(tmp_path / "p.json"))
+
+
 def head_of(source, folder, rows, images):
     """The first rows of a published label file, and a tiny picture for every name that ``images`` gives of a row."""
     with source.open(encoding="utf-8-sig", newline="") as stream:

@@ -302,7 +302,7 @@ def test_llava_conversations_come_back_as_the_questions_they_were(eval_mcq, tmp_
     assert (
         eval_mcq("import", tmp_path / "train.json", "--format", "llava", "--out", tmp_path / "c.jsonl") == 0
     )
-    assert "1 entries have no options" in eval_mcq.err
+    assert "left out 1 of 11 questions: 1 without options or image" in eval_mcq.err
     was, now = load_bench(bench).items, load_bench(tmp_path / "c.jsonl").items
     asked = [(i.id, i.images, i.question, [o.strip() for o in i.options], i.answer) for i in was]
     assert [(i.id, i.images, i.question, [o.strip() for o in i.options], i.answer) for i in now] == asked

@@ -69,6 +69,11 @@ def rows(folder) -> list[str]:
     return sorted((folder / "answers.jsonl").read_text().splitlines())
 
 
+def changed(line: str, **fields) -> str:
+    """A row of the answers file with other values."""
+    return json.dumps({**json.loads(line), **fields}) + "\n"
+
+
 def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -219,7 +224,7 @@ def test_merge_refuses_what_is_missing_twice_or_foreign_and_writes_nothing(put, 
     )
     answers.write_text(kept + (s0 / "answers.jsonl").read_text().splitlines()[0] + "\n")
     refused(s0, s1, s2, said=r"s2.answers.jsonl answers question 'q\d+' .rotation 0., and so does .*s0")
-    answers.write_text(kept + lines[0])
+    answers.write_text(kept + changed(lines[0], letter_mass=0.5))
     refused(s0, s1, s2, said="answers question 'q.*' twice")
     answers.write_text(kept.replace(gone["run"], "f" * 16, 1))
     refused(s0, s1, s2, said=r"s2.answers.jsonl line 1 .id 'q\d+'. is an answer of another run")
@@ -246,6 +251,13 @@ def test_a_model_that_does_not_see_is_warned_about(tiny_llava, bench, tmp_path, 
         weight.data.zero_()
     run_bench(bench, lambda: ready, describe_run(tiny_llava, "f", bench, "float32"), tmp_path / "run")
     assert "the answers do not depend on the image" in capsys.readouterr().err
+
+
+def test_a_model_that_computes_no_numbers_stops_the_run_by_name(tiny_llava, bench, tmp_path):
+    broken = scorer(tiny_llava)
+    broken.model.get_output_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"question 'q\d': the model's probabilities are no numbers .NaN."):
+        run_bench(bench, lambda: broken, describe_run(tiny_llava, "f", bench, "float32"), tmp_path / "run")
 
 
 def test_a_finished_run_does_not_load_the_model_again(put):
@@ -318,8 +330,8 @@ def test_a_damaged_answers_file_is_named_by_line(put, tmp_path):
     path.write_text("\n".join([lines[0], lines[1][:20], lines[2]]) + "\n")
     with pytest.raises(UserError, match=r"answers\.jsonl line 2"):
         put()
-    path.write_text("\n".join([lines[0], lines[0], lines[2]]) + "\n")
-    with pytest.raises(UserError, match="answers question 'q0' twice"):
+    path.write_text("\n".join([lines[0], lines[2]]) + "\n" + changed(lines[0], letter_mass=0.5))
+    with pytest.raises(UserError, match=r"line 3 answers question 'q0' twice .* not as the first time"):
         put()
 
 

@@ -1,8 +1,12 @@
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from eval_mcq.items.parquet import HEADER
 from eval_mcq.items.schema import LETTERS, MCQItem, bench_text, load_bench
+from eval_mcq.items.schema import write_bench as write_any_bench
 from eval_mcq.scoring.prompt import LETTER_PROMPT, render
 from mgll_encoder.common.errors import UserError
 from tests.eval_mcq.helpers import question, write_bench
@@ -87,3 +91,39 @@ def test_the_prompt_is_frozen():
         "Answer with the option's letter from the given choices directly."
     )
     assert len(LETTERS) == 26
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'\xff{"schema": "eval-mcq/1"}\n', "is not UTF-8 text (byte 0)"),
+        (b'{"schema": "eval-mcq/1", "built": {"n": ' + b"9" * 6000 + b"}}\n", "line 1 holds a number that is too long"),
+        (b'{"schema": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "line 1 is nested too deeply"),
+        (b'{"schema": "eval-mcq/1"}\n' + b"9" * 6000 + b"\n", "line 2"),
+        (b'{"schema": "eval-mcq/1", "categories": [1]}\n', "'categories.0': Input should be a valid string (found 1)"),
+    ],
+)  # fmt: skip
+def test_bytes_that_are_no_bench_are_refused_in_one_line(tmp_path, content, said):
+    (tmp_path / "b.jsonl").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_bench(tmp_path / "b.jsonl")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_or_foreign_parquet_bench_is_refused(tmp_path):
+    path = tmp_path / "b.parquet"
+    bench = load_bench(write_bench(tmp_path / "b.jsonl", [question(str(i)) for i in range(300)]))
+    write_any_bench(path, bench.header, bench.items)
+    assert load_bench(path).items == bench.items
+    whole = path.read_bytes()
+    for content in (whole[:40], whole[:200] + bytes(300) + whole[500:], whole[:-300] + whole[-8:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"bench .*b\.parquet"):
+            load_bench(path)
+    table = pyarrow.table({"id": [b"1"]}).replace_schema_metadata(
+        {HEADER: bench.header.model_dump_json(by_alias=True)}
+    )
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(UserError, match="holds a bytes, where a bench has text"):
+        load_bench(path)

@@ -231,6 +231,14 @@ def test_names_with_signs_of_markdown_or_latex_stay_names():
     assert "a|b_c & 100%" in as_text(grid)
 
 
+def test_names_with_brackets_are_no_markup():
+    run = run_of_counts({"[/DR]": (1, 2), "E [late]": (1, 1)})
+    run = type(run)(run.folder, run.record.model_copy(update={"bench_name": "[/b]"}), run.rows)
+    text = as_text(by_disease(compare({"[red]a": run, "[/b]": run})))
+    for name in ("[/DR]", "E [late]", "[/b]: accuracy", "[red]a", "gain of [/b]"):
+        assert name in text
+
+
 def test_a_model_that_does_not_answer_with_letters_is_pointed_out(comparison):
     silent = run_of_counts({"DR": (10, 40), "CSR": (0, 7)})
     silent = type(silent)(

@@ -142,13 +142,13 @@ def test_the_command_writes_the_table_and_the_tower(
     assert set(result["labels"]) == {"glaucoma", "cataract", "drusen"}, "findings, several at once"
     assert result["skipped"] == {
         "image unreadable": 1,
-        "no label (unknown)": sum(",,p" in line for line in lines),
+        "no label": sum(",,p" in line for line in lines),
     }
     assert result["macro"]["AUC"]["value"] == pytest.approx(np.mean([run["AUC"] for run in result["runs"]]))
     assert [run["seed"] for run in result["finetuning"]] == [0, 1]
     assert "training 2" in done.out
     assert load_tower(tmp_path / "learnt").spec.projection_dim is None
-    assert "broken.png" in refused(*command, "--strict")
+    assert "row 92: the image is not in a format" in refused(*command, "--strict")
     (images / "broken.png").unlink()
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.batches import ManifestImages, plan_rows
 from mgll_encoder.data.fundus import read_explanations
 from mgll_encoder.data.laterality import names_side
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
-from mgll_encoder.data.skipped import Skipped
 from mgll_encoder.two_towers import PRESETS
 
 

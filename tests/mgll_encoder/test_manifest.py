@@ -6,6 +6,7 @@ import pytest
 from pyarrow import parquet
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.manifest import (
     ManifestHeader,
     ManifestRow,
@@ -15,7 +16,6 @@ from mgll_encoder.data.manifest import (
     row_at,
     write_manifest,
 )
-from mgll_encoder.data.skipped import Skipped
 
 HEADER = {
     "format": "mgll-manifest",

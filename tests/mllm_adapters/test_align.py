@@ -263,7 +263,7 @@ class TestCommand:
         assert "Readers fitted on 120 images (24 of them held out), 384 tokens" in " ".join(
             outcome.out.split()
         )
-        assert "skipped 1: images that cannot be opened" in outcome.err
+        assert "left out 1 of 121 images: 1 image unreadable" in outcome.err
         record = json.loads((out / "mgll_swap.json").read_text())
         (reader,) = record["plan"]["alignment"]["readers"]
         assert reader["reader"].endswith(READER)

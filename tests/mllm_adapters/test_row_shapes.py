@@ -1,15 +1,20 @@
 """Conversation rows as people publish them: all become the same conversation, or are refused by name."""
 
 import json
+import shutil
+from pathlib import Path
 
+import datasets
 import pytest
 
+from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.data.conversations import read_conversations, read_corpus
 from mllm_adapters.data.examples import prepare_examples
 from mllm_adapters.loading import load_processor
 from tests import builders
+from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters.retraining import turns, write_json
 
 ASKED, SAID = "What is shown?", "Glaucoma."
@@ -118,6 +123,74 @@ def test_a_system_turn_is_written_by_a_template_that_has_one_and_refused_by_anot
         rendered(path, tiny_llava, PLAIN)
 
 
+@pytest.mark.parametrize("keys", [("question", "answer"), ("query", "response"), ("instruction", "output")])
+def test_a_question_and_its_answer_make_a_row(tmp_path, keys):
+    row = {"image": "a.png", **dict(zip(keys, (ASKED, SAID), strict=True))}
+    (read,) = read_conversations(write_json(tmp_path / "a.json", [row]))
+    assert [turn.value for turn in read.turns] == [f"<image>\n{ASKED}", SAID]
+    with pytest.raises(UserError, match="eval-mcq import"):
+        read_conversations(write_json(tmp_path / "b.json", [{**row, "options": ["x", "y"]}]))
+
+
+def embedded(folder):
+    """Rows with embedded images as ``datasets`` holds them: two rows of one image, one of another, one of none."""
+    data = [builders.picture(folder, f"{i}.png", (90 * i, 0, 0)).read_bytes() for i in (1, 2)]
+    pictures = [
+        [{"bytes": data[0], "path": "1.png"}],
+        [{"bytes": data[0], "path": None}],
+        [{"bytes": data[1]}],
+        [],
+    ]
+    features = datasets.Features(
+        {
+            "messages": datasets.List(
+                {"role": datasets.Value("string"), "content": datasets.Value("string")}
+            ),
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    rows = [{**chat(ASKED, f"{SAID} {i}"), "images": images} for i, images in enumerate(pictures)]
+    return datasets.Dataset.from_list(rows, features=features), data
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder", "saved", "splits"])
+def test_a_data_set_with_embedded_images_is_trained_on(tmp_path, tiny_llava, kind):
+    data, pictures = embedded(tmp_path / "made")
+    path = tmp_path / "data"
+    if kind == "saved":
+        data.save_to_disk(path)
+    elif kind == "splits":
+        datasets.DatasetDict(train=data, test=data.select([0])).save_to_disk(path)
+    else:
+        path = path if kind == "folder" else tmp_path / "rows.parquet"
+        data.to_parquet(path / "train-00000-of-00001.parquet" if kind == "folder" else path)
+    corpus = read_corpus(path)
+    assert [row.turns[-1].value for row in corpus.rows] == [f"{SAID} {i}" for i in range(4)]
+    shown = [[Path(image).read_bytes() for image in row.images] for row in corpus.rows]
+    assert shown == [[pictures[0]], [pictures[0]], [pictures[1]], []]
+    _, counts = prepare_examples(corpus, load_processor(tiny_llava), 2048, text_only=True)
+    assert (counts.kept, counts.images) == (4, 2)
+    assert corpus.digest() == read_corpus(path).digest()
+
+
+def test_embedded_images_come_back_when_the_cache_has_lost_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path / "cache"))
+    data, _ = embedded(tmp_path / "made")
+    data.to_parquet(tmp_path / "rows.parquet")
+    read_corpus(tmp_path / "rows.parquet")
+    shutil.rmtree(tmp_path / "cache" / "pictures")
+    assert len(read_corpus(tmp_path / "rows.parquet").sizes) == 2
+
+
+def test_archives_and_damaged_data_sets_are_refused_by_name(tmp_path):
+    (tmp_path / "shard-000.tar").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"shard-000\.tar is an archive .*unpack it"):
+        read_corpus(tmp_path / "shard-000.tar")
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match=r"rows\.parquet"):
+        read_corpus(tmp_path / "rows.parquet")
+
+
 BAD = {
     "both keys": ({**chat("a", "b"), "conversations": turns("a", "b")},
                   "lists of turns under 'conversations' and 'messages'"),
@@ -151,3 +224,22 @@ def test_a_lab_trains_on_rows_of_several_shapes_at_once(tmp_path, tiny_llava):
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "Rows: 3 of 3" in outcome.out
+
+
+def test_questions_exported_as_messages_train_as_the_same_rows(tmp_path):
+    bench = small_bench(tmp_path / "bench", 3)
+    for format_ in ("llava", "messages"):
+        outcome = builders.invoke(
+            eval_mcq,
+            "export",
+            bench,
+            "--format",
+            format_,
+            "--images",
+            bench.parent,
+            "--out",
+            tmp_path / format_,
+        )
+        assert outcome.code == 0, outcome.err
+    assert read_conversations(tmp_path / "messages") == read_conversations(tmp_path / "llava")
+    assert "images" in json.loads((tmp_path / "messages").read_text())[0]

@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from eval_mcq.items.interchange.enumeration import is_enumerated, labelled, without_label
+from eval_mcq.items.interchange.faults import (
+    BLANK_OPTION,
+    FOREIGN_ANSWER,
+    MALFORMED,
+    NO_ANSWER,
+    NO_COLUMN,
+    BadQuestionError,
+)
 from eval_mcq.items.interchange.rows import Row
 from eval_mcq.items.preset import plain
 from eval_mcq.items.schema import LETTERS
@@ -96,9 +105,10 @@ class ColumnMap:
         guesses = [c.format("A") for c in self.columns.get(name, ())]
         close = [match for guess in guesses for match in get_close_matches(guess, found, n=1, cutoff=0.6)]
         suggestion = f"did you mean '{close[0]}'? " if close else ""
-        return UserError(
+        return BadQuestionError(
+            NO_COLUMN,
             f"{row.where} has no column {wanted} for the {name}: {suggestion}its columns are "
-            f"{', '.join(found)}; name one with --map {name}=COLUMN"
+            f"{', '.join(found)}; name one with --map {name}=COLUMN",
         )
 
 
@@ -144,34 +154,52 @@ def true_option(where: str, options: Sequence[str], answer: Any, kind: AnswerKin
 
     Args:
         where: File and row, for errors.
-        options: Option texts.
+        options: Option texts, with or without a letter or number before each.
         answer: What the file says.
         kind: What it may be: a letter, the text of an option, or any of these and an index (from 0).
 
     Raises:
-        UserError: it fits no option, or fits one as a letter and another as a text.
+        BadQuestionError: it fits no option, or fits one as a letter and another as a text.
     """
     if kind == "any" and isinstance(answer, int) and not isinstance(answer, bool):
         return answer  # the item itself checks the range
     text = as_text(answer)
     if not text.strip():
-        raise UserError(
-            f"{where}: the answer is blank (a test split whose answers are not public cannot be scored)"
+        raise BadQuestionError(
+            NO_ANSWER,
+            f"{where}: the answer is blank (a test split whose answers are not public cannot be scored)",
         )
-    fits: set[int] = set()
-    if kind != "letter":
-        fits |= {i for i, option in enumerate(options) if plain(option) == plain(text)}
-    letter = text.strip("(). ").upper()
-    if kind != "text" and len(letter) == 1 and letter in LETTERS[: len(options)]:
-        fits.add(LETTERS.index(letter))
+    fits = _fitting(text, options, kind)
     if len(fits) == 1:
         return fits.pop()
     if fits:
-        raise UserError(
-            f"{where}: answer '{text}' fits several options; give the letter or the full text of one"
+        raise BadQuestionError(
+            FOREIGN_ANSWER,
+            f"{where}: answer '{text}' fits several options; give the letter or the full text of one",
         )
     offered = ", ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    raise UserError(f"{where}: answer '{text}' is not among the options ({offered})")
+    raise BadQuestionError(FOREIGN_ANSWER, f"{where}: answer '{text}' is not among the options ({offered})")
+
+
+def _fitting(text: str, options: Sequence[str], kind: AnswerKind) -> set[int]:
+    """The options that an answer may mean."""
+    bare = [plain(without_label(option)) for option in options] if is_enumerated(options) else []
+    texts = [plain(option) for option in options]
+    fits: set[int] = set()
+    if kind != "letter":
+        fits |= {i for i, option in enumerate(texts) if option == plain(text)}
+        fits |= {i for i, option in enumerate(bare) if option == plain(text)}
+    if not fits and (both := labelled(text)):
+        letter, said = both
+        place = LETTERS.find(letter) if letter in LETTERS else int(letter) - 1
+        if 0 <= place < len(options) and plain(said) in (
+            [*texts[place : place + 1], *bare[place : place + 1]]
+        ):
+            fits.add(place)
+    letter = text.strip("(). ").upper()
+    if kind != "text" and len(letter) == 1 and letter in LETTERS[: len(options)]:
+        fits.add(LETTERS.index(letter))
+    return fits
 
 
 def as_text(cell: Any) -> str:
@@ -206,7 +234,9 @@ def _filled(row: Row, names: Sequence[str]) -> list[str]:
     filled = [i for i, text in enumerate(texts) if text.strip()]
     for i in range(len(filled)):
         if filled[i] != i:
-            raise UserError(f"{row.where}: option '{names[i]}' is blank, but '{names[filled[i]]}' is not")
+            raise BadQuestionError(
+                BLANK_OPTION, f"{row.where}: option '{names[i]}' is blank, but '{names[filled[i]]}' is not"
+            )
     return texts[: len(filled)]
 
 
@@ -214,12 +244,14 @@ def _as_list(row: Row, column: str) -> list[str]:
     cell = row.cells[column]
     value = literal_list(cell) if isinstance(cell, str) else cell
     if not isinstance(value, list | tuple):
-        raise UserError(f"{row.where}: column '{column}' must hold a list of options, found '{cell}'")
+        raise BadQuestionError(
+            MALFORMED, f"{row.where}: column '{column}' must hold a list of options, found '{cell}'"
+        )
     return [as_text(option) for option in value]
 
 
 def _tag_list(row: Row, cell: Any) -> list[str]:
     value = literal_list(cell) if isinstance(cell, str) else cell
     if not isinstance(value, list):
-        raise UserError(f"{row.where}: tags must be a list of words, found '{cell}'")
+        raise BadQuestionError(MALFORMED, f"{row.where}: tags must be a list of words, found '{cell}'")
     return [as_text(tag) for tag in value]

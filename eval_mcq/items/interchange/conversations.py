@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from eval_mcq.items.interchange.columns import RawQuestion, as_text
-from eval_mcq.items.interchange.rows import load_json, read_rows
+from eval_mcq.items.interchange.faults import MALFORMED, NO_CHOICE, NO_COLUMN, BadQuestionError, leaving_out
+from eval_mcq.items.interchange.rows import Row, load_json, read_rows
 from eval_mcq.items.schema import LETTERS
 from eval_mcq.scoring.prompt import INSTRUCTION
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.skipped import Skipped
 
 OPTION_LINE = re.compile(r"^\(?([A-Z])[.):]\s+", re.MULTILINE)
 INLINE = re.compile(r"^Options?: *(?=\(A\))", re.MULTILINE)
@@ -19,34 +21,40 @@ ANSWER = re.compile(r"^(?:the )?(?:correct )?(?:answer|option) is:? ", re.IGNORE
 LETTER_AND_TEXT = re.compile(r"^\(?([A-Z])\)?[.):]\s+(.+)$", re.DOTALL)
 
 
-def read_conversations(path: Path, skipped: list[str]) -> Iterator[RawQuestion]:
-    """Questions of a conversations file; turns without options or images are noted in ``skipped``.
+def read_conversations(path: Path, skipped: Skipped) -> Iterator[RawQuestion]:
+    """Questions of a conversations file; turns without options or images are counted in ``skipped``.
 
     Raises:
         UserError: an entry is not of the format, or its answer is none of its options.
     """
     for row in read_rows(path):
-        turns, images = row.cells.get("conversations"), row.cells.get("image")
-        if not isinstance(turns, list):
-            raise UserError(f"{row.where} has no list 'conversations': is it LLaVA's format?")
-        first = as_text(row.cells.get("id")) or row.where.rpartition(" ")[2]
-        for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=False), start=1):
-            where = row.where if len(turns) == 2 else f"{row.where} turn {number}"
-            parsed = parse_prompt(_said(human, "human", where))
-            if parsed is None or not images:
-                skipped.append(where)
-                continue
-            question, options = parsed
-            yield RawQuestion(
-                where=where, id=first if len(turns) == 2 else f"{first}#{number}",
-                images=list(images) if isinstance(images, list) else [images],
-                question=question, options=options, answer=parse_reply(_said(gpt, "gpt", where)),
-                category=as_text(row.cells.get("category")),
-            )  # fmt: skip
+        with leaving_out(skipped):
+            yield from _asked(row, skipped)
 
 
-def read_scienceqa(path: Path, split: str | None, images: Path, skipped: list[str]) -> Iterator[RawQuestion]:
-    """Questions of ScienceQA's ``problems.json``; those without an image are noted in ``skipped``.
+def _asked(row: Row, skipped: Skipped) -> Iterator[RawQuestion]:
+    """The questions of one conversation."""
+    turns, images = row.cells.get("conversations"), row.cells.get("image")
+    if not isinstance(turns, list):
+        raise BadQuestionError(MALFORMED, f"{row.where} has no list 'conversations': is it LLaVA's format?")
+    first = as_text(row.cells.get("id")) or row.where.rpartition(" ")[2]
+    for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=False), start=1):
+        where = row.where if len(turns) == 2 else f"{row.where} turn {number}"
+        parsed = parse_prompt(_said(human, "human", where))
+        if parsed is None or not images:
+            skipped.add(NO_CHOICE, f"{where} offers no options or shows no image", trouble=False)
+            continue
+        question, options = parsed
+        yield RawQuestion(
+            where=where, id=first if len(turns) == 2 else f"{first}#{number}",
+            images=list(images) if isinstance(images, list) else [images],
+            question=question, options=options, answer=parse_reply(_said(gpt, "gpt", where)),
+            category=as_text(row.cells.get("category")),
+        )  # fmt: skip
+
+
+def read_scienceqa(path: Path, split: str | None, images: Path, skipped: Skipped) -> Iterator[RawQuestion]:
+    """Questions of ScienceQA's ``problems.json``; those without an image are counted in ``skipped``.
 
     Raises:
         UserError: the file is not of the format.
@@ -55,25 +63,39 @@ def read_scienceqa(path: Path, split: str | None, images: Path, skipped: list[st
     if not (isinstance(problems, dict) and all(isinstance(p, dict) for p in problems.values())):
         raise UserError(f"file {path} must hold an object of problems by id, as ScienceQA's problems.json")
     for key, problem in problems.items():
-        where = f"{path} problem '{key}'"
-        for field in ("question", "choices", "answer"):
-            if field not in problem:
-                raise UserError(f"{where} has no '{field}': its fields are {', '.join(problem)}")
         part = as_text(problem.get("split"))
         if split is not None and part != split:
             continue
-        if not problem.get("image"):
-            skipped.append(where)
-            continue
-        name = as_text(problem["image"])
-        inner = f"{part}/{key}/{name}"
-        yield RawQuestion(
-            where=where, id=str(key), images=[inner if (images / inner).is_file() else f"{key}/{name}"],
-            question=with_hint(as_text(problem.get("hint")), as_text(problem["question"])),
-            options=[as_text(choice) for choice in problem["choices"]], answer=problem["answer"],
-            category=as_text(problem.get("topic") or problem.get("subject")),
-            tags=[f"{n}={problem[n]}" for n in ("subject", "grade", "split") if problem.get(n)],
-        )  # fmt: skip
+        with leaving_out(skipped):
+            if question := _problem(f"{path} problem '{key}'", key, problem, images, skipped):
+                yield question
+
+
+def _problem(
+    where: str, key: str, problem: dict[str, Any], images: Path, skipped: Skipped
+) -> RawQuestion | None:
+    """A problem as a question; None, and counted, if it has no image."""
+    for field in ("question", "choices", "answer"):
+        if field not in problem:
+            raise BadQuestionError(
+                NO_COLUMN, f"{where} has no '{field}': its fields are {', '.join(problem)}"
+            )
+    if not isinstance(problem["choices"], list):
+        raise BadQuestionError(
+            MALFORMED, f"{where}: choices must be a list, found {problem['choices']!r:.60}"
+        )
+    if not problem.get("image"):
+        skipped.add(NO_CHOICE, f"{where} shows no image", trouble=False)
+        return None
+    inner = f"{as_text(problem.get('split'))}/{key}/{as_text(problem['image'])}"
+    outer = f"{key}/{as_text(problem['image'])}"
+    return RawQuestion(
+        where=where, id=str(key), images=[inner if (images / inner).is_file() else outer],
+        question=with_hint(as_text(problem.get("hint")), as_text(problem["question"])),
+        options=[as_text(choice) for choice in problem["choices"]], answer=problem["answer"],
+        category=as_text(problem.get("topic") or problem.get("subject")),
+        tags=[f"{n}={problem[n]}" for n in ("subject", "grade", "split") if problem.get(n)],
+    )  # fmt: skip
 
 
 def with_hint(hint: str, question: str) -> str:
@@ -130,5 +152,5 @@ def parse_reply(text: str) -> str:
 
 def _said(turn: Any, speaker: str, where: str) -> str:
     if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-        raise UserError(f"{where}: expected a turn from '{speaker}' with a 'value'")
+        raise BadQuestionError(MALFORMED, f"{where}: expected a turn from '{speaker}' with a 'value'")
     return str(turn["value"])

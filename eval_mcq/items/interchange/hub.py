@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from eval_mcq.items.interchange.columns import ColumnMap
 from eval_mcq.items.interchange.rows import READERS, Row, read_rows
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hf_datasets import open_dataset
 
 COLUMNS = ColumnMap(
     {
@@ -33,46 +32,5 @@ def read_dataset(name: str, split: str | None) -> Iterator[Row]:
     if path.suffix.lower() in READERS and path.is_file():
         yield from read_rows(path)
         return
-    data = _with_raw_images(_load(path, split))
-    for number, cells in enumerate(data, start=1):
+    for number, cells in enumerate(open_dataset(path, split), start=1):
         yield Row(f"{name} row {number}", cells)
-
-
-def _load(path: Path, split: str | None) -> Any:
-    import datasets
-
-    try:
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            data: Any = datasets.load_from_disk(str(path))
-        elif path.suffix == ".parquet":
-            if not path.is_file():
-                raise UserError(f"data set {path} does not exist: check the path")
-            data = datasets.load_dataset(
-                "parquet", data_files=str(path), streaming=True, trust_remote_code=False
-            )
-        else:
-            data = datasets.load_dataset(str(path), streaming=True, trust_remote_code=False)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        message = str(error).partition("\n")[0]
-        raise UserError(
-            f"data set {path} cannot be read: {message} (expected a folder, a .parquet file, or an id on the hub)"
-        ) from None
-    if not isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
-        return data
-    if split is None and len(data) == 1:
-        return next(iter(data.values()))
-    if split not in data:
-        asked = f"no split '{split}'" if split else "several splits"
-        raise UserError(f"data set {path} has {asked}: give one of {', '.join(data)} with --split")
-    return data[split]
-
-
-def _with_raw_images(data: Any) -> Any:
-    from datasets import Image, List
-
-    for column, feature in (data.features or {}).items():
-        if isinstance(feature, Image):
-            data = data.cast_column(column, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            data = data.cast_column(column, List(Image(decode=False)))
-    return data

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from eval_mcq.items.interchange.faults import UNREADABLE, BadQuestionError
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder
 from mgll_encoder.common.images import image_format
@@ -56,12 +57,15 @@ class PictureFolder:
         """Keep a picture; its path relative to the folder's parent.
 
         Raises:
-            UserError: it cannot be decoded or is so large that it may be an attack (names ``where``); or the
-                folder exists and ``force`` is not set.
+            BadQuestionError: it cannot be decoded or is so large that it may be an attack (names ``where``).
+            UserError: the folder exists and ``force`` is not set.
         """
         digest = hashlib.sha256(data).hexdigest()
         if digest not in self._names:
-            format_ = image_format(io.BytesIO(data), f"{where}: embedded image")
+            try:
+                format_ = image_format(io.BytesIO(data), f"{where}: embedded image")
+            except UserError as error:
+                raise BadQuestionError(UNREADABLE, str(error)) from None
             name = f"{digest[:32]}.{SUFFIXES.get(format_, format_.lower())}"
             if self._partial is None:
                 self._partial = self._stack.enter_context(new_folder(self.path, self.force))
@@ -69,15 +73,22 @@ class PictureFolder:
             self._names[digest] = f"{self.path.name}/{name}"
         return self._names[digest]
 
+    def keep_only(self, used: set[str]) -> None:
+        """Remove pictures that no question shows, because it was left out."""
+        for digest, path in list(self._names.items()):
+            if path not in used and self._partial is not None:
+                (self._partial / Path(path).name).unlink()
+                del self._names[digest]
+
 
 def from_base64(text: str, where: str) -> bytes:
-    """The bytes of a base64 text, with or without the head of a data URI.
+    """The bytes of a base64 text, wrapped into lines or not, with or without the head of a data URI.
 
     Raises:
-        UserError: it is no base64.
+        BadQuestionError: it is no base64.
     """
     payload = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode(payload, validate=True)
+        return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UserError(f"{where}: the image is not base64: {error}") from None
+        raise BadQuestionError(UNREADABLE, f"{where}: the image is not base64: {error}") from None

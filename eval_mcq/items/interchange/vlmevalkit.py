@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from eval_mcq.items.interchange.columns import ColumnMap, RawQuestion, Same, as_text, literal_list
+from eval_mcq.items.interchange.faults import COPIES_DISAGREE, NO_IMAGE, BadQuestionError
 from eval_mcq.items.interchange.pictures import from_base64
 from eval_mcq.items.interchange.rows import Row
 from eval_mcq.items.schema import LETTERS, Bench, MCQItem
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.skipped import Skipped
 
 CIRCLE = 10**6
 """Circular copies of a question stand at its index plus multiples of this."""
@@ -52,7 +54,7 @@ def image_cells(row: Row, cell: Any) -> list[bytes | str | Same]:
     """The images of a row: base64, a list of base64 or of paths, a path, or the index of another row."""
     text = as_text(cell)
     if not text:
-        raise UserError(f"{row.where}: the image is blank")
+        raise BadQuestionError(NO_IMAGE, f"{row.where}: the image is blank")
     many = literal_list(text) if text.startswith("[") else None
     if cell is row.cells.get("image") and len(text) <= REFERENCE and "." not in text:
         return [Same(text)]
@@ -63,26 +65,30 @@ def _image(text: str, where: str) -> bytes | str:
     return from_base64(text, where) if len(text) > REFERENCE and "." not in text else text
 
 
-def fold_circular(found: Sequence[tuple[RawQuestion, MCQItem]]) -> list[MCQItem]:
+def fold_circular(found: Sequence[tuple[RawQuestion, MCQItem]], skipped: Skipped) -> list[MCQItem]:
     """Put circular copies back into the question they come from.
 
-    A row is a copy if the row ``k * 10**6`` before it asks the same of the same options in another order.
+    A row is a copy if the row ``k * 10**6`` before it asks the same of the same options in another order. A
+    question whose copies call another option true is left out with them.
 
     Raises:
-        UserError: a copy calls another option true than its question does.
+        UserError: there is such a question, and ``skipped`` is strict.
     """
     by_index = {raw.index: (raw, item) for raw, item in found}
-    kept = []
+    kept: list[MCQItem] = []
+    disputed: list[MCQItem] = []
     for raw, item in found:
         base = _base(raw, item, by_index)
         if base is None:
             kept.append(item)
         elif item.options[item.answer] != base.options[base.answer]:
-            raise UserError(
+            skipped.add(
+                COPIES_DISAGREE,
                 f"{raw.where}: circular copy {raw.index} of question '{base.id}' calls "
-                f"'{item.options[item.answer]}' true, the question itself '{base.options[base.answer]}'"
+                f"'{item.options[item.answer]}' true, the question itself '{base.options[base.answer]}'",
             )
-    return kept
+            disputed.append(base)
+    return [item for item in kept if not any(item is base for base in disputed)]
 
 
 def _base(

@@ -1,0 +1,81 @@
+"""What is left out, and why: counted in one place, and said in the same words by every command."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.common.cli import note
+from mgll_encoder.common.errors import UserError
+
+NOT_NAMED = "no image named"
+NO_FILE = "no image file"
+UNREADABLE = "image unreadable"
+NO_LABEL = "no label"
+TWICE = "image listed twice"
+DISAGREE = "rows of one image disagree"
+"""Reasons that several readers give."""
+
+
+def unnamed(error: UserError, path: Path) -> str:
+    """What an error about an image says, without the path that it starts with: file names may tell who a patient is."""
+    return str(error).removeprefix(f"image {path} ")
+
+
+class Skipped:
+    """Rows, files or images that are left out: counted by reason, with the first of each reason; or refused at once.
+
+    Args:
+        strict: Stop at the first instead of counting.
+        unit: What is counted, in the plural.
+    """
+
+    def __init__(self, strict: bool = False, unit: str = "rows") -> None:
+        self._strict, self._unit = strict, unit
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+        self.read = 0
+        """How many were looked at, left out or not; readers add to it."""
+
+    def add(self, reason: str, detail: str, trouble: bool = True) -> None:
+        """Leave one out.
+
+        Args:
+            reason: The kind of trouble, in a few words that follow a number: the key of the count.
+            detail: One line that names the file, the row or place, and what was expected. It is shown and may be
+                published, so it holds no image name, patient id or other text that may tell who a patient is.
+            trouble: Whether strict mode stops here; false for what is left out as a matter of course.
+
+        Raises:
+            UserError: in strict mode, with the detail.
+        """
+        if self._strict and trouble:
+            raise UserError(detail)
+        self.counts[reason] += 1
+        self.first.setdefault(reason, detail)
+
+    @property
+    def total(self) -> int:
+        """How many were left out."""
+        return self.counts.total()
+
+    def summary(self) -> str:
+        """All of it in a line, such as ``left out 12 of 440 rows: 7 no image file, 5 uncertain label``."""
+        if not self.total:
+            return ""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
+        among = f"{self.total} of {self.read}" if self.read else str(self.total)
+        return f"left out {among} {self._unit}: {reasons}"
+
+    def lines(self) -> list[str]:
+        """The first of each reason, and the summary."""
+        firsts = [f"first {reason}: {self.first[reason]}" for reason, _ in self.counts.most_common()]
+        return [*firsts, self.summary()] if firsts else []
+
+    def record(self) -> dict[str, Any]:
+        """For what is written: how many were read, and how many were left out for each reason."""
+        return {f"{self._unit}_read": self.read, "skipped": dict(self.counts)}
+
+    def say(self) -> None:
+        """Say on stderr what was left out, the summary last; nothing where nothing was."""
+        for line in self.lines():
+            note(line)
