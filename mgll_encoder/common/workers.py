@@ -28,11 +28,11 @@ def resilient_map(
             decoder) or took too long.
         seconds: How long a task may take.
     """
-    limited = partial(_limited, work, seconds)
+    limited, workers = partial(_limited, work, seconds), max(1, workers)
     waiting = deque(tasks)
     while waiting:
         flying: deque[tuple[T, Future[R]]] = deque()
-        pool = ProcessPoolExecutor(max(1, workers), initializer=_as_usual)
+        pool = ProcessPoolExecutor(workers, initializer=_as_usual)
         try:
             while waiting or flying:
                 while waiting and len(flying) < AHEAD * workers:
@@ -68,5 +68,5 @@ def _limited(work: Callable[[T], R], seconds: int, task: T) -> R:
 def _as_usual() -> None:
     """Signals of a worker: interrupting is for the parent to handle, the others end it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+        signal.signal(ending, signal.SIG_DFL)
