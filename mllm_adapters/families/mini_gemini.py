@@ -165,7 +165,7 @@ class MiniGemini(Family):
         config, where = checkpoint.config, f"{checkpoint.folder}/config.json"
         fields = read_fields(OriginalFields, config, where)
         names = sort_names(checkpoint)
-        host = original_tower(checkpoint, fields, names.tower, needed=tower is None)
+        host = original_tower(checkpoint, fields, names.tower, image_size, replaced=tower is not None)
         aux = aux_tower(checkpoint, fields, names.aux)
         before = contract_of(host.spec, fields.mm_vision_select_layer, class_token=False)
         before, after = _contracts(before, tower, image_size, fields, where)
