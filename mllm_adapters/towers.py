@@ -89,9 +89,7 @@ def geometry_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> TowerSpec:
 
 def assumed_geometry(width: int, image_size: int) -> TowerSpec:
     """A tower of which only the width is known, at the side that the user asks for."""
-    return _OPENAI_VIT_L.model_copy(
-        update={"width": width, "heads": _heads(width), "image_size": image_size}
-    )
+    return _OPENAI_VIT_L.model_copy(update={"width": width, "heads": _heads(width), "image_size": image_size})
 
 
 def _heads(width: int) -> int:
