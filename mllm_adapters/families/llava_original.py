@@ -134,6 +134,7 @@ def plan_original(
         layout=weights.layout,
         source=checkpoint.folder,
         tower=new.source if new else None,
+        tower_weights=new.weights if new else None,
         swapped=tower is not None,
         parts=dict(checkpoint.parts),
         steps=tuple(steps),
