@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,16 +28,20 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mgll_encoder.common.cli import note, stderr
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.faults import writing
 from mgll_encoder.common.images import open_image
+from mgll_encoder.common.locks import locked
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.batches import jitter, shrink
 from mgll_encoder.data.label_table import LabelledImages
 from mgll_encoder.features import best_device, images_digest, tower_digest, workers_for
 from mgll_encoder.preprocess import image_transform
 from mgll_encoder.probe import METRICS, kept_labels, metrics, mixed
+from mgll_encoder.resuming import SoundStates, check_states, last_checkpoint
 from mgll_encoder.spec import TowerSpec
 from mgll_encoder.tower import Tower
 
@@ -205,26 +208,22 @@ def finetune(
         "validation_images": len(choose.images),
     }
     folder = cache / hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
-    lock = folder.with_suffix(".lock")
     cache.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(lock, timeout=0):
-            set_seed(options.seed)
-            model = TowerWithHead(_copy(tower), learn.truth, data.exclusive)
-            trainer = _trainer(model, learn, choose, tower.spec, options, folder, workers)
-            outcome = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-            if not math.isfinite(outcome.training_loss):
-                raise UserError(
-                    f"the loss is not finite after {outcome.global_step} steps: give a smaller --lr"
-                )
-            logits = trainer.predict(LabelledPixels(asked, tower.spec, False, options.seed)).predictions
-            best = math.nan if trainer.state.best_metric is None else float(trainer.state.best_metric)
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
-    except Timeout:
-        raise UserError(
-            "the same fine-tuning is running in another process: wait for it, or end it"
-        ) from None
+    lock = folder.with_suffix(".lock")
+    running = f"the same fine-tuning is running in another process (it holds the lock {lock}): wait for it, or end it"
+    with locked(lock, running), writing(folder):
+        set_seed(options.seed)
+        model = TowerWithHead(_copy(tower), learn.truth, data.exclusive)
+        trainer = _trainer(model, learn, choose, tower.spec, options, folder, workers)
+        last = last_checkpoint(folder)
+        if last:
+            check_states(last, weights=SAFE_WEIGHTS_NAME)
+        outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if not math.isfinite(outcome.training_loss):
+            raise UserError(f"the loss is not finite after {outcome.global_step} steps: give a smaller --lr")
+        logits = trainer.predict(LabelledPixels(asked, tower.spec, False, options.seed)).predictions
+        best = math.nan if trainer.state.best_metric is None else float(trainer.state.best_metric)
+        shutil.rmtree(folder, ignore_errors=True)
     spec = tower.spec.model_copy(update={"projection_dim": None})
     learnt = Tower.from_model(model.vision.cpu(), spec)
     return Finetuned(
@@ -287,7 +286,7 @@ def _trainer(
         macro = np.nanmean(metrics(scores, truth, model.exclusive, once)[0], axis=0)
         return dict(zip(METRICS, map(float, macro), strict=True))
 
-    trainer = Trainer(
+    trainer = SoundStates(
         model=model,
         args=arguments,
         train_dataset=LabelledPixels(learn, spec, options.augment, options.seed),
@@ -315,9 +314,3 @@ class _Telling(TrainerCallback):
                 f"epoch {round(state.epoch or 0)}/{round(args.num_train_epochs)}: training loss {losses[-1]:.4f}, "
                 f"validation {CHOSEN_BY} {given['metrics'][f'eval_{CHOSEN_BY}']:.1f}"
             )
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; its state is what the Trainer writes last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

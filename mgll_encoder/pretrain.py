@@ -3,17 +3,21 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free, sha256, write_text
 from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.skipped import Skipped
@@ -21,6 +25,14 @@ from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
 from mgll_encoder.data.batches import Collator, ManifestImages, Plan, plan_splits
 from mgll_encoder.data.manifest import read_header, split_of
 from mgll_encoder.pretrain_options import PretrainOptions, Select
+from mgll_encoder.resuming import (
+    check_states,
+    clear_unfinished,
+    forget,
+    last_checkpoint,
+    only_run,
+    saving_on_signal,
+)
 from mgll_encoder.save import save_tower
 from mgll_encoder.starting import OPENAI, starting_towers
 from mgll_encoder.text_tower import TextTower
@@ -76,6 +88,7 @@ def pretrain(
     strict: bool = False,
     resume: bool = False,
     force: bool = False,
+    save_on_signal: bool = False,
 ) -> PretrainResult:
     """Train on the manifest's ``train`` rows and write the tower's folder.
 
@@ -91,10 +104,12 @@ def pretrain(
         strict: Stop at the first row that would be left out.
         resume: Go on with the checkpoints of a killed run of the same options and manifest.
         force: Replace ``out``.
+        save_on_signal: Save a checkpoint before ending on SIGTERM or Ctrl-C.
 
     Raises:
-        UserError: bad input (see ``plan_rows``, ``starting_towers``), ``out`` exists, or there is nothing to
-        resume.
+        UserError: bad input (see ``plan_rows``, ``starting_towers``), ``out`` exists, another process trains into it,
+            there is nothing to resume, or the disk is full.
+        Terminated: a signal came, and the training has saved a checkpoint.
     """
     check_free(out, force)
     skipped = Skipped(strict)
@@ -125,48 +140,67 @@ def pretrain(
         arguments.load_best_model_at_end = True
         arguments.metric_for_best_model, arguments.greater_is_better = "eval_mAP", True
     identity = _identity(manifest, options, plan)
-    last = _prepare_checkpoints(checkpoint_folder(out), identity, resume, arguments.process_index == 0)
-    trainer = TowerTrainer(
-        model,
-        skipped,
-        validation,
-        args=arguments,
-        train_dataset=ManifestImages(plan, model.spec, options.seed, flip=options.flip),
-        data_collator=Collator(model.text.tokenize),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainings = _trainings(plan, options.init) if arguments.process_index == 0 else ()
-    outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with only_run(out) if arguments.process_index == 0 else nullcontext():
+        trainer = TowerTrainer(
+            model,
+            skipped,
+            validation,
+            args=arguments,
+            train_dataset=ManifestImages(plan, model.spec, options.seed, flip=options.flip),
+            data_collator=Collator(model.text.tokenize),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainings = _trainings(plan, options.init) if arguments.process_index == 0 else ()
+        steps = _run(trainer, checkpoint_folder(out), identity, resume=resume, save_on_signal=save_on_signal)
+        more = {
+            "split": split_of(read_header(manifest).built),
+            "steps": steps,
+            "validation_images": len(validation) if validation else 0,
+        }
+        return _write(trainer, out, {**identity, **more}, trainings, force)
+
+
+def _run(
+    trainer: TowerTrainer, folder: Path, identity: dict[str, Any], *, resume: bool, save_on_signal: bool
+) -> int:
+    """Train; the number of steps."""
+    last = _prepare_checkpoints(folder, identity, resume, trainer.args)
+    with writing(folder), saving_on_signal(trainer, wanted=save_on_signal):
+        outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.gather_skipped()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if not math.isfinite(outcome.training_loss) or not all(map(math.isfinite, losses)):
+    if not all(map(math.isfinite, (outcome.training_loss, *trainer.epoch_losses))):
         raise UserError(f"the loss is not finite after {outcome.global_step} steps: take a smaller --lr")
+    return outcome.global_step
+
+
+def _write(
+    trainer: TowerTrainer, out: Path, about: dict[str, Any], trainings: tuple[Training, ...], force: bool
+) -> PretrainResult:
+    """Write the tower; how it went."""
     kept, figures = kept_epoch(trainer)
+    model, losses = trainer.towers, trainer.epoch_losses
     temperature = model.text_tower().temperature
     if trainer.is_world_process_zero():
         record = {
-            **identity,
-            "split": split_of(read_header(manifest).built),
-            "steps": outcome.global_step,
+            **about,
             "epoch_losses": [round(loss, 6) for loss in losses],
             "final_loss": round(losses[-1], 6),
             "kept_epoch": kept,
             "validation": {name: round(value, 6) for name, value in figures.items()},
-            "validation_images": len(validation) if validation else 0,
             "temperature": round(temperature, 6),
-            **skipped.record(),
-            "processes": arguments.world_size,
+            **trainer.skipped.record(),
+            "processes": trainer.args.world_size,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
         save_tower(model.tower(), out, force, {"pretraining": record}, model.text_tower(), trainings)
         shutil.rmtree(checkpoint_folder(out))
     return PretrainResult(
         out,
-        len(plan),
-        outcome.global_step,
+        about["images"],
+        about["steps"],
         losses,
         temperature,
-        skipped,
+        trainer.skipped,
         kept,
         figures,
         trainer.is_world_process_zero(),
@@ -227,25 +261,29 @@ def _identity(manifest: Path, options: PretrainOptions, plan: Plan) -> dict[str,
     }
 
 
-def _prepare_checkpoints(folder: Path, identity: dict[str, Any], resume: bool, first: bool) -> Path | None:
+def _prepare_checkpoints(
+    folder: Path, identity: dict[str, Any], resume: bool, arguments: TrainingArguments
+) -> Path | None:
     """An empty folder with the run's identity, or the checkpoint to resume from."""
-    if resume:
-        return _last_checkpoint(folder, identity)
-    if first:
-        shutil.rmtree(folder, ignore_errors=True)
+    last = _last_checkpoint(folder, identity) if resume else None
+    if last:
+        check_states(
+            last, weights=SAFE_WEIGHTS_NAME, ranks=arguments.world_size, deepspeed=bool(arguments.deepspeed)
+        )
+    if arguments.process_index == 0 and resume:
+        clear_unfinished(folder)
+    elif arguments.process_index == 0:
+        forget(folder, RUN_FILE)
         write_text(folder / RUN_FILE, json.dumps(identity, indent=2))
-    return None
+    return last
 
 
 def _last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path:
     """The newest whole checkpoint of the same run."""
-    stored = folder / RUN_FILE
-    whole = [
-        path.parent for path in folder.glob("checkpoint-*/trainer_state.json")
-    ]  # written last by the Trainer
-    if not whole or not stored.is_file():
+    last = last_checkpoint(folder)
+    if last is None or not (folder / RUN_FILE).is_file():
         raise UserError(f"nothing to resume: {folder} holds no whole checkpoint; run again without --resume")
-    before = json.loads(stored.read_text(encoding="utf-8"))
+    before = read_json(folder / RUN_FILE)
     changed = [name for name in identity if before.get(name) != identity[name]]
     if changed:
         name = changed[0]
@@ -253,4 +291,4 @@ def _last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path:
             f"cannot resume: '{name}' was {before.get(name)} in the interrupted run and is {identity[name]} now; "
             "give the same options, or run again without --resume"
         )
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+    return last

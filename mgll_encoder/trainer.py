@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.skipped import UNREADABLE, Skipped
 from mgll_encoder.data.batches import ManifestImages, Plan
 from mgll_encoder.losses import Alphas
+from mgll_encoder.resuming import SoundStates
 from mgll_encoder.spec import TowerSpec
 from mgll_encoder.text_ranking import ranking_metrics
 from mgll_encoder.two_towers import TwoTowers
@@ -90,7 +91,7 @@ class EpochOfData(TrainerCallback):
         kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch))
 
 
-class TowerTrainer(Trainer):
+class TowerTrainer(SoundStates):
     """transformers' Trainer; weight decay on weight matrices only (CLIP's rule), loss terms logged.
 
     Args:
@@ -106,9 +107,14 @@ class TowerTrainer(Trainer):
         # the Trainer wants a data set where it evaluates; `evaluate` below reads `validation` itself
         super().__init__(model=towers, eval_dataset=validation, **settings)
         self.add_callback(EpochOfData)
-        self._towers, self._skipped, self._validation = towers, skipped, validation
+        self.towers, self.skipped, self._validation = towers, skipped, validation
         self._terms: list[dict[str, Tensor]] = []
         self._troubles: dict[str, None] = {}
+
+    @property
+    def epoch_losses(self) -> list[float]:
+        """Mean training loss of each epoch."""
+        return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight matrices that are no embeddings."""
@@ -141,10 +147,10 @@ class TowerTrainer(Trainer):
     ) -> dict[str, float]:
         """Rank the validation texts for the validation images; every process does all of it."""
         assert self._validation is not None  # the Trainer asks only where there is something to evaluate
-        self._towers.eval()
+        self.towers.eval()
         with self.compute_loss_context_manager():
-            figures, troubles = self._validation.judge(self._towers, self.args.eval_batch_size)
-        self._towers.train()
+            figures, troubles = self._validation.judge(self.towers, self.args.eval_batch_size)
+        self.towers.train()
         self._count(troubles)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
@@ -183,4 +189,4 @@ class TowerTrainer(Trainer):
         for line in troubles:
             if line not in self._troubles:
                 self._troubles[line] = None
-                self._skipped.add(UNREADABLE, line)
+                self.skipped.add(UNREADABLE, line)

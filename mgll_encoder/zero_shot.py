@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus import read_explanations
 from mgll_encoder.starting import text_beside
 from mgll_encoder.text_tower import TextTower
@@ -103,11 +104,9 @@ def read_prompts(name: str) -> Prompts:
             raise unknown_name("set of prompts (or a .json file)", name, known)
         return known[name]
     try:
-        prompts = Prompts.model_validate_json(path.read_bytes())
+        prompts = Prompts.model_validate_json(read_text(path, "--prompts"))
         for template in (*prompts.templates, *prompts.negatives):
             template.format_map({"label": "", "explanation": ""})
-    except FileNotFoundError:
-        raise UserError(f"prompts file {path} does not exist: check --prompts") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

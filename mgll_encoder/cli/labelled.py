@@ -8,6 +8,7 @@ import typer
 
 from mgll_encoder.common.cli import note, stdout, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -182,10 +183,7 @@ class Question:
 def _listed(path: Path | None) -> frozenset[str]:
     if path is None:
         return frozenset()
-    try:
-        names = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"list {path} cannot be read ({error}): check --test-list") from None
+    names = read_text(path, "--test-list").split()
     if not names:
         raise UserError(f"list {path} is empty: expected the name of a test image in each line")
     return frozenset(Path(name).name for name in names)

@@ -50,6 +50,11 @@ def pretrain(
     workers: int = typer.Option(2, help="Processes that open images."),
     strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be left out."),
     resume: bool = typer.Option(False, "--resume", help="Go on with a killed run of the same options."),
+    save_on_signal: bool = typer.Option(
+        False,
+        "--save-on-signal",
+        help="Save a checkpoint before ending on SIGTERM (Slurm) or Ctrl-C; --resume goes on from it.",
+    ),
     force: bool = typer.Option(False, "--force", help="Replace an existing tower."),
 ) -> None:
     """Train a tower with the MGLL losses, or its plain CLIP control, on the manifest's training split.
@@ -88,7 +93,15 @@ def pretrain(
         seed=seed,
     )
     result = run(
-        data, out, options, images=images, workers=workers, strict=strict, resume=resume, force=force
+        data,
+        out,
+        options,
+        images=images,
+        workers=workers,
+        strict=strict,
+        resume=resume,
+        force=force,
+        save_on_signal=save_on_signal,
     )
     if not result.first:
         return

@@ -3,7 +3,7 @@
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -11,6 +11,7 @@ from mgll_encoder.common.cli import note, stdout, warn
 from mgll_encoder.common.files import check_free
 
 if TYPE_CHECKING:
+    from mgll_encoder.spec import Activation
     from mgll_encoder.tower import TowerHeader
 
 _SIZES = (224, 336, 448)
@@ -31,18 +32,9 @@ ActivationOption = Annotated[
 ]
 
 
-WeightsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="'raw' or 'ema', for training checkpoints that hold a moving average of the weights beside them."
-    ),
-]
-
-
 def inspect(
     path: PathArgument,
     activation: ActivationOption = None,
-    weights: WeightsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what a tower is, without reading its weights.
@@ -51,7 +43,7 @@ def inspect(
     """
     from mgll_encoder.tower import inspect_tower
 
-    header = inspect_tower(path, **_choices(activation, weights))
+    header = inspect_tower(path, activation=cast("Activation | None", activation))
     facts = _facts(header)
     if as_json:
         stdout.print_json(json.dumps(facts))
@@ -65,7 +57,6 @@ def convert(
     path: PathArgument,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     activation: ActivationOption = None,
-    weights: WeightsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Write a tower as a folder that transformers, and every command here, can read.
@@ -77,7 +68,7 @@ def convert(
     from mgll_encoder.tower import load_tower
 
     note(f"reading {path} ...")
-    tower = load_tower(path, **_choices(activation, weights))
+    tower = load_tower(path, activation=cast("Activation | None", activation))
     for message in tower.header.warnings:
         warn(message)
     save_tower(tower, out, force)
@@ -85,15 +76,10 @@ def convert(
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _choices(activation: str | None, weights: str | None) -> dict[str, Any]:
-    """What the options say, for functions that check it."""
-    return {"activation": activation, "weights": weights}
-
-
 def _facts(header: "TowerHeader") -> dict[str, Any]:
     spec = header.spec
     return {
-        "layout": header.layout + (f", {header.weights} weights" if header.weights else ""),
+        "layout": header.layout,
         **spec.model_dump(),
         "activation_source": header.activation_source,
         "preprocessing_source": header.preprocessing_source,

@@ -154,5 +154,8 @@ def _reraise_if_debugging() -> None:
 
 
 def _told(code: int, message: str) -> int:
+    # Progress bars that an error has left open end, so that it has a line of its own.
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+        bar.close()
     stderr.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
     return code

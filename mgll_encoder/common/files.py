@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,22 +62,6 @@ def regular_file(path: Path, what: str = "file") -> Path:
     return path
 
 
-def read_text(path: Path, what: str = "file") -> str:
-    """The text of an input in UTF-8, with or without a byte-order mark.
-
-    Raises:
-        UserError: it is no ordinary file (see `regular_file`), cannot be read, or is no UTF-8.
-    """
-    regular_file(path, what)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        fault = find_fault(error)
-        raise UserError(f"{what} {fault.line() if fault else f'{path}: {error}'}") from None
-
-
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write that becomes ``path`` when the block ends without an error.
@@ -93,6 +77,27 @@ def appearing(path: Path) -> Iterator[Path]:
         _sweep(path.parent)
         with locked(_lock_of(path), otherwise=None), _partial_file(path) as partial:
             yield partial
+
+
+def made_once(path: Path, make: Callable[[Path], None]) -> Path:
+    """A file or folder of a cache, made where it is not there yet; a second process waits for it.
+
+    Args:
+        path: What is kept.
+        make: Writes it, whole, under the name that it is given.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
+    if not path.exists():
+        with writing(path):
+            _make(path.parent)
+            _sweep(path.parent)
+            with locked(_lock_of(path), otherwise=None):
+                if not path.exists():  # another process may have made it meanwhile
+                    with _partial_file(path) as partial:
+                        make(partial)
+    return path
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What is left out, and why: counted in one place, and said in the same words by every command."""
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ DISAGREE = "rows of one image disagree"
 
 def unnamed(error: UserError, path: Path) -> str:
     """What an error about an image says, without the path that it starts with: file names may tell who a patient is."""
-    said = str(error).removeprefix(f"image {path}").strip(": ")
-    return re.sub(r"^\(a link to .*\) does", "does", said)
+    return str(error).removeprefix(f"image {path} ")
 
 
 class Skipped:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.faults import find_fault
+from mgll_encoder.common.files import regular_file
 
 
 def read_text(path: Path, kind: str) -> str:
@@ -15,14 +17,16 @@ def read_text(path: Path, kind: str) -> str:
         kind: What it is, for the error: ``preset``.
 
     Raises:
-        UserError: it is missing, no file, or not UTF-8.
+        UserError: it is no ordinary file (see `regular_file`), cannot be read, or is not UTF-8.
     """
-    if not path.is_file():
-        raise UserError(f"{kind} {path} does not exist or is not a file")
+    regular_file(path, kind)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{kind} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        fault = find_fault(error)
+        raise UserError(f"{kind} {fault.line() if fault else f'{path}: {error}'}") from None
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -15,6 +15,7 @@ from mgll_encoder.common.images import check_image_header
 from mgll_encoder.common.skipped import DISAGREE, NO_FILE, NO_LABEL, NOT_NAMED, TWICE, UNREADABLE, Skipped
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import read_table
+from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus_layouts import (
     GENERIC,
     IMAGE,
@@ -116,10 +117,8 @@ def read_explanations(path: Path = EXPLANATIONS) -> Explanations:
     Raises:
         UserError: no such file, or not of this form.
     """
-    if not path.is_file():
-        raise UserError(f"explanations file {path} does not exist: check --explanations")
     try:
-        return Explanations.model_validate_json(path.read_bytes())
+        return Explanations.model_validate_json(read_text(path, "--explanations"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

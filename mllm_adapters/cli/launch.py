@@ -112,8 +112,9 @@ def _estimate(model: Path, resolved: "Resolved") -> None:
 
 def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> None:
     """All that can be refused before anything is loaded, for every arm."""
+    from mgll_encoder.resuming import last_checkpoint
     from mllm_adapters.training.arms import check_control
-    from mllm_adapters.training.checkpoints import last_checkpoint, work_folder
+    from mllm_adapters.training.checkpoints import work_folder
     from mllm_adapters.training.engine import check_launcher, check_run
 
     for arm in todo:
@@ -129,8 +130,9 @@ def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> N
 
 def _train(arm: Request, request: Request, resolved: "Resolved") -> None:
     """One arm, from the plan to what comes next."""
+    from mgll_encoder.resuming import last_checkpoint
     from mllm_adapters.training.arms import record_of
-    from mllm_adapters.training.checkpoints import last_checkpoint, work_folder
+    from mllm_adapters.training.checkpoints import work_folder
     from mllm_adapters.training.engine import Extras, plan_training, train
     from mllm_adapters.training.watch import find_evaluator
 

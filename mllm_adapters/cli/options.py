@@ -73,6 +73,14 @@ LoggingSteps = Annotated[int | None, typer.Option(help="Steps between two log en
 SaveSteps = Annotated[
     int | None, typer.Option(help="Steps between two checkpoints to resume from. Default: 200.")
 ]
+SaveOnSignal = Annotated[
+    bool | None,
+    typer.Option(
+        "--save-on-signal",
+        help="Save a checkpoint before ending on SIGTERM (Slurm) or Ctrl-C; --resume goes on from it.",
+        show_default=False,
+    ),
+]
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(help="tensorboard, wandb ..., or none; may be given several times. Default: tensorboard."),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -11,14 +12,14 @@ from datasets import (
     Dataset,
     Features,
     are_progress_bars_disabled,
+    concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
 )
-from filelock import FileLock
 from joblib import cpu_count
 
 from mgll_encoder.common.cli import note, stderr
-from mgll_encoder.common.files import cache_folder
+from mgll_encoder.common.files import cache_folder, made_once
 
 Work = Callable[[Mapping[str, Sequence[Any]]], dict[str, list[Any]]]
 
@@ -49,23 +50,25 @@ def compute_table(
     try:
         if not key:
             return source.map(work, keep_in_memory=True, new_fingerprint=uuid4().hex, **options)
-        folder = cache_folder("rows")
-        folder.mkdir(parents=True, exist_ok=True)
         processes = max(1, min(cpu_count(), len(source) // ROWS_PER_PROCESS))
-        with FileLock(folder / f"{key}.lock"):
-            if not any(folder.glob(f"{key}*.arrow")):
-                note(f"{description} ({len(source)}) ...")
-                if stderr.is_terminal:
-                    enable_progress_bars()
-            return source.map(
+
+        def make(partial: Path) -> None:
+            partial.mkdir()
+            note(f"{description} ({len(source)}) ...")
+            if stderr.is_terminal:
+                enable_progress_bars()
+            source.map(
                 OneThread(work),
-                cache_file_name=str(folder / f"{key}.arrow"),
-                load_from_cache_file=True,
+                cache_file_name=str(partial / "rows.arrow"),
                 new_fingerprint=key[:32],  # which datasets makes longer for each process
                 num_proc=processes if processes > 1 else None,
                 desc=description,
                 **options,
             )
+
+        folder = made_once(cache_folder("rows") / key, make)
+        parts = [Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))]
+        return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     finally:
         (disable_progress_bars if hidden else enable_progress_bars)()
 

@@ -16,12 +16,11 @@ from typing import Any, TextIO, TypedDict, TypeVar
 
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
-from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.common.files import appearing, cache_folder
+from mgll_encoder.common.files import cache_folder, made_once, regular_file
 from mgll_encoder.common.hf_datasets import is_dataset
 from mgll_encoder.data.manifest import image_folder, read_header
 from mgll_encoder.data.manifest import read_rows as read_manifest
@@ -164,12 +163,14 @@ def _cached(path: Path, options: DataOptions) -> tuple[Dataset, str]:
     said = {**asdict(options), "strict": None, "prompts": CAPTION_PROMPTS_VERSION}
     made_of = [ROWS_VERSION, read.__name__, content_digest(path), str(path.resolve().parent), said]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+    def make(partial: Path) -> None:
+        _write(track(read(path, options), f"reading {path.name}"), partial, path)
+
     file = cache_folder("rows") / f"{key}.arrow"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.is_file() or (read is _dataset and not cache_folder(PICTURES).is_dir()):
-            with appearing(file) as partial:
-                _write(track(read(path, options), f"reading {path.name}"), partial, path)
+    if read is _dataset and not cache_folder(PICTURES).is_dir():
+        file.unlink(missing_ok=True)  # its rows name pictures that are gone
+    made_once(file, make)
     return Dataset.from_file(str(file)), key
 
 
@@ -292,14 +293,10 @@ def _checked(path: Path, records: Iterable[tuple[str, Any]], parse: Callable[[An
 
 
 def _open(path: Path) -> TextIO:
+    stream = regular_file(path, "data file").open(encoding="utf-8-sig")
     try:
-        stream = path.open(encoding="utf-8-sig")
         stream.read(1)
         stream.seek(0)
-    except FileNotFoundError:
-        raise UserError(f"data file {path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"data file {path} is a folder: pass a .json or .jsonl file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
     return stream

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_text
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, tower_config
@@ -155,7 +156,6 @@ class InstructBlip(Family):
             layout=layout,
             source=checkpoint.folder,
             tower=tower.source if tower else None,
-            tower_weights=tower.weights if tower else None,
             swapped=tower is not None,
             parts={**checkpoint.parts, **tokenizers},
             steps=tuple(steps),
@@ -187,7 +187,7 @@ class InstructBlip(Family):
             tokenizer=tokenizer,
             qformer_tokenizer=qformer,
             num_query_tokens=plan.after.tokens,
-            chat_template=own.read_text(encoding="utf-8") if own.is_file() else _TEMPLATE,
+            chat_template=read_text(own, "chat template") if own.is_file() else _TEMPLATE,
         )
 
     def readings(self, plan: Plan) -> tuple[Reading, ...]:

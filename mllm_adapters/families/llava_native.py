@@ -66,7 +66,6 @@ def plan_native(
         layout="transformers",
         source=checkpoint.folder,
         tower=tower.source,
-        tower_weights=tower.weights,
         swapped=True,
         steps=(*steps, *tower_steps(tower, prefix, after, dtype)),
         dropped=replaced(h.name for h in old),

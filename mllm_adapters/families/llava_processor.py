@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.texts import read_text
 from mgll_encoder.preprocess import processor_settings
 from mllm_adapters.contract import Plan
 from mllm_adapters.planning import IMAGE_TOKEN
@@ -43,7 +44,7 @@ def processor_files(plan: Plan) -> dict[str, str] | None:
         "vision_feature_select_strategy": "full" if plan.after.class_token else "default",
     }
     templates = {name: (source / name) for name in TEMPLATES if (source / name).is_file()}
-    texts = {name: file.read_text(encoding="utf-8") for name, file in templates.items()}
+    texts = {name: read_text(file, "chat template") for name, file in templates.items()}
     return {**files, PROCESSOR: as_json(settings), **texts}
 
 

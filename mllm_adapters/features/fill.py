@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mgll_encoder.common.cli import note, track
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.images import READER_VERSION, open_image
+from mgll_encoder.common.locks import locked
 from mllm_adapters.data.fingerprints import modules_fingerprint, pixel_fingerprint
 from mllm_adapters.features.stand_ins import Plan, seen_of_images, watched
 from mllm_adapters.features.store import SHARD_BYTES, FeatureStore, Stored, readable, size_of
@@ -96,9 +96,8 @@ def fill(
         UserError: the disk is too small, or an image cannot be read.
     """
     share = list(paths)[place.rank :: place.ranks]
-    with FileLock(
-        store.folder / f"{place.rank}-of-{place.ranks}.lock"
-    ):  # a second run waits, and finds all done
+    lock = store.folder / f"{place.rank}-of-{place.ranks}.lock"
+    with locked(lock, otherwise=None):  # a second run waits, and finds all done
         store.refresh()
         if missing := store.missing(share):
             features = _features(model, processor, plan, [(d, paths[d]) for d in missing], place)

@@ -1,10 +1,10 @@
 """The control arm: the same training of the unswapped model, so that a gain is the tower's and not the training's."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.configs import build_config
 from mllm_adapters.data.conversations import read_corpus
@@ -35,7 +35,7 @@ def record_of(out: Path, model: Path, control: Path | None) -> dict[str, Any]:
 def finished(out: Path, model: Path) -> bool:
     """Whether ``out`` is the result of training ``model``."""
     record = out / RECORD
-    return record.is_file() and json.loads(record.read_text(encoding="utf-8"))["source"] == str(model)
+    return record.is_file() and read_json(record).get("source") == str(model)
 
 
 def check_control(

@@ -1,34 +1,22 @@
 """The work folder of a run: where it lies, whose it is, and the newest checkpoint in it."""
 
 import json
-import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
+from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, write_text
-from mgll_encoder.common.locks import locked
+from mgll_encoder.resuming import clear_unfinished, forget, last_checkpoint
 
 RUN = "run.json"
 """What identifies a run, in its work folder."""
-
-STATE = "trainer_state.json"
-"""What the Trainer writes last into a checkpoint: a folder without it is not complete."""
 
 
 def work_folder(out: Path) -> Path:
     """Where the Trainer checkpoints and logs of an output folder go."""
     return out.with_name(f"{out.name}.training")
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete Trainer checkpoint in a folder, or None."""
-    complete = [state.parent for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def check_output(out: Path, *, resume: bool, force: bool) -> None:
@@ -48,19 +36,6 @@ def check_output(out: Path, *, resume: bool, force: bool) -> None:
         )
 
 
-def only_run(out: Path) -> AbstractContextManager[bool]:
-    """Hold the only right to train into ``out``; a killed process gives it up.
-
-    Raises:
-        UserError: another process has it.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    file = out.with_name(f".{out.name}.training.lock")
-    return locked(
-        file, f"another run is training into {out} ({file} is locked): wait for it, or choose another --out"
-    )
-
-
 def claim(work: Path, identity: Mapping[str, Any], resume: bool) -> None:
     """Make the work folder this run's own.
 
@@ -69,14 +44,14 @@ def claim(work: Path, identity: Mapping[str, Any], resume: bool) -> None:
     """
     note = work / RUN
     if resume:
-        began_with = json.loads(note.read_text(encoding="utf-8"))
+        began_with = read_json(note)
         for field, value in identity.items():
             if began_with.get(field) != value:
                 raise UserError(
                     f"{work} is of another run: its {field} is {began_with.get(field)}, now it is {value}: "
                     "repeat the first command with --resume, or start anew with --force"
                 )
+        clear_unfinished(work)
         return
-    if note.is_file():
-        shutil.rmtree(work)
+    forget(work, RUN)
     write_text(note, json.dumps(identity, indent=2))

@@ -16,21 +16,23 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free
 from mgll_encoder.common.trained_on import TRAINED_ON, trainings_of, trainings_text
+from mgll_encoder.resuming import ResumeError, check_states, last_checkpoint, only_run, saving_on_signal
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.data.examples import AnswerCollator, ConversationDataset
 from mllm_adapters.features.cache import Cached, cache_features
 from mllm_adapters.features.fill import Place
 from mllm_adapters.swap.rewrite import replace_tensors
-from mllm_adapters.training.checkpoints import check_output, claim, last_checkpoint, only_run, work_folder
+from mllm_adapters.training.checkpoints import check_output, claim, work_folder
 from mllm_adapters.training.filler import FillingCollator, filler_row
 from mllm_adapters.training.lora import merged, write_adapter
-from mllm_adapters.training.plan import Job, names_on_disk, plan_training
+from mllm_adapters.training.plan import Job, names_on_disk, plan_training, ranks
 from mllm_adapters.training.recipe import Recipe, RunOptions
 from mllm_adapters.training.recipe_file import read_deepspeed
 from mllm_adapters.training.stages import STAGES
-from mllm_adapters.training.trainer import FrozenTrainer
+from mllm_adapters.training.trainer import WEIGHTS, FrozenTrainer
 from mllm_adapters.training.watch import BestKeeper, DivergedError, Evaluator, Watchdog, loss_plot
 
 RECORD = "training.json"
@@ -130,10 +132,12 @@ def check_run(
     """See to it, before anything is loaded, that a run may write to ``out`` and that its settings agree.
 
     Raises:
-        UserError: see `check_output`; DeepSpeed's configuration cannot be read; 4-bit weights are to be sharded; or
-            there would be nothing to merge.
+        UserError: see `check_output` and `check_states`; DeepSpeed's configuration cannot be read; 4-bit weights are to
+            be sharded; or there would be nothing to merge.
     """
     check_output(out, resume=resume, force=force)
+    if resume and (saved := last_checkpoint(work_folder(out))):
+        check_states(saved, weights=WEIGHTS, ranks=ranks(), deepspeed=bool(options.deepspeed))
     if merge and not STAGES[recipe.stage].lora:
         raise UserError(f"--merge: stage '{recipe.stage}' has no adapters to merge: leave it out")
     if merge:
@@ -177,7 +181,9 @@ def train(
 
     Raises:
         UserError: see `check_run` and `check_launcher`; or the run to resume is another one, another process trains
-            into ``out``, an image turns out to be damaged, memory is full, or the loss is no longer a number.
+            into ``out``, an image turns out to be damaged, memory or the disk is full, or the loss is no longer a
+            number.
+        Terminated: a signal came, and the training has saved a checkpoint (``options.save_on_signal``).
     """
     extras = extras or Extras()
     check_run(out, job.recipe, options, resume=resume, force=force, merge=extras.merge)
@@ -197,7 +203,7 @@ def train(
             seeing = cached.cast.towers_back if cached else contextlib.nullcontext
             keeper = BestKeeper(trainer, job.processor, extras.evaluate, extras.eval_every, work, seeing)
             trainer.add_callback(keeper)
-        _run(trainer, job, work, resume)
+        _run(trainer, job, work, resume, save_on_signal=options.save_on_signal)
         values = trainer.trained_values()
         losses = tuple((int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row)
         best = keeper.best if keeper else None
@@ -255,13 +261,15 @@ def _trainer(
     )
 
 
-def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool) -> None:
+def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool, *, save_on_signal: bool) -> None:
     """Train, and say in one line what went wrong."""
+    begin = str(last_checkpoint(work)) if resume else None
     try:
-        trainer.train(resume_from_checkpoint=str(last_checkpoint(work)) if resume else None)
+        with writing(work), saving_on_signal(trainer, wanted=save_on_signal):
+            trainer.train(resume_from_checkpoint=begin)
     except torch.OutOfMemoryError:
         raise UserError(OUT_OF_MEMORY.format(batch=job.recipe.batch_size)) from None
-    except DivergedError:
+    except (DivergedError, ResumeError):
         raise
     except UserError as error:
         # From a data loader's worker the message arrives wrapped in a traceback.

@@ -101,6 +101,7 @@ class RunOptions:
         workers: Processes that open images; 0 for the training process itself.
         gradient_checkpointing: Compute the language model's activations twice instead of keeping them.
         deepspeed: DeepSpeed's configuration, a JSON file; None for none.
+        save_on_signal: Save a checkpoint before ending on SIGTERM (Slurm) or Ctrl-C.
         feature_cache: Let a frozen tower see every image once, and keep what it saw on disk.
         feature_dtype: What it is kept in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the precision of
             the forward pass, which changes nothing.
@@ -112,6 +113,7 @@ class RunOptions:
     workers: Annotated[int, Field(ge=0)] = 0
     gradient_checkpointing: bool = False
     deepspeed: Path | None = None
+    save_on_signal: bool = False
     feature_cache: bool = True
     feature_dtype: str = "auto"
 

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.texts import read_text
 from mllm_adapters.training.recipe import EvalOptions, Recipe, RunOptions, check_value
 from mllm_adapters.training.stages import STAGES
 
@@ -32,6 +33,7 @@ OURS_TO_SET: Mapping[str, str] = {
     "output_dir": "it follows from --out",
     "run_name": "it follows from --out",
     "resume_from_checkpoint": "use --resume",
+    "enable_jit_checkpoint": "use save_on_signal",
     "warmup_steps": "use warmup_ratio",
     "bf16": "use precision",
     "fp16": "use precision: bfloat16 or float32",
@@ -145,10 +147,7 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = _parse(file.read_text(encoding="utf-8"), f"{file}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {file} cannot be read: {error}") from None
+    found = _parse(read_text(file, "recipe"), f"{file}")
     if not isinstance(found, dict):
         raise UserError(f"recipe {file} holds no keys: expected lines such as 'learning_rate: 1e-3'")
     return {str(key): value for key, value in found.items()}
@@ -236,10 +235,9 @@ def read_deepspeed(file: Path) -> dict[str, Any]:
 
     if find_spec("deepspeed") is None:
         raise UserError(f"deepspeed: {file} needs the package deepspeed: pip install 'mgll-mllm[train]'")
+    text = read_text(file, "deepspeed:")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"deepspeed: {file} cannot be read: {error.strerror}") from None
+        found = json.loads(text)
     except ValueError as error:
         raise UserError(f"deepspeed: {file} is not JSON: {error}") from None
     if not isinstance(found, dict):

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, TrainingArguments
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.resuming import SoundStates, telling_damage
 from mllm_adapters.training.stages import outermost_modules
 from mllm_adapters.training.watch import DivergedError, LossBar, diverged
 
@@ -17,7 +18,7 @@ WEIGHTS = "trained.safetensors"
 """Weights in a Trainer checkpoint. Not ``model.safetensors``: the folder must not pass for a whole model."""
 
 
-class FrozenTrainer(Trainer):
+class FrozenTrainer(SoundStates):
     """A Trainer whose checkpoints hold the parameters that train and no others.
 
     The frozen ones are those of the model that the run began with, so a checkpoint of a 7B model's projector
@@ -99,7 +100,8 @@ class FrozenTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine: Any = self.model_wrapped
-        loaded, _ = engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        with telling_damage(resume_from_checkpoint, "state of DeepSpeed"):
+            loaded, _ = engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         if loaded is None:
             raise UserError(
                 f"{resume_from_checkpoint} is not a checkpoint of this DeepSpeed configuration: resume with the one "
@@ -110,7 +112,8 @@ class FrozenTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del model  # a wrapper around the parameters that self.trained holds
-        saved: Mapping[str, Tensor] = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        with telling_damage(resume_from_checkpoint, "weights"):
+            saved: Mapping[str, Tensor] = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         if saved.keys() != self.trained.keys():
             differing = sorted(saved.keys() ^ self.trained.keys())
             raise UserError(

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.cli import warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import write_text
-from mllm_adapters.training.checkpoints import last_checkpoint
+from mgll_encoder.resuming import last_checkpoint, step_of
 
 BEST = "best.safetensors"
 BEST_NOTE = "best.json"
@@ -136,7 +137,7 @@ def diverged(what: str, step: int, work: Path) -> str:
     """The message for a run that is lost, with the step to go on from."""
     saved = last_checkpoint(work)
     again = (
-        f"; if the data or the machine was at fault, mend that, and --resume goes on from step {_step(saved)}, "
+        f"; if the data or the machine was at fault, mend that, and --resume goes on from step {step_of(saved)}, "
         "whose weights are sound"
         if saved
         else ""
@@ -193,7 +194,7 @@ class BestKeeper(TrainerCallback):
         """Take up what an interrupted run had found; what lies beyond its checkpoint will be found again."""
         note = self.work / BEST_NOTE
         if state.global_step and note.is_file():
-            found = json.loads(note.read_text(encoding="utf-8"))
+            found = read_json(note)
             known = tuple((step, score) for step, score in found["scores"] if step <= state.global_step)
             sound = found["step"] <= state.global_step
             self.best = Best(found["step"], found["score"], known) if sound else Best(0, -math.inf, known)
@@ -266,7 +267,3 @@ def find_evaluator(bench: Path) -> Evaluator:
         )
     evaluator: Evaluator = found[0].load()(bench)
     return evaluator
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

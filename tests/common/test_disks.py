@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from mgll_encoder.common.cli import new_app, run
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import find_fault
-from mgll_encoder.common.files import appearing, new_file, new_folder, read_text, regular_file, write_text
+from mgll_encoder.common.files import appearing, new_file, new_folder, regular_file, write_text
+from mgll_encoder.common.texts import read_text
 from tests.builders import invoke, refused
 
 
@@ -145,10 +146,10 @@ def test_a_file_of_another_kind_is_refused_without_being_opened(tmp_path: Path) 
         with pytest.raises(UserError, match="image "):
             regular_file(tmp_path / name, "image")
     write_text(tmp_path / "text", "\ufeffbom")
-    assert read_text(tmp_path / "text") == "bom"
+    assert read_text(tmp_path / "text", "text") == "bom"
     (tmp_path / "text").write_bytes(b"\xff")
     with pytest.raises(UserError, match="not UTF-8"):
-        read_text(tmp_path / "text")
+        read_text(tmp_path / "text", "text")
 
 
 @pytest.mark.parametrize(

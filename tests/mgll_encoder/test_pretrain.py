@@ -1,5 +1,8 @@
 import json
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mgll_encoder.cli.pretrain import pretrain as pretrain_command
+from mgll_encoder.common import signals
 from mgll_encoder.common.cli import new_app
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
@@ -17,10 +21,11 @@ from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.phantom_set import write_phantom
 from mgll_encoder.pretrain import pretrain
 from mgll_encoder.pretrain_options import PretrainOptions
+from mgll_encoder.resuming import only_run
 from mgll_encoder.text_tower import TextTower, load_text_tower
 from mgll_encoder.tower import inspect_tower as swap_header
 from mgll_encoder.tower import load_tower
-from mgll_encoder.trainer import Validation
+from mgll_encoder.trainer import TowerTrainer, Validation
 from mgll_encoder.two_towers import PRESETS, Preset
 from mgll_encoder.word_pieces import clip_tokenizer
 from tests.mgll_encoder.test_text_tower import bert_folder
@@ -170,6 +175,47 @@ def test_a_killed_training_resumes_to_the_same_tower(manifest, tmp_path, monkeyp
     resumed = pretrain(manifest, tmp_path / "killed", options(), workers=0, resume=True)
     assert resumed.steps == 6
     torch.testing.assert_close(weights(tmp_path / "killed"), weights(tmp_path / "whole"), atol=1e-7, rtol=0)
+
+
+def test_told_to_end_it_saves_a_checkpoint_in_the_midst_of_an_epoch(manifest, tmp_path, monkeypatch):
+    """What Slurm's SIGTERM does with --save-on-signal: nothing is lost, the tower is the same."""
+    seen = []
+    compute = TowerTrainer.compute_loss
+
+    def told(self, *args, **kwargs):
+        seen.append(self.state.global_step)
+        if self.state.global_step == 2:  # during the third step: epochs have two
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(self, *args, **kwargs)
+
+    pretrain(manifest, tmp_path / "whole", options(), workers=0)
+    with monkeypatch.context() as patch, signals.watched():
+        patch.setattr(TowerTrainer, "compute_loss", told)
+        with pytest.raises(signals.Terminated):
+            pretrain(manifest, tmp_path / "told", options(), workers=0, save_on_signal=True)
+    assert seen == [0, 1, 2]
+    assert [path.name for path in sorted((tmp_path / ".told.training").glob("check*"))] == ["checkpoint-3"]
+    resumed = pretrain(manifest, tmp_path / "told", options(), workers=0, resume=True)
+    assert resumed.steps == 6
+    torch.testing.assert_close(weights(tmp_path / "told"), weights(tmp_path / "whole"), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("state", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:100])])
+def test_a_state_that_is_missing_or_damaged_is_told(manifest, tmp_path, monkeypatch, state, damage):
+    monkeypatch.setattr("mgll_encoder.pretrain.shutil", SimpleNamespace(rmtree=lambda _: None))
+    pretrain(manifest, tmp_path / "run", options(epochs=1), workers=0)
+    last = tmp_path / ".run.training" / "checkpoint-2"
+    damage(last / state)
+    with pytest.raises(UserError, match=f"cannot resume from {last}: .* to start again") as error:
+        pretrain(manifest, tmp_path / "run", options(epochs=1), workers=0, resume=True, force=True)
+    assert "weights_only" not in str(error.value)
+
+
+def test_two_trainings_cannot_share_a_work_folder(manifest, tmp_path):
+    with only_run(tmp_path / "tower"), pytest.raises(UserError, match="another run is training into"):
+        pretrain(manifest, tmp_path / "tower", options(), workers=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_must_be_something_to_resume(manifest, tmp_path):

@@ -14,6 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mgll_encoder.common import signals
+
+TOLD = 143
+"""Exit code of a process that SIGTERM ended."""
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.mllm_adapters.ranks_imports"])
 
@@ -42,7 +47,8 @@ def run(
         out: Folder to write.
         recipe: Recipe keys.
         **more: ``resume``; ``kill``, (rank, step): that process kills itself at the end of the step, and the others
-            are ended as torchrun ends them; ``again``: train once more in the same processes, into that folder.
+            are ended as torchrun ends them; ``told``, likewise: that process gets
+            SIGTERM; ``again``: train once more in the same processes, into that folder.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -60,6 +66,9 @@ def run(
                 task.kill()
         time.sleep(0.05)
     codes = [task.exitcode for task in tasks]
+    if "told" in more:
+        assert codes == [TOLD] * ranks, codes
+        return []
     if "kill" in more:
         assert codes[more["kill"][0]] == -signal.SIGKILL, codes
         return []
@@ -84,6 +93,8 @@ def _rank(
     }  # fmt: skip
     try:
         _train(model, data, out, recipe, report, **more)
+    except signals.Terminated:
+        os._exit(TOLD)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -92,7 +103,8 @@ def _rank(
 
 def _train(
     model: Path, data: Path, out: Path, recipe: dict, report: Path,
-    resume: bool = False, kill: tuple[int, int] | None = None, again: Path | None = None,
+    resume: bool = False, kill: tuple[int, int] | None = None, told: tuple[int, int] | None = None,
+    again: Path | None = None,
 ) -> None:  # fmt: skip
     import torch
     from transformers import TrainerCallback
@@ -103,13 +115,14 @@ def _train(
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if kill and (rank(), state.global_step) == tuple(kill):
-                os.kill(os.getpid(), signal.SIGKILL)
+            if (rank(), state.global_step) in (kill, told):
+                os.kill(os.getpid(), signal.SIGKILL if kill else signal.SIGTERM)
 
     torch.set_num_threads(1)
     resolved = resolve(None, [f"{key}={json.dumps(value)}" for key, value in recipe.items()])
     for folder in (again, out) if again else (out,):
         job = plan_training(model, data, data.parent / "images", resolved.recipe)
-        outcome = train(job, folder, resolved.options, resume=resume, callbacks=[Kill()])
+        with signals.watched():
+            outcome = train(job, folder, resolved.options, resume=resume, callbacks=[Kill()])
     if rank() == 0:
         report.write_text(json.dumps(outcome.losses))

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def run(model, data, tmp_path):
     def start(number, kind, name=None, file="train.json", model=model, **recipe):
-        more = {key: recipe.pop(key) for key in ("resume", "kill", "again") if key in recipe}
+        more = {key: recipe.pop(key) for key in ("resume", "kill", "told", "again") if key in recipe}
         settings = {**BASE, "per_device_train_batch_size": 4 // number, **recipe}
         if kind in ranks.DEEPSPEED:
             settings["deepspeed"] = str(data.parent / f"{kind}.json")
@@ -87,6 +87,17 @@ def test_a_run_that_lost_a_process_goes_on_where_it_was_saved(run, kind):
     whole, finished = run(2, kind, name="whole")
     run(2, kind, name="cut", kill=(1, 3))
     resumed, mended = run(2, kind, name="cut", resume=True)
+    assert resumed == pytest.approx(whole, abs=1e-6)
+    assert close(weights(finished), weights(mended))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+def test_one_process_told_to_end_makes_all_save_at_the_same_step(run, kind):
+    """Slurm's signal reaches processes at different moments."""
+    whole, finished = run(2, kind, name="whole")
+    run(2, kind, name="cut", told=(1, 3), save_steps=100, save_on_signal=True)
+    resumed, mended = run(2, kind, name="cut", resume=True, save_steps=100)
     assert resumed == pytest.approx(whole, abs=1e-6)
     assert close(weights(finished), weights(mended))
 

@@ -108,5 +108,5 @@ def test_bad_overrides_are_refused(overrides, flags, complaint):
 
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"none\.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"none\.yaml does not exist"):
         resolve(tmp_path / "none.yaml")

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
-from mllm_adapters.training.checkpoints import last_checkpoint
+from mgll_encoder.resuming import last_checkpoint
 from mllm_adapters.training.engine import (
     Recipe,
     RunOptions,

@@ -8,15 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerState
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.resuming import last_checkpoint
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.loading import load_mllm
-from mllm_adapters.training.checkpoints import last_checkpoint
 from mllm_adapters.training.engine import Extras, plan_training, train
 from mllm_adapters.training.recipe import Recipe, RunOptions
 from mllm_adapters.training.watch import Watchdog, find_evaluator, loss_plot
@@ -161,13 +160,3 @@ def test_a_loss_that_rises_far_is_reported_once(tmp_path, capsys):
         state = TrainerState(global_step=step, is_world_process_zero=True)
         watchdog.on_log(None, state, None, logs={"loss": loss})
     assert capsys.readouterr().err.count("may be diverging") == 1
-
-
-def test_two_runs_into_one_folder_are_refused_and_the_lock_leaves_no_trace(place, tmp_path):
-    out = tmp_path / "out"
-    lock = out.with_name(".out.training.lock")
-    with FileLock(lock), pytest.raises(UserError, match=r"another run is training into .*out"):
-        run(place, out)
-    assert not out.exists()
-    run(place, out)
-    assert not lock.exists()

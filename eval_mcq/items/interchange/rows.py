@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import regular_file
+from mgll_encoder.common.texts import read_text
 
 
 class Row(NamedTuple):
@@ -30,8 +32,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         for file in files:
             yield from _json(file)
         return
-    if not path.is_file():
-        raise UserError(f"file {path} does not exist: check the path")
+    regular_file(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
@@ -46,11 +47,10 @@ def load_json(path: Path) -> Any:
     Raises:
         UserError: no such file, or no JSON.
     """
+    text = read_text(path, "file")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"file {path} does not exist: check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
         raise UserError(f"file {path} is not JSON: {error}") from None
 
 

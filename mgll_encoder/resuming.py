@@ -1,0 +1,229 @@
+"""Work folders of a training: who may write there, what can be resumed, what a signal leaves."""
+
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mgll_encoder.common import signals
+from mgll_encoder.common.cli import note, warn
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.locks import locked
+
+
+class ResumeError(UserError):
+    """A checkpoint cannot be resumed from."""
+
+
+STATE = "trainer_state.json"
+"""What the Trainer writes last into a checkpoint: a folder without it is not complete."""
+
+_DAMAGE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, RuntimeError, EOFError, KeyError, ValueError,
+    TypeError, AttributeError, FileNotFoundError,
+)  # fmt: skip
+"""What torch and transformers raise on a state that is missing or damaged."""
+
+
+def only_run(out: Path) -> AbstractContextManager[bool]:
+    """Hold the only right to train into ``out``; a killed process gives it up.
+
+    Raises:
+        UserError: another process has it.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = out.with_name(f".{out.name}.training.lock")
+    return locked(
+        file,
+        f"another run is training into {out} (it holds the lock {file}): wait for it, or choose another --out",
+    )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a work folder, the oldest first. One cut short by a kill is none, which is said."""
+    complete = []
+    for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE}"):
+        try:
+            json.loads(state.read_text(encoding="utf-8"))
+        except ValueError:
+            warn(f"{state} is cut short: {state.parent.name} does not count")
+        else:
+            complete.append(state.parent)
+    return sorted(complete, key=step_of)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a work folder, or None."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove the checkpoints that a killed run had begun to write."""
+    complete = checkpoints(folder)
+    for found in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if found not in complete:
+            shutil.rmtree(found)
+
+
+def forget(folder: Path, note: str) -> None:
+    """Remove the work folder of an earlier run, if it is one; its checkpoints first, its note last."""
+    found = list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    for checkpoint in found:
+        (checkpoint / STATE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+    if found or (folder / note).is_file():
+        shutil.rmtree(folder)
+
+
+def check_states(checkpoint: Path, *, weights: str, ranks: int = 1, deepspeed: bool = False) -> None:
+    """See to it, from tables of contents alone, that everything is there that resuming needs.
+
+    Args:
+        checkpoint: A complete checkpoint.
+        weights: Name of the file with its weights.
+        ranks: Processes that train.
+        deepspeed: Whether DeepSpeed keeps weights and optimizer, in files of its own.
+
+    Raises:
+        ResumeError: a state is missing or damaged.
+    """
+    generators = sorted(file.name for file in checkpoint.glob("rng_state*.pth"))
+    expected = [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else ["rng_state.pth"]
+    if generators and generators != sorted(expected):
+        raise ResumeError(
+            _unusable(
+                checkpoint, f"it has random numbers of {len(generators)} processes, now there are {ranks}"
+            )
+        )
+    for name in [*([] if deepspeed else [weights, "optimizer.pt"]), "scheduler.pt", *expected]:
+        file = checkpoint / name
+        if not file.is_file():
+            raise ResumeError(_unusable(checkpoint, f"{name} is missing"))
+        if file.suffix != ".safetensors" and not zipfile.is_zipfile(file):
+            raise ResumeError(_unusable(checkpoint, f"{name} is damaged"))
+        if name in expected:  # small; the Trainer would read it after its progress bar has begun
+            with telling_damage(checkpoint, "state of the random numbers"), safe_globals():
+                torch.load(file, weights_only=True)
+
+
+@contextmanager
+def telling_damage(checkpoint: str | Path | None, what: str) -> Iterator[None]:
+    """Say in one line that a state cannot be taken up, instead of what torch advises (to unpickle it anyway).
+
+    Raises:
+        ResumeError: it cannot.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except _DAMAGE as error:
+        if checkpoint is None:
+            raise
+        raise ResumeError(
+            _unusable(Path(checkpoint), f"its {what} is damaged ({type(error).__name__})")
+        ) from error
+
+
+def _unusable(checkpoint: Path, why: str) -> str:
+    earlier = [found for found in checkpoints(checkpoint.parent) if step_of(found) < step_of(checkpoint)]
+    go_on = (
+        f"that folder to go on from {earlier[-1].name}" if earlier else f"{checkpoint.parent} to start again"
+    )
+    return f"cannot resume from {checkpoint}: {why}: remove {go_on}"
+
+
+class SaveOnSignal(TrainerCallback):
+    """Ends a training with a checkpoint after the step during which a signal arrives; see `signals.deferred`."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ARG002 (the signature is the library's, here and below)
+    ) -> None:
+        """Ask for a checkpoint and an end, in every process at the same step."""
+        if self.stopping or not _anyone(signals.received() is not None, args.device):
+            return
+        self.stopping = control.should_save = control.should_training_stop = True
+        if state.is_world_process_zero:
+            note(
+                f"told to end: saving {PREFIX_CHECKPOINT_DIR}-{state.global_step}, from which --resume goes on"
+            )
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """An epoch cut short is not judged."""
+        if self.stopping:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
+@contextmanager
+def saving_on_signal(trainer: Trainer, *, wanted: bool) -> Iterator[None]:
+    """Let a training that is told to end save a checkpoint first, where that is wanted.
+
+    Raises:
+        Terminated: it was told to end.
+    """
+    if not wanted:
+        yield
+        return
+    callback = SaveOnSignal()
+    trainer.add_callback(callback)
+    with signals.deferred():
+        yield
+    if callback.stopping:
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the others as soon as the first one is gone
+        raise signals.Terminated
+
+
+class SoundStates(Trainer):
+    """A Trainer that says in one line that a checkpoint's states are missing or damaged."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with telling_damage(resume_from_checkpoint, "weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with telling_damage(checkpoint, "state of optimizer and scheduler"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with telling_damage(checkpoint, "state of the random numbers"):
+            super()._load_rng_state(checkpoint)
+
+
+def _anyone(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set in any of the processes that train."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return flag
+    found = torch.tensor(float(flag), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
