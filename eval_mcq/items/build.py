@@ -14,6 +14,7 @@ from eval_mcq.items.preset import Disease, Preset, plain
 from eval_mcq.items.schema import BenchHeader, MCQItem
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import sha256
+from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import read_table
 from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
@@ -112,6 +113,7 @@ class _Draft:
 
     @property
     def id(self) -> str:
+        """What draws are seeded by; the question's own id holds a pseudonym in the image's place."""
         return f"{self.row.image}#{self.disease.name}"
 
 
@@ -158,18 +160,20 @@ def build(
     report.negatives = _negatives(asked, preset, table, draw)
     positions = _deal_positions(drafts, draw.seed)
 
-    folder = bench.resolve().parent
+    folder, pseudonyms = bench.resolve().parent, Pseudonyms(table.path)
     items = []
     order = {row.image: place for place, row in enumerate(rows)}
     for draft in sorted(drafts, key=lambda d: order[d.row.image]):
         position = positions[draft.id]
         options = [*draft.others[:position], draft.true, *draft.others[position:]]
-        path = Path(os.path.relpath((images / draft.row.image).resolve(), folder))
+        row = draft.row
+        path = Path(os.path.relpath((images / row.image).resolve(), folder))
         items.append(
             MCQItem(
-                id=draft.id, images=[path.as_posix()], question=draft.disease.question or preset.question,
-                options=options, answer=position, category=draft.disease.name,
-                source=draft.row.source, patient=draft.row.patient,
+                id=f"{pseudonyms.file(row.image)}#{draft.disease.name}", images=[path.as_posix()],
+                question=draft.disease.question or preset.question,
+                options=options, answer=position, category=draft.disease.name, source=row.source,
+                patient=pseudonyms.patient(row.patient) if row.patient else "",
             )
         )  # fmt: skip
         report.questions[draft.disease.name] += 1
@@ -183,6 +187,7 @@ def build(
         "hard_distractors": draw.hard,
         "seed": draw.seed,
         "split": split.side,
+        "split_by": "patient" if any(row.patient for row in rows) else "image",
         "test_share": split.test,
         "split_seed": split.seed,
         "labels": table.path.name,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any, TypeVar
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from eval_mcq.items.parquet import SUFFIX, has_embedded, parquet_lines, write_rows
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import new_file, sha256, write_text
+from mgll_encoder.common.pseudonyms import is_pseudonym
 from mgll_encoder.common.texts import parse_json, read_text
 
 SCHEMA = "eval-mcq/1"
@@ -134,6 +136,24 @@ class Bench:
     def categories(self) -> list[str]:
         """Diseases in table order."""
         return self.header.categories or list(dict.fromkeys(item.category for item in self.items))
+
+    @cached_property
+    def patients(self) -> dict[str, str]:
+        """Question id -> what outputs call its patient, empty where none is known.
+
+        A pseudonym as it is; anything else may tell who it is, and becomes the patient's number in the bench.
+        """
+        known = [item for item in self.items if item.patient]
+        numbers: dict[tuple[str, str], int] = {}
+        for item in known:
+            numbers.setdefault((item.source, item.patient), len(numbers) + 1)
+        names = {
+            item.id: item.patient
+            if is_pseudonym(item.patient)
+            else f"patient {numbers[item.source, item.patient]}"
+            for item in known
+        }
+        return {item.id: names.get(item.id, "") for item in self.items}
 
     def image_paths(self, item: MCQItem) -> list[Path]:
         """Where the images of an item lie."""

@@ -43,7 +43,7 @@ class Content:
                     "id": item.id,
                     "category": item.category,
                     "source": item.source,
-                    "patient": item.patient,
+                    "patient": self.bench.patients[item.id],
                     "tags": item.tags,
                     "images": [images[path] for path in self.bench.image_paths(item)],
                     "question": texts.setdefault(item.question, len(texts)),

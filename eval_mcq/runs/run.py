@@ -285,6 +285,12 @@ def _opened(bench: Bench, item: MCQItem) -> list["Image"]:
         raise UserError(f"question '{item.id}': {error}") from None
 
 
+def _cluster(bench: Bench, item: MCQItem, image: str) -> str:
+    """What a row calls its patient or, where none is known, its image: no id and no path, which may hold a name."""
+    patient = bench.patients[item.id]
+    return f"{item.source}/{patient}" if patient else image[:16]
+
+
 def _rows(
     bench: Bench, batch: Sequence[Group], scores: Sequence[Sequence[Score]], hashes: dict[str, list[str]],
     fingerprint: str,
@@ -300,8 +306,7 @@ def _rows(
                 id=ask.item.id,
                 rotation=ask.rotation,
                 category=ask.item.category,
-                # A path may hold a patient's name.
-                cluster=ask.item.cluster if ask.item.patient else hashes[ask.item.id][0][:16],
+                cluster=_cluster(bench, ask.item, hashes[ask.item.id][0]),
                 images_sha256=hashes[ask.item.id],
                 gold=ask.item.letter,
                 chosen=chosen_letter(score),

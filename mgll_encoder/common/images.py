@@ -95,7 +95,9 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
     pixels = _eight_bits(image, name) if image.mode in _DEEP else image
     upright = pixels.transpose(turn) if (turn := _turn(image)) is not None else pixels
-    return upright.convert("RGB")
+    rgb = upright.convert("RGB")
+    rgb.info = {}  # comments, profiles and text, which Pillow would write into every copy
+    return rgb
 
 
 @contextmanager

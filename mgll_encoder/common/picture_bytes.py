@@ -58,7 +58,7 @@ def clean_copy(path: Path) -> tuple[bytes, str]:
     if kept is not None and _orientation(data) == _UPRIGHT:
         return kept, "png" if kept.startswith(_PNG) else "jpg"
     stream = io.BytesIO()
-    Image.frombytes(picture.mode, picture.size, picture.tobytes()).save(stream, "PNG")
+    picture.save(stream, "PNG")
     return stream.getvalue(), "png"
 
 

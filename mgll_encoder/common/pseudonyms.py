@@ -6,6 +6,7 @@ The key stays beside the input and never enters an output; manifests and benches
 
 import hmac
 import os
+import re
 import secrets
 import tempfile
 from functools import cached_property
@@ -22,11 +23,19 @@ KEY_VARIABLE = "MGLL_KEY_FILE"
 
 KEY_BYTES = 32
 DIGITS = 16
-"""Length of a pseudonym: 64 bits, in hexadecimal."""
+"""Of a pseudonym: 64 bits, in hexadecimal."""
+
+PATIENT, FILE = "pt", "im"
+_FORM = re.compile(rf"({PATIENT}|{FILE})-[0-9a-f]{{{DIGITS}}}")
+
+
+def is_pseudonym(name: str) -> bool:
+    """Whether this is what :class:`Pseudonyms` writes, under any key."""
+    return _FORM.fullmatch(name) is not None
 
 
 class Pseudonyms:
-    """Pseudonyms of whatever an input names, 16 hexadecimal digits each (HMAC-SHA-256, cut).
+    """Pseudonyms of whatever an input names: its kind and 16 hexadecimal digits (HMAC-SHA-256, cut).
 
     The key is read, or drawn and written, when the first pseudonym is asked for.
 
@@ -38,12 +47,12 @@ class Pseudonyms:
         self._source = source
 
     def patient(self, identity: str) -> str:
-        """The pseudonym of a patient.
+        """The pseudonym of a patient; one that is given stays.
 
         Raises:
             UserError: the key cannot be read or written.
         """
-        return self._of("patient", identity)
+        return identity if is_pseudonym(identity) else self._of(PATIENT, identity)
 
     def file(self, name: str) -> str:
         """The pseudonym of a file, whose path may hold a patient's name.
@@ -51,12 +60,11 @@ class Pseudonyms:
         Raises:
             UserError: the key cannot be read or written.
         """
-        return self._of("file", name)
+        return self._of(FILE, name)
 
     def _of(self, kind: str, name: str) -> str:
-        return hmac.digest(self._key, f"{kind}\0{name}".encode(errors="surrogateescape"), "sha256").hex()[
-            :DIGITS
-        ]
+        digest = hmac.digest(self._key, f"{kind}\0{name}".encode(errors="surrogateescape"), "sha256")
+        return f"{kind}-{digest.hex()[:DIGITS]}"
 
     @cached_property
     def _key(self) -> bytes:

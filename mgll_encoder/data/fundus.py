@@ -12,6 +12,7 @@ from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256
 from mgll_encoder.common.images import check_image_header
+from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import DISAGREE, NO_FILE, NO_LABEL, NOT_NAMED, TWICE, UNREADABLE, Skipped
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import read_table
@@ -165,6 +166,7 @@ def build_fundus(
     report = FundusReport(skipped=Skipped(strict))
     rows: list[ManifestRow] = []
     table, records = _read(table, report.skipped)
+    pseudonyms = Pseudonyms(table.path)
     usable = _consistent(table, records, report.skipped)
     for number, record in track(usable, f"Checking the images of {table.path.name}"):
         path = images / record[table.image].strip()
@@ -192,7 +194,7 @@ def build_fundus(
                 {
                     "image": image,
                     "texts": {granularity: found for granularity, found in texts.items() if found},
-                    "patient": patient or image,
+                    "patient": pseudonyms.patient(patient) if patient else pseudonyms.file(image),
                     "split": assign_split(patient or image, test=test, val=val, seed=seed),
                     "source": record[table.source].strip() if table.source else "",
                 }
@@ -211,6 +213,7 @@ def build_fundus(
             "labels": table.path.name,
             **({} if table.path.is_dir() else {"labels_sha256": sha256(table.path)}),
             "explanations_version": known.version,
+            "split_by": "patient" if report.without_patient < len(rows) else "image",
             "split_test": test,
             "split_val": val,
             "split_seed": seed,

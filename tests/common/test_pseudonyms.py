@@ -1,6 +1,7 @@
 """Somebody shares a manifest, and nobody who gets it can tell a patient by guessing ids."""
 
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,15 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_patient_has_one_pseudonym_per_key_and_it_is_no_hash_of_the_id(table):
     first = Pseudonyms(table).patient("Jane Roe")
-    assert len(first) == 16
+    assert re.fullmatch("pt-[0-9a-f]{16}", first)
+    assert Pseudonyms(table).patient(first) == first, "a pseudonym is not given another one"
     assert first == Pseudonyms(table).patient("Jane Roe")
     assert first == Pseudonyms(table.parent / "dicom").patient("Jane Roe"), (
         "a folder beside it has the same key"
     )
     assert first != Pseudonyms(table).patient("Jane Doe")
     assert first != Pseudonyms(table).file("Jane Roe")
-    assert not hashlib.sha256(b"Jane Roe").hexdigest().startswith(first)
+    assert not hashlib.sha256(b"Jane Roe").hexdigest().startswith(first[3:])
     (table.parent / KEY_FILE).unlink()
     assert first != Pseudonyms(table).patient("Jane Roe"), "with another key"
 
