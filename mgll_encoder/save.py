@@ -65,6 +65,7 @@ def save_tower(
     record: dict[str, Any] = {
         "source": header.source.name,
         "layout": header.layout,
+        **({"weights": header.weights} if header.weights else {}),
         "activation_source": header.activation_source,
         "preprocessing_source": header.preprocessing_source,
         "sha256": {file.name: sha256(file) for file in header.files},

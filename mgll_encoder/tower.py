@@ -20,6 +20,7 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.finite import FLOATS, all_finite
 from mgll_encoder.keymap import PROJECTION, KeyPlan, plan_keys
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Activation, TowerSpec, checked
+from mgll_encoder.torch_file import WeightSet
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -66,6 +67,7 @@ class TowerHeader:
         activation_source: Where the activation comes from.
         preprocessing_source: Where mean, std and resize rule come from.
         warnings: What the user should know, one sentence each; empty where nothing was assumed.
+        weights: Which of two sets of weights in the source these are; None where there is one.
     """
 
     spec: TowerSpec
@@ -77,6 +79,7 @@ class TowerHeader:
     activation_source: Origin
     preprocessing_source: Origin
     warnings: tuple[str, ...] = ()
+    weights: WeightSet | None = None
 
     @property
     def parameters(self) -> int:
@@ -135,7 +138,9 @@ class Tower:
         return cls(header, model.eval(), projection)
 
 
-def inspect_tower(path: Path | str, *, activation: Activation | None = None) -> TowerHeader:
+def inspect_tower(
+    path: Path | str, *, activation: Activation | None = None, weights: WeightSet | None = None
+) -> TowerHeader:
     """Read the header of a tower: keys, shapes and configs, no weights.
 
     Args:
@@ -144,21 +149,23 @@ def inspect_tower(path: Path | str, *, activation: Activation | None = None) -> 
             dict, or a folder written by ``save_tower``.
         activation: For sources that do not store it; must not contradict one that does. Attention heads are
             width // 64 where no config says otherwise (OpenAI's rule; open_clip's default head width).
+        weights: Of a training checkpoint with two sets of weights, ``ema`` for the moving average; None takes the raw
+            ones, with a warning.
 
     Raises:
         UserError: the source is missing, damaged, of another architecture, or contradicts its config.
     """
-    return _examine(Path(path), activation)[0]
+    return _examine(Path(path), activation, weights)[0]
 
 
 def tower_state_dict(
-    path: Path | str, *, activation: Activation | None = None
+    path: Path | str, *, activation: Activation | None = None, weights: WeightSet | None = None
 ) -> tuple[TowerHeader, dict[str, Tensor]]:
     """Read a tower's tensors by ``CLIPVisionModel`` key (without ``vision_model.``), in their stored dtype.
 
     The projection is not among them. Arguments and errors as for ``load_tower``.
     """
-    header, tensors, _ = _read(Path(path), activation)
+    header, tensors, _ = _read(Path(path), activation, weights)
     return header, tensors
 
 
@@ -171,8 +178,10 @@ class TowerReader:
         header: What is known of it without its weights.
     """
 
-    def __init__(self, path: Path | str, *, activation: Activation | None = None) -> None:
-        self.header, self._checkpoint, self._plan = _examine(Path(path), activation)
+    def __init__(
+        self, path: Path | str, *, activation: Activation | None = None, weights: WeightSet | None = None
+    ) -> None:
+        self.header, self._checkpoint, self._plan = _examine(Path(path), activation, weights)
         self._sources = {t: key for key, rule in self._plan.taken.items() for t in rule.targets}
 
     def read(self, name: str) -> Tensor:
@@ -186,7 +195,11 @@ class TowerReader:
 
 
 def load_tower(
-    path: Path | str, *, activation: Activation | None = None, dtype: torch.dtype | None = None
+    path: Path | str,
+    *,
+    activation: Activation | None = None,
+    dtype: torch.dtype | None = None,
+    weights: WeightSet | None = None,
 ) -> Tower:
     """Load a tower as a Hugging Face ``CLIPVisionModel``.
 
@@ -194,6 +207,7 @@ def load_tower(
         path: As for ``inspect_tower``.
         activation: As for ``inspect_tower``.
         dtype: Dtype of the model; float32 by default, whatever is stored.
+        weights: As for ``inspect_tower``.
 
     Returns:
         The tower in eval mode on the CPU.
@@ -201,7 +215,7 @@ def load_tower(
     Raises:
         UserError: as for ``inspect_tower``, and weights that are not finite.
     """
-    header, tensors, projection = _read(Path(path), activation)
+    header, tensors, projection = _read(Path(path), activation, weights)
     dtype = dtype or torch.float32
     with torch.device("meta"):  # no weights are drawn only to be replaced
         model = build_model(header.spec)
@@ -227,8 +241,10 @@ def vision_config(spec: TowerSpec) -> "CLIPVisionConfig":
     return CLIPVisionConfig.from_dict(vision_settings(spec))
 
 
-def _read(path: Path, activation: Activation | None) -> tuple[TowerHeader, dict[str, Tensor], Tensor | None]:
-    header, checkpoint, plan = _examine(path, activation)
+def _read(
+    path: Path, activation: Activation | None, weights: WeightSet | None
+) -> tuple[TowerHeader, dict[str, Tensor], Tensor | None]:
+    header, checkpoint, plan = _examine(path, activation, weights)
     tensors = plan.apply(checkpoint.read(plan.taken))
     if (aside := path / PROJECTION_FILE).is_file():
         tensors |= open_checkpoint(aside).read([PROJECTION])
@@ -245,10 +261,14 @@ def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
         )
 
 
-def _examine(path: Path, activation: Activation | None) -> tuple[TowerHeader, Checkpoint, KeyPlan]:
+def _examine(
+    path: Path, activation: Activation | None, weights: WeightSet | None
+) -> tuple[TowerHeader, Checkpoint, KeyPlan]:
     if activation is not None and activation not in get_args(Activation):
         raise unknown_name("activation", activation, get_args(Activation))
-    checkpoint = open_checkpoint(path)
+    if weights is not None and weights not in get_args(WeightSet):
+        raise unknown_name("--weights", weights, get_args(WeightSet))
+    checkpoint = open_checkpoint(path, weights)
     claims = read_claims(path)
     plan = plan_keys(checkpoint.headers, str(path))
     layout = claims.layout or _layout(plan)
@@ -257,6 +277,8 @@ def _examine(path: Path, activation: Activation | None) -> tuple[TowerHeader, Ch
         tensors |= open_checkpoint(aside).headers
 
     warnings = list(claims.notes)
+    if weights is None and "ema" in checkpoint.sets:
+        warnings.append(_weights_warning(checkpoint))
     if plan.unknown:
         warnings.append(
             f"{path}: {len(plan.unknown)} tensors outside the tower are left out, such as '{plan.unknown[0]}'"
@@ -288,6 +310,7 @@ def _examine(path: Path, activation: Activation | None) -> tuple[TowerHeader, Ch
         activation_source=activation_source,
         preprocessing_source=preprocessing_source,
         warnings=tuple(warnings),
+        weights=checkpoint.taken if "ema" in checkpoint.sets else None,
     )
     return header, checkpoint, plan
 
@@ -326,6 +349,19 @@ def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
         f"{path}: the activation is not stored; taken as {chosen}, the default for an {layout}. If the tower "
         f"was trained with {other}, nothing fails, but its features are about 1 % off and answers silently worse: "
         f"then pass --activation {other}; if {chosen} is right, say so with --activation {chosen}"
+    )
+
+
+def _weights_warning(checkpoint: Checkpoint) -> str:
+    path, sets = checkpoint.path, checkpoint.sets
+    if "raw" not in sets:
+        return (
+            f"{path} holds a moving average of the weights ('{sets['ema']}') and not the weights themselves"
+        )
+    return (
+        f"{path} holds two sets of weights, raw ones ('{sets['raw']}') and their moving average ('{sets['ema']}'); "
+        "the raw ones are taken: pass --weights ema for the average, which is often the better one, or --weights raw "
+        "to say so"
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.checkpoint import Checkpoint as Weights
+from mgll_encoder.checkpoint import is_safetensors, read_json
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.locate import find_part
 
@@ -196,6 +196,15 @@ class Checkpoint:
         header = self.header(name)
         own = name if name in self.tensors else name.partition("/")[2]
         return self._weights(header.file).read([own])[own]
+
+    @property
+    def rightly_named(self) -> bool:
+        """Whether all weight files are in the format that their name says, which transformers goes by."""
+        return all(is_safetensors(file) == (file.suffix == ".safetensors") for file in self.files)
+
+    def state(self) -> dict[str, Tensor]:
+        """The values of all tensors."""
+        return {name: self.read(name) for name in self.tensors}
 
     def release(self, file: Path) -> None:
         """Let go of what is held in memory of a weight file; it can be read again."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.spec import PixelRule
+from mgll_encoder.torch_file import WeightSet
 from mllm_adapters.checkpoint import Checkpoint
 
 Operation = Literal[
@@ -122,6 +123,7 @@ class Plan(_Data):
         source: Source checkpoint folder.
         tower: File or folder of the tower that the target gets: the new one, or the source's own where it
             lies outside the checkpoint; None where the tower's tensors come from the checkpoint itself.
+        tower_weights: Which of two sets of weights in ``tower`` is meant; None where it holds one.
         swapped: Whether ``tower`` is a new one.
         parts: Further files and folders that the plan reads, by the name that ``--part`` gives them.
         steps: The target tensors, in source order.
@@ -141,6 +143,7 @@ class Plan(_Data):
     layout: str
     source: Path
     tower: Path | None = None
+    tower_weights: WeightSet | None = None
     swapped: bool = False
     parts: dict[str, Path] = Field(default_factory=dict)
     steps: tuple[Step, ...]

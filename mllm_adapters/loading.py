@@ -65,7 +65,8 @@ def load_mllm(
     folder = checkpoint.folder
     if layout == "transformers":
         check_depths(checkpoint.config, len(checkpoint.tensors), f"{folder}/config.json")
-        model = _load(None, checkpoint.config, folder, dtype=dtype, quantization_config=quantization)
+        state = None if checkpoint.rightly_named else checkpoint.state()
+        model = _load(state, checkpoint.config, folder, dtype=dtype, quantization_config=quantization)
         return model.eval(), load_processor(folder)
     if quantization is not None:
         raise UserError(f"{folder} is in its original layout, which is not quantised: convert it first")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import isqrt, sqrt
-from typing import cast
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgll_encoder import TowerReader, fold_normalisation, resample_positions, tower_state_dict
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import Activation, PixelRule
+from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Operation, Plan, Step, VisionContract
 
@@ -45,7 +45,7 @@ def fitted_tower(plan: Plan) -> dict[str, Tensor]:
     """The plan's tower, resampled to the target's grid and folded to its normalisation; keys without prefix."""
     if plan.tower is None:
         return {}
-    header, state = tower_state_dict(plan.tower, activation=cast(Activation, plan.after.activation))
+    header, state = tower_state_dict(plan.tower, **how_read(plan))
     return fit(state, header.spec, plan.after)
 
 
@@ -67,6 +67,11 @@ def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContrac
     return fitted
 
 
+def how_read(plan: Plan) -> dict[str, Any]:
+    """What a plan's tower cannot say of itself, for `inspect_tower` and its like."""
+    return {"activation": plan.after.activation, "weights": plan.tower_weights}
+
+
 class FittedTower:
     """What `fitted_tower` gives, one tensor at a time; the tower is opened when the first is read."""
 
@@ -80,7 +85,7 @@ class FittedTower:
     @cached_property
     def _tower(self) -> TowerReader:
         assert self._plan.tower is not None, "a plan with steps of a tower names it"
-        return TowerReader(self._plan.tower, activation=cast(Activation, self._plan.after.activation))
+        return TowerReader(self._plan.tower, **how_read(self._plan))
 
     @cached_property
     def _input_side(self) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """What planning a swap has in common across families."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Dropped, Operation, Plan, Step, VisionContract
-from mllm_adapters.towers import PUBLISHED_TOWERS
+from mllm_adapters.towers import PUBLISHED_TOWERS, assumed_geometry, geometry_of, published_name
 
 TowerDtype = Literal["float32", "float16", "bfloat16"]
 """What a tower can be written in."""
@@ -51,30 +51,89 @@ class HostTower:
     notes: tuple[str, ...] = ()
 
 
-def external_tower(name: str, checkpoint: Checkpoint, resize: Resize, *, needed: bool) -> HostTower:
+@dataclass(frozen=True)
+class NamedTower:
+    """A tower as a checkpoint names it.
+
+    Attributes:
+        name: Path or hub id, as in the checkpoint's configuration.
+        resize: The resize rule that the checkpoint prescribes, whatever the tower's own.
+        inside: Names of its tensors, without prefix, to their shapes, where the shards hold them.
+        width: Its width as the checkpoint's configuration says it, if it does.
+    """
+
+    name: str
+    resize: Resize
+    inside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    width: int | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name without the folders before it, which are somebody's."""
+        return published_name(self.name) or Path(self.name).name
+
+
+def external_tower(
+    named: NamedTower, checkpoint: Checkpoint, *, replaced: bool, image_size: int | None = None
+) -> HostTower:
     """The tower that a checkpoint names by path or hub id.
 
+    Of a tower that is to be replaced only the geometry is needed. It is taken from the tower's files, else from the
+    tensors in the shards, else from a published tower of this name, else ``image_size`` will do.
+
     Args:
-        name: Path or hub id, as in the checkpoint's configuration.
+        named: The tower.
         checkpoint: The checkpoint that names it.
-        resize: The resize rule that the checkpoint prescribes, whatever the tower's own.
-        needed: Whether its weights are needed; if not, the geometry of a published tower will do.
+        replaced: Whether another tower takes its place.
+        image_size: Input side in pixels that the user asks for.
 
     Raises:
         UserError: it is not on this machine, and is needed or unknown.
     """
-    folder = checkpoint.find(TOWER_PART, name)
+    folder = checkpoint.find(TOWER_PART, named.name)
     if folder is not None:
         header = inspect_tower(folder)
-        spec = header.spec.model_copy(update={"resize": resize})
-        return HostTower(name, spec, header, (f"the host's own tower is {name}", *header.warnings))
-    if name in PUBLISHED_TOWERS and not needed:
-        return HostTower(name, PUBLISHED_TOWERS[name].model_copy(update={"resize": resize}))
-    raise UserError(
-        f"{checkpoint.folder}: its vision tower '{name}' is neither in the checkpoint folder, nor beside it, nor in "
-        f"the Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / name}, or say where it is "
-        f"with --part {TOWER_PART}=PATH"
-    )
+        spec = header.spec.model_copy(update={"resize": named.resize})
+        return HostTower(
+            named.name, spec, header, (f"the host's own tower is {named.name}", *header.warnings)
+        )
+    found = _known_geometry(named, checkpoint, replaced, image_size)
+    if found is None:
+        way_out = (
+            " Its geometry alone would do for a swap: give --image-size." if replaced and named.width else ""
+        )
+        raise UserError(
+            f"{checkpoint.folder}: its vision tower '{named.name}' is neither in the checkpoint folder, nor beside it, "
+            f"nor in the Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / named.name}, or say "
+            f"where it is with --part {TOWER_PART}=PATH.{way_out}"
+        )
+    spec, source = found
+    note = f"the old tower '{named.shown}' is not on this machine: its geometry is {source}"
+    notes = () if named.name in PUBLISHED_TOWERS else (note,)
+    return HostTower(named.shown, spec.model_copy(update={"resize": named.resize}), None, notes)
+
+
+def _known_geometry(
+    named: NamedTower, checkpoint: Checkpoint, replaced: bool, image_size: int | None
+) -> tuple[TowerSpec, str] | None:
+    """Geometry of a tower that is not at hand, and where it is from; None if nothing tells it."""
+    published = published_name(named.name)
+    held = geometry_of(named.inside, str(checkpoint.folder)) if named.inside else None
+    if held and replaced:
+        return held, "that of its tensors in the shards"
+    if published:
+        spec = PUBLISHED_TOWERS[published]
+        fits = held and (held.width, held.patch_size, held.image_size) == (
+            spec.width,
+            spec.patch_size,
+            spec.image_size,
+        )
+        if replaced or fits:
+            return spec, f"that of {published}, by its name"
+    if replaced and named.width and image_size:
+        source = f"taken as {named.width} wide (config.json) at --image-size {image_size}"
+        return assumed_geometry(named.width, image_size), source
+    return None
 
 
 def contract_of(spec: TowerSpec, feature_layer: int, class_token: bool) -> VisionContract:

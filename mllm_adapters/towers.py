@@ -1,7 +1,9 @@
-"""What is known of published towers by their exact name."""
+"""What is known of published towers by their names, and of others by the shapes of their tensors."""
 
+import re
 from collections.abc import Mapping
 
+from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, TowerSpec
 
 _OPENAI_VIT_L = TowerSpec(
@@ -21,3 +23,74 @@ PUBLISHED_TOWERS: Mapping[str, TowerSpec] = {
     "OpenGVLab/InternViT-6B-224px": _INTERNVIT_6B,  # InternVL-Chat-V1-0 is a LLaVA with this tower
 }
 """Geometry of towers that hosts name by hub id: a tower that is to be replaced need not be downloaded."""
+
+ALIASES: Mapping[str, str] = {
+    **{hub_id.rpartition("/")[2].lower(): hub_id for hub_id in PUBLISHED_TOWERS},
+    "vit-l-14": "openai/clip-vit-large-patch14",
+    "vit-l-14-336": "openai/clip-vit-large-patch14-336",
+    "vit-l-14-336px": "openai/clip-vit-large-patch14-336",
+}
+"""Names, in lower case with hyphens, that people give local copies of published towers."""
+
+HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+"""Where the Hugging Face cache keeps a model."""
+
+PATCHES, POSITIONS, LAYER = (
+    "embeddings.patch_embedding.weight",
+    "embeddings.position_embedding.weight",
+    re.compile(r"encoder\.layers\.(\d+)\."),
+)
+"""Tensors of a transformers CLIP that tell its geometry."""
+
+HEAD_WIDTH = 64
+"""Of all CLIP ViTs; a tower that is to be replaced is not run, so this shows nowhere."""
+
+
+def published_name(name: str) -> str | None:
+    """The hub id of the published tower that a name or path stands for, by its last component; None for others.
+
+    Known are hub ids, paths of local copies (``/data/clip_vit_large_patch14_336``), folders of the Hugging Face cache
+    (``.../models--openai--clip-vit-large-patch14/snapshots/...``) and OpenAI's names (``ViT-L/14@336px``).
+    """
+    if name in PUBLISHED_TOWERS:
+        return name
+    if cached := HUB_CACHE.search(name.replace("\\", "/") + "/"):
+        return published_name(f"{cached[1]}/{cached[2]}")
+    parts = [part for part in re.split(r"[/\\]", name.lower().replace("_", "-").replace("@", "-")) if part]
+    endings = ["-".join(parts[-count:]) for count in (1, 2)]
+    return next((ALIASES[ending] for ending in endings if ending in ALIASES), None)
+
+
+def geometry_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> TowerSpec:
+    """Geometry of a CLIP tower from the shapes of its tensors, under their names in transformers.
+
+    What shapes do not tell (activation, normalization) is as published for OpenAI's CLIP.
+
+    Raises:
+        UserError: its patch or position embedding is missing or has no such shape.
+    """
+    patches, positions = shapes.get(PATCHES, ()), shapes.get(POSITIONS, ())
+    grid = round((positions[0] - 1) ** 0.5) if len(positions) == 2 else 0
+    if len(patches) != 4 or grid < 1 or grid**2 + 1 != positions[0]:
+        raise UserError(
+            f"{where}: the vision tower in the shards is no CLIP ViT: {PATCHES} has shape {list(patches)}, "
+            f"{POSITIONS} {list(positions)}"
+        )
+    width, _, _, patch_size = patches
+    layers = [int(found[1]) for key in shapes if (found := LAYER.match(key))]
+    mlp = next((shape[0] for key, shape in shapes.items() if key.endswith("mlp.fc1.weight")), 4 * width)
+    return _OPENAI_VIT_L.model_copy(
+        update={
+            "width": width, "depth": max(layers, default=0) + 1, "heads": _heads(width), "mlp_width": mlp,
+            "patch_size": patch_size, "image_size": grid * patch_size, "projection_dim": None,
+        }
+    )  # fmt: skip
+
+
+def assumed_geometry(width: int, image_size: int) -> TowerSpec:
+    """A tower of which only the width is known, at the side that the user asks for."""
+    return _OPENAI_VIT_L.model_copy(update={"width": width, "heads": _heads(width), "image_size": image_size})
+
+
+def _heads(width: int) -> int:
+    return 1 if width % HEAD_WIDTH else width // HEAD_WIDTH

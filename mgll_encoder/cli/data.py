@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from mgll_encoder.common.cli import new_app, stdout, warn
+from mgll_encoder.common.cli import new_app, note, stdout, warn
 from mgll_encoder.common.errors import UserError
 
 app = new_app("Make data sets for pretraining.")
@@ -99,6 +99,11 @@ def xray(
     dicom: Path = typer.Option(..., help="Folder with DICOM files, at any depth."),
     out: Path = typer.Option(..., help="New folder for images/*.png and the manifest."),
     modalities: str = typer.Option("CR,DX", help="Values of Modality to take, separated by commas."),
+    burned_in: bool = typer.Option(
+        False,
+        "--burned-in",
+        help="Also take files that say that writing (often the patient's name) is part of the picture.",
+    ),
     patient_folders: bool = typer.Option(
         False, "--patient-folders", help="Each folder directly below is a patient; splits never divide one."
     ),
@@ -108,14 +113,15 @@ def xray(
     test: float = typer.Option(0.3, help="Share of patients for the test split."),
     val: float = typer.Option(0.0, help="Share of patients for the validation split."),
     seed: int = typer.Option(0, help="Draws the split."),
-    workers: int = typer.Option(2, help="Processes that decode."),
+    workers: int = typer.Option(2, min=1, help="Processes that decode."),
     strict: bool = typer.Option(False, "--strict", help="Stop at the first file that would be left out."),
     force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
 ) -> None:
     """Make PNGs and a manifest from DICOM radiographs: modality, study description, series description.
 
-    No other text of the header is read, and file names are replaced by hashes. The two descriptions are typed by
-    people: look through the manifest before you share it.
+    No other text of the header is written, and file names are replaced by hashes. Names, numbers and dates of the same
+    header are cut out of the two descriptions; people may have typed other names: look through the manifest before you
+    share it. Messages call files by their number in the order of "find DICOM ! -type d | LC_ALL=C sort".
 
     Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders
     """
@@ -124,13 +130,15 @@ def xray(
     manifest = PARQUET_MANIFEST if parquet else MANIFEST
     wanted = [name.strip().upper() for name in modalities.split(",") if name.strip()]
     report = build_xray(
-        dicom, out, modalities=wanted, patient_folders=patient_folders, manifest=manifest, test=test, val=val,
-        seed=seed, workers=workers, strict=strict, force=force,
+        dicom, out, modalities=wanted, burned_in=burned_in, patient_folders=patient_folders, manifest=manifest,
+        test=test, val=val, seed=seed, workers=workers, strict=strict, force=force,
     )  # fmt: skip
     report.skipped.say()
+    if report.cut:
+        note(f"{report.cut} study and series descriptions held names, numbers or dates, which were cut out")
     if not patient_folders:
         warn(
-            "each image counts as a patient of its own, because the header's patient fields are not read: sort the "
+            "each image counts as a patient of its own, because the header's patient fields are not written: sort the "
             "files into one folder per patient and pass --patient-folders"
         )
     splits = ", ".join(f"{count} {side}" for side, count in sorted(report.splits.items()))

@@ -3,7 +3,7 @@
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +11,6 @@ from mgll_encoder.common.cli import note, stdout, warn
 from mgll_encoder.common.files import check_free
 
 if TYPE_CHECKING:
-    from mgll_encoder.spec import Activation
     from mgll_encoder.tower import TowerHeader
 
 _SIZES = (224, 336, 448)
@@ -32,9 +31,18 @@ ActivationOption = Annotated[
 ]
 
 
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="'raw' or 'ema', for training checkpoints that hold a moving average of the weights beside them."
+    ),
+]
+
+
 def inspect(
     path: PathArgument,
     activation: ActivationOption = None,
+    weights: WeightsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what a tower is, without reading its weights.
@@ -43,7 +51,7 @@ def inspect(
     """
     from mgll_encoder.tower import inspect_tower
 
-    header = inspect_tower(path, activation=cast("Activation | None", activation))
+    header = inspect_tower(path, **_choices(activation, weights))
     facts = _facts(header)
     if as_json:
         stdout.print_json(json.dumps(facts))
@@ -57,6 +65,7 @@ def convert(
     path: PathArgument,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     activation: ActivationOption = None,
+    weights: WeightsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Write a tower as a folder that transformers, and every command here, can read.
@@ -68,7 +77,7 @@ def convert(
     from mgll_encoder.tower import load_tower
 
     note(f"reading {path} ...")
-    tower = load_tower(path, activation=cast("Activation | None", activation))
+    tower = load_tower(path, **_choices(activation, weights))
     for message in tower.header.warnings:
         warn(message)
     save_tower(tower, out, force)
@@ -76,10 +85,15 @@ def convert(
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _choices(activation: str | None, weights: str | None) -> dict[str, Any]:
+    """What the options say, for functions that check it."""
+    return {"activation": activation, "weights": weights}
+
+
 def _facts(header: "TowerHeader") -> dict[str, Any]:
     spec = header.spec
     return {
-        "layout": header.layout,
+        "layout": header.layout + (f", {header.weights} weights" if header.weights else ""),
         **spec.model_dump(),
         "activation_source": header.activation_source,
         "preprocessing_source": header.preprocessing_source,

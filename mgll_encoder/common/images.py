@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.faults import Fault, find_fault
+from mgll_encoder.common.files import regular_file
 
 READER_VERSION = 2
 """Part of the key of everything cached: changes when the same file gives other pixels."""
@@ -103,11 +105,12 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[Image.Image]:
     """An image file as a stream: given a path, Pillow maps plain TIFFs into memory and shears those that EXIF turns."""
-    with _named(name):
-        if path.exists() and not path.is_file():
-            raise UserError(f"{name} is a folder, pipe or device: expected a file")
-        with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
-            yield image
+    with (
+        _named(name),
+        regular_file(path, "image").open("rb") as stream,
+        Image.open(stream, formats=FORMATS) as image,
+    ):
+        yield image
 
 
 def _check_single(image: Image.Image, name: str) -> None:
@@ -166,8 +169,6 @@ def _named(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{name} does not exist: check the image folder") from None
     except UnidentifiedImageError:
         raise UserError(f"{name} is not in a format that is read here: expected {_READABLE}") from None
     except Image.DecompressionBombError as error:
@@ -175,4 +176,6 @@ def _named(name: str) -> Iterator[None]:
     except MemoryError:
         raise UserError(f"{name} is too large for the memory of this machine") from None
     except Exception as error:
+        if fault := find_fault(error):
+            raise UserError(f"{name} cannot be read: {Fault(fault.number).line()}") from None
         raise UserError(f"{name} cannot be decoded: {error}") from None

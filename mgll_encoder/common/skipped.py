@@ -1,5 +1,6 @@
 """What is left out, and why: counted in one place, and said in the same words by every command."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ DISAGREE = "rows of one image disagree"
 
 def unnamed(error: UserError, path: Path) -> str:
     """What an error about an image says, without the path that it starts with: file names may tell who a patient is."""
-    return str(error).removeprefix(f"image {path} ")
+    said = str(error).removeprefix(f"image {path}").strip(": ")
+    return re.sub(r"^\(a link to .*\) does", "does", said)
 
 
 class Skipped:

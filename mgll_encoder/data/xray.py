@@ -1,13 +1,15 @@
 """From a folder of DICOM radiographs to 8-bit PNGs and a manifest of modality, study and series description.
 
-Headers are read through an allow-list: what the pixels need, and three fields of text. Everything else (names, dates,
-numbers, private fields, nested sequences) is never looked at, and file names are replaced by a hash of the pixels.
+Headers are read through an allow-list: what the pixels need, three texts, and the names and numbers that are looked for
+in these (`dicom_text`). Files are called by a hash of their pixels, and by their number in messages.
 """
 
 import hashlib
+import io
+import os
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,36 +21,24 @@ from PIL import Image
 
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import new_folder
+from mgll_encoder.common.files import new_folder, regular_file
 from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
+from mgll_encoder.common.workers import resilient_map
+from mgll_encoder.data.dicom_header import UnusableError, value
+from mgll_encoder.data.dicom_pixels import PIXEL_FIELDS, grey_values
+from mgll_encoder.data.dicom_text import IDENTITY_FIELDS, TEXT_FIELDS, safe_texts
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
-
-TEXTS = {"modality": "Modality", "study": "StudyDescription", "series": "SeriesDescription"}
-"""Granularity, coarse to fine -> the header field that its text comes from; no other text is read."""
-
-PIXELS = (
-    "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated",
-    "BitsStored", "HighBit", "PixelRepresentation", "PlanarConfiguration", "RescaleIntercept", "RescaleSlope",
-    "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence",
-    "PixelData",
-)  # fmt: skip
-"""Header fields that the pixels need; nothing of them is written but the picture."""
 
 PLAIN_RADIOGRAPHS = ("CR", "DX")
 """Modalities taken unless told otherwise: computed and digital radiography, as in MGLL-Xray."""
 
 MANIFEST, PARQUET_MANIFEST = "manifest.jsonl", "manifest.parquet"
 IMAGES = "images"
-_GREY = ("MONOCHROME1", "MONOCHROME2")
 
-# pydicom's InvalidDicomError is not among them: under force=True a missing preamble is no error.
-_FOREIGN = (OSError, ValueError, EOFError, NotImplementedError)
-"""What pydicom raises on reading the header of what is no DICOM file; such files are counted, not hidden."""
-
-_UNDECODABLE = (AttributeError, ValueError, RuntimeError, NotImplementedError, KeyError)
-"""What pydicom raises where pixels are damaged or their decoder is missing; likewise counted."""
+BURNED_IN = "BurnedInAnnotation"
+"""Field that says YES where names or dates are part of the picture."""
 
 
 @dataclass
@@ -60,36 +50,39 @@ class XrayReport:
         splits: Images per side of the split.
         texts: Distinct texts per granularity.
         skipped: Files left out, by reason.
+        cut: Descriptions that were shortened or left out because they may name somebody.
     """
 
     rows: int = 0
     splits: Counter[str] = field(default_factory=Counter)
     texts: dict[str, int] = field(default_factory=dict)
     skipped: Skipped = field(default_factory=Skipped)
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which files are taken.
+
+    Attributes:
+        modalities: Values of Modality.
+        burned_in: Also those with writing in the picture.
+    """
+
+    modalities: tuple[str, ...] = PLAIN_RADIOGRAPHS
+    burned_in: bool = False
 
 
 @dataclass(frozen=True)
 class _Outcome:
     """What became of one file: a picture with its texts, or a reason."""
 
-    file: Path
+    number: int
     image: str = ""
     texts: dict[str, list[str]] = field(default_factory=dict)
+    cut: int = 0
     reason: str = ""
-    detail: str = ""
-
-
-class _UnusableError(Exception):
-    """A file that is left out.
-
-    Args:
-        reason: The kind of trouble.
-        advice: What would help.
-    """
-
-    def __init__(self, reason: str, advice: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.advice = reason, advice
+    advice: str = ""
 
 
 def build_xray(
@@ -97,6 +90,7 @@ def build_xray(
     out: Path,
     *,
     modalities: Sequence[str] = PLAIN_RADIOGRAPHS,
+    burned_in: bool = False,
     patient_folders: bool = False,
     manifest: str = MANIFEST,
     test: float = 0.3,
@@ -112,8 +106,9 @@ def build_xray(
         dicom: Folder with DICOM files, at any depth; their names do not matter.
         out: Folder to write.
         modalities: Values of Modality to take.
+        burned_in: Take files that say that writing is part of the picture.
         patient_folders: Each folder directly below ``dicom`` is a patient. Otherwise each file is one, because the
-            header fields that would tell are not read.
+            header fields that would tell are not read for that.
         manifest: The manifest's name, which decides its format.
         test: Share of patients for the test split.
         val: Share of patients for the validation split.
@@ -127,36 +122,37 @@ def build_xray(
     """
     if not dicom.is_dir():
         raise UserError(f"DICOM folder {dicom} does not exist or is not a folder: check --dicom")
-    files = sorted(path for path in dicom.rglob("*") if path.is_file())
     report = XrayReport(skipped=Skipped(strict, "files"))
+    files = _files(dicom, report.skipped)
     rows: dict[str, ManifestRow] = {}
     pseudonyms = Pseudonyms(dicom)
     with new_folder(out, force) as folder:
         (folder / IMAGES).mkdir()
-        for outcome in _converted(files, folder / IMAGES, tuple(modalities), workers):
+        convert = partial(_convert, images=folder / IMAGES, wanted=Wanted(tuple(modalities), burned_in))
+        outcomes = resilient_map(convert, list(enumerate(files, start=1)), workers, _lost)
+        for outcome in track(outcomes, "Decoding radiographs", len(files)):
             report.skipped.read += 1
-            if outcome.reason:
-                report.skipped.add(outcome.reason, outcome.detail)
-            elif outcome.image in rows:
-                report.skipped.add(
-                    "same pixels as another file", f"{outcome.file}: its picture is there already"
-                )
-            else:
-                top = outcome.file.relative_to(dicom).parts[0]
-                drawn_by = _bare_hash(top) if patient_folders else outcome.image
-                rows[outcome.image] = ManifestRow.model_validate(
-                    {
-                        "image": f"{IMAGES}/{outcome.image}.png",
-                        "texts": outcome.texts,
-                        "patient": pseudonyms.patient(top) if patient_folders else outcome.image,
-                        "split": assign_split(drawn_by, test=test, val=val, seed=seed),
-                    }
-                )
+            if trouble := outcome.reason or ("same pixels as another file" if outcome.image in rows else ""):
+                advice = f"; {outcome.advice}" if outcome.advice else ""
+                report.skipped.add(trouble, f"DICOM file {outcome.number} of {len(files)}: {trouble}{advice}")
+                continue
+            report.cut += outcome.cut
+            top = files[outcome.number - 1].relative_to(dicom).parts[0]
+            drawn_by = _bare_hash(top) if patient_folders else outcome.image
+            rows[outcome.image] = ManifestRow.model_validate(
+                {
+                    "image": f"{IMAGES}/{outcome.image}.png",
+                    "texts": outcome.texts,
+                    "patient": pseudonyms.patient(top) if patient_folders else outcome.image,
+                    "split": assign_split(drawn_by, test=test, val=val, seed=seed),
+                }
+            )
         if not rows:
             reasons = "; ".join(report.skipped.lines()) or "it holds no file"
             raise UserError(f"DICOM folder {dicom} gives no image to train on: {reasons}")
         used = {
-            level: {text for row in rows.values() for text in row.texts.get(level, [])} for level in TEXTS
+            level: {text for row in rows.values() for text in row.texts.get(level, [])}
+            for level in TEXT_FIELDS
         }
         report.texts = {level: len(texts) for level, texts in used.items() if texts}
         header = ManifestHeader(
@@ -167,6 +163,7 @@ def build_xray(
                 "split_val": val,
                 "split_seed": seed,
                 **report.skipped.record(),
+                "descriptions_cut": report.cut,
             },
         )
         write_manifest(folder / manifest, folder, header, rows.values())
@@ -175,101 +172,88 @@ def build_xray(
     return report
 
 
-def read_radiograph(path: Path, modalities: Sequence[str]) -> tuple[NDArray[np.uint8], dict[str, list[str]]]:
+def read_radiograph(path: Path, wanted: Wanted) -> tuple[NDArray[np.uint8], dict[str, list[str]], int]:
     """Decode one DICOM file.
-
-    Rescaled, windowed (VOI LUT, or the first window; the range of its values without either) and, for MONOCHROME1,
-    inverted, so that dense tissue is white.
 
     Args:
         path: The file; a missing preamble or file meta header does not matter.
-        modalities: Values of Modality that are wanted.
+        wanted: Which are taken.
 
     Returns:
-        Grey values [rows, columns], and the texts per granularity.
+        Grey values [rows, columns], dense tissue white; the texts per granularity; how many of these were cut or left
+        out because they may name somebody.
 
     Raises:
-        _UnusableError: it is no greyscale radiograph of these modalities, or cannot be decoded.
+        UnusableError: it is no such radiograph, or cannot be decoded.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's and its decoders'; they quote the header
+        header = _header(path)
+        modality = str(value(header, "Modality") or "").strip()
+        if modality not in wanted.modalities:
+            named = f"modality {modality}" if modality.isalnum() and len(modality) < 5 else "modality missing"
+            raise UnusableError(named, f"expected {', '.join(wanted.modalities)}; see --modalities")
+        if not wanted.burned_in and str(value(header, BURNED_IN) or "").strip().upper() == "YES":
+            raise UnusableError(
+                "burned-in annotation", "names may be part of the picture; --burned-in takes it"
+            )
+        grey = grey_values(header)
+        return grey, *safe_texts(header)
+
+
+def _header(path: Path) -> Any:
     from pydicom import dcmread
 
     try:
-        header: Any = dcmread(path, force=True, specific_tags=[*TEXTS.values(), *PIXELS])
-    except _FOREIGN:
-        raise _UnusableError("not a DICOM file") from None
-    # A file without a header parses as nothing under force=True.
-    if "Modality" not in header and "Rows" not in header:
-        raise _UnusableError("not a DICOM file")
-    modality = str(header.get("Modality", "")).strip()
-    if modality not in modalities:
-        raise _UnusableError(
-            f"modality {modality or 'missing'}", f"wanted is {', '.join(modalities)}: see --modalities"
+        regular_file(path)
+    except UserError:
+        raise UnusableError("not a file", "it is a pipe, a device or a link that leads nowhere") from None
+    fields = [*TEXT_FIELDS.values(), *PIXEL_FIELDS, *IDENTITY_FIELDS, BURNED_IN]
+    try:
+        header = dcmread(path, force=True, specific_tags=fields)
+        known = "Modality" in header or "Rows" in header  # under force=True, any other file parses as nothing
+    except PermissionError:
+        raise UnusableError("no permission to read it") from None
+    except MemoryError:
+        raise UnusableError("too large", "not enough memory") from None
+    except Exception:  # what is no DICOM file raises errors of any kind
+        known = False
+    if not known:
+        raise UnusableError("not a DICOM file")
+    return header
+
+
+def _files(dicom: Path, skipped: Skipped) -> list[Path]:
+    """Everything below a folder that is no folder, in the order of ``find | LC_ALL=C sort``."""
+    found: list[Path] = []
+
+    def unreadable(_: OSError) -> None:
+        skipped.add(
+            "folder cannot be opened", f"a folder below {dicom} cannot be opened: check its permissions"
         )
-    if "PixelData" not in header:
-        raise _UnusableError("no pixel data")
-    if header.get("PhotometricInterpretation") not in _GREY:
-        raise _UnusableError("not a greyscale image")
-    if int(header.get("NumberOfFrames") or 1) > 1:
-        raise _UnusableError("several frames")
-    texts = {level: " ".join(str(header.get(name) or "").split()) for level, name in TEXTS.items()}
-    return _eight_bits(header), {level: [text] for level, text in texts.items() if text}
+
+    for folder, _, names in os.walk(dicom, onerror=unreadable):
+        found += [Path(folder, name) for name in names]
+    return sorted(found, key=os.fsencode)
 
 
-def _eight_bits(header: Any) -> NDArray[np.uint8]:
-    from pydicom.filewriter import ImplicitVRLittleEndian
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
-    from pydicom.uid import ExplicitVRLittleEndian
-
-    if "TransferSyntaxUID" not in header.file_meta:
-        implicit, _ = header.original_encoding
-        header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+def _convert(task: tuple[int, Path], images: Path, wanted: Wanted) -> _Outcome:
+    number, file = task
     try:
-        values = apply_modality_lut(pixel_array(header), header)
-        shown = apply_voi_lut(values, header).astype(np.float64)
-        low, high = _range(values, shown, header)
-    except _UNDECODABLE as error:
-        kind = header.file_meta.TransferSyntaxUID.name
-        raise _UnusableError(
-            f"pixels cannot be decoded ({kind})",
-            f"{str(error).splitlines()[0][:120]}; pip install 'mgll-mllm[dicom]' brings decoders",
-        ) from None
-    grey = np.clip((shown - low) / max(high - low, 1e-9), 0, 1)
-    if header.PhotometricInterpretation == "MONOCHROME1":
-        grey = 1 - grey
-    return np.round(grey * 255).astype(np.uint8)
-
-
-def _range(values: NDArray[Any], shown: NDArray[np.float64], header: Any) -> tuple[float, float]:
-    """What becomes black and white: the ends of the window or table, of the values where there is neither."""
-    from pydicom.pixels import apply_voi_lut
-
-    if "WindowCenter" not in header and "VOILUTSequence" not in header:
-        return float(values.min()), float(values.max())
-    ends = apply_voi_lut(np.array([[np.iinfo(np.int32).min, np.iinfo(np.int32).max]]), header)
-    low, high = float(ends.min()), float(ends.max())
-    return (low, high) if high > low else (float(shown.min()), float(shown.max()))
-
-
-def _converted(
-    files: Sequence[Path], images: Path, modalities: tuple[str, ...], workers: int
-) -> Iterator[_Outcome]:
-    convert = partial(_convert, images=images, modalities=modalities)
-    if workers < 2:
-        yield from track(map(convert, files), "Decoding radiographs", len(files))
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from track(pool.map(convert, files, chunksize=16), "Decoding radiographs", len(files))
-
-
-def _convert(file: Path, images: Path, modalities: tuple[str, ...]) -> _Outcome:
-    try:
-        grey, texts = read_radiograph(file, modalities)
-    except _UnusableError as error:
-        advice = f"; {error.advice}" if error.advice else ""
-        return _Outcome(file, reason=error.reason, detail=f"DICOM file {file}: {error.reason}{advice}")
+        grey, texts, cut = read_radiograph(file, wanted)
+    except UnusableError as error:
+        return _Outcome(number, reason=error.reason, advice=error.advice)
+    except Exception as error:
+        return _Outcome(number, reason=f"cannot be read ({type(error).__name__})")
     name = hashlib.sha256(repr(grey.shape).encode() + grey.tobytes()).hexdigest()[:20]
-    Image.fromarray(grey).save(images / f"{name}.png")
-    return _Outcome(file, name, texts)
+    stream = io.BytesIO()
+    Image.fromarray(grey).save(stream, "PNG")
+    (images / f"{name}.png").write_bytes(stream.getvalue())
+    return _Outcome(number, name, texts, cut)
+
+
+def _lost(task: tuple[int, Path]) -> _Outcome:
+    return _Outcome(task[0], reason="ended its process", advice="it takes too much memory or time to decode")
 
 
 def _bare_hash(folder: str) -> str:

@@ -10,7 +10,6 @@ import typer
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.spec import Activation
 from mllm_adapters.cli.delta import compose, extract
 from mllm_adapters.cli.undo import restore, verify
 from mllm_adapters.cli.writing import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
@@ -58,6 +57,10 @@ def swap(
     ] = None,
     activation: Annotated[
         str | None, typer.Option(help="gelu or quick_gelu, for towers that do not say it themselves.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="raw or ema, for towers with a moving average of the weights beside them."),
     ] = None,
     part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
     layout: Annotated[
@@ -135,7 +138,8 @@ def swap(
 
         check_push(push_to_hub)
     tower_dtype = _dtype(dtype)
-    tower = inspect_tower(encoder, activation=cast(Activation | None, activation))
+    choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked there
+    tower = inspect_tower(encoder, **choices)
     checkpoint, family, _ = open_checkpoint(resolve(mllm), parts_of(part))
     plan = family.plan(checkpoint, tower, image_size, _target(layout, family))
     if tower_dtype is not None:

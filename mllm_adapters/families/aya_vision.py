@@ -97,6 +97,7 @@ class AyaVision(Family):
             layout="transformers",
             source=checkpoint.folder,
             tower=tower.source,
+            tower_weights=tower.weights,
             swapped=True,
             steps=(*steps, *tower_steps(tower, prefix, after, old[0].dtype)),
             dropped=replaced(header.name for header in old),

@@ -156,6 +156,7 @@ class InstructBlip(Family):
             layout=layout,
             source=checkpoint.folder,
             tower=tower.source if tower else None,
+            tower_weights=tower.weights if tower else None,
             swapped=tower is not None,
             parts={**checkpoint.parts, **tokenizers},
             steps=tuple(steps),

@@ -176,6 +176,7 @@ class InternVL(Family):
             layout=host.layout,
             source=checkpoint.folder,
             tower=tower.source if tower else None,
+            tower_weights=tower.weights if tower else None,
             swapped=tower is not None,
             steps=steps,
             dropped=(*host.dropped, *_left_out(host, steps)),

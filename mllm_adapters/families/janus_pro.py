@@ -267,6 +267,7 @@ class JanusPro(Family):
             layout=source.layout,
             source=checkpoint.folder,
             tower=tower.source if tower else None,
+            tower_weights=tower.weights if tower else None,
             swapped=tower is not None,
             steps=tuple(steps),
             dropped=tuple(dropped),

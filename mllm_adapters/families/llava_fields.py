@@ -49,6 +49,7 @@ class OriginalFields(CommonFields):
 
     architectures: list[str]
     mm_vision_tower: str = Field(min_length=1)
+    mm_hidden_size: int | None = Field(default=None, gt=0)
     mm_projector_type: Literal["mlp2x_gelu", "linear"] = "linear"
     mm_vision_select_layer: int | None = None
     mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"

@@ -66,6 +66,7 @@ def plan_native(
         layout="transformers",
         source=checkpoint.folder,
         tower=tower.source,
+        tower_weights=tower.weights,
         swapped=True,
         steps=(*steps, *tower_steps(tower, prefix, after, dtype)),
         dropped=replaced(h.name for h in old),

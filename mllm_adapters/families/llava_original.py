@@ -28,6 +28,7 @@ from mllm_adapters.planning import (
     IMAGE_TOKEN,
     REPLACED,
     HostTower,
+    NamedTower,
     after_swap,
     contract_of,
     dtype_name,
@@ -103,7 +104,8 @@ def plan_original(
     found = sort_names(weights, checkpoint.folder)
     _check_variant(checkpoint, fields, weights, found)
     trained = reads_trained_tower and bool(fields.unfreeze_mm_vision_tower and found.inside)
-    host = _host_tower(checkpoint, fields, inside=bool(found.inside), trained=trained, needed=tower is None)
+    inside = {key: checkpoint.header(weights.sources[name]).shape for key, name in found.inside.items()}
+    host = _host_tower(checkpoint, fields, inside, image_size, trained=trained, replaced=tower is not None)
     before = contract_of(host.spec, fields.feature_layer, CLASS_TOKEN[fields.mm_vision_select_feature])
     after = after_swap(before, tower, image_size)
 
@@ -132,6 +134,7 @@ def plan_original(
         layout=weights.layout,
         source=checkpoint.folder,
         tower=new.source if new else None,
+        tower_weights=new.weights if new else None,
         swapped=tower is not None,
         parts=dict(checkpoint.parts),
         steps=tuple(steps),
@@ -220,14 +223,21 @@ def _placeholder(
 
 
 def _host_tower(
-    checkpoint: Checkpoint, fields: OriginalFields, *, inside: bool, trained: bool, needed: bool
+    checkpoint: Checkpoint,
+    fields: OriginalFields,
+    inside: Mapping[str, tuple[int, ...]],
+    image_size: int | None,
+    *,
+    trained: bool,
+    replaced: bool,
 ) -> HostTower:
     """The tower the original code would use: the one it names, unless it was trained and lies in the shards."""
     resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
-    host = external_tower(fields.mm_vision_tower, checkpoint, resize, needed=needed and not inside)
+    named = NamedTower(fields.mm_vision_tower, resize, inside, fields.mm_hidden_size)
+    host = external_tower(named, checkpoint, replaced=replaced, image_size=image_size)
     if trained:
         return replace(host, header=None, notes=("the host's own tower was trained and is in its shards",))
-    if needed and host.header is None:
+    if not replaced and host.header is None:
         note = f"the original code reads {host.name}, which is not on this machine: the tower in the shards is taken"
         return replace(host, notes=(*host.notes, note))
     return host

@@ -18,9 +18,9 @@ from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import build_config, tower_geometry
 from mllm_adapters.contract import Dropped
 from mllm_adapters.convnext import TIMM_KEY
-from mllm_adapters.planning import TOWER_PART, HostTower, external_tower
+from mllm_adapters.planning import TOWER_PART, HostTower, NamedTower, external_tower
 from mllm_adapters.processing import host_pixels
-from mllm_adapters.towers import PUBLISHED_TOWERS
+from mllm_adapters.towers import published_name
 
 AUX_PART = "vision-tower-aux"
 AUX_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", "model.safetensors")
@@ -72,6 +72,7 @@ class CommonFields(BaseModel):
 class OriginalFields(CommonFields):
     """What counts in an original config.json, with the original code's defaults and the values that are known here."""
 
+    mm_hidden_size: int | None = Field(default=None, gt=0)
     mm_vision_tower: str = Field(min_length=1)
     mm_vision_tower_aux: str = Field(min_length=1)
     mm_projector_type: Literal["mlp2x_gelu"]
@@ -153,15 +154,28 @@ class AuxTower:
 
 
 def original_tower(
-    checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[str, str], *, needed: bool
+    checkpoint: Checkpoint,
+    fields: OriginalFields,
+    inside: Mapping[str, str],
+    image_size: int | None,
+    *,
+    replaced: bool,
 ) -> HostTower:
     """The tower that the original code would use: the one in the shards if there is one, else the one named."""
     resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
-    name, published = fields.mm_vision_tower, f"openai/{Path(fields.mm_vision_tower).name}"
-    if checkpoint.find(TOWER_PART, name) is None and published in PUBLISHED_TOWERS:
-        name = published  # MGM names a local copy, model_zoo/OpenAI/..., of what the hub has as openai/...
-    host = external_tower(name, checkpoint, resize, needed=needed and not inside)
-    if not (inside and needed):
+    name = fields.mm_vision_tower
+    if checkpoint.find(TOWER_PART, name) is None:
+        name = (
+            published_name(name) or name
+        )  # MGM names a local copy, model_zoo/OpenAI/..., of a published one
+    shapes = {key: checkpoint.tensors[source].shape for key, source in inside.items()}
+    host = external_tower(
+        NamedTower(name, resize, shapes, fields.mm_hidden_size),
+        checkpoint,
+        replaced=replaced,
+        image_size=image_size,
+    )
+    if replaced or not inside:
         return host
     if POSITIONS not in inside:
         raise UserError(

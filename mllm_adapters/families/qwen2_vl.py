@@ -174,6 +174,7 @@ class Qwen2VL(Family):
             layout="transformers",
             source=checkpoint.folder,
             tower=tower.source,
+            tower_weights=tower.weights,
             swapped=True,
             steps=(*steps, *tower_steps(tower, f"{prefix}vision_tower.", after, dtype)),
             dropped=tuple(dropped),

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 from safetensors import safe_open
 from torch import Tensor
 
 from mgll_encoder import TowerHeader, inspect_tower
-from mgll_encoder.checkpoint import read_json
+from mgll_encoder.checkpoint import is_safetensors, read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
 from mgll_encoder.common.trained_on import (
@@ -23,11 +23,10 @@ from mgll_encoder.common.trained_on import (
     without_tower,
     write_trainings,
 )
-from mgll_encoder.spec import Activation
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import check_complete
-from mllm_adapters.operations import compute
+from mllm_adapters.operations import compute, how_read
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.swap.card import CARD, model_card
 from mllm_adapters.swap.fingerprint import FileRecord, sampled, whole
@@ -153,9 +152,7 @@ def complete_folder(
         UserError: the processor cannot be made, or what ``write`` raises.
     """
     write_processor = family.processor_writer(plan)
-    tower = (
-        inspect_tower(plan.tower, activation=cast(Activation, plan.after.activation)) if plan.tower else None
-    )
+    tower = inspect_tower(plan.tower, **how_read(plan)) if plan.tower else None
     config = json.dumps(plan.config, indent=2) + "\n"
     with ThreadPoolExecutor(1) as aside:
         # Training checkpoints are large, and are hashed whole: beside the writing.
@@ -313,11 +310,8 @@ def _update_generation(file: Path, plan: Plan) -> None:
 
 def _untouched(file: Path, group: list[Step], source: Source) -> bool:
     held = {header.name for header in source.tensors.values() if header.file == file}
-    return (
-        file.suffix == ".safetensors"
-        and bool(held)
-        and {s.name for s in group if s.operation == "keep"} == held
-    )
+    kept = {step.name for step in group if step.operation == "keep"}
+    return bool(held) and kept == held and is_safetensors(file)
 
 
 def _home(step: Step, source: Source) -> Path | None:
@@ -334,12 +328,14 @@ def _values(
     taken: dict[str, Span] = {}
     for step in group:
         header = source.header(step.sources[0]) if step.operation in TAKEN_OVER else None
-        if header and header.file.suffix == ".safetensors" and dtype_name(header.dtype) == step.dtype:
-            if header.file not in known:
-                known[header.file] = spans(header.file)
-            held, own = known[header.file], step.sources[0]
-            while own not in held:  # PART/KEY
-                own = own.partition("/")[2]
+        if header is None or dtype_name(header.dtype) != step.dtype:
+            continue
+        if header.file not in known:
+            known[header.file] = spans(header.file) if is_safetensors(header.file) else {}
+        held, own = known[header.file], step.sources[0]
+        while held and own not in held:  # PART/KEY
+            own = own.partition("/")[2]
+        if held:
             taken[step.name] = held[own]
     computed = iter(compute([step for step in group if step.name not in taken]))
     for step in group:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.common import files
 from mllm_adapters.swap.streaming import Span, spans
 
@@ -43,7 +44,7 @@ def whole(file: Path) -> FileRecord:
 def sampled(file: Path) -> FileRecord:
     """Record of a weight file of which little is read."""
     size = file.stat().st_size
-    sample = sample_hash(file) if file.suffix == ".safetensors" else None
+    sample = sample_hash(file) if is_safetensors(file) else None
     return FileRecord(size=size, sha256=blob_hash(file), sample=sample)
 
 

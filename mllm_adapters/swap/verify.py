@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mgll_encoder.checkpoint import read_json
+from mgll_encoder.checkpoint import is_safetensors, read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.pretrained import library_errors, library_reason
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
@@ -162,13 +162,15 @@ class Verification:
         for step in taken:
             mine = self._spans[step.name]
             header = original.tensors.get(step.sources[0])
-            if header is None or header.file.suffix != ".safetensors":
+            if header is None:
                 continue
             if header.file.samefile(mine.file):
                 shared += 1
                 continue
             if header.file not in held:
-                held[header.file] = spans(header.file)
+                held[header.file] = spans(header.file) if is_safetensors(header.file) else {}
+            if header.name not in held[header.file]:
+                continue
             compared += 1
             if not _equal(mine, held[header.file][header.name]):
                 wrong.append(f"{step.name} is not that of {self._source.name}")

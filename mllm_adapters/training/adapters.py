@@ -2,11 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mgll_encoder.checkpoint import read_json
+from mgll_encoder.checkpoint import open_checkpoint, read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.pretrained import library_errors, library_reason
 from mllm_adapters.training.stages import is_adapter
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -16,6 +20,20 @@ PREFIX = "base_model.model."
 
 ADAPTER = ".default."
 """Name that PEFT gives to the only adapter of a model, as it stands in parameter names."""
+
+
+_ADAPTER_FIELDS = (
+    "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
+    "modules_to_save", "bias", "lora_bias", "fan_in_fan_out", "use_rslora", "use_dora", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
+"""Fields of adapter_config.json that say what the adapter is."""
+
+_NO_EFFECT = {
+    "peft_type", "peft_version", "revision", "inference_mode", "auto_mapping", "init_lora_weights", "megatron_core",
+    "runtime_config", "qalora_group_size",
+}  # fmt: skip
+"""Fields that change nothing of a trained adapter as long as the others are as they are by default."""
 
 
 def base_of_adapter(folder: Path) -> Path | None:
@@ -30,7 +48,7 @@ def base_of_adapter(folder: Path) -> Path | None:
     if not file.is_file() or (folder / "config.json").is_file():
         return None
     named = read_json(file).get("base_model_name_or_path")
-    if not named:
+    if not isinstance(named, str) or not named:
         raise UserError(
             f"{file} does not name its base model: set base_model_name_or_path to the checkpoint folder"
         )
@@ -47,22 +65,20 @@ def attach(model: Any, folder: Path) -> Any:
     Raises:
         UserError: the adapter does not fit the model, or is not LoRA.
     """
-    from peft import PeftConfig, PeftModel
-    from safetensors import safe_open
+    from peft import PeftModel, set_peft_model_state_dict
 
-    kind = PeftConfig.from_pretrained(str(folder)).peft_type
-    if kind != "LORA":
-        raise UserError(f"{folder / CONFIG}: peft_type is {kind}: only LORA is merged")
+    config = _lora_config(folder / CONFIG)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             f"{folder} holds no {ADAPTER_WEIGHTS}: complete the folder, or train the adapter again"
         )
+    weights = open_checkpoint(folder / ADAPTER_WEIGHTS)
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder} does not fit its base model: {error!r:.300}") from error
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
-        stored = {key.removeprefix(PREFIX) for key in weights.keys()}  # noqa: SIM118 - no mapping
+        wrapped: Any = PeftModel(model, config)
+        set_peft_model_state_dict(wrapped, weights.read(weights.headers))
+    except library_errors() as error:
+        raise UserError(f"{folder} does not fit its base model: {library_reason(error)}") from error
+    stored = {key.removeprefix(PREFIX) for key in weights.headers}
     present = {_stored_name(name) for name in wrapped.get_base_model().state_dict()}
     expected = {name for name in present if is_adapter(name)}
     if astray := sorted((stored - present) | (expected - stored)):
@@ -70,6 +86,30 @@ def attach(model: Any, folder: Path) -> Any:
             f"{folder} does not fit its base model: {len(astray)} tensors differ, first {astray[0]}"
         )
     return wrapped.merge_and_unload()
+
+
+def _lora_config(file: Path) -> "LoraConfig":
+    """The settings of an adapter as PEFT has them, without those that have it import or compute something else.
+
+    Raises:
+        UserError: it is another method than LoRA, or has settings with another effect than adding low-rank matrices.
+    """
+    from peft import LoraConfig
+
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}: only LORA is merged")
+    known = {name: settings[name] for name in _ADAPTER_FIELDS if name in settings}
+    for name in settings.keys() - known.keys() - _NO_EFFECT:
+        if settings[name] not in (None, False, [], {}):
+            raise UserError(
+                f"{file}: field '{name}' is {settings[name]!r:.80}, which changes what the adapter is: merge it with "
+                "the program that made it, and pass the merged model"
+            )
+    try:
+        return LoraConfig(**known, inference_mode=True)
+    except library_errors() as error:
+        raise UserError(f"{file}: PEFT cannot use these settings: {library_reason(error)}") from None
 
 
 def _stored_name(parameter: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgll_encoder import checkpoint, inspect_tower, load_tower
+from mgll_encoder import inspect_tower, load_tower, torch_file
 from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
@@ -290,8 +290,7 @@ CASES: dict[Callable[[Path], Path], str] = {
     "run: expected tensors, numbers, text and argparse.Namespace only",
     malicious_pickle: "{path} wants to create objects other than tensors on loading (",
     malicious_legacy: "{path} wants to create objects other than tensors on loading (",
-    torchscript: "{path} is a TorchScript archive, which holds code: expected weights only; save its state_dict() "
-    "with torch.save, or use the same tower from a transformers folder",
+    torchscript: "{path} is damaged or no checkpoint (no module in it has a tensor): copy or download it again",
     a_list: "{path} holds no weights (found a list): expected a dict of tensors, or one under 'model', 'state_dict', "
     "'model_state_dict', 'module'",
     nothing_inside: "{path} holds no weights (found a dict with epoch, model): expected a dict of tensors, or one "
@@ -416,9 +415,9 @@ def test_reading_much_of_a_file_maps_it_anew(
     state = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
     torch.save(state, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
     loads: list[Path] = []
-    load = checkpoint._load
-    monkeypatch.setattr(checkpoint, "_MAPPED", 500)
-    monkeypatch.setattr(checkpoint, "_load", lambda path, zipped: loads.append(path) or load(path, zipped))
+    load = torch_file._load
+    monkeypatch.setattr(torch_file, "_MAPPED", 500)
+    monkeypatch.setattr(torch_file, "_load", lambda path, zipped: loads.append(path) or load(path, zipped))
     opened = open_checkpoint(tmp_path / "x.bin")
     found = [opened.read([name])[name] for name in state]
     assert all(torch.equal(one, other) for one, other in zip(found, state.values(), strict=True))

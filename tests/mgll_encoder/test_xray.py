@@ -1,6 +1,8 @@
 """Somebody has a folder of DICOM radiographs and wants to train on them, without a word about their patients."""
 
 import json
+import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +10,16 @@ import pytest
 from PIL import Image
 from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.datadict import DicomDictionary, keyword_dict
-from pydicom.dataset import FileMetaDataset
-from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import MPEG2MPML, ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import RLELossless
 
 from mgll_encoder.cli import main
+from mgll_encoder.data.dicom_pixels import PIXEL_FIELDS
+from mgll_encoder.data.dicom_text import TEXT_FIELDS
 from mgll_encoder.data.manifest import read_header, read_rows
-from mgll_encoder.data.xray import PIXELS, TEXTS, build_xray, read_radiograph
+from mgll_encoder.data.xray import build_xray
 from tests.builders import invoke, refused
+from tests.mgll_encoder.radiographs import radiograph, ramp
 
 SECRET = "Zyx"
 """Planted in every field that must not be read; letters that occur in no other value."""
@@ -29,46 +32,13 @@ TEXTUAL = {
 PLANTED = (SECRET.casefold(), "smith", "19570314", "031415", "067y")
 
 
-def radiograph(
-    path: Path, pixels: np.ndarray, *, bits: int = 12, photometric: str = "MONOCHROME2", **fields: object
-) -> Path:
-    """Write a DICOM file of 16-bit allocated pixels."""
-    header = Dataset()
-    header.file_meta = FileMetaDataset()
-    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    header.SOPClassUID, header.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1", generate_uid()
-    header.Modality, header.StudyDescription, header.SeriesDescription = "CR", "XR CHEST 2 VIEWS", "PA"
-    header.SamplesPerPixel, header.PhotometricInterpretation = 1, photometric
-    header.Rows, header.Columns = pixels.shape
-    header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = (
-        16,
-        bits,
-        bits - 1,
-        0,
-    )
-    header.PixelData = pixels.astype("<u2").tobytes()
-    for name, value in fields.items():
-        if value is None:
-            delattr(header, name)
-        else:
-            setattr(header, name, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dcmwrite(path, header, enforce_file_format=True)
-    return path
-
-
-def ramp(high: int = 4095) -> np.ndarray:
-    """Values from 0 to ``high`` in rows of 16."""
-    return np.linspace(0, high, 256).reshape(16, 16).round().astype(np.uint16)
-
-
-def grey(path: Path) -> np.ndarray:
-    return read_radiograph(path, ["CR"])[0]
-
-
 def plant(header: Dataset) -> int:
     """Write the secret into every field of text or date that the dictionary knows and that must not be read."""
-    allowed = {*TEXTS.values(), *PIXELS, "SpecificCharacterSet"}  # the last says how text is encoded
+    allowed = {
+        *TEXT_FIELDS.values(),
+        *PIXEL_FIELDS,
+        "SpecificCharacterSet",
+    }  # the last says how text is encoded
     count = 0
     for tag, (vr, _, _, retired, keyword) in DicomDictionary.items():
         groups_of_a_file = tag >> 16 not in (0x0000, 0x0002, 0x0004)
@@ -113,46 +83,11 @@ def test_no_other_header_field_ever_leaves_the_file(tmp_path: Path) -> None:
 
 
 def test_the_allow_list_holds_three_texts_and_no_identity() -> None:
-    assert list(TEXTS.values()) == ["Modality", "StudyDescription", "SeriesDescription"]
-    vrs = {name: DicomDictionary[keyword_dict[name]][0] for name in PIXELS}
+    assert list(TEXT_FIELDS.values()) == ["Modality", "StudyDescription", "SeriesDescription"]
+    vrs = {name: DicomDictionary[keyword_dict[name]][0] for name in PIXEL_FIELDS}
     assert {name for name, vr in vrs.items() if vr in TEXTUAL} == {
         "PhotometricInterpretation", "RescaleType", "VOILUTFunction",
     }  # fmt: skip
-
-
-def test_the_whole_range_becomes_eight_bits(tmp_path: Path) -> None:
-    found = grey(radiograph(tmp_path / "a.dcm", ramp()))
-    np.testing.assert_array_equal(found, np.round(ramp() / 4095 * 255))
-
-
-def test_monochrome1_is_inverted(tmp_path: Path) -> None:
-    found = grey(radiograph(tmp_path / "a.dcm", ramp(), photometric="MONOCHROME1"))
-    assert (found[0, 0], found[-1, -1]) == (255, 0)
-
-
-def test_a_window_decides_what_is_black_and_white(tmp_path: Path) -> None:
-    found = grey(radiograph(tmp_path / "a.dcm", ramp(), WindowCenter=2048, WindowWidth=1024))
-    # DICOM PS3.3 C.11.2.1.2: linear between c - 0.5 - (w-1)/2 and c - 0.5 + (w-1)/2
-    expected = np.clip((ramp() - 2047.5) / 1023 + 0.5, 0, 1) * 255
-    np.testing.assert_allclose(found, expected, atol=0.51)
-    wide = grey(radiograph(tmp_path / "b.dcm", ramp(1000), WindowCenter=2048, WindowWidth=4096))
-    assert wide.max() < 70, "a window wider than the values is kept, not stretched"
-
-
-def test_rescale_comes_before_the_window(tmp_path: Path) -> None:
-    fields = {"RescaleSlope": 2, "RescaleIntercept": -100, "RescaleType": "US"}
-    found = grey(radiograph(tmp_path / "a.dcm", ramp(), WindowCenter=4000, WindowWidth=2000, **fields))
-    expected = np.clip((ramp() * 2.0 - 100 - 3999.5) / 1999 + 0.5, 0, 1) * 255
-    np.testing.assert_allclose(found, expected, atol=0.51)
-
-
-def test_a_lookup_table_is_applied(tmp_path: Path) -> None:
-    table = Dataset()
-    table.LUTDescriptor = [16, 0, 8]
-    table.add_new("LUTData", "US", list(range(0, 256, 17))[::-1])
-    falling = radiograph(tmp_path / "a.dcm", ramp(15), bits=4, VOILUTSequence=Sequence([table]))
-    found = grey(falling)
-    np.testing.assert_array_equal(found, 255 - ramp(15) * 17)
 
 
 def test_splits_never_divide_a_patient_folder(tmp_path: Path) -> None:
@@ -201,29 +136,92 @@ def test_what_cannot_be_used_is_counted_and_strict_stops(tmp_path: Path) -> None
         "not a DICOM file": 1, "pixels cannot be decoded (RLE Lossless)": 1,
     }  # fmt: skip
     line = refused(main, "data", "xray", "--dicom", source, "--out", tmp_path / "strict", "--strict")
-    assert "ct.dcm" in line or "again.dcm" in line
+    assert line.startswith("DICOM file 2 of 7: modality CT")
     assert not (tmp_path / "strict").exists()
 
 
-def test_a_codec_that_is_not_installed_is_named_with_the_file_and_what_brings_decoders(
-    tmp_path: Path,
-) -> None:
-    """MPEG-2 in place of JPEG 2000: pydicom has no decoder for it, whatever else is installed."""
-    radiograph(tmp_path / "in" / "good.dcm", ramp())
-    film = dcmread(radiograph(tmp_path / "in" / "film.dcm", ramp()))
-    film.PixelData = encapsulate([film.PixelData])
-    film["PixelData"].is_undefined_length = True
-    film.file_meta.TransferSyntaxUID = MPEG2MPML
-    dcmwrite(tmp_path / "in" / "film.dcm", film)
+def test_one_file_never_stops_a_folder(tmp_path: Path) -> None:
+    """A pipe that nobody writes to, links that lead nowhere, pixels beyond any memory, a header that ends early."""
+    source = tmp_path / "in"
+    good = radiograph(source / "good.dcm", ramp())
+    os.mkfifo(source / "pipe.dcm")
+    (source / "gone.dcm").symlink_to("nowhere")
+    (source / "loop.dcm").symlink_to("loop.dcm")
+    radiograph(source / "huge.dcm", ramp(), Rows=65535, Columns=65535)
+    (source / "cut.dcm").write_bytes(good.read_bytes()[:-200])
+    (source / "empty.dcm").touch()
+    done = invoke(main, "data", "xray", "--dicom", source, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.out.startswith("1 images")
+    assert "first not a file: DICOM file 3 of 7" in done.err
+    assert "first too large: DICOM file 5 of 7" in done.err
+    assert "left out 6 of 7 files: 3 not a file" in done.err
+    assert "Warning" not in done.err
+
+
+def test_damaged_bytes_anywhere_are_counted_and_say_nothing_raw(tmp_path: Path) -> None:
+    """150 files of which a few bytes were changed, cut out or doubled."""
+    draw = random.Random(0)
+    whole = bytearray(
+        radiograph(tmp_path / "whole.dcm", ramp(), WindowCenter=2048, WindowWidth=4000).read_bytes()
+    )
+    (tmp_path / "in").mkdir()
+    for number in range(150):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 6)):
+            place = draw.randrange(128, len(data))
+            match draw.randrange(3):
+                case 0:
+                    data[place] = draw.randrange(256)
+                case 1:
+                    del data[place : place + draw.randint(1, 20)]
+                case 2:
+                    data[place:place] = data[place : place + draw.randint(1, 20)]
+        (tmp_path / "in" / f"{number}.dcm").write_bytes(data)
     done = invoke(main, "data", "xray", "--dicom", tmp_path / "in", "--out", tmp_path / "out")
     assert done.code == 0, done.err
-    reason = "pixels cannot be decoded (MPEG2 Main Profile / Main Level)"
-    (line,) = [line for line in done.err.splitlines() if line.startswith(f"first {reason}")]
-    assert f"left out 1 of 2 files: 1 {reason}" in done.err
-    assert "film.dcm" in line
-    assert "pip install 'mgll-mllm[dicom]'" in line
-    strict = refused(main, "data", "xray", "--dicom", tmp_path / "in", "--out", tmp_path / "no", "--strict")
-    assert "film.dcm" in strict
+    lines = done.err.splitlines()
+    assert all(line.startswith(("first", "left out", "warning: each image", "Decoding")) for line in lines), (
+        done.err
+    )
+
+
+def test_the_case_that_fuzzing_found(cases: Path, tmp_path: Path) -> None:
+    line = refused(
+        main, "data", "xray", "--dicom", cases / "fuzz" / "F2_dicom_1693", "--out", tmp_path / "out"
+    )
+    assert "gives no image to train on" in line
+
+
+def test_writing_in_the_picture_is_left_out_unless_asked_for(tmp_path: Path) -> None:
+    for number, said in enumerate(["YES", "NO", "", None]):
+        fields = {} if said is None else {"BurnedInAnnotation": said}
+        fields |= {"WindowCenter": 2048, "WindowWidth": 4096}
+        radiograph(tmp_path / "in" / f"{number}.dcm", ramp(1000 + 300 * number), **fields)
+    report = build_xray(tmp_path / "in", tmp_path / "out")
+    assert (report.rows, dict(report.skipped.counts)) == (3, {"burned-in annotation": 1})
+    asked = invoke(main, "data", "xray", "--dicom", tmp_path / "in", "--out", tmp_path / "all", "--burned-in")
+    assert asked.out.startswith("4 images")
+
+
+def test_what_the_header_calls_its_people_is_cut_out_of_the_texts(tmp_path: Path) -> None:
+    fields = {
+        "PatientName": "ZYX^ANNA",
+        "StudyDescription": "XR CHEST Anna Zyx",
+        "SeriesDescription": "zyx, 31.01.1970",
+    }
+    radiograph(tmp_path / "in" / "ZYX_ANNA" / "ZYX.dcm", ramp(), **fields)
+    (tmp_path / "in" / "ZYX_ANNA" / "ZYX_broken.dcm").write_text("ZYX^ANNA")
+    done = invoke(
+        main, "data", "xray", "--dicom", tmp_path / "in", "--out", tmp_path / "out", "--patient-folders"
+    )
+    assert done.code == 0, done.err
+    assert "2 study and series descriptions" in done.err
+    manifest = (tmp_path / "out" / "manifest.jsonl").read_text()
+    header, row = map(json.loads, manifest.splitlines())
+    assert row["texts"] == {"modality": ["CR"], "study": ["XR CHEST"]}
+    assert header["built"]["descriptions_cut"] == 2
+    assert "zyx" not in (manifest + done.out + done.err).casefold()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""LLaVA-shaped folders whose ``mm_vision_tower`` names a place that is gone: a swap needs only the tower's geometry."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mgll_encoder import inspect_tower
+from mgll_encoder.common.errors import UserError
+from mllm_adapters import load_mllm
+from mllm_adapters.cli.swap import main
+from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.towers import published_name
+from tests.builders import invoke, refused
+from tests.mllm_adapters.llava_checkpoints import a_tower, edit_config, original_llava
+
+LARGE, LARGE_336 = "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336"
+
+NAMES = {
+    LARGE_336: LARGE_336,
+    "/scratch/me/clip-vit-large-patch14-336": LARGE_336,
+    "./vit/clip_vit_large_patch14_336": LARGE_336,
+    "C:\\models\\clip-vit-large-patch14\\": LARGE,
+    "/home/me/hub/models--openai--clip-vit-large-patch14-336/snapshots/ce19dc912ca5cd21c8a": LARGE_336,
+    "ViT-L/14@336px": LARGE_336,
+    "ViT-L/14": LARGE,
+    "ViT-L-14-336": LARGE_336,
+    "model_zoo/OpenAI/clip-vit-large-patch14-336": LARGE_336,
+    "OpenGVLab/InternViT-6B-224px": "OpenGVLab/InternViT-6B-224px",
+    "/scratch/me/my-tower": None,
+    "google/siglip-so400m-patch14-384": None,
+    "/scratch/clip-vit-large-patch14-336/finetuned": None,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_local_copy_is_known_by_the_name_that_it_was_published_under(name: str) -> None:
+    assert published_name(name) == NAMES[name]
+
+
+@pytest.fixture
+def host(golden: Path, tmp_path: Path) -> Path:
+    """An original LLaVA-Med with its tower in the shards; where the tower was when it was trained is gone."""
+    folder = original_llava(golden, "llava_med", tmp_path / "host")
+    shutil.rmtree(folder / "towers")
+    return edit_config(folder, mm_vision_tower="/scratch/me/run7/vit")
+
+
+@pytest.fixture
+def without_tower(host: Path, golden: Path, tmp_path: Path) -> Path:
+    """An original LLaVA without a tower in the shards; the one that it names is gone."""
+    folder = original_llava(golden, "llava", tmp_path / "bare")
+    shutil.rmtree(folder / "towers")
+    return edit_config(folder, mm_vision_tower="/scratch/me/run7/vit", unfreeze_mm_vision_tower=False)
+
+
+def test_the_geometry_is_taken_from_the_shards_and_that_is_said(
+    host: Path, golden: Path, tmp_path: Path
+) -> None:
+    tower = a_tower(tmp_path / "mgll")
+    whole = original_llava(golden, "llava_med", tmp_path / "whole")
+    expected = plan_of(whole, tower)
+    found = plan_of(host, tower)
+    assert (found.before.width, found.before.tokens, found.before.image_size) == (
+        expected.before.width, expected.before.tokens, expected.before.image_size,
+    )  # fmt: skip
+    assert [(step.name, step.shape) for step in found.steps] == [(s.name, s.shape) for s in expected.steps]
+    outcome = invoke(main, "--mllm", host, "--encoder", tower, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    said = " ".join((outcome.out + outcome.err).split())
+    assert (
+        "the old tower 'vit' is not on this machine: its geometry is that of its tensors in the shards"
+        in said
+    )
+    load_mllm(tmp_path / "out")
+    written = "".join(file.read_text() for file in (tmp_path / "out").glob("*.[jm][sd]*"))
+    assert "/scratch/me" not in written, "somebody's folders are not published"
+
+
+def plan_of(source: Path, tower: Path, image_size: int | None = None):
+    checkpoint, family, _ = open_checkpoint(source)
+    return family.plan(checkpoint, inspect_tower(tower), image_size)
+
+
+def test_a_conversion_needs_the_tower_itself(host: Path, tmp_path: Path) -> None:
+    message = refused(main, "convert", "--mllm", host, "--out", tmp_path / "out")
+    assert "vision tower '/scratch/me/run7/vit' is neither in the checkpoint folder" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_known_name_that_the_projector_contradicts_is_refused(without_tower: Path, tmp_path: Path) -> None:
+    edit_config(without_tower, mm_vision_tower="/scratch/me/clip_vit_large_patch14_336")
+    with pytest.raises(UserError, match="reads features of width 32, but the host's tower gives 1024"):
+        plan_of(without_tower, a_tower(tmp_path / "mgll", width=64))
+
+
+def test_an_unknown_tower_asks_for_the_image_size_and_takes_it(without_tower: Path, tmp_path: Path) -> None:
+    tower = a_tower(tmp_path / "mgll")
+    width = 32
+    edit_config(without_tower, mm_hidden_size=width)
+    command = ("--mllm", without_tower, "--encoder", tower, "--out", tmp_path / "out")
+    assert "give --image-size" in refused(main, *command)
+    plan = plan_of(without_tower, tower, 28)
+    assert (plan.before.width, plan.after.image_size) == (width, 28)
+    outcome = invoke(main, *command, "--image-size", 28)
+    assert outcome.code == 0, outcome.err
+    load_mllm(tmp_path / "out")
