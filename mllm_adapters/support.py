@@ -12,7 +12,6 @@ from importlib.resources import files
 from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 
 FILE = "support.json"
@@ -108,7 +107,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
     for column in columns:
         table.add_column(column, no_wrap=column == "family", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(row[column]) for column in columns))
+        table.add_row(*(row[column] for column in columns))
     return table
 
 

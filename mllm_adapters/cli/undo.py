@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.writing import FORCE_HELP, parts_of
 
-MARKS = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "–"}
+MARKS = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text("–")}
 """Passed, failed, not checked."""
 
 
@@ -35,7 +36,6 @@ def verify(
     """
     from dataclasses import asdict
 
-    from rich.markup import escape
     from rich.table import Table
 
     from mllm_adapters.swap.verify import Verification
@@ -46,7 +46,7 @@ def verify(
     else:
         table = Table("", "check", "what was found")
         for check in checks:
-            table.add_row(MARKS[check.passed], check.name, escape(check.detail))
+            table.add_row(MARKS[check.passed], check.name, check.detail)
         cli.stdout.print(table)
     if failed := [check for check in checks if check.passed is False]:
         found = "; ".join(f"{check.name} ({check.detail})" for check in failed)

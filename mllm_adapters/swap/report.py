@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Plan
@@ -79,7 +79,7 @@ def plan_table(
     for column in ("", "before", "after"):
         vision.add_column(column)
     for name, before, after in contract_rows(plan.before, plan.after):
-        vision.add_row(name, before, after if after == before else f"[bold]{after}[/bold]")
+        vision.add_row(name, before, after if after == before else Text(after, "bold"))
 
     tensors = Table(title="Tensors", title_justify="left")
     for column in ("", "number", "bytes"):
@@ -99,8 +99,8 @@ def plan_table(
     facts = Table.grid(padding=(0, 2))
     facts.add_column()
     facts.add_column(overflow="fold")
-    facts.add_row("checkpoint", escape(f"{plan.source} ({plan.family}, {plan.layout} layout)"))
-    facts.add_row("tower", escape(str(plan.tower or "the checkpoint's own")))
+    facts.add_row("checkpoint", f"{plan.source} ({plan.family}, {plan.layout} layout)")
+    facts.add_row("tower", str(plan.tower or "the checkpoint's own"))
     for reader, fate in plan.readers.items():
         facts.add_row("reader", f"{reader}: {fate}")
     facts.add_row(

@@ -342,7 +342,7 @@ class TestCommand:
             folder,
         )
         assert "0 readable images are too few" in line
-        assert "not in a format that Pillow reads" in line
+        assert "expected PNG, JPEG, TIFF" in line
 
     def test_the_old_tower_is_needed(self, golden: Path, images: Path, tmp_path: Path) -> None:
         """A swap needs no more of a published tower than its geometry; alignment needs its weights."""

@@ -82,7 +82,9 @@ def test_an_output_inside_the_source_leaves_the_source_alone(
 def test_an_output_that_cannot_be_written_is_one_line(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
-    assert "cannot be written" in refused(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out)
+    assert f"{tmp_path / 'file'} is a file, expected a folder" in refused(
+        main, "--mllm", tiny_llava, "--encoder", tower, "--out", out
+    )
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
