@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP = $(@D)/bin/python -m pip --quiet
 LOCK := requirements/lock.txt
 
-.PHONY: install demo test test-slow lint lock clean
+.PHONY: install demo test test-slow fuzz lint lock clean
 
 install: .venv/installed
 
@@ -32,6 +32,12 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# make fuzz N=10000 [READERS=runs,recipes] [SEED=1]: damaged inputs for every reader, and a summary
+N ?= 1000
+SEED ?= 0
+fuzz: install
+	$(BIN)/python -m tests.fuzz $(N) --readers "$(READERS)" --seed $(SEED)
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,7 +4,6 @@ Only headers are read on opening. Tensors are read (memory-mapped) when asked fo
 of a training checkpoint cost nothing.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import POINTER, read_json, refuse_pointer
 from mgll_encoder.torch_file import WeightSet, open_torch
 
 FOLDER_FILES = (
@@ -35,9 +35,6 @@ _DTYPES = {
 
 _MAPPED = 256 << 20
 """Bytes that are read of a mapped file before it is mapped again: the pages that were read are let go then."""
-
-_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the text begins that stands in the place of a large file in a repository cloned without Git LFS."""
 
 
 @dataclass(frozen=True)
@@ -93,38 +90,6 @@ def open_checkpoint(path: Path, weights: WeightSet | None = None) -> Checkpoint:
     return replace(_open_file(file, weights), path=path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: the file is unreadable, no JSON, or no object.
-    """
-    try:
-        text = path.read_bytes()
-        refuse_pointer(path, text)
-        content = json.loads(text.decode("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path} cannot be read as JSON: it is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}: expected an object")
-    return content
-
-
-def refuse_pointer(path: Path, head: bytes) -> None:
-    """Say of a Git LFS pointer what it is.
-
-    Raises:
-        UserError: ``head``, the beginning of the file, is that of one.
-    """
-    if head.startswith(_POINTER):
-        raise UserError(
-            f"{path} is a Git LFS pointer ({path.stat().st_size} bytes), not the file itself: run `git lfs pull` in "
-            "its folder, or download the file"
-        )
-
-
 def is_safetensors(path: Path) -> bool:
     """Whether a file is safetensors, by its first bytes: eight of header length, then a JSON header."""
     return _head(path)[8:9] == b"{"
@@ -173,7 +138,7 @@ def _open_file(path: Path, weights: WeightSet | None = None) -> Checkpoint:
 def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as stream:
-            head = stream.read(len(_POINTER))
+            head = stream.read(len(POINTER))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     if not head:

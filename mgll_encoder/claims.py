@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.clip_vision import SPEC_FIELDS, spec_fields
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.preprocess import read_preprocessing
 from mgll_encoder.spec import TowerSpec, checked
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from mgll_encoder.checkpoint import open_checkpoint, read_json
+from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.keymap import OPEN_CLIP_BLOCKS, Rule
 from mgll_encoder.spec import Activation
 from mgll_encoder.text_tower import TextTower

@@ -14,13 +14,13 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free, sha256, write_text
 from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
 from mgll_encoder.data.batches import Collator, ManifestImages, Plan, plan_splits
 from mgll_encoder.data.manifest import read_header, split_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.deepspeed import read_deepspeed
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.losses import PLAIN_CLIP, Alphas
 from mgll_encoder.spec import Activation
@@ -95,17 +95,15 @@ def _check_deepspeed(path: Path) -> None:
     """Refuse a DeepSpeed configuration that cannot be used.
 
     Raises:
-        UserError: it is no JSON object, or asks for ZeRO 3 or gradient accumulation.
+        UserError: it cannot be read (see `read_deepspeed`), or asks for ZeRO 3 or gradient accumulation.
     """
-    content = read_json(path)
-    zero = content.get("zero_optimization")
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    if stage == 3:
+    content = read_deepspeed(path)
+    if content.zero_optimization.stage == 3:
         raise UserError(
             f"{path}: field 'zero_optimization.stage' is 3: expected 0, 1 or 2; both towers fit on one GPU, and "
             "are written whole from there"
         )
-    steps = content.get("gradient_accumulation_steps", 1)
+    steps = content.gradient_accumulation_steps
     if steps not in (1, "auto"):
         raise UserError(
             f"{path}: field 'gradient_accumulation_steps' is {steps}: expected 1; texts of one step are no contrast "

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 
 CODE_FIELD = "auto_map"
 """The field with which a folder asks transformers to run a Python file."""

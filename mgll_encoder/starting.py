@@ -6,11 +6,11 @@ from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.claims import HF_FOLDER, OURS
 from mgll_encoder.clip_text import clip_text_tower
 from mgll_encoder.common.cli import note, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.data.batches import Plan
 from mgll_encoder.losses import Alphas
 from mgll_encoder.spec import Activation

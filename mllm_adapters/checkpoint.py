@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.checkpoint import Checkpoint as Weights
-from mgll_encoder.checkpoint import is_safetensors, read_json
+from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mllm_adapters.locate import find_part
 
 WEIGHTS = (

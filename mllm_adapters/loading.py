@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import load_pretrained
 from mllm_adapters.configs import build_config
 from mllm_adapters.contract import Plan

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.preprocess import image_processor, read_preprocessing
 from mgll_encoder.pretrained import load_pretrained
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, Family
 

@@ -71,7 +71,7 @@ class Loading:
     def _quantisation(self) -> Any:
         if not self.four_bit:
             return None
-        from mgll_encoder.checkpoint import read_json
+        from mgll_encoder.common.texts import read_json
         from mllm_adapters.training.quantisation import nf4
 
         config = self.model / "config.json"

@@ -1,12 +1,37 @@
-"""Reading text and JSON files: what is wrong with one is said in a line that names it."""
+"""Reading text, JSON and YAML files: what is wrong with one is said in a line that names it.
+
+JSON and YAML are read strictly. Both allow more than a setting can mean: a key twice (the last one would win without
+a word), numbers that are none, numbers of thousands of digits, nesting without end, halves of characters.
+"""
 
 import json
+import math
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import find_fault
 from mgll_encoder.common.files import regular_file
+
+DIGITS = 40
+"""Of an integer; the longest that is in use, a tokenizer's ``model_max_length`` of 1e30, has 31."""
+
+DEPTH = 100
+"""Levels of lists and objects in one another; libraries that work through them stop at some hundreds."""
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text begins that stands in the place of a large file in a repository cloned without Git LFS."""
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def read_text(path: Path, kind: str) -> str:
@@ -29,21 +54,224 @@ def read_text(path: Path, kind: str) -> str:
         raise UserError(f"{kind} {fault.line() if fault else f'{path}: {error}'}") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Read a JSON text.
+def read_json(path: Path, what: str = "file") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+        what: What it is called in an error message.
+
+    Raises:
+        UserError: the file cannot be read (see `read_text`), is not strict JSON (see `parse_json`), or is no object.
+    """
+    text = read_text(path, what)
+    refuse_pointer(path, text[: len(POINTER)].encode())
+    content = parse_json(text, f"{what} {path}" if what != "file" else str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {kind_of(content)}: expected an object")
+    return content
+
+
+def refuse_pointer(path: Path, head: bytes) -> None:
+    """Say of a Git LFS pointer what it is.
+
+    Raises:
+        UserError: ``head``, the beginning of the file, is that of one.
+    """
+    if head.startswith(POINTER):
+        raise UserError(
+            f"{path} is a Git LFS pointer ({path.stat().st_size} bytes), not the file itself: run `git lfs pull` in "
+            "its folder, or download the file"
+        )
+
+
+def parse_json(text: str, where: str, *, nan: bool = False) -> Any:
+    """A JSON text, strictly.
 
     Args:
         text: The text.
-        where: Where it stands, for the error: ``bench b.jsonl line 1``.
+        where: Where it stands, for the error message: a file, and perhaps a line.
+        nan: Whether NaN is let pass, as pandas writes it for what is missing.
 
     Raises:
-        UserError: it is no JSON, nested too deeply, or holds a number with thousands of digits.
+        UserError: it is not JSON, names a key twice, holds NaN or an infinite number, an integer of more than `DIGITS`
+            digits, half of a surrogate pair, or is nested too deeply.
     """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} (column {error.colno})") from None
+        found = (NAN_DECODER if nan else DECODER).decode(text)
     except RecursionError:
         raise UserError(f"{where} is nested too deeply to be read") from None
-    except ValueError as error:  # Python converts no integer of more than 4300 digits
-        raise UserError(f"{where} holds a number that is too long to be read: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    check_content(found, where)
+    return found
+
+
+def read_as(kind: type[M], path: Path, what: str, advice: str = "") -> M:
+    """Read a JSON file of a known form.
+
+    Args:
+        kind: The form.
+        path: The file.
+        what: What it is called in an error message.
+        advice: What to do, at the end of the message.
+
+    Raises:
+        UserError: see `parse_json` and `checked`.
+    """
+    where = f"{what} {path}"
+    return checked(kind, parse_json(read_text(path, what), where), where, advice)
+
+
+def checked(kind: type[M], content: Any, where: str, advice: str = "") -> M:
+    """What was read as what it should be.
+
+    Raises:
+        UserError: it is not; the first field that is missing, unknown or wrong is named, with what was found.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_fault(error)}{advice and f'; {advice}'}") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault of a pydantic report: field, message, and what was found."""
+    fault = error.errors(include_url=False, include_context=False)[0]
+    field, message = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+    found = textwrap.shorten(repr(fault["input"]), 60, placeholder=" ...")
+    shown = "" if fault["type"] in ("missing", "value_error") else f" (found {found})"
+    return f"field '{field}': {message}{shown}" if field else f"{message}{shown}"
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """A YAML text of plain settings, strictly: no tags but YAML's own, no anchors, nothing that is said twice.
+
+    Raises:
+        UserError: it is not YAML, or is more than plain settings (see `parse_json`).
+    """
+    try:
+        found = yaml.load(text, Loader=_PlainLoader)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply to be read") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise UserError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise UserError(f"{where} is not YAML: {error}") from None
+    check_content(found, where)
+    return found
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's own types, without anchors; every key once."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"found the alias '*{event.anchor}': write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            # Whatever goes wrong where a value is not of the type that its tag or its look says.
+            kind, reason = node.tag.rpartition(":")[2], str(error) if isinstance(error, ValueError) else ""
+            shown = f"'{str(node.value)[:40]}'" if isinstance(node.value, str) else "this"
+            problem = f"{shown} is no {kind}{reason and f': {reason}'}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) != len(node.value):
+            twice = _twice(self.construct_object(key, deep=True) for key, _ in node.value)
+            raise yaml.constructor.ConstructorError(None, None, twice, node.start_mark)
+        return found
+
+    def construct_yaml_float(self, node: Any) -> float:
+        return _finite(super().construct_yaml_float(node))
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > DIGITS:
+            raise ValueError(f"a number of {len(node.value)} digits")
+        return super().construct_yaml_int(node)
+
+
+for _tag, _construct in (
+    ("float", _PlainLoader.construct_yaml_float),
+    ("int", _PlainLoader.construct_yaml_int),
+):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct)
+
+
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str | float) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(_twice(name for name, _ in pairs))
+    return found
+
+
+def _twice(keys: Iterable[Any]) -> str:
+    key, times = Counter(keys).most_common(1)[0]
+    return f"key '{key}' is there {times} times"
+
+
+def check_content(content: Any, where: str) -> None:
+    """Refuse what parsers let pass: deep nesting, and strings that are no text.
+
+    Raises:
+        UserError: there is such a thing.
+    """
+    level = [content]
+    for _ in range(DEPTH):
+        if not level:
+            return
+        for text in (value for value in level if isinstance(value, str)):
+            if not text.isascii() and _HALF.search(text):
+                raise UserError(
+                    f"{where} holds half of a surrogate pair ({text[:40]!r}): expected Unicode text"
+                )
+        level = [child for value in level for child in _children(value)]
+    raise UserError(f"{where} is nested too deeply to be read: expected at most {DEPTH} levels")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return (*value.keys(), *value.values())
+    return value if isinstance(value, list | tuple) else ()
+
+
+_STRICT: Mapping[str, Any] = {"parse_float": _finite, "parse_int": _integer, "object_pairs_hook": _once}
+
+DECODER = json.JSONDecoder(parse_constant=_refused, **_STRICT)
+"""Reads JSON strictly; for texts that are read piece by piece, of which `check_content` has to look at each."""
+
+NAN_DECODER = json.JSONDecoder(parse_constant=float, **_STRICT)
+"""Likewise, where NaN stands for what is missing."""
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value, for messages."""
+    kinds = {dict: "object", list: "list", str: "string", bool: "truth value", int: "number", float: "number"}
+    return kinds.get(type(value), "null")

@@ -22,6 +22,7 @@ from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import cache_folder, made_once, regular_file
 from mgll_encoder.common.hf_datasets import is_dataset
+from mgll_encoder.common.texts import NAN_DECODER, check_content, parse_json
 from mgll_encoder.data.manifest import image_folder, read_header
 from mgll_encoder.data.manifest import read_rows as read_manifest
 from mgll_encoder.data.manifest_formats import format_of
@@ -49,7 +50,6 @@ PICTURES = "pictures"
 
 CHUNK = 1 << 20
 BATCH = 1000
-DECODER = json.JSONDecoder()
 SPACE = re.compile(r"\s*")
 
 
@@ -218,8 +218,8 @@ def _head(path: Path) -> dict[str, Any]:
         with _open(path) as stream:
             first = next((line for line in stream if line.strip()), "")
     try:
-        head = json.loads(first)
-    except json.JSONDecodeError:
+        head = parse_json(first, str(path))
+    except UserError:
         return {}
     return head if isinstance(head, dict) else {}
 
@@ -316,10 +316,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
 def _lines(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, 1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}, is not JSON: {error}") from None
+            yield number, parse_json(line, f"{path}, line {number},", nan=True)
 
 
 def _listed(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
@@ -330,7 +327,7 @@ def _listed(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
         return
     while True:
         try:
-            item, end = DECODER.raw_decode(text, at)
+            item, end = NAN_DECODER.raw_decode(text, at)
             end = _skip(text, end)
             if text[end : end + 1] not in (",", "]"):
                 raise json.JSONDecodeError("expected ',' or ']'", text, end)
@@ -341,6 +338,10 @@ def _listed(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
             text, at, size = text[at:] + more, 0, size * 2
             at = _skip(text, at)
             continue
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise UserError(f"{path}, row {number}, cannot be read: {reason}") from None
+        check_content(item, f"{path}, row {number},")
         yield number, item
         if text[end] == "]":
             break

@@ -5,8 +5,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from mgll_encoder import TowerHeader, inspect_tower
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.keymap import PROJECTION, plan_keys
 from mgll_encoder.tower import OFFICIAL
 from mllm_adapters.checkpoint import Checkpoint

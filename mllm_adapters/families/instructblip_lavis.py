@@ -11,8 +11,8 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import build_config, text_config
 from mllm_adapters.contract import Dropped, Step

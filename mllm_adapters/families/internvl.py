@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import tower_config
 from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract

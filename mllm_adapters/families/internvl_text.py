@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import library_errors, library_reason
 from mllm_adapters.contract import Plan, VisionContract
 from mllm_adapters.families import read_template

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import load_pretrained
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint

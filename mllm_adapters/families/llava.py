@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.checkpoint import read_json
+from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Target
 from mllm_adapters.families import llava_fields, read_template

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.checkpoint import read_json
-from mgll_encoder.common.texts import read_text
+from mgll_encoder.common.texts import read_json, read_text
 from mgll_encoder.preprocess import processor_settings
 from mllm_adapters.contract import Plan
 from mllm_adapters.planning import IMAGE_TOKEN

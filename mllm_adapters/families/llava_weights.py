@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields
 from mllm_adapters.contract import Dropped, Step

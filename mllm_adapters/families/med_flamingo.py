@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, text_config, tower_config, tower_geometry

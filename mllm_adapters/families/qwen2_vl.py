@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, tower_config

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mgll_encoder import TowerHeader, inspect_tower
-from mgll_encoder.checkpoint import is_safetensors, read_json
+from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.common.trained_on import (
     TRAINED_ON,
     Training,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mgll_encoder.checkpoint import Checkpoint as Weights
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import DELTA, Checkpoint
 from mllm_adapters.contract import Operation, Plan, Step
 from mllm_adapters.operations import compute

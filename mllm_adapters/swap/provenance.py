@@ -13,8 +13,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mgll_encoder.checkpoint import FOLDER_FILES, read_json
+from mgll_encoder.checkpoint import FOLDER_FILES
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.checkpoint import WEIGHT_SUFFIXES, WEIGHTS, Checkpoint, refuse_delta
 from mllm_adapters.contract import Dropped, Plan, Step

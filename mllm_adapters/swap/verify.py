@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mgll_encoder.checkpoint import is_safetensors, read_json
+from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import library_errors, library_reason
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.loading import check_complete, load_mllm

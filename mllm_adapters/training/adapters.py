@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgll_encoder.checkpoint import open_checkpoint, read_json
+from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import library_errors, library_reason
 from mllm_adapters.training.stages import is_adapter
 

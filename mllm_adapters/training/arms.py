@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mllm_adapters.configs import build_config
 from mllm_adapters.data.conversations import read_corpus
 from mllm_adapters.data.examples import prepare_examples

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.resuming import clear_unfinished, forget, last_checkpoint
 
 RUN = "run.json"

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
+from mgll_encoder.common.deepspeed import read_deepspeed
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free
@@ -30,7 +31,6 @@ from mllm_adapters.training.filler import FillingCollator, filler_row
 from mllm_adapters.training.lora import merged, write_adapter
 from mllm_adapters.training.plan import Job, names_on_disk, plan_training, ranks
 from mllm_adapters.training.recipe import Recipe, RunOptions
-from mllm_adapters.training.recipe_file import read_deepspeed
 from mllm_adapters.training.stages import STAGES
 from mllm_adapters.training.trainer import WEIGHTS, FrozenTrainer
 from mllm_adapters.training.watch import BestKeeper, DivergedError, Evaluator, Watchdog, loss_plot
@@ -143,8 +143,8 @@ def check_run(
     if merge:
         check_free(merged_folder(out), force)
     if options.deepspeed:
-        zero = read_deepspeed(options.deepspeed).get("zero_optimization", {})
-        if recipe.qlora and zero.get("stage") == 3:
+        zero = read_deepspeed(options.deepspeed).zero_optimization
+        if recipe.qlora and zero.stage == 3:
             raise UserError(
                 f"deepspeed: {options.deepspeed}: ZeRO-3 cannot shard 4-bit weights: use ZeRO-2 with --qlora"
             )

@@ -4,7 +4,6 @@ What counts is, from weak to strong: defaults, the recipe file, and what is type
 """
 
 import enum
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -14,7 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.common.texts import read_text
+from mgll_encoder.common.texts import parse_yaml, read_text
 from mllm_adapters.training.recipe import EvalOptions, Recipe, RunOptions, check_value
 from mllm_adapters.training.stages import STAGES
 
@@ -135,7 +134,7 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
         _check_key(key, known, "the command line")
         if key in given:
             raise UserError(f"{key} is given twice: '{text}' and {given[key].where}")
-        given[key] = _Given(_parse(value, f"'{text}'"), f"{key}= on the command line", here)
+        given[key] = _Given(parse_yaml(value, f"'{text}'"), f"{key}= on the command line", here)
     for field, value in flags.items():
         key, flag = THEIR_NAMES.get(field, field), f"--{field.replace('_', '-')}"
         if value is None:
@@ -147,17 +146,10 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
 
 
 def _read(file: Path) -> dict[str, Any]:
-    found = _parse(read_text(file, "recipe"), f"{file}")
+    found = parse_yaml(read_text(file, "recipe"), f"recipe {file}")
     if not isinstance(found, dict):
         raise UserError(f"recipe {file} holds no keys: expected lines such as 'learning_rate: 1e-3'")
     return {str(key): value for key, value in found.items()}
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML: {error}") from None
 
 
 def _check_key(key: str, known: Mapping[str, Any], where: str) -> None:
@@ -223,23 +215,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     return list(value) if isinstance(value, tuple) else value
-
-
-def read_deepspeed(file: Path) -> dict[str, Any]:
-    """A DeepSpeed configuration.
-
-    Raises:
-        UserError: DeepSpeed is not installed, or the file is missing or not JSON.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("deepspeed") is None:
-        raise UserError(f"deepspeed: {file} needs the package deepspeed: pip install 'mgll-mllm[train]'")
-    text = read_text(file, "deepspeed:")
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"deepspeed: {file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"deepspeed: {file} holds no settings: expected a JSON object")
-    return found

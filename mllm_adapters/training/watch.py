@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.cli import warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import write_text
+from mgll_encoder.common.texts import read_json
 from mgll_encoder.resuming import last_checkpoint, step_of
 
 BEST = "best.safetensors"

@@ -323,7 +323,7 @@ CASES: dict[Callable[[Path], Path], str] = {
     other_depth: "{path}/config.json: field 'num_hidden_layers' is 24, but the weights in {path} have 3: expected",
     whole_mllm: "{path}/config.json: field 'model_type' is 'llava': expected 'clip' or 'clip_vision_model', the folder "
     "of a CLIP vision tower (a whole MLLM belongs to --mllm)",
-    no_json: "{path}/config.json cannot be read as JSON: ",
+    no_json: "{path}/config.json is not JSON: ",
     wrong_type: "{path}/config.json is no valid config of a CLIP vision tower: ",
     no_weights: "folder {path} holds no weights (found: config.json): expected one of model.safetensors.index.json, ",
     lost_shard: "{path}/model.safetensors.index.json names the shard 'model-00002-of-00007.safetensors', which is not "

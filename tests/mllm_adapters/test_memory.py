@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mgll_encoder.checkpoint import read_json
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.training.memory import Setting, estimate, kept_for_backward
 from mllm_adapters.training.stages import LoraSettings, apply_stage
