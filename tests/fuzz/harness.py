@@ -11,6 +11,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import resource
 import shlex
@@ -45,18 +46,13 @@ LEFTOVER = re.compile(r"(^|/)\.[^/]+")
 
 NOT_A_NUMBER = re.compile(r"(?<![\w.'\"/-])nan(?![\w.'\"/-])")
 
-WARM = (
-    "torch", "transformers", "datasets", "pyarrow.parquet", "pandas", "openpyxl", "pydicom", "pydicom.pixels",
-    "PIL.Image", "sklearn.linear_model", "peft", "tensorboard", "matplotlib.pyplot", "scipy.stats",
-    "sentencepiece", "mllm_adapters.training.engine", "mllm_adapters.training.memory",
-    "mllm_adapters.swap.apply", "mllm_adapters.swap.verify", "mllm_adapters.swap.undo",
-    "mllm_adapters.swap.delta_files", "mllm_adapters.registry", "mgll_encoder.tower", "mgll_encoder.pretrain",
-    "mgll_encoder.probe", "mgll_encoder.data.xray", "mgll_encoder.data.fundus", "eval_mcq.runs.checks",
-    "eval_mcq.runs.merge", "eval_mcq.report", "eval_mcq.items.build", "eval_mcq.items.interchange.importing",
-    "eval_mcq.tables.audit", "eval_mcq.tables.paired", "eval_mcq.scoring.score", "eval_mcq.items.export",
-    "tests.mllm_adapters.complete", "tests.mgll_encoder.test_xray",
+PACKAGES = ("mgll_encoder", "mllm_adapters", "eval_mcq")
+
+LIBRARIES = (
+    "torch", "transformers", "datasets", "pyarrow.parquet", "pandas", "openpyxl", "pydicom.pixels", "PIL.Image",
+    "sklearn.linear_model", "peft", "tensorboard", "matplotlib.pyplot", "scipy.stats", "sentencepiece",
 )  # fmt: skip
-"""What commands and builders import late."""
+"""What commands import late, besides our own modules."""
 
 Edits = tuple[int, ...]
 """Seeds of the damages that are done to a file, one after another."""
@@ -366,8 +362,11 @@ def _explain(main: Callable[[], None]) -> str:
 def _origin(error: BaseException) -> str:
     """The type of an exception and the innermost place in our code that it passed."""
     frames = traceback.extract_tb(error.__traceback__)
-    packages = ("mgll_encoder/", "mllm_adapters/", "eval_mcq/")
-    ours = [f for f in frames if any(p in f.filename for p in packages) and "site-packages" not in f.filename]
+    ours = [
+        f
+        for f in frames
+        if any(f"/{p}/" in f.filename for p in PACKAGES) and "site-packages" not in f.filename
+    ]
     frame = (ours or list(frames) or [None])[-1]
     if frame is None:
         return type(error).__name__
@@ -381,8 +380,11 @@ def warm() -> None:
 
     commands()
     torch.set_num_threads(1)
-    for name in WARM:
+    for name in LIBRARIES:
         importlib.import_module(name)
+    for package in PACKAGES:
+        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            importlib.import_module(module.name)
     gc.collect()
     gc.freeze()  # so that no fork looks for garbage among all that has been imported
 
