@@ -97,7 +97,7 @@ def test_the_prompt_is_frozen():
     ("content", "said"),
     [
         (b'\xff{"schema": "eval-mcq/1"}\n', "is not UTF-8 text (byte 0)"),
-        (b'{"schema": "eval-mcq/1", "built": {"n": ' + b"9" * 6000 + b"}}\n", "line 1 holds a number that is too long"),
+        (b'{"schema": "eval-mcq/1", "built": {"n": ' + b"9" * 6000 + b"}}\n", "line 1 is not JSON: a number of"),
         (b'{"schema": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "line 1 is nested too deeply"),
         (b'{"schema": "eval-mcq/1"}\n' + b"9" * 6000 + b"\n", "line 2"),
         (b'{"schema": "eval-mcq/1", "categories": [1]}\n', "'categories.0': Input should be a valid string (found 1)"),

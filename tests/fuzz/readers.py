@@ -240,11 +240,11 @@ def _runs(folder: Path) -> None:
 def _labels(folder: Path) -> None:
     import pandas as pd
 
-    _pictures(folder, 12)
+    _pictures(folder, 20)
     _tower(folder)
     names = ("diabetic retinopathy", "age-related macular degeneration", "glaucoma", "cataract", "normal")
     rows = [["file", "labels", "patient", "keywords"]]
-    rows += [[f"p{i:02}.png", names[i % 5], f"pt{i // 2}", f"kw {i}"] for i in range(12)]
+    rows += [[f"p{i:02}.png", names[i % 5], f"pt{i}", f"kw {i}"] for i in range(20)]
     for name, delimiter in (("l.csv", ","), ("l.tsv", "\t")):
         with (folder / name).open("w", newline="") as stream:
             csv.writer(stream, delimiter=delimiter).writerows(rows)
@@ -500,7 +500,7 @@ READERS: Sequence[Reader] = (
             "eval-mcq build --labels {file} --images images --diseases DR,AMD,Glaucoma,Cataract --min-negatives 1"
             " --out o.jsonl",
             "mgll-encoder probe --encoder t --data {file} --images images --patient-column patient --min-positives 1"
-            " --workers 0",
+            " --workers 0 --test 0.5",
         ),
     ),
     Reader(
