@@ -143,7 +143,12 @@ def run_command(
         str | None, typer.Option(help="i/n: answer only this part, from 0/n to n-1/n; see eval-mcq merge.")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Questions times rotations per step; halved where memory is short.", min=1)
+        int,
+        typer.Option(
+            help="Questions times rotations per step, those on one image together; halved where memory is short. "
+            "The same for all shards.",
+            min=1,
+        ),
     ] = 32,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
     device: DeviceOption = "auto",

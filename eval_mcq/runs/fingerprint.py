@@ -4,9 +4,11 @@ import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
+from eval_mcq.scoring.modes import SCORING_VERSION
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
+from mgll_encoder.common.images import READER_VERSION
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".txt")
 """Files of a model folder that its answers depend on."""
@@ -34,12 +36,11 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def code_version() -> str:
-    """Versions of what computes, and a hash of the code that asks and scores.
+    """Versions of what the numbers of an answer come from.
 
     A build of torch for another device counts as the same.
     """
-    here = Path(__file__).parents[1]
-    models = sorted((here.parent / "mllm_adapters" / "modeling").glob("*.py"))
-    files = [*sorted((here / "scoring").glob("*.py")), *models]
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return f"{code[:12]}, torch {version('torch').split('+')[0]}, transformers {version('transformers')}"
+    return (
+        f"{SCORING_VERSION}, pictures-{READER_VERSION}, torch {version('torch').split('+')[0]}, "
+        f"transformers {version('transformers')}"
+    )

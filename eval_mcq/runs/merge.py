@@ -56,6 +56,11 @@ def _check_shards(folders: Sequence[Path], records: Sequence[RunRecord]) -> None
             raise UserError(f"{folder} is no shard: it was made without --shard")
         if differs := record.difference(first):
             raise UserError(f"shard {folder} is of another run than {folders[0]}: it has another {differs}")
+        if record.batch_size != first.batch_size:
+            raise UserError(
+                f"shard {folder} was made with --batch-size {record.batch_size}, and {folders[0]} with "
+                f"{first.batch_size}: they are parts of different wholes; run one of them again"
+            )
         if record.shard in seen:
             raise UserError(
                 f"{folder} and {seen[record.shard]} are both shard {record.shard}: give each once"

@@ -1,27 +1,20 @@
 """In what order a bench is asked: questions on one image together, in batches that do not depend on who asks them.
 
-Batches are the same whether a run is new, resumed or one of several shards, so that the same machine gives the same
-bytes each time.
+A sum's last digit depends on what else is in its batch. So batches are made of the whole bench, and a shard takes whole
+ones: whether a run is new, resumed or one of several shards, the same machine gives the same bytes.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.asking import Ask
 from eval_mcq.scoring.prompt import rotations_of
 from mgll_encoder.common.errors import UserError
 
-BLOCK = 32
-"""Most images of a block: batches do not reach across blocks, and shards take whole ones."""
-
-BLOCKS = 64
-"""A bench is cut into at least so many blocks, where it has so many images."""
-
 GROUP_ROWS = 256
-"""Most rows on one image that are asked before they are written down."""
+"""Most rows on one image that are asked at a time, and written down together."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,10 @@ class Shard:
             raise UserError(f"shard '{text[:40]}' is not of the form i/n with i from 0 to n-1, such as 0/4")
         return cls(int(found[1]), int(found[2]))
 
+    def of(self, all_batches: Sequence[list[Group]]) -> list[list[Group]]:
+        """Its share of the batches of a bench."""
+        return list(all_batches[self.index :: self.count])
+
     @property
     def name(self) -> str | None:
         """``i/n``; None where there is one shard only."""
@@ -74,27 +71,22 @@ def groups(items: Sequence[MCQItem], rotations: int) -> list[Group]:
     ]
 
 
-def batches(all_groups: Sequence[Group], rows: int, shard: Shard) -> Iterator[list[Group]]:
-    """Batches of about ``rows`` rows, of whole groups, of one shard's blocks.
+def batches(all_groups: Sequence[Group], rows: int) -> list[list[Group]]:
+    """Batches of at most ``rows`` rows, of whole groups; a larger group is a batch by itself.
 
     Args:
         all_groups: Of the whole bench.
-        rows: Rows after which a batch is full.
-        shard: Whose blocks.
+        rows: Rows of a full batch.
     """
-    size = min(BLOCK, max(1, ceil(len(all_groups) / BLOCKS)))
-    for number, start in enumerate(range(0, len(all_groups), size)):
-        if number % shard.count != shard.index:
-            continue
-        batch: list[Group] = []
-        held = 0
-        for group in all_groups[start : start + size]:
-            if batch and held + len(group.asks) > rows:
-                yield batch
-                batch, held = [], 0
-            batch.append(group)
-            held += len(group.asks)
-        yield batch
+    made: list[list[Group]] = []
+    room = 0
+    for group in all_groups:
+        if len(group.asks) > room:
+            made.append([])
+            room = rows
+        made[-1].append(group)
+        room -= len(group.asks)
+    return made
 
 
 def asks_of(group: Group, items: Sequence[MCQItem]) -> list[Ask]:

@@ -54,8 +54,10 @@ class RunRecord(BaseModel):
         rotations: Most rotations of the options that each question is put in; a question of n options has n.
         prompt: Version of the prompt, and of the parser of replies where there is one.
         dtype: Number format of the model, and its quantisation if any.
-        code: Versions and hash of the code that scores.
+        code: Versions of scoring, reader of pictures, torch and transformers. Runs of before 2026-12 have a hash of
+            source files there.
         shard: ``i/n`` of a run that holds only a part of the answers; None of a whole one.
+        batch_size: Rows of a batch; shards are made of whole batches. None of runs before it was recorded.
         example: The prompt of the bench's first question in full, for the reader.
         versions: Package versions, for the reader.
         leak: How much of the bench its model was trained on, where that was allowed; None of a clean run.
@@ -77,6 +79,7 @@ class RunRecord(BaseModel):
     dtype: str
     code: str = ""
     shard: str | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = None
     example: str = ""
     versions: dict[str, str] = {}
     leak: Leak | None = None
@@ -95,7 +98,7 @@ class RunRecord(BaseModel):
         return {
             "model": self.model_sha256, "bench": self.bench_sha256, "scoring mode": self.mode,
             "number of rotations": str(self.rotations), "prompt": self.prompt, "dtype": self.dtype,
-            "code version": self.code,
+            "scoring version": self.code,
         }  # fmt: skip
 
     @property

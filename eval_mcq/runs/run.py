@@ -32,7 +32,7 @@ from eval_mcq.runs.records import (
 from eval_mcq.scoring.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
 from eval_mcq.scoring.prompt import Mode
 from eval_mcq.tables.summary import as_json, compare
-from mgll_encoder.common.cli import warn
+from mgll_encoder.common.cli import note, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder, write_text
 from mgll_encoder.common.images import open_image
@@ -57,7 +57,7 @@ class Settings:
     """How a run is made; none of it changes an answer.
 
     Attributes:
-        batch_size: Rows (questions times rotations) of a batch.
+        batch_size: Rows (questions times rotations) of a batch, see `eval_mcq.runs.plan.batches`.
         limit: Only the first so many questions of the bench.
         force: Start anew although the output exists.
         shard: Which part of the bench.
@@ -98,9 +98,17 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
             f"output {out} exists and is not a run: choose another --out, or replace it with --force"
         )
     old = read_record(out)
+    if old.code and not old.code.startswith("scoring-"):
+        raise UserError(
+            f"run {out} was begun by an earlier version of eval-mcq, which recorded a hash of its source "
+            f"({old.code[:12]}): whether this version gives the same numbers cannot be told, so its answers are shown "
+            f"and compared (eval-mcq table {out}), but not continued; choose another --out, or replace it with --force"
+        )
     differs = record.difference(old)
     if differs is None and old.shard != record.shard:
         differs = f"shard ({old.shard or 'none'}, now {record.shard or 'none'})"
+    if differs is None and record.shard and record.batch_size and old.batch_size != record.batch_size:
+        differs = f"--batch-size, which decides what a shard is ({old.batch_size}, now {record.batch_size})"
     if differs:
         raise UserError(
             f"run {out} was made with another {differs}: its answers cannot be continued; choose another --out, or "
@@ -128,6 +136,7 @@ def run_bench(
         UserError: ``out`` is taken by something else, an image is missing or unreadable or has changed since
             its question was answered, or an option letter is not a single token for this model.
     """
+    record = record.model_copy(update={"batch_size": settings.batch_size})
     check_resumable(out, record, settings.force)
     planned = _planned(bench, record, settings)
     places = {place for batch in planned for group in batch for place, _ in group.asks}
@@ -181,11 +190,9 @@ def finish(out: Path, record: RunRecord) -> Run:
 
 def planned_rows(bench: Bench, record: RunRecord, settings: Settings, shards: int) -> list[int]:
     """How many rows each of so many shards answers."""
-    all_groups = groups(bench.items, record.rotations)
+    planned = batches(groups(bench.items, record.rotations), settings.batch_size)
     return [
-        sum(
-            len(g.asks) for batch in batches(all_groups, settings.batch_size, Shard(i, shards)) for g in batch
-        )
+        sum(len(group.asks) for batch in Shard(i, shards).of(planned) for group in batch)
         for i in range(shards)
     ]
 
@@ -198,9 +205,15 @@ def answered(folder: Path) -> int:
 
 def _planned(bench: Bench, record: RunRecord, settings: Settings) -> list[list[Group]]:
     """The batches of this run; those that reach beyond the limit are cut short."""
-    planned = batches(groups(bench.items, record.rotations), settings.batch_size, settings.shard)
+    whole = batches(groups(bench.items, record.rotations), settings.batch_size)
+    if settings.shard.index >= len(whole):
+        note(
+            f"shard {settings.shard.name} has nothing to do: the bench is {len(whole)} batches of up to "
+            f"{settings.batch_size} rows; a smaller --batch-size, the same for all shards, makes more of them"
+        )
+    planned = settings.shard.of(whole)
     if settings.limit is None:
-        return list(planned)
+        return planned
     limited = []
     for batch in planned:
         cut = [Group(tuple(ask for ask in group.asks if ask[0] < settings.limit)) for group in batch]

@@ -12,6 +12,13 @@ from eval_mcq.scoring.prompt import PROMPTS, Mode
 from eval_mcq.scoring.reply import PARSER_VERSION
 from mgll_encoder.common.errors import UserError
 
+SCORING_VERSION = "scoring-1"
+"""Recorded in every run: a change of the numbers that a model, a picture and a prompt give needs a new one.
+
+Prompts, the parser of replies and the reader of pictures have versions of their own. What the numbers of this version
+are is kept in ``tests/eval_mcq/golden_scoring.json``.
+"""
+
 Found = list[list[torch.Tensor]]
 
 

@@ -301,13 +301,10 @@ def _groups(bench: "Bench", case: Case) -> "list[Group]":
 
 
 def _batches(bench: "Bench", case: Case, rows: int) -> "list[list[Group]]":
-    """As in a run on many images, where a block holds 32 of them."""
-    held: list[list[Group]] = [[]]
-    for group in _groups(bench, case):
-        if held[-1] and sum(len(g.asks) for g in held[-1]) + len(group.asks) > rows:
-            held.append([])
-        held[-1].append(group)
-    return held
+    """As in a run."""
+    from eval_mcq.runs.plan import batches
+
+    return batches(_groups(bench, case), rows)
 
 
 def _read(reply: str, ask: Any) -> int | None:

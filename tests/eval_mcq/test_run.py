@@ -11,17 +11,17 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModelForImageTextToText
 
-from eval_mcq.items.schema import load_bench
+from eval_mcq.items.schema import MCQItem, load_bench
 from eval_mcq.runs import run as run_module
 from eval_mcq.runs.fingerprint import model_fingerprint
 from eval_mcq.runs.merge import merge
-from eval_mcq.runs.plan import Shard
+from eval_mcq.runs.plan import Shard, batches, groups
 from eval_mcq.runs.records import load_run
 from eval_mcq.runs.run import Settings, describe_run, run_bench
 from eval_mcq.scoring.prompt import shown_letters
 from mgll_encoder.common.errors import UserError
 from tests.builders import picture
-from tests.eval_mcq.helpers import scorer, small_bench
+from tests.eval_mcq.helpers import question, scorer, small_bench
 
 WHOLE = Shard()
 
@@ -186,14 +186,62 @@ def test_shards_merge_to_the_bytes_of_the_whole(put, tmp_path):
     assert files(tmp_path / "merged") == files(tmp_path / "whole")
 
 
-def test_more_shards_than_images_leave_some_with_nothing_to_do(put, tmp_path):
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, (1, 1, 0)), (32, (2, 0, 0))])
+def test_more_shards_than_batches_leave_some_with_nothing_to_do(put, tmp_path, capsys, batch_size, expected):
     few = load_bench(small_bench(tmp_path / "few", n=2))
-    put("whole", bench=few)
+    put("whole", bench=few, batch_size=batch_size)
     for i in range(3):
-        run = put(f"s{i}", bench=few, shard=Shard(i, 3))
-        assert len(run.rows) == (1, 1, 0)[i]
+        run = put(f"s{i}", bench=few, shard=Shard(i, 3), batch_size=batch_size)
+        assert len(run.rows) == expected[i]
+    assert "shard 2/3 has nothing to do" in capsys.readouterr().err
     merge([tmp_path / f"s{i}" for i in range(3)], tmp_path / "merged")
     assert files(tmp_path / "merged") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("images", "per_image", "rotations", "expected"),
+    [
+        (60, 1, 1, [32, 28]),
+        (300, 1, 1, [32] * 9 + [12]),
+        (581, 1, 1, [32] * 18 + [5]),
+        (2048, 1, 1, [32] * 64),
+        (60, 1, 4, [32] * 7 + [16]),
+        (20, 10, 1, [30] * 6 + [20]),  # whole images
+        (3, 10, 4, [40, 40, 40]),  # an image with more rows than a batch is one by itself
+        (1, 300, 1, [256, 44]),
+    ],
+)
+def test_batches_are_full_however_few_images_there_are(images, per_image, rotations, expected):
+    items = [
+        MCQItem(**question(f"q{i}", f"{i // per_image}.png", options=["a", "b", "c", "d"]))
+        for i in range(images * per_image)
+    ]
+    made = batches(groups(items, rotations), 32)
+    assert [sum(len(group.asks) for group in batch) for batch in made] == expected
+    for count in (2, 3, 7):
+        shares = [Shard(i, count).of(made) for i in range(count)]
+        assert [batch for i in range(len(made)) for batch in [shares[i % count][i // count]]] == made
+
+
+def test_the_model_is_asked_in_full_batches_and_shards_in_the_same_ones(put, tmp_path, asked):
+    look = [8, 8, 8, 1]
+    put("whole", batch_size=4)
+    assert asked == [*look, 4, 4, 2]
+    asked.clear()
+    for i in range(2):
+        put(f"s{i}", batch_size=4, shard=Shard(i, 2))
+    assert asked == [*look, 4, 2, *look, 4]
+    merge([tmp_path / "s0", tmp_path / "s1"], tmp_path / "merged")
+    assert files(tmp_path / "merged") == files(tmp_path / "whole")
+
+
+def test_shards_of_another_batch_size_are_not_continued_and_not_merged(put, tmp_path):
+    put("s0", batch_size=4, shard=Shard(0, 2))
+    with pytest.raises(UserError, match=r"another --batch-size, which decides what a shard is .4, now 2."):
+        put("s0", batch_size=2, shard=Shard(0, 2))
+    put("s1", batch_size=2, shard=Shard(1, 2))
+    with pytest.raises(UserError, match=r"s1 was made with --batch-size 2, and .*s0 with 4"):
+        merge([tmp_path / "s0", tmp_path / "s1"], tmp_path / "merged")
 
 
 def test_merge_refuses_what_is_missing_twice_or_foreign_and_writes_nothing(put, tmp_path, bench):

@@ -1,0 +1,126 @@
+"""What full batches gain where a bench has few images: batches of `eval-mcq run` beside those it made before.
+
+Until 2026-11 a batch stayed within a block of min(32, images/64 rounded up) images, so that 60 images were asked one
+by one. Both are timed in turns in one run, with decoding and preparation, and the answers are compared.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from eval_mcq.items.schema import Bench
+    from eval_mcq.runs.plan import Group
+    from eval_mcq.scoring.score import Scorer
+
+app = typer.Typer(add_completion=False)
+
+OPTIONS = ["cataract", "glaucoma", "drusen", "normal fundus"]
+SIDE = 256
+"""Pixels of a picture's side."""
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    images: Annotated[
+        str, typer.Option(help="Numbers of images, by commas; one question each.")
+    ] = "60,300,600",
+    rotations: Annotated[int, typer.Option(help="Rotations of each question.", min=1, max=4)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 32,
+    turns: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 3,
+) -> None:
+    """Measure.
+
+    Example: python scripts/bench/mcq_batches.py --model smol-llava --images 60,300,600
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from eval_mcq.runs.plan import batches, groups
+    from eval_mcq.scoring.score import Scorer
+    from mllm_adapters import load_mllm
+
+    scorer = Scorer(*load_mllm(model, dtype=torch.float32))
+    table = Table(
+        "images", "rows of a batch before", "now", "before, rows/s", "now, rows/s", "gain (min-max)", "same choice",
+        "largest change",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as work:
+        for count in map(int, images.split(",")):
+            asked = _synthetic(Path(work), count)
+            all_groups = groups(asked.items, rotations)
+            plans = {"before": _in_blocks(all_groups, batch_size), "now": batches(all_groups, batch_size)}
+            _answered(scorer, asked, plans["before"][:1])  # the first time ways are tried
+            seconds: dict[str, list[float]] = {name: [] for name in plans}
+            found = {}
+            for _ in range(turns):
+                for name, plan in plans.items():
+                    start = time.perf_counter()
+                    found[name] = _answered(scorer, asked, plan)
+                    seconds[name].append(time.perf_counter() - start)
+            ratios = [a / b for a, b in zip(seconds["before"], seconds["now"], strict=True)]
+            rows = len(found["now"])
+            choices = sum(a.index(max(a)) == b.index(max(b)) for a, b in zip(*found.values(), strict=True))
+            change = max(
+                abs(p - q) for a, b in zip(*found.values(), strict=True) for p, q in zip(a, b, strict=True)
+            )
+            table.add_row(
+                str(count), *(str(max(sum(len(g.asks) for g in b) for b in plan)) for plan in plans.values()),
+                *(f"{rows / statistics.median(of):.1f}" for of in seconds.values()),
+                f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})", f"{choices}/{rows}",
+                f"{change:.1e}",
+            )  # fmt: skip
+    Console().print(table)
+
+
+def _in_blocks(all_groups: "Sequence[Group]", rows: int) -> "list[list[Group]]":
+    """Batches that stay within blocks, as they were made before."""
+    from eval_mcq.runs.plan import batches
+
+    size = min(32, max(1, ceil(len(all_groups) / 64)))
+    blocks = [all_groups[start : start + size] for start in range(0, len(all_groups), size)]
+    return [batch for block in blocks for batch in batches(block, rows)]
+
+
+def _answered(scorer: "Scorer", asked: "Bench", plan: "Sequence[Sequence[Group]]") -> list[list[float]]:
+    from eval_mcq.runs.run import scored
+
+    return [
+        score.probabilities
+        for _, scores in scored(asked, scorer, plan)
+        for of_group in scores
+        for score in of_group
+    ]
+
+
+def _synthetic(folder: Path, count: int) -> "Bench":
+    """A question about each of so many pictures of noise."""
+    import numpy as np
+    from PIL import Image
+
+    from eval_mcq.items.schema import BenchHeader, MCQItem, load_bench, write_bench
+
+    noise = np.random.default_rng(0)
+    for i in range(count):
+        pixels = noise.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png", compress_level=1)
+    items = [
+        MCQItem(id=f"q{i}", images=[f"{i}.png"], question="Which disease does this photograph show?",
+                options=OPTIONS, answer=i % 4, category=OPTIONS[i % 4])
+        for i in range(count)
+    ]  # fmt: skip
+    path = folder / f"{count}.jsonl"
+    write_bench(path, BenchHeader(name="synthetic"), items)
+    return load_bench(path)
+
+
+if __name__ == "__main__":
+    app()
