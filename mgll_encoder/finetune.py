@@ -45,6 +45,9 @@ from mgll_encoder.resuming import SoundStates, check_states, last_checkpoint
 from mgll_encoder.spec import TowerSpec
 from mgll_encoder.tower import Tower
 
+OPEN = -1
+"""In place of 0 or 1 where a table leaves a label open."""
+
 CHOSEN_BY = METRICS[0]
 """The metric on the validation part that chooses the epoch."""
 
@@ -105,25 +108,28 @@ class TowerWithHead(nn.Module):
 
     Args:
         tower: The tower; its model is trained, not copied.
-        truth: Labels of the training images, [n, labels]: the head starts at their frequencies.
+        data: The training images: the head starts at the frequencies of their labels.
         exclusive: Whether labels are classes (cross-entropy), or findings (binary cross-entropy of each).
     """
 
-    def __init__(self, tower: Tower, truth: NDArray[np.bool_], exclusive: bool) -> None:
+    def __init__(self, tower: Tower, data: LabelledImages, exclusive: bool) -> None:
         super().__init__()
         self.vision, self.exclusive = tower.model, exclusive
-        self.head = nn.Linear(tower.spec.width, truth.shape[1])
+        self.head = nn.Linear(tower.spec.width, len(data.names))
         nn.init.normal_(self.head.weight, std=0.01)
-        frequency = torch.from_numpy((truth.sum(axis=0) + 0.5) / (len(truth) + 1)).float()
+        true, false = data.truth.sum(axis=0), data.false.sum(axis=0)
+        frequency = torch.from_numpy((true + 0.5) / (true + false + 1)).float()
         self.head.bias.data.copy_(frequency.log() if exclusive else torch.logit(frequency))
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss and logits [N, labels] of pixels [N, 3, S, S] with labels (0 or 1) [N, labels]."""
+        """Loss and logits [N, labels] of pixels [N, 3, S, S] with labels (0, 1, or `OPEN`) [N, labels]."""
         logits = self.head(self.vision(pixel_values).pooler_output)
         if self.exclusive:
             loss = functional.cross_entropy(logits, labels.argmax(dim=1))
         else:
-            loss = functional.binary_cross_entropy_with_logits(logits, labels)
+            known = (labels != OPEN).to(logits.dtype)
+            mean = functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), known)
+            loss = mean * (known.numel() / known.sum().clamp(min=1))
         return {"loss": loss, "logits": logits}
 
     def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -143,7 +149,8 @@ class LabelledPixels(Dataset):
     """
 
     def __init__(self, data: LabelledImages, spec: TowerSpec, augment: bool, seed: int) -> None:
-        self._images, self._truth = data.images, torch.from_numpy(data.truth).float()
+        self._images = data.images
+        self._truth = torch.from_numpy(np.where(data.truth | data.false, data.truth, OPEN)).float()
         self._transform, self._size = image_transform(spec), spec.image_size
         self._augment, self._seed, self._epoch = augment, seed, 0
 
@@ -191,7 +198,7 @@ def finetune(
     val = validation_part(data, options.validation, options.seed)
     learn = data.subset(~data.test & ~val)
     choose, asked = data.subset(val), data.subset(data.test)
-    if not len(learn.images) or not mixed(choose.truth).any():
+    if not len(learn.images) or not mixed(choose).any():
         raise UserError(
             f"the validation part ({len(choose.images)} of {len(learn.images) + len(choose.images)} training images) "
             "has no label with positive and negative images: give a larger --validation, or more patients"
@@ -202,7 +209,10 @@ def finetune(
         "images_sha256": images_digest(data.images),
         "labels": list(data.names),
         "truth_sha256": hashlib.sha256(
-            data.truth.tobytes() + data.test.tobytes() + val.tobytes()
+            data.truth.tobytes()
+            + data.test.tobytes()
+            + val.tobytes()
+            + (b"" if data.known is None else data.known.tobytes())
         ).hexdigest(),
         "training_images": len(learn.images),
         "validation_images": len(choose.images),
@@ -213,7 +223,7 @@ def finetune(
     running = f"the same fine-tuning is running in another process (it holds the lock {lock}): wait for it, or end it"
     with locked(lock, running), writing(folder):
         set_seed(options.seed)
-        model = TowerWithHead(_copy(tower), learn.truth, data.exclusive)
+        model = TowerWithHead(_copy(tower), learn, data.exclusive)
         trainer = _trainer(model, learn, choose, tower.spec, options, folder, workers)
         last = last_checkpoint(folder)
         if last:
@@ -281,9 +291,9 @@ def _trainer(
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         scores = model.probabilities(np.asarray(prediction.predictions))
-        truth = np.asarray(prediction.label_ids) > 0.5
-        once = np.ones((1, len(truth)))
-        macro = np.nanmean(metrics(scores, truth, model.exclusive, once)[0], axis=0)
+        labels = np.asarray(prediction.label_ids)
+        once = np.ones((1, len(labels)))
+        macro = np.nanmean(metrics(scores, labels > 0.5, model.exclusive, once, labels != OPEN)[0], axis=0)
         return dict(zip(METRICS, map(float, macro), strict=True))
 
     trainer = SoundStates(

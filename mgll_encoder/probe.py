@@ -58,9 +58,9 @@ class ProbeResult:
     runs: tuple[dict[str, float], ...] = ()
 
 
-def mixed(truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which labels are true of some and not of others of these images, [labels] of truth [n, labels]."""
-    return np.asarray(truth.any(axis=0) & ~truth.all(axis=0))
+def mixed(data: LabelledImages) -> NDArray[np.bool_]:
+    """Which labels are true of some and known not to be true of others of these images, [labels]."""
+    return np.asarray(data.truth.any(axis=0) & data.false.any(axis=0))
 
 
 def kept_labels(data: LabelledImages, positives: int = 1, trained: bool = True) -> list[int]:
@@ -71,10 +71,10 @@ def kept_labels(data: LabelledImages, positives: int = 1, trained: bool = True) 
         positives: Least number of positive test images.
         trained: Whether positive and negative training images are needed too.
     """
-    asked = data.truth[data.test]
-    enough = mixed(asked) & (asked.sum(axis=0) >= positives)
+    asked = data.subset(data.test)
+    enough = mixed(asked) & (asked.truth.sum(axis=0) >= positives)
     if trained:
-        enough &= mixed(data.truth[~data.test])
+        enough &= mixed(data.subset(~data.test))
     return np.flatnonzero(enough).tolist()
 
 
@@ -95,7 +95,7 @@ def linear_scores(
 ) -> tuple[NDArray[np.float64], list[int]]:
     """Probabilities of every label for the test images, by logistic regression on standardised features.
 
-    One regression per label (class-balanced), fitted on the training images.
+    One regression per label (class-balanced), fitted on the training images of which the label is known.
 
     Args:
         features: Features of all images, [n, width].
@@ -107,13 +107,11 @@ def linear_scores(
         Probabilities, [test images, kept labels], and the places of the kept labels: those with positives and
         negatives on both sides, and enough of the first on the test side.
     """
-    train, kept = ~data.test, kept_labels(data, positives)
-    columns = [
-        fit_linear(features[train], data.truth[train, place], strength).predict_proba(features[data.test])[
-            :, 1
-        ]
-        for place in track(kept, "Fitting one regression per label")
-    ]
+    kept, columns = kept_labels(data, positives), []
+    for place in track(kept, "Fitting one regression per label"):
+        train = ~data.test & (data.truth | data.false)[:, place]
+        fitted = fit_linear(features[train], data.truth[train, place], strength)
+        columns.append(fitted.predict_proba(features[data.test])[:, 1])
     return np.stack(columns, axis=1) if columns else np.empty((int(data.test.sum()), 0)), kept
 
 
@@ -136,17 +134,23 @@ def judge(
         seed: Seed of the draws.
     """
     runs = scores if scores.ndim == 3 else scores[None]
-    truth = data.truth[data.test][:, list(kept)]
+    asked = data.subset(data.test)
+    truth = asked.truth[:, list(kept)]
+    known = None if asked.known is None else asked.known[:, list(kept)]
     patients = np.array(data.patients)[data.test]
     names = [data.names[place] for place in kept]
     exclusive = data.exclusive and len(kept) == len(data.names)
     once = np.ones((1, len(truth)))
-    each = np.stack([metrics(run, truth, exclusive, once)[0] for run in runs])  # [runs, labels, METRICS]
+    each = np.stack(
+        [metrics(run, truth, exclusive, once, known)[0] for run in runs]
+    )  # [runs, labels, METRICS]
     whole = each.mean(axis=0)
     chunk = max(1, _CELLS // max(1, len(truth)))
     draws = np.concatenate(
         [
-            np.mean([np.nanmean(metrics(run, truth, exclusive, weights), axis=1) for run in runs], axis=0)
+            np.mean(
+                [np.nanmean(metrics(run, truth, exclusive, weights, known), axis=1) for run in runs], axis=0
+            )
             for weights in resampled(patients, replicates, seed, chunk)
         ]
     )
@@ -175,6 +179,7 @@ def metrics(
     truth: NDArray[np.bool_],
     exclusive: bool,
     weights: NDArray[np.float64],
+    known: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float64]:
     """Metrics in %, of one set of scores under many weightings of the images.
 
@@ -186,6 +191,7 @@ def metrics(
         truth: Which label is true of which image, [n, labels].
         exclusive: Whether labels are classes, of which the likeliest is the answer.
         weights: How often each image counts, [weightings, n].
+        known: Whether an image counts for a label, [n, labels]; None where all do.
 
     Returns:
         [weightings, labels, METRICS]; NaN for a label without positives or negatives.
@@ -196,9 +202,12 @@ def metrics(
         hits = np.asarray((guess & truth).any(axis=1), np.float64)
         right = np.repeat(hits[:, None], scores.shape[1], axis=1)
     found = np.full((len(weights), scores.shape[1], len(METRICS)), np.nan)
-    found[..., 2] = weights @ right / weights.sum(axis=1)[:, None]
+    counted = np.ones(scores.shape) if known is None else known.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        found[..., 2] = weights @ (right * counted) / (weights @ counted)
     for label in range(scores.shape[1]):
-        found[:, label, :2] = _ranked(scores[:, label], truth[:, label], weights)
+        some = weights if known is None else weights * known[:, label]
+        found[:, label, :2] = _ranked(scores[:, label], truth[:, label], some)
     found[np.isnan(found[..., 0])] = np.nan
     return found * 100
 

@@ -112,7 +112,7 @@ def proof(
 def _images(data: Path) -> tuple[LabelledImages, list[str]]:
     with (data / "manifest.csv").open(encoding="utf-8-sig", newline="") as stream:
         of = {data / row["file"]: row["dataset"] for row in csv.DictReader(stream)}
-    labelled = read_labels(data / "manifest.csv", data, COLUMNS)
+    labelled = read_labels(data / "manifest.csv", data, COLUMNS, skipped=Skipped())
     return labelled, [of[path] for path in labelled.images]
 
 

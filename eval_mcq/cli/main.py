@@ -9,6 +9,7 @@ from eval_mcq.cli.items import COMMANDS as ITEM_COMMANDS
 from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
 from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
 from eval_mcq.cli.run import DeviceOption, DtypeOption, FourBit, ModeName, WayName, answer, loading
+from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, write_text
@@ -43,7 +44,9 @@ PaperRounding = Annotated[
 
 @app.command()
 def build(
-    labels: Annotated[Path, typer.Option(help="CSV with one row per image.")],
+    labels: Annotated[
+        Path, typer.Option(help="Table (CSV, TSV, Excel, Parquet) with a row per image; see docs/tables.md.")
+    ],
     images: Annotated[Path, typer.Option(help="Folder that the image column is relative to.")],
     out: Annotated[Path, typer.Option(help="Bench file to write (.jsonl).")],
     preset: Annotated[
@@ -59,9 +62,14 @@ def build(
     labels_column: Annotated[
         str,
         typer.Option(
-            help="Column with the labels, separated by ';'; or 0/1 columns of that name: DR,AMD,CSR."
+            help="Column with a list of labels; several with commas between are --binary-columns: DR,AMD,CSR."
         ),
     ] = "labels",
+    binary_columns: tables.BinaryColumns = "",
+    label_separator: tables.LabelSeparator = None,
+    uncertain: tables.UncertainCells = "ignore",
+    encoding: tables.Encoding = None,
+    sheet: tables.Sheet = None,
     patient_column: Annotated[
         str | None,
         typer.Option(help="Column with the patient id; where blank, the image is its own patient."),
@@ -88,10 +96,9 @@ def build(
     min_negatives: Annotated[
         int, typer.Option(help="Refuse a disease that fewer images do not have.", min=1)
     ] = 5,
-    contact_sheet: Annotated[
-        Path | None,
-        typer.Option(help="Also write a page of images (.png) as they are read and as a tower sees them."),
-    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first row that would be left out.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Make questions from a table of labels.
@@ -100,30 +107,36 @@ def build(
     """
     from eval_mcq.items.build import Draw, LabelTable, SplitRule
     from eval_mcq.items.build import build as build_bench
-    from eval_mcq.items.pictures import check_sheet, sheet_of
     from eval_mcq.items.preset import load_preset
     from eval_mcq.items.schema import write_bench
 
     check_free(out, force)
-    check_sheet(contact_sheet, force)
     chosen = load_preset(preset)
     if diseases is not None:
         chosen = chosen.only([name.strip() for name in diseases.split(",")])
     if options is not None:
         chosen = chosen.model_copy(update={"options": options})
+    reading = tables.reading(encoding, sheet, label_separator, uncertain)
+    binary = tables.listed(binary_columns) or (tables.listed(labels_column) if "," in labels_column else ())
     table = LabelTable(
-        labels, image_column, labels_column, patient_column, source_column, layout or chosen.layout
+        labels,
+        image_column,
+        labels_column,
+        patient_column,
+        source_column,
+        layout or chosen.layout,
+        binary,
+        reading,
     )
-    if table.layout != "generic" and table != LabelTable(labels, layout=table.layout):
+    if table.layout != "generic" and table != LabelTable(labels, layout=table.layout, reading=reading):
         raise UserError(
             f"layout '{table.layout}' says itself what the columns are: leave the --*-column options out"
         )
     header, items, report = build_bench(
         table, images, out, chosen, SplitRule(split, test_share, split_seed),
-        Draw(seed, hard_distractors, min_negatives),
+        Draw(seed, hard_distractors, min_negatives), strict,
     )  # fmt: skip
     write_bench(out, header, items, force)
-    sheet_of(out, items, contact_sheet, force)
     if split != "all" and not any(item.patient for item in items):
         warn("without --patient-column the split is by image: a patient's eyes may fall on different sides")
     _show_report(report, header.categories, out)
@@ -389,6 +402,7 @@ def _show_report(report: "BuildReport", categories: list[str], out: Path) -> Non
     small = [f"{c} ({report.questions[c]})" for c in categories if report.questions[c] < SMALL]
     if small:
         warn(f"fewer than {SMALL} questions, so wide intervals: {', '.join(small)}")
+    report.skipped.say()
     stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
 
 

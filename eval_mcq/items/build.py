@@ -3,21 +3,23 @@
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from eval_mcq.items.pictures import check_images
+from eval_mcq.items.pictures import unreadable_images
 from eval_mcq.items.preset import Disease, Preset, plain
 from eval_mcq.items.schema import BenchHeader, MCQItem
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.pseudonyms import Pseudonyms
+from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.common.tables import read_table
+from mgll_encoder.common.tables import Reading, read_table
 from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
+from mgll_encoder.data.label_rows import Columns, agreeing, label_rows, with_files
 
 Split = Literal["train", "test", "all"]
 
@@ -30,13 +32,14 @@ class LabelTable:
     """Which columns of a label file mean what.
 
     Attributes:
-        path: CSV file with a header line.
+        path: The label file (`mgll_encoder.common.tables`).
         image: Column with the image path below the image folder.
-        labels: Column with the labels, separated by ``;``; or several columns of 0 and 1 with commas between, each
-            the label of its name.
+        labels: Column with a list of labels.
         patient: Column with the patient or source id; without it every image is a patient of its own.
         source: Column with the name of the data set.
         layout: Published layout of the file instead of these columns, or ``generic``.
+        binary: Columns that stand for one label each, instead of ``labels``.
+        reading: What else the user says about the file.
     """
 
     path: Path
@@ -45,6 +48,8 @@ class LabelTable:
     patient: str | None = None
     source: str | None = None
     layout: str = GENERIC
+    binary: tuple[str, ...] = ()
+    reading: Reading = field(default_factory=Reading)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class BuildReport:
         positions: How often each position holds the true option.
         unasked: Labels outside the preset, with their number of rows.
         without_patient: Rows whose patient column is blank: each its own patient.
+        skipped: Rows left out, by reason.
     """
 
     questions: Counter[str] = field(default_factory=Counter)
@@ -91,17 +97,24 @@ class BuildReport:
     positions: Counter[int] = field(default_factory=Counter)
     unasked: Counter[str] = field(default_factory=Counter)
     without_patient: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 @dataclass(frozen=True)
 class _Row:
-    number: int
+    where: str
     image: str
     labels: frozenset[str]
+    uncertain: frozenset[str]
     patient: str
     source: str
     words: str
-    columns: dict[str, str]
+    columns: Mapping[str, str]
+    path: Path
+
+    def leaves_open(self, disease: Disease) -> bool:
+        """Whether the image may have the disease, for all that the table says."""
+        return not disease.is_true_of(set(self.labels)) and disease.is_true_of(set(self.uncertain))
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,7 @@ def build(
     preset: Preset,
     split: SplitRule | None = None,
     draw: Draw | None = None,
+    strict: bool = False,
 ) -> tuple[BenchHeader, list[MCQItem], BuildReport]:
     """Make questions from labels. Nothing is written.
 
@@ -138,22 +152,31 @@ def build(
         preset: Diseases, question and options.
         split: Which patients to ask; all by default.
         draw: How distractors and positions are drawn.
+        strict: Stop at the first row that would be left out.
 
     Raises:
-        UserError: the file or a column is missing, a label looks like a misspelt disease, an image is listed
-            twice, missing or unreadable, a disease has no image, too few distractors or too few negatives.
+        UserError: the file or a column is missing, a label looks like a misspelt disease, a disease has no image, too
+            few distractors or too few negatives; or ``strict`` is set and a row is left out.
     """
     split, draw = split or SplitRule(), draw or Draw()
     if draw.hard and not any(len(group) > 1 for group in preset.confusable):
         raise UserError(f"preset '{preset.name}' lists no confusable diseases: leave --hard-distractors out")
     if not images.is_dir():
         raise UserError(f"image folder {images} does not exist or is not a folder: check --images")
-    rows = _read(table, [*preset.where, *(column for d in preset.diseases for column in d.where or {})])
-    report = BuildReport(unasked=_check_labels(table, rows, preset))
+    preset.check_options()
+    skipped = Skipped(strict)
+    known = frozenset(plain(label) for disease in preset.diseases for label in disease.labels)
+    filters = [*preset.where, *(column for d in preset.diseases for column in d.where or {})]
+    rows = _read(table, images, filters, known | set(map(plain, preset.other_labels)), skipped)
+    if not rows:
+        reasons = "; ".join(skipped.lines()) or "it has a header but no rows"
+        raise UserError(f"label file {table.path} gives no image: {reasons}")
+    report = BuildReport(unasked=_check_labels(table, rows, preset), skipped=skipped)
     report.without_patient = sum(not row.patient for row in rows) if table.patient else 0
     asked = [
         r for r in rows if split.side in ("all", assign_split(_patient(r), test=split.test, seed=split.seed))
     ]
+    asked = _askable(asked, preset, skipped)
     drafts = [
         draft for disease in preset.diseases for draft in _drafts(asked, disease, preset, split, table, draw)
     ]
@@ -178,7 +201,6 @@ def build(
         )  # fmt: skip
         report.questions[draft.disease.name] += 1
         report.positions[position] += 1
-    check_images({(folder / item.images[0]).resolve(): item.id for item in reversed(items)})
     report.patients = Counter(category for category, _ in {(i.category, i.cluster) for i in items})
     built = {
         "preset": preset.name,
@@ -192,56 +214,74 @@ def build(
         "split_seed": split.seed,
         "labels": table.path.name,
         "labels_sha256": sha256(table.path),
+        **skipped.record(),
     }
     name = preset.name if split.side == "all" else f"{preset.name} ({split.side})"
     return BenchHeader(name=name, categories=[d.name for d in preset.diseases], built=built), items, report
 
 
-def _read(table: LabelTable, filters: Iterable[str]) -> list[_Row]:
-    content = read_table(table.path, "--labels")
-    records = content.rows
+def _read(
+    table: LabelTable, images: Path, filters: Iterable[str], known: frozenset[str], skipped: Skipped
+) -> list[_Row]:
+    """The rows whose image is there, each image once."""
+    content = read_table(table.path, "--labels", skipped, table.reading)
     if table.layout != GENERIC:
-        records = as_generic(table.layout, content)
-        table = replace(table, image=IMAGE, labels=LABELS, patient=PATIENT, source=SOURCE)
+        found = as_generic(table.layout, content, skipped, table.reading)
+        table = replace(table, image=IMAGE, source=SOURCE)
         content = replace(content, columns=(IMAGE, LABELS, PATIENT, SOURCE))
-    label_columns = [name.strip() for name in table.labels.split(",")]
-    wanted = [
-        ("--image-column", table.image), *(("--labels-column", name) for name in label_columns),
-        ("--patient-column", table.patient), ("--source-column", table.source),
-        *(("the preset's 'where'", name) for name in filters),
-    ]  # fmt: skip
-    content.check_columns(wanted)
-    if not records:
-        raise UserError(f"label file {table.path} has a header but no rows")
-    rows: list[_Row] = []
-    first: dict[str, int] = {}
-    for number, record in records:
-        image = record[table.image].strip()
-        if not image:
-            raise UserError(f"label file {table.path} row {number}: column '{table.image}' is blank")
-        if image in first:
-            raise UserError(
-                f"label file {table.path} row {number}: image '{image}' is already in row {first[image]}; "
-                "put all its labels in one row, separated by ';'"
-            )
-        first[image] = number
-        labels = _labels(record, label_columns, table.path, number)
-        patient = record[table.patient].strip() if table.patient else ""
-        source = record[table.source].strip() if table.source else ""
-        words = plain(record.get(KEYWORDS, ""))
-        rows.append(_Row(number, image, labels, patient, source, words, record))
-    return rows
+    else:
+        columns = Columns(table.image, table.labels, table.binary, table.patient).of(content)
+        found = label_rows(content, columns, skipped, table.reading, known)
+    filtering = (("the preset's 'where'", name) for name in filters)
+    content.check_columns([("--source-column", table.source), *filtering])
+    return [
+        _Row(
+            row.where,
+            row.image,
+            frozenset(map(plain, row.labels)),
+            frozenset(map(plain, row.uncertain)),
+            row.patient,
+            row.cells[table.source].strip() if table.source else "",
+            plain(row.cells.get(KEYWORDS, "")),
+            row.cells,
+            row.path,
+        )
+        for row in agreeing(with_files(found, images, skipped, table.image), skipped)
+    ]
 
 
-def _labels(record: dict[str, str], columns: Sequence[str], path: Path, number: int) -> frozenset[str]:
-    if len(columns) == 1:
-        return frozenset(plain(label) for label in record[columns[0]].split(";") if label.strip())
-    for column in columns:
-        if record[column].strip() not in ("0", "1"):
-            raise UserError(
-                f"label file {path} row {number}: column '{column}' is '{record[column]}', expected 0 or 1"
-            )
-    return frozenset(plain(column) for column in columns if record[column].strip() == "1")
+def _askable(rows: list[_Row], preset: Preset, skipped: Skipped) -> list[_Row]:
+    """The rows that can be asked about: one true choice, enough distractors, an image that can be decoded."""
+    found = []
+    for row in rows:
+        if trouble := _unaskable(row, preset):
+            skipped.add(*trouble)
+        else:
+            found.append(row)
+    known = {plain(label) for d in preset.diseases for label in d.labels}
+    faults = unreadable_images(row.path for row in found if row.labels & known)
+    for row in found:
+        if row.path in faults:
+            skipped.add(UNREADABLE, f"{row.where}: the image {unnamed(faults[row.path], row.path)}")
+    return [row for row in found if row.path not in faults]
+
+
+def _unaskable(row: _Row, preset: Preset) -> tuple[str, str] | None:
+    """Why a row gives no fair question, and where."""
+    for disease in preset.diseases:
+        if not _asked_for([row], disease, preset):
+            continue
+        fitting = disease.fitting(row.labels)
+        if len(fitting) > 1:
+            return "two true choices", f"{row.where}: '{fitting[0]}' and '{fitting[1]}' both fit the image"
+        if not disease.choices and disease.is_true_of(set(row.labels)):
+            pool = len(_distractors(row, disease, preset))
+            if pool < preset.options - 1:
+                return "too few distractors", (
+                    f"{row.where} leaves {pool} distractors for '{disease.name}', {preset.options} options need "
+                    f"{preset.options - 1}: ask for fewer with --options, or for more diseases"
+                )
+    return None
 
 
 def _check_labels(table: LabelTable, rows: list[_Row], preset: Preset) -> Counter[str]:
@@ -259,9 +299,7 @@ def _check_labels(table: LabelTable, rows: list[_Row], preset: Preset) -> Counte
                 and get_close_matches(label, known, 1, TYPO_CUTOFF)
             ):
                 error = unknown_name("disease", label, known)
-                raise UserError(
-                    f"label file {table.path} row {row.number}: {error} (if it is right, a preset must list it)"
-                )
+                raise UserError(f"{row.where}: {error} (if it is right, a preset must list it)")
     return unasked
 
 
@@ -283,7 +321,9 @@ def _negatives(rows: Sequence[_Row], preset: Preset, table: LabelTable, draw: Dr
     negatives: Counter[str] = Counter()
     for disease in preset.diseases:
         here = _asked_for(rows, disease, preset)
-        negatives[disease.name] = sum(not disease.is_true_of(set(row.labels)) for row in here)
+        negatives[disease.name] = sum(
+            not (disease.is_true_of(set(row.labels)) or row.leaves_open(disease)) for row in here
+        )
         if not disease.choices and negatives[disease.name] < draw.min_negatives:
             raise UserError(
                 f"disease '{disease.name}' is absent from {negatives[disease.name]} of the {len(here)} images of "
@@ -315,22 +355,20 @@ def _drafts(
     return drafts
 
 
-def _label_draft(row: _Row, disease: Disease, preset: Preset, draw: Draw) -> _Draft:
-    pool = [
+def _distractors(row: _Row, disease: Disease, preset: Preset) -> list[Disease]:
+    """What may be offered as wrong beside a disease of the image."""
+    return [
         other
-        for other in preset.diseases
-        if not other.choices  # asked within its own source only
-        and not other.is_true_of(set(row.labels))
+        for other in preset.against(disease)
+        if not other.is_true_of(set(row.labels))
         and not other.is_left_open_by(set(row.labels))
+        and not row.leaves_open(other)
         and not (row.words and other.is_mentioned_in(row.words))  # suspected is not absent
-        and other.name not in disease.not_against
-        and disease.name not in other.not_against
     ]
-    if len(pool) < preset.options - 1:
-        raise UserError(
-            f"image '{row.image}' leaves {len(pool)} distractors for '{disease.name}', "
-            f"{preset.options} options need {preset.options - 1}: ask for fewer with --options, or for more diseases"
-        )
+
+
+def _label_draft(row: _Row, disease: Disease, preset: Preset, draw: Draw) -> _Draft:
+    pool = _distractors(row, disease, preset)
     draft = _Draft(row, disease, disease.option, [])
     chosen = _random(draw.seed, draft.id).sample(pool, len(pool) if draw.hard else preset.options - 1)
     if draw.hard:
@@ -342,13 +380,9 @@ def _label_draft(row: _Row, disease: Disease, preset: Preset, draw: Draw) -> _Dr
 
 def _choice_drafts(rows: list[_Row], disease: Disease, seed: int) -> list[_Draft]:
     by_choice: dict[str, list[_Draft]] = defaultdict(list)
+    mentioned = {plain(label) for choice in disease.choices for label in (*choice.labels, *choice.without)}
     for row in rows:
-        fitting = [choice.text for choice in disease.choices if choice.fits(set(row.labels))]
-        if len(fitting) > 1:
-            raise UserError(
-                f"disease '{disease.name}': '{fitting[0]}' and '{fitting[1]}' both fit image '{row.image}'"
-            )
-        for true in fitting:
+        for true in disease.fitting(row.labels) if not row.uncertain & mentioned else ():
             others = [choice.text for choice in disease.choices if choice.text != true]
             draft = _Draft(row, disease, true, others)
             _random(seed, draft.id).shuffle(others)

@@ -1,17 +1,13 @@
 """Checking the images of questions before any work is done."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from eval_mcq.items.schema import MCQItem
-from mgll_encoder.common.cli import stdout, track
+from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import open_image
-from mgll_encoder.contact_sheet import check_sheet, write_contact_sheet
-
-__all__ = ["check_images", "check_sheet", "hash_images", "sheet_of", "unreadable_images"]
 
 THREADS = 4
 
@@ -36,6 +32,23 @@ def check_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
     return _each(first_use, check, "Checking images")
 
 
+def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
+    """Decode every image once; those that are missing or cannot be decoded, each with its error."""
+
+    def tried(path: Path) -> tuple[Path, UserError | None]:
+        try:
+            open_image(path)
+        except UserError as error:
+            return path, error
+        return path, None
+
+    if not (wanted := list(paths)):
+        return {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        outcomes = track(pool.map(tried, wanted), "Checking images", total=len(wanted))
+        return {path: error for path, error in outcomes if error}
+
+
 def hash_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
     """Hash the bytes of images that have been shown before, as `check_images` without decoding."""
 
@@ -45,42 +58,6 @@ def hash_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
         return sha256(path)
 
     return _each(first_use, hashed, "Hashing images")
-
-
-def unreadable_images(first_use: Mapping[Path, str]) -> Iterator[tuple[Path, UserError]]:
-    """Decode every image once; those that are missing or cannot be decoded, each with its error."""
-
-    def tried(entry: tuple[Path, str]) -> tuple[Path, UserError | None]:
-        path, item_id = entry
-        try:
-            open_image(path)
-        except UserError as error:
-            return path, UserError(f"question '{item_id}': {error}")
-        return path, None
-
-    if not first_use:
-        return
-    with ThreadPoolExecutor(THREADS) as pool:
-        outcomes = pool.map(tried, first_use.items())
-        for path, error in track(outcomes, "Checking images", total=len(first_use)):
-            if error:
-                yield path, error
-
-
-def sheet_of(bench: Path, items: Sequence[MCQItem], out: Path | None, force: bool) -> None:
-    """Write a contact sheet of a bench's images, where one is asked for; captions are the first question of each.
-
-    Raises:
-        UserError: an image cannot be read.
-    """
-    if out is None:
-        return
-    folder, shown = bench.resolve().parent, dict[Path, str]()
-    for number, item in enumerate(items, start=1):
-        for image in item.images:
-            shown.setdefault(folder / image, f"question {number}: {item.category}")
-    count = write_contact_sheet([(caption, path) for path, caption in shown.items()], out, force)
-    stdout.print(f"{out}: {count} of {len(shown)} images to look at", soft_wrap=True, highlight=False)
 
 
 def _each(first_use: Mapping[Path, str], work: Callable[[Path], str], what: str) -> dict[Path, str]:

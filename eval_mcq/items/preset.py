@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -82,6 +83,10 @@ class Disease(BaseModel):
         """Whether an image with these (plain) labels has the disease."""
         return any(plain(label) in labels for label in self.labels)
 
+    def fitting(self, labels: Collection[str]) -> list[str]:
+        """The choices that are true of an image with these (plain) labels."""
+        return [choice.text for choice in self.choices if choice.fits(set(labels))]
+
     def is_left_open_by(self, labels: set[str]) -> bool:
         """Whether (plain) labels of an image forbid to call this disease absent."""
         return any(plain(label) in labels for label in self.left_open_by)
@@ -141,6 +146,30 @@ class Preset(BaseModel):
                         f"'{disease.name}' is not_against '{other}', which is no disease of the preset"
                     )
         return self
+
+    def against(self, disease: Disease) -> list[Disease]:
+        """Diseases that may stand as distractors for one; those with choices are asked within their own source only."""
+        return [
+            other
+            for other in self.diseases
+            if not other.choices
+            and other.name != disease.name
+            and other.name not in disease.not_against
+            and disease.name not in other.not_against
+        ]
+
+    def check_options(self) -> None:
+        """Refuse more options than there are diseases to offer.
+
+        Raises:
+            UserError: a disease has too few distractors, whatever the image.
+        """
+        for disease in self.diseases:
+            if not disease.choices and len(found := self.against(disease)) < self.options - 1:
+                raise UserError(
+                    f"preset '{self.name}' has {len(found)} distractors for '{disease.name}', {self.options} options "
+                    f"need {self.options - 1}: ask for fewer with --options, or for more diseases"
+                )
 
     def confused_with(self, disease: Disease) -> set[str]:
         """Names of the diseases that stand in a group of confusable ones with this one."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import typer
 
+from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, stdout, warn
 from mgll_encoder.common.errors import UserError
 
@@ -14,8 +15,8 @@ app = new_app("Make data sets for pretraining.")
 def fundus(
     labels: Path | None = typer.Option(
         None,
-        help="CSV or .xlsx with a header line: image, labels, patient, perhaps keywords. Not needed where folders or "
-        "file names tell the class: the training sets of adam, refuge and palm.",
+        help="Table (CSV, TSV, Excel, Parquet): image, labels, patient, perhaps keywords; see docs/tables.md. Not "
+        "needed where folders or file names tell the class: the training sets of adam, refuge and palm.",
     ),
     layout: str = typer.Option(
         "generic",
@@ -27,7 +28,12 @@ def fundus(
     images: Path = typer.Option(..., help="Folder that the image column is relative to."),
     out: Path = typer.Option(..., help="The manifest to write (.jsonl or .parquet)."),
     image_column: str = typer.Option("file", help="Column with the image path."),
-    labels_column: str = typer.Option("labels", help="Column with labels, separated by ';'."),
+    labels_column: str = typer.Option("labels", help="Column with a list of labels."),
+    binary_columns: tables.BinaryColumns = "",
+    label_separator: tables.LabelSeparator = None,
+    uncertain: tables.UncertainCells = "ignore",
+    encoding: tables.Encoding = None,
+    sheet: tables.Sheet = None,
     patient_column: str = typer.Option(
         "patient_or_source_id", help="Column with the patient or source id; splits never divide a patient."
     ),
@@ -55,6 +61,14 @@ def fundus(
         raise UserError(
             "--labels is missing: expected the label file; only sets labelled by folders need none"
         )
+    if classes and binary_columns:
+        raise UserError(
+            "--classes has no effect on --binary-columns, which are labels themselves: leave one out"
+        )
+    if binary_columns and layout != GENERIC:
+        raise UserError(
+            f"--binary-columns has no effect on layout '{layout}', which says what its columns are"
+        )
     if classes and layout != GENERIC:
         raise UserError(f"--classes has no effect on layout '{layout}', which says what its classes are")
     table = FundusTable(
@@ -66,6 +80,8 @@ def fundus(
         source_column,
         layout,
         _classes(classes),
+        tables.listed(binary_columns),
+        tables.reading(encoding, sheet, label_separator, uncertain),
     )
     report = build_fundus(
         table, images, out, test=test, val=val, seed=seed, explanations=explanations or EXPLANATIONS,
@@ -114,10 +130,6 @@ def xray(
     val: float = typer.Option(0.0, help="Share of patients for the validation split."),
     seed: int = typer.Option(0, help="Draws the split."),
     workers: int = typer.Option(2, min=1, help="Processes that decode."),
-    contact_sheet: Path | None = typer.Option(
-        None,
-        help="Also write a page of pictures (.png) as they are read and as a tower sees them, to look at.",
-    ),
     strict: bool = typer.Option(False, "--strict", help="Stop at the first file that would be left out."),
     force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
 ) -> None:
@@ -127,12 +139,10 @@ def xray(
     header are cut out of the two descriptions; people may have typed other names: look through the manifest before you
     share it. Messages call files by their number in the order of "find DICOM ! -type d | LC_ALL=C sort".
 
-    Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders --contact-sheet look.png
+    Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders
     """
-    from mgll_encoder.contact_sheet import check_sheet, write_contact_sheet
-    from mgll_encoder.data.xray import IMAGES, MANIFEST, PARQUET_MANIFEST, build_xray
+    from mgll_encoder.data.xray import MANIFEST, PARQUET_MANIFEST, build_xray
 
-    check_sheet(contact_sheet, force)
     manifest = PARQUET_MANIFEST if parquet else MANIFEST
     wanted = [name.strip().upper() for name in modalities.split(",") if name.strip()]
     report = build_xray(
@@ -150,10 +160,6 @@ def xray(
     splits = ", ".join(f"{count} {side}" for side, count in sorted(report.splits.items()))
     texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
     stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
-    if contact_sheet is not None:
-        written = [(path.stem[:8], path) for path in sorted((out / IMAGES).iterdir())]
-        shown = write_contact_sheet(written, contact_sheet, force)
-        stdout.print(f"{shown} of them to look at: {contact_sheet}", highlight=False, soft_wrap=True)
     stdout.print(
         f"next: mgll-encoder pretrain --data {out / manifest} --out tower", highlight=False, soft_wrap=True
     )

@@ -7,6 +7,7 @@ import typer
 
 from mgll_encoder.cli import labelled
 from mgll_encoder.cli.labelled import Question, open_tower, said
+from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, new_file
 
@@ -39,7 +40,11 @@ def explain(
     benchmark: labelled.BenchmarkName = None,
     image_column: labelled.ImageColumn = "file",
     labels_column: labelled.LabelsColumn = "labels",
-    binary_columns: labelled.BinaryColumns = "",
+    binary_columns: tables.BinaryColumns = "",
+    label_separator: tables.LabelSeparator = None,
+    uncertain: tables.UncertainCells = "ignore",
+    encoding: tables.Encoding = None,
+    sheet: tables.Sheet = None,
     patient_column: labelled.PatientColumn = None,
     limit: Annotated[int, typer.Option(min=1, max=40, help="Images on the sheet at most.")] = 6,
     activation: labelled.ActivationName = None,
@@ -74,7 +79,15 @@ def explain(
     targets = _texts(tower, encoder, text or [])
     if label:
         question = Question(
-            data, images, benchmark, image_column, labels_column, binary_columns, patient_column, seed=seed
+            data,
+            images,
+            benchmark,
+            image_column,
+            labels_column,
+            binary_columns,
+            patient_column,
+            seed=seed,
+            reading=tables.reading(encoding, sheet, label_separator, uncertain),
         )
         classes, paths, captions = _classes(tower, question, label, limit, skipped)
         targets += classes
@@ -121,12 +134,13 @@ def _classes(
 
     found = question.read(skipped)
     features, found = readable_features(tower, found, cache_folder("features"), skipped)
-    train, targets, places = ~found.test, [], []
+    targets, places = [], []
     for label in labels:
         name = next((known for known in found.names if known.casefold() == label.strip().casefold()), None)
         if name is None:
             raise unknown_name("label", label, found.names)
         place = found.names.index(name)
+        train = ~found.test & (found.truth | found.false)[:, place]
         truth = found.truth[train, place]
         if truth.all() or not truth.any():
             raise UserError(

@@ -1,6 +1,6 @@
 """What the probing commands share: their options, the images they name, and the table they print."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +8,8 @@ import typer
 
 from mgll_encoder.common.cli import note, stdout, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.table_options import listed
+from mgll_encoder.common.tables import Reading
 from mgll_encoder.common.texts import read_text
 
 if TYPE_CHECKING:
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 Encoder = Annotated[Path, typer.Option("--encoder", help="Tower: whatever 'mgll-encoder inspect' reads.")]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", help="CSV or .xlsx with a header line: image, labels, patient."),
+    typer.Option(
+        "--data", help="Table (CSV, TSV, Excel, Parquet): image, labels, patient; see docs/tables.md."
+    ),
 ]
 Images = Annotated[Path, typer.Option("--images", help="Folder that the image column is relative to.")]
 BenchmarkName = Annotated[
@@ -35,10 +39,7 @@ ImageColumn = Annotated[
     str, typer.Option("--image-column", help="Column with the image path, or a template such as '{ID}.png'.")
 ]
 LabelsColumn = Annotated[
-    str, typer.Option("--labels-column", help="Column with a class, or with labels separated by ';' or '|'.")
-]
-BinaryColumns = Annotated[
-    str, typer.Option("--binary-columns", help="Columns with 0 or 1 instead, separated by commas.")
+    str, typer.Option("--labels-column", help="Column with a class, or with a list of labels.")
 ]
 PatientColumn = Annotated[
     str | None,
@@ -108,6 +109,7 @@ class Question:
     only: str = ""
     test: float = 0.3
     seed: int = 0
+    reading: Reading = field(default_factory=Reading)
 
     def read(self, skipped: "Skipped", both_sides: bool = True) -> "LabelledImages":
         """The labelled images; what is left out is counted in ``skipped``.
@@ -142,7 +144,13 @@ class Question:
             if self.test_data and not columns:
                 raise UserError(f"benchmark '{self.benchmark}' has no label table: leave --test-data out")
             return read_class_files(
-                self.images, known.folders, only=only, columns=columns, sides=sides, skipped=skipped
+                self.images,
+                known.folders,
+                only=only,
+                columns=columns,
+                sides=sides,
+                skipped=skipped,
+                reading=self.reading,
             )
         if not self.data:
             raise UserError(
@@ -160,20 +168,20 @@ class Question:
             )
             only = only or known.only
         else:
-            binary = tuple(name.strip() for name in self.binary_columns.split(",") if name.strip())
             columns = Columns(
-                self.image_column, self.labels_column, binary, self.patient_column, self.split_column
-            )
-        return read_labels(self.data, self.images, columns, only=only, sides=sides, skipped=skipped)
+                self.image_column, self.labels_column, listed(self.binary_columns), self.patient_column,
+                self.split_column,
+            )  # fmt: skip
+        return read_labels(
+            self.data, self.images, columns, only=only, sides=sides, skipped=skipped, reading=self.reading
+        )
 
     def warn_of_leaks(self, data: "LabelledImages") -> None:
         """Say where test images may show patients that were trained on."""
         from mgll_encoder.benchmarks import benchmark as described
 
         if divided := data.divided:
-            warn(
-                f"{len(divided)} patients have images on both sides, such as '{divided[0]}': figures are flattered"
-            )
+            warn(f"{len(divided)} patients have images on both sides: figures are flattered")
         elif not (self.patient_column or (self.benchmark and described(self.benchmark).patient)):
             warn(
                 "no --patient-column: images of one patient may be on both sides, which flatters every figure"

@@ -9,6 +9,7 @@ import typer
 
 from mgll_encoder.cli import labelled
 from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said
+from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, write_text
 
@@ -36,7 +37,11 @@ def probe(
     benchmark: labelled.BenchmarkName = None,
     image_column: labelled.ImageColumn = "file",
     labels_column: labelled.LabelsColumn = "labels",
-    binary_columns: labelled.BinaryColumns = "",
+    binary_columns: tables.BinaryColumns = "",
+    label_separator: tables.LabelSeparator = None,
+    uncertain: tables.UncertainCells = "ignore",
+    encoding: tables.Encoding = None,
+    sheet: tables.Sheet = None,
     patient_column: labelled.PatientColumn = None,
     split_column: labelled.SplitColumn = None,
     test_data: labelled.TestData = None,
@@ -113,6 +118,7 @@ def probe(
     question = Question(
         data, images, benchmark, image_column, labels_column, binary_columns, patient_column, split_column,
         test_data, test_images, test_list, only, test, seed,
+        tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
     skipped = Skipped(strict)
     labels = question.read(skipped)

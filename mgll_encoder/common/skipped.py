@@ -12,6 +12,8 @@ NOT_NAMED = "no image named"
 NO_FILE = "no image file"
 UNREADABLE = "image unreadable"
 NO_LABEL = "no label"
+NO_TRUTH = "cell that cannot be read"
+UNCERTAIN = "uncertain label"
 TWICE = "image listed twice"
 DISAGREE = "rows of one image disagree"
 """Reasons that several readers give."""
@@ -37,6 +39,8 @@ class Skipped:
         self.first: dict[str, str] = {}
         self.read = 0
         """How many were looked at, left out or not; readers add to it."""
+        self.uncertain: Counter[str] = Counter()
+        """Uncertain cells of label tables, by what became of them."""
 
     def add(self, reason: str, detail: str, trouble: bool = True) -> None:
         """Leave one out.
@@ -74,8 +78,9 @@ class Skipped:
         return [*firsts, self.summary()] if firsts else []
 
     def record(self) -> dict[str, Any]:
-        """For what is written: how many were read, and how many were left out for each reason."""
-        return {f"{self._unit}_read": self.read, "skipped": dict(self.counts)}
+        """For what is written: how many were read, how many were left out for each reason, and uncertain cells."""
+        uncertain = {"uncertain_cells": dict(self.uncertain)} if self.uncertain else {}
+        return {f"{self._unit}_read": self.read, "skipped": dict(self.counts), **uncertain}
 
     def say(self) -> None:
         """Say on stderr what was left out, the summary last; nothing where nothing was."""

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,20 +13,20 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256
 from mgll_encoder.common.images import check_image_header
 from mgll_encoder.common.pseudonyms import Pseudonyms
-from mgll_encoder.common.skipped import DISAGREE, NO_FILE, NO_LABEL, NOT_NAMED, TWICE, UNREADABLE, Skipped
+from mgll_encoder.common.skipped import NO_LABEL, UNCERTAIN, UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.common.tables import read_table
+from mgll_encoder.common.tables import Reading, read_table
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus_layouts import (
     GENERIC,
     IMAGE,
     KEYWORDS,
-    LABELS,
-    PATIENT,
     SOURCE,
     as_generic,
     from_folders,
 )
+from mgll_encoder.data.label_cells import plain
+from mgll_encoder.data.label_rows import Columns, LabelRow, agreeing, label_rows, with_files
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 
 NORMAL = "normal"
@@ -63,15 +63,18 @@ class FundusTable:
     """A label file and the meaning of its columns.
 
     Attributes:
-        path: CSV or Excel file with a header line; for layouts whose folders tell the classes, the image folder.
+        path: The label file (`mgll_encoder.common.tables`); for layouts whose folders tell the classes, the image
+            folder.
         image: Column with the image path below the image folder.
-        labels: Column with canonical labels, separated by ``;``.
+        labels: Column with canonical labels.
         patient: Column with the patient or source id.
         keywords: Column with the annotators' words, separated by commas or ``;``; None for
             ``raw_label_or_keywords`` if the file has it.
         source: Column with the name of the data set; None for ``dataset`` if the file has it.
         layout: ``generic``, or a published layout (`fundus_layouts`), which says what the columns are.
         classes: Cell of the label column -> label, for files that write 0 and 1.
+        binary: Columns that stand for one label each, instead of ``labels``.
+        reading: What else the user says about the file.
     """
 
     path: Path
@@ -82,6 +85,8 @@ class FundusTable:
     source: str | None = None
     layout: str = GENERIC
     classes: Mapping[str, str] = field(default_factory=dict)
+    binary: tuple[str, ...] = ()
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def title(self) -> str:
@@ -165,27 +170,22 @@ def build_fundus(
     known = read_explanations(explanations)
     report = FundusReport(skipped=Skipped(strict))
     rows: list[ManifestRow] = []
-    table, records = _read(table, report.skipped)
+    table, found = _read(table, report.skipped)
     pseudonyms = Pseudonyms(table.path)
-    usable = _consistent(table, records, report.skipped)
-    for number, record in track(usable, f"Checking the images of {table.path.name}"):
-        path = images / record[table.image].strip()
-        if trouble := _trouble(path):
-            report.skipped.add(
-                trouble,
-                f"{table.title} row {number}: column '{table.image}': {trouble}; check --images and --image-column",
-            )
+    usable = agreeing(with_files(found, images, report.skipped, table.image), report.skipped)
+    usable = _healthy_or_not(usable, report.skipped)
+    for row in track(usable, f"Checking the images of {table.path.name}"):
+        if trouble := _trouble(row.path):
+            report.skipped.add(UNREADABLE, f"{row.where}: the image {trouble}")
             continue
-        patient = record[table.patient].strip()
-        report.without_patient += not patient
-        image = record[table.image].strip()
-        labels = _labels(record[table.labels])
+        report.without_patient += not row.patient
+        image, patient, labels = row.image, row.patient, sorted(row.labels)
         report.labels.update(labels)
         report.unexplained.update(label for label in labels if label not in known.explanations)
-        keywords = _keywords(record[table.keywords], known.not_findings) if table.keywords else []
+        keywords = _keywords(row.cells[table.keywords], known.not_findings) if table.keywords else []
         texts = {
-            "status": ["normal fundus" if labels == (NORMAL,) else "abnormal fundus"],
-            "disease": list(labels),
+            "status": _status(row),
+            "disease": labels,
             "keyword": keywords,
             "explanation": [known.explanations[label] for label in labels if label in known.explanations],
         }
@@ -196,12 +196,12 @@ def build_fundus(
                     "texts": {granularity: found for granularity, found in texts.items() if found},
                     "patient": pseudonyms.patient(patient) if patient else pseudonyms.file(image),
                     "split": assign_split(patient or image, test=test, val=val, seed=seed),
-                    "source": record[table.source].strip() if table.source else "",
+                    "source": row.cells[table.source].strip() if table.source else "",
                 }
             )
         )
     if not rows:
-        reasons = "; ".join(report.skipped.lines()) or "it has no rows"
+        reasons = "; ".join(report.skipped.lines()) or "it has a header but no rows"
         raise UserError(f"{table.title} gives no image to train on: {reasons}")
     report.rows = len(rows)
     report.splits.update(row.split for row in rows)
@@ -224,93 +224,60 @@ def build_fundus(
     return report
 
 
-def _consistent(
-    table: FundusTable, records: list[tuple[int, dict[str, str]]], skipped: Skipped
-) -> list[tuple[int, dict[str, str]]]:
-    """Rows with labels that contradict neither themselves nor another row of the image, with row numbers."""
-    claims: dict[str, dict[tuple[str, ...], int]] = {}
-    for number, record in records:
-        claims.setdefault(record[table.image].strip(), {}).setdefault(_labels(record[table.labels]), number)
-    seen: set[str] = set()
+def _healthy_or_not(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
+    """Rows that say what the eye has, and do not call it normal and diseased."""
     kept = []
-    for number, record in records:
-        image, labels = record[table.image].strip(), _labels(record[table.labels])
-        where = f"{table.title} row {number}"
-        others = {said: row for said, row in claims[image].items() if said != labels}
-        if not image:
-            skipped.add(NOT_NAMED, f"{where}: column '{table.image}' is blank")
-        elif others:
-            said, row = next(iter(others.items()))
+    for row in rows:
+        if not row.labels:
+            reason = UNCERTAIN if row.uncertain else NO_LABEL
+            skipped.add(reason, f"{row.where}: no label is said to be true: unknown, not normal")
+        elif NORMAL in row.labels and len(row.labels) > 1:
             skipped.add(
-                DISAGREE,
-                f"{where}: the image is labelled '{';'.join(labels)}', but '{';'.join(said)}' in row {row}",
+                "normal and diseased", f"{row.where}: the image is labelled '{';'.join(sorted(row.labels))}'"
             )
-        elif image in seen:
-            skipped.add(TWICE, f"{where}: the image is already in row {claims[image][labels]}, labels alike")
-        elif not labels:
-            skipped.add(NO_LABEL, f"{where}: column '{table.labels}' is blank: unknown, not normal")
-        elif NORMAL in labels and len(labels) > 1:
-            skipped.add("normal and diseased", f"{where}: the image is labelled '{';'.join(labels)}'")
         else:
-            kept.append((number, record))
-        seen.add(image)
+            kept.append(row)
     return kept
+
+
+def _status(row: LabelRow) -> list[str]:
+    """An eye in which something is left open is not called normal."""
+    if row.labels != {NORMAL}:
+        return ["abnormal fundus"]
+    return [] if row.uncertain else ["normal fundus"]
 
 
 def _trouble(path: Path) -> str:
     """What keeps an image's header from being read; empty if nothing does."""
-    if not path.exists():
-        return NO_FILE
     try:
         check_image_header(path)
-    except UserError:
-        return UNREADABLE
+    except UserError as error:
+        return unnamed(error, path)
     return ""
 
 
-def _read(table: FundusTable, skipped: Skipped) -> tuple[FundusTable, list[tuple[int, dict[str, str]]]]:
-    """The table with its optional columns settled, and its records with row numbers (the header is row 1)."""
-    generic = FundusTable(table.path, IMAGE, LABELS, PATIENT, KEYWORDS, SOURCE)
+def _read(table: FundusTable, skipped: Skipped) -> tuple[FundusTable, list[LabelRow]]:
+    """The table with its optional columns settled, and its rows."""
+    generic = replace(table, image=IMAGE, keywords=KEYWORDS, source=SOURCE)
     if table.path.is_dir():
-        found = from_folders(table.layout, table.path)
-        skipped.read += len(found)
-        return generic, found
-    content = read_table(table.path, "--labels", skipped)
-    records = content.rows
+        return generic, from_folders(table.layout, table.path, skipped)
+    content = read_table(table.path, "--labels", skipped, table.reading)
     if table.layout != GENERIC:
-        return generic, as_generic(table.layout, content)
-    wanted = {
-        "--image-column": table.image,
-        "--labels-column": table.labels,
-        "--patient-column": table.patient,
-        "--keywords-column": table.keywords,
-        "--source-column": table.source,
-    }
-    content.check_columns(wanted.items())
+        return generic, as_generic(table.layout, content, skipped, table.reading)
+    columns = Columns(table.image, table.labels, table.binary, table.patient, classes=table.classes).of(
+        content
+    )
+    content.check_columns([("--keywords-column", table.keywords), ("--source-column", table.source)])
     settled = replace(
         table,
-        keywords=table.keywords
-        or ("raw_label_or_keywords" if "raw_label_or_keywords" in content.columns else None),
-        source=table.source or ("dataset" if "dataset" in content.columns else None),
+        keywords=table.keywords or (KEYWORDS if KEYWORDS in content.columns else None),
+        source=table.source or (SOURCE if SOURCE in content.columns else None),
     )
-    if table.classes:
-        records = [(number, {**row, table.labels: _named(table, row, number)}) for number, row in records]
-    return settled, records
-
-
-def _named(table: FundusTable, record: dict[str, str], number: int) -> str:
-    cell = record[table.labels].strip()
-    if cell and cell not in table.classes:
-        raise UserError(
-            f"{table.title} row {number}: column '{table.labels}' is '{cell}', which --classes does not "
-            f"name: it names {', '.join(table.classes)}"
-        )
-    return table.classes.get(cell, "")
-
-
-def _labels(cell: str) -> tuple[str, ...]:
-    """Labels in canonical order: lower case, single spaces, no repeats."""
-    return tuple(sorted({" ".join(label.casefold().split()) for label in cell.split(";") if label.strip()}))
+    rows = label_rows(content, columns, skipped, table.reading)
+    return settled, [
+        replace(row, labels=frozenset(map(plain, row.labels)), uncertain=frozenset(map(plain, row.uncertain)))
+        for row in rows
+    ]
 
 
 def _keywords(cell: str, not_findings: list[str]) -> list[str]:

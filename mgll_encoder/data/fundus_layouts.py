@@ -5,12 +5,15 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.common.tables import Table
+from mgll_encoder.common.skipped import NO_LABEL, NO_TRUTH, Skipped
+from mgll_encoder.common.tables import Reading, Table
+from mgll_encoder.data.label_rows import LabelRow, UnusableError, settled, truths
 
 GENERIC = "generic"
 
@@ -74,102 +77,130 @@ def layouts() -> Mapping[str, Layout]:
     return {name: Layout.model_validate(row) for name, row in json.loads(text)["layouts"].items()}
 
 
-def as_generic(name: str, table: Table) -> list[tuple[int, dict[str, str]]]:
-    """Rows of the generic table made of those of a published layout.
+def as_generic(name: str, table: Table, skipped: Skipped, reading: Reading | None = None) -> list[LabelRow]:
+    """The images of a published label file.
 
     An image that several rows name in the same way (ODIR-5K lists each patient once per eye) is taken once.
 
     Args:
         name: A key of `layouts`.
         table: Its label file.
+        skipped: Takes the images that cannot be used; it counts images here, not rows.
+        reading: What the user says about it.
+
+    Returns:
+        Rows whose cells are those of the generic table.
 
     Raises:
-        UserError: no such layout, a column is missing, or a cell that must be 0 or 1 is not.
+        UserError: no such layout, a column is missing, or ``skipped`` is strict and an image cannot be used.
     """
-    if name not in layouts():
-        raise unknown_name("layout", name, [GENERIC, *layouts()])
-    layout = layouts()[name]
+    layout = _layout(name)
     if not layout.eyes:
         raise UserError(f"layout '{name}' is labelled by its folders: leave --labels out")
     wanted = sorted(layout.columns)
     if layout.label and not set(layout.label) & set(table.columns):
         wanted.append(layout.label[0])
     table.check_columns([(f"layout '{name}'", column) for column in wanted])
-    rows: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
-    for number, record in table.rows:
-        for eye in layout.eyes:
-            image = eye.image.format_map(record).strip()
-            words = record[eye.keywords] if eye.keywords else ""
-            labels = (
-                _phrases(layout, words) if eye.keywords else _findings(layout, record, table.path, number)
-            )
-            row = {
-                IMAGE: image,
-                LABELS: ";".join(labels),
-                PATIENT: record[layout.patient].strip() if layout.patient else "",
-                KEYWORDS: words,
-                SOURCE: layout.dataset,
-            }
-            rows.setdefault((image, row[LABELS]), (number, row))
-    return list(rows.values())
+    rows: dict[tuple[str, frozenset[str]], LabelRow] = {}
+    unusable: set[tuple[str, str]] = set()
+    for (number, record), eye in product(table.rows, layout.eyes):
+        where, image = table.where(number), eye.image.format_map(record).strip()
+        try:
+            row = _eye(layout, eye, image, record, where)
+        except UnusableError as error:
+            if (image, error.reason) not in unusable:
+                unusable.add((image, error.reason))
+                skipped.add(error.reason, f"{where}: {error.detail}")
+        else:
+            rows.setdefault((image, row.labels), row)
+    skipped.read += len(rows) + len(unusable) - len(table.rows)
+    return settled(table, list(rows.values()), reading or Reading(), skipped)
 
 
-def from_folders(name: str, images: Path) -> list[tuple[int, dict[str, str]]]:
-    """Rows of the generic table made of the folders or file names of a published set, numbered from 1.
+def from_folders(name: str, images: Path, skipped: Skipped) -> list[LabelRow]:
+    """The images of a published set whose folders or file names tell the class.
 
     Args:
         name: A key of `layouts`.
         images: The image folder.
+        skipped: Takes those whose class leaves open what the eye has.
 
     Raises:
-        UserError: no such layout, folders do not tell its classes, or there is no image of a class.
+        UserError: no such layout, folders do not tell its classes, there is no image of a class, or ``skipped`` is
+            strict and an image is left out.
     """
-    if name not in layouts():
-        raise unknown_name("layout", name, [GENERIC, *layouts()])
-    layout = layouts()[name]
+    layout = _layout(name)
     if not layout.folders:
         raise UserError(f"--labels is missing: layout '{name}' needs its label file")
-    rows = []
+    rows: list[LabelRow] = []
     for pattern, found in layout.folders.items():
         files = sorted(images.rglob(pattern))
         if not files:
             raise UserError(f"image folder {images} has no file '{pattern}' ({found}): check --images")
         for file in files:
-            row = {
-                IMAGE: file.relative_to(images).as_posix(),
-                LABELS: layout.classes[found],
-                PATIENT: "",
-                KEYWORDS: "",
-                SOURCE: layout.dataset,
-            }
-            rows.append(row)
-    return list(enumerate(rows, start=1))
+            skipped.read += 1
+            where = f"image {skipped.read} of folder {images}"
+            if label := layout.classes[found]:
+                image = file.relative_to(images).as_posix()
+                rows.append(_row(layout, where, image, frozenset({label})))
+            else:
+                skipped.add(NO_LABEL, f"{where}: its name leaves open what the eye has")
+    return rows
 
 
-def _class(layout: Layout, record: Mapping[str, str], path: Path, number: int) -> list[str]:
+def _layout(name: str) -> Layout:
+    if name not in layouts():
+        raise unknown_name("layout", name, [GENERIC, *layouts()])
+    return layouts()[name]
+
+
+def _eye(layout: Layout, eye: Eye, image: str, record: Mapping[str, str], where: str) -> LabelRow:
+    words = record[eye.keywords] if eye.keywords else ""
+    uncertain: frozenset[str] = frozenset()
+    if eye.keywords:
+        labels = frozenset(_phrases(layout, words))
+    elif layout.label:
+        labels = _class(layout, record)
+    else:
+        labels, uncertain = _findings(layout, record)
+    if not labels and not uncertain:
+        raise UnusableError(NO_LABEL, "nothing is said of the eye: unknown, not normal")
+    patient = record[layout.patient].strip() if layout.patient else ""
+    return _row(layout, where, image, labels, uncertain, patient, words)
+
+
+def _row(
+    layout: Layout,
+    where: str,
+    image: str,
+    labels: frozenset[str],
+    uncertain: frozenset[str] = frozenset(),
+    patient: str = "",
+    words: str = "",
+) -> LabelRow:
+    cells = {
+        IMAGE: image, LABELS: ";".join(sorted(labels)), PATIENT: patient, KEYWORDS: words, SOURCE: layout.dataset,
+    }  # fmt: skip
+    return LabelRow(where, image, patient, cells, labels, uncertain)
+
+
+def _class(layout: Layout, record: Mapping[str, str]) -> frozenset[str]:
     column = next(name for name in layout.label if name in record)
     cell = record[column].strip()
     if cell and cell not in layout.classes:
-        raise UserError(
-            f"label file {path} row {number}: column '{column}' is '{cell}': expected {' or '.join(layout.classes)}"
+        raise UnusableError(
+            NO_TRUTH, f"column '{column}' is '{cell}': expected {' or '.join(layout.classes)}"
         )
-    return [layout.classes[cell]] if cell and layout.classes[cell] else []
+    return frozenset({layout.classes[cell]} - {""}) if cell else frozenset()
 
 
-def _findings(layout: Layout, record: Mapping[str, str], path: Path, number: int) -> list[str]:
-    if layout.label:
-        return _class(layout, record, path, number)
-
-    def true(column: str) -> bool:
-        value = record[column].strip()
-        if value not in ("0", "1"):
-            raise UserError(
-                f"label file {path} row {number}: column '{column}' is '{value}': expected 0 or 1"
-            )
-        return value == "1"
-
-    found = [label for column, label in layout.binary.items() if true(column)]
-    return found or (["normal"] if layout.normal and not true(layout.normal) else [])
+def _findings(layout: Layout, record: Mapping[str, str]) -> tuple[frozenset[str], frozenset[str]]:
+    labels, uncertain = truths(record, layout.binary)
+    if not labels and layout.normal:
+        abnormal, unclear = truths(record, {layout.normal: "abnormal"})
+        if not abnormal and not unclear:
+            return frozenset({"normal"}), uncertain
+    return labels, uncertain
 
 
 def _phrases(layout: Layout, words: str) -> list[str]:

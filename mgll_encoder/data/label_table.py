@@ -1,6 +1,5 @@
 """Labelled images, for probing: which columns mean what, and which images are on which side."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,38 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.common.skipped import DISAGREE, NO_FILE, NO_LABEL, NOT_NAMED, TWICE, Skipped
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import Reading, read_table
+from mgll_encoder.data.label_cells import plain
+from mgll_encoder.data.label_rows import Columns as Columns
+from mgll_encoder.data.label_rows import LabelRow, agreeing, label_rows, with_files
 
-TRUE = frozenset({"1", "1.0", "true", "yes"})
-FALSE = frozenset({"0", "0.0", "false", "no", ""})
 T = TypeVar("T")
 
 SIDES = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Meaning of the columns of a label table.
-
-    Attributes:
-        image: Column with the image path below the image folder, or a template over columns such as ``{ID}.png``.
-        labels: Column with labels separated by ``;`` or ``|`` (several may be true of an image), or with one class.
-        binary: Columns with 0 or 1, one per label, instead of ``labels``.
-        patient: Column with the patient or source id; None: each image is a patient.
-        split: Column that says train or test; None: patients are divided at random.
-        nested: Images lie anywhere below the image folder, by their file name.
-        aliases: Other names that ``labels`` has in some files of the set.
-    """
-
-    image: str = "file"
-    labels: str | None = "labels"
-    binary: tuple[str, ...] = ()
-    patient: str | None = None
-    split: str | None = None
-    nested: bool = False
-    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +33,8 @@ class LabelledImages:
         test: Whether an image is on the test side, [n].
         rows: Where each image is named, for messages; empty where nobody says.
         val: Whether a table marks an image for validation, [n]; None where no table marks any.
+        known: Whether the table says if a label is true of an image, [n, labels]; None where it always does. What it
+            leaves open counts neither for nor against the label, in training and in figures.
     """
 
     images: tuple[Path, ...]
@@ -65,11 +44,17 @@ class LabelledImages:
     test: NDArray[np.bool_]
     rows: tuple[str, ...] = ()
     val: NDArray[np.bool_] | None = None
+    known: NDArray[np.bool_] | None = None
+
+    @property
+    def false(self) -> NDArray[np.bool_]:
+        """Which label is known not to be true of which image, [n, labels]."""
+        return ~self.truth if self.known is None else ~self.truth & self.known
 
     @property
     def exclusive(self) -> bool:
         """Whether exactly one label is true of every image: classes, not findings."""
-        return bool((self.truth.sum(axis=1) == 1).all())
+        return self.known is None and bool((self.truth.sum(axis=1) == 1).all())
 
     @property
     def divided(self) -> list[str]:
@@ -92,6 +77,7 @@ class LabelledImages:
             test=self.test[kept],
             rows=_marked(self.rows, kept),
             val=None if self.val is None else self.val[kept],
+            known=None if self.known is None else self.known[kept],
         )
 
 
@@ -114,20 +100,6 @@ class Sides:
     table: Path | None = None
     images: Path | None = None
     both: bool = True
-
-
-@dataclass(frozen=True)
-class _Row:
-    where: str
-    name: str
-    path: Path
-    labels: frozenset[str]
-    patient: str
-    side: str
-
-    @property
-    def claim(self) -> tuple[frozenset[str], str, str]:
-        return self.labels, self.patient, self.side
 
 
 def read_labels(
@@ -195,7 +167,7 @@ def read_class_files(
     """
     _check_folder(images)
     sides, skipped = sides or Sides(), skipped or Skipped(strict=True)
-    found: list[_Row] = []
+    found: list[LabelRow] = []
     for pattern, name in classes.items():
         files = sorted(images.rglob(pattern))
         if not files:
@@ -203,16 +175,23 @@ def read_class_files(
         skipped.read += len(files)
         for file in files:
             key = file.relative_to(images).as_posix()
-            side = _side(None, {}, key, key, sides)
-            found.append(_Row(f"image {file}", key, file, frozenset({name}), key, side))
+            where = f"image {len(found) + 1} of folder {images}"
+            found.append(
+                LabelRow(where, key, key, {}, frozenset({name}), path=file, side=_drawn(key, key, sides))
+            )
     if columns:
         found = _with_test_table(found, images, columns, sides, skipped, reading)
     return _assembled(found, f"image folder {images}", only, sides, skipped)
 
 
 def _with_test_table(
-    found: list[_Row], images: Path, columns: Columns, sides: Sides, skipped: Skipped, reading: Reading | None
-) -> list[_Row]:
+    found: list[LabelRow],
+    images: Path,
+    columns: Columns,
+    sides: Sides,
+    skipped: Skipped,
+    reading: Reading | None,
+) -> list[LabelRow]:
     """The rows, and those of the table of test images if there is one: the first are then all for training."""
     if not sides.table:
         return found
@@ -233,128 +212,55 @@ def _rows_of(
     skipped: Skipped,
     reading: Reading | None,
     option: str = "--data",
-) -> list[_Row]:
+) -> list[LabelRow]:
     """The rows of a table that can be used, contradictions between them not yet looked for."""
     table = read_table(path, option, skipped, reading)
-    columns = replace(
-        columns, labels=next((n for n in columns.aliases if n in table.columns), columns.labels)
-    )
-    table.check_columns(_named(columns))
+    columns = columns.of(table)
     _check_folder(images)
-    index = {file.name: file for file in images.rglob("*") if file.is_file()} if columns.nested else {}
-    rows = []
-    for number, record in table.rows:
-        where = table.where(number)
-        try:
-            row = _row(record, columns, where, images, index, sides)
-        except _UnusableError as error:
-            skipped.add(error.reason, f"{where}: {error.detail}", error.trouble)
+    rows = label_rows(table, columns, skipped, reading)
+    found = with_files(rows, images, skipped, columns.image, columns.nested)
+    return list(_sided(found, columns.split, sides, skipped))
+
+
+def _sided(
+    rows: Iterable[LabelRow], column: str | None, sides: Sides, skipped: Skipped
+) -> Iterator[LabelRow]:
+    """The rows with their side, and a patient each."""
+    for row in rows:
+        patient = row.patient or row.image
+        side = row.cells[column].strip().casefold() if column else _drawn(patient, row.image, sides)
+        if side in SIDES:
+            yield replace(row, patient=patient, side=side)
         else:
-            rows.append(row)
-    return rows
-
-
-class _UnusableError(Exception):
-    def __init__(self, reason: str, detail: str, trouble: bool = True) -> None:
-        super().__init__(reason)
-        self.reason, self.detail, self.trouble = reason, detail, trouble
-
-
-def _row(
-    record: dict[str, str],
-    columns: Columns,
-    where: str,
-    images: Path,
-    index: Mapping[str, Path],
-    sides: Sides,
-) -> _Row:
-    labels = _labels(record, columns)
-    name = columns.image.format_map(record) if "{" in columns.image else record[columns.image]
-    name = name.strip()
-    if not name:
-        raise _UnusableError(NOT_NAMED, f"column '{columns.image}' is blank")
-    path = index.get(Path(name).name, images / name)
-    if not path.is_file():
-        raise _UnusableError(
-            NO_FILE,
-            f"column '{columns.image}' names no file below {images}: check --images and --image-column",
-        )
-    patient = (record[columns.patient].strip() if columns.patient else "") or name
-    return _Row(where, name, path, labels, patient, _side(columns.split, record, patient, name, sides))
-
-
-def _labels(record: Mapping[str, str], columns: Columns) -> frozenset[str]:
-    if not columns.binary:
-        cell = record[columns.labels or ""].replace("|", ";")
-        labels = frozenset(" ".join(label.casefold().split()) for label in cell.split(";") if label.strip())
-        if not labels:
-            raise _UnusableError(NO_LABEL, f"column '{columns.labels}' is blank", trouble=False)
-        return labels
-    for name in columns.binary:
-        if record[name].strip().casefold() not in TRUE | FALSE:
-            raise _UnusableError(
-                "cell is not 0 or 1", f"column '{name}' is '{record[name]}': expected 0 or 1"
+            skipped.add(
+                "side unknown", f"{row.where}: column '{column}' is '{side}': expected train, val or test"
             )
-    return frozenset(name for name in columns.binary if record[name].strip().casefold() in TRUE)
 
 
-def _side(column: str | None, record: Mapping[str, str], patient: str, name: str, sides: Sides) -> str:
-    if column is not None:
-        side = record[column].strip().casefold()
-        if side not in SIDES:
-            raise _UnusableError(
-                "side unknown", f"column '{column}' is '{side}': expected train, val or test"
-            )
-        return side
+def _drawn(patient: str, image: str, sides: Sides) -> str:
     if sides.names:
-        return "test" if Path(name).name in sides.names else "train"
+        return "test" if Path(image).name in sides.names else "train"
     return assign_split(patient, test=sides.test, seed=sides.seed)
 
 
-def _consistent(rows: Iterable[_Row], skipped: Skipped) -> Iterator[_Row]:
-    """Each image once, and none that rows disagree about."""
-    by_image: dict[Path, list[_Row]] = {}
-    for row in rows:
-        by_image.setdefault(row.path, []).append(row)
-    for first, *others in by_image.values():
-        other = next((row for row in others if row.claim != first.claim), None)
-        if other is None:
-            yield first
-            for row in others:
-                skipped.add(TWICE, f"{row.where}: the image and labels of {first.where}", False)
-            continue
-        for row in (first, *others):
-            against = first if row is not first else other
-            skipped.add(
-                DISAGREE,
-                f"{row.where}: {_differing(row, against)} not as in {against.where}, the image is the same",
-            )
-
-
-def _differing(row: _Row, other: _Row) -> str:
-    """What rows of one image say differently, by name only: the values may tell who the patient is."""
-    names = ("labels", "patient", "side")
-    return " and ".join(name for name, a, b in zip(names, row.claim, other.claim, strict=True) if a != b)
-
-
 def _assembled(
-    rows: Sequence[_Row], source: str, only: Sequence[str], sides: Sides, skipped: Skipped
+    rows: Sequence[LabelRow], source: str, only: Sequence[str], sides: Sides, skipped: Skipped
 ) -> LabelledImages:
-    kept = list(_consistent(rows, skipped))
+    kept = agreeing(rows, skipped)
     if not kept:
-        reasons = "; ".join(skipped.lines()) or "it has no rows"
+        reasons = "; ".join(skipped.lines()) or "it has a header but no rows"
         raise UserError(f"{source} gives no image to look at: {reasons}")
-    names = tuple(sorted({label for row in kept for label in row.labels}))
-    for wanted in only:
-        if wanted not in names:
-            raise unknown_name("label", wanted, names)
-    names = tuple(only) or names
+    names = tuple(sorted({label for row in kept for label in row.labels | row.uncertain}))
+    names = tuple(_among(wanted, names) for wanted in only) or names
     test = np.array([row.side == "test" for row in kept])
     if sides.both and (test.all() or not test.any()):
         raise UserError(
             f"{source} gives {int((~test).sum())} training and {int(test.sum())} test images: both are needed"
         )
     val = np.array([row.side == "val" for row in kept])
+    known = None
+    if any(row.uncertain for row in kept):
+        known = np.array([[name not in row.uncertain for name in names] for row in kept])
     return LabelledImages(
         tuple(row.path for row in kept),
         names,
@@ -363,6 +269,7 @@ def _assembled(
         test,
         tuple(row.where for row in kept),
         val if val.any() else None,
+        known,
     )
 
 
@@ -370,14 +277,11 @@ def _marked(items: tuple[T, ...], kept: NDArray[np.bool_]) -> tuple[T, ...]:
     return tuple(item for item, wanted in zip(items, kept, strict=True) if wanted) if items else ()
 
 
-def _named(columns: Columns) -> list[tuple[str, str]]:
-    template = re.findall(r"{([^}]+)}", columns.image) if "{" in columns.image else [columns.image]
-    named = [("--image-column", name) for name in template]
-    named += [("--binary-columns", name) for name in columns.binary]
-    if not columns.binary and columns.labels:
-        named.append(("--labels-column", columns.labels))
-    optional = (("--patient-column", columns.patient), ("--split-column", columns.split))
-    return named + [(option, name) for option, name in optional if name]
+def _among(wanted: str, names: Sequence[str]) -> str:
+    found = next((name for name in names if plain(name) == plain(wanted)), None)
+    if found is None:
+        raise unknown_name("label", wanted, names)
+    return found
 
 
 def _check_folder(images: Path) -> None:

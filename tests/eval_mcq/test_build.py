@@ -132,11 +132,11 @@ def test_a_question_with_options_of_its_own_stays_within_its_source_and_is_balan
     ("row", "said"),
     [
         ({"labels": "glaucomma"}, "row 12: unknown disease 'glaucomma': did you mean 'glaucoma'?"),
-        ({"file": "AMD-0.png"}, "image 'AMD-0.png' is already in row 2"),
+        ({"file": "AMD-0.png"}, "row 2: labels of the image are not those of label file"),
         ({"file": ""}, "row 12: column 'file' is blank"),
         (
             {"labels": "AMD;DR;glaucoma;cataract;myopia;CSR;retinitis"},
-            "image 'new.png' leaves 2 distractors for 'Cataract'",
+            "row 12 leaves 2 distractors for 'Cataract'",
         ),
     ],
 )
@@ -145,7 +145,9 @@ def test_a_bad_row_is_named(tmp_path, row, said):
     path = write_labels(tmp_path, rows)
     path.write_text(path.read_text().replace("new.png,dr,x", ",".join({**rows[-1], **row}.values())))
     with pytest.raises(UserError) as error:
-        build(LabelTable(path), tmp_path / "photos", tmp_path / "b.jsonl", load_preset("fundus10"))
+        build(
+            LabelTable(path), tmp_path / "photos", tmp_path / "b.jsonl", load_preset("fundus10"), strict=True
+        )
     assert said in str(error.value)
 
 

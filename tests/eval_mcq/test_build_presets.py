@@ -137,10 +137,13 @@ def test_columns_of_zeros_and_ones_are_labels_as_well(eval_mcq, tmp_path):
     assert eval_mcq(*call, *few, "--out", tmp_path / "b.jsonl") == 0, eval_mcq.err
     items = load_bench(tmp_path / "b.jsonl").items
     assert Counter(item.category for item in items) == dict.fromkeys(names, 5)
-    labels.write_text(labels.read_text().replace("3.png,0,0,0,1", "3.png,0,0,0,yes"))
-    assert "row 5: column 'Glaucoma' is 'yes', expected 0 or 1" in eval_mcq.refuses(
-        *call, *few, "--out", tmp_path / "c.jsonl"
+    labels.write_text(labels.read_text().replace("3.png,0,0,0,1", "3.png,0,0,0,perhaps"))
+    assert "row 5: column 'Glaucoma' is 'perhaps': expected 1, 0, yes" in eval_mcq.refuses(
+        *call, *few, "--strict", "--out", tmp_path / "c.jsonl"
     )
+    assert eval_mcq(*call, *few, "--out", tmp_path / "c.jsonl") == 0, eval_mcq.err
+    assert "left out 1 of 20 rows: 1 cell that cannot be read" in eval_mcq.err
+    assert load_bench(tmp_path / "c.jsonl").header.built["skipped"] == {"cell that cannot be read": 1}
 
 
 def test_a_disease_that_is_in_nearly_every_image_is_refused(eval_mcq, tmp_path):

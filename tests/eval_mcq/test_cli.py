@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 
 import pytest
 
@@ -100,13 +99,19 @@ def test_build_refuses_in_one_line_and_writes_nothing(eval_mcq, labels, tmp_path
     assert not out.exists()
 
 
-def test_build_names_the_question_whose_image_is_broken(eval_mcq, labels, tmp_path):
+def test_build_leaves_out_a_broken_image_or_stops_there_and_names_its_row_only(eval_mcq, labels, tmp_path):
+    build = ("build", *labels, *FOUR, "--out", tmp_path / "b.jsonl")
     (tmp_path / "photos" / "cataract2.png").write_bytes(b"no picture")
-    error = eval_mcq.refuses("build", *labels, *FOUR, "--out", tmp_path / "b.jsonl")
-    assert re.search("question 'im-[0-9a-f]{16}#Cataract': image .*cataract2.png is", error)
+    error = eval_mcq.refuses(*build, "--strict")
+    assert "row 8: the image is not in a format that is read here" in error
     (tmp_path / "photos" / "cataract2.png").unlink()
-    assert "does not exist" in eval_mcq.refuses("build", *labels, *FOUR, "--out", tmp_path / "b.jsonl")
+    assert "row 8: column 'file' names no file below" in eval_mcq.refuses(*build, "--strict")
+    assert "cataract2" not in error
     assert not (tmp_path / "b.jsonl").exists()
+    assert eval_mcq(*build) == 0, eval_mcq.err
+    assert eval_mcq.err.splitlines()[-1] == "left out 1 of 16 rows: 1 no image file"
+    built = load_bench(tmp_path / "b.jsonl").header.built
+    assert (built["rows_read"], built["skipped"]) == (16, {"no image file": 1})
 
 
 def test_an_empty_label_table_is_refused(eval_mcq, labels, tmp_path):

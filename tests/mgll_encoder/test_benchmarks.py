@@ -248,10 +248,10 @@ def test_published_figures_are_those_of_the_tables(real_data: Path) -> None:
         (["--benchmark", "adam", "--data", "t.csv"], "is labelled by its folders: leave --data out"),
         (["--benchmark", "adam"], "has no file 'AMD/*.jpg'"),
         (["--benchmark", "idrid"], "--data is missing"),
-        (["--data", "t.csv", "--test-list", "none.txt"], "check --test-list"),
+        (["--data", "t.csv", "--test-list", "none.txt"], "--test-list none.txt does not exist"),
         (["--data", "t.csv", "--test-data", "t.csv", "--split-column", "x"], "exclude each other"),
         (["--data", "t.csv", "--image-column", "{imgnam}.png"], "no column 'imgnam'"),
-        (["--data", "t.xlsx"], "is not an Excel file"),
+        (["--data", "t.xlsx"], "no column"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -148,7 +148,11 @@ def test_the_command_writes_the_table_and_the_tower(
     assert [run["seed"] for run in result["finetuning"]] == [0, 1]
     assert "training 2" in done.out
     assert load_tower(tmp_path / "learnt").spec.projection_dim is None
-    assert "row 92: the image is not in a format" in refused(*command, "--strict")
+    assert "row 2: column 'labels' is blank" in refused(*command, "--strict")
+    labelled = [line for line in lines if ",,p" not in line]
+    table.write_text("\n".join(["file,labels,patient", *labelled, "broken.png,glaucoma,px"]) + "\n")
+    row = len(labelled) + 2
+    assert f"row {row}: the image is not in a format" in refused(*command, "--strict")
     (images / "broken.png").unlink()
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from mgll_encoder.cli import main
 from mgll_encoder.common.pseudonyms import is_pseudonym
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.tables import read_table
 from mgll_encoder.data.fundus import FundusTable, build_fundus
-from mgll_encoder.data.fundus_layouts import KEYWORDS, LABELS, PATIENT, as_generic, layouts
+from mgll_encoder.data.fundus_layouts import KEYWORDS, as_generic, layouts
 from mgll_encoder.data.manifest import read_rows
 from tests.builders import invoke, picture, refused
 
@@ -18,33 +19,34 @@ def test_rfmid_is_read_as_published(real_data: Path) -> None:
     path = real_data / "labels" / "RFMiD_Training_Labels.csv"
     table = read_table(path, "--labels")
     columns, records = table.columns, table.rows
-    rows = [row for _, row in as_generic("rfmid", table)]
+    rows = as_generic("rfmid", table, Skipped(strict=True))
     assert len(rows) == 1920
-    count = Counter(label for row in rows for label in row[LABELS].split(";"))
+    count = Counter(label for row in rows for label in row.labels)
     assert count["normal"] == sum(record["Disease_Risk"] == "0" for _, record in records)
     assert count["diabetic retinopathy"] == sum(record["DR"] == "1" for _, record in records)
     assert set(layouts()["rfmid"].binary) == set(columns) - {"ID", "Disease_Risk"}
-    assert rows[0]["file"] == "1.png"
+    assert rows[0].image == "1.png"
 
 
 def test_odirs_keywords_give_the_labels_of_one_eye(real_data: Path) -> None:
     """Against the labels of the photographs at hand, which somebody else derived from the same keywords."""
     path = real_data / "labels" / "ODIR-5K_full_df.csv"
-    rows = {row["file"]: row for _, row in as_generic("odir", read_table(path, "--labels"))}
-    assert rows["0_left.jpg"][LABELS] == "cataract"
-    assert rows["0_right.jpg"][LABELS] == "normal"
+    skipped = Skipped()
+    rows = {row.image: row for row in as_generic("odir", read_table(path, "--labels", skipped), skipped)}
+    assert rows["0_left.jpg"].labels == {"cataract"}
+    assert rows["0_right.jpg"].labels == {"normal"}
+    assert len(rows) + skipped.total == skipped.read, "each eye once"
     compared = differing = 0
     for _, record in read_table(real_data / "fundus" / "manifest.csv", "--labels").rows:
         name = Path(record["file"]).name.removeprefix("odir_")
         if record["dataset"] == "ODIR-5K" and name in rows:
             compared += 1
-            differing += set(record["labels"].split(";")) != set(rows[name][LABELS].split(";"))
+            differing += set(record["labels"].split(";")) != rows[name].labels
     assert compared > 1900
     assert differing == 0
-    assert len({row[PATIENT] for row in rows.values()}) == 3358
+    assert len({row.patient for row in rows.values()}) == 3355, "of 3358; three have suspicions only"
     assert not any(
-        row[LABELS] and all("suspect" in phrase for phrase in row[KEYWORDS].split("，"))
-        for row in rows.values()
+        all("suspect" in phrase for phrase in row.cells[KEYWORDS].split("，")) for row in rows.values()
     ), "a suspicion is no label"
 
 

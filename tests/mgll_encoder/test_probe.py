@@ -14,6 +14,7 @@ from transformers import CLIPVisionModel
 
 from mgll_encoder import Tower, TowerSpec, load_tower, save_tower
 from mgll_encoder.cli import main
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.label_table import Columns, LabelledImages, read_labels
 from mgll_encoder.features import cached_features, pooled_features, workers_for
 from mgll_encoder.probe import METRICS, judge, linear_scores, metrics
@@ -122,14 +123,16 @@ def test_accuracy_among_classes_is_that_of_the_likeliest() -> None:
 
 def test_patients_are_not_divided_and_a_split_column_is_obeyed(place: Path) -> None:
     table, images = place / "labels.csv", place / "images"
-    drawn = read_labels(table, images, Columns(patient="patient"))
+    drawn = read_labels(table, images, Columns(patient="patient"), skipped=Skipped())
     sides = set(zip(drawn.patients, drawn.test.tolist(), strict=True))
     assert len(sides) == len(set(drawn.patients))
-    told = read_labels(table, images, Columns(patient="patient", split="side"))
+    told = read_labels(table, images, Columns(patient="patient", split="side"), skipped=Skipped())
     assert told.test.tolist() == [i % 10 < 4 for i in range(80)]
-    binary = read_labels(table, images, Columns("{file}", None, ("red", "dark"), "patient"))
+    binary = read_labels(
+        table, images, Columns("{file}", None, ("red", "dark"), "patient"), skipped=Skipped()
+    )
     assert (binary.names, len(binary.images)) == (("dark", "red"), 80), "the repeated row counts once"
-    assert read_labels(table, images, Columns(labels="colour")).exclusive
+    assert read_labels(table, images, Columns(labels="colour"), skipped=Skipped()).exclusive
 
 
 def test_features_are_those_of_any_batch_size_and_are_computed_once(
@@ -229,20 +232,24 @@ def test_what_cannot_be_used_is_counted_with_its_row_and_strict_stops(
         assert said in done.err
     summary = done.err.splitlines()[-1]
     assert summary == (
-        f"left out 7 of {len(rows) + len(bad) - 1} rows: 2 rows of one image disagree, 1 no label, 1 no image file, "
-        "1 no image named, 1 image listed twice, 1 image unreadable"
+        f"left out 7 of {len(rows) + len(bad) - 1} rows: 2 rows of one image disagree, 1 no label, 1 no image named, "
+        "1 no image file, 1 image listed twice, 1 image unreadable"
     )
     told = [line for line in done.err.splitlines() if line.startswith(("first", "left out"))]
     assert not [line for line in told for name in ("gone", "broken", "p90", file) if name in line]
-    assert f"row {len(rows) + 1}" in refused(*command, "--strict")
-    table.write_text("\n".join([*rows, bad[1]]) + "\n")
-    assert f"row {len(rows) + 1}: the image cannot be decoded" in refused(*command, "--strict")
+    assert f"row {len(rows)}: column 'labels' is blank" in refused(*command, "--strict")
+    table.write_text("\n".join([*rows[:-1], *bad]) + "\n")
+    assert f"row {len(rows) + 4}: column 'file' is blank" in refused(*command, "--strict")
+    table.write_text("\n".join([*rows[:-1], *bad[:4]]) + "\n")
+    assert f"row {len(rows)}: column 'file' names no file" in refused(*command, "--strict")
+    table.write_text("\n".join([*rows[:-1], bad[1]]) + "\n")
+    assert f"row {len(rows)}: the image cannot be decoded" in refused(*command, "--strict")
     cells = rows[3].split(",")
     cells[4] = "maybe"
     table.write_text("\n".join([*rows[:3], ",".join(cells), *rows[4:]]) + "\n")
     done = invoke(*command, "--binary-columns", "red,dark")
-    assert "first cell is not 0 or 1: label file" in done.err
-    assert "row 4: column 'red' is 'maybe': expected 0 or 1" in done.err
+    assert "first cell that cannot be read: label file" in done.err
+    assert "row 4: column 'red' is 'maybe': expected 1, 0, yes, no" in done.err
     (place / "images" / "broken.png").unlink()
 
 
@@ -255,7 +262,7 @@ def test_what_cannot_be_used_is_counted_with_its_row_and_strict_stops(
         (["--only", "rde"], "did you mean 'red'"),
         (["--benchmark", "rfmdi"], "did you mean 'rfmid'"),
         (["--compare", "paper"], "--compare paper needs --benchmark"),
-        (["--binary-columns", "patient"], "expected 0 or 1"),
+        (["--binary-columns", "patient"], "expected 1, 0, yes, no"),
         (["--test", "1.5"], "split shares"),
     ],
 )

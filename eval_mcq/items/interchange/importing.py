@@ -30,7 +30,7 @@ from eval_mcq.items.pictures import unreadable_images
 from eval_mcq.items.preset import plain
 from eval_mcq.items.schema import BenchHeader, MCQItem, first_fault, read_bench
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.common.skipped import Skipped, unnamed
 
 OMNIMEDVQA = ColumnMap(
     {
@@ -260,18 +260,18 @@ def _sound(
             first[item.id] = item
     folder = bench.absolute().parent
     paths = {
-        (folder / image).resolve(): item.id
-        for item in reversed(first.values())
+        (folder / image).resolve()
+        for item in first.values()
         for image in item.images
         if image not in embedded  # those were decoded when they were kept
     }
-    faults = dict(unreadable_images(paths))
+    faults = unreadable_images(sorted(paths))
     sound = []
     for item in first.values():
         shown = [(folder / image).resolve() for image in item.images if image not in embedded]
         if bad := next((path for path in shown if path in faults), None):
             reason = UNREADABLE if bad.exists() else NO_FILE
-            source.skipped.add(reason, f"{where[id(item)]}: {faults[bad]}")
+            source.skipped.add(reason, f"{where[id(item)]}: the image {unnamed(faults[bad], bad)}")
         else:
             sound.append(item)
     source.skipped.read = len(sound) + source.skipped.total

@@ -1,0 +1,131 @@
+"""Cells of label tables: one truth, or a list of labels. ``docs/tables.md`` lists what is read."""
+
+import ast
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+
+from mgll_encoder.common.cli import note
+from mgll_encoder.common.errors import UserError
+
+NUMBERS = {1.0: True, 0.0: False, -1.0: None}
+WORDS: dict[str, bool | None] = {
+    "true": True, "yes": True, "false": False, "no": False, "": False,
+    **dict.fromkeys(("uncertain", "unknown", "nan", "na", "n/a", "null", "?")),
+}  # fmt: skip
+"""Cell of a column that stands for one label, in lower case -> whether the label is true; None where it is open."""
+
+EXPECTED = "1, 0, yes, no, true, false, -1 or uncertain, or nothing"
+
+ONE_LABEL = "none"
+"""The separator where a cell is one label, whatever is in it."""
+
+_SURE = re.compile(r"[;|；]")
+_COMMA = re.compile(r"[,，]")
+_JOINTS = re.compile(r"\s*[,，/+&]\s*|\s+and\s+")
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_LIST = re.compile(rf"\[\s*(?:{_QUOTED}(?:\s*,\s*{_QUOTED})*)?\s*,?\s*\]")
+
+
+def truth_of(cell: str) -> bool | None:
+    """Whether a label is true, from the cell of a column that stands for it; None where the cell leaves it open.
+
+    Raises:
+        ValueError: the cell is none of those that are read.
+    """
+    word = cell.strip().casefold()
+    if word in WORDS:
+        return WORDS[word]
+    try:
+        return NUMBERS[float(word)]
+    except (ValueError, KeyError):
+        raise ValueError(f"is '{cell}': expected {EXPECTED}") from None
+
+
+def plain(label: str) -> str:
+    """A label as it is compared: lower case, single spaces."""
+    return " ".join(label.casefold().split())
+
+
+class LabelLists:
+    """Reads the cells of a column that holds lists of labels.
+
+    Args:
+        separator: Between labels, as the user says it; None for what is recognised.
+        cells: The whole column, which tells whether commas separate labels: they do where whatever they join stands
+            in other cells on its own.
+        known: Labels that are known from elsewhere, plain.
+        where: How messages call the column.
+
+    Raises:
+        UserError: nothing is said, and some label is made of others: one class or two?
+    """
+
+    def __init__(
+        self, separator: str | None, cells: Iterable[str], known: Collection[str], where: str
+    ) -> None:
+        self._separator = re.compile(re.escape(separator)) if separator else _SURE
+        self._one = separator == ONE_LABEL
+        if separator is None:
+            self._recognise(cells, known, where)
+
+    def __call__(self, cell: str) -> frozenset[str]:
+        """The labels of a cell, plain; none where it leaves them open.
+
+        Raises:
+            ValueError: it is a list that cannot be read.
+        """
+        return frozenset(
+            label for label in self._parts(cell) if WORDS.get(label, True) is not None and label != "-1"
+        )
+
+    def _parts(self, cell: str) -> Iterator[str]:
+        cell = cell.strip()
+        if self._one:
+            parts = [cell]
+        elif cell.startswith("[") and cell.endswith("]"):
+            parts = _list(cell)
+        else:
+            parts = self._separator.split(cell)
+        return (plain(part) for part in parts if part.strip())
+
+    def _recognise(self, cells: Iterable[str], known: Collection[str], where: str) -> None:
+        labels: set[str] = set()
+        for cell in cells:
+            try:
+                labels.update(self._parts(cell))
+            except ValueError:
+                continue  # whoever reads the row says so
+        alone = {label for label in labels if not _JOINTS.search(label)} | set(known)
+        joined = {label for label in labels - set(known) if alone.issuperset(_JOINTS.split(label))} - alone
+        commas = {label for label in labels - set(known) if _COMMA.search(label)}
+        if commas and commas == joined:
+            self._separator = re.compile(f"{_SURE.pattern}|{_COMMA.pattern}")
+            note(f"{where}: labels are separated by commas")
+        elif joined:
+            label = min(joined)
+            joint = _JOINTS.search(label)
+            raise UserError(
+                f"{where}: '{label}' is made of other labels of the table: give --label-separator "
+                f"'{joint[0].strip() if joint else ','}' if it is several, or --label-separator {ONE_LABEL} if every "
+                "cell is one label"
+            )
+        elif commas:
+            note(
+                f"{where}: '{min(commas)}' is taken as one label, for its parts do not stand alone elsewhere "
+                "(--label-separator , splits it)"
+            )
+
+
+def _list(cell: str) -> list[str]:
+    """The texts of a list in JSON or as Python prints it; numpy's, without commas, would run into one another."""
+    if not _LIST.fullmatch(cell):
+        raise ValueError(
+            f"is '{cell[:60]}': expected quoted labels with commas between, or labels without []"
+        )
+    try:
+        parts = [str(part) for part in json.loads(cell)]
+    except ValueError:
+        parts = [str(ast.literal_eval(part)) for part in re.findall(_QUOTED, cell)]
+    "".join(parts).encode()  # escapes may stand for half a character
+    return parts
