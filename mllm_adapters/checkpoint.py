@@ -15,6 +15,7 @@ from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.locate import find_part
+from mllm_adapters.side_files import TEMPLATES, left_behind, published
 
 WEIGHTS = (
     "model.safetensors",
@@ -147,17 +148,23 @@ class Checkpoint:
 
     @cached_property
     def side_files(self) -> list[Path]:
-        """Everything that is no weight file and no code: configuration, tokenizer, processor, licence."""
-        if self._loose:
-            return []
-        files = (f for f in self.folder.iterdir() if f.is_file() and not f.name.startswith("."))
-        return sorted(f for f in files if not f.name.endswith((*WEIGHT_SUFFIXES, ".py")))
+        """What belongs to the model beside its weights: configuration, tokenizer, processor, licence."""
+        return [] if self._loose else published(self.folder)
+
+    @cached_property
+    def left_behind(self) -> list[str]:
+        """Names in the folder that belong to no model: they go into nothing that is made of it."""
+        read = (self.folder / name for name in (*WEIGHTS, *self.extra_weights, "adapter_config.json"))
+        known = [*self.files, *read, *self.side_folders, *self.parts.values()]
+        return [] if self._loose else left_behind(self.folder, known)
 
     @cached_property
     def side_folders(self) -> list[Path]:
-        """Folders with a tokenizer and nothing of a model: a processor keeps its further tokenizers there."""
+        """Folders in which a processor keeps further tokenizers and chat templates, with nothing of a model."""
         folders = (f for f in self.folder.iterdir() if f.is_dir() and not (f / "config.json").exists())
-        return sorted(f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES))
+        return sorted(
+            f for f in folders if f.name == TEMPLATES or any((f / name).is_file() for name in TOKENIZER_FILES)
+        )
 
     def find(self, part: str, *names: str) -> Path | None:
         """Where a part lies: where the user says (``--part``), else the first of ``names`` that is found.

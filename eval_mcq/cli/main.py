@@ -96,6 +96,10 @@ def build(
     min_negatives: Annotated[
         int, typer.Option(help="Refuse a disease that fewer images do not have.", min=1)
     ] = 5,
+    contact_sheet: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page of images (.png) as they are read and as a tower sees them."),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first row that would be left out.")
     ] = False,
@@ -107,10 +111,12 @@ def build(
     """
     from eval_mcq.items.build import Draw, LabelTable, SplitRule
     from eval_mcq.items.build import build as build_bench
+    from eval_mcq.items.pictures import check_sheet, sheet_of
     from eval_mcq.items.preset import load_preset
     from eval_mcq.items.schema import write_bench
 
     check_free(out, force)
+    check_sheet(contact_sheet, force)
     chosen = load_preset(preset)
     if diseases is not None:
         chosen = chosen.only([name.strip() for name in diseases.split(",")])
@@ -137,6 +143,7 @@ def build(
         Draw(seed, hard_distractors, min_negatives), strict,
     )  # fmt: skip
     write_bench(out, header, items, force)
+    sheet_of(out, items, contact_sheet, force)
     if split != "all" and not any(item.patient for item in items):
         warn("without --patient-column the split is by image: a patient's eyes may fall on different sides")
     _show_report(report, header.categories, out)

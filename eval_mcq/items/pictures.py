@@ -1,13 +1,17 @@
 """Checking the images of questions before any work is done."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mgll_encoder.common.cli import track
+from eval_mcq.items.schema import MCQItem
+from mgll_encoder.common.cli import stdout, track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import open_image
+from mgll_encoder.contact_sheet import check_sheet, write_contact_sheet
+
+__all__ = ["check_images", "check_sheet", "hash_images", "sheet_of", "unreadable_images"]
 
 THREADS = 4
 
@@ -58,6 +62,22 @@ def hash_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
         return sha256(path)
 
     return _each(first_use, hashed, "Hashing images")
+
+
+def sheet_of(bench: Path, items: Sequence[MCQItem], out: Path | None, force: bool) -> None:
+    """Write a contact sheet of a bench's images, where one is asked for; captions are the first question of each.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    if out is None:
+        return
+    folder, shown = bench.resolve().parent, dict[Path, str]()
+    for number, item in enumerate(items, start=1):
+        for image in item.images:
+            shown.setdefault(folder / image, f"question {number}: {item.category}")
+    count = write_contact_sheet([(caption, path) for path, caption in shown.items()], out, force)
+    stdout.print(f"{out}: {count} of {len(shown)} images to look at", soft_wrap=True, highlight=False)
 
 
 def _each(first_use: Mapping[Path, str], work: Callable[[Path], str], what: str) -> dict[Path, str]:

@@ -130,6 +130,10 @@ def xray(
     val: float = typer.Option(0.0, help="Share of patients for the validation split."),
     seed: int = typer.Option(0, help="Draws the split."),
     workers: int = typer.Option(2, min=1, help="Processes that decode."),
+    contact_sheet: Path | None = typer.Option(
+        None,
+        help="Also write a page of pictures (.png) as they are read and as a tower sees them, to look at.",
+    ),
     strict: bool = typer.Option(False, "--strict", help="Stop at the first file that would be left out."),
     force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
 ) -> None:
@@ -139,10 +143,12 @@ def xray(
     header are cut out of the two descriptions; people may have typed other names: look through the manifest before you
     share it. Messages call files by their number in the order of "find DICOM ! -type d | LC_ALL=C sort".
 
-    Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders
+    Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders --contact-sheet look.png
     """
-    from mgll_encoder.data.xray import MANIFEST, PARQUET_MANIFEST, build_xray
+    from mgll_encoder.contact_sheet import check_sheet, write_contact_sheet
+    from mgll_encoder.data.xray import IMAGES, MANIFEST, PARQUET_MANIFEST, build_xray
 
+    check_sheet(contact_sheet, force)
     manifest = PARQUET_MANIFEST if parquet else MANIFEST
     wanted = [name.strip().upper() for name in modalities.split(",") if name.strip()]
     report = build_xray(
@@ -160,6 +166,10 @@ def xray(
     splits = ", ".join(f"{count} {side}" for side, count in sorted(report.splits.items()))
     texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
     stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
+    if contact_sheet is not None:
+        written = [(path.stem[:8], path) for path in sorted((out / IMAGES).iterdir())]
+        shown = write_contact_sheet(written, contact_sheet, force)
+        stdout.print(f"{shown} of them to look at: {contact_sheet}", highlight=False, soft_wrap=True)
     stdout.print(
         f"next: mgll-encoder pretrain --data {out / manifest} --out tower", highlight=False, soft_wrap=True
     )

@@ -10,13 +10,12 @@ from mgll_encoder.preprocess import processor_settings
 from mllm_adapters.contract import Plan
 from mllm_adapters.planning import IMAGE_TOKEN
 from mllm_adapters.processing import has_tokenizer
+from mllm_adapters.side_files import TEMPLATES as SEVERAL
 
 IMAGES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 """Where a processor keeps its one chat template, now and before transformers 4.50."""
-
-SEVERAL_TEMPLATES = "additional_chat_templates"
 
 
 def processor_files(plan: Plan) -> dict[str, str] | None:
@@ -54,7 +53,7 @@ def as_json(settings: Mapping[str, Any]) -> str:
 
 def _plain_placeholder(folder: Path) -> str | None:
     """The image placeholder of a folder that holds a LlavaProcessor and nothing out of the ordinary, else None."""
-    if not (folder / "tokenizer.json").is_file() or (folder / SEVERAL_TEMPLATES).exists():
+    if not (folder / "tokenizer.json").is_file() or (folder / SEVERAL).exists():
         return None
     if not any((folder / name).is_file() for name in (IMAGES, PROCESSOR)):
         return None

@@ -174,8 +174,8 @@ def build_smol_llava(
     note(f"taught in {time.monotonic() - began:.0f} s")
     record = {
         "language_model": language_model,
-        "tower": str(tower),
-        "data": str(conversations),
+        "tower": tower.name,
+        "data": conversations.name,
         "data_sha256": sha256(conversations),
         "seed": seed,
         **asdict(recipe),

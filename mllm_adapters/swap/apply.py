@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.checkpoint import is_safetensors
+from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
 from mgll_encoder.common.texts import read_json
@@ -29,6 +30,7 @@ from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import check_complete
 from mllm_adapters.operations import compute, how_read
 from mllm_adapters.planning import dtype_name
+from mllm_adapters.side_files import remove_paths, without_local
 from mllm_adapters.swap.card import CARD, model_card
 from mllm_adapters.swap.fingerprint import FileRecord, sampled, whole
 from mllm_adapters.swap.provenance import PROVENANCE, input_record, record_of
@@ -50,6 +52,9 @@ REWRITTEN = (
     TRAINED_ON,
 )
 """Side files that a swap writes anew or, an adapter being merged, leaves out; the source's others are copied."""
+
+_NAMED = 12
+"""Names of left files that are told."""
 
 TAKEN_OVER = ("keep", "rename")
 """Operations that change nothing of a tensor's bytes."""
@@ -154,7 +159,7 @@ def complete_folder(
     """
     write_processor = family.processor_writer(plan)
     tower = inspect_tower(plan.tower, **how_read(plan)) if plan.tower else None
-    config = json.dumps(plan.config, indent=2) + "\n"
+    config = json.dumps(without_local(plan.config), indent=2) + "\n"
     with ThreadPoolExecutor(1) as aside:
         # Training checkpoints are large, and are hashed whole: beside the writing.
         hashing = aside.submit(input_record, tower.source, hashed_files(tower)) if tower else None
@@ -163,6 +168,8 @@ def complete_folder(
     copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), folder)
     _update_generation(folder / GENERATION, plan)
     write_processor(folder)
+    remove_paths(folder)
+    tell_left_behind(checkpoint)
     write_trainings(folder, [*_inherited(plan, checkpoint), *trainings])
     files = {**side_records(folder, written.files), CONFIG: record_of_text(config), **written.files}
     record = record_of(plan, checkpoint, tower_record, tower.spec if tower else None, files, written.hashes)
@@ -171,6 +178,13 @@ def complete_folder(
     # Last and at once, so that a folder left behind by a kill is no checkpoint; `new_folder` waits for the disk.
     with appearing(folder / CONFIG) as file:
         file.write_text(config, encoding="utf-8")
+
+
+def tell_left_behind(checkpoint: Checkpoint) -> None:
+    """Name what of a checkpoint's folder does not go into what is made of it."""
+    if names := checkpoint.left_behind:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        note(f"left behind in {checkpoint.folder}, as no part of a model: {', '.join(names[:_NAMED])}{more}")
 
 
 def _inherited(plan: Plan, checkpoint: Checkpoint) -> tuple[Training, ...]:

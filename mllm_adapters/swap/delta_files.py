@@ -17,6 +17,7 @@ from mllm_adapters.loading import check_complete
 from mllm_adapters.operations import compute
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.side_files import is_published, remove_paths
 from mllm_adapters.swap.apply import (
     TAKEN_OVER,
     Written,
@@ -170,8 +171,10 @@ def compose(
     ) as partial:
         written = write_weights(partial, delta.base, steps, delta.values, progress, copy=copy)
         for name in record.files.keys() - {DELTA_WEIGHTS}:
-            (partial / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(delta.folder / name, partial / name)
+            if is_published(delta.folder / name):
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(delta.folder / name, partial / name)
+        remove_paths(partial)
         files = {**side_records(partial, written.files), **written.files}
         text = _whole_record(record, files, written.hashes).dump()
         (partial / PROVENANCE).write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from mgll_encoder.checkpoint import FOLDER_FILES
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.spec import TowerSpec
-from mllm_adapters.checkpoint import WEIGHT_SUFFIXES, WEIGHTS, Checkpoint, refuse_delta
+from mllm_adapters.checkpoint import WEIGHTS, Checkpoint, refuse_delta
 from mllm_adapters.contract import Dropped, Plan, Step
 from mllm_adapters.locate import cached
 from mllm_adapters.swap.fingerprint import FileRecord, agrees, sample_hash, sampled, whole
@@ -102,15 +102,14 @@ class SwapRecord(_Data):
         steps = tuple(Step(**tensor.model_dump(exclude={"sha256"})) for tensor in self.tensors)
         return Plan(**{**self.plan, **places}, steps=steps, dropped=self.dropped, config=dict(config))
 
-    def trained_since(self, hashes: Mapping[str, str], weights: Mapping[str, FileRecord]) -> "SwapRecord":
+    def trained_since(self, hashes: Mapping[str, str], files: Mapping[str, FileRecord]) -> "SwapRecord":
         """The record of the same checkpoint after training.
 
         Args:
             hashes: SHA-256 of the tensors that were trained, by name.
-            weights: Records of the weight files, and of others that were written anew, as they are now.
+            files: Records of its files as they are now.
         """
-        sides = {name: file for name, file in self.files.items() if not name.endswith(WEIGHT_SUFFIXES)}
-        return self.model_copy(update={"trained": {**self.trained, **hashes}, "files": {**sides, **weights}})
+        return self.model_copy(update={"trained": {**self.trained, **hashes}, "files": dict(files)})
 
     def dump(self) -> str:
         """The text of the file: one tensor a line."""

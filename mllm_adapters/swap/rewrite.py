@@ -1,17 +1,19 @@
 """A checkpoint like another one, but for some tensors."""
 
+import filecmp
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.checkpoint import WEIGHT_SUFFIXES, Checkpoint
 from mllm_adapters.contract import Step
 from mllm_adapters.planning import kept
-from mllm_adapters.swap.apply import new_checkpoint, write_weights
-from mllm_adapters.swap.fingerprint import whole
-from mllm_adapters.swap.provenance import PROVENANCE, has_record, read_record
+from mllm_adapters.side_files import published, remove_paths
+from mllm_adapters.swap.apply import new_checkpoint, tell_left_behind, write_weights
+from mllm_adapters.swap.fingerprint import FileRecord, whole
+from mllm_adapters.swap.provenance import PROVENANCE, SwapRecord, has_record, read_record
 from mllm_adapters.swap.transfer import copy_files
 
 
@@ -61,17 +63,28 @@ def replace_tensors(
             (partial / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
         if has_record(source):
             record = read_record(source)
-            renewed = {name: whole(partial / name) for name in extra_files or {} if name in record.files}
-            record = record.trained_since(
-                {n: written.hashes[n] for n in tensors}, {**renewed, **written.files}
-            )
+            sides = _side_records(record, source, partial)
+            record = record.trained_since({n: written.hashes[n] for n in tensors}, {**sides, **written.files})
             (partial / PROVENANCE).write_text(record.dump(), encoding="utf-8")
     return out
 
 
+def _side_records(record: SwapRecord, source: Path, folder: Path) -> dict[str, FileRecord]:
+    """Records of the side files that were recorded: as they were where they are still the source's, else new ones."""
+    records = {}
+    for name, known in record.files.items():
+        file, before = folder / name, source / name
+        if file.is_file() and not name.endswith(WEIGHT_SUFFIXES):
+            same = before.is_file() and filecmp.cmp(before, file, shallow=False)
+            records[name] = known if same else whole(file)
+    return records
+
+
 def copy_sides(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy everything of a checkpoint that is neither weights nor code."""
+    """Copy what belongs to a checkpoint beside its weights, without paths of this machine; name what is left behind."""
     copy_files(checkpoint.side_files, folder)
     for inner in checkpoint.side_folders:
         (folder / inner.name).mkdir()
-        copy_files((file for file in inner.iterdir() if file.is_file()), folder / inner.name)
+        copy_files(published(inner), folder / inner.name)
+    remove_paths(folder)
+    tell_left_behind(checkpoint)

@@ -8,6 +8,8 @@ from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import library_errors, library_reason
+from mllm_adapters.locate import cached
+from mllm_adapters.swap.provenance import named
 from mllm_adapters.training.stages import is_adapter
 
 if TYPE_CHECKING:
@@ -37,6 +39,13 @@ _NO_EFFECT = {
 """Fields that change nothing of a trained adapter as long as the others are as they are by default."""
 
 
+def base_name(base: Path, out: Path) -> str:
+    """How an adapter that is written to ``out`` names its base: by hub id or as a neighbour, else by its path."""
+    hub_id = named(base, {}).hub_id
+    beside = base.absolute().parent == out.absolute().parent
+    return hub_id or (base.absolute().name if beside else str(base.absolute()))
+
+
 def base_of_adapter(folder: Path) -> Path | None:
     """The checkpoint that an adapter folder belongs to; None where the folder is no adapter's.
 
@@ -48,16 +57,18 @@ def base_of_adapter(folder: Path) -> Path | None:
     file = folder / CONFIG
     if not file.is_file() or (folder / "config.json").is_file():
         return None
-    named = read_json(file).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise UserError(
             f"{file} does not name its base model: set base_model_name_or_path to the checkpoint folder"
         )
-    if not Path(named).is_dir():
+    places = (folder.absolute().parent / base, Path(base))
+    found = next((place for place in places if place.is_dir()), None) or cached(base)
+    if found is None:
         raise UserError(
-            f"{file}: its base model {named} is not there: set base_model_name_or_path to where the checkpoint is now"
+            f"{file}: its base model {base} is not there: set base_model_name_or_path to where the checkpoint is now"
         )
-    return Path(named)
+    return found
 
 
 def attach(model: Any, folder: Path) -> Any:

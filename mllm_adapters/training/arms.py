@@ -10,6 +10,7 @@ from mllm_adapters.configs import build_config
 from mllm_adapters.data.conversations import read_corpus
 from mllm_adapters.data.examples import prepare_examples
 from mllm_adapters.processing import load_processor
+from mllm_adapters.swap.provenance import named
 from mllm_adapters.training.engine import RECORD
 from mllm_adapters.training.plan import check_source
 from mllm_adapters.training.recipe import Recipe
@@ -26,8 +27,8 @@ def record_of(out: Path, model: Path, control: Path | None) -> dict[str, Any]:
         return {}
     return {
         "arms": {
-            "swapped": {"model": str(model), "out": str(out)},
-            "control": {"model": str(control), "out": str(control_folder(out))},
+            "swapped": {"model": named(model, {}).name, "out": out.name},
+            "control": {"model": named(control, {}).name, "out": control_folder(out).name},
         }
     }
 
@@ -35,7 +36,7 @@ def record_of(out: Path, model: Path, control: Path | None) -> dict[str, Any]:
 def finished(out: Path, model: Path) -> bool:
     """Whether ``out`` is the result of training ``model``."""
     record = out / RECORD
-    return record.is_file() and read_json(record).get("source") == str(model)
+    return record.is_file() and read_json(record).get("source") == named(model, {}).name
 
 
 def check_control(

@@ -25,6 +25,7 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.data.examples import AnswerCollator, ConversationDataset
 from mllm_adapters.features.cache import Cached, cache_features
 from mllm_adapters.features.fill import Place
+from mllm_adapters.swap.provenance import named
 from mllm_adapters.swap.rewrite import replace_tensors
 from mllm_adapters.training.checkpoints import check_output, claim, work_folder
 from mllm_adapters.training.filler import FillingCollator, filler_row
@@ -359,9 +360,9 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
 def _record(job: Job, identity: Mapping[str, Any], outcome: Outcome, seconds: float) -> dict[str, Any]:
     return {
         "command": "retrain-projector",
-        "source": str(job.source),
-        "data": [str(file) for file in job.corpus.files],
-        "images": str(job.corpus.folder),
+        "source": named(job.source, {}).name,
+        "data": [file.name for file in job.corpus.files],
+        "images": job.corpus.folder.name,
         "splits": job.corpus.splits(),
         **identity,
         "rows": asdict(job.counts),

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mllm_adapters.swap.apply import new_checkpoint
-from mllm_adapters.training.adapters import ADAPTER, ADAPTER_WEIGHTS, CONFIG, PREFIX
+from mllm_adapters.training.adapters import ADAPTER, ADAPTER_WEIGHTS, CONFIG, PREFIX, base_name
 from mllm_adapters.training.stages import LoraSettings, is_adapter, lora_config, outermost_modules
 
 
@@ -46,7 +46,7 @@ def write_adapter(
     config |= {
         "target_modules": sorted(adapted),
         "modules_to_save": [name for name, _ in saved],
-        "base_model_name_or_path": str(base.absolute()),
+        "base_model_name_or_path": base_name(base, out),
     }
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     # PEFT asks for the buffers of these modules, too (position tables).

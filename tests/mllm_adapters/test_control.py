@@ -50,7 +50,7 @@ def test_the_control_is_what_the_same_command_makes_of_the_unswapped_model(place
         assert records[0][key] == records[1][key]
     assert records[0]["model_sha256"] != records[1]["model_sha256"]
     assert records[0]["arms"] == records[1]["arms"]
-    assert records[0]["arms"]["control"] == {"model": str(place / "base"), "out": str(place / "out-control")}
+    assert records[0]["arms"]["control"] == {"model": "base", "out": "out-control"}
 
     shutil.rmtree(place / "out-control")
     shutil.rmtree(place / "out-control.training" / "checkpoint-3")

@@ -1,0 +1,147 @@
+"""What is published beside the weights: the files that the libraries know, and no path of the machine.
+
+A model folder at work collects label tables, logs, tokens and states of trainings. None of them goes into what is made
+of it: what is copied is on a list, and what is left behind is named once.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
+from mgll_encoder.common.trained_on import TRAINED_ON
+
+PUBLISHED = (
+    # the model
+    "config.json",
+    "generation_config.json",
+    # pictures
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    # text
+    "*.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    # terms
+    "readme.md",
+    "licen[cs]e",
+    "licen[cs]e.*",
+    "licen[cs]e-*",
+    "notice",
+    "notice.*",
+    "copying",
+    "use_policy.*",
+    # records of this project
+    "mgll_swap.json",
+    TRAINED_ON,
+)
+"""Names of files that are copied, as patterns for `fnmatch` in lower case."""
+
+RECORDS: Mapping[str, tuple[str, ...]] = {"training.json": ("command", "data_sha256", "losses")}
+"""Files that are copied where they are records of this project, told by fields: others use the name for their data."""
+
+WITHOUT_PATHS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "training.json",
+)
+"""Files in which paths of a machine may stand; they are written without."""
+
+TEMPLATES = "additional_chat_templates"
+"""Folder in which a processor keeps several chat templates."""
+
+_PATH = re.compile(r"(?:/|~[/\\]|[A-Za-z]:[/\\])[^\n<>{}|]*[/\\][^\n<>{}|]*")
+_IN_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]+")
+_CODE = "auto_map"
+_TEXTS = (
+    "chat_template",
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "model_specific_special_tokens",
+)
+"""Fields with texts that may look like paths and are none."""
+
+
+def published(folder: Path) -> list[Path]:
+    """The files of a model folder, and of its folders of tokenizers, that may be copied into what is made of it."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and is_published(file))
+
+
+def left_behind(folder: Path, known: Collection[Path]) -> list[str]:
+    """Names in a model folder that are neither copied nor known; hidden ones are not named.
+
+    Args:
+        folder: The folder.
+        known: Files and folders in it that were read in another way: weights, tokenizers, parts.
+    """
+    resolved = {path.absolute() for path in (*published(folder), *known)}
+    around = {parent for path in resolved for parent in path.parents}
+    left = (
+        path for path in folder.absolute().iterdir() if path not in resolved | around and path.name[0] != "."
+    )
+    return sorted(path.name + ("/" if path.is_dir() else "") for path in left)
+
+
+def remove_paths(folder: Path) -> None:
+    """Rewrite the configurations in and below a folder in which a path of the machine stands."""
+    for file in folder.rglob("*.json"):
+        if file.name not in WITHOUT_PATHS:
+            continue
+        content = read_json(file)
+        if (cleaned := without_local(content)) != content:
+            file.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def without_local(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without paths of a machine (their last name or hub id stays) and without names of code."""
+    return {
+        key: value if key in _TEXTS else _cleaned(value) for key, value in settings.items() if key != _CODE
+    }
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_local(value)
+    if isinstance(value, list):
+        return [_cleaned(entry) for entry in value]
+    if not (isinstance(value, str) and _PATH.fullmatch(value)):
+        return value
+    if cached := _IN_CACHE.search(value):
+        return "/".join(cached.groups())
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+
+
+def is_published(file: Path) -> bool:
+    """Whether a file is one that the libraries know beside weights, or a record of this project."""
+    name = file.name.lower()
+    if any(fnmatch(name, pattern) for pattern in PUBLISHED):
+        return True
+    return name in RECORDS and _has_fields(file, RECORDS[name])
+
+
+def _has_fields(file: Path, fields: Collection[str]) -> bool:
+    try:
+        return read_json(file).keys() >= set(fields)
+    except UserError:
+        return False
