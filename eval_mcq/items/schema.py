@@ -155,6 +155,15 @@ class Bench:
         }
         return {item.id: names.get(item.id, "") for item in self.items}
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """What it was made without, by reason, as its maker recorded it."""
+        skipped = self.header.built.get("skipped")
+        counts = skipped if isinstance(skipped, dict) else {}
+        return {
+            str(reason): count for reason, count in counts.items() if isinstance(count, int) and count > 0
+        }
+
     def image_paths(self, item: MCQItem) -> list[Path]:
         """Where the images of an item lie."""
         folder = self.path.resolve().parent

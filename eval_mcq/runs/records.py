@@ -61,6 +61,7 @@ class RunRecord(BaseModel):
         example: The prompt of the bench's first question in full, for the reader.
         versions: Package versions, for the reader.
         leak: How much of the bench its model was trained on, where that was allowed; None of a clean run.
+        left_out: What the bench was made without, by reason: rows of the label table, or questions of another tool.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -83,6 +84,7 @@ class RunRecord(BaseModel):
     example: str = ""
     versions: dict[str, str] = {}
     leak: Leak | None = None
+    left_out: dict[str, Annotated[int, Field(ge=0)]] = {}
 
     @field_validator("shard")
     @classmethod

@@ -82,6 +82,7 @@ def describe_run(
         mode=mode, rotations=min(rotations, most), prompt=prompt_version(mode), dtype=dtype,
         code=code_version(), shard=(shard or Shard()).name,
         versions={package: version(package) for package in ("mgll-mllm", "torch", "transformers")}, leak=leak,
+        left_out=bench.left_out,
     )  # fmt: skip
 
 

@@ -213,6 +213,9 @@ def notes_of(comparison: Comparison) -> list[str]:
         f"Average: unweighted mean over diseases (macro). Brackets: {CONFIDENCE:.0%} intervals, Wilson per "
         f"disease, stratified bootstrap over patients for averages and gains ({REPLICATES} draws).",
     ]
+    if comparison.left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in comparison.left_out.items())
+        notes.append(f"The bench was made without {sum(comparison.left_out.values())} entries: {reasons}.")
     notes += [
         f"LEAK: of {arm.name}, {arm.leak}; its figures are flattered." for arm in comparison.arms if arm.leak
     ]

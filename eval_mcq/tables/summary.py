@@ -134,6 +134,7 @@ class Comparison:
         chance: Share that guessing gets right, per disease.
         arms: In the order given; the first is what the others are compared with.
         contrasts: Of all pairs of other arms.
+        left_out: What the bench was made without, by reason.
     """
 
     bench: str
@@ -147,6 +148,7 @@ class Comparison:
     chance: dict[str, float]
     arms: list[Arm]
     contrasts: list[Contrast]
+    left_out: dict[str, int]
 
     @property
     def macro_chance(self) -> float:
@@ -200,6 +202,7 @@ def compare(runs: Mapping[str, Run]) -> Comparison:
             for arm in range(2, len(runs))
             for against in range(1, arm)
         ],
+        left_out=first.record.left_out,
     )
 
 

@@ -175,3 +175,19 @@ def test_a_file_of_bad_rows_only_says_why_nothing_is_left(eval_mcq, tmp_path, pi
     command = ("import", source, "--format", "vlmevalkit", "--out", tmp_path / "b.jsonl", "--skip-bad")
     assert eval_mcq(*command) == 2
     assert "1 blank answer" in eval_mcq.err
+
+
+def test_every_table_of_the_bench_says_what_was_left_out(eval_mcq, tmp_path, picture, tiny_llava):
+    rows = [row(i, picture, question=f"Which is {i}?") for i in range(3)]
+    imported(eval_mcq, tmp_path, *rows, *list(bad_rows(picture).values())[1:3], more=("--skip-bad",))
+    run = tmp_path / "run"
+    assert eval_mcq("run", "--model", tiny_llava, "--bench", tmp_path / "b.jsonl", "--out", run) == 0, (
+        eval_mcq.err
+    )
+    for format_ in ("rich", "markdown", "latex"):
+        assert eval_mcq("table", run, "--format", format_) == 0, eval_mcq.err
+        said = " ".join(eval_mcq.out.replace("\\", "").split())
+        assert "2 entries: 1 blank answer, 1 answer that is not an option" in said
+    page = tmp_path / "report.html"
+    assert eval_mcq("report", f"tiny={run}", "--html", page) == 0, eval_mcq.err
+    assert "1 blank answer" in page.read_text()
