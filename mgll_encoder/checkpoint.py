@@ -1,20 +1,21 @@
 """Opening weight files: their first bytes tell what they are, never their names; nothing is unpickled.
 
-Only headers are read on opening. Tensors are read (memory-mapped) when asked for, so that the optimizer states
-of a training checkpoint cost nothing.
+Only headers are read on opening. Tensors are read when asked for, so that the optimizer states of a training checkpoint
+cost nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import regular_file
 from mgll_encoder.common.texts import POINTER, read_json, refuse_pointer
+from mgll_encoder.spans import Span, read_span, spans
 from mgll_encoder.torch_file import WeightSet, open_torch
 
 FOLDER_FILES = (
@@ -32,9 +33,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-_MAPPED = 256 << 20
-"""Bytes that are read of a mapped file before it is mapped again: the pages that were read are let go then."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ def open_checkpoint(path: Path, weights: WeightSet | None = None) -> Checkpoint:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path of the tower")
-    if path.is_file():
-        return _open_file(path, weights)
+    if not path.is_dir():
+        return _open_file(regular_file(path, "weight file"), weights)
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
     if file is None:
         present = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
@@ -158,20 +156,11 @@ def _open_safetensors(path: Path) -> Checkpoint:
                 headers[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or damaged: {error}; copy or download it again") from None
-    return Checkpoint(path, (path,), headers, _readers=dict.fromkeys(headers, _SafetensorsReader(path).read))
+    places = spans(path)
+    return Checkpoint(
+        path, (path,), headers, _readers={name: _reader(places[name], headers[name]) for name in headers}
+    )
 
 
-class _SafetensorsReader:
-    """The tensors of a safetensors file; however much is read of it, little stays in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._opened: Any = None
-        self._read = 0
-
-    def read(self, name: str) -> Tensor:
-        if self._opened is None or self._read > _MAPPED:
-            self._opened, self._read = safe_open(self._path, framework="pt"), 0
-        tensor: Tensor = self._opened.get_tensor(name)
-        self._read += tensor.nbytes
-        return tensor
+def _reader(place: Span, header: Tensor) -> Callable[[str], Tensor]:
+    return lambda _: read_span(place, header.dtype, header.shape)

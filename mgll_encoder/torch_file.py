@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.spans import unmapped
 from mgll_encoder.torchscript import is_torchscript, open_archive
 
 WeightSet = Literal["raw", "ema"]
@@ -23,9 +24,6 @@ RAW_SETS = ("model", "state_dict", "model_state_dict", "module")
 
 EMA_SETS = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema")
 """Names under which they keep a moving average of them (timm, DeiT, OpenMMLab and others)."""
-
-_MAPPED = 256 << 20
-"""Bytes that are read of a mapped file before it is mapped again: the pages that were read are let go then."""
 
 _BROKEN = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
@@ -122,22 +120,19 @@ def open_torch(path: Path, zipped: bool, weights: WeightSet | None = None) -> To
 
 
 class _Reader:
-    """The tensors of a file; however much is read of it, little stays in memory.
+    """The tensors of a file. It is mapped to learn where they lie; values are read when they are asked for.
 
-    Of what cannot be mapped, the whole file does: bare pickles of before torch 1.6, and files named as another format.
+    Of what cannot be mapped, all stays in memory: bare pickles of before torch 1.6, and files named as another format.
     """
 
     def __init__(self, path: Path, zipped: bool, name: str | None) -> None:
         self._path, self._zipped, self._name = path, zipped, name
         self._state: dict[str, Tensor] = {}
-        self._read = 0
 
     def read(self, name: str) -> Tensor:
-        if not self._state or (_can_be_mapped(self._path, self._zipped) and self._read > _MAPPED):
-            self._state, self._read = _tensors(_load(self._path, self._zipped), self._name), 0
-        tensor = self._state[name]
-        self._read += tensor.nbytes
-        return tensor
+        if not self._state:
+            self._state = _tensors(_load(self._path, self._zipped), self._name)
+        return unmapped(self._state[name], self._path)
 
 
 def _can_be_mapped(path: Path, zipped: bool) -> bool:

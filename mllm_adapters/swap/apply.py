@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mgll_encoder import TowerHeader, inspect_tower
@@ -25,6 +25,7 @@ from mgll_encoder.common.trained_on import (
     without_tower,
     write_trainings,
 )
+from mgll_encoder.spans import Span, cut_short, spans
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import check_complete
@@ -34,7 +35,7 @@ from mllm_adapters.side_files import remove_paths, without_local
 from mllm_adapters.swap.card import CARD, model_card
 from mllm_adapters.swap.fingerprint import FileRecord, sampled, whole
 from mllm_adapters.swap.provenance import PROVENANCE, input_record, record_of
-from mllm_adapters.swap.streaming import DTYPE_CODES, Span, nbytes, spans, write_safetensors
+from mllm_adapters.swap.streaming import DTYPE_CODES, nbytes, write_safetensors
 from mllm_adapters.swap.transfer import best_way, check_space, copy_files, transfer
 
 CONFIG = "config.json"
@@ -275,7 +276,7 @@ def write_weights(
                 files[name] = sampled(folder / name)
                 if file:
                     source.release(file)
-            _check_written(folder / name, group)
+            _check_written(folder / name, group, file)
             weight_map |= dict.fromkeys((step.name for step in group), name)
         for waiting in syncing:
             waiting.result()
@@ -366,9 +367,13 @@ def reporting(
         progress(nbytes(step))
 
 
-def _check_written(path: Path, steps: list[Step]) -> None:
+def _check_written(path: Path, steps: list[Step], source: Path | None) -> None:
     """Read the header back: names, dtypes and shapes must be those of the plan."""
-    with safe_open(path, "pt") as weights:
+    try:
+        weights = safe_open(path, "pt")
+    except SafetensorError:
+        raise cut_short(source or path) from None
+    with weights:
         views = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
     found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
     planned = {step.name: (DTYPE_CODES[step.dtype], step.shape) for step in steps}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.common import files
-from mllm_adapters.swap.streaming import Span, spans
+from mgll_encoder.spans import Span, spans
 
 _EDGE = 4096
 _BLOCK = 16 << 20

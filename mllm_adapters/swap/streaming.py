@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from errno import EIO
 from hashlib import sha256
 from mmap import ACCESS_READ, MADV_DONTNEED, PAGESIZE, mmap
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mgll_encoder.spans import Span
 from mllm_adapters.contract import Step
 from mllm_adapters.swap.transfer import copy_range
 
@@ -38,33 +38,6 @@ _BLOCK = 512 << 10
 
 _HELD = 64 << 20
 """Bytes of tensors that may wait in memory for their check."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """The bytes of a tensor in a file, to be copied as they are."""
-
-    file: Path
-    start: int
-    length: int
-
-
-def spans(file: Path) -> dict[str, Span]:
-    """Where the tensors of a safetensors file lie in it.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: its header is damaged.
-    """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    data = 8 + length
-    return {
-        name: Span(file, data + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -11,6 +11,7 @@ from typing import BinaryIO, Literal
 from rich.filesize import decimal
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.spans import cut_short
 
 Way = Literal["link", "clone", "copy"]
 """How an unchanged file gets into an output: ``link`` shares the file, ``clone`` its blocks until one is written."""
@@ -77,7 +78,8 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, length: int) -> N
     """Copy ``length`` bytes from ``start`` on to where ``target`` stands; in the kernel, where it can.
 
     Raises:
-        OSError: reading or writing fails, or ``source`` ends too early.
+        OSError: reading or writing fails.
+        UserError: ``source`` has been cut short.
     """
     target.flush()
     while length:
@@ -88,7 +90,7 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, length: int) -> N
                 raise
             done = _copy_through_memory(source, target, start, length)
         if not done:
-            raise OSError(errno.EIO, "the file ends too early", source.name)
+            raise cut_short(source.name)
         start, length = start + done, length - done
 
 

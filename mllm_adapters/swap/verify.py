@@ -14,6 +14,7 @@ from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import library_errors, library_reason
+from mgll_encoder.spans import Span, spans
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.loading import check_complete, load_mllm
 from mllm_adapters.operations import FittedTower
@@ -22,7 +23,7 @@ from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import CONFIG
 from mllm_adapters.swap.fingerprint import agrees, span_hash
 from mllm_adapters.swap.provenance import TensorRecord, find_input, is_input, read_record
-from mllm_adapters.swap.streaming import Span, raw_bytes, spans
+from mllm_adapters.swap.streaming import raw_bytes
 
 QUESTION = "What does this image show?"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgll_encoder import inspect_tower, load_tower, torch_file
+from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
@@ -407,18 +407,48 @@ def test_shards_are_read_as_one(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_reading_much_of_a_file_maps_it_anew(
-    zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pages that were read are let go, so that converting 14 GB does not take 14 GB."""
-    state = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
-    torch.save(state, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
-    loads: list[Path] = []
-    load = torch_file._load
-    monkeypatch.setattr(torch_file, "_MAPPED", 500)
-    monkeypatch.setattr(torch_file, "_load", lambda path, zipped: loads.append(path) or load(path, zipped))
+def tied_and_turned() -> dict[str, torch.Tensor]:
+    """Tensors as files hold them: whole, a part of another's storage, turned, of other dtypes, without elements."""
+    whole = torch.arange(5000.0)
+    return {
+        "whole": whole, "part": whole[100:300], "turned": torch.arange(6000.0).reshape(60, 100).T,
+        "half": torch.full((7, 3), 2.5, dtype=torch.bfloat16), "flag": torch.tensor([True, False]),
+        "scalar": torch.tensor(3), "none": torch.empty(0, 4),
+    }  # fmt: skip
+
+
+def as_safetensors(path: Path) -> None:
+    save_file({name: value.contiguous().clone() for name, value in tied_and_turned().items()}, path)
+
+
+def as_zip(path: Path) -> None:
+    torch.save(tied_and_turned(), path)
+
+
+def as_pickle(path: Path) -> None:
+    torch.save(tied_and_turned(), path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [as_safetensors, as_zip, as_pickle])
+def test_tensors_are_read_from_where_they_lie(write: Callable[[Path], None], tmp_path: Path) -> None:
+    write(tmp_path / "x.bin")
     opened = open_checkpoint(tmp_path / "x.bin")
-    found = [opened.read([name])[name] for name in state]
-    assert all(torch.equal(one, other) for one, other in zip(found, state.values(), strict=True))
-    assert len(loads) == (4 if zipped else 2), "the header, then every 500 bytes; what cannot be mapped, once"
+    for name, value in tied_and_turned().items():
+        found = opened.read([name])[name]
+        assert (found.dtype, found.shape) == (value.dtype, value.shape)
+        assert torch.equal(found, value)
+
+
+@pytest.mark.parametrize("write", [as_safetensors, as_zip])
+def test_a_file_that_is_cut_short_after_it_was_opened_is_told(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """Mapped, it would end the process with SIGBUS."""
+    path = tmp_path / "x.bin"
+    write(path)
+    opened = open_checkpoint(path)
+    opened.read(["whole"])
+    os.truncate(path, 4096)
+    for name in ("whole", "turned"):
+        with pytest.raises(UserError, match=r"x\.bin has been cut short while it was read"):
+            opened.read([name])

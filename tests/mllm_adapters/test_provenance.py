@@ -11,11 +11,12 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mgll_encoder.spans import spans
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
 from mllm_adapters.swap.fingerprint import sampled
 from mllm_adapters.swap.provenance import read_record
-from mllm_adapters.swap.streaming import raw_bytes, spans
+from mllm_adapters.swap.streaming import raw_bytes
 from tests.builders import invoke, refused
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.llava_checkpoints import a_tower

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from mgll_encoder import inspect_tower
+from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
 from mllm_adapters.registry import open_checkpoint
@@ -143,6 +145,45 @@ def test_a_write_that_fails_in_the_midst_leaves_nothing(host: Path, tower: Path,
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert "cannot be written" in message
     assert list((tmp_path / "full").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["host", "tower", "training checkpoint"])
+def test_a_source_that_is_cut_short_meanwhile_is_told_and_leaves_nothing(
+    kind: str, host: Path, tower: Path, tmp_path: Path
+) -> None:
+    """A download that starts over, say. (In a process of its own: a mapped file would end it with SIGBUS.)"""
+    (tmp_path / "in").mkdir()
+    source, encoder = copied(host, tmp_path / "in" / "host"), copied(tower, tmp_path / "in" / "tower")
+    if kind == "training checkpoint":
+        torch.save({"model": load_file(encoder / "model.safetensors")}, tmp_path / "in" / "tower.pt")
+        (encoder / "model.safetensors").rename(tmp_path / "in" / "whole")
+        encoder = tmp_path / "in" / "tower.pt"
+    checkpoint, family, _ = open_checkpoint(source)
+    plan = family.plan(checkpoint, inspect_tower(encoder, activation="gelu"))
+    doomed = (
+        source.glob("*.safetensors") if kind == "host" else (tmp_path / "in").glob("tower*/*.safetensors")
+    )
+    files = [encoder] if encoder.is_file() else list(doomed)
+
+    def cut_short(_: int) -> None:
+        for file in files:
+            os.truncate(file, min(file.stat().st_size, 8192))
+
+    told = tmp_path / "in" / "told"
+    child = os.fork()
+    if child == 0:
+        try:
+            apply_plan(
+                plan, family, checkpoint, tmp_path / "out", checked=True, copy=True, progress=cut_short
+            )
+        except UserError as error:
+            told.write_text(str(error))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert re.search(
+        r"(safetensors|tower\.pt) (has been cut short|is truncated or damaged)", told.read_text()
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_another_swap_into_the_same_folder_is_told(host: Path, tower: Path, tmp_path: Path) -> None:
