@@ -13,6 +13,7 @@ from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 
 if TYPE_CHECKING:
     from eval_mcq.items.build import BuildReport
@@ -72,7 +73,7 @@ def build(
     sheet: tables.Sheet = None,
     patient_column: Annotated[
         str | None,
-        typer.Option(help="Column with the patient id; where blank, the image is its own patient."),
+        typer.Option(help=PATIENT_HELP),
     ] = None,
     source_column: Annotated[str | None, typer.Option(help="Column with the name of the data set.")] = None,
     split: Annotated[Literal["train", "test", "all"], typer.Option(help="Which patients to ask.")] = "all",
@@ -144,8 +145,6 @@ def build(
     )  # fmt: skip
     write_bench(out, header, items, force)
     sheet_of(out, items, contact_sheet, force)
-    if split != "all" and not any(item.patient for item in items):
-        warn("without --patient-column the split is by image: a patient's eyes may fall on different sides")
     _show_report(report, header.categories, out)
 
 

@@ -35,7 +35,8 @@ class LabelTable:
         path: The label file (`mgll_encoder.common.tables`).
         image: Column with the image path below the image folder.
         labels: Column with a list of labels.
-        patient: Column with the patient or source id; without it every image is a patient of its own.
+        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None for the one that
+            is recognized.
         source: Column with the name of the data set.
         layout: Published layout of the file instead of these columns, or ``generic``.
         binary: Columns that stand for one label each, instead of ``labels``.
@@ -87,7 +88,7 @@ class BuildReport:
         patients: Per disease.
         positions: How often each position holds the true option.
         unasked: Labels outside the preset, with their number of rows.
-        without_patient: Rows whose patient column is blank: each its own patient.
+        without_patient: Rows that name no patient: each its own patient.
         skipped: Rows left out, by reason.
     """
 
@@ -167,12 +168,13 @@ def build(
     skipped = Skipped(strict)
     known = frozenset(plain(label) for disease in preset.diseases for label in disease.labels)
     filters = [*preset.where, *(column for d in preset.diseases for column in d.where or {})]
-    rows = _read(table, images, filters, known | set(map(plain, preset.other_labels)), skipped)
+    known |= set(map(plain, preset.other_labels))
+    rows = _read(table, images, filters, known, skipped, drawn=split.side != "all")
     if not rows:
         reasons = "; ".join(skipped.lines()) or "it has a header but no rows"
         raise UserError(f"label file {table.path} gives no image: {reasons}")
     report = BuildReport(unasked=_check_labels(table, rows, preset), skipped=skipped)
-    report.without_patient = sum(not row.patient for row in rows) if table.patient else 0
+    report.without_patient = sum(not row.patient for row in rows)
     asked = [
         r for r in rows if split.side in ("all", assign_split(_patient(r), test=split.test, seed=split.seed))
     ]
@@ -221,7 +223,12 @@ def build(
 
 
 def _read(
-    table: LabelTable, images: Path, filters: Iterable[str], known: frozenset[str], skipped: Skipped
+    table: LabelTable,
+    images: Path,
+    filters: Iterable[str],
+    known: frozenset[str],
+    skipped: Skipped,
+    drawn: bool,
 ) -> list[_Row]:
     """The rows whose image is there, each image once."""
     content = read_table(table.path, "--labels", skipped, table.reading)
@@ -230,7 +237,7 @@ def _read(
         table = replace(table, image=IMAGE, source=SOURCE)
         content = replace(content, columns=(IMAGE, LABELS, PATIENT, SOURCE))
     else:
-        columns = Columns(table.image, table.labels, table.binary, table.patient).of(content)
+        columns = Columns(table.image, table.labels, table.binary, table.patient).of(content, drawn=drawn)
         found = label_rows(content, columns, skipped, table.reading, known)
     filtering = (("the preset's 'where'", name) for name in filters)
     content.check_columns([("--source-column", table.source), *filtering])

@@ -7,6 +7,7 @@ import typer
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, stdout, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 
 app = new_app("Make data sets for pretraining.")
 
@@ -34,9 +35,7 @@ def fundus(
     uncertain: tables.UncertainCells = "ignore",
     encoding: tables.Encoding = None,
     sheet: tables.Sheet = None,
-    patient_column: str = typer.Option(
-        "patient_or_source_id", help="Column with the patient or source id; splits never divide a patient."
-    ),
+    patient_column: str | None = typer.Option(None, help=PATIENT_HELP),
     keywords_column: str | None = typer.Option(
         None, help="Column with the annotators' words (default: raw_label_or_keywords, if there)."
     ),

@@ -8,6 +8,7 @@ import typer
 
 from mgll_encoder.common.cli import note, stdout, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 from mgll_encoder.common.table_options import listed
 from mgll_encoder.common.tables import Reading
 from mgll_encoder.common.texts import read_text
@@ -43,7 +44,7 @@ LabelsColumn = Annotated[
 ]
 PatientColumn = Annotated[
     str | None,
-    typer.Option("--patient-column", help="Column with the patient id; sides never divide a patient."),
+    typer.Option("--patient-column", help=PATIENT_HELP),
 ]
 SplitColumn = Annotated[
     str | None,
@@ -178,11 +179,9 @@ class Question:
 
     def warn_of_leaks(self, data: "LabelledImages") -> None:
         """Say where test images may show patients that were trained on."""
-        from mgll_encoder.benchmarks import benchmark as described
-
         if divided := data.divided:
             warn(f"{len(divided)} patients have images on both sides: figures are flattered")
-        elif not (self.patient_column or (self.benchmark and described(self.benchmark).patient)):
+        elif not data.by_patient:
             warn(
                 "no --patient-column: images of one patient may be on both sides, which flatters every figure"
             )

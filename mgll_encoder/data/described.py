@@ -87,5 +87,6 @@ def described_images(
         tuple(row.patient or row.image for _, row in kept),
         np.ones(len(kept), bool),
         tuple(where for where, _ in kept),
+        by_patient=any(row.patient for _, row in kept),
     )
     return DescribedImages(labels, {name: texts for name, texts in levels.items() if texts})

@@ -67,7 +67,8 @@ class FundusTable:
             folder.
         image: Column with the image path below the image folder.
         labels: Column with canonical labels.
-        patient: Column with the patient or source id.
+        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None for the one that
+            is recognized.
         keywords: Column with the annotators' words, separated by commas or ``;``; None for
             ``raw_label_or_keywords`` if the file has it.
         source: Column with the name of the data set; None for ``dataset`` if the file has it.
@@ -80,7 +81,7 @@ class FundusTable:
     path: Path
     image: str = "file"
     labels: str = "labels"
-    patient: str = "patient_or_source_id"
+    patient: str | None = None
     keywords: str | None = None
     source: str | None = None
     layout: str = GENERIC
@@ -105,7 +106,7 @@ class FundusReport:
         labels: Images per label.
         skipped: Rows left out, by reason.
         unexplained: Labels that the table of explanations lacks, with their rows.
-        without_patient: Images whose patient column is blank: each its own patient.
+        without_patient: Images that name no patient: each its own patient.
     """
 
     rows: int = 0
@@ -170,7 +171,7 @@ def build_fundus(
     known = read_explanations(explanations)
     report = FundusReport(skipped=Skipped(strict))
     rows: list[ManifestRow] = []
-    table, found = _read(table, report.skipped)
+    table, found = _read(table, report.skipped, drawn=test > 0 or val > 0)
     pseudonyms = Pseudonyms(table.path)
     usable = agreeing(with_files(found, images, report.skipped, table.image), report.skipped)
     usable = _healthy_or_not(usable, report.skipped)
@@ -256,7 +257,7 @@ def _trouble(path: Path) -> str:
     return ""
 
 
-def _read(table: FundusTable, skipped: Skipped) -> tuple[FundusTable, list[LabelRow]]:
+def _read(table: FundusTable, skipped: Skipped, drawn: bool) -> tuple[FundusTable, list[LabelRow]]:
     """The table with its optional columns settled, and its rows."""
     generic = replace(table, image=IMAGE, keywords=KEYWORDS, source=SOURCE)
     if table.path.is_dir():
@@ -264,9 +265,8 @@ def _read(table: FundusTable, skipped: Skipped) -> tuple[FundusTable, list[Label
     content = read_table(table.path, "--labels", skipped, table.reading)
     if table.layout != GENERIC:
         return generic, as_generic(table.layout, content, skipped, table.reading)
-    columns = Columns(table.image, table.labels, table.binary, table.patient, classes=table.classes).of(
-        content
-    )
+    columns = Columns(table.image, table.labels, table.binary, table.patient, classes=table.classes)
+    columns = columns.of(content, drawn=drawn)
     content.check_columns([("--keywords-column", table.keywords), ("--source-column", table.source)])
     settled = replace(
         table,

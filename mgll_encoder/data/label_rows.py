@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.patient_column import patient_column
 from mgll_encoder.common.skipped import (
     DISAGREE,
     NO_FILE,
@@ -32,7 +33,8 @@ class Columns:
         image: Column with the image path below the image folder, or a template over columns such as ``{ID}.png``.
         labels: Column with a list of labels (several may be true of an image), or with one class.
         binary: Columns that stand for one label each, instead of ``labels``.
-        patient: Column with the patient or source id; None: each image is a patient.
+        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None for the one that
+            is recognized.
         split: Column that says train or test; None: patients are divided at random.
         nested: Images lie anywhere below the image folder, by their file name.
         aliases: Other names that ``labels`` has in some files of the set.
@@ -48,15 +50,19 @@ class Columns:
     aliases: tuple[str, ...] = ()
     classes: Mapping[str, str] = field(default_factory=dict)
 
-    def of(self, table: Table) -> "Columns":
-        """The columns as this table calls them.
+    def of(self, table: Table, *, drawn: bool = False) -> "Columns":
+        """The columns as this table calls them; ``patient`` is None afterwards where each image is a patient.
+
+        Args:
+            table: The table.
+            drawn: Whether sides of a split are drawn that patients must not be on both of.
 
         Raises:
-            UserError: it lacks one.
+            UserError: it lacks one, or see `patient_column`.
         """
         found = replace(self, labels=next((n for n in self.aliases if n in table.columns), self.labels))
         table.check_columns(found._named())
-        return found
+        return replace(found, patient=patient_column(table, found.patient, drawn=drawn))
 
     def _named(self) -> list[tuple[str, str | None]]:
         template = _PLACE.findall(self.image) or [self.image]
@@ -64,7 +70,7 @@ class Columns:
         named += [("--binary-columns", name) for name in self.binary]
         if not self.binary:
             named.append(("--labels-column", self.labels))
-        return [*named, ("--patient-column", self.patient), ("--split-column", self.split)]
+        return [*named, ("--split-column", self.split)]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class LabelledImages:
         val: Whether a table marks an image for validation, [n]; None where no table marks any.
         known: Whether the table says if a label is true of an image, [n, labels]; None where it always does. What it
             leaves open counts neither for nor against the label, in training and in figures.
+        by_patient: Whether patients are known, and not only images.
     """
 
     images: tuple[Path, ...]
@@ -45,6 +46,7 @@ class LabelledImages:
     rows: tuple[str, ...] = ()
     val: NDArray[np.bool_] | None = None
     known: NDArray[np.bool_] | None = None
+    by_patient: bool = False
 
     @property
     def false(self) -> NDArray[np.bool_]:
@@ -199,7 +201,7 @@ def _with_test_table(
     apart = replace(columns, split=None)
     for row in _rows_of(sides.table, sides.images or images, apart, sides, skipped, reading, "--test-data"):
         # both tables may count their images from 1
-        patient = row.patient if columns.patient else f"{sides.table.name}:{row.patient}"
+        patient = row.patient if row.patient != row.image else f"{sides.table.name}:{row.image}"
         rows.append(replace(row, side="test", patient=patient))
     return rows
 
@@ -270,6 +272,7 @@ def _assembled(
         tuple(row.where for row in kept),
         val if val.any() else None,
         known,
+        not all(row.patient.endswith(row.image) for row in kept),  # see `_sided` and `_with_test_table`
     )
 
 

@@ -128,11 +128,6 @@ def test_an_existing_bench_is_kept_unless_forced(eval_mcq, labels, tmp_path):
     assert len(load_bench(out).items) == 16
 
 
-def test_a_split_without_patients_is_warned_about(eval_mcq, labels, tmp_path):
-    assert eval_mcq("build", *labels, *FOUR, "--split", "train", "--out", tmp_path / "b.jsonl") == 0
-    assert "without --patient-column the split is by image" in eval_mcq.err
-
-
 def test_run_refuses_a_question_that_makes_no_sense(eval_mcq, tiny_llava, tmp_path):
     bench = write_bench(tmp_path / "b.jsonl", [question("q", answer="D")])
     error = eval_mcq.refuses("run", "--model", tiny_llava, "--bench", bench, "--out", tmp_path / "run")
