@@ -86,7 +86,7 @@ def _page(pairs: Sequence[tuple[str, Image.Image]], total: int, rule: PixelRule)
         left, upper = place % across * wide + 2 * _GAP, place // across * high + top
         _paste(page, picture, left, upper)
         _paste(page, seen(picture, rule), left + _TILE + _GAP, upper)
-        pen.text((left, upper + _TILE + 3), f"{caption}  {picture.width} x {picture.height}", _INK, font)
+        pen.text((left, upper + _TILE + 3), f"{caption}, {picture.width} x {picture.height}", _INK, font)
     return page
 
 

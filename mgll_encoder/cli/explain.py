@@ -1,5 +1,6 @@
 """``mgll-encoder explain``: pictures of where a tower looks."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +58,8 @@ def explain(
     Columns: the image as the tower's resize rule shows it, attention of the last block, attention rollout and, for each
     --text and --label, a class activation map. Maps show what moved the tower's answer, not what is wrong with an eye.
 
+    Captions are row numbers, or the images' places in the order of their names: file names may tell who a patient is.
+
     Example: mgll-encoder explain --encoder mgll-fundus --images photos --text glaucoma --out look.png
     """
     import torch
@@ -92,8 +95,8 @@ def explain(
         classes, paths, captions = _classes(tower, question, label, limit, skipped)
         targets += classes
     else:
-        paths = _pictures(images, limit, skipped)
-        captions = [path.name for path in paths]
+        numbered = _pictures(images, limit, skipped)
+        paths, captions = list(numbered), [f"image {number}" for number in numbered.values()]
     pictures = [open_image(path) for path in paths]
     transform = image_transform(tower.spec)
     pixels = torch.stack([transform(picture) for picture in pictures])
@@ -152,13 +155,19 @@ def _classes(
     having = found.truth[asked][:, places].any(axis=1)
     chosen = asked[np.argsort(~having, kind="stable")][:limit]
     captions = [
-        f"{found.images[i].name}\n{', '.join(np.array(found.names)[found.truth[i]]) or 'no label'}"
+        f"{_place(found.rows[i])}\n{', '.join(np.array(found.names)[found.truth[i]]) or 'no label'}"
         for i in chosen
     ]
     return targets, [found.images[i] for i in chosen], captions
 
 
-def _pictures(images: Path, limit: int, skipped: "Skipped") -> list[Path]:
+def _place(where: str) -> str:
+    """The row or number of an image, without the file names around it, which may tell who a patient is."""
+    return re.findall(r"\b(?:row|image) \d+", where)[-1]
+
+
+def _pictures(images: Path, limit: int, skipped: "Skipped") -> dict[Path, int]:
+    """Images that can be read, and their numbers when sorted by name."""
     from mgll_encoder.common.skipped import UNREADABLE
     from mgll_encoder.features import unreadable
 
@@ -170,7 +179,7 @@ def _pictures(images: Path, limit: int, skipped: "Skipped") -> list[Path]:
         raise UserError(
             f"--images is {images}, which does not exist: expected an image or a folder of images"
         )
-    chosen: list[Path] = []
+    chosen: dict[Path, int] = {}
     for number, path in enumerate(candidates, start=1):
         if len(chosen) == limit:
             break
@@ -178,7 +187,7 @@ def _pictures(images: Path, limit: int, skipped: "Skipped") -> list[Path]:
         if trouble := unreadable(path):
             skipped.add(UNREADABLE, f"image {number} (sorted by name) of {images} {trouble}")
         else:
-            chosen.append(path)
+            chosen[path] = number
     if not chosen:
         reasons = "; ".join(skipped.lines()) or f"it holds no {', '.join(_PICTURES)}"
         raise UserError(f"{images} gives no image to look at: {reasons}")

@@ -1,6 +1,7 @@
 """Somebody wants to see where a tower looks."""
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from mgll_encoder import Tower, TowerSpec, build_model, save_tower
+from mgll_encoder import explain as explaining
 from mgll_encoder.cli import main
 from mgll_encoder.explain import (
     ATTENTION,
@@ -161,6 +163,24 @@ def explain(
         return (main, "explain", "--encoder", place / "tower", "--out", tmp_path / "look.png", *more)
 
     return arguments
+
+
+def test_captions_hold_no_file_names(place: Path, explain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sheet is for others to look at, and a file may be called after a patient."""
+    seen: list[str] = []
+    original = explaining.contact_sheet
+    monkeypatch.setattr(
+        explaining,
+        "contact_sheet",
+        lambda images, captions, *rest: seen.extend(captions) or original(images, captions, *rest),
+    )
+    assert invoke(*explain("--images", place / "images", "--limit", 2)).code == 0
+    assert seen == ["image 1", "image 3"]  # the second is broken
+    seen.clear()
+    table = ("--data", place / "labels.csv", "--images", place / "images", "--patient-column", "patient")
+    assert invoke(*explain(*table, "--label", "lesion", "--limit", 2, "--force")).code == 0
+    assert [caption.split("\n")[1] for caption in seen] == ["lesion", "lesion"]
+    assert all(re.fullmatch(r"row \d+", caption.split("\n")[0]) for caption in seen)
 
 
 def test_a_contact_sheet_is_drawn_from_a_folder(place: Path, tmp_path: Path, explain) -> None:
