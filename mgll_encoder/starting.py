@@ -4,7 +4,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
-from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
 from mgll_encoder.claims import HF_FOLDER, OURS
 from mgll_encoder.clip_text import clip_text_tower
@@ -69,6 +68,8 @@ def starting_towers(
 
 def _openai(activation: Activation | None) -> tuple[Path, Activation]:
     """OpenAI's weights, from open_clip's cache or the hub; they were trained with QuickGELU."""
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+
     try:
         file = download_pretrained(get_pretrained_cfg("ViT-L-14", OPENAI))
     except (OSError, RuntimeError, HfHubHTTPError) as error:

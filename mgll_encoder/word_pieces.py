@@ -6,7 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import open_clip.tokenizer
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
@@ -21,6 +20,8 @@ _MERGES = 48_894
 @lru_cache(maxsize=1)
 def _merges() -> tuple[tuple[str, str], ...]:
     """CLIP's merges in order, from the file that open_clip's package carries."""
+    import open_clip.tokenizer
+
     path = Path(open_clip.tokenizer.default_bpe())
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     return tuple((left, right) for left, right in (line.split() for line in lines[1 : 1 + _MERGES]))

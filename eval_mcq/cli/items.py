@@ -8,6 +8,7 @@ import typer
 
 from mgll_encoder.common.cli import note, stdout
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.common.skipped import Skipped
 
@@ -21,6 +22,7 @@ OutFile = Annotated[
 ]
 
 
+@needs("eval")
 def import_command(
     source: Annotated[str, typer.Argument(help="File, folder of .json files, or hub id (format hf).")],
     out: Annotated[Path, typer.Option(help="Bench file to write (.jsonl or .parquet).")],
@@ -84,6 +86,7 @@ def import_command(
     stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
 
 
+@needs("eval")
 def export(
     bench: Annotated[Path, typer.Argument(help="Bench file.")],
     out: Annotated[Path, typer.Option(help="File (for lmms-eval: folder) to write.")],
@@ -134,6 +137,7 @@ def export(
     stdout.print(f"Next: {following}", soft_wrap=True, highlight=False)
 
 
+@needs("eval")
 def audit(
     format_: FormatOption = "rich",
     out: OutFile = None,

@@ -12,6 +12,7 @@ from eval_mcq.cli.run import DeviceOption, DtypeOption, FourBit, ModeName, WayNa
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 
@@ -44,6 +45,7 @@ PaperRounding = Annotated[
 
 
 @app.command()
+@needs("eval")
 def build(
     labels: Annotated[
         Path, typer.Option(help="Table (CSV, TSV, Excel, Parquet) with a row per image; see docs/tables.md.")
@@ -149,6 +151,7 @@ def build(
 
 
 @app.command("run")
+@needs("eval")
 def run_command(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     bench: Annotated[Path, typer.Option(help="Bench file.")],
@@ -235,6 +238,7 @@ def run_command(
 
 
 @app.command()
+@needs("eval")
 def table(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     format_: FormatOption = "rich",
@@ -254,6 +258,7 @@ def table(
 
 
 @app.command()
+@needs("eval")
 def compare(
     runs: Annotated[
         list[str],
@@ -299,6 +304,7 @@ def compare(
 
 
 @app.command()
+@needs("report")
 def report(
     runs: Annotated[
         list[str], typer.Argument(metavar="[NAME=]RUN...", help="Run folders; gains are against the first.")

@@ -12,6 +12,7 @@ import typer
 from eval_mcq.cli.items import Force
 from mgll_encoder.common.cli import note, stdout, warn
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.extras import needs, require
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,21 @@ WayName = Literal["auto", "prefix", "tree", "plain"]
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes the GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 elsewhere.")]
+
+
+def _check_four_bit(asked: bool) -> bool:
+    if asked:
+        require("qlora", "--load-in-4bit")
+    return asked
+
+
 FourBit = Annotated[
-    bool, typer.Option("--load-in-4bit", help="NF4 weights (bitsandbytes); computes in --dtype.")
+    bool,
+    typer.Option(
+        "--load-in-4bit",
+        help="NF4 weights (bitsandbytes); computes in --dtype.",
+        callback=_check_four_bit,
+    ),
 ]
 
 WAIT = 2.0
@@ -154,6 +168,7 @@ def _merged(
     return run
 
 
+@needs("eval")
 def merge_command(
     shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Run folders of all shards.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
@@ -173,6 +188,7 @@ def merge_command(
     stdout.print(f"Next: eval-mcq table {out}", soft_wrap=True)
 
 
+@needs("eval")
 def check(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     bench: Annotated[

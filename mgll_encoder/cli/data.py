@@ -7,6 +7,7 @@ import typer
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, stdout, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import needs
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 
 app = new_app("Make data sets for pretraining.")
@@ -110,6 +111,7 @@ def _classes(option: str) -> dict[str, str]:
 
 
 @app.command()
+@needs("dicom", "pydicom")
 def xray(
     dicom: Path = typer.Option(..., help="Folder with DICOM files, at any depth."),
     out: Path = typer.Option(..., help="New folder for images/*.png and the manifest."),
@@ -175,6 +177,7 @@ def xray(
 
 
 @app.command()
+@needs("pretrain", "scipy")
 def phantom(
     out: Path = typer.Option(..., help="New folder for images/, labels.csv and contact_sheet.png."),
     images_per_disease: int = typer.Option(100, help="Pictures of each disease, and of normal eyes."),

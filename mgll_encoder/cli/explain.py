@@ -10,6 +10,7 @@ from mgll_encoder.cli import labelled
 from mgll_encoder.cli.labelled import Question, open_tower, said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, new_file
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
+@needs("probe")
 def explain(
     encoder: labelled.Encoder,
     images: Annotated[

@@ -6,8 +6,10 @@ import typer
 
 from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import needs
 
 
+@needs("pretrain")
 def pretrain(
     data: Path = typer.Option(
         ..., help="Manifest (.jsonl or .parquet), as 'mgll-encoder data fundus' writes it."

@@ -11,6 +11,7 @@ from mgll_encoder.cli import labelled
 from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ MODES = ("linear", "finetune")
 _TITLES = {"linear": "Linear probe of {}, in %", "finetune": "Fine-tuned {}, in %"}
 
 
+@needs("probe")
 def probe(
     encoder: labelled.Encoder,
     images: labelled.Images,

@@ -12,6 +12,7 @@ from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_res
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import stdout, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mgll_encoder.retrieval import Retrieval
 
 
+@needs("probe")
 def zero_shot(
     encoder: labelled.Encoder,
     images: labelled.Images,
@@ -126,6 +128,7 @@ def zero_shot(
     skipped.say()
 
 
+@needs("probe")
 def retrieval(
     encoder: labelled.Encoder,
     data: Annotated[

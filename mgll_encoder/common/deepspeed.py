@@ -1,12 +1,11 @@
 """DeepSpeed's configuration, as far as it is looked at here; the rest is DeepSpeed's own to check."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import require
 from mgll_encoder.common.texts import read_as
 
 
@@ -34,6 +33,5 @@ def read_deepspeed(path: Path) -> DeepSpeedConfig:
         UserError: DeepSpeed is not installed; the file cannot be read; or a field that is looked at has a value that it
             cannot have.
     """
-    if find_spec("deepspeed") is None:
-        raise UserError(f"deepspeed: {path} needs the package deepspeed: pip install 'mgll-mllm[train]'")
+    require("deepspeed", f"deepspeed: {path}")
     return read_as(DeepSpeedConfig, path, "DeepSpeed configuration")

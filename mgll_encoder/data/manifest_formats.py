@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import require
 
 PARQUET = ".parquet"
 _HEADER_KEY = b"mgll-manifest"
@@ -127,7 +128,10 @@ class Parquet:
 
 def format_of(path: Path) -> Format:
     """The format that a manifest's name asks for: Parquet for ``.parquet``, JSON lines for all others."""
-    return Parquet() if path.suffix == PARQUET else JsonLines()
+    if path.suffix != PARQUET:
+        return JsonLines()
+    require("pretrain", f"manifest {path}", "pyarrow")
+    return Parquet()
 
 
 def _as_json(row: dict[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import unknown_name
+from mgll_encoder.common.extras import require
 
 if TYPE_CHECKING:
     from mllm_adapters.training.engine import Job, Outcome
@@ -77,6 +78,8 @@ def launch(request: Request) -> None:
     if request.estimate:
         _estimate(request.model, resolved)
         return
+    if resolved.recipe.qlora:
+        require("qlora", "--qlora")
     arms = [request]
     if request.control:
         arms.append(replace(request, model=request.control, out=control_folder(request.out)))

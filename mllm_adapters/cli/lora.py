@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mgll_encoder.common import cli
+from mgll_encoder.common.extras import needs
 from mllm_adapters.cli import options as o
 from mllm_adapters.cli.launch import Request, launch
 
@@ -18,6 +19,7 @@ app = cli.new_app(
 
 
 @app.command()
+@needs("train")
 def finetune(
     model: o.Model,
     data: o.Data,

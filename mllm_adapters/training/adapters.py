@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import require
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import library_errors, library_reason
 from mllm_adapters.locate import cached
@@ -57,6 +58,7 @@ def base_of_adapter(folder: Path) -> Path | None:
     file = folder / CONFIG
     if not file.is_file() or (folder / "config.json").is_file():
         return None
+    require("train", f"adapter {folder}", "peft")
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(

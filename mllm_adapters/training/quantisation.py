@@ -1,7 +1,6 @@
 """Four-bit weights: the language model's blocks and nothing else."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import require
 from mllm_adapters.configs import build_config
 from mllm_adapters.training.stages import lora_targets
 
@@ -29,11 +29,10 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
     Raises:
         UserError: bitsandbytes is not installed, or the weights are quantised already.
     """
+    require("qlora", "loading in 4 bits")
     from transformers import BitsAndBytesConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if find_spec("bitsandbytes") is None:
-        raise UserError("weights in 4 bits need the package bitsandbytes: pip install 'mgll-mllm[train]'")
     if settings.get("quantization_config"):
         raise UserError(
             f"{where}/config.json: the weights are quantised already: leave --qlora or --load-in-4bit out"

@@ -16,6 +16,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from mgll_encoder.common.cli import warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import require
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.resuming import last_checkpoint, step_of
@@ -260,6 +261,7 @@ def find_evaluator(bench: Path) -> Evaluator:
     """
     from importlib.metadata import entry_points
 
+    require("eval", f"--eval-bench {bench}")
     found = list(entry_points(group="mgll_mllm.evaluators"))
     if not found:
         raise UserError(

@@ -68,6 +68,6 @@ def test_openai_without_a_connection_is_one_line(monkeypatch):
     def offline(*args, **kwargs):
         raise FileNotFoundError("Failed to download file (open_clip_model.safetensors)\nmore")
 
-    monkeypatch.setattr("mgll_encoder.starting.download_pretrained", offline)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
     with pytest.raises(UserError, match=r"--init openai: .* cannot be downloaded .*connect to the internet"):
         starting_towers(PRESETS["tiny"], "openai", None, "auto", Plan, Alphas())
