@@ -1,7 +1,8 @@
 """Multimodal LLM families behind one contract: read, swap the vision tower, train.
 
-Importing it registers the architectures of `mllm_adapters.modeling` with transformers. Only our own command
-``swap-encoder`` registers no more than the one that it comes to load: all of them take seconds to import.
+Importing it registers the architectures of `mllm_adapters.modeling` with transformers. Only our own commands register
+no more than the one that they come to load: all of them take seconds to import, and none can be where transformers
+does not work together with what else is installed.
 """
 
 import sys
@@ -13,7 +14,9 @@ from mllm_adapters.modeling import register
 if TYPE_CHECKING:
     from mllm_adapters.loading import load_mllm
 
-if Path(sys.argv[0] if sys.argv else "").name != "swap-encoder":
+COMMANDS = {"swap-encoder", "retrain-projector", "finetune-lora", "eval-mcq"}
+
+if Path(sys.argv[0] if sys.argv else "").name not in COMMANDS:
     register()
 
 __all__ = ["load_mllm"]

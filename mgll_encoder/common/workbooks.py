@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import UserError, unknown_name
-
-INSTALL = "pip install 'mgll-mllm[excel]'"
+from mgll_encoder.common.extras import require
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,16 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def _excel(path: Path, wanted: str | None, engine: Any) -> Sheet:
-    try:
-        import pandas as pd
+    require("excel", f"label file {path}, an Excel workbook,", "pandas", engine)
+    import pandas as pd
 
+    try:
         with pd.ExcelFile(path, engine=engine) as book:
             names = [str(name) for name in book.sheet_names]
             name = names[0] if wanted is None else wanted
             if name not in names:
                 raise unknown_name(f"sheet of label file {path}", name, names)
             frame = book.parse(name, header=None, dtype=str, keep_default_na=False)
-    except ImportError:
-        raise UserError(
-            f"label file {path} is an Excel workbook: {INSTALL} to read it, or save it as CSV"
-        ) from None
     except UserError:
         raise
     except Exception as error:  # damaged workbooks raise errors of any kind
@@ -74,15 +70,12 @@ def _excel(path: Path, wanted: str | None, engine: Any) -> Sheet:
 
 
 def _parquet(path: Path, _: str | None) -> Sheet:
-    try:
-        from pyarrow import parquet
+    require("excel", f"label file {path}, a Parquet file,", "pyarrow")
+    from pyarrow import parquet
 
+    try:
         table = parquet.read_table(path, use_threads=False)
         rows = [[_as_text(cell) for cell in row.values()] for row in table.to_pylist()]
-    except ImportError:
-        raise UserError(
-            f"label file {path} is Parquet: pip install pyarrow to read it, or save it as CSV"
-        ) from None
     except Exception as error:  # damaged files raise errors of any kind
         raise UserError(f"label file {path} is damaged Parquet ({error}): write or copy it again") from None
     return Sheet([list(table.column_names), *rows])

@@ -1,0 +1,205 @@
+"""Parts that are not installed, and versions that cannot work together: told in one line before work begins."""
+
+import ast
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from eval_mcq.cli.main import main as eval_mcq
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import CORE, needs, require
+from mllm_adapters.cli.lora import main as finetune_lora
+from mllm_adapters.cli.retrain import main as retrain_projector
+from mllm_adapters.cli.swap import main as swap_encoder
+from tests import environments
+from tests.builders import picture, refused
+
+COMMANDS = {
+    "swap-encoder": "mllm_adapters.cli.swap:main",
+    "mgll-encoder": "mgll_encoder.cli:main",
+    "retrain-projector": "mllm_adapters.cli.retrain:main",
+    "finetune-lora": "mllm_adapters.cli.lora:main",
+    "eval-mcq": "eval_mcq.cli.main:main",
+}
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``pip install mgll-mllm``, without any extra."""
+    return environments.environment(tmp_path_factory.mktemp("environments") / "core")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_helps_without_any_extra(core: Path, name: str) -> None:
+    done = environments.command(core, COMMANDS[name], "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "extra"),
+    [
+        ("mgll-encoder pretrain --data m.jsonl --out o", "pretrain"),
+        ("mgll-encoder data phantom --out o", "pretrain"),
+        ("mgll-encoder data xray --dicom d --out o", "dicom"),
+        ("mgll-encoder probe --encoder e --data l.csv --images i", "probe"),
+        ("mgll-encoder zero-shot --encoder e --data l.csv --images i", "probe"),
+        ("mgll-encoder explain --encoder e --images i --out o", "probe"),
+        ("retrain-projector --model m --data t.json", "train"),
+        ("finetune-lora --model m --data t.json", "train"),
+        ("eval-mcq build --labels l.csv --images i --out b.jsonl", "eval"),
+        ("eval-mcq run --model m --bench b.jsonl", "eval"),
+        ("eval-mcq table r", "eval"),
+        ("eval-mcq report r --html r.html", "report"),
+    ],
+)
+def test_a_missing_extra_is_told_with_the_command_that_installs_it(core: Path, line: str, extra: str) -> None:
+    name, *arguments = line.split()
+    done = environments.command(core, COMMANDS[name], *arguments)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        rf"error: this command needs [\w, -]+, not installed here: pip install 'mgll-mllm\[{extra}\]'\n",
+        done.stderr,
+    )
+
+
+def test_the_core_swaps_aligns_verifies_and_loads(
+    core: Path, golden: Path, tiny_llava: Path, tmp_path: Path
+) -> None:
+    """In one process, since importing torch is what takes the time."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(10):
+        picture(pictures, f"{i}.png", (25 * i, 200 - 20 * i, 40))
+    script = """
+import sys
+sys.argv[0] = "swap-encoder"
+from mllm_adapters import load_mllm
+from mllm_adapters.cli.swap import main
+mllm, encoder, pictures, out = sys.argv[1:]
+for line in (
+    ["--mllm", mllm, "--encoder", encoder, "--out", out, "--align", pictures],
+    ["verify", out, "--encoder", encoder],
+    ["--mllm", mllm, "--encoder", encoder, "--out", out + "-delta", "--delta"],
+):
+    sys.argv[1:] = line
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, (line, stop.code)
+for model, processor in (load_mllm(out), load_mllm(mllm, delta=out + "-delta")):
+    print(type(model).__name__, type(processor).__name__)
+"""
+    encoder = golden / "mgll_official" / "checkpoint_best.pth"
+    done = environments.python(core, "-c", script, tiny_llava, encoder, pictures, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("LlavaForConditionalGeneration LlavaProcessor") == 2
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    """By the core or by an extra; what is installed only because others need it may be gone tomorrow."""
+    asked = {
+        re.sub(r"[-_.]+", "-", one.name).lower()
+        for extra in (metadata.metadata(environments.PACKAGE).get_all("Provides-Extra") or ())
+        if extra not in ("dev", "test")
+        for one in environments.requirements(environments.PACKAGE, extra)
+    }
+    homes = metadata.packages_distributions()
+    imported: dict[str, Path] = {}
+    for package in ("mgll_encoder", "mllm_adapters", "eval_mcq"):
+        for file in (environments.ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                imported |= dict.fromkeys((name.partition(".")[0] for name in names), file)
+    ours = {"mgll_encoder", "mllm_adapters", "eval_mcq"}
+    foreign = {name: file for name, file in imported.items() if name not in sys.stdlib_module_names | ours}
+    astray = {
+        name: str(file)
+        for name, file in foreign.items()
+        if not asked & {re.sub(r"[-_.]+", "-", home).lower() for home in homes.get(name, [name])}
+    }
+    assert astray == {}
+    assert {"torch", "peft", "captum", "pyarrow"} <= set(foreign)
+
+
+@pytest.fixture
+def versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Installs packages in other versions, as far as their metadata goes; everything else is what is here."""
+
+    def install(requires: str = "", **found: str) -> None:
+        for name, version in found.items():
+            lines = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            environments.installed(tmp_path / "older", name, version, lines + requires)
+        monkeypatch.syspath_prepend(tmp_path / "older")
+
+    return install
+
+
+def test_an_adapter_library_too_old_for_transformers_is_told_before_a_model_is_looked_for(versions) -> None:
+    versions(peft="0.19.1")
+    said = refused(finetune_lora, "--model", "nope", "--data", "t.json")
+    assert re.fullmatch(
+        r"transformers \S+ needs peft>=\S+, but 0\.19\.1 is installed: pip install 'mgll-mllm\[train\]'", said
+    )
+    assert said == refused(retrain_projector, "--model", "nope", "--data", "t.json")
+
+
+def test_training_in_four_bits_needs_the_quantizers_version(versions, tmp_path: Path) -> None:
+    versions(bitsandbytes="0.40.0")
+    expected = r"transformers \S+ needs bitsandbytes>=\S+, but 0\.40\.0 is installed: pip install 'mgll-mllm\[qlora\]'"
+    assert re.fullmatch(expected, refused(finetune_lora, "--model", "nope", "--data", "t.json", "--qlora"))
+    assert re.fullmatch(
+        expected, refused(eval_mcq, "run", "--model", "nope", "--bench", "b.jsonl", "--load-in-4bit")
+    )
+
+
+def test_deepspeed_too_old_for_transformers_is_told_when_a_recipe_names_its_settings(
+    versions, tmp_path: Path
+) -> None:
+    versions(deepspeed="0.9.0")
+    (tmp_path / "zero.json").write_text("{}")
+    said = refused(
+        finetune_lora, "--model", "nope", "--data", "t.json", "--deepspeed", tmp_path / "zero.json"
+    )
+    assert re.fullmatch(
+        r"transformers \S+ needs deepspeed>=\S+, but 0\.9\.0 is installed: pip install 'mgll-mllm\[deepspeed\]'",
+        said,
+    )
+
+
+def test_a_torch_that_torchvision_was_not_built_for_stops_a_swap_before_it_begins(versions) -> None:
+    versions(torch="2.7.0")
+    said = refused(swap_encoder, "--mllm", "llava", "--encoder", "tower.pt")
+    assert re.fullmatch(
+        r"torchvision \S+ needs torch\S+, but 2\.7\.0 is installed: pip install mgll-mllm", said
+    )
+
+
+def test_a_pair_within_our_ranges_is_mended_by_the_version_that_is_asked_for(versions) -> None:
+    """Where both are what we ask for, installing this package again would change nothing."""
+    versions("Requires-Dist: accelerate>=1.99\n", peft=metadata.version("peft"))
+    mended = r"peft \S+ needs accelerate>=1\.99, but \S+ is installed: pip install 'accelerate>=1\.99'$"
+    with pytest.raises(UserError, match=mended):
+        require("train", "training")
+
+
+def test_only_the_packages_that_matter_are_asked_for(core: Path) -> None:
+    """An uncompressed radiograph needs no decoders."""
+    environments.installed(core, "pydicom", "3.0.1")
+    script = "from mgll_encoder.common.extras import require; require('dicom', 'a radiograph', *{!r})"
+    assert environments.python(core, "-c", script.format(["pydicom"])).returncode == 0
+    assert "needs pylibjpeg" in environments.python(core, "-c", script.format([])).stderr
+
+
+def test_a_command_keeps_its_name_and_signature() -> None:
+    @needs(CORE)
+    def command(a: int, b: str = "x") -> str:
+        """Say b a times."""
+        return b * a
+
+    assert command(2) == "xx"
+    assert (command.__name__, command.__doc__) == ("command", "Say b a times.")

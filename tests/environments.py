@@ -1,0 +1,79 @@
+"""Environments with a part of the packages only: links to those that are installed here."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+PACKAGE = "mgll-mllm"
+ROOT = Path(__file__).parents[1]
+
+
+def requirements(distribution: str, extra: str = "") -> list[Requirement]:
+    """What a distribution asks for, with one of its extras."""
+    found = map(Requirement, metadata.requires(distribution) or ())
+    return [one for one in found if one.marker is None or one.marker.evaluate({"extra": extra})]
+
+
+def closure(*extras: str) -> set[str]:
+    """Names of the installed distributions that the core and some extras need, directly or not."""
+    found: set[str] = set()
+    todo = [(PACKAGE, extra) for extra in ("", *extras)]
+    done = set()
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in done:
+            continue
+        done.add((name, extra))
+        if name != PACKAGE:
+            found.add(name)
+        for one in requirements(name, extra):
+            other = re.sub(r"[-_.]+", "-", one.name).lower()
+            try:
+                metadata.version(other)
+            except metadata.PackageNotFoundError:
+                continue  # an extra of an extra that nobody has installed
+            todo += [(other, inner) for inner in ("", *one.extras)]
+    return found
+
+
+def environment(folder: Path, *extras: str) -> Path:
+    """A site-packages folder with this package's core and some extras, and nothing else."""
+    folder.mkdir()
+    for name in closure(*extras):
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (link := folder / top).exists():
+                link.symlink_to(Path(str(distribution.locate_file(top))))
+    own = metadata.distribution(PACKAGE)
+    installed(folder, PACKAGE, own.version, own.read_text("METADATA") or own.read_text("PKG-INFO") or "")
+    return folder
+
+
+def installed(folder: Path, name: str, version: str, text: str = "") -> None:
+    """Make a distribution look as if it were installed in a folder on the path; its code is another's."""
+    place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    place.mkdir(parents=True)
+    text = text or f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (place / "METADATA").write_text(text, encoding="utf-8")
+
+
+def python(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python with one site-packages folder, this package's sources, and the standard library."""
+    return subprocess.run(
+        [sys.executable, "-S", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "COLUMNS": "200"},
+        capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def command(site: Path, entry: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a console command (``module:function``) in such an environment."""
+    module, _, function = entry.partition(":")
+    name = next(one.name for one in metadata.entry_points(group="console_scripts") if one.value == entry)
+    script = f"import sys; sys.argv[0] = {name!r}; from {module} import {function}; {function}()"
+    return python(site, "-c", script, *arguments)
