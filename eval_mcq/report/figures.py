@@ -121,7 +121,7 @@ def _accuracy(comparison: Comparison, ink: Ink) -> Plot:
     return Plot(
         "accuracy",
         "Accuracy by disease",
-        "Accuracy of every arm on every disease (number of questions in brackets) with 95 % Wilson intervals; a "
+        "Accuracy of every arm on every disease (number of questions in brackets) with 95 % score intervals; a "
         "dotted line marks what guessing gets right. The same figures stand in the table.",
         figure,
     )

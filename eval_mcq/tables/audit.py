@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from eval_mcq.tables.grid import Grid
+from eval_mcq.tables.intervals import wilson
 from eval_mcq.tables.published import Published, PublishedRow
 from eval_mcq.tables.rounding import half_up, mean_of_printed
-from eval_mcq.tables.stats import exact_mcnemar, p_of_guessing, wilson
+from eval_mcq.tables.stats import exact_mcnemar, p_of_guessing
 
 ALPHA = 0.05
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
+from eval_mcq.tables.intervals import CONFIDENCE, FEWEST, Estimate, Interval
 from eval_mcq.tables.rounding import PaperRounding, Rounding
-from eval_mcq.tables.stats import CONFIDENCE, REPLICATES, Interval
-from eval_mcq.tables.summary import Arm, Comparison, Estimate
+from eval_mcq.tables.summary import Arm, Comparison, Gain
 
 SMALL = 20
 """Below so many questions a disease is pointed out as too small to read by its value."""
@@ -16,6 +16,9 @@ LOW_MASS = 0.5
 AVERAGE = "Average"
 POOLED = "All questions"
 NONE = "–"
+
+TOO_FEW = "too few"
+"""Stands where a gain would, with fewer than `FEWEST` patients."""
 
 FEW = "†"
 """Marks a figure of fewer than :data:`SMALL` questions."""
@@ -102,7 +105,7 @@ def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
             row.append(f"{figure.marked} {figure.interval}")
             row += [str(figure.unread)] if unread else []
             if a > 0:
-                row += [f"{figure.gain} {figure.gain_interval}", figure.p]
+                row += [f"{figure.gain} {figure.gain_interval}".rstrip(), figure.p]
         rows.append(row)
     return Grid(
         f"{comparison.bench}: accuracy in %",
@@ -134,9 +137,11 @@ def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
         note = f"{arm.name}, all questions alike (micro): {of_all.value} {of_all.interval}"
         if a > 0:
             rows.append([f"{arm.name}: gain", *(f.gain for f in figures)])
-            rows.append([f"{arm.name}: gain, {CONFIDENCE:.0%} interval", *(f.gain_interval for f in figures)])
+            rows.append(
+                [f"{arm.name}: gain, {CONFIDENCE:.0%} interval", *(f.gain_interval or NONE for f in figures)]
+            )
             rows.append([f"{arm.name}: p", *(f.p for f in figures)])
-            note += f", gain {of_all.gain} {of_all.gain_interval}, p = {of_all.p}"
+            note += f", gain {f'{of_all.gain} {of_all.gain_interval}'.rstrip()}, p = {of_all.p}"
         notes.append(f"{note}.")
     return Grid(
         f"{comparison.bench}: accuracy in %",
@@ -160,13 +165,8 @@ def entries_of(comparison: Comparison, rounding: Rounding) -> list[Entry]:
             value = rounding.cell(cell.share)
             marks = (FEW if cell.n < SMALL else "") + (LUCK if cell.p_guess >= ALPHA else "")
             figure = Figure(str(value), _bracket(cell.interval, rounding), marks=marks, unread=cell.unread)
-            if category in arm.gains:
-                gain = arm.gains[category]
-                points = rounding.gain(before, value, gain.estimate.value, places=2)
-                figure = replace(
-                    figure, gain=_signed(points), gain_interval=_bracket(gain.estimate.interval, rounding),
-                    p=_p(gain.p_holm), marks=(SURE if gain.p_holm < ALPHA else "") + marks,
-                )  # fmt: skip
+            if gain := arm.gains.get(category):
+                figure = _with_gain(figure, before, value, gain, gain.p_holm, rounding)
             figures.append(figure)
         chance = rounding.cell(comparison.chance[category])
         entries.append(Entry(category, base.cells[category].n, str(chance), figures))
@@ -177,28 +177,38 @@ def entries_of(comparison: Comparison, rounding: Rounding) -> list[Entry]:
     return entries
 
 
+def _with_gain(
+    figure: Figure, before: Decimal, after: Decimal, gain: Gain, p: float, rounding: Rounding
+) -> Figure:
+    if gain.estimate is None:
+        return replace(figure, gain=TOO_FEW, p=NONE)
+    points = rounding.gain(before, after, gain.estimate.value, places=2)
+    return replace(
+        figure, gain=_signed(points), gain_interval=_bracket(gain.estimate.interval, rounding), p=_p(p),
+        marks=(SURE if p < ALPHA else "") + figure.marks,
+    )  # fmt: skip
+
+
 def _macro_figure(arm: Arm, base: Arm, rounding: Rounding) -> Figure:
     before, after = (rounding.average([cell.share for cell in a.cells.values()]) for a in (base, arm))
-    interval, unread = _bracket(arm.macro.interval, rounding), arm.diagnosis.unread
+    figure = Figure(str(after), _bracket(arm.macro.interval, rounding), unread=arm.diagnosis.unread)
+    if arm.micro_gain is None:
+        return figure
     if arm.macro_gain is None:
-        return Figure(str(after), interval, unread=unread)
+        return replace(figure, gain=TOO_FEW, p=NONE)
     points = rounding.gain(before, after, arm.macro_gain.value, places=1)
     gain_interval = _bracket(arm.macro_gain.interval, rounding)
-    return Figure(str(after), interval, _signed(points), gain_interval, NONE, unread=unread)
+    return replace(figure, gain=_signed(points), gain_interval=gain_interval, p=NONE)
 
 
 def _micro_figure(arm: Arm, base: Arm, rounding: Rounding) -> Figure:
     before, after = (rounding.cell(a.micro.value) for a in (base, arm))
-    interval, unread = _bracket(arm.micro.interval, rounding), arm.diagnosis.unread
     marks = LUCK if arm.p_guess >= ALPHA else ""
+    interval = _bracket(arm.micro.interval, rounding)
+    figure = Figure(str(after), interval, marks=marks, unread=arm.diagnosis.unread)
     if arm.micro_gain is None:
-        return Figure(str(after), interval, marks=marks, unread=unread)
-    estimate, p = arm.micro_gain.estimate, arm.micro_gain.p
-    points = rounding.gain(before, after, estimate.value, places=2)
-    return Figure(
-        str(after), interval, _signed(points), _bracket(estimate.interval, rounding), _p(p),
-        (SURE if p < ALPHA else "") + marks, unread,
-    )  # fmt: skip
+        return figure
+    return _with_gain(figure, before, after, arm.micro_gain, arm.micro_gain.p, rounding)
 
 
 def notes_of(comparison: Comparison) -> list[str]:
@@ -210,8 +220,8 @@ def notes_of(comparison: Comparison) -> list[str]:
     notes = [
         f"{answered} on {comparison.clusters} patients (or images, where no patient is "
         f"known); scored by {comparison.mode}, prompt {comparison.prompt}.",
-        f"Average: unweighted mean over diseases (macro). Brackets: {CONFIDENCE:.0%} intervals, Wilson per "
-        f"disease, stratified bootstrap over patients for averages and gains ({REPLICATES} draws).",
+        f"Average: unweighted mean over diseases (macro). Brackets: {CONFIDENCE:.0%} score intervals (Wilson; gains: "
+        "Tango; Average: square-and-add), questions of a patient counted by their design effect.",
     ]
     if comparison.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in comparison.left_out.items())
@@ -225,6 +235,7 @@ def notes_of(comparison: Comparison) -> list[str]:
             "diseases of an arm; over all questions unadjusted."
         )
         notes.append(f"{SURE} p < {ALPHA} by that test.")
+        notes += _too_few(others[0])
     small = [f"{c} ({base.cells[c].n})" for c in comparison.categories if base.cells[c].n < SMALL]
     if small:
         notes.append(f"{FEW} Fewer than {SMALL} questions, read the interval: {', '.join(small)}.")
@@ -239,6 +250,17 @@ def notes_of(comparison: Comparison) -> list[str]:
     if comparison.unanswered:
         notes.append(f"No answers, and not in the Average: {', '.join(comparison.unanswered)}.")
     return notes
+
+
+def _too_few(arm: Arm) -> list[str]:
+    few = [f"{c} ({gain.patients})" for c, gain in arm.gains.items() if gain.estimate is None]
+    if not few:
+        return []
+    few += [AVERAGE, POOLED] if arm.macro_gain is None else []
+    return [
+        f"{TOO_FEW}: with fewer than {FEWEST} patients (or images) no gain can reach p < {ALPHA} by that test, so that "
+        f"none is told: {', '.join(few)}."
+    ]
 
 
 def checks_of(comparison: Comparison) -> list[str]:
@@ -274,7 +296,9 @@ def _more_checks(arm: Arm) -> list[str]:
     return checks
 
 
-def _points(estimate: Estimate) -> str:
+def _points(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return TOO_FEW
     rounding = Rounding()
     value = _signed(rounding.cell(estimate.value))
     return f"{value} {_bracket(estimate.interval, rounding)}"

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
-from eval_mcq.tables.grid import AVERAGE, NONE, ODD, Grid, checks_of, entries_of, notes_of
+from eval_mcq.tables.grid import AVERAGE, NONE, ODD, TOO_FEW, Grid, checks_of, entries_of, notes_of
+from eval_mcq.tables.intervals import CONFIDENCE, FEWEST
 from eval_mcq.tables.published import Published, PublishedRow
 from eval_mcq.tables.rounding import PaperRounding, Rounding
-from eval_mcq.tables.stats import CONFIDENCE
 from eval_mcq.tables.summary import Arm, Comparison
 
 UP, DOWN, SAME = "↑", "↓", "="
@@ -57,8 +57,8 @@ def like_paper_pairs(
 def long_table(models: Mapping[str, Comparison]) -> Grid:
     """One row per model, arm and disease with every figure unrounded, for further work; shares, 0-1."""
     columns = [
-        "model", "arm", "disease", "n", "right", "unread", "accuracy", "low", "high", "chance", "p_guess", "gain",
-        "gain_low", "gain_high", "p", "p_holm",
+        "model", "arm", "disease", "n", "patients", "right", "unread", "accuracy", "low", "high", "chance", "p_guess",
+        "gain", "gain_low", "gain_high", "p", "p_holm",
     ]  # fmt: skip
     rows = [
         _long_row(model, arm, comparison, disease)
@@ -67,31 +67,33 @@ def long_table(models: Mapping[str, Comparison]) -> Grid:
         for disease in [*comparison.categories, "macro", "micro"]
     ]
     bench = next(iter(models.values())).bench
-    return Grid(f"{bench}: all figures", columns, rows, [], [], [], fixed=3)
+    note = f"Gains and p are left out with fewer than {FEWEST} patients (or images)."
+    return Grid(f"{bench}: all figures", columns, rows, [], [note], [], fixed=3)
 
 
 def _long_row(model: str, arm: Arm, comparison: Comparison, disease: str) -> list[str]:
     n = sum(cell.n for cell in arm.cells.values())
-    right = sum(cell.right for cell in arm.cells.values())
+    right: int | None = sum(cell.right for cell in arm.cells.values())
+    p_guess: float | None = arm.p_guess
+    unread, patients, of = arm.diagnosis.unread, comparison.clusters, arm.micro_gain
+    gain, p_holm = of.estimate if of else None, None
     if disease == "macro":
-        chance: tuple[float, float | None] = comparison.macro_chance, None
-        interval, share, gain, p = arm.macro.interval, arm.macro.value, arm.macro_gain, None
-        p_holm, unread = None, arm.diagnosis.unread
+        interval, share, chance = arm.macro.interval, arm.macro.value, comparison.macro_chance
+        gain, right, p_guess, of = arm.macro_gain, None, None, None
     elif disease == "micro":
-        chance = comparison.micro_chance, arm.p_guess
-        interval, share, unread = arm.micro.interval, arm.micro.value, arm.diagnosis.unread
-        gain = arm.micro_gain.estimate if arm.micro_gain else None
-        p, p_holm = arm.micro_gain.p if arm.micro_gain else None, None
+        interval, share, chance = arm.micro.interval, arm.micro.value, comparison.micro_chance
     else:
         cell, of = arm.cells[disease], arm.gains.get(disease)
         n, right, unread, share, interval = cell.n, cell.right, cell.unread, cell.share, cell.interval
-        chance = comparison.chance[disease], cell.p_guess
-        gain, p, p_holm = (of.estimate, of.p, of.p_holm) if of else (None, None, None)
+        patients, chance, p_guess = cell.patients, comparison.chance[disease], cell.p_guess
+        gain, p_holm = (of.estimate, of.p_holm) if of else (None, None)
+    told = of if of and of.estimate else None  # with too few patients, p is no more to be read than the gain
     figures = [
-        share, interval.low, interval.high, *chance, gain.value if gain else None,
-        gain.interval.low if gain else None, gain.interval.high if gain else None, p, p_holm,
+        share, interval.low, interval.high, chance, p_guess, gain.value if gain else None,
+        gain.interval.low if gain else None, gain.interval.high if gain else None,
+        told.p if told else None, p_holm if told else None,
     ]  # fmt: skip
-    counts = [str(n), "" if disease == "macro" else str(right), str(unread)]
+    counts = [str(n), str(patients), "" if right is None else str(right), str(unread)]
     return [model, arm.name, disease, *counts, *("" if f is None else f"{f:.6g}" for f in figures)]
 
 
@@ -102,7 +104,7 @@ def _model_rows(model: str, comparison: Comparison, rounding: Rounding) -> list[
         figures = [entry.figures[a] for entry in entries]
         cells = [f.marked for f in figures]
         if a > 0:
-            cells[-1] += f" {arrow(Decimal(figures[-1].gain))}"
+            cells[-1] += f" {_arrow_of(figures[-1].gain)}"
         rows.append([_heading(model, arm.name, a), *cells])
         rows.append([f"  {CONFIDENCE:.0%} interval", *(f.interval for f in figures)])
         if arm.diagnosis.unread:
@@ -122,6 +124,10 @@ def arrow(gain: Decimal) -> str:
     return f"{sign}{abs(gain)}"
 
 
+def _arrow_of(gain: str) -> str:
+    return gain if gain == TOO_FEW else arrow(Decimal(gain))
+
+
 def _model_notes(model: str, comparison: Comparison, rounding: Rounding, common: Sequence[str]) -> list[str]:
     *_, macro, micro = entries_of(comparison, rounding)
     notes = []
@@ -131,8 +137,8 @@ def _model_notes(model: str, comparison: Comparison, rounding: Rounding, common:
         note = f"{name}, all questions alike (micro): {of_all.value} {of_all.interval}"
         if a > 0:
             note += (
-                f", gain {of_all.gain} {of_all.gain_interval}, p = {of_all.p}; gain of the Average {average.gain} "
-                f"{average.gain_interval}"
+                f", gain {of_all.gain} {of_all.gain_interval}".rstrip()
+                + f", p = {of_all.p}; gain of the Average {average.gain} {average.gain_interval}".rstrip()
             )
         notes.append(f"{note}.")
     return notes + [note for note in notes_of(comparison) if note not in common]

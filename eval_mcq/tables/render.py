@@ -62,7 +62,7 @@ def _table(grid: Grid, columns: Sequence[int], gap: str) -> Table:
     # As `Text`: a name with brackets is no markup.
     table = Table(title=Text(grid.title), title_justify="left", header_style="bold")
     if gap != " ":  # every column counts
-        table.box, table.pad_edge = box.SIMPLE_HEAD, False
+        table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
     for i in columns:
         table.add_column(Text(grid.columns[i]), justify="left" if i == 0 else "right")
     for number, row in enumerate(grid.rows):

@@ -7,29 +7,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval_mcq.runs.records import ItemAnswer, Run, letter_counts
+from eval_mcq.tables import intervals
 from eval_mcq.tables.diagnosis import Diagnosis, diagnose
-from eval_mcq.tables.stats import (
-    Interval,
-    Replicates,
-    bootstrap,
-    holm,
-    mcnemar,
-    p_of_guessing,
-    percentile_interval,
-    wilson,
-)
+from eval_mcq.tables.intervals import FEWEST, Estimate, Floats, Ids, Interval
+from eval_mcq.tables.stats import holm, mcnemar, p_of_guessing
 from mgll_encoder.common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Right answers of an arm on a disease, with the Wilson interval of their share.
+    """Right answers of an arm on a disease, with the interval of their share.
 
     Attributes:
         right: Number of questions answered right.
         n: Number of questions.
-        interval: Wilson; takes the questions as independent.
+        interval: Of the share, see `eval_mcq.tables.intervals`.
         p_guess: Probability that guessing gets as many right, or more.
+        patients: Number of patients (or images) that the questions are about.
         unread: Replies that could not be read.
     """
 
@@ -37,6 +31,7 @@ class Cell:
     n: int
     interval: Interval
     p_guess: float
+    patients: int
     unread: int = 0
 
     @property
@@ -46,26 +41,20 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """An average or a gain, with its bootstrap interval; shares, 0-1."""
-
-    value: float
-    interval: Interval
-
-
-@dataclass(frozen=True)
 class Gain:
     """An arm against the first one on the same questions.
 
     Attributes:
-        estimate: Difference of the shares.
+        estimate: Difference of the shares; None where there are too few patients to tell one.
         p: Exact McNemar.
         p_holm: The same, Holm-adjusted over the diseases of this arm.
+        patients: Number of patients (or images) of the questions.
     """
 
-    estimate: Estimate
+    estimate: Estimate | None
     p: float
     p_holm: float
+    patients: int
 
 
 @dataclass(frozen=True)
@@ -75,13 +64,13 @@ class Contrast:
     Attributes:
         name: The arm.
         against: The arm it is compared with.
-        macro: Difference of the macro averages.
+        macro: Difference of the macro averages; None where there are too few patients.
         micro: Difference of the micro averages, with McNemar over all questions.
     """
 
     name: str
     against: str
-    macro: Estimate
+    macro: Estimate | None
     micro: Gain
 
 
@@ -95,7 +84,7 @@ class Arm:
         macro: Unweighted mean over diseases: the "Average" of the table.
         micro: Mean over all questions.
         gains: Per disease against the first arm; empty for the first arm itself.
-        macro_gain: Difference of the macro averages.
+        macro_gain: Difference of the macro averages; None where there are too few patients.
         micro_gain: Difference of the micro averages, with McNemar over all questions.
         letter_mass: Mean probability on the option letters; None where the scoring mode has none.
         letters: Per letter: how often true, how often chosen.
@@ -174,18 +163,16 @@ def compare(runs: Mapping[str, Run]) -> Comparison:
     first_name, first = next(iter(runs.items()))
     for name, run in runs.items():
         _check_comparable(first_name, first, name, run)
-    # The bootstrap draws by position, so the order of the answers in the file must not matter.
     answers = {name: sorted(run.answers, key=lambda answer: answer.id) for name, run in runs.items()}
     base = answers[first_name]
     present = [answer.category for answer in base]
     categories = [category for category in first.record.categories if category in set(present)]
     right = np.array([[answer.right for answer in of_arm] for of_arm in answers.values()]).T
-    draws = bootstrap(right, present, [answer.cluster for answer in base])
     places = np.array(present)
     masks = {category: places == category for category in categories}
-    columns = {category: i for i, category in enumerate(dict.fromkeys(present))}
+    _, patients = np.unique([answer.cluster for answer in base], return_inverse=True)
     options = np.array([len(answer.probabilities) for answer in base])
-    scores = _Scores(right, masks, draws, columns, options)
+    scores = _Scores(right, masks, patients, options)
     return Comparison(
         bench=first.record.bench_name,
         mode=first.record.mode,
@@ -194,7 +181,7 @@ def compare(runs: Mapping[str, Run]) -> Comparison:
         unanswered=[category for category in first.record.categories if category not in masks],
         answered=len(base),
         questions=first.record.questions,
-        clusters=len({answer.cluster for answer in base}),
+        clusters=int(patients.max()) + 1,
         chance={c: float((1 / options[mask]).mean()) for c, mask in masks.items()},
         arms=[_arm(name, a, scores, answers[name], run) for a, (name, run) in enumerate(runs.items())],
         contrasts=[
@@ -223,33 +210,49 @@ def compare_models(models: Mapping[str, Mapping[str, Run]]) -> dict[str, Compari
 
 @dataclass(frozen=True)
 class _Scores:
-    """Right or wrong, shape ``(questions, arms)``, with the rows of each disease, the draws, and option counts."""
+    """Right or wrong, shape ``(questions, arms)``, with the rows of each disease, the patients, and option counts."""
 
     right: NDArray[np.bool_]
     masks: dict[str, NDArray[np.bool_]]
-    draws: Replicates
-    columns: dict[str, int]
+    patients: Ids
     options: NDArray[np.int_]
 
-    def macro(self, arm: int) -> float:
-        return float(np.mean([self.right[mask, arm].mean() for mask in self.masks.values()]))
+    @property
+    def all(self) -> NDArray[np.bool_]:
+        """All rows."""
+        return np.ones(len(self.right), dtype=bool)
 
-    def gain(self, arm: int, mask: NDArray[np.bool_], draws: NDArray[np.float64], against: int = 0) -> Gain:
-        """Of an arm over another; ``draws`` has shape ``(replicates, arms)``. The p-value is not adjusted yet."""
+    def share(self, arm: int, mask: NDArray[np.bool_]) -> Estimate:
+        return intervals.share(self.right[mask, arm], self.patients[mask])
+
+    def macro(self, arm: int) -> Estimate:
+        parts = [self.share(arm, mask) for mask in self.masks.values()]
+        return self._mean(parts, self.right[:, arm].astype(float))
+
+    def gain(self, arm: int, mask: NDArray[np.bool_], against: int = 0) -> Gain:
+        """Of an arm over another. The p-value is not adjusted yet."""
         before, after = self.right[mask, against], self.right[mask, arm]
-        p = mcnemar(before, after)
-        interval = percentile_interval(draws[:, arm] - draws[:, against])
-        return Gain(Estimate(float(after.mean() - before.mean()), interval), p, p)
+        p, patients = mcnemar(before, after), len(np.unique(self.patients[mask]))
+        estimate = intervals.gain(before, after, self.patients[mask]) if patients >= FEWEST else None
+        return Gain(estimate, p, p, patients)
 
-    def macro_gain(self, arm: int, against: int = 0) -> Estimate:
-        interval = percentile_interval(self.draws.macro[:, arm] - self.draws.macro[:, against])
-        return Estimate(self.macro(arm) - self.macro(against), interval)
+    def macro_gain(self, arm: int, against: int = 0) -> Estimate | None:
+        if len(np.unique(self.patients)) < FEWEST:
+            return None
+        before, after = self.right[:, against], self.right[:, arm]
+        parts = [
+            intervals.gain(before[mask], after[mask], self.patients[mask]) for mask in self.masks.values()
+        ]
+        return self._mean(parts, after.astype(float) - before)
 
-    def micro_gain(self, arm: int, against: int = 0) -> Gain:
-        return self.gain(arm, np.ones(len(self.right), dtype=bool), self.draws.pooled, against)
+    def _mean(self, parts: Sequence[Estimate], values: Floats) -> Estimate:
+        masks = self.masks.values()
+        return intervals.mean(
+            parts, [values[mask] for mask in masks], [self.patients[mask] for mask in masks]
+        )
 
     def contrast(self, names: Sequence[str], against: int, arm: int) -> Contrast:
-        macro, micro = self.macro_gain(arm, against), self.micro_gain(arm, against)
+        macro, micro = self.macro_gain(arm, against), self.gain(arm, self.all, against)
         return Contrast(names[arm], names[against], macro, micro)
 
     def p_guess(self, arm: int, mask: NDArray[np.bool_]) -> float:
@@ -260,28 +263,24 @@ class _Scores:
 
 def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer], run: Run) -> Arm:
     unread = np.array([answer.unparsed for answer in answers])
-    macro, pooled = scores.draws.macro, scores.draws.pooled
     gains: dict[str, Gain] = {}
     macro_gain = micro_gain = None
     if a > 0:
-        gains = {
-            c: scores.gain(a, mask, scores.draws.by_category[:, scores.columns[c]])
-            for c, mask in scores.masks.items()
-        }
+        gains = {c: scores.gain(a, mask) for c, mask in scores.masks.items()}
         adjusted = holm([gain.p for gain in gains.values()])
         gains = {c: replace(gain, p_holm=p) for (c, gain), p in zip(gains.items(), adjusted, strict=True)}
-        macro_gain, micro_gain = scores.macro_gain(a), scores.micro_gain(a)
+        macro_gain, micro_gain = scores.macro_gain(a), scores.gain(a, scores.all)
     return Arm(
         name=name,
         cells={c: _cell(scores, a, mask, int(unread[mask].sum())) for c, mask in scores.masks.items()},
-        macro=Estimate(scores.macro(a), percentile_interval(macro[:, a])),
-        micro=Estimate(float(scores.right[:, a].mean()), percentile_interval(pooled[:, a])),
+        macro=scores.macro(a),
+        micro=scores.share(a, scores.all),
         gains=gains,
         macro_gain=macro_gain,
         micro_gain=micro_gain,
         letter_mass=_mean([answer.letter_mass for answer in answers]),
         letters=letter_counts(answers),
-        p_guess=scores.p_guess(a, np.ones(len(scores.right), dtype=bool)),
+        p_guess=scores.p_guess(a, scores.all),
         diagnosis=diagnose(run),
         leak=run.record.leak.text if run.record.leak else "",
     )
@@ -289,7 +288,8 @@ def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer], run:
 
 def _cell(scores: _Scores, a: int, mask: NDArray[np.bool_], unread: int) -> Cell:
     right, n = int(scores.right[mask, a].sum()), int(mask.sum())
-    return Cell(right, n, wilson(right, n), scores.p_guess(a, mask), unread)
+    patients = len(np.unique(scores.patients[mask]))
+    return Cell(right, n, scores.share(a, mask).interval, scores.p_guess(a, mask), patients, unread)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -11,7 +11,9 @@ from statsmodels.stats.proportion import proportion_confint
 from eval_mcq.scoring.prompt import shown_letters
 from eval_mcq.tables.calibration import calibration
 from eval_mcq.tables.diagnosis import diagnose
-from eval_mcq.tables.stats import bootstrap, holm, mcnemar, p_of_guessing, percentile_interval, wilson
+from eval_mcq.tables.intervals import wilson
+from eval_mcq.tables.stats import holm, mcnemar, p_of_guessing
+from tests.eval_mcq.bootstrap import bootstrap, percentile_interval
 from tests.eval_mcq.helpers import run_of_counts
 
 
