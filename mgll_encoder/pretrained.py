@@ -90,7 +90,9 @@ def library_reason(error: Exception) -> str:
         if sign in text:
             return meaning
     first = text.splitlines()[0] if text else ""
-    named = first if isinstance(error, ValueError | OSError | RuntimeError) and first else repr(error)
+    named = (
+        first if isinstance(error, UserError | ValueError | OSError | RuntimeError) and first else repr(error)
+    )
     return named[:200]
 
 

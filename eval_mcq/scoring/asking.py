@@ -13,6 +13,7 @@ from eval_mcq.items.schema import LETTERS, MCQItem
 from eval_mcq.scoring.prompt import Prompt, render, shown_letters
 from eval_mcq.scoring.tree import common_length
 from mgll_encoder.common.errors import UserError
+from mllm_adapters.chat import render_chat, template_of
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Writer:
             raise UserError(
                 "the model has no processor (no tokenizer in its folder): eval-mcq cannot put questions to it"
             )
-        if getattr(processor, "chat_template", None) is None:
+        if template_of(processor) is None:
             raise UserError(
                 "the model's processor has no chat template: add chat_template.jinja to the model folder"
             )
@@ -212,8 +213,7 @@ class Writer:
         return {"role": "user", "content": [*({"type": "image"} for _ in item.images), text]}
 
     def _template(self, turns: list[dict[str, Any]], **kwargs: Any) -> str:
-        with self._lock:
-            return str(self.processor.apply_chat_template(turns, **kwargs))
+        return render_chat(self.processor, turns, **kwargs)
 
     def _single_token(self, prompt: str, before: list[int], answer: str) -> int | None:
         after = self.tokenize(prompt + answer)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from PIL import Image
 
 from mgll_encoder.common.errors import UserError
+from mllm_adapters.chat import TemplateError, render_chat, template_of
 from mllm_adapters.data.dialogue import ROLES, Conversation
 
 
@@ -36,7 +36,7 @@ def check_processor(processor: Any) -> None:
         raise UserError(
             "the model folder holds no tokenizer, so text cannot be read: add its processor files"
         )
-    if not processor.chat_template:
+    if template_of(processor) is None:
         raise UserError("the model's processor has no chat template: add chat_template.jinja to its folder")
     if getattr(processor, "use_default_system_prompt", False):  # of Janus: it would shift the labels
         raise UserError(
@@ -60,11 +60,11 @@ def render(conversation: Conversation, processor: Any) -> Example:
     messages = conversation.messages()
     if conversation.system is not None:
         _check_system(conversation, processor)
-    text = processor.apply_chat_template(messages)
+    text = render_chat(processor, messages)
     answers: list[tuple[int, int]] = []
     for index in range(len(messages) - len(conversation.turns) + 1, len(messages), 2):
-        prompt = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
-        answered = processor.apply_chat_template(messages[: index + 1])
+        prompt = render_chat(processor, messages[:index], add_generation_prompt=True)
+        answered = render_chat(processor, messages[: index + 1])
         if not (answered.startswith(prompt) and text.startswith(answered)):
             raise UserError(
                 "the model's chat template cannot be used for training: the prompt of answer "
@@ -83,7 +83,7 @@ def render(conversation: Conversation, processor: Any) -> Example:
 def _check_system(conversation: Conversation, processor: Any) -> None:
     """Refuse a system turn that the template drops, or takes for a turn of somebody else."""
     system, *rest = conversation.messages()
-    written = processor.apply_chat_template([system, *rest])
+    written = render_chat(processor, [system, *rest])
     taken_for = [role for role in ROLES.values() if _written_alike(system, rest, role, written, processor)]
     if taken_for or written.count(str(conversation.system).strip()) != 1:
         how = f"writes it as a turn of the {taken_for[0]}" if taken_for else "does not write it"
@@ -97,8 +97,8 @@ def _written_alike(
     system: dict[str, Any], rest: list[dict[str, Any]], role: str, written: str, processor: Any
 ) -> bool:
     try:
-        return bool(processor.apply_chat_template([{**system, "role": role}, *rest]) == written)
-    except jinja2.TemplateError:  # a template that insists on the order of roles
+        return bool(render_chat(processor, [{**system, "role": role}, *rest]) == written)
+    except TemplateError:  # a template that insists on the order of roles
         return False
 
 

@@ -15,6 +15,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import library_errors, library_reason
 from mgll_encoder.spans import Span, spans
+from mllm_adapters.chat import render_chat, template_of
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.loading import check_complete, load_mllm
 from mllm_adapters.operations import FittedTower
@@ -237,11 +238,9 @@ def blanking_changes(model: Any, processor: Any) -> float:
 
 def _logits(model: Any, processor: Any, image: Image.Image) -> torch.Tensor:
     text = f"{processor.image_token}\n{QUESTION}"
-    if processor.chat_template:
+    if template_of(processor):
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        text = render_chat(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
     batch = dict(processor(text=[text], images=[image], return_tensors="pt"))
     for name, value in batch.items():
         if value.is_floating_point():
