@@ -62,6 +62,14 @@ def regular_file(path: Path, what: str = "file") -> Path:
     return path
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; there is none of a name that no file can have, such as one of 300 letters."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write that becomes ``path`` when the block ends without an error.

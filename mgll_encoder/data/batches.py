@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.files import is_file
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.skipped import DISAGREE, NO_FILE, Skipped, unnamed
 from mgll_encoder.data.laterality import names_side
@@ -132,7 +133,7 @@ def plan_splits(
             continue
         if not any(name in row.texts for name in used):
             skipped.add("no text", f"{named(path, number)}: it has no text for {', '.join(used)}")
-        elif not (folder / row.image).is_file():
+        elif not is_file(folder / row.image):
             skipped.add(
                 NO_FILE,
                 f"{named(path, number)}: the image does not exist below {folder}: check the image folder",

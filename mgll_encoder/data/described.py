@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.files import is_file
 from mgll_encoder.common.skipped import DISAGREE, NO_FILE, Skipped
 from mgll_encoder.data.label_table import SIDES, LabelledImages
 from mgll_encoder.data.manifest import ManifestRow, image_folder, named, read_header, read_rows
@@ -65,7 +66,7 @@ def described_images(
             )
         elif not any(name in row.texts for name in used):
             skipped.add("no text", f"{where}: it has no text for {', '.join(used)}")
-        elif not (folder / row.image).is_file():
+        elif not is_file(folder / row.image):
             skipped.add(NO_FILE, f"{where}: the image does not exist below {folder}")
         else:
             rows.setdefault(row.image, (where, row))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import is_file
 from mgll_encoder.common.patient_column import patient_column
 from mgll_encoder.common.skipped import (
     DISAGREE,
@@ -220,7 +221,7 @@ def with_files(
     found = []
     for row in rows:
         path = index.get(Path(row.image).name, images / row.image)
-        if path.is_file():
+        if is_file(path):
             found.append(replace(row, path=path))
         else:
             skipped.add(

@@ -21,12 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import new_file
 from mgll_encoder.common.skipped import Skipped
-from mgll_encoder.data.manifest_formats import format_of
+from mgll_encoder.data.manifest_formats import format_named, format_of
 
 SPLIT_FIELDS = (
     "split", "split_by", "split_test", "split_val", "split_seed", "test_share"
 )  # fmt: skip
 """Entries of ``built`` that say how sides were drawn, in manifests and benches."""
+
+_SHOWN = ("format", "version", "granularities", "images", "texts", "split", "source")
+"""Fields whose values messages show; those of others may tell who a patient is."""
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -155,7 +158,7 @@ def write_manifest(
     """
     head = _with_images(path, images, header).model_dump_json()
     with new_file(path, force) as partial:
-        format_of(path).write(partial, head, (row.model_dump_json() for row in rows))
+        format_named(path).write(partial, head, (row.model_dump_json() for row in rows))
 
 
 def _with_images(path: Path, images: Path, header: ManifestHeader) -> ManifestHeader:
@@ -181,5 +184,7 @@ def _row(where: str, content: bytes, header: ManifestHeader) -> ManifestRow:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "line"
+    if not first["loc"] or first["loc"][0] not in _SHOWN:
+        return f"'{where}': {first['msg']}"
     found = json.dumps(first["input"], default=str)
     return f"'{where}': {first['msg']} (found {found if len(found) < 60 else found[:57] + '...'})"

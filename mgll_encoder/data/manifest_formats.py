@@ -9,6 +9,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +19,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import require
 
 PARQUET = ".parquet"
+_MARK = b"PAR1"
 _HEADER_KEY = b"mgll-manifest"
 _GROUP = 512
 
@@ -95,15 +97,16 @@ class Parquet:
     def rows(self, path: Path) -> Iterator[tuple[int, int, bytes]]:
         """See :class:`Format`."""
         place = 0
-        for batch in _opened(path).iter_batches(batch_size=_GROUP, use_threads=False):
-            for row in batch.to_pylist():
+        for rows in _batches(path):
+            for row in rows:
                 yield place + 1, place, _as_json(row)
                 place += 1
 
     def row(self, path: Path, place: int) -> bytes:
         """See :class:`Format`."""
-        group, start = _group_of(str(path), os.getpid(), place)
-        return _as_json(_group(str(path), os.getpid(), group).slice(place - start, 1).to_pylist()[0])
+        with _readable(path):
+            group, start = _group_of(str(path), os.getpid(), place)
+            return _as_json(_group(str(path), os.getpid(), group).slice(place - start, 1).to_pylist()[0])
 
     def write(self, path: Path, header: str, rows: Iterable[str]) -> None:
         """See :class:`Format`."""
@@ -126,10 +129,27 @@ class Parquet:
                 writer.write_table(pa.Table.from_pylist(chunk, schema))
 
 
+def format_named(path: Path) -> Format:
+    """The format that the name of a new manifest asks for: Parquet for ``.parquet``, JSON lines for all others."""
+    return _parquet(path) if path.suffix == PARQUET else JsonLines()
+
+
 def format_of(path: Path) -> Format:
-    """The format that a manifest's name asks for: Parquet for ``.parquet``, JSON lines for all others."""
-    if path.suffix != PARQUET:
-        return JsonLines()
+    """The format of a manifest that is there, by its content.
+
+    Raises:
+        UserError: it is called ``.parquet``, and is none.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(len(_MARK))
+    if start == _MARK:
+        return _parquet(path)
+    if path.suffix == PARQUET:
+        raise UserError(f"manifest {path} is no Parquet file: write or copy it again")
+    return JsonLines()
+
+
+def _parquet(path: Path) -> Parquet:
     require("pretrain", f"manifest {path}", "pyarrow")
     return Parquet()
 
@@ -138,20 +158,40 @@ def _as_json(row: dict[str, Any]) -> bytes:
     """A row; an empty cell is a field that is left out, a map's pairs are an object."""
     given = {name: value for name, value in row.items() if value is not None}
     if isinstance(given.get("texts"), list):
-        given["texts"] = dict(given["texts"])
+        with suppress(TypeError, ValueError):  # no pairs: whoever checks the row says so
+            given["texts"] = {str(name): texts for name, texts in given["texts"]}
     elif isinstance(given.get("texts"), dict):  # a struct with one field per granularity
         given["texts"] = {name: value for name, value in given["texts"].items() if value is not None}
     return json.dumps(given, ensure_ascii=False, default=str).encode()
 
 
 def _opened(path: Path) -> Any:
-    import pyarrow as pa
     from pyarrow import parquet
 
-    try:
+    with _readable(path):
         return parquet.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"manifest {path} is no Parquet file ({error}): write or copy it again") from None
+
+
+def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
+    batches = iter(_opened(path).iter_batches(batch_size=_GROUP, use_threads=False))
+    while True:
+        with _readable(path):
+            batch = next(batches, None)
+            rows = None if batch is None else batch.to_pylist()
+        if rows is None:
+            return
+        yield rows
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say in a line that a file is damaged; such files raise errors of any kind, wherever they are read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"manifest {path} is damaged Parquet ({error}): write or copy it again") from None
 
 
 # opened files and groups are kept per process: a worker must not read through its parent's

@@ -7,6 +7,7 @@ from pyarrow import parquet
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.data.described import described_images
 from mgll_encoder.data.manifest import (
     ManifestHeader,
     ManifestRow,
@@ -169,3 +170,58 @@ def test_a_file_that_is_no_manifest_says_so(tmp_path, first):
 def test_a_missing_manifest_says_how_to_make_one(tmp_path):
     with pytest.raises(UserError, match="mgll-encoder data fundus"):
         read_header(tmp_path / "none.jsonl")
+
+
+def test_the_content_tells_a_table_from_lines_whatever_the_name(tmp_path):
+    (tmp_path / "m").write_bytes(parquet_of(tmp_path, ROW, {**ROW, "image": "2.png"}))
+    assert [row.image for _, _, row in read_rows(tmp_path / "m")] == ["1.png", "2.png"]
+
+
+def test_a_table_damaged_anywhere_is_one_line(tmp_path):
+    """A byte changed at every place in turn: read, or refused as what it is."""
+    whole, path = (
+        parquet_of(tmp_path, *({**ROW, "image": f"{i}.png"} for i in range(50))),
+        tmp_path / "d.parquet",
+    )
+    refusals = set()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            list(read_rows(path, Skipped()))
+        except UserError as error:
+            refusals.add(str(error).partition("(")[0])
+    assert refusals >= {f"manifest {path} is damaged Parquet "}
+
+
+def test_a_file_name_that_no_file_can_have_is_no_file(tmp_path):
+    path = write(tmp_path, HEADER, {**ROW, "image": "x" * 300 + ".png"}, {**ROW, "image": "a\0b.png"})
+    skipped = Skipped()
+    with pytest.raises(UserError, match="gives no image to look at"):
+        described_images(path, tmp_path, "train", (), skipped)
+    assert skipped.counts == {"no image file": 2}
+
+
+def test_a_message_about_a_row_shows_no_patient(tmp_path):
+    rows = [
+        {**ROW, "image": ["Doe_Jane.png"]},
+        {**ROW, "patient": ["Doe"]},
+        {**ROW, "Doe": "Doe"},
+        "Doe, Jane",
+    ]
+    for row in rows:
+        with pytest.raises(UserError) as caught:
+            list(read_rows(write(tmp_path, HEADER, row)))
+        assert "line 2" in str(caught.value)
+        assert "Doe" not in str(caught.value).replace("'Doe': Extra inputs", "")
+
+
+def parquet_of(folder, *rows):
+    texts = pa.array(
+        [list(row["texts"].items()) for row in rows], pa.map_(pa.string(), pa.list_(pa.string()))
+    )
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "texts"}
+    table = pa.table({**columns, "texts": texts}).replace_schema_metadata(
+        {"mgll-manifest": json.dumps(HEADER)}
+    )
+    parquet.write_table(table, folder / "whole.parquet")
+    return (folder / "whole.parquet").read_bytes()
