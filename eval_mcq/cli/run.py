@@ -129,8 +129,9 @@ def answer(
     Raises:
         UserError: see `run_bench`; or processes were launched although a shard was named.
     """
+    from eval_mcq.runs.answers_file import only_run
     from eval_mcq.runs.plan import Shard
-    from eval_mcq.runs.records import load_run
+    from eval_mcq.runs.records import read_run
     from eval_mcq.runs.run import check_resumable, run_bench
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -141,13 +142,21 @@ def answer(
             "--shard and --limit are for a process on its own: leave them out under accelerate launch"
         )
     check_resumable(out, record, settings.force)
-    if out.exists() and not settings.force and (whole := load_run(out)).complete:
+    if out.exists() and not settings.force and (whole := read_run(out)).complete:
         return whole if rank == 0 else None
     folders = [out.with_name(f"{out.name}.shards") / f"{i}-of-{world}" for i in range(world)]
     shard = Shard(rank, world)
     own = record.model_copy(update={"shard": shard.name})
-    run_bench(bench, load, own, folders[rank], replace(settings, shard=shard))
-    return _merged(folders, record, bench, out, settings) if rank == 0 else None
+
+    def answer_own() -> None:
+        run_bench(bench, load, own, folders[rank], replace(settings, shard=shard))
+
+    if rank > 0:
+        answer_own()
+        return None
+    with only_run(out):
+        answer_own()
+        return _merged(folders, record, bench, out, settings)
 
 
 def _merged(
@@ -156,19 +165,22 @@ def _merged(
     """The first process's last duty: wait for all shards, merge them, clear them away."""
     import shutil
 
-    from eval_mcq.runs.merge import merge
+    from eval_mcq.runs.answers_file import only_run
+    from eval_mcq.runs.merge import merge_held
     from eval_mcq.runs.run import answered, planned_rows
 
     note(f"Waiting for the other {len(folders) - 1} processes ...")
     expected = planned_rows(bench, record, settings, len(folders))
     while any(answered(f) < n for f, n in zip(folders, expected, strict=True)):
         time.sleep(WAIT)
-    run = merge(folders, out, bench.path, force=True)
+    for folder in folders:
+        with only_run(folder, wait=True):  # its process has still to put them in order
+            pass
+    run = merge_held(folders, out, bench.path, force=True)
     shutil.rmtree(folders[0].parent)
     return run
 
 
-@needs("eval")
 def merge_command(
     shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Run folders of all shards.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],

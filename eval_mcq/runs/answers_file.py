@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_file
+from mgll_encoder.common.locks import locked
 
 
 class HasLine(Protocol):
@@ -14,6 +16,23 @@ class HasLine(Protocol):
 
     def line(self) -> str:
         """Its line."""
+
+
+def only_run(out: Path, wait: bool = False) -> AbstractContextManager[bool]:
+    """Hold the only right to write a run folder; a killed process gives it up.
+
+    Args:
+        out: The folder, there or not yet.
+        wait: Wait for another process that has the right.
+
+    Raises:
+        UserError: another process has it, and it is not to be waited for.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = out.with_name(f".{out.name}.run.lock")
+    taken = f"another process is writing run {out} (it holds the lock {file}): wait for it, or choose another --out"
+    return locked(file, None if wait else taken)
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -40,21 +59,23 @@ def append_answers(path: Path, answers: Iterable[HasLine]) -> None:
 
 
 def sort_answers(path: Path, order: Mapping[str, int]) -> None:
-    """Put the rows of an answers file in the order of the bench, rotations of a question together.
+    """Put the rows of an answers file in the order of the bench, rotations of a question together, each row once.
 
     Args:
-        path: The file; replaced whole or not at all.
+        path: The file, whole and checked; replaced whole or not at all.
         order: Question id to place in the bench.
     """
-    rows: list[tuple[int, int, int]] = []
+    places: list[tuple[int, int]] = []
+    starts: dict[tuple[int, int], int] = {}
     with path.open("rb") as stream:
         while line := stream.readline():
             row = json.loads(line)
-            rows.append((order[row["id"]], row["rotation"], stream.tell() - len(line)))
-        if rows == sorted(rows):
+            places.append((order[row["id"]], row["rotation"]))
+            starts.setdefault(places[-1], stream.tell() - len(line))
+        if places == sorted(starts):
             return
         with new_file(path, force=True) as partial, partial.open("wb") as in_order:
-            for _, _, start in sorted(rows):
+            for _, start in sorted(starts.items()):
                 stream.seek(start)
                 in_order.write(stream.readline())
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval_mcq.items.schema import Bench, MCQItem, load_bench
-from eval_mcq.runs.answers_file import sort_answers
+from eval_mcq.runs.answers_file import only_run, sort_answers
 from eval_mcq.runs.records import (
     ANSWERS_FILE,
     RUN_FILE,
@@ -31,10 +31,16 @@ def merge(shards: Sequence[Path], out: Path, bench: Path | None = None, force: b
         force: Replace ``out``.
 
     Raises:
-        UserError: ``out`` exists, a shard is of another run, given twice or left out, the bench is not theirs, or a
-            row is missing, there twice, or of another run; names question and file.
+        UserError: ``out`` exists or is written by another process, a shard is of another run, given twice or left
+            out, the bench is not theirs, or a row is missing, there twice, or of another run; names question and file.
     """
     check_free(out, force)
+    with only_run(out):
+        return merge_held(shards, out, bench, force)
+
+
+def merge_held(shards: Sequence[Path], out: Path, bench: Path | None = None, force: bool = False) -> Run:
+    """As `merge`, by who holds the right to write ``out`` already."""
     records = [read_record(folder) for folder in shards]
     first = records[0]
     _check_shards(shards, records)

@@ -348,14 +348,23 @@ def load_run(folder: Path) -> Run:
     Raises:
         UserError: not a run folder, one of another format, no question is answered, or a line of it is damaged.
     """
-    record = read_record(folder)
-    run = Run(folder, record, list(read_answers(folder / ANSWERS_FILE, record)))
+    run = read_run(folder)
     if not run.answers:
         found = "no question in all its rotations" if run.rows else "no question"
         raise UserError(
             f"run {folder} answers {found} yet: start the same eval-mcq run command again to resume it"
         )
     return run
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run that may hold no answers yet.
+
+    Raises:
+        UserError: not a run folder, one of another format, or a line of it is damaged.
+    """
+    record = read_record(folder)
+    return Run(folder, record, list(read_answers(folder / ANSWERS_FILE, record)))
 
 
 def read_record(folder: Path) -> RunRecord:

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from eval_mcq.items.pictures import check_images, hash_images
 from eval_mcq.items.schema import Bench, MCQItem
-from eval_mcq.runs.answers_file import append_answers, drop_unfinished_line, sort_answers
+from eval_mcq.runs.answers_file import append_answers, drop_unfinished_line, only_run, sort_answers
 from eval_mcq.runs.checks import QUICK, look
 from eval_mcq.runs.fingerprint import code_version
 from eval_mcq.runs.leaks import Leak
@@ -34,6 +34,7 @@ from eval_mcq.scoring.prompt import Mode
 from eval_mcq.tables.summary import as_json, compare
 from mgll_encoder.common.cli import note, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import new_folder, write_text
 from mgll_encoder.common.images import open_image
 
@@ -134,10 +135,17 @@ def run_bench(
         settings: How it is made.
 
     Raises:
-        UserError: ``out`` is taken by something else, an image is missing or unreadable or has changed since
-            its question was answered, or an option letter is not a single token for this model.
+        UserError: ``out`` is taken by something else or written by another process, an image is missing or unreadable
+            or has changed since its question was answered, or an option letter is not a single token for this model.
     """
     record = record.model_copy(update={"batch_size": settings.batch_size})
+    with only_run(out), writing(out):
+        return _run(bench, load_scorer, record, out, settings)
+
+
+def _run(
+    bench: Bench, load_scorer: Callable[[], "Scorer"], record: RunRecord, out: Path, settings: Settings
+) -> Run:
     check_resumable(out, record, settings.force)
     planned = _planned(bench, record, settings)
     places = {place for batch in planned for group in batch for place, _ in group.asks}
@@ -167,16 +175,17 @@ def run_bench(
             write_text(partial / RUN_FILE, text + "\n")
     answers = out / ANSWERS_FILE
     answers.touch()
+    order = {item.id: place for place, item in enumerate(bench.items)}
+    drop_unfinished_line(answers)
+    sort_answers(answers, order)
     if scorer:
-        drop_unfinished_line(answers)
         total = sum(len(group.asks) for batch in todo for group in batch)
         with rate("Answering", total) as advance:
             for batch, scores in scored(bench, scorer, todo):
                 rows = list(_rows(bench, batch, scores, hashes, record.fingerprint))
                 append_answers(answers, (row for row in rows if row.key not in done))
                 advance(len(rows))
-    if not settings.limit:
-        sort_answers(answers, {item.id: place for place, item in enumerate(bench.items)})
+    sort_answers(answers, order)
     return finish(out, record)
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -157,6 +158,73 @@ def test_after_sigkill_at_most_one_batch_is_repeated_and_the_files_are_the_same_
     repeated = sum(asked)
     remaining = len(rows(tmp_path / "whole")) - left.count(b"\n")
     assert remaining <= repeated <= remaining + 6
+
+
+def test_a_row_that_was_written_twice_is_dropped(put, tmp_path):
+    put("whole", batch_size=2)
+    put("twice", batch_size=2, limit=6)
+    path = tmp_path / "twice" / "answers.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[2], lines[0]]))
+    assert put("twice", batch_size=2).complete
+    assert files(tmp_path / "twice") == files(tmp_path / "whole")
+
+
+@pytest.fixture
+def writing_process(put, model_scorer, tmp_path):
+    """A process of its own that has begun the run "run" and goes on when ``tmp_path/go`` is there; its exit code."""
+    child = os.fork()
+    if child == 0:
+        code, answer = 1, model_scorer.answer
+
+        def answer_later(batch):
+            if (tmp_path / "run").exists():  # not for the look before it
+                (tmp_path / "begun").touch()
+                while not (tmp_path / "go").exists():
+                    time.sleep(0.01)
+            return answer(batch)
+
+        model_scorer.answer = answer_later
+        try:
+            code = 0 if put(batch_size=2).complete else 1
+        finally:
+            os._exit(code)
+
+    def end() -> int:
+        (tmp_path / "go").touch()
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    for _ in range(6000):
+        if (tmp_path / "begun").exists():
+            break
+        time.sleep(0.01)
+    yield end
+    if not (tmp_path / "go").exists():
+        end()
+
+
+def test_a_run_that_another_process_writes_is_left_alone(
+    put, bench, tiny_llava, tmp_path, writing_process, eval_mcq
+):
+    for name in ("s0", "s1"):
+        put(name, batch_size=2, shard=Shard(int(name[1]), 2))
+    run = tmp_path / "run"
+    told = rf"another process is writing run {run} .it holds the lock {tmp_path}/\.run\.run\.lock"
+    for force in (False, True):
+        with pytest.raises(UserError, match=told):
+            put(batch_size=2, force=force)
+        with pytest.raises(UserError, match=told):
+            merge([tmp_path / "s0", tmp_path / "s1"], run, force=True)
+    call = ("run", "--model", tiny_llava, "--bench", bench.path, "--out", run, "--device", "cpu", "--force")
+    assert "another process is writing run" in eval_mcq.refuses(*call)
+    assert "another process is writing run" in eval_mcq.refuses(
+        "merge", tmp_path / "s0", tmp_path / "s1", "--out", run, "--force"
+    )
+    assert writing_process() == 0
+    put("whole", batch_size=2)
+    assert files(run) == files(tmp_path / "whole")
+    assert put(batch_size=2).complete
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_rotations_are_put_together_and_stored_in_the_original_order(put, bench):
