@@ -297,9 +297,9 @@ def test_adapters_that_cannot_be_loaded_say_why(tuned, tmp_path, spoil, complain
         (("--stage", "full"), "--rank has no effect: stage 'full' has no adapters"),
         (("--qlora", "stage=full"), "has no effect|has no adapters"),
         (("--lora-dropout", 1.5), "--lora-dropout is 1.5"),
-        (("--recipe", "nowhere.yaml"), "nowhere.yaml cannot be read"),
+        (("--recipe", "nowhere.yaml"), "recipe nowhere.yaml does not exist"),
         (("sead=1",), "did you mean 'seed'"),
-        (("--deepspeed", "nowhere.json"), "nowhere.json cannot be read"),
+        (("--deepspeed", "nowhere.json"), "nowhere.json does not exist"),
     ],
 )
 def test_bad_options_are_refused_and_nothing_is_written(place, tmp_path, options, complaint):

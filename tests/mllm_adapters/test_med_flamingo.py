@@ -534,14 +534,14 @@ def test_a_tower_of_another_width_renews_what_reads_it(host: Path, tmp_path: Pat
 
 
 def test_the_clip_file_of_a_host_is_not_needed_where_it_is_replaced(tmp_path: Path) -> None:
-    """As published: ViT-L/14 features of width 1024; OpenAI's file is an archive with code, which is not opened."""
+    """As published: ViT-L/14 features of width 1024; a damaged file of OpenAI's is named when it is needed."""
     source, encoder = published(tmp_path / "host", clip=False), full_size.published_tower(tmp_path / "mgll")
     (source / "clip").mkdir()
     with zipfile.ZipFile(source / "clip" / "ViT-L-14.pt", "w") as archive:
         archive.writestr("archive/constants.pkl", b"")
     checkpoint, med_flamingo, _ = open_checkpoint(source)
     assert med_flamingo.plan(checkpoint, inspect_tower(encoder)).before.image_size == 224
-    with pytest.raises(UserError, match=r"TorchScript archive.*transformers folder"):
+    with pytest.raises(UserError, match=r"ViT-L-14\.pt is a zip file, not a checkpoint"):
         med_flamingo.plan(checkpoint)
 
 
