@@ -31,6 +31,12 @@ PROGRAM = """
 WAIT = "print('ready', flush=True); time.sleep(60)"
 
 
+def as_in_the_foreground() -> None:
+    """Shells let what they start in the background ignore these; the tests may have been started so."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(folder: Path, action: str = WAIT, **more: object) -> subprocess.Popen[str]:
     program = textwrap.dedent(PROGRAM).replace(
         "{action}", textwrap.indent(textwrap.dedent(action), " " * 8).strip()
@@ -40,6 +46,7 @@ def started(folder: Path, action: str = WAIT, **more: object) -> subprocess.Pope
         stdout=-1,
         stderr=-1,
         text=True,
+        preexec_fn=as_in_the_foreground,
         **more,  # type: ignore[call-overload]
     )
     assert process.stdout.readline() == "ready\n"

@@ -30,11 +30,12 @@ def test_a_killed_or_endless_task_is_lost_and_no_other() -> None:
 
 
 def test_leaving_early_leaves_no_process() -> None:
+    before = _children()
     results = resilient_map(square, [6, 7, 8, 9], 1, lost)
     assert next(results) == 36
     results.close()
-    assert not _children()
+    assert _children() <= before
 
 
-def _children() -> list[str]:
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+def _children() -> set[str]:
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())

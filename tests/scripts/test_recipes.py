@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mgll_encoder import inspect_tower
+from mgll_encoder.common.deepspeed import read_deepspeed
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.cli.retrain import main as retrain_projector
-from mgll_encoder.common.deepspeed import read_deepspeed
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.registry import family, open_checkpoint
 from mllm_adapters.training.memory import estimates
