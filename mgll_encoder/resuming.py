@@ -1,6 +1,5 @@
 """Work folders of a training: who may write there, what can be resumed, what a signal leaves."""
 
-import json
 import pickle
 import shutil
 import zipfile
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,6 +21,7 @@ from mgll_encoder.common import signals
 from mgll_encoder.common.cli import note, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.locks import locked
+from mgll_encoder.common.texts import parse_json, read_text
 
 
 class ResumeError(UserError):
@@ -35,6 +36,27 @@ _DAMAGE = (
     TypeError, AttributeError, FileNotFoundError,
 )  # fmt: skip
 """What torch and transformers raise on a state that is missing or damaged."""
+
+
+class _LogRow(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    loss: float | None = None
+
+
+class _State(BaseModel):
+    """What of a checkpoint's `STATE` decides how a training goes on; the rest is the library's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    global_step: int = Field(ge=0)
+    epoch: float = Field(ge=0)
+    max_steps: int
+    num_train_epochs: int
+    log_history: list[_LogRow]
+    train_batch_size: int | None = None
+    stateful_callbacks: dict[str, dict[str, dict[str, Any]] | list[dict[str, dict[str, Any]]]] = {}
 
 
 def only_run(out: Path) -> AbstractContextManager[bool]:
@@ -57,8 +79,8 @@ def checkpoints(folder: Path) -> list[Path]:
     complete = []
     for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE}"):
         try:
-            json.loads(state.read_text(encoding="utf-8"))
-        except ValueError:
+            parse_json(read_text(state, "state"), f"{state}", nan=True)  # as the loss of a step may be
+        except UserError:
             warn(f"{state} is cut short: {state.parent.name} does not count")
         else:
             complete.append(state.parent)
@@ -105,6 +127,11 @@ def check_states(checkpoint: Path, *, weights: str, ranks: int = 1, deepspeed: b
     Raises:
         ResumeError: a state is missing or damaged.
     """
+    state = checkpoint / STATE
+    content = parse_json(read_text(state, "state"), f"{state}", nan=True)
+    with telling_damage(checkpoint, STATE):
+        _State.model_validate(content)
+        TrainerState.load_from_json(str(state))
     generators = sorted(file.name for file in checkpoint.glob("rng_state*.pth"))
     expected = [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else ["rng_state.pth"]
     if generators and generators != sorted(expected):

@@ -196,8 +196,17 @@ class Checkpoint:
         return found
 
     def header(self, name: str) -> TensorHeader:
-        """The header of a tensor of the checkpoint or, as ``PART/KEY``, of an attached part."""
-        return self._attached[name] if name in self._attached else self.tensors[name]
+        """The header of a tensor of the checkpoint or, as ``PART/KEY``, of an attached part.
+
+        Raises:
+            UserError: there is no such tensor.
+        """
+        found = self._attached.get(name) or self.tensors.get(name)
+        if found is None:
+            raise UserError(
+                f"{self.folder} holds no tensor {name}: complete the checkpoint, or write it again"
+            )
+        return found
 
     def read(self, name: str) -> Tensor:
         """The values of one tensor, named as for `header`; nothing else is read."""

@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mgll_encoder import TowerHeader
@@ -57,6 +58,12 @@ class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _known_dtype(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"'{name}' is no dtype of torch")
+    return name
+
+
 class Step(_Data):
     """One target tensor.
 
@@ -72,8 +79,8 @@ class Step(_Data):
     """
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: Annotated[str, AfterValidator(_known_dtype)]
+    shape: tuple[Annotated[int, Field(ge=0, lt=2**48)], ...]
     operation: Operation
     sources: tuple[str, ...] = ()
     replaces: str | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import find_fault
@@ -31,7 +31,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 
 _HALF = re.compile("[\ud800-\udfff]")
 
-M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 
 def read_text(path: Path, kind: str) -> str:
@@ -107,11 +107,11 @@ def parse_json(text: str, where: str, *, nan: bool = False) -> Any:
     return found
 
 
-def read_as(kind: type[M], path: Path, what: str, advice: str = "") -> M:
+def read_as(kind: type[T], path: Path, what: str, advice: str = "") -> T:
     """Read a JSON file of a known form.
 
     Args:
-        kind: The form.
+        kind: The form: a pydantic model, or a dataclass.
         path: The file.
         what: What it is called in an error message.
         advice: What to do, at the end of the message.
@@ -123,22 +123,22 @@ def read_as(kind: type[M], path: Path, what: str, advice: str = "") -> M:
     return checked(kind, parse_json(read_text(path, what), where), where, advice)
 
 
-def checked(kind: type[M], content: Any, where: str, advice: str = "") -> M:
+def checked(kind: type[T], content: Any, where: str, advice: str = "") -> T:
     """What was read as what it should be.
 
     Raises:
         UserError: it is not; the first field that is missing, unknown or wrong is named, with what was found.
     """
     try:
-        return kind.model_validate(content)
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         raise UserError(f"{where}: {first_fault(error)}{advice and f'; {advice}'}") from None
 
 
-def first_fault(error: ValidationError) -> str:
-    """The first fault of a pydantic report: field, message, and what was found."""
+def first_fault(error: ValidationError, *within: str) -> str:
+    """The first fault of a pydantic report: field (``within`` others), message, and what was found."""
     fault = error.errors(include_url=False, include_context=False)[0]
-    field, message = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+    field, message = ".".join(map(str, (*within, *fault["loc"]))), fault["msg"].removeprefix("Value error, ")
     found = textwrap.shorten(repr(fault["input"]), 60, placeholder=" ...")
     shown = "" if fault["type"] in ("missing", "value_error") else f" (found {found})"
     return f"field '{field}': {message}{shown}" if field else f"{message}{shown}"

@@ -169,7 +169,7 @@ def _opened(path: Path) -> Any:
     from pyarrow import parquet
 
     with _readable(path):
-        return parquet.ParquetFile(path, memory_map=True)
+        return parquet.ParquetFile(path)  # not mapped: a file cut short meanwhile would end the process
 
 
 def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:

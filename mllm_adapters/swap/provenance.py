@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mgll_encoder.checkpoint import FOLDER_FILES
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.texts import read_json
+from mgll_encoder.common.texts import checked, first_fault, read_json
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.checkpoint import WEIGHTS, Checkpoint, refuse_delta
 from mllm_adapters.contract import Dropped, Plan, Step
@@ -154,12 +154,13 @@ def read_as(kind: type[Record], file: Path) -> Record:
         raise UserError(
             f"{file}: field 'format' is {content.get('format')!r}, expected 2: swap again with this version"
         )
+    advice = "the file was edited or damaged"
+    record = checked(kind, content, str(file), advice)
     try:
-        return kind.model_validate(content)
+        record.plan_with({})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: field '{where}': {first['msg']}: the file was edited or damaged") from None
+        raise UserError(f"{file}: {first_fault(error, 'plan')}; {advice}") from None
+    return record
 
 
 def record_of(

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.common.cli import warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import require
 from mgll_encoder.common.files import write_text
-from mgll_encoder.common.texts import read_json
+from mgll_encoder.common.texts import read_as
 from mgll_encoder.resuming import last_checkpoint, step_of
 
 BEST = "best.safetensors"
@@ -195,10 +196,12 @@ class BestKeeper(TrainerCallback):
         """Take up what an interrupted run had found; what lies beyond its checkpoint will be found again."""
         note = self.work / BEST_NOTE
         if state.global_step and note.is_file():
-            found = read_json(note)
-            known = tuple((step, score) for step, score in found["scores"] if step <= state.global_step)
-            sound = found["step"] <= state.global_step
-            self.best = Best(found["step"], found["score"], known) if sound else Best(0, -math.inf, known)
+            found = read_as(Best, note, "note", f"remove {self.work} to start again")
+            known = tuple((step, score) for step, score in found.scores if step <= state.global_step)
+            sound = found.step <= state.global_step
+            if sound:
+                open_checkpoint(self.work / BEST)  # damaged weights are told now, not at the end
+            self.best = Best(found.step, found.score, known) if sound else Best(0, -math.inf, known)
 
     def on_step_end(
         self,

@@ -1,6 +1,7 @@
 """Every reader as a row of data: a tiny valid input, which of its files are damaged, what reads them."""
 
 import base64
+import contextlib
 import csv
 import fnmatch
 import json
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -335,6 +337,54 @@ def _manifest(folder: Path) -> None:
         )  # fmt: skip
 
 
+PRETRAIN = "mgll-encoder pretrain --preset tiny --epochs 1 --batch-size 4 --workers 0"
+
+
+def _text_tower(folder: Path) -> None:
+    import mgll_encoder.zero_shot
+
+    _manifest(folder)
+    _run(*PRETRAIN.split(), "--data", folder / "m.jsonl", "--out", folder / "tt")
+    packaged = json.loads((Path(mgll_encoder.zero_shot.__file__).parent / "prompts.json").read_text())
+    _json(folder / "prompts.json", next(iter(packaged["sets"].values())))
+
+
+def _interrupted_pretraining(folder: Path) -> None:
+    """A pretraining that was stopped just before its tower was written."""
+    from tests.fuzz.harness import commands
+
+    _manifest(folder)
+    with mock.patch("mgll_encoder.pretrain.save_tower", side_effect=KeyboardInterrupt):
+        arguments = [*PRETRAIN.split(), "--data", folder / "m.jsonl", "--out", folder / "out"]
+        outcome = builders.invoke(commands()["mgll-encoder"], *arguments[1:])
+    assert outcome.code == 130, outcome.err
+
+
+def _begun_run(folder: Path) -> None:
+    _bench(folder)
+    builders.tiny_llava(folder / "m")
+    _run(
+        "eval-mcq",
+        "run",
+        "--model",
+        folder / "m",
+        "--bench",
+        folder / "b.jsonl",
+        "--out",
+        folder / "r",
+        "--limit",
+        4,
+    )
+
+
+def _peft(folder: Path) -> None:
+    _training_rows(folder)
+    options = ("--workers", 0, "--report-to", "none", "--max-steps", 1, "--out", "a")
+    with contextlib.chdir(folder):  # the adapter names its base as it was given
+        _run("finetune-lora", "--model", "m", *DATA.split(), *options)
+    shutil.rmtree(folder / "a.training")
+
+
 def _delta(folder: Path) -> None:
     _llava(folder)
     _run("swap-encoder", "--mllm", folder / "m", "--encoder", folder / "t", "--out", folder / "d", "--delta")
@@ -344,15 +394,9 @@ TRAINING = f"retrain-projector --model m {DATA} --workers 0 --report-to none --b
 
 
 def _resume(folder: Path) -> None:
-    import os
-
     _training_rows(folder)
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         _run(*TRAINING.split(), "--save-steps", "1", "--max-steps", "2")
-    finally:
-        os.chdir(here)
     shutil.rmtree(folder / "o")
     shutil.rmtree(folder / "o.training" / "checkpoint-2", ignore_errors=True)
 
@@ -494,6 +538,9 @@ READERS: Sequence[Reader] = (
         ),
     ),
     Reader(
+        "continued-runs", _begun_run, ("r/*",), ("eval-mcq run --model m --bench b.jsonl --out r",), stays=("r/*",)
+    ),
+    Reader(
         "labels", _labels, ("l.csv", "l.tsv", "l.xlsx"),
         (
             "mgll-encoder data fundus --labels {file} --images images --patient-column patient --out o.jsonl",
@@ -545,7 +592,19 @@ READERS: Sequence[Reader] = (
     Reader(
         "manifests", _manifest, ("m.jsonl", "m.parquet"),
         ("mgll-encoder pretrain --data {file} --preset tiny --epochs 1 --batch-size 4 --workers 0 --out out",),
-        stays=("out.training/*", "out.training"),
+        stays=(".out.training*",),
+    ),
+    Reader(
+        "pretrainings", _interrupted_pretraining, (".out.training/*",),
+        (f"{PRETRAIN} --data m.jsonl --out out --resume",), stays=(".out.training*",),
+    ),
+    Reader(
+        "text-towers", _text_tower, ("tt/*",),
+        ("mgll-encoder zero-shot --encoder {top} --data l.csv --images images --min-positives 1",),
+    ),
+    Reader(
+        "prompts", _text_tower, ("prompts.json",),
+        ("mgll-encoder zero-shot --encoder tt --data l.csv --images images --min-positives 1 --prompts prompts.json",),
     ),
     Reader("captions", _manifest, ("m.jsonl",), ("retrain-projector --model m --data m.jsonl --dry-run",)),
     Reader("deltas", _delta, ("d/*",), ("swap-encoder compose --mllm m --delta d --out out",)),
@@ -564,6 +623,7 @@ READERS: Sequence[Reader] = (
             "swap-encoder restore s --to-encoder --out out", "swap-encoder extract s --mllm m --out out",
         ),
     ),
+    Reader("peft", _peft, ("a/*",), ("eval-mcq check {top}",)),
     Reader(
         "adapters", _adapters, ("lora/*.json", "lora/*.bin"),
         ("swap-encoder --mllm lora --encoder t --dry-run", "swap-encoder convert --mllm lora --out out"),
