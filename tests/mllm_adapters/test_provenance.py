@@ -11,8 +11,10 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mgll_encoder.common.errors import UserError
 from mgll_encoder.spans import spans
 from mllm_adapters import load_mllm
+from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.cli.swap import main
 from mllm_adapters.swap.fingerprint import sampled
 from mllm_adapters.swap.provenance import read_record
@@ -137,3 +139,31 @@ def test_what_a_sample_tells(tmp_path: Path) -> None:
     middle[5_000] = 7
     save_file({**state, "a": middle}, file)
     assert sampled(file) == known
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "found"),
+    [
+        (("tensors", 0, "dtype"), "float17", "'float17' is no dtype of torch"),
+        (("tensors", 0, "shape"), [-1], "greater than or equal to 0"),
+        (("plan", "before", "mean"), [0.5], "field 'plan.before.mean.1': Field required"),
+    ],
+)
+def test_an_edited_record_is_named(
+    tiny_llava: Path, tmp_path: Path, place: tuple[str | int, ...], value: object, found: str
+) -> None:
+    tower, out = a_tower(tmp_path / "mgll"), tmp_path / "out"
+    assert invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out).code == 0
+    record = json.loads((out / "mgll_swap.json").read_text())
+    *way, last = place
+    node = record
+    for key in way:
+        node = node[key]
+    node[last] = value
+    (out / "mgll_swap.json").write_text(json.dumps(record))
+    assert found in refused(main, "restore", out, "--original", tiny_llava, "--out", tmp_path / "back")
+
+
+def test_a_tensor_that_is_not_there_is_named(tiny_llava: Path) -> None:
+    with pytest.raises(UserError, match="holds no tensor nobody"):
+        Checkpoint(tiny_llava).read("nobody")
