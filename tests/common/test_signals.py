@@ -46,8 +46,7 @@ def started(folder: Path, action: str = WAIT, **more: object) -> subprocess.Pope
         stdout=-1,
         stderr=-1,
         text=True,
-        preexec_fn=as_in_the_foreground,
-        **more,  # type: ignore[call-overload]
+        **{"preexec_fn": as_in_the_foreground, **more},  # type: ignore[call-overload]
     )
     assert process.stdout.readline() == "ready\n"
     return process
