@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP = $(@D)/bin/python -m pip --quiet
 LOCK := requirements/lock.txt
 
-.PHONY: install demo test test-slow fuzz lint lock clean
+.PHONY: install demo test test-slow fuzz soak lint lock clean
 
 install: .venv/installed
 
@@ -38,6 +38,10 @@ N ?= 1000
 SEED ?= 0
 fuzz: install
 	$(BIN)/python -m tests.fuzz $(N) --readers "$(READERS)" --seed $(SEED)
+
+# make soak N=200 [COMMANDS=swap,run] [SEED=1]: kills, signals, full disks and two writers over every long command
+soak: install
+	$(BIN)/python -m tests.soak $(if $(filter file,$(origin N)),200,$(N)) --commands "$(COMMANDS)" --seed $(SEED)
 
 lint: install
 	$(BIN)/ruff check .
