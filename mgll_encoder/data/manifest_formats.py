@@ -10,7 +10,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,6 +110,7 @@ class Parquet:
 
     def write(self, path: Path, header: str, rows: Iterable[str]) -> None:
         """See :class:`Format`."""
+        _require_pyarrow()
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -131,7 +132,7 @@ class Parquet:
 
 def format_named(path: Path) -> Format:
     """The format that the name of a new manifest asks for: Parquet for ``.parquet``, JSON lines for all others."""
-    return _parquet(path) if path.suffix == PARQUET else JsonLines()
+    return Parquet() if path.suffix == PARQUET else JsonLines()
 
 
 def format_of(path: Path) -> Format:
@@ -143,15 +144,15 @@ def format_of(path: Path) -> Format:
     with path.open("rb") as stream:
         start = stream.read(len(_MARK))
     if start == _MARK:
-        return _parquet(path)
+        return Parquet()
     if path.suffix == PARQUET:
         raise UserError(f"manifest {path} is no Parquet file: write or copy it again")
     return JsonLines()
 
 
-def _parquet(path: Path) -> Parquet:
-    require("pretrain", f"manifest {path}", "pyarrow")
-    return Parquet()
+@cache  # a file is opened many times, and looking at packages takes as long as reading it
+def _require_pyarrow() -> None:
+    require("pretrain", "a manifest in Parquet", "pyarrow")
 
 
 def _as_json(row: dict[str, Any]) -> bytes:
@@ -166,6 +167,7 @@ def _as_json(row: dict[str, Any]) -> bytes:
 
 
 def _opened(path: Path) -> Any:
+    _require_pyarrow()
     from pyarrow import parquet
 
     with _readable(path):
