@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -17,6 +19,7 @@ class Terminated(KeyboardInterrupt):
 class _State:
     received: int | None = None
     deferring = False
+    swallowed = False
 
 
 _state = _State()
@@ -47,10 +50,20 @@ def watched() -> Iterator[None]:
         if os.getpid() != home:  # a forked child: as if nothing were watched
             _as_before(number, frame)
             return
-        first, _state.received = _state.received is None, _state.received or number
+        first, _state.received = _state.received is None or _state.swallowed, _state.received or number
+        _state.swallowed = False
         if (first and not _state.deferring) or (number == signal.SIGINT and not first):
             raise Terminated
 
+    def tell_again(lost: Any) -> None:
+        """Repeat a signal that came where Python lets no exception out (a destructor, a callback of fork)."""
+        if not isinstance(lost.exc_value, Terminated):
+            hook(lost)
+            return
+        _state.swallowed = True
+        threading.Timer(0.05, os.kill, (home, _state.received)).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, tell_again
     before = {number: signal.getsignal(number) for number in WATCHED}
     _state.received = None
     for number, handler in before.items():
@@ -59,6 +72,7 @@ def watched() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

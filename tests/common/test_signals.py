@@ -98,6 +98,22 @@ def test_an_error_that_the_signal_caused_is_not_told_as_ours(tmp_path: Path) -> 
     assert (process.returncode, said.strip()) == (143, "error: interrupted")
 
 
+def test_a_signal_that_comes_while_something_is_destroyed_is_not_lost(tmp_path: Path) -> None:
+    """Python lets no exception out of a destructor, or of what is called around a fork."""
+    destroyed = """
+        class Slow:
+            def __del__(self):
+                print('ready', flush=True); time.sleep(60)
+        Slow()
+        time.sleep(60)
+    """
+    process = started(tmp_path, destroyed)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said.strip()) == (143, "error: interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_workers_end_when_their_pool_does(tmp_path: Path) -> None:
     """A pool ends its workers with SIGTERM: no tracebacks of theirs."""
     pool = """

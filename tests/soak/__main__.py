@@ -42,7 +42,7 @@ def main() -> int:
             found = _soak(trials, commands, options)
         finally:
             server.close()
-    Console().print(_summary(found))
+    Console(width=180).print(_summary(found))
     return any(result.faults for _, _, result in found)
 
 

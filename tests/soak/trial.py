@@ -174,7 +174,8 @@ class Fault:
 
     Attributes:
         name: For the summary.
-        codes: Exit codes that it may lead to, besides 0.
+        codes: Exit codes that it may lead to, besides 0. (Before and after its work, a command is ended by the signal
+            itself.)
         clears: Whether a command that it ended leaves nothing unfinished.
     """
 
@@ -331,8 +332,8 @@ def may_mount(folder: Path) -> bool:
 
 
 KILL = Signalled("kill", (-signal.SIGKILL,), clears=False)
-TERM = Signalled("term", (128 + signal.SIGTERM,), number=signal.SIGTERM)
-INT = Signalled("ctrl-c", (128 + signal.SIGINT,), number=signal.SIGINT)
+TERM = Signalled("term", (128 + signal.SIGTERM, -signal.SIGTERM), number=signal.SIGTERM)
+INT = Signalled("ctrl-c", (128 + signal.SIGINT, -signal.SIGINT), number=signal.SIGINT)
 LIMIT = Limited("limit", (2,))
 FULL = Mounted("full disk", (2,))
 READ_ONLY = Mounted("read-only", (2,), writable=False)
