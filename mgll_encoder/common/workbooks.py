@@ -60,6 +60,10 @@ def _excel(path: Path, wanted: str | None, engine: Any) -> Sheet:
             frame = book.parse(name, header=None, dtype=str, keep_default_na=False)
     except UserError:
         raise
+    except ImportError:  # of a version that pandas does not take
+        raise UserError(
+            f"label file {path}, an Excel workbook, needs {engine}: pip install 'mgll-mllm[excel]', or save it as CSV"
+        ) from None
     except Exception as error:  # damaged workbooks raise errors of any kind
         raise UserError(
             f"label file {path} is a damaged or locked Excel workbook ({error}): save it once more, without a "

@@ -26,10 +26,9 @@ from mgll_encoder.data.fundus_layouts import (
     from_folders,
 )
 from mgll_encoder.data.label_cells import plain
-from mgll_encoder.data.label_rows import Columns, LabelRow, agreeing, label_rows, with_files
+from mgll_encoder.data.label_rows import NORMAL, Columns, LabelRow, agreeing, label_rows, with_files
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 
-NORMAL = "normal"
 GRANULARITIES = ["status", "disease", "keyword", "explanation"]
 EXPLANATIONS = Path(__file__).parent / "explanations.json"
 
@@ -174,7 +173,7 @@ def build_fundus(
     table, found = _read(table, report.skipped, drawn=test > 0 or val > 0)
     pseudonyms = Pseudonyms(table.path)
     usable = agreeing(with_files(found, images, report.skipped, table.image), report.skipped)
-    usable = _healthy_or_not(usable, report.skipped)
+    usable = _labelled(usable, report.skipped)
     for row in track(usable, f"Checking the images of {table.path.name}"):
         if trouble := _trouble(row.path):
             report.skipped.add(UNREADABLE, f"{row.where}: the image {trouble}")
@@ -225,19 +224,15 @@ def build_fundus(
     return report
 
 
-def _healthy_or_not(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
-    """Rows that say what the eye has, and do not call it normal and diseased."""
+def _labelled(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
+    """Rows that say what the eye has."""
     kept = []
     for row in rows:
-        if not row.labels:
+        if row.labels:
+            kept.append(row)
+        else:
             reason = UNCERTAIN if row.uncertain else NO_LABEL
             skipped.add(reason, f"{row.where}: no label is said to be true: unknown, not normal")
-        elif NORMAL in row.labels and len(row.labels) > 1:
-            skipped.add(
-                "normal and diseased", f"{row.where}: the image is labelled '{';'.join(sorted(row.labels))}'"
-            )
-        else:
-            kept.append(row)
     return kept
 
 

@@ -83,7 +83,7 @@ class LabelLists:
         cell = cell.strip()
         if self._one:
             parts = [cell]
-        elif cell.startswith("[") and cell.endswith("]"):
+        elif cell.startswith("["):
             parts = _list(cell)
         else:
             parts = self._separator.split(cell)

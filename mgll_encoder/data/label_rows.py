@@ -22,6 +22,9 @@ from mgll_encoder.common.skipped import (
 from mgll_encoder.common.tables import Reading, Table
 from mgll_encoder.data.label_cells import LabelLists, plain, truth_of
 
+NORMAL = "normal"
+"""The label of images in which nothing is found."""
+
 _PLACE = re.compile(r"{([^{}]+)}")
 """Where a template of image paths takes the cell of a column."""
 
@@ -186,10 +189,10 @@ def truths(record: Mapping[str, str], names: Mapping[str, str]) -> tuple[frozens
 
 
 def settled(table: Table, rows: Sequence[LabelRow], reading: Reading, skipped: Skipped) -> list[LabelRow]:
-    """The rows with what is uncertain in them left open, or taken as the user says; said and counted."""
+    """The rows that do not contradict themselves, what is uncertain in them left open or taken as the user says."""
     having = [row for row in rows if row.uncertain]
     if not having:
-        return list(rows)
+        return _coherent(rows, skipped)
     cells = sum(len(row.uncertain) for row in having)
     skipped.uncertain[reading.uncertain] += cells
     note(
@@ -197,12 +200,13 @@ def settled(table: Table, rows: Sequence[LabelRow], reading: Reading, skipped: S
         f"{'ignored' if reading.uncertain == 'ignore' else f'taken as {reading.uncertain}'} (--uncertain)"
     )
     if reading.uncertain == "ignore":
-        return list(rows)
+        return _coherent(rows, skipped)
     taken = reading.uncertain == "positive"
-    return [
+    certain = [
         replace(row, labels=row.labels | (row.uncertain if taken else frozenset()), uncertain=frozenset())
         for row in rows
     ]
+    return _coherent(certain, skipped)
 
 
 def with_files(
@@ -254,6 +258,17 @@ def agreeing(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
                 DISAGREE,
                 f"{row.where}: {' and '.join(differing)} of the image are not those of {against.where}",
             )
+    return kept
+
+
+def _coherent(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
+    kept = []
+    for row in rows:
+        if len(row.labels) > 1 and NORMAL in map(plain, row.labels):
+            labels = ";".join(sorted(row.labels))
+            skipped.add("normal and diseased", f"{row.where}: the image is labelled '{labels}'")
+        else:
+            kept.append(row)
     return kept
 
 

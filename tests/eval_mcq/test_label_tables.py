@@ -103,6 +103,13 @@ KINDS = {
         listing(semicolons, ",", "0.png,myopia"), {}, {"rows of one image disagree": 2},
         WHOLE - Counter({"normal": 1}),
     ),
+    "normal and diseased": Kind(
+        listing(semicolons, ",", "20.png,normal;glaucoma"), {}, {"normal and diseased": 1}, WHOLE
+    ),
+    "open cells, positive": Kind(
+        matrix("1", "0", {(1, "myopia"): "-1", (0, "myopia"): "-1"}), {**BINARY, "uncertain": "positive"},
+        {"normal and diseased": 1}, WHOLE + Counter({"myopia": 1}) - Counter({"normal": 1}), 2,
+    ),
     "ragged": Kind(
         listing(semicolons, ",", "20.png,normal,myopia", "20.png"), {},
         {"row with more cells than columns": 1, "row with fewer cells than columns": 1}, WHOLE,
