@@ -3,54 +3,22 @@
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from eval_mcq.items.pictures import unreadable_images
+from eval_mcq.items.asked_rows import AskedRow, askable, check_labels, read_rows
+from eval_mcq.items.asked_rows import LabelTable as LabelTable
 from eval_mcq.items.preset import Disease, Preset, plain
 from eval_mcq.items.schema import BenchHeader, MCQItem
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.pseudonyms import Pseudonyms
-from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.common.tables import Reading, read_table
-from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
-from mgll_encoder.data.label_rows import Columns, agreeing, label_rows, with_files
 
 Split = Literal["train", "test", "all"]
-
-TYPO_CUTOFF = 0.85
-"""difflib ratio from which a label outside the preset counts as a misspelt disease."""
-
-
-@dataclass(frozen=True)
-class LabelTable:
-    """Which columns of a label file mean what.
-
-    Attributes:
-        path: The label file (`mgll_encoder.common.tables`).
-        image: Column with the image path below the image folder.
-        labels: Column with a list of labels.
-        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None for the one that
-            is recognized.
-        source: Column with the name of the data set.
-        layout: Published layout of the file instead of these columns, or ``generic``.
-        binary: Columns that stand for one label each, instead of ``labels``.
-        reading: What else the user says about the file.
-    """
-
-    path: Path
-    image: str = "file"
-    labels: str = "labels"
-    patient: str | None = None
-    source: str | None = None
-    layout: str = GENERIC
-    binary: tuple[str, ...] = ()
-    reading: Reading = field(default_factory=Reading)
 
 
 @dataclass(frozen=True)
@@ -102,25 +70,8 @@ class BuildReport:
 
 
 @dataclass(frozen=True)
-class _Row:
-    where: str
-    image: str
-    labels: frozenset[str]
-    uncertain: frozenset[str]
-    patient: str
-    source: str
-    words: str
-    columns: Mapping[str, str]
-    path: Path
-
-    def leaves_open(self, disease: Disease) -> bool:
-        """Whether the image may have the disease, for all that the table says."""
-        return not disease.is_true_of(set(self.labels)) and disease.is_true_of(set(self.uncertain))
-
-
-@dataclass(frozen=True)
 class _Draft:
-    row: _Row
+    row: AskedRow
     disease: Disease
     true: str
     others: list[str]
@@ -166,19 +117,13 @@ def build(
         raise UserError(f"image folder {images} does not exist or is not a folder: check --images")
     preset.check_options()
     skipped = Skipped(strict)
-    known = frozenset(plain(label) for disease in preset.diseases for label in disease.labels)
-    filters = [*preset.where, *(column for d in preset.diseases for column in d.where or {})]
-    known |= set(map(plain, preset.other_labels))
-    rows = _read(table, images, filters, known, skipped, drawn=split.side != "all")
-    if not rows:
-        reasons = "; ".join(skipped.lines()) or "it has a header but no rows"
-        raise UserError(f"label file {table.path} gives no image: {reasons}")
-    report = BuildReport(unasked=_check_labels(table, rows, preset), skipped=skipped)
+    rows = read_rows(table, images, preset, skipped, drawn=split.side != "all")
+    report = BuildReport(unasked=check_labels(table, rows, preset), skipped=skipped)
     report.without_patient = sum(not row.patient for row in rows)
     asked = [
-        r for r in rows if split.side in ("all", assign_split(_patient(r), test=split.test, seed=split.seed))
+        r for r in rows if split.side in ("all", assign_split(r.split_by, test=split.test, seed=split.seed))
     ]
-    asked = _askable(asked, preset, skipped)
+    asked = askable(asked, preset, skipped)
     drafts = [
         draft for disease in preset.diseases for draft in _drafts(asked, disease, preset, split, table, draw)
     ]
@@ -222,104 +167,7 @@ def build(
     return BenchHeader(name=name, categories=[d.name for d in preset.diseases], built=built), items, report
 
 
-def _read(
-    table: LabelTable,
-    images: Path,
-    filters: Iterable[str],
-    known: frozenset[str],
-    skipped: Skipped,
-    drawn: bool,
-) -> list[_Row]:
-    """The rows whose image is there, each image once."""
-    content = read_table(table.path, "--labels", skipped, table.reading)
-    if table.layout != GENERIC:
-        found = as_generic(table.layout, content, skipped, table.reading)
-        table = replace(table, image=IMAGE, source=SOURCE)
-        content = replace(content, columns=(IMAGE, LABELS, PATIENT, SOURCE))
-    else:
-        columns = Columns(table.image, table.labels, table.binary, table.patient).of(content, drawn=drawn)
-        found = label_rows(content, columns, skipped, table.reading, known)
-    filtering = (("the preset's 'where'", name) for name in filters)
-    content.check_columns([("--source-column", table.source), *filtering])
-    return [
-        _Row(
-            row.where,
-            row.image,
-            frozenset(map(plain, row.labels)),
-            frozenset(map(plain, row.uncertain)),
-            row.patient,
-            row.cells[table.source].strip() if table.source else "",
-            plain(row.cells.get(KEYWORDS, "")),
-            row.cells,
-            row.path,
-        )
-        for row in agreeing(with_files(found, images, skipped, table.image), skipped)
-    ]
-
-
-def _askable(rows: list[_Row], preset: Preset, skipped: Skipped) -> list[_Row]:
-    """The rows that can be asked about: one true choice, enough distractors, an image that can be decoded."""
-    found = []
-    for row in rows:
-        if trouble := _unaskable(row, preset):
-            skipped.add(*trouble)
-        else:
-            found.append(row)
-    known = {plain(label) for d in preset.diseases for label in d.labels}
-    faults = unreadable_images(row.path for row in found if row.labels & known)
-    for row in found:
-        if row.path in faults:
-            skipped.add(UNREADABLE, f"{row.where}: the image {unnamed(faults[row.path], row.path)}")
-    return [row for row in found if row.path not in faults]
-
-
-def _unaskable(row: _Row, preset: Preset) -> tuple[str, str] | None:
-    """Why a row gives no fair question, and where."""
-    for disease in preset.diseases:
-        if not _asked_for([row], disease, preset):
-            continue
-        fitting = disease.fitting(row.labels)
-        if len(fitting) > 1:
-            return "two true choices", f"{row.where}: '{fitting[0]}' and '{fitting[1]}' both fit the image"
-        if not disease.choices and disease.is_true_of(set(row.labels)):
-            pool = len(_distractors(row, disease, preset))
-            if pool < preset.options - 1:
-                return "too few distractors", (
-                    f"{row.where} leaves {pool} distractors for '{disease.name}', {preset.options} options need "
-                    f"{preset.options - 1}: ask for fewer with --options, or for more diseases"
-                )
-    return None
-
-
-def _check_labels(table: LabelTable, rows: list[_Row], preset: Preset) -> Counter[str]:
-    """Count the labels that are outside the preset; a near miss of one inside it is a mistake."""
-    known = {plain(label) for disease in preset.diseases for label in disease.labels}
-    passed = known | {plain(label) for label in preset.other_labels}
-    unasked: Counter[str] = Counter()
-    for row in rows:
-        for label in sorted(row.labels - known):
-            unasked[label] += 1
-            if (
-                table.layout == GENERIC  # a published layout has labels of its own, not typed ones
-                and unasked[label] == 1
-                and label not in passed
-                and get_close_matches(label, known, 1, TYPO_CUTOFF)
-            ):
-                error = unknown_name("disease", label, known)
-                raise UserError(f"{row.where}: {error} (if it is right, a preset must list it)")
-    return unasked
-
-
-def _patient(row: _Row) -> str:
-    return row.patient or row.image
-
-
-def _asked_for(rows: Sequence[_Row], disease: Disease, preset: Preset) -> list[_Row]:
-    where = preset.where if disease.where is None else disease.where
-    return [row for row in rows if all(row.columns[column] == value for column, value in where.items())]
-
-
-def _negatives(rows: Sequence[_Row], preset: Preset, table: LabelTable, draw: Draw) -> Counter[str]:
+def _negatives(rows: Sequence[AskedRow], preset: Preset, table: LabelTable, draw: Draw) -> Counter[str]:
     """Images without each disease, among those that are asked about it.
 
     Raises:
@@ -327,7 +175,7 @@ def _negatives(rows: Sequence[_Row], preset: Preset, table: LabelTable, draw: Dr
     """
     negatives: Counter[str] = Counter()
     for disease in preset.diseases:
-        here = _asked_for(rows, disease, preset)
+        here = [row for row in rows if row.is_asked(disease, preset)]
         negatives[disease.name] = sum(
             not (disease.is_true_of(set(row.labels)) or row.leaves_open(disease)) for row in here
         )
@@ -341,9 +189,9 @@ def _negatives(rows: Sequence[_Row], preset: Preset, table: LabelTable, draw: Dr
 
 
 def _drafts(
-    rows: list[_Row], disease: Disease, preset: Preset, split: SplitRule, table: LabelTable, draw: Draw
+    rows: list[AskedRow], disease: Disease, preset: Preset, split: SplitRule, table: LabelTable, draw: Draw
 ) -> list[_Draft]:
-    here = _asked_for(rows, disease, preset)
+    here = [row for row in rows if row.is_asked(disease, preset)]
     if disease.choices:
         drafts = _choice_drafts(here, disease, draw.seed)
         missing = {choice.text for choice in disease.choices} - {draft.true for draft in drafts}
@@ -362,20 +210,8 @@ def _drafts(
     return drafts
 
 
-def _distractors(row: _Row, disease: Disease, preset: Preset) -> list[Disease]:
-    """What may be offered as wrong beside a disease of the image."""
-    return [
-        other
-        for other in preset.against(disease)
-        if not other.is_true_of(set(row.labels))
-        and not other.is_left_open_by(set(row.labels))
-        and not row.leaves_open(other)
-        and not (row.words and other.is_mentioned_in(row.words))  # suspected is not absent
-    ]
-
-
-def _label_draft(row: _Row, disease: Disease, preset: Preset, draw: Draw) -> _Draft:
-    pool = _distractors(row, disease, preset)
+def _label_draft(row: AskedRow, disease: Disease, preset: Preset, draw: Draw) -> _Draft:
+    pool = row.distractors(disease, preset)
     draft = _Draft(row, disease, disease.option, [])
     chosen = _random(draw.seed, draft.id).sample(pool, len(pool) if draw.hard else preset.options - 1)
     if draw.hard:
@@ -385,7 +221,7 @@ def _label_draft(row: _Row, disease: Disease, preset: Preset, draw: Draw) -> _Dr
     return replace(draft, others=[other.option for other in chosen])
 
 
-def _choice_drafts(rows: list[_Row], disease: Disease, seed: int) -> list[_Draft]:
+def _choice_drafts(rows: list[AskedRow], disease: Disease, seed: int) -> list[_Draft]:
     by_choice: dict[str, list[_Draft]] = defaultdict(list)
     mentioned = {plain(label) for choice in disease.choices for label in (*choice.labels, *choice.without)}
     for row in rows:
