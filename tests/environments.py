@@ -66,6 +66,7 @@ def python(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run Python with one site-packages folder, this package's sources, and the standard library."""
     return subprocess.run(
         [sys.executable, "-S", *map(str, arguments)],
+        cwd=site,
         env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "COLUMNS": "200"},
         capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
