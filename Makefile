@@ -1,37 +1,56 @@
-# make demo   everything from phantom images to the table, in minutes, without downloads but packages
-# make test   the test suite
-# Both set up .venv with the versions of requirements/lock.txt, tried on Linux x86-64 with Python 3.11; a fresh machine needs Python 3.11 (with pip) and gcc.
+# make demo          everything from phantom images to the table, in minutes, without downloads but packages
+# make test          the test suite, with the versions of requirements/lock.txt
+# make test-latest   the same with the newest versions that pyproject.toml allows, in .venv-latest
+# make test-lowest   the same with the lowest, requirements/lowest.txt, in .venv-lowest
+# Each does all its set-up; a fresh machine needs Python 3.11 (with pip) and gcc. Tried on Linux x86-64.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP = $(@D)/bin/python -m pip --quiet
 LOCK := requirements/lock.txt
+LOWEST := requirements/lowest.txt
+SUITE := -m pytest -m "not slow" --numprocesses 2
 
-.PHONY: install demo test test-slow fuzz soak lint lock clean
+.PHONY: install demo test test-slow test-latest test-lowest fuzz soak lint lock clean
 
 install: .venv/installed
 
-# From requirements to a virtual environment; what is built from source is built with the same versions.
 define environment
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 $(PYTHON) -m venv $(@D)
 $(PIP) install --constraint $(LOCK) pip setuptools
 endef
 
-.venv/installed: pyproject.toml $(LOCK)
+.venv/installed: VERSIONS := $(LOCK)
+.venv-lowest/installed: VERSIONS := $(LOWEST)
+.venv-lowest/installed: $(LOWEST)
+
+# What is built from source (DeepSpeed, this package) is built with the lock's setuptools.
+.venv/installed .venv-lowest/installed: pyproject.toml $(LOCK)
 	$(environment)
-	$(PIP) install --no-compile --build-constraint $(LOCK) --requirement $(LOCK)
+	$(PIP) install --no-compile --build-constraint $(LOCK) --requirement $(VERSIONS)
 	PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv-latest/made:
+	$(environment)
 	touch $@
 
 demo: install
 	$(BIN)/python scripts/demo.py --out demo
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2
+	$(BIN)/python $(SUITE)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python $(SUITE)
+
+test-latest: .venv-latest/made
+	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[all,test]'
+	.venv-latest/bin/python $(SUITE)
 
 # make fuzz N=10000 [READERS=runs,recipes] [SEED=1]: damaged inputs for every reader, and a summary
 N ?= 1000
@@ -48,10 +67,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Resolves again what pyproject.toml has changed. Newer versions of all: remove the file first.
+# After a change of pyproject.toml. The lock keeps the versions that it has; make lock UPGRADE=--upgrade takes the newest.
+RESOLVE := $(BIN)/uv pip compile --quiet --universal --no-annotate --custom-compile-command "make lock" pyproject.toml
 lock: install
-	$(BIN)/uv pip compile --quiet --universal --no-annotate --custom-compile-command "make lock" \
-		--extra all --extra dev --output-file $(LOCK) pyproject.toml
+	$(RESOLVE) --extra all --extra dev $(UPGRADE) --output-file $(LOCK)
+	$(RESOLVE) --extra all --extra test --resolution lowest-direct --upgrade --output-file $(LOWEST)
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-latest .venv-lowest demo

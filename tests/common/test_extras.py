@@ -203,3 +203,49 @@ def test_a_command_keeps_its_name_and_signature() -> None:
 
     assert command(2) == "xx"
     assert (command.__name__, command.__doc__) == ("command", "Say b a times.")
+
+
+STEPS = {
+    "pretrain": (
+        "mgll-encoder data phantom --out phantom --images-per-disease 6 --size 32",
+        "mgll-encoder data fundus --labels phantom/labels.csv --images phantom --out phantom/manifest.parquet",
+        "mgll-encoder pretrain --data phantom/manifest.parquet --preset tiny --epochs 1 --out tower",
+    ),
+    "probe": (
+        "mgll-encoder probe --encoder tower --data phantom/labels.csv --images phantom --labels-column labels "
+        "--patient-column patient_or_source_id --min-positives 1",
+        "mgll-encoder zero-shot --encoder tower --data phantom/labels.csv --images phantom --labels-column labels "
+        "--patient-column patient_or_source_id",
+        "mgll-encoder explain --encoder tower --images phantom/images --limit 2 --text glaucoma --out look.png",
+    ),
+    "eval": (
+        "eval-mcq build --labels phantom/labels.csv --images phantom --patient-column patient_or_source_id "
+        "--out bench.jsonl",
+        "eval-mcq export bench.jsonl --images phantom --out train.json",
+        "eval-mcq run --model llava --bench bench.jsonl --limit 4 --out run",
+        "eval-mcq table run",
+    ),
+    "report": ("eval-mcq report run --html report.html",),
+    "train": (
+        "retrain-projector --model llava --data train.json --images phantom --max-steps 1 --out projector",
+        "finetune-lora --model llava --data train.json --images phantom --max-steps 1 --merge --out lora",
+    ),
+    "qlora": (
+        "finetune-lora --model llava --data train.json --images phantom --max-steps 1 --qlora --out q",
+    ),
+}
+"""Extra -> commands that it is all they need for; a step takes up what those before it have written."""
+
+
+@pytest.mark.slow
+def test_an_extra_is_all_that_its_commands_need(
+    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("llava").symlink_to(tiny_llava)
+    for extra, lines in STEPS.items():
+        site = environments.environment(tmp_path / f"site-{extra}", extra)
+        for line in lines:
+            name, *arguments = line.split()
+            done = environments.command(site, COMMANDS[name], *arguments)
+            assert done.returncode == 0, (extra, line, done.stderr)
