@@ -22,7 +22,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from eval_mcq.scoring.asking import Prepared, Row, Writer
-from eval_mcq.scoring.parts import Part, branches, common, fitting, part_of, pieces
+from eval_mcq.scoring.parts import (
+    CPU_TOKENS,
+    TOKENS,
+    Part,
+    branches,
+    common,
+    fitting,
+    part_of,
+    passes,
+    pieces,
+)
 from eval_mcq.scoring.tree import Tree
 from mgll_encoder.common.cli import note
 
@@ -65,6 +75,7 @@ class Engine:
             if way == "auto"
             else {known: known in (way, "plain") for known in ("prefix", "tree", "plain")}
         )
+        self._tokens = CPU_TOKENS if self.device.type == "cpu" else TOKENS
         self._inner = getattr(model, "model", model)
         text = model.config.get_text_config()
         self._window = getattr(text, "sliding_window", None)
@@ -88,7 +99,9 @@ class Engine:
     def _run(self, way: Way, batch: Sequence[Prepared]) -> list[list[Found]]:
         if way == "plain":
             return [self._plain(prepared, PLAIN_ROWS) for prepared in batch]
-        return self._tree(batch) if way == "tree" else self._prefix(batch)
+        if way == "tree":
+            return self._tree(batch)
+        return [found for some in passes(batch, self._tokens) for found in self._prefix(some)]
 
     def _way(self, prepared: Prepared) -> Way:
         """The first way that shares something and that the model is known to take."""
@@ -142,7 +155,7 @@ class Engine:
             for some in pieces(prepared, range(len(prepared.rows)))
         ]
         found: list[list[Found]] = [[[] for _ in prepared.rows] for prepared in batch]
-        for some_parts in fitting(parts, 0):
+        for some_parts in fitting(parts, 0, self._tokens):
             trees = [part.tree for part in some_parts]
             sources = [batch[part.source] for part in some_parts]
             given = {
@@ -177,7 +190,7 @@ class Engine:
             for rows in branches(prepared, lengths[source], self._bearable)
         ]
         found: list[list[Found]] = [[[] for _ in prepared.rows] for prepared in batch]
-        for some in fitting(parts, longest):
+        for some in fitting(parts, longest, self._tokens):
             trees, sources = [part.tree for part in some], [part.source for part in some]
             given = {
                 "input_ids": self._ids(trees, batch),

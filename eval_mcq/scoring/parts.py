@@ -9,9 +9,12 @@ from eval_mcq.scoring.asking import Prepared
 from eval_mcq.scoring.tree import Tree, common_length
 
 TOKENS = 8192
-"""Tokens of one forward pass, cache included, beyond which questions on one image are put in several."""
+"""Tokens of one forward pass, cache included, beyond which a batch is put in several."""
 
-LARGEST = TOKENS // 4
+CPU_TOKENS = 2048
+"""The same on a CPU: what is computed of more does not stay in its caches, which costs a fifth of the time."""
+
+LARGEST = 2048
 """Tokens of the largest tree, unless one row has more."""
 
 SMALLEST = 32
@@ -115,17 +118,31 @@ def pieces(prepared: Prepared, rows: Sequence[int]) -> list[list[int]]:
     return pieces
 
 
-def fitting(parts: Sequence[Part], before: int) -> Iterator[list[Part]]:
-    """Parts in as few forward passes as fit, those of like size together, so that little is padded."""
+def fitting(parts: Sequence[Part], before: int, tokens: int = TOKENS) -> Iterator[list[Part]]:
+    """Parts in as few forward passes of so many tokens as fit, those of like size together, to pad little."""
     chosen: list[Part] = []
     widest = 0
     for part in sorted(parts, key=lambda part: -len(part.tree)):
         size = len(part.tree)
-        full = (widest + before) * (len(chosen) + 1) > TOKENS
+        full = (widest + before) * (len(chosen) + 1) > tokens
         if chosen and (full or widest - size > widest * PADDING):
             yield chosen
             chosen = []
         if not chosen:
             widest = size
         chosen.append(part)
+    yield chosen
+
+
+def passes(batch: Sequence[Prepared], tokens: int) -> Iterator[list[Prepared]]:
+    """Images in as few passes of so many tokens as hold their common beginnings, in order."""
+    chosen: list[Prepared] = []
+    widest = 0
+    for prepared in batch:
+        size = max(widest, common(prepared))
+        if chosen and size * (len(chosen) + 1) > tokens:
+            yield chosen
+            chosen, size = [], common(prepared)
+        chosen.append(prepared)
+        widest = size
     yield chosen

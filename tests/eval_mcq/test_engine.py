@@ -213,6 +213,27 @@ def test_short_trees_are_not_padded_to_long_ones(tiny_llava):
     assert all(len(one.tree) > 0.75 * max(len(part.tree) for part in some) for some in passes for one in some)
 
 
+@pytest.mark.parametrize("per_image", [1, 3])
+def test_a_large_batch_is_computed_in_passes_that_fit_the_caches_of_a_cpu(tiny_llava, monkeypatch, per_image):
+    scorer = Scorer(*load_mllm(tiny_llava, dtype=torch.float32))
+    batch = [scorer.prepare(asks(questions(per_image), 2), [image]) for image in pictures(12)]
+    whole = scorer.answer(batch)
+    sizes, forward = [], scorer.model.forward
+
+    def counted(*args, **kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(scorer.model, "forward", counted)
+    scorer.engine._tokens = 600
+    in_passes = scorer.answer(batch)
+    assert len(sizes) > 4
+    assert max(sizes) <= 600
+    for one, other in zip(whole, in_passes, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a.probabilities == pytest.approx(b.probabilities, abs=1e-6)
+
+
 def test_a_tree_holds_each_beginning_once():
     tree = Tree()
     ends = [tree.add(path) for path in ([1, 2, 3], [1, 2, 4, 5], [1, 2, 3])]
