@@ -90,8 +90,4 @@ def save_tower(
             text.save(folder / TEXT_FOLDER)
         before = trainings_of(header.source) if header.files else ()  # a tower made in memory has no source
         write_trainings(folder, [*before, *trainings])
-        for file in filter(
-            Path.is_file, folder.rglob("*")
-        ):  # safetensors writes files that only their owner may read
-            file.chmod(0o644)
     return out

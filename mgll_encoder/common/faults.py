@@ -65,17 +65,20 @@ class Fault:
 
     def line(self) -> str:
         """What happened, where, and what to do."""
-        what = os.strerror(self.number)
-        advice = ADVICE[self.number]
         if self.path is None:
-            return f"{what}: {advice}"
+            return self.reason()
         path = Path(self.path)
         if self.number == errno.ENOENT and path.is_symlink():
-            return f"{path} is a link to {path.readlink()}, which does not exist: {advice}"
+            return f"{path} is a link to {path.readlink()}, which does not exist: {ADVICE[self.number]}"
+        return f"{path}: {self.reason()}"
+
+    def reason(self) -> str:
+        """What happened, and what to do."""
+        advice = ADVICE[self.number]
         cache = os.environ.get(CACHE, str(Path("~/.cache/mgll-mllm").expanduser()))
-        if self.path.startswith(cache) and self.number != errno.ENOENT:
-            advice += f"; {CACHE} names the cache folder"
-        return f"{path}: {what}: {advice}"
+        if self.path and self.path.startswith(cache) and self.number != errno.ENOENT:
+            advice = f"set {CACHE} to a folder that can be written"
+        return f"{os.strerror(self.number)}: {advice}"
 
 
 def find_fault(error: BaseException) -> Fault | None:
@@ -120,8 +123,7 @@ def writing(path: Path) -> Iterator[None]:
         fault = find_fault(error)
         if fault is None or not (fault.number in _WRITING or _is_of(path, fault)):
             raise
-        line = Fault(fault.number).line()
-        raise UserError(f"{path} cannot be written: {line}") from error
+        raise UserError(f"{path} cannot be written: {Fault(fault.number, str(path)).reason()}") from error
 
 
 def _is_of(path: Path, fault: Fault) -> bool:

@@ -229,7 +229,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise UserError(f"{error.filename} is a file, expected a folder: choose another --out") from None
+        raise UserError(f"{error.filename} is a file, expected a folder: choose another place") from None
 
 
 def _lock_of(path: Path) -> Path:

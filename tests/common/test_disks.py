@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 from mgll_encoder.common.cli import new_app, run
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import find_fault
-from mgll_encoder.common.files import appearing, new_file, new_folder, regular_file, write_text
+from mgll_encoder.common.files import (
+    appearing,
+    cache_folder,
+    made_once,
+    new_file,
+    new_folder,
+    regular_file,
+    write_text,
+)
 from mgll_encoder.common.texts import read_text
 from tests.builders import invoke, refused
 
@@ -113,6 +121,17 @@ def test_an_output_that_cannot_be_is_named(place, opened, tmp_path: Path) -> Non
 
     assert str(tmp_path) in refused(command(impossible))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_cache_that_cannot_be_made_says_what_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MGLL_CACHE_DIR", str(below_a_file(tmp_path)))
+
+    def compute() -> None:
+        made_once(cache_folder("rows") / "x", lambda partial: partial.touch())
+
+    assert "set MGLL_CACHE_DIR to a folder that can be written" in refused(command(compute))
 
 
 def test_a_missing_file_is_named_and_so_is_a_link_that_leads_nowhere(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ class Twice(Fault):
         """See `Fault`."""
         reference = trials.references[command.name]
         first = trials.start(command, work, typed=typed)
-        early = first.wait(draw.uniform(0, reference.seconds))
+        early = first.wait(draw.uniform(0, reference.seconds / 2))
         second = trials.start(command, work, typed=typed)
         result.hit = early is None
         patience = PATIENCE + 6 * reference.seconds
