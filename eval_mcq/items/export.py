@@ -3,11 +3,13 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from eval_mcq.items.interchange import lmms_eval, vlmevalkit
 from eval_mcq.items.parquet import EMBEDDED, write_rows
+from eval_mcq.items.pictures import with_pictures
 from eval_mcq.items.schema import Bench, MCQItem, bench_text
 from eval_mcq.runs.records import Run
 from eval_mcq.scoring.prompt import render
@@ -96,26 +98,27 @@ def _lmms_eval(bench: Bench, out: Path, images: Path, force: bool) -> str:  # no
 
 
 def _jsonl(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001
-    items = [_moved(bench, item, out) for item in bench.items]
+    items = [_named(bench, _moved(bench, item, out)) for item in bench.items]
     write_text(out, bench_text(bench.header, items), force)
     return f"eval-mcq run --model MODEL --bench {out}"
 
 
 def _parquet(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001
     with new_file(out, force) as partial:
-        write_rows(partial, bench.header.model_dump_json(by_alias=True), _embedded(bench, out), embed=True)
+        write_rows(partial, bench.header.model_dump_json(by_alias=True), _embedded(bench), embed=True)
     return f"eval-mcq import {out} --format parquet --out {out.stem}.jsonl (on the machine it is sent to)"
 
 
-def _embedded(bench: Bench, out: Path) -> Iterator[dict[str, Any]]:
-    for item in bench.items:
-        try:
-            images = [path.read_bytes() for path in bench.image_paths(item)]
-        except OSError as error:
-            raise UserError(
-                f"question '{item.id}': image {error.filename} cannot be read: {error.strerror}"
-            ) from None
-        yield {**_moved(bench, item, out).model_dump(), EMBEDDED: images}
+def _embedded(bench: Bench) -> Iterator[dict[str, Any]]:
+    for item, pictures in with_pictures(bench):
+        names = [f"{sha256(data).hexdigest()[:32]}.{suffix}" for data, suffix in pictures]
+        row = _named(bench, item.model_copy(update={"images": names}))
+        yield {**row.model_dump(), EMBEDDED: [data for data, _ in pictures]}
+
+
+def _named(bench: Bench, item: MCQItem) -> MCQItem:
+    """The question with what outputs call its patient."""
+    return item.model_copy(update={"patient": bench.patients[item.id]})
 
 
 def _moved(bench: Bench, item: MCQItem, out: Path) -> MCQItem:

@@ -1,17 +1,19 @@
 """Checking the images of questions before any work is done."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
-from eval_mcq.items.schema import MCQItem
+from eval_mcq.items.schema import Bench, MCQItem
 from mgll_encoder.common.cli import stdout, track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import open_image
+from mgll_encoder.common.picture_bytes import clean_copy
 from mgll_encoder.contact_sheet import check_sheet, write_contact_sheet
 
-__all__ = ["check_images", "check_sheet", "hash_images", "sheet_of", "unreadable_images"]
+__all__ = ["check_images", "check_sheet", "hash_images", "sheet_of", "unreadable_images", "with_pictures"]
 
 THREADS = 4
 
@@ -62,6 +64,21 @@ def hash_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
         return sha256(path)
 
     return _each(first_use, hashed, "Hashing images")
+
+
+def with_pictures(bench: Bench) -> Iterator[tuple[MCQItem, list[tuple[bytes, str]]]]:
+    """Questions with what is handed out of their pictures: bytes without metadata, and the format's suffix.
+
+    Raises:
+        UserError: an image is missing or cannot be decoded; names the question.
+    """
+    clean = lru_cache(maxsize=16)(clean_copy)  # questions about one image stand together
+    for item in track(bench.items, "Copying images"):
+        try:
+            pictures = [clean(path) for path in bench.image_paths(item)]
+        except UserError as error:
+            raise UserError(f"question '{item.id}': {error}") from None
+        yield item, pictures
 
 
 def sheet_of(bench: Path, items: Sequence[MCQItem], out: Path | None, force: bool) -> None:

@@ -79,8 +79,8 @@ def check_leak(model: Path, bench: Bench, *, allow: bool) -> Leak | None:
     if not allow:
         raise UserError(
             f"bench {bench.path}: {leak.text}; build it on the other side of the training data's split (eval-mcq build "
-            "--split test, with the same --patient-column and --split-seed), or add --allow-leak to run it and have "
-            "that said in every table"
+            "--split test, with the same --patient-column, --test-share and --split-seed), or add --allow-leak to run "
+            "it and have that said in every table"
         )
     warn(f"bench {bench.path}: {leak.text}; its figures are flattered")
     return leak

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.trained_on import TOWER, trainings_of, without_tower, write_trainings
+from mgll_encoder.common.trained_on import TOWER, trainings_of, write_trainings
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Plan, Step
 from mllm_adapters.loading import check_complete, empty_model
@@ -28,6 +28,9 @@ from mllm_adapters.training.stages import components
 
 ORIGINAL = "original/"
 """What the names of the original checkpoint's tensors begin with where both checkpoints are read."""
+
+_REPLACED = {TOWER, "projector"}
+"""Parts of a model of which an undone swap leaves nothing."""
 
 _NO_TOWER = "{folder} has no tower that swap-encoder put in: it was converted, not swapped"
 
@@ -85,7 +88,7 @@ def restore(
     def write(partial: Path) -> Written:
         return write_weights(partial, both, merged, values, progress, copy=copy)
 
-    since = without_tower(trainings_of(folder))
+    since = [training for training in trainings_of(folder) if set(training.parts) - _REPLACED]
     read = [folder, original, *(inputs(plan) if plan else ())]
     with new_checkpoint(out, force, read) as partial:
         if plan is None:

@@ -15,9 +15,12 @@ from mgll_encoder.common import signals
 from mgll_encoder.common.cli import new_app
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
+from mgll_encoder.common.picture_bytes import picture_digest
 from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.common.trained_on import as_numbers, trainings_of
 from mgll_encoder.data.batches import Collator, ManifestImages, jitter, plan_rows, text_key
 from mgll_encoder.data.fundus import FundusTable, build_fundus
+from mgll_encoder.data.manifest import read_rows
 from mgll_encoder.data.phantom_set import write_phantom
 from mgll_encoder.pretrain import pretrain
 from mgll_encoder.pretrain_options import PretrainOptions
@@ -221,6 +224,24 @@ def test_two_trainings_cannot_share_a_work_folder(manifest, tmp_path):
 def test_there_must_be_something_to_resume(manifest, tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         pretrain(manifest, tmp_path / "none", options(), workers=0, resume=True)
+
+
+def test_the_tower_says_by_hashes_which_images_it_was_trained_on(manifest, tmp_path):
+    pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
+    (training,) = trainings_of(tmp_path / "first")
+    rows = [row for _, _, row in read_rows(manifest)]
+    digests = {
+        side: as_numbers(
+            picture_digest(manifest.parent / row.image) for row in rows if (row.split == "train") == side
+        )
+        for side in (True, False)
+    }
+    assert training.title == "tower (pretrain)"
+    assert set(training.images) == set(digests[True])
+    assert not set(training.images) & set(digests[False])
+    assert training.splits == ({"split_by": "patient", "split_test": 0.2, "split_val": 0.0, "split_seed": 0},)
+    pretrain(manifest, tmp_path / "second", options(epochs=1, init=tmp_path / "first", lr=1e-4), workers=0)
+    assert trainings_of(tmp_path / "second") == (training,), "the same images again"
 
 
 def test_a_training_can_start_from_a_tower(manifest, tmp_path):

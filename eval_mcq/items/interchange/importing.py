@@ -30,6 +30,7 @@ from eval_mcq.items.pictures import unreadable_images
 from eval_mcq.items.preset import plain
 from eval_mcq.items.schema import BenchHeader, MCQItem, first_fault, read_bench
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import Skipped, unnamed
 
 OMNIMEDVQA = ColumnMap(
@@ -158,6 +159,7 @@ def _read(
 ) -> list[tuple[RawQuestion, MCQItem]]:
     """All questions of the source that make sense by themselves, their embedded pictures kept."""
     found: list[tuple[RawQuestion, MCQItem]] = []
+    pseudonyms = Pseudonyms(Path(source.path))
     taken: dict[str, list[str]] = {}
     waiting: dict[int, str] = {}  # place in `found` to the index of the row that has the images
     for raw in chosen.read(source):
@@ -168,7 +170,7 @@ def _read(
                 images, other = [_place(image, raw, source, bench, pictures) for image in raw.images], ""
                 if raw.index is not None:
                     taken[raw.index] = images
-            item = _item(raw, images, bench)
+            item = _item(raw, images, bench, pseudonyms)
             if other:
                 waiting[len(found)] = other
             found.append((replace(raw, images=[]), item))  # a file may hold more pictures than memory does
@@ -201,13 +203,14 @@ def _without_letters(found: list[tuple[RawQuestion, MCQItem]], source: Source) -
     return kept, sum(lettered)
 
 
-def _item(raw: RawQuestion, images: list[str], bench: Path) -> MCQItem:
+def _item(raw: RawQuestion, images: list[str], bench: Path, pseudonyms: Pseudonyms) -> MCQItem:
     answer = true_option(raw.where, raw.options, raw.answer, raw.kind)
     return _checked(
         raw,
         {
             "id": raw.id, "images": images, "question": raw.question, "options": raw.options, "answer": answer,
-            "category": raw.category or bench.stem, "source": raw.source, "patient": raw.patient, "tags": raw.tags,
+            "category": raw.category or bench.stem, "source": raw.source, "tags": raw.tags,
+            "patient": pseudonyms.patient(raw.patient) if raw.patient else "",
         },
     )  # fmt: skip
 

@@ -6,9 +6,11 @@ gives that column).
 
 import re
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from eval_mcq.items.pictures import with_pictures
 from eval_mcq.items.schema import Bench
 from eval_mcq.scoring.prompt import render
 from mgll_encoder.common.errors import UserError
@@ -72,14 +74,10 @@ def _write_data(path: Path, bench: Bench, features: Any) -> None:
 
 
 def _rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    for item in bench.items:
-        (path,) = bench.image_paths(item)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"question '{item.id}': image {path} cannot be read: {error.strerror}") from None
+    for item, ((data, suffix),) in with_pictures(bench):
+        name = f"{sha256(data).hexdigest()[:32]}.{suffix}"
         yield {
-            "id": item.id, "image": {"bytes": data, "path": path.name}, "prompt": render(item), "target": item.letter,
+            "id": item.id, "image": {"bytes": data, "path": name}, "prompt": render(item), "target": item.letter,
             "question": item.question, "options": item.options, "category": item.category, "source": item.source,
-            "patient": item.patient,
+            "patient": bench.patients[item.id],
         }  # fmt: skip

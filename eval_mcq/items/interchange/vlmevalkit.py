@@ -15,6 +15,7 @@ from eval_mcq.items.interchange.columns import ColumnMap, RawQuestion, Same, as_
 from eval_mcq.items.interchange.faults import COPIES_DISAGREE, NO_IMAGE, BadQuestionError
 from eval_mcq.items.interchange.pictures import from_base64
 from eval_mcq.items.interchange.rows import Row
+from eval_mcq.items.pictures import with_pictures
 from eval_mcq.items.schema import LETTERS, Bench, MCQItem
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.skipped import Skipped
@@ -125,14 +126,13 @@ def to_tsv(bench: Bench) -> Iterator[str]:
     ]
     yield _line(columns)
     first_use: dict[tuple[Path, ...], int] = {}
-    for index, item in enumerate(bench.items):
-        paths = tuple(bench.image_paths(item))
-        first = first_use.setdefault(paths, index)
-        images = str(first) if first != index else _encoded(item, paths)
+    for index, (item, pictures) in enumerate(with_pictures(bench)):
+        first = first_use.setdefault(tuple(bench.image_paths(item)), index)
+        images = str(first) if first != index else _encoded(pictures)
         yield _line(
             [
                 *(str(index), item.id, item.question), *_option_cells(item, letters), item.letter, item.category,
-                item.source, item.patient, json.dumps(item.tags, ensure_ascii=False), images,
+                item.source, bench.patients[item.id], json.dumps(item.tags, ensure_ascii=False), images,
             ]
         )  # fmt: skip
 
@@ -162,13 +162,8 @@ def _option_cells(item: MCQItem, letters: str) -> list[str]:
     return [*item.options, *("" for _ in letters[len(item.options) :])]
 
 
-def _encoded(item: MCQItem, paths: Sequence[Path]) -> str:
-    texts = []
-    for path in paths:
-        try:
-            texts.append(base64.b64encode(path.read_bytes()).decode())
-        except OSError as error:
-            raise UserError(f"question '{item.id}': image {path} cannot be read: {error.strerror}") from None
+def _encoded(pictures: Sequence[tuple[bytes, str]]) -> str:
+    texts = [base64.b64encode(data).decode() for data, _ in pictures]
     return texts[0] if len(texts) == 1 else json.dumps(texts)
 
 
