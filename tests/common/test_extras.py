@@ -207,7 +207,7 @@ def test_a_command_keeps_its_name_and_signature() -> None:
 
 STEPS = {
     "pretrain": (
-        "mgll-encoder data phantom --out phantom --images-per-disease 6 --size 32",
+        "mgll-encoder data phantom --out phantom --images-per-disease 20 --size 32",
         "mgll-encoder data fundus --labels phantom/labels.csv --images phantom --out phantom/manifest.parquet",
         "mgll-encoder pretrain --data phantom/manifest.parquet --preset tiny --epochs 1 --out tower",
     ),
@@ -215,7 +215,7 @@ STEPS = {
         "mgll-encoder probe --encoder tower --data phantom/labels.csv --images phantom --labels-column labels "
         "--patient-column patient_or_source_id --min-positives 1",
         "mgll-encoder zero-shot --encoder tower --data phantom/labels.csv --images phantom --labels-column labels "
-        "--patient-column patient_or_source_id",
+        "--patient-column patient_or_source_id --min-positives 1",
         "mgll-encoder explain --encoder tower --images phantom/images --limit 2 --text glaucoma --out look.png",
     ),
     "eval": (
