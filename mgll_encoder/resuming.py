@@ -32,8 +32,8 @@ STATE = "trainer_state.json"
 """What the Trainer writes last into a checkpoint: a folder without it is not complete."""
 
 _DAMAGE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, RuntimeError, EOFError, KeyError, ValueError,
-    TypeError, AttributeError, FileNotFoundError,
+    pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, RuntimeError, EOFError, LookupError, ValueError,
+    ArithmeticError, TypeError, AttributeError, FileNotFoundError,
 )  # fmt: skip
 """What torch and transformers raise on a state that is missing or damaged."""
 

@@ -15,8 +15,8 @@ from mllm_adapters.training.stages import STAGES, LoraSettings
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Recipe:
     gradient_accumulation: Count = 1
     learning_rate: Positive | None = None
     max_steps: Count | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy's generators take
     max_length: Count = 2048
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     precision: str = "auto"

@@ -176,7 +176,7 @@ def _prepared(key: str, entry: _Given) -> Any:
         return entry.folder / str(entry.value)
     if key == "report_to":
         names = [entry.value] if isinstance(entry.value, str) else entry.value
-        return tuple(name for name in names if name != "none")
+        return tuple(name for name in names if name != "none") if isinstance(names, list | tuple) else names
     return entry.value
 
 
