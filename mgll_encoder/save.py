@@ -12,6 +12,7 @@ from mgll_encoder.card import model_card
 from mgll_encoder.claims import TOWER_FILE, TOWER_VERSION
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder, sha256
+from mgll_encoder.common.local_paths import without_local
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
 from mgll_encoder.keymap import PROJECTION
 from mgll_encoder.preprocess import image_processor
@@ -70,7 +71,7 @@ def save_tower(
         "preprocessing_source": header.preprocessing_source,
         "sha256": {file.name: sha256(file) for file in header.files},
         "created_by": f"mgll-mllm {version('mgll-mllm')}",
-        **(provenance or {}),
+        **without_local(provenance or {}),
     }
     weights = {
         f"vision_model.{name}": t.detach().cpu().contiguous() for name, t in tower.model.state_dict().items()

@@ -15,7 +15,7 @@ from typing import Any
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import chat_worker
 
-SECONDS = 10.0
+SECONDS = 5.0
 """Computing time that one rendering may take; a long conversation takes milliseconds."""
 
 _START = 120.0

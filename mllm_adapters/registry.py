@@ -1,7 +1,7 @@
 """The families, by name. Adding one is a file under `families` and a row here."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,12 @@ UNMERGED = (
 )
 
 LOOSE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+_DESCRIBED: Mapping[str, Callable[[Any], bool]] = {
+    "model_type": lambda value: isinstance(value, str),
+    "architectures": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
+"""The fields that families go by, and whether a value can be theirs."""
 
 LooseMatches = dict[str, tuple[Path, ...]]
 """Family -> its weight files in a folder that has no config.json."""
@@ -64,6 +70,9 @@ def detect(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
     Raises:
         UserError: no family recognises it; one that is close says what would work.
     """
+    for name, fits in _DESCRIBED.items():
+        if config.get(name) is not None and not fits(config[name]):
+            raise UserError(f"{where}: field '{name}' is {config[name]!r:.80}: expected class names as text")
     found = _recognised(config)
     if found is not None:
         return found
@@ -113,6 +122,8 @@ def family_of_model(model: Any) -> Family:
 
 def _recognised(config: Mapping[str, Any]) -> tuple[Family, str] | None:
     if not config:  # stands for loose weights, see `Family.layout`
+        return None
+    if not all(config.get(name) is None or fits(config[name]) for name, fits in _DESCRIBED.items()):
         return None
     if config.get(FAMILY_KEY) in FAMILIES:
         marked = family(config[FAMILY_KEY])

@@ -5,13 +5,12 @@ of it: what is copied is on a list, and what is left behind is named once.
 """
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.local_paths import without_local
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.common.trained_on import TRAINED_ON
 
@@ -70,18 +69,6 @@ WITHOUT_PATHS = (
 TEMPLATES = "additional_chat_templates"
 """Folder in which a processor keeps several chat templates."""
 
-_PATH = re.compile(r"(?:/|~[/\\]|[A-Za-z]:[/\\])[^\n<>{}|]*[/\\][^\n<>{}|]*")
-_IN_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]+")
-_CODE = "auto_map"
-_TEXTS = (
-    "chat_template",
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "extra_special_tokens",
-    "model_specific_special_tokens",
-)
-"""Fields with texts that may look like paths and are none."""
-
 
 def published(folder: Path) -> list[Path]:
     """The files of a model folder, and of its folders of tokenizers, that may be copied into what is made of it."""
@@ -111,25 +98,6 @@ def remove_paths(folder: Path) -> None:
         content = read_json(file)
         if (cleaned := without_local(content)) != content:
             file.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def without_local(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without paths of a machine (their last name or hub id stays) and without names of code."""
-    return {
-        key: value if key in _TEXTS else _cleaned(value) for key, value in settings.items() if key != _CODE
-    }
-
-
-def _cleaned(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return without_local(value)
-    if isinstance(value, list):
-        return [_cleaned(entry) for entry in value]
-    if not (isinstance(value, str) and _PATH.fullmatch(value)):
-        return value
-    if cached := _IN_CACHE.search(value):
-        return "/".join(cached.groups())
-    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
 def is_published(file: Path) -> bool:

@@ -17,6 +17,7 @@ from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
+from mgll_encoder.common.local_paths import without_local
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.common.trained_on import (
     TRAINED_ON,
@@ -31,7 +32,7 @@ from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import check_complete
 from mllm_adapters.operations import compute, how_read
 from mllm_adapters.planning import dtype_name
-from mllm_adapters.side_files import remove_paths, without_local
+from mllm_adapters.side_files import remove_paths
 from mllm_adapters.swap.card import CARD, model_card
 from mllm_adapters.swap.fingerprint import FileRecord, sampled, whole
 from mllm_adapters.swap.provenance import PROVENANCE, input_record, record_of

@@ -220,7 +220,7 @@ def safetensors_header(data: bytes, random: Random, other: bytes) -> bytes:
         lie = random.choice(
             (0, 1, length - 1, length + 1, len(data), len(data) - 8, 10**8 + 1, 2**31, 2**63, 2**64 - 1)
         )
-        return max(lie, 0).to_bytes(8, "little") + data[8:]
+        return min(max(lie, 0), 2**64 - 1).to_bytes(8, "little") + data[8:]
     header = random.choice((json_value, doubled_key))(data[8 : 8 + length], random, other)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 

@@ -166,3 +166,11 @@ def test_a_lost_projection_is_noticed(folder: Path) -> None:
         UserError, match=r"lacks visual_projection.safetensors, which .*mgll_tower.json promises"
     ):
         load_tower(folder)
+
+
+def test_no_path_of_the_machine_is_in_the_folder(source: Path, tmp_path: Path) -> None:
+    made = {"settings": {"init": str(tmp_path / "private" / "clip.pt"), "deepspeed": "~/private/z.json"}}
+    save_tower(load_tower(source, activation="quick_gelu"), tmp_path / "out", provenance=made)
+    assert not [file for file in (tmp_path / "out").iterdir() if b"private" in file.read_bytes()]
+    record = json.loads((tmp_path / "out" / "mgll_tower.json").read_text())["provenance"]["settings"]
+    assert record == {"init": "clip.pt", "deepspeed": "z.json"}

@@ -13,7 +13,7 @@ from mllm_adapters.cli.swap import main
 from mllm_adapters.loading import load_mllm
 from mllm_adapters.swap.delta import DELTA_WEIGHTS
 from mllm_adapters.swap.provenance import read_record
-from tests.builders import invoke
+from tests.builders import invoke, refused
 from tests.mgll_encoder import towers
 
 
@@ -137,3 +137,32 @@ def test_an_adapter_that_would_have_peft_import_or_compute_something_is_refused(
     folder = lora(tiny_llava, tmp_path / "adapter", **settings)
     with pytest.raises(UserError, match=rf"adapter_config\.json: field '{next(iter(settings))}'"):
         load_mllm(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"architectures": ["LlavaForConditionalGeneration", {}]},
+        {"architectures": {"a": 1}},
+        {"model_type": ["llava"]},
+    ],
+)
+def test_a_configuration_of_other_types_is_refused_by_its_field(
+    tiny_llava: Path, tmp_path: Path, damage: dict[str, object]
+) -> None:
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(UserError, match=f"field '{next(iter(damage))}'"):
+        load_mllm(folder)
+
+
+def test_a_record_with_a_damaged_plan_is_refused_by_its_field(
+    tiny_llava: Path, tmp_path: Path, tower: Path
+) -> None:
+    out = swap(tiny_llava, tower, tmp_path / "out")
+    file = out / "mgll_swap.json"
+    content = json.loads(file.read_text())
+    del content["plan"]["before"]["mean"][2]
+    file.write_text(json.dumps(content))
+    assert "field 'plan.before.mean.2'" in refused(main, "verify", out, "--quick")
