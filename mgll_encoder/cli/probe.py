@@ -204,7 +204,7 @@ def _finetuned(
             *trainings_of(tower.header.source),
             Training.of((TOWER,), "probe --mode finetune", digests),
         ]
-        provenance = {"finetuning": {**best.record, CHOSEN_BY: best.validation}}
+        provenance = {"finetuning": {**best.record, CHOSEN_BY: best.validation, **skipped.record()}}
         save_tower(best.tower, tower_out, force, provenance, trainings=trained)
     record = {"finetuning": [{**run.record, f"validation_{CHOSEN_BY}": run.validation} for run in runs]}
     return np.stack([run.scores for run in runs]), runs[0].kept, labels, record

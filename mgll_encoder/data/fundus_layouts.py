@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.skipped import NO_LABEL, NO_TRUTH, Skipped
-from mgll_encoder.common.tables import Reading, Table
+from mgll_encoder.common.tables import Reading, Table, Uncertain
 from mgll_encoder.data.label_rows import LabelRow, UnusableError, settled, truths
 
 GENERIC = "generic"
@@ -101,12 +101,13 @@ def as_generic(name: str, table: Table, skipped: Skipped, reading: Reading | Non
     if layout.label and not set(layout.label) & set(table.columns):
         wanted.append(layout.label[0])
     table.check_columns([(f"layout '{name}'", column) for column in wanted])
+    reading = reading or Reading()
     rows: dict[tuple[str, frozenset[str]], LabelRow] = {}
     unusable: set[tuple[str, str]] = set()
     for (number, record), eye in product(table.rows, layout.eyes):
         where, image = table.where(number), eye.image.format_map(record).strip()
         try:
-            row = _eye(layout, eye, image, record, where)
+            row = _eye(layout, eye, image, record, where, reading.uncertain)
         except UnusableError as error:
             if (image, error.reason) not in unusable:
                 unusable.add((image, error.reason))
@@ -114,7 +115,7 @@ def as_generic(name: str, table: Table, skipped: Skipped, reading: Reading | Non
         else:
             rows.setdefault((image, row.labels), row)
     skipped.read += len(rows) + len(unusable) - len(table.rows)
-    return settled(table, list(rows.values()), reading or Reading(), skipped)
+    return settled(table, list(rows.values()), reading, skipped)
 
 
 def from_folders(name: str, images: Path, skipped: Skipped) -> list[LabelRow]:
@@ -154,7 +155,9 @@ def _layout(name: str) -> Layout:
     return layouts()[name]
 
 
-def _eye(layout: Layout, eye: Eye, image: str, record: Mapping[str, str], where: str) -> LabelRow:
+def _eye(
+    layout: Layout, eye: Eye, image: str, record: Mapping[str, str], where: str, policy: Uncertain
+) -> LabelRow:
     words = record[eye.keywords] if eye.keywords else ""
     uncertain: frozenset[str] = frozenset()
     if eye.keywords:
@@ -162,7 +165,7 @@ def _eye(layout: Layout, eye: Eye, image: str, record: Mapping[str, str], where:
     elif layout.label:
         labels = _class(layout, record)
     else:
-        labels, uncertain = _findings(layout, record)
+        labels, uncertain = _findings(layout, record, policy)
     if not labels and not uncertain:
         raise UnusableError(NO_LABEL, "nothing is said of the eye: unknown, not normal")
     patient = record[layout.patient].strip() if layout.patient else ""
@@ -194,10 +197,12 @@ def _class(layout: Layout, record: Mapping[str, str]) -> frozenset[str]:
     return frozenset({layout.classes[cell]} - {""}) if cell else frozenset()
 
 
-def _findings(layout: Layout, record: Mapping[str, str]) -> tuple[frozenset[str], frozenset[str]]:
-    labels, uncertain = truths(record, layout.binary)
+def _findings(
+    layout: Layout, record: Mapping[str, str], policy: Uncertain
+) -> tuple[frozenset[str], frozenset[str]]:
+    labels, uncertain = truths(record, layout.binary, policy)
     if not labels and layout.normal:
-        abnormal, unclear = truths(record, {layout.normal: "abnormal"})
+        abnormal, unclear = truths(record, {layout.normal: "abnormal"}, policy)
         if not abnormal and not unclear:
             return frozenset({"normal"}), uncertain
     return labels, uncertain

@@ -19,7 +19,7 @@ from mgll_encoder.common.skipped import (
     UNCERTAIN,
     Skipped,
 )
-from mgll_encoder.common.tables import Reading, Table
+from mgll_encoder.common.tables import Reading, Table, Uncertain
 from mgll_encoder.data.label_cells import LabelLists, plain, truth_of
 
 NORMAL = "normal"
@@ -150,7 +150,7 @@ def label_rows(
         where = table.where(number)
         try:
             if columns.binary:
-                labels, uncertain = truths(record, {name: name for name in columns.binary})
+                labels, uncertain = truths(record, {name: name for name in columns.binary}, reading.uncertain)
             elif columns.classes:
                 labels, uncertain = _of_class(record, columns), frozenset()
             else:
@@ -164,15 +164,18 @@ def label_rows(
     return settled(table, rows, reading, skipped)
 
 
-def truths(record: Mapping[str, str], names: Mapping[str, str]) -> tuple[frozenset[str], frozenset[str]]:
+def truths(
+    record: Mapping[str, str], names: Mapping[str, str], policy: Uncertain
+) -> tuple[frozenset[str], frozenset[str]]:
     """Labels that are true, and those that are open, by columns that stand for one label each.
 
     Args:
         record: The row.
         names: Column -> label.
+        policy: What becomes of open cells.
 
     Raises:
-        UnusableError: a cell is neither, or all are open.
+        UnusableError: a cell cannot be read, or all are open and stay so.
     """
     true: set[str] = set()
     uncertain: set[str] = set()
@@ -183,7 +186,7 @@ def truths(record: Mapping[str, str], names: Mapping[str, str]) -> tuple[frozens
             raise UnusableError(NO_TRUTH, f"column '{column}' {error}") from None
         if said is not False:
             (true if said else uncertain).add(label)
-    if uncertain and uncertain == set(names.values()):
+    if policy == "ignore" and uncertain and uncertain == set(names.values()):
         raise UnusableError(UNCERTAIN, "every label is left open")
     return frozenset(true), frozenset(uncertain - true)
 

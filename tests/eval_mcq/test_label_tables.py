@@ -214,3 +214,19 @@ def test_all_three_refuse_alike(eval_mcq, images: Path, tmp_path: Path) -> None:
     everywhere(
         "row 6: column 'myopia' is 'perhaps': expected 1, 0, yes", "--binary-columns", "myopia", "--strict"
     )
+
+
+def test_a_row_that_is_all_open_is_denied_everything_where_the_user_says_so(
+    images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.csv").write_text(matrix("1", "0", ALL_OPEN))
+    skipped, asked = Skipped(), reading(None, None, None, "negative")
+    question = Question(tmp_path / "labels.csv", images, binary_columns=",".join(NAMES), reading=asked)
+    found = question.read(skipped, both_sides=False)
+    assert (len(found.images), found.known, skipped.total, skipped.uncertain) == (
+        20,
+        None,
+        0,
+        {"negative": 4},
+    )
+    assert found.truth.sum(axis=1).tolist().count(0) == 1

@@ -148,6 +148,8 @@ def test_the_command_writes_the_table_and_the_tower(
     assert [run["seed"] for run in result["finetuning"]] == [0, 1]
     assert "training 2" in done.out
     assert load_tower(tmp_path / "learnt").spec.projection_dim is None
+    record = json.loads((tmp_path / "learnt" / "mgll_tower.json").read_text())
+    assert record["provenance"]["finetuning"]["skipped"] == result["skipped"]
     assert "row 2: column 'labels' is blank" in refused(*command, "--strict")
     labelled = [line for line in lines if ",,p" not in line]
     table.write_text("\n".join(["file,labels,patient", *labelled, "broken.png,glaucoma,px"]) + "\n")

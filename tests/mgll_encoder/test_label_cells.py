@@ -1,12 +1,14 @@
 """What a cell of a label table may hold, and what becomes of the cells that leave a label open."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.data.label_cells import LabelLists, truth_of
+from mgll_encoder.data.label_cells import WORDS, LabelLists, truth_of
 from mgll_encoder.data.label_table import LabelledImages
 from mgll_encoder.finetune import OPEN, TowerWithHead
 from mgll_encoder.probe import judge, kept_labels, linear_scores
@@ -151,3 +153,8 @@ def test_open_labels_do_not_move_a_fine_tuned_head() -> None:
     found = gradient([0, 1, 2], open_first)
     assert torch.allclose(found[0], gradient([1, 2], labels)[0] * 4 / 5, atol=1e-6)
     assert torch.allclose(found[1], gradient([0, 1, 2], labels)[1] * 6 / 5, atol=1e-6)
+
+
+def test_every_word_is_in_the_documentation() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "tables.md").read_text(encoding="utf-8")
+    assert not [word for word in WORDS if word and f"`{word}`" not in table]
