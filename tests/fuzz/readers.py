@@ -519,7 +519,10 @@ READERS: Sequence[Reader] = (
         ("retrain-projector --model m --data {file} --images images --dry-run",),
     ),
     Reader(
-        "bench", _bench, ("b.jsonl", "b.parquet"),
+        "bench-parquet", _bench, ("b.parquet",), ("eval-mcq import b.parquet --format parquet --out o.jsonl",)
+    ),
+    Reader(
+        "bench", _bench, ("b.jsonl",),
         (
             "eval-mcq export {file} --format llava --out o.json",
             "eval-mcq export {file} --format vlmevalkit --out o.tsv",
