@@ -245,7 +245,7 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(
         ({"num_hidden_layers": 99}, "do not belong together; take the config.json"),
         ({"intermediate_size": 7}, "mismatched tensors"),
         ({"hidden_act": "junk"}, "cannot be read: KeyError('junk')"),
-        ({"architectures": "LlavaLlamaForCausalLM"}, "field 'architectures' is 'LlavaLlamaForCausalLM': expected class names"),
+        ({"architectures": "LlavaLlamaForCausalLM"}, "field 'architectures' is 'LlavaLlamaForCausalLM'"),
         ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "but the host's tower gives 1024"),
         (
             {"mm_vision_tower": "google/siglip"},
