@@ -51,7 +51,7 @@ def demo(
     )  # fmt: skip
     three_arms(way, settings)
     cli.stdout.print(
-        f"\nDone in {way.seconds:.0f} s. [bold]This is a phantom[/bold]: drawn pictures, models of toy size. The table "
+        f"\nDone in {way.seconds:.0f} s. This is a phantom: drawn pictures, models of toy size. The table "
         "shows that the path works, and says nothing about patients or about the method.\n"
         f"Pictures: {data / 'contact_sheet.png'}; table: {out / 'table.md'}; towers, models and runs: {out}/",
         soft_wrap=True,
