@@ -62,8 +62,11 @@ def run(app: typer.Typer) -> NoReturn:
     _quieten_libraries()
     # So that nothing looks for garbage among all that torch has made: half a second at every exit.
     atexit.register(gc.freeze)
-    with signals.watched():
-        code = _outcome(typer.main.get_command(app))
+    try:
+        with signals.watched():
+            code = _outcome(typer.main.get_command(app))
+    except KeyboardInterrupt:  # a signal that came after the command was done
+        code = signals.exit_code()
     sys.exit(code)
 
 
