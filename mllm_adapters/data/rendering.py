@@ -58,9 +58,9 @@ def render(conversation: Conversation, processor: Any) -> Example:
             for the system turn, or does not place the images.
     """
     messages = conversation.messages()
-    if conversation.system is not None:
-        _check_system(conversation, processor)
     text = render_chat(processor, messages)
+    if conversation.system is not None:
+        _check_system(conversation, messages, text, processor)
     answers: list[tuple[int, int]] = []
     for index in range(len(messages) - len(conversation.turns) + 1, len(messages), 2):
         prompt = render_chat(processor, messages[:index], add_generation_prompt=True)
@@ -80,10 +80,11 @@ def render(conversation: Conversation, processor: Any) -> Example:
     return Example(conversation.images, text, tuple(answers))
 
 
-def _check_system(conversation: Conversation, processor: Any) -> None:
+def _check_system(
+    conversation: Conversation, messages: list[dict[str, Any]], written: str, processor: Any
+) -> None:
     """Refuse a system turn that the template drops, or takes for a turn of somebody else."""
-    system, *rest = conversation.messages()
-    written = render_chat(processor, [system, *rest])
+    system, *rest = messages
     taken_for = [role for role in ROLES.values() if _written_alike(system, rest, role, written, processor)]
     if taken_for or written.count(str(conversation.system).strip()) != 1:
         how = f"writes it as a turn of the {taken_for[0]}" if taken_for else "does not write it"
