@@ -72,9 +72,10 @@ class Server:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
+        self._said = b""
         self._ended: dict[int, int] = {}
         self._read("ready", 300)
 
@@ -82,7 +83,7 @@ class Server:
         """Start a command in a folder, where files may not become larger than ``limit`` bytes."""
         request = {"arguments": list(arguments), "folder": str(folder), "log": str(log), "limit": limit}
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
         return Forked(int(self._read("started", 30)), self)
 
@@ -106,11 +107,18 @@ class Server:
         raise TimeoutError(f"the server has not said '{word}' in {seconds:.0f} s")
 
     def _next(self, seconds: float) -> tuple[str, str] | None:
+        """The next line's first two words. Not by ``readline``: select does not see the lines that it has buffered."""
         stream = self._process.stdout
         assert stream
-        if not select.select([stream], [], [], seconds)[0]:
-            return None
-        word, *rest = stream.readline().split() or [""]  # libraries print there, too
+        if b"\n" not in self._said:
+            if not select.select([stream], [], [], seconds)[0]:
+                return None
+            if not (more := os.read(stream.fileno(), 65536)):
+                raise EOFError("the server has ended")
+            self._said += more
+            return self._next(seconds) if b"\n" in self._said else None
+        line, self._said = self._said.split(b"\n", 1)
+        word, *rest = line.decode(errors="replace").split() or [""]  # libraries print there, too
         if word == "ended":
             self._ended[int(rest[0])] = int(rest[1])
         return word, rest[0] if rest else ""

@@ -1,6 +1,7 @@
 """A slice of `make soak`: what happens from outside to a long command costs no work, and leaves nothing."""
 
 import random
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,13 @@ class TestTheTrials:
         assert "exit [1]" in found
         assert "left at once: ['.manifest.jsonl.partial-abcdefgh']" in found
         assert "half-written or wrong: ['manifest.jsonl']" in found
+
+    def test_two_commands_that_end_at_once_are_both_seen_to_end(
+        self, trials: Trials, tmp_path: Path
+    ) -> None:
+        jobs = [trials.server.start(["eval-mcq", "--help"], tmp_path, tmp_path / "log") for _ in range(2)]
+        time.sleep(3)  # what the server says of both comes in one piece
+        assert [job.wait(0.5) for job in reversed(jobs)] == [0, 0]
 
     def test_a_command_that_cannot_be_done_again_is_seen(self, trials: Trials) -> None:
         class Blocked(Fault):
