@@ -9,6 +9,9 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters.chat import TemplateError, render_chat, template_of
 from mllm_adapters.data.dialogue import ROLES, Conversation
 
+MARK = "<the system turn>"
+"""What stands for a system turn when one looks whether a template writes it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -86,7 +89,8 @@ def _check_system(
     """Refuse a system turn that the template drops, or takes for a turn of somebody else."""
     system, *rest = messages
     taken_for = [role for role in ROLES.values() if _written_alike(system, rest, role, written, processor)]
-    if taken_for or written.count(str(conversation.system).strip()) != 1:
+    marked = {**system, "content": [{"type": "text", "text": MARK}]}  # its own text may occur in a turn as well
+    if taken_for or render_chat(processor, [marked, *rest]).count(MARK) != 1:
         how = f"writes it as a turn of the {taken_for[0]}" if taken_for else "does not write it"
         raise UserError(
             f"id {conversation.id!r} has a system turn, and the model's chat template {how}: take the system turns "

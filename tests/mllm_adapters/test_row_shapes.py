@@ -121,6 +121,15 @@ def test_a_system_turn_is_written_by_a_template_that_has_one_and_refused_by_anot
     assert example.text[start:end] == "Hi"
     with pytest.raises(UserError, match="writes it as a turn of the assistant: take the system turns out"):
         rendered(path, tiny_llava, PLAIN)
+    with pytest.raises(UserError, match="does not write it: take the system turns out"):
+        rendered(path, tiny_llava, WITH_SYSTEM.replace("m.content[0].text + ' '", "''"))
+
+
+def test_a_system_turn_whose_words_come_again_in_a_turn_is_written(tmp_path, tiny_llava):
+    system, asked, said = SYSTEM["a turn"]["conversations"]
+    turns = [system, {**asked, "value": f"{system['value']} Hello"}, said]
+    path = write_json(tmp_path / "train.json", [{**SYSTEM["a turn"], "conversations": turns}])
+    assert rendered(path, tiny_llava, WITH_SYSTEM).text.count("Be brief.") == 2
 
 
 @pytest.mark.parametrize("keys", [("question", "answer"), ("query", "response"), ("instruction", "output")])
