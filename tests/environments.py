@@ -9,13 +9,15 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from mgll_encoder.common.extras import installed_distribution
+
 PACKAGE = "mgll-mllm"
 ROOT = Path(__file__).parents[1]
 
 
 def requirements(distribution: str, extra: str = "") -> list[Requirement]:
     """What a distribution asks for, with one of its extras."""
-    found = map(Requirement, metadata.requires(distribution) or ())
+    found = map(Requirement, installed_distribution(distribution).requires or ())
     return [one for one in found if one.marker is None or one.marker.evaluate({"extra": extra})]
 
 
@@ -49,8 +51,8 @@ def environment(folder: Path, *extras: str) -> Path:
         for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
             if not (link := folder / top).exists():
                 link.symlink_to(Path(str(distribution.locate_file(top))))
-    own = metadata.distribution(PACKAGE)
-    installed(folder, PACKAGE, own.version, own.read_text("METADATA") or own.read_text("PKG-INFO") or "")
+    own = installed_distribution(PACKAGE)
+    installed(folder, PACKAGE, own.version, own.read_text("METADATA") or "")
     return folder
 
 

@@ -97,13 +97,21 @@ def _demands(distribution: str, versions: Mapping[str, str]) -> Iterator[Require
 
 def _declared(distribution: str, among: Mapping[str, str] | None = None) -> Iterator[Requirement]:
     try:
-        lines = metadata.requires(distribution) or ()
+        lines = installed_distribution(distribution).requires or ()
     except metadata.PackageNotFoundError:
         return
     for line in lines:
         name = re.match(r"[\w.-]+", line)
         if among is None or (name and canonicalize_name(name[0]) in among):
             yield Requirement(line)
+
+
+def installed_distribution(name: str) -> metadata.Distribution:
+    """An installed distribution rather than the egg-info that an older setuptools has left in the working folder."""
+    found = list(metadata.distributions(name=name))
+    if not found:
+        raise metadata.PackageNotFoundError(name)
+    return max(found, key=lambda one: one.read_text("METADATA") is not None)
 
 
 def _partners_of_transformers() -> Iterator[Requirement]:

@@ -89,7 +89,8 @@ def _check_system(
     """Refuse a system turn that the template drops, or takes for a turn of somebody else."""
     system, *rest = messages
     taken_for = [role for role in ROLES.values() if _written_alike(system, rest, role, written, processor)]
-    marked = {**system, "content": [{"type": "text", "text": MARK}]}  # its own text may occur in a turn as well
+    # Its own words may come again in a turn.
+    marked = {**system, "content": [{"type": "text", "text": MARK}]}
     if taken_for or render_chat(processor, [marked, *rest]).count(MARK) != 1:
         how = f"writes it as a turn of the {taken_for[0]}" if taken_for else "does not write it"
         raise UserError(

@@ -148,6 +148,18 @@ def test_an_adapter_library_too_old_for_transformers_is_told_before_a_model_is_l
     assert said == refused(retrain_projector, "--model", "nope", "--data", "t.json")
 
 
+def test_what_an_older_setuptools_left_in_the_working_folder_hides_nothing(
+    versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "mgll_mllm.egg-info"
+    left.mkdir()
+    (left / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: mgll-mllm\nVersion: 0.0.1\n")
+    versions(peft="0.19.1")
+    monkeypatch.syspath_prepend(tmp_path)
+    said = refused(finetune_lora, "--model", "nope", "--data", "t.json")
+    assert said.endswith("but 0.19.1 is installed: pip install 'mgll-mllm[train]'")
+
+
 def test_training_in_four_bits_needs_the_quantizers_version(versions, tmp_path: Path) -> None:
     versions(bitsandbytes="0.40.0")
     expected = r"transformers \S+ needs bitsandbytes>=\S+, but 0\.40\.0 is installed: pip install 'mgll-mllm\[qlora\]'"

@@ -64,9 +64,7 @@ class TestTheTrials:
         assert "left at once: ['.manifest.jsonl.partial-abcdefgh']" in found
         assert "half-written or wrong: ['manifest.jsonl']" in found
 
-    def test_two_commands_that_end_at_once_are_both_seen_to_end(
-        self, trials: Trials, tmp_path: Path
-    ) -> None:
+    def test_two_commands_that_end_at_once_are_both_seen_to_end(self, trials: Trials, tmp_path: Path) -> None:
         jobs = [trials.server.start(["eval-mcq", "--help"], tmp_path, tmp_path / "log") for _ in range(2)]
         time.sleep(3)  # what the server says of both comes in one piece
         assert [job.wait(0.5) for job in reversed(jobs)] == [0, 0]
