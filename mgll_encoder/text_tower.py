@@ -161,6 +161,7 @@ class TextTower(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         with _no_bars():
             self.model.save_pretrained(folder)
+        self._pieces([""], self.context)  # tokenizer.json keeps the truncation of the last call
         self.tokenizer.save_pretrained(folder)
         weight = self.projection.weight.detach().cpu().contiguous()
         save_file({TEXT_PROJECTION: weight}, folder / TEXT_PROJECTION_FILE, metadata={"format": "pt"})

@@ -76,4 +76,5 @@ def kept_epoch(trainer: Trainer) -> tuple[int, dict[str, float]]:
         for name, value in entry.items()
         if name.startswith(("eval_mAP", "eval_recall"))
     }
-    return round(max(entry["epoch"] for entry in entries)), figures
+    # By name, as transformers sorts what it saves: a resumed training writes what an undisturbed one does.
+    return round(max(entry["epoch"] for entry in entries)), dict(sorted(figures.items()))

@@ -180,6 +180,28 @@ def test_a_killed_training_resumes_to_the_same_tower(manifest, tmp_path, monkeyp
     torch.testing.assert_close(weights(tmp_path / "killed"), weights(tmp_path / "whole"), atol=1e-7, rtol=0)
 
 
+def test_killed_between_its_last_step_and_its_tower_it_writes_the_same_bytes(manifest, tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    manifest = with_validation(manifest, tmp_path / "rows" / "m.jsonl")
+    pretrain(manifest, tmp_path / "whole", options(epochs=1), workers=0)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mgll_encoder.pretrain.save_tower", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(manifest, tmp_path / "killed", options(epochs=1), workers=0)
+    pretrain(manifest, tmp_path / "killed", options(epochs=1), workers=0, resume=True)
+    files = [
+        path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()
+    ]
+    assert Path("text/tokenizer.json") in files
+    assert [
+        f for f in files if (tmp_path / "whole" / f).read_bytes() != (tmp_path / "killed" / f).read_bytes()
+    ] == []
+
+
 def test_told_to_end_it_saves_a_checkpoint_in_the_midst_of_an_epoch(manifest, tmp_path, monkeypatch):
     """What Slurm's SIGTERM does with --save-on-signal: nothing is lost, the tower is the same."""
     seen = []
