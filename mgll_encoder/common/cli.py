@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mgll_encoder.common import signals
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UserError, one_line
 from mgll_encoder.common.faults import find_fault
 
 T = TypeVar("T")
@@ -160,5 +160,5 @@ def _told(code: int, message: str) -> int:
     # Progress bars that an error has left open end, so that it has a line of its own.
     for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
         bar.close()
-    stderr.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    stderr.print(f"[red]error:[/red] {escape(one_line(message))}", highlight=False, soft_wrap=True)
     return code

@@ -16,7 +16,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_one_line(message))
+        super().__init__(one_line(message))
 
 
 def unknown_name(kind: str, found: str, known: Iterable[str]) -> UserError:
@@ -33,7 +33,8 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     return f"did you mean '{nearest}'? " if nearest else ""
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
+    """A message that a terminal shows in one line: no control signs, at most `LONGEST` characters."""
     text = " ".join(message.split())
     if not text.isprintable():
         text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

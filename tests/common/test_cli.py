@@ -36,6 +36,15 @@ def test_the_users_mistake_is_2_and_one_line_whatever_it_holds() -> None:
     assert refused(command(wrong)) == "prompt '[INST] x [/INST]' is wrong"
 
 
+def test_a_path_that_no_system_takes_does_not_fill_the_screen() -> None:
+    def wrong() -> None:
+        Path("x" * 70000).stat()
+
+    said = refused(command(wrong))
+    assert len(said) < 2100
+    assert said.endswith("choose a shorter name (255 bytes for each part of a path)")
+
+
 def test_our_fault_is_1_and_says_how_to_see_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise KeyError("x")

@@ -151,7 +151,7 @@ def _no_json(file: Path) -> str:
 
     try:
         text = file.read_text(encoding="utf-8")
-        for part in text.splitlines() if file.suffix == ".jsonl" else [text]:
+        for part in text.rstrip("\n").split("\n") if file.suffix == ".jsonl" else [text]:
             json.loads(part, parse_constant=refuse)
     except ValueError as error:
         return re.sub(r"\d+", "N", str(error))
