@@ -24,6 +24,7 @@ from mllm_adapters.families.llava_original import (
     tokenizer_folder,
 )
 from mllm_adapters.families.llava_processor import processor_files
+from mllm_adapters.families.llava_prompts import prompt_template
 from mllm_adapters.families.llava_weights import BASE_PART, PARTIAL_WEIGHTS
 from mllm_adapters.planning import IMAGE_TOKEN, TOWER_PART
 from mllm_adapters.processing import (
@@ -33,9 +34,6 @@ from mllm_adapters.processing import (
     text_side,
     with_placeholder,
 )
-
-FIRST_TEMPLATE = read_template("llava_v0.jinja")
-"""Prompt of the releases with a single Linear as projector."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class Llava(Family):
         image_token = placeholder_token(tokenizer, plan.image_token_id)
         with_placeholder(tokenizer, plan.image_token_id, image_token)
         config = read_json(plan.source / "config.json")
-        template = FIRST_TEMPLATE if llava_fields.first_release(config) else self.chat_template
+        template = prompt_template(config, tokenizer, self.chat_template)
         template = template.replace(IMAGE_TOKEN, image_markup(config, image_token))
         return llava_processor(plan.after, tokenizer, template, image_token)
 
@@ -119,6 +117,7 @@ LLAVA = Llava(
         reads=(
             "LLaVA-1.5 original, whole, projector only or LoRA",
             "LLaVA of 2023 with one projector layer",
+            "LLaVA on Qwen2 (HuatuoGPT-Vision)",
             "transformers layout (llava-hf)",
         ),
         tower=r"vision_tower\.",

@@ -1,12 +1,14 @@
 """LLaVA: what counts in its configuration files, and which checkpoints are close to it but something else.
 
 Fields and defaults after LLaVA c121f04 (llava/model/builder.py, llava/model/multimodal_projector/builder.py),
-LLaVA-Med v1.0.0 (llava/model/llava.py) and PEFT's LoraConfig.
+LLaVA-Med v1.0.0 (llava/model/llava.py), HuatuoGPT-Vision 546b25f (cli.py, llava/model/llava_arch.py) and PEFT's
+LoraConfig.
 """
 
 import re
 from collections.abc import Mapping
 from math import sqrt
+from pathlib import PureWindowsPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -18,18 +20,35 @@ SUPPORTED = (
     "liuhaotian/llava-v1.5-7b, llava-hf/llava-1.5-7b-hf or microsoft/llava-med-v1.5-mistral-7b would work"
 )
 
-TEXT_MODELS: Mapping[str, str] = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
+TEXT_MODELS: Mapping[str, str] = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaQwen2ForCausalLM": "qwen2",  # HuatuoGPT-Vision
+    "LlavaQwenForCausalLM": "qwen2",  # LLaVA-NeXT's code, of which only what is a plain LLaVA is read
+}
 """``architectures[0]`` of the original layout -> transformers model_type of its language model."""
 
-LANGUAGE_MODELS = r"(Llama|Mistral)ForCausalLM"
+READS_ITS_SHARDS = {"qwen2"}
+"""Language models whose LLaVA takes the tower in its shards, trained or not (HuatuoGPT-Vision's cli.py)."""
+
+LANGUAGE_MODELS = r"(Llama|Mistral|Qwen2)ForCausalLM"
+
+NO_CLIP = re.compile(
+    r"biomed_?clip|siglip|mobileclip|fastvit|eva[-_]?(?:\d|clip)|dino|convnext|imagebind|languagebind",
+    re.IGNORECASE,
+)
+"""Last components of names of towers that are no CLIP ViT: they have other tensors or another pooling."""
 
 CLOSE: tuple[tuple[str, str], ...] = (
     (
-        r"llava_?next|llava_?onevision|llava_?qwen",
+        r"llava_?next|llava_?onevision",
         "LLaVA-NeXT and LLaVA-OneVision cut an image into views (anyres), which is not supported",
     ),
     (r"llava_?mpt", "LLaVA on an MPT language model is not supported, on LLaMA/Vicuna and Mistral it is"),
-    (r"llava_?(mixtral|gemma)", "LLaVA on this language model is not supported, on LLaMA/Vicuna and Mistral it is"),
+    (
+        r"llava_?(mixtral|gemma|phi|qwen)",
+        "LLaVA on this language model is not supported, on LLaMA/Vicuna, Mistral and Qwen2 it is",
+    ),
     (r"vip_?llava", "ViP-LLaVA reads several layers of its tower side by side, which is not supported"),
     (r"video_?llava", "Video-LLaVA has two towers, which is not supported"),
 )  # fmt: skip
@@ -50,12 +69,16 @@ class OriginalFields(CommonFields):
     architectures: list[str]
     mm_vision_tower: str = Field(min_length=1)
     mm_hidden_size: int | None = Field(default=None, gt=0)
-    mm_projector_type: Literal["mlp2x_gelu", "linear"] = "linear"
+    mm_projector_type: Literal["mlp2x_gelu", "mlp1x_gelu", "linear"] = "linear"
+    mm_resampler_type: None = None
+    mm_patch_merge_type: Literal["flat"] | None = None
+    s2: Literal[False] | None = None
     mm_vision_select_layer: int | None = None
     mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
     image_aspect_ratio: Literal["pad", "square"] | None = None
     mm_use_im_start_end: bool = False
     unfreeze_mm_vision_tower: bool | None = False
+    mm_tunable_parts: str | None = None
     tie_word_embeddings: bool = False
 
     @property
@@ -64,6 +87,11 @@ class OriginalFields(CommonFields):
         if self.mm_vision_select_layer is not None:
             return self.mm_vision_select_layer
         return -2 if "mm_projector_type" in self.model_fields_set else -1
+
+    @property
+    def tower_was_trained(self) -> bool:
+        """Whether the tower's own weights were trained, as LLaVA or LLaVA-NeXT write it."""
+        return bool(self.unfreeze_mm_vision_tower) or "mm_vision_tower" in (self.mm_tunable_parts or "")
 
 
 class NativeFields(CommonFields):
@@ -114,10 +142,11 @@ def original_fields(config: Mapping[str, Any], where: str) -> OriginalFields:
         raise UserError(
             f"{where}: image_aspect_ratio is {config['image_aspect_ratio']!r}: {CLOSE[0][1]}: {SUPPORTED}"
         )
-    if re.search(r"biomed_?clip", str(config.get("mm_vision_tower")), re.IGNORECASE):
+    tower = str(config.get("mm_vision_tower"))
+    if found := NO_CLIP.search(PureWindowsPath(tower).name):  # which knows both kinds of slashes
         raise UserError(
-            f"{where}: mm_vision_tower is {config['mm_vision_tower']!r}: checkpoints with a BiomedCLIP tower are not "
-            f"supported, those with OpenAI's CLIP are: {SUPPORTED}"
+            f"{where}: mm_vision_tower is {tower!r}: checkpoints with a {found[0]} tower are not supported, those with "
+            f"OpenAI's CLIP are: {SUPPORTED}"
         )
     return read_fields(OriginalFields, config, where)
 

@@ -11,9 +11,17 @@ from mgll_encoder.spec import Resize
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import text_config, tower_config
 from mllm_adapters.contract import FAMILY_KEY, Dropped, Plan
-from mllm_adapters.families.llava_fields import OriginalFields, first_release, original_fields, text_model
+from mllm_adapters.families.llava_fields import (
+    READS_ITS_SHARDS,
+    OriginalFields,
+    first_release,
+    original_fields,
+    text_model,
+)
+from mllm_adapters.families.llava_prompts import prompt_note
 from mllm_adapters.families.llava_weights import (
     BASE_PART,
+    PROJECTORS,
     READER,
     VOCABULARY_TENSORS,
     Sorted,
@@ -51,13 +59,8 @@ PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 CLASS_TOKEN = {"patch": False, "cls_patch": True}
 """``mm_vision_select_feature`` -> class token among the features."""
 
-ACTIVATIONS = {"linear": "linear", "mlp2x_gelu": "gelu"}
+ACTIVATIONS = {"linear": "linear", "mlp1x_gelu": "linear", "mlp2x_gelu": "gelu"}
 """``mm_projector_type`` -> activation between the projector's layers."""
-
-PROMPT_NOTE = (
-    "the prompt is that of the first releases (Human and Assistant between ###); config.json does not tell whether a "
-    "fine-tune was trained with another one: if so, edit chat_template.jinja"
-)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def plan_original(
     weights = find_weights(checkpoint)
     found = sort_names(weights, checkpoint.folder)
     _check_variant(checkpoint, fields, weights, found)
-    trained = reads_trained_tower and bool(fields.unfreeze_mm_vision_tower and found.inside)
+    shards_first = fields.tower_was_trained or text_model(config) in READS_ITS_SHARDS
+    trained = reads_trained_tower and bool(found.inside) and shards_first
     inside = {key: checkpoint.header(weights.sources[name]).shape for key, name in found.inside.items()}
     host = _host_tower(checkpoint, fields, inside, image_size, trained=trained, replaced=tower is not None)
     before = contract_of(host.spec, fields.feature_layer, CLASS_TOKEN[fields.mm_vision_select_feature])
@@ -118,7 +122,7 @@ def plan_original(
     steps = original_steps(checkpoint, weights, found.names, image.rows)
     steps, readers = refit_reader(steps, READER, before, after, checkpoint.folder)
     dtype = embeddings[0].dtype if weights.base else header(f"{READER}.weight").dtype
-    if found.projector == "linear":
+    if len(PROJECTORS[found.projector]) == 1:
         steps += identity_layer(dtype_name(dtype), header(f"{READER}.weight").shape[0])
     new, dropped = tower or host.header, [*weights.dropped, *found.dropped]
     if new is None:
@@ -164,7 +168,7 @@ def plan_original(
             *host.notes,
             *swap_notes(tower, after),
             image.note,
-            *([PROMPT_NOTE] if tokenizer and first_release(config) else []),
+            *prompt_note(config, tokenizer),
         ),
     )
 
@@ -231,12 +235,14 @@ def _host_tower(
     trained: bool,
     replaced: bool,
 ) -> HostTower:
-    """The tower the original code would use: the one it names, unless it was trained and lies in the shards."""
+    """The tower that the original code would use: the one it names, unless it takes the one in the shards."""
     resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
     named = NamedTower(fields.mm_vision_tower, resize, inside, fields.mm_hidden_size)
     host = external_tower(named, checkpoint, replaced=replaced, image_size=image_size)
     if trained:
-        return replace(host, header=None, notes=("the host's own tower was trained and is in its shards",))
+        why = "was trained and is" if fields.tower_was_trained else "is the one"
+        geometry = () if host.header else host.notes
+        return replace(host, header=None, notes=(*geometry, f"the host's own tower {why} in its shards"))
     if not replaced and host.header is None:
         note = f"the original code reads {host.name}, which is not on this machine: the tower in the shards is taken"
         return replace(host, notes=(*host.notes, note))

@@ -32,6 +32,7 @@ PARTIAL_WEIGHTS = ("mm_projector.bin", "non_lora_trainables.bin", *ADAPTER_WEIGH
 
 PROJECTORS: Mapping[str, Mapping[str, str]] = {
     "linear": {"": "linear_1"},
+    "mlp1x_gelu": {"0": "linear_1"},
     "mlp2x_gelu": {"0": "linear_1", "2": "linear_2"},
 }
 """``mm_projector_type`` -> its layers -> those of transformers' LlavaMultiModalProjector."""

@@ -27,7 +27,7 @@ from tests.mllm_adapters import (
     test_mini_gemini,
     test_qwen2_vl,
 )
-from tests.mllm_adapters.families import aya_vision, qwen_vl
+from tests.mllm_adapters.families import aya_vision, llava_qwen2, qwen_vl
 from tests.mllm_adapters.families.case import Golden
 from tests.mllm_adapters.llava_checkpoints import original_llava
 from tests.mllm_adapters.retraining import write_json
@@ -95,6 +95,7 @@ def _aya(folder: Path, golden: Folder) -> Path:
 
 BUILDERS: Mapping[str, Builder] = {
     "llava": lambda folder, golden: original_llava(golden(), "llava", folder),
+    "llava-qwen2": lambda folder, golden: llava_qwen2.with_tokenizer(folder),
     "llava-hf": lambda folder, golden: builders.tiny_llava(folder),
     "llava-med": lambda folder, golden: original_llava(golden(), "llava_med", folder),
     "qwen-vl": _qwen_vl,

@@ -103,7 +103,11 @@ def original_llava(
 def language_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
     """The language model of an original checkpoint, as published by itself."""
     kind = TEXT_MODELS[config["architectures"][0]]
-    architecture = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[kind]
+    architecture = {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+    }[kind]
     own = {k: v for k, v in config.items() if not k.startswith("mm_")}
     write_config(folder, {**own, "architectures": [architecture], "model_type": kind})
     torch.save({k: v for k, v in state.items() if k.startswith(LANGUAGE_MODEL)}, folder / "pytorch_model.bin")

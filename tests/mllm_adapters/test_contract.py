@@ -23,6 +23,7 @@ from tests.mllm_adapters.families import (
     internvl,
     janus_pro,
     llava,
+    llava_qwen2,
     med_flamingo,
     mini_gemini,
     qwen2_vl,
@@ -32,6 +33,7 @@ from tests.mllm_adapters.families.case import Case, Golden
 
 CASES = (
     *llava.CASES,
+    *llava_qwen2.CASES,
     *qwen2_vl.CASES,
     *aya_vision.CASES,
     *internvl.CASES,

@@ -17,6 +17,7 @@ from mllm_adapters.data.conversations import read_corpus
 from mllm_adapters.data.examples import AnswerCollator, encode, prepare_examples
 from mllm_adapters.registry import open_checkpoint
 from tests import builders
+from tests.mllm_adapters.families import llava_qwen2
 from tests.mllm_adapters.llava_checkpoints import convert, first_llava, original_llava
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -38,11 +39,13 @@ class Asked(NamedTuple):
     processor: Any
 
 
-@pytest.fixture(scope="module", params=["llava", "llava-med", "llava-med-v1.0"])
+@pytest.fixture(scope="module", params=["llava", "llava-med", "llava-med-v1.0", "llava-qwen2"])
 def asked(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Asked:
     folder = tmp_path_factory.mktemp("asked")
     if request.param == "llava-med-v1.0":
         source = first_llava(folder / "source")
+    elif request.param == "llava-qwen2":
+        source = llava_qwen2.with_tokenizer(folder / "source")
     else:
         source = original_llava(golden, request.param.replace("-", "_"), folder / "source")
     plan = convert(source, folder / "out")
@@ -81,7 +84,7 @@ def test_it_learns_from_answers_only(asked: Asked, tmp_path: Path) -> None:
     assert counts.kept == 2
     encoded = [encode(example, picture.parent, asked.processor) for example in examples]
     learnt = encoded[0]["input_ids"][encoded[0]["labels"] != -100]
-    end = "###" if asked.name == "llava-med-v1.0" else "</s>"
+    end = {"llava-med-v1.0": "###", "llava-qwen2": "<|endoftext|>"}.get(asked.name, "</s>")
     assert asked.processor.tokenizer.decode(learnt).strip() == f"Glaucoma{end}"
     batch = AnswerCollator(asked.processor.tokenizer.pad_token_id)(encoded)
     assert torch.isfinite(asked.model(**batch).loss)

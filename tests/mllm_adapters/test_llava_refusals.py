@@ -33,7 +33,10 @@ CLOSE = {
         "(anyres)",
     ),
     "LLaVA-OneVision, original": (
-        {"architectures": ["LlavaQwenForCausalLM"], "model_type": "llava_qwen", "mm_vision_tower": "siglip"},
+        {
+            "architectures": ["LlavaQwenForCausalLM"], "model_type": "llava_qwen", "mm_vision_tower": "siglip",
+            "image_aspect_ratio": "anyres_max_9",
+        },
         "(anyres)",
     ),
     "LLaVA-1.6, original": ({**LLAVA, "image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres': LLaVA-NeXT"),

@@ -1,0 +1,62 @@
+"""LLaVA in its original layout: the conversation format, which neither config.json nor the weights name.
+
+A family has a usual format. The first releases have another one, and so have language models whose tokenizer ends an
+answer with another token. After LLaVA-Med v1.0.0 (llava/conversation.py), HuatuoGPT-Vision 546b25f (cli.py) and
+LLaVA-NeXT (llava/conversation.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_adapters.families import read_template
+from mllm_adapters.families.llava_fields import first_release
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation format: its chat template, and what it is called in a plan."""
+
+    template: str
+    title: str
+
+
+FIRST = Prompt(
+    read_template("llava_v0.jinja"), "that of the first releases (Human and Assistant between ###)"
+)
+"""Of the releases with a single Linear as projector."""
+
+BY_END_TOKEN: Mapping[str, Prompt] = {
+    "<|endoftext|>": Prompt(
+        read_template("huatuo_vision.jinja"), "HuatuoGPT-Vision's (<|user|>, <|assistant|>)"
+    ),
+    "<|im_end|>": Prompt(read_template("llava_chatml.jinja"), "ChatML, as in LLaVA-NeXT"),
+}
+"""End token of a tokenizer -> the format whose answers end with it; ``</s>`` (LLaMA, Mistral) ends the usual one."""
+
+
+def prompt_template(config: Mapping[str, Any], tokenizer: Any, usual: str) -> str:
+    """The chat template of an original checkpoint.
+
+    Args:
+        config: Its config.json.
+        tokenizer: Its tokenizer.
+        usual: The chat template of its family.
+    """
+    unusual = _unusual(config, tokenizer)
+    return unusual.template if unusual else usual
+
+
+def prompt_note(config: Mapping[str, Any], tokenizer: Any | None) -> tuple[str, ...]:
+    """What a plan says of a format that is not the family's usual one; nothing where there is no tokenizer."""
+    unusual = _unusual(config, tokenizer) if tokenizer is not None else None
+    if unusual is None:
+        return ()
+    return (
+        f"the prompt is {unusual.title}; config.json does not tell whether a fine-tune was trained with another one: "
+        "if so, edit chat_template.jinja",
+    )
+
+
+def _unusual(config: Mapping[str, Any], tokenizer: Any) -> Prompt | None:
+    return FIRST if first_release(config) else BY_END_TOKEN.get(str(tokenizer.eos_token))
