@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.keymap import OPEN_CLIP_BLOCKS, Rule
+from mgll_encoder.keymap import OPEN_CLIP_BLOCKS
 from mgll_encoder.spec import Activation
 from mgll_encoder.text_tower import TextTower
 from mgll_encoder.word_pieces import clip_tokenizer
@@ -108,14 +108,12 @@ def _renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         if name in _RULES:
             tensors[_RULES[name]] = tensor
         elif name.startswith(_BLOCK):
-            layer, _, rest = name.removeprefix(_BLOCK).partition(".")
-            rule: Rule | None = OPEN_CLIP_BLOCKS.get(rest)
-            if rule is None:
+            place = OPEN_CLIP_BLOCKS.find(name)
+            if place is None:
                 raise UserError(
                     f"{where}: the text tower has '{name}', which a CLIP text tower does not have"
                 )
-            parts = zip(rule.targets, rule.cut(tensor), strict=True)
-            tensors |= {target.format(layer): part for target, part in parts}
+            tensors |= dict(zip(place.targets, place.cut(tensor), strict=True))
     return tensors
 
 

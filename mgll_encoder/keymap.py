@@ -6,101 +6,81 @@ tensor that is known and left out. A key of the tower that is in no table is an 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.keytable import KeyTable, Place, Rule, Split, Transpose, targets
 
 PROJECTION = "visual_projection.weight"
 """Name given to the projection into the image-text space, [projection_dim, width]."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Where a source tensor goes: its new names, and how it is cut into them."""
-
-    targets: tuple[str, ...]
-    cut: Callable[[Tensor], tuple[Tensor, ...]] = lambda tensor: (tensor,)
-    optional: bool = False
-
-
-def _to(target: str) -> Rule:
-    return Rule((target,))
-
-
-def _query_key_value(kind: str) -> Rule:
-    targets = tuple(f"encoder.layers.{{}}.self_attn.{x}_proj.{kind}" for x in "qkv")
-    return Rule(targets, lambda tensor: tensor.chunk(3))
-
-
-_OPEN_CLIP: dict[str, Rule | None] = {
-    "class_embedding": _to("embeddings.class_embedding"),
-    "conv1.weight": _to("embeddings.patch_embedding.weight"),
-    "positional_embedding": _to("embeddings.position_embedding.weight"),
-    "ln_pre.weight": _to("pre_layrnorm.weight"),  # the spelling is Hugging Face's
-    "ln_pre.bias": _to("pre_layrnorm.bias"),
-    "transformer.resblocks.{}.ln_1.weight": _to("encoder.layers.{}.layer_norm1.weight"),
-    "transformer.resblocks.{}.ln_1.bias": _to("encoder.layers.{}.layer_norm1.bias"),
-    "transformer.resblocks.{}.attn.in_proj_weight": _query_key_value("weight"),
-    "transformer.resblocks.{}.attn.in_proj_bias": _query_key_value("bias"),
-    "transformer.resblocks.{}.attn.out_proj.weight": _to("encoder.layers.{}.self_attn.out_proj.weight"),
-    "transformer.resblocks.{}.attn.out_proj.bias": _to("encoder.layers.{}.self_attn.out_proj.bias"),
-    "transformer.resblocks.{}.ln_2.weight": _to("encoder.layers.{}.layer_norm2.weight"),
-    "transformer.resblocks.{}.ln_2.bias": _to("encoder.layers.{}.layer_norm2.bias"),
-    "transformer.resblocks.{}.mlp.c_fc.weight": _to("encoder.layers.{}.mlp.fc1.weight"),
-    "transformer.resblocks.{}.mlp.c_fc.bias": _to("encoder.layers.{}.mlp.fc1.bias"),
-    "transformer.resblocks.{}.mlp.c_proj.weight": _to("encoder.layers.{}.mlp.fc2.weight"),
-    "transformer.resblocks.{}.mlp.c_proj.bias": _to("encoder.layers.{}.mlp.fc2.bias"),
-    "ln_post.weight": _to("post_layernorm.weight"),
-    "ln_post.bias": _to("post_layernorm.bias"),
-    "proj": Rule((PROJECTION,), lambda tensor: (tensor.T,), optional=True),
+_OPEN_CLIP: dict[str, Rule] = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",  # the spelling is Hugging Face's
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "transformer.resblocks.{}.ln_1.weight": "encoder.layers.{}.layer_norm1.weight",
+    "transformer.resblocks.{}.ln_1.bias": "encoder.layers.{}.layer_norm1.bias",
+    "transformer.resblocks.{}.attn.in_proj_weight": Split("encoder.layers.{}.self_attn.{q,k,v}_proj.weight"),
+    "transformer.resblocks.{}.attn.in_proj_bias": Split("encoder.layers.{}.self_attn.{q,k,v}_proj.bias"),
+    "transformer.resblocks.{}.attn.out_proj.weight": "encoder.layers.{}.self_attn.out_proj.weight",
+    "transformer.resblocks.{}.attn.out_proj.bias": "encoder.layers.{}.self_attn.out_proj.bias",
+    "transformer.resblocks.{}.ln_2.weight": "encoder.layers.{}.layer_norm2.weight",
+    "transformer.resblocks.{}.ln_2.bias": "encoder.layers.{}.layer_norm2.bias",
+    "transformer.resblocks.{}.mlp.c_fc.weight": "encoder.layers.{}.mlp.fc1.weight",
+    "transformer.resblocks.{}.mlp.c_fc.bias": "encoder.layers.{}.mlp.fc1.bias",
+    "transformer.resblocks.{}.mlp.c_proj.weight": "encoder.layers.{}.mlp.fc2.weight",
+    "transformer.resblocks.{}.mlp.c_proj.bias": "encoder.layers.{}.mlp.fc2.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+    "proj": Transpose(PROJECTION),
 }
 
-OPEN_CLIP_BLOCKS = {
-    name.removeprefix("transformer.resblocks.{}."): rule
-    for name, rule in _OPEN_CLIP.items()
-    if rule and name.startswith("transformer.resblocks.{}.")
-}
-"""Within a transformer block, which is the same in the image and in the text tower."""
+OPTIONAL = "proj"
+"""The one key that a tower can do without."""
 
-_OUR_NAMES = [
-    target for rule in _OPEN_CLIP.values() if rule for target in rule.targets if target != PROJECTION
-]
+OPEN_CLIP_BLOCKS = KeyTable({name: rule for name, rule in _OPEN_CLIP.items() if "resblocks" in name})
+"""The transformer blocks, which are the same in the image and in the text tower."""
 
-_TRANSFORMERS: dict[str, Rule | None] = {
-    **{name: _to(name) for name in _OUR_NAMES},
+_OUR_NAMES = [target for rule in _OPEN_CLIP.values() for target in targets(rule, ("{}",))]
+
+_TRANSFORMERS: dict[str, Rule] = {
+    **{name: name for name in _OUR_NAMES if name != PROJECTION},
     "embeddings.position_ids": None,  # a counter that transformers wrote before 4.31
 }
 
 
 @dataclass(frozen=True)
-class KeyTable:
+class Naming:
     """A naming scheme of CLIP vision towers.
 
     Attributes:
         name: ``open_clip`` or ``transformers``.
         anchor: The key whose prefix is the tower's prefix.
         block: Beginning of the keys of the transformer blocks.
-        rules: The table, keys relative to the tower's prefix.
+        table: The table, keys relative to the tower's prefix.
         projection: Key of the projection relative to a prefix *around* the tower, where it lies outside.
     """
 
     name: str
     anchor: str
     block: str
-    rules: dict[str, Rule | None]
+    table: KeyTable
     projection: str | None = None
 
 
-TABLES = (
-    KeyTable("open_clip", "conv1.weight", "transformer.resblocks.", _OPEN_CLIP),
-    KeyTable(
+NAMINGS = (
+    Naming("open_clip", "conv1.weight", "transformer.resblocks.", KeyTable(_OPEN_CLIP)),
+    Naming(
         "transformers",
         "embeddings.patch_embedding.weight",
         "encoder.layers.",
-        _TRANSFORMERS,
+        KeyTable(_TRANSFORMERS),
         projection=PROJECTION,
     ),
 )
@@ -131,16 +111,16 @@ class KeyPlan:
     """What becomes of every key of a checkpoint.
 
     Attributes:
-        table: The naming scheme found.
+        naming: The naming scheme found.
         prefix: What stands before the tower's keys, e.g. ``module.clip.visual.``.
-        taken: Source key -> rule with the layer number filled in.
+        taken: Source key -> where it goes.
         dropped: Tensors left out, counted per group.
         unknown: Keys outside the tower that are in no group (also counted in ``dropped``).
     """
 
-    table: KeyTable
+    naming: Naming
     prefix: str
-    taken: dict[str, Rule]
+    taken: dict[str, Place]
     dropped: dict[str, int]
     unknown: tuple[str, ...]
 
@@ -155,8 +135,8 @@ class KeyPlan:
         """
         return {
             target: part
-            for source, rule in self.taken.items()
-            for target, part in zip(rule.targets, rule.cut(state[source]), strict=True)
+            for source, place in self.taken.items()
+            for target, part in zip(place.targets, place.cut(state[source]), strict=True)
         }
 
 
@@ -171,22 +151,23 @@ def plan_keys(keys: Collection[str], where: str) -> KeyPlan:
         UserError: there is no CLIP vision tower or more than one, the tower is of another architecture, or
             one of its keys is missing or unknown.
     """
-    table, prefix = _locate(keys, where)
-    taken: dict[str, Rule] = {}
+    naming, prefix = _locate(keys, where)
+    taken: dict[str, Place] = {}
     dropped: Counter[str] = Counter()
     unknown, unexpected = [], []
     around = _enclosing_prefixes(prefix)
-    outside = {outer + table.projection for outer in around} if table.projection else set()
+    outside = {outer + naming.projection for outer in around} if naming.projection else set()
     for key in keys:
-        pattern, layer = _pattern(key.removeprefix(prefix))
         if key in outside:
-            taken[key] = _to(PROJECTION)
-        elif key.startswith(prefix) and pattern not in table.rules:
-            unexpected.append(key)
-        elif key.startswith(prefix) and (rule := table.rules[pattern]):
-            taken[key] = Rule(tuple(t.format(layer) for t in rule.targets), rule.cut)
+            taken[key] = Place(PROJECTION, (PROJECTION,))
         elif key.startswith(prefix):
-            dropped["position counter"] += 1
+            place = naming.table.find(key.removeprefix(prefix))
+            if place is None:
+                unexpected.append(key)
+            elif place.targets:
+                taken[key] = place
+            else:
+                dropped["position counter"] += 1
         elif group := _group(key, around):
             dropped[group] += 1
         else:
@@ -197,21 +178,21 @@ def plan_keys(keys: Collection[str], where: str) -> KeyPlan:
             f"{where}: the vision tower has {_quote(unexpected)}, which a CLIP ViT does not have: "
             "expected a plain CLIP ViT (open_clip or transformers); merge adapters into the weights first"
         )
-    if missing := _missing(table, prefix, taken):
+    if missing := _missing(naming, prefix, taken):
         raise UserError(
             f"{where}: the vision tower lacks {_quote(missing)}: "
             "expected every tensor of a CLIP ViT with a class token; save the whole tower again"
         )
-    return KeyPlan(table, prefix, taken, dict(sorted(dropped.items())), tuple(unknown))
+    return KeyPlan(naming, prefix, taken, dict(sorted(dropped.items())), tuple(unknown))
 
 
-def _locate(keys: Collection[str], where: str) -> tuple[KeyTable, str]:
+def _locate(keys: Collection[str], where: str) -> tuple[Naming, str]:
     present = set(keys)
     found = [
-        (table, prefix)
-        for table in TABLES
-        for prefix in sorted(k.removesuffix(table.anchor) for k in present if k.endswith(table.anchor))
-        if (not prefix or prefix.endswith(".")) and any(k.startswith(prefix + table.block) for k in present)
+        (naming, prefix)
+        for naming in NAMINGS
+        for prefix in sorted(k.removesuffix(naming.anchor) for k in present if k.endswith(naming.anchor))
+        if (not prefix or prefix.endswith(".")) and any(k.startswith(prefix + naming.block) for k in present)
     ]
     if len(found) > 1:
         names = ", ".join(f"'{prefix}'" for _, prefix in found)
@@ -224,27 +205,21 @@ def _locate(keys: Collection[str], where: str) -> tuple[KeyTable, str]:
             "expected a CLIP ViT with keys such as 'visual.conv1.weight' or "
             "'vision_model.embeddings.patch_embedding.weight'"
         )
-    table, prefix = found[0]
+    naming, prefix = found[0]
     if f"{prefix}embeddings.patch_embedding.bias" in present:
         raise UserError(f"{where}: the vision tower has a patch bias (SigLIP, EVA): expected a CLIP ViT")
-    return table, prefix
+    return naming, prefix
 
 
-def _missing(table: KeyTable, prefix: str, taken: Collection[str]) -> list[str]:
-    layers = {layer for key in taken if (layer := _pattern(key.removeprefix(prefix))[1])}
-    required = [pattern for pattern, rule in table.rules.items() if rule and not rule.optional]
+def _missing(naming: Naming, prefix: str, taken: Collection[str]) -> list[str]:
+    layers = {found[0] for key in taken if (found := _LAYER.search(key.removeprefix(prefix)))}
+    required = [pattern for pattern, rule in naming.table.rules.items() if rule and pattern != OPTIONAL]
     expected = {
         prefix + pattern.replace("{}", str(layer))
         for pattern in required
         for layer in range(len(layers) if "{}" in pattern else 1)
     }
     return sorted(expected - set(taken))
-
-
-def _pattern(key: str) -> tuple[str, str]:
-    """``encoder.layers.3.mlp`` -> (``encoder.layers.{}.mlp``, ``3``); no layer is the empty string."""
-    match = _LAYER.search(key)
-    return (key, "") if match is None else (key[: match.start()] + "{}" + key[match.end() :], match[0])
 
 
 def _enclosing_prefixes(prefix: str) -> list[str]:

@@ -182,14 +182,14 @@ class TowerReader:
         self, path: Path | str, *, activation: Activation | None = None, weights: WeightSet | None = None
     ) -> None:
         self.header, self._checkpoint, self._plan = _examine(Path(path), activation, weights)
-        self._sources = {t: key for key, rule in self._plan.taken.items() for t in rule.targets}
+        self._sources = {t: key for key, place in self._plan.taken.items() for t in place.targets}
 
     def read(self, name: str) -> Tensor:
         """The tensor of a ``CLIPVisionModel`` key (without ``vision_model.``), in its stored dtype."""
         source = self._sources[name]
         (fused,) = self._checkpoint.read([source]).values()
-        rule = self._plan.taken[source]
-        tensor = rule.cut(fused)[rule.targets.index(name)]
+        place = self._plan.taken[source]
+        tensor = place.cut(fused)[place.targets.index(name)]
         _check_finite(name, tensor, self.header.source)
         return tensor
 
@@ -316,7 +316,7 @@ def _examine(
 
 
 def _layout(plan: KeyPlan) -> str:
-    if plan.table.name == "transformers":
+    if plan.naming.name == "transformers":
         return HF_STATE
     if plan.prefix.endswith("clip.visual."):  # CLIPBaseline keeps open_clip's model as self.clip
         return OFFICIAL

@@ -6,6 +6,7 @@ from typing import Any
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import TensorHeader
+from mllm_adapters.families.keytable import Layout
 
 STRIDE = 4
 """Pixels per side of a cell of the first stage's features: the stride of the stem."""
@@ -13,34 +14,22 @@ STRIDE = 4
 TIMM_KEY = re.compile(r"(?:visual\.)?(?:trunk\.)?((?:stem|stages)\..+)")
 """A tensor of the stem or the stages, with the prefixes that open_clip puts before timm's name."""
 
-_NAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), target)
-    for pattern, target in (
-        (r"stem\.0\.(\w+)", r"embeddings.patch_embeddings.\1"),
-        (r"stem\.1\.(\w+)", r"embeddings.layernorm.\1"),
-        (r"stages\.(\d+)\.downsample\.([01]\.\w+)", r"stages.\1.downsampling_layer.\2"),
-        (r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.(\w+)", r"stages.\1.layers.\2.dwconv.\3"),
-        (r"stages\.(\d+)\.blocks\.(\d+)\.norm\.(\w+)", r"stages.\1.layers.\2.layernorm.\3"),
-        (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc([12])\.(\w+)", r"stages.\1.layers.\2.pwconv\3.\4"),
-        (r"stages\.(\d+)\.blocks\.(\d+)\.gamma", r"stages.\1.layers.\2.layer_scale_parameter"),
-    )
+_BLOCK, _TO_BLOCK = "stages.{}.blocks.{}.", "stages.{}.layers.{}."
+
+CONVNEXT = Layout(
+    {
+        "stem.0.*": "embeddings.patch_embeddings.{}",
+        "stem.1.*": "embeddings.layernorm.{}",
+        "stages.{}.downsample.{0,1}.*": "stages.{}.downsampling_layer.{}.{}",
+        _BLOCK + "conv_dw.*": _TO_BLOCK + "dwconv.{}",
+        _BLOCK + "norm.*": _TO_BLOCK + "layernorm.{}",
+        _BLOCK + "mlp.fc{1,2}.*": _TO_BLOCK + "pwconv{}.{}",
+        _BLOCK + "gamma": _TO_BLOCK + "layer_scale_parameter",
+    },
+    of="a ConvNeXt",
+    hint="expected one of the first generation, as convnext_large_d_320",
 )
 """timm (timm/models/convnext.py) -> the modules of transformers' ConvNeXt."""
-
-
-def convnext_name(key: str, where: str) -> str:
-    """The name in transformers' modules of one of timm's tensors.
-
-    Raises:
-        UserError: it is none of a ConvNeXt.
-    """
-    for pattern, target in _NAMES:
-        if match := pattern.fullmatch(key):
-            return match.expand(target)
-    raise UserError(
-        f"{where}: tensor {key} is not part of a ConvNeXt: expected one of the first generation, as "
-        "convnext_large_d_320"
-    )
 
 
 def convnext_config(tensors: Mapping[str, TensorHeader], image_size: int, where: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What planning a swap has in common across families."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -261,6 +261,17 @@ def kept(header: TensorHeader, name: str | None = None, rows: int | None = None)
     return Step(
         name=name, dtype=dtype_name(header.dtype), shape=shape, operation=operation, sources=(header.name,)
     )
+
+
+def extended(steps: Iterable[Step], names: Collection[str], rows: int) -> list[Step]:
+    """The steps, with rows added to the tensors of these names; each new row is the mean of the old ones."""
+    more: dict[str, Any] = {"operation": "extend_rows"}
+    return [
+        step.model_copy(update={**more, "shape": (rows, *step.shape[1:])})
+        if step.name in names and step.shape[0] != rows
+        else step
+        for step in steps
+    ]
 
 
 def anew(step: Step, shape: tuple[int, ...]) -> Step:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.keytable import Place
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Dropped, Step, VisionContract
+from mllm_adapters.families.keytable import Layout
 from mllm_adapters.planning import anew, dtype_name, kept, refit_reader
 
 PERCEIVER = "model.perceiver."
@@ -25,23 +27,29 @@ HEAD = "lm_head.weight"
 HEAD_DIM = 64
 """Width of a head in the perceiver and the gated blocks; a constant of the original code."""
 
-_BLOCK = r"(attn_gate|ff_gate|attn\..+|ff\..+)"
+_LM, _TO_LAYER = "lang_encoder.model.layers.{}.", f"{LANGUAGE_MODEL}layers.{{}}.{{}}.{{}}"
 
-NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
-    (re.compile(rf"(?:module\.)?{pattern}"), target)
-    for pattern, target in (
-        (r".*rotary_emb\.inv_freq", None),
-        (r"perceiver\.((?:latents|norm|layers\.\d+\.[01])(?:\..+)?)", rf"{PERCEIVER}\1"),
-        (rf"lang_encoder\.model\.layers\.(\d+)\.gated_cross_attn_layer\.{_BLOCK}", rf"{BLOCKS}\1.\2"),
-        (rf"lang_encoder\.gated_cross_attn_layers\.(\d+)\.{_BLOCK}", rf"{BLOCKS}\1.\2"),
-        (r"lang_encoder\.model\.layers\.(\d+)\.(?:decoder_layer\.)?((?:self_attn|mlp|input_layernorm|"
-         r"post_attention_layernorm)\..+)", rf"{LANGUAGE_MODEL}layers.\1.\2"),
-        (r"lang_encoder\.old_decoder_blocks\.(\d+)\.(.+)", rf"{LANGUAGE_MODEL}layers.\1.\2"),
-        (r"lang_encoder\.model\.((?:embed_tokens|norm)\..+)", rf"{LANGUAGE_MODEL}\1"),
-        (r"lang_encoder\.(lm_head\..+)", r"\1"),
-    )
-)  # fmt: skip
-"""Original name -> ours; None for rotary tables, which are recomputed from the configuration."""
+LAYOUT = Layout(
+    {
+        "*rotary_emb.inv_freq": None,
+        "perceiver.latents": f"{PERCEIVER}latents",
+        "perceiver.norm.*": f"{PERCEIVER}norm.{{}}",
+        "perceiver.layers.{}.{0,1}.*": f"{PERCEIVER}layers.{{}}.{{}}.{{}}",
+        _LM + "gated_cross_attn_layer.{attn_gate,ff_gate}": BLOCKS + "{}.{}",
+        _LM + "gated_cross_attn_layer.{attn,ff}.*": BLOCKS + "{}.{}.{}",
+        "lang_encoder.gated_cross_attn_layers.{}.{attn_gate,ff_gate}": BLOCKS + "{}.{}",
+        "lang_encoder.gated_cross_attn_layers.{}.{attn,ff}.*": BLOCKS + "{}.{}.{}",
+        _LM + "decoder_layer.{self_attn,mlp,input_layernorm,post_attention_layernorm}.*": _TO_LAYER,
+        _LM + "{self_attn,mlp,input_layernorm,post_attention_layernorm}.*": _TO_LAYER,
+        "lang_encoder.old_decoder_blocks.{}.*": f"{LANGUAGE_MODEL}layers.{{}}.{{}}",
+        "lang_encoder.model.{embed_tokens,norm}.*": f"{LANGUAGE_MODEL}{{}}.{{}}",
+        "lang_encoder.lm_head.*": "lm_head.{}",
+    },
+    prefix="module.",
+    of="a Flamingo on a LLaMA",
+    reason="recomputed from the configuration",
+)
+"""Original name -> ours; None for rotary tables."""
 
 VISION = re.compile(r"(?:module\.)?vision_encoder\.")
 
@@ -107,10 +115,10 @@ def sort_names(checkpoint: Checkpoint) -> Names:
     for source in checkpoint.tensors:
         if VISION.match(source):
             vision.append(source)
-        elif (target := _target(source, checkpoint)) is None:
-            dropped.append(Dropped(name=source, reason="recomputed from the configuration"))
+        elif places := _place(source, checkpoint).targets:
+            found.setdefault(places[0], []).append(source)
         else:
-            found.setdefault(target, []).append(source)
+            dropped.append(Dropped(name=source, reason=LAYOUT.reason))
     file = checkpoint.files[0]
     for needed, what in (
         (f"{PERCEIVER}latents", "perceiver"),
@@ -212,7 +220,7 @@ _WIDENED: tuple[tuple[re.Pattern[str], Callable[[tuple[int, ...], int, int], tup
 """What reads vision features or is as wide as they: name -> shape after a change of width. First match counts."""
 
 
-def _target(source: str, checkpoint: Checkpoint) -> str | None:
+def _place(source: str, checkpoint: Checkpoint) -> Place:
     where = checkpoint.tensors[source].file
     for pattern, what in OTHER_LANGUAGE_MODELS:
         if pattern.match(source):
@@ -224,10 +232,7 @@ def _target(source: str, checkpoint: Checkpoint) -> str | None:
         raise UserError(
             f"{where} was trained on videos ({match[1]}): only Flamingos for pictures are supported"
         )
-    for pattern, target in NAMES:
-        if found := pattern.fullmatch(source):
-            return None if target is None else found.expand(target)
-    raise UserError(f"{where}: tensor {source} is not part of a Flamingo on a LLaMA")
+    return LAYOUT.place(source, where)
 
 
 def _step(name: str, headers: list[TensorHeader]) -> Step:

@@ -8,11 +8,13 @@ from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.keymap import PROJECTION, plan_keys
+from mgll_encoder.keytable import Place
 from mgll_encoder.tower import OFFICIAL
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Dropped, Step
 from mllm_adapters.families.flamingo_file import HEAD, LANGUAGE_MODEL, Geometry, Names
-from mllm_adapters.planning import TOWER_PART, HostTower, dtype_name, kept
+from mllm_adapters.families.keytable import placed
+from mllm_adapters.planning import TOWER_PART, HostTower, kept
 from mllm_adapters.registry import LOOSE_SUFFIXES
 from mllm_adapters.towers import PUBLISHED_TOWERS
 
@@ -189,23 +191,10 @@ def inner_tower(checkpoint: Checkpoint, names: Names) -> tuple[list[Step], list[
     plan = plan_keys(names.vision, str(checkpoint.folder))
     steps: list[Step] = []
     unused = [name for name in names.vision if name not in plan.taken]
-    for source, rule in plan.taken.items():
-        header, parts = checkpoint.tensors[source], len(rule.targets)
-        if PROJECTION in rule.targets:
+    for source, place in plan.taken.items():
+        if PROJECTION in place.targets:
             unused.append(source)
-        elif parts == 1:
-            steps.append(kept(header, TOWER_PREFIX + rule.targets[0]))
         else:
-            shape = (header.shape[0] // parts, *header.shape[1:])
-            steps += [
-                Step(
-                    name=TOWER_PREFIX + name,
-                    dtype=dtype_name(header.dtype),
-                    shape=shape,
-                    operation="slice",
-                    sources=(source,),
-                    arguments={"groups": 1, "units": parts, "start": part, "stop": part + 1},
-                )
-                for part, name in enumerate(rule.targets)
-            ]
+            here = Place(place.rule, tuple(TOWER_PREFIX + name for name in place.targets))
+            steps += placed(checkpoint.tensors[source], here)
     return steps, [Dropped(name=name, reason="not part of the vision tower") for name in unused]

@@ -16,6 +16,7 @@ from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import build_config, text_config
 from mllm_adapters.contract import Dropped, Step
+from mllm_adapters.families.keytable import Layout, placed
 from mllm_adapters.planning import TOWER_PART, dtype_name, kept
 
 LANGUAGE_PART, CONFIG_PART = "language-model", "config"
@@ -48,36 +49,39 @@ HEADS: Mapping[str, Mapping[int, int]] = {"vision_config": {EVA_WIDTH: 16}, "qfo
 NORM_EPSILON = 1e-5
 """Of ``ln_vision``: PyTorch's default in LAVIS, while all norms inside the tower have 1e-6."""
 
-NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
-    (re.compile(pattern), target)
-    for pattern, target in (
-        (r"(query_tokens)", r"\1"),
-        (r"ln_vision\.(.+)", r"vision_model.post_layernorm.\1"),
-        (r"(?:llm|t5)_proj\.(.+)", r"language_projection.\1"),
-        (r"(?:llm|t5)_model\.(.*rotary_emb\.inv_freq)", None),
-        (r"(?:llm|t5)_model\.(.+)", r"language_model.\1"),
-        (r"Qformer\.cls\..+", None),
-        (r"Qformer\.bert\.embeddings\.position_ids", None),
-        (r"Qformer\.bert\.embeddings\.LayerNorm\.(.+)", r"qformer.embeddings.layernorm.\1"),
-        (r"Qformer\.bert\.(.+attention)\.self\.(.+)", r"qformer.\1.attention.\2"),
-        (r"Qformer\.bert\.(.+)", r"qformer.\1"),
-    )
+LAYOUT = Layout(
+    {
+        "query_tokens": "query_tokens",
+        "ln_vision.*": "vision_model.post_layernorm.{}",
+        "{llm,t5}_proj.*": "language_projection.{1}",
+        "{llm,t5}_model.*rotary_emb.inv_freq": None,
+        "{llm,t5}_model.*": "language_model.{1}",
+        "Qformer.cls.*": None,  # the head of the Q-Former's own training
+        "Qformer.bert.embeddings.position_ids": None,
+        "Qformer.bert.embeddings.LayerNorm.*": "qformer.embeddings.layernorm.{}",
+        "Qformer.bert.*attention.self.*": "qformer.{}attention.attention.{}",
+        "Qformer.bert.*": "qformer.{}",
+    },
+    of="an InstructBLIP with an EVA tower",
 )
-"""Name in LAVIS -> name in transformers; None for buffers and the head of the Q-Former's own training."""
+"""Name in LAVIS -> name in transformers; None for buffers and heads."""
 
-EVA_NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
-    (re.compile(pattern), target)
-    for pattern, target in (
-        (r"cls_token", "vision_model.embeddings.class_embedding"),
-        (r"pos_embed", "vision_model.embeddings.position_embedding"),
-        (r"patch_embed\.proj\.(weight|bias)", r"vision_model.embeddings.patch_embedding.\1"),
-        (r"blocks\.(\d+)\.norm([12])\.(.+)", r"vision_model.encoder.layers.\1.layer_norm\2.\3"),
-        (r"blocks\.(\d+)\.attn\.qkv\.weight", r"vision_model.encoder.layers.\1.self_attn.qkv.weight"),
-        (r"blocks\.(\d+)\.attn\.[qv]_bias", r"vision_model.encoder.layers.\1.self_attn.qkv.bias"),
-        (r"blocks\.(\d+)\.attn\.proj\.(.+)", r"vision_model.encoder.layers.\1.self_attn.projection.\2"),
-        (r"blocks\.(\d+)\.mlp\.(fc[12]\..+)", r"vision_model.encoder.layers.\1.mlp.\2"),
-        (r"(?:norm|fc_norm|head|mask_token)(?:\..+)?", None),
-    )
+_BLOCK = "vision_model.encoder.layers.{}."
+
+EVA_LAYOUT = Layout(
+    {
+        "cls_token": "vision_model.embeddings.class_embedding",
+        "pos_embed": "vision_model.embeddings.position_embedding",
+        "patch_embed.proj.{weight,bias}": "vision_model.embeddings.patch_embedding.{}",
+        "blocks.{}.norm{1,2}.*": _BLOCK + "layer_norm{}.{}",
+        "blocks.{}.attn.qkv.weight": _BLOCK + "self_attn.qkv.weight",
+        "blocks.{}.attn.{q,v}_bias": _BLOCK + "self_attn.qkv.bias",
+        "blocks.{}.attn.proj.*": _BLOCK + "self_attn.projection.{}",
+        "blocks.{}.mlp.fc{1,2}.*": _BLOCK + "mlp.fc{}.{}",
+        "{norm,fc_norm,head}.*": None,
+        "mask_token": None,
+    },
+    of="an InstructBLIP with an EVA tower",
 )
 """Likewise for the tower; None for what follows its blocks, which LAVIS leaves out."""
 
@@ -118,15 +122,7 @@ def read(checkpoint: Checkpoint, *, swapped: bool) -> AsStock:
     folder = checkpoint.folder
     kind = _kind(checkpoint)
     tower = {n.removeprefix("visual_encoder."): h for n, h in checkpoint.tensors.items() if _is_tower(n)}
-    steps, dropped = [], []
-    for header in checkpoint.tensors.values():
-        if _is_tower(header.name):
-            continue
-        name = _renamed(NAMES, header.name, folder)
-        if name is None:
-            dropped.append(Dropped(name=header.name, reason="not part of the transformers layout"))
-        else:
-            steps.append(kept(header, name))
+    steps, dropped = LAYOUT.steps((h for n, h in checkpoint.tensors.items() if not _is_tower(n)), folder)
     language, language_steps = _language_model(checkpoint, kind, steps)
     steps += language_steps
     shapes = {step.name: step.shape for step in steps}
@@ -202,13 +198,6 @@ def _is_tower(name: str) -> bool:
     return name.startswith("visual_encoder.") or not re.match(
         r"query_tokens|ln_vision\.|Qformer\.|(?:llm|t5)_", name
     )
-
-
-def _renamed(table: tuple[tuple[re.Pattern[str], str | None], ...], name: str, folder: Path) -> str | None:
-    for pattern, target in table:
-        if match := pattern.fullmatch(name):
-            return None if target is None else match.expand(target)
-    raise UserError(f"{folder}: tensor {name} is not part of an InstructBLIP with an EVA tower")
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, folder: Path) -> tuple[int, ...]:
@@ -360,19 +349,17 @@ def _vision_config(
 def _tower_steps(
     tower: Mapping[str, TensorHeader], depth: int, folder: Path
 ) -> tuple[list[Step], list[Dropped]]:
-    steps, dropped = [], []
+    steps: list[Step] = []
+    dropped: list[Dropped] = []
     for name, header in tower.items():
-        target = _renamed(EVA_NAMES, name, folder)
+        place = EVA_LAYOUT.place(name, folder)
         block = re.match(r"blocks\.(\d+)\.", name)
-        if target is None or (block and int(block[1]) >= depth):
-            reason = (
-                "not part of the transformers layout"
-                if target is None
-                else "LAVIS ends the tower before this block"
-            )
-            dropped.append(Dropped(name=header.name, reason=reason))
-        elif not target.endswith("qkv.bias"):
-            steps.append(kept(header, target))
+        if not place.targets:
+            dropped.append(Dropped(name=header.name, reason=EVA_LAYOUT.why(place)))
+        elif block and int(block[1]) >= depth:
+            dropped.append(Dropped(name=header.name, reason="LAVIS ends the tower before this block"))
+        elif not name.endswith("_bias"):
+            steps += placed(header, place)
         elif name.endswith("q_bias"):
             value = tower.get(name.replace("q_bias", "v_bias"))
             if value is None:
@@ -380,8 +367,8 @@ def _tower_steps(
             # The original has no bias on the keys, transformers one of zeros.
             steps.append(
                 Step(
-                    name=target, dtype=dtype_name(header.dtype), shape=(3 * header.shape[0],), operation="concat",
-                    sources=(header.name, value.name),
+                    name=place.targets[0], dtype=dtype_name(header.dtype), shape=(3 * header.shape[0],),
+                    operation="concat", sources=(header.name, value.name),
                 )
             )  # fmt: skip
     return steps, dropped

@@ -28,7 +28,7 @@ from mllm_adapters.families.internvl_names import (
     LanguageModel,
     sort_tensors,
 )
-from mllm_adapters.planning import contract_of, image_row, kept
+from mllm_adapters.planning import contract_of, extended, image_row, kept
 from mllm_adapters.processing import host_pixels
 
 FIRST_TENSOR = re.compile(r"(.*vision_tower\.)(?:vision_model\.)?embeddings\.(?:cls_token|class_embedding)")
@@ -158,7 +158,7 @@ def original_host(checkpoint: Checkpoint) -> Host:
         for k, v in {**language_model.defaults, **fields.llm_config}.items()
     }
     text = text_config(language_model.model_type, own, rows, f"{where}, llm_config")
-    steps = [_resized(step, spec.patches + 1, rows) for step in steps]
+    steps = extended(_resampled(steps, spec.patches + 1), (EMBEDDINGS, HEAD), rows)
     return Host(
         layout="original",
         tower=tuple(step for step in steps if step.name.startswith(TOWER)),
@@ -286,14 +286,15 @@ def _shrink(ratio: float, grid: int, where: str) -> int:
     return shrink
 
 
-def _resized(step: Step, positions: int, rows: int) -> Step:
-    """The position table at the size the model runs at, and the vocabulary with its placeholder."""
-    if step.name == POSITIONS and step.shape[1] != positions:
-        shape = (1, positions, step.shape[2])
-        return step.model_copy(update={"operation": "resample", "shape": shape, "arguments": {"leading": 1}})
-    if step.name in (EMBEDDINGS, HEAD) and step.shape[0] != rows:
-        return step.model_copy(update={"operation": "extend_rows", "shape": (rows, *step.shape[1:])})
-    return step
+def _resampled(steps: list[Step], positions: int) -> list[Step]:
+    """The steps, with the position table at the size that the model runs at."""
+    made: dict[str, Any] = {"operation": "resample", "arguments": {"leading": 1}}
+    return [
+        step.model_copy(update={**made, "shape": (1, positions, step.shape[2])})
+        if step.name == POSITIONS and step.shape[1] != positions
+        else step
+        for step in steps
+    ]
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PositiveInt
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.keytable import Drop, Reshape, Rule, Split
 from mgll_encoder.spec import TowerSpec, checked
-from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, text_config
-from mllm_adapters.contract import Dropped, Step
 from mllm_adapters.families.janus_source import (
     EMBEDDINGS,
     LM_HEAD,
@@ -28,45 +28,39 @@ from mllm_adapters.families.janus_source import (
     shape_of,
     text_ids,
 )
-from mllm_adapters.planning import contract_of, dtype_name, kept
+from mllm_adapters.families.keytable import Layout
+from mllm_adapters.planning import contract_of, extended
 
-_TIMM = r"vision_model\.vision_tower\."
-_LAYER = rf"{_TIMM}blocks\.(\d+)\."
+VIT, BLOCK = "vision_model.vision_tower.", "vision_model.vision_tower.blocks.{}."
+VQ, NEW_VQ = "gen_vision_model.", "model.vqmodel."
+LAYER = f"{TOWER}encoder.layers.{{}}."
 
-NOT_TAKEN: tuple[tuple[str, str], ...] = (
-    (rf"{_TIMM}attn_pool\..+", "SigLIP's pooling head, which the original code does not use"),
-    (r"gen_vision_model\.quantize\.codebook_used", "a counter of the generator's training"),
-    (r".*rotary_emb\.inv_freq", "recomputed from the configuration"),
-)
-"""Original name -> why it is left out."""
-
-NAMES: tuple[tuple[str, str], ...] = (
-    (rf"{_TIMM}pos_embed", f"{TOWER}embeddings.position_embedding.weight"),
-    (rf"{_TIMM}patch_embed\.proj\.(.+)", rf"{TOWER}embeddings.patch_embedding.\1"),
-    (rf"{_LAYER}norm([12])\.(.+)", rf"{TOWER}encoder.layers.\1.layer_norm\2.\3"),
-    (rf"{_LAYER}attn\.qkv\.(.+)", rf"{TOWER}encoder.layers.\1.self_attn.*_proj.\2"),
-    (rf"{_LAYER}attn\.proj\.(.+)", rf"{TOWER}encoder.layers.\1.self_attn.projection_layer.\2"),
-    (rf"{_LAYER}(mlp\.fc[12]\..+)", rf"{TOWER}encoder.layers.\1.\2"),
-    (rf"{_TIMM}norm\.(.+)", rf"{TOWER}post_layernorm.\1"),
-    (r"aligner\.(layers\..+)", r"model.aligner.\1"),
-    (r"gen_aligner\.(layers\..+)", r"model.generation_aligner.\1"),
-    (r"gen_head\.output_mlp_projector\.(.+)", r"model.generation_head.proj_out.\1"),
-    (r"gen_head\.(vision_head\..+)", r"model.generation_head.\1"),
-    (r"gen_embed\.(.+)", r"model.generation_embeddings.\1"),
-    (r"gen_vision_model\.((?:en|de)coder)\.mid\.0\.(.+)", r"model.vqmodel.\1.mid.block_1.\2"),
-    (r"gen_vision_model\.((?:en|de)coder)\.mid\.1\.(.+)", r"model.vqmodel.\1.mid.attn_1.\2"),
-    (r"gen_vision_model\.((?:en|de)coder)\.mid\.2\.(.+)", r"model.vqmodel.\1.mid.block_2.\2"),
-    (r"gen_vision_model\.encoder\.conv_blocks\.(\d+)\.res\.(.+)", r"model.vqmodel.encoder.down.\1.block.\2"),
-    (r"gen_vision_model\.encoder\.conv_blocks\.(.+)", r"model.vqmodel.encoder.down.\1"),
-    (r"gen_vision_model\.decoder\.conv_blocks\.(\d+)\.res\.(.+)", r"model.vqmodel.decoder.up.\1.block.\2"),
-    (r"gen_vision_model\.decoder\.conv_blocks\.(.+)", r"model.vqmodel.decoder.up.\1"),
-    (r"gen_vision_model\.(.+)", r"model.vqmodel.\1"),
-    (r"language_model\.model\.(.+)", r"model.language_model.\1"),
-    (r"language_model\.(lm_head\.weight)", r"\1"),
-)
-"""Original name -> transformers name (``*`` stands for q, k and v in turn); the first that matches counts."""
-
-_ALIGNER_LAYER = re.compile(r"(model\.(?:generation_)?aligner)\.layers\.(\d+)\.(.+)")
+RULES: Mapping[str, Rule] = {
+    f"{VIT}attn_pool.*": Drop("SigLIP's pooling head, which the original code does not use"),
+    f"{VQ}quantize.codebook_used": Drop("a counter of the generator's training"),
+    "*rotary_emb.inv_freq": Drop("recomputed from the configuration"),
+    f"{VIT}pos_embed": Reshape(f"{TOWER}embeddings.position_embedding.weight", 2),
+    f"{VIT}patch_embed.proj.*": f"{TOWER}embeddings.patch_embedding.{{}}",
+    f"{BLOCK}norm{{1,2}}.*": LAYER + "layer_norm{}.{}",
+    f"{BLOCK}attn.qkv.*": Split(LAYER + "self_attn.{q,k,v}_proj.{}"),
+    f"{BLOCK}attn.proj.*": LAYER + "self_attn.projection_layer.{}",
+    f"{BLOCK}mlp.fc{{1,2}}.*": LAYER + "mlp.fc{}.{}",
+    f"{VIT}norm.*": f"{TOWER}post_layernorm.{{}}",
+    "gen_head.output_mlp_projector.*": "model.generation_head.proj_out.{}",
+    "gen_head.vision_head.*": "model.generation_head.vision_head.{}",
+    "gen_embed.*": "model.generation_embeddings.{}",
+    f"{VQ}{{encoder,decoder}}.mid.0.*": NEW_VQ + "{}.mid.block_1.{}",
+    f"{VQ}{{encoder,decoder}}.mid.1.*": NEW_VQ + "{}.mid.attn_1.{}",
+    f"{VQ}{{encoder,decoder}}.mid.2.*": NEW_VQ + "{}.mid.block_2.{}",
+    f"{VQ}encoder.conv_blocks.{{}}.res.*": NEW_VQ + "encoder.down.{}.block.{}",
+    f"{VQ}encoder.conv_blocks.*": NEW_VQ + "encoder.down.{}",
+    f"{VQ}decoder.conv_blocks.{{}}.res.*": NEW_VQ + "decoder.up.{}.block.{}",
+    f"{VQ}decoder.conv_blocks.*": NEW_VQ + "decoder.up.{}",
+    f"{VQ}*": NEW_VQ + "{}",
+    "language_model.model.*": "model.language_model.{}",
+    "language_model.lm_head.weight": "lm_head.weight",
+}
+"""Original name -> transformers name, but for the two aligners."""
 
 
 HEAD_WIDTH = 64
@@ -125,7 +119,8 @@ def read_original(checkpoint: Checkpoint) -> JanusSource:
     vocabulary = shape_of(checkpoint, "language_model.model.embed_tokens.weight")[0]
     tokenizer = janus_tokenizer(checkpoint.folder)
     image_token_id, rows, notes = placeholder(tokenizer, vocabulary)
-    steps, dropped = _original_steps(checkpoint, rows)
+    steps, dropped = _table(checkpoint).steps(checkpoint.tensors.values(), checkpoint.folder)
+    steps = extended(steps, (EMBEDDINGS, LM_HEAD), rows)
     spec, more = _siglip(checkpoint, vision)
     generator = _generator(checkpoint, spec.grid)
     text = {
@@ -172,67 +167,25 @@ def _count(checkpoint: Checkpoint, pattern: str) -> int:
     return len({m[1] for name in checkpoint.tensors if (m := re.match(pattern, name))})
 
 
-def _original_steps(checkpoint: Checkpoint, rows: int) -> tuple[list[Step], list[Dropped]]:
-    """Every tensor under its new name, or why it is left out."""
-    steps: list[Step] = []
-    dropped: list[Dropped] = []
-    for header in checkpoint.tensors.values():
-        reason = next((why for pattern, why in NOT_TAKEN if re.fullmatch(pattern, header.name)), None)
-        if reason is not None:
-            dropped.append(Dropped(name=header.name, reason=reason))
-            continue
-        name = _new_name(checkpoint, header.name)
-        if "*" in name:
-            steps += _thirds(header, name)
-        elif header.name.endswith(".pos_embed"):
-            shape = header.shape[-2:]
-            dtype = dtype_name(header.dtype)
-            steps.append(
-                Step(name=name, dtype=dtype, shape=shape, operation="reshape", sources=(header.name,))
-            )
-        else:
-            steps.append(kept(header, name, rows if name in (EMBEDDINGS, LM_HEAD) else None))
-    return steps, dropped
-
-
-def _new_name(checkpoint: Checkpoint, name: str) -> str:
-    for pattern, target in NAMES:
-        if match := re.fullmatch(pattern, name):
-            new = match.expand(target)
-            layer = _ALIGNER_LAYER.fullmatch(new)
-            if layer is None:
-                return new
-            # Linear layers have even numbers, the activations between them odd ones.
-            number = int(layer[2]) // 2
-            return f"{layer[1]}.{'fc1' if number == 0 else f'hidden_layers.{number - 1}'}.{layer[3]}"
-    raise UserError(f"{checkpoint.folder}: tensor {name} is not part of a Janus-Pro checkpoint")
-
-
-def _thirds(header: TensorHeader, name: str) -> list[Step]:
-    """Queries, keys and values lie one below the other in a fused tensor."""
-    return [
-        Step(
-            name=name.replace("*", part),
-            dtype=dtype_name(header.dtype),
-            shape=(header.shape[0] // 3, *header.shape[1:]),
-            operation="slice",
-            sources=(header.name,),
-            arguments={"groups": 1, "units": 3, "start": start, "stop": start + 1},
-        )
-        for start, part in enumerate("qkv")
-    ]
+def _table(checkpoint: Checkpoint) -> Layout:
+    """The rules of a checkpoint; of its aligners, linear layers have even numbers, activations odd ones."""
+    aligners: dict[str, Rule] = {}
+    for name, target in (("aligner", "model.aligner"), ("gen_aligner", "model.generation_aligner")):
+        depth = _count(checkpoint, rf"{name}\.layers\.(\d+)\.")
+        layers = ("fc1", *(f"hidden_layers.{layer}" for layer in range(depth - 1)))
+        aligners |= {f"{name}.layers.{2 * i}.*": f"{target}.{layer}.{{}}" for i, layer in enumerate(layers)}
+    return Layout({**RULES, **aligners}, of="a Janus-Pro checkpoint")
 
 
 def _siglip(checkpoint: Checkpoint, params: VisionParams) -> tuple[TowerSpec, tuple[str, ...]]:
     """Geometry of the original tower, from its weights, and what the user should know."""
-    prefix = "vision_model.vision_tower."
-    width, _, patch, _ = shape_of(checkpoint, f"{prefix}patch_embed.proj.weight")
+    width, _, patch, _ = shape_of(checkpoint, f"{VIT}patch_embed.proj.weight")
     pixels, _, notes = janus_pixels(checkpoint.folder, params.image_size)
     geometry = {
         "width": width,
-        "depth": _count(checkpoint, rf"{_LAYER}norm1\."),
+        "depth": _count(checkpoint, r"vision_model\.vision_tower\.blocks\.(\d+)\.norm1\."),
         "heads": width // HEAD_WIDTH,
-        "mlp_width": shape_of(checkpoint, f"{prefix}blocks.0.mlp.fc1.weight")[0],
+        "mlp_width": shape_of(checkpoint, f"{VIT}blocks.0.mlp.fc1.weight")[0],
         "patch_size": patch,
         "activation": "gelu",
         "layer_norm_eps": 1e-6,
@@ -243,7 +196,7 @@ def _siglip(checkpoint: Checkpoint, params: VisionParams) -> tuple[TowerSpec, tu
             f"{where}: its SigLIP tower is {width} wide: expected a multiple of {HEAD_WIDTH}, the width of a head"
         )
     spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, where)
-    check_positions(checkpoint, f"{prefix}pos_embed", spec, class_token=False)
+    check_positions(checkpoint, f"{VIT}pos_embed", spec, class_token=False)
     return spec, notes
 
 
@@ -253,13 +206,12 @@ def _generator(checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
     Raises:
         UserError: a tensor is missing, or its head has a width that transformers' Janus cannot have.
     """
-    vq = "gen_vision_model."
-    levels = _count(checkpoint, rf"{vq}decoder\.conv_blocks\.(\d+)\.")
-    base, channels = shape_of(checkpoint, f"{vq}encoder.conv_in.weight")[:2]
-    embed_dim, latent = shape_of(checkpoint, f"{vq}quant_conv.weight")[:2]
+    levels = _count(checkpoint, rf"{VQ}decoder\.conv_blocks\.(\d+)\.")
+    base, channels = shape_of(checkpoint, f"{VQ}encoder.conv_in.weight")[:2]
+    embed_dim, latent = shape_of(checkpoint, f"{VQ}quant_conv.weight")[:2]
     # The decoder goes from the coarsest level to the finest; its first block of each level sets the width.
     widths = [
-        shape_of(checkpoint, f"{vq}decoder.conv_blocks.{level}.res.0.conv1.weight")[0]
+        shape_of(checkpoint, f"{VQ}decoder.conv_blocks.{level}.res.0.conv1.weight")[0]
         for level in reversed(range(levels))
     ]
     if not widths or any(width % base for width in widths):
@@ -275,14 +227,14 @@ def _generator(checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
     return {
         "model_type": "janus_vqgan",
         "embed_dim": embed_dim,
-        "num_embeddings": shape_of(checkpoint, f"{vq}quantize.embedding.weight")[0],
-        "double_latent": shape_of(checkpoint, f"{vq}encoder.conv_out.weight")[0] == 2 * latent,
+        "num_embeddings": shape_of(checkpoint, f"{VQ}quantize.embedding.weight")[0],
+        "double_latent": shape_of(checkpoint, f"{VQ}encoder.conv_out.weight")[0] == 2 * latent,
         "latent_channels": latent,
         "in_channels": channels,
-        "out_channels": shape_of(checkpoint, f"{vq}decoder.conv_out.weight")[0],
+        "out_channels": shape_of(checkpoint, f"{VQ}decoder.conv_out.weight")[0],
         "base_channels": base,
         "channel_multiplier": [width // base for width in widths],
-        "num_res_blocks": _count(checkpoint, rf"{vq}decoder\.conv_blocks\.0\.res\.(\d+)\.") - 1,
+        "num_res_blocks": _count(checkpoint, rf"{VQ}decoder\.conv_blocks\.0\.res\.(\d+)\.") - 1,
         "num_patches": grid,
         "projection_dim": hidden,
         "image_token_embed_dim": hidden,

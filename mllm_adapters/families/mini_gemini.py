@@ -16,7 +16,7 @@ from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, text_config, tower_config
 from mllm_adapters.contract import Dropped, Family, FamilySpec, Plan, Reading, Step, Target, VisionContract
-from mllm_adapters.convnext import STRIDE, convnext_config, convnext_name
+from mllm_adapters.convnext import CONVNEXT, STRIDE, convnext_config
 from mllm_adapters.families import read_template
 from mllm_adapters.families.mini_gemini_source import (
     AUX_PART,
@@ -192,7 +192,7 @@ class MiniGemini(Family):
             dropped += replaced(names.tower.values())
         used = {header.name for header in aux.tensors.values()}
         steps += [
-            kept(header, AUX_PREFIX + convnext_name(key, aux.where)).model_copy(
+            kept(header, AUX_PREFIX + CONVNEXT.place(key, aux.where).targets[0]).model_copy(
                 update={"dtype": dtype_name(reader.dtype)}
             )
             for key, header in aux.tensors.items()

@@ -4,7 +4,6 @@ Key names and what is read from where after dvlab-research/MGM 769820c (mgm/mode
 ``initialize_uni_modules``; mgm/model/multimodal_encoder/openclip_encoder.py).
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.keytable import Drop
 from mgll_encoder.spec import Resize, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import build_config, tower_geometry
 from mllm_adapters.contract import Dropped
 from mllm_adapters.convnext import TIMM_KEY
+from mllm_adapters.families.keytable import Layout
 from mllm_adapters.planning import TOWER_PART, HostTower, NamedTower, external_tower
 from mllm_adapters.processing import host_pixels
 from mllm_adapters.towers import published_name
@@ -37,16 +38,21 @@ PROJECTORS = (
     "model.mm_projector.2",
 )
 
-ORIGINAL_NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (
-    (re.compile(r".*rotary_emb\.inv_freq"), None),
-    (re.compile(r"model\.((?:embed_tokens|layers|norm)\..+)"), r"model.language_model.\1"),
-    (re.compile(r"lm_head\..+"), r"\g<0>"),
-    (re.compile("|".join(rf"{re.escape(name)}\.(?:weight|bias)" for name in PROJECTORS)), r"\g<0>"),
+LAYOUT = Layout(
+    {
+        "*position_ids": Drop("not part of the model: 0, 1, 2 ..."),
+        "model.vision_tower.vision_tower.vision_model.*": TOWER_PREFIX + "{}",
+        "model.vision_tower.vision_tower.*": TOWER_PREFIX + "{}",
+        "model.vision_tower_aux.vision_{stem,stages}.*": AUX_PREFIX + "{}.{}",
+        "*rotary_emb.inv_freq": None,
+        "model.{embed_tokens,layers,norm}.*": "model.language_model.{}.{}",
+        "lm_head.*": "lm_head.{}",
+        **{f"{name}.{{weight,bias}}": f"{name}.{{}}" for name in PROJECTORS},
+    },
+    of="a Mini-Gemini checkpoint",
+    reason="not part of our layout",
 )
-"""Original name -> ours; None for what is left out on purpose (the rotary table is recomputed)."""
-
-ORIGINAL_TOWER = re.compile(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)")
-ORIGINAL_AUX = re.compile(r"model\.vision_tower_aux\.vision_((?:stem|stages)\..+)")
+"""Original name -> ours; below the high-resolution tower, timm's. None: recomputed."""
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 VOCABULARY_TENSORS = (EMBEDDINGS, "lm_head.weight")
@@ -118,16 +124,14 @@ def sort_names(checkpoint: Checkpoint) -> Names:
     names = Names({}, {}, {}, ())
     dropped = []
     for source in checkpoint.tensors:
-        if source.endswith("position_ids"):
-            dropped.append(Dropped(name=source, reason="not part of the model: 0, 1, 2 ..."))
-        elif match := ORIGINAL_TOWER.fullmatch(source):
-            names.tower[match[1]] = source
-        elif match := ORIGINAL_AUX.fullmatch(source):
-            names.aux[match[1]] = source
-        elif (target := _target_name(checkpoint, source)) is None:
-            dropped.append(Dropped(name=source, reason="not part of our layout"))
-        else:
-            names.kept[target] = source
+        place = LAYOUT.place(source, checkpoint.folder)
+        if not place.targets:
+            dropped.append(Dropped(name=source, reason=LAYOUT.why(place)))
+            continue
+        (target,) = place.targets
+        parts = ((AUX_PREFIX, names.aux), (TOWER_PREFIX, names.tower), ("", names.kept))
+        prefix, into = next(part for part in parts if target.startswith(part[0]))
+        into[target.removeprefix(prefix)] = source
     needed = (EMBEDDINGS, *(f"{name}.{kind}" for name in PROJECTORS for kind in ("weight", "bias")))
     if missing := [name for name in needed if name not in names.kept]:
         raise UserError(
@@ -135,13 +139,6 @@ def sort_names(checkpoint: Checkpoint) -> Names:
             "complete, and is this Mini-Gemini rather than its language model or a LLaVA?"
         )
     return Names(names.kept, names.tower, names.aux, tuple(dropped))
-
-
-def _target_name(checkpoint: Checkpoint, source: str) -> str | None:
-    for pattern, target in ORIGINAL_NAMES:
-        if match := pattern.fullmatch(source):
-            return None if target is None else match.expand(target)
-    raise UserError(f"{checkpoint.folder}: tensor {source} is not part of a Mini-Gemini checkpoint")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 After modeling_qwen.py, configuration_qwen.py and visual.py of Qwen/Qwen-VL-Chat.
 """
 
-import re
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any, Literal
@@ -11,51 +10,60 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PositiveInt
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.keytable import Drop, Rule, Split
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD
-from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import text_config
 from mllm_adapters.contract import Dropped, Step, VisionContract
-from mllm_adapters.planning import dtype_name, kept
+from mllm_adapters.families.keytable import Layout
 
 TOWER_PREFIX = "vision_tower."
 QUERY = "attn_pool.query"
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 
-_LAYER, _BLOCK = r"transformer\.h\.(\d+)\.", r"transformer\.visual\.transformer\.resblocks\.(\d+)\."
-_TO_LAYER, _TO_BLOCK = r"language_model.model.layers.\1.", r"vision_tower.layers.\1."
+RECOMPUTED = Drop("follows from config.json")
 
-NAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(source), target)
-    for source, target in (
-        (r"transformer\.wte\.weight", EMBEDDINGS),
-        (r"transformer\.ln_f\.weight", "language_model.model.norm.weight"),
-        (r"lm_head\.weight", "language_model.lm_head.weight"),
-        (_LAYER + r"ln_1\.weight", _TO_LAYER + "input_layernorm.weight"),
-        (_LAYER + r"ln_2\.weight", _TO_LAYER + "post_attention_layernorm.weight"),
-        (_LAYER + r"attn\.c_attn\.(weight|bias)", _TO_LAYER + r"self_attn.{part}_proj.\2"),
-        (_LAYER + r"attn\.c_proj\.weight", _TO_LAYER + "self_attn.o_proj.weight"),
-        # The original computes w1(x) * silu(w2(x)): w2 is the gate.
-        (_LAYER + r"mlp\.w1\.weight", _TO_LAYER + "mlp.up_proj.weight"),
-        (_LAYER + r"mlp\.w2\.weight", _TO_LAYER + "mlp.gate_proj.weight"),
-        (_LAYER + r"mlp\.c_proj\.weight", _TO_LAYER + "mlp.down_proj.weight"),
-        (r"transformer\.visual\.conv1\.weight", "vision_tower.patch_embedding.weight"),
-        (r"transformer\.visual\.positional_embedding", "vision_tower.position_embedding"),
-        (r"transformer\.visual\.ln_pre\.(weight|bias)", r"vision_tower.ln_pre.\1"),
-        (_BLOCK + r"(ln_[12])\.(weight|bias)", _TO_BLOCK + r"\2.\3"),
-        (_BLOCK + r"attn\.in_proj\.(weight|bias)", _TO_BLOCK + r"attn.{part}_proj.\2"),
-        (_BLOCK + r"attn\.out_proj\.(weight|bias)", _TO_BLOCK + r"attn.out_proj.\2"),
-        (_BLOCK + r"mlp\.c_fc\.(weight|bias)", _TO_BLOCK + r"fc1.\2"),
-        (_BLOCK + r"mlp\.c_proj\.(weight|bias)", _TO_BLOCK + r"fc2.\2"),
-        (r"transformer\.visual\.attn_pool\.attn\.in_proj_(weight|bias)", r"attn_pool.attn.{part}_proj.\1"),
-        (r"transformer\.visual\.(attn_pool\.(?:query|pos_embed|kv_proj\.weight))", r"\1"),
-        (r"transformer\.visual\.(attn_pool\.(?:ln_q|ln_kv|attn\.out_proj)\.(?:weight|bias))", r"\1"),
-        (r"transformer\.visual\.(ln_post\.(?:weight|bias)|proj)", r"attn_pool.\1"),
-    )
+_LAYER, _TO_LAYER = "transformer.h.{}.", "language_model.model.layers.{}."
+_VISUAL, _BLOCK, _TO_BLOCK = (
+    "transformer.visual.",
+    "transformer.visual.transformer.resblocks.{}.",
+    "vision_tower.layers.{}.",
 )
-"""Original name -> our name; ``{part}`` stands for q, k and v in turn, which the original keeps in one tensor."""
 
-RECOMPUTED = re.compile(r".*(rotary_emb\.inv_freq|attn\.masked_bias|logn_tensor)")
-"""Tables that some saved checkpoints hold, and that follow from the configuration."""
+
+def layout(heads: int) -> Layout:
+    """Original name -> our name, for a tower with so many heads.
+
+    It keeps query, key and value of each head together; elsewhere all queries come first.
+    """
+    rules: Mapping[str, Rule] = {
+        **dict.fromkeys(("*rotary_emb.inv_freq", "*attn.masked_bias", "*logn_tensor"), RECOMPUTED),
+        "transformer.wte.weight": EMBEDDINGS,
+        "transformer.ln_f.weight": "language_model.model.norm.weight",
+        "lm_head.weight": "language_model.lm_head.weight",
+        _LAYER + "ln_1.weight": _TO_LAYER + "input_layernorm.weight",
+        _LAYER + "ln_2.weight": _TO_LAYER + "post_attention_layernorm.weight",
+        _LAYER + "attn.c_attn.{weight,bias}": Split(_TO_LAYER + "self_attn.{q,k,v}_proj.{}"),
+        _LAYER + "attn.c_proj.weight": _TO_LAYER + "self_attn.o_proj.weight",
+        # The original computes w1(x) * silu(w2(x)): w2 is the gate.
+        _LAYER + "mlp.w1.weight": _TO_LAYER + "mlp.up_proj.weight",
+        _LAYER + "mlp.w2.weight": _TO_LAYER + "mlp.gate_proj.weight",
+        _LAYER + "mlp.c_proj.weight": _TO_LAYER + "mlp.down_proj.weight",
+        _VISUAL + "conv1.weight": "vision_tower.patch_embedding.weight",
+        _VISUAL + "positional_embedding": "vision_tower.position_embedding",
+        _VISUAL + "ln_pre.{weight,bias}": "vision_tower.ln_pre.{}",
+        _BLOCK + "ln_{1,2}.{weight,bias}": _TO_BLOCK + "ln_{}.{}",
+        _BLOCK + "attn.in_proj.{weight,bias}": Split(_TO_BLOCK + "attn.{q,k,v}_proj.{}", groups=heads),
+        _BLOCK + "attn.out_proj.{weight,bias}": _TO_BLOCK + "attn.out_proj.{}",
+        _BLOCK + "mlp.c_fc.{weight,bias}": _TO_BLOCK + "fc1.{}",
+        _BLOCK + "mlp.c_proj.{weight,bias}": _TO_BLOCK + "fc2.{}",
+        _VISUAL + "attn_pool.attn.in_proj_{weight,bias}": Split("attn_pool.attn.{q,k,v}_proj.{}"),
+        _VISUAL + "attn_pool.{query,pos_embed,kv_proj.weight}": "attn_pool.{}",
+        _VISUAL + "attn_pool.{ln_q,ln_kv,attn.out_proj}.{weight,bias}": "attn_pool.{}.{}",
+        _VISUAL + "ln_post.{weight,bias}": "attn_pool.ln_post.{}",
+        _VISUAL + "proj": "attn_pool.proj",
+    }
+    return Layout(rules, of="a Qwen-VL checkpoint", hint="if it is an adapter, merge it into the model first")
 
 
 class VisualFields(BaseModel):
@@ -105,21 +113,7 @@ class OriginalFields(BaseModel):
 
 def original_steps(checkpoint: Checkpoint, visual: VisualFields) -> tuple[list[Step], list[Dropped]]:
     """Steps that bring the original's tensors under our names, and what is left out."""
-    steps: list[Step] = []
-    dropped: list[Dropped] = []
-    for header in checkpoint.tensors.values():
-        if RECOMPUTED.fullmatch(header.name):
-            dropped.append(Dropped(name=header.name, reason="follows from config.json"))
-            continue
-        target = next((match.expand(to) for of, to in NAMES if (match := of.fullmatch(header.name))), None)
-        if target is None:
-            raise UserError(
-                f"{checkpoint.folder}: tensor {header.name} is not part of a Qwen-VL checkpoint: if it is an adapter, "
-                "merge it into the model first"
-            )
-        # The tower keeps query, key and value of each head together; elsewhere all queries come first.
-        groups = visual.heads if target.startswith(TOWER_PREFIX) else 1
-        steps += _parts(header, target, groups) if "{part}" in target else [kept(header, target)]
+    steps, dropped = layout(visual.heads).steps(checkpoint.tensors.values(), checkpoint.folder)
     found = {step.name for step in steps}
     for name, lacks in ((EMBEDDINGS, "language model"), (QUERY, "resampler")):
         if name not in found:
@@ -127,22 +121,6 @@ def original_steps(checkpoint: Checkpoint, visual: VisualFields) -> tuple[list[S
                 f"{checkpoint.folder} has no {lacks} ({name} is not in its weights): is it complete?"
             )
     return steps, dropped
-
-
-def _parts(header: TensorHeader, target: str, groups: int) -> list[Step]:
-    """Query, key and value of a fused projection."""
-    shape = (header.shape[0] // 3, *header.shape[1:])
-    return [
-        Step(
-            name=target.format(part=part),
-            dtype=dtype_name(header.dtype),
-            shape=shape,
-            operation="slice",
-            sources=(header.name,),
-            arguments={"groups": groups, "units": 3, "start": start, "stop": start + 1},
-        )
-        for start, part in enumerate("qkv")
-    ]
 
 
 def original_contract(visual: VisualFields) -> VisionContract:
