@@ -26,6 +26,7 @@ from mgll_encoder.data.batches import Collator, ManifestImages, Plan, plan_split
 from mgll_encoder.data.manifest import read_header, split_of
 from mgll_encoder.pretrain_options import PretrainOptions, Select
 from mgll_encoder.resuming import (
+    ResumeError,
     check_states,
     clear_unfinished,
     forget,
@@ -168,6 +169,11 @@ def _run(
     with writing(folder), saving_on_signal(trainer, wanted=save_on_signal):
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.gather_skipped()
+    if (logged := len(trainer.epoch_losses)) != trainer.args.num_train_epochs:
+        raise ResumeError(
+            f"cannot resume from {last}: its trainer_state.json has lost the loss of an epoch ({logged} of "
+            f"{trainer.args.num_train_epochs:.0f} are there): remove {folder} to start again"
+        )
     if not all(map(math.isfinite, (outcome.training_loss, *trainer.epoch_losses))):
         raise UserError(f"the loss is not finite after {outcome.global_step} steps: take a smaller --lr")
     return outcome.global_step

@@ -42,7 +42,18 @@ class _LogRow(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     step: int
+    epoch: float
     loss: float | None = None
+
+
+_Callback = dict[str, dict[str, Any]]
+
+
+class _Callbacks(BaseModel):
+    __pydantic_extra__: dict[str, _Callback | list[_Callback]]
+    model_config = ConfigDict(extra="allow")
+
+    TrainerControl: _Callback
 
 
 class _State(BaseModel):
@@ -56,7 +67,7 @@ class _State(BaseModel):
     num_train_epochs: int
     log_history: list[_LogRow]
     train_batch_size: int | None = None
-    stateful_callbacks: dict[str, dict[str, dict[str, Any]] | list[dict[str, dict[str, Any]]]] = {}
+    stateful_callbacks: _Callbacks
 
 
 def only_run(out: Path) -> AbstractContextManager[bool]:

@@ -163,9 +163,12 @@ def test_a_killed_training_resumes_to_the_same_tower(manifest, tmp_path, monkeyp
     class Killed(BaseException):
         pass
 
+    log = TowerTrainer.log
+
     def dying(self, logs, start_time=None):
         if self.state.global_step == 4:  # the end of epoch 2, before its checkpoint is written
             raise Killed
+        log(self, logs, start_time)
 
     pretrain(manifest, tmp_path / "whole", options(), workers=0)
     with monkeypatch.context() as patch:
