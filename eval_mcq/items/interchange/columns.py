@@ -216,7 +216,7 @@ def literal_list(text: str) -> list[Any] | None:
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested too deeply
             continue
         if isinstance(value, list):
             return value

@@ -1,7 +1,6 @@
 """Reading other tools' files row by row: TSV, CSV, JSON, JSON Lines, or a folder of JSON files."""
 
 import csv
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import regular_file
-from mgll_encoder.common.texts import read_text
+from mgll_encoder.common.texts import parse_json, read_text
 
 
 class Row(NamedTuple):
@@ -47,11 +46,7 @@ def load_json(path: Path) -> Any:
     Raises:
         UserError: no such file, or no JSON.
     """
-    text = read_text(path, "file")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"file {path} is not JSON: {error}") from None
+    return parse_json(read_text(path, "file"), f"file {path}", nan=True)
 
 
 def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
@@ -81,17 +76,14 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                cells = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error.msg}") from None
-            if not isinstance(cells, dict):
-                raise UserError(f"{path} line {number} is not a JSON object")
-            yield Row(f"{path} line {number}", cells)
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    for number, line in enumerate(read_text(path, "file").split("\n"), start=1):
+        if not line.strip():
+            continue
+        cells = parse_json(line, f"{path} line {number}", nan=True)
+        if not isinstance(cells, dict):
+            raise UserError(f"{path} line {number} is not a JSON object")
+        yield Row(f"{path} line {number}", cells)
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
