@@ -61,9 +61,11 @@ def spec_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: one of them has no such value; the message is one line.
     """
     try:
-        fields = ClipVisionFields.model_validate(dict(settings))
+        fields = ClipVisionFields.model_validate(settings, from_attributes=False)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise ValueError(f"vision_config is {first['input']!r:.60}: expected an object") from None
         raise ValueError(f"field '{first['loc'][0]}' is {first['input']!r}: {first['msg']}") from None
     return {ours: getattr(fields, theirs) for ours, theirs in SPEC_FIELDS.items()}
 
