@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -120,12 +121,15 @@ def invoke(main: Callable[[], None], *arguments: object) -> Outcome:
     """Run a command in this process, as if typed."""
     out, err = io.StringIO(), io.StringIO()
     argv = ["command", *map(str, arguments)]
+    ctrl_c = signal.getsignal(signal.SIGINT)
     with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
         try:
             main()
             code = 0
         except SystemExit as exit_:
             code = int(exit_.code or 0)
+    if signal.getsignal(signal.SIGINT) != ctrl_c:  # a command leaves the process as it is to end
+        signal.signal(signal.SIGINT, ctrl_c)
     return Outcome(code, out.getvalue(), err.getvalue())
 
 

@@ -64,19 +64,21 @@ def installed(folder: Path, name: str, version: str, text: str = "") -> None:
     (place / "METADATA").write_text(text, encoding="utf-8")
 
 
-def python(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def python(site: Path, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run Python with one site-packages folder, this package's sources, and the standard library."""
     return subprocess.run(
         [sys.executable, "-S", *map(str, arguments)],
-        cwd=site,
+        cwd=cwd or site,
         env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "COLUMNS": "200"},
         capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
-def command(site: Path, entry: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def command(
+    site: Path, entry: str, *arguments: object, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a console command (``module:function``) in such an environment."""
     module, _, function = entry.partition(":")
     name = next(one.name for one in metadata.entry_points(group="console_scripts") if one.value == entry)
     script = f"import sys; sys.argv[0] = {name!r}; from {module} import {function}; {function}()"
-    return python(site, "-c", script, *arguments)
+    return python(site, "-c", script, *arguments, cwd=cwd)

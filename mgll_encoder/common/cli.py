@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mgll_encoder.common import signals
 from mgll_encoder.common.errors import UserError, one_line
 from mgll_encoder.common.faults import find_fault
+from mgll_encoder.common.files import clear_interrupted
 
 T = TypeVar("T")
 
@@ -63,8 +64,10 @@ def run(app: typer.Typer) -> NoReturn:
     # So that nothing looks for garbage among all that torch has made: half a second at every exit.
     atexit.register(gc.freeze)
     try:
-        with signals.watched():
+        with signals.watched(last=True):
             code = _outcome(typer.main.get_command(app))
+            if signals.received() is not None:
+                clear_interrupted()
     except KeyboardInterrupt:  # a signal that came after the command was done
         code = signals.exit_code()
     sys.exit(code)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import CACHE, find_fault, writing
-from mgll_encoder.common.locks import locked
+from mgll_encoder.common.locks import let_go, locked
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[a-z0-9_]{8}", re.DOTALL)
 """Hidden siblings that something is written to, or that hold what is about to be replaced."""
@@ -83,7 +83,7 @@ def appearing(path: Path) -> Iterator[Path]:
     with writing(path):
         _make(path.parent)
         _sweep(path.parent)
-        with locked(_lock_of(path), otherwise=None), _partial_file(path) as partial:
+        with locked(_lock_of(path), otherwise=None), _cleared(path), _partial_file(path) as partial:
             yield partial
 
 
@@ -103,7 +103,7 @@ def made_once(path: Path, make: Callable[[Path], None]) -> Path:
             _sweep(path.parent)
             with locked(_lock_of(path), otherwise=None):
                 if not path.exists():  # another process may have made it meanwhile
-                    with _partial_file(path) as partial:
+                    with _cleared(path), _partial_file(path) as partial:
                         make(partial)
     return path
 
@@ -149,6 +149,14 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def clear_interrupted() -> None:
+    """Remove what this process has begun to write and a signal has kept from being cleared away."""
+    for lock in let_go():
+        with suppress(UserError, OSError), locked(lock, "another process is writing there") as alone:
+            if alone and (told := _LOCK.fullmatch(lock.name)):
+                _clear_leftovers(lock.with_name(told["name"]))
 
 
 def check_free(path: Path, force: bool = False) -> None:
@@ -206,7 +214,18 @@ def _only_writer(path: Path, force: bool) -> Iterator[None]:
             if alone:
                 _clear_leftovers(path.absolute())
             check_free(path, force)  # again: another process may have finished it, or an old one come back
-            yield
+            with _cleared(path.absolute()):
+                yield
+
+
+@contextmanager
+def _cleared(path: Path) -> Iterator[None]:
+    """Leave nothing beside ``path`` after an error, even where a signal came just before what clears it away."""
+    try:
+        yield
+    except BaseException:
+        _clear_leftovers(path)
+        raise
 
 
 @contextmanager

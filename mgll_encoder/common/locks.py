@@ -13,6 +13,8 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errn
 """What file systems answer that have no locks (NFS without lockd, some FUSE)."""
 
 _held: set[int] = set()
+_claimed: set[Path] = set()
+"""Locks that this process holds or is about to hold."""
 
 
 def _leave_to_parent() -> None:
@@ -20,6 +22,14 @@ def _leave_to_parent() -> None:
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
+    _claimed.clear()
+
+
+def let_go() -> set[Path]:
+    """Give up what a signal has kept from being released: it may arrive between any two steps. The lock files."""
+    claimed = set(_claimed)
+    _leave_to_parent()
+    return claimed
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
@@ -40,38 +50,45 @@ def locked(file: Path, otherwise: str | None) -> Iterator[bool]:
         UserError: another process holds it, and ``otherwise`` was given.
         OSError: the file cannot be made.
     """
+    _claimed.add(file)
     descriptor = _acquire(file, otherwise)
     if descriptor is None:
+        _claimed.discard(file)
         yield False
         return
-    _held.add(descriptor)
     try:
         yield True
     finally:
         if descriptor in _held:  # not so in a forked child
             # Unlinked while it is held: whoever waits for it finds that, and makes a new one.
             file.unlink(missing_ok=True)
-            _held.discard(descriptor)
-            os.close(descriptor)
+            _close(descriptor)
+            _claimed.discard(file)
 
 
 def _acquire(file: Path, otherwise: str | None) -> int | None:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _held.add(descriptor)
         try:
             _flock(descriptor, file, otherwise)
             if _is_still(descriptor, file):
                 return descriptor
         except OSError as error:
-            os.close(descriptor)
+            _close(descriptor)
             if error.errno not in _UNSUPPORTED:
                 raise
             _tell_unlockable(file)
             return None
         except BaseException:
-            os.close(descriptor)
+            _close(descriptor)
             raise
-        os.close(descriptor)
+        _close(descriptor)
+
+
+def _close(descriptor: int) -> None:
+    os.close(descriptor)
+    _held.discard(descriptor)
 
 
 def _flock(descriptor: int, file: Path, otherwise: str | None) -> None:

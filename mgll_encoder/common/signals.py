@@ -36,10 +36,13 @@ def exit_code() -> int:
 
 
 @contextmanager
-def watched() -> Iterator[None]:
+def watched(*, last: bool = False) -> Iterator[None]:
     """Raise `Terminated` in the main thread on a signal to end; what a user ignores (nohup) stays ignored.
 
     Only Ctrl-C interrupts again, so that clearing away is not disturbed by launchers that signal twice.
+
+    Args:
+        last: Whether the process ends after the block, and Ctrl-C shall then end it without a traceback.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -74,7 +77,9 @@ def watched() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(
+                number, signal.SIG_DFL if last and handler is signal.default_int_handler else handler
+            )
 
 
 @contextmanager

@@ -78,6 +78,41 @@ def test_told_twice_it_still_clears_away(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("module", "step"), [("locks", "_acquire"), ("files", "_new_sibling")])
+def test_a_signal_between_making_and_holding_leaves_nothing(tmp_path: Path, module: str, step: str) -> None:
+    """It arrives between any two steps: here when the lock or the folder has been made and nobody knows yet."""
+    program = textwrap.dedent(PROGRAM).replace("{action}", "pass") + textwrap.dedent(
+        f"""
+        from mgll_encoder.common import {module}
+        made = {module}.{step}
+        def interrupted(*given):
+            {module}.{step} = made
+            made(*given)
+            signals.signal.raise_signal(signals.signal.SIGTERM)
+        {module}.{step} = interrupted
+        run(app)
+        """
+    )
+    program = program.replace("run(app)", "", 1)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.strip()) == (143, "error: interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_after_the_work_ends_the_process_without_a_traceback(tmp_path: Path) -> None:
+    after = "except SystemExit: signals.signal.raise_signal(signals.signal.SIGINT)"
+    program = (
+        textwrap.dedent(PROGRAM).replace("{action}", "pass").replace("run(app)", f"try: run(app)\n{after}")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        capture_output=True, text=True, check=False, preexec_fn=as_in_the_foreground,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     process = started(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
