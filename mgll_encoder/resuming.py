@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,7 +34,7 @@ STATE = "trainer_state.json"
 
 _DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, RuntimeError, EOFError, LookupError, ValueError,
-    ArithmeticError, TypeError, AttributeError, FileNotFoundError,
+    ArithmeticError, TypeError, AttributeError, FileNotFoundError, struct.error,
 )  # fmt: skip
 """What torch and transformers raise on a state that is missing or damaged."""
 

@@ -81,7 +81,9 @@ def load_tokenizer(folder: Path) -> Any | None:
     if (folder / "tokenizer.json").is_file():
         read_json(folder / "tokenizer.json")
     settings = folder / "tokenizer_config.json"
-    named = read_json(settings).get("tokenizer_class", "") if settings.is_file() else ""
+    named = read_json(settings).get("tokenizer_class") or "" if settings.is_file() else ""
+    if not isinstance(named, str):
+        raise UserError(f"{settings}: tokenizer_class is {named!r:.60}: expected the name of a class")
     named = named.replace(
         "LLaMA", "Llama"
     )  # as the first conversions of LLaMA spell it, which nothing can load
@@ -142,6 +144,11 @@ def load_processor(folder: Path) -> Any | None:
         return None
     _register(folder)
     processor = load_pretrained(AutoProcessor, folder, f"the processor in {folder}")
+    if not hasattr(processor, "tokenizer"):  # what transformers makes of files that name no processor
+        raise UserError(
+            f"{folder}: its files make up a {type(processor).__name__}, expected a processor of images and text: check "
+            "processor_class in processor_config.json and preprocessor_config.json"
+        )
     if isinstance(processor, LlavaProcessor):
         _complete_llava(processor, folder / "config.json")
     return processor

@@ -22,7 +22,7 @@ from mllm_adapters.swap.apply import (
     new_checkpoint,
     write_weights,
 )
-from mllm_adapters.swap.provenance import SwapRecord, is_input, read_record
+from mllm_adapters.swap.provenance import PROVENANCE, SwapRecord, is_input, read_record
 from mllm_adapters.swap.rewrite import copy_sides
 from mllm_adapters.training.stages import components
 
@@ -127,12 +127,24 @@ def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
     state = {key: checkpoint.read(step.name) for key, step in steps.items()}
     with torch.device("meta"):
         model = build_model(spec)
+    _check_tower(folder, model.state_dict(), state)
     model.load_state_dict(state, assign=True)
     model.embeddings.position_ids = torch.nn.Buffer(torch.arange(1 + spec.patches)[None], persistent=False)
     made_of = record.inputs.tower.name if record.inputs.tower else None
     provenance = {"source": folder.absolute().name, "layout": "swapped checkpoint", "encoder": made_of}
     trainings = [training for training in trainings_of(folder) if TOWER in training.parts]
     return save_tower(Tower.from_model(model, spec), out, force, provenance, trainings=trainings)
+
+
+def _check_tower(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (expected, found)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        wanted, given = (state.get(name, "none") for state in shapes)
+        if wanted != given:
+            raise UserError(
+                f"{folder / PROVENANCE}: the tower's tensor {name} has shape {given}, expected {wanted}: the record is "
+                "damaged: swap again"
+            )
 
 
 class _Both:

@@ -38,8 +38,6 @@ def _asked(row: Row, skipped: Skipped) -> Iterator[RawQuestion]:
     if not isinstance(turns, list):
         raise BadQuestionError(MALFORMED, f"{row.where} has no list 'conversations': is it LLaVA's format?")
     paths = images if isinstance(images, list) else [images] if images else []
-    if strange := [path for path in paths if not isinstance(path, str)]:
-        raise BadQuestionError(MALFORMED, f"{row.where}: image must be a path, found {strange[0]!r:.60}")
     first = as_text(row.cells.get("id")) or row.where.rpartition(" ")[2]
     for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=False), start=1):
         where = row.where if len(turns) == 2 else f"{row.where} turn {number}"
@@ -50,7 +48,7 @@ def _asked(row: Row, skipped: Skipped) -> Iterator[RawQuestion]:
         question, options = parsed
         yield RawQuestion(
             where=where, id=first if len(turns) == 2 else f"{first}#{number}",
-            images=list(paths),
+            images=paths,
             question=question, options=options, answer=parse_reply(_said(gpt, "gpt", where)),
             category=as_text(row.cells.get("category")),
         )  # fmt: skip

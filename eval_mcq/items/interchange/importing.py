@@ -233,6 +233,8 @@ def _place(
         )
     if isinstance(image, bytes):
         return pictures.add(image, f"{raw.where} (id '{raw.id}')")
+    if not isinstance(image, str):
+        raise BadQuestionError(MALFORMED, f"{raw.where}: the image is {image!r:.60}, expected a path")
     path = Path(os.path.relpath((source.image_folder / image).absolute(), bench.absolute().parent))
     return path.as_posix()
 
