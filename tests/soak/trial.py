@@ -27,6 +27,9 @@ UNFINISHED = re.compile(r"\.(partial|replaced)-|\.lock$|^\.tmp|^tmp[a-z0-9_]{8}$
 TRAINING = re.compile(r"^\.?out\.training$")
 """Work folders of trainings, which stay until these are done, or for good."""
 
+STARTING = re.compile(r"^Traceback .*^KeyboardInterrupt\s*\Z", re.MULTILINE | re.DOTALL)
+"""What Python prints of Ctrl-C while it starts."""
+
 VOLATILE = {"seconds"}
 """Fields of JSON records that tell of the machine."""
 
@@ -128,6 +131,8 @@ class Trials:
     def _judge(self, command: Command, fault: "Fault", work: Path, result: Result) -> None:
         """What must be true as soon as the disturbed command has ended."""
         said = self.log(work).read_text(errors="replace")
+        if fault.traces and not state(work) and STARTING.search(said):
+            return  # Python itself was starting, before any code of ours
         if wrong := [code for code in result.codes if code not in (0, *fault.codes)]:
             result.faults.append(f"exit {wrong}")
         if "Traceback" in said:
@@ -177,11 +182,13 @@ class Fault:
         codes: Exit codes that it may lead to, besides 0. (Before and after its work, a command is ended by the signal
             itself.)
         clears: Whether a command that it ended leaves nothing unfinished.
+        traces: Whether Python itself prints a traceback of it, before any code of ours.
     """
 
     name: str
     codes: tuple[int, ...]
     clears: bool = True
+    traces: bool = False
 
     @contextmanager
     def place(self, folder: Path, reference: Reference, draw: random.Random) -> Iterator[Path]:
@@ -333,7 +340,7 @@ def may_mount(folder: Path) -> bool:
 
 KILL = Signalled("kill", (-signal.SIGKILL,), clears=False)
 TERM = Signalled("term", (128 + signal.SIGTERM, -signal.SIGTERM), number=signal.SIGTERM)
-INT = Signalled("ctrl-c", (128 + signal.SIGINT, -signal.SIGINT), number=signal.SIGINT)
+INT = Signalled("ctrl-c", (128 + signal.SIGINT, -signal.SIGINT), traces=True, number=signal.SIGINT)
 LIMIT = Limited("limit", (2,))
 FULL = Mounted("full disk", (2,))
 READ_ONLY = Mounted("read-only", (2,), writable=False)
