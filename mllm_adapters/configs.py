@@ -11,9 +11,7 @@ from mgll_encoder.pretrained import library_errors, library_reason
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.contract import VisionContract
 from mllm_adapters.modeling import register
-
-ADVICE: Mapping[str, str] = {"quantization_config": "take the unquantised checkpoint"}
-"""Field of a config.json -> what to do where its value is not accepted."""
+from mllm_adapters.quantised import refuse_quantised
 
 Fields = TypeVar("Fields", bound=BaseModel)
 
@@ -27,16 +25,17 @@ def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fi
         where: How the error message calls it.
 
     Raises:
-        UserError: a field is missing, of another type, or has a value that the family does not know.
+        UserError: a field is missing, of another type, or has a value that the family does not know; or the weights
+            that it describes are quantised.
     """
+    refuse_quantised(config, where)
     try:
         return kind.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
         found = f"{field} is {config[field]!r}" if field in config else f"{field} is missing"
-        advice = ADVICE.get(field, "this variant is not supported")
-        raise UserError(f"{where}: {found}: {first['msg']}; {advice}") from None
+        raise UserError(f"{where}: {found}: {first['msg']}; this variant is not supported") from None
 
 
 def build_config(settings: Mapping[str, Any], where: str) -> Any:

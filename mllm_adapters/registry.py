@@ -11,6 +11,8 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, Family
+from mllm_adapters.not_read import not_read
+from mllm_adapters.quantised import refuse_quantised
 
 FAMILIES: Mapping[str, str] = {
     "llava": "mllm_adapters.families.llava:LLAVA",
@@ -68,15 +70,18 @@ def detect(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
         where: How error messages call the checkpoint.
 
     Raises:
-        UserError: no family recognises it; one that is close says what would work.
+        UserError: no family recognises it, or its weights are quantised; what is known by name says what would work.
     """
     for name, fits in _DESCRIBED.items():
         if config.get(name) is not None and not fits(config[name]):
             raise UserError(f"{where}: field '{name}' is {config[name]!r:.80}: expected class names as text")
+    described = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
+    if row := not_read(config):
+        raise UserError(f"{where} ({described}): {row.explain(config)}")
+    refuse_quantised(config, where, to_load=True)
     found = _recognised(config)
     if found is not None:
         return found
-    described = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
     for candidate in families():
         if reason := candidate.refusal(config):
             raise UserError(f"{where} ({described}): {reason}")

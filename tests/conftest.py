@@ -48,6 +48,15 @@ def cases() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """Real metadata of published checkpoints, without weights (``MGLL_PUBLISHED_DIR``)."""
+    folder = Path(os.environ.get("MGLL_PUBLISHED_DIR", HERE.parents[1] / "shared" / "published"))
+    if not folder.is_dir():
+        pytest.skip(f"no published metadata at {folder}: set MGLL_PUBLISHED_DIR")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the tests' own, for the commands that they start, too."""

@@ -41,7 +41,6 @@ class Fields(BaseModel):
     vision_feature_select_strategy: Literal["default", "full"] = "full"
     downsample_factor: PositiveInt = 2
     image_token_index: int = 255036
-    quantization_config: None = None
 
 
 class AyaVision(Family):

@@ -34,7 +34,6 @@ class LlamaFields(BaseModel):
     hidden_size: int
     num_hidden_layers: int
     vocab_size: int
-    quantization_config: None = None
 
 
 def language_model(checkpoint: Checkpoint) -> Path:

@@ -86,7 +86,6 @@ class Fields(BaseModel):
     image_token_index: int | None = None
     image_token_id: int | None = None
     vision_feature_layer: int = NEW_LAYER
-    quantization_config: None = None
 
     @property
     def placeholder(self) -> int | None:
@@ -106,15 +105,6 @@ class InstructBlip(Family):
             return "lavis"
         stock = "transformers" if FAMILY_KEY in config else "stock"
         return {OWN: "transformers", STOCK: stock}.get(str(config.get("model_type")))
-
-    def refusal(self, config: Mapping[str, Any]) -> str | None:
-        """BLIP-2, which reads no instruction, and the video model."""
-        works = "take an InstructBLIP such as Salesforce/instructblip-vicuna-7b"
-        close = {
-            "blip-2": f"this is BLIP-2, whose Q-Former reads no instruction: {works}",
-            "instructblipvideo": f"this is InstructBLIP-Video, which reads several frames at once: {works}",
-        }
-        return close.get(str(config.get("model_type")))
 
     def plan(
         self,

@@ -19,7 +19,7 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import tower_config
 from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
 from mllm_adapters.families import internvl_text
-from mllm_adapters.families.internvl_hosts import TRY, Host, native_host, original_host
+from mllm_adapters.families.internvl_hosts import Host, native_host, original_host
 from mllm_adapters.families.internvl_names import PROJECTOR, TOWER
 from mllm_adapters.families.llava import LLAVA, Llava
 from mllm_adapters.planning import REPLACED, after_swap, anew, refit_reader, swap_notes, tower_steps
@@ -52,17 +52,6 @@ class InternVL(Family):
         native = kind in CLASSES and "vision_config" in config and "text_config" in config
         mine = kind != "llava" or config.get(FAMILY_KEY) == self.spec.name
         return "transformers" if native and mine else None
-
-    def refusal(self, config: Mapping[str, Any]) -> str | None:
-        """InternVL's relatives that are no chat model of this kind."""
-        kind = str(config.get("model_type"))
-        if "audio_config" in config and "intern" in f"{kind} {config.get('architectures')}".lower():
-            return f"this InternVL hears too (InternOmni): {TRY}"
-        if kind == "intern_vit_6b":
-            return f"this is InternVL's vision tower alone: {TRY}"
-        if kind.startswith("internvl"):
-            return f"this InternVL is no chat model, it compares images with texts: {TRY}"
-        return None
 
     def plan(
         self,

@@ -81,7 +81,6 @@ class NativeFields(BaseModel):
     downsample_ratio: float = Field(0.5, gt=0, le=1)
     image_token_id: int = 151667
     ps_version: Literal["v1", "v2"] = "v2"
-    quantization_config: None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,6 @@ def original_host(checkpoint: Checkpoint) -> Host:
         UserError: it is of a variant that is not supported, or lacks something.
     """
     where = f"{checkpoint.folder}/config.json"
-    _refuse_quantised(checkpoint)
     fields = read_fields(OriginalFields, checkpoint.config, where)
     vision = read_fields(VisionFields, fields.vision_config, f"{where}, vision_config")
     if vision.qk_normalization and vision.layer_norm_eps != 1e-6:
@@ -212,7 +210,6 @@ def native_host(checkpoint: Checkpoint) -> Host:
         UserError: it is of a variant that is not supported, or lacks something.
     """
     config, where = checkpoint.config, checkpoint.folder / "config.json"
-    _refuse_quantised(checkpoint)
     fields = read_fields(NativeFields, config, str(where))
     built = build_config(config, str(where))
     matches = [m for m in map(FIRST_TENSOR.fullmatch, checkpoint.tensors) if m]
@@ -295,14 +292,6 @@ def _resampled(steps: list[Step], positions: int) -> list[Step]:
         else step
         for step in steps
     ]
-
-
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    nested = checkpoint.config.get("llm_config") or checkpoint.config.get("text_config") or {}
-    if checkpoint.config.get("quantization_config") or nested.get("quantization_config"):
-        raise UserError(
-            f"{checkpoint.folder}/config.json: quantization_config is set: take the unquantised checkpoint"
-        )
 
 
 def _side(size: Any) -> int:

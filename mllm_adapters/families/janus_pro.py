@@ -63,22 +63,6 @@ LLAVA_NAMES: tuple[tuple[str, str], ...] = (
 )
 """Beginning of a name in the Janus layout -> in the LLaVA layout."""
 
-CLOSE: tuple[tuple[str, str], ...] = (
-    (
-        "vision_gen_enc_config",
-        "this is JanusFlow, which draws by rectified flow and has another vision path: take Janus-Pro "
-        "(deepseek-ai/Janus-Pro-1B or -7B)",
-    ),
-    (
-        "model_type",
-        "there is no gen_head_config, so this is DeepSeek-VL, which shares Janus' model_type: take Janus-Pro "
-        "(deepseek-ai/Janus-Pro-1B or -7B)",
-    ),
-)
-"""Key of a ``multi_modality`` configuration that is not Janus' -> what it is and what would work; the first counts."""
-
-RELATIVES = ("deepseek_vl", "deepseek_vl_hybrid", "deepseek_vl_v2")
-
 
 @dataclass(frozen=True)
 class JanusPro(Family):
@@ -102,14 +86,6 @@ class JanusPro(Family):
         if kind == "multi_modality":
             return "original" if "gen_head_config" in config else None
         return "transformers" if kind in ("janus", OWN_TYPE) else self.llava.layout(config)
-
-    def refusal(self, config: Mapping[str, Any]) -> str | None:
-        """JanusFlow and DeepSeek-VL."""
-        if config.get("model_type") in RELATIVES:
-            return "DeepSeek-VL is another family: take Janus-Pro (deepseek-ai/Janus-Pro-1B or -7B)"
-        if config.get("model_type") != "multi_modality":
-            return None
-        return next(reason for key, reason in CLOSE if key in config)
 
     def plan(
         self,

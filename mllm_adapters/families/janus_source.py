@@ -32,8 +32,6 @@ EMBEDDINGS, LM_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weigh
 class Quantisable(BaseModel):
     """A config.json of either layout."""
 
-    quantization_config: None = None
-
 
 class JanusPixels(BaseModel):
     """A preprocessor_config.json of the original code or of transformers, with the defaults of both."""

@@ -60,7 +60,6 @@ class CommonFields(BaseModel):
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    quantization_config: None = None
 
 
 class OriginalFields(CommonFields):

@@ -75,7 +75,6 @@ class NativeFields(BaseModel):
     perceiver_latents: int
     perceiver_width: int | None = None
     media_mask: Literal["preceding", "legacy"]
-    quantization_config: None = None
 
 
 @dataclass(frozen=True)
@@ -90,20 +89,6 @@ class MedFlamingo(Family):
         if not config:
             return "original"
         return "transformers" if config.get("model_type") == MODEL_TYPE else None
-
-    def refusal(self, config: Mapping[str, Any]) -> str | None:
-        """IDEFICS and Otter are Flamingos too, but not these."""
-        model_type = str(config.get("model_type"))
-        works = (
-            "what works is Med-Flamingo's model.pt or OpenFlamingo-9B's checkpoint.pt beside its LLaMA folder"
-        )
-        if model_type.startswith("idefics"):
-            return (
-                f"an IDEFICS has other cross-attention blocks than OpenFlamingo and is not supported; {works}"
-            )
-        if model_type in ("otter", "flamingo"):
-            return f"Otter's re-packaged Flamingo is not supported; {works}"
-        return None
 
     def plan(
         self,

@@ -66,9 +66,6 @@ READERS = ("model.vlm_uni_query_projector.0", "model.vlm_uni_query_projector.1",
 MINED = "model.vlm_uni_val_projector.1"
 """What is mined comes out of here, and is added to the low-resolution tower's features."""
 
-OTHER_PROMPTS = {64000: "Yi (MGM-34B)", 128256: "LLaMA 3 (MGM-8B)"}
-"""Vocabulary -> published language models of the same architecture whose conversation format is another one."""
-
 
 @dataclass(frozen=True)
 class MiniGemini(Family):
@@ -88,18 +85,7 @@ class MiniGemini(Family):
             return "transformers"
         named = config.get("model_type") in MODEL_TYPES and _architecture(config) in (*ARCHITECTURES, "")
         known = named or _architecture(config) in ARCHITECTURES
-        return "original" if known and _other_prompt(config) is None else None
-
-    def refusal(self, config: Mapping[str, Any]) -> str | None:
-        """Mini-Gemini on another language model."""
-        kind, architecture = str(config.get("model_type")), _architecture(config)
-        if not (kind.startswith(MODEL_TYPES) or architecture.startswith(("MGM", "MiniGemini"))):
-            return None
-        found = _other_prompt(config) or "no LLaMA"
-        return (
-            f"the language model of this Mini-Gemini is {found}: expected LLaMA with the vicuna_v1 prompt; "
-            "take MGM-7B or MGM-13B, with or without -HD"
-        )
+        return "original" if known else None
 
     def plan(
         self,
@@ -291,10 +277,6 @@ class MiniGemini(Family):
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else ""
-
-
-def _other_prompt(config: Mapping[str, Any]) -> str | None:
-    return next((name for size, name in OTHER_PROMPTS.items() if config.get("vocab_size") == size), None)
 
 
 def _contracts(

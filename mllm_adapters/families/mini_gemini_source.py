@@ -63,7 +63,6 @@ class CommonFields(BaseModel):
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    quantization_config: None = None
     image_size_aux: int = Field(gt=0)
     image_grid: int = Field(default=1, ge=1)
     image_global: bool = False

@@ -87,30 +87,11 @@ GENERATIONS: Mapping[str, Generation] = {
 OWN = "mgll_"
 """Prefix of a swapped checkpoint's model_type."""
 
-_TAKE = "take Qwen2-VL, Qwen2.5-VL or a dense Qwen3-VL"
-
-NOT_THESE: Mapping[str, str] = {
-    "qwen2_audio": f"Qwen2-Audio hears and does not see: {_TAKE}",
-    "qwen2_5_omni": f"Qwen2.5-Omni is not supported, its speech part would be lost: {_TAKE}",
-    "qwen2_5_omni_thinker": f"Qwen2.5-Omni is not supported, its audio tower would be lost: {_TAKE}",
-    "qwen3_omni_moe": f"Qwen3-Omni is not supported: {_TAKE}",
-    "qwen3_vl_moe": f"Qwen3-VL with a mixture of experts is not supported: {_TAKE}",
-    "qwen3_5": f"Qwen3.5 is not supported, its language model is another one: {_TAKE}",
-    "qwen3_5_moe": f"Qwen3.5 is not supported, its language model is another one: {_TAKE}",
-    "qwen2": f"Qwen2 is a language model without vision tower: {_TAKE}",
-    "qwen3": f"Qwen3 is a language model without vision tower: {_TAKE}",
-}
-"""model_type of what is close -> why it is refused, and what would work."""
-
-LOADABLE_QUANTISATION = "bitsandbytes"
-"""Done to the weights while they are loaded, as QLoRA does: the checkpoint itself is none the less whole."""
-
 
 class Fields(BaseModel):
     """What counts in a config.json besides what transformers makes of it."""
 
     vision_config: dict[str, Any]
-    quantization_config: None = None
 
 
 class Qwen2VL(Family):
@@ -130,17 +111,7 @@ class Qwen2VL(Family):
     def layout(self, config: Mapping[str, Any]) -> str | None:
         """``transformers`` or None; swapped checkpoints have a model_type of ours."""
         known = str(config.get("model_type")).removeprefix(OWN) in GENERATIONS and "vision_config" in config
-        return "transformers" if known and _quantisation(config) in (None, LOADABLE_QUANTISATION) else None
-
-    def refusal(self, config: Mapping[str, Any]) -> str | None:
-        """Relatives without a tower or with other parts, and weights that are quantised on disk."""
-        model_type = str(config.get("model_type"))
-        if model_type.removeprefix(OWN) in GENERATIONS and _quantisation(config):
-            return (
-                f"quantization_config says {_quantisation(config)}, and quantised weights cannot be swapped or "
-                "trained: take the unquantised checkpoint (without -AWQ, -GPTQ, -FP8 in its name)"
-            )
-        return NOT_THESE.get(model_type)
+        return "transformers" if known else None
 
     def plan(
         self,
@@ -268,15 +239,6 @@ class Qwen2VL(Family):
 def _grids(contract: VisionContract, pictures: int) -> Tensor:
     """Frames, rows and columns of patches of each picture [pictures, 3]."""
     return torch.tensor([[1, contract.grid, contract.grid]] * pictures)
-
-
-def _quantisation(config: Mapping[str, Any]) -> str | None:
-    """How the weights are quantised, or None."""
-    settings = config.get("quantization_config")
-    if not settings:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    return str(getattr(method, "value", method))
 
 
 def _visual_prefix(checkpoint: Checkpoint, generation: Generation) -> str:

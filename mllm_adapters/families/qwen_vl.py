@@ -53,7 +53,6 @@ class OwnFields(BaseModel):
     vision_feature_layer: int
     image_seq_length: PositiveInt
     image_token_id: int
-    quantization_config: None = None
 
 
 @dataclass(frozen=True)
@@ -66,22 +65,8 @@ class QwenVL(Family):
         """``original``, ``transformers`` (ours) or None."""
         if config.get("model_type") == MODEL_TYPE:
             return "transformers"
-        original = config.get("model_type") == "qwen" and self.refusal(config) is None
+        original = config.get("model_type") == "qwen" and isinstance(config.get("visual"), dict)
         return "original" if original else None
-
-    def refusal(self, config: Mapping[str, Any]) -> str | None:
-        """Why a first-generation Qwen checkpoint is not a Qwen-VL that can be read."""
-        if config.get("model_type") != "qwen":
-            return None
-        take = "take Qwen/Qwen-VL or Qwen/Qwen-VL-Chat"
-        if "audio" in config:
-            return f"this is Qwen-Audio: it has an 'audio' section, expected 'visual' (a tower for images); {take}"
-        if not isinstance(config.get("visual"), dict):
-            return f"this is the text-only Qwen: it has no 'visual' section, so there is no tower to replace; {take}"
-        if quantised := config.get("quantization_config"):
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            return f"its weights are quantised ({method}), expected float16, bfloat16 or float32; {take}, unquantised"
-        return None
 
     def plan(
         self,

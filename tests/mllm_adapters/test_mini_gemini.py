@@ -633,7 +633,7 @@ def test_a_published_mgm_is_planned_in_full(views: int, tmp_path: Path) -> None:
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config is"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config says bitsandbytes"),
         ({"image_global": True}, "image_global is true, but image_grid is 1"),
         ({"image_size_aux": 4}, r"image_size_aux is 4: expected a multiple of \d+"),
         ({"mm_vision_tower_aux": "openclip-convnext-xxlarge"}, "the xxlarge ConvNeXt normalises differently"),

@@ -1,0 +1,49 @@
+"""Quantised checkpoints: what their config.json says of it, and what to do instead."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mgll_encoder.common.errors import UserError
+
+FIELD = "quantization_config"
+
+LOADABLE = "bitsandbytes"
+"""Done while weights are loaded, as QLoRA does, or stored; transformers loads both."""
+
+_PARTS = ("text_config", "llm_config", "vision_config")
+"""Sections of a config.json that may say it of one part of the model."""
+
+_UNQUANTISED = (
+    "quantised weights can be neither swapped nor converted nor trained: take the unquantised checkpoint (without "
+    "-4bit, -Int4, -AWQ, -GPTQ or -FP8 in its name)"
+)
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """How the weights that a config.json describes are quantised, such as ``gptq``; None where they are not."""
+    for section in (config, *(config.get(name) for name in _PARTS)):
+        settings = section.get(FIELD) if isinstance(section, Mapping) else None
+        if isinstance(settings, Mapping) and settings:
+            stored = any(settings.get(name) for name in ("load_in_4bit", "load_in_8bit"))
+            method = settings.get("quant_method") or (LOADABLE if stored else "unknown method")
+            return str(getattr(method, "value", method))
+        if settings:
+            return str(settings)
+    return None
+
+
+def refuse_quantised(config: Mapping[str, Any], where: str, *, to_load: bool = False) -> None:
+    """Refuse quantised weights by the name of the method.
+
+    Args:
+        config: Contents of config.json.
+        where: How the error message calls it.
+        to_load: Whether the model is only to be loaded, which transformers does with `LOADABLE`.
+
+    Raises:
+        UserError: the weights are quantised.
+    """
+    method = quantisation(config)
+    if method is None or (to_load and method == LOADABLE):
+        return
+    raise UserError(f"{where}: {FIELD} says {method}: {_UNQUANTISED}")
