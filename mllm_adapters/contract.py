@@ -297,7 +297,3 @@ class Family(ABC):
     def token_order(self, model: Any, contract: VisionContract) -> Tensor | None:  # noqa: ARG002 (likewise)
         """Indices that put the features of one picture, as its readers get them, row by row; None if they are."""
         return None
-
-    def refusal(self, config: Mapping[str, Any]) -> str | None:  # noqa: ARG002 (what overrides it reads it)
-        """Why a checkpoint that is close to this family is not of it, and what would work; None for all others."""
-        return None

@@ -63,9 +63,12 @@ def _found(config: Mapping[str, Any], path: str, pattern: str | None) -> bool:
     return value is None if pattern is None else value is not None and bool(re.search(pattern, str(value)))
 
 
-_LLAVA = (
+LLAVA_WORKS = (
     "liuhaotian/llava-v1.5-7b, llava-hf/llava-1.5-7b-hf or microsoft/llava-med-v1.5-mistral-7b would work"
 )
+"""What would work in the place of what is close to LLaVA."""
+
+_VIEWS = "LLaVA-NeXT and LLaVA-OneVision cut an image into views (anyres), which is not supported"
 _MEDICAL = "of medical models, microsoft/llava-med-v1.5-mistral-7b and med-flamingo/med-flamingo are read"
 _QWEN_VL = "take Qwen/Qwen-VL or Qwen/Qwen-VL-Chat"
 _QWEN2_VL = "take Qwen2-VL, Qwen2.5-VL or a dense Qwen3-VL"
@@ -87,7 +90,7 @@ NOT_READ: tuple[NotRead, ...] = (
     ),
     NotRead(
         "PaliGemma", r"paligemma.*",
-        "PaliGemma is not supported, its image and its prompt attend to each other in both directions", _LLAVA,
+        "PaliGemma is not supported, its image and its prompt attend to each other in both directions", LLAVA_WORKS,
     ),
     NotRead(
         "CheXagent", r"chexagent.*",
@@ -102,46 +105,72 @@ NOT_READ: tuple[NotRead, ...] = (
     NotRead(
         "VILA, NVILA", r"n?vila.*|Llava(Llama|Mistral|Qwen|Qwen2|Gemma|Mixtral)Model(Config)?",
         "VILA and NVILA are not supported, their projector joins blocks of SigLIP's patches, and language model, tower "
-        "and projector are folders of their own", _LLAVA,
+        "and projector are folders of their own", LLAVA_WORKS,
     ),
     NotRead(
         "TinyLLaVA", r"tiny_?llava.*",
         "TinyLLaVA is not supported, it joins SigLIP to Phi, OpenELM and other small language models by connectors of "
-        "its own", _LLAVA,
+        "its own", LLAVA_WORKS,
     ),
     NotRead(
         "LISA", r"LISA.*",
-        "LISA is not supported, a SAM beside its tower draws masks from the language model's <SEG> token", _LLAVA,
+        "LISA is not supported, a SAM beside its tower draws masks from the language model's <SEG> token", LLAVA_WORKS,
+    ),
+    NotRead(
+        "LLaVA-NeXT, LLaVA-OneVision", r"llava_?next.*|llava_?onevision.*", _VIEWS, LLAVA_WORKS,
+    ),
+    NotRead(
+        "LLaVA-1.6 and LLaVA-OneVision in the original layout", r"llava.*", _VIEWS, LLAVA_WORKS,
+        {"image_aspect_ratio": r"anyres"},
+    ),
+    NotRead(
+        "LLaVA on MPT", r"llava_?mpt.*",
+        "LLaVA on an MPT language model is not supported, on LLaMA/Vicuna and Mistral it is", LLAVA_WORKS,
+    ),
+    NotRead(
+        "LLaVA on Mixtral, Gemma, Phi or Qwen3", r"llava_?(mixtral|gemma|phi|qwen_?moe|qwen3).*",
+        "LLaVA on this language model is not supported, on LLaMA/Vicuna, Mistral and Qwen2 it is", LLAVA_WORKS,
+    ),
+    NotRead(
+        "ViP-LLaVA", r"vip_?llava.*",
+        "ViP-LLaVA reads several layers of its tower side by side, which is not supported", LLAVA_WORKS,
+    ),
+    NotRead("Video-LLaVA", r"video_?llava.*", "Video-LLaVA has two towers, which is not supported", LLAVA_WORKS),
+    NotRead(
+        "a LLaVA that names no tower", r"Llava(Llama|Mistral|Qwen2?)ForCausalLM",
+        "config.json names no vision tower",
+        "set mm_vision_tower to the one that it was trained with (LLaVA-Med v1.0: openai/clip-vit-large-patch14)",
+        {"mm_vision_tower": None},
     ),
     NotRead(
         "MinerU 2", r"mineru.*",
-        "MinerU is not supported, it cuts pages into views and reads them with SigLIP", _LLAVA,
+        "MinerU is not supported, it cuts pages into views and reads them with SigLIP", LLAVA_WORKS,
     ),
     # Other multimodal models
     NotRead(
         "SmolVLM, IDEFICS 3", r"smolvlm.*|idefics3.*",
         "SmolVLM is not supported, it cuts an image into tiles with tokens for rows and columns, and shuffles SigLIP's "
-        "patches", _LLAVA,
+        "patches", LLAVA_WORKS,
     ),
     NotRead(
         "MiniCPM-V", r"minicpm_?[vo].*",
         "MiniCPM-V is not supported, its resampler and its slices are Python files of its repository, which are never "
-        "run", _LLAVA,
+        "run", LLAVA_WORKS,
     ),
     NotRead(
         "Molmo", r"molmo.*",
-        "Molmo is not supported, it pools overlapping crops by attention over two layers of its tower", _LLAVA,
+        "Molmo is not supported, it pools overlapping crops by attention over two layers of its tower", LLAVA_WORKS,
     ),
     NotRead(
         "Phi-3-Vision, Phi-3.5-Vision, Phi-4-Multimodal", r"phi[34]_?(v|5_?v|mm|multimodal).*",
         "Phi-3.5-Vision is not supported, it joins crops of an image with learnt separators between rows, in code of "
-        "its own", _LLAVA,
+        "its own", LLAVA_WORKS,
     ),
     NotRead(
         "Llama 3.2 Vision", r"mllama.*",
-        "Llama 3.2 Vision is not supported, its cross-attention reads several layers of a tower for tiles", _LLAVA,
+        "Llama 3.2 Vision is not supported, its cross-attention reads several layers of a tower for tiles", LLAVA_WORKS,
     ),
-    NotRead("Llama 4", r"llama4.*", "Llama 4 is not supported, its language model is a mixture of experts", _LLAVA),
+    NotRead("Llama 4", r"llama4.*", "Llama 4 is not supported, its layers are mixtures of experts", LLAVA_WORKS),
     NotRead(
         "GLM-4V, GLM-4.1V, GLM-4.5V", r"glm_?4v.*|glm4_?[0-9]?v.*",
         "GLM-4V is not supported, its tower takes images of any size in pairs of frames, and a convolution joins its "
@@ -159,15 +188,19 @@ NOT_READ: tuple[NotRead, ...] = (
     NotRead(
         "mPLUG-Owl2, Q-Align", r"mplug_?owl.*",
         "mPLUG-Owl2 and Q-Align are not supported, their language model has weights of its own for image tokens",
-        _LLAVA,
+        LLAVA_WORKS,
     ),
     NotRead(
         "Pixtral, Mistral 3", r"pixtral.*|mistral3.*",
-        "Pixtral is not supported, its tower takes images of any size", _LLAVA,
+        "Pixtral is not supported, its tower takes images of any size", LLAVA_WORKS,
     ),
-    NotRead("Florence-2", r"florence.*", "Florence-2 is not supported, its tower is a DaViT and no ViT", _LLAVA),
-    NotRead("Logics-Thinking", r"logics.*", "Logics-Thinking is not supported, it has two towers side by side", _LLAVA),
+    NotRead("Florence-2", r"florence.*", "Florence-2 is not supported, its tower is a DaViT and no ViT", LLAVA_WORKS),
+    NotRead("Logics-Thinking", r"logics.*", "Logics-Thinking is not supported, it has two towers", LLAVA_WORKS),
     # Parts of a multimodal model
+    NotRead("a language model", r"qwen[23]|(Llama|Mistral|Qwen[23]|Gemma2?|Phi3?|Mixtral)ForCausalLM",
+            "this is a language model, without vision tower and projector",
+            "pass a multimodal model made of it; beside LLaVA's projector-only and LoRA folders it is --part "
+            "base=PATH"),
     NotRead("a tower or a text encoder", r"clip(_(vision|text)_model)?|siglip2?(_vision_model)?|dinov[23].*|vit",
             "this is a tower or a text encoder alone", _TOWER),
     # Relatives of the families
@@ -184,8 +217,6 @@ NOT_READ: tuple[NotRead, ...] = (
     NotRead("Qwen3-Omni", r"qwen3_omni_moe", "Qwen3-Omni is not supported", _QWEN2_VL),
     NotRead("Qwen3-VL, mixture of experts", r"qwen3_vl_moe",
             "Qwen3-VL with a mixture of experts is not supported", _QWEN2_VL),
-    NotRead("Qwen2, Qwen3, without images", r"qwen[23]",
-            "Qwen2 or Qwen3 alone is a language model without vision tower", _QWEN2_VL),
     NotRead("Qwen3.5", r"qwen3_5(_moe)?", "Qwen3.5 is not supported, its language model is another one", _QWEN2_VL),
     NotRead("InternVL 3.5 MoE, transformers layout", r"internvl",
             "this InternVL's language model is a mixture of experts, which is not supported", _INTERNVL,

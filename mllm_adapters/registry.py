@@ -82,9 +82,6 @@ def detect(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
     found = _recognised(config)
     if found is not None:
         return found
-    for candidate in families():
-        if reason := candidate.refusal(config):
-            raise UserError(f"{where} ({described}): {reason}")
     raise UserError(f"{where}: no known family has {described}: supported are {', '.join(FAMILIES)}")
 
 

@@ -99,10 +99,6 @@ class Llava(Family):
             return partial(_write, files)
         return super().processor_writer(plan)
 
-    def refusal(self, config: Mapping[str, Any]) -> str | None:
-        """See `Family.refusal`."""
-        return llava_fields.refusal(config)
-
 
 def _write(files: Mapping[str, str], folder: Path) -> None:
     for name, text in files.items():

@@ -1,4 +1,4 @@
-"""LLaVA: what counts in its configuration files, and which checkpoints are close to it but something else.
+"""LLaVA: what counts in its configuration files.
 
 Fields and defaults after LLaVA c121f04 (llava/model/builder.py, llava/model/multimodal_projector/builder.py),
 LLaVA-Med v1.0.0 (llava/model/llava.py), HuatuoGPT-Vision 546b25f (cli.py, llava/model/llava_arch.py) and PEFT's
@@ -15,10 +15,7 @@ from pydantic import BaseModel, Field
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.configs import read_fields
-
-SUPPORTED = (
-    "liuhaotian/llava-v1.5-7b, llava-hf/llava-1.5-7b-hf or microsoft/llava-med-v1.5-mistral-7b would work"
-)
+from mllm_adapters.not_read import LLAVA_WORKS
 
 TEXT_MODELS: Mapping[str, str] = {
     "LlavaLlamaForCausalLM": "llama",
@@ -31,28 +28,11 @@ TEXT_MODELS: Mapping[str, str] = {
 READS_ITS_SHARDS = {"qwen2"}
 """Language models whose LLaVA takes the tower in its shards, trained or not (HuatuoGPT-Vision's cli.py)."""
 
-LANGUAGE_MODELS = r"(Llama|Mistral|Qwen2)ForCausalLM"
-
 NO_CLIP = re.compile(
     r"biomed_?clip|siglip|mobileclip|fastvit|eva[-_]?(?:\d|clip)|dino|convnext|imagebind|languagebind",
     re.IGNORECASE,
 )
 """Last components of names of towers that are no CLIP ViT: they have other tensors or another pooling."""
-
-CLOSE: tuple[tuple[str, str], ...] = (
-    (
-        r"llava_?next|llava_?onevision",
-        "LLaVA-NeXT and LLaVA-OneVision cut an image into views (anyres), which is not supported",
-    ),
-    (r"llava_?mpt", "LLaVA on an MPT language model is not supported, on LLaMA/Vicuna and Mistral it is"),
-    (
-        r"llava_?(mixtral|gemma|phi|qwen)",
-        "LLaVA on this language model is not supported, on LLaMA/Vicuna, Mistral and Qwen2 it is",
-    ),
-    (r"vip_?llava", "ViP-LLaVA reads several layers of its tower side by side, which is not supported"),
-    (r"video_?llava", "Video-LLaVA has two towers, which is not supported"),
-)  # fmt: skip
-"""Pattern over model_type and architectures -> why it is refused."""
 
 
 class CommonFields(BaseModel):
@@ -137,15 +117,11 @@ def original_fields(config: Mapping[str, Any], where: str) -> OriginalFields:
     Raises:
         UserError: a field is missing, of another type, or has a value that is not known here.
     """
-    if "anyres" in str(config.get("image_aspect_ratio")):
-        raise UserError(
-            f"{where}: image_aspect_ratio is {config['image_aspect_ratio']!r}: {CLOSE[0][1]}: {SUPPORTED}"
-        )
     tower = str(config.get("mm_vision_tower"))
     if found := NO_CLIP.search(PureWindowsPath(tower).name):  # which knows both kinds of slashes
         raise UserError(
             f"{where}: mm_vision_tower is {tower!r}: checkpoints with a {found[0]} tower are not supported, those with "
-            f"OpenAI's CLIP are: {SUPPORTED}"
+            f"OpenAI's CLIP are: {LLAVA_WORKS}"
         )
     return read_fields(OriginalFields, config, where)
 
@@ -171,23 +147,3 @@ def owner(config: Mapping[str, Any]) -> str | None:
     named = re.search(r"llava[-_ ]?med", str(config.get("_name_or_path")), re.IGNORECASE)
     medical = text_model(config) == "mistral" or (first_release(config) and named)
     return "llava-med" if medical else "llava"
-
-
-def refusal(config: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint that is close to LLaVA is not one of those read here, and what would work; None for others."""
-    names = config.get("architectures")
-    described = " ".join([str(config.get("model_type")), *(names if isinstance(names, list) else [])])
-    for pattern, reason in CLOSE:
-        if re.search(pattern, described, re.IGNORECASE):
-            return f"{reason}: {SUPPORTED}"
-    if text_model(config) is not None:
-        return (
-            "config.json names no vision tower: set mm_vision_tower to the one that it was trained with "
-            "(LLaVA-Med v1.0: openai/clip-vit-large-patch14)"
-        )
-    if isinstance(names, list) and names and re.fullmatch(LANGUAGE_MODELS, str(names[0])):
-        return (
-            "this is a language model, without vision tower and projector: pass a multimodal model made of it; beside "
-            "LLaVA's projector-only and LoRA folders it is --part base=PATH"
-        )
-    return None

@@ -39,6 +39,22 @@ CONFIGS: Mapping[str, tuple[dict[str, Any], ...]] = {
     ),
     "TinyLLaVA": ({"model_type": "tinyllava", "architectures": ["TinyLlavaForConditionalGeneration"]},),
     "LISA": ({"model_type": "llava", "architectures": ["LISAForCausalLM"], "train_mask_decoder": True},),
+    "LLaVA-NeXT, LLaVA-OneVision": (
+        {"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"]},
+        {"model_type": "llava_onevision", "architectures": ["LlavaOnevisionForConditionalGeneration"]},
+    ),
+    "LLaVA-1.6 and LLaVA-OneVision in the original layout": (
+        {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "image_aspect_ratio": "anyres"},
+        {"model_type": "llava_qwen", "architectures": ["LlavaQwenForCausalLM"], "image_aspect_ratio": "anyres_max_9"},
+    ),
+    "LLaVA on MPT": ({"model_type": "llava_mpt", "architectures": ["LlavaMPTForCausalLM"]},),
+    "LLaVA on Mixtral, Gemma, Phi or Qwen3": (
+        {"model_type": "llava_mixtral", "architectures": ["LlavaMixtralForCausalLM"], "mm_vision_tower": "clip"},
+        {"model_type": "llava_qwen_moe", "architectures": ["LlavaQwenMoeForCausalLM"], "mm_vision_tower": "clip"},
+    ),
+    "ViP-LLaVA": ({"model_type": "vipllava", "architectures": ["VipLlavaForConditionalGeneration"]},),
+    "Video-LLaVA": ({"model_type": "video_llava", "architectures": ["VideoLlavaForConditionalGeneration"]},),
+    "a LLaVA that names no tower": ({"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]},),
     "MinerU 2": ({"model_type": "mineru2_qwen", "architectures": ["Mineru2QwenForCausalLM"]},),
     "SmolVLM, IDEFICS 3": (
         {"model_type": "smolvlm", "architectures": ["SmolVLMForConditionalGeneration"]},
@@ -65,6 +81,10 @@ CONFIGS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "Pixtral, Mistral 3": ({"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"]},),
     "Florence-2": ({"model_type": "florence2", "architectures": ["Florence2ForConditionalGeneration"]},),
     "Logics-Thinking": ({"model_type": "logics", "architectures": ["LogicsForConditionalGeneration"]},),
+    "a language model": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        {"model_type": "qwen2"},
+    ),
     "a tower or a text encoder": (
         {"model_type": "clip", "architectures": ["CLIPModel"]},
         {"model_type": "siglip", "architectures": ["SiglipModel"]},
@@ -76,7 +96,6 @@ CONFIGS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "Qwen2.5-Omni, thinker": ({"model_type": "qwen2_5_omni_thinker"},),
     "Qwen3-Omni": ({"model_type": "qwen3_omni_moe"},),
     "Qwen3-VL, mixture of experts": ({"model_type": "qwen3_vl_moe"},),
-    "Qwen2, Qwen3, without images": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},),
     "Qwen3.5": ({"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]},),
     "InternVL 3.5 MoE, transformers layout": (
         {"model_type": "internvl", "vision_config": {}, "text_config": {"model_type": "qwen3_moe"}},
@@ -160,7 +179,7 @@ def test_each_is_refused_by_its_own_row_with_what_would_work(title: str) -> None
         with pytest.raises(UserError) as refusal:
             detect(config, "model/config.json")
         assert str(refusal.value).startswith("model/config.json (model_type ")
-        assert str(refusal.value).endswith(f"{row.reason}: {row.take}")
+        assert f"{row.reason}: {row.take}" in str(refusal.value)
 
 
 def test_at_the_terminal_it_is_one_line_and_nothing_is_written(tmp_path: Path) -> None:

@@ -585,7 +585,7 @@ def test_the_published_checkpoint_of_full_size(generation: str, tmp_path: Path) 
         ({"model_type": "qwen2_audio"}, "Qwen2-Audio hears and does not see: take Qwen2-VL"),
         ({"model_type": "qwen2_5_omni"}, "Qwen2.5-Omni is not supported"),
         ({"model_type": "qwen3_vl_moe", "vision_config": {}}, "mixture of experts is not supported"),
-        ({"model_type": "qwen2"}, "language model without vision tower"),
+        ({"model_type": "qwen2"}, "language model, without vision tower"),
         (
             {"model_type": "qwen2_5_vl", "vision_config": {}, "quantization_config": {"quant_method": "awq"}},
             "quantization_config says awq.* take the unquantised checkpoint",
