@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar, cast
 
 import typer
@@ -163,5 +163,6 @@ def _told(code: int, message: str) -> int:
     # Progress bars that an error has left open end, so that it has a line of its own.
     for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
         bar.close()
-    stderr.print(f"[red]error:[/red] {escape(one_line(message))}", highlight=False, soft_wrap=True)
+    with suppress(OSError):  # where stderr is on a full disk the exit code must do
+        stderr.print(f"[red]error:[/red] {escape(one_line(message))}", highlight=False, soft_wrap=True)
     return code

@@ -194,6 +194,24 @@ def test_outputs_have_the_permissions_that_the_umask_leaves(
     assert mode(tmp_path / "out") == folder
 
 
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, "/dev/full"])
+def test_results_that_cannot_be_printed_are_not_passed_over(stderr: int | str) -> None:
+    program = (
+        "from mgll_encoder.common.cli import new_app, run, stdout\n"
+        "app = new_app('x')\n"
+        "app.command()(lambda: stdout.print('a result'))\n"
+        "run(app)"
+    )
+    with Path("/dev/full").open("w") as full:
+        errors = full if stderr == "/dev/full" else stderr
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=errors, text=True, check=False
+        )
+    assert done.returncode == 2
+    if stderr == subprocess.PIPE:
+        assert done.stderr.startswith("error: No space left on device")
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     program = (
         "from mgll_encoder.common.cli import *\napp = new_app('x')\n@app.command()\ndef many():\n"
