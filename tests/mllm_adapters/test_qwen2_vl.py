@@ -610,7 +610,9 @@ def test_a_model_quantised_while_loading_is_still_of_the_family() -> None:
 def test_a_checkpoint_quantised_on_disk_takes_no_tower(encoder: Path, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path / "model", "qwen2_vl")
     edit(tmp_path / "model", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(UserError, match=r"config.json: quantization_config says bitsandbytes.* take the unquantised"):
+    with pytest.raises(
+        UserError, match=r"config.json: quantization_config says bitsandbytes.* take the unquantised"
+    ):
         plan_of(tmp_path / "model", encoder)
 
 

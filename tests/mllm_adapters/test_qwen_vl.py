@@ -611,7 +611,10 @@ def test_the_published_checkpoint_takes_the_published_tower(
     [
         ({"visual": None}, "text-only Qwen.*no 'visual' section.*take Qwen/Qwen-VL"),
         ({"visual": None, "audio": {"n_layer": 32}}, "Qwen-Audio.*expected 'visual'.*take Qwen/Qwen-VL"),
-        ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, r"quantization_config says gptq.*unquantised"),
+        (
+            {"quantization_config": {"bits": 4, "quant_method": "gptq"}},
+            r"quantization_config says gptq.*unquantised",
+        ),
         ({"no_bias": False}, "config.json: no_bias is False"),
         ({"rotary_pct": 0.5}, "config.json: rotary_pct is 0.5"),
         ({"kv_channels": 16}, "kv_channels x num_attention_heads is 64, expected 128"),
