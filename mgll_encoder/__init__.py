@@ -1,7 +1,8 @@
 """The MGLL vision tower: read it, convert it, train it. Knows nothing of multimodal LLMs."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mgll_encoder.common.lazy import lazy
 
 if TYPE_CHECKING:
     from mgll_encoder.geometry import fold_normalisation, resample_positions
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
         tower_state_dict,
         vision_config,
     )
+
+    __version__: str
 
 __all__ = [
     "Activation",
@@ -39,14 +42,25 @@ __all__ = [
     "vision_config",
 ]
 
-_HOMES = ("spec", "geometry", "preprocess", "tower", "save")
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that ``--help`` need not wait for torch and transformers."""
-    if name in __all__:
-        for home in _HOMES:
-            module = import_module(f"mgll_encoder.{home}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module 'mgll_encoder' has no attribute '{name}'")
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "Activation": "spec",
+        "PixelRule": "spec",
+        "Resize": "spec",
+        "Tower": "tower",
+        "TowerHeader": "tower",
+        "TowerReader": "tower",
+        "TowerSpec": "spec",
+        "build_model": "tower",
+        "fold_normalisation": "geometry",
+        "image_processor": "preprocess",
+        "image_transform": "preprocess",
+        "inspect_tower": "tower",
+        "load_tower": "tower",
+        "resample_positions": "geometry",
+        "save_tower": "save",
+        "tower_state_dict": "tower",
+        "vision_config": "tower",
+    },
+)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import regular_file
 from mgll_encoder.common.texts import POINTER, read_json, refuse_pointer
+from mgll_encoder.locate import check_tower
 from mgll_encoder.spans import Span, read_span, spans
 from mgll_encoder.torch_file import WeightSet, open_torch
 
@@ -72,8 +73,7 @@ def open_checkpoint(path: Path, weights: WeightSet | None = None) -> Checkpoint:
         UserError: the path is missing, empty, truncated, no checkpoint, holds objects other than tensors, or has no
             such set of weights.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist: check the path of the tower")
+    check_tower(path)
     if not path.is_dir():
         return _open_file(regular_file(path, "weight file"), weights)
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)

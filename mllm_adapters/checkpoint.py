@@ -14,7 +14,7 @@ from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mllm_adapters.locate import find_part
+from mllm_adapters.locate import find_part, refuse_delta
 from mllm_adapters.side_files import TEMPLATES, left_behind, published
 
 WEIGHTS = (
@@ -29,23 +29,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of these in a folder is a tokenizer."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-
-
-DELTA = "mgll_delta.json"
-"""What tells the folder of a delta (`mllm_adapters.swap.delta`) from that of a checkpoint."""
-
-
-def refuse_delta(folder: Path) -> None:
-    """Say of a delta, where a whole checkpoint is needed, what it is and what to do.
-
-    Raises:
-        UserError: the folder is a delta.
-    """
-    if (folder / DELTA).is_file():
-        raise UserError(
-            f"{folder} is a delta (it holds {DELTA}), not a whole checkpoint: `swap-encoder compose --delta {folder} "
-            f"--out {folder.name}-whole` makes one of it; load_mllm and eval-mcq run take it as it is"
-        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.pretrained import library_errors, library_reason
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.contract import VisionContract
-from mllm_adapters.modeling import register
+from mllm_adapters.modeling import register_models
 from mllm_adapters.quantised import refuse_quantised
 
 Fields = TypeVar("Fields", bound=BaseModel)
@@ -47,7 +47,7 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
     from transformers import AutoConfig
 
     fields = dict(settings)
-    register([str(fields.get("model_type"))])
+    register_models([str(fields.get("model_type"))])
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except library_errors() as error:

@@ -13,12 +13,13 @@ from mgll_encoder.pretrained import load_pretrained
 from mllm_adapters.configs import build_config
 from mllm_adapters.contract import Plan
 from mllm_adapters.inventory import is_complete
+from mllm_adapters.locate import base_of_adapter
 from mllm_adapters.operations import compute
 from mllm_adapters.parts import resolve
 from mllm_adapters.processing import load_processor
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.delta import Delta, is_delta, open_delta
-from mllm_adapters.training.adapters import attach, base_of_adapter
+from mllm_adapters.training.adapters import attach
 
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "depth", "perceiver_depth")
 """Fields of configurations that say how many layers there are; each layer has tensors of its own."""

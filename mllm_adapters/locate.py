@@ -1,6 +1,10 @@
-"""Finding the parts of a checkpoint that lie outside its folder."""
+"""Finding checkpoints and their parts by paths and the files that mark them; nothing heavy is imported."""
 
 from pathlib import Path
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import require
+from mgll_encoder.common.texts import read_json
 
 UNUSED = (
     "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "*.gguf", "consolidated*", "onnx/*", "openvino*",
@@ -10,6 +14,15 @@ UNUSED = (
 
 DUPLICATES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 """The same weights once more, where there are safetensors."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""In the folder of a PEFT adapter."""
+
+PROVENANCE = "mgll_swap.json"
+"""The record of a swap, in the folder of a checkpoint that ``swap-encoder`` wrote."""
+
+DELTA = "mgll_delta.json"
+"""What tells the folder of a delta (`mllm_adapters.swap.delta`) from that of a checkpoint."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -29,6 +42,62 @@ def cached(hub_id: str) -> Path | None:
     return None
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a checkpoint folder that is not there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not folder.is_dir():
+        raise UserError(f"checkpoint folder {folder} does not exist")
+
+
+def check_image_folder(folder: Path) -> None:
+    """Refuse a folder of training images that is not there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not folder.is_dir():
+        raise UserError(f"image folder {folder} does not exist: pass the folder that image paths start from")
+
+
+def check_swapped(folder: Path) -> None:
+    """Refuse a folder that ``swap-encoder`` did not write.
+
+    Raises:
+        UserError: it holds no record of a swap.
+    """
+    if not (folder / PROVENANCE).is_file():
+        refuse_delta(folder)
+        raise UserError(f"{folder} holds no {PROVENANCE}: expected a checkpoint that swap-encoder wrote")
+
+
+def check_delta(folder: Path) -> None:
+    """Refuse a folder that is no delta.
+
+    Raises:
+        UserError: it holds no record of one.
+    """
+    if not (folder / DELTA).is_file():
+        raise UserError(
+            f"{folder} is no delta: expected a folder with {DELTA}, as swap-encoder --delta writes"
+        )
+
+
+def refuse_delta(folder: Path) -> None:
+    """Say of a delta, where a whole checkpoint is needed, what it is and what to do.
+
+    Raises:
+        UserError: the folder is a delta.
+    """
+    if (folder / DELTA).is_file():
+        raise UserError(
+            f"{folder} is a delta (it holds {DELTA}), not a whole checkpoint: `swap-encoder compose --delta {folder} "
+            f"--out {folder.name}-whole` makes one of it; load_mllm and eval-mcq run take it as it is"
+        )
+
+
 def find_part(name: str, checkpoint: Path) -> Path | None:
     """Where a part named in a config.json lies on this machine, or None.
 
@@ -39,3 +108,29 @@ def find_part(name: str, checkpoint: Path) -> Path | None:
         if candidate.exists():
             return candidate
     return cached(name)
+
+
+def base_of_adapter(folder: Path) -> Path | None:
+    """The checkpoint that an adapter folder belongs to; None where the folder is no adapter's.
+
+    A folder that has a config.json is a checkpoint, whatever lies in it besides.
+
+    Raises:
+        UserError: the base is not named, or is not there.
+    """
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file() or (folder / "config.json").is_file():
+        return None
+    require("train", f"adapter {folder}", "peft")
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"{file} does not name its base model: set base_model_name_or_path to the checkpoint folder"
+        )
+    places = (folder.absolute().parent / base, Path(base))
+    found = next((place for place in places if place.is_dir()), None) or cached(base)
+    if found is None:
+        raise UserError(
+            f"{file}: its base model {base} is not there: set base_model_name_or_path to where the checkpoint is now"
+        )
+    return found

@@ -11,7 +11,7 @@ from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.checkpoint import TOKENIZER_FILES
 from mllm_adapters.configs import build_config
 from mllm_adapters.contract import VisionContract
-from mllm_adapters.modeling import register
+from mllm_adapters.modeling import register_models
 from mllm_adapters.planning import IMAGE_TOKEN
 
 _PROBE = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
@@ -101,7 +101,7 @@ def load_tokenizer(folder: Path) -> Any | None:
 def _register(folder: Path) -> None:
     """The Auto classes go by the model_type in config.json."""
     if (folder / "config.json").is_file():
-        register([str(read_json(folder / "config.json").get("model_type"))])
+        register_models([str(read_json(folder / "config.json").get("model_type"))])
 
 
 def check_sentencepiece(tokenizer: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The families, by name. Adding one is a file under `families` and a row here."""
+"""The families, by name. Adding one is a file under `families` and a row of its table."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,22 +11,10 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, Family
+from mllm_adapters.families import FAMILIES
+from mllm_adapters.locate import check_checkpoint
 from mllm_adapters.not_read import not_read
 from mllm_adapters.quantised import refuse_quantised
-
-FAMILIES: Mapping[str, str] = {
-    "llava": "mllm_adapters.families.llava:LLAVA",
-    "llava-med": "mllm_adapters.families.llava:LLAVA_MED",
-    "qwen-vl": "mllm_adapters.families.qwen_vl:QWEN_VL",
-    "qwen2-vl": "mllm_adapters.families.qwen2_vl:QWEN2_VL",
-    "internvl": "mllm_adapters.families.internvl:INTERNVL",
-    "mini-gemini": "mllm_adapters.families.mini_gemini:MINI_GEMINI",
-    "instructblip": "mllm_adapters.families.instructblip:INSTRUCTBLIP",
-    "med-flamingo": "mllm_adapters.families.med_flamingo:MED_FLAMINGO",
-    "janus-pro": "mllm_adapters.families.janus_pro:JANUS_PRO",
-    "aya-vision": "mllm_adapters.families.aya_vision:AYA_VISION",
-}
-"""Registry name -> ``module:object``; the module is imported on first use."""
 
 UNMERGED = (
     "{folder} {what}: merge it into its base model first (PeftModel.from_pretrained(base, adapter)"
@@ -149,8 +137,7 @@ def _inner_folder(folder: Path) -> tuple[Path, LooseMatches]:
 
     With it come the families whose loose weights it holds, none where it has a config.json.
     """
-    if not folder.is_dir():
-        raise UserError(f"checkpoint folder {folder} does not exist")
+    check_checkpoint(folder)
     if (folder / "config.json").is_file():
         return folder, {}
     if matches := _loose_matches(folder):

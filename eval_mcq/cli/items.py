@@ -154,14 +154,16 @@ def audit(
 
     Example: eval-mcq audit --format markdown --out audit.md
     """
-    from eval_mcq.tables.audit import audit as audit_table
-    from eval_mcq.tables.audit import by_column, by_model
     from eval_mcq.tables.published import PAPER, load_published
-    from eval_mcq.tables.render import RENDERERS, show
 
     if out is not None:
         check_free(out, force)
-    findings = audit_table(load_published(table_file or PAPER))
+    published = load_published(table_file or PAPER)
+    from eval_mcq.tables.audit import audit as audit_table
+    from eval_mcq.tables.audit import by_column, by_model
+    from eval_mcq.tables.render import RENDERERS, show
+
+    findings = audit_table(published)
     grids = [by_column(findings), by_model(findings)]
     if out is not None:
         write_text(out, "\n".join(RENDERERS[format_](grid) for grid in grids), force)

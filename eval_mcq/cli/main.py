@@ -204,12 +204,13 @@ def run_command(
     from eval_mcq.runs.fingerprint import model_fingerprint
     from eval_mcq.runs.leaks import check_leak
     from eval_mcq.runs.plan import Shard
-    from eval_mcq.runs.run import Settings, check_resumable, describe_run
 
     questions = load_bench(bench)
     part = Shard.parse(shard) if shard else Shard()
     folder = out or Path("runs") / model.resolve().name
     fingerprint = model_fingerprint(model)
+    from eval_mcq.runs.run import Settings, check_resumable, describe_run
+
     how = loading(model, device, dtype, load_in_4bit)
     leak = check_leak(model, questions, allow=allow_leak)
     record = describe_run(model, fingerprint, questions, how.number_format, mode, rotations, part, leak)
@@ -326,7 +327,6 @@ def report(
     Example: eval-mcq report base=runs/llava-med mgll=runs/llava-med-mgll --html report.html --plots plots
     """
     from eval_mcq.items.schema import load_bench
-    from eval_mcq.report import ReportOptions, write_report
     from eval_mcq.runs.records import load_run
 
     named: dict[str, Run] = {}
@@ -340,6 +340,8 @@ def report(
     asked = bench or Path(next(iter(named.values())).record.bench)
     if bench is None and not asked.is_file():
         raise UserError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
+    from eval_mcq.report import ReportOptions, write_report
+
     count = write_report(
         named, load_bench(asked), html, ReportOptions(assets, plots, thumbnail, images), force=force
     )

@@ -221,11 +221,12 @@ def check(
     from eval_mcq.runs.checks import contradictions, look
     from eval_mcq.runs.fingerprint import model_fingerprint
     from eval_mcq.runs.leaks import find_leak, trainings_of_model
-    from mllm_adapters.swap.provenance import PROVENANCE
-    from mllm_adapters.swap.verify import Verification
+    from mllm_adapters.locate import PROVENANCE
 
     asked = load_bench(bench) if bench else None
     fingerprint = model_fingerprint(model)
+    from mllm_adapters.swap.verify import Verification
+
     swap = Verification(model) if (model / PROVENANCE).is_file() else None
     scorer = loading(model, device, dtype, load_in_4bit).scorer()
     example = MCQItem(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from eval_mcq.items.schema import Bench, MCQItem
-from eval_mcq.scoring.asking import Ask
+from eval_mcq.scoring.prompt import Ask
 from mgll_encoder.common.cli import track
 from mgll_encoder.common.images import open_image
 

@@ -9,6 +9,7 @@ from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import READER_VERSION
+from mllm_adapters.locate import base_of_adapter
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".txt")
 """Files of a model folder that its answers depend on."""
@@ -22,8 +23,6 @@ def model_fingerprint(folder: Path) -> str:
     Raises:
         UserError: not a folder with a ``config.json``, and no adapter whose base is one.
     """
-    from mllm_adapters.training.adapters import base_of_adapter
-
     base = base_of_adapter(folder)
     before = [f"base {model_fingerprint(base)}\n"] if base else []
     if not base and not (folder / "config.json").is_file():

@@ -11,6 +11,7 @@ from mgll_encoder.common.cli import warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.trained_on import Training, as_numbers, trainings_of
+from mllm_adapters.locate import base_of_adapter
 
 
 class Leak(BaseModel):
@@ -92,7 +93,5 @@ def trainings_of_model(folder: Path) -> tuple[Training, ...]:
     Raises:
         UserError: a record is damaged, or the base of an adapter is not there.
     """
-    from mllm_adapters.training.adapters import base_of_adapter
-
     base = base_of_adapter(folder)
     return (*(trainings_of(base) if base else ()), *trainings_of(folder))

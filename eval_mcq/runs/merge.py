@@ -15,7 +15,6 @@ from eval_mcq.runs.records import (
     read_answers,
     read_record,
 )
-from eval_mcq.runs.run import finish
 from eval_mcq.scoring.prompt import rotations_of
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, new_folder, write_text
@@ -44,6 +43,8 @@ def merge_held(shards: Sequence[Path], out: Path, bench: Path | None = None, for
     records = [read_record(folder) for folder in shards]
     first = records[0]
     _check_shards(shards, records)
+    from eval_mcq.runs.run import finish  # statistics, which a wrong path need not wait for
+
     questions = _bench(first, bench)
     with new_folder(out, force) as partial:
         _gather(shards, first, questions, partial / ANSWERS_FILE)

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eval_mcq.items.schema import MCQItem
-from eval_mcq.scoring.asking import Ask
-from eval_mcq.scoring.prompt import rotations_of
+from eval_mcq.scoring.prompt import Ask, rotations_of
 from mgll_encoder.common.errors import UserError
 
 GROUP_ROWS = 256

@@ -10,23 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from eval_mcq.items.schema import LETTERS, MCQItem
-from eval_mcq.scoring.prompt import Prompt, render, shown_letters
+from eval_mcq.scoring.prompt import Ask, Prompt, render
 from eval_mcq.scoring.tree import common_length
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.chat import render_chat, template_of
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A question in one rotation of its options."""
-
-    item: MCQItem
-    rotation: int = 0
-
-    @property
-    def letters(self) -> str:
-        """The letter under which each option is shown."""
-        return shown_letters(len(self.item.options), self.rotation)
 
 
 @dataclass(frozen=True)

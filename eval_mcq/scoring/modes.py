@@ -3,14 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from eval_mcq.items.schema import LETTERS
-from eval_mcq.scoring.asking import Ask, Continuations, Writer
-from eval_mcq.scoring.prompt import PROMPTS, Mode
+from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode
 from eval_mcq.scoring.reply import PARSER_VERSION
 from mgll_encoder.common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval_mcq.scoring.asking import Continuations, Writer
+
+    Found = list[list[torch.Tensor]]
 
 SCORING_VERSION = "scoring-1"
 """Recorded in every run: a change of the numbers that a model, a picture and a prompt give needs a new one.
@@ -18,8 +23,6 @@ SCORING_VERSION = "scoring-1"
 Prompts, the parser of replies and the reader of pictures have versions of their own. What the numbers of this version
 are is kept in ``tests/eval_mcq/golden_scoring.json``.
 """
-
-Found = list[list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,18 @@ class Likelihood:
         score: The answer, from what was found.
     """
 
-    continuations: Continuations
-    score: Callable[[Ask, Found], Score]
+    continuations: "Continuations"
+    score: "Callable[[Ask, Found], Score]"
 
 
-def _want_letters(writer: Writer, ask: Ask, prompt: str) -> tuple[list[list[int]], list[list[list[int]]]]:
+def _want_letters(writer: "Writer", ask: Ask, prompt: str) -> tuple[list[list[int]], list[list[list[int]]]]:
     """All tokens of all offered letters, letter by letter, right after the prompt."""
     with _naming(ask):
         ids = writer.letter_ids(prompt, len(ask.item.options))
     return [[]], [[[token for of_letter in ids[: len(ask.item.options)] for token in of_letter]]]
 
 
-def _score_letters(ask: Ask, found: Found) -> Score:
+def _score_letters(ask: Ask, found: "Found") -> Score:
     """Softmax over letters; each letter is the sum of the tokens that write it."""
     ((log_probabilities,),) = found
     # Every letter is written in the same number of ways, see `Writer.letter_ids`.
@@ -78,15 +81,17 @@ def _score_letters(ask: Ask, found: Found) -> Score:
     return Score([shown[place] for place in places], letter_mass=float(letters.logsumexp(dim=0).exp()))
 
 
-def _want_texts(writer: Writer, ask: Ask, prompt: str) -> tuple[list[list[int]], list[list[list[int]]]]:
+def _want_texts(writer: "Writer", ask: Ask, prompt: str) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Each token of each option's text."""
     with _naming(ask):
         tails = [writer.continuation(prompt, text) for text in ask.item.options]
     return tails, [[[token] for token in tail] for tail in tails]
 
 
-def _score_texts(per_token: bool) -> Callable[[Ask, Found], Score]:
-    def score(ask: Ask, found: Found) -> Score:  # noqa: ARG001 - texts come in their original order
+def _score_texts(per_token: bool) -> "Callable[[Ask, Found], Score]":
+    def score(ask: Ask, found: "Found") -> Score:  # noqa: ARG001 - texts come in their original order
+        import torch
+
         sums = torch.stack([torch.cat(of_option).sum() for of_option in found])
         tokens = torch.tensor([len(of_option) for of_option in found])
         chosen_by = sums / tokens if per_token else sums

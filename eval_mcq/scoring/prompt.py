@@ -65,3 +65,16 @@ def render(item: MCQItem, rotation: int = 0, prompt: Prompt = LETTER_PROMPT) -> 
         prompt.option.format(letter=letter, text=text) for letter, text in zip(LETTERS, shown, strict=False)
     ]
     return "\n".join([item.question, *lines, prompt.instruction])
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question in one rotation of its options."""
+
+    item: MCQItem
+    rotation: int = 0
+
+    @property
+    def letters(self) -> str:
+        """The letter under which each option is shown."""
+        return shown_letters(len(self.item.options), self.rotation)

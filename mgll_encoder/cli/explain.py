@@ -12,6 +12,7 @@ from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, new_file
+from mgll_encoder.locate import check_tower
 
 if TYPE_CHECKING:
     from mgll_encoder.common.skipped import Skipped
@@ -64,13 +65,6 @@ def explain(
 
     Example: mgll-encoder explain --encoder mgll-fundus --images photos --text glaucoma --out look.png
     """
-    import torch
-
-    from mgll_encoder.common.images import open_image
-    from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.explain import attention_maps, contact_sheet, target_maps
-    from mgll_encoder.preprocess import image_transform
-
     check_free(out, force)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out is {out}: expected a name that ends in .png")
@@ -80,6 +74,18 @@ def explain(
         )
     if (data or benchmark) and not label:
         raise UserError("--data has no effect without --label: name a class, or leave it out")
+    check_tower(encoder)
+    if not (images.is_file() or images.is_dir()):
+        raise UserError(
+            f"--images is {images}, which does not exist: expected an image or a folder of images"
+        )
+    import torch
+
+    from mgll_encoder.common.images import open_image
+    from mgll_encoder.common.skipped import Skipped
+    from mgll_encoder.explain import attention_maps, contact_sheet, target_maps
+    from mgll_encoder.preprocess import image_transform
+
     skipped, tower = Skipped(strict, "rows" if label else "images"), open_tower(encoder, activation)
     targets = _texts(tower, encoder, text or [])
     if label:
@@ -173,14 +179,8 @@ def _pictures(images: Path, limit: int, skipped: "Skipped") -> dict[Path, int]:
     from mgll_encoder.common.skipped import UNREADABLE
     from mgll_encoder.features import unreadable
 
-    if images.is_file():
-        candidates = [images]
-    elif images.is_dir():
-        candidates = sorted(path for path in images.rglob("*") if path.suffix.lower() in _PICTURES)
-    else:
-        raise UserError(
-            f"--images is {images}, which does not exist: expected an image or a folder of images"
-        )
+    found = [images] if images.is_file() else sorted(images.rglob("*"))
+    candidates = [path for path in found if path == images or path.suffix.lower() in _PICTURES]
     chosen: dict[Path, int] = {}
     for number, path in enumerate(candidates, start=1):
         if len(chosen) == limit:

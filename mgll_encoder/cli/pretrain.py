@@ -7,6 +7,7 @@ import typer
 from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
+from mgll_encoder.locate import check_manifest
 
 
 @needs("pretrain")
@@ -66,6 +67,7 @@ def pretrain(
     On GPUs: torchrun --nproc-per-node 4 --no-python mgll-encoder pretrain --data manifest.parquet --init openai
     --lr 1e-5 --batch-size 64 --gradient-checkpointing --out mgll-fundus
     """
+    check_manifest(data)
     from mgll_encoder.losses import Alphas
     from mgll_encoder.pretrain import pretrain as run
     from mgll_encoder.pretrain_options import PretrainOptions

@@ -13,6 +13,7 @@ from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.locate import check_tower
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +100,6 @@ def probe(
     from mgll_encoder.benchmarks import PROTOCOLS, published_beside
     from mgll_encoder.benchmarks import benchmark as described
     from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.probe import judge
 
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
@@ -123,7 +123,10 @@ def probe(
         tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
     skipped = Skipped(strict)
+    check_tower(encoder)
     labels = question.read(skipped)
+    from mgll_encoder.probe import judge
+
     tower = open_tower(encoder, activation)
     if mode == "linear":
         scores, kept, labels, record = _linear(tower, labels, skipped, min_positives, workers)

@@ -9,6 +9,7 @@ import typer
 
 from mgll_encoder.common.cli import note, stdout, warn
 from mgll_encoder.common.files import check_free
+from mgll_encoder.locate import check_tower
 
 if TYPE_CHECKING:
     from mgll_encoder.tower import TowerHeader
@@ -49,6 +50,7 @@ def inspect(
 
     Example: mgll-encoder inspect mgll-fundus.pt
     """
+    check_tower(path)
     from mgll_encoder.tower import inspect_tower
 
     header = inspect_tower(path, **_choices(activation, weights))
@@ -72,7 +74,8 @@ def convert(
 
     Example: mgll-encoder convert mgll-fundus.pt --out mgll-fundus
     """
-    check_free(out, force)  # before the weights are read
+    check_free(out, force)
+    check_tower(path)
     from mgll_encoder.save import save_tower
     from mgll_encoder.tower import load_tower
 

@@ -14,6 +14,7 @@ from mgll_encoder.common.cli import stdout, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.locate import check_tower
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,6 +71,21 @@ def zero_shot(
     from mgll_encoder.benchmarks import benchmark as described
     from mgll_encoder.common.files import cache_folder
     from mgll_encoder.common.skipped import Skipped
+
+    if out:
+        check_free(out, force)
+    known = described(benchmark) if benchmark else None
+    question = Question(
+        data, images, benchmark, image_column, labels_column, binary_columns, patient_column, split_column,
+        test_data, test_images, test_list, only, test, seed,
+        tables.reading(encoding, sheet, label_separator, uncertain),
+    )  # fmt: skip
+    skipped = Skipped(strict)
+    check_tower(encoder)
+    labels = question.read(skipped, both_sides=False)
+    labels = (labels if every else labels.subset(labels.test)).all_for_test
+    if not labels.images:
+        raise UserError("no image is on the test side: give a larger --test, or --all")
     from mgll_encoder.features import readable_features
     from mgll_encoder.probe import judge, kept_labels
     from mgll_encoder.zero_shot import (
@@ -81,20 +97,7 @@ def zero_shot(
         zero_shot_scores,
     )
 
-    if out:
-        check_free(out, force)
-    known = described(benchmark) if benchmark else None
     used = read_prompts(prompts or (known.prompts if known else "generic"))
-    question = Question(
-        data, images, benchmark, image_column, labels_column, binary_columns, patient_column, split_column,
-        test_data, test_images, test_list, only, test, seed,
-        tables.reading(encoding, sheet, label_separator, uncertain),
-    )  # fmt: skip
-    skipped = Skipped(strict)
-    labels = question.read(skipped, both_sides=False)
-    labels = (labels if every else labels.subset(labels.test)).all_for_test
-    if not labels.images:
-        raise UserError("no image is on the test side: give a larger --test, or --all")
     tower = open_tower(encoder, activation)
     text = text_tower_of(encoder, tower)
     names = known.in_words if known else {}
@@ -161,15 +164,17 @@ def retrieval(
     from mgll_encoder.common.files import cache_folder
     from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.described import described_images
-    from mgll_encoder.features import readable_features
-    from mgll_encoder.retrieval import retrieval as judge
-    from mgll_encoder.zero_shot import class_directions, projected, text_tower_of
 
     if out:
         check_free(out, force)
     skipped = Skipped(strict)
     wanted = [name.strip() for name in granularities.split(",") if name.strip()]
+    check_tower(encoder)
     found = described_images(data, images, split, wanted, skipped)
+    from mgll_encoder.features import readable_features
+    from mgll_encoder.retrieval import retrieval as judge
+    from mgll_encoder.zero_shot import class_directions, projected, text_tower_of
+
     tower = open_tower(encoder, activation)
     text = text_tower_of(encoder, tower)
     features, readable = readable_features(tower, found.labels, cache_folder("features"), skipped, workers)

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ from mgll_encoder.common import signals
 from mgll_encoder.common.errors import UserError, one_line
 from mgll_encoder.common.faults import find_fault
 from mgll_encoder.common.files import clear_interrupted
+from mgll_encoder.common.lazy import version
 
 T = TypeVar("T")
 
@@ -65,12 +66,33 @@ def run(app: typer.Typer) -> NoReturn:
     atexit.register(gc.freeze)
     try:
         with signals.watched(last=True):
-            code = _outcome(typer.main.get_command(app))
+            code = _outcome(_with_version(typer.main.get_command(app)))
             if signals.received() is not None:
                 clear_interrupted()
     except KeyboardInterrupt:  # a signal that came after the command was done
         code = signals.exit_code()
     sys.exit(code)
+
+
+def _with_version(command: Any) -> Any:
+    """A command that knows ``--version``, too, whatever its other options."""
+
+    def show(context: typer.Context, asked: bool) -> None:
+        if asked:
+            stdout.print(f"{context.info_name} {version()}", highlight=False)
+            raise typer.Exit
+
+    option = typer.Option(
+        "--version", callback=show, is_eager=True, expose_value=False, help="Show the version and exit."
+    )
+
+    def bearer(asked: Annotated[bool, option] = False) -> None:
+        """Typer makes parameters of functions only."""
+
+    app = typer.Typer(add_completion=False)
+    app.command()(bearer)
+    command.params += typer.main.get_command(app).params
+    return command
 
 
 def _outcome(command: Any) -> int:

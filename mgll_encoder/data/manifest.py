@@ -22,6 +22,7 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import new_file
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.manifest_formats import format_named, format_of
+from mgll_encoder.locate import check_manifest
 
 SPLIT_FIELDS = (
     "split", "split_by", "split_test", "split_val", "split_seed", "test_share"
@@ -80,10 +81,7 @@ def read_header(path: Path) -> ManifestHeader:
     Raises:
         UserError: no such file, or it has no header.
     """
-    if not path.is_file():
-        raise UserError(
-            f"manifest {path} does not exist or is not a file: make one with 'mgll-encoder data fundus'"
-        )
+    check_manifest(path)
     form = format_of(path)
     try:
         return ManifestHeader.model_validate_json(form.header(path))

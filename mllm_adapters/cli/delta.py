@@ -7,6 +7,8 @@ import typer
 
 from mgll_encoder.common import cli
 from mllm_adapters.cli.writing import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
+from mllm_adapters.locate import check_delta, check_swapped
+from mllm_adapters.parts import check_name, resolve
 
 MLLM_HELP = "The base: checkpoint folder, hub id, or family name."
 PART_HELP = "Where a part of the base lies that is not beside it: NAME=PATH. Repeatable."
@@ -34,7 +36,9 @@ def compose(
 
     Example: swap-encoder compose --mllm llava-med --delta llava-med-mgll-delta --out llava-med-mgll
     """
-    from mllm_adapters.parts import resolve
+    check_delta(delta)
+    if mllm:
+        check_name(mllm)
     from mllm_adapters.swap import delta_files
     from mllm_adapters.swap.apply import check_output
     from mllm_adapters.swap.delta import ENCODER_PART, open_delta
@@ -71,7 +75,8 @@ def extract(
 
     Example: swap-encoder extract llava-med-mgll-aligned --mllm llava-med --out run-7-delta
     """
-    from mllm_adapters.parts import resolve
+    check_swapped(folder)
+    check_name(mllm)
     from mllm_adapters.swap import delta_files
     from mllm_adapters.swap.apply import check_output
     from mllm_adapters.swap.provenance import read_record

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from mgll_encoder.common import cli
+from mgll_encoder.common.deepspeed import read_deepspeed
 from mgll_encoder.common.errors import unknown_name
 from mgll_encoder.common.extras import require
+from mgll_encoder.common.files import regular_file
+from mllm_adapters.locate import check_checkpoint, check_image_folder
 
 if TYPE_CHECKING:
     from mllm_adapters.training.engine import Job, Outcome
@@ -66,6 +69,7 @@ def launch(request: Request) -> None:
     Raises:
         UserError: see `resolve`, `plan_training`, `train` and `check_control`.
     """
+    _check_early(request)
     from mllm_adapters.training.arms import control_folder, finished
     from mllm_adapters.training.plan import rank
     from mllm_adapters.training.recipe_file import resolve
@@ -92,6 +96,22 @@ def launch(request: Request) -> None:
         _train(arm, request, resolved)
         if request.dry_run:
             return
+
+
+def _check_early(request: Request) -> None:
+    """Refuse missing packages and paths before torch is imported."""
+    if request.flags.get("qlora"):
+        require("qlora", "--qlora")
+    if deepspeed := request.flags.get("deepspeed"):
+        read_deepspeed(deepspeed)
+    for model in filter(None, (request.model, request.control)):
+        check_checkpoint(model)
+    for file in request.data:
+        regular_file(file, "data file")
+    if request.images:
+        check_image_folder(request.images)
+    if request.recipe:
+        regular_file(request.recipe, "recipe")
 
 
 def _estimate(model: Path, resolved: "Resolved") -> None:

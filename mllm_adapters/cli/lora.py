@@ -9,6 +9,7 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.extras import needs
 from mllm_adapters.cli import options as o
 from mllm_adapters.cli.launch import Request, launch
+from mllm_adapters.cli.writing import beside
 
 app = cli.new_app(
     """Fine-tune a multimodal LLM: its projector, and its language model through LoRA adapters.
@@ -88,7 +89,7 @@ def finetune(
             model=model,
             data=data,
             images=images,
-            out=out or model.with_name(f"{model.name}-{stage or 'lora'}"),
+            out=out or beside(model, stage or "lora"),
             recipe=recipe,
             overrides=overrides or (),
             flags={

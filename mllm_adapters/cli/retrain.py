@@ -9,6 +9,7 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.extras import needs
 from mllm_adapters.cli import options as o
 from mllm_adapters.cli.launch import Request, launch
+from mllm_adapters.cli.writing import beside
 
 app = cli.new_app(
     """Retrain the projector of a multimodal LLM; tower and language model stay as they are.
@@ -71,7 +72,7 @@ def retrain(
             model=model,
             data=data,
             images=images,
-            out=out or model.with_name(f"{model.name}-aligned"),
+            out=out or beside(model, "aligned"),
             recipe=recipe,
             overrides=overrides or (),
             flags={

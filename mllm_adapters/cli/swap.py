@@ -11,9 +11,11 @@ import typer
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import CORE, needs
+from mgll_encoder.locate import check_tower
 from mllm_adapters.cli.delta import compose, extract
 from mllm_adapters.cli.undo import restore, verify
 from mllm_adapters.cli.writing import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
+from mllm_adapters.parts import check_name, resolve
 
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
@@ -126,9 +128,10 @@ def swap(
     if copy and delta:
         raise UserError("--copy goes without --delta: a delta holds no file of the checkpoint")
 
+    check_tower(encoder)
+    check_name(mllm)
     with cli.importing():
         from mgll_encoder import inspect_tower
-        from mllm_adapters.parts import resolve
         from mllm_adapters.planning import with_tower_dtype
         from mllm_adapters.registry import open_checkpoint
         from mllm_adapters.swap.apply import apply_plan
@@ -200,7 +203,7 @@ def convert(
 
     Example: swap-encoder convert --mllm llava-v1.5-7b --out llava-v1.5-7b-hf
     """
-    from mllm_adapters.parts import resolve
+    check_name(mllm)
     from mllm_adapters.registry import open_checkpoint
     from mllm_adapters.swap.apply import apply_plan
     from mllm_adapters.swap.report import total_bytes

@@ -9,6 +9,8 @@ from rich.text import Text
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.writing import FORCE_HELP, parts_of
+from mllm_adapters.locate import check_swapped
+from mllm_adapters.parts import check_name, resolve
 
 MARKS = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text("–")}
 """Passed, failed, not checked."""
@@ -34,6 +36,7 @@ def verify(
 
     Example: swap-encoder verify llava-med-mgll-fundus --encoder mgll-fundus.pt
     """
+    check_swapped(folder)
     from dataclasses import asdict
 
     from rich.table import Table
@@ -91,7 +94,9 @@ def restore(
     name = folder.absolute().name
     target = out or Path(f"{name}-{'encoder' if to_encoder else 'restored'}")
 
-    from mllm_adapters.parts import resolve
+    check_swapped(folder)
+    if original is not None:
+        check_name(original)
     from mllm_adapters.swap import undo
 
     if original is None:

@@ -18,6 +18,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing, cache_folder
 from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.common.picture_bytes import picture_digest
+from mllm_adapters.locate import check_image_folder
 
 SCHEMA = pa.schema(
     [
@@ -60,8 +61,7 @@ def image_facts(names: Iterable[str], folder: Path) -> dict[str, ImageFact]:
     Raises:
         UserError: the folder or images in it are missing; the message counts them.
     """
-    if not folder.is_dir():
-        raise UserError(f"image folder {folder} does not exist: pass the folder that image paths start from")
+    check_image_folder(folder)
     keys, missing = {}, []
     for name in names:
         try:

@@ -1,7 +1,7 @@
 """Architectures of our own, registered with transformers' Auto classes.
 
 Two kinds: models that transformers does not have, and native ones whose configuration takes no CLIP tower. After
-``import mllm_adapters`` they load as any other: ``AutoModelForImageTextToText.from_pretrained(folder)``.
+``import mllm_adapters.auto`` they load as any other: ``AutoModelForImageTextToText.from_pretrained(folder)``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -81,7 +81,7 @@ MODEL_TYPES: Mapping[str, Architecture] = {
 _registered: set[str] = set()
 
 
-def register(model_types: Iterable[str] = MODEL_TYPES) -> None:
+def register_models(model_types: Iterable[str] = MODEL_TYPES) -> None:
     """Make architectures known to transformers' Auto classes: all, or those among these model types that are ours."""
     wanted = [name for name in model_types if name in MODEL_TYPES and name not in _registered]
     if not wanted:

@@ -30,12 +30,13 @@ from mgll_encoder.spans import Span, cut_short, spans
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import check_complete
+from mllm_adapters.locate import PROVENANCE
 from mllm_adapters.operations import compute, how_read
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.side_files import remove_paths
 from mllm_adapters.swap.card import CARD, model_card
 from mllm_adapters.swap.fingerprint import FileRecord, sampled, whole
-from mllm_adapters.swap.provenance import PROVENANCE, input_record, record_of
+from mllm_adapters.swap.provenance import input_record, record_of
 from mllm_adapters.swap.streaming import DTYPE_CODES, nbytes, write_safetensors
 from mllm_adapters.swap.transfer import best_way, check_space, copy_files, transfer
 

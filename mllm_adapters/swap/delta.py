@@ -18,8 +18,9 @@ from mgll_encoder.checkpoint import Checkpoint as Weights
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mllm_adapters.checkpoint import DELTA, Checkpoint
+from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Operation, Plan, Step
+from mllm_adapters.locate import DELTA, check_delta
 from mllm_adapters.operations import compute
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.registry import open_checkpoint
@@ -89,10 +90,7 @@ def read_delta(folder: Path) -> DeltaRecord:
     Raises:
         UserError: the folder is none, or was damaged or edited.
     """
-    if not is_delta(folder):
-        raise UserError(
-            f"{folder} is no delta: expected a folder with {DELTA}, as swap-encoder --delta writes"
-        )
+    check_delta(folder)
     record = read_as(DeltaRecord, folder / DELTA)
     for name, known in record.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:

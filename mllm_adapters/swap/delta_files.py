@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.trained_on import Training
-from mllm_adapters.checkpoint import DELTA, Checkpoint
+from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import check_complete
+from mllm_adapters.locate import DELTA, PROVENANCE
 from mllm_adapters.operations import compute
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.registry import open_checkpoint
@@ -39,7 +40,7 @@ from mllm_adapters.swap.delta import (
     stored_names,
 )
 from mllm_adapters.swap.fingerprint import FileRecord, sampled
-from mllm_adapters.swap.provenance import PROVENANCE, SwapRecord, read_record
+from mllm_adapters.swap.provenance import SwapRecord, read_record
 from mllm_adapters.swap.rewrite import copy_sides
 from mllm_adapters.swap.streaming import nbytes, raw_bytes, write_safetensors
 from mllm_adapters.swap.transfer import check_space

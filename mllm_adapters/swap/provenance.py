@@ -17,12 +17,10 @@ from mgll_encoder.checkpoint import FOLDER_FILES
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import checked, first_fault, read_json
 from mgll_encoder.spec import TowerSpec
-from mllm_adapters.checkpoint import WEIGHTS, Checkpoint, refuse_delta
+from mllm_adapters.checkpoint import WEIGHTS, Checkpoint
 from mllm_adapters.contract import Dropped, Plan, Step
-from mllm_adapters.locate import cached
+from mllm_adapters.locate import PROVENANCE, cached, check_swapped
 from mllm_adapters.swap.fingerprint import FileRecord, agrees, sample_hash, sampled, whole
-
-PROVENANCE = "mgll_swap.json"
 
 _PACKAGES = ("mgll-mllm", "torch", "transformers", "safetensors")
 _IN_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)$")
@@ -133,11 +131,8 @@ def read_record(folder: Path) -> SwapRecord:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    file = folder / PROVENANCE
-    if not file.is_file():
-        refuse_delta(folder)
-        raise UserError(f"{folder} holds no {PROVENANCE}: expected a checkpoint that swap-encoder wrote")
-    return read_as(SwapRecord, file)
+    check_swapped(folder)
+    return read_as(SwapRecord, folder / PROVENANCE)
 
 
 Record = TypeVar("Record", bound=SwapRecord)

@@ -61,7 +61,7 @@ def total_bytes(plan: Plan, names: Collection[str] | None = None) -> int:
 
 def loads_with(plan: Plan) -> str:
     """What ``AutoModelForImageTextToText.from_pretrained`` needs to load the target."""
-    return "import mllm_adapters" if plan.config["model_type"] in MODEL_TYPES else "stock transformers"
+    return "import mllm_adapters.auto" if plan.config["model_type"] in MODEL_TYPES else "stock transformers"
 
 
 def plan_table(

@@ -9,11 +9,12 @@ from torch import Tensor
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import WEIGHT_SUFFIXES, Checkpoint
 from mllm_adapters.contract import Step
+from mllm_adapters.locate import PROVENANCE
 from mllm_adapters.planning import kept
 from mllm_adapters.side_files import published, remove_paths
 from mllm_adapters.swap.apply import new_checkpoint, tell_left_behind, write_weights
 from mllm_adapters.swap.fingerprint import FileRecord, whole
-from mllm_adapters.swap.provenance import PROVENANCE, SwapRecord, has_record, read_record
+from mllm_adapters.swap.provenance import SwapRecord, has_record, read_record
 from mllm_adapters.swap.transfer import copy_files
 
 

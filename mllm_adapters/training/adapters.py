@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.extras import require
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import library_errors, library_reason
-from mllm_adapters.locate import cached
+from mllm_adapters.locate import ADAPTER_CONFIG
 from mllm_adapters.swap.provenance import named
 from mllm_adapters.training.stages import is_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
@@ -47,32 +45,6 @@ def base_name(base: Path, out: Path) -> str:
     return hub_id or (base.absolute().name if beside else str(base.absolute()))
 
 
-def base_of_adapter(folder: Path) -> Path | None:
-    """The checkpoint that an adapter folder belongs to; None where the folder is no adapter's.
-
-    A folder that has a config.json is a checkpoint, whatever lies in it besides.
-
-    Raises:
-        UserError: the base is not named, or is not there.
-    """
-    file = folder / CONFIG
-    if not file.is_file() or (folder / "config.json").is_file():
-        return None
-    require("train", f"adapter {folder}", "peft")
-    base = read_json(file).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(
-            f"{file} does not name its base model: set base_model_name_or_path to the checkpoint folder"
-        )
-    places = (folder.absolute().parent / base, Path(base))
-    found = next((place for place in places if place.is_dir()), None) or cached(base)
-    if found is None:
-        raise UserError(
-            f"{file}: its base model {base} is not there: set base_model_name_or_path to where the checkpoint is now"
-        )
-    return found
-
-
 def attach(model: Any, folder: Path) -> Any:
     """Put an adapter folder into its base model and merge it, so that what comes back is an ordinary model.
 
@@ -81,7 +53,7 @@ def attach(model: Any, folder: Path) -> Any:
     """
     from peft import PeftModel, set_peft_model_state_dict
 
-    config = _lora_config(folder / CONFIG)
+    config = _lora_config(folder / ADAPTER_CONFIG)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             f"{folder} holds no {ADAPTER_WEIGHTS}: complete the folder, or train the adapter again"

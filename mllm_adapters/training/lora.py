@@ -7,8 +7,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mllm_adapters.locate import ADAPTER_CONFIG
 from mllm_adapters.swap.apply import new_checkpoint
-from mllm_adapters.training.adapters import ADAPTER, ADAPTER_WEIGHTS, CONFIG, PREFIX, base_name
+from mllm_adapters.training.adapters import ADAPTER, ADAPTER_WEIGHTS, PREFIX, base_name
 from mllm_adapters.training.stages import LoraSettings, is_adapter, lora_config, outermost_modules
 
 
@@ -59,7 +60,7 @@ def write_adapter(
         save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         for name, contents in (extra_files or {}).items():
             (partial / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
-        (partial / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        (partial / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     return out
 
 

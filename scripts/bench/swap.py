@@ -37,7 +37,6 @@ NO_WORK = ("imports", "of which torch", "cp", "peak RSS")
 
 SWAP = """
 began = time.monotonic()
-sys.argv[0] = "swap-encoder"
 import atexit, gc
 from pathlib import Path
 from mgll_encoder.common import cli

@@ -5,10 +5,9 @@ import torch
 from PIL import Image
 
 from eval_mcq.items.schema import MCQItem
-from eval_mcq.scoring.asking import Ask
 from eval_mcq.scoring.engine import Engine
 from eval_mcq.scoring.parts import branches, common, fitting, part_of
-from eval_mcq.scoring.prompt import order
+from eval_mcq.scoring.prompt import Ask, order
 from eval_mcq.scoring.score import Scorer
 from eval_mcq.scoring.tree import Tree, common_length
 from mllm_adapters import load_mllm

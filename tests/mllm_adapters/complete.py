@@ -14,6 +14,7 @@ from transformers import (
     GotOcr2ImageProcessor,
 )
 
+import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import Tower, save_tower
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.registry import open_checkpoint

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import inspect_tower
 from mllm_adapters import load_mllm
 from mllm_adapters.contract import Plan

@@ -11,6 +11,7 @@ from transformers import (
     AutoProcessor,
 )
 
+import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mllm_adapters import load_mllm

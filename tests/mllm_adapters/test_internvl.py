@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import mllm_adapters.auto  # noqa: F401
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.preprocess import image_processor
 from mllm_adapters import load_mllm

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, JanusConfig
 
+import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower

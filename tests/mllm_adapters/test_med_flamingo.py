@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoProcessor
 
+import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import load_bench
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower

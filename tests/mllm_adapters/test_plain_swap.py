@@ -17,7 +17,6 @@ from tests.mllm_adapters.llava_checkpoints import a_tower
 
 SWAP = """
 import sys
-sys.argv[0] = "swap-encoder"
 from mllm_adapters.cli.swap import main
 try:
     main()

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
+import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import image_transform, inspect_tower

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower

@@ -1,0 +1,27 @@
+"""Finding towers; nothing heavy is imported."""
+
+from pathlib import Path
+
+from mgll_encoder.common.errors import UserError
+
+
+def check_manifest(path: Path) -> None:
+    """Refuse a manifest that is not there.
+
+    Raises:
+        UserError: it is not, or is no file.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"manifest {path} does not exist or is not a file: make one with 'mgll-encoder data fundus'"
+        )
+
+
+def check_tower(path: Path) -> None:
+    """Refuse a tower that is not there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: check the path of the tower")

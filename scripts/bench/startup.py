@@ -1,0 +1,66 @@
+"""Measure how soon commands answer what needs no model, as ratios to ``python -c "import torch"``."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mgll_encoder.common import cli
+
+app = cli.new_app("Measure how soon commands answer what needs no model.")
+
+LIMIT = 0.3
+"""A command should answer within this share of the time that importing torch takes."""
+
+MISTAKES: Mapping[str, str] = {
+    "mgll-encoder": "inspect nope",
+    "swap-encoder": "--mllm nope --encoder nope",
+    "retrain-projector": "--model nope --data nope",
+    "finetune-lora": "--model nope --data nope",
+    "eval-mcq": "run --model nope --bench nope",
+}
+"""Command -> arguments with a path that does not exist."""
+
+
+def fastest(command: Sequence[str | Path], repeats: int) -> float:
+    """Seconds of the fastest of several runs: what else the machine does only adds to it."""
+    return min(_seconds(command) for _ in range(repeats))
+
+
+def _seconds(command: Sequence[str | Path]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, capture_output=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return time.perf_counter() - began
+
+
+@app.command()
+def startup(
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each command; the fastest counts.")] = 5,
+) -> None:
+    """Measure how soon commands answer what needs no model.
+
+    Example: python scripts/bench/startup.py --repeats 5
+    """
+    torch = fastest([sys.executable, "-c", "import torch"], repeats)
+    scripts = Path(sys.executable).parent
+    table = Table("command", "--help", "--version", "wrong path", "wrong option")
+    worst = 0.0
+    for name, mistake in cli.track(MISTAKES.items(), "measuring"):
+        asked = ("--help", "--version", mistake, "--nope")
+        ratios = [fastest([scripts / name, *arguments.split()], repeats) / torch for arguments in asked]
+        table.add_row(name, *(f"{ratio:.2f}" for ratio in ratios))
+        worst = max(worst, *ratios)
+    cli.stdout.print(table)
+    cli.stdout.print(
+        f'Times as shares of python -c "import torch" ({torch:.2f} s); worst {worst:.2f}, limit {LIMIT}'
+    )
+
+
+if __name__ == "__main__":
+    cli.run(app)

@@ -1,0 +1,123 @@
+"""What needs neither torch nor transformers does not wait for them: imports, help, versions, mistakes in paths."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+import eval_mcq
+import mgll_encoder
+import mllm_adapters
+from tests.environments import ROOT
+
+ENTRIES = {
+    "mgll-encoder": "mgll_encoder.cli:main",
+    "swap-encoder": "mllm_adapters.cli.swap:main",
+    "retrain-projector": "mllm_adapters.cli.retrain:main",
+    "finetune-lora": "mllm_adapters.cli.lora:main",
+    "eval-mcq": "eval_mcq.cli.main:main",
+}
+
+WRONG = {
+    "mgll-encoder": (
+        "inspect nope", "convert nope --out x", "pretrain --data nope --out x",
+        "probe --encoder nope --images . --data nope", "probe --encoder . --images . --data nope",
+        "zero-shot --encoder . --images . --data nope", "retrieval --encoder . --data nope",
+        "explain --encoder nope --images . --out x.png", "explain --encoder . --images nope --out x.png",
+        "data fundus --labels nope --images nope --out x.jsonl", "data xray --dicom nope --out x",
+    ),
+    "swap-encoder": (
+        "--mllm nope --encoder nope", "--mllm ./nope --encoder .", "--mllm nope --encoder .",
+        "convert --mllm nope/ --out x", "verify nope", "verify .", "restore nope --to-encoder",
+        "restore nope --original nope", "compose --delta nope --out x", "extract nope --mllm nope",
+    ),
+    "retrain-projector": (
+        "--model nope --data nope", "--model . --data nope", "--model . --data pyproject.toml --images nope",
+        "--model . --data pyproject.toml --control nope", "--model . --data pyproject.toml --recipe nope",
+    ),
+    "finetune-lora": ("--model nope --data nope", "--model .. --data nope"),
+    "eval-mcq": (
+        "build --labels nope --images nope --out x.jsonl", "run --model nope --bench nope", "table nope",
+        "compare a=nope b=nope", "report nope --html x.html", "merge nope --out x", "check nope",
+        "import nope --format gmai --out x.jsonl", "export nope --out x", "audit --table nope",
+    ),
+}  # fmt: skip
+
+PROGRAM = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+
+module, function = sys.argv[1].split(":")
+main, told = getattr(import_module(module), function), []
+for arguments in json.loads(sys.argv[2]):
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["command", *arguments]
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    heavy = sorted({"torch", "transformers"} & set(sys.modules))
+    told.append([arguments, code, out.getvalue(), err.getvalue(), heavy])
+print(json.dumps(told))
+"""
+
+
+def fresh(program: str, *arguments: str) -> str:
+    """What a program prints that nothing has been imported for."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_help_version_and_mistakes_are_answered_without_torch(name: str) -> None:
+    mistakes = [command.split() for command in WRONG[name]]
+    asked = [["--help"], ["--version"], ["--no-such-option"], *mistakes]
+    answers = json.loads(fresh(PROGRAM, ENTRIES[name], json.dumps(asked)))
+    shown, version, *refused = answers
+    assert shown[1] == 0
+    assert "--version" in shown[2]
+    assert (version[1], version[2].split()[-1]) == (0, metadata.version("mgll-mllm"))
+    for arguments, code, _, err, _ in refused:
+        assert code == 2, (arguments, err)
+        assert len(err.splitlines()) == 1, err
+        assert "nope" in err or "." in arguments or arguments == ["--no-such-option"]
+    assert not [(arguments, heavy) for arguments, *_, heavy in answers if heavy]
+
+
+@pytest.mark.parametrize("package", ["mgll_encoder", "mllm_adapters", "eval_mcq"])
+def test_importing_a_package_imports_nothing_heavy_whatever_the_program_is_called(package: str) -> None:
+    program = (
+        f"import sys; sys.argv = ['any_script.py']; import {package}; print({package}.__version__, dir({package}), "
+        "sorted({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+    )
+    found = fresh(program)
+    assert found.startswith(metadata.version("mgll-mllm"))
+    assert found.rstrip().endswith("[]")
+
+
+@pytest.mark.parametrize("package", [mgll_encoder, mllm_adapters, eval_mcq])
+def test_every_public_name_is_there(package: object) -> None:
+    assert package.__all__ == sorted(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+        assert name in dir(package)
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        package.nothing_of_this_name  # noqa: B018
+
+
+def test_our_architectures_are_registered_when_asked_for_and_not_before() -> None:
+    program = """
+import mllm_adapters
+from transformers import CONFIG_MAPPING
+before = "mgll_janus" in CONFIG_MAPPING
+import mllm_adapters.auto
+print(before, "mgll_janus" in CONFIG_MAPPING, "mgll_qwen_vl" in CONFIG_MAPPING)
+"""
+    assert fresh(program).split() == ["False", "True", "True"]
