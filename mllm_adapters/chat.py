@@ -69,12 +69,24 @@ def render_chat(
     }
     answer = _WORKER.ask(request)
     if "text" in answer:
-        return str(answer["text"])
+        return _whole(str(answer["text"]))
     where = f"line {answer['line']}: " if answer.get("line") else ""
     raise TemplateError(
         f"the model's chat template cannot be rendered: {where}{answer['error']}: mend chat_template.jinja in its "
         "folder (older folders have it in chat_template.json, processor_config.json or tokenizer_config.json)"
     )
+
+
+def _whole(text: str) -> str:
+    """A rendered text that is one: escapes of a template may stand for half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TemplateError(
+            f"the model's chat template writes half of a character (\\u{ord(text[error.start]):04x}): mend "
+            "chat_template.jinja in its folder"
+        ) from None
+    return text
 
 
 class _Worker:

@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
+from mgll_encoder.common.pseudonyms import KEY_FILE
 from tests.fuzz.mutators import MARKER, mutate
 from tests.fuzz.readers import Reader
 
@@ -45,8 +46,8 @@ TURNS = 400
 LONGEST = 4000
 """Characters of an error line that a person can still read."""
 
-LEFTOVER = re.compile(r"(^|/)\.(?!mgll-key$)[^/]+")
-"""Hidden files: what a writer renames or removes when it is done; the key of the pseudonyms stays."""
+LEFTOVER = re.compile(r"(^|/)\.[^/]+")
+"""Hidden files: what a writer renames or removes when it is done. The key of the pseudonyms stays, as one of inputs."""
 
 NOT_A_NUMBER = re.compile(r"(?<![\w.'\"/-])nan(?![\w.'\"/-])")
 
@@ -115,7 +116,7 @@ def judge(outcome: Outcome, folder: Path, reader: Reader) -> Verdict:
         return Verdict("finding", f"exit {outcome.code}: {outcome.fault or outcome.err[-200:]}")
     if "Traceback (most recent call last)" in outcome.err:
         return Verdict("finding", "a traceback on stderr")
-    left = [name for name in outcome.new if not reader.may_stay(name)]
+    left = [name for name in outcome.new if not (reader.may_stay(name) or name.endswith(KEY_FILE))]
     if hidden := [name for name in left if LEFTOVER.search(name)]:
         return Verdict("finding", f"leftover {re.sub(r'[a-z0-9_]{8}$', 'XXXXXXXX', hidden[0])}")
     if outcome.code == 2:

@@ -111,6 +111,12 @@ def test_a_template_that_fails_is_told_with_its_line(processor: Any, template: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_that_writes_half_of_a_character_is_told(processor: Any) -> None:
+    processor.chat_template = "{{ '\\ud800' }}"
+    with pytest.raises(TemplateError, match=r"half of a character \(.ud800\)"):
+        render_chat(processor, [QUESTION])
+
+
 def test_threads_get_each_their_own(processor: Any) -> None:
     found: dict[int, str] = {}
 
