@@ -27,7 +27,7 @@ from mgll_encoder.data.fundus_layouts import (
 )
 from mgll_encoder.data.label_cells import plain
 from mgll_encoder.data.label_rows import NORMAL, Columns, LabelRow, agreeing, label_rows, with_files
-from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
+from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, Text, write_manifest
 
 GRANULARITIES = ["status", "disease", "keyword", "explanation"]
 EXPLANATIONS = Path(__file__).parent / "explanations.json"
@@ -53,7 +53,7 @@ class Explanations(BaseModel):
     version: int
     about: str = ""
     sources: list[str]
-    explanations: dict[str, str]
+    explanations: dict[str, Text]
     not_findings: list[str] = []
 
 
