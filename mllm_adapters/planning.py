@@ -251,15 +251,15 @@ def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
     return plan.model_copy(update={"steps": tuple(steps), "notes": (*plan.notes, note)})
 
 
-def kept(header: TensorHeader, name: str | None = None, rows: int | None = None) -> Step:
-    """A step that takes a source tensor as it is, perhaps under another name or with rows added."""
+def kept(header: TensorHeader, name: str | None = None) -> Step:
+    """A step that takes a source tensor as it is, perhaps under another name."""
     name = name or header.name
-    shape = header.shape if rows is None else (rows, *header.shape[1:])
-    operation: Operation = (
-        "extend_rows" if shape != header.shape else "keep" if name == header.name else "rename"
-    )
     return Step(
-        name=name, dtype=dtype_name(header.dtype), shape=shape, operation=operation, sources=(header.name,)
+        name=name,
+        dtype=dtype_name(header.dtype),
+        shape=header.shape,
+        operation="keep" if name == header.name else "rename",
+        sources=(header.name,),
     )
 
 

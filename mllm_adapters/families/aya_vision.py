@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import read_fields, tower_config
-from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Target, VisionContract
-from mllm_adapters.planning import after_swap, kept, refit_reader, replaced, swap_notes, tower_steps
+from mllm_adapters.configs import read_fields
+from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
+from mllm_adapters.families.base import PlannedFamily
+from mllm_adapters.families.host import Host, Request, Swap
+from mllm_adapters.planning import kept
 from mllm_adapters.processing import host_pixels, image_settings, load_processor, own_processor
 
 TOWER = "vision_tower."
@@ -43,7 +44,7 @@ class Fields(BaseModel):
     image_token_index: int = 255036
 
 
-class AyaVision(Family):
+class AyaVision(PlannedFamily):
     """The Aya Vision architecture."""
 
     spec = FamilySpec(
@@ -61,59 +62,36 @@ class AyaVision(Family):
         """``transformers``: there is no other."""
         return "transformers" if config.get("model_type") == "aya_vision" else None
 
-    def plan(
-        self,
-        checkpoint: Checkpoint,
-        tower: TowerHeader | None = None,
-        image_size: int | None = None,
-        target: Target = "own",  # noqa: ARG002 (its projector is no LLaVA's)
-    ) -> Plan:
-        """Plan a swap; see `Family.plan`."""
-        if tower is None:
-            raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
+    def host(self, checkpoint: Checkpoint, request: Request) -> Host:  # noqa: ARG002 (one layout, one target)
+        """See `PlannedFamily.host`."""
         fields = read_fields(Fields, checkpoint.config, f"{checkpoint.folder}/config.json")
-        factor = fields.downsample_factor
         before, notes = _contract(checkpoint, fields)
-        read_at = before.model_copy(update={"feature_layer": FEATURE_LAYER, "class_token": False})
-        after = after_swap(
-            read_at, tower, image_size, tokens=lambda grid: (grid // factor) ** 2, multiple=factor
-        ).model_copy(update={"tiles": before.tiles})
-
-        old = [header for header in checkpoint.tensors.values() if TOWER in header.name]
-        if not old:
+        tower = next((header for header in checkpoint.tensors.values() if TOWER in header.name), None)
+        if tower is None:
             raise UserError(f"{checkpoint.folder} holds no tensor of {TOWER.rstrip('.')}: is it complete?")
-        prefix = old[0].name.partition(TOWER)[0] + TOWER + "vision_model."
-        steps = [kept(header) for header in checkpoint.tensors.values() if TOWER not in header.name]
-        readers: dict[str, str] = {}
-        for reader in READERS:
-            stem = next(
-                (s.name.removesuffix(".weight") for s in steps if s.name.endswith(f"{reader}.weight")), reader
-            )
-            steps, fate = refit_reader(steps, stem, before, after, checkpoint.folder)
-            readers |= fate
-        return Plan(
-            family=self.spec.name,
+        root = tower.name.partition(TOWER)[0]
+        return Host(
             layout="transformers",
-            source=checkpoint.folder,
-            tower=tower.source,
-            tower_weights=tower.weights,
-            swapped=True,
-            steps=(*steps, *tower_steps(tower, prefix, after, old[0].dtype)),
-            dropped=replaced(header.name for header in old),
-            config={
-                **checkpoint.config,
-                FAMILY_KEY: self.spec.name,
-                "vision_config": tower_config(tower.spec, after),
-                "vision_feature_layer": FEATURE_LAYER,
-                "vision_feature_select_strategy": "default",
-            },
             before=before,
-            after=after,
+            steps=[kept(header) for header in checkpoint.tensors.values()],
+            prefix=f"{root}{TOWER}vision_model.",
+            dtype=tower.dtype,
+            config={**checkpoint.config, FAMILY_KEY: self.spec.name},
             image_token_id=fields.image_token_index,
+            connector=tuple(root + reader for reader in READERS),
+            read_at=FEATURE_LAYER,
+            merge=fields.downsample_factor,
+            tiles=before.tiles,
             processor=own_processor(checkpoint.folder),
-            readers=readers,
-            notes=(*notes, *swap_notes(tower, after)),
+            notes=notes,
         )
+
+    def adapted(self, swap: Swap) -> Mapping[str, Any]:
+        """See `PlannedFamily.adapted`."""
+        return {
+            "vision_feature_layer": swap.after.feature_layer,
+            "vision_feature_select_strategy": "default",
+        }
 
     def processor(self, plan: Plan) -> Any | None:
         """The AyaVisionProcessor of the planned checkpoint; None where the source has no tokenizer."""

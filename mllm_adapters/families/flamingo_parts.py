@@ -14,7 +14,7 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Dropped, Step
 from mllm_adapters.families.flamingo_file import HEAD, LANGUAGE_MODEL, Geometry, Names
 from mllm_adapters.families.keytable import placed
-from mllm_adapters.planning import TOWER_PART, HostTower, kept
+from mllm_adapters.planning import TOWER_PART, HostTower, extended, kept, replaced
 from mllm_adapters.registry import LOOSE_SUFFIXES
 from mllm_adapters.towers import PUBLISHED_TOWERS
 
@@ -96,8 +96,8 @@ def frozen_steps(
             continue
         if not key.startswith(("model.", HEAD)):
             raise UserError(f"{header.file}: tensor {key} is not part of a LLaMA")
-        steps.append(kept(header, name, geometry.rows if name == HEAD else None))
-    return steps
+        steps.append(kept(header, name))
+    return extended(steps, (HEAD,), geometry.rows)
 
 
 def host_tower(
@@ -185,8 +185,16 @@ def _clip_folders(checkpoint: Checkpoint) -> list[Path]:
     return [folder for folder in models if _model_type(folder).startswith("clip")]
 
 
-def inner_tower(checkpoint: Checkpoint, names: Names) -> tuple[list[Step], list[Dropped]]:
-    """Steps for a vision tower that lies in the weight file itself, and what of its CLIP is left out."""
+def inner_tower(checkpoint: Checkpoint, names: Names, *, swapped: bool) -> tuple[list[Step], list[Dropped]]:
+    """Steps for a vision tower that lies in the weight file itself, and what of its CLIP is left out.
+
+    Args:
+        checkpoint: The weight file.
+        names: Its tensors.
+        swapped: Whether another tower takes its place, so that all of it is left out.
+    """
+    if swapped or not names.vision:
+        return [], list(replaced(names.vision))
     plan = plan_keys(names.vision, str(checkpoint.folder))
     steps: list[Step] = []
     unused = [name for name in names.vision if name not in plan.taken]

@@ -13,37 +13,32 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields, tower_config
+from mllm_adapters.configs import build_config, read_fields
 from mllm_adapters.contract import (
     FAMILY_KEY,
     Dropped,
-    Family,
     FamilySpec,
     Plan,
     Reading,
-    Step,
-    Target,
     VisionContract,
 )
 from mllm_adapters.families import instructblip_lavis as lavis
 from mllm_adapters.families import read_template
+from mllm_adapters.families.base import PlannedFamily
+from mllm_adapters.families.host import Connected, Host, Request, Swap
 from mllm_adapters.families.instructblip_lavis import AsStock
 from mllm_adapters.families.instructblip_readers import QFORMER_PART, TOWER, refitted
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
-    REPLACED,
     TOWER_PART,
-    after_swap,
+    extended,
     growth,
     image_row,
     kept,
-    swap_notes,
-    tower_steps,
 )
 from mllm_adapters.processing import has_tokenizer, host_pixels, load_tokenizer, with_placeholder
 
@@ -94,7 +89,7 @@ class Fields(BaseModel):
 
 
 @dataclass(frozen=True)
-class InstructBlip(Family):
+class InstructBlip(PlannedFamily):
     """See `Family`."""
 
     spec: FamilySpec
@@ -106,59 +101,53 @@ class InstructBlip(Family):
         stock = "transformers" if FAMILY_KEY in config else "stock"
         return {OWN: "transformers", STOCK: stock}.get(str(config.get("model_type")))
 
-    def plan(
-        self,
-        checkpoint: Checkpoint,
-        tower: TowerHeader | None = None,
-        image_size: int | None = None,
-        target: Target = "own",  # noqa: ARG002 (there is no other)
-    ) -> Plan:
-        """Plan a swap (``tower`` given) or a conversion to what loads as it is; see `Family.plan`."""
+    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+        """See `PlannedFamily.host`."""
         layout, where = str(self.layout(checkpoint.config)), f"{checkpoint.folder}/config.json"
-        if layout == "transformers" and tower is None:
-            raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
-        host = (
-            lavis.read(checkpoint, swapped=tower is not None) if layout == "lavis" else _as_stock(checkpoint)
+        swapped = request.tower is not None
+        found = lavis.read(checkpoint, swapped=swapped) if layout == "lavis" else _as_stock(checkpoint)
+        fields = read_fields(Fields, found.config, where)
+        _check_language_model(found, fields, where)
+        tokenizer = checkpoint.parts.get(lavis.LANGUAGE_PART, checkpoint.folder)
+        config, image_token_id, note = _with_placeholder(found, fields, checkpoint, layout)
+        tokenizers = _tokenizers(tokenizer, checkpoint)
+        before, notes = _contract(config, fields, checkpoint.folder, where)
+        if not swapped and checkpoint.find(QFORMER_PART) is not None:
+            raise UserError(f"--part {QFORMER_PART} goes with a new tower: give --encoder, or leave it out")
+        steps = (
+            extended(found.steps, VOCABULARY, config["text_config"]["vocab_size"]) if note else found.steps
         )
-        fields = read_fields(Fields, host.config, where)
-        _check_language_model(host, fields, where)
-        host, image_token_id, note = _with_placeholder(host, fields, checkpoint, layout)
-        tokenizers = _tokenizers(host, checkpoint)
-        before, pixel_notes = _contract(host, fields, checkpoint.folder, where)
-        readers: dict[str, str] = {}
-        if tower is None:
-            if checkpoint.find(QFORMER_PART) is not None:
-                raise UserError(
-                    f"--part {QFORMER_PART} goes with a new tower: give --encoder, or leave it out"
-                )
-            after, steps, dropped, config = before, host.steps, host.dropped, host.config
-        else:
-            after = after_swap(
-                _read_at_new_layer(before, host), tower, image_size, tokens=lambda _: before.tokens
-            )
-            steps, readers, epsilon = refitted(host, checkpoint, before, after)
-            dtype = next(checkpoint.header(s.sources[0]).dtype for s in host.steps if s.name == PROJECTION)
-            dropped = [*host.dropped, *_left_out(host, steps, checkpoint)]
-            steps += tower_steps(tower, OWN_TOWER, after, dtype)
-            config = _swapped_config(host.config, tower, after, epsilon)
-        return Plan(
-            family=self.spec.name,
+        return Host(
             layout=layout,
-            source=checkpoint.folder,
-            tower=tower.source if tower else None,
-            tower_weights=tower.weights if tower else None,
-            swapped=tower is not None,
-            parts={**checkpoint.parts, **tokenizers},
-            steps=tuple(steps),
-            dropped=tuple(dropped),
-            config={**config, FAMILY_KEY: self.spec.name},
             before=before,
-            after=after,
+            steps=[s for s in steps if not (swapped and TOWER.match(s.name) and "/" in s.sources[0])],
+            prefix=OWN_TOWER,
+            dtype=next(checkpoint.header(s.sources[0]).dtype for s in steps if s.name == PROJECTION),
+            config=config if swapped else {**config, FAMILY_KEY: self.spec.name},
             image_token_id=image_token_id,
+            read_at=None if config["model_type"] == OWN else NEW_LAYER,
+            queries=before.tokens,
+            dropped=found.dropped,
+            parts=tokenizers,
             processor="InstructBLIP's two tokenizers, with a chat template" if tokenizers else None,
-            readers=readers,
-            notes=(*pixel_notes, *swap_notes(tower, after), *note),
+            notes=notes,
+            remarks=note,
         )
+
+    def connect(self, swap: Swap) -> Connected:
+        """See `PlannedFamily.connect`: the norm after the tower, and keys and values of the Q-Former."""
+        if swap.request.tower is None:
+            return Connected(swap.steps)
+        found = refitted(swap)
+        config = {
+            "architectures": ["MgllInstructBlipForConditionalGeneration"],
+            "model_type": OWN,
+            "qformer_config": {**swap.host.config["qformer_config"], "encoder_hidden_size": swap.after.width},
+            "vision_feature_layer": swap.after.feature_layer,
+            **found.config,
+            FAMILY_KEY: self.spec.name,
+        }
+        return replace(found, config=config)
 
     def processor(self, plan: Plan) -> Any | None:
         """The processor of the planned checkpoint; None where the source has no tokenizer."""
@@ -199,24 +188,20 @@ def _as_stock(checkpoint: Checkpoint) -> AsStock:
             raise UserError(f"--part {part} is for LAVIS' files: {checkpoint.folder} holds its own")
     headers = checkpoint.tensors.values()
     reason = "a table that is computed anew"
-    vision = checkpoint.config.get("vision_config")
-    epsilons = (checkpoint.config, "vision_layer_norm_eps"), (vision, "layer_norm_eps")
     return AsStock(
         config={key: value for key, value in checkpoint.config.items() if key != "auto_map"},
         steps=[kept(header) for header in headers if not header.name.endswith(BUFFERS)],
         dropped=[Dropped(name=h.name, reason=reason) for h in headers if h.name.endswith(BUFFERS)],
-        norm_epsilon=next((d[key] for d, key in epsilons if isinstance(d, Mapping) and key in d), 1e-6),
-        tokenizer=checkpoint.folder,
     )
 
 
-def _check_language_model(host: AsStock, fields: Fields, where: str) -> None:
+def _check_language_model(found: AsStock, fields: Fields, where: str) -> None:
     kind = fields.text_config.get("model_type")
     if kind not in LANGUAGE_MODELS:
         raise UserError(
             f"{where}: its language model is {kind!r}: supported are {' and '.join(LANGUAGE_MODELS)} (Vicuna, Flan-T5)"
         )
-    names = {step.name for step in host.steps}
+    names = {step.name for step in found.steps}
     for needed in (PROJECTION, "query_tokens"):
         if needed not in names:
             raise UserError(f"{where}: tensor {needed} is not in the weights beside it: is it complete?")
@@ -225,20 +210,21 @@ def _check_language_model(host: AsStock, fields: Fields, where: str) -> None:
 
 
 def _with_placeholder(
-    host: AsStock, fields: Fields, checkpoint: Checkpoint, layout: str
-) -> tuple[AsStock, int, tuple[str, ...]]:
-    """The host with a row for the image placeholder, which files older than transformers 4.46 lack."""
-    vocabulary = max(step.shape[0] for step in host.steps if step.name in VOCABULARY)
+    found: AsStock, fields: Fields, checkpoint: Checkpoint, layout: str
+) -> tuple[dict[str, Any], int, tuple[str, ...]]:
+    """The configuration with an image placeholder, which files older than transformers 4.46 lack; its id; a note."""
+    vocabulary = max(step.shape[0] for step in found.steps if step.name in VOCABULARY)
     if fields.placeholder is not None:
         if fields.placeholder >= vocabulary:
             raise UserError(
                 f"{checkpoint.folder}: image_token_index is {fields.placeholder}, but the vocabulary has only "
                 f"{vocabulary} rows: config.json and weights do not belong together"
             )
-        return host, fields.placeholder, ()
-    image_token_id, rows = image_row(_text_tokenizer(host.tokenizer, layout), vocabulary)
+        return found.config, fields.placeholder, ()
+    folder = checkpoint.parts.get(lavis.LANGUAGE_PART, checkpoint.folder)
+    image_token_id, rows = image_row(_text_tokenizer(folder, layout), vocabulary)
     config = {
-        **host.config,
+        **found.config,
         "image_token_index": image_token_id,
         "text_config": {**fields.text_config, "vocab_size": rows},
     }
@@ -246,27 +232,20 @@ def _with_placeholder(
         f"{growth(vocabulary, rows)}visual tokens take the place of {IMAGE_TOKEN} = {image_token_id} instead of being "
         "put in front"
     )
-    steps = [_extended(step, rows) if step.name in VOCABULARY else step for step in host.steps]
-    return replace(host, config=config, steps=steps), image_token_id, (note,)
-
-
-def _extended(step: Step, rows: int) -> Step:
-    if step.shape[0] == rows:
-        return step
-    return step.model_copy(update={"operation": "extend_rows", "shape": (rows, *step.shape[1:])})
+    return config, image_token_id, (note,)
 
 
 def _contract(
-    host: AsStock, fields: Fields, folder: Path, where: str
+    config: Mapping[str, Any], fields: Fields, folder: Path, where: str
 ) -> tuple[VisionContract, tuple[str, ...]]:
     """What the Q-Former sees: all tokens of the tower, and how pictures are prepared."""
-    vision = build_config(host.config, where).vision_config
+    vision = build_config(config, where).vision_config
     pixels, notes = _pixels(folder, vision.image_size)
     contract = VisionContract(
         width=vision.hidden_size,
         patch_size=vision.patch_size,
         tokens=fields.num_query_tokens,
-        feature_layer=fields.vision_feature_layer if _is_own(host) else -1,
+        feature_layer=fields.vision_feature_layer if config["model_type"] == OWN else -1,
         class_token=True,
         activation=vision.hidden_act,
         **pixels.model_dump(),
@@ -283,22 +262,18 @@ def _pixels(folder: Path, image_size: int) -> tuple[PixelRule, tuple[str, ...]]:
     )
 
 
-def _is_own(host: AsStock) -> bool:
-    return host.config["model_type"] == OWN
-
-
-def _tokenizers(host: AsStock, checkpoint: Checkpoint) -> dict[str, Path]:
+def _tokenizers(tokenizer: Path, checkpoint: Checkpoint) -> dict[str, Path]:
     """The folder of the Q-Former's tokenizer, where the language model's is at hand."""
-    if not has_tokenizer(host.tokenizer):
+    if not has_tokenizer(tokenizer):
         return {}
-    inside = host.tokenizer / QFORMER_TOKENIZER
+    inside = tokenizer / QFORMER_TOKENIZER
     names = (QFORMER_TOKENIZER, *BERT)
     found = [path for name in names if (path := checkpoint.find(QFORMER_TOKENIZER_PART, name))]
     folder = next((path for path in found if has_tokenizer(path)), None)
     if folder is None:
         looked = f" (nor in {found[0]})" if found else ""
         raise UserError(
-            f"{host.tokenizer} holds a tokenizer, but there is none for the Q-Former{looked}: put that of {BERT[0]} at "
+            f"{tokenizer} holds a tokenizer, but there is none for the Q-Former{looked}: put that of {BERT[0]} at "
             f"{inside}, or say where it is with --part {QFORMER_TOKENIZER_PART}=PATH"
         )
     return {QFORMER_TOKENIZER_PART: folder}
@@ -307,38 +282,6 @@ def _tokenizers(host: AsStock, checkpoint: Checkpoint) -> dict[str, Path]:
 def _text_tokenizer(folder: Path, layout: str) -> Any | None:
     tokenizer = load_tokenizer(folder)
     return lavis.with_special_tokens(tokenizer) if tokenizer and layout == "lavis" else tokenizer
-
-
-def _read_at_new_layer(before: VisionContract, host: AsStock) -> VisionContract:
-    return before if _is_own(host) else before.model_copy(update={"feature_layer": NEW_LAYER})
-
-
-def _left_out(host: AsStock, steps: list[Step], checkpoint: Checkpoint) -> list[Dropped]:
-    """The old tower, and readers of features that are no longer there."""
-    used = {name for step in steps for name in (*step.sources, step.replaces)}
-    return [
-        Dropped(
-            name=name,
-            reason=REPLACED if TOWER.match(step.name) else "reads the old tower's features",
-        )
-        for step in host.steps
-        for name in step.sources
-        if name not in used and name in checkpoint.tensors
-    ]
-
-
-def _swapped_config(
-    config: Mapping[str, Any], tower: TowerHeader, after: VisionContract, epsilon: float
-) -> dict[str, Any]:
-    return {
-        **config,
-        "architectures": ["MgllInstructBlipForConditionalGeneration"],
-        "model_type": OWN,
-        "vision_config": tower_config(tower.spec, after),
-        "qformer_config": {**config["qformer_config"], "encoder_hidden_size": after.width},
-        "vision_feature_layer": after.feature_layer,
-        "vision_layer_norm_eps": epsilon,
-    }
 
 
 _TEMPLATE = read_template("instructblip.jinja")

@@ -6,7 +6,7 @@ blip2_t5_instruct,Qformer}.py, lavis/models/eva_vit.py.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -88,25 +88,14 @@ EVA_LAYOUT = Layout(
 
 @dataclass(frozen=True)
 class AsStock:
-    """A checkpoint seen in the transformers layout.
+    """A checkpoint seen in the transformers layout: its config.json there, its tensors, and what has no place there.
 
-    Attributes:
-        config: Its config.json there, without an image placeholder.
-        steps: Its tensors there.
-        dropped: What has no place there.
-        norm_epsilon: Epsilon of the normalisation between tower and Q-Former.
-        tokenizer: Folder of the language model's tokenizer.
-        parts: Where parts of it lie.
-        notes: What the user should know.
+    The configuration may lack an image placeholder.
     """
 
     config: dict[str, Any]
     steps: list[Step]
     dropped: list[Dropped]
-    norm_epsilon: float
-    tokenizer: Path
-    parts: dict[str, Path] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def read(checkpoint: Checkpoint, *, swapped: bool) -> AsStock:
@@ -150,9 +139,6 @@ def read(checkpoint: Checkpoint, *, swapped: bool) -> AsStock:
         },
         steps=steps + tower_steps,
         dropped=dropped + left_out,
-        norm_epsilon=NORM_EPSILON,
-        tokenizer=checkpoint.parts.get(LANGUAGE_PART, folder),
-        parts=dict(checkpoint.parts),
     )
 
 

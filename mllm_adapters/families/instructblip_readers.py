@@ -1,14 +1,15 @@
 """What reads the tower's features in an InstructBLIP: a norm, and keys and values of the Q-Former's cross-attention."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Step, VisionContract
 from mllm_adapters.families import instructblip_lavis as lavis
-from mllm_adapters.families.instructblip_lavis import AsStock
+from mllm_adapters.families.host import Connected, Swap
 from mllm_adapters.planning import kept, refit_reader
 
 QFORMER_PART = "qformer"
@@ -21,34 +22,34 @@ TOWER = re.compile(r"vision_model\.(?!post_layernorm\.|ln_vision\.)")
 READERS = re.compile(r"(qformer\.encoder\.layer\.\d+\.crossattention\.attention\.(?:key|value))\.weight")
 
 
-def refitted(
-    host: AsStock, checkpoint: Checkpoint, before: VisionContract, after: VisionContract
-) -> tuple[list[Step], dict[str, str], float]:
+def refitted(swap: Swap) -> Connected:
     """Everything but the tower, ready for the new tower's features.
 
-    Args:
-        host: The checkpoint.
-        checkpoint: Where it comes from.
-        before: Vision contract of the source.
-        after: Vision contract of the target.
-
-    Returns:
-        The steps, what becomes of each reader, and the epsilon of the norm before the readers.
+    In ``config`` is the epsilon of the norm before the readers.
 
     Raises:
         UserError: readers and tower do not belong together, or a given Q-Former does not fit.
     """
-    steps = [_own_name(step) for step in host.steps if not TOWER.match(step.name)]
+    host, after, checkpoint = swap.host, swap.after, swap.checkpoint
+    steps = [_own_name(step) for step in swap.steps]
     path = checkpoint.find(QFORMER_PART)
     if path is not None:
-        return (*_trained_readers(steps, checkpoint, path, after), lavis.NORM_EPSILON)
+        return _trained_readers(steps, checkpoint, path, after)
     biases = {f"{match[1]}.bias" for step in steps if (match := READERS.fullmatch(step.name))}
     kept_biases = {step.name: step for step in steps if step.name in biases}
     readers: dict[str, str] = {}
     for reader in _reader_names(steps):
-        steps, fate = refit_reader(steps, reader, before, after, checkpoint.folder)
+        steps, fate = refit_reader(steps, reader, host.before, after, checkpoint.folder)
         readers |= fate
-    return [kept_biases.get(step.name, step) for step in steps], readers, host.norm_epsilon
+    epsilon = lavis.NORM_EPSILON if host.layout == "lavis" else _norm_epsilon(host.config)
+    made = [kept_biases.get(step.name, step) for step in steps]
+    return Connected(made, readers, {"vision_layer_norm_eps": epsilon})
+
+
+def _norm_epsilon(config: Mapping[str, Any]) -> float:
+    """That of the norm before the readers, in the transformers layout."""
+    own, stock = config.get("vision_layer_norm_eps"), config["vision_config"].get("layer_norm_eps", 1e-6)
+    return float(stock if own is None else own)
 
 
 def _own_name(step: Step) -> Step:
@@ -64,7 +65,7 @@ def _reader_names(steps: Iterable[Step]) -> list[str]:
 
 def _trained_readers(
     steps: list[Step], checkpoint: Checkpoint, path: Path, after: VisionContract
-) -> tuple[list[Step], dict[str, str]]:
+) -> Connected:
     """The readers of a Q-Former that was trained on features of the new tower's width.
 
     Raises:
@@ -92,4 +93,5 @@ def _trained_readers(
                 "LAVIS' blip2_pretrained_vitL.pth), or leave it out"
             )
         changed.append(kept(header, step.name).model_copy(update={"dtype": step.dtype}))
-    return changed, dict.fromkeys(names, f"taken from {path.name} ({after.width} wide)")
+    readers = dict.fromkeys(names, f"taken from {path.name} ({after.width} wide)")
+    return Connected(changed, readers, {"vision_layer_norm_eps": lavis.NORM_EPSILON})

@@ -6,18 +6,19 @@ configuration_*.py, modeling_*.py; internvl_chat/internvl/train/dataset.py) and 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, Field
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, text_config, tower_geometry
-from mllm_adapters.contract import Dropped, Step, VisionContract
+from mllm_adapters.contract import FAMILY_KEY, Step, VisionContract
 from mllm_adapters.families import internvl_text
+from mllm_adapters.families.host import Host, Request
 from mllm_adapters.families.internvl_names import (
     EMBEDDINGS,
     HEAD,
@@ -30,6 +31,19 @@ from mllm_adapters.families.internvl_names import (
 )
 from mllm_adapters.planning import contract_of, extended, image_row, kept
 from mllm_adapters.processing import host_pixels
+
+NAME, OWN = "internvl", "mgll_internvl"
+"""Of the family, and of the architecture that takes a CLIP tower."""
+
+CLASSES: Mapping[str, str] = {
+    "internvl": "InternVLForConditionalGeneration",
+    OWN: "MgllInternVLForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+}
+"""``model_type`` of what is read and written in the transformers layout -> its class."""
+
+NEW_LAYER = -2
+"""Hidden layer that is read of a new tower: a CLIP's last block is trained to feed its class token only."""
 
 FIRST_TENSOR = re.compile(r"(.*vision_tower\.)(?:vision_model\.)?embeddings\.(?:cls_token|class_embedding)")
 
@@ -83,40 +97,7 @@ class NativeFields(BaseModel):
     ps_version: Literal["v1", "v2"] = "v2"
 
 
-@dataclass(frozen=True)
-class Host:
-    """A checkpoint as it is before a swap, whatever its layout.
-
-    Attributes:
-        layout: Name of the layout.
-        tower: Steps of its own tower.
-        rest: Steps of everything else, under the names of the target.
-        dropped: What the target lacks, swapped or not.
-        root: What precedes ``vision_tower.`` and ``multi_modal_projector.`` in the names of the target.
-        contract: Its vision contract.
-        shrink: Patches along one side that are joined to one token.
-        config: Fields of the target's config.json, but for those of the tower.
-        vision_config: Configuration of its own tower.
-        notes: What the user should know.
-    """
-
-    layout: str
-    tower: tuple[Step, ...]
-    rest: tuple[Step, ...]
-    dropped: tuple[Dropped, ...]
-    root: str
-    contract: VisionContract
-    shrink: int
-    config: Mapping[str, Any]
-    vision_config: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-    def tokens(self, grid: int) -> int:
-        """Visual tokens of an image of ``grid`` patches along one side."""
-        return (grid // self.shrink) ** 2
-
-
-def original_host(checkpoint: Checkpoint) -> Host:
+def original_host(checkpoint: Checkpoint, request: Request) -> Host:
     """What a checkpoint in the original layout is.
 
     Raises:
@@ -139,12 +120,12 @@ def original_host(checkpoint: Checkpoint) -> Host:
                 f"{checkpoint.folder}: the tensor for {name} is missing: is the checkpoint complete?"
             )
     spec = _original_tower(fields, vision, where)
-    shrink = _shrink(fields.downsample_ratio, spec.grid, where)
+    merge = _merged(fields.downsample_ratio, spec.grid, where)
     contract = contract_of(spec, fields.select_layer, class_token=False)
     tiles = fields.max_dynamic_patch if fields.dynamic_image_size else 1
     contract = contract.model_copy(
         update={
-            "tokens": (spec.grid // shrink) ** 2,
+            "tokens": (spec.grid // merge) ** 2,
             "tiles": tiles + (tiles > 1 and fields.use_thumbnail),
         }
     )
@@ -157,33 +138,38 @@ def original_host(checkpoint: Checkpoint) -> Host:
     }
     text = text_config(language_model.model_type, own, rows, f"{where}, llm_config")
     steps = extended(_resampled(steps, spec.patches + 1), (EMBEDDINGS, HEAD), rows)
+    kind = _model_type(request, fields.ps_version, contract)
+    own = {
+        "dtype": held[EMBEDDINGS].dtype,
+        "text_config": text | ({"eos_token_id": list(said.stops)} if said else {}),
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "downsample_ratio": fields.downsample_ratio,
+        "image_token_id": image_token_id,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "ps_version": fields.ps_version,
+    }
+    own_vision = {
+        "model_type": "internvl_vision",
+        **vision.model_dump(exclude={"qk_normalization", "qkv_bias"}),
+        "use_qk_norm": vision.qk_normalization,
+        "attention_bias": vision.qkv_bias,
+        "image_size": [spec.image_size] * 2,
+        "patch_size": [spec.patch_size] * 2,
+    }
     return Host(
         layout="original",
-        tower=tuple(step for step in steps if step.name.startswith(TOWER)),
-        rest=tuple(step for step in steps if not step.name.startswith(TOWER)),
-        dropped=tuple(dropped),
-        root="",
-        contract=contract,
-        shrink=shrink,
-        config={
-            "dtype": held[EMBEDDINGS].dtype,
-            "text_config": text | ({"eos_token_id": list(said.stops)} if said else {}),
-            "vision_feature_select_strategy": "default",
-            "projector_hidden_act": "gelu",
-            "downsample_ratio": fields.downsample_ratio,
-            "image_token_id": image_token_id,
-            "tie_word_embeddings": text["tie_word_embeddings"],
-            "ps_version": fields.ps_version,
-        },
-        vision_config={
-            "model_type": "internvl_vision",
-            **vision.model_dump(exclude={"qk_normalization", "qkv_bias"}),
-            "use_qk_norm": vision.qk_normalization,
-            "attention_bias": vision.qkv_bias,
-            "image_size": [spec.image_size] * 2,
-            "patch_size": [spec.patch_size] * 2,
-        },
+        before=contract,
+        steps=sorted(steps, key=lambda step: not step.name.startswith(TOWER)),
+        dtype=getattr(torch, held[f"{PROJECTOR}linear_1.weight"].dtype),
+        config=_config(kind, own, own_vision, contract),
+        image_token_id=image_token_id,
+        read_at=NEW_LAYER,
+        merge=merge,
+        dropped=dropped,
+        processor=internvl_text.described(checkpoint.folder, kind),
         notes=_original_notes(fields, vocabulary, rows, image_token_id),
+        **_places("", kind, request),
     )
 
 
@@ -203,7 +189,7 @@ def _original_notes(
     return tuple(notes)
 
 
-def native_host(checkpoint: Checkpoint) -> Host:
+def native_host(checkpoint: Checkpoint, request: Request) -> Host:
     """What a checkpoint in the transformers layout is, swapped before or not.
 
     Raises:
@@ -231,30 +217,75 @@ def native_host(checkpoint: Checkpoint) -> Host:
         "activation": vision["hidden_act"],
     }
     spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, where)
-    shrink = _shrink(fields.downsample_ratio, spec.grid, str(where))
+    merge = _merged(fields.downsample_ratio, spec.grid, str(where))
     tiles = internvl_text.tiles(checkpoint.folder, config["model_type"])
     contract = contract_of(spec, fields.vision_feature_layer, class_token=False)
-    contract = contract.model_copy(update={"tokens": (spec.grid // shrink) ** 2, "tiles": tiles})
-    steps = [kept(header) for header in checkpoint.tensors.values()]
+    contract = contract.model_copy(update={"tokens": (spec.grid // merge) ** 2, "tiles": tiles})
+    root = prefix.removesuffix(TOWER)
+    projector = checkpoint.tensors.get(f"{root}{PROJECTOR}linear_1.weight")
+    if projector is None:
+        raise UserError(
+            f"{checkpoint.folder}: tensor {root}{PROJECTOR}linear_1.weight is missing: is this the language model only?"
+        )
+    kind = _model_type(request, fields.ps_version, contract)
+    own = {
+        **{key: value for key, value in config.items() if key != "auto_map"},
+        "vision_feature_select_strategy": "default",
+        "downsample_ratio": fields.downsample_ratio,
+        "image_token_id": fields.image_token_id,
+        "tie_word_embeddings": built.tie_word_embeddings,
+        "ps_version": fields.ps_version,
+    }
     return Host(
         layout="transformers",
-        tower=tuple(step for step in steps if step.name.startswith(prefix)),
-        rest=tuple(step for step in steps if not step.name.startswith(prefix)),
-        dropped=(),
-        root=prefix.removesuffix(TOWER),
-        contract=contract,
-        shrink=shrink,
-        config={
-            **{key: value for key, value in config.items() if key != "auto_map"},
-            "vision_feature_select_strategy": "default",
-            "downsample_ratio": fields.downsample_ratio,
-            "image_token_id": fields.image_token_id,
-            "tie_word_embeddings": built.tie_word_embeddings,
-            "ps_version": fields.ps_version,
-        },
-        vision_config=vision,
+        before=contract,
+        steps=[kept(header) for header in checkpoint.tensors.values()],
+        dtype=projector.dtype,
+        config=_config(kind, own, vision, contract),
+        image_token_id=fields.image_token_id,
+        read_at=NEW_LAYER,
+        merge=merge,
+        processor=internvl_text.described(checkpoint.folder, kind),
         notes=notes,
+        **_places(root, kind, request),
     )
+
+
+def _model_type(request: Request, ps_version: str, contract: VisionContract) -> str:
+    """Of the target: the stock class has one order of visual tokens, and its processor one resize rule."""
+    stock = request.tower is None and ps_version == "v2" and contract.resize == "squash"
+    return "llava" if request.target == "llava" else "internvl" if stock else OWN
+
+
+def _config(
+    kind: str, own: Mapping[str, Any], vision: Mapping[str, Any], contract: VisionContract
+) -> dict[str, Any]:
+    """The config.json of a target of this model_type, with the host's own tower."""
+    config = {
+        **own,
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
+        FAMILY_KEY: NAME,
+        "vision_config": dict(vision),
+        "vision_feature_layer": contract.feature_layer,
+        "image_seq_length": contract.tokens,
+    }
+    if kind != OWN:
+        del config["ps_version"]
+    if kind == "llava":
+        del config["downsample_ratio"]
+        # The name that releases before 5.0 read.
+        config |= {"image_token_index": config.pop("image_token_id"), "multimodal_projector_bias": True}
+    return config
+
+
+def _places(root: str, kind: str, request: Request) -> dict[str, Any]:
+    """Where tower and connector are in the target; ``root`` precedes their names."""
+    names = ("layer_norm", "linear_1") if request.tower else ()
+    return {
+        "prefix": f"{root}{TOWER}" + ("vision_model." if kind == "llava" else ""),
+        "connector": tuple(root + PROJECTOR + name for name in names),
+    }
 
 
 def _language_model(llm_config: Mapping[str, Any], where: str) -> LanguageModel:
@@ -273,14 +304,14 @@ def _original_tower(fields: OriginalFields, vision: VisionFields, where: str) ->
     return checked(TowerSpec, {**tower_geometry(vision), **given}, Path(where))
 
 
-def _shrink(ratio: float, grid: int, where: str) -> int:
-    shrink = round(1 / ratio)
-    if abs(shrink * ratio - 1) > 1e-6 or grid % shrink:
+def _merged(ratio: float, grid: int, where: str) -> int:
+    merge = round(1 / ratio)
+    if abs(merge * ratio - 1) > 1e-6 or grid % merge:
         raise UserError(
             f"{where}: downsample_ratio {ratio} does not go into {grid}x{grid} patches: expected 1 / n, such as 0.5, "
             "and a multiple of n patches"
         )
-    return shrink
+    return merge
 
 
 def _resampled(steps: list[Step], positions: int) -> list[Step]:

@@ -14,14 +14,15 @@ from mgll_encoder.keytable import Drop, Reshape, Rule, Split
 from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, text_config
+from mllm_adapters.families.host import Host, Request
 from mllm_adapters.families.janus_source import (
     EMBEDDINGS,
     LM_HEAD,
     TOWER,
-    JanusSource,
     Quantisable,
     begin_id,
     check_positions,
+    janus_host,
     janus_pixels,
     janus_tokenizer,
     placeholder,
@@ -29,7 +30,7 @@ from mllm_adapters.families.janus_source import (
     text_ids,
 )
 from mllm_adapters.families.keytable import Layout
-from mllm_adapters.planning import contract_of, extended
+from mllm_adapters.planning import extended
 
 VIT, BLOCK = "vision_model.vision_tower.", "vision_model.vision_tower.blocks.{}."
 VQ, NEW_VQ = "gen_vision_model.", "model.vqmodel."
@@ -99,7 +100,7 @@ class LanguageFields(BaseModel):
     model_type: Literal["llama"] = "llama"
 
 
-def read_original(checkpoint: Checkpoint) -> JanusSource:
+def read_original(checkpoint: Checkpoint, request: Request) -> Host:
     """Read a checkpoint of deepseek-ai/Janus (``model_type`` multi_modality).
 
     Raises:
@@ -128,30 +129,18 @@ def read_original(checkpoint: Checkpoint) -> JanusSource:
         **text_ids(tokenizer, vocabulary),
     }
     depth = sum(name.startswith("aligner.") and name.endswith("weight") for name in checkpoint.tensors)
-    stock = {
-        "architectures": ["JanusForConditionalGeneration"],
-        "model_type": "janus",
+    config = {
         "vision_config": _stock_vision(spec, depth, text["hidden_size"]),
         "vq_config": generator,
         "text_config": text,
         "image_token_id": image_token_id,
+        "boi_token_id": begin_id(tokenizer, vocabulary),
+        "aligner_depth": depth,
+        "aligner_hidden_act": "gelu",
     }
-    return JanusSource(
-        layout="original",
-        steps=steps,
-        dropped=dropped,
-        before=contract_of(spec, -1, class_token=False),
-        clip=False,
-        vq_config=generator,
-        text_config=text,
-        tied=text["tie_word_embeddings"],
-        aligner_depth=depth,
-        aligner_act="gelu",
-        image_token_id=image_token_id,
-        boi_token_id=begin_id(tokenizer, vocabulary),
-        tokenizer=tokenizer,
-        stock_config=stock,
-        notes=(*more, *notes),
+    found = {"dropped": dropped, "notes": (*more, *notes)}
+    return janus_host(
+        "original", spec, steps, config, text["tie_word_embeddings"], tokenizer, request, **found
     )
 
 

@@ -16,11 +16,9 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import tower_config
 from mllm_adapters.contract import (
     FAMILY_KEY,
     Dropped,
-    Family,
     FamilySpec,
     Plan,
     Reading,
@@ -29,29 +27,24 @@ from mllm_adapters.contract import (
     VisionContract,
 )
 from mllm_adapters.families import read_template
+from mllm_adapters.families.base import PlannedFamily
+from mllm_adapters.families.host import Host, Request, Swap
 from mllm_adapters.families.janus_original import read_original
 from mllm_adapters.families.janus_source import (
-    EMBEDDINGS,
     GENERATION,
     IMAGE_BEGIN,
     IMAGE_END,
+    NAME,
+    OWN_TYPE,
     PLACEHOLDER,
     READER,
-    TOWER,
-    JanusSource,
     janus_pixels,
     janus_tokenizer,
     read_converted,
 )
 from mllm_adapters.families.llava import Llava
-from mllm_adapters.planning import REPLACED, after_swap, refit_reader, swap_notes, tower_steps
 from mllm_adapters.processing import check_placeholder, llava_processor
 from mllm_adapters.swap.streaming import nbytes
-
-OWN_TYPE = "mgll_janus"
-
-CLIP_LAYER = -2
-"""Hidden layer that a CLIP tower is read at, as LLaVA does: the last one serves CLIP's class token only."""
 
 LLAVA_TOWER = "vision_tower.vision_model."
 
@@ -63,9 +56,14 @@ LLAVA_NAMES: tuple[tuple[str, str], ...] = (
 )
 """Beginning of a name in the Janus layout -> in the LLaVA layout."""
 
+OWN_FIELDS = (
+    "boi_token_id", "aligner_depth", "aligner_hidden_act", "vision_feature_layer", "vision_feature_select_strategy",
+)  # fmt: skip
+"""Fields of our configuration that transformers' own Janus does not have."""
+
 
 @dataclass(frozen=True)
-class JanusPro(Family):
+class JanusPro(PlannedFamily):
     """Janus-Pro and Janus.
 
     Attributes:
@@ -94,21 +92,41 @@ class JanusPro(Family):
         image_size: int | None = None,
         target: Target = "own",
     ) -> Plan:
-        """Plan a swap (``tower`` given) or a conversion to transformers' own Janus; see `Family.plan`."""
-        if checkpoint.config.get("model_type") == "llava":
-            return self.llava.plan(checkpoint, tower, image_size)
-        layout = self.layout(checkpoint.config)
-        if tower is None and layout == "transformers":
-            raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
-        if tower is None and target == "llava":
-            raise UserError(
-                f"{checkpoint.folder}: the layout llava is for a checkpoint with a new tower: give one"
-            )
-        source = read_original(checkpoint) if layout == "original" else read_converted(checkpoint)
-        if tower is None:
-            return self._plan(checkpoint, source, source.steps, source.dropped, source.stock_config)
-        return (self._swap_own if target == "own" else self._swap_llava)(
-            checkpoint, source, tower, image_size
+        """See `Family.plan`; what has been written as a LLaVA is planned as one."""
+        as_llava = checkpoint.config.get("model_type") == "llava"
+        plan = self.llava.plan if as_llava else super().plan
+        return plan(checkpoint, tower, image_size, target)
+
+    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+        """See `PlannedFamily.host`."""
+        original = self.layout(checkpoint.config) == "original"
+        host = (read_original if original else read_converted)(checkpoint, request)
+        if request.tower is None:
+            return _as_stock(host)
+        if request.target == "llava":
+            return _as_llava(host, checkpoint)
+        side = host.config["vq_config"]["num_patches"]
+        drawn = f"{side}x{side} = {side**2} tokens per image, whatever the tower's grid"
+        return host.updated(remarks=(f"image generation is kept: it draws {drawn}",))
+
+    def adapted(self, swap: Swap) -> Mapping[str, Any]:
+        """See `PlannedFamily.adapted`."""
+        after = swap.after
+        length = {"image_seq_length": after.tokens} if swap.request.target == "llava" else {}
+        strategy = "full" if after.class_token else "default"
+        return {
+            **length,
+            "vision_feature_layer": after.feature_layer,
+            "vision_feature_select_strategy": strategy,
+        }
+
+    def remarks(self, swap: Swap) -> tuple[str, ...]:
+        """See `PlannedFamily.remarks`."""
+        if swap.request.tower is None or swap.host.read_at is None:
+            return ()
+        return (
+            f"the new tower is read as LLaVA reads CLIP, patch tokens of hidden layer {swap.after.feature_layer}; "
+            "Janus reads its own after the last block and a final norm",
         )
 
     def processor(self, plan: Plan) -> Any | None:
@@ -158,153 +176,58 @@ class JanusPro(Family):
         """See `Family.look`; Janus' outer class has no ``get_image_features``."""
         model.base_model.get_image_features(pixel_values=pixels)
 
-    def _swap_own(
-        self, checkpoint: Checkpoint, source: JanusSource, tower: TowerHeader, image_size: int | None
-    ) -> Plan:
-        """Understanding through the new tower, image generation as before."""
-        after = after_swap(_as_clip(source), tower, image_size)
-        steps, dropped = _without(source, TOWER, REPLACED)
-        dtype = checkpoint.tensors[steps_of(steps, f"{READER}.weight").sources[0]].dtype
-        steps, readers = refit_reader(steps, READER, source.before, after, checkpoint.folder)
-        config = {
-            "architectures": ["MgllJanusForConditionalGeneration"],
-            "model_type": OWN_TYPE,
-            "vision_config": tower_config(tower.spec, after),
-            "vq_config": source.vq_config,
-            "text_config": source.text_config,
-            "image_token_id": source.image_token_id,
-            "boi_token_id": source.boi_token_id,
-            "aligner_depth": source.aligner_depth,
-            "aligner_hidden_act": source.aligner_act,
-            **_selection(after),
-        }
-        side = source.vq_config["num_patches"]
-        notes = (
-            *_swap_notes(source, tower, after),
-            f"image generation is kept: it draws {side}x{side} = {side**2} tokens per image, whatever the tower's grid",
-        )
-        steps += tower_steps(tower, TOWER, after, dtype)
-        return self._plan(checkpoint, source, steps, dropped, config, tower, after, readers, notes)
 
-    def _swap_llava(
-        self, checkpoint: Checkpoint, source: JanusSource, tower: TowerHeader, image_size: int | None
-    ) -> Plan:
-        """The understanding path as a LLaVA."""
-        if (source.aligner_depth, source.aligner_act) != (2, "gelu"):
-            raise UserError(
-                f"{checkpoint.folder}: its aligner has {source.aligner_depth} layers with {source.aligner_act}, but a "
-                "LLaVA's projector two with gelu: take --layout own"
-            )
-        after = after_swap(_as_clip(source), tower, image_size)
-        steps, dropped = _without(source, TOWER, REPLACED)
-        generation = [step for step in steps if step.name.startswith(GENERATION)]
-        dropped += _sources(generation, "image generation is no part of a LLaVA")
-        dtype = checkpoint.tensors[steps_of(steps, f"{READER}.weight").sources[0]].dtype
-        steps = [_as_llava(step) for step in steps if not step.name.startswith(GENERATION)]
-        reader = LLAVA_NAMES[0][1].removesuffix(".")
-        steps, readers = refit_reader(steps, reader, source.before, after, checkpoint.folder)
-        config = {
+def _as_stock(host: Host) -> Host:
+    """The host as transformers' own Janus."""
+    config = {key: value for key, value in host.config.items() if key not in OWN_FIELDS}
+    stock = {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus"}
+    return host.updated(config={**config, **stock}, connector=())
+
+
+def _as_llava(host: Host, checkpoint: Checkpoint) -> Host:
+    """The host's understanding path as a LLaVA."""
+    depth, activation = host.config["aligner_depth"], host.config["aligner_hidden_act"]
+    if (depth, activation) != (2, "gelu"):
+        raise UserError(
+            f"{checkpoint.folder}: its aligner has {depth} layers with {activation}, but a LLaVA's projector two with "
+            "gelu: take --layout own"
+        )
+    generation = [step for step in host.steps if step.name.startswith(GENERATION)]
+    names = dict.fromkeys(name for step in generation for name in step.sources)
+    size = decimal(sum(map(nbytes, generation)))
+    same = ("text_config", FAMILY_KEY, "dtype", "tie_word_embeddings")
+    return host.updated(
+        steps=[_renamed(step) for step in host.steps if not step.name.startswith(GENERATION)],
+        prefix=LLAVA_TOWER,
+        config={
             "architectures": ["LlavaForConditionalGeneration"],
             "model_type": "llava",
-            "vision_config": tower_config(tower.spec, after),
-            "text_config": source.text_config,
+            "vision_config": {},
+            "text_config": host.config["text_config"],
             "projector_hidden_act": "gelu",
             "multimodal_projector_bias": True,
-            "image_token_index": source.image_token_id,
-            "image_seq_length": after.tokens,
-            **_selection(after),
-        }
-        notes = (
-            *_swap_notes(source, tower, after),
-            f"image generation is left out: {len(generation)} tensors, {decimal(sum(map(nbytes, generation)))}",
-        )
-        steps += tower_steps(tower, LLAVA_TOWER, after, dtype)
-        return self._plan(checkpoint, source, steps, dropped, config, tower, after, readers, notes)
-
-    def _plan(
-        self,
-        checkpoint: Checkpoint,
-        source: JanusSource,
-        steps: list[Step],
-        dropped: list[Dropped],
-        config: dict[str, Any],
-        tower: TowerHeader | None = None,
-        after: VisionContract | None = None,
-        readers: dict[str, str] | None = None,
-        notes: tuple[str, ...] = (),
-    ) -> Plan:
-        processor = None
-        if source.tokenizer is not None:
-            kind = "LlavaProcessor" if config["model_type"] == "llava" else "JanusProcessor"
-            named = type(source.tokenizer).__name__
-            processor = f"{kind} with the source's {named} and Janus-Pro's published chat template"
-        return Plan(
-            family=self.spec.name,
-            layout=source.layout,
-            source=checkpoint.folder,
-            tower=tower.source if tower else None,
-            tower_weights=tower.weights if tower else None,
-            swapped=tower is not None,
-            steps=tuple(steps),
-            dropped=tuple(dropped),
-            config={
-                **config,
-                FAMILY_KEY: self.spec.name,
-                "dtype": steps_of(source.steps, EMBEDDINGS).dtype,
-                "tie_word_embeddings": source.tied,
-            },
-            before=source.before,
-            after=after or source.before,
-            image_token_id=source.image_token_id,
-            processor=processor,
-            readers=readers or {},
-            notes=(*source.notes, *notes),
-        )
-
-
-def steps_of(steps: list[Step], name: str) -> Step:
-    """The step of this name."""
-    return next(step for step in steps if step.name == name)
-
-
-def _as_clip(source: JanusSource) -> VisionContract:
-    """The host's contract with the layer at which a CLIP tower is read; a CLIP host keeps its own."""
-    return source.before if source.clip else source.before.model_copy(update={"feature_layer": CLIP_LAYER})
-
-
-def _selection(after: VisionContract) -> dict[str, Any]:
-    return {
-        "vision_feature_layer": after.feature_layer,
-        "vision_feature_select_strategy": "full" if after.class_token else "default",
-    }
-
-
-def _swap_notes(source: JanusSource, tower: TowerHeader, after: VisionContract) -> tuple[str, ...]:
-    if source.clip:
-        return swap_notes(tower, after)
-    read = (
-        f"the new tower is read as LLaVA reads CLIP, patch tokens of hidden layer {after.feature_layer}; Janus reads "
-        "its own after the last block and a final norm"
+            "image_token_index": host.image_token_id,
+            "image_seq_length": host.before.tokens,
+            "vision_feature_layer": None,
+            "vision_feature_select_strategy": None,
+            **{key: host.config[key] for key in same},
+        },
+        connector=(LLAVA_NAMES[0][1].removesuffix("."),),
+        dropped=[
+            *host.dropped,
+            *(Dropped(name=n, reason="image generation is no part of a LLaVA") for n in names),
+        ],
+        remarks=(f"image generation is left out: {len(generation)} tensors, {size}",),
     )
-    return (*swap_notes(tower, after), read)
 
 
-def _without(source: JanusSource, prefix: str, reason: str) -> tuple[list[Step], list[Dropped]]:
-    """The source's steps without those below a prefix, and what is dropped with these."""
-    gone = [step for step in source.steps if step.name.startswith(prefix)]
-    left = [step for step in source.steps if not step.name.startswith(prefix)]
-    return left, [*source.dropped, *_sources(gone, reason)]
-
-
-def _sources(steps: list[Step], reason: str) -> list[Dropped]:
-    names = dict.fromkeys(name for step in steps for name in step.sources)
-    return [Dropped(name=name, reason=reason) for name in names]
-
-
-def _as_llava(step: Step) -> Step:
-    before, after = next(row for row in LLAVA_NAMES if step.name.startswith(row[0]))
+def _renamed(step: Step) -> Step:
+    """A step under its name in a LLaVA; those of the old tower stay."""
+    found = next((row for row in LLAVA_NAMES if step.name.startswith(row[0])), None)
+    if found is None:
+        return step
     operation = "rename" if step.operation == "keep" else step.operation
-    name = after + step.name.removeprefix(before)
+    name = found[1] + step.name.removeprefix(found[0])
     return step.model_copy(update={"name": name, "operation": operation})
 
 
@@ -316,7 +239,7 @@ def _template(llava: bool = False) -> str:
 
 JANUS_PRO = JanusPro(
     spec=FamilySpec(
-        name="janus-pro",
+        name=NAME,
         title="Janus-Pro",
         hub_id="deepseek-ai/Janus-Pro-7B",
         reads=("multi_modality original", "transformers layout"),

@@ -1,10 +1,11 @@
 """What a Janus checkpoint holds, whatever its layout: its tensors under transformers' names, its pixels, its ids."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, Field, PositiveInt
 
 from mgll_encoder.common.errors import UserError
@@ -13,9 +14,16 @@ from mgll_encoder.pretrained import load_pretrained
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields
-from mllm_adapters.contract import Dropped, Step, VisionContract
+from mllm_adapters.contract import FAMILY_KEY, Step
+from mllm_adapters.families.host import Host, Request
 from mllm_adapters.planning import contract_of, growth, image_row, kept
-from mllm_adapters.processing import host_pixels, load_tokenizer
+from mllm_adapters.processing import host_pixels, image_settings, load_tokenizer
+
+NAME, OWN_TYPE = "janus-pro", "mgll_janus"
+"""Of the family, and of the architecture that takes a CLIP tower."""
+
+CLIP_LAYER = -2
+"""Hidden layer that a CLIP tower is read at, as LLaVA does: the last one serves CLIP's class token only."""
 
 PLACEHOLDER, IMAGE_BEGIN, IMAGE_END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
 
@@ -45,46 +53,57 @@ class JanusPixels(BaseModel):
     size: dict[str, int] = Field(default_factory=lambda: {"height": 384})
 
 
-@dataclass(frozen=True)
-class JanusSource:
-    """A Janus checkpoint, read by its headers.
+def janus_host(
+    layout: str,
+    spec: TowerSpec,
+    steps: list[Step],
+    config: Mapping[str, Any],
+    tied: bool,
+    tokenizer: Any | None,
+    request: Request,
+    **more: Any,
+) -> Host:
+    """A Janus checkpoint whatever its layout, under the names of transformers' own Janus.
 
-    Attributes:
+    Args:
         layout: ``original`` or ``transformers``.
-        steps: Its tensors under the names of transformers' own Janus, in file order.
-        dropped: What no layout of transformers has.
-        before: Its vision contract.
-        clip: Whether its tower is a CLIP tower already.
-        vq_config: Configuration of the generator; ``num_patches`` is the side of its grid.
-        text_config: Configuration of the language model.
+        spec: Its tower; a CLIP's if ``vision_feature_layer`` is in the configuration.
+        steps: Its tensors.
+        config: Fields of a `MgllJanusConfig`, the tower's included.
         tied: Whether the language model's head is its embedding.
-        aligner_depth: Linear layers of the aligner.
-        aligner_act: Activation between them.
-        image_token_id: Id of the image placeholder.
-        boi_token_id: Id that begins an image; None if unknown.
         tokenizer: Its tokenizer, or None.
-        stock_config: config.json for transformers' own Janus.
-        notes: What the user should know.
+        request: What is asked for.
+        **more: Further fields of the host.
     """
+    layer, strategy = config.get("vision_feature_layer"), config.get("vision_feature_select_strategy")
+    dtypes = {step.name: step.dtype for step in steps}
+    kind = "LlavaProcessor" if request.target == "llava" else "JanusProcessor"
+    named = f"{kind} with the source's {type(tokenizer).__name__} and Janus-Pro's published chat template"
+    return Host(
+        layout=layout,
+        before=contract_of(spec, -1 if layer is None else layer, class_token=strategy == "full"),
+        steps=steps,
+        prefix=TOWER,
+        dtype=getattr(torch, dtypes[f"{READER}.weight"]),
+        config={
+            "architectures": ["MgllJanusForConditionalGeneration"],
+            "model_type": OWN_TYPE,
+            **config,
+            "vision_feature_layer": layer,
+            "vision_feature_select_strategy": strategy,
+            FAMILY_KEY: NAME,
+            "dtype": dtypes[EMBEDDINGS],
+            "tie_word_embeddings": tied,
+        },
+        image_token_id=config["image_token_id"],
+        connector=(READER,),
+        read_at=CLIP_LAYER if layer is None else None,
+        processor=None if tokenizer is None else named,
+        **more,
+    )
 
-    layout: str
-    steps: list[Step]
-    dropped: list[Dropped]
-    before: VisionContract
-    clip: bool
-    vq_config: dict[str, Any]
-    text_config: dict[str, Any]
-    tied: bool
-    aligner_depth: int
-    aligner_act: str
-    image_token_id: int
-    boi_token_id: int | None
-    tokenizer: Any | None
-    stock_config: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
-
-def read_converted(checkpoint: Checkpoint) -> JanusSource:
+def read_converted(checkpoint: Checkpoint, request: Request) -> Host:
     """Read transformers' own Janus, or one with a CLIP tower that this project has written.
 
     Raises:
@@ -107,30 +126,26 @@ def read_converted(checkpoint: Checkpoint) -> JanusSource:
     }
     spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, Path(where))
     check_positions(checkpoint, f"{TOWER}embeddings.position_embedding.weight", spec, clip)
-    layer, strategy = (
-        (built.vision_feature_layer, built.vision_feature_select_strategy) if clip else (-1, "default")
-    )
     tokenizer = janus_tokenizer(checkpoint.folder)
-    return JanusSource(
-        layout="transformers",
-        steps=[kept(header) for header in checkpoint.tensors.values()],
-        dropped=[],
-        before=contract_of(spec, layer, class_token=strategy == "full"),
-        clip=clip,
-        vq_config={
+    begin = built.boi_token_id if clip else begin_id(tokenizer, shape_of(checkpoint, EMBEDDINGS)[0])
+    selected = ("vision_feature_layer", "vision_feature_select_strategy") if clip else ()
+    config = {
+        "vision_config": checkpoint.config.get("vision_config"),
+        "vq_config": {
             **(checkpoint.config.get("vq_config") or {}),
             "num_patches": built.vq_config.num_patches,
         },
-        text_config=dict(checkpoint.config.get("text_config") or {}),
-        # transformers' default is true, even where the head is there and its own; then it is not tied.
-        tied=built.tie_word_embeddings and LM_HEAD not in checkpoint.tensors,
-        aligner_depth=built.aligner_depth if clip else vision.depth,
-        aligner_act=built.aligner_hidden_act if clip else vision.hidden_act,
-        image_token_id=built.image_token_id,
-        boi_token_id=built.boi_token_id if clip else begin_id(tokenizer, shape_of(checkpoint, EMBEDDINGS)[0]),
-        tokenizer=tokenizer,
-        notes=notes,
-    )
+        "text_config": dict(checkpoint.config.get("text_config") or {}),
+        "image_token_id": built.image_token_id,
+        "boi_token_id": begin,
+        "aligner_depth": built.aligner_depth if clip else vision.depth,
+        "aligner_hidden_act": built.aligner_hidden_act if clip else vision.hidden_act,
+        **{name: getattr(built, name) for name in selected},
+    }
+    # transformers' default is true, even where the head is there and its own; then it is not tied.
+    tied = built.tie_word_embeddings and LM_HEAD not in checkpoint.tensors
+    steps = [kept(header) for header in checkpoint.tensors.values()]
+    return janus_host("transformers", spec, steps, config, tied, tokenizer, request, notes=notes)
 
 
 def janus_tokenizer(folder: Path) -> Any | None:
@@ -165,13 +180,10 @@ def janus_pixels(folder: Path, image_size: int) -> tuple[PixelRule, int, tuple[s
     Raises:
         UserError: its image processor makes images of another size, or does not normalise.
     """
-    nested, flat = folder / "processor_config.json", folder / "preprocessor_config.json"
-    settings = read_json(nested).get("image_processor") if nested.is_file() else None
-    where = nested if settings else flat
-    if not settings and not flat.is_file():
+    settings, where = image_settings(folder)
+    if settings is None:
         assumed = PixelRule(image_size=image_size, mean=(0.5,) * 3, std=(0.5,) * 3, resize="pad")
         return assumed, 14, ("there is no image processor: mean and std 0.5 are assumed, and padding",)
-    settings = settings or read_json(flat)
     if not re.match("VLM|Janus", str(settings.get("image_processor_type", "Janus"))):
         rule, notes = host_pixels(folder, image_size)  # that of a tower which has been swapped in
         return rule, 1, notes

@@ -11,16 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder import TowerHeader
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Target
+from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan
 from mllm_adapters.families import llava_fields, read_template
-from mllm_adapters.families.llava_native import plan_native
+from mllm_adapters.families.base import PlannedFamily
+from mllm_adapters.families.host import Host, Request, Swap
+from mllm_adapters.families.llava_native import native_host
 from mllm_adapters.families.llava_original import (
     image_markup,
+    original_host,
     placeholder_token,
-    plan_original,
     tokenizer_folder,
 )
 from mllm_adapters.families.llava_processor import processor_files
@@ -37,7 +38,7 @@ from mllm_adapters.processing import (
 
 
 @dataclass(frozen=True)
-class Llava(Family):
+class Llava(PlannedFamily):
     """The LLaVA architecture under one family name.
 
     Attributes:
@@ -60,19 +61,16 @@ class Llava(Family):
         mine = config.get(FAMILY_KEY, self.spec.name if self.owns_native_layout else None) == self.spec.name
         return "transformers" if native and mine else None
 
-    def plan(
-        self,
-        checkpoint: Checkpoint,
-        tower: TowerHeader | None = None,
-        image_size: int | None = None,
-        target: Target = "own",  # noqa: ARG002 (a LLaVA's own layout is a LLaVA)
-    ) -> Plan:
-        """Plan a swap (``tower`` given) or a conversion to the transformers layout; see `Family.plan`."""
+    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+        """See `PlannedFamily.host`."""
         name = self.spec.name
         if self.layout(checkpoint.config) == "transformers":
-            return plan_native(name, checkpoint, tower, image_size)
-        trained = self.reads_trained_tower
-        return plan_original(name, checkpoint, tower, image_size, reads_trained_tower=trained)
+            return native_host(name, checkpoint)
+        return original_host(name, checkpoint, request, reads_trained_tower=self.reads_trained_tower)
+
+    def adapted(self, swap: Swap) -> Mapping[str, Any]:
+        """See `PlannedFamily.adapted`."""
+        return {"image_seq_length": swap.after.tokens}
 
     def processor(self, plan: Plan) -> Any | None:
         """The LlavaProcessor of the planned checkpoint; None where the source has no tokenizer."""

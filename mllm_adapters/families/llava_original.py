@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize
-from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import text_config, tower_config
-from mllm_adapters.contract import FAMILY_KEY, Dropped, Plan
+from mllm_adapters.contract import FAMILY_KEY
+from mllm_adapters.families.host import Host, Request
 from mllm_adapters.families.llava_fields import (
     READS_ITS_SHARDS,
     OriginalFields,
@@ -34,19 +34,14 @@ from mllm_adapters.families.llava_weights import (
 )
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
-    REPLACED,
     HostTower,
     NamedTower,
-    after_swap,
     contract_of,
     dtype_name,
     external_tower,
     growth,
     image_row,
     kept,
-    refit_reader,
-    swap_notes,
-    tower_steps,
 )
 from mllm_adapters.processing import has_tokenizer, load_tokenizer
 
@@ -80,21 +75,15 @@ class Placeholder:
     note: str
 
 
-def plan_original(
-    family: str,
-    checkpoint: Checkpoint,
-    tower: TowerHeader | None,
-    image_size: int | None,
-    *,
-    reads_trained_tower: bool,
-) -> Plan:
-    """Plan the conversion of an original checkpoint, with another tower in it or its own.
+def original_host(
+    family: str, checkpoint: Checkpoint, request: Request, *, reads_trained_tower: bool
+) -> Host:
+    """An original checkpoint, as it is in the transformers layout.
 
     Args:
         family: Registry name of the family.
         checkpoint: Whole checkpoint, projector-only folder or LoRA folder.
-        tower: The new tower; None for the one that the original code would use.
-        image_size: Its input side in pixels, or None for the host's patch grid.
+        request: What is asked for.
         reads_trained_tower: Whether the original code, told that the tower was trained, takes it from the shards.
 
     Raises:
@@ -106,70 +95,49 @@ def plan_original(
     weights = find_weights(checkpoint)
     found = sort_names(weights, checkpoint.folder)
     _check_variant(checkpoint, fields, weights, found)
-    shards_first = fields.tower_was_trained or text_model(config) in READS_ITS_SHARDS
-    trained = reads_trained_tower and bool(found.inside) and shards_first
-    inside = {key: checkpoint.header(weights.sources[name]).shape for key, name in found.inside.items()}
-    host = _host_tower(checkpoint, fields, inside, image_size, trained=trained, replaced=tower is not None)
-    before = contract_of(host.spec, fields.feature_layer, CLASS_TOKEN[fields.mm_vision_select_feature])
-    after = after_swap(before, tower, image_size)
+    tower = _host_tower(checkpoint, fields, weights, found, request, reads_trained_tower)
+    before = contract_of(tower.spec, fields.feature_layer, CLASS_TOKEN[fields.mm_vision_select_feature])
 
-    def header(target: str) -> Any:
+    def header(target: str) -> TensorHeader:
         return checkpoint.header(weights.sources[found.names[target]])
 
     embeddings = [header(name) for name in VOCABULARY_TENSORS if name in found.names]
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint.folder, checkpoint.parts))
     image = _placeholder(checkpoint, fields, tokenizer, max(h.shape[0] for h in embeddings))
     steps = original_steps(checkpoint, weights, found.names, image.rows)
-    steps, readers = refit_reader(steps, READER, before, after, checkpoint.folder)
-    dtype = embeddings[0].dtype if weights.base else header(f"{READER}.weight").dtype
-    if len(PROJECTORS[found.projector]) == 1:
-        steps += identity_layer(dtype_name(dtype), header(f"{READER}.weight").shape[0])
-    new, dropped = tower or host.header, [*weights.dropped, *found.dropped]
-    if new is None:
-        own = {key: weights.sources[name] for key, name in found.inside.items()}
-        steps += [kept(checkpoint.header(source), TOWER_PREFIX + key) for key, source in own.items()]
-    else:
-        steps += tower_steps(new, TOWER_PREFIX, after, dtype)
-        reason = REPLACED if tower else f"the original code reads {host.name} instead"
-        dropped += [Dropped(name=weights.sources[name], reason=reason) for name in found.inside.values()]
-
-    return Plan(
-        family=family,
+    reader = next((step for step in steps if step.name == f"{READER}.weight"), None)
+    dtype = embeddings[0].dtype if weights.base or reader is None else header(reader.name).dtype
+    if len(PROJECTORS[found.projector]) == 1 and reader is not None:
+        steps += identity_layer(dtype_name(dtype), reader.shape[0])
+    own = {TOWER_PREFIX + key: weights.sources[name] for key, name in found.inside.items()}
+    return Host(
         layout=weights.layout,
-        source=checkpoint.folder,
-        tower=new.source if new else None,
-        tower_weights=new.weights if new else None,
-        swapped=tower is not None,
-        parts=dict(checkpoint.parts),
-        steps=tuple(steps),
-        dropped=tuple(dropped),
+        before=before,
+        steps=[*steps, *(kept(checkpoint.header(source), name) for name, source in own.items())],
+        prefix=TOWER_PREFIX,
+        dtype=dtype,
         config={
             "architectures": ["LlavaForConditionalGeneration"],
             "model_type": "llava",
             FAMILY_KEY: family,
             "dtype": dtype_name(embeddings[0].dtype),
-            "vision_config": tower_config(new.spec if new else host.spec, after),
+            "vision_config": tower_config(tower.spec, before),
             "text_config": text_config(str(text_model(config)), config, image.rows, where),
-            "vision_feature_layer": after.feature_layer,
-            "vision_feature_select_strategy": "full" if after.class_token else "default",
+            "vision_feature_layer": before.feature_layer,
+            "vision_feature_select_strategy": "full" if before.class_token else "default",
             "projector_hidden_act": ACTIVATIONS[found.projector],
             "multimodal_projector_bias": True,
             "image_token_index": image.id,
-            "image_seq_length": after.tokens,
+            "image_seq_length": before.tokens,
             "tie_word_embeddings": fields.tie_word_embeddings,
         },
-        before=before,
-        after=after,
         image_token_id=image.id,
+        connector=(READER,),
+        outside=tower,
+        dropped=[*weights.dropped, *found.dropped],
         processor=f"LlavaProcessor with the source's {type(tokenizer).__name__}" if tokenizer else None,
-        readers=readers,
-        notes=(
-            *weights.notes,
-            *host.notes,
-            *swap_notes(tower, after),
-            image.note,
-            *prompt_note(config, tokenizer),
-        ),
+        notes=(*weights.notes, *tower.notes),
+        remarks=(image.note, *prompt_note(config, tokenizer)),
     )
 
 
@@ -229,17 +197,19 @@ def _placeholder(
 def _host_tower(
     checkpoint: Checkpoint,
     fields: OriginalFields,
-    inside: Mapping[str, tuple[int, ...]],
-    image_size: int | None,
-    *,
-    trained: bool,
-    replaced: bool,
+    weights: Weights,
+    found: Sorted,
+    request: Request,
+    reads_trained_tower: bool,
 ) -> HostTower:
     """The tower that the original code would use: the one it names, unless it takes the one in the shards."""
     resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
+    inside = {key: checkpoint.header(weights.sources[name]).shape for key, name in found.inside.items()}
     named = NamedTower(fields.mm_vision_tower, resize, inside, fields.mm_hidden_size)
-    host = external_tower(named, checkpoint, replaced=replaced, image_size=image_size)
-    if trained:
+    replaced = request.tower is not None
+    host = external_tower(named, checkpoint, replaced=replaced, image_size=request.image_size)
+    shards_first = fields.tower_was_trained or text_model(checkpoint.config) in READS_ITS_SHARDS
+    if reads_trained_tower and inside and shards_first:
         why = "was trained and is" if fields.tower_was_trained else "is the one"
         geometry = () if host.header else host.notes
         return replace(host, header=None, notes=(*geometry, f"the host's own tower {why} in its shards"))

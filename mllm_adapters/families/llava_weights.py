@@ -14,8 +14,9 @@ from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields
 from mllm_adapters.contract import Dropped, Step
+from mllm_adapters.families.keytable import Layout
 from mllm_adapters.families.llava_fields import AdapterFields, text_model
-from mllm_adapters.planning import dtype_name, kept
+from mllm_adapters.planning import dtype_name, extended, kept
 
 READER = "multi_modal_projector.linear_1"
 SECOND = "multi_modal_projector.linear_2"
@@ -41,14 +42,16 @@ ORIGINAL_TOWER = re.compile(r"model\.vision_tower\.vision_tower\.(?:vision_model
 ORIGINAL_PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
 LORA_MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
-ORIGINAL_NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (
-    (re.compile(r".*rotary_emb\.inv_freq"), None),
-    (re.compile(r"model\.image_newline"), None),
-    (re.compile(r"model\.((?:embed_tokens|layers|norm)\..+)"), r"language_model.model.\1"),
-    (re.compile(r"lm_head\.(.+)"), r"language_model.lm_head.\1"),
+LAYOUT = Layout(
+    {
+        "*rotary_emb.inv_freq": None,  # recomputed from the configuration
+        "model.image_newline": None,  # of the anyres modes, which are refused
+        "model.{embed_tokens,layers,norm}.*": "language_model.model.{}.{}",
+        "lm_head.*": "language_model.lm_head.{}",
+    },
+    of="a LLaVA checkpoint",
 )
-"""Original name -> transformers name; None for what is left out on purpose: the rotary table is recomputed from the
-configuration, and ``image_newline`` belongs to the anyres modes, which are refused."""
+"""Original name -> transformers name, but for tower and projector."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,10 @@ def sort_names(weights: Weights, where: Path) -> Sorted:
                 inside[match[1]] = original
         elif match := ORIGINAL_PROJECTOR.fullmatch(original):
             projector[match[1] or "", match[2]] = original
-        elif (target := _language_model_name(original, where)) is None:
-            dropped.append(Dropped(name=source, reason="not part of the transformers layout"))
+        elif places := LAYOUT.place(original, where).targets:
+            names[places[0]] = original
         else:
-            names[target] = original
+            dropped.append(Dropped(name=source, reason=LAYOUT.reason))
     if EMBEDDINGS not in names:
         raise UserError(
             f"{weights.base or where} has no {EMBEDDINGS.removeprefix('language_model.')}: is it complete?"
@@ -186,12 +189,12 @@ def original_steps(
     steps = []
     for target, original in names.items():
         header = checkpoint.header(weights.sources[original])
-        step = kept(header, target, rows if target in VOCABULARY_TENSORS else None)
+        step = kept(header, target)
         if merge := weights.merges.get(original):
             made = {"operation": "lora", "arguments": {"scale": merge.scale}}
             step = step.model_copy(update={**made, "sources": (header.name, merge.down, merge.up)})
         steps.append(step if weights.base is None else step.model_copy(update={"dtype": dtype}))
-    return steps
+    return extended(steps, VOCABULARY_TENSORS, rows)
 
 
 def identity_layer(dtype: str, width: int) -> list[Step]:
@@ -307,13 +310,6 @@ def _bare(name: str) -> str:
         if name.startswith("base_model.model.")
         else re.sub(r"^model\.(?=model\.)", "", name)
     )
-
-
-def _language_model_name(name: str, where: Path) -> str | None:
-    for pattern, target in ORIGINAL_NAMES:
-        if match := pattern.fullmatch(name):
-            return None if target is None else match.expand(target)
-    raise UserError(f"{where}: tensor {name} is not part of a LLaVA checkpoint")
 
 
 def _projector_kind(layers: set[str], where: Path) -> str:

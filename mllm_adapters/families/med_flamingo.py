@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel
 
-from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, text_config, tower_config, tower_geometry
-from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Reading, Step, Target
+from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, Reading, Step
 from mllm_adapters.families import read_template
+from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.flamingo_file import (
     BRIDGE,
     HEAD,
@@ -39,15 +40,12 @@ from mllm_adapters.families.flamingo_parts import (
     inner_tower,
     language_model,
 )
+from mllm_adapters.families.host import Connected, Host, Request, Swap
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
-    after_swap,
     contract_of,
     kept,
-    replaced,
-    swap_notes,
-    tower_steps,
 )
 from mllm_adapters.processing import (
     check_placeholder,
@@ -78,7 +76,7 @@ class NativeFields(BaseModel):
 
 
 @dataclass(frozen=True)
-class MedFlamingo(Family):
+class MedFlamingo(PlannedFamily):
     """Loose weight files in the original layout, and our own layout."""
 
     spec: FamilySpec
@@ -90,17 +88,19 @@ class MedFlamingo(Family):
             return "original"
         return "transformers" if config.get("model_type") == MODEL_TYPE else None
 
-    def plan(
-        self,
-        checkpoint: Checkpoint,
-        tower: TowerHeader | None = None,
-        image_size: int | None = None,
-        target: Target = "own",  # noqa: ARG002 (cross-attention is no LLaVA)
-    ) -> Plan:
-        """Plan a swap (``tower`` given) or a conversion to our own layout; see `Family.plan`."""
-        if self.layout(checkpoint.config) == "original":
-            return self._plan_original(checkpoint, tower, image_size)
-        return self._plan_native(checkpoint, tower, image_size)
+    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+        """See `PlannedFamily.host`."""
+        original = self.layout(checkpoint.config) == "original"
+        return self._original(checkpoint, request) if original else self._own(checkpoint)
+
+    def connect(self, swap: Swap) -> Connected:
+        """See `PlannedFamily.connect`; the perceiver's MLPs stay as many times wider than the features."""
+        old, new = swap.host.before, swap.after
+        made, readers = rewidened(swap.steps, old, new, swap.checkpoint.folder)
+        if any(step.name == f"{BRIDGE}.weight" for step in made):
+            return Connected(made, readers)
+        inner = swap.host.config["perceiver_intermediate_size"] // old.width * new.width
+        return Connected(made, readers, {"perceiver_intermediate_size": inner})
 
     def processor(self, plan: Plan) -> Any | None:
         """The FlamingoProcessor of the planned checkpoint; None where the source has no tokenizer."""
@@ -151,9 +151,7 @@ class MedFlamingo(Family):
             }
         )
 
-    def _plan_original(
-        self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None
-    ) -> Plan:
+    def _original(self, checkpoint: Checkpoint, request: Request) -> Host:
         names = sort_names(checkpoint)
         language = language_model(checkpoint)
         config = read_json(language / "config.json")
@@ -163,98 +161,65 @@ class MedFlamingo(Family):
         geometry = measure(trained, fields.num_hidden_layers, where)
         check_language_model(geometry, fields, language, where)
         text = _text_config(config, vocabulary, geometry.rows, language)
-        steps = [
-            *trained.values(),
-            *frozen_steps(checkpoint, language, names, geometry, tied=text["tie_word_embeddings"]),
-        ]
-
-        host = host_tower(checkpoint, names, geometry, tower)
+        tied = text["tie_word_embeddings"]
+        steps = [*trained.values(), *frozen_steps(checkpoint, language, names, geometry, tied=tied)]
+        tower = host_tower(checkpoint, names, geometry, request.tower)
         latents = geometry.config["perceiver_latents"]
-        before = contract_of(host.spec, -1, False).model_copy(update={"tokens": latents})
-        after = after_swap(before, tower, image_size, tokens=lambda _: latents)
-        dtype = checkpoint.tensors[names.found["model.perceiver.latents"][0]].dtype
-        steps, readers = rewidened(steps, before, after, checkpoint.folder)
-        new, dropped = tower or host.header, list(names.dropped)
-        if new is None:
-            own, unused = inner_tower(checkpoint, names)
-            steps += own
-            dropped += unused
-        else:
-            steps += tower_steps(new, TOWER_PREFIX, after, dtype)
-            dropped += replaced(names.vision)
+        before = contract_of(tower.spec, -1, False).model_copy(update={"tokens": latents})
+        own, left = inner_tower(checkpoint, names, swapped=bool(request.tower or tower.header))
+        image_token_id = vocabulary + ADDED_TOKENS.index(IMAGE_TOKEN)
         has_text = has_tokenizer(language)
-        return Plan(
-            family=self.spec.name,
+        return Host(
             layout="original",
-            source=checkpoint.folder,
-            tower=new.source if new else None,
-            tower_weights=new.weights if new else None,
-            swapped=tower is not None,
-            parts={**checkpoint.parts, LANGUAGE_PART: language},
-            steps=tuple(steps),
-            dropped=tuple(dropped),
+            before=before,
+            steps=[*steps, *own],
+            prefix=TOWER_PREFIX,
+            dtype=checkpoint.tensors[names.found["model.perceiver.latents"][0]].dtype,
             config={
                 "architectures": ["FlamingoForConditionalGeneration"],
                 "model_type": MODEL_TYPE,
                 FAMILY_KEY: self.spec.name,
                 "dtype": _language_dtype(steps, language),
-                "vision_config": tower_config(new.spec if new else host.spec, after),
+                "vision_config": tower_config(tower.spec, before),
                 "text_config": text,
-                "image_token_id": vocabulary + ADDED_TOKENS.index(IMAGE_TOKEN),
+                "image_token_id": image_token_id,
                 "media_mask": "preceding",
-                **_perceiver_fields(geometry, before.width, after.width),
-                "tie_word_embeddings": text["tie_word_embeddings"],
+                **geometry.config,
+                "tie_word_embeddings": tied,
             },
-            before=before,
-            after=after,
-            image_token_id=vocabulary + ADDED_TOKENS.index(IMAGE_TOKEN),
+            image_token_id=image_token_id,
+            queries=latents,
+            outside=tower,
+            dropped=[*names.dropped, *left],
+            parts={LANGUAGE_PART: language},
             processor="FlamingoProcessor with the LLaMA folder's tokenizer" if has_text else None,
-            readers=readers,
-            notes=(*host.notes, *swap_notes(tower, after), *_notes(geometry, vocabulary, steps)),
+            notes=tower.notes,
+            remarks=tuple(_notes(geometry, vocabulary, steps)),
         )
 
-    def _plan_native(self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None) -> Plan:
-        config = checkpoint.config
-        if tower is None:
-            raise UserError(
-                f"{checkpoint.folder} is in the layout of this project already: nothing to convert"
-            )
-        fields = read_fields(NativeFields, config, f"{checkpoint.folder}/config.json")
+    def _own(self, checkpoint: Checkpoint) -> Host:
+        fields = read_fields(NativeFields, checkpoint.config, f"{checkpoint.folder}/config.json")
         spec, depth, notes = _native_tower(checkpoint)
-        before = contract_of(spec, -1, False).model_copy(update={"tokens": fields.perceiver_latents})
-        after = after_swap(before, tower, image_size, tokens=lambda _: fields.perceiver_latents)
-        old = [h for h in checkpoint.tensors.values() if h.name.startswith(TOWER_PREFIX)]
-        rest = [kept(h) for h in checkpoint.tensors.values() if not h.name.startswith(TOWER_PREFIX)]
-        by_name = {step.name: step for step in rest}
-        if not old:
+        steps = [kept(header) for header in checkpoint.tensors.values()]
+        tower = next((step for step in steps if step.name.startswith(TOWER_PREFIX)), None)
+        if tower is None:
             raise UserError(f"{checkpoint.folder} has no tensors under {TOWER_PREFIX}: complete the download")
-        geometry = measure(by_name, depth, str(checkpoint.folder))
-        steps, readers = rewidened(rest, before, after, checkpoint.folder)
-        return Plan(
-            family=self.spec.name,
+        geometry = measure({step.name: step for step in steps}, depth, str(checkpoint.folder))
+        return Host(
             layout="transformers",
-            source=checkpoint.folder,
-            tower=tower.source,
-            tower_weights=tower.weights,
-            swapped=True,
-            steps=(*steps, *tower_steps(tower, TOWER_PREFIX, after, old[0].dtype)),
-            dropped=replaced(h.name for h in old),
+            before=contract_of(spec, -1, False).model_copy(update={"tokens": fields.perceiver_latents}),
+            steps=steps,
+            prefix=TOWER_PREFIX,
+            dtype=getattr(torch, tower.dtype),
             config={
-                **config,
+                **checkpoint.config,
                 FAMILY_KEY: self.spec.name,
-                "vision_config": tower_config(tower.spec, after),
-                **(
-                    _perceiver_fields(geometry, before.width, after.width)
-                    if fields.perceiver_width is None
-                    else {}
-                ),
+                **(geometry.config if fields.perceiver_width is None else {}),
             },
-            before=before,
-            after=after,
             image_token_id=fields.image_token_id,
+            queries=fields.perceiver_latents,
             processor=own_processor(checkpoint.folder),
-            readers=readers,
-            notes=(*notes, *swap_notes(tower, after)),
+            notes=notes,
         )
 
 
@@ -285,12 +250,6 @@ def _language_dtype(steps: list[Step], folder: Path) -> str:
     if found is None:
         raise UserError(f"{folder}: tensor model.norm.weight is missing: complete the download")
     return found
-
-
-def _perceiver_fields(geometry: Geometry, old: int, new: int) -> dict[str, int]:
-    """Fields of `FlamingoConfig`; the perceiver's MLPs are as many times wider than the features as before."""
-    inner = geometry.config["perceiver_intermediate_size"] // old * new
-    return {**geometry.config, "perceiver_intermediate_size": inner}
 
 
 def _notes(geometry: Geometry, vocabulary: int, steps: list[Step]) -> Iterator[str]:

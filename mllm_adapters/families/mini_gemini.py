@@ -3,21 +3,21 @@
 After MGM 769820c (mgm/model/mgm_arch.py, mgm/conversation.py) and, for the older name, c88592e (minigemini/).
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, text_config, tower_config
-from mllm_adapters.contract import Dropped, Family, FamilySpec, Plan, Reading, Step, Target, VisionContract
-from mllm_adapters.convnext import CONVNEXT, STRIDE, convnext_config
+from mllm_adapters.contract import FamilySpec, Plan, Reading, VisionContract
+from mllm_adapters.convnext import STRIDE
 from mllm_adapters.families import read_template
+from mllm_adapters.families.base import PlannedFamily
+from mllm_adapters.families.host import Connected, Host, Request, Swap
 from mllm_adapters.families.mini_gemini_source import (
     AUX_PART,
     AUX_PREFIX,
@@ -35,17 +35,14 @@ from mllm_adapters.families.mini_gemini_source import (
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
-    after_swap,
+    HostTower,
     anew,
     contract_of,
     dtype_name,
+    extended,
     growth,
     image_row,
     kept,
-    refit_reader,
-    replaced,
-    swap_notes,
-    tower_steps,
 )
 from mllm_adapters.processing import (
     check_placeholder,
@@ -68,7 +65,7 @@ MINED = "model.vlm_uni_val_projector.1"
 
 
 @dataclass(frozen=True)
-class MiniGemini(Family):
+class MiniGemini(PlannedFamily):
     """Mini-Gemini.
 
     Attributes:
@@ -87,17 +84,64 @@ class MiniGemini(Family):
         known = named or _architecture(config) in ARCHITECTURES
         return "original" if known else None
 
-    def plan(
-        self,
-        checkpoint: Checkpoint,
-        tower: TowerHeader | None = None,
-        image_size: int | None = None,
-        target: Target = "own",  # noqa: ARG002 (without the high-resolution branch it would be another model)
-    ) -> Plan:
-        """Plan a swap of the low-resolution tower or a conversion to our layout; see `Family.plan`."""
+    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+        """See `PlannedFamily.host`."""
         if self.layout(checkpoint.config) == "original":
-            return self._plan_original(checkpoint, tower, image_size)
-        return self._plan_own(checkpoint, tower, image_size)
+            return self._original(checkpoint, request)
+        return _own(checkpoint)
+
+    def after(self, host: Host, request: Request) -> VisionContract:
+        """See `PlannedFamily.after`: the high-resolution cells divide among the patches of every view."""
+        after = super().after(host, request)
+        cells = host.config["image_size_aux"] // STRIDE // host.config.get("image_grid", 1)
+        if cells % after.grid:
+            near = sorted(
+                (g for g in range(1, cells + 1) if cells % g == 0), key=lambda g: abs(g - after.grid)
+            )[:2]
+            sizes = " or ".join(str(g * after.patch_size) for g in sorted(near))
+            raise UserError(
+                f"--image-size {after.image_size} makes {after.grid}x{after.grid} patches, among which the "
+                f"{cells}x{cells} high-resolution cells do not divide: try {sizes}"
+            )
+        return after
+
+    def connect(self, swap: Swap) -> Connected:
+        """See `PlannedFamily.connect`; what is added to the tower's features is made as wide as they."""
+        found = super().connect(swap)
+        old, new = swap.host.before.width, swap.after.width
+        if old == new:
+            return found
+        made = [
+            anew(step, (new, *step.shape[1:])) if step.name.startswith(f"{MINED}.") else step
+            for step in found.steps
+        ]
+        note = (
+            f"{MINED} is re-initialised too: what it gives is added to the tower's features, which are {new} wide "
+            f"now, not {old}; the keys of the mining (vlm_uni_aux_projector) stay as they are"
+        )
+        return replace(found, steps=made, notes=(note,))
+
+    def adapted(self, swap: Swap) -> Mapping[str, Any]:
+        """See `PlannedFamily.adapted`."""
+        return {"image_seq_length": swap.after.tokens * swap.host.tiles, "low_resolution_antialias": True}
+
+    def remarks(self, swap: Swap) -> tuple[str, ...]:
+        """See `PlannedFamily.remarks`."""
+        host, after = swap.host, swap.after
+        grid, whole, views = host.config.get("image_grid", 1), host.config.get("image_global"), host.tiles
+        notes = []
+        if swap.request.tower is not None:
+            notes.append(
+                f"the high-resolution tower is kept; both see the same {host.config['image_size_aux']} px picture, "
+                f"made by the new tower's rule, and the new one a {after.image_size} px view of it (bicubic with "
+                "antialiasing)"
+            )
+        if views > 1:
+            notes.append(
+                f"a picture is {grid}x{grid} tiles{' and the whole' if whole else ''}: {views} views of "
+                f"{after.tokens} tokens, {views * after.tokens} in all"
+            )
+        return tuple(notes)
 
     def processor(self, plan: Plan) -> Any | None:
         """The MiniGeminiProcessor of the planned checkpoint; None where the source has no tokenizer."""
@@ -145,133 +189,82 @@ class MiniGemini(Family):
         """See `Family.look`: without the high-resolution tower, which stays."""
         model.model.vlm_uni_query_projector(model.model.queries(pixels))
 
-    def _plan_original(
-        self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None
-    ) -> Plan:
+    def _original(self, checkpoint: Checkpoint, request: Request) -> Host:
         config, where = checkpoint.config, f"{checkpoint.folder}/config.json"
         fields = read_fields(OriginalFields, config, where)
         names = sort_names(checkpoint)
-        host = original_tower(checkpoint, fields, names.tower, image_size, replaced=tower is not None)
+        tower = original_tower(
+            checkpoint, fields, names.tower, request.image_size, replaced=request.tower is not None
+        )
         aux = aux_tower(checkpoint, fields, names.aux)
-        before = contract_of(host.spec, fields.mm_vision_select_layer, class_token=False)
-        before, after = _contracts(before, tower, image_size, fields, where)
-
+        before = _contract(tower, fields.mm_vision_select_layer, fields, where)
         embeddings = [
             checkpoint.tensors[names.kept[name]] for name in VOCABULARY_TENSORS if name in names.kept
         ]
         vocabulary = max(header.shape[0] for header in embeddings)
         tokenizer = load_tokenizer(checkpoint.folder)
         image_token_id, rows = image_row(tokenizer, vocabulary)
-        steps = [
-            kept(checkpoint.tensors[source], name, rows if name in VOCABULARY_TENSORS else None)
-            for name, source in names.kept.items()
-        ]
-        steps, readers, notes = _refit(steps, before, after, checkpoint.folder)
-        reader = checkpoint.tensors[names.kept[f"{READERS[-1]}.weight"]]
-        new, dropped = tower or host.header, list(names.dropped)
-        if new is None:
-            steps += [
-                kept(checkpoint.tensors[source], TOWER_PREFIX + key) for key, source in names.tower.items()
-            ]
-        else:
-            steps += tower_steps(new, TOWER_PREFIX, after, reader.dtype)
-            dropped += replaced(names.tower.values())
-        used = {header.name for header in aux.tensors.values()}
-        steps += [
-            kept(header, AUX_PREFIX + CONVNEXT.place(key, aux.where).targets[0]).model_copy(
-                update={"dtype": dtype_name(reader.dtype)}
-            )
-            for key, header in aux.tensors.items()
-        ]
-        dropped += [
-            Dropped(name=name, reason=f"the original code reads {fields.mm_vision_tower_aux} instead")
-            for name in names.aux.values()
-            if name not in used
-        ]
-        sizes = convnext_config(aux.tensors, fields.image_size_aux, aux.where)
+        sources = {**names.kept, **{TOWER_PREFIX + key: source for key, source in names.tower.items()}}
+        steps = [kept(checkpoint.tensors[source], name) for name, source in sources.items()]
+        dtype = checkpoint.tensors[names.kept[f"{READERS[-1]}.weight"]].dtype
         mining = checkpoint.tensors["model.vlm_uni_aux_projector.1.weight"].shape
-        if sum(sizes["hidden_sizes"]) != mining[1]:
-            raise UserError(
-                f"{checkpoint.folder}: model.vlm_uni_aux_projector.1.weight reads features of width {mining[1]}, but "
-                f"{aux.where} gives {sum(sizes['hidden_sizes'])}: they do not belong together"
-            )
-        return Plan(
-            family=self.spec.name,
+        return Host(
             layout="original",
-            source=checkpoint.folder,
-            tower=new.source if new else None,
-            tower_weights=new.weights if new else None,
-            swapped=tower is not None,
-            parts=dict(checkpoint.parts),
-            steps=tuple(steps),
-            dropped=tuple(dropped),
+            before=before,
+            steps=[*extended(steps, VOCABULARY_TENSORS, rows), *aux.steps(dtype)],
+            prefix=TOWER_PREFIX,
+            dtype=dtype,
             config={
                 "architectures": ["MiniGeminiForConditionalGeneration"],
                 "model_type": MODEL_TYPE,
                 "dtype": dtype_name(embeddings[0].dtype),
-                "vision_config": tower_config(new.spec if new else host.spec, after),
-                "vision_config_aux": sizes,
+                "vision_config": tower_config(tower.spec, before),
+                "vision_config_aux": aux.config(fields, mining[1], checkpoint.folder),
                 "text_config": text_config("llama", config, rows, where),
                 "image_token_id": image_token_id,
-                "image_seq_length": after.tokens * fields.views,
-                "vision_feature_layer": after.feature_layer,
+                "image_seq_length": before.tokens * fields.views,
+                "vision_feature_layer": before.feature_layer,
                 "image_size_aux": fields.image_size_aux,
                 "image_grid": fields.image_grid,
                 "image_global": fields.image_global,
                 "mining_width": mining[0],
-                "low_resolution_antialias": tower is not None,
+                "low_resolution_antialias": False,
                 "tie_word_embeddings": fields.tie_word_embeddings,
             },
-            before=before,
-            after=after,
             image_token_id=image_token_id,
+            connector=READERS,
+            last=(AUX_PREFIX,),
+            tiles=fields.views,
+            outside=tower,
+            dropped=[*names.dropped, *aux.unused(names.aux.values(), fields.mm_vision_tower_aux)],
             processor=f"MiniGeminiProcessor with the source's {type(tokenizer).__name__}"
             if tokenizer
             else None,
-            readers=readers,
-            notes=(
-                *host.notes,
-                *aux.notes,
-                *notes,
-                *_notes(tower, after, fields),
+            notes=(*tower.notes, *aux.notes),
+            remarks=(
                 f"{growth(vocabulary, rows)}the image placeholder is {IMAGE_TOKEN} = {image_token_id}, not -200",
             ),
         )
 
-    def _plan_own(self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None) -> Plan:
-        if tower is None:
-            raise UserError(f"{checkpoint.folder} is in this project's layout already: nothing to convert")
-        where = f"{checkpoint.folder}/config.json"
-        fields = read_fields(NativeFields, checkpoint.config, where)
-        host, prefix = own_tower(checkpoint, fields)
-        before = contract_of(host.spec, fields.vision_feature_layer, class_token=False)
-        before, after = _contracts(before, tower, image_size, fields, where)
-        old = [name for name in checkpoint.tensors if name.startswith(prefix)]
-        rest = [kept(header) for name, header in checkpoint.tensors.items() if name not in old]
-        steps, readers, notes = _refit(rest, before, after, checkpoint.folder)
-        dtype = checkpoint.tensors[prefix + CLASS_EMBEDDING].dtype
-        return Plan(
-            family=self.spec.name,
-            layout="transformers",
-            source=checkpoint.folder,
-            tower=tower.source,
-            tower_weights=tower.weights,
-            swapped=True,
-            steps=(*steps, *tower_steps(tower, prefix, after, dtype)),
-            dropped=replaced(old),
-            config={
-                **checkpoint.config,
-                "vision_config": tower_config(tower.spec, after),
-                "image_seq_length": after.tokens * fields.views,
-                "low_resolution_antialias": True,
-            },
-            before=before,
-            after=after,
-            image_token_id=fields.image_token_id,
-            processor=own_processor(checkpoint.folder),
-            readers=readers,
-            notes=(*host.notes, *notes, *_notes(tower, after, fields)),
-        )
+
+def _own(checkpoint: Checkpoint) -> Host:
+    """A checkpoint in our layout."""
+    where = f"{checkpoint.folder}/config.json"
+    fields = read_fields(NativeFields, checkpoint.config, where)
+    tower, prefix = own_tower(checkpoint, fields)
+    return Host(
+        layout="transformers",
+        before=_contract(tower, fields.vision_feature_layer, fields, where),
+        steps=[kept(header) for header in checkpoint.tensors.values()],
+        prefix=prefix,
+        dtype=checkpoint.tensors[prefix + CLASS_EMBEDDING].dtype,
+        config=checkpoint.config,
+        image_token_id=fields.image_token_id,
+        connector=READERS,
+        tiles=fields.views,
+        processor=own_processor(checkpoint.folder),
+        notes=tower.notes,
+    )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -279,80 +272,25 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-def _contracts(
-    before: VisionContract,
-    tower: TowerHeader | None,
-    image_size: int | None,
-    fields: CommonFields,
-    where: str,
-) -> tuple[VisionContract, VisionContract]:
-    """The contracts of all views together; the high-resolution cells divide among the patches of each.
+def _contract(tower: HostTower, layer: int, fields: CommonFields, where: str) -> VisionContract:
+    """The contract of all views together.
 
     Raises:
-        UserError: they do not.
+        UserError: the high-resolution cells do not divide among the patches of each.
     """
     if fields.image_global and fields.image_grid == 1:
         raise UserError(
             f"{where}: image_global is true, but image_grid is 1: expected 2 or more, as in MGM-7B-HD"
         )
+    contract = contract_of(tower.spec, layer, class_token=False)
     cells, rest = divmod(fields.image_size_aux // STRIDE, fields.image_grid)
-    if rest or cells % before.grid:
-        unit = STRIDE * fields.image_grid * before.grid
+    if rest or cells % contract.grid:
+        unit = STRIDE * fields.image_grid * contract.grid
         raise UserError(
             f"{where}: image_size_aux is {fields.image_size_aux}: expected a multiple of {unit}, so that the "
-            f"high-resolution cells divide among {before.grid}x{before.grid} patches"
+            f"high-resolution cells divide among {contract.grid}x{contract.grid} patches"
         )
-    after = after_swap(before, tower, image_size)
-    if cells % after.grid:
-        near = sorted((g for g in range(1, cells + 1) if cells % g == 0), key=lambda g: abs(g - after.grid))[
-            :2
-        ]
-        sizes = " or ".join(str(g * after.patch_size) for g in sorted(near))
-        raise UserError(
-            f"--image-size {after.image_size} makes {after.grid}x{after.grid} patches, among which the {cells}x{cells} "
-            f"high-resolution cells do not divide: try {sizes}"
-        )
-    views = {"tiles": fields.views}
-    return before.model_copy(update=views), after.model_copy(update=views)
-
-
-def _refit(
-    steps: Iterable[Step], before: VisionContract, after: VisionContract, where: Path
-) -> tuple[list[Step], dict[str, str], tuple[str, ...]]:
-    """What reads the tower, and what is added to its features, at the new width; the steps, the readers, notes."""
-    readers: dict[str, str] = {}
-    for reader in READERS:
-        steps, fate = refit_reader(steps, reader, before, after, where)
-        readers |= fate
-    if before.width == after.width:
-        return list(steps), readers, ()
-    fresh = []
-    for step in steps:
-        if step.name == f"{MINED}.weight":
-            step = anew(step, (after.width, step.shape[1]))
-        elif step.name == f"{MINED}.bias":
-            step = anew(step, (after.width,))
-        fresh.append(step)
-    note = (
-        f"{MINED} is re-initialised too: what it gives is added to the tower's features, which are {after.width} wide "
-        f"now, not {before.width}; the keys of the mining (vlm_uni_aux_projector) stay as they are"
-    )
-    return fresh, readers, (note,)
-
-
-def _notes(tower: TowerHeader | None, after: VisionContract, fields: CommonFields) -> tuple[str, ...]:
-    notes = list(swap_notes(tower, after))
-    if tower is not None:
-        notes.append(
-            f"the high-resolution tower is kept; both see the same {fields.image_size_aux} px picture, made by the new "
-            f"tower's rule, and the new one a {after.image_size} px view of it (bicubic with antialiasing)"
-        )
-    if fields.views > 1:
-        notes.append(
-            f"a picture is {fields.image_grid}x{fields.image_grid} tiles{' and the whole' * fields.image_global}: "
-            f"{fields.views} views of {after.tokens} tokens, {fields.views * after.tokens} in all"
-        )
-    return tuple(notes)
+    return contract.model_copy(update={"tiles": fields.views})
 
 
 MINI_GEMINI = MiniGemini(

@@ -4,11 +4,12 @@ Key names and what is read from where after dvlab-research/MGM 769820c (mgm/mode
 ``initialize_uni_modules``; mgm/model/multimodal_encoder/openclip_encoder.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, Field
 
 from mgll_encoder.common.errors import UserError
@@ -16,10 +17,10 @@ from mgll_encoder.keytable import Drop
 from mgll_encoder.spec import Resize, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import build_config, tower_geometry
-from mllm_adapters.contract import Dropped
-from mllm_adapters.convnext import TIMM_KEY
+from mllm_adapters.contract import Dropped, Step
+from mllm_adapters.convnext import CONVNEXT, TIMM_KEY, convnext_config
 from mllm_adapters.families.keytable import Layout
-from mllm_adapters.planning import TOWER_PART, HostTower, NamedTower, external_tower
+from mllm_adapters.planning import TOWER_PART, HostTower, NamedTower, dtype_name, external_tower, kept
 from mllm_adapters.processing import host_pixels
 from mllm_adapters.towers import published_name
 
@@ -147,6 +148,43 @@ class AuxTower:
     tensors: dict[str, TensorHeader]
     where: str
     notes: tuple[str, ...] = ()
+
+    def steps(self, dtype: torch.dtype) -> list[Step]:
+        """Its tensors in the target, in this dtype.
+
+        Raises:
+            UserError: one is none of a ConvNeXt.
+        """
+        named = {"dtype": dtype_name(dtype)}
+        places = ((CONVNEXT.place(key, self.where), header) for key, header in self.tensors.items())
+        return [
+            kept(header, AUX_PREFIX + place.targets[0]).model_copy(update=named) for place, header in places
+        ]
+
+    def config(self, fields: CommonFields, width: int, folder: Path) -> dict[str, Any]:
+        """Its configuration.
+
+        Args:
+            fields: Those of the checkpoint.
+            width: Width of the features that the mining reads.
+            folder: The checkpoint.
+
+        Raises:
+            UserError: tensors are missing, or give features of another width.
+        """
+        sizes = convnext_config(self.tensors, fields.image_size_aux, self.where)
+        if sum(sizes["hidden_sizes"]) != width:
+            raise UserError(
+                f"{folder}: model.vlm_uni_aux_projector.1.weight reads features of width {width}, but {self.where} "
+                f"gives {sum(sizes['hidden_sizes'])}: they do not belong together"
+            )
+        return sizes
+
+    def unused(self, names: Iterable[str], named: str) -> list[Dropped]:
+        """Those of the tensors in the shards that are not its own; ``named`` is what config.json calls it."""
+        used = {header.name for header in self.tensors.values()}
+        reason = f"the original code reads {named} instead"
+        return [Dropped(name=name, reason=reason) for name in names if name not in used]
 
 
 def original_tower(

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.texts import read_json
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, checked
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields, tower_config
-from mllm_adapters.contract import FAMILY_KEY, Dropped, Family, FamilySpec, Plan, Step, Target, VisionContract
+from mllm_adapters.configs import build_config, read_fields
+from mllm_adapters.contract import FAMILY_KEY, Dropped, FamilySpec, Plan, VisionContract
 from mllm_adapters.families import read_template
-from mllm_adapters.planning import REPLACED, after_swap, kept, refit_reader, swap_notes, tower_steps
-from mllm_adapters.processing import check_placeholder, has_tokenizer, host_pixels, text_side
+from mllm_adapters.families.base import PlannedFamily
+from mllm_adapters.families.host import Host, Request, Swap
+from mllm_adapters.planning import kept
+from mllm_adapters.processing import check_placeholder, has_tokenizer, host_pixels, image_settings, text_side
 
 USUAL_GRID = 32
 """Patches along one side at which host and result are compared, and which the result gets: Qwen's towers take any.
@@ -37,7 +38,13 @@ USUAL_GRID = 32
 TAKEN_OVER = ("spatial_merge_size", "temporal_patch_size", "tokens_per_second")
 """Fields of ``vision_config`` that hold for the result too."""
 
+NEW_LAYER = -2
+"""Hidden layer of a new tower that is read, as LLaVA reads a CLIP: its patches before the last block."""
+
 DEEPSTACK = re.compile(r"\bdeepstack_merger_list\.(\d+)\.")
+
+NOTHING_TO_READ = "reads features of Qwen's own tower between its blocks, which the new one does not have"
+"""Why deepstack is left out."""
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 
@@ -94,7 +101,7 @@ class Fields(BaseModel):
     vision_config: dict[str, Any]
 
 
-class Qwen2VL(Family):
+class Qwen2VL(PlannedFamily):
     """Qwen's vision-language models since the second."""
 
     spec = FamilySpec(
@@ -113,42 +120,24 @@ class Qwen2VL(Family):
         known = str(config.get("model_type")).removeprefix(OWN) in GENERATIONS and "vision_config" in config
         return "transformers" if known else None
 
-    def plan(
-        self,
-        checkpoint: Checkpoint,
-        tower: TowerHeader | None = None,
-        image_size: int | None = None,
-        target: Target = "own",
-    ) -> Plan:
-        """Plan a swap; see `Family.plan`."""
+    def host(self, checkpoint: Checkpoint, request: Request) -> Host:  # noqa: ARG002 (one layout, one target)
+        """See `PlannedFamily.host`."""
         config, where = checkpoint.config, f"{checkpoint.folder}/config.json"
-        if target not in self.spec.targets:
-            raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use --layout own")
-        if tower is None:
-            raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
         read_fields(Fields, config, where)
         stock = str(config["model_type"]).removeprefix(OWN)
         generation = GENERATIONS[stock]
         settings = build_config(config, where)
-        prefix = _visual_prefix(checkpoint, generation)
-        before, notes = _host(checkpoint, settings, generation)
-        merge = settings.vision_config.spatial_merge_size
-        # The new tower is read where LLaVA reads a CLIP: its patches before the last block, without class token.
-        read = before.model_copy(update={"feature_layer": -2})
-        after = after_swap(read, tower, image_size, tokens=lambda grid: (grid // merge) ** 2, multiple=merge)
-        kept_steps, dropped = _sort(checkpoint, prefix)
-        steps, readers = _merger(kept_steps, f"{prefix}merger.", generation, before, after, checkpoint.folder)
-        shapes = {step.name.removeprefix(f"{prefix}merger."): step.shape for step in steps}
-        dtype = checkpoint.tensors[f"{prefix}merger.{generation.norm}.weight"].dtype
-        return Plan(
-            family=self.spec.name,
+        merger = f"{_visual_prefix(checkpoint, generation)}merger."
+        before, notes = _contract(checkpoint, settings, generation)
+        _check_merger(checkpoint, merger, generation, before)
+        deepstack = [name for name in checkpoint.tensors if DEEPSTACK.search(name)]
+        vision = settings.vision_config.to_dict()
+        return Host(
             layout="transformers",
-            source=checkpoint.folder,
-            tower=tower.source,
-            tower_weights=tower.weights,
-            swapped=True,
-            steps=(*steps, *tower_steps(tower, f"{prefix}vision_tower.", after, dtype)),
-            dropped=tuple(dropped),
+            before=before,
+            steps=[kept(header) for name, header in checkpoint.tensors.items() if name not in deepstack],
+            prefix=f"{merger.removesuffix('merger.')}vision_tower.",
+            dtype=checkpoint.tensors[f"{merger}{generation.norm}.weight"].dtype,
             config={
                 **{key: value for key, value in settings.to_dict().items() if key != "auto_map"},
                 "architectures": [f"{generation.model}ForConditionalGeneration"],
@@ -156,28 +145,36 @@ class Qwen2VL(Family):
                 FAMILY_KEY: self.spec.name,
                 "vision_config": {
                     "model_type": "mgll_qwen2_vl_vision",
-                    "tower_config": tower_config(tower.spec, after),
-                    "feature_layer": after.feature_layer,
-                    "merger_width": shapes[f"{generation.first}.weight"][0],
-                    "out_hidden_size": shapes[f"{generation.second}.weight"][0],
-                    **{k: v for k, v in settings.vision_config.to_dict().items() if k in TAKEN_OVER},
+                    "tower_config": {},
+                    "feature_layer": NEW_LAYER,
+                    "merger_width": checkpoint.tensors[f"{merger}{generation.first}.weight"].shape[0],
+                    "out_hidden_size": checkpoint.tensors[f"{merger}{generation.second}.weight"].shape[0],
+                    **{k: v for k, v in vision.items() if k in TAKEN_OVER},
                 },
             },
-            before=before,
-            after=after,
             image_token_id=settings.image_token_id,
+            connector=(merger + generation.norm, merger + generation.first),
+            read_at=NEW_LAYER,
+            merge=vision["spatial_merge_size"],
+            dropped=[Dropped(name=name, reason=NOTHING_TO_READ) for name in deepstack],
             processor="the source's tokenizer and chat template, with the new preprocessing"
             if has_tokenizer(checkpoint.folder)
             else None,
-            readers=readers,
-            notes=(
-                *notes,
-                *swap_notes(tower, after),
-                f"every picture is made {after.image_size} x {after.image_size} px and becomes {after.tokens} visual "
-                "tokens, since a CLIP tower has one grid of positions; the tokens' own (M-RoPE) are computed as before",
-                "the result takes images only: video input is refused",
-                *_deepstack_notes(dropped),
-            ),
+            notes=notes,
+            remarks=_deepstack_notes(deepstack),
+        )
+
+    def vision_config(self, swap: Swap, tower: TowerHeader) -> dict[str, Any]:
+        """See `PlannedFamily.vision_config`: the merger is part of it."""
+        return {**swap.host.config["vision_config"], "tower_config": super().vision_config(swap, tower)}
+
+    def remarks(self, swap: Swap) -> tuple[str, ...]:
+        """See `PlannedFamily.remarks`."""
+        after = swap.after
+        return (
+            f"every picture is made {after.image_size} x {after.image_size} px and becomes {after.tokens} visual "
+            "tokens, since a CLIP tower has one grid of positions; the tokens' own (M-RoPE) are computed as before",
+            "the result takes images only: video input is refused",
         )
 
     def processor(self, plan: Plan) -> Any | None:
@@ -252,7 +249,7 @@ def _visual_prefix(checkpoint: Checkpoint, generation: Generation) -> str:
     return found[0].removesuffix(end) + "visual."
 
 
-def _host(
+def _contract(
     checkpoint: Checkpoint, settings: Any, generation: Generation
 ) -> tuple[VisionContract, tuple[str, ...]]:
     """The vision contract before the swap, and what the user should know about it."""
@@ -277,11 +274,7 @@ def _host(
 
 def _dynamic_pixels(folder: Path, size: int, generation: Generation) -> tuple[PixelRule, tuple[str, ...]]:
     """The host's normalisation; its size and resize rule are stand-ins, since it keeps each picture's own."""
-    nested, flat = folder / "processor_config.json", folder / "preprocessor_config.json"
-    settings = read_json(nested).get("image_processor") if nested.is_file() else None
-    where = nested if settings else flat
-    if not settings and flat.is_file():
-        settings = read_json(flat)
+    settings, where = image_settings(folder)
     known = settings or {}
     rule = {
         "mean": known.get("image_mean", generation.mean),
@@ -297,52 +290,29 @@ def _dynamic_pixels(folder: Path, size: int, generation: Generation) -> tuple[Pi
     return checked(PixelRule, rule, where), notes if settings else (*notes, missing)
 
 
-def _sort(checkpoint: Checkpoint, prefix: str) -> tuple[list[Step], list[Dropped]]:
-    """What the result keeps, and what the old tower takes with it."""
-    steps, dropped = [], []
-    for header in checkpoint.tensors.values():
-        if not header.name.startswith(prefix) or header.name.startswith(f"{prefix}merger."):
-            steps.append(kept(header))
-        elif DEEPSTACK.search(header.name):
-            reason = "reads features of Qwen's own tower between its blocks, which the new one does not have"
-            dropped.append(Dropped(name=header.name, reason=reason))
-        else:
-            dropped.append(Dropped(name=header.name, reason=REPLACED))
-    return steps, dropped
-
-
-def _merger(
-    steps: list[Step],
-    merger: str,
-    generation: Generation,
-    before: VisionContract,
-    after: VisionContract,
-    where: Path,
-) -> tuple[list[Step], dict[str, str]]:
-    """Fit normalisation and first layer of the merger to the new width; the second layer is kept.
+def _check_merger(
+    checkpoint: Checkpoint, merger: str, generation: Generation, before: VisionContract
+) -> None:
+    """Refuse a merger that is incomplete, or not of the tower that config.json describes.
 
     Raises:
-        UserError: a layer is missing, or the merger is not of the tower that config.json describes.
+        UserError: it is.
     """
-    shapes = {step.name: step.shape for step in steps}
     for layer in (generation.norm, generation.first, generation.second):
-        if f"{merger}{layer}.weight" not in shapes:
-            raise UserError(f"{where}: tensor {merger}{layer}.weight is missing: complete the download")
-    if shapes[f"{merger}{generation.norm}.weight"] != (before.width,):
-        found = list(shapes[f"{merger}{generation.norm}.weight"])
+        if f"{merger}{layer}.weight" not in checkpoint.tensors:
+            raise UserError(
+                f"{checkpoint.folder}: tensor {merger}{layer}.weight is missing: complete the download"
+            )
+    norm = checkpoint.tensors[f"{merger}{generation.norm}.weight"]
+    if norm.shape != (before.width,):
         raise UserError(
-            f"{where}: config.json describes a tower of width {before.width}, but {merger}{generation.norm}.weight "
-            f"has shape {found}, expected {[before.width]}: they do not belong together"
+            f"{checkpoint.folder}: config.json describes a tower of width {before.width}, but {norm.name} has shape "
+            f"{list(norm.shape)}, expected {[before.width]}: they do not belong together"
         )
-    readers: dict[str, str] = {}
-    for layer in (generation.norm, generation.first):
-        steps, fate = refit_reader(steps, merger + layer, before, after, where)
-        readers |= fate
-    return steps, readers
 
 
-def _deepstack_notes(dropped: list[Dropped]) -> tuple[str, ...]:
-    mergers = {match[1] for tensor in dropped if (match := DEEPSTACK.search(tensor.name))}
+def _deepstack_notes(names: list[str]) -> tuple[str, ...]:
+    mergers = {match[1] for name in names if (match := DEEPSTACK.search(name))}
     if not mergers:
         return ()
     return (

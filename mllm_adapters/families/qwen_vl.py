@@ -4,18 +4,18 @@ The prompt is that of qwen_generation_utils.py of Qwen/Qwen-VL-Chat.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, PositiveInt
 
-from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields, tower_config
-from mllm_adapters.contract import FAMILY_KEY, Family, FamilySpec, Plan, Step, Target, VisionContract
+from mllm_adapters.configs import build_config, read_fields
+from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, Step, VisionContract
 from mllm_adapters.families import read_template
+from mllm_adapters.families.base import PlannedFamily
+from mllm_adapters.families.host import Connected, Host, Request, Swap
 from mllm_adapters.families.qwen_vl_original import (
     EMBEDDINGS,
     QUERY,
@@ -29,15 +29,7 @@ from mllm_adapters.families.qwen_vl_original import (
     original_vision,
 )
 from mllm_adapters.families.qwen_vl_tokenizer import IMAGE_TOKEN, end_tokens, tokenizer, tokenizer_note
-from mllm_adapters.planning import (
-    after_swap,
-    dtype_name,
-    kept,
-    refit_reader,
-    replaced,
-    swap_notes,
-    tower_steps,
-)
+from mllm_adapters.planning import dtype_name, kept
 from mllm_adapters.processing import check_placeholder, host_pixels, own_processor, text_side
 
 MODEL_TYPE = "mgll_qwen_vl"
@@ -56,7 +48,7 @@ class OwnFields(BaseModel):
 
 
 @dataclass(frozen=True)
-class QwenVL(Family):
+class QwenVL(PlannedFamily):
     """Qwen-VL of 2023 under its family name."""
 
     spec: FamilySpec
@@ -68,19 +60,32 @@ class QwenVL(Family):
         original = config.get("model_type") == "qwen" and isinstance(config.get("visual"), dict)
         return "original" if original else None
 
-    def plan(
-        self,
-        checkpoint: Checkpoint,
-        tower: TowerHeader | None = None,
-        image_size: int | None = None,
-        target: Target = "own",
-    ) -> Plan:
-        """Plan a swap (``tower`` given) or a conversion to our layout; see `Family.plan`."""
-        if target != "own":
-            raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use --layout own")
-        if self.layout(checkpoint.config) == "original":
-            return self._plan_original(checkpoint, tower, image_size)
-        return self._plan_own(checkpoint, tower, image_size)
+    def host(self, checkpoint: Checkpoint, request: Request) -> Host:  # noqa: ARG002 (none is needed)
+        """See `PlannedFamily.host`."""
+        original = self.layout(checkpoint.config) == "original"
+        return self._original(checkpoint) if original else self._own(checkpoint)
+
+    def connect(self, swap: Swap) -> Connected:
+        """See `PlannedFamily.connect`: what reads the features is added where the original needed nothing."""
+        host, steps, query = swap.host, swap.steps, swap.host.step(QUERY)
+        width = query.shape[1]
+        if any(step.name == f"{READER}.weight" for step in steps):
+            found = super().connect(swap)
+        elif host.before.width != width:
+            raise UserError(
+                f"{swap.checkpoint.folder}: tensor {READER}.weight is missing, but the tower gives features of width "
+                f"{host.before.width} and the resampler takes {width}: is it complete?"
+            )
+        elif swap.after.width == width:
+            found = Connected(steps, {READER: f"none: features and language model are both {width} wide"})
+        else:
+            found = _with_reader(steps, query, swap.after.width)
+        reads = any(step.name == f"{READER}.weight" for step in found.steps)
+        return replace(found, config={"kv_projection": reads})
+
+    def adapted(self, swap: Swap) -> Mapping[str, Any]:
+        """See `PlannedFamily.adapted`."""
+        return {"vision_feature_layer": swap.after.feature_layer}
 
     def processor(self, plan: Plan) -> Any | None:
         """The QwenVLProcessor of the planned checkpoint; None where the source has no tokenizer."""
@@ -110,95 +115,68 @@ class QwenVL(Family):
         template = read_template("qwen_chatml.jinja")
         return None if words is None else (words, template)
 
-    def _plan_original(
-        self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None
-    ) -> Plan:
+    def _original(self, checkpoint: Checkpoint) -> Host:
         where = f"{checkpoint.folder}/config.json"
         fields = read_fields(OriginalFields, checkpoint.config, where)
         visual = read_fields(VisualFields, fields.visual, f"{where}, section visual")
         check_widths(fields, visual, where)
         steps, dropped = original_steps(checkpoint, visual)
-        before = original_contract(visual)
-        after = _after(before, tower, image_size)
-        steps, readers = _read_anew(steps, before, after, checkpoint.folder)
         rows, dtype = _embeddings(checkpoint, steps, visual.image_token_id)
-        vision: dict[str, Any] = original_vision(visual)
-        if tower is not None:
-            old = [step for step in steps if step.name.startswith(TOWER_PREFIX)]
-            dropped += replaced(dict.fromkeys(source for step in old for source in step.sources))
-            steps = [step for step in steps if not step.name.startswith(TOWER_PREFIX)]
-            steps += tower_steps(tower, TOWER_PREFIX, after, dtype)
-            vision = tower_config(tower.spec, after)
-        return Plan(
-            family=self.spec.name,
+        return Host(
             layout="original",
-            source=checkpoint.folder,
-            tower=tower.source if tower else None,
-            tower_weights=tower.weights if tower else None,
-            swapped=tower is not None,
-            steps=tuple(steps),
-            dropped=tuple(dropped),
+            before=original_contract(visual),
+            steps=steps,
+            prefix=TOWER_PREFIX,
+            dtype=dtype,
             config={
                 "architectures": ["QwenVLForConditionalGeneration"],
                 "model_type": MODEL_TYPE,
                 FAMILY_KEY: self.spec.name,
                 "dtype": dtype_name(dtype),
-                "vision_config": vision,
+                "vision_config": original_vision(visual),
                 "text_config": language_model(checkpoint.config, fields, rows, where),
-                "vision_feature_layer": after.feature_layer,
-                "image_seq_length": after.tokens,
+                "vision_feature_layer": -1,
+                "image_seq_length": visual.n_queries,
                 "resampler_heads": visual.output_dim // 128,
-                "kv_projection": any(step.name == f"{READER}.weight" for step in steps),
+                "kv_projection": True,
                 "image_token_id": visual.image_token_id,
                 "tie_word_embeddings": fields.tie_word_embeddings,
             },
-            generation=end_tokens(checkpoint.folder, visual.image_token_id),
-            before=before,
-            after=after,
             image_token_id=visual.image_token_id,
+            connector=(READER,),
+            read_at=SWAPPED_LAYER,
+            queries=visual.n_queries,
+            dropped=dropped,
+            generation=end_tokens(checkpoint.folder, visual.image_token_id),
             processor=tokenizer_note(checkpoint.folder),
-            readers=readers,
-            notes=(
-                *swap_notes(tower, after),
+            remarks=(
                 f"sequences of more than {fields.context} tokens are refused: beyond them the original stretches its "
                 "rotary base and scales its attention, which transformers' Qwen2 does not",
-                f"the image placeholder is {IMAGE_TOKEN} = {visual.image_token_id}, {after.tokens} per image; file "
+                f"the image placeholder is {IMAGE_TOKEN} = {visual.image_token_id}, {visual.n_queries} per image; file "
                 "names between <img> and </img> are no longer read",
             ),
         )
 
-    def _plan_own(self, checkpoint: Checkpoint, tower: TowerHeader | None, image_size: int | None) -> Plan:
-        if tower is None:
-            raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
+    def _own(self, checkpoint: Checkpoint) -> Host:
         fields = read_fields(OwnFields, checkpoint.config, f"{checkpoint.folder}/config.json")
         before, notes = _own_contract(checkpoint, fields)
-        after = _after(before, tower, image_size)
-        headers = checkpoint.tensors.values()
-        steps = [kept(header) for header in headers if not header.name.startswith(TOWER_PREFIX)]
-        steps, readers = _read_anew(steps, before, after, checkpoint.folder)
-        dtype = checkpoint.tensors[QUERY].dtype  # `_read_anew` has found it
-        return Plan(
-            family=self.spec.name,
+        if QUERY not in checkpoint.tensors:
+            raise UserError(
+                f"{checkpoint.folder} has no resampler ({QUERY} is not in its weights): is it complete?"
+            )
+        return Host(
             layout="transformers",
-            source=checkpoint.folder,
-            tower=tower.source,
-            tower_weights=tower.weights,
-            swapped=True,
-            steps=(*steps, *tower_steps(tower, TOWER_PREFIX, after, dtype)),
-            dropped=replaced(h.name for h in headers if h.name.startswith(TOWER_PREFIX)),
-            config={
-                **checkpoint.config,
-                FAMILY_KEY: self.spec.name,
-                "vision_config": tower_config(tower.spec, after),
-                "vision_feature_layer": after.feature_layer,
-                "kv_projection": any(step.name == f"{READER}.weight" for step in steps),
-            },
             before=before,
-            after=after,
+            steps=[kept(header) for header in checkpoint.tensors.values()],
+            prefix=TOWER_PREFIX,
+            dtype=checkpoint.tensors[QUERY].dtype,
+            config={**checkpoint.config, FAMILY_KEY: self.spec.name},
             image_token_id=fields.image_token_id,
+            connector=(READER,),
+            read_at=SWAPPED_LAYER,
+            queries=fields.image_seq_length,
             processor=own_processor(checkpoint.folder),
-            readers=readers,
-            notes=(*notes, *swap_notes(tower, after)),
+            notes=notes,
         )
 
 
@@ -218,33 +196,12 @@ def _own_contract(checkpoint: Checkpoint, fields: OwnFields) -> tuple[VisionCont
     return contract, notes
 
 
-def _after(before: VisionContract, tower: TowerHeader | None, image_size: int | None) -> VisionContract:
-    """The contract after a swap; the number of queries is the number of tokens, whatever the grid."""
-    read = before.model_copy(update={"feature_layer": SWAPPED_LAYER}) if tower else before
-    return after_swap(read, tower, image_size, tokens=lambda _: before.tokens)
-
-
-def _read_anew(
-    steps: list[Step], before: VisionContract, after: VisionContract, where: Path
-) -> tuple[list[Step], dict[str, str]]:
-    """Re-initialise the reader if the features' width changes; add it where the original needed none."""
-    old = next((step for step in steps if step.name == f"{READER}.weight"), None)
-    if old is not None:
-        return refit_reader(steps, READER, before, after, where)
-    query = next((step for step in steps if step.name == QUERY), None)
-    if query is None:
-        raise UserError(f"{where} has no resampler ({QUERY} is not in its weights): is it complete?")
-    width = query.shape[1]
-    if before.width != width:
-        raise UserError(
-            f"{where}: tensor {READER}.weight is missing, but the tower gives features of width {before.width} and "
-            f"the resampler takes {width}: is it complete?"
-        )
-    if after.width == width:
-        return steps, {READER: f"none: features and language model are both {width} wide"}
-    added = Step(name=f"{READER}.weight", dtype=query.dtype, shape=(width, after.width), operation="reinit")
-    text = f"added, at random: the original needs none ({width} -> {after.width} wide): retrain the projector"
-    return [*steps, added], {READER: text}
+def _with_reader(steps: list[Step], query: Step, width: int) -> Connected:
+    """The tensors, and a projection of features of this width to that of the resampler."""
+    own = query.shape[1]
+    added = Step(name=f"{READER}.weight", dtype=query.dtype, shape=(own, width), operation="reinit")
+    text = f"added, at random: the original needs none ({own} -> {width} wide): retrain the projector"
+    return Connected([*steps, added], {READER: text})
 
 
 def _embeddings(checkpoint: Checkpoint, steps: list[Step], image_token_id: int) -> tuple[int, Any]:

@@ -1,0 +1,155 @@
+"""How a plan is made, once for all families: check, read the host, fit its connector to the tower, put it together.
+
+A family says what is its own: `host` reads a checkpoint, `connect`, `adapted` and `remarks` tell what a swap changes
+beyond the tower. Most need no more than `host`.
+"""
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mgll_encoder import TowerHeader
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.configs import tower_config
+from mllm_adapters.contract import Dropped, Family, Plan, Step, Target, VisionContract
+from mllm_adapters.families.host import Connected, Host, Request, Swap
+from mllm_adapters.planning import REPLACED, after_swap, refit_reader, swap_notes, tower_steps
+
+
+class PlannedFamily(Family):
+    """A family whose plans are made of a `Host`."""
+
+    def plan(
+        self,
+        checkpoint: Checkpoint,
+        tower: TowerHeader | None = None,
+        image_size: int | None = None,
+        target: Target = "own",
+    ) -> Plan:
+        """Plan a swap (``tower`` given) or a conversion to what loads as it is; see `Family.plan`."""
+        request = Request(tower, image_size, target)
+        self._check(checkpoint, request)
+        host = self.host(checkpoint, request)
+        after = self.after(host, request)
+        rest = [step for step in host.steps if not self._of_tower(step)]
+        swap = Swap(checkpoint, request, host, after, rest)
+        connected = self.connect(swap)
+        new = tower or (host.outside.header if host.outside else None)
+        steps, dropped = self._tensors(swap, connected, new)
+        config = {**host.config, **connected.config}
+        if new is not None:
+            config["vision_config"] = self.vision_config(swap, new)
+        if tower is not None:
+            config |= self.adapted(swap)
+        return Plan(
+            family=self.spec.name,
+            layout=host.layout,
+            source=checkpoint.folder,
+            tower=new.source if new else None,
+            tower_weights=new.weights if new else None,
+            swapped=tower is not None,
+            parts={**checkpoint.parts, **host.parts},
+            steps=tuple(steps),
+            dropped=(*host.dropped, *dropped),
+            config=config,
+            generation=dict(host.generation),
+            before=host.before,
+            after=after,
+            image_token_id=host.image_token_id,
+            processor=host.processor,
+            readers=dict(connected.readers),
+            notes=(
+                *host.notes,
+                *connected.notes,
+                *swap_notes(tower, after),
+                *self.remarks(swap),
+                *host.remarks,
+            ),
+        )
+
+    @abstractmethod
+    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+        """Read a checkpoint by its headers.
+
+        Raises:
+            UserError: it is of a variant that is not supported, or lacks something.
+        """
+
+    def after(self, host: Host, request: Request) -> VisionContract:
+        """The vision contract of the target.
+
+        Raises:
+            UserError: the tower or the image size that is asked for do not go with the host.
+        """
+        if request.tower is None:
+            return host.before
+        after = after_swap(
+            host.clip_contract, request.tower, request.image_size, tokens=host.tokens, multiple=host.merge
+        )
+        return after.model_copy(update={"tiles": host.tiles})
+
+    def connect(self, swap: Swap) -> Connected:
+        """Fit what reads the tower's features to the width that they will have.
+
+        Raises:
+            UserError: a reader is missing, or does not belong to the host's tower.
+        """
+        steps, readers = swap.steps, dict[str, str]()
+        for reader in swap.host.connector:
+            where = swap.checkpoint.folder
+            steps, fate = refit_reader(steps, reader, swap.host.before, swap.after, where)
+            readers |= fate
+        return Connected(steps, readers)
+
+    def vision_config(self, swap: Swap, tower: TowerHeader) -> dict[str, Any]:
+        """``vision_config`` of a target with this tower."""
+        return tower_config(tower.spec, swap.after)
+
+    def adapted(self, swap: Swap) -> Mapping[str, Any]:  # noqa: ARG002 (what overrides it reads it)
+        """Fields of config.json that a new tower changes, besides ``vision_config``."""
+        return {}
+
+    def remarks(self, swap: Swap) -> tuple[str, ...]:  # noqa: ARG002 (likewise)
+        """What else the user should know about the target."""
+        return ()
+
+    def _of_tower(self, step: Step) -> bool:
+        return re.search(self.spec.tower, step.name) is not None
+
+    def _tensors(
+        self, swap: Swap, connected: Connected, new: TowerHeader | None
+    ) -> tuple[Iterable[Step], list[Dropped]]:
+        """The tensors of the target, and those of the source that a new tower leaves out."""
+        host, steps = swap.host, connected.steps
+        if new is None:
+            return host.steps, []
+        tower = tower_steps(new, host.prefix, swap.after, host.dtype)
+        used = {name for step in steps for name in (*step.sources, step.replaces)}
+        named = host.outside.name if host.outside else ""
+        why = REPLACED if swap.request.tower else f"the original code reads {named} instead"
+        old = {source: why for step in host.steps if self._of_tower(step) for source in step.sources}
+        read = {source: "read features of another shape" for step in swap.steps for source in step.sources}
+        dropped = [Dropped(name=n, reason=reason) for n, reason in {**old, **read}.items() if n not in used]
+        first = (step for step in steps if not step.name.startswith(host.last))
+        last = (step for step in steps if step.name.startswith(host.last))
+        return (*first, *tower, *last), dropped
+
+    def _check(self, checkpoint: Checkpoint, request: Request) -> None:
+        """Refuse what no family can do.
+
+        Raises:
+            UserError: there is nothing to do, or the family has no such target.
+        """
+        if request.target not in self.spec.targets and self.spec.not_llava:
+            raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use --layout own")
+        if request.tower is not None:
+            return
+        if self.layout(checkpoint.config) == "transformers":
+            raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
+        if request.target != "own" and request.target in self.spec.targets:
+            raise UserError(
+                f"{checkpoint.folder}: the layout llava is for a checkpoint with a new tower, give one with --encoder "
+                "(a LLaVA has a CLIP tower)"
+            )
