@@ -9,17 +9,46 @@ from typing import TYPE_CHECKING
 from mgll_encoder.common.lazy import lazy
 
 if TYPE_CHECKING:
+    from mllm_adapters.api import (
+        align,
+        convert,
+        finetune_lora,
+        list_families,
+        plan_swap,
+        restore,
+        retrain_projector,
+        verify,
+    )
     from mllm_adapters.loading import load_mllm
     from mllm_adapters.modeling import register_models
 
     __version__: str
 
-__all__ = ["load_mllm", "register_models"]
+__all__ = [
+    "align",
+    "convert",
+    "finetune_lora",
+    "list_families",
+    "load_mllm",
+    "plan_swap",
+    "register_models",
+    "restore",
+    "retrain_projector",
+    "verify",
+]
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "align": "api",
+        "convert": "api",
+        "finetune_lora": "api",
+        "list_families": "api",
         "load_mllm": "loading",
+        "plan_swap": "api",
         "register_models": "modeling",
+        "restore": "api",
+        "retrain_projector": "api",
+        "verify": "api",
     },
 )

@@ -10,8 +10,9 @@ from torch import Tensor
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.pretrained import load_pretrained
+from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config
-from mllm_adapters.contract import Plan
+from mllm_adapters.contract import Family, Plan
 from mllm_adapters.inventory import is_complete
 from mllm_adapters.locate import base_of_adapter
 from mllm_adapters.operations import compute
@@ -20,6 +21,8 @@ from mllm_adapters.processing import load_processor
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.delta import Delta, is_delta, open_delta
 from mllm_adapters.training.adapters import attach
+
+GENERATION = "generation_config.json"
 
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "depth", "perceiver_depth")
 """Fields of configurations that say how many layers there are; each layer has tensors of its own."""
@@ -71,22 +74,49 @@ def load_mllm(
         return model.eval(), load_processor(folder)
     if quantization is not None:
         raise UserError(f"{folder} is in its original layout, which is not quantised: convert it first")
-    plan = family.plan(checkpoint)
-    state = {step.name: value for step, value in compute(plan, checkpoint, plan.steps)}
-    model = _load(state, plan.config, folder, dtype=dtype)
+    return load_plan(family.plan(checkpoint), family, checkpoint, dtype=dtype)
+
+
+def load_plan(
+    plan: Plan,
+    family: Family,
+    checkpoint: Checkpoint,
+    *,
+    dtype: Any = "auto",
+    fitted: Mapping[str, Tensor] | None = None,
+) -> tuple[Any, Any | None]:
+    """Make a planned model in memory, and its processor.
+
+    Args:
+        plan: The plan.
+        family: The family that made it.
+        checkpoint: Its source.
+        dtype: Torch dtype of the weights, or ``auto`` for the planned one.
+        fitted: Values of the tensors that the plan has fitted, by name.
+
+    Raises:
+        UserError: something in the source cannot be read, or a tensor would be missing, left over or of another shape.
+    """
+    state = {step.name: value for step, value in compute(plan, checkpoint, plan.steps, fitted)}
+    model = _load(state, plan.config, checkpoint.folder, dtype=dtype)
+    _set_generation(model, checkpoint.folder)
     model.generation_config.update(**plan.generation)
     return model.eval(), family.processor(plan)
 
 
-def _load_delta(delta: Delta, dtype: Any) -> tuple[Any, Any | None]:
+def _set_generation(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
+
+
+def _load_delta(delta: Delta, dtype: Any) -> tuple[Any, Any | None]:
     plan, folder = delta.plan, delta.folder
     check_depths(plan.config, len(plan.steps), f"{folder}/config.json")
     state = {step.name: value for step, value in delta.values(plan.steps)}
     model = _load(state, plan.config, folder, dtype=dtype)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+    _set_generation(model, folder)
     return model.eval(), load_processor(folder)
 
 

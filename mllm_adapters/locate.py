@@ -1,5 +1,6 @@
 """Finding checkpoints and their parts by paths and the files that mark them; nothing heavy is imported."""
 
+import os
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
@@ -40,6 +41,12 @@ def cached(hub_id: str) -> Path | None:
         if any(file.suffix in _WEIGHTS for file in folder.rglob("*")):
             return folder
     return None
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """The default output of what is given a folder: its name with an ending, beside it."""
+    named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder  # noqa: PTH100
+    return named.with_name(f"{named.name}-{ending}")
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -8,8 +8,9 @@ import typer
 from mgll_encoder.common import cli
 from mgll_encoder.common.extras import needs
 from mllm_adapters.cli import options as o
-from mllm_adapters.cli.launch import Request, launch
-from mllm_adapters.cli.writing import beside
+from mllm_adapters.cli.launch import launch
+from mllm_adapters.locate import beside
+from mllm_adapters.training.runs import Request
 
 app = cli.new_app(
     """Fine-tune a multimodal LLM: its projector, and its language model through LoRA adapters.
@@ -127,8 +128,8 @@ def finetune(
             resume=resume,
             force=force,
             dry_run=dry_run,
-            estimate=estimate,
-        )
+        ),
+        estimate=estimate,
     )
 
 

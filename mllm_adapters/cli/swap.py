@@ -1,37 +1,21 @@
 """``swap-encoder``: put a vision tower into a multimodal LLM."""
 
-import os
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import CORE, needs
-from mgll_encoder.locate import check_tower
+from mllm_adapters import api
 from mllm_adapters.cli.delta import compose, extract
 from mllm_adapters.cli.undo import restore, verify
 from mllm_adapters.cli.writing import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
-from mllm_adapters.parts import check_name, resolve
 
 if TYPE_CHECKING:
-    from mllm_adapters.alignment.align import Alignment
-    from mllm_adapters.checkpoint import Checkpoint
-    from mllm_adapters.contract import Family, Plan, Target
-    from mllm_adapters.planning import TowerDtype
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """The options of ``--align``."""
-
-    images: Path
-    samples: int
-    device: str
-
+    from mllm_adapters.swap.planned import Fitting, SwapPlan
 
 app = cli.new_app(
     """Put an MGLL vision tower into a multimodal LLM.
@@ -128,56 +112,32 @@ def swap(
     if copy and delta:
         raise UserError("--copy goes without --delta: a delta holds no file of the checkpoint")
 
-    check_tower(encoder)
-    check_name(mllm)
+    fitting = _fitting(align, align_samples, align_device)
     with cli.importing():
-        from mgll_encoder import inspect_tower
-        from mllm_adapters.planning import with_tower_dtype
-        from mllm_adapters.registry import open_checkpoint
-        from mllm_adapters.swap.apply import apply_plan
-        from mllm_adapters.swap.delta import stored_names
-        from mllm_adapters.swap.report import total_bytes
+        if push_to_hub is not None and not dry_run:
+            from mllm_adapters.swap.hub import check_push
 
-    if push_to_hub is not None and not dry_run:
-        from mllm_adapters.swap.hub import check_push
-
-        check_push(push_to_hub)
-    tower_dtype = _dtype(dtype)
-    choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked there
-    tower = inspect_tower(encoder, **choices)
-    checkpoint, family, _ = open_checkpoint(resolve(mllm), parts_of(part))
-    plan = family.plan(checkpoint, tower, image_size, _target(layout, family))
-    if tower_dtype is not None:
-        plan = with_tower_dtype(plan, tower_dtype)
-    for warning in tower.warnings:
+            check_push(push_to_hub)
+        plan = api.plan_swap(
+            mllm, encoder, image_size=image_size, layout=layout, activation=activation, weights=weights,
+            dtype=dtype, parts=parts_of(part),
+        )  # fmt: skip
+    for warning in plan.warnings:
         cli.warn(warning)
-    named = Path(os.path.abspath(encoder))  # noqa: PTH100 - "." and ".." have no names of their own
-    tower_name = named.name if encoder.is_dir() else named.stem
-    swapped_name = f"{Path(os.path.abspath(mllm)).name}-{tower_name}"  # noqa: PTH100
-    target = out or Path(f"{swapped_name}-delta" if delta else swapped_name)
-    plain, fitting = plan, _fitting(align, align_samples, align_device)
+    target = out or Path(f"{plan.name}-delta" if delta else plan.name)
     if fitting:
-        plan = _to_be_fitted(plan, family, checkpoint, fitting)
-    held = stored_names(plan.steps, reference_tower=reference_tower) if delta else None
-    _show(plan, checkpoint, target, held, as_json=as_json, force=force, copy=copy)
+        plan = plan.to_fit(fitting)
+    held = plan.held_by_delta(reference_tower=reference_tower) if delta else None
+    _show(plan, target, held, as_json=as_json, force=force, copy=copy)
     if dry_run:
         return
-    alignment = _fit(plain, family, checkpoint, fitting, as_json) if fitting else None
-    if alignment:
-        plan = alignment.apply_to(plan)
-    options: dict[str, Any] = {"force": force, "checked": True}
-    if alignment:
-        options |= {"fitted": alignment.tensors, "trainings": [alignment.training()]}
-    with progress_bar("writing", total_bytes(plan, held)) as advance:
+    if fitting:
+        plan = _fitted(plan, as_json)
+    with progress_bar("writing", plan.total_bytes(held)) as advance:
         if delta:
-            from mllm_adapters.swap.delta_files import write_delta
-
-            write_delta(
-                plan, family, checkpoint, target,
-                reference_tower=reference_tower, progress=advance, **options,
-            )  # fmt: skip
+            plan.write_delta(target, reference_tower=reference_tower, force=force, progress=advance)
         else:
-            apply_plan(plan, family, checkpoint, target, copy=copy, progress=advance, **options)
+            plan.write(target, force=force, copy=copy, progress=advance)
     _tell(f"Written: {target}", as_json)
     if push_to_hub is not None:
         from mllm_adapters.swap.hub import push
@@ -185,7 +145,7 @@ def swap(
         _tell(f"Pushed: {push(target, push_to_hub, private=private)}", as_json)
     following = f"retrain-projector --model {target} --data train.json --images images/"
     if delta:
-        following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {swapped_name}"
+        following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {plan.name}"
     _tell(f"Next: {following}", as_json)
 
 
@@ -203,18 +163,12 @@ def convert(
 
     Example: swap-encoder convert --mllm llava-v1.5-7b --out llava-v1.5-7b-hf
     """
-    check_name(mllm)
-    from mllm_adapters.registry import open_checkpoint
-    from mllm_adapters.swap.apply import apply_plan
-    from mllm_adapters.swap.report import total_bytes
-
-    checkpoint, family, _ = open_checkpoint(resolve(mllm), parts_of(part))
-    plan = family.plan(checkpoint)
-    _show(plan, checkpoint, out, as_json=as_json, force=force, copy=copy)
+    plan = api.plan_conversion(mllm, parts=parts_of(part))
+    _show(plan, out, as_json=as_json, force=force, copy=copy)
     if dry_run:
         return
-    with progress_bar("writing", total_bytes(plan)) as advance:
-        apply_plan(plan, family, checkpoint, out, force=force, copy=copy, checked=True, progress=advance)
+    with progress_bar("writing", plan.total_bytes()) as advance:
+        plan.write(out, force=force, copy=copy, progress=advance)
     _tell(f"Written: {out}", as_json)
 
 
@@ -227,10 +181,10 @@ def families(
 
     Example: swap-encoder families
     """
-    from mllm_adapters.support import support, support_markdown, support_tables
+    from mllm_adapters.support import support_markdown, support_tables
 
     if as_json:
-        cli.stdout.print_json(data=[row.model_dump() for row in support()])
+        cli.stdout.print_json(data=[row.model_dump() for row in api.list_families()])
     elif markdown:
         cli.stdout.print(support_markdown(), soft_wrap=True, markup=False, highlight=False)
     else:
@@ -248,29 +202,8 @@ def main() -> None:
     cli.run(app)
 
 
-def _target(layout: str, family: "Family") -> "Target":
-    from mllm_adapters.contract import Target
-
-    if layout not in get_args(Target):
-        raise unknown_name("--layout", layout, get_args(Target))
-    if layout in family.spec.targets:
-        return layout
-    if family.spec.not_llava:
-        raise UserError(f"--layout {layout}: {family.spec.not_llava}; use --layout own")
-    return "own"  # which is a LLaVA
-
-
-def _dtype(name: str | None) -> "TowerDtype | None":
-    from mllm_adapters.planning import TowerDtype
-
-    if name is not None and name not in get_args(TowerDtype):
-        raise unknown_name("--dtype", name, get_args(TowerDtype))
-    return cast("TowerDtype | None", name)
-
-
 def _show(
-    plan: "Plan",
-    checkpoint: "Checkpoint",
+    plan: "SwapPlan",
     out: Path,
     held: Collection[str] | None = None,
     *,
@@ -279,61 +212,34 @@ def _show(
     copy: bool,
 ) -> None:
     """Check a plan and print it; of a delta, ``held`` are the tensors that it holds."""
-    from mllm_adapters.loading import check_complete
-    from mllm_adapters.swap.apply import check_output, inputs
-    from mllm_adapters.swap.report import plan_table
-
-    check_output(out, force, inputs(plan))
-    check_complete(plan)
+    plan.check(out, force=force)
     if as_json:
-        cli.stdout.print_json(plan.model_dump_json())
+        cli.stdout.print_json(plan.plan.model_dump_json())
     else:
-        cli.stdout.print(plan_table(plan, checkpoint, copy=copy, held=held))
+        cli.stdout.print(plan.table(copy=copy, held=held))
     for note in plan.notes:
         cli.note(f"note: {note}")
 
 
-def _fitting(images: Path | None, samples: int | None, device: str | None) -> Fitting | None:
-    from mllm_adapters.alignment.align import SAMPLES
-
+def _fitting(images: Path | None, samples: int | None, device: str | None) -> "Fitting | None":
     if images is not None:
-        return Fitting(images, samples or SAMPLES, device or "auto")
+        return api.fitting(images, samples, device)
     for option, value in (("--align-samples", samples), ("--align-device", device)):
         if value is not None:
             raise UserError(f"{option} {value} is about the images to align on: give --align IMAGES too")
     return None
 
 
-def _to_be_fitted(plan: "Plan", family: "Family", checkpoint: "Checkpoint", fitting: Fitting) -> "Plan":
-    """The plan with its readers to be fitted; what the options ask for is there."""
-    from mllm_adapters.alignment.align import find_device, fitted_plan
-    from mllm_adapters.alignment.matching import find_images
-
-    find_images(fitting.images, fitting.samples)
-    find_device(fitting.device)
-    return fitted_plan(plan, family, checkpoint)
-
-
-def _fit(
-    plan: "Plan", family: "Family", checkpoint: "Checkpoint", fitting: Fitting, as_json: bool
-) -> "Alignment":
+def _fitted(plan: "SwapPlan", as_json: bool) -> "SwapPlan":
     """Fit the readers and say how well that went."""
-    from mllm_adapters.alignment.align import align
     from mllm_adapters.swap.report import alignment_table
 
-    found = align(
-        plan,
-        family,
-        checkpoint,
-        fitting.images,
-        samples=fitting.samples,
-        device=fitting.device,
-        track=cli.track,
-    )
-    (cli.stderr if as_json else cli.stdout).print(alignment_table(found))
-    for warning in found.warnings():
-        cli.warn(warning)
-    return found
+    plan = plan.fit(cli.track)
+    if plan.alignment is not None:
+        (cli.stderr if as_json else cli.stdout).print(alignment_table(plan.alignment))
+        for warning in plan.alignment.warnings():
+            cli.warn(warning)
+    return plan
 
 
 def _tell(line: str, as_json: bool) -> None:

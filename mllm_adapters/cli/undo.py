@@ -8,9 +8,9 @@ from rich.text import Text
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError
+from mllm_adapters import api
 from mllm_adapters.cli.writing import FORCE_HELP, parts_of
 from mllm_adapters.locate import check_swapped
-from mllm_adapters.parts import check_name, resolve
 
 MARKS = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text("–")}
 """Passed, failed, not checked."""
@@ -36,14 +36,11 @@ def verify(
 
     Example: swap-encoder verify llava-med-mgll-fundus --encoder mgll-fundus.pt
     """
-    check_swapped(folder)
     from dataclasses import asdict
 
     from rich.table import Table
 
-    from mllm_adapters.swap.verify import Verification
-
-    checks = list(cli.track(Verification(folder, encoder, source).checks(quick=quick), "verifying"))
+    checks = api.verify(folder, encoder=encoder, source=source, quick=quick, track=cli.track)
     if as_json:
         cli.stdout.print_json(data=[asdict(check) for check in checks])
     else:
@@ -94,17 +91,12 @@ def restore(
     name = folder.absolute().name
     target = out or Path(f"{name}-{'encoder' if to_encoder else 'restored'}")
 
+    parts = parts_of(part)
     check_swapped(folder)
+    following = f"mgll-encoder inspect {target}"
     if original is not None:
-        check_name(original)
-    from mllm_adapters.swap import undo
-
-    if original is None:
-        undo.to_encoder(folder, target, force=force)
-        following = f"mgll-encoder inspect {target}"
-    else:
         cli.note(f"restoring {folder} from {original} ...")
-        undo.restore(folder, resolve(original), target, parts=parts_of(part), force=force, copy=copy)
         following = f"eval-mcq run --model {target} --bench test.jsonl --out runs/{target.name}"
+    api.restore(folder, target, original=original, parts=parts, force=force, copy=copy)
     cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
     cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)

@@ -1,6 +1,5 @@
 """What the commands that write checkpoints share: options in words, ``--part``, the bar."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +27,6 @@ def parts_of(options: list[str] | None) -> dict[str, Path]:
             raise UserError(f"--part {option}: expected NAME=PATH, such as --part vision-tower=openai/clip")
         parts[name] = Path(path)
     return parts
-
-
-def beside(folder: Path, ending: str) -> Path:
-    """The default output of a command that is given a folder: its name with an ending, beside it."""
-    named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder  # noqa: PTH100
-    return named.with_name(f"{named.name}-{ending}")
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from mgll_encoder.common.trained_on import (
 from mgll_encoder.spans import Span, cut_short, spans
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Family, Plan, Step
-from mllm_adapters.loading import check_complete
+from mllm_adapters.loading import GENERATION, check_complete
 from mllm_adapters.locate import PROVENANCE
 from mllm_adapters.operations import compute, how_read
 from mllm_adapters.planning import dtype_name
@@ -42,7 +42,6 @@ from mllm_adapters.swap.transfer import best_way, check_space, copy_files, trans
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-GENERATION = "generation_config.json"
 REWRITTEN = (
     CONFIG,
     "processor_config.json",

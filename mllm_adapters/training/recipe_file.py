@@ -139,6 +139,7 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
         key, flag = THEIR_NAMES.get(field, field), f"--{field.replace('_', '-')}"
         if value is None:
             continue
+        _check_key(key, known, flag)
         if key in given:
             raise UserError(f"{key} is given twice: as {flag} and as {key}=; leave one of them out")
         given[key] = _Given(value, flag, here)

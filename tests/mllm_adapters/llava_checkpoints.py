@@ -11,12 +11,13 @@ from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
+from mgll_encoder import Tower, TowerSpec, save_tower
+from mllm_adapters import plan_swap
+from mllm_adapters.api import plan_conversion
 from mllm_adapters.contract import Plan
 from mllm_adapters.families.llava_fields import TEXT_MODELS
 from mllm_adapters.locate import find_part
 from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 
 HOSTS = ["llava", "llava_med"]
@@ -26,18 +27,16 @@ LANGUAGE_MODEL = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
 
 def swap(source: Path, tower: Path, out: Path, image_size: int | None = None) -> Plan:
     """Put a tower into a checkpoint."""
-    checkpoint, family, _ = open_checkpoint(source)
-    plan = family.plan(checkpoint, inspect_tower(tower), image_size)
-    apply_plan(plan, family, checkpoint, out)
-    return plan
+    plan = plan_swap(source, tower, image_size=image_size)
+    plan.write(out)
+    return plan.plan
 
 
 def convert(source: Path, out: Path, parts: Mapping[str, Path] | None = None) -> Plan:
     """Convert a checkpoint to the transformers layout."""
-    checkpoint, family, _ = open_checkpoint(source, parts)
-    plan = family.plan(checkpoint)
-    apply_plan(plan, family, checkpoint, out)
-    return plan
+    plan = plan_conversion(source, parts=parts)
+    plan.write(out)
+    return plan.plan
 
 
 def a_tower(folder: Path, width: int = 32, image_size: int = 28, seed: int = 5, **rule: object) -> Path:

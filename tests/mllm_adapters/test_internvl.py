@@ -167,7 +167,8 @@ def test_a_llava_has_as_many_tokens_and_says_that_its_projector_is_new(golden: P
     assert plan.after.image_size == int(plan.before.tokens**0.5) * plan.after.patch_size
     assert "re-initialised" in plan.readers["multi_modal_projector.linear_1"]
     with pytest.raises(UserError, match="a LLaVA has a CLIP tower"):
-        swap(source, tmp_path / "none", None, "llava")
+        checkpoint, family, _ = open_checkpoint(source)
+        family.plan(checkpoint, target="llava")
 
 
 @pytest.mark.parametrize("rule", ["crop", "pad"])

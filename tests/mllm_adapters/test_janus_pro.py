@@ -15,12 +15,12 @@ from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
+from mllm_adapters.api import plan_conversion, plan_swap
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import IGNORED, AnswerCollator, check_processor, encode, prepare_examples
 from mllm_adapters.modeling.janus import MgllJanusConfig
 from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.training.stages import components
 from tests import builders
 from tests.builders import sparse_checkpoint
@@ -50,9 +50,8 @@ def encoder(tmp_path_factory):
 
 
 def swap(host, encoder, out, **options):
-    checkpoint, family, _ = open_checkpoint(host)
-    plan = family.plan(checkpoint, inspect_tower(encoder, activation="gelu") if encoder else None, **options)
-    return plan, apply_plan(plan, family, checkpoint, out)
+    plan = plan_swap(host, encoder, activation="gelu", **options) if encoder else plan_conversion(host)
+    return plan.plan, plan.write(out)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def swapped(host, encoder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def as_llava(host, encoder, tmp_path_factory):
-    return swap(host, encoder, tmp_path_factory.mktemp("swapped") / "llava", target="llava")
+    return swap(host, encoder, tmp_path_factory.mktemp("swapped") / "llava", layout="llava")
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +220,7 @@ def test_the_plan_says_what_the_llava_leaves_out(as_llava):
 
 
 def test_a_swapped_model_can_become_a_llava_later(swapped, as_llava, encoder, tmp_path):
-    _, folder = swap(swapped[1], encoder, tmp_path / "llava", target="llava")
+    _, folder = swap(swapped[1], encoder, tmp_path / "llava", layout="llava")
     expected = load(as_llava[1])[0].state_dict()
     for name, value in load(folder)[0].state_dict().items():
         assert torch.equal(value, expected[name]), name
@@ -255,7 +254,7 @@ def test_a_deeper_aligner_is_no_llava(tmp_path, encoder):
     assert len(load(folder)[0].model.aligner.hidden_layers) == 2
     assert plan.config["aligner_depth"] == 3
     with pytest.raises(UserError, match=r"aligner has 3 layers with gelu.*take --layout own"):
-        swap(host, encoder, tmp_path / "llava", target="llava")
+        swap(host, encoder, tmp_path / "llava", layout="llava")
 
 
 @pytest.mark.parametrize("made", ["converted", "swapped", "as_llava"])
@@ -275,7 +274,7 @@ def test_a_wider_tower_means_a_new_reader(host, tmp_path):
     CLIPVisionModel(builders.tower_config(hidden_size=48)).save_pretrained(wide)
     plan, _ = swap(host, wide, tmp_path / "own")
     assert plan.readers["model.aligner.fc1"].startswith("re-initialised (64 -> 48 wide)")
-    plan, _ = swap(host, wide, tmp_path / "llava", target="llava")
+    plan, _ = swap(host, wide, tmp_path / "llava", layout="llava")
     assert plan.readers["multi_modal_projector.linear_1"].startswith("re-initialised (64 -> 48 wide)")
 
 
@@ -564,6 +563,7 @@ def test_a_tokenizer_without_the_placeholder_gets_it_as_the_original_code_does(t
     )
 
 
-def test_a_llava_of_the_hosts_own_tower_is_refused(host, tmp_path):
+def test_a_llava_of_the_hosts_own_tower_is_refused(host):
     with pytest.raises(UserError, match="the layout llava is for a checkpoint with a new tower"):
-        swap(host, None, tmp_path / "out", target="llava")
+        checkpoint, family, _ = open_checkpoint(host)
+        family.plan(checkpoint, target="llava")

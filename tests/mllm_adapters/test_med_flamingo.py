@@ -23,12 +23,12 @@ from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD
 from mllm_adapters import load_mllm
+from mllm_adapters.api import plan_swap
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
 from mllm_adapters.modeling.flamingo import FlamingoConfig, FlamingoForConditionalGeneration
 from mllm_adapters.modeling.flamingo_blocks import attended_image
 from mllm_adapters.registry import detect, open_checkpoint
-from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters.families import full_size
 from tests.mllm_adapters.families import med_flamingo as family
@@ -115,10 +115,9 @@ def an_encoder(folder: Path, width: int = 64) -> Path:
 
 
 def swap(source: Path, encoder: Path, out: Path, image_size: int | None = None) -> Any:
-    checkpoint, med_flamingo, _ = open_checkpoint(source)
-    plan = med_flamingo.plan(checkpoint, inspect_tower(encoder), image_size)
-    apply_plan(plan, med_flamingo, checkpoint, out)
-    return plan
+    plan = plan_swap(source, encoder, image_size=image_size)
+    plan.write(out)
+    return plan.plan
 
 
 @pytest.fixture(scope="module")

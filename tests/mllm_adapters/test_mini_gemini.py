@@ -23,6 +23,7 @@ from mgll_encoder.checkpoint import open_checkpoint as open_checkpoint_file
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 from mllm_adapters import load_mllm
+from mllm_adapters.api import plan_swap
 from mllm_adapters.contract import Plan
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import AnswerCollator, encode, prepare_examples
@@ -116,10 +117,9 @@ def write(
 
 
 def swap(source: Path, encoder: Path, out: Path, image_size: int | None = None) -> Plan:
-    checkpoint, family, _ = open_checkpoint(source)
-    plan = family.plan(checkpoint, inspect_tower(encoder), image_size)
-    apply_plan(plan, family, checkpoint, out)
-    return plan
+    plan = plan_swap(source, encoder, image_size=image_size)
+    plan.write(out)
+    return plan.plan
 
 
 @torch.no_grad()

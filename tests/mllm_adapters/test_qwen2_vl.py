@@ -26,13 +26,13 @@ from eval_mcq.scoring.score import Scorer
 from mgll_encoder import image_transform, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
+from mllm_adapters.api import plan_swap
 from mllm_adapters.contract import Plan
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
 from mllm_adapters.families.qwen2_vl import QWEN2_VL
 from mllm_adapters.modeling.qwen2_vl import MgllQwen2VLProcessor, to_images, to_patches
 from mllm_adapters.registry import detect, open_checkpoint
-from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters.families import qwen2_vl as tiny
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
@@ -65,9 +65,9 @@ def plan_of(checkpoint: Path, encoder: Path, size: int | None = 56) -> Plan:
 
 
 def swap(checkpoint: Path, encoder: Path, out: Path, size: int | None = 56) -> Plan:
-    plan = plan_of(checkpoint, encoder, size)
-    apply_plan(plan, QWEN2_VL, open_checkpoint(checkpoint)[0], out)
-    return plan
+    plan = plan_swap(checkpoint, encoder, image_size=size)
+    plan.write(out)
+    return plan.plan
 
 
 # --- before the swap: the stock class itself ------------------------------------------------------------------

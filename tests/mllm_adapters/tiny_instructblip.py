@@ -15,10 +15,8 @@ from transformers import (
     T5Config,
 )
 
-from mgll_encoder import inspect_tower
+from mllm_adapters.api import plan_swap
 from mllm_adapters.contract import Plan
-from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.swap.apply import apply_plan
 
 QUESTION = "Which disease does this image show?"
 
@@ -92,8 +90,7 @@ def tiny_instructblip(folder: Path, kind: str = "llama", placeholder: int | None
 
 
 def swap(source: Path, tower: Path, out: Path | None = None, parts: dict[str, Path] | None = None) -> Plan:
-    checkpoint, family, _ = open_checkpoint(source, parts)
-    plan = family.plan(checkpoint, inspect_tower(tower))
+    plan = plan_swap(source, tower, parts=parts)
     if out is not None:
-        apply_plan(plan, family, checkpoint, out)
-    return plan
+        plan.write(out)
+    return plan.plan

@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import pre_tokenizers
 
-from mgll_encoder import inspect_tower
+from mllm_adapters.api import plan_conversion, plan_swap
 from mllm_adapters.contract import Plan, Target
 from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.swap.apply import apply_plan
 
 QUESTION = "Which disease does this image show?"
 
@@ -34,10 +33,9 @@ def edited(source: Path, folder: Path, change: Callable[[dict[str, Any]], None])
 def swap(
     source: Path, out: Path, tower: Path | None, target: Target = "own", size: int | None = None
 ) -> Plan:
-    checkpoint, family, _ = open_checkpoint(source)
-    plan = family.plan(checkpoint, inspect_tower(tower) if tower else None, size, target)
-    apply_plan(plan, family, checkpoint, out)
-    return plan
+    plan = plan_swap(source, tower, image_size=size, layout=target) if tower else plan_conversion(source)
+    plan.write(out)
+    return plan.plan
 
 
 ADDED = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]

@@ -1,0 +1,363 @@
+"""What users call. Paths are checked before anything heavy is imported."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.locate import check_tower
+from mllm_adapters.locate import beside, check_swapped
+from mllm_adapters.parts import check_name, resolve
+from mllm_adapters.training.runs import Request, carry_out, settings_of
+
+if TYPE_CHECKING:
+    from mgll_encoder.spec import Activation
+    from mgll_encoder.torch_file import WeightSet
+    from mllm_adapters.alignment.align import Track
+    from mllm_adapters.contract import Family, Target
+    from mllm_adapters.planning import TowerDtype
+    from mllm_adapters.support import Support
+    from mllm_adapters.swap.planned import Fitting, Progress, SwapPlan
+    from mllm_adapters.swap.verify import Check
+    from mllm_adapters.training.engine import Outcome
+
+Parts = Mapping[str, Path]
+
+
+def plan_swap(
+    mllm: str | Path,
+    encoder: str | Path,
+    *,
+    image_size: int | None = None,
+    layout: str = "own",
+    activation: "Activation | str | None" = None,
+    weights: "WeightSet | str | None" = None,
+    dtype: "TowerDtype | str | None" = None,
+    parts: Parts | None = None,
+) -> "SwapPlan":
+    """Plan to put a vision tower into a multimodal LLM. Only headers are read, and nothing is written.
+
+    Args:
+        mllm: Checkpoint folder, hub id, or family name (which stands for its published checkpoint).
+        encoder: The tower: whatever `mgll_encoder.inspect_tower` reads.
+        image_size: Input side in pixels; None for the one that keeps the host's number of visual tokens.
+        layout: What to write: ``own``, or ``llava`` (loads with stock transformers) where that is exact.
+        activation: ``gelu`` or ``quick_gelu``, for towers that do not say it themselves.
+        weights: ``raw`` or ``ema``, for towers with a moving average of the weights beside them.
+        dtype: What to write the tower in: ``float32``, ``float16`` or ``bfloat16``; None for the host's.
+        parts: Where parts of the checkpoint lie that are not found beside it, name -> path.
+
+    Raises:
+        UserError: the checkpoint or the tower cannot be read, or they do not fit together.
+
+    Example:
+        >>> plan = plan_swap("llava-med", "mgll-fundus.pt")  # doctest: +SKIP
+        >>> print(plan.report()); plan.write("llava-med-mgll")  # doctest: +SKIP
+    """
+    check_tower(Path(encoder))
+    check_name(str(mllm))
+    from mgll_encoder.tower import inspect_tower
+    from mllm_adapters.planning import with_tower_dtype
+    from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.swap.planned import SwapPlan
+
+    tower_dtype = _tower_dtype(dtype)
+    choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked there
+    tower = inspect_tower(Path(encoder), **choices)
+    checkpoint, family, _ = open_checkpoint(resolve(str(mllm)), parts)
+    plan = family.plan(checkpoint, tower, image_size, _target(layout, family))
+    if tower_dtype is not None:
+        plan = with_tower_dtype(plan, tower_dtype)
+    given = _named(encoder)
+    name = f"{_named(mllm).name}-{given.name if Path(encoder).is_dir() else given.stem}"
+    return SwapPlan(plan, family, checkpoint, name, tower.warnings)
+
+
+def plan_conversion(mllm: str | Path, *, parts: Parts | None = None) -> "SwapPlan":
+    """Plan to convert a checkpoint from its original layout to the transformers layout, tower and all.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or is in the transformers layout already.
+    """
+    check_name(str(mllm))
+    from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.swap.planned import SwapPlan
+
+    checkpoint, family, _ = open_checkpoint(resolve(str(mllm)), parts)
+    return SwapPlan(family.plan(checkpoint), family, checkpoint, f"{_named(mllm).name}-hf")
+
+
+def convert(
+    mllm: str | Path,
+    out: str | Path,
+    *,
+    parts: Parts | None = None,
+    copy: bool = False,
+    force: bool = False,
+    progress: "Progress" = lambda _: None,
+) -> Path:
+    """Convert a checkpoint from its original layout to the transformers layout, tower and all.
+
+    Args:
+        mllm: Checkpoint folder, hub id, or family name.
+        out: Folder to write.
+        parts: Where parts of the checkpoint lie that are not found beside it, name -> path.
+        copy: Copy unchanged files instead of hard-linking them.
+        force: Replace ``out`` if it exists.
+        progress: Called with the number of bytes written, tensor by tensor.
+
+    Raises:
+        UserError: see `plan_conversion` and `SwapPlan.write`.
+    """
+    return plan_conversion(mllm, parts=parts).write(out, copy=copy, force=force, progress=progress)
+
+
+def align(
+    plan: "SwapPlan",
+    images: str | Path,
+    *,
+    samples: int | None = None,
+    device: str = "auto",
+    track: "Track" = lambda items, *_: items,
+) -> "SwapPlan":
+    """Fit what reads the tower's features on unlabelled images, in closed form.
+
+    Args:
+        plan: A planned swap.
+        images: Folder of images, searched recursively, or a manifest.
+        samples: Most images to use (500 if not given); which ones is drawn, always the same.
+        device: Where the towers run: ``auto``, or what torch calls it.
+        track: Iterates under a progress bar.
+
+    Returns:
+        The plan with fitted readers; ``alignment`` says how well each was fitted.
+
+    Raises:
+        UserError: too few images, or the old tower is not at hand.
+    """
+    return plan.to_fit(fitting(images, samples, device)).fit(track)
+
+
+def fitting(images: str | Path, samples: int | None = None, device: str | None = None) -> "Fitting":
+    """How to fit readers on images, with the defaults of `align`."""
+    from mllm_adapters.alignment.align import SAMPLES
+    from mllm_adapters.swap.planned import Fitting
+
+    return Fitting(Path(images), samples or SAMPLES, device or "auto")
+
+
+def verify(
+    folder: str | Path,
+    *,
+    encoder: str | Path | None = None,
+    source: str | Path | None = None,
+    quick: bool = False,
+    track: "Callable[..., Any]" = lambda items, *_: items,
+) -> "list[Check]":
+    """Check that a checkpoint still is what a swap wrote: files, tensors, tower, and that it looks at images.
+
+    Args:
+        folder: The swapped checkpoint.
+        encoder: The tower that was put in; looked for by name and hash if not given.
+        source: The checkpoint that it was put into; likewise.
+        quick: Leave out the checks that load the model.
+        track: Iterates under a progress bar.
+
+    Returns:
+        The checks; ``passed`` is None for what could not be checked.
+
+    Raises:
+        UserError: the folder holds no record of a swap, or what was given cannot be read.
+    """
+    check_swapped(Path(folder))
+    from mllm_adapters.swap.verify import Verification
+
+    given = (None if one is None else Path(one) for one in (encoder, source))
+    return list(track(Verification(Path(folder), *given).checks(quick=quick), "verifying"))
+
+
+def restore(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    original: str | Path | None = None,
+    parts: Parts | None = None,
+    copy: bool = False,
+    force: bool = False,
+    progress: "Progress" = lambda _: None,
+) -> Path:
+    """Undo a swap: put the original tower and its readers back, or take the new tower out.
+
+    Args:
+        folder: The swapped checkpoint.
+        out: Folder to write.
+        original: The checkpoint (folder, hub id or family name) that it was made of; None to write the tower alone,
+            as an ordinary tower folder.
+        parts: Where parts of the original lie that are not found beside it, name -> path.
+        copy: Copy unchanged files instead of hard-linking them.
+        force: Replace ``out`` if it exists.
+        progress: Called with the number of bytes written, tensor by tensor.
+
+    Raises:
+        UserError: the folder was not swapped, ``original`` is not what it was made of, or ``out`` is taken.
+    """
+    check_swapped(Path(folder))
+    if original is not None:
+        check_name(str(original))
+    from mllm_adapters.swap import undo
+
+    if original is None:
+        return undo.to_encoder(Path(folder), Path(out), force=force)
+    return undo.restore(
+        Path(folder),
+        resolve(str(original)),
+        Path(out),
+        parts=parts,
+        force=force,
+        copy=copy,
+        progress=progress,
+    )
+
+
+def retrain_projector(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    images: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    control: str | Path | None = None,
+    recipe: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    **settings: Any,
+) -> "Outcome":
+    """Retrain a model's projector; tower and language model stay as they are.
+
+    Args:
+        model: Checkpoint folder in the transformers layout.
+        data: LLaVA conversations, benches of ``eval-mcq build`` or manifests; one file or several.
+        images: Folder that the image paths of conversations start from.
+        out: Folder to write; ``<model>-aligned`` if not given.
+        control: The unswapped checkpoint: trained in the same way to ``<out>-control``.
+        recipe: Recipe file (YAML).
+        resume: Continue an interrupted run.
+        force: Replace ``out``, and forget an interrupted run.
+        **settings: Fields of `mllm_adapters.training.recipe.Recipe` and ``RunOptions`` (``epochs``, ``batch_size``,
+            ``learning_rate``, ``seed`` ...) or of transformers' ``TrainingArguments``; they win over the recipe file.
+
+    Returns:
+        What came of it; that of the control lies beside it.
+
+    Raises:
+        UserError: a setting is unknown, data or model are not usable, or ``out`` is taken.
+    """
+    request = Request(
+        command="retrain-projector",
+        model=Path(model),
+        data=_files(data),
+        images=_maybe(images),
+        out=_maybe(out) or beside(Path(model), "aligned"),
+        recipe=_maybe(recipe),
+        flags=settings,
+        stages=("projector",),
+        control=_maybe(control),
+        resume=resume,
+        force=force,
+    )
+    return _trained(request)
+
+
+def finetune_lora(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    images: str | Path | None = None,
+    *,
+    stage: str = "lora",
+    out: str | Path | None = None,
+    merge: bool = False,
+    recipe: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    **settings: Any,
+) -> "Outcome":
+    """Fine-tune a model: its projector, and its language model through LoRA adapters.
+
+    Args:
+        model: Checkpoint folder in the transformers layout.
+        data: As of `retrain_projector`.
+        images: Likewise.
+        stage: ``lora``, ``lora-vision`` (adapters on the tower, too) or ``full``.
+        out: Folder to write; ``<model>-<stage>`` if not given.
+        merge: Also write ``<out>-merged``, a full checkpoint.
+        recipe: Recipe file (YAML).
+        resume: Continue an interrupted run.
+        force: Replace ``out``, and forget an interrupted run.
+        **settings: As of `retrain_projector`; also ``rank``, ``lora_alpha``, ``lora_dropout`` and ``qlora``.
+
+    Raises:
+        UserError: as `retrain_projector`.
+    """
+    request = Request(
+        command="finetune-lora",
+        model=Path(model),
+        data=_files(data),
+        images=_maybe(images),
+        out=_maybe(out) or beside(Path(model), stage),
+        recipe=_maybe(recipe),
+        flags=settings,
+        defaults={"stage": stage},
+        stages=("lora", "lora-vision", "full"),
+        merge=merge,
+        resume=resume,
+        force=force,
+    )
+    return _trained(request)
+
+
+def _trained(request: Request) -> "Outcome":
+    """What came of a request; where a resumed one was finished already, that is said."""
+    outcomes = carry_out(request, settings_of(request))
+    if not outcomes:
+        raise UserError(f"output {request.out} is finished: there is nothing to resume")
+    return outcomes[0]
+
+
+def _files(data: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    return (Path(data),) if isinstance(data, str | Path) else tuple(map(Path, data))
+
+
+def _maybe(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def list_families() -> "list[Support]":
+    """What is supported: one row per family, with layouts read, tokens per image, readers, and how results load."""
+    from mllm_adapters.support import support
+
+    return support()
+
+
+def _named(path: str | Path) -> Path:
+    """A path whose name is one: "." and ".." have none of their own."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
+def _target(layout: str, family: "Family") -> "Target":
+    from mllm_adapters.contract import Target
+
+    if layout not in get_args(Target):
+        raise unknown_name("--layout", layout, get_args(Target))
+    if layout in family.spec.targets:
+        return layout
+    if family.spec.not_llava:
+        raise UserError(f"--layout {layout}: {family.spec.not_llava}; use --layout own")
+    return "own"  # which is a LLaVA
+
+
+def _tower_dtype(name: str | None) -> "TowerDtype | None":
+    from mllm_adapters.planning import TowerDtype
+
+    if name is not None and name not in get_args(TowerDtype):
+        raise unknown_name("--dtype", name, get_args(TowerDtype))
+    return cast("TowerDtype | None", name)

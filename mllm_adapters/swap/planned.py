@@ -1,0 +1,203 @@
+"""A swap or conversion that is planned and not done: look at it, write it, or load it."""
+
+import io
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+
+from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.contract import Family, Plan
+from mllm_adapters.loading import check_complete, load_plan
+from mllm_adapters.swap.apply import apply_plan, check_output, inputs
+from mllm_adapters.swap.delta import stored_names
+from mllm_adapters.swap.report import plan_table, total_bytes
+
+if TYPE_CHECKING:
+    from mllm_adapters.alignment.align import Alignment, Track
+
+WIDTH = 120
+"""Columns of a report as text."""
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes written, tensor by tensor."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How readers are to be fitted on images: see `mllm_adapters.align`."""
+
+    images: Path
+    samples: int
+    device: str
+
+
+@dataclass
+class SwapPlan:
+    """A planned swap, or conversion; see `mllm_adapters.plan_swap`.
+
+    Attributes:
+        plan: The target's tensors one by one, its configuration, and the vision contract before and after.
+        family: The family that made the plan.
+        checkpoint: The plan's source.
+        name: How the result is called unless its folder is given.
+        warnings: What the user should know of the tower.
+        fitting: How readers are to be fitted before anything is written; None for a plain swap.
+        unfitted: The plan without that.
+        alignment: The fitted readers.
+    """
+
+    plan: Plan
+    family: Family
+    checkpoint: Checkpoint
+    name: str
+    warnings: tuple[str, ...] = ()
+    fitting: Fitting | None = None
+    unfitted: Plan | None = None
+    alignment: "Alignment | None" = None
+    _complete: bool = field(default=False, repr=False)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was assumed or changed, one sentence each."""
+        return self.plan.notes
+
+    def held_by_delta(self, *, reference_tower: bool = False) -> set[str]:
+        """Names of the tensors that `write_delta` stores."""
+        return stored_names(self.plan.steps, reference_tower=reference_tower)
+
+    def total_bytes(self, names: Collection[str] | None = None) -> int:
+        """Bytes of all tensors of the target, or of those with these names."""
+        return total_bytes(self.plan, names)
+
+    def table(self, *, copy: bool = False, held: Collection[str] | None = None) -> RenderableType:
+        """What changes, for a rich console; arguments as of `plan_table`."""
+        return plan_table(self.plan, self.checkpoint, copy=copy, held=held)
+
+    def report(self) -> str:
+        """What changes, as text: vision contract, tensors, readers, how it loads, notes and warnings."""
+        text = io.StringIO()
+        console = Console(file=text, width=WIDTH, highlight=False)
+        console.print(self.table())
+        for kind, lines in (("note", self.notes), ("warning", self.warnings)):
+            for line in lines:
+                console.print(f"{kind}: {line}", markup=False, soft_wrap=True)
+        return text.getvalue()
+
+    def check(self, out: Path | None = None, *, force: bool = False) -> None:
+        """Hold the planned tensors against the planned model's, once, and see whether ``out`` is free.
+
+        Raises:
+            UserError: a tensor would be missing, left over or of another shape; or ``out`` is taken.
+        """
+        if out is not None:
+            check_output(out, force, inputs(self.plan))
+        if not self._complete:
+            check_complete(self.plan)
+            self._complete = True
+
+    def to_fit(self, fitting: Fitting) -> "SwapPlan":
+        """The plan with its readers to be fitted on images, which are looked for and not opened.
+
+        Raises:
+            UserError: too few images, no such device, or nothing that could be fitted.
+        """
+        from mllm_adapters.alignment.align import find_device, fitted_plan
+        from mllm_adapters.alignment.matching import find_images
+
+        find_images(fitting.images, fitting.samples)
+        find_device(fitting.device)
+        plan = fitted_plan(self.plan, self.family, self.checkpoint)
+        return replace(self, plan=plan, unfitted=self.plan, fitting=fitting, _complete=False)
+
+    def fit(self, track: "Track" = lambda items, *_: items) -> "SwapPlan":
+        """The plan with its readers fitted; itself where none is to be, or all are.
+
+        Raises:
+            UserError: the images or the old tower cannot be read.
+        """
+        if self.fitting is None or self.unfitted is None or self.alignment is not None:
+            return self
+        from mllm_adapters.alignment.align import align
+
+        found = align(
+            self.unfitted,
+            self.family,
+            self.checkpoint,
+            self.fitting.images,
+            samples=self.fitting.samples,
+            device=self.fitting.device,
+            track=track,
+        )
+        return replace(self, plan=found.apply_to(self.plan), alignment=found)
+
+    def write(
+        self, out: Path | str, *, force: bool = False, copy: bool = False, progress: Progress = lambda _: None
+    ) -> Path:
+        """Write the whole checkpoint.
+
+        Args:
+            out: Folder that appears when everything is written and checked.
+            force: Replace ``out`` if it exists.
+            copy: Copy unchanged files instead of hard-linking them.
+            progress: See `Progress`.
+
+        Raises:
+            UserError: ``out`` is taken or cannot be written, or something in the source cannot be read.
+        """
+        ready = self._ready(Path(out), force)
+        return apply_plan(
+            ready.plan, self.family, self.checkpoint, Path(out),
+            force=force, copy=copy, checked=True, progress=progress, **ready._fitted(),
+        )  # fmt: skip
+
+    def write_delta(
+        self,
+        out: Path | str,
+        *,
+        reference_tower: bool = False,
+        force: bool = False,
+        progress: Progress = lambda _: None,
+    ) -> Path:
+        """Write only the tensors that differ from the source.
+
+        Args:
+            out: Folder to write.
+            reference_tower: Leave out the tower too, and name it by its hashes.
+            force: Replace ``out`` if it exists.
+            progress: See `Progress`.
+
+        Raises:
+            UserError: as `write`.
+        """
+        from mllm_adapters.swap.delta_files import write_delta
+
+        ready = self._ready(Path(out), force)
+        return write_delta(
+            ready.plan, self.family, self.checkpoint, Path(out),
+            reference_tower=reference_tower, force=force, checked=True, progress=progress, **ready._fitted(),
+        )  # fmt: skip
+
+    def load(self, dtype: Any = "auto") -> tuple[Any, Any | None]:
+        """The model in evaluation mode and its processor, as `load_mllm` loads what `write` writes.
+
+        Args:
+            dtype: Torch dtype of the weights, or ``auto`` for the planned one.
+
+        Raises:
+            UserError: something in the source cannot be read.
+        """
+        ready = self.fit()
+        fitted = ready.alignment.tensors if ready.alignment else None
+        return load_plan(ready.plan, self.family, self.checkpoint, dtype=dtype, fitted=fitted)
+
+    def _ready(self, out: Path, force: bool) -> "SwapPlan":
+        self.check(out, force=force)
+        return self.fit()
+
+    def _fitted(self) -> dict[str, Any]:
+        if self.alignment is None:
+            return {}
+        return {"fitted": self.alignment.tensors, "trainings": [self.alignment.training()]}

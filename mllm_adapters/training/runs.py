@@ -1,0 +1,187 @@
+"""A training as it is asked for, from its settings to the folders written; with its control arm, if there is one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgll_encoder.common.deepspeed import read_deepspeed
+from mgll_encoder.common.errors import unknown_name
+from mgll_encoder.common.extras import require
+from mgll_encoder.common.files import regular_file
+from mllm_adapters.locate import check_checkpoint, check_image_folder
+
+if TYPE_CHECKING:
+    from mllm_adapters.training.engine import Job, Outcome
+    from mllm_adapters.training.recipe_file import Resolved
+
+RECIPE = "recipe.yaml"
+"""The recipe with every key written out, in the output folder."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A training as it is asked for.
+
+    Attributes:
+        command: Name of the command.
+        model: Checkpoint folder.
+        data: Training files.
+        images: What the image paths of conversations are relative to.
+        out: Folder to write.
+        recipe: Recipe file.
+        overrides: ``key=value``.
+        flags: Field -> value, None where it was not given.
+        defaults: Field -> default of this command.
+        stages: The stages that the command is for.
+        control: Unswapped checkpoint to train in the same way.
+        merge: Whether adapters are written merged, too.
+        resume: Continue an interrupted run.
+        force: Replace what is there.
+        dry_run: Stop before training.
+    """
+
+    command: str
+    model: Path
+    data: Sequence[Path]
+    images: Path | None
+    out: Path
+    recipe: Path | None = None
+    overrides: Sequence[str] = ()
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    stages: Sequence[str] = ()
+    control: Path | None = None
+    merge: bool = False
+    resume: bool = False
+    force: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What is called while a request is carried out; by default nothing is done.
+
+    Attributes:
+        finished: An output folder that is complete already.
+        planned: A training that has been checked and not begun.
+        begins: The folder of its checkpoints and logs.
+        ended: What came of it.
+    """
+
+    finished: Callable[[Path], None] = lambda _: None
+    planned: "Callable[[Job], None]" = lambda _: None
+    begins: Callable[[Path], None] = lambda _: None
+    ended: "Callable[[Outcome], None]" = lambda _: None
+
+
+def check_early(request: Request) -> None:
+    """Refuse missing packages and paths before torch is imported.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if request.flags.get("qlora"):
+        require("qlora", "--qlora")
+    if deepspeed := request.flags.get("deepspeed"):
+        read_deepspeed(deepspeed)
+    for model in filter(None, (request.model, request.control)):
+        check_checkpoint(model)
+    for file in request.data:
+        regular_file(file, "data file")
+    if request.images:
+        check_image_folder(request.images)
+    if request.recipe:
+        regular_file(request.recipe, "recipe")
+
+
+def settings_of(request: Request) -> "Resolved":
+    """The recipe of a request, made one of file, overrides and flags.
+
+    Raises:
+        UserError: see `check_early` and `recipe_file.resolve`; or the stage is another command's.
+    """
+    check_early(request)
+    from mllm_adapters.training.recipe_file import resolve
+
+    resolved = resolve(request.recipe, request.overrides, request.flags, **request.defaults)
+    if resolved.recipe.stage not in request.stages:
+        raise unknown_name(f"stage for {request.command}", resolved.recipe.stage, request.stages)
+    return resolved
+
+
+def carry_out(request: Request, resolved: "Resolved", watcher: Watcher | None = None) -> "list[Outcome]":
+    """Train as requested, the control too.
+
+    Returns:
+        What came of each arm that was trained; nothing for a dry run.
+
+    Raises:
+        UserError: see `plan_training`, `train` and `check_control`.
+    """
+    from mllm_adapters.training.arms import control_folder, finished
+
+    watcher = watcher or Watcher()
+    if resolved.recipe.qlora:
+        require("qlora", "--qlora")
+    arms = [request]
+    if request.control:
+        arms.append(replace(request, model=request.control, out=control_folder(request.out)))
+    todo = [arm for arm in arms if not (request.resume and finished(arm.out, arm.model))]
+    for arm in arms:
+        if arm not in todo:
+            watcher.finished(arm.out)
+    _check(request, resolved, todo)
+    outcomes: list[Outcome] = []
+    for arm in todo:
+        if (outcome := _train(arm, request, resolved, watcher)) is None:
+            break
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> None:
+    """All that can be refused before anything is loaded, for every arm."""
+    from mgll_encoder.resuming import last_checkpoint
+    from mllm_adapters.training.arms import check_control
+    from mllm_adapters.training.checkpoints import work_folder
+    from mllm_adapters.training.engine import check_launcher, check_run
+
+    for arm in todo:
+        # A control that has not begun is no reason to refuse to go on.
+        begun = last_checkpoint(work_folder(arm.out)) is not None
+        resume = request.resume and (arm is request or begun)
+        check_run(arm.out, resolved.recipe, resolved.options, resume=resume, force=arm.force, merge=arm.merge)
+    if not request.dry_run:
+        check_launcher(resolved.options)
+    if request.control:
+        check_control(request.model, request.control, request.data, request.images, resolved.recipe)
+
+
+def _train(arm: Request, request: Request, resolved: "Resolved", watcher: Watcher) -> "Outcome | None":
+    """One arm; None for a dry run."""
+    from mgll_encoder.resuming import last_checkpoint
+    from mllm_adapters.training.arms import record_of
+    from mllm_adapters.training.checkpoints import work_folder
+    from mllm_adapters.training.engine import Extras, plan_training, train
+    from mllm_adapters.training.watch import find_evaluator
+
+    evaluation = resolved.evaluation
+    evaluate = find_evaluator(evaluation.eval_bench) if evaluation.eval_bench else None
+    job = plan_training(arm.model, arm.data, arm.images, resolved.recipe)
+    watcher.planned(job)
+    if arm.dry_run:
+        return None
+    work = work_folder(arm.out)
+    watcher.begins(work)
+    extras = Extras(
+        evaluate=evaluate,
+        eval_every=evaluation.eval_every,
+        merge=arm.merge,
+        record={"command": arm.command, **record_of(request.out, request.model, request.control)},
+        files={RECIPE: resolved.as_yaml()},
+    )
+    resume = arm.resume and last_checkpoint(work) is not None
+    outcome = train(job, arm.out, resolved.options, resume=resume, force=arm.force, extras=extras)
+    watcher.ended(outcome)
+    return outcome
