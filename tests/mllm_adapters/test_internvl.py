@@ -166,8 +166,8 @@ def test_a_llava_has_as_many_tokens_and_says_that_its_projector_is_new(golden: P
     assert plan.after.tokens == plan.before.tokens
     assert plan.after.image_size == int(plan.before.tokens**0.5) * plan.after.patch_size
     assert "re-initialised" in plan.readers["multi_modal_projector.linear_1"]
+    checkpoint, family, _ = open_checkpoint(source)
     with pytest.raises(UserError, match="a LLaVA has a CLIP tower"):
-        checkpoint, family, _ = open_checkpoint(source)
         family.plan(checkpoint, target="llava")
 
 

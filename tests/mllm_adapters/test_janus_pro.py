@@ -564,6 +564,6 @@ def test_a_tokenizer_without_the_placeholder_gets_it_as_the_original_code_does(t
 
 
 def test_a_llava_of_the_hosts_own_tower_is_refused(host):
+    checkpoint, family, _ = open_checkpoint(host)
     with pytest.raises(UserError, match="the layout llava is for a checkpoint with a new tower"):
-        checkpoint, family, _ = open_checkpoint(host)
         family.plan(checkpoint, target="llava")
