@@ -340,7 +340,7 @@ def report(
     asked = bench or Path(next(iter(named.values())).record.bench)
     if bench is None and not asked.is_file():
         raise UserError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
-    from eval_mcq.report import ReportOptions, write_report
+    from eval_mcq.html_report import ReportOptions, write_report
 
     count = write_report(
         named, load_bench(asked), html, ReportOptions(assets, plots, thumbnail, images), force=force

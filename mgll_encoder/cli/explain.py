@@ -122,7 +122,7 @@ def explain(
 
 def _texts(tower: "Tower", encoder: Path, texts: list[str]) -> "list[Target]":
     from mgll_encoder.explain import text_target
-    from mgll_encoder.zero_shot import class_directions, text_tower_of
+    from mgll_encoder.zero_shot_scores import class_directions, text_tower_of
 
     if not texts:
         return []

@@ -69,8 +69,8 @@ def pretrain(
     """
     check_manifest(data)
     from mgll_encoder.losses import Alphas
-    from mgll_encoder.pretrain import pretrain as run
     from mgll_encoder.pretrain_options import PretrainOptions
+    from mgll_encoder.pretraining import pretrain as run
 
     try:
         soft_clip, pointwise, smooth_kl = (float(part) for part in alpha.split(","))

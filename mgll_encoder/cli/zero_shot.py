@@ -88,7 +88,7 @@ def zero_shot(
         raise UserError("no image is on the test side: give a larger --test, or --all")
     from mgll_encoder.features import readable_features
     from mgll_encoder.probe import judge, kept_labels
-    from mgll_encoder.zero_shot import (
+    from mgll_encoder.zero_shot_scores import (
         class_directions,
         projected,
         read_prompts,
@@ -173,7 +173,7 @@ def retrieval(
     found = described_images(data, images, split, wanted, skipped)
     from mgll_encoder.features import readable_features
     from mgll_encoder.retrieval import retrieval as judge
-    from mgll_encoder.zero_shot import class_directions, projected, text_tower_of
+    from mgll_encoder.zero_shot_scores import class_directions, projected, text_tower_of
 
     tower = open_tower(encoder, activation)
     text = text_tower_of(encoder, tower)

@@ -20,12 +20,12 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.features import pooled_features
-from mgll_encoder.pretrain import pretrain
 from mgll_encoder.pretrain_options import PretrainOptions
+from mgll_encoder.pretraining import pretrain
 from mgll_encoder.text_tower import load_text_tower
 from mgll_encoder.two_towers import PRESETS, Preset
 from mgll_encoder.word_pieces import clip_tokenizer
-from mgll_encoder.zero_shot import (
+from mgll_encoder.zero_shot_scores import (
     class_directions,
     projected,
     prompt_sets,

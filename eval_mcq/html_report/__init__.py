@@ -1,5 +1,5 @@
 """One self-contained page to look at runs: the table, plots, and every question with every arm's answer."""
 
-from eval_mcq.report.page import ReportOptions, write_report
+from eval_mcq.html_report.page import ReportOptions, write_report
 
 __all__ = ["ReportOptions", "write_report"]

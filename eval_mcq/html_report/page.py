@@ -9,10 +9,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from eval_mcq.html_report.content import Content, check_unchanged, gather
+from eval_mcq.html_report.figures import IN_PAGE, ON_WHITE, page_svg, plots
+from eval_mcq.html_report.pictures import as_files, inlined
 from eval_mcq.items.schema import Bench
-from eval_mcq.report.content import Content, check_unchanged, gather
-from eval_mcq.report.figures import IN_PAGE, ON_WHITE, page_svg, plots
-from eval_mcq.report.pictures import as_files, inlined
 from eval_mcq.runs.records import Run
 from eval_mcq.tables.grid import by_disease
 from eval_mcq.tables.summary import Comparison, compare
@@ -90,13 +90,13 @@ def _thumbnails(content: Content, out: Path, options: ReportOptions, force: bool
 
 def _page(content: Content, comparison: Comparison, data: Mapping[str, object]) -> str:
     environment = Environment(
-        loader=PackageLoader("eval_mcq.report", "page"),
+        loader=PackageLoader("eval_mcq.html_report", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    part = files("eval_mcq.report").joinpath("page")
+    part = files("eval_mcq.html_report").joinpath("page")
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
         grid=by_disease(comparison),

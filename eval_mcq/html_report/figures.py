@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval_mcq.html_report.content import Content
 from eval_mcq.items.schema import LETTERS
-from eval_mcq.report.content import Content
 from eval_mcq.tables.calibration import BINS
 from eval_mcq.tables.summary import Comparison
 
