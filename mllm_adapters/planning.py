@@ -13,7 +13,14 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize, TowerSpec
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Dropped, Operation, Plan, Step, VisionContract
-from mllm_adapters.towers import PUBLISHED_TOWERS, assumed_geometry, geometry_of, published_name
+from mllm_adapters.towers import (
+    PUBLISHED_TOWERS,
+    assumed_geometry,
+    geometry_of,
+    gone,
+    published_name,
+    short_name,
+)
 
 TowerDtype = Literal["float32", "float16", "bfloat16"]
 """What a tower can be written in."""
@@ -67,11 +74,6 @@ class NamedTower:
     inside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     width: int | None = None
 
-    @property
-    def shown(self) -> str:
-        """The name without the folders before it, which are somebody's."""
-        return published_name(self.name) or Path(self.name).name
-
 
 def external_tower(
     named: NamedTower, checkpoint: Checkpoint, *, replaced: bool, image_size: int | None = None
@@ -108,9 +110,8 @@ def external_tower(
             f"where it is with --part {TOWER_PART}=PATH.{way_out}"
         )
     spec, source = found
-    note = f"the old tower '{named.shown}' is not on this machine: its geometry is {source}"
-    notes = () if named.name in PUBLISHED_TOWERS else (note,)
-    return HostTower(named.shown, spec.model_copy(update={"resize": named.resize}), None, notes)
+    fitted = spec.model_copy(update={"resize": named.resize})
+    return HostTower(short_name(named.name), fitted, None, (gone(named.name, source),))
 
 
 def _known_geometry(

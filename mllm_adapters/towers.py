@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import PureWindowsPath
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, TowerSpec
@@ -24,13 +25,16 @@ PUBLISHED_TOWERS: Mapping[str, TowerSpec] = {
 }
 """Geometry of towers that hosts name by hub id: a tower that is to be replaced need not be downloaded."""
 
-ALIASES: Mapping[str, str] = {
-    **{hub_id.rpartition("/")[2].lower(): hub_id for hub_id in PUBLISHED_TOWERS},
-    "vit-l-14": "openai/clip-vit-large-patch14",
-    "vit-l-14-336": "openai/clip-vit-large-patch14-336",
-    "vit-l-14-336px": "openai/clip-vit-large-patch14-336",
+COPIES: Mapping[str, re.Pattern[str]] = {
+    "openai/clip-vit-large-patch14": re.compile(
+        r"(openai-+)?(clip-vit-large-patch14|(clip-)?vit-l-14(\.pt)?)"
+    ),
+    "openai/clip-vit-large-patch14-336": re.compile(
+        r"(openai-+)?(clip-vit-large-patch14-336(px)?|(clip-)?vit-l-14-336(px)?(\.pt)?)"
+    ),
+    "OpenGVLab/InternViT-6B-224px": re.compile(r"(opengvlab-+)?internvit-6b-224px"),
 }
-"""Names, in lower case with hyphens, that people give local copies of published towers."""
+"""Published tower -> names, in lower case with hyphens, that people give local copies of it."""
 
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 """Where the Hugging Face cache keeps a model."""
@@ -54,11 +58,35 @@ def published_name(name: str) -> str | None:
     """
     if name in PUBLISHED_TOWERS:
         return name
-    if cached := HUB_CACHE.search(name.replace("\\", "/") + "/"):
-        return published_name(f"{cached[1]}/{cached[2]}")
+    if hub_id := _cached(name):
+        return published_name(hub_id)
     parts = [part for part in re.split(r"[/\\]", name.lower().replace("_", "-").replace("@", "-")) if part]
-    endings = ["-".join(parts[-count:]) for count in (1, 2)]
-    return next((ALIASES[ending] for ending in endings if ending in ALIASES), None)
+    endings = ["-".join(parts[-count:]) for count in (1, 2)]  # "ViT-L/14" has a slash within its name
+    return next(
+        (tower for ending in endings for tower, copy in COPIES.items() if copy.fullmatch(ending)), None
+    )
+
+
+def short_name(name: str) -> str:
+    """A tower's name without the folders before it, which are somebody's: its hub id if it tells one."""
+    last = PureWindowsPath(name).name  # which knows both kinds of slashes
+    return published_name(name) or _cached(name) or last
+
+
+def gone(name: str, source: str) -> str:
+    """What a plan says of an old tower whose files are not read.
+
+    Args:
+        name: The tower, as the checkpoint names it.
+        source: Where its geometry comes from.
+    """
+    return f"the old tower '{short_name(name)}' is not on this machine: its geometry is {source}"
+
+
+def _cached(name: str) -> str | None:
+    """The hub id of a model whose path is one of the Hugging Face cache."""
+    found = HUB_CACHE.search(name.replace("\\", "/") + "/")
+    return f"{found[1]}/{found[2]}" if found else None
 
 
 def geometry_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> TowerSpec:

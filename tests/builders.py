@@ -94,17 +94,65 @@ def sparse_checkpoint(
     folder: Path, config: Mapping[str, object], tensors: Mapping[str, Sequence[int]], dtype: str = "F16"
 ) -> Path:
     """Write a checkpoint of full size whose tensors are a hole in the file: headers are real, bytes take no space."""
-    size = {"F16": 2, "BF16": 2, "F32": 4}[dtype]
+    folder.mkdir(parents=True, exist_ok=True)
+    sparse_file(folder / "model.safetensors", {name: (dtype, shape) for name, shape in tensors.items()})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""Names of dtypes in a safetensors header."""
+
+
+def sparse_file(file: Path, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> Path:
+    """Write a weight file of full size, tensor name -> (dtype, shape), whose values are a hole in it.
+
+    A ``.bin`` file is torch.save's own, which leaves out the bytes of storages that are none
+    (`torch.serialization.skip_data`).
+    """
+    if file.suffix == ".bin":
+        from torch._subclasses.fake_tensor import FakeTensorMode  # as the documentation of skip_data has it
+
+        with FakeTensorMode():
+            state = {
+                name: torch.empty(shape, dtype=DTYPES[dtype]) for name, (dtype, shape) in tensors.items()
+            }
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(state, file)
+        return file
     header, end = {}, 0
-    for name, shape in tensors.items():
-        start, end = end, end + size * math.prod(shape)
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + DTYPES[dtype].itemsize * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "model.safetensors").open("wb") as stream:
+    with file.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         stream.truncate(8 + len(encoded) + end)
+    return file
+
+
+def sparse_shards(
+    folder: Path,
+    config: Mapping[str, object],
+    tensors: Mapping[str, tuple[str, Sequence[int]]],
+    weight_map: Mapping[str, str],
+    total_size: int | None = None,
+) -> Path:
+    """Write a checkpoint of full size in the shards of an index, likewise without values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: dict[str, dict[str, tuple[str, Sequence[int]]]] = {}
+    for name, shard in weight_map.items():
+        shards.setdefault(shard, {})[name] = tensors[name]
+    for shard, held in shards.items():
+        sparse_file(folder / shard, held)
+    index = (
+        "pytorch_model.bin.index.json"
+        if next(iter(shards)).endswith(".bin")
+        else "model.safetensors.index.json"
+    )
+    metadata = {} if total_size is None else {"metadata": {"total_size": total_size}}
+    (folder / index).write_text(json.dumps({**metadata, "weight_map": dict(weight_map)}))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

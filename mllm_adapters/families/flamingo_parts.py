@@ -16,7 +16,7 @@ from mllm_adapters.families.flamingo_file import HEAD, LANGUAGE_MODEL, Geometry,
 from mllm_adapters.families.keytable import placed
 from mllm_adapters.planning import TOWER_PART, HostTower, extended, kept, replaced
 from mllm_adapters.registry import LOOSE_SUFFIXES
-from mllm_adapters.towers import PUBLISHED_TOWERS
+from mllm_adapters.towers import PUBLISHED_TOWERS, assumed_geometry, gone
 
 LANGUAGE_PART = "language-model"
 LANGUAGE_HUB_IDS = ("decapoda-research/llama-7b-hf", "huggyllama/llama-7b")
@@ -101,7 +101,11 @@ def frozen_steps(
 
 
 def host_tower(
-    checkpoint: Checkpoint, names: Names, geometry: Geometry, tower: TowerHeader | None
+    checkpoint: Checkpoint,
+    names: Names,
+    geometry: Geometry,
+    tower: TowerHeader | None,
+    image_size: int | None,
 ) -> HostTower:
     """The CLIP of the checkpoint: in the weight file, else beside it, else the published one, if it is replaced.
 
@@ -110,6 +114,7 @@ def host_tower(
         names: Its tensors.
         geometry: Their geometry.
         tower: What replaces it, if anything does.
+        image_size: Input side in pixels that the user asks for.
 
     Raises:
         UserError: it is not there and is needed, or its features are not what the perceiver reads.
@@ -119,7 +124,7 @@ def host_tower(
         spec = inspect_tower(file, activation="quick_gelu").spec
         host = HostTower(file.name, spec, None, (f"the host's own tower is in {file.name}",))
     else:
-        host = _external_host(checkpoint, geometry, tower)
+        host = _external_host(checkpoint, geometry, tower, image_size)
     if host.spec.width != geometry.width:
         raise UserError(
             f"{checkpoint.files[0]}: the perceiver reads features of width {geometry.width}, but {host.name} gives "
@@ -128,14 +133,15 @@ def host_tower(
     return host
 
 
-def _external_host(checkpoint: Checkpoint, geometry: Geometry, tower: TowerHeader | None) -> HostTower:
+def _external_host(
+    checkpoint: Checkpoint, geometry: Geometry, tower: TowerHeader | None, image_size: int | None
+) -> HostTower:
     nearby = [path for path in _towers_nearby(checkpoint) if tower is None or path != tower.source]
     # A CLIP that is replaced anyway need not be readable: OpenAI's own file is a TorchScript archive.
     found = checkpoint.find(TOWER_PART, *map(str, nearby), *(TOWER_NAMES if tower is None else ()))
-    published = PUBLISHED_TOWERS[HOST_TOWER]
     if found is None:
-        if geometry.width == published.width and tower is not None:
-            return HostTower(HOST_TOWER, published)
+        if tower is not None:
+            return _replaced_host(checkpoint, geometry.width, image_size)
         for folder in _clip_folders(checkpoint):
             inspect_tower(folder)  # a damaged one is named
         raise UserError(
@@ -152,6 +158,22 @@ def _external_host(checkpoint: Checkpoint, geometry: Geometry, tower: TowerHeade
         header = inspect_tower(found, activation="quick_gelu")  # open_clip forced it on OpenAI's weights
     spec = header.spec.model_copy(update={"resize": "crop"})
     return HostTower(found.name, spec, header, (f"the host's own tower is {found.name}",))
+
+
+def _replaced_host(checkpoint: Checkpoint, width: int, image_size: int | None) -> HostTower:
+    """The published CLIP or, where the perceiver reads another width, a tower of which only that is known."""
+    published = PUBLISHED_TOWERS[HOST_TOWER]
+    if width == published.width:
+        source = f"that of {HOST_TOWER}, which a perceiver of width {width} was published with"
+        return HostTower(HOST_TOWER, published, None, (gone(HOST_TOWER, source),))
+    if image_size is None:
+        raise UserError(
+            f"{checkpoint.files[0]} holds no vision tower, and its perceiver reads features of width {width}, which "
+            f"{HOST_TOWER} does not give: a swap needs the old tower's size, give --image-size; or say where the tower "
+            f"is with --part {TOWER_PART}=PATH"
+        )
+    source = f"taken as {width} wide (perceiver) at --image-size {image_size}"
+    return HostTower("CLIP", assumed_geometry(width, image_size), None, (gone("CLIP", source),))
 
 
 def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:

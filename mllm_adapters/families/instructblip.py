@@ -105,7 +105,11 @@ class InstructBlip(PlannedFamily):
         """See `PlannedFamily.host`."""
         layout, where = str(self.layout(checkpoint.config)), f"{checkpoint.folder}/config.json"
         swapped = request.tower is not None
-        found = lavis.read(checkpoint, swapped=swapped) if layout == "lavis" else _as_stock(checkpoint)
+        found = (
+            lavis.read(checkpoint, swapped=swapped, image_size=request.image_size)
+            if layout == "lavis"
+            else _as_stock(checkpoint)
+        )
         fields = read_fields(Fields, found.config, where)
         _check_language_model(found, fields, where)
         tokenizer = checkpoint.parts.get(lavis.LANGUAGE_PART, checkpoint.folder)
@@ -130,7 +134,7 @@ class InstructBlip(PlannedFamily):
             dropped=found.dropped,
             parts=tokenizers,
             processor="InstructBLIP's two tokenizers, with a chat template" if tokenizers else None,
-            notes=notes,
+            notes=(*found.notes, *notes),
             remarks=note,
         )
 

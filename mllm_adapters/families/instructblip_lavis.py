@@ -18,6 +18,7 @@ from mllm_adapters.configs import build_config, text_config
 from mllm_adapters.contract import Dropped, Step
 from mllm_adapters.families.keytable import Layout, placed
 from mllm_adapters.planning import TOWER_PART, dtype_name, kept
+from mllm_adapters.towers import gone
 
 LANGUAGE_PART, CONFIG_PART = "language-model", "config"
 
@@ -42,6 +43,11 @@ EVA: Mapping[str, Any] = {
     "image_size": 224, "patch_size": 14,
 }  # fmt: skip
 """EVA-CLIP-g as LAVIS builds it, one block short of the 40 in its file."""
+
+EVA_CONFIG: Mapping[str, Any] = {
+    "model_type": "instructblip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
+}  # fmt: skip
+"""What is the same for every EVA tower in transformers."""
 
 HEADS: Mapping[str, Mapping[int, int]] = {"vision_config": {EVA_WIDTH: 16}, "qformer_config": {768: 12}}
 """Attention heads by width: weights cannot tell them, and LAVIS has them in code (EVA-g) and in bert-base-uncased."""
@@ -88,22 +94,28 @@ EVA_LAYOUT = Layout(
 
 @dataclass(frozen=True)
 class AsStock:
-    """A checkpoint seen in the transformers layout: its config.json there, its tensors, and what has no place there.
+    """A checkpoint seen in the transformers layout.
 
-    The configuration may lack an image placeholder.
+    Attributes:
+        config: Its config.json there; it may lack an image placeholder.
+        steps: Its tensors there.
+        dropped: What has no place there.
+        notes: What the user should know of where it was found.
     """
 
     config: dict[str, Any]
     steps: list[Step]
     dropped: list[Dropped]
+    notes: tuple[str, ...] = ()
 
 
-def read(checkpoint: Checkpoint, *, swapped: bool) -> AsStock:
+def read(checkpoint: Checkpoint, *, swapped: bool, image_size: int | None = None) -> AsStock:
     """A LAVIS checkpoint with its parts, in the names of transformers' layout.
 
     Args:
         checkpoint: The loose weight files.
         swapped: Whether the tower is to be replaced, and so need not be there.
+        image_size: Input side in pixels that the user asks for.
 
     Raises:
         UserError: it is no InstructBLIP, a part is missing, or parts do not belong together.
@@ -124,7 +136,12 @@ def read(checkpoint: Checkpoint, *, swapped: bool) -> AsStock:
         attached = checkpoint.attach(TOWER_PART, given)
         tower = {n.removeprefix("visual_encoder."): h for n, h in attached.items()}
     width = _shape(shapes, "vision_model.post_layernorm.weight", folder)[0]
-    vision = _vision_config(tower, width, folder, sections, swapped=swapped)
+    notes: tuple[str, ...] = ()
+    if tower or not swapped:
+        vision = _vision_config(tower, width, folder, sections, swapped=swapped)
+    else:
+        vision, source = _replaced_tower(width, folder, image_size)
+        notes = (gone(TOWER_FILE, source),)
     tower_steps, left_out = _tower_steps(tower, vision["num_hidden_layers"], folder)
     return AsStock(
         config={
@@ -139,6 +156,7 @@ def read(checkpoint: Checkpoint, *, swapped: bool) -> AsStock:
         },
         steps=steps + tower_steps,
         dropped=dropped + left_out,
+        notes=notes,
     )
 
 
@@ -297,16 +315,8 @@ def _vision_config(
     *,
     swapped: bool,
 ) -> dict[str, Any]:
-    """``vision_config`` of the EVA tower: from its weights or, where it is replaced anyway, as published."""
-    common = {
-        "model_type": "instructblip_vision_model",
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-    }
+    """``vision_config`` of the EVA tower, from its weights."""
     if not tower:
-        if swapped and width == EVA_WIDTH:
-            return {**common, **EVA}
         raise UserError(
             f"{folder}: its vision tower {TOWER_FILE} is neither there nor beside it: put it there, or say where it is "
             f"with --part {TOWER_PART}=PATH"
@@ -321,7 +331,7 @@ def _vision_config(
     blocks = 1 + max((int(m[1]) for n in shapes if (m := re.match(r"blocks\.(\d+)\.", n))), default=-1)
     used = sections.get("vision_config", {}).get("num_hidden_layers", EVA["num_hidden_layers"])
     return {
-        **common,
+        **EVA_CONFIG,
         "hidden_size": width,
         "intermediate_size": _shape(shapes, "blocks.0.mlp.fc1.weight", folder)[0],
         "num_hidden_layers": min(blocks, used),
@@ -330,6 +340,20 @@ def _vision_config(
         "image_size": patch * isqrt(_shape(shapes, "pos_embed", folder)[1] - 1),
         "patch_size": patch,
     }
+
+
+def _replaced_tower(width: int, folder: Path, image_size: int | None) -> tuple[dict[str, Any], str]:
+    """``vision_config`` of a tower that is not there and need not be, and where its geometry comes from."""
+    if width == EVA_WIDTH:
+        return {**EVA_CONFIG, **EVA}, f"that of LAVIS' EVA-CLIP-g, which is as wide as ln_vision ({width})"
+    if image_size is None:
+        raise UserError(
+            f"{folder}: its vision tower {TOWER_FILE} is neither there nor beside it, and ln_vision reads a width of "
+            f"{width}, which LAVIS' EVA-CLIP-g does not have: a swap needs the old tower's size, give --image-size; or "
+            f"say where the tower is with --part {TOWER_PART}=PATH"
+        )
+    sizes = {"hidden_size": width, "num_attention_heads": 1, "image_size": image_size}
+    return {**EVA_CONFIG, **EVA, **sizes}, f"taken as {width} wide (ln_vision) at --image-size {image_size}"
 
 
 def _tower_steps(

@@ -8,7 +8,6 @@ LoraConfig.
 import re
 from collections.abc import Mapping
 from math import sqrt
-from pathlib import PureWindowsPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -16,6 +15,7 @@ from pydantic import BaseModel, Field
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.configs import read_fields
 from mllm_adapters.not_read import LLAVA_WORKS
+from mllm_adapters.towers import short_name
 
 TEXT_MODELS: Mapping[str, str] = {
     "LlavaLlamaForCausalLM": "llama",
@@ -32,7 +32,7 @@ NO_CLIP = re.compile(
     r"biomed_?clip|siglip|mobileclip|fastvit|eva[-_]?(?:\d|clip)|dino|convnext|imagebind|languagebind",
     re.IGNORECASE,
 )
-"""Last components of names of towers that are no CLIP ViT: they have other tensors or another pooling."""
+"""Names of towers that are no CLIP ViT: they have other tensors or another pooling."""
 
 
 class CommonFields(BaseModel):
@@ -118,7 +118,7 @@ def original_fields(config: Mapping[str, Any], where: str) -> OriginalFields:
         UserError: a field is missing, of another type, or has a value that is not known here.
     """
     tower = str(config.get("mm_vision_tower"))
-    if found := NO_CLIP.search(PureWindowsPath(tower).name):  # which knows both kinds of slashes
+    if found := NO_CLIP.search(short_name(tower)):
         raise UserError(
             f"{where}: mm_vision_tower is {tower!r}: checkpoints with a {found[0]} tower are not supported, those with "
             f"OpenAI's CLIP are: {LLAVA_WORKS}"

@@ -163,7 +163,7 @@ class MedFlamingo(PlannedFamily):
         text = _text_config(config, vocabulary, geometry.rows, language)
         tied = text["tie_word_embeddings"]
         steps = [*trained.values(), *frozen_steps(checkpoint, language, names, geometry, tied=tied)]
-        tower = host_tower(checkpoint, names, geometry, request.tower)
+        tower = host_tower(checkpoint, names, geometry, request.tower, request.image_size)
         latents = geometry.config["perceiver_latents"]
         before = contract_of(tower.spec, -1, False).model_copy(update={"tokens": latents})
         own, left = inner_tower(checkpoint, names, swapped=bool(request.tower or tower.header))

@@ -198,10 +198,9 @@ def original_tower(
     """The tower that the original code would use: the one in the shards if there is one, else the one named."""
     resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
     name = fields.mm_vision_tower
-    if checkpoint.find(TOWER_PART, name) is None:
-        name = (
-            published_name(name) or name
-        )  # MGM names a local copy, model_zoo/OpenAI/..., of a published one
+    published = published_name(name)
+    if published and not checkpoint.find(TOWER_PART, name) and checkpoint.find(TOWER_PART, published):
+        name = published  # MGM names a local copy, model_zoo/OpenAI/..., of what is in the Hugging Face cache
     shapes = {key: checkpoint.tensors[source].shape for key, source in inside.items()}
     host = external_tower(
         NamedTower(name, resize, shapes, fields.mm_hidden_size),
@@ -217,8 +216,8 @@ def original_tower(
         )
     positions = checkpoint.tensors[inside[POSITIONS]]
     _check_positions(positions, host.spec, f"{name} describes")
-    note = f"the host's own tower is the one in its shards, with the settings of {name}"
-    return HostTower(name, host.spec, None, (note,))
+    note = f"the host's own tower is the one in its shards, with the settings of {host.name}"
+    return HostTower(host.name, host.spec, None, (note,))
 
 
 def aux_tower(checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[str, str]) -> AuxTower:

@@ -94,9 +94,16 @@ def original_llava(
     if safetensors:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     else:
-        torch.save(state, folder / "pytorch_model.bin")
+        torch.save({**state, **rotary_tables(checkpoint.config)}, folder / "pytorch_model.bin")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def rotary_tables(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What transformers 4.31 saved beside the weights, in float32 whatever their dtype; nothing reads them."""
+    half = config["hidden_size"] // config["num_attention_heads"] // 2
+    names = (f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config["num_hidden_layers"]))
+    return {name: torch.ones(half) for name in names}
 
 
 def language_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:

@@ -249,7 +249,11 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(
         ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "but the host's tower gives 1024"),
         (
             {"mm_vision_tower": "google/siglip"},
-            "its vision tower 'google/siglip' is neither in the checkpoint",
+            "mm_vision_tower is 'google/siglip': checkpoints with a siglip tower are not supported",
+        ),
+        (
+            {"mm_vision_tower": "me/my-tower"},
+            "its vision tower 'me/my-tower' is neither in the checkpoint",
         ),
     ],
 )

@@ -1,13 +1,14 @@
 """Plans for the published LLaVA-1.5 7B and 13B, LLaVA-Med v1.5 and llava-hf 7B, from headers alone.
 
-Dimensions after the published config.json files of LLaMA-2 (7B, 13B), Mistral-7B and OpenAI's CLIP ViT-L/14. Which
-shard holds what is that of a shard size of 5 GB (10 GB for LLaVA-1.5), in the order in which the models list their
-tensors. The published LLaVA-1.5 shards are .bin files; nothing of theirs can be linked, under either format.
+Dimensions after the published config.json files of LLaMA-2 (7B, 13B), Mistral-7B and OpenAI's CLIP ViT-L/14, and what
+their weight indexes have (`test_published_headers` reads those where they are at hand): LLaVA-1.5 is two .bin files,
+with the rotary tables that transformers 4.31 saved; LLaVA-Med ends in a shard of ``lm_head`` alone and has no
+``image_newline``; llava-hf's ``text_config`` leaves out what is LLaMA's default.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import bytes_linked
 from mllm_adapters.swap.report import total_bytes
-from tests.builders import sparse_checkpoint
+from tests.builders import sparse_checkpoint, sparse_shards
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
 
 Shapes = dict[str, tuple[int, ...]]
@@ -120,31 +121,31 @@ def clip(prefix: str) -> Shapes:
 
 def sharded(folder: Path, config: Mapping[str, Any], shapes: Shapes, dtype: str, limit: float) -> Path:
     """A checkpoint of full size in shards of at most ``limit`` bytes, without its bytes."""
-    shards: list[Shapes] = [{}]
-    size = 0
+    shards, size = 1, 0
+    numbers: dict[str, int] = {}
     for name, shape in shapes.items():
-        weight = 2
-        for side in shape:
-            weight *= side
+        weight = 2 * prod(shape)
         if size + weight > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = shape
+            shards, size = shards + 1, 0
+        numbers[name] = shards
         size += weight
-    weight_map = {}
-    for number, part in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        sparse_checkpoint(folder, config, part, dtype)
-        (folder / "model.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
+    weight_map = {name: f"model-{n:05d}-of-{shards:05d}.safetensors" for name, n in numbers.items()}
+    tensors = {name: (dtype, shape) for name, shape in shapes.items()}
+    return sparse_shards(folder, config, tensors, weight_map)
 
 
 def original(folder: Path, lm: LanguageModel) -> Path:
+    """As published: two .bin files, cut after three quarters of the layers, and rotary tables in float32."""
     config = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", **lm.config(), **LLAVA}
     shapes = lm.shapes("model.", "lm_head") | projector(lm.width, "model.mm_projector.", "0", "2")
-    return sharded(folder, config, shapes, "F16", 10e9)
+    tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": (64,) for layer in range(lm.layers)}
+    tensors = {name: ("F16", shape) for name, shape in shapes.items()}
+    tensors |= {name: ("F32", shape) for name, shape in tables.items()}
+    first = ("model.embed_tokens.", *(f"model.layers.{layer}." for layer in range(lm.layers * 3 // 4)))
+    weight_map = {
+        name: f"pytorch_model-0000{1 if name.startswith(first) else 2}-of-00002.bin" for name in tensors
+    }
+    return sparse_shards(folder, config, tensors, weight_map)
 
 
 def medical(folder: Path) -> Path:
@@ -152,19 +153,27 @@ def medical(folder: Path) -> Path:
     config = {
         "architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral", **lm.config(), **LLAVA,
         "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None,
+        "img_size": 640, "vision_backbone": "convnextlarge", "feature_outs": "encoder+decoder",
+        "segtok_posembed": "sincos", "tokenizer_model_max_length": 2048, "mm_projector_lr": None,
     }  # fmt: skip
-    shapes = lm.shapes("model.", "lm_head") | projector(lm.width, "model.mm_projector.", "0", "2")
-    shapes |= {"model.image_newline": (4096,)} | clip("model.vision_tower.vision_tower.vision_model.")
-    return sharded(folder, config, shapes, "BF16", 5e9)
+    shapes = lm.shapes("model.", "lm_head")
+    head = {name: shapes.pop(name) for name in ("lm_head.weight",)}
+    shapes |= clip("model.vision_tower.vision_tower.vision_model.")
+    shapes |= projector(lm.width, "model.mm_projector.", "0", "2")
+    return sharded(folder, config, shapes | head, "BF16", 5e9)
 
 
 def converted(folder: Path) -> Path:
     """llava-hf/llava-1.5-7b-hf: 64 rows of vocabulary more, 336 px tower in the first shard."""
     lm = LanguageModel(**{**LLAMA_7B.__dict__, "vocabulary": 32064})
-    text = {**lm.config(), "model_type": "llama"}
+    text = {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "torch_dtype": "float16", "vocab_size": 32064,
+    }  # fmt: skip
     vision = {
         "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336,
         "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+        "vocab_size": 32000,
     }  # fmt: skip
     config = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": text,
@@ -191,12 +200,14 @@ def planned(source: Path, folder: Path, image_size: int | None = None) -> tuple[
     ids=["7b", "13b"],
 )
 def test_llava_1_5(lm: LanguageModel, weights: int, published: int, tmp_path: Path) -> None:
-    """The towers are no part of the shards; every key gets a new name, so nothing is linked."""
+    """The tower is no part of the shards; every key gets a new name, so nothing is linked; rotary tables go."""
     assert lm.weights == published
     rows = 2 * 64 * lm.width
     assert weights == lm.weights + rows + lm.projector + clip_weights(577), "the same, counted part by part"
     plan, checkpoint = planned(original(tmp_path / "source", lm), tmp_path)
     check_full_size(plan, checkpoint, weights=weights)
+    assert {tensor.name.rpartition(".")[2] for tensor in plan.dropped} == {"inv_freq"}
+    assert len(plan.dropped) == lm.layers
     assert total_bytes(plan) == 2 * weights
     assert bytes_linked(plan, checkpoint) == 0
     assert (plan.before.tokens, plan.after.tokens) == (576, 576)
@@ -228,10 +239,24 @@ def test_llava_med_1_5(size: int | None, tokens: int, tmp_path: Path) -> None:
     check_full_size(plan, checkpoint, weights=weights)
     assert total_bytes(plan) == 2 * weights
     assert {step.dtype for step in plan.steps} == {"bfloat16"}
+    assert len(checkpoint.files) == 4
+    assert [h.name for h in checkpoint.tensors.values() if h.file == checkpoint.files[-1]] == [
+        "lm_head.weight"
+    ]
     dropped = {tensor.name for tensor in plan.dropped}
-    assert dropped == {"model.image_newline", *clip("model.vision_tower.vision_tower.vision_model.")}
+    assert dropped == set(clip("model.vision_tower.vision_tower.vision_model."))
     assert (plan.before.tokens, plan.after.tokens) == (576, tokens)
     assert plan.config["text_config"]["rope_theta"] == 1e6
+
+
+def test_the_separator_of_the_anyres_code_is_left_out(tmp_path: Path) -> None:
+    """Fine-tunes saved by LLaVA's code of 2024 have one, which no image of one view reads."""
+    shapes = {**LLAMA_7B.shapes("model.", "lm_head"), "model.image_newline": (4096,)}
+    shapes |= projector(4096, "model.mm_projector.", "0", "2")
+    config = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", **LLAMA_7B.config(), **LLAVA}
+    plan, checkpoint = planned(sparse_checkpoint(tmp_path / "source", config, shapes), tmp_path)
+    check_full_size(plan, checkpoint, weights=7_063_427_072)
+    assert [tensor.name for tensor in plan.dropped] == ["model.image_newline"]
 
 
 def test_llava_med_1_5_converts_by_itself(tmp_path: Path) -> None:
@@ -253,16 +278,7 @@ def test_llava_hf(size: int | None, tokens: int, tmp_path: Path) -> None:
     assert any(name.startswith("vision_tower") for name in first)
     assert len(checkpoint.files) == 3
     written = total_bytes(plan) - bytes_linked(plan, checkpoint)
-    kept = sum(
-        2 * _count(step.shape) for step in plan.steps if step.name in first and step.operation == "keep"
-    )
+    kept = sum(2 * prod(step.shape) for step in plan.steps if step.name in first and step.operation == "keep")
     assert written == kept + 2 * clip_weights(tokens + 1)
     assert written < 5.0e9 < 9.1e9 < bytes_linked(plan, checkpoint)
     assert (plan.before.tokens, plan.after.tokens) == (576, tokens)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count

@@ -576,8 +576,14 @@ NEW_TOWER += 4 * 1024  # the normalisations before and after the blocks
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten .bin files, cut wherever 2 GB are full, which is within a layer."""
     folder = tmp_path_factory.mktemp("full") / "Qwen-VL-Chat"
-    return builders.sparse_checkpoint(folder, CHAT_CONFIG, published_tensors(CHAT_CONFIG), "BF16")
+    weight_map, size = {}, 0
+    for name, shape in published_tensors(CHAT_CONFIG).items():
+        size += 2 * torch.Size(shape).numel()
+        weight_map[name] = f"pytorch_model-{1 + size // 2**31:05d}-of-00010.bin"
+    tensors = {name: ("BF16", shape) for name, shape in published_tensors(CHAT_CONFIG).items()}
+    return builders.sparse_shards(folder, CHAT_CONFIG, tensors, weight_map)
 
 
 def test_the_published_checkpoint_is_covered_to_the_last_tensor(published: Path) -> None:
