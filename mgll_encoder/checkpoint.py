@@ -147,7 +147,8 @@ def _head(path: Path) -> bytes:
 def _open_safetensors(path: Path) -> Checkpoint:
     headers = {}
     try:
-        with safe_open(path, framework="pt") as stream:
+        # Not for torch, which maps a file copy-on-write: one larger than the memory is refused by the system.
+        with safe_open(path, framework="np") as stream:
             for name in stream.keys():  # noqa: SIM118 - no dict: it cannot be iterated
                 part = stream.get_slice(name)
                 dtype = _DTYPES.get(part.get_dtype())

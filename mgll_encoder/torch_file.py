@@ -1,5 +1,6 @@
 """Files written by ``torch.save``: tensors are read; what stands beside them is skipped or refused, and never run."""
 
+import errno
 import pickle
 import struct
 import warnings
@@ -244,6 +245,11 @@ def _refusal(path: Path, zipped: bool, error: BaseException) -> UserError:
         return UserError(
             f"{path} wants to create objects other than tensors on loading ({found or 'other objects'}); refused, "
             "nothing was run: expected tensors, numbers, text and argparse.Namespace only"
+        )
+    if "unable to mmap" in text and f"({errno.ENOMEM})" in text:
+        return UserError(
+            f"{path} ({path.stat().st_size / 1e9:.1f} GB) is larger than the memory: files of torch.save are mapped as a "
+            "whole; take the checkpoint's safetensors or smaller shards, or a machine with more memory"
         )
     reason = text.rpartition("WeightsUnpickler error:")[
         2

@@ -439,6 +439,21 @@ def test_tensors_are_read_from_where_they_lie(write: Callable[[Path], None], tmp
         assert torch.equal(found, value)
 
 
+LARGER_THAN_ANY_MEMORY = {"weight": ("BF16", (2**42,))}
+"""8 TB, all of it a hole."""
+
+
+def test_the_headers_of_a_safetensors_file_need_no_memory(tmp_path: Path) -> None:
+    file = builders.sparse_file(tmp_path / "x.safetensors", LARGER_THAN_ANY_MEMORY)
+    assert open_checkpoint(file).headers["weight"].shape == (2**42,)
+
+
+def test_a_torch_file_that_cannot_be_mapped_is_not_called_damaged(tmp_path: Path) -> None:
+    file = builders.sparse_file(tmp_path / "x.bin", LARGER_THAN_ANY_MEMORY)
+    with pytest.raises(UserError, match=r"x\.bin \(8796\.1 GB\) is larger than the memory"):
+        open_checkpoint(file)
+
+
 @pytest.mark.parametrize("write", [as_safetensors, as_zip])
 def test_a_file_that_is_cut_short_after_it_was_opened_is_told(
     write: Callable[[Path], None], tmp_path: Path

@@ -48,9 +48,7 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> TowerHeader:
 
 
 @pytest.fixture(scope="module", params=PUBLISHED, ids=lambda row: row.folder)
-def copy(
-    request: pytest.FixtureRequest, published: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Opened:
+def copy(request: pytest.FixtureRequest, published: Path, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     return opened(request.param, published, tmp_path_factory.mktemp("copies") / request.param.folder)
 
 
@@ -87,12 +85,12 @@ def test_its_image_processor_is_written(copy: Opened, tower: TowerHeader, tmp_pa
 
 
 REFUSED = {
-    "Qwen--Qwen-VL-Chat-Int4": ("quantised (gptq)", "unquantised"),
-    "google--medgemma-27b-it": ("gemma3",),
-    "xinlai--LISA-7B": ("Lisa",),
-    "MiniCPM-Llama3-V-2_5": ("minicpmv",),
-    "xgen-mm": ("xgenmm",),
-    "Logics-Thinking": ("logics",),
+    "Qwen--Qwen-VL-Chat-Int4": ("quantization_config says gptq", "take the unquantised checkpoint"),
+    "google--medgemma-27b-it": ("MedGemma",),
+    "xinlai--LISA-7B": ("LISA is not supported",),
+    "MiniCPM-Llama3-V-2_5": ("MiniCPM-V is not supported",),
+    "xgen-mm": ("xGen-MM (BLIP-3) is not supported",),
+    "Logics-Thinking": ("Logics-Thinking is not supported",),
 }
 """Published checkpoints that are not read -> what the message says of them."""
 

@@ -581,7 +581,8 @@ def test_a_fine_tune_with_three_vision_fields_in_float32(tmp_path: Path) -> None
     """MBZUAI/AIN: vision_config leaves out Qwen2-VL's defaults; weights are F32, though config.json says bfloat16."""
     full, short = PUBLISHED["qwen2_vl"], {"in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14}
     config = {"model_type": "qwen2_vl", **full, "vision_config": short}
-    folder = builders.sparse_checkpoint(tmp_path / "ain", config, PUBLISHED_SHAPES["qwen2_vl"](full), "F32")
+    shapes = PUBLISHED_SHAPES["qwen2_vl"](full)
+    folder = builders.sparse_checkpoint(tmp_path / "ain", config, shapes, "F32")
     checkpoint, family, _ = open_checkpoint(folder)
     plan = family.plan(checkpoint, inspect_tower(published_tower(tmp_path / "mgll")))
     check_full_size(plan, checkpoint, weights=SWAPPED_WEIGHTS["qwen2_vl"])
