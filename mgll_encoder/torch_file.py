@@ -248,8 +248,8 @@ def _refusal(path: Path, zipped: bool, error: BaseException) -> UserError:
         )
     if "unable to mmap" in text and f"({errno.ENOMEM})" in text:
         return UserError(
-            f"{path} ({path.stat().st_size / 1e9:.1f} GB) is larger than the memory: files of torch.save are mapped as a "
-            "whole; take the checkpoint's safetensors or smaller shards, or a machine with more memory"
+            f"{path} ({path.stat().st_size / 1e9:.1f} GB) is larger than the memory, and files of torch.save are "
+            "mapped as a whole: take the checkpoint's safetensors or smaller shards, or a machine with more memory"
         )
     reason = text.rpartition("WeightsUnpickler error:")[
         2

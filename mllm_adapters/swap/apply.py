@@ -371,9 +371,7 @@ def reporting(
 def _check_written(path: Path, steps: list[Step], source: Path | None) -> None:
     """Read the header back: names, dtypes and shapes must be those of the plan."""
     try:
-        weights = safe_open(
-            path, "np"
-        )  # for torch, the file would be mapped copy-on-write, see mgll_encoder.checkpoint
+        weights = safe_open(path, "np")  # not for torch, see mgll_encoder.checkpoint
     except SafetensorError:
         raise cut_short(source or path) from None
     with weights:
