@@ -1,5 +1,6 @@
 """What the training commands do once their options are read: plan, show, train, say what comes next."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ def launch(request: Request, *, estimate: bool = False) -> None:
     Raises:
         UserError: see `settings_of` and `carry_out`.
     """
-    resolved = settings_of(request)
+    # An estimate reads no data.
+    resolved = settings_of(replace(request, data=(), images=None) if estimate else request)
     from mllm_adapters.training.plan import rank
 
     if rank():  # of several processes only the first one shows what is going on; errors are heard from all
