@@ -1,12 +1,14 @@
-"""Multiple-choice disease benchmark: questions, scoring, statistics, tables."""
+"""Multiple-choice disease benchmark: questions, scoring, statistics, tables. Names are imported on first use."""
 
 from typing import TYPE_CHECKING
 
 from mgll_encoder.common.lazy import lazy
 
 if TYPE_CHECKING:
+    from eval_mcq.api import build_benchmark, compare, load_benchmark, report, run
+
     __version__: str
 
-__all__: list[str] = []
+__all__ = ["build_benchmark", "compare", "load_benchmark", "report", "run"]
 
-__getattr__, __dir__ = lazy(__name__, {})
+__getattr__, __dir__ = lazy(__name__, dict.fromkeys(__all__, "api"))

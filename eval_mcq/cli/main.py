@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from eval_mcq import api
 from eval_mcq.cli.items import COMMANDS as ITEM_COMMANDS
 from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
 from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
-from eval_mcq.cli.run import DeviceOption, DtypeOption, FourBit, ModeName, WayName, answer, loading
+from eval_mcq.cli.run import DeviceOption, DtypeOption, FourBit, ModeName
+from eval_mcq.runs.loading import WayName
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
 from mgll_encoder.common.errors import UserError
@@ -112,42 +114,19 @@ def build(
 
     Example: eval-mcq build --labels labels.csv --images photos --patient-column patient --split test --out b.jsonl
     """
-    from eval_mcq.items.build import Draw, LabelTable, SplitRule
-    from eval_mcq.items.build import build as build_bench
-    from eval_mcq.items.pictures import check_sheet, sheet_of
-    from eval_mcq.items.preset import load_preset
-    from eval_mcq.items.schema import write_bench
+    from eval_mcq.items.schema import read_bench
 
-    check_free(out, force)
-    check_sheet(contact_sheet, force)
-    chosen = load_preset(preset)
-    if diseases is not None:
-        chosen = chosen.only([name.strip() for name in diseases.split(",")])
-    if options is not None:
-        chosen = chosen.model_copy(update={"options": options})
-    reading = tables.reading(encoding, sheet, label_separator, uncertain)
-    binary = tables.listed(binary_columns) or (tables.listed(labels_column) if "," in labels_column else ())
-    table = LabelTable(
-        labels,
-        image_column,
-        labels_column,
-        patient_column,
-        source_column,
-        layout or chosen.layout,
-        binary,
-        reading,
-    )
-    if table.layout != "generic" and table != LabelTable(labels, layout=table.layout, reading=reading):
-        raise UserError(
-            f"layout '{table.layout}' says itself what the columns are: leave the --*-column options out"
-        )
-    header, items, report = build_bench(
-        table, images, out, chosen, SplitRule(split, test_share, split_seed),
-        Draw(seed, hard_distractors, min_negatives), strict,
+    report = api.build_benchmark(
+        labels, images, out, preset=preset,
+        diseases=None if diseases is None else [name.strip() for name in diseases.split(",")],
+        options=options, image_column=image_column, labels_column=labels_column,
+        binary_columns=tables.listed(binary_columns),
+        reading=tables.reading(encoding, sheet, label_separator, uncertain),
+        patient_column=patient_column, source_column=source_column, split=split, test_share=test_share,
+        split_seed=split_seed, seed=seed, layout=layout, hard_distractors=hard_distractors,
+        min_negatives=min_negatives, contact_sheet=contact_sheet, strict=strict, force=force,
     )  # fmt: skip
-    write_bench(out, header, items, force)
-    sheet_of(out, items, contact_sheet, force)
-    _show_report(report, header.categories, out)
+    _show_report(report, read_bench(out)[0].categories, out)
 
 
 @app.command("run")
@@ -200,23 +179,12 @@ def run_command(
 
     Example: eval-mcq run --model llava-med-mgll --bench test.jsonl --rotations 4 --out runs/llava-med-mgll
     """
-    from eval_mcq.items.schema import load_bench
-    from eval_mcq.runs.fingerprint import model_fingerprint
-    from eval_mcq.runs.leaks import check_leak
-    from eval_mcq.runs.plan import Shard
-
-    questions = load_bench(bench)
-    part = Shard.parse(shard) if shard else Shard()
+    part = api.shard_of(shard)
     folder = out or Path("runs") / model.resolve().name
-    fingerprint = model_fingerprint(model)
-    from eval_mcq.runs.run import Settings, check_resumable, describe_run
-
-    how = loading(model, device, dtype, load_in_4bit)
-    leak = check_leak(model, questions, allow=allow_leak)
-    record = describe_run(model, fingerprint, questions, how.number_format, mode, rotations, part, leak)
-    check_resumable(folder, record, force)
-    settings = Settings(batch_size, limit, force, part)
-    done = answer(questions, lambda: how.scorer(mode, engine), record, folder, settings)
+    done = api.run(
+        model, bench, folder, mode=mode, rotations=rotations, shard=shard, batch_size=batch_size, limit=limit,
+        device=device, dtype=dtype, load_in_4bit=load_in_4bit, engine=engine, allow_leak=allow_leak, force=force,
+    )  # fmt: skip
     if done is None:
         return
     if done.answers:
@@ -326,7 +294,6 @@ def report(
 
     Example: eval-mcq report base=runs/llava-med mgll=runs/llava-med-mgll --html report.html --plots plots
     """
-    from eval_mcq.items.schema import load_bench
     from eval_mcq.runs.records import load_run
 
     named: dict[str, Run] = {}
@@ -337,13 +304,8 @@ def report(
         if name in named:
             raise UserError(f"two arms are called '{name}': give each its own name, as NAME=RUN")
         named[name] = load_run(path)
-    asked = bench or Path(next(iter(named.values())).record.bench)
-    if bench is None and not asked.is_file():
-        raise UserError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
-    from eval_mcq.html_report import ReportOptions, write_report
-
-    count = write_report(
-        named, load_bench(asked), html, ReportOptions(assets, plots, thumbnail, images), force=force
+    count = api.report(
+        named, html, bench=bench, assets=assets, plots=plots, thumbnail=thumbnail, images=images, force=force
     )
     size = html.stat().st_size / 1e6
     where = f"in {assets}" if assets else "inside"
@@ -361,36 +323,20 @@ def _show_table(
     force: bool,
     published: bool = False,
 ) -> None:
-    from eval_mcq.tables.grid import by_disease, like_paper
-    from eval_mcq.tables.paired import like_paper_pairs, long_table
-    from eval_mcq.tables.published import load_published
-    from eval_mcq.tables.render import RENDERERS, show
-    from eval_mcq.tables.summary import compare_models
+    from eval_mcq.tables.render import show
 
     if out is not None:
         check_free(out, force)
-    pairs = published or len(models) > 1
-    if pairs and layout == "diseases":
-        raise UserError("--layout diseases shows one model and no published rows: use paper or long")
-    if published and layout == "long":
-        raise UserError("--layout long has no published rows: leave --compare out, or use --layout paper")
-    comparisons = compare_models(models)
-    only = next(iter(comparisons.values()))
-    if layout == "long":
-        grid = long_table(comparisons)
-    elif pairs:
-        grid = like_paper_pairs(comparisons, paper_rounding, load_published() if published else None)
-    elif layout == "diseases" or (layout == "auto" and format_ == "rich"):
-        grid = by_disease(only, paper_rounding)
-    else:
-        grid = like_paper(only, paper_rounding)
+    if layout == "auto":
+        layout = "diseases" if format_ == "rich" and not published and len(models) == 1 else "paper"
+    found = api.compare(models, layout=layout, paper_rounding=paper_rounding, published=published)
     if out is not None:
-        write_text(out, RENDERERS[format_](grid), force)
+        write_text(out, found.render(format_), force)
         stdout.print(f"table: {out}", soft_wrap=True)
     elif format_ == "rich":
-        show(grid, stdout)
+        show(found.grid, stdout)
     else:
-        typer.echo(RENDERERS[format_](grid), nl=False)
+        typer.echo(found.render(format_), nl=False)
 
 
 def _show_report(report: "BuildReport", categories: list[str], out: Path) -> None:

@@ -1,0 +1,314 @@
+"""What users call. Paths are checked before anything heavy is imported."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from eval_mcq.runs.loading import Dtype, WayName, answer, loading
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free
+from mgll_encoder.common.tables import Reading
+
+if TYPE_CHECKING:
+    from eval_mcq.items.build import BuildReport
+    from eval_mcq.items.schema import Bench
+    from eval_mcq.runs.plan import Shard
+    from eval_mcq.runs.records import Run
+    from eval_mcq.scoring.prompt import Mode
+    from eval_mcq.tables.grid import Grid
+
+Layout = Literal["diseases", "paper", "long"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of figures, to be rendered.
+
+    Attributes:
+        grid: Its cells, for figures by name.
+    """
+
+    grid: "Grid"
+
+    def render(self, format_: str) -> str:
+        """As text: ``markdown``, ``csv``, ``latex`` or ``rich`` (for terminals)."""
+        from eval_mcq.tables.render import RENDERERS
+
+        return RENDERERS[format_](self.grid)
+
+    def to_markdown(self) -> str:
+        """As Markdown."""
+        return self.render("markdown")
+
+    def to_csv(self) -> str:
+        """As CSV."""
+        return self.render("csv")
+
+    def to_latex(self) -> str:
+        """As LaTeX."""
+        return self.render("latex")
+
+
+def build_benchmark(
+    labels: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    preset: str = "fundus10",
+    diseases: Sequence[str] | None = None,
+    options: int | None = None,
+    image_column: str = "file",
+    labels_column: str = "labels",
+    binary_columns: Sequence[str] = (),
+    reading: Reading | None = None,
+    patient_column: str | None = None,
+    source_column: str | None = None,
+    split: Literal["train", "test", "all"] = "all",
+    test_share: float = 0.3,
+    split_seed: int = 0,
+    seed: int = 0,
+    layout: str | None = None,
+    hard_distractors: bool = False,
+    min_negatives: int = 5,
+    contact_sheet: str | Path | None = None,
+    strict: bool = False,
+    force: bool = False,
+) -> "BuildReport":
+    """Make multiple-choice questions from a table of labels, and write them.
+
+    Args:
+        labels: Table (CSV, TSV, Excel, Parquet) with a row per image.
+        images: Folder that the image column is relative to.
+        out: Benchmark file to write (.jsonl).
+        preset: Preset by name, or a .json file of the same form.
+        diseases: Ask only these diseases of the preset.
+        options: Options per question; the preset's if not given.
+        image_column: Column with the image path.
+        labels_column: Column with a list of labels.
+        binary_columns: Columns that are labels themselves, instead.
+        reading: Encoding, sheet, separator and uncertain cells, where the file does not say.
+        patient_column: Column with the patient; splits never divide one.
+        source_column: Column with the name of the data set.
+        split: Which patients to ask.
+        test_share: Share of patients in the test split.
+        split_seed: Seed of the split.
+        seed: Seed of distractors and positions.
+        layout: Published layout of the label file (``rfmid``, ``odir``) or ``generic``; the preset's if not given.
+        hard_distractors: Prefer diseases that are easily confused with the true one.
+        min_negatives: Refuse a disease that fewer images do not have.
+        contact_sheet: Also write a page of images (.png) as they are read.
+        strict: Stop at the first row that would be left out.
+        force: Replace existing outputs.
+
+    Returns:
+        Counts of questions, patients and labels, and what was left out.
+
+    Raises:
+        UserError: table, images or preset cannot be read, or an output is taken.
+    """
+    from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
+    from eval_mcq.items.pictures import check_sheet, sheet_of
+    from eval_mcq.items.preset import load_preset
+    from eval_mcq.items.schema import write_bench
+
+    target, sheet = Path(out), None if contact_sheet is None else Path(contact_sheet)
+    check_free(target, force)
+    check_sheet(sheet, force)
+    chosen = load_preset(preset)
+    if diseases is not None:
+        chosen = chosen.only(list(diseases))
+    if options is not None:
+        chosen = chosen.model_copy(update={"options": options})
+    reading = reading or Reading()
+    binary = tuple(binary_columns) or _listed(labels_column)
+    table = LabelTable(
+        Path(labels), image_column, labels_column, patient_column, source_column, layout or chosen.layout, binary,
+        reading,
+    )  # fmt: skip
+    if table.layout != "generic" and table != LabelTable(Path(labels), layout=table.layout, reading=reading):
+        raise UserError(
+            f"layout '{table.layout}' says itself what the columns are: leave the --*-column options out"
+        )
+    header, items, report = build(
+        table, Path(images), target, chosen, SplitRule(split, test_share, split_seed),
+        Draw(seed, hard_distractors, min_negatives), strict,
+    )  # fmt: skip
+    write_bench(target, header, items, force)
+    sheet_of(target, items, sheet, force)
+    return report
+
+
+def load_benchmark(path: str | Path) -> "Bench":
+    """Read and check a benchmark file.
+
+    Raises:
+        UserError: no such file, or a line that is no valid question (named by line, id and field).
+    """
+    from eval_mcq.items.schema import load_bench
+
+    return load_bench(Path(path))
+
+
+def run(
+    model: str | Path,
+    bench: str | Path,
+    out: str | Path | None = None,
+    *,
+    mode: "Mode" = "letters",
+    rotations: int = 1,
+    shard: str | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    load_in_4bit: bool = False,
+    engine: WayName = "auto",
+    allow_leak: bool = False,
+    force: bool = False,
+) -> "Run | None":
+    """Put the questions of a benchmark to a model. A run that was interrupted is continued.
+
+    Args:
+        model: Model folder.
+        bench: Benchmark file.
+        out: Run folder; ``runs/<model>`` if not given.
+        mode: ``letters`` (probability of the option letters), ``options`` or ``options-mean`` (likelihood of the option
+            texts) or ``generate`` (a written reply).
+        rotations: Put each question in so many rotations of its options.
+        shard: ``i/n``: answer only this part.
+        batch_size: Questions times rotations per step.
+        limit: Only the first so many questions.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` takes the GPU if there is one.
+        dtype: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+        load_in_4bit: NF4 weights (bitsandbytes).
+        engine: What is shared between questions; ``plain`` is nothing.
+        allow_leak: Run although the model was trained on images of the benchmark; the run says how many.
+        force: Replace a run of something else.
+
+    Returns:
+        The run; None in processes of a distributed launch but the first.
+
+    Raises:
+        UserError: model or benchmark cannot be read, the model was trained on its images, or ``out`` is another run.
+    """
+    from eval_mcq.runs.fingerprint import model_fingerprint
+    from eval_mcq.runs.leaks import check_leak
+
+    folder = Path(out) if out is not None else Path("runs") / Path(model).resolve().name
+    questions, part = load_benchmark(bench), shard_of(shard)
+    fingerprint = model_fingerprint(Path(model))
+    from eval_mcq.runs.run import Settings, check_resumable, describe_run
+
+    how = loading(Path(model), device, dtype, load_in_4bit)
+    leak = check_leak(Path(model), questions, allow=allow_leak)
+    record = describe_run(Path(model), fingerprint, questions, how.number_format, mode, rotations, part, leak)
+    check_resumable(folder, record, force)
+    settings = Settings(batch_size, limit, force, part)
+    return answer(questions, lambda: how.scorer(mode, engine), record, folder, settings)
+
+
+def shard_of(text: str | None) -> "Shard":
+    """The part that ``i/n`` means; the whole if not given."""
+    from eval_mcq.runs.plan import Shard
+
+    return Shard.parse(text) if text else Shard()
+
+
+def compare(
+    runs: "Mapping[str, Run | str | Path] | Mapping[str, Mapping[str, Run | str | Path]]",
+    *,
+    layout: Layout = "paper",
+    paper_rounding: bool = False,
+    published: bool = False,
+) -> Table:
+    """Compare runs of one benchmark, paired question by question.
+
+    Args:
+        runs: Arm -> run or run folder, the first is the base; or model -> such arms. A single run gives its own table.
+        layout: ``paper``: diseases as columns; ``diseases``: as rows, for one model; ``long``: every figure in a row of
+            its own.
+        paper_rounding: Round as the published table: Average of rounded cells, gain of rounded Averages.
+        published: Set the published rows of the MGLL paper beside.
+
+    Raises:
+        UserError: a folder is no run, the runs cannot be compared, or the layout cannot show them.
+    """
+    models = _models(runs)
+    pairs = published or len(models) > 1
+    if pairs and layout == "diseases":
+        raise UserError("--layout diseases shows one model and no published rows: use paper or long")
+    if published and layout == "long":
+        raise UserError("--layout long has no published rows: leave --compare out, or use --layout paper")
+    from eval_mcq.tables.grid import by_disease, like_paper
+    from eval_mcq.tables.paired import like_paper_pairs, long_table
+    from eval_mcq.tables.published import load_published
+    from eval_mcq.tables.summary import compare_models
+
+    comparisons = compare_models(models)
+    only = next(iter(comparisons.values()))
+    if layout == "long":
+        return Table(long_table(comparisons))
+    if pairs:
+        return Table(like_paper_pairs(comparisons, paper_rounding, load_published() if published else None))
+    return Table((by_disease if layout == "diseases" else like_paper)(only, paper_rounding))
+
+
+def report(
+    runs: "Mapping[str, Run | str | Path]",
+    html: str | Path,
+    *,
+    bench: str | Path | None = None,
+    assets: Path | None = None,
+    plots: Path | None = None,
+    thumbnail: int = 256,
+    images: bool = True,
+    force: bool = False,
+) -> int:
+    """Write a page to look at: table, plots, and every question with its image and each arm's answer.
+
+    Args:
+        runs: Arm -> run or run folder; gains are against the first.
+        html: Page to write.
+        bench: Benchmark file, if it is no longer where it was.
+        assets: Folder for the thumbnails, instead of inside the page.
+        plots: Folder for the plots as PNG and SVG files.
+        thumbnail: Longer side of a thumbnail in pixels.
+        images: Whether to show the images.
+        force: Replace existing outputs.
+
+    Returns:
+        Number of thumbnails.
+
+    Raises:
+        UserError: a run or the benchmark cannot be read, or an output is taken.
+    """
+    named = _arms(runs)
+    asked = Path(bench or next(iter(named.values())).record.bench)
+    if bench is None and not asked.is_file():
+        raise UserError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
+    from eval_mcq.html_report import ReportOptions, write_report
+
+    options = ReportOptions(assets, plots, thumbnail, images)
+    return write_report(named, load_benchmark(asked), Path(html), options, force=force)
+
+
+def _models(
+    runs: "Mapping[str, Run | str | Path] | Mapping[str, Mapping[str, Run | str | Path]]",
+) -> "dict[str, dict[str, Run]]":
+    if all(isinstance(arms, Mapping) for arms in runs.values()):
+        nested = cast("Mapping[str, Mapping[str, Run | str | Path]]", runs)
+        return {model: _arms(arms) for model, arms in nested.items()}
+    return {"": _arms(cast("Mapping[str, Run | str | Path]", runs))}
+
+
+def _arms(arms: "Mapping[str, Run | str | Path]") -> "dict[str, Run]":
+    from eval_mcq.runs.records import load_run
+
+    return {name: load_run(Path(arm)) if isinstance(arm, str | Path) else arm for name, arm in arms.items()}
+
+
+def _listed(labels_column: str) -> tuple[str, ...]:
+    """Several label columns with commas between are binary columns."""
+    names = (name.strip() for name in labels_column.split(","))
+    return tuple(name for name in names if name) if "," in labels_column else ()
