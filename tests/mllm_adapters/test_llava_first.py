@@ -153,7 +153,10 @@ FAULTS = {
         lambda f: edit_config(f, mm_projector_type="mlp2x_gelu"),
         "says that the projector is mlp2x_gelu, but the tensors are those of linear",
     ),
-    "no tower named": (lambda f: edit_config(f, mm_vision_tower=None), "set mm_vision_tower to the one that it was trained with"),
+    "no tower named": (
+        lambda f: edit_config(f, mm_vision_tower=None),
+        "set mm_vision_tower to the one that it was trained with",
+    ),
 }  # fmt: skip
 
 
