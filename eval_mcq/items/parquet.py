@@ -77,8 +77,16 @@ def embedded_images(path: Path) -> Iterator[list[bytes] | None]:
     Raises:
         UserError: as :func:`parquet_lines`.
     """
+    import pyarrow as pa
+
     with _opened(path) as file:
-        has = EMBEDDED in file.schema_arrow.names
+        schema = file.schema_arrow
+        if has := EMBEDDED in schema.names:
+            kind = schema.field(EMBEDDED).type
+            if kind not in (pa.list_(pa.binary()), pa.large_list(pa.large_binary())):
+                raise UserError(
+                    f"bench {path}: column '{EMBEDDED}' holds {kind}, expected {pa.list_(pa.binary())}"
+                )
         for part in file.iter_batches(batch_size=BATCH, columns=[EMBEDDED] if has else ["id"]):
             yield from part.column(EMBEDDED).to_pylist() if has else [None] * len(part)
 

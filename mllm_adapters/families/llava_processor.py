@@ -67,6 +67,7 @@ def _plain_placeholder(folder: Path) -> str | None:
 
 
 def _token_id(file: Path, token: str) -> int | None:
-    """The id of a special token in a tokenizer.json."""
-    added = read_json(file).get("added_tokens") or ()
-    return next((entry.get("id") for entry in added if entry.get("content") == token), None)
+    """The id of a special token in a tokenizer.json; None where it has none, or is damaged, which is told elsewhere."""
+    added = read_json(file).get("added_tokens")
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    return next((entry.get("id") for entry in entries if entry.get("content") == token), None)
