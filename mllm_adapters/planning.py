@@ -202,6 +202,27 @@ def after_swap(
     return after if tokens is None else after.model_copy(update={"tokens": tokens(after.grid)})
 
 
+def check_positions(
+    positions: TensorHeader, spec: TowerSpec, *, class_token: bool = True, by: str = "config.json"
+) -> None:
+    """Refuse a tower whose position table [..., tokens, width] is of another shape than is said of it.
+
+    Args:
+        positions: The table.
+        spec: The tower as it is described.
+        class_token: Whether it has a row for one.
+        by: What describes it.
+
+    Raises:
+        UserError: it is.
+    """
+    if positions.shape[-2:] != (spec.patches + class_token, spec.width):
+        raise UserError(
+            f"{positions.file.parent}: {by} describes a tower of {spec.grid}x{spec.grid} patches and width "
+            f"{spec.width}, but {positions.name} has shape {list(positions.shape)}"
+        )
+
+
 def swap_notes(tower: TowerHeader | None, after: VisionContract) -> tuple[str, ...]:
     """What a swap changes in the tower itself, in words."""
     if tower is None:

@@ -19,6 +19,7 @@ from mllm_adapters.processing import (
     check_placeholder,
     check_sentencepiece,
     has_tokenizer,
+    image_settings,
     llava_processor,
     load_tokenizer,
     text_side,
@@ -201,10 +202,7 @@ def image_processor(plan: Plan) -> Any | None:
 
 def tiles(folder: Path, model_type: str) -> int:
     """Most tiles per image, its thumbnail included, that a folder in the transformers layout asks for."""
-    nested, flat = folder / "processor_config.json", folder / "preprocessor_config.json"
-    settings = (read_json(nested).get("image_processor") if nested.is_file() else None) or (
-        read_json(flat) if flat.is_file() else {}
-    )
+    settings = image_settings(folder)[0] or {}
     # The stock processor cuts tiles whatever its image processor's settings.
     cuts = model_type == "internvl" or settings.get("crop_to_patches")
     most = int(settings.get("max_patches") or 12) if cuts else 1

@@ -18,10 +18,10 @@ from mllm_adapters.families.host import Host, Request
 from mllm_adapters.families.janus_source import (
     EMBEDDINGS,
     LM_HEAD,
+    POSITIONS,
     TOWER,
     Quantisable,
     begin_id,
-    check_positions,
     janus_host,
     janus_pixels,
     janus_tokenizer,
@@ -30,7 +30,7 @@ from mllm_adapters.families.janus_source import (
     text_ids,
 )
 from mllm_adapters.families.keytable import Layout
-from mllm_adapters.planning import extended
+from mllm_adapters.planning import check_positions, extended
 
 VIT, BLOCK = "vision_model.vision_tower.", "vision_model.vision_tower.blocks.{}."
 VQ, NEW_VQ = "gen_vision_model.", "model.vqmodel."
@@ -40,7 +40,7 @@ RULES: Mapping[str, Rule] = {
     f"{VIT}attn_pool.*": Drop("SigLIP's pooling head, which the original code does not use"),
     f"{VQ}quantize.codebook_used": Drop("a counter of the generator's training"),
     "*rotary_emb.inv_freq": Drop("recomputed from the configuration"),
-    f"{VIT}pos_embed": Reshape(f"{TOWER}embeddings.position_embedding.weight", 2),
+    f"{VIT}pos_embed": Reshape(POSITIONS, 2),
     f"{VIT}patch_embed.proj.*": f"{TOWER}embeddings.patch_embedding.{{}}",
     f"{BLOCK}norm{{1,2}}.*": LAYER + "layer_norm{}.{}",
     f"{BLOCK}attn.qkv.*": Split(LAYER + "self_attn.{q,k,v}_proj.{}"),
@@ -185,7 +185,8 @@ def _siglip(checkpoint: Checkpoint, params: VisionParams) -> tuple[TowerSpec, tu
             f"{where}: its SigLIP tower is {width} wide: expected a multiple of {HEAD_WIDTH}, the width of a head"
         )
     spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, where)
-    check_positions(checkpoint, f"{VIT}pos_embed", spec, class_token=False)
+    shape_of(checkpoint, f"{VIT}pos_embed")
+    check_positions(checkpoint.tensors[f"{VIT}pos_embed"], spec, class_token=False)
     return spec, notes
 
 

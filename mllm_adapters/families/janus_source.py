@@ -16,7 +16,7 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields
 from mllm_adapters.contract import FAMILY_KEY, Step
 from mllm_adapters.families.host import Host, Request
-from mllm_adapters.planning import contract_of, growth, image_row, kept
+from mllm_adapters.planning import check_positions, contract_of, growth, image_row, kept
 from mllm_adapters.processing import host_pixels, image_settings, load_tokenizer
 
 NAME, OWN_TYPE = "janus-pro", "mgll_janus"
@@ -33,6 +33,7 @@ PUBLISHED_IDS = {"placeholder": 100581, "boi": 100003, "bos": 100000, "eos": 100
 
 TOWER = "model.vision_model."
 READER = "model.aligner.fc1"
+POSITIONS = f"{TOWER}embeddings.position_embedding.weight"
 GENERATION = ("model.vqmodel.", "model.generation_")
 EMBEDDINGS, LM_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
@@ -112,7 +113,7 @@ def read_converted(checkpoint: Checkpoint, request: Request) -> Host:
     where = f"{checkpoint.folder}/config.json"
     read_fields(Quantisable, checkpoint.config, where)
     built = build_config(checkpoint.config, where)
-    for name in (f"{READER}.weight", EMBEDDINGS, f"{TOWER}embeddings.position_embedding.weight"):
+    for name in (f"{READER}.weight", EMBEDDINGS, POSITIONS):
         shape_of(checkpoint, name)
     vision, clip = built.vision_config, built.model_type != "janus"
     pixels, _, notes = janus_pixels(checkpoint.folder, vision.image_size)
@@ -125,7 +126,7 @@ def read_converted(checkpoint: Checkpoint, request: Request) -> Host:
         "activation": vision.hidden_act,
     }
     spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, Path(where))
-    check_positions(checkpoint, f"{TOWER}embeddings.position_embedding.weight", spec, clip)
+    check_positions(checkpoint.tensors[POSITIONS], spec, class_token=clip)
     tokenizer = janus_tokenizer(checkpoint.folder)
     begin = built.boi_token_id if clip else begin_id(tokenizer, shape_of(checkpoint, EMBEDDINGS)[0])
     selected = ("vision_feature_layer", "vision_feature_select_strategy") if clip else ()
@@ -235,17 +236,3 @@ def text_ids(tokenizer: Any | None, vocabulary: int) -> dict[str, int]:
         return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
     known = vocabulary == PUBLISHED_VOCABULARY
     return {f"{name}_token_id": PUBLISHED_IDS[name] for name in names} if known else {}
-
-
-def check_positions(checkpoint: Checkpoint, name: str, spec: TowerSpec, class_token: bool) -> None:
-    """Refuse a tower whose position table has another shape than its configuration says.
-
-    Raises:
-        UserError: it has.
-    """
-    shape = shape_of(checkpoint, name)
-    if shape[-2:] != (spec.patches + class_token, spec.width):
-        raise UserError(
-            f"{checkpoint.folder}: config.json describes a tower of {spec.grid}x{spec.grid} patches and width "
-            f"{spec.width}, but {name} has shape {list(shape)}"
-        )

@@ -11,7 +11,7 @@ from mllm_adapters.contract import FAMILY_KEY
 from mllm_adapters.families.host import Host
 from mllm_adapters.families.llava_fields import NativeFields
 from mllm_adapters.families.llava_weights import BASE_PART, READER
-from mllm_adapters.planning import TOWER_PART, HostTower, contract_of, kept
+from mllm_adapters.planning import TOWER_PART, HostTower, check_positions, contract_of, kept
 from mllm_adapters.processing import host_pixels, own_processor
 
 CLASS_EMBEDDING = "embeddings.class_embedding"
@@ -72,10 +72,5 @@ def _native_tower(checkpoint: Checkpoint, prefix: str) -> HostTower:
         raise UserError(f"{where}: vision_config: {error}") from None
     pixels, notes = host_pixels(checkpoint.folder, vision["image_size"])
     spec = checked(TowerSpec, {**vision, **pixels.model_dump()}, where)
-    positions = checkpoint.tensors[f"{prefix}embeddings.position_embedding.weight"]
-    if positions.shape != (spec.patches + 1, spec.width):
-        raise UserError(
-            f"{checkpoint.folder}: config.json describes a tower of {spec.grid}x{spec.grid} patches and width "
-            f"{spec.width}, but {positions.name} has shape {list(positions.shape)}"
-        )
+    check_positions(checkpoint.tensors[f"{prefix}embeddings.position_embedding.weight"], spec)
     return HostTower("vision_tower", spec, None, notes)

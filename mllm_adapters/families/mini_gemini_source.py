@@ -20,7 +20,15 @@ from mllm_adapters.configs import build_config, tower_geometry
 from mllm_adapters.contract import Dropped, Step
 from mllm_adapters.convnext import CONVNEXT, TIMM_KEY, convnext_config
 from mllm_adapters.families.keytable import Layout
-from mllm_adapters.planning import TOWER_PART, HostTower, NamedTower, dtype_name, external_tower, kept
+from mllm_adapters.planning import (
+    TOWER_PART,
+    HostTower,
+    NamedTower,
+    check_positions,
+    dtype_name,
+    external_tower,
+    kept,
+)
 from mllm_adapters.processing import host_pixels
 from mllm_adapters.towers import published_name
 
@@ -215,7 +223,7 @@ def original_tower(
             f"{checkpoint.folder}: the low-resolution tower in the shards is incomplete: no {POSITIONS}"
         )
     positions = checkpoint.tensors[inside[POSITIONS]]
-    _check_positions(positions, host.spec, f"{name} describes")
+    check_positions(positions, host.spec, by=name)
     note = f"the host's own tower is the one in its shards, with the settings of {host.name}"
     return HostTower(host.name, host.spec, None, (note,))
 
@@ -273,13 +281,5 @@ def own_tower(checkpoint: Checkpoint, fields: NativeFields) -> tuple[HostTower, 
     spec = checked(
         TowerSpec, {**tower_geometry(vision), **pixels.model_dump(), "image_size": vision.image_size}, where
     )
-    _check_positions(checkpoint.tensors[found[0] + POSITIONS], spec, f"{where} describes")
+    check_positions(checkpoint.tensors[found[0] + POSITIONS], spec)
     return HostTower("vision_tower", spec, None, notes), found[0]
-
-
-def _check_positions(positions: TensorHeader, spec: TowerSpec, who: str) -> None:
-    if positions.shape != (spec.patches + 1, spec.width):
-        raise UserError(
-            f"{positions.file.parent}: {who} a tower of {spec.grid}x{spec.grid} patches and width {spec.width}, but "
-            f"{positions.name} has shape {list(positions.shape)}"
-        )
