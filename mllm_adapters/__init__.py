@@ -19,8 +19,8 @@ if TYPE_CHECKING:
         retrain_projector,
         verify,
     )
+    from mllm_adapters.architectures import register_models
     from mllm_adapters.loading import load_mllm
-    from mllm_adapters.modeling import register_models
 
     __version__: str
 
@@ -46,7 +46,7 @@ __getattr__, __dir__ = lazy(
         "list_families": "api",
         "load_mllm": "loading",
         "plan_swap": "api",
-        "register_models": "modeling",
+        "register_models": "architectures",
         "restore": "api",
         "retrain_projector": "api",
         "verify": "api",

@@ -9,8 +9,8 @@ from mgll_encoder.clip_vision import vision_settings
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.pretrained import library_errors, library_reason
 from mgll_encoder.spec import TowerSpec
+from mllm_adapters.architectures import register_models
 from mllm_adapters.contract import VisionContract
-from mllm_adapters.modeling import register_models
 from mllm_adapters.quantised import refuse_quantised
 
 Fields = TypeVar("Fields", bound=BaseModel)

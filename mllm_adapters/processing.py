@@ -8,10 +8,10 @@ from mgll_encoder.common.texts import read_json
 from mgll_encoder.preprocess import image_processor, read_preprocessing
 from mgll_encoder.pretrained import load_pretrained
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
+from mllm_adapters.architectures import register_models
 from mllm_adapters.checkpoint import TOKENIZER_FILES
 from mllm_adapters.configs import build_config
 from mllm_adapters.contract import VisionContract
-from mllm_adapters.modeling import register_models
 from mllm_adapters.planning import IMAGE_TOKEN
 
 _PROBE = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"

@@ -9,9 +9,9 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from mllm_adapters.architectures import MODEL_TYPES
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Plan
-from mllm_adapters.modeling import MODEL_TYPES
 from mllm_adapters.swap.apply import bytes_linked
 from mllm_adapters.swap.card import contract_rows
 from mllm_adapters.swap.streaming import nbytes

@@ -19,7 +19,7 @@ from mllm_adapters.api import plan_conversion, plan_swap
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import IGNORED, AnswerCollator, check_processor, encode, prepare_examples
-from mllm_adapters.modeling.janus import MgllJanusConfig
+from mllm_adapters.families.janus_pro.modeling import MgllJanusConfig
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.training.stages import components
 from tests import builders

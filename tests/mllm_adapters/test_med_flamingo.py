@@ -26,8 +26,8 @@ from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
-from mllm_adapters.modeling.flamingo import FlamingoConfig, FlamingoForConditionalGeneration
-from mllm_adapters.modeling.flamingo_blocks import attended_image
+from mllm_adapters.families.med_flamingo.blocks import attended_image
+from mllm_adapters.families.med_flamingo.modeling import FlamingoConfig, FlamingoForConditionalGeneration
 from mllm_adapters.registry import detect, open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families import full_size

@@ -27,8 +27,8 @@ from mllm_adapters.api import plan_swap
 from mllm_adapters.contract import Plan
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import AnswerCollator, encode, prepare_examples
+from mllm_adapters.families.mini_gemini.processor import low_resolution
 from mllm_adapters.locate import find_part
-from mllm_adapters.modeling.mini_gemini_processor import low_resolution
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders

@@ -31,7 +31,7 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
 from mllm_adapters.families.qwen2_vl import QWEN2_VL
-from mllm_adapters.modeling.qwen2_vl import MgllQwen2VLProcessor, to_images, to_patches
+from mllm_adapters.families.qwen2_vl.modeling import MgllQwen2VLProcessor, to_images, to_patches
 from mllm_adapters.registry import detect, open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families import qwen2_vl as tiny

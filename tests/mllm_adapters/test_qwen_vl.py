@@ -28,7 +28,7 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.data.conversations import Conversation, Corpus
 from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
 from mllm_adapters.families.qwen_vl import QWEN_VL
-from mllm_adapters.modeling.qwen_vl import SequenceTooLong
+from mllm_adapters.families.qwen_vl.modeling import SequenceTooLong
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
@@ -432,7 +432,7 @@ def test_text_is_cut_as_the_published_rank_file_cuts_it(chat: Path) -> None:
 
 def test_special_tokens_have_the_published_ids() -> None:
     """The published file has 151643 ranks; the ids are those of tokenization_qwen.py."""
-    from mllm_adapters.families.qwen_vl_tokenizer import special_tokens
+    from mllm_adapters.families.qwen_vl.tokenization import special_tokens
 
     names = special_tokens(151643, 151859, Path("qwen.tiktoken"))
     ids = {name: 151643 + i for i, name in enumerate(names)}

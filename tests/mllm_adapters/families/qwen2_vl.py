@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mllm_adapters.contract import Plan
-from mllm_adapters.modeling.qwen2_vl import to_patches
+from mllm_adapters.families.qwen2_vl.modeling import to_patches
 from tests.mllm_adapters.families.case import Case, Golden
 
 IMAGE = 93

@@ -14,19 +14,20 @@ from typing import Any
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan
-from mllm_adapters.families import llava_fields, read_template
+from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, Request, Swap
-from mllm_adapters.families.llava_native import native_host
-from mllm_adapters.families.llava_original import (
+from mllm_adapters.families.llava import fields as llava_fields
+from mllm_adapters.families.llava.native import native_host
+from mllm_adapters.families.llava.original import (
     image_markup,
     original_host,
     placeholder_token,
     tokenizer_folder,
 )
-from mllm_adapters.families.llava_processor import processor_files
-from mllm_adapters.families.llava_prompts import prompt_template
-from mllm_adapters.families.llava_weights import BASE_PART, PARTIAL_WEIGHTS
+from mllm_adapters.families.llava.processor import processor_files
+from mllm_adapters.families.llava.prompts import prompt_template
+from mllm_adapters.families.llava.weights import BASE_PART, PARTIAL_WEIGHTS
 from mllm_adapters.planning import IMAGE_TOKEN, TOWER_PART
 from mllm_adapters.processing import (
     check_placeholder,

@@ -136,7 +136,7 @@ def processor(plan: Plan, image_processor: Any) -> Any | None:
     """
     from transformers import InternVLProcessor, InternVLVideoProcessor
 
-    from mllm_adapters.modeling.internvl import MgllInternVLProcessor
+    from mllm_adapters.families.internvl.modeling import MgllInternVLProcessor
 
     if not has_tokenizer(plan.source):
         return None

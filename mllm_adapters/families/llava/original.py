@@ -11,15 +11,15 @@ from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import text_config, tower_config
 from mllm_adapters.contract import FAMILY_KEY
 from mllm_adapters.families.host import Host, Request
-from mllm_adapters.families.llava_fields import (
+from mllm_adapters.families.llava.fields import (
     READS_ITS_SHARDS,
     OriginalFields,
     first_release,
     original_fields,
     text_model,
 )
-from mllm_adapters.families.llava_prompts import prompt_note
-from mllm_adapters.families.llava_weights import (
+from mllm_adapters.families.llava.prompts import prompt_note
+from mllm_adapters.families.llava.weights import (
     BASE_PART,
     PROJECTORS,
     READER,

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from mllm_adapters.modeling.flamingo_blocks import (
+from mllm_adapters.families.med_flamingo.blocks import (
     FlamingoConfig,
     GatedCrossAttention,
     Perceiver,

@@ -17,9 +17,9 @@ from mgll_encoder.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize, To
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config, read_fields, text_config, tower_geometry
 from mllm_adapters.contract import FAMILY_KEY, Step, VisionContract
-from mllm_adapters.families import internvl_text
 from mllm_adapters.families.host import Host, Request
-from mllm_adapters.families.internvl_names import (
+from mllm_adapters.families.internvl import text as internvl_text
+from mllm_adapters.families.internvl.names import (
     EMBEDDINGS,
     HEAD,
     LANGUAGE_MODELS,

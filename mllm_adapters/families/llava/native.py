@@ -9,8 +9,8 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields
 from mllm_adapters.contract import FAMILY_KEY
 from mllm_adapters.families.host import Host
-from mllm_adapters.families.llava_fields import NativeFields
-from mllm_adapters.families.llava_weights import BASE_PART, READER
+from mllm_adapters.families.llava.fields import NativeFields
+from mllm_adapters.families.llava.weights import BASE_PART, READER
 from mllm_adapters.planning import TOWER_PART, HostTower, check_positions, contract_of, kept
 from mllm_adapters.processing import host_pixels, own_processor
 

@@ -16,10 +16,10 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, Target, VisionContract
-from mllm_adapters.families import internvl_text
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, Request, Swap
-from mllm_adapters.families.internvl_hosts import CLASSES, NAME, native_host, original_host
+from mllm_adapters.families.internvl import text as internvl_text
+from mllm_adapters.families.internvl.hosts import CLASSES, NAME, native_host, original_host
 from mllm_adapters.families.llava import LLAVA, Llava
 from mllm_adapters.planning import after_swap, anew
 

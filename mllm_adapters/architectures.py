@@ -14,7 +14,7 @@ class Architecture:
     """A row of the table of registered architectures.
 
     Attributes:
-        module: Module below this package.
+        family: Folder below `mllm_adapters.families` whose ``modeling.py`` holds them.
         config: Name of the configuration class in it.
         model: Name of the model class in it.
         processor: Name of the processor class that goes with it, if it is our own.
@@ -23,7 +23,7 @@ class Architecture:
             transformers does not hand it down to subclasses.
     """
 
-    module: str
+    family: str
     config: str
     model: str
     processor: str | None = None
@@ -33,7 +33,7 @@ class Architecture:
 
 def _qwen_vl(name: str, renames_like: str | None = None) -> Architecture:
     return Architecture(
-        module="qwen2_vl",
+        family="qwen2_vl",
         config=f"Mgll{name}Config",
         model=f"Mgll{name}ForConditionalGeneration",
         processor="MgllQwen2VLProcessor",
@@ -54,7 +54,7 @@ MODEL_TYPES: Mapping[str, Architecture] = {
         renames_like="internvl",
     ),
     "mgll_flamingo": Architecture(
-        "flamingo", "FlamingoConfig", "FlamingoForConditionalGeneration", processor="FlamingoProcessor"
+        "med_flamingo", "FlamingoConfig", "FlamingoForConditionalGeneration", processor="FlamingoProcessor"
     ),
     "mgll_mini_gemini": Architecture(
         "mini_gemini", "MiniGeminiConfig", "MiniGeminiForConditionalGeneration", "MiniGeminiProcessor"
@@ -69,7 +69,7 @@ MODEL_TYPES: Mapping[str, Architecture] = {
         "qwen_vl", "QwenVLConfig", "QwenVLForConditionalGeneration", "QwenVLProcessor"
     ),
     "mgll_janus": Architecture(
-        module="janus",
+        family="janus_pro",
         config="MgllJanusConfig",
         model="MgllJanusForConditionalGeneration",
         processor="MgllJanusProcessor",
@@ -95,7 +95,7 @@ def register_models(model_types: Iterable[str] = MODEL_TYPES) -> None:
 
     for model_type in wanted:
         row = MODEL_TYPES[model_type]
-        module = import_module(f"{__name__}.{row.module}")
+        module = import_module(f"mllm_adapters.families.{row.family}.modeling")
         config = getattr(module, row.config)
         AutoConfig.register(model_type, config, exist_ok=True)
         AutoModelForImageTextToText.register(config, getattr(module, row.model), exist_ok=True)

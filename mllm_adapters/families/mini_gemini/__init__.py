@@ -14,11 +14,11 @@ from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, text_config, tower_config
 from mllm_adapters.contract import FamilySpec, Plan, Reading, VisionContract
-from mllm_adapters.convnext import STRIDE
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, Request, Swap
-from mllm_adapters.families.mini_gemini_source import (
+from mllm_adapters.families.mini_gemini.convnext import STRIDE
+from mllm_adapters.families.mini_gemini.original import (
     AUX_PART,
     AUX_PREFIX,
     CLASS_EMBEDDING,
@@ -145,7 +145,7 @@ class MiniGemini(PlannedFamily):
 
     def processor(self, plan: Plan) -> Any | None:
         """The MiniGeminiProcessor of the planned checkpoint; None where the source has no tokenizer."""
-        from mllm_adapters.modeling.mini_gemini import MiniGeminiProcessor
+        from mllm_adapters.families.mini_gemini.modeling import MiniGeminiProcessor
 
         template: str | None = self.chat_template
         image_token = IMAGE_TOKEN

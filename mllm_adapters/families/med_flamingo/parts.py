@@ -12,8 +12,8 @@ from mgll_encoder.keytable import Place
 from mgll_encoder.tower import OFFICIAL
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Dropped, Step
-from mllm_adapters.families.flamingo_file import HEAD, LANGUAGE_MODEL, Geometry, Names
 from mllm_adapters.families.keytable import placed
+from mllm_adapters.families.med_flamingo.original import HEAD, LANGUAGE_MODEL, Geometry, Names
 from mllm_adapters.planning import TOWER_PART, HostTower, extended, kept, replaced
 from mllm_adapters.registry import LOOSE_SUFFIXES
 from mllm_adapters.towers import PUBLISHED_TOWERS, assumed_geometry, gone

@@ -26,12 +26,12 @@ from mllm_adapters.contract import (
     Reading,
     VisionContract,
 )
-from mllm_adapters.families import instructblip_lavis as lavis
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, Request, Swap
-from mllm_adapters.families.instructblip_lavis import AsStock
-from mllm_adapters.families.instructblip_readers import QFORMER_PART, TOWER, refitted
+from mllm_adapters.families.instructblip import original as lavis
+from mllm_adapters.families.instructblip.connector import QFORMER_PART, TOWER, refitted
+from mllm_adapters.families.instructblip.original import AsStock
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
@@ -155,7 +155,7 @@ class InstructBlip(PlannedFamily):
 
     def processor(self, plan: Plan) -> Any | None:
         """The processor of the planned checkpoint; None where the source has no tokenizer."""
-        from mllm_adapters.modeling.instructblip import MgllInstructBlipProcessor
+        from mllm_adapters.families.instructblip.modeling import MgllInstructBlipProcessor
 
         tokenizer = _text_tokenizer(plan.parts.get(lavis.LANGUAGE_PART, plan.source), plan.layout)
         if tokenizer is None:

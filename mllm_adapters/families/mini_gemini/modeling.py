@@ -18,7 +18,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextStage
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
-from mllm_adapters.modeling.mini_gemini_processor import MiniGeminiProcessor, low_resolution, split_tiles
+from mllm_adapters.families.mini_gemini.processor import MiniGeminiProcessor, low_resolution, split_tiles
 
 __all__ = ["MiniGeminiConfig", "MiniGeminiForConditionalGeneration", "MiniGeminiModel", "MiniGeminiProcessor"]
 

@@ -15,7 +15,7 @@ from mgll_encoder.spec import TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields, text_config
 from mllm_adapters.families.host import Host, Request
-from mllm_adapters.families.janus_source import (
+from mllm_adapters.families.janus_pro.source import (
     EMBEDDINGS,
     LM_HEAD,
     POSITIONS,

@@ -16,7 +16,7 @@ from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, Step, VisionCon
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, Request, Swap
-from mllm_adapters.families.qwen_vl_original import (
+from mllm_adapters.families.qwen_vl.original import (
     EMBEDDINGS,
     QUERY,
     TOWER_PREFIX,
@@ -28,7 +28,7 @@ from mllm_adapters.families.qwen_vl_original import (
     original_steps,
     original_vision,
 )
-from mllm_adapters.families.qwen_vl_tokenizer import IMAGE_TOKEN, end_tokens, tokenizer, tokenizer_note
+from mllm_adapters.families.qwen_vl.tokenization import IMAGE_TOKEN, end_tokens, tokenizer, tokenizer_note
 from mllm_adapters.planning import dtype_name, kept
 from mllm_adapters.processing import check_placeholder, host_pixels, own_processor, text_side
 
@@ -90,7 +90,7 @@ class QwenVL(PlannedFamily):
     def processor(self, plan: Plan) -> Any | None:
         """The QwenVLProcessor of the planned checkpoint; None where the source has no tokenizer."""
         from mgll_encoder.preprocess import image_processor
-        from mllm_adapters.modeling.qwen_vl import QwenVLProcessor
+        from mllm_adapters.families.qwen_vl.modeling import QwenVLProcessor
 
         text = self._text_side(plan)
         if text is None:

@@ -179,7 +179,7 @@ class Qwen2VL(PlannedFamily):
 
     def processor(self, plan: Plan) -> Any | None:
         """Tokenizer and chat template of the source with the planned preprocessing; None without a tokenizer."""
-        from mllm_adapters.modeling.qwen2_vl import MgllQwen2VLProcessor
+        from mllm_adapters.families.qwen2_vl.modeling import MgllQwen2VLProcessor
 
         text = text_side(plan.source)
         if text is None:
@@ -197,7 +197,7 @@ class Qwen2VL(PlannedFamily):
 
     def image_processor(self, plan: Plan) -> Any:
         """Pictures made square by the tower's rule, as patches."""
-        from mllm_adapters.modeling.qwen2_vl import MgllQwen2VLImageProcessor
+        from mllm_adapters.families.qwen2_vl.modeling import MgllQwen2VLImageProcessor
 
         square = super().image_processor(plan)
         alike = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
@@ -212,7 +212,7 @@ class Qwen2VL(PlannedFamily):
 
     def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:
         """See `Family.look`: pictures go in as patches."""
-        from mllm_adapters.modeling.qwen2_vl import to_patches
+        from mllm_adapters.families.qwen2_vl.modeling import to_patches
 
         vision = model.config.vision_config
         patches = to_patches(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm_adapters.families import read_template
-from mllm_adapters.families.llava_fields import first_release
+from mllm_adapters.families.llava.fields import first_release
 
 
 @dataclass(frozen=True)

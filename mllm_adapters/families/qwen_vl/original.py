@@ -160,7 +160,7 @@ def check_widths(fields: OriginalFields, visual: VisualFields, where: str) -> No
 
 def original_vision(visual: VisualFields) -> dict[str, Any]:
     """``vision_config`` of the original tower."""
-    from mllm_adapters.modeling.qwen_vl import QwenVisionConfig
+    from mllm_adapters.families.qwen_vl.modeling import QwenVisionConfig
 
     return QwenVisionConfig(
         hidden_size=visual.width,

@@ -20,7 +20,8 @@ from mllm_adapters.configs import build_config, read_fields, text_config, tower_
 from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, Reading, Step
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.flamingo_file import (
+from mllm_adapters.families.host import Connected, Host, Request, Swap
+from mllm_adapters.families.med_flamingo.original import (
     BRIDGE,
     HEAD,
     LANGUAGE_MODEL,
@@ -30,7 +31,7 @@ from mllm_adapters.families.flamingo_file import (
     rewidened,
     sort_names,
 )
-from mllm_adapters.families.flamingo_parts import (
+from mllm_adapters.families.med_flamingo.parts import (
     LANGUAGE_PART,
     TOWER_PREFIX,
     LlamaFields,
@@ -40,7 +41,6 @@ from mllm_adapters.families.flamingo_parts import (
     inner_tower,
     language_model,
 )
-from mllm_adapters.families.host import Connected, Host, Request, Swap
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
@@ -104,7 +104,7 @@ class MedFlamingo(PlannedFamily):
 
     def processor(self, plan: Plan) -> Any | None:
         """The FlamingoProcessor of the planned checkpoint; None where the source has no tokenizer."""
-        from mllm_adapters.modeling.flamingo import FlamingoProcessor
+        from mllm_adapters.families.med_flamingo.modeling import FlamingoProcessor
 
         if plan.layout == "transformers":
             text = text_side(plan.source)

@@ -29,8 +29,8 @@ from mllm_adapters.contract import (
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, Request, Swap
-from mllm_adapters.families.janus_original import read_original
-from mllm_adapters.families.janus_source import (
+from mllm_adapters.families.janus_pro.original import read_original
+from mllm_adapters.families.janus_pro.source import (
     GENERATION,
     IMAGE_BEGIN,
     IMAGE_END,
@@ -141,7 +141,7 @@ class JanusPro(PlannedFamily):
             return llava_processor(plan.after, tokenizer, self.llava.chat_template, PLACEHOLDER)
         from transformers import JanusProcessor
 
-        from mllm_adapters.modeling.janus import MgllJanusProcessor
+        from mllm_adapters.families.janus_pro.modeling import MgllJanusProcessor
 
         kind = MgllJanusProcessor if plan.swapped else JanusProcessor
         return kind(

@@ -18,8 +18,8 @@ from mgll_encoder.spec import Resize, TowerSpec, checked
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.configs import build_config, tower_geometry
 from mllm_adapters.contract import Dropped, Step
-from mllm_adapters.convnext import CONVNEXT, TIMM_KEY, convnext_config
 from mllm_adapters.families.keytable import Layout
+from mllm_adapters.families.mini_gemini.convnext import CONVNEXT, TIMM_KEY, convnext_config
 from mllm_adapters.planning import (
     TOWER_PART,
     HostTower,

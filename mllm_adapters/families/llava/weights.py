@@ -15,7 +15,7 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields
 from mllm_adapters.contract import Dropped, Step
 from mllm_adapters.families.keytable import Layout
-from mllm_adapters.families.llava_fields import AdapterFields, text_model
+from mllm_adapters.families.llava.fields import AdapterFields, text_model
 from mllm_adapters.planning import dtype_name, extended, kept
 
 READER = "multi_modal_projector.linear_1"

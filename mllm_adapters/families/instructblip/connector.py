@@ -8,8 +8,8 @@ from typing import Any
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Step, VisionContract
-from mllm_adapters.families import instructblip_lavis as lavis
 from mllm_adapters.families.host import Connected, Swap
+from mllm_adapters.families.instructblip import original as lavis
 from mllm_adapters.planning import kept, refit_reader
 
 QFORMER_PART = "qformer"
