@@ -1,4 +1,4 @@
-"""One module per family (large ones with helpers beside it), and their conversation formats."""
+"""One folder per family, what they share, and their conversation formats."""
 
 from collections.abc import Mapping
 from importlib.resources import files
