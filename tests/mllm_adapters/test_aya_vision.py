@@ -159,12 +159,6 @@ def test_a_published_checkpoint_of_full_size(
     assert all("re-initialised (1152 -> 1024 wide)" in fate for fate in plan.readers.values())
 
 
-def test_there_is_nothing_to_convert(source: Path) -> None:
-    checkpoint, family, _ = open_checkpoint(source)
-    with pytest.raises(UserError, match="nothing to convert"):
-        family.plan(checkpoint)
-
-
 def test_a_file_without_its_tower_is_refused(source: Path, golden: Path) -> None:
     from safetensors.torch import save_file
 

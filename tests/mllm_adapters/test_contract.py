@@ -2,22 +2,29 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 import mllm_adapters.auto  # noqa: F401
+from eval_mcq.items.schema import MCQItem
+from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower
+from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.contract import Plan
 from mllm_adapters.operations import fitted_tower
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.training.stages import apply_stage
+from tests.mllm_adapters import complete
+from tests.mllm_adapters.complete_checks import QUESTION, asked, embedding, in_dtype, prompt, tied
 from tests.mllm_adapters.families import (
     aya_vision,
     instructblip,
@@ -250,3 +257,151 @@ class TestFamily:
         with torch.no_grad():
             found = model(**case.prompt(plan, swapped.picture())).logits
             torch.testing.assert_close(found, swapped.look(case, swapped.picture()), atol=1e-4, rtol=0)
+
+
+UNASKED: Mapping[str, str] = {"instructblip-t5": "no letter scoring with an encoder-decoder"}
+"""Rows of `complete.BUILDERS` that cannot be asked by letter -> why."""
+
+OTHER_SIZES: Mapping[str, int] = {
+    "mini-gemini": 14,
+    **dict.fromkeys(("qwen2-vl", "qwen2_5-vl", "qwen3-vl"), 224),
+}
+"""Rows -> image size of a second swap, where twice the first one does not go with the host."""
+
+PROMPTS = Path(__file__).parent / "prompts"
+
+_INTERNVL = dict(
+    part.split("\n", 1) for part in (PROMPTS / "internvl.txt").read_text(encoding="utf-8").split("=== ")[1:]
+)
+
+FROZEN: Mapping[str, str] = {
+    "qwen-vl": (PROMPTS / "qwen_vl.txt").read_text(encoding="utf-8"),
+    "instructblip": (PROMPTS / "instructblip.txt").read_text(encoding="utf-8").removesuffix("\n"),
+    "internvl": _INTERNVL["qwen2"].removesuffix("\n"),
+    "internvl-internlm2": _INTERNVL["internlm2"].removesuffix("\n"),
+    "internvl-llama": _INTERNVL["llama"].removesuffix("\n"),
+}
+"""Rows whose snapshot is `QUESTION` about a picture -> the snapshot."""
+
+NEVER_TIED = ("instructblip-t5",)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A complete checkpoint, and what a swap makes of it."""
+
+    name: str
+    source: Path
+    encoder: Path
+    plan: Plan
+    folder: Path
+
+
+def swapped_folder(source: Path, encoder: Path | None, out: Path, size: int | None = None) -> Plan:
+    checkpoint, family, _ = open_checkpoint(source)
+    plan = family.plan(checkpoint, inspect_tower(encoder) if encoder else None, size)
+    apply_plan(plan, family, checkpoint, out)
+    return plan
+
+
+@pytest.fixture(scope="module", params=complete.BUILDERS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    source = complete.BUILDERS[request.param](folder / "host", lambda: request.getfixturevalue("golden"))
+    encoder = complete.encoder(folder / "mgll")
+    plan = swapped_folder(source, encoder, folder / "swapped")
+    return Whole(request.param, source, encoder, plan, folder / "swapped")
+
+
+class TestComplete:
+    """Each row of `complete.BUILDERS` in turn: a checkpoint with its tokenizer and processor."""
+
+    @torch.no_grad()
+    def test_a_second_swap_keeps_the_processor(self, whole: Whole, tmp_path: Path) -> None:
+        again = swapped_folder(whole.folder, whole.encoder, tmp_path / "again")
+        assert (again.after, again.image_token_id) == (whole.plan.after, whole.plan.image_token_id)
+        first, second = (AutoProcessor.from_pretrained(f) for f in (whole.folder, tmp_path / "again"))
+        assert type(second) is type(first)
+        assert second.chat_template == first.chat_template
+        given, expected = asked(second), asked(first)
+        assert given.keys() == expected.keys()
+        assert all(torch.equal(given[name], value) for name, value in expected.items())
+        ends = [
+            GenerationConfig.from_pretrained(f).eos_token_id
+            if (f / "generation_config.json").is_file()
+            else None
+            for f in (whole.folder, tmp_path / "again")
+        ]
+        assert ends[0] == ends[1]
+
+    def test_there_is_nothing_to_convert(self, whole: Whole) -> None:
+        checkpoint, family, layout = open_checkpoint(whole.folder)
+        assert layout == "transformers"
+        with pytest.raises(UserError, match="nothing to convert"):
+            family.plan(checkpoint)
+
+    def test_the_prompt_is_frozen(self, whole: Whole) -> None:
+        if whole.name not in FROZEN:
+            pytest.skip("its snapshot holds another conversation, see the family's own tests")
+        processor = AutoProcessor.from_pretrained(whole.folder)
+        assert prompt(processor) == FROZEN[whole.name]
+
+    @torch.no_grad()
+    def test_another_image_size_goes_with_the_same_words(self, whole: Whole, tmp_path: Path) -> None:
+        size = OTHER_SIZES.get(whole.name, 2 * whole.plan.after.image_size)
+        again = swapped_folder(whole.folder, whole.encoder, tmp_path / "again", size)
+        assert (again.before, again.after.image_size) == (whole.plan.after, size)
+        first, second = (AutoProcessor.from_pretrained(f) for f in (whole.folder, tmp_path / "again"))
+        assert second.tokenizer(QUESTION).input_ids == first.tokenizer(QUESTION).input_ids
+        assert second.chat_template == first.chat_template
+        model, _ = load_mllm(tmp_path / "again", dtype=torch.float32)
+        new = model.generate(**asked(second), do_sample=False, max_new_tokens=2, min_new_tokens=2)
+        assert new.shape[1] >= 2
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @torch.no_grad()
+    def test_half_precision_stays_half_precision(
+        self, whole: Whole, dtype: torch.dtype, tmp_path: Path
+    ) -> None:
+        source = in_dtype(whole.source, tmp_path / "half", dtype)
+        plan = swapped_folder(source, whole.encoder, tmp_path / "swapped")
+        assert {step.dtype for step in plan.steps} == {str(dtype).removeprefix("torch.")}
+        model, processor = load_mllm(tmp_path / "swapped")
+        found = {value.dtype for value in model.state_dict().values() if value.is_floating_point()}
+        # transformers keeps some layers of this model and of T5 in float32, where float16 would overflow
+        kept = {torch.float32} if dtype == torch.float16 and whole.name.startswith("instructblip") else set()
+        assert found == {dtype} | kept
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in asked(processor).items()}
+        if whole.name not in UNASKED and not kept:
+            assert model(**given).logits.dtype == dtype
+
+    def test_tied_embeddings_stay_tied(self, whole: Whole, tmp_path: Path) -> None:
+        if whole.name in NEVER_TIED:
+            pytest.skip("its language model has a head of its own")
+        source = tied(whole.source, tmp_path / "tied")
+        swapped_folder(source, whole.encoder, tmp_path / "swapped")
+        model, _ = load_mllm(tmp_path / "swapped", dtype=torch.float32)
+        rows = model.get_input_embeddings().weight
+        assert model.get_output_embeddings().weight is rows
+        expected = embedding(source)
+        torch.testing.assert_close(rows[: len(expected)], expected.float(), atol=0, rtol=0)
+        model.save_pretrained(tmp_path / "saved")
+        again, _ = load_mllm(tmp_path / "saved", dtype=torch.float32)
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+        assert torch.equal(again.get_input_embeddings().weight, rows)
+
+    def test_questions_are_answered_alike_alone_and_in_a_padded_batch(self, whole: Whole) -> None:
+        if whole.name in UNASKED:
+            pytest.skip(UNASKED[whole.name])
+        scorer = Scorer(*load_mllm(whole.folder, dtype=torch.float32))
+        items = [
+            MCQItem(id=str(i), images=["x.png"], question="What is seen?" * (i + 1),
+                    options=["drusen", "a cataract"], answer=0, category="x")
+            for i in range(3)
+        ]  # fmt: skip
+        pictures = [[Image.new("RGB", (70, 50), colour)] for colour in ("red", "blue", "green")]
+        together = scorer.score(items, pictures)
+        for item, picture, score in zip(items, pictures, together, strict=True):
+            (alone,) = scorer.score([item], [picture])
+            assert score.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+            assert sum(score.probabilities) == pytest.approx(1)

@@ -338,19 +338,6 @@ def test_parts_may_lie_beside_the_folder_or_be_named(original: Any, parts: Parts
         assert all(torch.equal(value, state[name]) for name, value in original.state_dict().items())
 
 
-@torch.no_grad()
-def test_a_head_that_is_tied_to_the_embedding_stays_so(host: Path, tmp_path: Path) -> None:
-    shutil.copytree(host, tmp_path / "host")
-    config = tmp_path / "host" / "llama-7b-hf" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
-    model, _ = load_mllm(tmp_path / "host")
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    model.save_pretrained(tmp_path / "saved")
-    again, _ = load_mllm(tmp_path / "saved")
-    ids = torch.tensor([[1, 5, 6]])
-    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
 # --- what is not supported is refused --------------------------------------------------------------------------
 
 

@@ -16,8 +16,6 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, AutoProcessor
 
 import mllm_adapters.auto  # noqa: F401
-from eval_mcq.items.schema import load_bench
-from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower
 from mgll_encoder.checkpoint import open_checkpoint as open_checkpoint_file
 from mgll_encoder.common.errors import UserError
@@ -32,7 +30,6 @@ from mllm_adapters.locate import find_part
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
-from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters.families import full_size
 from tests.mllm_adapters.families.case import Golden
 from tests.mllm_adapters.families.llava import expand
@@ -449,22 +446,6 @@ def test_after_the_swap_a_real_photograph_is_seen_by_the_new_towers_rule(
     assert generated.shape[1] == batch["input_ids"].shape[1] + 3
 
 
-def test_the_result_can_be_swapped_again_with_its_processor(
-    swapped: tuple[Plan, Path], encoder: Path, tmp_path: Path
-) -> None:
-    plan, folder = swapped
-    again = swap(folder, encoder, tmp_path / "again", plan.after.patch_size)
-    assert (again.before, again.after.tokens) == (plan.after, 1)
-    model, processor = load_mllm(tmp_path / "again")
-    batch = processor(text=["<image>?"], images=[Image.new("RGB", (9, 9))], return_tensors="pt")
-    assert (batch["input_ids"] == model.config.image_token_id).sum() == again.after.tokens
-    model(**batch)
-    checkpoint, family, layout = open_checkpoint(folder)
-    assert layout == "transformers"
-    with pytest.raises(UserError, match="nothing to convert"):
-        family.plan(checkpoint)
-
-
 def test_it_can_be_trained(swapped: tuple[Plan, Path], tmp_path: Path) -> None:
     model, processor = load_mllm(swapped[1], dtype=torch.float32)
     builders.picture(tmp_path, "a.png")
@@ -483,17 +464,6 @@ def test_it_can_be_trained(swapped: tuple[Plan, Path], tmp_path: Path) -> None:
     assert torch.isfinite(loss)
     loss.backward()
     assert model.model.vlm_uni_query_projector[1].weight.grad.abs().max() > 0
-
-
-def test_it_answers_by_letter(swapped: tuple[Plan, Path], tmp_path: Path) -> None:
-    model, processor = load_mllm(swapped[1], dtype=torch.float32)
-    bench = load_bench(small_bench(tmp_path, n=3))
-    images = [[open_image(path) for path in bench.image_paths(item)] for item in bench.items]
-    scorer = Scorer(model, processor)
-    together = scorer.score(bench.items, images)
-    for score, item, of_item in zip(together, bench.items, images, strict=True):
-        alone = scorer.score([item], [of_item])[0]
-        assert score.probabilities == pytest.approx(alone.probabilities, abs=1e-4)
 
 
 # --- full size ---------------------------------------------------------------------------------------------

@@ -21,8 +21,6 @@ from transformers import (
 )
 
 import mllm_adapters.auto  # noqa: F401
-from eval_mcq.items.schema import MCQItem
-from eval_mcq.scoring.score import Scorer
 from mgll_encoder import image_transform, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
@@ -199,13 +197,6 @@ def shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
-def test_a_tied_language_model_head_stays_tied(encoder: Path, tmp_path: Path) -> None:
-    tiny.write_checkpoint(tmp_path / "model", "qwen2_vl", tie_word_embeddings=True)
-    swap(tmp_path / "model", encoder, tmp_path / "swapped")
-    model, _ = load_mllm(tmp_path / "swapped")
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-
-
 @pytest.mark.parametrize("generation", GENERATIONS)
 @torch.no_grad()
 def test_saved_by_transformers_it_still_loads_and_takes_another_tower(
@@ -377,26 +368,6 @@ def test_training_batches_of_unequal_rows_have_a_loss(complete: Complete, images
     alone = [model(**AnswerCollator(0)([row])).loss for row in encoded]
     learnt = torch.tensor([(row["labels"] != IGNORED).sum() for row in encoded])
     torch.testing.assert_close(loss, (torch.stack(alone) * learnt).sum() / learnt.sum(), atol=1e-4, rtol=0)
-
-
-def test_letters_are_scored_alone_as_in_a_batch(complete: Complete) -> None:
-    scorer = Scorer(*load_mllm(complete.folder, dtype=torch.float32))
-    items = [
-        MCQItem(
-            id=str(n),
-            images=["x.png"],
-            question="Pale?" * n,
-            options=["Yes", "No"],
-            answer="A",
-            category="disc",
-        )
-        for n in (1, 5)
-    ]
-    pictures = [[Image.new("RGB", (60, 40), colour)] for colour in ("red", "blue")]
-    together = scorer.score(items, pictures)
-    for item, picture, score in zip(items, pictures, together, strict=True):
-        alone = scorer.score([item], [picture])[0].probabilities
-        assert score.probabilities == pytest.approx(alone, abs=1e-4)
 
 
 # --- the published checkpoints, by their headers --------------------------------------------------------------
