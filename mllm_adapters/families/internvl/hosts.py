@@ -66,6 +66,17 @@ class VisionFields(BaseModel):
     qk_normalization: bool = True
     qkv_bias: bool = False
 
+    def stock(self, spec: TowerSpec) -> dict[str, Any]:
+        """``vision_config`` of transformers' InternVL."""
+        return {
+            "model_type": "internvl_vision",
+            **self.model_dump(exclude={"qk_normalization", "qkv_bias"}),
+            "use_qk_norm": self.qk_normalization,
+            "attention_bias": self.qkv_bias,
+            "image_size": [spec.image_size] * 2,
+            "patch_size": [spec.patch_size] * 2,
+        }
+
 
 class OriginalFields(BaseModel):
     """What counts in an original config.json, with the original code's defaults."""
@@ -121,22 +132,15 @@ def original_host(checkpoint: Checkpoint, request: Request) -> Host:
             )
     spec = _original_tower(fields, vision, where)
     merge = _merged(fields.downsample_ratio, spec.grid, where)
-    contract = contract_of(spec, fields.select_layer, class_token=False)
     tiles = fields.max_dynamic_patch if fields.dynamic_image_size else 1
-    contract = contract.model_copy(
-        update={
-            "tokens": (spec.grid // merge) ** 2,
-            "tiles": tiles + (tiles > 1 and fields.use_thumbnail),
-        }
-    )
+    tiles += tiles > 1 and fields.use_thumbnail
+    contract = _contract(spec, fields.select_layer, merge, tiles)
     vocabulary = max(held[name].shape[0] for name in (EMBEDDINGS, HEAD) if name in held)
     said = internvl_text.conversation(checkpoint.folder, fields.template, vocabulary)
     image_token_id, rows = (said.image_token_id, vocabulary) if said else image_row(None, vocabulary)
-    own = {
-        language_model.fields.get(k, k): v
-        for k, v in {**language_model.defaults, **fields.llm_config}.items()
-    }
-    text = text_config(language_model.model_type, own, rows, f"{where}, llm_config")
+    text = text_config(
+        language_model.model_type, language_model.settings(fields.llm_config), rows, f"{where}, llm_config"
+    )
     steps = extended(_resampled(steps, spec.patches + 1), (EMBEDDINGS, HEAD), rows)
     kind = _model_type(request, fields.ps_version, contract)
     own = {
@@ -149,20 +153,12 @@ def original_host(checkpoint: Checkpoint, request: Request) -> Host:
         "tie_word_embeddings": text["tie_word_embeddings"],
         "ps_version": fields.ps_version,
     }
-    own_vision = {
-        "model_type": "internvl_vision",
-        **vision.model_dump(exclude={"qk_normalization", "qkv_bias"}),
-        "use_qk_norm": vision.qk_normalization,
-        "attention_bias": vision.qkv_bias,
-        "image_size": [spec.image_size] * 2,
-        "patch_size": [spec.patch_size] * 2,
-    }
     return Host(
         layout="original",
         before=contract,
         steps=sorted(steps, key=lambda step: not step.name.startswith(TOWER)),
         dtype=getattr(torch, held[f"{PROJECTOR}linear_1.weight"].dtype),
-        config=_config(kind, own, own_vision, contract),
+        config=_config(kind, own, vision.stock(spec), contract),
         image_token_id=image_token_id,
         read_at=NEW_LAYER,
         merge=merge,
@@ -219,8 +215,7 @@ def native_host(checkpoint: Checkpoint, request: Request) -> Host:
     spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, where)
     merge = _merged(fields.downsample_ratio, spec.grid, str(where))
     tiles = internvl_text.tiles(checkpoint.folder, config["model_type"])
-    contract = contract_of(spec, fields.vision_feature_layer, class_token=False)
-    contract = contract.model_copy(update={"tokens": (spec.grid // merge) ** 2, "tiles": tiles})
+    contract = _contract(spec, fields.vision_feature_layer, merge, tiles)
     root = prefix.removesuffix(TOWER)
     projector = checkpoint.tensors.get(f"{root}{PROJECTOR}linear_1.weight")
     if projector is None:
@@ -249,6 +244,12 @@ def native_host(checkpoint: Checkpoint, request: Request) -> Host:
         notes=notes,
         **_places(root, kind, request),
     )
+
+
+def _contract(spec: TowerSpec, layer: int, merge: int, tiles: int) -> VisionContract:
+    """The contract of a tower whose patches are joined, ``merge`` along one side."""
+    contract = contract_of(spec, layer, class_token=False)
+    return contract.model_copy(update={"tokens": (spec.grid // merge) ** 2, "tiles": tiles})
 
 
 def _model_type(request: Request, ps_version: str, contract: VisionContract) -> str:

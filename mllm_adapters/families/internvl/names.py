@@ -64,6 +64,10 @@ class LanguageModel:
     fields: Mapping[str, str]
     defaults: Mapping[str, Any]
 
+    def settings(self, llm_config: Mapping[str, Any]) -> dict[str, Any]:
+        """An ``llm_config`` in transformers' words."""
+        return {self.fields.get(k, k): v for k, v in {**self.defaults, **llm_config}.items()}
+
 
 def _internlm2(llm_config: Mapping[str, Any]) -> Mapping[str, Rule]:
     """Queries lie beside the key and the value that they share."""

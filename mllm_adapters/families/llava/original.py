@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import Resize
-from mllm_adapters.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import text_config, tower_config
 from mllm_adapters.contract import FAMILY_KEY
 from mllm_adapters.families.host import Host, Request
@@ -78,13 +80,9 @@ class Placeholder:
 def original_host(
     family: str, checkpoint: Checkpoint, request: Request, *, reads_trained_tower: bool
 ) -> Host:
-    """An original checkpoint, as it is in the transformers layout.
+    """An original checkpoint (whole, projector only, or LoRA), as it is in the transformers layout.
 
-    Args:
-        family: Registry name of the family.
-        checkpoint: Whole checkpoint, projector-only folder or LoRA folder.
-        request: What is asked for.
-        reads_trained_tower: Whether the original code, told that the tower was trained, takes it from the shards.
+    ``reads_trained_tower``: whether the original code, told that the tower was trained, takes it from the shards.
 
     Raises:
         UserError: the checkpoint is of a variant that is not supported, or lacks something.
@@ -97,18 +95,15 @@ def original_host(
     _check_variant(checkpoint, fields, weights, found)
     tower = _host_tower(checkpoint, fields, weights, found, request, reads_trained_tower)
     before = contract_of(tower.spec, fields.feature_layer, CLASS_TOKEN[fields.mm_vision_select_feature])
-
-    def header(target: str) -> TensorHeader:
-        return checkpoint.header(weights.sources[found.names[target]])
-
-    embeddings = [header(name) for name in VOCABULARY_TENSORS if name in found.names]
+    rows = [weights.sources[found.names[name]] for name in VOCABULARY_TENSORS if name in found.names]
+    embeddings = [checkpoint.header(name) for name in rows]
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint.folder, checkpoint.parts))
     image = _placeholder(checkpoint, fields, tokenizer, max(h.shape[0] for h in embeddings))
     steps = original_steps(checkpoint, weights, found.names, image.rows)
     reader = next((step for step in steps if step.name == f"{READER}.weight"), None)
-    dtype = embeddings[0].dtype if weights.base or reader is None else header(reader.name).dtype
+    dtype = getattr(torch, reader.dtype) if reader else embeddings[0].dtype
     if len(PROJECTORS[found.projector]) == 1 and reader is not None:
-        steps += identity_layer(dtype_name(dtype), reader.shape[0])
+        steps += identity_layer(reader.dtype, reader.shape[0])
     own = {TOWER_PREFIX + key: weights.sources[name] for key, name in found.inside.items()}
     return Host(
         layout=weights.layout,
