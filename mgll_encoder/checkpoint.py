@@ -15,6 +15,7 @@ from torch import Tensor
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import regular_file
 from mgll_encoder.common.texts import POINTER, read_json, refuse_pointer
+from mgll_encoder.foreign import other_format, refuse_adapter
 from mgll_encoder.locate import check_tower
 from mgll_encoder.spans import Span, read_span, spans
 from mgll_encoder.torch_file import WeightSet, open_torch
@@ -76,7 +77,10 @@ def open_checkpoint(path: Path, weights: WeightSet | None = None) -> Checkpoint:
     check_tower(path)
     if not path.is_dir():
         return _open_file(regular_file(path, "weight file"), weights)
+    refuse_adapter(path, "AutoModel", "AutoImageProcessor")
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    if file is None and (other := other_format(path)):
+        raise UserError(f"folder {path} holds no weights: {other}")
     if file is None:
         present = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise UserError(
@@ -130,6 +134,8 @@ def _open_file(path: Path, weights: WeightSet | None = None) -> Checkpoint:
         file = open_torch(path, zipped, weights)
         readers = dict.fromkeys(file.headers, file.read)
         return Checkpoint(path, (path,), file.headers, file.wrapper, file.sets, file.taken, readers)
+    if other := other_format(path):
+        raise UserError(f"{other}")
     raise UserError(f"{path} is not a checkpoint: expected safetensors or a file written by torch.save")
 
 

@@ -62,6 +62,22 @@ def read_claims(path: Path) -> Claims:
     return _open_clip(path) if (path / "open_clip_config.json").is_file() else Claims()
 
 
+def check_kind(file: Path) -> dict[str, Any]:
+    """The config.json of a transformers folder that holds a CLIP tower.
+
+    Raises:
+        UserError: it is unreadable, or of another kind of model.
+    """
+    content = read_json(file)
+    kind = content.get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise UserError(
+            f"{file}: field 'model_type' is {kind!r}: expected 'clip' or 'clip_vision_model', the folder of "
+            "a CLIP vision tower (a whole MLLM belongs to --mllm)"
+        )
+    return content
+
+
 def _ours(folder: Path) -> Claims:
     file = folder / TOWER_FILE
     content = read_json(file)
@@ -111,15 +127,9 @@ def _open_clip(folder: Path) -> Claims:
 
 def _transformers(folder: Path) -> Claims:
     file = folder / "config.json"
-    content = read_json(file)
-    kind = content.get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise UserError(
-            f"{file}: field 'model_type' is {kind!r}: expected 'clip' or 'clip_vision_model', the folder of "
-            "a CLIP vision tower (a whole MLLM belongs to --mllm)"
-        )
+    content = check_kind(file)
     vision = content
-    if kind == "clip":  # where a file of old holds it twice, transformers goes by the second
+    if content["model_type"] == "clip":  # where a file of old holds it twice, transformers goes by the second
         twice = (content.get(name) for name in ("vision_config_dict", "vision_config"))
         vision = next((part for part in twice if part is not None), {})
     try:

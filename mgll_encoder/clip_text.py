@@ -14,6 +14,7 @@ from mgll_encoder.common.texts import read_json
 from mgll_encoder.keymap import OPEN_CLIP_BLOCKS
 from mgll_encoder.spec import Activation
 from mgll_encoder.text_tower import TextTower
+from mgll_encoder.torch_file import WeightSet
 from mgll_encoder.word_pieces import clip_tokenizer
 
 _ANCHOR = "token_embedding.weight"
@@ -27,13 +28,16 @@ _RULES: dict[str, str] = {
 }
 
 
-def clip_text_tower(path: Path, activation: Activation, shared: int) -> TextTower | None:
+def clip_text_tower(
+    path: Path, activation: Activation, shared: int, weights: WeightSet | None = None
+) -> TextTower | None:
     """The text tower of a whole CLIP, with CLIP's tokenizer.
 
     Args:
         path: What ``load_tower`` reads as open_clip, OpenAI or MGLL weights.
         activation: Of both towers; the weights do not say.
         shared: Width of the shared space, that of the image tower's projection.
+        weights: Which of two sets of weights the image tower is of, as in ``load_tower``.
 
     Returns:
         The tower in eval mode, float32; None where the file has no text tower.
@@ -41,7 +45,7 @@ def clip_text_tower(path: Path, activation: Activation, shared: int) -> TextTowe
     Raises:
         UserError: the text tower is not CLIP's: another vocabulary, keys missing, or another shared space.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, weights)
     prefix = _prefix(checkpoint.headers)
     if prefix is None:
         return None

@@ -97,6 +97,7 @@ DROPPED: dict[str, tuple[str, ...]] = {
 """Parts of a CLIP around its vision tower, known and left out: group -> beginnings of keys."""
 
 _FOREIGN = {
+    r"\.lora_[AB]\.": "a PEFT adapter without the tower that it was trained on, into which it is to be merged first",
     r"(^|\.)layer1\.0\.conv1\.weight$": "a ResNet",
     r"(^|\.)(patch_embed\.proj|trunk\.[a-z_0-9.]+)\.(weight|bias)$": "a timm, EVA or SigLIP tower",
     r"(^|\.)(embed_tokens|tok_embeddings|wte)\.weight$": "a language model",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hub import is_elsewhere
 
 
 def check_manifest(path: Path) -> None:
@@ -18,10 +19,10 @@ def check_manifest(path: Path) -> None:
 
 
 def check_tower(path: Path) -> None:
-    """Refuse a tower that is not there.
+    """Refuse a tower that is not there, and no hub id.
 
     Raises:
-        UserError: it is not.
+        UserError: it is neither.
     """
-    if not path.exists():
+    if not path.exists() and not is_elsewhere(path):
         raise UserError(f"{path} does not exist: check the path of the tower")

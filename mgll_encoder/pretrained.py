@@ -8,6 +8,7 @@ from typing import Any
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.plain_words import library_reason
 
 CODE_FIELD = "auto_map"
 """The field with which a folder asks transformers to run a Python file."""
@@ -18,21 +19,17 @@ CONFIGS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "tokenizer_config.json",
+    "generation_config.json",
 )
 """The files that transformers goes by, in the order in which it reads them."""
+
+SENTENCEPIECE = "tokenizer.model"
 
 _NEEDS_CODE = ("trust_remote_code", "Unrecognized processing class")
 """What transformers says where it would have to run a folder's code."""
 
 _LOADS_ANOTHER = "audio_tokenizer"
 """A field of processors that names another repository, which would be loaded without a word."""
-
-_IN_PLAIN_WORDS = {
-    "CONVERSION": "its tensors do not have the shapes that its config.json describes",
-    "ignore_mismatched_sizes": "its tensors do not have the shapes that its config.json describes",
-    "Unrecognized processing class": "no processor class that transformers knows is named",
-}
-"""What a message of transformers holds that speaks to programmers -> what it means."""
 
 
 def load_pretrained(
@@ -83,19 +80,6 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def library_reason(error: Exception) -> str:
-    """The first line of what a library says, without advice for programmers."""
-    text = str(error).strip()
-    for sign, meaning in _IN_PLAIN_WORDS.items():
-        if sign in text:
-            return meaning
-    first = text.splitlines()[0] if text else ""
-    named = (
-        first if isinstance(error, UserError | ValueError | OSError | RuntimeError) and first else repr(error)
-    )
-    return named[:200]
-
-
 def _check_configs(folder: Path) -> None:
     """Read the folder's configurations once before transformers does, so that errors name the file and the field."""
     for name in CONFIGS:
@@ -129,7 +113,30 @@ def _unreadable(what: str, folder: Path | None, error: Exception, advice: str) -
             f"{what} cannot be read without running Python code of its repository (field '{CODE_FIELD}'); nothing of "
             "it was run: expected a model that transformers reads by itself"
         )
-    return UserError(f"{what} cannot be read: {library_reason(error)}{advice and f'; {advice}'}")
+    reason = (folder and _damaged(folder)) or library_reason(error)
+    return UserError(f"{what} cannot be read: {reason}{advice and f'; {advice}'}")
+
+
+def _damaged(folder: Path) -> str | None:
+    """What is wrong with the first damaged file beside the weights, so that it is named; None if none is seen to be."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            read_json(file)
+        except UserError as error:
+            return str(error)
+    model = folder / SENTENCEPIECE
+    return None if not model.is_file() or is_sentencepiece(model) else f"{model} is no SentencePiece model"
+
+
+def is_sentencepiece(model: Path) -> bool:
+    """Whether a file is a SentencePiece model."""
+    from sentencepiece import SentencePieceProcessor
+
+    with quiet():
+        try:
+            return bool(SentencePieceProcessor(model_file=str(model)).get_piece_size())
+        except RuntimeError:
+            return False
 
 
 def _asks_for_code(folder: Path) -> tuple[Path, Any] | None:

@@ -18,6 +18,7 @@ from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free, sha256, write_text
+from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.texts import read_json
@@ -215,7 +216,7 @@ def _write(
 
 def _trainings(plan: Plan, init: Path | str | None) -> tuple[Training, ...]:
     """What the tower will have been trained on: what it starts from was, and the images of this training."""
-    before = () if init is None or init == OPENAI else trainings_of(Path(init))
+    before = () if init is None or init == OPENAI else trainings_of(at_hand(init))
     digests = picture_digests(plan.images, "Noting the training images").values()
     return (*before, Training.of((TOWER,), "pretrain", digests, [split_of(read_header(plan.path).built)]))
 

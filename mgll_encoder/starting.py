@@ -9,6 +9,7 @@ from mgll_encoder.claims import HF_FOLDER, OURS
 from mgll_encoder.clip_text import clip_text_tower
 from mgll_encoder.common.cli import note, warn
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.data.batches import Plan
 from mgll_encoder.losses import Alphas
@@ -48,7 +49,9 @@ def starting_towers(
         UserError: a new text tower is to be frozen, weights cannot be read or had, or the text tower of ``init``
             does not know the texts.
     """
-    path, activation = _openai(activation) if init == OPENAI else (Path(init) if init else None, activation)
+    path, activation = (
+        _openai(activation) if init == OPENAI else (at_hand(init) if init else None, activation)
+    )
     vision = new_tower(preset) if path is None else load_tower(path, activation=activation)
     for line in vision.header.warnings:
         warn(line)
@@ -113,7 +116,11 @@ def text_beside(path: Path, vision: Tower, shared: int) -> TextTower | None:
     if layout == HF_FOLDER:
         whole = read_json(path / "config.json").get("model_type") == "clip"
         return TextTower.pretrained(str(path), shared) if whole else None
-    return None if layout == HF_STATE else clip_text_tower(path, vision.spec.activation, shared)
+    return (
+        None
+        if layout == HF_STATE
+        else clip_text_tower(path, vision.spec.activation, shared, vision.header.weights)
+    )
 
 
 def _check_known(text: TextTower, plan: Plan) -> None:

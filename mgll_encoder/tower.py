@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.checkpoint import Checkpoint, open_checkpoint
-from mgll_encoder.claims import HF_FOLDER, OPEN_CLIP_FOLDER, Claims, read_claims
+from mgll_encoder.claims import HF_FOLDER, OPEN_CLIP_FOLDER, Claims, check_kind, read_claims
 from mgll_encoder.clip_vision import vision_settings, vision_shapes
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.hub import at_hand
 from mgll_encoder.finite import FLOATS, all_finite
 from mgll_encoder.keymap import PROJECTION, KeyPlan, plan_keys
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Activation, TowerSpec, checked
@@ -146,7 +147,7 @@ def inspect_tower(
     Args:
         path: An official MGLL training checkpoint, an open_clip or OpenAI state dict (whole CLIP or
             ``visual`` only), a transformers folder (CLIPVisionModel, with projection, or CLIPModel) or state
-            dict, or a folder written by ``save_tower``.
+            dict, a folder written by ``save_tower``, or the hub id of any of these folders.
         activation: For sources that do not store it; must not contradict one that does. Attention heads are
             width // 64 where no config says otherwise (OpenAI's rule; open_clip's default head width).
         weights: Of a training checkpoint with two sets of weights, ``ema`` for the moving average; None takes the raw
@@ -155,7 +156,7 @@ def inspect_tower(
     Raises:
         UserError: the source is missing, damaged, of another architecture, or contradicts its config.
     """
-    return _examine(Path(path), activation, weights)[0]
+    return _examine(at_hand(path, check_kind), activation, weights)[0]
 
 
 def tower_state_dict(
@@ -165,7 +166,7 @@ def tower_state_dict(
 
     The projection is not among them. Arguments and errors as for ``load_tower``.
     """
-    header, tensors, _ = _read(Path(path), activation, weights)
+    header, tensors, _ = _read(at_hand(path, check_kind), activation, weights)
     return header, tensors
 
 
@@ -181,7 +182,7 @@ class TowerReader:
     def __init__(
         self, path: Path | str, *, activation: Activation | None = None, weights: WeightSet | None = None
     ) -> None:
-        self.header, self._checkpoint, self._plan = _examine(Path(path), activation, weights)
+        self.header, self._checkpoint, self._plan = _examine(at_hand(path, check_kind), activation, weights)
         self._sources = {t: key for key, place in self._plan.taken.items() for t in place.targets}
 
     def read(self, name: str) -> Tensor:
@@ -215,7 +216,7 @@ def load_tower(
     Raises:
         UserError: as for ``inspect_tower``, and weights that are not finite.
     """
-    header, tensors, projection = _read(Path(path), activation, weights)
+    header, tensors, projection = _read(at_hand(path, check_kind), activation, weights)
     dtype = dtype or torch.float32
     with torch.device("meta"):  # no weights are drawn only to be replaced
         model = build_model(header.spec)

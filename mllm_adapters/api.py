@@ -30,6 +30,7 @@ def plan_swap(
     encoder: str | Path,
     *,
     image_size: int | None = None,
+    tokens: int | None = None,
     layout: str = "own",
     activation: "Activation | str | None" = None,
     weights: "WeightSet | str | None" = None,
@@ -40,8 +41,9 @@ def plan_swap(
 
     Args:
         mllm: Checkpoint folder, hub id, or family name (which stands for its published checkpoint).
-        encoder: The tower: whatever `mgll_encoder.inspect_tower` reads.
+        encoder: The tower: whatever `mgll_encoder.inspect_tower` reads; a hub id, too.
         image_size: Input side in pixels; None for the one that keeps the host's number of visual tokens.
+        tokens: Visual tokens per image or tile, from which the size follows; goes without ``image_size``.
         layout: What to write: ``own``, or ``llava`` (loads with stock transformers) where that is exact.
         activation: ``gelu`` or ``quick_gelu``, for towers that do not say it themselves.
         weights: ``raw`` or ``ema``, for towers with a moving average of the weights beside them.
@@ -60,18 +62,21 @@ def plan_swap(
     from mgll_encoder.tower import inspect_tower
     from mllm_adapters.planning import with_tower_dtype
     from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.sizes import plan_at_size
     from mllm_adapters.swap.planned import SwapPlan
 
     tower_dtype = _tower_dtype(dtype)
     choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked there
     tower = inspect_tower(Path(encoder), **choices)
     checkpoint, family, _ = open_checkpoint(resolve(str(mllm)), parts)
-    plan = family.plan(checkpoint, tower, image_size, _target(layout, family))
+    kind = _target(layout, family)
+    plan, unsuited = plan_at_size(family, checkpoint, tower, kind, image_size=image_size, tokens=tokens)
     if tower_dtype is not None:
         plan = with_tower_dtype(plan, tower_dtype)
     given = _named(encoder)
-    name = f"{_named(mllm).name}-{given.name if Path(encoder).is_dir() else given.stem}"
-    return SwapPlan(plan, family, checkpoint, name, tower.warnings)
+    name = f"{_named(mllm).name}-{given.name if tower.source.is_dir() else given.stem}"
+    warnings = (*tower.warnings, *([unsuited] if unsuited else []))
+    return SwapPlan(plan, family, checkpoint, name, warnings)
 
 
 def plan_conversion(mllm: str | Path, *, parts: Parts | None = None) -> "SwapPlan":

@@ -13,7 +13,9 @@ from mgll_encoder.checkpoint import Checkpoint as Weights
 from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.foreign import other_format
 from mllm_adapters.locate import find_part, refuse_delta
 from mllm_adapters.side_files import TEMPLATES, left_behind, published
 
@@ -157,9 +159,9 @@ class Checkpoint:
         """
         if part not in self._given:
             return next((path for name in names if (path := find_part(name, self.folder))), None)
-        if not self._given[part].exists():
-            raise UserError(f"--part {part}={self._given[part]}: this file or folder does not exist")
-        return self._given[part]
+        if not (given := at_hand(self._given[part])).exists():
+            raise UserError(f"--part {part}={given}: this file or folder does not exist")
+        return given
 
     def attach(self, part: str, path: Path) -> dict[str, TensorHeader]:
         """Make the tensors of a weight file or model folder readable as ``PART/KEY``.
@@ -214,8 +216,11 @@ class Checkpoint:
     def _weights_file(self) -> Path:
         file = next((self.folder / name for name in WEIGHTS if (self.folder / name).is_file()), None)
         if file is None:
-            expected = ", ".join(WEIGHTS)
-            raise UserError(f"{self.folder} holds a config.json but no weights: expected one of {expected}")
+            found = other_format(self.folder)
+            expected = f"{found}; expected" if found else "expected"
+            raise UserError(
+                f"{self.folder} holds a config.json but no weights: {expected} one of {', '.join(WEIGHTS)}"
+            )
         return file
 
     @cached_property

@@ -7,7 +7,8 @@ from pydantic import BaseModel, ValidationError
 
 from mgll_encoder.clip_vision import vision_settings
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.pretrained import library_errors, library_reason
+from mgll_encoder.plain_words import library_reason
+from mgll_encoder.pretrained import library_errors, quiet
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.architectures import register_models
 from mllm_adapters.contract import VisionContract
@@ -49,7 +50,8 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
     fields = dict(settings)
     register_models([str(fields.get("model_type"))])
     try:
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        with quiet():
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except library_errors() as error:
         raise UserError(
             f"{where}: transformers cannot use this configuration: {library_reason(error)}"

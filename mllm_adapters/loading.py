@@ -215,10 +215,16 @@ def check_report(report: Any, folder: Path) -> None:
         UserError: a tensor is missing, left over, or of another shape than the model wants.
     """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # A mismatched one comes with its shapes, found and expected.
-        if keys := sorted(key if isinstance(key, str) else key[0] for key in report[kind]):
-            what = kind.removesuffix("_keys")
+        if keys := sorted(report[kind], key=str):
             raise UserError(
-                f"{folder}: {len(keys)} {what} tensors, first {keys[0]}: config.json and weights do not belong "
-                "together, and loading would leave random weights"
+                f"{folder}: {len(keys)} {kind.removesuffix('_keys')} tensors, first {_with_shapes(keys[0])}: "
+                "config.json and weights do not belong together, and loading would leave random weights"
             )
+
+
+def _with_shapes(key: str | tuple[str, Any, Any]) -> str:
+    """A tensor of a loading report; a mismatched one comes with its shapes, found and expected."""
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} of shape {list(found)} (expected {list(expected)})"

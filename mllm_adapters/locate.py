@@ -5,42 +5,15 @@ from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import require
+from mgll_encoder.common.hub import cached
 from mgll_encoder.common.texts import read_json
-
-UNUSED = (
-    "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "*.gguf", "consolidated*", "onnx/*", "openvino*",
-    "optimizer.*", "scheduler.pt", "rng_state*", "training_args.bin", "global_step*/*", "checkpoint-*/*", "runs/*",
-)  # fmt: skip
-"""Files of published models that nothing here reads: weights of other frameworks, states of trainings."""
-
-DUPLICATES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-"""The same weights once more, where there are safetensors."""
-
-ADAPTER_CONFIG = "adapter_config.json"
-"""In the folder of a PEFT adapter."""
+from mgll_encoder.foreign import ADAPTER_CONFIG
 
 PROVENANCE = "mgll_swap.json"
 """The record of a swap, in the folder of a checkpoint that ``swap-encoder`` wrote."""
 
 DELTA = "mgll_delta.json"
 """What tells the folder of a delta (`mllm_adapters.swap.delta`) from that of a checkpoint."""
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-
-
-def cached(hub_id: str) -> Path | None:
-    """The folder of a hub id in the Hugging Face cache, if all that is read of it has been downloaded."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    for skipped in ((*UNUSED, *DUPLICATES), UNUSED):
-        try:
-            folder = Path(snapshot_download(hub_id, local_files_only=True, ignore_patterns=list(skipped)))
-        except (LocalEntryNotFoundError, HFValidationError):
-            continue
-        if any(file.suffix in _WEIGHTS for file in folder.rglob("*")):
-            return folder
-    return None
 
 
 def beside(folder: Path, ending: str) -> Path:

@@ -1,12 +1,12 @@
 """Finding checkpoints: as a folder, in the Hugging Face cache, on the hub."""
 
-import re
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.hub import fetch, is_hub_id
+from mgll_encoder.common.texts import read_json
+from mgll_encoder.foreign import other_format
 from mllm_adapters.families import FAMILIES
-
-_HUB_ID = re.compile(r"[^/.~][^/]*/[^/]+")
 
 
 def resolve(name: str) -> Path:
@@ -30,8 +30,9 @@ def check_name(name: str) -> None:
         UserError: it is none of them.
     """
     if Path(name).is_file():
-        raise UserError(f"{name} is a file: pass the checkpoint's folder, the one that holds config.json")
-    if Path(name).is_dir() or _HUB_ID.fullmatch(name) or name in FAMILIES:
+        found = other_format(Path(name)) or f"{name} is a file"
+        raise UserError(f"{found}: pass the checkpoint's folder, the one that holds config.json")
+    if Path(name).is_dir() or is_hub_id(name) or name in FAMILIES:
         return
     if "/" in name:
         raise UserError(f"checkpoint folder {name} does not exist")
@@ -45,6 +46,7 @@ def _hub_id(name: str) -> str:
 
 
 def _fetch(hub_id: str) -> Path:
-    from mllm_adapters.swap.hub import fetch  # a second, which a folder at hand need not wait for
+    """The folder of a published checkpoint; what is not read is refused before its weights are downloaded."""
+    from mllm_adapters.registry import detect
 
-    return fetch(hub_id)
+    return fetch(hub_id, lambda config: detect(read_json(config), f"{hub_id}/config.json"))

@@ -6,7 +6,7 @@ from typing import Any
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.preprocess import image_processor, read_preprocessing
-from mgll_encoder.pretrained import load_pretrained
+from mgll_encoder.pretrained import is_sentencepiece, load_pretrained, quiet
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.architectures import register_models
 from mllm_adapters.checkpoint import TOKENIZER_FILES
@@ -116,10 +116,10 @@ def check_sentencepiece(tokenizer: Any, folder: Path) -> None:
 def _sentencepiece_ids(model: Path) -> list[int]:
     from sentencepiece import SentencePieceProcessor
 
-    try:
+    if not is_sentencepiece(model):
+        raise UserError(f"{model} is no SentencePiece model: copy or download it again")
+    with quiet():
         return SentencePieceProcessor(model_file=str(model)).encode(_PROBE)
-    except RuntimeError as error:
-        raise UserError(f"{model} is no SentencePiece model: {error}") from None
 
 
 def _check_against(expected: list[int], tokenizer: Any, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Quantised checkpoints: what their config.json says of it, and what to do instead."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import UserError
@@ -12,6 +13,9 @@ LOADABLE = "bitsandbytes"
 
 _PARTS = ("text_config", "llm_config", "vision_config")
 """Sections of a config.json that may say it of one part of the model."""
+
+FILES = ("quantize_config.json", "quant_config.json")
+"""What AutoGPTQ and AutoAWQ write beside weights that they have quantised, whatever config.json says."""
 
 _UNQUANTISED = (
     "quantised weights can be neither swapped nor converted nor trained: take the unquantised checkpoint (without "
@@ -47,3 +51,14 @@ def refuse_quantised(config: Mapping[str, Any], where: str, *, to_load: bool = F
     if method is None or (to_load and method == LOADABLE):
         return
     raise UserError(f"{where}: {FIELD} says {method}: {_UNQUANTISED}")
+
+
+def refuse_quantised_files(folder: Path) -> None:
+    """Refuse a folder whose weights were quantised by a program that says so in a file of its own.
+
+    Raises:
+        UserError: there is such a file.
+    """
+    found = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if found is not None:
+        raise UserError(f"{found} is that of GPTQ or AWQ: {_UNQUANTISED}")

@@ -9,17 +9,16 @@ from typing import Any, cast
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.foreign import other_format, refuse_adapter
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, Family
 from mllm_adapters.families import FAMILIES
 from mllm_adapters.locate import check_checkpoint
 from mllm_adapters.not_read import not_read
-from mllm_adapters.quantised import refuse_quantised
+from mllm_adapters.quantised import refuse_quantised, refuse_quantised_files
 
-UNMERGED = (
-    "{folder} {what}: merge it into its base model first (PeftModel.from_pretrained(base, adapter)"
-    ".merge_and_unload().save_pretrained(merged)), and pass the merged folder"
-)
+LOADED_BY = ("AutoModelForImageTextToText", "AutoProcessor")
+"""What loads the base of an adapter that is to be merged, and its processor."""
 
 LOOSE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -86,8 +85,9 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
     inner, matches = _inner_folder(folder)
     if not matches:
         found, layout = detect(read_json(inner / "config.json"), f"{inner}/config.json")
-        if (inner / "adapter_config.json").is_file() and not _reads_adapters(found, layout):
-            raise UserError(UNMERGED.format(folder=inner, what="holds a PEFT adapter (adapter_config.json)"))
+        refuse_quantised_files(inner)
+        if not _reads_adapters(found, layout):
+            refuse_adapter(inner, *LOADED_BY)
         loose: tuple[Path, ...] = ()
     else:
         found, layout, loose = _loose(inner, matches)
@@ -150,9 +150,7 @@ def _inner_folder(folder: Path) -> tuple[Path, LooseMatches]:
     if inner:
         names = ", ".join(path.name for path, _ in inner)
         raise UserError(f"{folder} holds {len(inner)} checkpoints ({names}): pass the folder of one of them")
-    if (folder / "adapter_config.json").is_file():
-        what = "is a PEFT adapter without a config.json (LLaVA's own LoRA folders have one)"
-        raise UserError(UNMERGED.format(folder=folder, what=what))
+    refuse_adapter(folder, *LOADED_BY)
     if len(configs) == 1:
         detect(read_json(configs[0]), str(configs[0]))
     if configs:
@@ -161,7 +159,10 @@ def _inner_folder(folder: Path) -> tuple[Path, LooseMatches]:
             f"{folder} holds no config.json and no weights of a known family, and neither is one of the folders in it "
             f"({names}): complete the download, or pass the checkpoint's own folder"
         )
-    raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
+    other = other_format(folder)
+    raise UserError(
+        f"{folder} is no checkpoint folder: {f'{other}; ' if other else ''}expected a folder with a config.json"
+    )
 
 
 def _loose(folder: Path, matches: LooseMatches) -> tuple[Family, str, tuple[Path, ...]]:

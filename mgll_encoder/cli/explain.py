@@ -52,6 +52,7 @@ def explain(
     patient_column: labelled.PatientColumn = None,
     limit: Annotated[int, typer.Option(min=1, max=40, help="Images on the sheet at most.")] = 6,
     activation: labelled.ActivationName = None,
+    weights: labelled.WeightsName = None,
     seed: Annotated[int, typer.Option(help="Draws the sides of --data.")] = 0,
     strict: labelled.Strict = False,
     force: labelled.Force = False,
@@ -86,8 +87,8 @@ def explain(
     from mgll_encoder.explain import attention_maps, contact_sheet, target_maps
     from mgll_encoder.preprocess import image_transform
 
-    skipped, tower = Skipped(strict, "rows" if label else "images"), open_tower(encoder, activation)
-    targets = _texts(tower, encoder, text or [])
+    skipped, tower = Skipped(strict, "rows" if label else "images"), open_tower(encoder, activation, weights)
+    targets = _texts(tower, text or [])
     if label:
         question = Question(
             data,
@@ -120,7 +121,7 @@ def explain(
     said(f"{len(paths)} images: {out}")
 
 
-def _texts(tower: "Tower", encoder: Path, texts: list[str]) -> "list[Target]":
+def _texts(tower: "Tower", texts: list[str]) -> "list[Target]":
     from mgll_encoder.explain import text_target
     from mgll_encoder.zero_shot_scores import class_directions, text_tower_of
 
@@ -128,7 +129,7 @@ def _texts(tower: "Tower", encoder: Path, texts: list[str]) -> "list[Target]":
         return []
     if blank := [text for text in texts if not text.strip()]:
         raise UserError(f"--text is '{blank[0]}': expected some words")
-    directions = class_directions(text_tower_of(encoder, tower), [[text] for text in texts])
+    directions = class_directions(text_tower_of(tower.header.source, tower), [[text] for text in texts])
     return [text_target(tower, text, feature) for text, feature in zip(texts, directions, strict=True)]
 
 

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from mgll_encoder.probe import ProbeResult
     from mgll_encoder.tower import Tower
 
-Encoder = Annotated[Path, typer.Option("--encoder", help="Tower: whatever 'mgll-encoder inspect' reads.")]
+Encoder = Annotated[
+    Path,
+    typer.Option(
+        "--encoder",
+        help="Tower: whatever 'mgll-encoder inspect' reads, or a hub id such as openai/clip-vit-large-patch14.",
+    ),
+]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -77,6 +83,12 @@ MinPositives = Annotated[
 ActivationName = Annotated[
     str | None,
     typer.Option("--activation", help="gelu or quick_gelu, for towers that do not say it themselves."),
+]
+WeightsName = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="raw or ema, for towers with a moving average of the weights beside them."
+    ),
 ]
 TestShare = Annotated[float, typer.Option("--test", help="Share of patients for the test side.")]
 Strict = Annotated[
@@ -196,11 +208,12 @@ def _listed(path: Path | None) -> frozenset[str]:
     return frozenset(Path(name).name for name in names)
 
 
-def open_tower(encoder: Path, activation: str | None) -> "Tower":
+def open_tower(encoder: Path, activation: str | None, weights: str | None = None) -> "Tower":
     """The tower, with its warnings said."""
     from mgll_encoder.tower import load_tower
 
-    tower = load_tower(encoder, activation=activation)  # type: ignore[arg-type]  # checked by load_tower
+    choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked by load_tower
+    tower = load_tower(encoder, **choices)
     for message in tower.header.warnings:
         warn(message)
     return tower

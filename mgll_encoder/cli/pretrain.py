@@ -20,7 +20,8 @@ def pretrain(
     loss: str = typer.Option("mgll", help="mgll, or clip: the control, all texts of an image joined in one."),
     preset: str = typer.Option("small", help="Size of a new tower: tiny or small (64 px, for CPUs)."),
     init: str | None = typer.Option(
-        None, help="Weights to start from: 'openai' (CLIP ViT-L/14), a CLIP file, or a tower's folder."
+        None,
+        help="Weights to start from: 'openai' (CLIP ViT-L/14), a CLIP file, or a tower's folder or hub id.",
     ),
     activation: str | None = typer.Option(None, help="Of --init, where it does not say: gelu or quick_gelu."),
     text_tower: str = typer.Option(

@@ -53,6 +53,7 @@ def probe(
     only: labelled.Only = "",
     min_positives: labelled.MinPositives = 10,
     activation: labelled.ActivationName = None,
+    weights: labelled.WeightsName = None,
     test: labelled.TestShare = 0.3,
     seed: Annotated[int, typer.Option(help="Draws the sides, the bootstrap and the fine-tuning.")] = 0,
     epochs: Annotated[
@@ -127,7 +128,7 @@ def probe(
     labels = question.read(skipped)
     from mgll_encoder.probe import judge
 
-    tower = open_tower(encoder, activation)
+    tower = open_tower(encoder, activation, weights)
     if mode == "linear":
         scores, kept, labels, record = _linear(tower, labels, skipped, min_positives, workers)
     else:

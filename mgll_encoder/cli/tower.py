@@ -20,7 +20,7 @@ PathArgument = Annotated[
     Path,
     typer.Argument(
         help="MGLL training checkpoint, open_clip or OpenAI state dict (.pt, .bin, .safetensors), "
-        "or a folder of transformers or of this project."
+        "a folder of transformers or of this project, or the hub id of one such as openai/clip-vit-large-patch14."
     ),
 ]
 ActivationOption = Annotated[

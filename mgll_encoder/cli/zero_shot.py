@@ -49,6 +49,7 @@ def zero_shot(
     only: labelled.Only = "",
     min_positives: labelled.MinPositives = 10,
     activation: labelled.ActivationName = None,
+    weights: labelled.WeightsName = None,
     test: labelled.TestShare = 0.3,
     every: Annotated[
         bool,
@@ -98,8 +99,8 @@ def zero_shot(
     )
 
     used = read_prompts(prompts or (known.prompts if known else "generic"))
-    tower = open_tower(encoder, activation)
-    text = text_tower_of(encoder, tower)
+    tower = open_tower(encoder, activation, weights)
+    text = text_tower_of(tower.header.source, tower)
     names = known.in_words if known else {}
     positive = [used.positive(label, names) for label in labels.names]
     negative = [used.negative(label, names) for label in labels.names]
@@ -146,6 +147,7 @@ def retrieval(
         typer.Option(help="Which to use, separated by commas (default: each by itself, and all together)."),
     ] = "",
     activation: labelled.ActivationName = None,
+    weights: labelled.WeightsName = None,
     seed: Annotated[int, typer.Option(help="Draws the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     strict: labelled.Strict = False,
@@ -175,8 +177,8 @@ def retrieval(
     from mgll_encoder.retrieval import retrieval as judge
     from mgll_encoder.zero_shot_scores import class_directions, projected, text_tower_of
 
-    tower = open_tower(encoder, activation)
-    text = text_tower_of(encoder, tower)
+    tower = open_tower(encoder, activation, weights)
+    text = text_tower_of(tower.header.source, tower)
     features, readable = readable_features(tower, found.labels, cache_folder("features"), skipped, workers)
     seen = projected(tower, features)
     said_all = class_directions(text, [[name] for name in readable.names])

@@ -23,7 +23,8 @@ def compose(
     encoder: Annotated[
         Path | None,
         typer.Option(
-            help="The tower of a delta with --reference-tower. Default: looked for by name and hash."
+            help="The tower of a delta with --reference-tower (file, folder or hub id). Default: looked for by name "
+            "and hash."
         ),
     ] = None,
     part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,

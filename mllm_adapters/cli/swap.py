@@ -25,6 +25,9 @@ app = cli.new_app(
 )
 
 MLLM_HELP = "Checkpoint folder, hub id, or family name (which stands for its published checkpoint)."
+ENCODER_HELP = (
+    "Tower: MGLL checkpoint, open_clip file, folder, or hub id such as openai/clip-vit-large-patch14."
+)
 PART_HELP = "Where a part of the checkpoint lies that is not found beside it: NAME=PATH. Repeatable."
 DRY_RUN_HELP = "Print the plan and stop."
 JSON_HELP = "Print the plan as JSON."
@@ -35,13 +38,19 @@ JSON_HELP = "Print the plan as JSON."
 def swap(
     context: typer.Context,
     mllm: Annotated[str | None, typer.Option(help=MLLM_HELP)] = None,
-    encoder: Annotated[
-        Path | None, typer.Option(help="Tower: MGLL checkpoint, open_clip file or folder.")
-    ] = None,
+    encoder: Annotated[Path | None, typer.Option(help=ENCODER_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} Default: <mllm>-<encoder>.")] = None,
     image_size: Annotated[
         int | None,
         typer.Option(min=1, help="Input side in pixels. Default: what keeps the host's number of tokens."),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Visual tokens per image or tile, instead of --image-size: chooses the size that gives them, such as "
+            "256 for MGLL at its own 224 px.",
+        ),
     ] = None,
     activation: Annotated[
         str | None, typer.Option(help="gelu or quick_gelu, for towers that do not say it themselves.")
@@ -98,6 +107,8 @@ def swap(
     rewritten tensor by tensor.
 
     Example: swap-encoder --mllm llava-med --encoder mgll-fundus.pt
+
+    At a size of one's own: swap-encoder --mllm llava-med --encoder openai/clip-vit-base-patch32 --tokens 49
     """
     if context.invoked_subcommand is not None:
         return
@@ -119,8 +130,8 @@ def swap(
 
             check_push(push_to_hub)
         plan = api.plan_swap(
-            mllm, encoder, image_size=image_size, layout=layout, activation=activation, weights=weights,
-            dtype=dtype, parts=parts_of(part),
+            mllm, encoder, image_size=image_size, tokens=tokens, layout=layout, activation=activation,
+            weights=weights, dtype=dtype, parts=parts_of(part),
         )  # fmt: skip
     for warning in plan.warnings:
         cli.warn(warning)

@@ -21,7 +21,8 @@ def verify(
     encoder: Annotated[
         Path | None,
         typer.Option(
-            help="The tower that was put in. Default: looked for by name and hash beside the folder."
+            help="The tower that was put in (file, folder or hub id). Default: looked for by name and hash beside the "
+            "folder."
         ),
     ] = None,
     source: Annotated[

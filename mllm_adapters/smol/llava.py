@@ -188,7 +188,7 @@ def build_smol_llava(
         processor.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         taught = Training.of(("projector", "language_model"), "build_smol_llava.py", corpus.digests.values())
-        write_trainings(folder, [*trainings_of(tower), taught])
+        write_trainings(folder, [*trainings_of(eyes.header.source), taught])
     return out
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mgll_encoder.checkpoint import Checkpoint as Weights
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Operation, Plan, Step
@@ -194,11 +195,15 @@ def open_delta(folder: Path, base: Path | None = None, parts: Mapping[str, Path]
     tower = None
     if record.reference_tower and record.inputs.tower:
         named = record.inputs.tower
-        tower = encoder or _found(
-            named,
-            folder,
-            ENCODER_PART,
-            'swap-encoder compose --encoder, or load_mllm(..., parts={"encoder": ...})',
+        tower = (
+            at_hand(encoder)
+            if encoder
+            else _found(
+                named,
+                folder,
+                ENCODER_PART,
+                'swap-encoder compose --encoder, or load_mllm(..., parts={"encoder": ...})',
+            )
         )
         if wrong := mismatch(named, tower):
             raise UserError(f"{tower} is not the encoder that {folder} was made with ({named.name}): {wrong}")

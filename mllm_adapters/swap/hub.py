@@ -1,38 +1,13 @@
-"""To the hub and from it: no more is downloaded than is read, and a model appears there whole, in one commit."""
+"""To the hub: a model appears there whole, in one commit."""
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.checkpoint import WEIGHTS
-from mllm_adapters.locate import DUPLICATES, UNUSED, cached
-
-_ERRORS = (HfHubHTTPError, HTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
-
-
-def fetch(hub_id: str) -> Path:
-    """The folder of a published model, from the Hugging Face cache or, where that lacks something, downloaded.
-
-    Of weights that are there twice only the safetensors are downloaded, and none of other frameworks.
-
-    Raises:
-        UserError: it cannot be downloaded.
-    """
-    if (folder := cached(hub_id)) is not None:
-        return folder
-    try:
-        names = [file.rfilename for file in HfApi().model_info(hub_id).siblings or ()]
-        twice = any(name in names for name in WEIGHTS if "safetensors" in name)
-        skipped = [*UNUSED, *(DUPLICATES if twice else ())]
-        return Path(snapshot_download(hub_id, ignore_patterns=skipped))
-    except _ERRORS as error:
-        raise UserError(
-            f"'{hub_id}' is no folder here, is not in the Hugging Face cache, and cannot be downloaded "
-            f"({_reason(error)}): pass the folder of a downloaded checkpoint"
-        ) from None
+from mgll_encoder.common.hub import hub_errors, hub_reason
 
 
 def check_push(repo: str) -> None:
@@ -44,7 +19,7 @@ def check_push(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"--push-to-hub {repo}: {_reason(error)}") from None
+        raise UserError(f"--push-to-hub {repo}: {hub_reason(error)}") from None
     if "/" not in repo:
         raise UserError(f"--push-to-hub {repo}: expected OWNER/NAME, such as my-lab/llava-med-mgll")
     if get_token() is None:
@@ -69,13 +44,9 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload {folder.name}")
-    except _ERRORS as error:
+    except hub_errors() as error:
         raise UserError(
-            f"{folder} is complete, but could not be pushed to {repo} ({_reason(error)}): once that is mended, "
+            f"{folder} is complete, but could not be pushed to {repo} ({hub_reason(error)}): once that is mended, "
             f"`hf upload {repo} {folder}`"
         ) from None
     return str(commit.commit_url)
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:160]

@@ -5,7 +5,6 @@ It is published with the checkpoint, so it holds names and hashes and never a pa
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,15 +14,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mgll_encoder.checkpoint import FOLDER_FILES
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hub import cached, hub_id_of
 from mgll_encoder.common.texts import checked, first_fault, read_json
 from mgll_encoder.spec import TowerSpec
 from mllm_adapters.checkpoint import WEIGHTS, Checkpoint
 from mllm_adapters.contract import Dropped, Plan, Step
-from mllm_adapters.locate import PROVENANCE, cached, check_swapped
+from mllm_adapters.locate import PROVENANCE, check_swapped
 from mllm_adapters.swap.fingerprint import FileRecord, agrees, sample_hash, sampled, whole
 
 _PACKAGES = ("mgll-mllm", "torch", "transformers", "safetensors")
-_IN_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)$")
 
 
 class _Data(BaseModel):
@@ -266,11 +265,11 @@ def _part_record(path: Path, source: Path) -> InputRecord:
 
 def named(path: Path, files: Mapping[str, FileRecord]) -> InputRecord:
     """A record under the name by which others know the thing: its own, or its id on the hub."""
-    found = _IN_CACHE.search(path.absolute().as_posix())
+    found = hub_id_of(path)
     if found is None:
         return InputRecord(name=path.absolute().name, files=dict(files))
-    hub_id = f"{found['owner']}/{found['name']}"
-    return InputRecord(name=hub_id, hub_id=hub_id, revision=found["revision"], files=dict(files))
+    hub_id, revision = found
+    return InputRecord(name=hub_id, hub_id=hub_id, revision=revision, files=dict(files))
 
 
 def without_paths(value: Any, plan: Plan) -> Any:

@@ -12,8 +12,10 @@ from PIL import Image
 
 from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.pretrained import library_errors, library_reason
+from mgll_encoder.plain_words import library_reason
+from mgll_encoder.pretrained import library_errors
 from mgll_encoder.spans import Span, spans
 from mllm_adapters.chat import render_chat, template_of
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
@@ -63,7 +65,9 @@ class Verification:
         self.folder = folder
         self.record = read_record(folder)
         inputs = self.record.inputs
-        self._encoder = encoder or (find_input(inputs.tower, folder) if inputs.tower else None)
+        self._encoder = (
+            at_hand(encoder) if encoder else (find_input(inputs.tower, folder) if inputs.tower else None)
+        )
         self._source = source or find_input(inputs.source, folder)
         self._checkpoint = Checkpoint(folder)
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.pretrained import library_errors, library_reason
-from mllm_adapters.locate import ADAPTER_CONFIG
+from mgll_encoder.foreign import ADAPTER_CONFIG
+from mgll_encoder.plain_words import library_reason
+from mgll_encoder.pretrained import library_errors
 from mllm_adapters.swap.provenance import named
 from mllm_adapters.training.stages import is_adapter
 

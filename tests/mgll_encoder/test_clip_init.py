@@ -12,7 +12,9 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.data.batches import Plan
 from mgll_encoder.losses import Alphas
 from mgll_encoder.starting import starting_towers
+from mgll_encoder.tower import load_tower
 from mgll_encoder.two_towers import PRESETS
+from mgll_encoder.zero_shot_scores import text_tower_of
 from tests.mgll_encoder.towers import scramble, state_of, write
 
 TEXTS = ["a normal fundus", "severe non-proliferative diabetic retinopathy, left eye", "drusen!"]
@@ -47,6 +49,19 @@ def test_both_towers_give_the_features_of_open_clip(tmp_path, quick_gelu, custom
         assert (control.image_features(pixels) - images).abs().max() > 1e-5
         assert (towers.text.features(TEXTS[::-1]) - texts).abs().max() > 1e-3
     assert float(towers.loss.scale.detach()) == pytest.approx(torch.tensor(3.0).exp().item())
+
+
+def test_image_and_text_tower_are_of_the_same_set_of_weights(tmp_path):
+    model = whole_clip(False)
+    raw, file = state_of(model), tmp_path / "averaged.pt"
+    torch.save({"state_dict": raw, "state_dict_ema": {k: v * 1.5 for k, v in raw.items()}}, file)
+    alone = write(raw, tmp_path / "raw.pt")
+    texts = {}
+    for chosen, path in {"raw": file, "ema": file, None: alone}.items():
+        tower = load_tower(path, activation="gelu", weights=chosen)
+        texts[chosen] = text_tower_of(path, tower).features(TEXTS).detach()
+    assert torch.equal(texts["raw"], texts[None])
+    assert (texts["ema"] - texts["raw"]).abs().max() > 1e-3
 
 
 def test_a_visual_tower_alone_has_no_text_tower(tmp_path):

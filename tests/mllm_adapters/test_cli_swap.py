@@ -208,11 +208,11 @@ def within(folder: Path, part: str, **changes: object) -> Path:
         (lambda f: without(f, "layers.1.mlp.up_proj"), "1 missing tensors, first model.language_model.layers.1"),
         (lambda f: with_weights(f, lambda w: w.update(foo=torch.ones(2))), "1 unexpected tensors, first foo"),
         (lambda f: without(f, "linear_1"), "linear_1.weight is missing: is this the language model only?"),
-        (lambda f: within(f, "text_config", hidden_size=64), "mismatched tensors, first lm_head"),
+        (lambda f: within(f, "text_config", hidden_size=64), "mismatched tensors, first lm_head.weight of shape ["),
         (lambda f: with_index(f, {"a": 5}), "field 'weight_map' is missing or damaged"),
         (lambda f: with_index(f, {"a": "../x.safetensors"}), "shard ../x.safetensors is missing"),
         (lambda f: with_bytes(f, "config.json", b"\xff\xfe{}"), "config.json is not UTF-8 text"),
-        (lambda f: with_bytes(f, "tokenizer.json", b'{"version": "1.0"}'), "cannot be read: KeyError"),
+        (lambda f: with_bytes(f, "tokenizer.json", b'{"version": "1.0"}'), "the files of its tokenizer are damaged"),
         (lambda f: edited(f, dtype="float99"), "dtype is 'float99': Input should be 'float32'"),
         (lambda f: edited(f, quantization_config={"bits": 4}), "quantization_config says unknown method: quantised"),
         (lambda f: edited(f, vision_config=None), "vision_config is None: Input should be a valid dictionary"),
@@ -244,7 +244,7 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(
         ({"num_hidden_layers": "two"}, "Field 'num_hidden_layers' expected int"),
         ({"num_hidden_layers": 99}, "do not belong together; take the config.json"),
         ({"intermediate_size": 7}, "mismatched tensors"),
-        ({"hidden_act": "junk"}, "cannot be read: KeyError('junk')"),
+        ({"hidden_act": "junk"}, "cannot be read: 'junk' is missing from it, or is nothing that"),
         ({"architectures": "LlavaLlamaForCausalLM"}, "field 'architectures' is 'LlavaLlamaForCausalLM'"),
         ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "but the host's tower gives 1024"),
         (
@@ -330,5 +330,5 @@ def test_offline_a_family_name_says_how_to_pass_a_folder(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     message = refused(main, "--mllm", "llava-med", "--encoder", tower, "--out", tmp_path / "out")
-    assert "'microsoft/llava-med-v1.5-mistral-7b' is no folder here" in message
+    assert "'microsoft/llava-med-v1.5-mistral-7b' is no file or folder here" in message
     assert "pass the folder of a downloaded checkpoint" in message

@@ -1,12 +1,16 @@
 """From the hub and to it, against a hub on this machine."""
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mgll_encoder import inspect_tower, load_tower
+from mgll_encoder.cli import main as mgll_encoder
 from mllm_adapters.cli.swap import main
 from mllm_adapters.swap.verify import Verification
 from tests.builders import invoke, refused
@@ -19,9 +23,10 @@ UNWANTED = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def hub(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    files = {file.name: file.read_bytes() for file in tiny_llava.iterdir()}
+@contextmanager
+def reached(folder: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
+    """A hub with the files of a folder and some that nobody reads, in the place of huggingface.co."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
     with serving(files | dict.fromkeys(UNWANTED, b"much")) as server:
         address = server.url
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
@@ -29,9 +34,16 @@ def hub(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
             "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
             address + "/{repo_id}/resolve/{revision}/{filename}",
         )
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_test")
+        yield server
+
+
+@pytest.fixture
+def hub(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with reached(tiny_llava, monkeypatch, tmp_path / "cache") as server:
         yield server
 
 
@@ -77,6 +89,68 @@ def test_weights_that_are_there_in_bin_only_are_downloaded(
     outcome = invoke(main, "--mllm", "org/model", "--encoder", tower, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     assert "pytorch_model.bin" in hub.asked
+
+
+def test_what_is_not_read_is_refused_before_its_weights_are_downloaded(
+    hub: FakeHub, tower: Path, tmp_path: Path
+) -> None:
+    hub.files["config.json"] = (
+        b'{"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}'
+    )
+    message = refused(main, "--mllm", "org/medgemma", "--encoder", tower, "--out", tmp_path / "out")
+    assert message.startswith("org/medgemma/config.json (model_type 'gemma3'")
+    assert "MedGemma are not supported" in message
+    assert hub.asked == ["config.json"]
+
+
+def test_a_tower_on_the_hub_is_read_by_every_command_that_takes_one(
+    tiny_llava: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with reached(tower, monkeypatch, tmp_path / "cache") as hub:
+        inspected = invoke(mgll_encoder, "inspect", "org/vit", "--json")
+        assert inspected.code == 0, inspected.err
+        assert json.loads(inspected.out)["width"] == inspect_tower(tower).spec.width
+        assert sorted(hub.asked) == sorted(file.name for file in tower.iterdir())
+        swapped = invoke(main, "--mllm", tiny_llava, "--encoder", "org/vit")
+        assert swapped.code == 0, swapped.err
+        assert sorted(hub.asked) == sorted(file.name for file in tower.iterdir()), "it is there already"
+    out = tmp_path / f"{tiny_llava.name}-vit"
+    record = json.loads((out / "mgll_swap.json").read_text())
+    assert record["inputs"]["tower"]["hub_id"] == "org/vit"
+    monkeypatch.setattr(
+        "huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9"
+    )  # it has to be in the cache
+    verified = invoke(main, "verify", out, "--encoder", "org/vit", "--quick")
+    assert verified.code == 0, verified.err
+    assert invoke(mgll_encoder, "convert", "org/vit", "--out", tmp_path / "converted").code == 0
+    assert load_tower("org/vit").header.spec == load_tower(tmp_path / "converted").header.spec
+
+
+def test_a_tower_that_is_neither_here_nor_reachable_says_what_to_do(
+    hub: FakeHub, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for command in (
+        (mgll_encoder, "inspect", "org/other"),
+        (mgll_encoder, "probe", "--encoder", "org/other", "--data", "labels.csv", "--images", tmp_path),
+        (main, "--mllm", tiny_llava, "--encoder", "org/other"),
+        (main, "--mllm", tiny_llava, "--encoder", "org/other", "--part", "vision-tower=org/other"),
+    ):
+        message = refused(*command)
+        assert "'org/other' is no file or folder here, is not in the Hugging Face cache" in message or (
+            "labels.csv" in message
+        )
+    (tmp_path / "towers").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "towers/mgll does not exist: check the path" in refused(mgll_encoder, "inspect", "towers/mgll")
+    assert "runs/mgll.pt does not exist: check the path" in refused(mgll_encoder, "inspect", "runs/mgll.pt")
+
+
+def test_another_kind_of_tower_is_refused_before_its_weights_are_downloaded(hub: FakeHub) -> None:
+    hub.files["config.json"] = b'{"model_type": "siglip"}'
+    assert "field 'model_type' is 'siglip'" in refused(mgll_encoder, "inspect", "org/siglip")
+    assert hub.asked == ["config.json"]
 
 
 def test_the_result_is_pushed_in_one_commit(
@@ -130,5 +204,6 @@ def test_a_hub_that_does_not_answer_leaves_the_folder_and_says_how_to_go_on(
     assert (out / "config.json").is_file()
     message = refused(main, "--mllm", "org/other", "--encoder", tower, "--out", tmp_path / "other")
     assert (
-        "'org/other' is no folder here, is not in the Hugging Face cache, and cannot be downloaded" in message
+        "'org/other' is no file or folder here, is not in the Hugging Face cache, and cannot be downloaded"
+        in message
     )

@@ -12,7 +12,8 @@ from typing import Any
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.pretrained import library_errors, library_reason
+from mgll_encoder.plain_words import library_reason
+from mgll_encoder.pretrained import library_errors, quiet
 from mllm_adapters.contract import Plan, VisionContract
 from mllm_adapters.families import read_template
 from mllm_adapters.processing import (
@@ -227,7 +228,8 @@ def original_tokenizer(folder: Path) -> Any:
             tokenizer.add_bos_token = settings.get("add_bos_token", True)
         return tokenizer
     try:
-        return _internlm2(folder, settings)
+        with quiet():
+            return _internlm2(folder, settings)
     except library_errors() as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {library_reason(error)}") from None
 

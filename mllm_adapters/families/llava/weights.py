@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.foreign import ADAPTER_CONFIG
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields
 from mllm_adapters.contract import Dropped, Step
@@ -27,7 +28,6 @@ VOCABULARY_TENSORS = (EMBEDDINGS, "language_model.lm_head.weight")
 BASE_PART = "base"
 """Name in ``--part`` of the language model that a projector or an adapter was trained on."""
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PARTIAL_WEIGHTS = ("mm_projector.bin", "non_lora_trainables.bin", *ADAPTER_WEIGHTS)
 

@@ -45,17 +45,16 @@ def check_full_size(plan: Plan, checkpoint: Checkpoint, *, weights: int) -> None
     assert sum(size.values()) == weights
 
 
-def published_tower(folder: Path, image_size: int = 224) -> Path:
-    """The headers of an MGLL ViT-L/14 in a transformers folder, without its bytes."""
+def published_tower(folder: Path, image_size: int = 224, **geometry: int) -> Path:
+    """The headers of an MGLL ViT-L/14 in a transformers folder, without its bytes; or of another ViT."""
     import torch
 
     from mgll_encoder import TowerSpec, vision_config
     from mgll_encoder.tower import build_model
     from tests.builders import sparse_checkpoint
 
-    spec = TowerSpec(
-        width=1024, depth=24, heads=16, mlp_width=4096, patch_size=14, image_size=image_size, activation="gelu"
-    )  # fmt: skip
+    sizes = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096, "patch_size": 14, **geometry}
+    spec = TowerSpec(**sizes, image_size=image_size, activation="gelu")
     with torch.device("meta"):
         state = build_model(spec).state_dict()
     shapes = {f"vision_model.{name}": tuple(value.shape) for name, value in state.items()}

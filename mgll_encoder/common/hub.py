@@ -1,0 +1,119 @@
+"""Models by their hub id: from the Hugging Face cache or downloaded, and no more of them than is read."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from mgll_encoder.common.errors import UserError
+
+UNUSED = (
+    "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "*.gguf", "consolidated*", "onnx/*", "openvino*",
+    "optimizer.*", "scheduler.pt", "rng_state*", "training_args.bin", "global_step*/*", "checkpoint-*/*", "runs/*",
+)  # fmt: skip
+"""Files of published models that nothing here reads: weights of other frameworks, states of trainings."""
+
+DUPLICATES = (
+    "pytorch_model*.bin", "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+)  # fmt: skip
+"""The same weights once more, where there are safetensors in the layout of transformers."""
+
+_ONCE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+"""Names of those."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+_IN_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)$")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``owner/name``; a folder of that name comes first."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
+
+
+def hub_id_of(path: Path) -> tuple[str, str] | None:
+    """The hub id and revision of a folder in a Hugging Face cache; None for all others."""
+    found = _IN_CACHE.search(path.absolute().as_posix())
+    return (f"{found['owner']}/{found['name']}", found["revision"]) if found else None
+
+
+def cached(hub_id: str) -> Path | None:
+    """The folder of a hub id in the Hugging Face cache, if all that is read of it has been downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    for skipped in ((*UNUSED, *DUPLICATES), UNUSED):
+        try:
+            folder = Path(snapshot_download(hub_id, local_files_only=True, ignore_patterns=list(skipped)))
+        except (LocalEntryNotFoundError, HFValidationError):
+            continue
+        if any(file.suffix in _WEIGHTS for file in folder.rglob("*")):
+            return folder
+    return None
+
+
+def is_elsewhere(path: Path) -> bool:
+    """Whether what is given as a path is a hub id.
+
+    A name below a folder that is here (``towers/mgll``) is a path and no hub id, and so is that of a weight file.
+    """
+    here = path.exists() or path.parent.is_dir() or path.suffix in _WEIGHTS
+    return not here and is_hub_id(path.as_posix())
+
+
+def at_hand(path: Path | str, check: Callable[[Path], object] | None = None) -> Path:
+    """A file or folder as it is given; of a hub id, the folder that `fetch` gives.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    path = Path(path)
+    return fetch(path.as_posix(), check) if is_elsewhere(path) else path
+
+
+def fetch(hub_id: str, check: Callable[[Path], object] | None = None) -> Path:
+    """The folder of a published model, from the Hugging Face cache or, where that lacks something, downloaded.
+
+    Of weights that are there twice only the safetensors are downloaded, and none of other frameworks.
+
+    Args:
+        hub_id: ``owner/name``.
+        check: Given the model's config.json, if it has one, before anything else is downloaded; may raise.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    if (folder := cached(hub_id)) is not None:
+        return folder
+    try:
+        names = [file.rfilename for file in HfApi().model_info(hub_id).siblings or ()]
+        config = Path(hf_hub_download(hub_id, "config.json")) if "config.json" in names else None
+    except hub_errors() as error:
+        raise _out_of_reach(hub_id, error) from None
+    if config is not None and check is not None:
+        check(config)
+    twice = any(_ONCE.fullmatch(name) for name in names)
+    try:
+        return Path(snapshot_download(hub_id, ignore_patterns=[*UNUSED, *(DUPLICATES if twice else ())]))
+    except hub_errors() as error:
+        raise _out_of_reach(hub_id, error) from None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub does not answer, or not with what was asked for."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    return (HfHubHTTPError, HTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+
+
+def hub_reason(error: Exception) -> str:
+    """The first line of what it says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:160]
+
+
+def _out_of_reach(hub_id: str, error: Exception) -> UserError:
+    return UserError(
+        f"'{hub_id}' is no file or folder here, is not in the Hugging Face cache, and cannot be downloaded "
+        f"({hub_reason(error)}): pass the folder of a downloaded checkpoint"
+    )
