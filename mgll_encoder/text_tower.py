@@ -183,6 +183,7 @@ class TextTower(nn.Module):
         except (ValidationError, ValueError, OSError) as error:
             raise UserError(f"{file} does not describe a text tower ({error}): copy it again") from None
         model, tokenizer = _pretrained(AutoModel, str(folder)), _tokenizer(str(folder))
+        _check_padding(model, tokenizer, str(folder))
         weights = open_checkpoint(folder / TEXT_PROJECTION_FILE)
         shape = weights.headers[TEXT_PROJECTION].shape if TEXT_PROJECTION in weights.headers else None
         if shape is None or len(shape) != 2 or shape[1] != model.config.hidden_size:
@@ -245,6 +246,7 @@ class TextTower(nn.Module):
             model, own = both.text_model, both.text_projection
         else:
             model = _pretrained(AutoModel, source)
+        _check_padding(model, tokenizer, source)
         width, limit = model.config.hidden_size, model.config.max_position_embeddings
         if own is None or own.weight.shape[0] != shared:
             own = nn.Linear(width, shared, bias=False)
@@ -298,6 +300,14 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
             f"text tower {source}: its tokenizer has no padding token: expected one, as BERT's has"
         )
     return tokenizer
+
+
+def _check_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    if int(tokenizer.pad_token_id) >= _rows(model):
+        raise UserError(
+            f"text tower {source}: its padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, but "
+            f"the encoder knows {_rows(model)}: take tokenizer and weights from the same folder"
+        )
 
 
 def _rows(model: PreTrainedModel) -> int:

@@ -35,8 +35,8 @@ def caption(
         The caption, or None where the row has no text at the chosen granularity.
     """
     taken = granularities if chosen == ALL else (chosen,)
-    sentences = [", ".join(texts[name]).rstrip(" .") for name in taken if texts.get(name)]
-    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences) or None
+    sentences = [", ".join(texts.get(name, ())).rstrip(" .") for name in taken]
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences if text) or None
 
 
 def caption_prompt(image: str, seed: int) -> str:
