@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing
 from mgll_encoder.common.images import READER_VERSION, open_image
+from mgll_encoder.common.progress import track
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.data.label_table import LabelledImages
 from mgll_encoder.preprocess import image_transform

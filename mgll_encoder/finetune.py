@@ -5,6 +5,7 @@ The epoch that is judged is chosen on a part of the training patients; nothing o
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 from copy import deepcopy
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mgll_encoder.common.cli import note, stderr
+from mgll_encoder.common.cli import stderr
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.images import open_image
@@ -44,6 +45,8 @@ from mgll_encoder.probe import METRICS, kept_labels, metrics, mixed
 from mgll_encoder.resuming import SoundStates, check_states, last_checkpoint
 from mgll_encoder.spec import TowerSpec
 from mgll_encoder.tower import Tower
+
+_logger = logging.getLogger(__name__)
 
 OPEN = -1
 """In place of 0 or 1 where a table leaves a label open."""
@@ -320,7 +323,7 @@ class _Telling(TrainerCallback):
     ) -> None:
         if args.disable_tqdm:
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            note(
+            _logger.info(
                 f"epoch {round(state.epoch or 0)}/{round(args.num_train_epochs)}: training loss {losses[-1]:.4f}, "
                 f"validation {CHOSEN_BY} {given['metrics'][f'eval_{CHOSEN_BY}']:.1f}"
             )

@@ -1,6 +1,7 @@
 """Pretraining an MGLL tower, or its plain CLIP control, with transformers' Trainer."""
 
 import json
+import logging
 import math
 import shutil
 from contextlib import nullcontext
@@ -14,7 +15,6 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free, sha256, write_text
@@ -41,6 +41,8 @@ from mgll_encoder.text_tower import TextTower
 from mgll_encoder.trainer import TowerTrainer, Validation
 from mgll_encoder.training_setup import kept_epoch, training_arguments
 from mgll_encoder.two_towers import PRESETS, TwoTowers
+
+_logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 
@@ -227,7 +229,7 @@ def _tell_what_is_cut(text: TextTower, plan: Plan) -> None:
     lengths = text.lengths(distinct)
     if many := sum(length > text.context for length in lengths):
         longest = max(range(len(distinct)), key=lengths.__getitem__)
-        note(
+        _logger.info(
             f"{many} of {len(distinct)} texts have more tokens than the {text.context} that the text tower reads, and "
             f"lose their ends. The longest has {lengths[longest]}: '{distinct[longest][:80]}'. Shorter texts, fewer "
             "granularities or a --text-tower of a longer context keep them"
@@ -247,7 +249,7 @@ def _validation(plan: Plan | None, select: Select, model: TwoTowers, workers: in
             f"--select best: {found}; keep some for it with 'mgll-encoder data fundus --val 0.1', or leave --select out"
         )
     if len(plan):
-        note(f"{found}: the last epoch is kept")
+        _logger.info(f"{found}: the last epoch is kept")
     return None
 
 

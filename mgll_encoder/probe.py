@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mgll_encoder.common.cli import track
+from mgll_encoder.common.progress import track
 from mgll_encoder.data.label_table import LabelledImages
 from mgll_encoder.features import cached_features as cached_features
 from mgll_encoder.features import pooled_features as pooled_features

@@ -1,5 +1,6 @@
 """Work folders of a training: who may write there, what can be resumed, what a signal leaves."""
 
+import logging
 import pickle
 import shutil
 import struct
@@ -19,10 +20,11 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mgll_encoder.common import signals
-from mgll_encoder.common.cli import note, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.locks import locked
 from mgll_encoder.common.texts import parse_json, read_text
+
+_logger = logging.getLogger(__name__)
 
 
 class ResumeError(UserError):
@@ -93,7 +95,7 @@ def checkpoints(folder: Path) -> list[Path]:
         try:
             parse_json(read_text(state, "state"), f"{state}", nan=True)  # as the loss of a step may be
         except UserError:
-            warn(f"{state} is cut short: {state.parent.name} does not count")
+            _logger.warning(f"{state} is cut short: {state.parent.name} does not count")
         else:
             complete.append(state.parent)
     return sorted(complete, key=step_of)
@@ -208,7 +210,7 @@ class SaveOnSignal(TrainerCallback):
             return
         self.stopping = control.should_save = control.should_training_stop = True
         if state.is_world_process_zero:
-            note(
+            _logger.info(
                 f"told to end: saving {PREFIX_CHECKPOINT_DIR}-{state.global_step}, from which --resume goes on"
             )
 

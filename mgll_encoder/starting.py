@@ -1,5 +1,6 @@
 """What a pretraining starts from: new towers, ours, a whole CLIP, or a text encoder that somebody trained."""
 
+import logging
 from functools import lru_cache
 from pathlib import Path
 
@@ -7,7 +8,6 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from mgll_encoder.claims import HF_FOLDER, OURS
 from mgll_encoder.clip_text import clip_text_tower
-from mgll_encoder.common.cli import note, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
@@ -18,6 +18,8 @@ from mgll_encoder.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text_tower import TextTower, load_text_tower
 from mgll_encoder.tower import HF_STATE, Tower, load_tower
 from mgll_encoder.two_towers import Preset, TwoTowers, image_projection, new_tower
+
+_logger = logging.getLogger(__name__)
 
 OPENAI = "openai"
 """The name, for ``--init``, of OpenAI's CLIP ViT-L/14."""
@@ -54,7 +56,7 @@ def starting_towers(
     )
     vision = new_tower(preset) if path is None else load_tower(path, activation=activation)
     for line in vision.header.warnings:
-        warn(line)
+        _logger.warning(line)
     projection = image_projection(vision)
     text = _text(text_tower, path, vision, projection.out_features, plan)
     if text is None and freeze_text:
@@ -93,7 +95,7 @@ def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: Plan
     assert path is not None  # the first case
     text = text_beside(path, vision, shared)
     if text is None:
-        note(f"{path} has no text tower: a new one is trained")
+        _logger.info(f"{path} has no text tower: a new one is trained")
     else:
         _check_known(text, plan)
     return text

@@ -1,5 +1,6 @@
 """transformers' Trainer for two towers: what a batch leaves out is counted, validation ranks texts for images."""
 
+import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.skipped import UNREADABLE, Skipped
 from mgll_encoder.data.batches import ManifestImages, Plan
@@ -20,6 +20,8 @@ from mgll_encoder.resuming import SoundStates
 from mgll_encoder.spec import TowerSpec
 from mgll_encoder.text_ranking import ranking_metrics
 from mgll_encoder.two_towers import TwoTowers
+
+_logger = logging.getLogger(__name__)
 
 VALIDATION_IMAGES = 2048
 """At most so many validation images are looked at, evenly spread over the split."""
@@ -169,14 +171,14 @@ class TowerTrainer(SoundStates):
         epoch = f"epoch {round(self.state.epoch or 0)}/{round(self.args.num_train_epochs)}"
         if "loss" in logs:
             terms = ", ".join(f"{name} {logs[name]:.4f}" for name in asdict(Alphas()) if name in logs)
-            note(f"{epoch}: training loss {logs['loss']:.4f} ({terms})")
+            _logger.info(f"{epoch}: training loss {logs['loss']:.4f} ({terms})")
         if "eval_mAP" in logs:
             figures = ", ".join(
                 f"{name.removeprefix('eval_')} {value:.3f}"
                 for name, value in logs.items()
                 if name.startswith(("eval_mAP", "eval_recall")) and value is not None
             )
-            note(f"{epoch}: validation {figures}")
+            _logger.info(f"{epoch}: validation {figures}")
 
     def gather_skipped(self) -> None:
         """Let the first process know what the others could not read."""

@@ -1,11 +1,12 @@
 """What users call. Paths are checked before anything heavy is imported."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.progress import track
 from mgll_encoder.locate import check_tower
 from mllm_adapters.locate import beside, check_swapped
 from mllm_adapters.parts import check_name, resolve
@@ -14,7 +15,6 @@ from mllm_adapters.training.runs import Request, carry_out, settings_of
 if TYPE_CHECKING:
     from mgll_encoder.spec import Activation
     from mgll_encoder.torch_file import WeightSet
-    from mllm_adapters.alignment.align import Track
     from mllm_adapters.contract import Family, Target
     from mllm_adapters.planning import TowerDtype
     from mllm_adapters.support import Support
@@ -124,7 +124,6 @@ def align(
     *,
     samples: int | None = None,
     device: str = "auto",
-    track: "Track" = lambda items, *_: items,
 ) -> "SwapPlan":
     """Fit what reads the tower's features on unlabelled images, in closed form.
 
@@ -133,7 +132,6 @@ def align(
         images: Folder of images, searched recursively, or a manifest.
         samples: Most images to use (500 if not given); which ones is drawn, always the same.
         device: Where the towers run: ``auto``, or what torch calls it.
-        track: Iterates under a progress bar.
 
     Returns:
         The plan with fitted readers; ``alignment`` says how well each was fitted.
@@ -141,7 +139,7 @@ def align(
     Raises:
         UserError: too few images, or the old tower is not at hand.
     """
-    return plan.to_fit(fitting(images, samples, device)).fit(track)
+    return plan.to_fit(fitting(images, samples, device)).fit()
 
 
 def fitting(images: str | Path, samples: int | None = None, device: str | None = None) -> "Fitting":
@@ -158,7 +156,6 @@ def verify(
     encoder: str | Path | None = None,
     source: str | Path | None = None,
     quick: bool = False,
-    track: "Callable[..., Any]" = lambda items, *_: items,
 ) -> "list[Check]":
     """Check that a checkpoint still is what a swap wrote: files, tensors, tower, and that it looks at images.
 
@@ -167,7 +164,6 @@ def verify(
         encoder: The tower that was put in; looked for by name and hash if not given.
         source: The checkpoint that it was put into; likewise.
         quick: Leave out the checks that load the model.
-        track: Iterates under a progress bar.
 
     Returns:
         The checks; ``passed`` is None for what could not be checked.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.images import open_image
+from mgll_encoder.common.progress import track
 
 THREADS = 4
 QUALITY = 80

@@ -6,11 +6,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from eval_mcq.items.schema import Bench, MCQItem
-from mgll_encoder.common.cli import stdout, track
+from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.picture_bytes import clean_copy
+from mgll_encoder.common.progress import track
 from mgll_encoder.contact_sheet import check_sheet, write_contact_sheet
 
 __all__ = ["check_images", "check_sheet", "hash_images", "sheet_of", "unreadable_images", "with_pictures"]

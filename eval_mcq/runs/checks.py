@@ -8,8 +8,8 @@ from PIL import Image
 
 from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.scoring.prompt import Ask
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.images import open_image
+from mgll_encoder.common.progress import track
 
 if TYPE_CHECKING:
     from eval_mcq.scoring.modes import Score

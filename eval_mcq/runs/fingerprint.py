@@ -5,10 +5,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from eval_mcq.scoring.modes import SCORING_VERSION
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import READER_VERSION
+from mgll_encoder.common.progress import track
 from mllm_adapters.locate import base_of_adapter
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".txt")

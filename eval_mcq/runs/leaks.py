@@ -1,5 +1,6 @@
 """Test images that the model under test has seen in training: found by hash, refused unless asked for."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from eval_mcq.items.schema import Bench
-from mgll_encoder.common.cli import warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.trained_on import Training, as_numbers, trainings_of
 from mllm_adapters.locate import base_of_adapter
+
+_logger = logging.getLogger(__name__)
 
 
 class Leak(BaseModel):
@@ -83,7 +85,7 @@ def check_leak(model: Path, bench: Bench, *, allow: bool) -> Leak | None:
             "--split test, with the same --patient-column, --test-share and --split-seed), or add --allow-leak to run "
             "it and have that said in every table"
         )
-    warn(f"bench {bench.path}: {leak.text}; its figures are flattered")
+    _logger.warning(f"bench {bench.path}: {leak.text}; its figures are flattered")
     return leak
 
 

@@ -1,5 +1,6 @@
 """Loading a model for a run, and running a bench in one process or in several that were launched together."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -7,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from eval_mcq.runs.run import Settings
     from eval_mcq.scoring.prompt import Mode
     from eval_mcq.scoring.score import Scorer
+
+_logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 WayName = Literal["auto", "prefix", "tree", "plain"]
@@ -49,7 +51,7 @@ class Loading:
         from eval_mcq.scoring.score import Scorer
         from mllm_adapters import load_mllm
 
-        note(f"Loading {self.model} on {self.device} ...")
+        _logger.info(f"Loading {self.model} on {self.device} ...")
         model, processor = load_mllm(self.model, dtype=self.dtype, quantization=self._quantisation())
         if self.four_bit and not getattr(model, "is_quantized", False):
             raise UserError(
@@ -145,7 +147,7 @@ def _merged(
     from eval_mcq.runs.merge import merge_held
     from eval_mcq.runs.run import answered, planned_rows
 
-    note(f"Waiting for the other {len(folders) - 1} processes ...")
+    _logger.info(f"Waiting for the other {len(folders) - 1} processes ...")
     expected = planned_rows(bench, record, settings, len(folders))
     while any(answered(f) < n for f, n in zip(folders, expected, strict=True)):
         time.sleep(WAIT)

@@ -1,5 +1,6 @@
 """Progress of a run: rows done, rows per second, time left."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from mgll_encoder.common.cli import note, stderr
+from mgll_encoder.common.cli import stderr
+
+_logger = logging.getLogger(__name__)
 
 EVERY = 30.0
 """Seconds between two lines where stderr is no terminal."""
@@ -44,7 +47,7 @@ def rate(description: str, total: int) -> Iterator[Callable[[int], None]]:
             task = bar.add_task(description, total=total)
             yield lambda done: bar.advance(task, done)
         return
-    note(f"{description} ({total}) ...")
+    _logger.info(f"{description} ({total}) ...")
     start = said = time.monotonic()
     sofar = 0
 
@@ -55,6 +58,6 @@ def rate(description: str, total: int) -> Iterator[Callable[[int], None]]:
         if now - said >= EVERY:
             said = now
             speed = sofar / (now - start)
-            note(f"{sofar}/{total}, {speed:.1f}/s, {(total - sofar) / speed / 60:.0f} min left")
+            _logger.info(f"{sofar}/{total}, {speed:.1f}/s, {(total - sofar) / speed / 60:.0f} min left")
 
     yield advance

@@ -1,6 +1,7 @@
 """Running a bench: answers are flushed per batch, and a killed run continues where it stopped."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ from eval_mcq.runs.records import (
 from eval_mcq.scoring.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
 from eval_mcq.scoring.prompt import Mode
 from eval_mcq.tables.summary import as_json, compare
-from mgll_encoder.common.cli import note, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import new_folder, write_text
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
     from eval_mcq.scoring.asking import Prepared
     from eval_mcq.scoring.score import Scorer
+
+_logger = logging.getLogger(__name__)
 
 ROWS = 32
 """Rows of a batch where nothing else is asked for."""
@@ -167,7 +169,7 @@ def _run(
         _check_options(scorer, bench, shown)
         if record.mode in LIKELIHOODS and not done:
             for warning in look(scorer, bench, QUICK).warnings:
-                warn(warning)
+                _logger.warning(warning)
     if settings.force or not out.exists():
         example = scorer.prompt(bench.items[0]) if scorer else ""
         with new_folder(out, settings.force) as partial:
@@ -217,7 +219,7 @@ def _planned(bench: Bench, record: RunRecord, settings: Settings) -> list[list[G
     """The batches of this run; those that reach beyond the limit are cut short."""
     whole = batches(groups(bench.items, record.rotations), settings.batch_size)
     if settings.shard.index >= len(whole):
-        note(
+        _logger.info(
             f"shard {settings.shard.name} has nothing to do: the bench is {len(whole)} batches of up to "
             f"{settings.batch_size} rows; a smaller --batch-size, the same for all shards, makes more of them"
         )

@@ -1,5 +1,6 @@
 """The benchmark as a judge of a model in training: what ``--eval-bench`` of the training commands calls."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -10,8 +11,9 @@ import torch
 from eval_mcq.items.pictures import check_images
 from eval_mcq.items.schema import load_bench
 from eval_mcq.scoring.score import Scorer
-from mgll_encoder.common.cli import warn
 from mgll_encoder.common.images import open_image
+
+_logger = logging.getLogger(__name__)
 
 BATCH = 8
 """Questions per forward pass."""
@@ -30,7 +32,7 @@ class BenchEvaluator:
     def __init__(self, path: Path) -> None:
         self.bench = load_bench(path)
         if self.bench.header.built.get("split") == "test":
-            warn(
+            _logger.warning(
                 f"--eval-bench {path} was built on the test split: weights that are chosen by it are no longer tested "
                 "by it; take patients that are in neither training nor test"
             )

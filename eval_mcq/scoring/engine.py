@@ -13,6 +13,7 @@ with it, and the user is told.
 """
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -34,7 +35,8 @@ from eval_mcq.scoring.parts import (
     pieces,
 )
 from eval_mcq.scoring.tree import Tree
-from mgll_encoder.common.cli import note
+
+_logger = logging.getLogger(__name__)
 
 Way = Literal["prefix", "tree", "plain"]
 
@@ -129,7 +131,7 @@ class Engine:
         except REFUSALS as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            note(
+            _logger.info(
                 f"This model cannot share {_SHARED[way]} between questions ({error}): each is put by itself."
             )
             return False
@@ -141,7 +143,7 @@ class Engine:
         )
         if off <= TOLERANCE[self.dtype]:
             return True
-        note(
+        _logger.info(
             f"Sharing {_SHARED[way]} between questions changes this model's answers (log-probabilities by {off:.2g}): "
             "each is put by itself."
         )

@@ -1,5 +1,6 @@
 """Scoring questions with a model, in any mode."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ from eval_mcq.scoring.engine import Engine, Way
 from eval_mcq.scoring.modes import LIKELIHOODS, Score
 from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode, order
 from eval_mcq.scoring.reply import parse_reply
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["Score", "Scorer"]
 
@@ -92,7 +94,7 @@ class Scorer:
             if rows == 1:
                 raise
             self._most_rows = rows // 2
-        note(f"Out of memory with {rows} questions at a time: going on with at most {rows // 2}.")
+        _logger.info(f"Out of memory with {rows} questions at a time: going on with at most {rows // 2}.")
         torch.cuda.empty_cache()
         return self._halves(batch)
 

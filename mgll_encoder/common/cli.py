@@ -24,8 +24,12 @@ from mgll_encoder.common.errors import UserError, one_line
 from mgll_encoder.common.faults import find_fault
 from mgll_encoder.common.files import clear_interrupted
 from mgll_encoder.common.lazy import version
+from mgll_encoder.common.progress import show_with
 
 T = TypeVar("T")
+
+PACKAGES = ("mgll_encoder", "mllm_adapters", "eval_mcq")
+"""Whose log records are shown."""
 
 
 class _Console(Console):
@@ -65,13 +69,42 @@ def run(app: typer.Typer) -> NoReturn:
     # So that nothing looks for garbage among all that torch has made: half a second at every exit.
     atexit.register(gc.freeze)
     try:
-        with signals.watched(last=True):
+        with _told_by_libraries(), signals.watched(last=True):
             code = _outcome(_with_version(typer.main.get_command(app)))
             if signals.received() is not None:
                 clear_interrupted()
     except KeyboardInterrupt:  # a signal that came after the command was done
         code = signals.exit_code()
     sys.exit(code)
+
+
+class _Lines(logging.Handler):
+    """Log records as lines of a command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record on stderr."""
+        (warn if record.levelno >= logging.WARNING else note)(record.getMessage())
+
+
+@contextmanager
+def _told_by_libraries() -> Iterator[None]:
+    """Show what the packages log, and progress, while a command runs."""
+    handler = _Lines()
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    show_with(track)
+    try:
+        yield
+    finally:
+        show_with(None)
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 def _with_version(command: Any) -> Any:

@@ -2,12 +2,15 @@
 
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 """What file systems answer that have no locks (NFS without lockd, some FUSE)."""
@@ -97,9 +100,8 @@ def _flock(descriptor: int, file: Path, otherwise: str | None) -> None:
     except (BlockingIOError, PermissionError):  # the latter is how some network disks say it
         if otherwise is not None:
             raise UserError(otherwise) from None
-        from mgll_encoder.common.cli import note
 
-        note(f"waiting for another process (it holds the lock {file}) ...")
+        _logger.info(f"waiting for another process (it holds the lock {file}) ...")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
@@ -112,7 +114,6 @@ def _is_still(descriptor: int, file: Path) -> bool:
 
 
 def _tell_unlockable(file: Path) -> None:
-    from mgll_encoder.common.cli import warn
 
     file.unlink(missing_ok=True)
-    warn(f"{file.parent} is on a disk without locks: take care that no other process writes there")
+    _logger.warning(f"{file.parent} is on a disk without locks: take care that no other process writes there")

@@ -1,10 +1,12 @@
 """Which column of a label table names the patient: one rule for all commands, so that their splits agree."""
 
+import logging
 import re
 
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.tables import Table
+
+_logger = logging.getLogger(__name__)
 
 NONE = "none"
 """What ``--patient-column`` says of a table in which every image is of another patient."""
@@ -45,7 +47,9 @@ def patient_column(table: Table, named: str | None, *, drawn: bool) -> str | Non
         return named
     known = [column for column in table.columns if re.sub(r"[\W_]", "", column.casefold()) in KNOWN]
     if len(known) == 1:
-        note(f"{table.path.name}: patients are told by column '{known[0]}' (--patient-column chooses)")
+        _logger.info(
+            f"{table.path.name}: patients are told by column '{known[0]}' (--patient-column chooses)"
+        )
         return known[0]
     if known:
         raise UserError(

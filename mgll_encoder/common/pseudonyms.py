@@ -5,6 +5,7 @@ The key stays beside the input and never enters an output; manifests and benches
 """
 
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -12,8 +13,9 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 KEY_FILE = ".mgll-key"
 """Name of the key beside the input; only its owner may read it."""
@@ -87,7 +89,7 @@ def key_path(source: Path) -> Path:
         return beside
     configuration = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     path = configuration / "mgll-mllm" / "pseudonyms.key"
-    note(
+    _logger.info(
         f"{beside.parent} is read-only: the key of the patients' pseudonyms is {path} ({KEY_VARIABLE} names another)"
     )
     return path

@@ -1,12 +1,14 @@
 """What is left out, and why: counted in one place, and said in the same words by every command."""
 
+import logging
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 NOT_NAMED = "no image named"
 NO_FILE = "no image file"
@@ -85,4 +87,4 @@ class Skipped:
     def say(self) -> None:
         """Say on stderr what was left out, the summary last; nothing where nothing was."""
         for line in self.lines():
-            note(line)
+            _logger.info(line)

@@ -6,6 +6,7 @@ What a file is, is told by its content. Whatever is recognised beyond a plain UT
 import codecs
 import csv
 import io
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from mgll_encoder.common import workbooks
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError, did_you_mean
 from mgll_encoder.common.skipped import Skipped
+
+_logger = logging.getLogger(__name__)
 
 Uncertain = Literal["ignore", "positive", "negative"]
 
@@ -133,7 +135,7 @@ def read_table(
         lines = _text_lines(path, reading.encoding)
     if sheet.others:
         others = ", ".join(f"'{name}'" for name in sheet.others)
-        note(f"{path.name}: sheet '{sheet.name}' is read, not {others} (--sheet chooses)")
+        _logger.info(f"{path.name}: sheet '{sheet.name}' is read, not {others} (--sheet chooses)")
     numbered = iter(lines)
     columns = _columns(path, numbered)
     table = Table(path, columns, [], sheet.name, sheet.others)
@@ -182,7 +184,7 @@ def _text_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, list[st
     text = text[told.end() :] if told else text
     delimiter = told[1] if told else _delimiter(text)
     if delimiter != ",":
-        note(f"{path.name}: columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
+        _logger.info(f"{path.name}: columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     number, above = 1, 0
     while True:

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import is_file
 from mgll_encoder.common.images import open_image
+from mgll_encoder.common.progress import track
 from mgll_encoder.common.skipped import DISAGREE, NO_FILE, Skipped, unnamed
 from mgll_encoder.data.laterality import names_side
 from mgll_encoder.data.manifest import ManifestRow, image_folder, named, read_header, read_rows, row_at

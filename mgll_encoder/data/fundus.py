@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, sha256
 from mgll_encoder.common.images import check_image_header
+from mgll_encoder.common.progress import track
 from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import NO_LABEL, UNCERTAIN, UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.splits import assign_split

@@ -2,11 +2,13 @@
 
 import ast
 import json
+import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 NUMBERS = {1.0: True, 0.0: False, -1.0: None}
 WORDS: dict[str, bool | None] = {
@@ -101,7 +103,7 @@ class LabelLists:
         commas = {label for label in labels - set(known) if _COMMA.search(label)}
         if commas and commas == joined:
             self._separator = re.compile(f"{_SURE.pattern}|{_COMMA.pattern}")
-            note(f"{where}: labels are separated by commas")
+            _logger.info(f"{where}: labels are separated by commas")
         elif joined:
             label = min(joined)
             joint = _JOINTS.search(label)
@@ -111,7 +113,7 @@ class LabelLists:
                 "cell is one label"
             )
         elif commas:
-            note(
+            _logger.info(
                 f"{where}: '{min(commas)}' is taken as one label, for its parts do not stand alone elsewhere "
                 "(--label-separator , splits it)"
             )

@@ -1,11 +1,11 @@
 """Rows of label tables, read alike by every command: which labels, known or left open, of which image and patient."""
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import is_file
 from mgll_encoder.common.patient_column import patient_column
@@ -21,6 +21,8 @@ from mgll_encoder.common.skipped import (
 )
 from mgll_encoder.common.tables import Reading, Table, Uncertain
 from mgll_encoder.data.label_cells import LabelLists, plain, truth_of
+
+_logger = logging.getLogger(__name__)
 
 NORMAL = "normal"
 """The label of images in which nothing is found."""
@@ -198,7 +200,7 @@ def settled(table: Table, rows: Sequence[LabelRow], reading: Reading, skipped: S
         return _coherent(rows, skipped)
     cells = sum(len(row.uncertain) for row in having)
     skipped.uncertain[reading.uncertain] += cells
-    note(
+    _logger.info(
         f"{table.path.name}: {cells} uncertain cells in {len(having)} rows: "
         f"{'ignored' if reading.uncertain == 'ignore' else f'taken as {reading.uncertain}'} (--uncertain)"
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder
+from mgll_encoder.common.progress import track
 from mgll_encoder.data.phantom import render
 from mgll_encoder.data.phantom_findings import FINDINGS
 

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder, regular_file
+from mgll_encoder.common.progress import track
 from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split

@@ -12,7 +12,7 @@ no old features, and counts for nothing. The class token is matched with the cla
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.picture_bytes import picture_digests
+from mgll_encoder.common.progress import track
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.trained_on import Training
 from mllm_adapters.alignment.matching import FEWEST, Watch, find_images
@@ -31,9 +32,6 @@ from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_readers
 from mllm_adapters.alignment.sight import Sight, sight_of_plan, sight_of_source
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Family, Plan, Reading, Step
-
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Iterates under a progress bar: items, what is done with them, how many there are."""
 
 SAMPLES = 500
 """Images that are used, unless told otherwise."""
@@ -182,7 +180,6 @@ def align(
     *,
     samples: int = SAMPLES,
     device: str = "auto",
-    track: Track = lambda items, *_: items,
 ) -> Alignment:
     """Fit the readers of a swap on images.
 
@@ -193,7 +190,6 @@ def align(
         images: Folder of images, searched recursively, or an MGLL manifest.
         samples: Most images to use; which ones is drawn, always the same.
         device: Where the towers run: ``auto``, or what torch calls it.
-        track: Shows progress.
 
     Raises:
         UserError: there are too few images, the old tower cannot be found, or there is no such device.

@@ -245,7 +245,7 @@ def _fitted(plan: "SwapPlan", as_json: bool) -> "SwapPlan":
     """Fit the readers and say how well that went."""
     from mllm_adapters.swap.report import alignment_table
 
-    plan = plan.fit(cli.track)
+    plan = plan.fit()
     if plan.alignment is not None:
         (cli.stderr if as_json else cli.stdout).print(alignment_table(plan.alignment))
         for warning in plan.alignment.warnings():

@@ -41,7 +41,7 @@ def verify(
 
     from rich.table import Table
 
-    checks = api.verify(folder, encoder=encoder, source=source, quick=quick, track=cli.track)
+    checks = api.verify(folder, encoder=encoder, source=source, quick=quick)
     if as_json:
         cli.stdout.print_json(data=[asdict(check) for check in checks])
     else:

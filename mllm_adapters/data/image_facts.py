@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow as pa
 from joblib import cpu_count
 
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing, cache_folder
 from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.common.picture_bytes import picture_digest
+from mgll_encoder.common.progress import track
 from mllm_adapters.locate import check_image_folder
 
 SCHEMA = pa.schema(

@@ -1,5 +1,6 @@
 """Tables computed row by row with `datasets`: memory-mapped, kept in the cache, computed by several processes."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from datasets import (
 )
 from joblib import cpu_count
 
-from mgll_encoder.common.cli import note, stderr
+from mgll_encoder.common.cli import stderr
 from mgll_encoder.common.files import cache_folder, made_once
+
+_logger = logging.getLogger(__name__)
 
 Work = Callable[[Mapping[str, Sequence[Any]]], dict[str, list[Any]]]
 
@@ -54,7 +57,7 @@ def compute_table(
 
         def make(partial: Path) -> None:
             partial.mkdir()
-            note(f"{description} ({len(source)}) ...")
+            _logger.info(f"{description} ({len(source)}) ...")
             if stderr.is_terminal:
                 enable_progress_bars()
             source.map(

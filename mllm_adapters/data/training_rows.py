@@ -18,10 +18,10 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from pydantic import BaseModel, ValidationError
 
-from mgll_encoder.common.cli import track
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import cache_folder, made_once, regular_file
 from mgll_encoder.common.hf_datasets import is_dataset
+from mgll_encoder.common.progress import track
 from mgll_encoder.common.texts import NAN_DECODER, check_content, parse_json
 from mgll_encoder.data.manifest import image_folder, read_header
 from mgll_encoder.data.manifest import read_rows as read_manifest

@@ -6,6 +6,7 @@ features from `mllm_adapters.features.store`, and `mllm_adapters.features.stand_
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.data.conversations import Corpus
 from mllm_adapters.data.examples import (
@@ -36,6 +36,8 @@ from mllm_adapters.data.tables import compute_table
 from mllm_adapters.features.fill import Place, computed, fill, moved, open_store
 from mllm_adapters.features.stand_ins import KEY, Cast, NotCacheableError, Plan, joined, record
 from mllm_adapters.features.store import FeatureStore
+
+_logger = logging.getLogger(__name__)
 
 ENCODED_VERSION = 1
 """Part of the key of encoded rows: changes when the same row would give other tokens."""
@@ -135,7 +137,7 @@ def cache_features(
         with place.autocast():
             calls = record(model, moved(collator(rows[:1]), place.device))
     except NotCacheableError as reason:
-        note(f"no feature cache: {reason}")
+        _logger.info(f"no feature cache: {reason}")
         return None
     plan = Plan(
         calls, {name: (v.dtype, tuple(v.shape[1:])) for name, v in rows[0].items() if _is_pixels(name, v)}

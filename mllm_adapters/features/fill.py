@@ -1,6 +1,7 @@
 """Filling a feature store: every image goes through the model's towers once, on every rank its share."""
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mgll_encoder.common.cli import note, track
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.common.locks import locked
+from mgll_encoder.common.progress import track
 from mllm_adapters.data.fingerprints import modules_fingerprint, pixel_fingerprint
 from mllm_adapters.features.stand_ins import Plan, seen_of_images, watched
 from mllm_adapters.features.store import SHARD_BYTES, FeatureStore, Stored, readable, size_of
+
+_logger = logging.getLogger(__name__)
 
 FEATURES_VERSION = 1
 """Part of the key: changes when the same model and image would give other features."""
@@ -141,7 +144,9 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 def _announce(store: FeatureStore, images: int, each: int) -> None:
     store.check_space(images * each)
-    note(f"feature cache: {images:,} images x {readable(each)} = {readable(images * each)} in {store.folder}")
+    _logger.info(
+        f"feature cache: {images:,} images x {readable(each)} = {readable(images * each)} in {store.folder}"
+    )
 
 
 class _Images(Dataset[tuple[str, dict[str, Tensor]]]):

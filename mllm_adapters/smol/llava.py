@@ -5,6 +5,7 @@ choice from written pictures, which needs no pixels, then the conversations them
 """
 
 import json
+import logging
 import re
 import tempfile
 import time
@@ -18,7 +19,6 @@ import transformers
 from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainingArguments
 
 from mgll_encoder import Tower, load_tower, vision_config
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, new_folder, sha256
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
@@ -29,6 +29,8 @@ from mllm_adapters.processing import llava_processor
 from mllm_adapters.smol.language import CHATML, LANGUAGE_MODELS, LanguageModelName, Speech
 from mllm_adapters.smol.lessons import Question, picture_lesson, read_question, word_lesson
 from mllm_adapters.training.trainer import FrozenTrainer
+
+_logger = logging.getLogger(__name__)
 
 FEATURE_LAYER = -2
 """The tower's last layer but one, as in LLaVA."""
@@ -171,7 +173,7 @@ def build_smol_llava(
         seed,
         recipe.bf16,
     )
-    note(f"taught in {time.monotonic() - began:.0f} s")
+    _logger.info(f"taught in {time.monotonic() - began:.0f} s")
     record = {
         "language_model": language_model,
         "tower": tower.name,

@@ -1,6 +1,7 @@
 """Executing a plan on disk: shard by shard, tensor by tensor, in a hidden folder that is renamed at the end."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.checkpoint import is_safetensors
-from mgll_encoder.common.cli import note
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
 from mgll_encoder.common.local_paths import without_local
@@ -39,6 +39,8 @@ from mllm_adapters.swap.fingerprint import FileRecord, sampled, whole
 from mllm_adapters.swap.provenance import input_record, record_of
 from mllm_adapters.swap.streaming import DTYPE_CODES, nbytes, write_safetensors
 from mllm_adapters.swap.transfer import best_way, check_space, copy_files, transfer
+
+_logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -186,7 +188,9 @@ def tell_left_behind(checkpoint: Checkpoint) -> None:
     """Name what of a checkpoint's folder does not go into what is made of it."""
     if names := checkpoint.left_behind:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        note(f"left behind in {checkpoint.folder}, as no part of a model: {', '.join(names[:_NAMED])}{more}")
+        _logger.info(
+            f"left behind in {checkpoint.folder}, as no part of a model: {', '.join(names[:_NAMED])}{more}"
+        )
 
 
 def _inherited(plan: Plan, checkpoint: Checkpoint) -> tuple[Training, ...]:

@@ -16,7 +16,7 @@ from mllm_adapters.swap.delta import stored_names
 from mllm_adapters.swap.report import plan_table, total_bytes
 
 if TYPE_CHECKING:
-    from mllm_adapters.alignment.align import Alignment, Track
+    from mllm_adapters.alignment.align import Alignment
 
 WIDTH = 120
 """Columns of a report as text."""
@@ -112,7 +112,7 @@ class SwapPlan:
         plan = fitted_plan(self.plan, self.family, self.checkpoint)
         return replace(self, plan=plan, unfitted=self.plan, fitting=fitting, _complete=False)
 
-    def fit(self, track: "Track" = lambda items, *_: items) -> "SwapPlan":
+    def fit(self) -> "SwapPlan":
         """The plan with its readers fitted; itself where none is to be, or all are.
 
         Raises:
@@ -129,7 +129,6 @@ class SwapPlan:
             self.fitting.images,
             samples=self.fitting.samples,
             device=self.fitting.device,
-            track=track,
         )
         return replace(self, plan=found.apply_to(self.plan), alignment=found)
 

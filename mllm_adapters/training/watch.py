@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,13 @@ from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mgll_encoder.checkpoint import open_checkpoint
-from mgll_encoder.common.cli import warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import require
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.texts import read_as
 from mgll_encoder.resuming import last_checkpoint, step_of
+
+_logger = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
 BEST_NOTE = "best.json"
@@ -128,7 +130,7 @@ class Watchdog(TrainerCallback):
             self.warned = True
             low, step = self.lowest
             if state.is_world_process_zero:
-                warn(
+                _logger.warning(
                     f"the loss is {loss:.4g} at step {state.global_step}, after {low:.4g} at step {step}: "
                     "it may be diverging; a lower --learning-rate is the first thing to try"
                 )

@@ -121,7 +121,7 @@ def swapped(
     plan = family.plan(checkpoint, inspect_tower(encoder))
     if images is None:
         return apply_plan(readers_anew(plan, family) if anew else plan, family, checkpoint, out), None
-    found = align(plan, family, checkpoint, images, samples=samples, track=cli.track)
+    found = align(plan, family, checkpoint, images, samples=samples)
     fitted = found.apply_to(fitted_plan(plan, family, checkpoint))
     return apply_plan(fitted, family, checkpoint, out, fitted=found.tensors), found
 

@@ -46,7 +46,7 @@ def test_the_key_is_for_its_owner_alone_and_is_not_drawn_before_it_is_needed(tab
     assert [path.name for path in sorted(table.parent.iterdir())] == [KEY_FILE, "labels.csv"]
 
 
-def test_beside_a_read_only_input_the_key_is_the_users_own_and_that_is_said(table, capsys):
+def test_beside_a_read_only_input_the_key_is_the_users_own_and_that_is_said(table, caplog):
     table.parent.chmod(0o555)
     try:
         first = Pseudonyms(table).patient("7")
@@ -55,7 +55,7 @@ def test_beside_a_read_only_input_the_key_is_the_users_own_and_that_is_said(tabl
     key = table.parents[1] / "config" / "mgll-mllm" / "pseudonyms.key"
     assert not (table.parent / KEY_FILE).exists()
     assert key.stat().st_mode & 0o777 == 0o600
-    said = capsys.readouterr().err
+    said = "\n".join(caplog.messages)
     assert KEY_VARIABLE in said
     assert str(key) in " ".join(said.split())
     assert first != Pseudonyms(table).patient("7"), "writable again, it has a key of its own"

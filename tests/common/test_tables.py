@@ -40,13 +40,13 @@ def refusal(path: Path, **reading: str) -> str:
     ("delimiter", "said"), [(",", ""), (";", "semicolons"), ("\t", "tabs"), ("|", "bars")]
 )
 def test_what_separates_columns_is_recognised_and_said_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], delimiter: str, said: str, end: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, delimiter: str, said: str, end: str
 ) -> None:
     table = read(write(tmp_path, text(delimiter, end)))
     assert table.columns == COLUMNS
     assert [cells for _, cells in table.rows] == CELLS
     assert [number for number, _ in table.rows] == [2, 3, 4]
-    assert capsys.readouterr().err == (f"labels.csv: columns are separated by {said}\n" if said else "")
+    assert caplog.messages == ([f"labels.csv: columns are separated by {said}"] if said else [])
 
 
 def test_excels_own_first_line_tells_the_separator(tmp_path: Path) -> None:
@@ -123,13 +123,13 @@ def excel(folder: Path, sheets: dict[str, list[list[object]]]) -> Path:
 
 
 def test_a_workbook_gives_its_first_sheet_and_names_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = [["file", "dr", "patient"], ["1.png", 1, 7.0], ["2.png", None, True]]
     path = excel(tmp_path, {"README": [["About"], ["legend"]], "Data": data})
     about = read(path)
     assert (about.sheet, about.others) == ("README", ("Data",))
-    assert "sheet 'README' is read, not 'Data' (--sheet chooses)" in capsys.readouterr().err
+    assert "sheet 'README' is read, not 'Data' (--sheet chooses)" in "\n".join(caplog.messages)
     with pytest.raises(UserError, match=r"that is sheet 'README', --sheet chooses another: Data"):
         about.check_columns([("--image-column", "file")])
     table = read(path, sheet="Data")

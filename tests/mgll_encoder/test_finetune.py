@@ -47,7 +47,7 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
 
 
 def test_it_learns_what_frozen_random_features_do_not_show(
-    tower: Tower, eyes: LabelledImages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tower: Tower, eyes: LabelledImages, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = {name: value.clone() for name, value in tower.model.state_dict().items()}
     linear = judge(*linear_scores(pooled_features(tower, eyes.images), eyes), eyes, replicates=300)
@@ -62,7 +62,7 @@ def test_it_learns_what_frozen_random_features_do_not_show(
         run.tower.model.state_dict()["post_layernorm.weight"], before["post_layernorm.weight"]
     )
     assert list(tmp_path.glob("*/")) == [], "no checkpoint is left behind"
-    said = [line for line in capsys.readouterr().err.splitlines() if "validation AUC" in line]
+    said = [line for line in "\n".join(caplog.messages).splitlines() if "validation AUC" in line]
     assert len(said) == QUICK.epochs
     assert run.validation == pytest.approx(max(float(line.rpartition(" ")[2]) for line in said), abs=0.06)
 
