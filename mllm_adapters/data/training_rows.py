@@ -216,7 +216,10 @@ def _head(path: Path) -> dict[str, Any]:
         first = format_of(path).header(path).decode() if path.is_file() else ""
     else:
         with _open(path) as stream:
-            first = next((line for line in stream if line.strip()), "")
+            try:
+                first = next((line for line in stream if line.strip()), "")
+            except UnicodeDecodeError:
+                raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     try:
         head = parse_json(first, str(path))
     except UserError:
