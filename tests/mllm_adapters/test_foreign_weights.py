@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -35,23 +34,25 @@ def an_adapter(kind: type, base: Path, folder: Path) -> Path:
     return folder
 
 
-def merged(line: str, folder: Path) -> Path:
-    """The folder that the command at the end of an error message writes."""
-    command = shlex.split(line[line.index("python -c") :])
-    assert command[0] == "python"
-    subprocess.run([sys.executable, *command[1:]], cwd=folder, check=True, capture_output=True)
-    return folder / command[-1]
+def merged(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the command at the end of an error message writes; it is run in this process."""
+    python, option, program, *names = shlex.split(line[line.index("python -c") :])
+    assert (python, option) == ("python", "-c")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [option, *names])
+    exec(compile(program, "<the command>", "exec"), {})
+    return folder / names[-1]
 
 
 def test_an_adapter_in_the_place_of_a_tower_is_told_with_the_command_that_merges_it(
-    tower: Path, tiny_llava: Path, tmp_path: Path
+    tower: Path, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = an_adapter(CLIPVisionModel, tower, tmp_path / "vit-lora")
     swap = (swap_encoder, "--mllm", tiny_llava, "--encoder", adapter, "--out", tmp_path / "out")
     for command in ((mgll_encoder, "inspect", adapter), swap):
         line = builders.refused(*command)
         assert line.startswith(f"{adapter} holds a PEFT adapter (adapter_config.json)")
-    whole = load_tower(merged(line, tmp_path))
+    whole = load_tower(merged(line, tmp_path, monkeypatch))
     assert whole.spec == load_tower(tower).spec, "with its preprocessing"
     name = "encoder.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(whole.model.get_parameter(name), load_tower(tower).model.get_parameter(name))
@@ -60,12 +61,12 @@ def test_an_adapter_in_the_place_of_a_tower_is_told_with_the_command_that_merges
 
 
 def test_an_adapter_in_the_place_of_a_model_is_told_with_the_command_that_merges_it(
-    tower: Path, tiny_llava: Path, tmp_path: Path
+    tower: Path, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = an_adapter(AutoModelForImageTextToText, tiny_llava, tmp_path / "llava-lora")
     line = builders.refused(swap_encoder, "--mllm", adapter, "--encoder", tower)
     assert line.startswith(f"{adapter} holds a PEFT adapter (adapter_config.json)")
-    model, processor = load_mllm(merged(line, tmp_path))
+    model, processor = load_mllm(merged(line, tmp_path, monkeypatch))
     assert processor is not None
     attached, _ = load_mllm(adapter)  # what eval-mcq run does with it
     for name, value in attached.named_parameters():
