@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from mgll_encoder.common.lazy import lazy
 
 if TYPE_CHECKING:
+    from mgll_encoder.api import linear_probe, pretrain, zero_shot
     from mgll_encoder.geometry import fold_normalisation, resample_positions
     from mgll_encoder.preprocess import image_processor, image_transform
     from mgll_encoder.save import save_tower
@@ -35,11 +36,14 @@ __all__ = [
     "image_processor",
     "image_transform",
     "inspect_tower",
+    "linear_probe",
     "load_tower",
+    "pretrain",
     "resample_positions",
     "save_tower",
     "tower_state_dict",
     "vision_config",
+    "zero_shot",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -57,10 +61,13 @@ __getattr__, __dir__ = lazy(
         "image_processor": "preprocess",
         "image_transform": "preprocess",
         "inspect_tower": "tower",
+        "linear_probe": "api",
         "load_tower": "tower",
+        "pretrain": "api",
         "resample_positions": "geometry",
         "save_tower": "save",
         "tower_state_dict": "tower",
         "vision_config": "tower",
+        "zero_shot": "api",
     },
 )

@@ -19,12 +19,12 @@ from PIL import Image
 from eval_mcq.cli.main import main as eval_mcq
 from eval_mcq.items.schema import load_bench
 from mgll_encoder.cli import main as mgll_encoder
-from mgll_encoder.cli.labelled import Question
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.table_options import reading
 from mgll_encoder.common.tables import Reading
 from mgll_encoder.data.manifest import read_rows
+from mgll_encoder.data.question import Question
 from mllm_adapters.data.conversations import read_corpus
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import a_tower

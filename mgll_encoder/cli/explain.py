@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgll_encoder import api
 from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import Question, open_tower, said
+from mgll_encoder.cli.labelled import said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, new_file
+from mgll_encoder.data.question import Question
 from mgll_encoder.locate import check_tower
 
 if TYPE_CHECKING:
@@ -87,7 +89,10 @@ def explain(
     from mgll_encoder.explain import attention_maps, contact_sheet, target_maps
     from mgll_encoder.preprocess import image_transform
 
-    skipped, tower = Skipped(strict, "rows" if label else "images"), open_tower(encoder, activation, weights)
+    skipped, tower = (
+        Skipped(strict, "rows" if label else "images"),
+        api.open_tower(encoder, activation, weights),
+    )
     targets = _texts(tower, text or [])
     if label:
         question = Question(

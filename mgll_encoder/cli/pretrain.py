@@ -4,6 +4,7 @@ from pathlib import Path
 
 import typer
 
+from mgll_encoder import api
 from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
@@ -70,18 +71,18 @@ def pretrain(
     """
     check_manifest(data)
     from mgll_encoder.losses import Alphas
-    from mgll_encoder.pretrain_options import PretrainOptions
-    from mgll_encoder.pretraining import pretrain as run
 
     try:
         soft_clip, pointwise, smooth_kl = (float(part) for part in alpha.split(","))
     except ValueError:
         raise UserError(f"--alpha is '{alpha}': give three numbers, such as 1,0.02,0.1") from None
-    options = PretrainOptions(
-        loss=loss,  # type: ignore[arg-type]  # checked by PretrainOptions
+    result = api.pretrain(
+        data,
+        out,
+        loss=loss,
         preset=preset,
         init=init,
-        activation=activation,  # type: ignore[arg-type]  # checked by load_tower
+        activation=activation,
         text_tower=text_tower,
         freeze_text=freeze_text,
         granularities=tuple(name.strip() for name in granularities.split(",") if name.strip()),
@@ -90,17 +91,12 @@ def pretrain(
         batch_size=batch_size,
         lr=lr,
         weight_decay=weight_decay,
-        select=select,  # type: ignore[arg-type]  # checked by PretrainOptions
-        precision=precision,  # type: ignore[arg-type]  # likewise
+        select=select,
+        precision=precision,
         gradient_checkpointing=gradient_checkpointing,
         deepspeed=deepspeed,
         flip=flip,
         seed=seed,
-    )
-    result = run(
-        data,
-        out,
-        options,
         images=images,
         workers=workers,
         strict=strict,

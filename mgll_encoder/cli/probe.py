@@ -2,28 +2,27 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mgll_encoder import api
 from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said
+from mgll_encoder.cli.labelled import print_result, said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
-from mgll_encoder.locate import check_tower
+from mgll_encoder.data.question import Question
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from mgll_encoder.api import Scored
     from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.label_table import LabelledImages
     from mgll_encoder.tower import Tower
 
-    Scored = tuple[NDArray[np.float64], list[int], LabelledImages, dict[str, Any]]
 
 MODES = ("linear", "finetune")
 _TITLES = {"linear": "Linear probe of {}, in %", "finetune": "Fine-tuned {}, in %"}
@@ -99,8 +98,6 @@ def probe(
     Example: mgll-encoder probe --encoder mgll-fundus --data labels.csv --images images --patient-column patient
     """
     from mgll_encoder.benchmarks import PROTOCOLS, published_beside
-    from mgll_encoder.benchmarks import benchmark as described
-    from mgll_encoder.common.skipped import Skipped
 
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
@@ -123,52 +120,32 @@ def probe(
         test_data, test_images, test_list, only, test, seed,
         tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
-    skipped = Skipped(strict)
-    check_tower(encoder)
-    labels = question.read(skipped)
-    from mgll_encoder.probe import judge
-
-    tower = open_tower(encoder, activation, weights)
-    if mode == "linear":
-        scores, kept, labels, record = _linear(tower, labels, skipped, min_positives, workers)
-    else:
+    score = api.linear(min_positives, workers)
+    if mode == "finetune":
         settings["seed"] = seed
-        scores, kept, labels, record = _finetuned(
-            tower, labels, skipped, min_positives, workers, settings, trainings or 1, tower_out, force
-        )
-    result = judge(scores, kept, labels, seed=seed)
-    question.warn_of_leaks(labels)
-    names = described(benchmark).in_words if benchmark else {}
-    print_result(result, _TITLES[mode].format(encoder), published, names)
+        score = partial(
+            _finetuned, positives=min_positives, workers=workers, settings=settings, trainings=trainings or 1,
+            tower_out=tower_out, force=force,
+        )  # fmt: skip
+    found = api.judge_trained(encoder, question, score, activation=activation, weights=weights, strict=strict)
+    print_result(found.result, _TITLES[mode].format(encoder), published, found.names)
     if out:
         content = {
-            "encoder": str(encoder), "data": str(data or images), "mode": mode, "seed": seed, "test": test, **record,
-            **skipped.record(), **asdict(result),
+            "encoder": str(encoder), "data": str(data or images), "mode": mode, "seed": seed, "test": test,
+            **found.record, **found.skipped.record(), **asdict(found.result),
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
         said(f"written: {out}")
     if tower_out:
         said(f"tower: {tower_out}")
-    skipped.say()
-
-
-def _linear(
-    tower: "Tower", labels: "LabelledImages", skipped: "Skipped", positives: int, workers: int | None
-) -> "Scored":
-    from mgll_encoder.common.files import cache_folder
-    from mgll_encoder.features import readable_features
-    from mgll_encoder.probe import linear_scores
-
-    features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
-    scores, kept = linear_scores(features, labels, positives=positives)
-    need_kept(kept, positives)
-    return scores, kept, labels, {}
+    found.skipped.say()
 
 
 def _finetuned(
     tower: "Tower",
     labels: "LabelledImages",
     skipped: "Skipped",
+    *,
     positives: int,
     workers: int | None,
     settings: dict[str, Any],
@@ -188,7 +165,7 @@ def _finetuned(
 
     options = FinetuneOptions(**settings)
     labels = open_every_image(labels, skipped)
-    need_kept(kept_labels(labels, positives), positives)
+    api.need_kept(kept_labels(labels, positives), positives)
     cache = cache_folder("finetune")
     runs = [
         finetune(

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgll_encoder import api
 from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import Question, need_kept, open_tower, print_result, said
+from mgll_encoder.cli.labelled import print_result, said
 from mgll_encoder.common import table_options as tables
-from mgll_encoder.common.cli import stdout, warn
+from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.data.question import Question
 from mgll_encoder.locate import check_tower
 
 if TYPE_CHECKING:
@@ -69,67 +71,26 @@ def zero_shot(
 
     Example: mgll-encoder zero-shot --encoder mgll-fundus --data labels.csv --images images --prompts fundus
     """
-    from mgll_encoder.benchmarks import benchmark as described
-    from mgll_encoder.common.files import cache_folder
-    from mgll_encoder.common.skipped import Skipped
-
     if out:
         check_free(out, force)
-    known = described(benchmark) if benchmark else None
     question = Question(
         data, images, benchmark, image_column, labels_column, binary_columns, patient_column, split_column,
         test_data, test_images, test_list, only, test, seed,
         tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
-    skipped = Skipped(strict)
-    check_tower(encoder)
-    labels = question.read(skipped, both_sides=False)
-    labels = (labels if every else labels.subset(labels.test)).all_for_test
-    if not labels.images:
-        raise UserError("no image is on the test side: give a larger --test, or --all")
-    from mgll_encoder.features import readable_features
-    from mgll_encoder.probe import judge, kept_labels
-    from mgll_encoder.zero_shot_scores import (
-        class_directions,
-        projected,
-        read_prompts,
-        text_tower_of,
-        unknown_pieces,
-        zero_shot_scores,
-    )
-
-    used = read_prompts(prompts or (known.prompts if known else "generic"))
-    tower = open_tower(encoder, activation, weights)
-    text = text_tower_of(tower.header.source, tower)
-    names = known.in_words if known else {}
-    positive = [used.positive(label, names) for label in labels.names]
-    negative = [used.negative(label, names) for label in labels.names]
-    for prompt, pieces in unknown_pieces(text, positive if labels.exclusive else positive + negative).items():
-        warn(f"prompt '{prompt}': the text tower has never seen {', '.join(pieces)}, and leaves that out")
-    features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
-    scores = zero_shot_scores(
-        projected(tower, features),
-        class_directions(text, positive),
-        class_directions(text, negative),
-        text.temperature,
-        labels.exclusive,
-    )
-    kept = kept_labels(labels, min_positives, trained=False)
-    need_kept(kept, min_positives)
-    result = judge(scores[:, kept], kept, labels, seed=seed)
-    print_result(result, f"Zero-shot classification by {encoder}, in %", {}, names, trained=False)
+    found = api.judge_zero_shot(
+        encoder, question, prompts=prompts, every=every, activation=activation, weights=weights,
+        min_positives=min_positives, strict=strict, workers=workers,
+    )  # fmt: skip
+    print_result(found.result, f"Zero-shot classification by {encoder}, in %", {}, found.names, trained=False)
     if out:
         content = {
             "encoder": str(encoder), "data": str(data or images), "mode": "zero-shot", "seed": seed, "test": test,
-            "prompts": {
-                label: {"positive": p} if labels.exclusive else {"positive": p, "negative": n}
-                for label, p, n in zip(labels.names, positive, negative, strict=True)
-            },
-            **skipped.record(), **asdict(result),
+            **found.record, **found.skipped.record(), **asdict(found.result),
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
         said(f"written: {out}")
-    skipped.say()
+    found.skipped.say()
 
 
 @needs("probe")
@@ -177,7 +138,7 @@ def retrieval(
     from mgll_encoder.retrieval import retrieval as judge
     from mgll_encoder.zero_shot_scores import class_directions, projected, text_tower_of
 
-    tower = open_tower(encoder, activation, weights)
+    tower = api.open_tower(encoder, activation, weights)
     text = text_tower_of(tower.header.source, tower)
     features, readable = readable_features(tower, found.labels, cache_folder("features"), skipped, workers)
     seen = projected(tower, features)

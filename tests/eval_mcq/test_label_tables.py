@@ -10,10 +10,10 @@ import pytest
 
 from eval_mcq.items.schema import load_bench
 from mgll_encoder.cli import main
-from mgll_encoder.cli.labelled import Question
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.table_options import reading
 from mgll_encoder.data.manifest import read_header, read_rows
+from mgll_encoder.data.question import Question
 from tests.builders import invoke, picture, refused
 
 NAMES = ("cataract", "glaucoma", "myopia", "normal")

@@ -10,9 +10,9 @@ from transformers import CLIPVisionModel
 from mgll_encoder import Tower, TowerSpec, save_tower
 from mgll_encoder.benchmarks import FINETUNE, LINEAR, benchmark, benchmarks, published_figures
 from mgll_encoder.cli import main
-from mgll_encoder.cli.labelled import Question
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.label_table import LabelledImages
+from mgll_encoder.data.question import Question
 from tests import builders
 from tests.builders import invoke, picture, refused
 

@@ -1,0 +1,298 @@
+"""What users call to train and to judge towers. Paths are checked before anything heavy is imported."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import cache_folder
+from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.data.question import Question
+from mgll_encoder.locate import check_manifest, check_tower
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mgll_encoder.data.label_table import LabelledImages
+    from mgll_encoder.pretraining import PretrainResult
+    from mgll_encoder.probe import ProbeResult
+    from mgll_encoder.tower import Tower
+
+    Scored = tuple[NDArray[np.float64], list[int], LabelledImages, dict[str, Any]]
+    """Scores [images, kept labels], the labels that are kept, the images that could be read, and a record."""
+
+    Score = Callable[[Tower, LabelledImages, Skipped], Scored]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a tower's features know of some labels.
+
+    Attributes:
+        result: AUC, mAP and accuracy with their intervals, macro and by label.
+        skipped: What was left out, by reason.
+        names: Label -> its name in words, of described benchmarks.
+        record: What else decides the figures, for a file.
+    """
+
+    result: "ProbeResult"
+    skipped: Skipped
+    names: Mapping[str, str] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pretrain(
+    data: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path | None = None,
+    workers: int = 2,
+    strict: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    save_on_signal: bool = False,
+    **options: Any,
+) -> "PretrainResult":
+    """Train a tower with the MGLL losses, or its plain CLIP control, on a manifest's training split.
+
+    Args:
+        data: Manifest (.jsonl or .parquet).
+        out: New folder for the tower.
+        images: Image folder; the one that the manifest names if not given.
+        workers: Processes that open images.
+        strict: Stop at the first row that would be left out.
+        resume: Continue an interrupted training of the same options.
+        force: Replace ``out``.
+        save_on_signal: Save a checkpoint before ending on SIGTERM or Ctrl-C.
+        **options: Fields of `mgll_encoder.pretrain_options.PretrainOptions`: ``loss``, ``init``, ``epochs`` ...
+
+    Raises:
+        UserError: manifest, images or weights cannot be read, or ``out`` is taken.
+    """
+    check_manifest(Path(data))
+    from mgll_encoder.pretrain_options import PretrainOptions
+    from mgll_encoder.pretraining import pretrain as train
+
+    return train(
+        Path(data), Path(out), PretrainOptions(**options), images=None if images is None else Path(images),
+        workers=workers, strict=strict, resume=resume, force=force, save_on_signal=save_on_signal,
+    )  # fmt: skip
+
+
+def linear_probe(
+    encoder: str | Path,
+    data: str | Path | None,
+    images: str | Path,
+    *,
+    activation: str | None = None,
+    weights: str | None = None,
+    min_positives: int = 10,
+    strict: bool = False,
+    workers: int | None = None,
+    **question: Any,
+) -> Judged:
+    """Fit a linear classifier on frozen features, and judge it on other patients.
+
+    Features are kept in a cache folder (``MGLL_CACHE_DIR``), so that a second probe takes seconds.
+
+    Args:
+        encoder: The tower: whatever `mgll_encoder.inspect_tower` reads.
+        data: Table (CSV, TSV, Excel, Parquet) of images and labels; None for benchmarks that are labelled by folders.
+        images: Folder that the image column is relative to.
+        activation: ``gelu`` or ``quick_gelu``, for towers that do not say it themselves.
+        weights: ``raw`` or ``ema``, for towers with a moving average of the weights beside them.
+        min_positives: Labels with fewer positive test images are left out.
+        strict: Stop at the first row or image that would be left out.
+        workers: Processes that read images; one per core if not given.
+        **question: Further fields of `mgll_encoder.data.question.Question`: ``patient_column``, ``benchmark``,
+            ``test``, ``seed`` ...
+
+    Raises:
+        UserError: table, images or tower cannot be read, or no label has enough images.
+    """
+    return judge_trained(
+        Path(encoder), asked(data, images, question), linear(min_positives, workers),
+        activation=activation, weights=weights, strict=strict,
+    )  # fmt: skip
+
+
+def linear(min_positives: int = 10, workers: int | None = None) -> "Score":
+    """A linear classifier on frozen features, for `judge_trained`."""
+
+    def score(tower: "Tower", labels: "LabelledImages", skipped: Skipped) -> "Scored":
+        from mgll_encoder.features import readable_features
+        from mgll_encoder.probe import linear_scores
+
+        features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
+        scores, kept = linear_scores(features, labels, positives=min_positives)
+        need_kept(kept, min_positives)
+        return scores, kept, labels, {}
+
+    return score
+
+
+def judge_trained(
+    encoder: Path,
+    question: Question,
+    score: "Score",
+    *,
+    activation: str | None = None,
+    weights: str | None = None,
+    strict: bool = False,
+) -> Judged:
+    """Judge a classifier on the test side of labelled images.
+
+    Args:
+        encoder: The tower.
+        question: Which images and labels.
+        score: Trains on the training side and scores the test side.
+        activation: Of towers that do not say it themselves.
+        weights: Of towers with a moving average of the weights beside them.
+        strict: Stop at the first row or image that would be left out.
+
+    Raises:
+        UserError: see `Question.read` and ``load_tower``.
+    """
+    skipped = Skipped(strict)
+    check_tower(encoder)
+    labels = question.read(skipped)
+    from mgll_encoder.probe import judge
+
+    scores, kept, labels, record = score(open_tower(encoder, activation, weights), labels, skipped)
+    result = judge(scores, kept, labels, seed=question.seed)
+    question.warn_of_leaks(labels)
+    return Judged(result, skipped, question.names, record)
+
+
+def zero_shot(
+    encoder: str | Path,
+    data: str | Path | None,
+    images: str | Path,
+    *,
+    prompts: str | None = None,
+    every: bool = False,
+    activation: str | None = None,
+    weights: str | None = None,
+    min_positives: int = 10,
+    strict: bool = False,
+    workers: int | None = None,
+    **question: Any,
+) -> Judged:
+    """Classify without training, by the likeness of an image to prompts of each class.
+
+    The prompts of a class are averaged; where several labels may be true at once, a label is weighed against the
+    prompts of its absence.
+
+    Args:
+        encoder: A tower with its text tower: a folder of `pretrain`, or a whole CLIP.
+        data: As of `linear_probe`.
+        images: Likewise.
+        prompts: ``generic``, ``fundus``, ``xray``, or a .json file; the benchmark's, or generic, if not given.
+        every: Judge all images, not the test side only.
+        activation: As of `linear_probe`.
+        weights: Likewise.
+        min_positives: Likewise.
+        strict: Likewise.
+        workers: Likewise.
+        **question: Likewise.
+
+    Raises:
+        UserError: as `linear_probe`; or the tower has no text tower.
+    """
+    return judge_zero_shot(
+        Path(encoder), asked(data, images, question), prompts=prompts, every=every, activation=activation,
+        weights=weights, min_positives=min_positives, strict=strict, workers=workers,
+    )  # fmt: skip
+
+
+def judge_zero_shot(
+    encoder: Path,
+    question: Question,
+    *,
+    prompts: str | None,
+    every: bool,
+    activation: str | None,
+    weights: str | None,
+    min_positives: int,
+    strict: bool,
+    workers: int | None,
+) -> Judged:
+    """As `zero_shot`, of labelled images that are described already."""
+    from mgll_encoder.benchmarks import benchmark as described
+
+    known = described(question.benchmark) if question.benchmark else None
+    skipped = Skipped(strict)
+    check_tower(encoder)
+    labels = question.read(skipped, both_sides=False)
+    labels = (labels if every else labels.subset(labels.test)).all_for_test
+    if not labels.images:
+        raise UserError("no image is on the test side: give a larger --test, or --all")
+    from mgll_encoder.features import readable_features
+    from mgll_encoder.probe import judge, kept_labels
+    from mgll_encoder.zero_shot_scores import (
+        class_directions,
+        projected,
+        read_prompts,
+        text_tower_of,
+        unknown_pieces,
+        zero_shot_scores,
+    )  # fmt: skip
+
+    used = read_prompts(prompts or (known.prompts if known else "generic"))
+    tower = open_tower(encoder, activation, weights)
+    text = text_tower_of(tower.header.source, tower)
+    positive = [used.positive(label, question.names) for label in labels.names]
+    negative = [used.negative(label, question.names) for label in labels.names]
+    for prompt, pieces in unknown_pieces(text, positive if labels.exclusive else positive + negative).items():
+        _logger.warning(
+            f"prompt '{prompt}': the text tower has never seen {', '.join(pieces)}, and leaves that out"
+        )
+    features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
+    scores = zero_shot_scores(
+        projected(tower, features),
+        class_directions(text, positive),
+        class_directions(text, negative),
+        text.temperature,
+        labels.exclusive,
+    )
+    kept = kept_labels(labels, min_positives, trained=False)
+    need_kept(kept, min_positives)
+    said = {
+        label: {"positive": p} if labels.exclusive else {"positive": p, "negative": n}
+        for label, p, n in zip(labels.names, positive, negative, strict=True)
+    }
+    result = judge(scores[:, kept], kept, labels, seed=question.seed)
+    return Judged(result, skipped, question.names, {"prompts": said})
+
+
+def asked(data: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> Question:
+    """The labelled images that keyword arguments name."""
+    return Question(data=None if data is None else Path(data), images=Path(images), **question)
+
+
+def open_tower(encoder: Path, activation: str | None, weights: str | None = None) -> "Tower":
+    """The tower; what the user should know of it is logged."""
+    from mgll_encoder.tower import load_tower
+
+    choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked by load_tower
+    tower = load_tower(encoder, **choices)
+    for message in tower.header.warnings:
+        _logger.warning(message)
+    return tower
+
+
+def need_kept(kept: list[int], min_positives: int) -> None:
+    """Refuse a set of which nothing can be judged.
+
+    Raises:
+        UserError: no label is kept.
+    """
+    if not kept:
+        raise UserError(
+            f"no label has negative and {min_positives} positive test images, and both to train on: see --min-positives"
+        )

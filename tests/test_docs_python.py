@@ -1,0 +1,56 @@
+"""The examples of docs/python.md run as they stand, one after the other, in a folder with what they name."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+from mgll_encoder.common.progress import show_with
+from mgll_encoder.data.fundus import FundusTable, build_fundus
+from mgll_encoder.data.phantom_set import write_phantom
+from tests import builders
+from tests.environments import ROOT
+from tests.mllm_adapters.llava_checkpoints import a_tower
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a user: phantom images with labels, a LLaVA, an MGLL tower, conversations."""
+    write_phantom(tmp_path / "phantom", 4, 64, 0, False)
+    table = FundusTable(tmp_path / "phantom" / "labels.csv")
+    build_fundus(table, tmp_path / "phantom", tmp_path / "phantom" / "manifest.jsonl")
+    builders.tiny_llava(tmp_path / "llava")
+    a_tower(tmp_path / "mgll-fundus")
+    images = sorted((tmp_path / "phantom" / "images").iterdir())[:4]
+    rows = [
+        {
+            "id": image.stem,
+            "image": f"images/{image.name}",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": "an eye"},
+            ],
+        }
+        for image in images
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_examples_of_the_page_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)  # pytest has handlers of its own
+    blocks = BLOCK.findall((ROOT / "docs" / "python.md").read_text())
+    assert len(blocks) == 5
+    names: dict[str, object] = {}
+    try:
+        for number, block in enumerate(blocks, 1):
+            exec(compile(block, f"docs/python.md, example {number}", "exec"), names)
+    finally:
+        show_with(None)
+    for made in ("mgll-tower", "llava-mgll", "llava-mgll-fitted", "llava-again", "llava-mgll-aligned", "report.html"):
+        assert (place / made).exists(), made
