@@ -52,5 +52,12 @@ def test_the_examples_of_the_page_run(place: Path, monkeypatch: pytest.MonkeyPat
             exec(compile(block, f"docs/python.md, example {number}", "exec"), names)
     finally:
         show_with(None)
-    for made in ("mgll-tower", "llava-mgll", "llava-mgll-fitted", "llava-again", "llava-mgll-aligned", "report.html"):
+    for made in (
+        "mgll-tower",
+        "llava-mgll",
+        "llava-mgll-fitted",
+        "llava-again",
+        "llava-mgll-aligned",
+        "report.html",
+    ):
         assert (place / made).exists(), made

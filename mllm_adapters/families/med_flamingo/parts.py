@@ -142,8 +142,7 @@ def _external_host(
     if found is None:
         if tower is not None:
             return _replaced_host(checkpoint, geometry.width, image_size)
-        for folder in _clip_folders(checkpoint):
-            inspect_tower(folder)  # a damaged one is named
+        _name_damaged(checkpoint)
         raise UserError(
             f"{checkpoint.files[0]} holds no vision tower, and no CLIP file lies beside it: say where OpenAI's "
             f"ViT-L/14 is, as state dict or transformers folder, with --part {TOWER_PART}=PATH"
@@ -167,6 +166,7 @@ def _replaced_host(checkpoint: Checkpoint, width: int, image_size: int | None) -
         source = f"that of {HOST_TOWER}, which a perceiver of width {width} was published with"
         return HostTower(HOST_TOWER, published, None, (gone(HOST_TOWER, source),))
     if image_size is None:
+        _name_damaged(checkpoint)
         raise UserError(
             f"{checkpoint.files[0]} holds no vision tower, and its perceiver reads features of width {width}, which "
             f"{HOST_TOWER} does not give: a swap needs the old tower's size, give --image-size; or say where the tower "
@@ -174,6 +174,12 @@ def _replaced_host(checkpoint: Checkpoint, width: int, image_size: int | None) -
         )
     source = f"taken as {width} wide (perceiver) at --image-size {image_size}"
     return HostTower("CLIP", assumed_geometry(width, image_size), None, (gone("CLIP", source),))
+
+
+def _name_damaged(checkpoint: Checkpoint) -> None:
+    """Say of a CLIP folder that is there and passed over what is wrong with it."""
+    for folder in _clip_folders(checkpoint):
+        inspect_tower(folder)
 
 
 def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:
