@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from eval_mcq.runs.loading import Dtype, WayName, answer, loading
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.files import check_free
 from mgll_encoder.common.tables import Reading
 
@@ -286,7 +286,7 @@ def report(
     named = _arms(runs)
     asked = Path(bench or next(iter(named.values())).record.bench)
     if bench is None and not asked.is_file():
-        raise UserError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
+        raise NotFoundError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
     from eval_mcq.html_report import ReportOptions, write_report
 
     options = ReportOptions(assets, plots, thumbnail, images)

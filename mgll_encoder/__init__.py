@@ -6,6 +6,16 @@ from mgll_encoder.common.lazy import lazy
 
 if TYPE_CHECKING:
     from mgll_encoder.api import linear_probe, pretrain, zero_shot
+    from mgll_encoder.common.errors import (
+        BadDataError,
+        IncompatibleTowerError,
+        MissingPackageError,
+        NotFoundError,
+        OutputTakenError,
+        UnknownNameError,
+        UnsupportedCheckpointError,
+        UserError,
+    )
     from mgll_encoder.geometry import fold_normalisation, resample_positions
     from mgll_encoder.preprocess import image_processor, image_transform
     from mgll_encoder.save import save_tower
@@ -25,12 +35,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activation",
+    "BadDataError",
+    "IncompatibleTowerError",
+    "MissingPackageError",
+    "NotFoundError",
+    "OutputTakenError",
     "PixelRule",
     "Resize",
     "Tower",
     "TowerHeader",
     "TowerReader",
     "TowerSpec",
+    "UnknownNameError",
+    "UnsupportedCheckpointError",
+    "UserError",
     "build_model",
     "fold_normalisation",
     "image_processor",
@@ -50,12 +68,20 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "Activation": "spec",
+        "BadDataError": "common.errors",
+        "IncompatibleTowerError": "common.errors",
+        "MissingPackageError": "common.errors",
+        "NotFoundError": "common.errors",
+        "OutputTakenError": "common.errors",
         "PixelRule": "spec",
         "Resize": "spec",
         "Tower": "tower",
         "TowerHeader": "tower",
         "TowerReader": "tower",
         "TowerSpec": "spec",
+        "UnknownNameError": "common.errors",
+        "UnsupportedCheckpointError": "common.errors",
+        "UserError": "common.errors",
         "build_model": "tower",
         "fold_normalisation": "geometry",
         "image_processor": "preprocess",

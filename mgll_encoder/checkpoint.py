@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import regular_file
 from mgll_encoder.common.texts import POINTER, read_json, refuse_pointer
 from mgll_encoder.foreign import other_format, refuse_adapter
@@ -80,10 +80,10 @@ def open_checkpoint(path: Path, weights: WeightSet | None = None) -> Checkpoint:
     refuse_adapter(path, "AutoModel", "AutoImageProcessor")
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
     if file is None and (other := other_format(path)):
-        raise UserError(f"folder {path} holds no weights: {other}")
+        raise BadDataError(f"folder {path} holds no weights: {other}")
     if file is None:
         present = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-        raise UserError(
+        raise BadDataError(
             f"folder {path} holds no weights (found: {present}): expected one of {', '.join(FOLDER_FILES)}; "
             "or pass the weight file itself"
         )
@@ -104,19 +104,21 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
         or not all(isinstance(v, str) for v in weight_map.values())
         or not weight_map
     ):
-        raise UserError(
+        raise BadDataError(
             f"{index}: field 'weight_map' is missing or empty: expected tensor names with their shards"
         )
     shards: dict[str, Checkpoint] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(
+            raise BadDataError(
                 f"{index} names the shard '{name}', which is not in {folder}: complete the download"
             )
         shards[name] = _open_file(folder / name)
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard].headers:
-            raise UserError(f"{index} expects '{tensor}' in {shard}, which lacks it: complete the download")
+            raise BadDataError(
+                f"{index} expects '{tensor}' in {shard}, which lacks it: complete the download"
+            )
     headers = {tensor: shards[shard].headers[tensor] for tensor, shard in weight_map.items()}
     readers = {tensor: shards[shard]._readers[tensor] for tensor, shard in weight_map.items()}
     return Checkpoint(folder, tuple(folder / name for name in shards), headers, _readers=readers)
@@ -127,7 +129,7 @@ def _open_file(path: Path, weights: WeightSet | None = None) -> Checkpoint:
     refuse_pointer(path, head)
     if head[8:9] == b"{":
         if weights is not None:
-            raise UserError(f"{path} is a safetensors file, with one set of weights: leave --weights out")
+            raise BadDataError(f"{path} is a safetensors file, with one set of weights: leave --weights out")
         return _open_safetensors(path)
     zipped = head.startswith(b"PK\x03\x04")
     if zipped or head.startswith(b"\x80"):  # torch's zip, or the bare pickle that it wrote before 1.6
@@ -135,8 +137,8 @@ def _open_file(path: Path, weights: WeightSet | None = None) -> Checkpoint:
         readers = dict.fromkeys(file.headers, file.read)
         return Checkpoint(path, (path,), file.headers, file.wrapper, file.sets, file.taken, readers)
     if other := other_format(path):
-        raise UserError(f"{other}")
-    raise UserError(f"{path} is not a checkpoint: expected safetensors or a file written by torch.save")
+        raise BadDataError(f"{other}")
+    raise BadDataError(f"{path} is not a checkpoint: expected safetensors or a file written by torch.save")
 
 
 def _head(path: Path) -> bytes:
@@ -144,9 +146,9 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as stream:
             head = stream.read(len(POINTER))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+        raise BadDataError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     if not head:
-        raise UserError(f"{path} is empty (0 bytes): copy or download it again")
+        raise BadDataError(f"{path} is empty (0 bytes): copy or download it again")
     return head
 
 
@@ -159,10 +161,12 @@ def _open_safetensors(path: Path) -> Checkpoint:
                 part = stream.get_slice(name)
                 dtype = _DTYPES.get(part.get_dtype())
                 if dtype is None:
-                    raise UserError(f"{path}: tensor '{name}' has dtype {part.get_dtype()}: expected floats")
+                    raise BadDataError(
+                        f"{path}: tensor '{name}' has dtype {part.get_dtype()}: expected floats"
+                    )
                 headers[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
     except SafetensorError as error:
-        raise UserError(f"{path} is truncated or damaged: {error}; copy or download it again") from None
+        raise BadDataError(f"{path} is truncated or damaged: {error}; copy or download it again") from None
     places = spans(path)
     return Checkpoint(
         path, (path,), headers, _readers={name: _reader(places[name], headers[name]) for name in headers}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.clip_vision import SPEC_FIELDS, spec_fields
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.preprocess import read_preprocessing
 from mgll_encoder.spec import TowerSpec, checked
@@ -71,7 +71,7 @@ def check_kind(file: Path) -> dict[str, Any]:
     content = read_json(file)
     kind = content.get("model_type")
     if kind not in ("clip", "clip_vision_model"):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{file}: field 'model_type' is {kind!r}: expected 'clip' or 'clip_vision_model', the folder of "
             "a CLIP vision tower (a whole MLLM belongs to --mllm)"
         )
@@ -82,19 +82,19 @@ def _ours(folder: Path) -> Claims:
     file = folder / TOWER_FILE
     content = read_json(file)
     if content.get("version") != TOWER_VERSION:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{file}: field 'version' is {content.get('version')!r}: expected {TOWER_VERSION}; "
             "the folder was written by another version of mgll-mllm: upgrade, or write the tower again"
         )
     if not isinstance(content.get("spec"), dict):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{file}: field 'spec' is missing: expected the vision contract; write the tower again"
         )
     spec = checked(TowerSpec, content["spec"], file)
     beside = folder / "config.json"
     act = read_json(beside).get("hidden_act") if beside.is_file() else spec.activation
     if act != spec.activation:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{file}: field 'activation' is {spec.activation}, but {beside} has hidden_act {act!r}: "
             "expected both to agree; write the tower again"
         )
@@ -114,7 +114,9 @@ def _open_clip(folder: Path) -> Claims:
     model, pixels = content.get("model_cfg") or {}, content.get("preprocess_cfg") or {}
     vision = model.get("vision_cfg")
     if not isinstance(vision, dict):
-        raise UserError(f"{file}: field 'model_cfg.vision_cfg' is missing: expected open_clip's own config")
+        raise UnsupportedCheckpointError(
+            f"{file}: field 'model_cfg.vision_cfg' is missing: expected open_clip's own config"
+        )
     fields = {ours: vision[theirs] for ours, theirs in _OPEN_CLIP_FIELDS.items() if theirs in vision}
     fields["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
     if "head_width" in vision and "width" in vision:
@@ -135,7 +137,9 @@ def _transformers(folder: Path) -> Claims:
     try:
         fields = spec_fields(vision)
     except ValueError as error:
-        raise UserError(f"{file} is no valid config of a CLIP vision tower: {error}") from None
+        raise UnsupportedCheckpointError(
+            f"{file} is no valid config of a CLIP vision tower: {error}"
+        ) from None
     pixels, notes = _pixels(folder, fields["image_size"])
     return Claims(HF_FOLDER, file, {**fields, **pixels}, SPEC_FIELDS, notes)
 
@@ -149,7 +153,7 @@ def _pixels(folder: Path, image_size: int) -> tuple[dict[str, Any], tuple[str, .
         return {}, ()
     pixels, notes = read_preprocessing(content, file)
     if (side := pixels.pop("image_size")) != image_size:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{file}: images become {side} px, but config.json beside it says image_size {image_size}: "
             "expected both to agree; take both from the same folder"
         )

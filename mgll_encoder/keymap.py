@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.keytable import KeyTable, Place, Rule, Split, Transpose, targets
 
 PROJECTION = "visual_projection.weight"
@@ -175,12 +175,12 @@ def plan_keys(keys: Collection[str], where: str) -> KeyPlan:
             unknown.append(key)
             dropped[f"other: {key.split('.')[0]}"] += 1
     if unexpected:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: the vision tower has {_quote(unexpected)}, which a CLIP ViT does not have: "
             "expected a plain CLIP ViT (open_clip or transformers); merge adapters into the weights first"
         )
     if missing := _missing(naming, prefix, taken):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: the vision tower lacks {_quote(missing)}: "
             "expected every tensor of a CLIP ViT with a class token; save the whole tower again"
         )
@@ -197,18 +197,22 @@ def _locate(keys: Collection[str], where: str) -> tuple[Naming, str]:
     ]
     if len(found) > 1:
         names = ", ".join(f"'{prefix}'" for _, prefix in found)
-        raise UserError(f"{where}: found {len(found)} vision towers, at {names}: expected one; save it alone")
+        raise UnsupportedCheckpointError(
+            f"{where}: found {len(found)} vision towers, at {names}: expected one; save it alone"
+        )
     if not found:
         foreign = next((what for p, what in _FOREIGN.items() if any(re.search(p, k) for k in present)), None)
         what = f"this looks like {foreign}" if foreign else f"its keys are {_quote(sorted(present), 3)}"
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: no CLIP vision tower among {len(present)} tensors, {what}: "
             "expected a CLIP ViT with keys such as 'visual.conv1.weight' or "
             "'vision_model.embeddings.patch_embedding.weight'"
         )
     naming, prefix = found[0]
     if f"{prefix}embeddings.patch_embedding.bias" in present:
-        raise UserError(f"{where}: the vision tower has a patch bias (SigLIP, EVA): expected a CLIP ViT")
+        raise UnsupportedCheckpointError(
+            f"{where}: the vision tower has a patch bias (SigLIP, EVA): expected a CLIP ViT"
+        )
     return naming, prefix
 
 

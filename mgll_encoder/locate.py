@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError
 from mgll_encoder.common.hub import is_elsewhere
 
 
@@ -13,7 +13,7 @@ def check_manifest(path: Path) -> None:
         UserError: it is not, or is no file.
     """
     if not path.is_file():
-        raise UserError(
+        raise NotFoundError(
             f"manifest {path} does not exist or is not a file: make one with 'mgll-encoder data fundus'"
         )
 
@@ -25,4 +25,4 @@ def check_tower(path: Path) -> None:
         UserError: it is neither.
     """
     if not path.exists() and not is_elsewhere(path):
-        raise UserError(f"{path} does not exist: check the path of the tower")
+        raise NotFoundError(f"{path} does not exist: check the path of the tower")

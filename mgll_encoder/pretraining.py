@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free, sha256, write_text
 from mgll_encoder.common.hub import at_hand
@@ -291,7 +291,9 @@ def _last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path:
     """The newest whole checkpoint of the same run."""
     last = last_checkpoint(folder)
     if last is None or not (folder / RUN_FILE).is_file():
-        raise UserError(f"nothing to resume: {folder} holds no whole checkpoint; run again without --resume")
+        raise NotFoundError(
+            f"nothing to resume: {folder} holds no whole checkpoint; run again without --resume"
+        )
     before = read_json(folder / RUN_FILE)
     changed = [name for name in identity if before.get(name) != identity[name]]
     if changed:

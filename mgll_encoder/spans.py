@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 
 _MAPS = Path("/proc/self/maps")
 
@@ -46,7 +46,7 @@ def spans(file: Path) -> dict[str, Span]:
 
 def cut_short(file: str | Path) -> UserError:
     """What to say of a file that ends before what it holds does."""
-    return UserError(f"{file} has been cut short while it was read: copy or download it again")
+    return BadDataError(f"{file} has been cut short while it was read: copy or download it again")
 
 
 def read_span(span: Span, dtype: torch.dtype, shape: torch.Size) -> Tensor:

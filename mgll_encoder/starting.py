@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from mgll_encoder.claims import HF_FOLDER, OURS
 from mgll_encoder.clip_text import clip_text_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.data.batches import Plan
@@ -79,7 +79,7 @@ def _openai(activation: Activation | None) -> tuple[Path, Activation]:
         file = download_pretrained(get_pretrained_cfg("ViT-L-14", OPENAI))
     except (OSError, RuntimeError, HfHubHTTPError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
+        raise NotFoundError(
             f"--init {OPENAI}: the weights of CLIP ViT-L/14 cannot be downloaded ({first}): connect to the internet, "
             "or give a file or folder with them, such as --init ViT-L-14.pt"
         ) from None

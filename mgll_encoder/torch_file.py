@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.spans import unmapped
 from mgll_encoder.torchscript import is_torchscript, open_archive
 
@@ -191,11 +191,11 @@ def _check_held(
     _check_not_sharded(path, content, state)
     if weights is not None and found and weights not in found:
         (other,) = set(get_args(WeightSet)) - {weights}
-        raise UserError(
+        raise BadDataError(
             f"{path} holds no {weights} weights, only {other} ones ('{found[other]}'): leave --weights out"
         )
     if weights == "ema" and not found:
-        raise UserError(
+        raise BadDataError(
             f"{path} holds one set of weights and no moving average beside it: expected one under "
             f"{', '.join(map(repr, EMA_SETS))}; leave --weights out"
         )
@@ -203,7 +203,7 @@ def _check_held(
         kind = type(content).__name__
         if isinstance(content, Mapping):
             kind += f" with {', '.join(str(key) for key in list(content)[:5]) or 'nothing'}"
-        raise UserError(
+        raise BadDataError(
             f"{path} holds no weights (found a {kind}): expected a dict of tensors, or one under "
             f"{', '.join(repr(name) for name in RAW_SETS)}"
         )
@@ -215,11 +215,11 @@ def _check_not_sharded(path: Path, content: object, state: Mapping[str, Tensor])
         return
     inner = content.get("optimizer_state_dict")
     if isinstance(inner, Mapping) and "zero_stage" in inner:
-        raise UserError(
+        raise BadDataError(
             f"{path} is the optimizer state of one rank of a DeepSpeed ZeRO training: {_CONSOLIDATE}"
         )
     if "param_shapes" in content and any(not tensor.numel() for tensor in state.values()):
-        raise UserError(
+        raise BadDataError(
             f"{path} is a shard of a DeepSpeed ZeRO-3 training: its tensors are empty, the weights lie in pieces in "
             f"*_optim_states.pt: {_CONSOLIDATE}"
         )
@@ -231,9 +231,9 @@ def _members(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
     except _BROKEN:
-        raise UserError(f"{path} is truncated or damaged: copy or download it again") from None
+        raise BadDataError(f"{path} is truncated or damaged: copy or download it again") from None
     if not any(Path(name).name == "data.pkl" for name in members):
-        raise UserError(f"{path} is a zip file, not a checkpoint: expected a file written by torch.save")
+        raise BadDataError(f"{path} is a zip file, not a checkpoint: expected a file written by torch.save")
     return members
 
 
@@ -242,12 +242,12 @@ def _refusal(path: Path, zipped: bool, error: BaseException) -> UserError:
     text = str(error)
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in text:
         found = ", ".join(_foreign(path) if zipped else text.rpartition("GLOBAL ")[2].split()[:1])
-        return UserError(
+        return BadDataError(
             f"{path} wants to create objects other than tensors on loading ({found or 'other objects'}); refused, "
             "nothing was run: expected tensors, numbers, text and argparse.Namespace only"
         )
     if "unable to mmap" in text and f"({errno.ENOMEM})" in text:
-        return UserError(
+        return BadDataError(
             f"{path} ({path.stat().st_size / 1e9:.1f} GB) is larger than the memory, and files of torch.save are "
             "mapped as a whole: take the checkpoint's safetensors or smaller shards, or a machine with more memory"
         )
@@ -255,7 +255,7 @@ def _refusal(path: Path, zipped: bool, error: BaseException) -> UserError:
         2
     ].strip()  # without torch's advice to unpickle anyway
     first = next(iter(reason.splitlines()), type(error).__name__)
-    return UserError(f"{path} is damaged or no checkpoint ({first[:120]}): copy or download it again")
+    return BadDataError(f"{path} is damaged or no checkpoint ({first[:120]}): copy or download it again")
 
 
 def _foreign(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mgll_encoder.checkpoint import Checkpoint, open_checkpoint
 from mgll_encoder.claims import HF_FOLDER, OPEN_CLIP_FOLDER, Claims, check_kind, read_claims
 from mgll_encoder.clip_vision import vision_settings, vision_shapes
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import UnsupportedCheckpointError, unknown_name
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.finite import FLOATS, all_finite
 from mgll_encoder.keymap import PROJECTION, KeyPlan, plan_keys
@@ -256,7 +256,7 @@ def _read(
 
 def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
     if not all_finite(tensor):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{path}: tensor '{name}' holds NaN or infinite values: expected finite weights; "
             "take an earlier checkpoint of that training"
         )
@@ -332,12 +332,12 @@ def _choose_activation(
         return (option, "option") if option else (_DEFAULTS[layout][0], "default")
     name = claims.names.get("activation", "activation")
     if stored not in get_args(Activation):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{claims.file}: field '{name}' is '{stored}': expected {' or '.join(get_args(Activation))}; "
             "a tower with another activation is not supported"
         )
     if option and option != stored:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{path}: --activation {option} contradicts '{stored}', stored in {claims.file} as '{name}': "
             "leave the option out, or correct the file if it is wrong"
         )
@@ -372,14 +372,16 @@ def _measure(tensors: Mapping[str, Tensor], path: Path) -> dict[str, int]:
     def shape(name: str, dims: int) -> torch.Size:
         found = tensors[name].shape
         if len(found) != dims:
-            raise UserError(f"{path}: tensor '{name}' has shape {list(found)}: expected {dims} dimensions")
+            raise UnsupportedCheckpointError(
+                f"{path}: tensor '{name}' has shape {list(found)}: expected {dims} dimensions"
+            )
         return found
 
     patch = shape("embeddings.patch_embedding.weight", 4)[-1]
     positions = shape("embeddings.position_embedding.weight", 2)[0]
     grid = isqrt(max(positions - 1, 0))
     if grid < 1 or 1 + grid * grid != positions:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{path}: the position table has {positions} rows: expected a class token and a square grid"
         )
     measured = {
@@ -395,7 +397,7 @@ def _measure(tensors: Mapping[str, Tensor], path: Path) -> dict[str, int]:
 def _compare(measured: Mapping[str, int], claims: Claims, path: Path) -> None:
     """Refuse a config that describes another tower than the weights."""
     if claims.fields.get("projection_dim") and "projection_dim" not in measured:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{path} lacks {PROJECTION_FILE}, which {claims.file} promises: copy the whole folder"
         )
     patch = measured["patch_size"]
@@ -404,7 +406,7 @@ def _compare(measured: Mapping[str, int], claims: Claims, path: Path) -> None:
         rounded = claimed // patch * patch if field == "image_size" and isinstance(claimed, int) else claimed
         if rounded != found:
             name = claims.names.get(field, field)
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 f"{claims.file}: field '{name}' is {claimed}, but the weights in {path} have {found}: "
                 "expected the config of these weights; take both from the same folder"
             )
@@ -416,12 +418,12 @@ def _check_shapes(tensors: Mapping[str, Tensor], spec: TowerSpec, path: Path) ->
         expected[PROJECTION] = (spec.projection_dim, spec.width)
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 f"{path}: tensor '{name}' has shape {list(tensor.shape)}: expected {list(expected[name])} "
                 f"in a tower of width {spec.width} and patch {spec.patch_size}"
             )
         if tensor.dtype not in FLOATS:
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 f"{path}: tensor '{name}' is {tensor.dtype}: expected floats, not quantised weights"
             )
 

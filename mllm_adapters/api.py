@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import OutputTakenError, UserError, unknown_name
 from mgll_encoder.common.progress import track
 from mgll_encoder.locate import check_tower
 from mllm_adapters.locate import beside, check_swapped
@@ -320,7 +320,7 @@ def _trained(request: Request) -> "Outcome":
     """What came of a request; where a resumed one was finished already, that is said."""
     outcomes = carry_out(request, settings_of(request))
     if not outcomes:
-        raise UserError(f"output {request.out} is finished: there is nothing to resume")
+        raise OutputTakenError(f"output {request.out} is finished: there is nothing to resume")
     return outcomes[0]
 
 

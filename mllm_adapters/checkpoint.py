@@ -12,7 +12,7 @@ from torch import Tensor
 from mgll_encoder.checkpoint import Checkpoint as Weights
 from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.foreign import other_format
@@ -160,7 +160,7 @@ class Checkpoint:
         if part not in self._given:
             return next((path for name in names if (path := find_part(name, self.folder))), None)
         if not (given := at_hand(self._given[part])).exists():
-            raise UserError(f"--part {part}={given}: this file or folder does not exist")
+            raise NotFoundError(f"--part {part}={given}: this file or folder does not exist")
         return given
 
     def attach(self, part: str, path: Path) -> dict[str, TensorHeader]:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UnsupportedCheckpointError
 from mgll_encoder.common.extras import require
 from mgll_encoder.common.hub import cached
 from mgll_encoder.common.texts import read_json
@@ -29,7 +29,7 @@ def check_checkpoint(folder: Path) -> None:
         UserError: it is not.
     """
     if not folder.is_dir():
-        raise UserError(f"checkpoint folder {folder} does not exist")
+        raise NotFoundError(f"checkpoint folder {folder} does not exist")
 
 
 def check_image_folder(folder: Path) -> None:
@@ -39,7 +39,9 @@ def check_image_folder(folder: Path) -> None:
         UserError: it is not.
     """
     if not folder.is_dir():
-        raise UserError(f"image folder {folder} does not exist: pass the folder that image paths start from")
+        raise NotFoundError(
+            f"image folder {folder} does not exist: pass the folder that image paths start from"
+        )
 
 
 def check_swapped(folder: Path) -> None:
@@ -50,7 +52,7 @@ def check_swapped(folder: Path) -> None:
     """
     if not (folder / PROVENANCE).is_file():
         refuse_delta(folder)
-        raise UserError(f"{folder} holds no {PROVENANCE}: expected a checkpoint that swap-encoder wrote")
+        raise NotFoundError(f"{folder} holds no {PROVENANCE}: expected a checkpoint that swap-encoder wrote")
 
 
 def check_delta(folder: Path) -> None:
@@ -60,7 +62,7 @@ def check_delta(folder: Path) -> None:
         UserError: it holds no record of one.
     """
     if not (folder / DELTA).is_file():
-        raise UserError(
+        raise NotFoundError(
             f"{folder} is no delta: expected a folder with {DELTA}, as swap-encoder --delta writes"
         )
 
@@ -72,7 +74,7 @@ def refuse_delta(folder: Path) -> None:
         UserError: the folder is a delta.
     """
     if (folder / DELTA).is_file():
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{folder} is a delta (it holds {DELTA}), not a whole checkpoint: `swap-encoder compose --delta {folder} "
             f"--out {folder.name}-whole` makes one of it; load_mllm and eval-mcq run take it as it is"
         )
@@ -104,13 +106,13 @@ def base_of_adapter(folder: Path) -> Path | None:
     require("train", f"adapter {folder}", "peft")
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(
+        raise BadDataError(
             f"{file} does not name its base model: set base_model_name_or_path to the checkpoint folder"
         )
     places = (folder.absolute().parent / base, Path(base))
     found = next((place for place in places if place.is_dir()), None) or cached(base)
     if found is None:
-        raise UserError(
+        raise NotFoundError(
             f"{file}: its base model {base} is not there: set base_model_name_or_path to where the checkpoint is now"
         )
     return found

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import NotFoundError, UnsupportedCheckpointError, unknown_name
 from mgll_encoder.common.hub import fetch, is_hub_id
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.foreign import other_format
@@ -31,11 +31,13 @@ def check_name(name: str) -> None:
     """
     if Path(name).is_file():
         found = other_format(Path(name)) or f"{name} is a file"
-        raise UserError(f"{found}: pass the checkpoint's folder, the one that holds config.json")
+        raise UnsupportedCheckpointError(
+            f"{found}: pass the checkpoint's folder, the one that holds config.json"
+        )
     if Path(name).is_dir() or is_hub_id(name) or name in FAMILIES:
         return
     if "/" in name:
-        raise UserError(f"checkpoint folder {name} does not exist")
+        raise NotFoundError(f"checkpoint folder {name} does not exist")
     raise unknown_name("family or checkpoint folder", name, FAMILIES)
 
 

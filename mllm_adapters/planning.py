@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from mgll_encoder import TowerHeader, inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import IncompatibleTowerError, NotFoundError, UserError
 from mgll_encoder.spec import Resize, TowerSpec
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Dropped, Operation, Plan, Step, VisionContract
@@ -104,7 +104,7 @@ def external_tower(
         way_out = (
             " Its geometry alone would do for a swap: give --image-size." if replaced and named.width else ""
         )
-        raise UserError(
+        raise NotFoundError(
             f"{checkpoint.folder}: its vision tower '{named.name}' is neither in the checkpoint folder, nor beside it, "
             f"nor in the Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / named.name}, or say "
             f"where it is with --part {TOWER_PART}=PATH.{way_out}"
@@ -181,7 +181,7 @@ def after_swap(
         return before
     spec = tower.spec
     if not -spec.depth - 1 <= before.feature_layer <= spec.depth:
-        raise UserError(
+        raise IncompatibleTowerError(
             f"{tower.source}: the host reads hidden layer {before.feature_layer}, but this tower has only "
             f"{spec.depth} blocks: take a deeper one"
         )
@@ -189,14 +189,14 @@ def after_swap(
     size = ceil(before.grid / multiple) * unit if image_size is None else image_size
     most = max(LARGEST_STRETCH * spec.image_size // unit, 1) * unit
     if image_size is not None and image_size > most:
-        raise UserError(
+        raise IncompatibleTowerError(
             f"--image-size {image_size} is more than {LARGEST_STRETCH} times the tower's own {spec.image_size}: "
             f"take {most} at most, or leave it out to keep the host's number of tokens"
         )
     if size % unit or size <= 0:
         near = max(1, round(size / unit)) * unit
         by = f"patch size {spec.patch_size}" + (f" times {multiple}" if multiple > 1 else "")
-        raise UserError(f"--image-size {size} is no multiple of the tower's {by}: try {near}")
+        raise IncompatibleTowerError(f"--image-size {size} is no multiple of the tower's {by}: try {near}")
     resized = spec.model_copy(update={"image_size": size, "mean": before.mean, "std": before.std})
     after = contract_of(resized, before.feature_layer, before.class_token)
     return after if tokens is None else after.model_copy(update={"tokens": tokens(after.grid)})

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 
 FIELD = "quantization_config"
 
@@ -50,7 +50,7 @@ def refuse_quantised(config: Mapping[str, Any], where: str, *, to_load: bool = F
     method = quantisation(config)
     if method is None or (to_load and method == LOADABLE):
         return
-    raise UserError(f"{where}: {FIELD} says {method}: {_UNQUANTISED}")
+    raise UnsupportedCheckpointError(f"{where}: {FIELD} says {method}: {_UNQUANTISED}")
 
 
 def refuse_quantised_files(folder: Path) -> None:
@@ -61,4 +61,4 @@ def refuse_quantised_files(folder: Path) -> None:
     """
     found = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if found is not None:
-        raise UserError(f"{found} is that of GPTQ or AWQ: {_UNQUANTISED}")
+        raise UnsupportedCheckpointError(f"{found} is that of GPTQ or AWQ: {_UNQUANTISED}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mgll_encoder.checkpoint import open_checkpoint as open_weights
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import UnsupportedCheckpointError, UserError, unknown_name
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.foreign import other_format, refuse_adapter
 from mllm_adapters.checkpoint import Checkpoint
@@ -61,15 +61,19 @@ def detect(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
     """
     for name, fits in _DESCRIBED.items():
         if config.get(name) is not None and not fits(config[name]):
-            raise UserError(f"{where}: field '{name}' is {config[name]!r:.80}: expected class names as text")
+            raise UnsupportedCheckpointError(
+                f"{where}: field '{name}' is {config[name]!r:.80}: expected class names as text"
+            )
     described = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
     if row := not_read(config):
-        raise UserError(f"{where} ({described}): {row.explain(config)}")
+        raise UnsupportedCheckpointError(f"{where} ({described}): {row.explain(config)}")
     refuse_quantised(config, where, to_load=True)
     found = _recognised(config)
     if found is not None:
         return found
-    raise UserError(f"{where}: no known family has {described}: supported are {', '.join(FAMILIES)}")
+    raise UnsupportedCheckpointError(
+        f"{where}: no known family has {described}: supported are {', '.join(FAMILIES)}"
+    )
 
 
 def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tuple[Checkpoint, Family, str]:
@@ -149,18 +153,20 @@ def _inner_folder(folder: Path) -> tuple[Path, LooseMatches]:
         return inner[0]
     if inner:
         names = ", ".join(path.name for path, _ in inner)
-        raise UserError(f"{folder} holds {len(inner)} checkpoints ({names}): pass the folder of one of them")
+        raise UnsupportedCheckpointError(
+            f"{folder} holds {len(inner)} checkpoints ({names}): pass the folder of one of them"
+        )
     refuse_adapter(folder, *LOADED_BY)
     if len(configs) == 1:
         detect(read_json(configs[0]), str(configs[0]))
     if configs:
         names = ", ".join(config.parent.name for config in configs)
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{folder} holds no config.json and no weights of a known family, and neither is one of the folders in it "
             f"({names}): complete the download, or pass the checkpoint's own folder"
         )
     other = other_format(folder)
-    raise UserError(
+    raise UnsupportedCheckpointError(
         f"{folder} is no checkpoint folder: {f'{other}; ' if other else ''}expected a folder with a config.json"
     )
 
@@ -168,7 +174,7 @@ def _inner_folder(folder: Path) -> tuple[Path, LooseMatches]:
 def _loose(folder: Path, matches: LooseMatches) -> tuple[Family, str, tuple[Path, ...]]:
     (name, files), *more = matches.items()
     if more:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{folder} holds weights of {name} and of {more[0][0]}: keep each in a folder of its own"
         )
     layout = family(name).layout({})

@@ -7,7 +7,7 @@ from typing import Any
 
 from eval_mcq.items.schema import LETTERS, Bench, MCQItem
 from eval_mcq.runs.records import Run
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.files import sha256
 
 
@@ -99,7 +99,7 @@ def check_unchanged(content: Content) -> None:
         for path, expected in zip(content.bench.image_paths(item), hashes[item.id], strict=True):
             if path not in known:
                 if not path.is_file():
-                    raise UserError(
+                    raise NotFoundError(
                         f"image {path} of question '{item.id}' does not exist: put it back, or leave pictures out "
                         "with --no-images"
                     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eval_mcq.items.pictures import unreadable_images
 from eval_mcq.items.preset import Disease, Preset, plain
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, unknown_name
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.tables import Reading, read_table
 from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
@@ -141,7 +141,7 @@ def read_rows(
     ]
     if not rows:
         reasons = "; ".join(skipped.lines()) or "it has a header but no rows"
-        raise UserError(f"label file {table.path} gives no image: {reasons}")
+        raise BadDataError(f"label file {table.path} gives no image: {reasons}")
     return rows
 
 
@@ -164,7 +164,7 @@ def check_labels(table: LabelTable, rows: list[AskedRow], preset: Preset) -> Cou
                 and get_close_matches(label, known, 1, TYPO_CUTOFF)
             ):
                 error = unknown_name("disease", label, known)
-                raise UserError(f"{row.where}: {error} (if it is right, a preset must list it)")
+                raise BadDataError(f"{row.where}: {error} (if it is right, a preset must list it)")
     return unasked
 
 

@@ -12,7 +12,7 @@ from eval_mcq.items.asked_rows import AskedRow, askable, check_labels, read_rows
 from eval_mcq.items.asked_rows import LabelTable as LabelTable
 from eval_mcq.items.preset import Disease, Preset, plain
 from eval_mcq.items.schema import BenchHeader, MCQItem
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import Skipped
@@ -112,9 +112,11 @@ def build(
     """
     split, draw = split or SplitRule(), draw or Draw()
     if draw.hard and not any(len(group) > 1 for group in preset.confusable):
-        raise UserError(f"preset '{preset.name}' lists no confusable diseases: leave --hard-distractors out")
+        raise BadDataError(
+            f"preset '{preset.name}' lists no confusable diseases: leave --hard-distractors out"
+        )
     if not images.is_dir():
-        raise UserError(f"image folder {images} does not exist or is not a folder: check --images")
+        raise NotFoundError(f"image folder {images} does not exist or is not a folder: check --images")
     preset.check_options()
     skipped = Skipped(strict)
     rows = read_rows(table, images, preset, skipped, drawn=split.side != "all")
@@ -180,7 +182,7 @@ def _negatives(rows: Sequence[AskedRow], preset: Preset, table: LabelTable, draw
             not (disease.is_true_of(set(row.labels)) or row.leaves_open(disease)) for row in here
         )
         if not disease.choices and negatives[disease.name] < draw.min_negatives:
-            raise UserError(
+            raise BadDataError(
                 f"disease '{disease.name}' is absent from {negatives[disease.name]} of the {len(here)} images of "
                 f"{table.path}, at least {draw.min_negatives} must not have it: add images, leave it out with "
                 "--diseases, or lower --min-negatives"
@@ -203,7 +205,7 @@ def _drafts(
     if missing:
         where = preset.where if disease.where is None else disease.where
         among = f" where {', '.join(f'{c}={v}' for c, v in where.items())}" if where else ""
-        raise UserError(
+        raise BadDataError(
             f"disease '{disease.name}' has no image labelled '{min(missing)}' among the {len(here)} rows "
             f"of {table.path}{among} (split: {split.side}): leave it out with --diseases, or check --labels-column"
         )

@@ -13,7 +13,7 @@ from eval_mcq.items.pictures import with_pictures
 from eval_mcq.items.schema import Bench, MCQItem, bench_text
 from eval_mcq.runs.records import Run
 from eval_mcq.scoring.prompt import render
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import new_file, write_text
 
 
@@ -149,7 +149,7 @@ def write_predictions(bench: Bench, run: Run, out: Path, force: bool = False) ->
         UserError: the run is of another bench.
     """
     if run.record.bench_sha256 != bench.digest:
-        raise UserError(
+        raise BadDataError(
             f"run {run.folder} answered {run.record.bench} ({run.record.bench_sha256[:12]}), not {bench.path} "
             f"({bench.digest[:12]}): give the bench that was run"
         )

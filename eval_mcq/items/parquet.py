@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -84,7 +84,7 @@ def embedded_images(path: Path) -> Iterator[list[bytes] | None]:
         if has := EMBEDDED in schema.names:
             kind = schema.field(EMBEDDED).type
             if kind not in (pa.list_(pa.binary()), pa.large_list(pa.large_binary())):
-                raise UserError(
+                raise BadDataError(
                     f"bench {path}: column '{EMBEDDED}' holds {kind}, expected {pa.list_(pa.binary())}"
                 )
         for part in file.iter_batches(batch_size=BATCH, columns=[EMBEDDED] if has else ["id"]):
@@ -108,12 +108,12 @@ def _opened(path: Path) -> Iterator["pyarrow.parquet.ParquetFile"]:
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise UserError(f"bench {path} does not exist or is not a file")
+        raise NotFoundError(f"bench {path} does not exist or is not a file")
     try:
         with pq.ParquetFile(path) as file:
             yield file
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"bench {path} cannot be read as Parquet: {error}") from None
+        raise BadDataError(f"bench {path} cannot be read as Parquet: {error}") from None
 
 
 def _foreign(value: Any) -> Any:
@@ -123,7 +123,7 @@ def _foreign(value: Any) -> Any:
 def _header(path: Path, file: "pyarrow.parquet.ParquetFile") -> str:
     metadata = file.schema_arrow.metadata or {}
     if HEADER not in metadata:
-        raise UserError(
+        raise BadDataError(
             f"bench {path} has no header of eval-mcq: import it with eval-mcq import --format hf, naming its columns"
         )
     return str(metadata[HEADER].decode())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval_mcq.items.schema import Bench, MCQItem
 from mgll_encoder.common.cli import stdout
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.picture_bytes import clean_copy
@@ -61,7 +61,7 @@ def hash_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
 
     def hashed(path: Path) -> str:
         if not path.is_file():
-            raise UserError(f"image {path} does not exist: check the image folder")
+            raise NotFoundError(f"image {path} does not exist: check the image folder")
         return sha256(path)
 
     return _each(first_use, hashed, "Hashing images")
@@ -78,7 +78,7 @@ def with_pictures(bench: Bench) -> Iterator[tuple[MCQItem, list[tuple[bytes, str
         try:
             pictures = [clean(path) for path in bench.image_paths(item)]
         except UserError as error:
-            raise UserError(f"question '{item.id}': {error}") from None
+            raise BadDataError(f"question '{item.id}': {error}") from None
         yield item, pictures
 
 
@@ -107,7 +107,7 @@ def _each(first_use: Mapping[Path, str], work: Callable[[Path], str], what: str)
         try:
             return work(path)
         except UserError as error:
-            raise UserError(f"question '{item_id}': {error}") from None
+            raise BadDataError(f"question '{item_id}': {error}") from None
 
     with ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(named, first_use.items())

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eval_mcq.items.schema import Text, parse
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError, unknown_name
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus_layouts import GENERIC, layouts
 
@@ -166,7 +166,7 @@ class Preset(BaseModel):
         """
         for disease in self.diseases:
             if not disease.choices and len(found := self.against(disease)) < self.options - 1:
-                raise UserError(
+                raise BadDataError(
                     f"preset '{self.name}' has {len(found)} distractors for '{disease.name}', {self.options} options "
                     f"need {self.options - 1}: ask for fewer with --options, or for more diseases"
                 )
@@ -224,5 +224,7 @@ def load_preset(name_or_file: str) -> Preset:
             raise unknown_name("preset (or give a .json file)", name_or_file, preset_names())
         path = FOLDER / f"{name_or_file}.json"
     if not path.is_file():
-        raise UserError(f"preset file {path} does not exist: known presets are {', '.join(preset_names())}")
+        raise NotFoundError(
+            f"preset file {path} does not exist: known presets are {', '.join(preset_names())}"
+        )
     return parse(Preset, read_text(path, "preset"), f"preset {path}")

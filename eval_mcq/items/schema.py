@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from eval_mcq.items.parquet import SUFFIX, has_embedded, parquet_lines, write_rows
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, UserError, unknown_name
 from mgll_encoder.common.files import new_file, sha256, write_text
 from mgll_encoder.common.pseudonyms import is_pseudonym
 from mgll_encoder.common.texts import parse_json, read_text
@@ -199,7 +199,7 @@ def read_bench(path: Path) -> tuple[BenchHeader, list[MCQItem]]:
     parquet = path.suffix == SUFFIX
     lines = parquet_lines(path) if parquet else read_lines(path, "bench")
     if lines == [""]:
-        raise UserError(f"bench {path} is empty: make one with eval-mcq build")
+        raise BadDataError(f"bench {path} is empty: make one with eval-mcq build")
     header = _header(path, lines[0])
     items: list[MCQItem] = []
     seen: dict[str, int] = {}
@@ -208,16 +208,16 @@ def read_bench(path: Path) -> tuple[BenchHeader, list[MCQItem]]:
             continue
         item = parse(MCQItem, line, f"bench {path} {'row' if parquet else 'line'} {number - parquet}")
         if item.id in seen:
-            raise UserError(
+            raise BadDataError(
                 f"bench {path} line {number}: id '{item.id}' is already used on line {seen[item.id]}"
             )
         if header.categories and item.category not in header.categories:
             error = unknown_name("category", item.category, header.categories)
-            raise UserError(f"bench {path} line {number} (id '{item.id}'): {error}")
+            raise BadDataError(f"bench {path} line {number} (id '{item.id}'): {error}")
         seen[item.id] = number
         items.append(item)
     if not items:
-        raise UserError(f"bench {path} has a header but no questions: make one with eval-mcq build")
+        raise BadDataError(f"bench {path} has a header but no questions: make one with eval-mcq build")
     return header, items
 
 
@@ -238,7 +238,7 @@ def _check_unpacked(path: Path, items: Sequence[MCQItem]) -> None:
     for item in items:
         for image in item.images:
             if not (path.resolve().parent / image).is_file():
-                raise UserError(
+                raise BadDataError(
                     f"bench {path}: image {image} of question '{item.id}' is only inside the file: unpack it with "
                     f"eval-mcq import {path} --format parquet --out {path.stem}.jsonl"
                 )
@@ -263,7 +263,7 @@ def parse(model: type[M], line: str, where: str) -> M:
     try:
         return model.model_validate_json(line)
     except ValidationError as error:
-        raise UserError(f"{where}{_id_of(line)}: {first_fault(error)}") from None
+        raise BadDataError(f"{where}{_id_of(line)}: {first_fault(error)}") from None
 
 
 def first_fault(error: ValidationError) -> str:
@@ -281,11 +281,11 @@ def _header(path: Path, line: str) -> BenchHeader:
     data = parse_json(line, f"bench {path} line 1")
     found = data.get("schema") if isinstance(data, dict) else None
     if found is None:
-        raise UserError(
+        raise BadDataError(
             f'bench {path} line 1 must be the header {{"schema": "{SCHEMA}"}}: add it above the questions'
         )
     if found != SCHEMA:
-        raise UserError(
+        raise BadDataError(
             f"bench {path} has schema '{found}', expected '{SCHEMA}': rebuild it with eval-mcq build"
         )
     return parse(BenchHeader, line, f"bench {path} line 1")

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import new_file
 from mgll_encoder.common.locks import locked
 
@@ -49,7 +49,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
                 if line.endswith("\n"):
                     yield number, line[:-1]
         except UnicodeDecodeError as error:
-            raise UserError(f"answers file {path} is not UTF-8 text (byte {error.start})") from None
+            raise BadDataError(f"answers file {path} is not UTF-8 text (byte {error.start})") from None
 
 
 def append_answers(path: Path, answers: Iterable[HasLine]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import NotFoundError, UserError, unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def loading(model: Path, device: str, dtype: Dtype, four_bit: bool) -> Loading:
     except RuntimeError:
         raise unknown_name("device", device, ["auto", "cpu", "cuda", "cuda:1"]) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
+        raise NotFoundError(
             f"device '{device}' is not there: this machine has no GPU that torch sees; use --device cpu"
         )
     if dtype == "auto":

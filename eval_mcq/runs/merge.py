@@ -16,7 +16,7 @@ from eval_mcq.runs.records import (
     read_record,
 )
 from eval_mcq.scoring.prompt import rotations_of
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError
 from mgll_encoder.common.files import check_free, new_folder, write_text
 
 
@@ -60,35 +60,37 @@ def _check_shards(folders: Sequence[Path], records: Sequence[RunRecord]) -> None
     seen: dict[str, Path] = {}
     for folder, record in zip(folders, records, strict=True):
         if record.shard is None:
-            raise UserError(f"{folder} is no shard: it was made without --shard")
+            raise BadDataError(f"{folder} is no shard: it was made without --shard")
         if differs := record.difference(first):
-            raise UserError(f"shard {folder} is of another run than {folders[0]}: it has another {differs}")
+            raise BadDataError(
+                f"shard {folder} is of another run than {folders[0]}: it has another {differs}"
+            )
         if record.batch_size != first.batch_size:
-            raise UserError(
+            raise BadDataError(
                 f"shard {folder} was made with --batch-size {record.batch_size}, and {folders[0]} with "
                 f"{first.batch_size}: they are parts of different wholes; run one of them again"
             )
         if record.shard in seen:
-            raise UserError(
+            raise BadDataError(
                 f"{folder} and {seen[record.shard]} are both shard {record.shard}: give each once"
             )
         seen[record.shard] = folder
     count = str(first.shard).partition("/")[2]
     for folder, record in zip(folders, records, strict=True):
         if str(record.shard).partition("/")[2] != count:
-            raise UserError(f"{folder} is shard {record.shard}, but {folders[0]} is shard {first.shard}")
+            raise BadDataError(f"{folder} is shard {record.shard}, but {folders[0]} is shard {first.shard}")
     missing = [name for name in (f"{i}/{count}" for i in range(int(count))) if name not in seen]
     if missing:
-        raise UserError(f"shard {missing[0]} is missing: run it, or give its folder too")
+        raise BadDataError(f"shard {missing[0]} is missing: run it, or give its folder too")
 
 
 def _bench(record: RunRecord, given: Path | None) -> Bench:
     path = given or Path(record.bench)
     if given is None and not path.is_file():
-        raise UserError(f"bench {path} of these shards is not here: say where it is with --bench")
+        raise NotFoundError(f"bench {path} of these shards is not here: say where it is with --bench")
     bench = load_bench(path)
     if bench.digest != record.bench_sha256:
-        raise UserError(
+        raise BadDataError(
             f"bench {path} is not the one that these shards answer: it has changed; give theirs by --bench"
         )
     return bench
@@ -104,7 +106,7 @@ def _gather(shards: Sequence[Path], record: RunRecord, bench: Bench, out: Path) 
             for answer in read_answers(path, record):
                 _check_row(answer, path, items, record)
                 if (other := origin.setdefault(answer.key, number)) != number:
-                    raise UserError(
+                    raise BadDataError(
                         f"{path} answers question '{answer.id}' (rotation {answer.rotation}), and so does "
                         f"{shards[other] / ANSWERS_FILE}: these are not shards of one run"
                     )
@@ -112,7 +114,7 @@ def _gather(shards: Sequence[Path], record: RunRecord, bench: Bench, out: Path) 
     for item_id, rotations in expected.items():
         for rotation in range(rotations):
             if (item_id, rotation) not in origin:
-                raise UserError(
+                raise BadDataError(
                     f"no answer to question '{item_id}' (rotation {rotation}) in any of "
                     f"{', '.join(str(folder / ANSWERS_FILE) for folder in shards)}: finish the shards by starting them "
                     "again"
@@ -121,11 +123,13 @@ def _gather(shards: Sequence[Path], record: RunRecord, bench: Bench, out: Path) 
 
 def _check_row(answer: Answer, path: Path, items: Mapping[str, MCQItem], record: RunRecord) -> None:
     if answer.run != record.fingerprint:
-        raise UserError(f"{path}: the answer to question '{answer.id}' does not say that it is of this run")
+        raise BadDataError(
+            f"{path}: the answer to question '{answer.id}' does not say that it is of this run"
+        )
     if answer.id not in items:
-        raise UserError(f"{path}: question '{answer.id}' (rotation {answer.rotation}) is not in the bench")
+        raise BadDataError(f"{path}: question '{answer.id}' (rotation {answer.rotation}) is not in the bench")
     if not answer.answers_item(items[answer.id]):
-        raise UserError(
+        raise BadDataError(
             f"{path}: question '{answer.id}' has another category, true letter or number of options in the bench"
         )
 

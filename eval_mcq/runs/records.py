@@ -16,7 +16,7 @@ from eval_mcq.runs.answers_file import whole_lines
 from eval_mcq.runs.leaks import Leak
 from eval_mcq.runs.plan import Shard
 from eval_mcq.scoring.prompt import Mode, shown_letters
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
 from mgll_encoder.common.texts import parse_json, read_text
 
 RUN_FILE = "run.json"
@@ -351,7 +351,7 @@ def load_run(folder: Path) -> Run:
     run = read_run(folder)
     if not run.answers:
         found = "no question in all its rotations" if run.rows else "no question"
-        raise UserError(
+        raise BadDataError(
             f"run {folder} answers {found} yet: start the same eval-mcq run command again to resume it"
         )
     return run
@@ -375,14 +375,14 @@ def read_record(folder: Path) -> RunRecord:
     """
     path = folder / RUN_FILE
     if not path.is_file():
-        raise UserError(
+        raise NotFoundError(
             f"{folder} is not a run (it has no {RUN_FILE}): give the --out folder of eval-mcq run"
         )
     text = read_text(path, "run")
     found = parse_json(text, f"run {path}")
     if not isinstance(found, dict) or found.get("format") != RUN_FORMAT:
         was = str(found.get("format", "eval-mcq-run/1"))[:40] if isinstance(found, dict) else "no run"
-        raise UserError(
+        raise BadDataError(
             f"run {path} has format '{was}', expected '{RUN_FORMAT}': start the run anew with --force"
         )
     return parse(RunRecord, text, f"run {path}")
@@ -409,7 +409,7 @@ def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer
         if record:
             _check_of(answer, record, where)
         if questions.setdefault(answer.id, answer.about) != answer.about:
-            raise UserError(
+            raise BadDataError(
                 f"{where} has another category, patient, true letter, image or number of options than another "
                 "rotation of its question: start the run anew with --force"
             )
@@ -417,7 +417,7 @@ def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer
             lines[answer.key] = hash(line)
             yield answer
         elif before != hash(line):
-            raise UserError(
+            raise BadDataError(
                 f"{path} line {number} answers question '{answer.id}' twice (rotation {answer.rotation}), and not as "
                 "the first time: start the run anew with --force"
             )
@@ -425,14 +425,14 @@ def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer
 
 def _check_of(answer: Answer, record: RunRecord, where: str) -> None:
     if answer.run not in ("", record.fingerprint):
-        raise UserError(
+        raise BadDataError(
             f"{where} is an answer of another run ({answer.run[:16]}, this is {record.fingerprint}): start the run "
             "anew with --force"
         )
     if answer.category not in record.categories:
-        raise UserError(f"{where} has category '{answer.category}', which is none of {RUN_FILE}")
+        raise BadDataError(f"{where} has category '{answer.category}', which is none of {RUN_FILE}")
     if answer.rotation >= record.rotations:
-        raise UserError(f"{where} is rotation {answer.rotation}, of {record.rotations} of the run")
+        raise BadDataError(f"{where} is rotation {answer.rotation}, of {record.rotations} of the run")
 
 
 def letter_counts(answers: Iterable[ItemAnswer]) -> dict[str, tuple[int, int]]:

@@ -33,7 +33,7 @@ from eval_mcq.runs.records import (
 from eval_mcq.scoring.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
 from eval_mcq.scoring.prompt import Mode
 from eval_mcq.tables.summary import as_json, compare
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import OutputTakenError, UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import new_folder, write_text
 from mgll_encoder.common.images import open_image
@@ -98,7 +98,7 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
     if not out.exists() or force:
         return
     if not (out / RUN_FILE).is_file():
-        raise UserError(
+        raise OutputTakenError(
             f"output {out} exists and is not a run: choose another --out, or replace it with --force"
         )
     old = read_record(out)

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend."""
+"""Exceptions for mistakes that the user can mend, by cause; all are a `UserError`."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -19,10 +19,40 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
-def unknown_name(kind: str, found: str, known: Iterable[str]) -> UserError:
+class NotFoundError(UserError):
+    """A file, folder, model of the hub or part of a checkpoint is not there."""
+
+
+class OutputTakenError(UserError):
+    """What is to be written exists already, or is an input."""
+
+
+class BadDataError(UserError):
+    """A file is damaged, is of another format, or holds a value that it cannot hold."""
+
+
+class UnsupportedCheckpointError(UserError):
+    """A checkpoint or tower that can be read is of a kind that is not supported."""
+
+
+class IncompatibleTowerError(UserError):
+    """A tower does not fit the model, or not at the size that is asked for."""
+
+
+class MissingPackageError(UserError):
+    """An optional package is not installed, or is of a version that does not work with the others."""
+
+
+class UnknownNameError(UserError):
+    """A name is not among the known ones: of a family, a label, a mode ..."""
+
+
+def unknown_name(kind: str, found: str, known: Iterable[str]) -> UnknownNameError:
     """An error for a name that is not among the known ones, with the nearest suggestion."""
     names = sorted(known)
-    return UserError(f"unknown {kind} '{found}': {did_you_mean(found, names)}known are {', '.join(names)}")
+    return UnknownNameError(
+        f"unknown {kind} '{found}': {did_you_mean(found, names)}known are {', '.join(names)}"
+    )
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MissingPackageError
 
 PACKAGE = "mgll-mllm"
 CORE = ""
@@ -59,14 +59,14 @@ def require(extra: str, purpose: str, *packages: str) -> None:
     versions = {name: found for name in wanted if (found := _version(name)) is not None}
     install = f"pip install '{PACKAGE}[{extra}]'" if extra else f"pip install {PACKAGE}"
     if missing := [name for name in wanted if name not in versions]:
-        raise UserError(f"{purpose} needs {', '.join(missing)}, not installed here: {install}")
+        raise MissingPackageError(f"{purpose} needs {', '.join(missing)}, not installed here: {install}")
     for name in versions:
         for demand in _demands(name, versions):
             other = canonicalize_name(demand.name)
             if _fits(demand, versions[other]):
                 continue
             ours_help = not all(_fits(wanted[one], versions[one]) for one in (name, other))
-            raise UserError(
+            raise MissingPackageError(
                 f"{name} {versions[name]} needs {demand.name}{demand.specifier}, but {versions[other]} is installed: "
                 + (install if ours_help else f"pip install '{demand.name}{demand.specifier}'")
             )

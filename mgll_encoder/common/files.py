@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, OutputTakenError, UserError
 from mgll_encoder.common.faults import CACHE, find_fault, writing
 from mgll_encoder.common.locks import let_go, locked
 
@@ -50,7 +50,7 @@ def regular_file(path: Path, what: str = "file") -> Path:
         mode = path.stat().st_mode
     except FileNotFoundError:
         leads = f" (a link to {path.readlink()})" if path.is_symlink() else ""
-        raise UserError(f"{what} {path}{leads} does not exist: check the path") from None
+        raise NotFoundError(f"{what} {path}{leads} does not exist: check the path") from None
     except OSError as error:
         fault = find_fault(error)
         raise UserError(f"{what} {fault.line() if fault else error}") from None
@@ -166,12 +166,12 @@ def check_free(path: Path, force: bool = False) -> None:
         UserError: ``path`` exists and ``force`` is not set, or is a link to nothing.
     """
     if path.is_symlink() and not path.exists():
-        raise UserError(
+        raise OutputTakenError(
             f"output {path} is a link to {path.readlink()}, which does not exist: remove the link, or choose another "
             "--out"
         )
     if path.exists() and not force:
-        raise UserError(f"output {path} exists: choose another --out, or replace it with --force")
+        raise OutputTakenError(f"output {path} exists: choose another --out, or replace it with --force")
 
 
 def write_text(path: Path, text: str, force: bool = False) -> None:

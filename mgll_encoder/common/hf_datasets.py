@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError
 
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """A folder that ``save_to_disk`` wrote has one of these."""
@@ -35,7 +35,7 @@ def open_dataset(path: Path, split: str | None, default: str | None = None) -> A
             data: Any = datasets.load_from_disk(str(path))
         elif path.suffix == ".parquet":
             if not path.is_file():
-                raise UserError(f"data set {path} does not exist: check the path")
+                raise NotFoundError(f"data set {path} does not exist: check the path")
             data = datasets.load_dataset(
                 "parquet", data_files=str(path), streaming=True, trust_remote_code=False
             )
@@ -43,7 +43,7 @@ def open_dataset(path: Path, split: str | None, default: str | None = None) -> A
             data = datasets.load_dataset(str(path), streaming=True, trust_remote_code=False)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         message = str(error).partition("\n")[0]
-        raise UserError(
+        raise BadDataError(
             f"data set {path} cannot be read: {message} (expected a folder, a .parquet file, or an id on the hub)"
         ) from None
     return _with_raw_images(_chosen(data, path, split, default))
@@ -59,7 +59,7 @@ def _chosen(data: Any, path: Path, split: str | None, default: str | None) -> An
     wanted = split or default
     if wanted not in data:
         asked = f"no split '{wanted}'" if wanted else "several splits"
-        raise UserError(f"data set {path} has {asked}: give one of {', '.join(data)} with --split")
+        raise BadDataError(f"data set {path} has {asked}: give one of {', '.join(data)} with --split")
     return data[wanted]
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 
 UNUSED = (
     "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "*.gguf", "consolidated*", "onnx/*", "openvino*",
@@ -113,7 +113,7 @@ def hub_reason(error: Exception) -> str:
 
 
 def _out_of_reach(hub_id: str, error: Exception) -> UserError:
-    return UserError(
+    return NotFoundError(
         f"'{hub_id}' is no file or folder here, is not in the Hugging Face cache, and cannot be downloaded "
         f"({hub_reason(error)}): pass the folder of a downloaded checkpoint"
     )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.faults import Fault, find_fault
 from mgll_encoder.common.files import regular_file
 
@@ -117,7 +117,7 @@ def _check_single(image: Image.Image, name: str) -> None:
     """Refuse pages and animations; the further pictures of a camera's JPEG (MPO) are previews of the first."""
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
-        raise UserError(
+        raise BadDataError(
             f"{name} has {frames} frames (pages, or an animation): expected one picture; save each as a file of its own"
         )
 
@@ -150,7 +150,7 @@ def _white(values: NDArray[np.generic], name: str) -> float:
     white = next((scale for scale in scales if high <= scale * slack), None)
     unclear = floating and white == 255 and high < _FLOAT_GAP
     if white is None or unclear or low < -(slack - 1) * white:
-        raise UserError(
+        raise BadDataError(
             f"{name} has values from {low:g} to {high:g}: expected brightness from 0 to 255 or 65535, or floats from 0 "
             "to 1; apply the window that it is meant to be seen with, and save it with 8 or 16 bits"
         )
@@ -170,12 +170,12 @@ def _named(name: str) -> Iterator[None]:
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError(f"{name} is not in a format that is read here: expected {_READABLE}") from None
+        raise BadDataError(f"{name} is not in a format that is read here: expected {_READABLE}") from None
     except Image.DecompressionBombError as error:
-        raise UserError(f"{name} is too large to open safely: {error}") from None
+        raise BadDataError(f"{name} is too large to open safely: {error}") from None
     except MemoryError:
-        raise UserError(f"{name} is too large for the memory of this machine") from None
+        raise BadDataError(f"{name} is too large for the memory of this machine") from None
     except Exception as error:
         if fault := find_fault(error):
-            raise UserError(f"{name} cannot be read: {Fault(fault.number).line()}") from None
-        raise UserError(f"{name} cannot be decoded: {error}") from None
+            raise BadDataError(f"{name} cannot be read: {Fault(fault.number).line()}") from None
+        raise BadDataError(f"{name} cannot be decoded: {error}") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.progress import track
 
@@ -87,7 +87,7 @@ def picture_digests(paths: Iterable[Path], description: str) -> dict[Path, str]:
         try:
             return picture_digest(path)
         except OSError as error:
-            raise UserError(
+            raise BadDataError(
                 f"image {path} cannot be read ({error.strerror}): check the image folder"
             ) from None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from mgll_encoder.common import workbooks
-from mgll_encoder.common.errors import UserError, did_you_mean
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError, did_you_mean
 from mgll_encoder.common.skipped import Skipped
 
 _logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Table:
         """
         for asked_by, column in wanted:
             if column is not None and column not in self.columns:
-                raise UserError(
+                raise BadDataError(
                     f"label file {self.path} has no column '{column}' ({asked_by}): "
                     f"{did_you_mean(column, self.columns)}its columns are {', '.join(self.columns)}{self._elsewhere}"
                 )
@@ -118,7 +118,7 @@ def read_table(
             or, where ``skipped`` is strict or None, a row has more or fewer cells than there are columns.
     """
     if not path.is_file():
-        raise UserError(f"label file {path} does not exist or is not a file: check {option}")
+        raise NotFoundError(f"label file {path} does not exist or is not a file: check {option}")
     skipped, reading = skipped or Skipped(strict=True), reading or Reading()
     book = workbooks.kind_of(path)
     if book and reading.encoding:
@@ -165,13 +165,15 @@ def _take(table: Table, number: int, cells: list[str] | str, skipped: Skipped) -
 def _columns(path: Path, lines: Iterator[tuple[int, list[str] | str]]) -> tuple[str, ...]:
     _, header = next(lines, (1, []))
     if isinstance(header, str):
-        raise UserError(f"label file {path} row 1: {header}")
+        raise BadDataError(f"label file {path} row 1: {header}")
     columns = tuple(name.strip() for name in header)
     if not any(columns):
-        raise UserError(f"label file {path} is empty: expected a header line with the names of its columns")
+        raise BadDataError(
+            f"label file {path} is empty: expected a header line with the names of its columns"
+        )
     twice = [name for name, count in Counter(columns).items() if count > 1 and name]
     if twice:
-        raise UserError(
+        raise BadDataError(
             f"label file {path} has two columns '{twice[0]}': rename or remove one, for they may say different things"
         )
     return columns
@@ -194,7 +196,7 @@ def _text_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, list[st
             return
         except csv.Error as error:
             if reader.line_num > above + 1 or "end of data" in str(error):
-                raise UserError(
+                raise BadDataError(
                     f"label file {path} row {number}: a quote that opens on line {above + 1} is not closed at the "
                     f'end of a cell (line {reader.line_num}): write a quote within a cell as ""'
                 ) from None
@@ -214,14 +216,14 @@ def _decoded(path: Path, encoding: str | None) -> str:
         ) from None
     except UnicodeDecodeError as error:
         if b"\0" not in content:
-            raise UserError(
+            raise BadDataError(
                 f"label file {path} line {content[: error.start].count(10) + 1} is not {told.upper()} text (byte "
                 f"0x{content[error.start]:02X}): give its --encoding, such as cp1252 where Excel saved it on Windows, "
                 "or save it as 'CSV UTF-8'"
             ) from None
         text = content.decode("latin-1")
     if "\0" in text:
-        raise UserError(
+        raise BadDataError(
             f"label file {path} line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a NUL character, which no "
             "text has: the file is damaged, or give its --encoding, such as utf-16-le"
         )

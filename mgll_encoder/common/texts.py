@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.faults import find_fault
 from mgll_encoder.common.files import regular_file
 
@@ -48,10 +48,12 @@ def read_text(path: Path, kind: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{kind} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        raise BadDataError(
+            f"{kind} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from None
     except OSError as error:
         fault = find_fault(error)
-        raise UserError(f"{kind} {fault.line() if fault else f'{path}: {error}'}") from None
+        raise BadDataError(f"{kind} {fault.line() if fault else f'{path}: {error}'}") from None
 
 
 def read_json(path: Path, what: str = "file") -> dict[str, Any]:
@@ -68,7 +70,7 @@ def read_json(path: Path, what: str = "file") -> dict[str, Any]:
     refuse_pointer(path, text[: len(POINTER)].encode())
     content = parse_json(text, f"{what} {path}" if what != "file" else str(path))
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {kind_of(content)}: expected an object")
+        raise BadDataError(f"{path} holds a JSON {kind_of(content)}: expected an object")
     return content
 
 
@@ -79,7 +81,7 @@ def refuse_pointer(path: Path, head: bytes) -> None:
         UserError: ``head``, the beginning of the file, is that of one.
     """
     if head.startswith(POINTER):
-        raise UserError(
+        raise BadDataError(
             f"{path} is a Git LFS pointer ({path.stat().st_size} bytes), not the file itself: run `git lfs pull` in "
             "its folder, or download the file"
         )
@@ -100,9 +102,9 @@ def parse_json(text: str, where: str, *, nan: bool = False) -> Any:
     try:
         found = (NAN_DECODER if nan else DECODER).decode(text)
     except RecursionError:
-        raise UserError(f"{where} is nested too deeply to be read") from None
+        raise BadDataError(f"{where} is nested too deeply to be read") from None
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+        raise BadDataError(f"{where} is not JSON: {error}") from None
     check_content(found, where)
     return found
 
@@ -132,7 +134,7 @@ def checked(kind: type[T], content: Any, where: str, advice: str = "") -> T:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        raise UserError(f"{where}: {first_fault(error)}{advice and f'; {advice}'}") from None
+        raise BadDataError(f"{where}: {first_fault(error)}{advice and f'; {advice}'}") from None
 
 
 def first_fault(error: ValidationError, *within: str) -> str:
@@ -153,13 +155,13 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         found = yaml.load(text, Loader=_PlainLoader)
     except RecursionError:
-        raise UserError(f"{where} is nested too deeply to be read") from None
+        raise BadDataError(f"{where} is nested too deeply to be read") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise UserError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
+        raise BadDataError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
     except yaml.YAMLError as error:  # characters that YAML does not allow
-        raise UserError(f"{where} is not YAML: {error}") from None
+        raise BadDataError(f"{where} is not YAML: {error}") from None
     check_content(found, where)
     return found
 
@@ -249,11 +251,11 @@ def check_content(content: Any, where: str) -> None:
             return
         for text in (value for value in level if isinstance(value, str)):
             if not text.isascii() and _HALF.search(text):
-                raise UserError(
+                raise BadDataError(
                     f"{where} holds half of a surrogate pair ({text[:40]!r}): expected Unicode text"
                 )
         level = [child for value in level for child in _children(value)]
-    raise UserError(f"{where} is nested too deeply to be read: expected at most {DEPTH} levels")
+    raise BadDataError(f"{where} is nested too deeply to be read: expected at most {DEPTH} levels")
 
 
 def _children(value: Any) -> Iterable[Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, UserError, unknown_name
 from mgll_encoder.common.extras import require
 
 
@@ -61,11 +61,11 @@ def _excel(path: Path, wanted: str | None, engine: Any) -> Sheet:
     except UserError:
         raise
     except ImportError:  # of a version that pandas does not take
-        raise UserError(
+        raise BadDataError(
             f"label file {path}, an Excel workbook, needs {engine}: pip install 'mgll-mllm[excel]', or save it as CSV"
         ) from None
     except Exception as error:  # damaged workbooks raise errors of any kind
-        raise UserError(
+        raise BadDataError(
             f"label file {path} is a damaged or locked Excel workbook ({error}): save it once more, without a "
             "password, or as CSV"
         ) from None
@@ -81,7 +81,9 @@ def _parquet(path: Path, _: str | None) -> Sheet:
         table = parquet.read_table(path, use_threads=False)
         rows = [[_as_text(cell) for cell in row.values()] for row in table.to_pylist()]
     except Exception as error:  # damaged files raise errors of any kind
-        raise UserError(f"label file {path} is damaged Parquet ({error}): write or copy it again") from None
+        raise BadDataError(
+            f"label file {path} is damaged Parquet ({error}): write or copy it again"
+        ) from None
     return Sheet([list(table.column_names), *rows])
 
 

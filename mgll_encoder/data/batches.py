@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import NotFoundError, UserError, unknown_name
 from mgll_encoder.common.files import is_file
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.progress import track
@@ -124,7 +124,7 @@ def plan_splits(
     used = tuple(name for name in header.granularities if not granularities or name in granularities)
     folder = folder or image_folder(path, header)
     if not folder.is_dir():
-        raise UserError(
+        raise NotFoundError(
             f"image folder {folder} of manifest {path} does not exist: say where it is with --images"
         )
     drafts = {split: _Draft(used) for split in splits}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, NotFoundError, unknown_name
 from mgll_encoder.common.files import is_file
 from mgll_encoder.common.skipped import DISAGREE, NO_FILE, Skipped
 from mgll_encoder.data.label_table import SIDES, LabelledImages
@@ -50,7 +50,7 @@ def described_images(
     used = [name for name in header.granularities if not granularities or name in granularities]
     folder = images or image_folder(manifest, header)
     if not folder.is_dir():
-        raise UserError(
+        raise NotFoundError(
             f"image folder {folder} of manifest {manifest} does not exist: say where it is with --images"
         )
     rows: dict[str, tuple[str, ManifestRow]] = {}
@@ -73,7 +73,7 @@ def described_images(
     kept = [(where, row) for image, (where, row) in rows.items() if image not in disagreeing]
     if not kept:
         reasons = "; ".join(skipped.lines()) or f"it has no row with split '{split}'"
-        raise UserError(f"manifest {manifest} gives no image to look at: {reasons}")
+        raise BadDataError(f"manifest {manifest} gives no image to look at: {reasons}")
     levels = {name: sorted({text for _, row in kept for text in row.texts.get(name, [])}) for name in used}
     names = list(dict.fromkeys(text for texts in levels.values() for text in texts))
     place = {text: i for i, text in enumerate(names)}

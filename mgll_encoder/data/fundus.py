@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
 from mgll_encoder.common.files import check_free, sha256
 from mgll_encoder.common.images import check_image_header
 from mgll_encoder.common.progress import track
@@ -128,7 +128,7 @@ def read_explanations(path: Path = EXPLANATIONS) -> Explanations:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(
+        raise BadDataError(
             f"explanations file {path}: '{where}': {first['msg']}; expected the form of {EXPLANATIONS.name}"
         ) from None
 
@@ -166,7 +166,7 @@ def build_fundus(
     """
     check_free(out, force)
     if not images.is_dir():
-        raise UserError(f"image folder {images} does not exist or is not a folder: check --images")
+        raise NotFoundError(f"image folder {images} does not exist or is not a folder: check --images")
     known = read_explanations(explanations)
     report = FundusReport(skipped=Skipped(strict))
     rows: list[ManifestRow] = []
@@ -202,7 +202,7 @@ def build_fundus(
         )
     if not rows:
         reasons = "; ".join(report.skipped.lines()) or "it has a header but no rows"
-        raise UserError(f"{table.title} gives no image to train on: {reasons}")
+        raise BadDataError(f"{table.title} gives no image to train on: {reasons}")
     report.rows = len(rows)
     report.splits.update(row.split for row in rows)
     used = {g: {text for row in rows for text in row.texts.get(g, [])} for g in GRANULARITIES}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, UserError, unknown_name
 from mgll_encoder.common.skipped import NO_LABEL, NO_TRUTH, Skipped
 from mgll_encoder.common.tables import Reading, Table, Uncertain
 from mgll_encoder.data.label_rows import LabelRow, UnusableError, settled, truths
@@ -96,7 +96,7 @@ def as_generic(name: str, table: Table, skipped: Skipped, reading: Reading | Non
     """
     layout = _layout(name)
     if not layout.eyes:
-        raise UserError(f"layout '{name}' is labelled by its folders: leave --labels out")
+        raise BadDataError(f"layout '{name}' is labelled by its folders: leave --labels out")
     wanted = sorted(layout.columns)
     if layout.label and not set(layout.label) & set(table.columns):
         wanted.append(layout.label[0])
@@ -137,7 +137,7 @@ def from_folders(name: str, images: Path, skipped: Skipped) -> list[LabelRow]:
     for pattern, found in layout.folders.items():
         files = sorted(images.rglob(pattern))
         if not files:
-            raise UserError(f"image folder {images} has no file '{pattern}' ({found}): check --images")
+            raise BadDataError(f"image folder {images} has no file '{pattern}' ({found}): check --images")
         for file in files:
             skipped.read += 1
             where = f"image {skipped.read} of folder {images}"

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 
 _logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class LabelLists:
         elif joined:
             label = min(joined)
             joint = _JOINTS.search(label)
-            raise UserError(
+            raise BadDataError(
                 f"{where}: '{label}' is made of other labels of the table: give --label-separator "
                 f"'{joint[0].strip() if joint else ','}' if it is several, or --label-separator {ONE_LABEL} if every "
                 "cell is one label"

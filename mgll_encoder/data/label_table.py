@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, NotFoundError, unknown_name
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.tables import Reading, read_table
@@ -173,7 +173,7 @@ def read_class_files(
     for pattern, name in classes.items():
         files = sorted(images.rglob(pattern))
         if not files:
-            raise UserError(f"image folder {images} has no file '{pattern}' ({name}): check --images")
+            raise BadDataError(f"image folder {images} has no file '{pattern}' ({name}): check --images")
         skipped.read += len(files)
         for file in files:
             key = file.relative_to(images).as_posix()
@@ -251,12 +251,12 @@ def _assembled(
     kept = agreeing(rows, skipped)
     if not kept:
         reasons = "; ".join(skipped.lines()) or "it has a header but no rows"
-        raise UserError(f"{source} gives no image to look at: {reasons}")
+        raise BadDataError(f"{source} gives no image to look at: {reasons}")
     names = tuple(sorted({label for row in kept for label in row.labels | row.uncertain}))
     names = tuple(_among(wanted, names) for wanted in only) or names
     test = np.array([row.side == "test" for row in kept])
     if sides.both and (test.all() or not test.any()):
-        raise UserError(
+        raise BadDataError(
             f"{source} gives {int((~test).sum())} training and {int(test.sum())} test images: both are needed"
         )
     val = np.array([row.side == "val" for row in kept])
@@ -289,4 +289,4 @@ def _among(wanted: str, names: Sequence[str]) -> str:
 
 def _check_folder(images: Path) -> None:
     if not images.is_dir():
-        raise UserError(f"image folder {images} does not exist: check --images")
+        raise NotFoundError(f"image folder {images} does not exist: check --images")

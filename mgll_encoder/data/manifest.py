@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, UserError, unknown_name
 from mgll_encoder.common.files import new_file
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.manifest_formats import format_named, format_of
@@ -86,7 +86,7 @@ def read_header(path: Path) -> ManifestHeader:
     try:
         return ManifestHeader.model_validate_json(form.header(path))
     except ValidationError as error:
-        raise UserError(
+        raise BadDataError(
             f"manifest {path} {form.header_place} is no manifest header ({_explain(error)}): expected "
             '{"format": "mgll-manifest", "version": 1, "granularities": [...]}; '
             "make one with 'mgll-encoder data fundus'"
@@ -168,12 +168,12 @@ def _row(where: str, content: bytes, header: ManifestHeader) -> ManifestRow:
     try:
         row = ManifestRow.model_validate_json(content)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from None
+        raise BadDataError(f"{where}: {_explain(error)}") from None
     for granularity, texts in row.texts.items():
         if granularity not in header.granularities:
-            raise UserError(f"{where}: {unknown_name('granularity', granularity, header.granularities)}")
+            raise BadDataError(f"{where}: {unknown_name('granularity', granularity, header.granularities)}")
         if not texts:
-            raise UserError(
+            raise BadDataError(
                 f"{where}: granularity '{granularity}' has no text: leave it out, or give at least one"
             )
     return row

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.extras import require
 
 PARQUET = ".parquet"
@@ -146,7 +146,7 @@ def format_of(path: Path) -> Format:
     if start == _MARK:
         return Parquet()
     if path.suffix == PARQUET:
-        raise UserError(f"manifest {path} is no Parquet file: write or copy it again")
+        raise BadDataError(f"manifest {path} is no Parquet file: write or copy it again")
     return JsonLines()
 
 
@@ -193,7 +193,7 @@ def _readable(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"manifest {path} is damaged Parquet ({error}): write or copy it again") from None
+        raise BadDataError(f"manifest {path} is damaged Parquet ({error}): write or copy it again") from None
 
 
 # opened files and groups are kept per process: a worker must not read through its parent's

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.table_options import listed
 from mgll_encoder.common.tables import Reading
 from mgll_encoder.common.texts import read_text
@@ -73,7 +73,7 @@ class Question:
                 )
             columns = known.columns if known.tabled else None
             if self.test_data and not columns:
-                raise UserError(f"benchmark '{self.benchmark}' has no label table: leave --test-data out")
+                raise BadDataError(f"benchmark '{self.benchmark}' has no label table: leave --test-data out")
             return read_class_files(
                 self.images,
                 known.folders,
@@ -88,7 +88,7 @@ class Question:
                 "--data is missing: expected the label file; only sets labelled by folders need none"
             )
         if known and not known.tabled:
-            raise UserError(
+            raise BadDataError(
                 f"benchmark '{self.benchmark}' is labelled by its folders: leave --data out, or leave --benchmark "
                 "out and say what the columns of your file are"
             )
@@ -129,5 +129,5 @@ def _listed(path: Path | None) -> frozenset[str]:
         return frozenset()
     names = read_text(path, "--test-list").split()
     if not names:
-        raise UserError(f"list {path} is empty: expected the name of a test image in each line")
+        raise BadDataError(f"list {path} is empty: expected the name of a test image in each line")
     return frozenset(Path(name).name for name in names)

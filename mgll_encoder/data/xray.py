@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
 from mgll_encoder.common.files import new_folder, regular_file
 from mgll_encoder.common.progress import track
 from mgll_encoder.common.pseudonyms import Pseudonyms
@@ -121,7 +121,7 @@ def build_xray(
         UserError: no such folder, no file that can be used, ``out`` exists or, if ``strict``, a file is left out.
     """
     if not dicom.is_dir():
-        raise UserError(f"DICOM folder {dicom} does not exist or is not a folder: check --dicom")
+        raise NotFoundError(f"DICOM folder {dicom} does not exist or is not a folder: check --dicom")
     report = XrayReport(skipped=Skipped(strict, "files"))
     files = _files(dicom, report.skipped)
     rows: dict[str, ManifestRow] = {}
@@ -149,7 +149,7 @@ def build_xray(
             )
         if not rows:
             reasons = "; ".join(report.skipped.lines()) or "it holds no file"
-            raise UserError(f"DICOM folder {dicom} gives no image to train on: {reasons}")
+            raise BadDataError(f"DICOM folder {dicom} gives no image to train on: {reasons}")
         used = {
             level: {text for row in rows.values() for text in row.texts.get(level, [])}
             for level in TEXT_FIELDS

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.data.manifest import split_of
 from mllm_adapters.data.dataset_rows import content_digest
 from mllm_adapters.data.dialogue import Conversation
@@ -72,13 +72,13 @@ def read_corpus(
     rows, other_split = read_table(files, options)
     names = dict.fromkeys(name for images in rows.table.select_columns("images") for name in images["images"])
     if folder is None and (relative := next((name for name in names if not Path(name).is_absolute()), None)):
-        raise UserError(f"{files[0]} names images without their folder ({relative}): pass it as --images")
+        raise BadDataError(f"{files[0]} names images without their folder ({relative}): pass it as --images")
     start = folder or files[0].parent
     facts = image_facts(names, start)
     damaged = {name: fact.fault for name, fact in facts.items() if fact.fault}
     if damaged and options.strict:
         name, fault = next(iter(damaged.items()))
-        raise UserError(
+        raise BadDataError(
             f"{len(damaged)} of {len(facts)} images cannot be read as images in {start}, first: {name} ({fault})"
         )
     return Corpus(
@@ -102,5 +102,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     """
     rows = list(conversations(path))
     if not rows:
-        raise UserError(f"{path} holds no conversations: expected a JSON list, or one JSON object per line")
+        raise BadDataError(
+            f"{path} holds no conversations: expected a JSON list, or one JSON object per line"
+        )
     return rows

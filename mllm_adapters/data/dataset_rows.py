@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import appearing, sha256
 from mgll_encoder.common.hf_datasets import open_dataset
 from mllm_adapters.data.row_shapes import IMAGE_LISTS
@@ -67,7 +67,7 @@ def refuse_archive(path: Path) -> None:
         UserError: the file is one.
     """
     if path.name.endswith((".tar", ".tar.gz", ".tgz", ".zip")):
-        raise UserError(
+        raise BadDataError(
             f"data file {path} is an archive (WebDataset shards are not read): unpack it, and pass its rows as JSON, "
             "or convert it to Parquet with the library datasets"
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.images import open_image
 from mllm_adapters.data.conversations import Corpus
 from mllm_adapters.data.fingerprints import text_fingerprint
@@ -142,7 +142,7 @@ def prepare_examples(
     )
     if not len(kept):
         unreadable = f", {counts.damaged} show images that cannot be read" if counts.damaged else ""
-        raise UserError(
+        raise BadDataError(
             f"{corpus.path}: none of {counts.rows} rows can be trained on: {counts.text_only} have no image, "
             f"{counts.too_long} are longer than {max_length} tokens (--max-length){unreadable}"
         )
@@ -222,7 +222,7 @@ def _try_several_images(
         encode_with(example, blanks, processor)
     except ValueError as error:
         names = ", ".join(example.images)
-        raise UserError(
+        raise BadDataError(
             f"{corpus.path}: this model cannot take a row with the images {names}: {error}"
         ) from None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 from joblib import cpu_count
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.files import appearing, cache_folder
 from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.common.picture_bytes import picture_digest
@@ -70,7 +70,7 @@ def image_facts(names: Iterable[str], folder: Path) -> dict[str, ImageFact]:
             missing.append(name)
     if missing:
         total = len(keys) + len(missing)
-        raise UserError(f"{len(missing)} of {total} images are missing in {folder}, first: {missing[0]}")
+        raise BadDataError(f"{len(missing)} of {total} images are missing in {folder}, first: {missing[0]}")
     known = _known(set(keys.values()))
     unknown = [name for name, key in keys.items() if key not in known]
     if unknown:

@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mllm_adapters.chat import TemplateError, render_chat, template_of
 from mllm_adapters.data.dialogue import ROLES, Conversation
 
@@ -36,18 +36,20 @@ def check_processor(processor: Any) -> None:
             tokenizer gives no character offsets.
     """
     if processor is None:
-        raise UserError(
+        raise BadDataError(
             "the model folder holds no tokenizer, so text cannot be read: add its processor files"
         )
     if template_of(processor) is None:
-        raise UserError("the model's processor has no chat template: add chat_template.jinja to its folder")
+        raise BadDataError(
+            "the model's processor has no chat template: add chat_template.jinja to its folder"
+        )
     if getattr(processor, "use_default_system_prompt", False):  # of Janus: it would shift the labels
-        raise UserError(
+        raise BadDataError(
             "the model's processor puts a system prompt before what its chat template writes: set "
             "use_default_system_prompt to false in processor_config.json, and write the prompt into the template"
         )
     if not processor.tokenizer.is_fast:
-        raise UserError("the model's tokenizer gives no character offsets: add its tokenizer.json")
+        raise BadDataError("the model's tokenizer gives no character offsets: add its tokenizer.json")
 
 
 def render(conversation: Conversation, processor: Any) -> Example:
@@ -69,14 +71,14 @@ def render(conversation: Conversation, processor: Any) -> Example:
         prompt = render_chat(processor, messages[:index], add_generation_prompt=True)
         answered = render_chat(processor, messages[: index + 1])
         if not (answered.startswith(prompt) and text.startswith(answered)):
-            raise UserError(
+            raise BadDataError(
                 "the model's chat template cannot be used for training: the prompt of answer "
                 f"{len(answers) + 1} (id {conversation.id!r}) is not what the whole conversation begins with"
             )
         answers.append((len(prompt), len(answered.rstrip())))
     placeholders = text.count(processor.image_token)
     if placeholders != len(conversation.images):
-        raise UserError(
+        raise BadDataError(
             f"id {conversation.id!r} has {len(conversation.images)} images, its rendered text {placeholders} "
             f"{processor.image_token}: the chat template must write one per image, and the data none"
         )
@@ -93,7 +95,7 @@ def _check_system(
     marked = {**system, "content": [{"type": "text", "text": MARK}]}
     if taken_for or render_chat(processor, [marked, *rest]).count(MARK) != 1:
         how = f"writes it as a turn of the {taken_for[0]}" if taken_for else "does not write it"
-        raise UserError(
+        raise BadDataError(
             f"id {conversation.id!r} has a system turn, and the model's chat template {how}: take the system turns "
             "out of the data, or add them to chat_template.jinja"
         )

@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from pydantic import BaseModel, ValidationError
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, UserError, unknown_name
 from mgll_encoder.common.files import cache_folder, made_once, regular_file
 from mgll_encoder.common.hf_datasets import is_dataset
 from mgll_encoder.common.progress import track
@@ -148,7 +148,7 @@ def read_table(paths: Sequence[Path], options: DataOptions) -> tuple[RowTable, i
     trained = table.data.column("train").to_numpy()
     kept = table if trained.all() else table.select(trained.nonzero()[0])
     if not len(kept):
-        raise UserError(f"{paths[0]}: all {len(table)} rows are of another side of its split than train")
+        raise BadDataError(f"{paths[0]}: all {len(table)} rows are of another side of its split than train")
     return RowTable(kept, hashlib.sha256("".join(keys).encode()).hexdigest()), len(table) - len(kept)
 
 
@@ -181,7 +181,9 @@ def _write(rows: Iterator[Row], file: Path, source: Path) -> None:
             writer.write_batch(pa.RecordBatch.from_pylist([dict(row) for row in batch], SCHEMA))
             count += len(batch)
     if not count:
-        raise UserError(f"{source} holds no conversations: expected a JSON list, or one JSON object per line")
+        raise BadDataError(
+            f"{source} holds no conversations: expected a JSON list, or one JSON object per line"
+        )
 
 
 def detect(path: Path) -> Reader:
@@ -196,7 +198,7 @@ def detect(path: Path) -> Reader:
         return _captions
     if "schema" in head:
         if head["schema"] != BENCH_SCHEMA:
-            raise UserError(
+            raise BadDataError(
                 f"{path} line 1 has schema '{head['schema']}', expected '{BENCH_SCHEMA}': rebuild it with "
                 "eval-mcq build"
             )
@@ -219,7 +221,7 @@ def _head(path: Path) -> dict[str, Any]:
             try:
                 first = next((line for line in stream if line.strip()), "")
             except UnicodeDecodeError:
-                raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+                raise BadDataError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     try:
         head = parse_json(first, str(path))
     except UserError:
@@ -292,7 +294,7 @@ def _checked(path: Path, records: Iterable[tuple[str, Any]], parse: Callable[[An
             first = first or f"{path}: {where}{name}: {faults_of(error)}"
             faults += 1
     if faults:
-        raise UserError(first + (f" (and {faults - 1} more bad rows)" if faults > 1 else ""))
+        raise BadDataError(first + (f" (and {faults - 1} more bad rows)" if faults > 1 else ""))
 
 
 def _open(path: Path) -> TextIO:
@@ -301,7 +303,7 @@ def _open(path: Path) -> TextIO:
         stream.read(1)
         stream.seek(0)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+        raise BadDataError(f"{path} is not UTF-8 text: {error}") from None
     return stream
 
 
@@ -313,7 +315,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             stream.seek(0)
             yield from _listed(stream, path) if start.startswith("[") else _lines(stream, path)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error}") from None
+            raise BadDataError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _lines(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
@@ -337,20 +339,20 @@ def _listed(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             # Not all of the item may have been read; ever larger pieces, so that a broken file costs no square.
             if not (more := stream.read(size)):
-                raise UserError(f"{path}, row {number}, is not JSON: {error.msg}") from None
+                raise BadDataError(f"{path}, row {number}, is not JSON: {error.msg}") from None
             text, at, size = text[at:] + more, 0, size * 2
             at = _skip(text, at)
             continue
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            raise UserError(f"{path}, row {number}, cannot be read: {reason}") from None
+            raise BadDataError(f"{path}, row {number}, cannot be read: {reason}") from None
         check_content(item, f"{path}, row {number},")
         yield number, item
         if text[end] == "]":
             break
         at, size, number = _skip(text, end + 1), CHUNK, number + 1
     if (text[end + 1 :] + stream.read()).strip():
-        raise UserError(f"{path} is not JSON: there is text after the list")
+        raise BadDataError(f"{path} is not JSON: there is text after the list")
 
 
 def _skip(text: str, at: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.checkpoint import is_safetensors
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import OutputTakenError, UserError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
 from mgll_encoder.common.local_paths import without_local
 from mgll_encoder.common.texts import read_json
@@ -213,7 +213,7 @@ def check_output(out: Path, force: bool, inputs: Iterable[Path]) -> None:
     for given in inputs:
         if given.resolve().is_relative_to(out.resolve()):
             what = "is" if given.resolve() == out.resolve() else "holds"
-            raise UserError(f"output {out} {what} the input {given}: choose another --out")
+            raise OutputTakenError(f"output {out} {what} the input {given}: choose another --out")
     check_free(out, force)
 
 

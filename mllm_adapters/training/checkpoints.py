@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.resuming import clear_unfinished, forget, last_checkpoint
@@ -29,7 +29,7 @@ def check_output(out: Path, *, resume: bool, force: bool) -> None:
     work = work_folder(out)
     saved = last_checkpoint(work)
     if resume and saved is None:
-        raise UserError(f"{work} holds no checkpoint to resume from: start without --resume")
+        raise NotFoundError(f"{work} holds no checkpoint to resume from: start without --resume")
     if saved and not (resume or force):
         raise UserError(
             f"{work} holds {saved.name} of an earlier run: go on with --resume, or start anew with --force"

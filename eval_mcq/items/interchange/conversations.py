@@ -10,7 +10,7 @@ from eval_mcq.items.interchange.faults import MALFORMED, NO_CHOICE, NO_COLUMN, B
 from eval_mcq.items.interchange.rows import Row, load_json, read_rows
 from eval_mcq.items.schema import LETTERS
 from eval_mcq.scoring.prompt import INSTRUCTION
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.skipped import Skipped
 
 OPTION_LINE = re.compile(r"^\(?([A-Z])[.):]\s+", re.MULTILINE)
@@ -62,7 +62,7 @@ def read_scienceqa(path: Path, split: str | None, images: Path, skipped: Skipped
     """
     problems = load_json(path)
     if not (isinstance(problems, dict) and all(isinstance(p, dict) for p in problems.values())):
-        raise UserError(f"file {path} must hold an object of problems by id, as ScienceQA's problems.json")
+        raise BadDataError(f"file {path} must hold an object of problems by id, as ScienceQA's problems.json")
     for key, problem in problems.items():
         part = as_text(problem.get("split"))
         if split is not None and part != split:

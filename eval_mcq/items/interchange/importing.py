@@ -29,7 +29,7 @@ from eval_mcq.items.parquet import embedded_images
 from eval_mcq.items.pictures import unreadable_images
 from eval_mcq.items.preset import plain
 from eval_mcq.items.schema import BenchHeader, MCQItem, first_fault, read_bench
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import Skipped, unnamed
 
@@ -190,7 +190,7 @@ def _without_letters(found: list[tuple[RawQuestion, MCQItem]], source: Source) -
         return found, 0
     if source.option_letters == "auto" and not all(lettered):
         raw, item = found[lettered.index(True)]
-        raise UserError(
+        raise BadDataError(
             f"{raw.where}: its options carry letters or numbers of their own ('{item.options[0]}'), as in "
             f"{sum(lettered)} of {len(found)} questions, not in all: take them off with --option-letters strip, or "
             "leave them with keep"
@@ -281,7 +281,7 @@ def _sound(
             sound.append(item)
     source.skipped.read = len(sound) + source.skipped.total
     if not sound:
-        raise UserError(
+        raise BadDataError(
             f"{source.path} gives no multiple-choice question: "
             f"{source.skipped.summary() or 'it holds none'}; check --format and --images"
         )

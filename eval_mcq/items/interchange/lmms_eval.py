@@ -13,7 +13,7 @@ from typing import Any
 from eval_mcq.items.pictures import with_pictures
 from eval_mcq.items.schema import Bench
 from eval_mcq.scoring.prompt import render
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import new_folder
 
 DATA = "data"
@@ -33,7 +33,7 @@ def write_task(bench: Bench, out: Path, force: bool = False) -> str:
 
     several = next((item for item in bench.items if len(item.images) > 1), None)
     if several:
-        raise UserError(
+        raise BadDataError(
             f"question '{several.id}' has {len(several.images)} images: a task of lmms-eval without code has one; "
             "export to vlmevalkit"
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import regular_file
 from mgll_encoder.common.texts import parse_json, read_text
 
@@ -27,14 +27,14 @@ def read_rows(path: Path) -> Iterator[Row]:
     if path.is_dir():
         files = sorted(path.glob("*.json"))
         if not files:
-            raise UserError(f"folder {path} holds no .json file: give the folder with the question files")
+            raise BadDataError(f"folder {path} holds no .json file: give the folder with the question files")
         for file in files:
             yield from _json(file)
         return
     regular_file(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(
+        raise BadDataError(
             f"file {path} ends with '{path.suffix}', expected {', '.join(READERS)} (or a folder of .json files)"
         )
     yield from reader(path)
@@ -57,10 +57,10 @@ def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
                 reader = csv.DictReader(stream, delimiter=separator, restval="", strict=True)
                 for number, cells in enumerate(reader, start=2):
                     if None in cells:
-                        raise UserError(f"{path} row {number} has more fields than the header has columns")
+                        raise BadDataError(f"{path} row {number} has more fields than the header has columns")
                     yield Row(f"{path} row {number}", cells)
         except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(
+            raise BadDataError(
                 f"{path} is not a UTF-8 table with '{separator!r}' between fields: {error}"
             ) from None
 
@@ -70,7 +70,7 @@ def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
 def _json(path: Path) -> Iterator[Row]:
     data = load_json(path)
     if not (isinstance(data, list) and all(isinstance(entry, dict) for entry in data)):
-        raise UserError(f"file {path} must hold a list of objects, one per question")
+        raise BadDataError(f"file {path} must hold a list of objects, one per question")
     for number, cells in enumerate(data, start=1):
         yield Row(f"{path} entry {number}", cells)
 
@@ -82,7 +82,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             continue
         cells = parse_json(line, f"{path} line {number}", nan=True)
         if not isinstance(cells, dict):
-            raise UserError(f"{path} line {number} is not a JSON object")
+            raise BadDataError(f"{path} line {number} is not a JSON object")
         yield Row(f"{path} line {number}", cells)
 
 

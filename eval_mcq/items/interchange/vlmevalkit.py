@@ -17,7 +17,7 @@ from eval_mcq.items.interchange.pictures import from_base64
 from eval_mcq.items.interchange.rows import Row
 from eval_mcq.items.pictures import with_pictures
 from eval_mcq.items.schema import LETTERS, Bench, MCQItem
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.skipped import Skipped
 
 CIRCLE = 10**6
@@ -155,7 +155,7 @@ def predictions(bench: Bench, chosen: Mapping[str, str]) -> Iterator[str]:
 def _option_cells(item: MCQItem, letters: str) -> list[str]:
     for option in item.options:
         if option.strip() in READ_AS_BLANK:
-            raise UserError(
+            raise BadDataError(
                 f"question '{item.id}': VLMEvalKit reads the option '{option}' as missing: reword it, or export to "
                 "another format"
             )
