@@ -274,7 +274,7 @@ def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool, *, save_on_
         raise
     except UserError as error:
         # From a data loader's worker the message arrives wrapped in a traceback.
-        cause = str(error).rpartition("UserError: ")[2]
+        cause = str(error).rpartition(f"{type(error).__name__}: ")[2]
         saved = last_checkpoint(work)
         hint = f"; once mended, --resume continues from {saved.name}" if saved else ""
         raise UserError(f"{cause} (training stopped at step {trainer.state.global_step}{hint})") from None
