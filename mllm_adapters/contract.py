@@ -9,11 +9,12 @@ know nothing about families.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from mgll_encoder import TowerHeader
@@ -64,6 +65,22 @@ def _known_dtype(name: str) -> str:
     return name
 
 
+_SOURCES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("keep", "rename", "tower", "slice", "reshape", "resample", "extend_rows"), (1, 1)),
+    **dict.fromkeys(("same", "concat"), (1, inf)),
+    "lora": (3, 3),
+    "trained": (0, inf),
+}
+"""Operation -> fewest and most sources; the others have none."""
+
+_ARGUMENTS: Mapping[str, frozenset[str]] = {
+    "slice": frozenset({"groups", "units", "start", "stop"}),
+    "resample": frozenset({"leading"}),
+    "lora": frozenset({"scale"}),
+}
+"""Operation -> what `Step.arguments` must hold."""
+
+
 class Step(_Data):
     """One target tensor.
 
@@ -85,6 +102,17 @@ class Step(_Data):
     sources: tuple[str, ...] = ()
     replaces: str | None = None
     arguments: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        fewest, most = _SOURCES.get(self.operation, (0, 0))
+        if not fewest <= len(self.sources) <= most:
+            raise ValueError(
+                f"{self.name}: operation '{self.operation}' cannot read {len(self.sources)} tensors"
+            )
+        if missing := _ARGUMENTS.get(self.operation, frozenset()) - self.arguments.keys():
+            raise ValueError(f"{self.name}: operation '{self.operation}' lacks {', '.join(sorted(missing))}")
+        return self
 
 
 class Dropped(_Data):

@@ -146,7 +146,7 @@ def judge(outcome: Outcome, folder: Path, reader: Reader) -> Verdict:
 
 def _says_nan(file: Path) -> bool:
     """Whether a JSON file has the word in a text: numbers are written otherwise there."""
-    return bool(NOT_A_NUMBER.search(file.read_text(encoding="utf-8", errors="replace")))
+    return bool(re.search(r"\bnan\b", file.read_text(encoding="utf-8", errors="replace")))
 
 
 def _no_json(file: Path) -> str:
