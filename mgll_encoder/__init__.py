@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mgll_encoder.tower import (
         Tower,
         TowerHeader,
-        TowerReader,
         build_model,
         inspect_tower,
         load_tower,
@@ -44,7 +43,6 @@ __all__ = [
     "Resize",
     "Tower",
     "TowerHeader",
-    "TowerReader",
     "TowerSpec",
     "UnknownNameError",
     "UnsupportedCheckpointError",
@@ -77,7 +75,6 @@ __getattr__, __dir__ = lazy(
         "Resize": "spec",
         "Tower": "tower",
         "TowerHeader": "tower",
-        "TowerReader": "tower",
         "TowerSpec": "spec",
         "UnknownNameError": "common.errors",
         "UnsupportedCheckpointError": "common.errors",

@@ -17,7 +17,7 @@ from mgll_encoder.common.files import regular_file
 from mgll_encoder.common.texts import POINTER, read_json, refuse_pointer
 from mgll_encoder.foreign import other_format, refuse_adapter
 from mgll_encoder.locate import check_tower
-from mgll_encoder.spans import Span, read_span, spans
+from mgll_encoder.spans import OpenFile, Span
 from mgll_encoder.torch_file import WeightSet, open_torch
 
 FOLDER_FILES = (
@@ -94,7 +94,7 @@ def open_checkpoint(path: Path, weights: WeightSet | None = None) -> Checkpoint:
 
 def is_safetensors(path: Path) -> bool:
     """Whether a file is safetensors, by its first bytes: eight of header length, then a JSON header."""
-    return _head(path)[8:9] == b"{"
+    return _opened(path)[1][8:9] == b"{"
 
 
 def _open_shards(folder: Path, index: Path) -> Checkpoint:
@@ -125,35 +125,36 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
 
 
 def _open_file(path: Path, weights: WeightSet | None = None) -> Checkpoint:
-    head = _head(path)
+    file, head = _opened(path)
     refuse_pointer(path, head)
     if head[8:9] == b"{":
         if weights is not None:
             raise BadDataError(f"{path} is a safetensors file, with one set of weights: leave --weights out")
-        return _open_safetensors(path)
+        return _open_safetensors(file)
     zipped = head.startswith(b"PK\x03\x04")
     if zipped or head.startswith(b"\x80"):  # torch's zip, or the bare pickle that it wrote before 1.6
-        file = open_torch(path, zipped, weights)
-        readers = dict.fromkeys(file.headers, file.read)
-        return Checkpoint(path, (path,), file.headers, file.wrapper, file.sets, file.taken, readers)
+        held = open_torch(file, zipped, weights)
+        readers = dict.fromkeys(held.headers, held.read)
+        return Checkpoint(path, (path,), held.headers, held.wrapper, held.sets, held.taken, readers)
     if other := other_format(path):
         raise BadDataError(f"{other}")
     raise BadDataError(f"{path} is not a checkpoint: expected safetensors or a file written by torch.save")
 
 
-def _head(path: Path) -> bytes:
+def _opened(path: Path) -> tuple[OpenFile, bytes]:
+    """A file and its first bytes."""
     try:
-        with path.open("rb") as stream:
-            head = stream.read(len(POINTER))
+        file = OpenFile(path)
+        head = file.head(len(POINTER))
     except OSError as error:
         raise BadDataError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     if not head:
         raise BadDataError(f"{path} is empty (0 bytes): copy or download it again")
-    return head
+    return file, head
 
 
-def _open_safetensors(path: Path) -> Checkpoint:
-    headers = {}
+def _open_safetensors(file: OpenFile) -> Checkpoint:
+    path, headers = file.path, {}
     try:
         # Not for torch, which maps a file copy-on-write: one larger than the memory is refused by the system.
         with safe_open(path, framework="np") as stream:
@@ -167,11 +168,11 @@ def _open_safetensors(path: Path) -> Checkpoint:
                 headers[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
     except SafetensorError as error:
         raise BadDataError(f"{path} is truncated or damaged: {error}; copy or download it again") from None
-    places = spans(path)
+    held = file.spans()
     return Checkpoint(
-        path, (path,), headers, _readers={name: _reader(places[name], headers[name]) for name in headers}
+        path, (path,), headers, _readers={name: _reader(file, held[name], headers[name]) for name in headers}
     )
 
 
-def _reader(place: Span, header: Tensor) -> Callable[[str], Tensor]:
-    return lambda _: read_span(place, header.dtype, header.shape)
+def _reader(file: OpenFile, span: Span, header: Tensor) -> Callable[[str], Tensor]:
+    return lambda _: file.tensor(span, header.dtype, header.shape)

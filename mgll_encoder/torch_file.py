@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import BadDataError, UserError
-from mgll_encoder.spans import unmapped
+from mgll_encoder.spans import OpenFile, places
 from mgll_encoder.torchscript import is_torchscript, open_archive
 
 WeightSet = Literal["raw", "ema"]
@@ -93,20 +93,21 @@ class TorchFile:
     taken: WeightSet = "raw"
 
 
-def open_torch(path: Path, zipped: bool, weights: WeightSet | None = None) -> TorchFile:
+def open_torch(file: OpenFile, zipped: bool, weights: WeightSet | None = None) -> TorchFile:
     """Open a file that ``torch.save`` or ``torch.jit.save`` wrote.
 
     Args:
-        path: The file.
+        file: The file.
         zipped: Whether it is a zip file (since torch 1.6) or a bare pickle.
         weights: Which of two sets of weights is wanted; None takes the raw ones where there are both.
 
     Raises:
         UserError: it is damaged, wants to create other objects than tensors, or holds no such weights.
     """
-    if zipped and is_torchscript(_members(path)):
+    path = file.path
+    if zipped and is_torchscript(_members(file)):
         try:
-            return TorchFile(*open_archive(path))
+            return TorchFile(*open_archive(file))
         except _BROKEN as error:
             raise _refusal(path, zipped=False, error=error) from None
     content = _load(path, zipped)
@@ -116,24 +117,28 @@ def open_torch(path: Path, zipped: bool, weights: WeightSet | None = None) -> To
     _check_held(path, content, state, found, weights)
     headers = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     wrapper = frozenset(map(str, content)) if found and isinstance(content, Mapping) else frozenset()
-    reader = _Reader(path, zipped, found.get(taken))
+    reader = _Reader(file, zipped, found.get(taken), state)
     return TorchFile(headers, reader.read, wrapper, found, taken)
 
 
 class _Reader:
-    """The tensors of a file. It is mapped to learn where they lie; values are read when they are asked for.
+    """The tensors of a file. It is mapped once, to learn where they lie; values are read when they are asked for.
 
-    Of what cannot be mapped, all stays in memory: bare pickles of before torch 1.6, and files named as another format.
+    What cannot be mapped is loaded as a whole for the first value and stays in memory: bare pickles of before
+    torch 1.6, and files named as another format.
     """
 
-    def __init__(self, path: Path, zipped: bool, name: str | None) -> None:
-        self._path, self._zipped, self._name = path, zipped, name
-        self._state: dict[str, Tensor] = {}
+    def __init__(self, file: OpenFile, zipped: bool, name: str | None, state: Mapping[str, Tensor]) -> None:
+        self._file, self._zipped, self._name = file, zipped, name
+        self._places = places(state, file.path) if _can_be_mapped(file.path, zipped) else {}
+        self._loaded: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Tensor:
-        if not self._state:
-            self._state = _tensors(_load(self._path, self._zipped), self._name)
-        return unmapped(self._state[name], self._path)
+        if name in self._places:
+            return self._places[name].read(self._file)
+        if not self._loaded:
+            self._loaded = _tensors(_load(self._file.path, self._zipped), self._name)
+        return self._loaded[name]
 
 
 def _can_be_mapped(path: Path, zipped: bool) -> bool:
@@ -225,10 +230,11 @@ def _check_not_sharded(path: Path, content: object, state: Mapping[str, Tensor])
         )
 
 
-def _members(path: Path) -> list[str]:
+def _members(file: OpenFile) -> list[str]:
     """The names in a zip file that may be a checkpoint; only the table of contents is read."""
+    path = file.path
     try:
-        with zipfile.ZipFile(path) as archive:
+        with file.stream() as stream, zipfile.ZipFile(stream) as archive:
             members = archive.namelist()
     except _BROKEN:
         raise BadDataError(f"{path} is truncated or damaged: copy or download it again") from None

@@ -10,11 +10,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mgll_encoder.spans import OpenFile
 
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -106,18 +107,18 @@ def is_torchscript(names: list[str]) -> bool:
     return any(name.endswith("/constants.pkl") for name in names)
 
 
-def open_archive(path: Path) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
+def open_archive(file: OpenFile) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
     """The tensors of an archive on the ``meta`` device, by the names of its state dict, and what reads one.
 
     Raises:
         pickle.UnpicklingError: the archive wants to create something other than modules and tensors, or is damaged.
     """
-    with zipfile.ZipFile(path) as archive:
+    with file.stream() as stream, zipfile.ZipFile(stream) as archive:
         member = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
         if member is None:
             raise pickle.UnpicklingError("there is no data.pkl in it")
-        with archive.open(member) as stream:
-            views = dict(_named_views(_Unpickler(stream).load()))
+        with archive.open(member) as pickled:
+            views = dict(_named_views(_Unpickler(pickled).load()))
         if not views:
             raise pickle.UnpicklingError("no module in it has a tensor")
         root = member.removesuffix("data.pkl")
@@ -126,7 +127,7 @@ def open_archive(path: Path) -> tuple[dict[str, Tensor], Callable[[str], Tensor]
 
     def read(name: str) -> Tensor:
         view = views[name]
-        with zipfile.ZipFile(path) as archive:
+        with file.stream() as stream, zipfile.ZipFile(stream) as archive:
             content = bytearray(archive.read(f"{root}data/{view.storage.key}"))
         if not content:
             return torch.empty(view.shape, dtype=view.storage.dtype)

@@ -5,7 +5,7 @@ folder's config, from the caller, or from a default of the layout, which the hea
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -55,8 +55,27 @@ _DEFAULTS: dict[str, tuple[Activation, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
+class _Stored:
+    """The opened files of a tower, and how their tensors become those of a ``CLIPVisionModel``."""
+
+    checkpoint: Checkpoint
+    plan: KeyPlan
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, by the name that it will have."""
+        source = next(key for key, place in self.plan.taken.items() if name in place.targets)
+        (fused,) = self.checkpoint.read([source]).values()
+        place = self.plan.taken[source]
+        return place.cut(fused)[place.targets.index(name)]
+
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors, by the names that they will have."""
+        return self.plan.apply(self.checkpoint.read(self.plan.taken))
+
+
+@dataclass(frozen=True)
 class TowerHeader:
-    """What is known of a tower without reading its weights.
+    """An opened tower: what is known of it without reading its weights, and its tensors one at a time.
 
     Attributes:
         spec: The vision contract.
@@ -81,6 +100,18 @@ class TowerHeader:
     preprocessing_source: Origin
     warnings: tuple[str, ...] = ()
     weights: WeightSet | None = None
+    _stored: _Stored | None = field(default=None, repr=False, compare=False)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a ``CLIPVisionModel`` key (without ``vision_model.``), in its stored dtype.
+
+        Raises:
+            UserError: it is not finite, or the file has been cut short.
+        """
+        assert self._stored is not None, "a tower in memory is not read"
+        tensor = self._stored.read(name)
+        _check_finite(name, tensor, self.source)
+        return tensor
 
     @property
     def parameters(self) -> int:
@@ -156,7 +187,7 @@ def inspect_tower(
     Raises:
         UserError: the source is missing, damaged, of another architecture, or contradicts its config.
     """
-    return _examine(at_hand(path, check_kind), activation, weights)[0]
+    return _examine(at_hand(path, check_kind), activation, weights)
 
 
 def tower_state_dict(
@@ -168,31 +199,6 @@ def tower_state_dict(
     """
     header, tensors, _ = _read(at_hand(path, check_kind), activation, weights)
     return header, tensors
-
-
-class TowerReader:
-    """A tower whose tensors are read one at a time, so that memory need not hold it whole.
-
-    Arguments and errors as for ``load_tower``.
-
-    Attributes:
-        header: What is known of it without its weights.
-    """
-
-    def __init__(
-        self, path: Path | str, *, activation: Activation | None = None, weights: WeightSet | None = None
-    ) -> None:
-        self.header, self._checkpoint, self._plan = _examine(at_hand(path, check_kind), activation, weights)
-        self._sources = {t: key for key, place in self._plan.taken.items() for t in place.targets}
-
-    def read(self, name: str) -> Tensor:
-        """The tensor of a ``CLIPVisionModel`` key (without ``vision_model.``), in its stored dtype."""
-        source = self._sources[name]
-        (fused,) = self._checkpoint.read([source]).values()
-        place = self._plan.taken[source]
-        tensor = place.cut(fused)[place.targets.index(name)]
-        _check_finite(name, tensor, self.header.source)
-        return tensor
 
 
 def load_tower(
@@ -245,8 +251,9 @@ def vision_config(spec: TowerSpec) -> "CLIPVisionConfig":
 def _read(
     path: Path, activation: Activation | None, weights: WeightSet | None
 ) -> tuple[TowerHeader, dict[str, Tensor], Tensor | None]:
-    header, checkpoint, plan = _examine(path, activation, weights)
-    tensors = plan.apply(checkpoint.read(plan.taken))
+    header = _examine(path, activation, weights)
+    assert header._stored is not None, "it has just been opened"
+    tensors = header._stored.read_all()
     if (aside := path / PROJECTION_FILE).is_file():
         tensors |= open_checkpoint(aside).read([PROJECTION])
     for name, tensor in tensors.items():
@@ -262,9 +269,7 @@ def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
         )
 
 
-def _examine(
-    path: Path, activation: Activation | None, weights: WeightSet | None
-) -> tuple[TowerHeader, Checkpoint, KeyPlan]:
+def _examine(path: Path, activation: Activation | None, weights: WeightSet | None) -> TowerHeader:
     if activation is not None and activation not in get_args(Activation):
         raise unknown_name("activation", activation, get_args(Activation))
     if weights is not None and weights not in get_args(WeightSet):
@@ -301,7 +306,7 @@ def _examine(
     spec = checked(TowerSpec, {**fields, "activation": chosen}, claims.file or path)
     _check_shapes(tensors, spec, path)
 
-    header = TowerHeader(
+    return TowerHeader(
         spec=spec,
         tensors={name: (t.dtype, tuple(t.shape)) for name, t in tensors.items() if name != PROJECTION},
         dropped=plan.dropped,
@@ -312,8 +317,8 @@ def _examine(
         preprocessing_source=preprocessing_source,
         warnings=tuple(warnings),
         weights=checkpoint.taken if "ema" in checkpoint.sets else None,
+        _stored=_Stored(checkpoint, plan),
     )
-    return header, checkpoint, plan
 
 
 def _layout(plan: KeyPlan) -> str:
@@ -401,13 +406,13 @@ def _compare(measured: Mapping[str, int], claims: Claims, path: Path) -> None:
             f"{path} lacks {PROJECTION_FILE}, which {claims.file} promises: copy the whole folder"
         )
     patch = measured["patch_size"]
-    for field, found in measured.items():
-        claimed = claims.fields.get(field, found)
-        rounded = claimed // patch * patch if field == "image_size" and isinstance(claimed, int) else claimed
+    for name, found in measured.items():
+        claimed = claims.fields.get(name, found)
+        rounded = claimed // patch * patch if name == "image_size" and isinstance(claimed, int) else claimed
         if rounded != found:
-            name = claims.names.get(field, field)
+            theirs = claims.names.get(name, name)
             raise UnsupportedCheckpointError(
-                f"{claims.file}: field '{name}' is {claimed}, but the weights in {path} have {found}: "
+                f"{claims.file}: field '{theirs}' is {claimed}, but the weights in {path} have {found}: "
                 "expected the config of these weights; take both from the same folder"
             )
 

@@ -52,6 +52,7 @@ class Checkpoint:
             shards lack are seen.
         given: Where parts outside the folder lie, by name; the others are looked for.
         loose: Weight files of a folder without config.json; the configuration is empty then.
+        config: The contents of config.json, where they have been read already.
 
     Attributes:
         parts: The attached parts, by name.
@@ -67,6 +68,7 @@ class Checkpoint:
         *,
         given: Mapping[str, Path] | None = None,
         loose: tuple[Path, ...] = (),
+        config: dict[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self.extra_weights = extra_weights
@@ -78,7 +80,9 @@ class Checkpoint:
         refuse_delta(folder)
         if not loose and not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
-        self.config: dict[str, Any] = {} if loose else read_json(folder / "config.json")
+        if config is None:
+            config = {} if loose else read_json(folder / "config.json")
+        self.config = config
 
     @cached_property
     def partial(self) -> bool:

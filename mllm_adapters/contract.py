@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, model_validator
 from torch import Tensor
 
 from mgll_encoder import TowerHeader
@@ -158,6 +158,7 @@ class Plan(_Data):
         source: Source checkpoint folder.
         tower: File or folder of the tower that the target gets: the new one, or the source's own where it
             lies outside the checkpoint; None where the tower's tensors come from the checkpoint itself.
+        opened: That tower, where it is opened already; it is no part of the record of a plan.
         tower_weights: Which of two sets of weights in ``tower`` is meant; None where it holds one.
         swapped: Whether ``tower`` is a new one.
         parts: Further files and folders that the plan reads, by the name that ``--part`` gives them.
@@ -178,6 +179,7 @@ class Plan(_Data):
     layout: str
     source: Path
     tower: Path | None = None
+    opened: InstanceOf[TowerHeader] | None = Field(default=None, exclude=True, repr=False)
     tower_weights: WeightSet | None = None
     swapped: bool = False
     parts: dict[str, Path] = Field(default_factory=dict)

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import isqrt, sqrt
-from typing import Any
+from typing import cast
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from mgll_encoder import TowerReader, fold_normalisation, resample_positions, tower_state_dict
+from mgll_encoder import TowerHeader, fold_normalisation, inspect_tower, resample_positions
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import PixelRule
+from mgll_encoder.spec import Activation, PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Operation, Plan, Step, VisionContract
 
@@ -43,10 +43,22 @@ def compute(
 
 def fitted_tower(plan: Plan) -> dict[str, Tensor]:
     """The plan's tower, resampled to the target's grid and folded to its normalisation; keys without prefix."""
-    if plan.tower is None:
+    tower = open_tower(plan)
+    if tower is None:
         return {}
-    header, state = tower_state_dict(plan.tower, **how_read(plan))
-    return fit(state, header.spec, plan.after)
+    return fit({name: tower.read(name) for name in tower.tensors}, tower.spec, plan.after)
+
+
+def open_tower(plan: Plan) -> TowerHeader | None:
+    """The tower of a plan, opened now unless the plan holds it opened; None where it has none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if plan.tower is None or plan.opened is not None:
+        return plan.opened
+    activation = cast(Activation, plan.after.activation)  # checked there
+    return inspect_tower(plan.tower, activation=activation, weights=plan.tower_weights)
 
 
 def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContract) -> dict[str, Tensor]:
@@ -67,11 +79,6 @@ def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContrac
     return fitted
 
 
-def how_read(plan: Plan) -> dict[str, Any]:
-    """What a plan's tower cannot say of itself, for `inspect_tower` and its like."""
-    return {"activation": plan.after.activation, "weights": plan.tower_weights}
-
-
 class FittedTower:
     """What `fitted_tower` gives, one tensor at a time; the tower is opened when the first is read."""
 
@@ -83,14 +90,15 @@ class FittedTower:
         return self._input_side[name] if name in (POSITIONS, PATCHES) else self._tower.read(name)
 
     @cached_property
-    def _tower(self) -> TowerReader:
-        assert self._plan.tower is not None, "a plan with steps of a tower names it"
-        return TowerReader(self._plan.tower, **how_read(self._plan))
+    def _tower(self) -> TowerHeader:
+        tower = open_tower(self._plan)
+        assert tower is not None, "a plan with steps of a tower names it"
+        return tower
 
     @cached_property
     def _input_side(self) -> dict[str, Tensor]:
         state = {name: self._tower.read(name) for name in (POSITIONS, PATCHES)}
-        return fit(state, self._tower.header.spec, self._plan.after)
+        return fit(state, self._tower.spec, self._plan.after)
 
 
 def mean_rows(rows: Tensor, number: int) -> Tensor:

@@ -86,9 +86,9 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
     Raises:
         UserError: no checkpoint, one of no known family, several, or the family has no such part.
     """
-    inner, matches = _inner_folder(folder)
+    inner, matches, config = _inner_folder(folder)
     if not matches:
-        found, layout = detect(read_json(inner / "config.json"), f"{inner}/config.json")
+        found, layout = detect(config, f"{inner}/config.json")
         refuse_quantised_files(inner)
         if not _reads_adapters(found, layout):
             refuse_adapter(inner, *LOADED_BY)
@@ -102,7 +102,7 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
             )
         if part not in found.spec.parts:
             raise unknown_name(f"--part for {found.spec.title}", part, found.spec.parts)
-    return Checkpoint(inner, found.spec.extra_weights, given=given, loose=loose), found, layout
+    return Checkpoint(inner, found.spec.extra_weights, given=given, loose=loose, config=config), found, layout
 
 
 def family_of_model(model: Any) -> Family:
@@ -136,29 +136,31 @@ def _reads_adapters(found: Family, layout: str) -> bool:
     return layout == "original" and any(f.startswith("adapter_model") for f in found.spec.extra_weights)
 
 
-def _inner_folder(folder: Path) -> tuple[Path, LooseMatches]:
+def _inner_folder(folder: Path) -> tuple[Path, LooseMatches, dict[str, Any]]:
     """The checkpoint folder itself, or the one checkpoint of a known family that lies in it.
 
-    With it come the families whose loose weights it holds, none where it has a config.json.
+    With it come the families whose loose weights it holds, or the contents of its config.json; the other is empty.
     """
     check_checkpoint(folder)
     if (folder / "config.json").is_file():
-        return folder, {}
+        return folder, {}, read_json(folder / "config.json")
     if matches := _loose_matches(folder):
-        return folder, matches
-    configs = sorted(folder.glob("*/config.json"))
-    inner: list[tuple[Path, LooseMatches]]
-    inner = [(c.parent, {}) for c in configs if _recognised(read_json(c))] or _with_loose(folder)
+        return folder, matches, {}
+    configs = {file: read_json(file) for file in sorted(folder.glob("*/config.json"))}
+    inner: list[tuple[Path, LooseMatches, dict[str, Any]]]
+    inner = [(file.parent, {}, config) for file, config in configs.items() if _recognised(config)]
+    inner = inner or [(place, matches, {}) for place, matches in _with_loose(folder)]
     if len(inner) == 1:
         return inner[0]
     if inner:
-        names = ", ".join(path.name for path, _ in inner)
+        names = ", ".join(path.name for path, *_ in inner)
         raise UnsupportedCheckpointError(
             f"{folder} holds {len(inner)} checkpoints ({names}): pass the folder of one of them"
         )
     refuse_adapter(folder, *LOADED_BY)
     if len(configs) == 1:
-        detect(read_json(configs[0]), str(configs[0]))
+        ((file, config),) = configs.items()
+        detect(config, str(file))
     if configs:
         names = ", ".join(config.parent.name for config in configs)
         raise UnsupportedCheckpointError(

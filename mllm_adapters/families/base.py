@@ -48,6 +48,7 @@ class PlannedFamily(Family):
             layout=host.layout,
             source=checkpoint.folder,
             tower=new.source if new else None,
+            opened=new,
             tower_weights=new.weights if new else None,
             swapped=tower is not None,
             parts={**checkpoint.parts, **host.parts},

@@ -13,7 +13,7 @@ from typing import Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mgll_encoder import TowerHeader, inspect_tower
+from mgll_encoder import TowerHeader
 from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.common.errors import OutputTakenError, UserError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
@@ -31,7 +31,7 @@ from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import GENERATION, check_complete
 from mllm_adapters.locate import PROVENANCE
-from mllm_adapters.operations import compute, how_read
+from mllm_adapters.operations import compute, open_tower
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.side_files import remove_paths
 from mllm_adapters.swap.card import CARD, model_card
@@ -162,7 +162,7 @@ def complete_folder(
         UserError: the processor cannot be made, or what ``write`` raises.
     """
     write_processor = family.processor_writer(plan)
-    tower = inspect_tower(plan.tower, **how_read(plan)) if plan.tower else None
+    tower = open_tower(plan)
     config = json.dumps(without_local(plan.config), indent=2) + "\n"
     with ThreadPoolExecutor(1) as aside:
         # Training checkpoints are large, and are hashed whole: beside the writing.
