@@ -306,7 +306,7 @@ def _check_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     if int(tokenizer.pad_token_id) >= _rows(model):
         raise UserError(
             f"text tower {source}: its padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, but "
-            f"the encoder knows {_rows(model)}: take tokenizer and weights from the same folder"
+            f"the encoder knows {_rows(model)}: take both from the same folder"
         )
 
 

@@ -8,7 +8,7 @@ from mgll_encoder.common.texts import read_json
 from mgll_encoder.preprocess import image_processor, read_preprocessing
 from mgll_encoder.pretrained import is_sentencepiece, load_pretrained, quiet
 from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
-from mllm_adapters.architectures import register_models
+from mllm_adapters.architectures import MODEL_TYPES, register_models
 from mllm_adapters.checkpoint import TOKENIZER_FILES
 from mllm_adapters.configs import build_config
 from mllm_adapters.contract import VisionContract
@@ -99,9 +99,15 @@ def load_tokenizer(folder: Path) -> Any | None:
 
 
 def _register(folder: Path) -> None:
-    """The Auto classes go by the model_type in config.json."""
+    """The Auto classes go by the model_type in config.json, or by the name of the processor.
+
+    A native model can have a processor of ours: a converted InstructBLIP has.
+    """
     if (folder / "config.json").is_file():
         register_models([str(read_json(folder / "config.json").get("model_type"))])
+    if (folder / "processor_config.json").is_file():
+        named = read_json(folder / "processor_config.json").get("processor_class")
+        register_models(name for name, row in MODEL_TYPES.items() if row.processor and row.processor == named)
 
 
 def check_sentencepiece(tokenizer: Any, folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import picture
 from tests.eval_mcq.helpers import write_labels
 from tests.mllm_adapters import complete
 
@@ -48,6 +49,10 @@ def settings(tmp_path: Path) -> dict[str, object]:
         tmp_path,
         [{"file": f"{i}.png", "labels": DISEASES[i % 4], "patient": f"p{i}"} for i in range(160)],
     )
+    for i in range(
+        160
+    ):  # each of another shade: pictures that are the same are the same image, seen in training
+        picture(tmp_path / "photos", f"{i}.png", colour=(i, 255 - i, 40))
     return {
         "ENCODER": complete.encoder(tmp_path / "mgll"),
         "LABELS": labels,
