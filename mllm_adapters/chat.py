@@ -26,6 +26,10 @@ _PATIENCE = 60.0
 
 _CHUNK = 1 << 16
 
+PREFIX_TYPES = "token_type_ids"
+"""What PaliGemma's processor says of each position: 0 in the prompt, whose tokens see each other in both directions, 1
+in the answer, which is causal. So no part of a prompt can be computed before its end is known."""
+
 
 class TemplateError(UserError):
     """A chat template that cannot be rendered, or not for this conversation."""

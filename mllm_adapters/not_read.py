@@ -89,10 +89,6 @@ NOT_READ: tuple[NotRead, ...] = (
         "in both directions", _MEDICAL,
     ),
     NotRead(
-        "PaliGemma", r"paligemma.*",
-        "PaliGemma is not supported, its image and its prompt attend to each other in both directions", LLAVA_WORKS,
-    ),
-    NotRead(
         "CheXagent", r"chexagent.*",
         "CheXagent is not supported, its classes are Python files of its repository, which are never run, and "
         "transformers has none in their place", _MEDICAL,

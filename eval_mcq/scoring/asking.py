@@ -13,7 +13,7 @@ from eval_mcq.items.schema import LETTERS, MCQItem
 from eval_mcq.scoring.prompt import Ask, Prompt, render
 from eval_mcq.scoring.tree import common_length
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.chat import render_chat, template_of
+from mllm_adapters.chat import PREFIX_TYPES, render_chat, template_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Prepared:
         inputs: What the processor made of the images.
         per_token: What it made of the first prompt, ids included; each [1, length].
         image_end: Number of tokens up to the last one that stands for a part of an image.
-        sharable: Whether the tokens of all rows were made of a common beginning with the images in it.
+        sharable: Whether the tokens of all rows were made of a common beginning with the images in it, which no model
+            reads otherwise for what follows.
     """
 
     rows: list[Row]
@@ -139,6 +140,7 @@ class Writer:
             per_token={"input_ids": first, **per_token},
             image_end=spread.image_end,
             sharable=spread.sharable
+            and PREFIX_TYPES not in per_token
             and all(map(torch.is_tensor, inputs.values()))
             and (len(prompts) == 1 or not self._reads_text),
         )

@@ -35,6 +35,7 @@ from eval_mcq.scoring.parts import (
     pieces,
 )
 from eval_mcq.scoring.tree import Tree
+from mllm_adapters.chat import PREFIX_TYPES
 
 _logger = logging.getLogger(__name__)
 
@@ -392,5 +393,7 @@ def _lengthened(batch: Mapping[str, Any], tails: Sequence[Sequence[int]]) -> dic
                 longer[i, end : end + len(tail)] = torch.tensor(tail)
             if name == "attention_mask":
                 longer[i, : end + len(tail)] = 1
+            if name == PREFIX_TYPES:
+                longer[i, end : end + len(tail)] = 1
         lengthened[name] = longer
     return lengthened

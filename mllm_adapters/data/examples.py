@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.images import open_image
+from mllm_adapters.chat import PREFIX_TYPES
 from mllm_adapters.data.conversations import Corpus
 from mllm_adapters.data.fingerprints import text_fingerprint
 from mllm_adapters.data.rendering import Example, adds_special_tokens, check_processor, image_tokens, render
@@ -50,6 +51,9 @@ IGNORED = -100
 
 TOKEN_TYPES = "mm_token_type_ids"
 """What some processors say of each position beside its id: text (0), image, video; Qwen's models place tokens by it."""
+
+PER_TOKEN = (TOKEN_TYPES, PREFIX_TYPES)
+"""What processors may give for each position, beside ids and mask."""
 
 
 class ExampleTable(Sequence[Example]):
@@ -231,9 +235,9 @@ def encode(example: Example, folder: Path, processor: Any) -> dict[str, Tensor]:
     """Tokens, labels and pixels of one example.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` of shape (T,), likewise `TOKEN_TYPES` where the processor
-        gives them, and what it makes of the images. ``labels`` are the ids of the answers' tokens, and `IGNORED`
-        elsewhere, at images above all.
+        ``input_ids``, ``attention_mask`` and ``labels`` of shape (T,), likewise `PER_TOKEN` as far as the
+        processor gives them, and what it makes of the images. ``labels`` are the ids of the answers' tokens, and
+        `IGNORED` elsewhere, at images above all.
 
     Raises:
         UserError: an image is missing or damaged.
@@ -264,8 +268,10 @@ def encode_with(example: Example, images: Sequence[Image.Image], processor: Any)
         answer = slice(int(inside[0]), int(inside[-1]) + 1)
         labels[answer] = input_ids[answer]
     text = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-    if TOKEN_TYPES in features:
-        text[TOKEN_TYPES] = features.pop(TOKEN_TYPES)[0]
+    text |= {name: features.pop(name)[0] for name in PER_TOKEN if name in features}
+    if PREFIX_TYPES in text:  # the first answer, and all after it, must not be seen by what is before
+        answered = (labels != IGNORED).nonzero().flatten()
+        text[PREFIX_TYPES][int(answered[0]) :] = 1
     return {**text, **features}
 
 
@@ -295,8 +301,7 @@ class Collator:
     def __call__(self, batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of shape (B, T) for the text, (images of the batch, ...) for what belongs to images."""
         fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        if TOKEN_TYPES in batch[0]:
-            fill[TOKEN_TYPES] = 0
+        fill |= {name: 0 for name in PER_TOKEN if name in batch[0]}
         text = {
             name: pad_sequence([row[name] for row in batch], batch_first=True, padding_value=value)
             for name, value in fill.items()

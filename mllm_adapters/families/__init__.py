@@ -14,6 +14,7 @@ FAMILIES: Mapping[str, str] = {
     "med-flamingo": "mllm_adapters.families.med_flamingo:MED_FLAMINGO",
     "janus-pro": "mllm_adapters.families.janus_pro:JANUS_PRO",
     "aya-vision": "mllm_adapters.families.aya_vision:AYA_VISION",
+    "paligemma": "mllm_adapters.families.paligemma:PALIGEMMA",
 }
 """Registry name -> ``module:object``; the module is imported on first use."""
 

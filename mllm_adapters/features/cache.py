@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.data.conversations import Corpus
 from mllm_adapters.data.examples import (
-    TOKEN_TYPES,
+    PER_TOKEN,
     AnswerCollator,
     ExampleTable,
     encode,
@@ -48,7 +48,7 @@ ENCODED = pa.schema([("tensors", pa.large_binary()), ("images", pa.list_(pa.stri
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far cached features may be from fresh ones, relative to the largest: batches of another size round otherwise."""
 
-TEXT = ("input_ids", "attention_mask", "labels", TOKEN_TYPES)
+TEXT = ("input_ids", "attention_mask", "labels", *PER_TOKEN)
 
 
 class CachedDataset(Dataset[dict[str, Any]]):

@@ -16,6 +16,7 @@ from tests.mllm_adapters import complete
 WAYS = {
     "instructblip": set(),  # its Q-Former reads the question with the image
     "aya-vision": set(),  # its tiny language model attends to 64 tokens only, and the prompts are longer
+    "paligemma": set(),  # its image and its prompt attend to each other
     "med-flamingo": {"tree"},  # cross-attention: no cache that is continued by hand
 }
 """Family -> what it can share; the others share everything."""

@@ -26,6 +26,7 @@ from tests.mllm_adapters import (
     test_internvl,
     test_med_flamingo,
     test_mini_gemini,
+    test_paligemma,
     test_qwen2_vl,
 )
 from tests.mllm_adapters.families import aya_vision, llava_qwen2, qwen_vl
@@ -114,6 +115,7 @@ BUILDERS: Mapping[str, Builder] = {
     "med-flamingo": lambda folder, golden: test_med_flamingo.write_host(folder),
     "janus-pro": _janus,
     "aya-vision": _aya,
+    "paligemma": lambda folder, golden: test_paligemma.published_folder(folder),
 }
 """Name -> builder of (folder to write, what gives the golden folder); the first word is the family's."""
 

@@ -34,6 +34,7 @@ from tests.mllm_adapters.families import (
     llava_qwen2,
     med_flamingo,
     mini_gemini,
+    paligemma,
     qwen2_vl,
     qwen_vl,
 )
@@ -44,6 +45,7 @@ CASES = (
     *llava_qwen2.CASES,
     *qwen2_vl.CASES,
     *aya_vision.CASES,
+    *paligemma.CASES,
     *internvl.CASES,
     *med_flamingo.CASES,
     *mini_gemini.CASES,

@@ -27,7 +27,6 @@ CONFIGS: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
         {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]},
     ),
-    "PaliGemma": ({"model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"]},),
     "CheXagent": (
         {"model_type": "chexagent", "architectures": ["CheXagentForConditionalGeneration"]},
         {"architectures": ["CheXagentForCausalLM"], "visual": {"vision_model_name_or_path": "siglip"}},

@@ -39,6 +39,7 @@ ASKED = {
     "med-flamingo": Asked(64, 224, 256, "into 64 tokens whatever its size"),
     "janus-pro": Asked(256, 224, 255, "try 225 or 256"),
     "aya-vision": Asked(144, 336, 64 * 64 * 64, "which cannot be"),
+    "paligemma": Asked(577, 336, 576, "try 530 or 577"),
 }
 """Family -> what is asked of its published checkpoint."""
 

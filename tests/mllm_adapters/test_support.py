@@ -26,6 +26,7 @@ from tests.mllm_adapters import (
     test_llava_full_size,
     test_med_flamingo,
     test_mini_gemini,
+    test_paligemma,
     test_qwen2_vl,
 )
 from tests.mllm_adapters.families import internvl, qwen_vl
@@ -77,6 +78,9 @@ PUBLISHED: Mapping[str, Callable[[Path], Path]] = {
     "janus-pro": janus,
     "aya-vision": lambda folder: builders.sparse_checkpoint(
         folder, test_aya_vision.PUBLISHED, test_aya_vision.published_tensors()
+    ),
+    "paligemma": lambda folder: builders.sparse_checkpoint(
+        folder, test_paligemma.PUBLISHED, test_paligemma.published_tensors()
     ),
 }
 """Family -> writer of the headers of its published checkpoint."""
