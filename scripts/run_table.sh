@@ -12,7 +12,7 @@
 #   OUT       folder of everything          (default: tables)
 #   PRESET    diseases asked about          (default: fundus10)
 #   BUILD     further options of eval-mcq build, such as "--patient-column patient"
-#   ALIGN     images to align readers on; empty for none   (default: IMAGES)
+#   ALIGN     images to align readers on; empty for none   (default: those of the training questions)
 #   RECIPE    of the retraining             (default: scripts/recipes/FAMILY/projector.yaml)
 #   TRAIN     further options or key=value of retrain-projector
 #   LAUNCH    put before retrain-projector, such as "torchrun --nproc-per-node 8 --no-python"
@@ -64,7 +64,7 @@ fi
 family=$1
 here=$out/$family
 recipe=${RECIPE:-$scripts/recipes/$family/projector.yaml}
-align=${ALIGN-$IMAGES}
+align=${ALIGN-$out/train.jsonl}
 [[ -e $recipe ]] || { echo "error: $recipe does not exist: family is one of $families, or set RECIPE" >&2; exit 2; }
 mkdir -p "$here/runs"
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import checked, parse_json, read_text
 from mgll_encoder.data.manifest import image_folder, read_header, read_rows
 from mgll_encoder.preprocess import image_processor
 from mgll_encoder.spec import PixelRule
 from mllm_adapters.alignment.sight import Sight
 from mllm_adapters.contract import Family
+from mllm_adapters.data.questions import BENCH_SCHEMA, BenchQuestion
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Files in a folder that count as images, whatever the case of their letters."""
@@ -98,7 +101,8 @@ def find_images(images: Path, most: int) -> list[Path]:
     """Image files, in an order that is drawn, always the same for the same files.
 
     Args:
-        images: Folder, searched recursively, or an MGLL manifest (``.jsonl``), of which the training split is taken.
+        images: Folder, searched recursively; or an MGLL manifest (``.jsonl``), of which the training split is taken;
+            or an eval-mcq bench (``.jsonl``).
         most: How many at most.
 
     Raises:
@@ -108,17 +112,32 @@ def find_images(images: Path, most: int) -> list[Path]:
         files = sorted(f for f in images.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
         where = f"{images} holds {len(files)} image files ({', '.join(SUFFIXES)})"
     elif images.suffix == ".jsonl":
-        folder = image_folder(images, read_header(images))
-        files = sorted({folder / row.image for _, _, row in read_rows(images) if row.split == "train"})
-        where = f"the training split of {images} has {len(files)} images"
+        files = sorted(_listed(images))
+        where = f"{images} has {len(files)} images to train on"
     else:
-        what = "is neither a folder nor a manifest (.jsonl)" if images.exists() else "does not exist"
+        what = "is neither a folder nor a manifest or bench (.jsonl)" if images.exists() else "does not exist"
         raise UserError(f"--align {images} {what}: give a folder of images; they need no labels")
     if min(len(files), most) < FEWEST:
         asked = f", and --align-samples is {most}" if most < FEWEST <= len(files) else ""
         raise UserError(f"--align: {where}{asked}: at least {FEWEST} are needed, some hundreds are better")
     random.Random(0).shuffle(files)
     return files[:most]
+
+
+def _listed(file: Path) -> set[Path]:
+    """The images of a manifest's training split, or of all questions of a bench."""
+    lines = read_text(file, "--align").split("\n")  # not splitlines(): texts may hold U+2028
+    first = parse_json(lines[0], f"{file} line 1") if lines else None
+    if not (isinstance(first, dict) and first.get("schema") == BENCH_SCHEMA):
+        folder = image_folder(file, read_header(file))
+        return {folder / row.image for _, _, row in read_rows(file) if row.split == "train"}
+    places = (f"{file} line {number}" for number in count(2))
+    questions = [
+        checked(BenchQuestion, parse_json(line, place), place)
+        for line, place in zip(lines[1:], places, strict=False)
+        if line.strip()
+    ]
+    return {file.absolute().parent / image for question in questions for image in question.images}
 
 
 def match(new: Tensor, old: Tensor, shown: Tensor) -> Pairs:

@@ -69,7 +69,8 @@ def swap(
     align: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images, without labels: fit what reads the tower to them, in closed form."
+            help="Folder of images, manifest or bench; labels play no part: fit what reads the tower to them, in "
+            "closed form."
         ),
     ] = None,
     align_samples: Annotated[

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionModel
 
 from mgll_encoder import inspect_tower
+from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import PixelRule
 from mllm_adapters import load_mllm
 from mllm_adapters.alignment.align import Alignment, align, fitted_plan
-from mllm_adapters.alignment.matching import match
+from mllm_adapters.alignment.matching import find_images, match
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
@@ -28,6 +29,7 @@ from mllm_adapters.families.llava import LLAVA, Llava
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from tests.builders import invoke, picture, refused, sparse_checkpoint, tower_config
+from tests.eval_mcq.helpers import small_bench
 
 READER = "multi_modal_projector.linear_1"
 
@@ -166,6 +168,16 @@ def test_other_pictures_explain_nothing_and_it_says_so(
     assert any("alignment did not work" in line for line in found.warnings())
     assert right.fits[0].r2 > found.fits[0].r2 + 0.2
     assert right.fits[0].r2_unaligned is None, "the reader's width changes: it would be drawn anew"
+
+
+def test_the_images_of_a_bench_serve_as_well_as_a_folder(tmp_path: Path) -> None:
+    """So that those of the training questions can be taken: others would be seen before they are asked about."""
+    bench = small_bench(tmp_path)
+    picture(tmp_path, "not asked about.png")
+    assert {file.name for file in find_images(bench, 500)} == {f"{i}.png" for i in range(10)}
+    bench.write_text(bench.read_text().replace('"question"', '"asked"'))
+    with pytest.raises(UserError, match="bench.jsonl line 2: .*question"):
+        find_images(bench, 500)
 
 
 def test_where_the_old_tower_saw_nothing_nothing_is_fitted() -> None:
