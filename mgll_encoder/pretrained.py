@@ -1,7 +1,7 @@
 """Other people's folders read through transformers: their code never runs, nobody is asked, errors are one line."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,13 @@ _LOADS_ANOTHER = "audio_tokenizer"
 
 
 def load_pretrained(
-    kind: Any, source: str | Path | None, what: str, *, advice: str = "", **options: Any
+    kind: Any,
+    source: str | Path | None,
+    what: str,
+    *,
+    advice: str = "",
+    checked: bool = False,
+    **options: Any,
 ) -> Any:
     """What ``kind.from_pretrained(source, **options)`` gives, without running code of the folder.
 
@@ -42,14 +48,15 @@ def load_pretrained(
         source: A folder or a hub id; None where the options hold everything.
         what: What is read and where it lies, such as ``the tokenizer in llava/``; begins the error message.
         advice: What was expected, or what to do; ends the error message.
+        checked: The folder has passed `check_configs` already.
         **options: Passed on.
 
     Raises:
         UserError: it cannot be read, or only with code of its own.
     """
     folder = Path(source) if source is not None and Path(source).is_dir() else None
-    if folder is not None:
-        _check_configs(folder)
+    if folder is not None and not checked:
+        check_configs(folder)
     try:
         with quiet():
             return kind.from_pretrained(source, trust_remote_code=False, **options)
@@ -80,12 +87,20 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _check_configs(folder: Path) -> None:
-    """Read the folder's configurations once before transformers does, so that errors name the file and the field."""
+def check_configs(folder: Path, config: Mapping[str, Any] | None = None) -> None:
+    """Read a folder's configurations once before transformers does, so that errors name the file and the field.
+
+    Args:
+        folder: The folder.
+        config: The contents of its config.json, where they have been read already.
+
+    Raises:
+        UserError: one of them cannot be read, or names something to load or to run.
+    """
     for name in CONFIGS:
         if not (folder / name).is_file():
             continue
-        settings = read_json(folder / name)
+        settings = config if config and name == CONFIGS[0] else read_json(folder / name)
         if settings.get(_LOADS_ANOTHER) is not None:
             raise UserError(
                 f"{folder / name}: field '{_LOADS_ANOTHER}' names another model to load; nothing was loaded: remove "

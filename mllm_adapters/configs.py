@@ -1,6 +1,7 @@
 """config.json: the fields that a family reads, and the configurations that a plan writes."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -47,7 +48,7 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
     """
     from transformers import AutoConfig
 
-    fields = dict(settings)
+    fields = deepcopy(dict(settings))  # transformers changes what it is given
     register_models([str(fields.get("model_type"))])
     try:
         with quiet():

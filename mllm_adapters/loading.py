@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.pretrained import load_pretrained
+from mgll_encoder.pretrained import check_configs, load_pretrained
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config
 from mllm_adapters.contract import Family, Plan
@@ -66,15 +66,25 @@ def load_mllm(
     if is_delta(where):
         return _load_delta(open_delta(where, parts=parts), dtype)
     checkpoint, family, layout = open_checkpoint(where, parts)
-    folder = checkpoint.folder
     if layout == "transformers":
-        check_depths(checkpoint.config, len(checkpoint.tensors), f"{folder}/config.json")
-        state = None if checkpoint.rightly_named else checkpoint.state()
-        model = _load(state, checkpoint.config, folder, dtype=dtype, quantization_config=quantization)
-        return model.eval(), load_processor(folder)
+        return load_folder(checkpoint, dtype=dtype, quantization=quantization)
     if quantization is not None:
-        raise UserError(f"{folder} is in its original layout, which is not quantised: convert it first")
+        raise UserError(
+            f"{checkpoint.folder} is in its original layout, which is not quantised: convert it first"
+        )
     return load_plan(family.plan(checkpoint), family, checkpoint, dtype=dtype)
+
+
+def load_folder(
+    checkpoint: Checkpoint, *, dtype: Any = "auto", quantization: Any = None
+) -> tuple[Any, Any | None]:
+    """Load an opened checkpoint in the transformers layout; arguments, result and errors as of `load_mllm`."""
+    folder, config = checkpoint.folder, checkpoint.config
+    check_depths(config, len(checkpoint.tensors), f"{folder}/config.json")
+    check_configs(folder, config)
+    state = None if checkpoint.rightly_named else checkpoint.state()
+    model = _load(state, config, folder, dtype=dtype, quantization_config=quantization, checked=True)
+    return model.eval(), load_processor(folder, config, checked=True)
 
 
 def load_plan(

@@ -1,5 +1,6 @@
 """Processors: what the source says about preprocessing, and the processor that the target needs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def load_tokenizer(folder: Path) -> Any | None:
 
     if not has_tokenizer(folder):
         return None
-    _register(folder)
+    _register(folder, _config(folder))
     if (folder / "tokenizer.json").is_file():
         read_json(folder / "tokenizer.json")
     settings = folder / "tokenizer_config.json"
@@ -98,13 +99,18 @@ def load_tokenizer(folder: Path) -> Any | None:
     return tokenizer
 
 
-def _register(folder: Path) -> None:
+def _config(folder: Path) -> dict[str, Any]:
+    """The contents of config.json; empty where there is none."""
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _register(folder: Path, config: Mapping[str, Any]) -> None:
     """The Auto classes go by the model_type in config.json, or by the name of the processor.
 
     A native model can have a processor of ours: a converted InstructBLIP has.
     """
-    if (folder / "config.json").is_file():
-        register_models([str(read_json(folder / "config.json").get("model_type"))])
+    register_models([str(config.get("model_type"))])
     if (folder / "processor_config.json").is_file():
         named = read_json(folder / "processor_config.json").get("processor_class")
         register_models(name for name, row in MODEL_TYPES.items() if row.processor and row.processor == named)
@@ -138,8 +144,15 @@ def _check_against(expected: list[int], tokenizer: Any, folder: Path) -> None:
         )
 
 
-def load_processor(folder: Path) -> Any | None:
+def load_processor(
+    folder: Path, config: Mapping[str, Any] | None = None, *, checked: bool = False
+) -> Any | None:
     """The processor saved in a model folder of the transformers layout, or None where it holds no tokenizer.
+
+    Args:
+        folder: The folder.
+        config: The contents of its config.json, where they have been read already.
+        checked: The folder has passed `mgll_encoder.pretrained.check_configs` already.
 
     Raises:
         UserError: it cannot be read.
@@ -148,24 +161,26 @@ def load_processor(folder: Path) -> Any | None:
 
     if not has_tokenizer(folder):
         return None
-    _register(folder)
-    processor = load_pretrained(AutoProcessor, folder, f"the processor in {folder}")
+    config = config or _config(folder)
+    _register(folder, config)
+    processor = load_pretrained(AutoProcessor, folder, f"the processor in {folder}", checked=checked)
     if not hasattr(processor, "tokenizer"):  # what transformers makes of files that name no processor
         raise UserError(
             f"{folder}: its files make up a {type(processor).__name__}, expected a processor of images and text: check "
             "processor_class in processor_config.json and preprocessor_config.json"
         )
     if isinstance(processor, LlavaProcessor):
-        _complete_llava(processor, folder / "config.json")
+        where = folder / "config.json"
+        _complete_llava(processor, config or read_json(where), where)
     return processor
 
 
-def _complete_llava(processor: Any, where: Path) -> None:
+def _complete_llava(processor: Any, settings: Mapping[str, Any], where: Path) -> None:
     """Tell a LlavaProcessor what older folders leave out: without it, images become none, or one token too few.
 
     See issues 34447 and 36002 of huggingface/transformers.
     """
-    config = build_config(read_json(where), str(where))
+    config = build_config(settings, str(where))
     if processor.patch_size is None:
         processor.patch_size = config.vision_config.patch_size
     if processor.vision_feature_select_strategy is None:

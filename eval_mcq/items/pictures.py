@@ -9,7 +9,7 @@ from eval_mcq.items.schema import Bench, MCQItem
 from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
 from mgll_encoder.common.files import sha256
-from mgll_encoder.common.images import open_image
+from mgll_encoder.common.images import hash_image, open_image
 from mgll_encoder.common.picture_bytes import clean_copy
 from mgll_encoder.common.progress import track
 from mgll_encoder.contact_sheet import check_sheet, write_contact_sheet
@@ -20,7 +20,7 @@ THREADS = 4
 
 
 def check_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
-    """Decode every image once and hash its bytes.
+    """Decode every image and hash its bytes, which are read once for both.
 
     Args:
         first_use: Image path to the id of the first question that shows it, for the error.
@@ -31,12 +31,7 @@ def check_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
     Raises:
         UserError: an image is missing or cannot be decoded; names the question and the file.
     """
-
-    def check(path: Path) -> str:
-        open_image(path)
-        return sha256(path)
-
-    return _each(first_use, check, "Checking images")
+    return _each(first_use, hash_image, "Checking images")
 
 
 def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:

@@ -7,6 +7,8 @@ pictures of more than 8 bits are scaled (Pillow cuts values off at 255), and fil
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import IO
 
@@ -64,6 +66,22 @@ def open_image(path: Path) -> Image.Image:
     name = f"image {path}"
     with _opened(path, name) as image:
         return _upright_rgb(image, name)
+
+
+def hash_image(path: Path) -> str:
+    """Decode an image file, so that a damaged one is found, and hash its bytes; it is read once for both.
+
+    Returns:
+        The SHA-256 of its bytes, in hexadecimal.
+
+    Raises:
+        UserError: as for `open_image`.
+    """
+    name = f"image {path}"
+    with _named(name):
+        content = regular_file(path, "image").read_bytes()
+        image_format(BytesIO(content), name)
+    return sha256(content).hexdigest()
 
 
 def check_image_header(path: Path) -> None:

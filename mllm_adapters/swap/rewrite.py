@@ -19,7 +19,7 @@ from mllm_adapters.swap.transfer import copy_files
 
 
 def replace_tensors(
-    source: Path,
+    source: Path | Checkpoint,
     out: Path,
     tensors: Mapping[str, Tensor],
     *,
@@ -32,7 +32,7 @@ def replace_tensors(
     tokenizers are copied.
 
     Args:
-        source: Checkpoint folder.
+        source: Checkpoint folder, or the opened checkpoint.
         out: Folder to write.
         tensors: New values by their names on disk; shape and number stay, dtypes follow the source.
         force: Replace ``out`` if it exists.
@@ -42,7 +42,8 @@ def replace_tensors(
         UserError: ``out`` is taken, is or holds ``source``, or cannot be written; or ``source`` has no such tensor
             or one of another shape.
     """
-    checkpoint = Checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    source = checkpoint.folder
     for name, value in tensors.items():
         if name not in checkpoint.tensors:
             raise UserError(f"{source} has no tensor {name}")

@@ -311,10 +311,10 @@ def _write(
         )
     full = outcome.merged if adapted else outcome.out
     if full:
-        source = Checkpoint(job.source)
+        source = Checkpoint(job.source, config=dict(job.config))
         tensors = merged(values, job.recipe.lora, adapted, lambda name: source.read(job.disk_names[name]))
         stored = {job.disk_names[name]: value for name, value in tensors.items()}
-        replace_tensors(job.source, full, stored, force=force, extra_files=files)
+        replace_tensors(source, full, stored, force=force, extra_files=files)
 
 
 def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:

@@ -17,7 +17,7 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import build_config
 from mllm_adapters.data.conversations import Corpus, read_corpus
 from mllm_adapters.data.examples import DataCounts, ExampleTable, prepare_examples
-from mllm_adapters.loading import load_mllm
+from mllm_adapters.loading import load_folder
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.training.quantisation import keep_differentiable, nf4
 from mllm_adapters.training.recipe import Recipe
@@ -30,6 +30,7 @@ class Job:
 
     Attributes:
         source: Checkpoint folder of the model.
+        config: Its config.json.
         corpus: The conversations.
         recipe: See `Recipe`.
         model: The model, frozen but for what the stage trains.
@@ -44,6 +45,7 @@ class Job:
     """
 
     source: Path
+    config: Mapping[str, Any]
     corpus: Corpus
     recipe: Recipe
     model: Any
@@ -100,7 +102,7 @@ def plan_training(source: Path, data: Path | Sequence[Path], images: Path | None
     """Check everything, load the model, freeze all but what the stage trains. Writes nothing.
 
     Raises:
-        UserError: the data or the model are not usable (see `read_corpus`, `prepare_examples`, `load_mllm`), the
+        UserError: the data or the model are not usable (see `read_corpus`, `prepare_examples`, `load_folder`), the
             language model has an encoder, or the stage does not fit the model.
     """
     checkpoint = check_source(source)
@@ -110,9 +112,8 @@ def plan_training(source: Path, data: Path | Sequence[Path], images: Path | None
         half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bfloat16" if half else "float32"
     dtype = getattr(torch, precision)
-    model, processor = load_mllm(
-        source, dtype=dtype, quantization=nf4(checkpoint.config, source, dtype) if recipe.qlora else None
-    )
+    quantization = nf4(checkpoint.config, source, dtype) if recipe.qlora else None
+    model, processor = load_folder(checkpoint, dtype=dtype, quantization=quantization)
     if recipe.qlora:
         keep_differentiable(model)
     torch.manual_seed(recipe.seed)  # of new adapters
@@ -131,6 +132,7 @@ def plan_training(source: Path, data: Path | Sequence[Path], images: Path | None
     examples, counts = prepare_examples(corpus, processor, max_length, STAGES[recipe.stage].learns_from_text)
     return Job(
         source=source,
+        config=checkpoint.config,
         corpus=corpus,
         recipe=recipe,
         model=model,
