@@ -176,7 +176,7 @@ def test_the_images_of_a_bench_serve_as_well_as_a_folder(tmp_path: Path) -> None
     picture(tmp_path, "not asked about.png")
     assert {file.name for file in find_images(bench, 500)} == {f"{i}.png" for i in range(10)}
     bench.write_text(bench.read_text().replace('"question"', '"asked"'))
-    with pytest.raises(UserError, match="bench.jsonl line 2: .*question"):
+    with pytest.raises(UserError, match=r"bench\.jsonl line 2: .*question"):
         find_images(bench, 500)
 
 
