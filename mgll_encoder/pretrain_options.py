@@ -10,6 +10,7 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.losses import PLAIN_CLIP, Alphas
 from mgll_encoder.spec import Activation
 from mgll_encoder.starting import AUTO
+from mgll_encoder.torch_file import WeightSet
 from mgll_encoder.two_towers import PRESETS
 
 Loss = Literal["mgll", "clip"]
@@ -26,6 +27,7 @@ class PretrainOptions:
         preset: Geometry of new towers, out of ``PRESETS``.
         init: Weights to start from: ``openai``, or anything that ``load_tower`` reads; None for new ones.
         activation: Of ``init``, where it does not say.
+        init_weights: ``raw`` or ``ema``, where ``init`` has a moving average beside its weights.
         text_tower: ``auto`` (that of ``init`` where it has one, else a new one), ``new``, or a transformers folder
             or repository of the hub.
         freeze_text: Train the projection of the text tower only.
@@ -48,6 +50,7 @@ class PretrainOptions:
     preset: str = "small"
     init: str | Path | None = None
     activation: Activation | None = None
+    init_weights: WeightSet | None = None
     text_tower: str = AUTO
     freeze_text: bool = False
     granularities: tuple[str, ...] = ()
@@ -69,6 +72,7 @@ class PretrainOptions:
             "loss": (self.loss, get_args(Loss)),
             "select": (self.select, get_args(Select)),
             "precision": (self.precision, get_args(Precision)),
+            "weights": (self.init_weights or "raw", get_args(WeightSet)),
         }
         for name, (value, known) in choices.items():
             if value not in known:
@@ -82,6 +86,8 @@ class PretrainOptions:
                 raise UserError(f"{option} is {number}: it must be greater than 0")
         if self.activation is not None and self.init is None:
             raise UserError("--activation is for --init: a new tower has the activation of its --preset")
+        if self.init_weights is not None and self.init is None:
+            raise UserError("--weights is for --init: a new tower has one set of weights")
         if self.deepspeed is not None:
             _check_deepspeed(self.deepspeed)
 

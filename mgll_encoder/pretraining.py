@@ -135,6 +135,7 @@ def pretrain(
         plan,
         options.weights,
         options.freeze_text,
+        options.init_weights,
     )
     if arguments.process_index == 0:
         _tell_what_is_cut(model.text, plan)

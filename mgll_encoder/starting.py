@@ -16,6 +16,7 @@ from mgll_encoder.losses import Alphas
 from mgll_encoder.spec import Activation
 from mgll_encoder.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text_tower import TextTower, load_text_tower
+from mgll_encoder.torch_file import WeightSet
 from mgll_encoder.tower import HF_STATE, Tower, load_tower
 from mgll_encoder.two_towers import Preset, TwoTowers, image_projection, new_tower
 
@@ -35,6 +36,7 @@ def starting_towers(
     plan: Plan,
     alphas: Alphas,
     freeze_text: bool = False,
+    weights: WeightSet | None = None,
 ) -> TwoTowers:
     """The towers as they are before the first step.
 
@@ -46,6 +48,7 @@ def starting_towers(
         plan: The training rows, whose texts are the vocabulary of a new text tower.
         alphas: Weights of the loss terms.
         freeze_text: Train the projection of the text tower only.
+        weights: ``raw`` or ``ema``, where ``init`` has both.
 
     Raises:
         UserError: a new text tower is to be frozen, weights cannot be read or had, or the text tower of ``init``
@@ -54,7 +57,7 @@ def starting_towers(
     path, activation = (
         _openai(activation) if init == OPENAI else (at_hand(init) if init else None, activation)
     )
-    vision = new_tower(preset) if path is None else load_tower(path, activation=activation)
+    vision = new_tower(preset) if path is None else load_tower(path, activation=activation, weights=weights)
     for line in vision.header.warnings:
         _logger.warning(line)
     projection = image_projection(vision)

@@ -25,6 +25,9 @@ def pretrain(
         help="Weights to start from: 'openai' (CLIP ViT-L/14), a CLIP file, or a tower's folder or hub id.",
     ),
     activation: str | None = typer.Option(None, help="Of --init, where it does not say: gelu or quick_gelu."),
+    weights: str | None = typer.Option(
+        None, help="Of --init, where it holds a moving average of the weights beside them: raw or ema."
+    ),
     text_tower: str = typer.Option(
         "auto",
         help="Text tower: 'new', a transformers folder or hub id, or 'auto': that of --init, else new.",
@@ -83,6 +86,7 @@ def pretrain(
         preset=preset,
         init=init,
         activation=activation,
+        init_weights=weights,
         text_tower=text_tower,
         freeze_text=freeze_text,
         granularities=tuple(name.strip() for name in granularities.split(",") if name.strip()),

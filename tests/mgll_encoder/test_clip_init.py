@@ -11,6 +11,7 @@ from mgll_encoder.clip_text import clip_text_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.data.batches import Plan
 from mgll_encoder.losses import Alphas
+from mgll_encoder.pretrain_options import PretrainOptions
 from mgll_encoder.starting import starting_towers
 from mgll_encoder.tower import load_tower
 from mgll_encoder.two_towers import PRESETS
@@ -29,8 +30,8 @@ def whole_clip(quick_gelu: bool, custom_text: bool = False, vocabulary: int = 49
     return model
 
 
-def started(path: Path, activation: str = "gelu"):
-    return starting_towers(PRESETS["tiny"], str(path), activation, "auto", Plan, Alphas()).eval()
+def started(path: Path, activation: str = "gelu", **more):
+    return starting_towers(PRESETS["tiny"], str(path), activation, "auto", Plan, Alphas(), **more).eval()
 
 
 @pytest.mark.parametrize(("quick_gelu", "custom_text"), [(False, False), (True, True)])
@@ -62,6 +63,19 @@ def test_image_and_text_tower_are_of_the_same_set_of_weights(tmp_path):
         texts[chosen] = text_tower_of(path, tower).features(TEXTS).detach()
     assert torch.equal(texts["raw"], texts[None])
     assert (texts["ema"] - texts["raw"]).abs().max() > 1e-3
+
+
+def test_a_training_starts_from_the_set_of_weights_that_is_asked_for(tmp_path):
+    raw, file = state_of(whole_clip(False)), tmp_path / "averaged.pt"
+    torch.save({"state_dict": raw, "state_dict_ema": {k: v * 1.5 for k, v in raw.items()}}, file)
+    first = {chosen: started(file, weights=chosen).vision.state_dict() for chosen in ("raw", "ema", None)}
+    name = "embeddings.patch_embedding.weight"
+    assert torch.equal(first["raw"][name], first[None][name])
+    assert torch.equal(first["ema"][name], first["raw"][name] * 1.5)
+    with pytest.raises(UserError, match="--weights is for --init"):
+        PretrainOptions(init_weights="ema")
+    with pytest.raises(UserError, match="weights"):
+        PretrainOptions(init=file, init_weights="average")
 
 
 def test_a_visual_tower_alone_has_no_text_tower(tmp_path):
