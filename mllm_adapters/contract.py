@@ -9,7 +9,6 @@ know nothing about families.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,32 +20,7 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.spec import PixelRule
 from mgll_encoder.torch_file import WeightSet
 from mllm_adapters.checkpoint import Checkpoint
-
-Operation = Literal[
-    "keep", "rename", "same", "tower", "slice", "concat", "reshape", "resample", "lora",
-    "extend_rows", "reinit", "zeros", "ones", "identity", "fit", "trained",
-]  # fmt: skip
-"""How a target tensor comes about; in brackets what `Step.arguments` holds.
-
-- ``keep``: the source tensor under its own name; a file of nothing but these is hard-linked.
-- ``rename``: the source tensor's values under another name.
-- ``same``: the source tensor's values, which the file holds under several names; they must be equal.
-- ``slice``: part of the rows of a fused tensor: seen as [groups, units, rows, ...], units start to stop of every group
-  (groups, units, start, stop). ``chunk(3)[0]`` is groups=1, units=3, start=0, stop=1.
-- ``concat``: the sources one below the other; zeros fill what the first and the last leave between them.
-- ``reshape``: the source's values in another shape.
-- ``resample``: a position table [..., leading + N, C], its square grid resized bicubically (leading).
-- ``lora``: base + scale * B @ A, of the sources (base, A, B) (scale).
-- ``tower``: a tensor of the tower named by the plan, fitted to the target's grid and normalisation.
-- ``extend_rows``: the source tensor with rows added at the end, each the mean of the existing rows.
-- ``reinit``: drawn anew, because the width of what it reads has changed.
-- ``zeros``: set to zero beside a ``reinit``.
-- ``ones``: set to one: a normalisation's scale beside a ``reinit``.
-- ``identity``: the identity matrix.
-- ``fit``: fitted on images (`mllm_adapters.alignment.align`); the values are given when the plan is executed.
-- ``trained``: in the place of the source tensor, values that it was given since; no plan of a swap has it.
-"""
-
+from mllm_adapters.operations import OPERATIONS, Operation, OperationName
 
 Target = Literal["own", "llava"]
 """What a swap writes: the family's own architecture, or a LLaVA that equals its understanding path."""
@@ -65,22 +39,6 @@ def _known_dtype(name: str) -> str:
     return name
 
 
-_SOURCES: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("keep", "rename", "tower", "slice", "reshape", "resample", "extend_rows"), (1, 1)),
-    **dict.fromkeys(("same", "concat"), (1, inf)),
-    "lora": (3, 3),
-    "trained": (0, inf),
-}
-"""Operation -> fewest and most sources; the others have none."""
-
-_ARGUMENTS: Mapping[str, frozenset[str]] = {
-    "slice": frozenset({"groups", "units", "start", "stop"}),
-    "resample": frozenset({"leading"}),
-    "lora": frozenset({"scale"}),
-}
-"""Operation -> what `Step.arguments` must hold."""
-
-
 class Step(_Data):
     """One target tensor.
 
@@ -88,7 +46,7 @@ class Step(_Data):
         name: Key in the target checkpoint.
         dtype: Torch dtype name, such as ``float16``.
         shape: Target shape.
-        operation: See `Operation`.
+        operation: Name of the operation that makes it, see `mllm_adapters.operations`.
         sources: Keys in the source checkpoint (``PART/KEY`` in an attached part) or, for ``tower``, in the tower;
             empty where nothing is read.
         replaces: Key of the source tensor whose place it takes without its values, if there is one.
@@ -98,20 +56,19 @@ class Step(_Data):
     name: str
     dtype: Annotated[str, AfterValidator(_known_dtype)]
     shape: tuple[Annotated[int, Field(ge=0, lt=2**48)], ...]
-    operation: Operation
+    operation: OperationName
     sources: tuple[str, ...] = ()
     replaces: str | None = None
     arguments: dict[str, float] = Field(default_factory=dict)
 
+    @property
+    def kind(self) -> Operation:
+        """The operation itself."""
+        return OPERATIONS[self.operation]
+
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
-        fewest, most = _SOURCES.get(self.operation, (0, 0))
-        if not fewest <= len(self.sources) <= most:
-            raise ValueError(
-                f"{self.name}: operation '{self.operation}' cannot read {len(self.sources)} tensors"
-            )
-        if missing := _ARGUMENTS.get(self.operation, frozenset()) - self.arguments.keys():
-            raise ValueError(f"{self.name}: operation '{self.operation}' lacks {', '.join(sorted(missing))}")
+        self.kind.check(self)
         return self
 
 

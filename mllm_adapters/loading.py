@@ -15,12 +15,12 @@ from mllm_adapters.configs import build_config
 from mllm_adapters.contract import Family, Plan
 from mllm_adapters.inventory import is_complete
 from mllm_adapters.locate import base_of_adapter
-from mllm_adapters.operations import compute
 from mllm_adapters.parts import resolve
 from mllm_adapters.processing import load_processor
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.delta import Delta, is_delta, open_delta
 from mllm_adapters.training.adapters import attach
+from mllm_adapters.values import compute
 
 GENERATION = "generation_config.json"
 

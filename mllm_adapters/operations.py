@@ -1,104 +1,65 @@
-"""The operations of a plan: how each target tensor is computed."""
+"""The operations of a plan: how a target tensor is computed, what that is called, and what it needs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from math import isqrt, sqrt
-from typing import cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf, isqrt, sqrt
+from typing import TYPE_CHECKING, Literal
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from mgll_encoder import TowerHeader, fold_normalisation, inspect_tower, resample_positions
+from mgll_encoder import resample_positions
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import Activation, PixelRule
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Operation, Plan, Step, VisionContract
 
-POSITIONS = "embeddings.position_embedding.weight"
-PATCHES = "embeddings.patch_embedding.weight"
+if TYPE_CHECKING:
+    from mllm_adapters.contract import Step
+
+OperationName = Literal[
+    "keep", "rename", "same", "tower", "slice", "concat", "reshape", "resample", "lora",
+    "extend_rows", "reinit", "zeros", "ones", "identity", "fit", "trained",
+]  # fmt: skip
+"""An operation as it stands in a plan, see `OPERATIONS`."""
 
 
-def compute(
-    plan: Plan, checkpoint: Checkpoint, steps: Sequence[Step], fitted: Mapping[str, Tensor] | None = None
-) -> Iterator[tuple[Step, Tensor]]:
-    """The values of target tensors, one at a time.
+@dataclass(frozen=True)
+class Operation:
+    """How a target tensor comes about.
 
-    Args:
-        plan: The plan that the steps belong to.
-        checkpoint: Its source.
-        steps: Those steps whose values are wanted, in the order in which they come.
-        fitted: Values of the steps whose operation is ``fit``, by name.
+    Attributes:
+        name: As it stands in a plan and in the record of a swap.
+        label: What the table of a plan calls it.
+        compute: Makes the tensor of the step and its sources' values; None where the values are given when the plan
+            is executed.
+        copies_bytes: Whether the bytes of the source tensor stay as they are.
+        in_place: Whether they also keep their name: a file of nothing but these is hard-linked.
+        from_base: Whether the result follows from the source checkpoint alone.
+        from_tower: Whether the sources are those of the plan's tower.
+        sources: Fewest and most source tensors.
+        arguments: What `Step.arguments` must hold.
     """
-    tower = FittedTower(plan)
-    for step in steps:
-        if step.operation == "fit":
-            assert fitted is not None, "a plan with fitted tensors is executed with their values"
-            yield step, fitted[step.name].to(getattr(torch, step.dtype))
-            continue
-        read = tower.read if step.operation == "tower" else checkpoint.read
-        given = [read(name) for name in step.sources]
-        yield step, OPERATIONS[step.operation](step, *given).to(getattr(torch, step.dtype))
 
+    name: OperationName
+    label: str
+    compute: "Callable[..., Tensor] | None"
+    copies_bytes: bool = False
+    in_place: bool = False
+    from_base: bool = False
+    from_tower: bool = False
+    sources: tuple[float, float] = (0, 0)
+    arguments: frozenset[str] = field(default=frozenset())
 
-def fitted_tower(plan: Plan) -> dict[str, Tensor]:
-    """The plan's tower, resampled to the target's grid and folded to its normalisation; keys without prefix."""
-    tower = open_tower(plan)
-    if tower is None:
-        return {}
-    return fit({name: tower.read(name) for name in tower.tensors}, tower.spec, plan.after)
+    def check(self, step: "Step") -> None:
+        """Refuse a step that lacks what this operation needs.
 
-
-def open_tower(plan: Plan) -> TowerHeader | None:
-    """The tower of a plan, opened now unless the plan holds it opened; None where it has none.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    if plan.tower is None or plan.opened is not None:
-        return plan.opened
-    activation = cast(Activation, plan.after.activation)  # checked there
-    return inspect_tower(plan.tower, activation=activation, weights=plan.tower_weights)
-
-
-def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContract) -> dict[str, Tensor]:
-    """Fit a tower that was trained with the pixels of ``trained`` to the grid and pixels of a vision contract.
-
-    What is computed comes out in float32 at least: the host's dtype may be finer than the tower's.
-    """
-    fitted = dict(state)
-    for name in (POSITIONS, PATCHES):
-        fitted[name] = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
-    fitted[POSITIONS] = resample_positions(fitted[POSITIONS], contract.image_size // contract.patch_size)
-    fitted[PATCHES], fitted[POSITIONS] = fold_normalisation(
-        fitted[PATCHES],
-        fitted[POSITIONS],
-        trained=(trained.mean, trained.std),
-        given=(contract.mean, contract.std),
-    )
-    return fitted
-
-
-class FittedTower:
-    """What `fitted_tower` gives, one tensor at a time; the tower is opened when the first is read."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-
-    def read(self, name: str) -> Tensor:
-        """The tensor of a key without prefix."""
-        return self._input_side[name] if name in (POSITIONS, PATCHES) else self._tower.read(name)
-
-    @cached_property
-    def _tower(self) -> TowerHeader:
-        tower = open_tower(self._plan)
-        assert tower is not None, "a plan with steps of a tower names it"
-        return tower
-
-    @cached_property
-    def _input_side(self) -> dict[str, Tensor]:
-        state = {name: self._tower.read(name) for name in (POSITIONS, PATCHES)}
-        return fit(state, self._tower.spec, self._plan.after)
+        Raises:
+            ValueError: it has too few sources, too many, or not all arguments.
+        """
+        fewest, most = self.sources
+        if not fewest <= len(step.sources) <= most:
+            raise ValueError(f"{step.name}: operation '{self.name}' cannot read {len(step.sources)} tensors")
+        if missing := self.arguments - step.arguments.keys():
+            raise ValueError(f"{step.name}: operation '{self.name}' lacks {', '.join(sorted(missing))}")
 
 
 def mean_rows(rows: Tensor, number: int) -> Tensor:
@@ -106,11 +67,11 @@ def mean_rows(rows: Tensor, number: int) -> Tensor:
     return rows.double().mean(dim=0, keepdim=True).to(rows.dtype).expand(number, -1)
 
 
-def _copy(_: Step, value: Tensor) -> Tensor:
+def _copy(_: "Step", value: Tensor) -> Tensor:
     return value
 
 
-def _same(step: Step, value: Tensor, *aliases: Tensor) -> Tensor:
+def _same(step: "Step", value: Tensor, *aliases: Tensor) -> Tensor:
     for name, alias in zip(step.sources[1:], aliases, strict=True):
         if not torch.equal(value, alias):
             raise UserError(
@@ -120,67 +81,113 @@ def _same(step: Step, value: Tensor, *aliases: Tensor) -> Tensor:
     return value
 
 
-def _slice(step: Step, fused: Tensor) -> Tensor:
+def _slice(step: "Step", fused: Tensor) -> Tensor:
     groups, units, start, stop = (int(step.arguments[name]) for name in ("groups", "units", "start", "stop"))
     parts = fused.reshape(groups, units, -1, *fused.shape[1:])
     return parts[:, start:stop].reshape(step.shape)
 
 
-def _concat(step: Step, first: Tensor, *others: Tensor) -> Tensor:
+def _concat(step: "Step", first: Tensor, *others: Tensor) -> Tensor:
     missing = step.shape[0] - sum(len(part) for part in (first, *others))
     return torch.cat([first, first.new_zeros(missing, *first.shape[1:]), *others])
 
 
-def _reshape(step: Step, value: Tensor) -> Tensor:
+def _reshape(step: "Step", value: Tensor) -> Tensor:
     return value.reshape(step.shape)
 
 
-def _resample(step: Step, table: Tensor) -> Tensor:
+def _resample(step: "Step", table: Tensor) -> Tensor:
     leading, (rows, width) = int(step.arguments["leading"]), step.shape[-2:]
     fine = table.reshape(-1, width).to(torch.promote_types(table.dtype, torch.float32))
     return resample_positions(fine, isqrt(rows - leading), leading=leading).reshape(step.shape)
 
 
-def _lora(step: Step, base: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def _lora(step: "Step", base: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return base.float() + step.arguments["scale"] * (up.float() @ down.float())
 
 
-def _extend_rows(step: Step, rows: Tensor) -> Tensor:
+def _extend_rows(step: "Step", rows: Tensor) -> Tensor:
     return torch.cat([rows, mean_rows(rows, step.shape[0] - len(rows))])
 
 
-def _reinit(step: Step) -> Tensor:
+def _reinit(step: "Step") -> Tensor:
     # By name, so that two tensors of one shape (keys and values, layer by layer) do not begin as the same.
     generator = torch.Generator().manual_seed(crc32(step.name.encode()))
     return torch.randn(step.shape, generator=generator) / sqrt(step.shape[-1])
 
 
-def _zeros(step: Step) -> Tensor:
+def _zeros(step: "Step") -> Tensor:
     return torch.zeros(step.shape)
 
 
-def _ones(step: Step) -> Tensor:
+def _ones(step: "Step") -> Tensor:
     return torch.ones(step.shape)
 
 
-def _identity(step: Step) -> Tensor:
+def _identity(step: "Step") -> Tensor:
     return torch.eye(*step.shape)
 
 
-OPERATIONS: Mapping[Operation, Callable[..., Tensor]] = {
-    "keep": _copy,
-    "rename": _copy,
-    "same": _same,
-    "tower": _copy,
-    "slice": _slice,
-    "concat": _concat,
-    "reshape": _reshape,
-    "resample": _resample,
-    "lora": _lora,
-    "extend_rows": _extend_rows,
-    "reinit": _reinit,
-    "zeros": _zeros,
-    "ones": _ones,
-    "identity": _identity,
-}
-"""Operation -> function of the step and its sources' values."""
+_ONE, _SOME, _ANY = (1, 1), (1, inf), (0, inf)
+
+KEEP = Operation(
+    "keep", "kept as they are", _copy, copies_bytes=True, in_place=True, from_base=True, sources=_ONE
+)
+RENAME = Operation("rename", "kept under a new name", _copy, copies_bytes=True, from_base=True, sources=_ONE)
+SAME = Operation("same", "kept once of several names", _same, from_base=True, sources=_SOME)
+"""The source tensor's values, which the file holds under several names; they must be equal."""
+
+TOWER = Operation("tower", "from the tower", _copy, from_tower=True, sources=_ONE)
+"""A tensor of the plan's tower, fitted to the target's grid and normalisation."""
+
+EXTEND_ROWS = Operation(
+    "extend_rows",
+    "extended by rows (each the mean of the old rows)",
+    _extend_rows,
+    from_base=True,
+    sources=_ONE,
+)
+REINIT = Operation("reinit", "re-initialised", _reinit)
+"""Random values, because the width of what it reads has changed."""
+
+ZEROS = Operation("zeros", "set to zero", _zeros)
+ONES = Operation("ones", "set to one", _ones)
+"""A normalisation's scale beside a re-initialised layer."""
+
+IDENTITY = Operation("identity", "set to the identity", _identity)
+FIT = Operation("fit", "fitted on images (--align)", None)
+"""See `mllm_adapters.alignment.align`."""
+
+SLICE = Operation(
+    "slice", "cut out of fused tensors", _slice, from_base=True, sources=_ONE,
+    arguments=frozenset({"groups", "units", "start", "stop"}),
+)  # fmt: skip
+"""Part of the rows of a fused tensor: seen as [groups, units, rows, ...], units start to stop of every group.
+``chunk(3)[0]`` is groups=1, units=3, start=0, stop=1."""
+
+CONCAT = Operation("concat", "joined", _concat, from_base=True, sources=_SOME)
+"""The sources one below the other; zeros fill what the first and the last leave between them."""
+
+RESHAPE = Operation("reshape", "kept in another shape", _reshape, from_base=True, sources=_ONE)
+RESAMPLE = Operation(
+    "resample", "position tables resampled", _resample, from_base=True, sources=_ONE,
+    arguments=frozenset({"leading"}),
+)  # fmt: skip
+"""A position table [..., leading + N, C], its square grid resized bicubically."""
+
+LORA = Operation(
+    "lora", "merged with LoRA", _lora, from_base=True, sources=(3, 3), arguments=frozenset({"scale"})
+)
+"""base + scale * B @ A, of the sources (base, A, B)."""
+
+TRAINED = Operation("trained", "trained", None, sources=_ANY)
+"""In the place of the source tensor, values that it was given since; no plan of a swap has it."""
+
+OPERATIONS: Mapping[str, Operation] = {
+    operation.name: operation
+    for operation in (
+        KEEP, RENAME, SAME, TOWER, EXTEND_ROWS, REINIT, ZEROS, ONES, IDENTITY, FIT, SLICE, CONCAT, RESHAPE, RESAMPLE,
+        LORA, TRAINED,
+    )
+}  # fmt: skip
+"""All operations by name, in the order in which a plan's table has them."""

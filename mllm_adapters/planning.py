@@ -12,7 +12,8 @@ from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import IncompatibleTowerError, NotFoundError, UserError
 from mgll_encoder.spec import Resize, TowerSpec
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.contract import Dropped, Operation, Plan, Step, VisionContract
+from mllm_adapters.contract import Dropped, Plan, Step, VisionContract
+from mllm_adapters.operations import OperationName
 from mllm_adapters.towers import (
     PUBLISHED_TOWERS,
     assumed_geometry,
@@ -261,11 +262,11 @@ def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: t
 
 def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
     """A plan whose tower is written in another dtype than the host's weights."""
-    tower = [step for step in plan.steps if step.operation == "tower"]
+    tower = [step for step in plan.steps if step.kind.from_tower]
     hosts = sorted({step.dtype for step in tower})
     if hosts == [dtype]:
         return plan
-    steps = [s.model_copy(update={"dtype": dtype}) if s.operation == "tower" else s for s in plan.steps]
+    steps = [s.model_copy(update={"dtype": dtype}) if s.kind.from_tower else s for s in plan.steps]
     note = (
         f"the tower is written in {dtype} (--dtype), the host's own dtype is {' and '.join(hosts)}; what loads the "
         "model in one dtype, as transformers does by default, converts the tower to that"
@@ -298,7 +299,7 @@ def extended(steps: Iterable[Step], names: Collection[str], rows: int) -> list[S
 
 def anew(step: Step, shape: tuple[int, ...]) -> Step:
     """The same tensor in another shape, without the source's values: drawn, or as a new normalisation or bias is."""
-    flat: Operation = "zeros" if step.name.endswith(".bias") else "ones"
+    flat: OperationName = "zeros" if step.name.endswith(".bias") else "ones"
     operation = flat if len(shape) == 1 else "reinit"
     replaces = next(iter(step.sources), None)
     return step.model_copy(

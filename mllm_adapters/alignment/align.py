@@ -32,6 +32,7 @@ from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_readers
 from mllm_adapters.alignment.sight import Sight, sight_of_plan, sight_of_source
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Family, Plan, Reading, Step
+from mllm_adapters.operations import REINIT
 
 SAMPLES = 500
 """Images that are used, unless told otherwise."""
@@ -294,7 +295,7 @@ def _solve(
 ) -> tuple[dict[str, Tensor], list[ReaderFit]]:
     """Values of the fitted tensors, and how good they are."""
     biased = {step.name.removesuffix(".bias") for step in target.steps if step.name.endswith(".bias")}
-    drawn = {step.name.removesuffix(".weight") for step in plan.steps if step.operation == "reinit"}
+    drawn = {step.name.removesuffix(".weight") for step in plan.steps if step.kind is REINIT}
     tensors: dict[str, Tensor] = {}
     fits: dict[str, ReaderFit] = {}
     for point in data.fitted:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Family, Plan, Step, VisionContract
 from mllm_adapters.loading import check_depths, load_state
-from mllm_adapters.operations import compute
+from mllm_adapters.operations import FIT
 from mllm_adapters.planning import kept
+from mllm_adapters.values import compute
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def sight_of_source(plan: Plan, family: Family, checkpoint: Checkpoint, device: 
 
 def sight_of_plan(plan: Plan, family: Family, checkpoint: Checkpoint, device: torch.device) -> Sight:
     """The model that a swap will write, as it would be without alignment; what is to be fitted is zero."""
-    wanted = [step for step in _needed(family, plan.steps) if step.operation != "fit"]
+    wanted = [step for step in _needed(family, plan.steps) if step.kind is not FIT]
     values = compute(plan, checkpoint, wanted)
     return Sight(_load(plan.steps, values, plan.config, plan.source, device), plan.after, plan.config, device)
 

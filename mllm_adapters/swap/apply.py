@@ -31,7 +31,6 @@ from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import GENERATION, check_complete
 from mllm_adapters.locate import PROVENANCE
-from mllm_adapters.operations import compute, open_tower
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.side_files import remove_paths
 from mllm_adapters.swap.card import CARD, model_card
@@ -39,6 +38,7 @@ from mllm_adapters.swap.fingerprint import FileRecord, sampled, whole
 from mllm_adapters.swap.provenance import input_record, record_of
 from mllm_adapters.swap.streaming import DTYPE_CODES, nbytes, write_safetensors
 from mllm_adapters.swap.transfer import best_way, check_space, copy_files, transfer
+from mllm_adapters.values import compute, open_tower
 
 _logger = logging.getLogger(__name__)
 
@@ -59,9 +59,6 @@ REWRITTEN = (
 
 _NAMED = 12
 """Names of left files that are told."""
-
-TAKEN_OVER = ("keep", "rename")
-"""Operations that change nothing of a tensor's bytes."""
 
 
 class Source(Protocol):
@@ -298,7 +295,7 @@ def bytes_linked(plan: Plan, source: Checkpoint) -> int:
     """Bytes of the plan that need not be written, because their source file stays as it is."""
     groups: dict[Path, list[Step]] = {}
     for step in plan.steps:
-        if step.operation == "keep":
+        if step.kind.in_place:
             groups.setdefault(source.header(step.sources[0]).file, []).append(step)
     return sum(sum(map(nbytes, g)) for file, g in groups.items() if _untouched(file, g, source))
 
@@ -331,13 +328,13 @@ def _update_generation(file: Path, plan: Plan) -> None:
 
 def _untouched(file: Path, group: list[Step], source: Source) -> bool:
     held = {header.name for header in source.tensors.values() if header.file == file}
-    kept = {step.name for step in group if step.operation == "keep"}
+    kept = {step.name for step in group if step.kind.in_place}
     return bool(held) and kept == held and is_safetensors(file)
 
 
 def _home(step: Step, source: Source) -> Path | None:
     """The source file in whose place a tensor goes; None for the tower and for what is made of nothing."""
-    stays = step.sources and step.operation != "tower"
+    stays = step.sources and not step.kind.from_tower
     return source.header(step.sources[0]).file if stays else None
 
 
@@ -348,7 +345,7 @@ def _values(
     known: dict[Path, dict[str, Span]] = {}
     taken: dict[str, Span] = {}
     for step in group:
-        header = source.header(step.sources[0]) if step.operation in TAKEN_OVER else None
+        header = source.header(step.sources[0]) if step.kind.copies_bytes else None
         if header is None or dtype_name(header.dtype) != step.dtype:
             continue
         if header.file not in known:

@@ -20,9 +20,8 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Operation, Plan, Step
+from mllm_adapters.contract import Plan, Step
 from mllm_adapters.locate import DELTA, check_delta
-from mllm_adapters.operations import compute
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.fingerprint import agrees
@@ -35,17 +34,13 @@ from mllm_adapters.swap.provenance import (
     read_as,
 )
 from mllm_adapters.swap.streaming import raw_bytes
+from mllm_adapters.values import compute
 
 DELTA_WEIGHTS = "delta_model.safetensors"
 """No name under which transformers looks for weights: a delta must not load as if it were a checkpoint."""
 
 ENCODER_PART = "encoder"
 """The tower of a delta that names it by hash, among the parts that a user says the place of."""
-
-FROM_BASE: tuple[Operation, ...] = (
-    "keep", "rename", "same", "slice", "concat", "reshape", "resample", "lora", "extend_rows",
-)  # fmt: skip
-"""Operations whose results follow from the base alone."""
 
 
 class DeltaRecord(SwapRecord):
@@ -76,8 +71,8 @@ def stored_names(steps: Iterable[Step], trained: Iterable[str] = (), *, referenc
         trained: Names of those that were given other values since the swap.
         reference_tower: Whether the tower's are made from the encoder again.
     """
-    follows = {*FROM_BASE, "tower"} if reference_tower else set(FROM_BASE)
-    return {step.name for step in steps if step.operation not in follows} | set(trained)
+    made = (s.name for s in steps if not (s.kind.from_base or (reference_tower and s.kind.from_tower)))
+    return {*made, *trained}
 
 
 def is_delta(folder: Path) -> bool:
@@ -237,7 +232,7 @@ def attach_parts(base: Checkpoint, record: SwapRecord, folder: Path) -> None:
     Raises:
         UserError: one is not found, or is another one.
     """
-    read = {name.partition("/")[0] for t in record.tensors if t.operation != "tower" for name in t.sources}
+    read = {name.partition("/")[0] for t in record.tensors if not t.kind.from_tower for name in t.sources}
     for part, known in record.inputs.parts.items():
         if part not in read:
             continue

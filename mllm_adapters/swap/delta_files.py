@@ -15,12 +15,10 @@ from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Family, Plan, Step
 from mllm_adapters.loading import check_complete
 from mllm_adapters.locate import DELTA, PROVENANCE
-from mllm_adapters.operations import compute
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.side_files import is_published, remove_paths
 from mllm_adapters.swap.apply import (
-    TAKEN_OVER,
     Written,
     complete_folder,
     inputs,
@@ -32,7 +30,6 @@ from mllm_adapters.swap.apply import (
 from mllm_adapters.swap.card import CARD
 from mllm_adapters.swap.delta import (
     DELTA_WEIGHTS,
-    FROM_BASE,
     Delta,
     DeltaRecord,
     attach_parts,
@@ -45,6 +42,7 @@ from mllm_adapters.swap.rewrite import copy_sides
 from mllm_adapters.swap.streaming import nbytes, raw_bytes, write_safetensors
 from mllm_adapters.swap.transfer import check_space
 from mllm_adapters.swap.undo import readers
+from mllm_adapters.values import compute
 
 Progress = Callable[[int], None]
 
@@ -239,7 +237,7 @@ def _delta_card(record: DeltaRecord) -> str:
 
 def _given(step: Step) -> Step:
     """A step whose value comes from the delta: no bytes of the base are taken over."""
-    return step.model_copy(update={"operation": "trained"}) if step.operation in TAKEN_OVER else step
+    return step.model_copy(update={"operation": "trained"}) if step.kind.copies_bytes else step
 
 
 def _check_headers(checkpoint: Checkpoint, record: SwapRecord) -> None:
@@ -265,12 +263,12 @@ def _with_changes(
     changed: dict[str, str] = {}
     for tensor in record.tensors:
         known = record.trained.get(tensor.name, tensor.sha256)
-        if not (known or (tensor.operation in TAKEN_OVER and _one_file(tensor, checkpoint, base))):
+        if not (known or (tensor.kind.copies_bytes and _one_file(tensor, checkpoint, base))):
             known = _hash(next(compute(plan, base, [tensor]))[1])
         if known and (now := _hash(checkpoint.read(tensor.name))) != known:
             changed[tensor.name] = now
         progress(nbytes(tensor))
-    follows = {t.name for t in record.tensors if t.operation in FROM_BASE} - record.trained.keys()
+    follows = {t.name for t in record.tensors if t.kind.from_base} - record.trained.keys()
     if foreign := follows & changed.keys():
         foreign -= readers(checkpoint, record)
     if foreign:

@@ -12,30 +12,13 @@ from rich.text import Text
 from mllm_adapters.architectures import MODEL_TYPES
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import Plan
+from mllm_adapters.operations import OPERATIONS
 from mllm_adapters.swap.apply import bytes_linked
 from mllm_adapters.swap.card import contract_rows
 from mllm_adapters.swap.streaming import nbytes
 
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
-
-OPERATION_WORDS = {
-    "keep": "kept as they are",
-    "rename": "kept under a new name",
-    "same": "kept once of several names",
-    "tower": "from the tower",
-    "extend_rows": "extended by rows (each the mean of the old rows)",
-    "reinit": "re-initialised",
-    "zeros": "set to zero",
-    "ones": "set to one",
-    "identity": "set to the identity",
-    "fit": "fitted on images (--align)",
-    "slice": "cut out of fused tensors",
-    "concat": "joined",
-    "reshape": "kept in another shape",
-    "resample": "position tables resampled",
-    "lora": "merged with LoRA",
-}
 
 
 def alignment_table(alignment: "Alignment") -> RenderableType:
@@ -84,10 +67,10 @@ def plan_table(
     tensors = Table(title="Tensors", title_justify="left")
     for column in ("", "number", "bytes"):
         tensors.add_column(column, justify="left" if not column else "right")
-    for operation, words in OPERATION_WORDS.items():
-        steps = [step for step in plan.steps if step.operation == operation]
+    for operation in OPERATIONS.values():
+        steps = [step for step in plan.steps if step.kind is operation]
         if steps:
-            tensors.add_row(words, str(len(steps)), decimal(sum(map(nbytes, steps))))
+            tensors.add_row(operation.label, str(len(steps)), decimal(sum(map(nbytes, steps))))
     for reason, number in Counter(d.reason for d in plan.dropped).items():
         tensors.add_row(f"dropped: {reason}", str(number), "")
     left = bytes_linked(plan, checkpoint) if held is None else total_bytes(plan) - total_bytes(plan, held)

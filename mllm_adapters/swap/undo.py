@@ -11,11 +11,9 @@ from mgll_encoder.common.trained_on import TOWER, trainings_of, write_trainings
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.contract import Plan, Step
 from mllm_adapters.loading import check_complete, empty_model
-from mllm_adapters.operations import compute
 from mllm_adapters.planning import kept
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import (
-    TAKEN_OVER,
     Written,
     complete_folder,
     inputs,
@@ -25,6 +23,7 @@ from mllm_adapters.swap.apply import (
 from mllm_adapters.swap.provenance import PROVENANCE, SwapRecord, is_input, read_record
 from mllm_adapters.swap.rewrite import copy_sides
 from mllm_adapters.training.stages import components
+from mllm_adapters.values import compute
 
 ORIGINAL = "original/"
 """What the names of the original checkpoint's tensors begin with where both checkpoints are read."""
@@ -116,7 +115,7 @@ def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
     from mgll_encoder import Tower, build_model, save_tower
 
     record = read_record(folder)
-    steps = {step.sources[0]: step for step in record.tensors if step.operation == "tower"}
+    steps = {step.sources[0]: step for step in record.tensors if step.kind.from_tower}
     if record.tower_spec is None or not steps or not record.plan["swapped"]:
         raise UserError(_NO_TOWER.format(folder=folder))
     checkpoint = Checkpoint(folder)
@@ -169,11 +168,11 @@ def _merged(steps: Iterable[Step], record: SwapRecord, readers: set[str]) -> Ite
     """The steps, each taken from the swapped checkpoint where that has the very tensor."""
     same = {_origin(t): t.name for t in record.tensors if t.sources and t.name not in readers}
     for step in steps:
-        name = same.get(_origin(step)) if step.sources and step.operation != "tower" else None
+        name = same.get(_origin(step)) if step.sources and not step.kind.from_tower else None
         if name is not None:
             operation = "keep" if name == step.name else "rename"
             yield step.model_copy(update={"operation": operation, "sources": (name,), "arguments": {}})
-        elif step.operation == "tower":
+        elif step.kind.from_tower:
             yield step
         else:
             yield step.model_copy(update={"sources": tuple(ORIGINAL + source for source in step.sources)})
@@ -181,13 +180,13 @@ def _merged(steps: Iterable[Step], record: SwapRecord, readers: set[str]) -> Ite
 
 def _origin(step: Step) -> tuple[object, ...]:
     """What a tensor is made of and how: two of one origin are equal, whatever their names."""
-    operation = "copy" if step.operation in TAKEN_OVER else step.operation
+    operation = "copy" if step.kind.copies_bytes else step.operation
     return operation, step.sources, tuple(sorted(step.arguments.items())), step.dtype, step.shape
 
 
 def _is_original(step: Step) -> bool:
     """Whether the value of a merged step comes from the original checkpoint, or from nothing."""
-    return step.operation == "tower" or not step.sources or step.sources[0].startswith(ORIGINAL)
+    return step.kind.from_tower or not step.sources or step.sources[0].startswith(ORIGINAL)
 
 
 def _originals(steps: list[Step], plan: Plan | None, source: Checkpoint) -> Iterator[Tensor]:

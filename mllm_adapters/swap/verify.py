@@ -20,13 +20,13 @@ from mgll_encoder.spans import Span, spans
 from mllm_adapters.chat import render_chat, template_of
 from mllm_adapters.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.loading import check_complete, load_mllm
-from mllm_adapters.operations import FittedTower
 from mllm_adapters.planning import dtype_name
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import CONFIG
 from mllm_adapters.swap.fingerprint import agrees, span_hash
 from mllm_adapters.swap.provenance import TensorRecord, find_input, is_input, read_record
 from mllm_adapters.swap.streaming import raw_bytes
+from mllm_adapters.values import FittedTower
 
 QUESTION = "What does this image show?"
 
@@ -117,9 +117,7 @@ class Verification:
         )
 
     def _tower(self) -> Check:
-        steps = [
-            t for t in self.record.tensors if t.operation == "tower" and t.name not in self.record.trained
-        ]
+        steps = [t for t in self.record.tensors if t.kind.from_tower and t.name not in self.record.trained]
         named = self.record.inputs.tower
         if named is None or not steps:
             return Check("tower", None, "the source's own: no encoder was put in")
@@ -151,7 +149,7 @@ class Verification:
 
     def _untouched(self) -> Check:
         trained = [t for t in self.record.tensors if t.name in self.record.trained]
-        made = [t for t in self.record.tensors if t.sha256 and t not in trained and t.operation != "tower"]
+        made = [t for t in self.record.tensors if t.sha256 and t not in trained and not t.kind.from_tower]
         wrong = self._changed([*made, *trained])
         taken = [t for t in self.record.tensors if not t.sha256 and t not in trained]
         said = [f"{len(made)} made tensors by their hashes"] if made else []

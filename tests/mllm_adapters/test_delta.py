@@ -19,7 +19,7 @@ from mgll_encoder.spans import spans
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main
-from mllm_adapters.swap.delta import DELTA_WEIGHTS, FROM_BASE, read_delta
+from mllm_adapters.swap.delta import DELTA_WEIGHTS, read_delta
 from mllm_adapters.swap.provenance import read_record
 from mllm_adapters.swap.rewrite import replace_tensors
 from mllm_adapters.swap.streaming import nbytes
@@ -111,7 +111,7 @@ def test_a_delta_with_its_base_answers_as_the_whole_checkpoint(row: SimpleNamesp
 
 def test_a_delta_holds_tower_and_readers_and_no_more(row: SimpleNamespace) -> None:
     record = read_record(row.whole)
-    own = {t.name: nbytes(t) for t in record.tensors if t.operation not in FROM_BASE}
+    own = {t.name: nbytes(t) for t in record.tensors if not t.kind.from_base}
     assert weights(row.delta).keys() == own.keys()
     assert (row.delta / DELTA_WEIGHTS).stat().st_size <= sum(own.values()) + 300 * len(own)
     readers = {t.name for t in record.tensors if t.name in own and t.operation != "tower"}

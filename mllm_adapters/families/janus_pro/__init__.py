@@ -226,7 +226,7 @@ def _renamed(step: Step) -> Step:
     found = next((row for row in LLAVA_NAMES if step.name.startswith(row[0])), None)
     if found is None:
         return step
-    operation = "rename" if step.operation == "keep" else step.operation
+    operation = "rename" if step.kind.in_place else step.operation
     name = found[1] + step.name.removeprefix(found[0])
     return step.model_copy(update={"name": name, "operation": operation})
 

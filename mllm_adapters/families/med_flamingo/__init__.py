@@ -41,6 +41,7 @@ from mllm_adapters.families.med_flamingo.parts import (
     inner_tower,
     language_model,
 )
+from mllm_adapters.operations import EXTEND_ROWS
 from mllm_adapters.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
@@ -262,7 +263,7 @@ def _notes(geometry: Geometry, vocabulary: int, steps: list[Step]) -> Iterator[s
         "media_mask in config.json: 'preceding', text attends to the picture before it, as open_flamingo does today; "
         "'legacy' is the code that Med-Flamingo was trained with (open-flamingo 0.0.2: to the picture after it)"
     )
-    if any(step.name == HEAD and step.operation == "extend_rows" for step in steps):
+    if any(step.name == HEAD and step.kind is EXTEND_ROWS for step in steps):
         yield (
             f"lm_head has no trained rows for {', '.join(ADDED_TOKENS[:added])}: the original leaves them random, here "
             f"each is the mean of the others; {IMAGE_TOKEN} and padding are never generated, and <|endofchunk|> is not "
