@@ -166,6 +166,9 @@ def serve() -> None:
     """Fork a command for every line that comes in, and tell how those end."""
     from tests.fuzz.harness import commands, warm
 
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # as for a command that has not yet begun, without a traceback
     warm()
     known = commands()
     _say("ready")
