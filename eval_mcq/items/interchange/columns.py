@@ -203,7 +203,9 @@ def _fitting(text: str, options: Sequence[str], kind: AnswerKind) -> set[int]:
 
 
 def as_text(cell: Any) -> str:
-    """A cell as text; None and NaN are blank, a whole number has no decimal point."""
+    """A cell as text; None and NaN are blank, in a list too; a whole number has no decimal point."""
+    if isinstance(cell, list):
+        cell = [part for part in cell if as_text(part)] or None
     if cell is None or (isinstance(cell, float) and cell != cell):
         return ""
     if isinstance(cell, float) and cell.is_integer():
