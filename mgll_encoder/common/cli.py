@@ -75,6 +75,11 @@ def run(app: typer.Typer) -> NoReturn:
                 clear_interrupted()
     except KeyboardInterrupt:  # a signal that came after the command was done
         code = signals.exit_code()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # told already; Python would try again when it ends, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
