@@ -111,6 +111,7 @@ def build_benchmark(
     from eval_mcq.items.pictures import check_sheet, sheet_of
     from eval_mcq.items.preset import load_preset
     from eval_mcq.items.schema import write_bench
+    from mgll_encoder.common.table_options import listed
 
     target, sheet = Path(out), None if contact_sheet is None else Path(contact_sheet)
     check_free(target, force)
@@ -121,7 +122,7 @@ def build_benchmark(
     if options is not None:
         chosen = chosen.model_copy(update={"options": options})
     reading = reading or Reading()
-    binary = tuple(binary_columns) or _listed(labels_column)
+    binary = tuple(binary_columns) or (listed(labels_column) if "," in labels_column else ())
     table = LabelTable(
         Path(labels), image_column, labels_column, patient_column, source_column, layout or chosen.layout, binary,
         reading,
@@ -306,9 +307,3 @@ def _arms(arms: "Mapping[str, Run | str | Path]") -> "dict[str, Run]":
     from eval_mcq.runs.records import load_run
 
     return {name: load_run(Path(arm)) if isinstance(arm, str | Path) else arm for name, arm in arms.items()}
-
-
-def _listed(labels_column: str) -> tuple[str, ...]:
-    """Several label columns with commas between are binary columns."""
-    names = (name.strip() for name in labels_column.split(","))
-    return tuple(name for name in names if name) if "," in labels_column else ()

@@ -137,7 +137,7 @@ def _open_file(path: Path, weights: WeightSet | None = None) -> Checkpoint:
         readers = dict.fromkeys(held.headers, held.read)
         return Checkpoint(path, (path,), held.headers, held.wrapper, held.sets, held.taken, readers)
     if other := other_format(path):
-        raise BadDataError(f"{other}")
+        raise BadDataError(other)
     raise BadDataError(f"{path} is not a checkpoint: expected safetensors or a file written by torch.save")
 
 

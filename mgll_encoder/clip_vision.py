@@ -61,7 +61,7 @@ def spec_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: one of them has no such value; the message is one line.
     """
     try:
-        fields = ClipVisionFields.model_validate(settings, from_attributes=False)
+        fields = ClipVisionFields.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:

@@ -6,6 +6,7 @@ folder's config, from the caller, or from a default of the layout, which the hea
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -63,7 +64,7 @@ class _Stored:
 
     def read(self, name: str) -> Tensor:
         """One tensor, by the name that it will have."""
-        source = next(key for key, place in self.plan.taken.items() if name in place.targets)
+        source = self._sources[name]
         (fused,) = self.checkpoint.read([source]).values()
         place = self.plan.taken[source]
         return place.cut(fused)[place.targets.index(name)]
@@ -71,6 +72,10 @@ class _Stored:
     def read_all(self) -> dict[str, Tensor]:
         """All tensors, by the names that they will have."""
         return self.plan.apply(self.checkpoint.read(self.plan.taken))
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        return {target: source for source, place in self.plan.taken.items() for target in place.targets}
 
 
 @dataclass(frozen=True)

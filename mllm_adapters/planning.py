@@ -260,6 +260,18 @@ def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: t
     return steps
 
 
+def tower_root(checkpoint: Checkpoint, tower: str) -> tuple[str, torch.dtype]:
+    """What precedes ``tower`` in the names of a checkpoint's tensors (it depends on the release), and their dtype.
+
+    Raises:
+        UserError: no name has it.
+    """
+    first = next((header for header in checkpoint.tensors.values() if tower in header.name), None)
+    if first is None:
+        raise UserError(f"{checkpoint.folder} holds no tensor of {tower.rstrip('.')}: is it complete?")
+    return first.name.partition(tower)[0], first.dtype
+
+
 def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
     """A plan whose tower is written in another dtype than the host's weights."""
     tower = [step for step in plan.steps if step.kind.from_tower]

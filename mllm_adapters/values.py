@@ -39,14 +39,6 @@ def compute(
         yield step, operation.compute(step, *given).to(getattr(torch, step.dtype))
 
 
-def fitted_tower(plan: Plan) -> dict[str, Tensor]:
-    """The plan's tower, resampled to the target's grid and folded to its normalisation; keys without prefix."""
-    tower = open_tower(plan)
-    if tower is None:
-        return {}
-    return fit({name: tower.read(name) for name in tower.tensors}, tower.spec, plan.after)
-
-
 def open_tower(plan: Plan) -> TowerHeader | None:
     """The tower of a plan, opened now unless the plan holds it opened; None where it has none.
 
@@ -78,7 +70,7 @@ def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContrac
 
 
 class FittedTower:
-    """What `fitted_tower` gives, one tensor at a time; the tower is opened when the first is read."""
+    """A plan's tower as `fit` makes it, one tensor at a time; it is opened when the first is read."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

@@ -114,8 +114,6 @@ def build(
 
     Example: eval-mcq build --labels labels.csv --images photos --patient-column patient --split test --out b.jsonl
     """
-    from eval_mcq.items.schema import read_bench
-
     report = api.build_benchmark(
         labels, images, out, preset=preset,
         diseases=None if diseases is None else [name.strip() for name in diseases.split(",")],
@@ -126,7 +124,7 @@ def build(
         split_seed=split_seed, seed=seed, layout=layout, hard_distractors=hard_distractors,
         min_negatives=min_negatives, contact_sheet=contact_sheet, strict=strict, force=force,
     )  # fmt: skip
-    _show_report(report, read_bench(out)[0].categories, out)
+    _show_report(report, out)
 
 
 @app.command("run")
@@ -339,14 +337,14 @@ def _show_table(
         typer.echo(found.render(format_), nl=False)
 
 
-def _show_report(report: "BuildReport", categories: list[str], out: Path) -> None:
+def _show_report(report: "BuildReport", out: Path) -> None:
     from rich.table import Table
 
     from eval_mcq.items.schema import LETTERS
     from eval_mcq.tables.grid import SMALL
 
     counts = Table("Disease", "questions", "patients", "images without", title=str(out), title_justify="left")
-    for category in categories:
+    for category in report.categories:
         of = (report.questions, report.patients, report.negatives)
         counts.add_row(category, *(str(counter[category]) for counter in of))
     counts.add_section()
@@ -359,7 +357,7 @@ def _show_report(report: "BuildReport", categories: list[str], out: Path) -> Non
     if report.unasked:
         unasked = ", ".join(f"{label} ({n})" for label, n in report.unasked.most_common())
         note(f"labels that the preset does not ask about: {unasked}")
-    small = [f"{c} ({report.questions[c]})" for c in categories if report.questions[c] < SMALL]
+    small = [f"{c} ({report.questions[c]})" for c in report.categories if report.questions[c] < SMALL]
     if small:
         warn(f"fewer than {SMALL} questions, so wide intervals: {', '.join(small)}")
     report.skipped.say()

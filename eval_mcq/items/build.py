@@ -51,6 +51,7 @@ class BuildReport:
     """What went into a bench.
 
     Attributes:
+        categories: Diseases of the preset, in its order.
         questions: Per disease.
         negatives: Images asked that do not have the disease, per disease.
         patients: Per disease.
@@ -60,6 +61,7 @@ class BuildReport:
         skipped: Rows left out, by reason.
     """
 
+    categories: list[str]
     questions: Counter[str] = field(default_factory=Counter)
     negatives: Counter[str] = field(default_factory=Counter)
     patients: Counter[str] = field(default_factory=Counter)
@@ -120,7 +122,8 @@ def build(
     preset.check_options()
     skipped = Skipped(strict)
     rows = read_rows(table, images, preset, skipped, drawn=split.side != "all")
-    report = BuildReport(unasked=check_labels(table, rows, preset), skipped=skipped)
+    categories = [disease.name for disease in preset.diseases]
+    report = BuildReport(categories, unasked=check_labels(table, rows, preset), skipped=skipped)
     report.without_patient = sum(not row.patient for row in rows)
     asked = [
         r for r in rows if split.side in ("all", assign_split(r.split_by, test=split.test, seed=split.seed))
@@ -166,7 +169,7 @@ def build(
         **skipped.record(),
     }
     name = preset.name if split.side == "all" else f"{preset.name} ({split.side})"
-    return BenchHeader(name=name, categories=[d.name for d in preset.diseases], built=built), items, report
+    return BenchHeader(name=name, categories=categories, built=built), items, report
 
 
 def _negatives(rows: Sequence[AskedRow], preset: Preset, table: LabelTable, draw: Draw) -> Counter[str]:

@@ -3,13 +3,12 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from eval_mcq.items.interchange import lmms_eval, vlmevalkit
 from eval_mcq.items.parquet import EMBEDDED, write_rows
-from eval_mcq.items.pictures import with_pictures
+from eval_mcq.items.pictures import content_name, with_pictures
 from eval_mcq.items.schema import Bench, MCQItem, bench_text
 from eval_mcq.runs.records import Run
 from eval_mcq.scoring.prompt import render
@@ -111,7 +110,7 @@ def _parquet(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa
 
 def _embedded(bench: Bench) -> Iterator[dict[str, Any]]:
     for item, pictures in with_pictures(bench):
-        names = [f"{sha256(data).hexdigest()[:32]}.{suffix}" for data, suffix in pictures]
+        names = [content_name(data, suffix) for data, suffix in pictures]
         row = _named(bench, item.model_copy(update={"images": names}))
         yield {**row.model_dump(), EMBEDDED: [data for data, _ in pictures]}
 

@@ -1,5 +1,6 @@
 """Checking the images of questions before any work is done."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -14,7 +15,15 @@ from mgll_encoder.common.picture_bytes import clean_copy
 from mgll_encoder.common.progress import track
 from mgll_encoder.contact_sheet import check_sheet, write_contact_sheet
 
-__all__ = ["check_images", "check_sheet", "hash_images", "sheet_of", "unreadable_images", "with_pictures"]
+__all__ = [
+    "check_images",
+    "check_sheet",
+    "content_name",
+    "hash_images",
+    "sheet_of",
+    "unreadable_images",
+    "with_pictures",
+]
 
 THREADS = 4
 
@@ -75,6 +84,11 @@ def with_pictures(bench: Bench) -> Iterator[tuple[MCQItem, list[tuple[bytes, str
         except UserError as error:
             raise BadDataError(f"question '{item.id}': {error}") from None
         yield item, pictures
+
+
+def content_name(data: bytes, suffix: str) -> str:
+    """What a picture that is handed out is called: by its content, whatever its file was called."""
+    return f"{hashlib.sha256(data).hexdigest()[:32]}.{suffix}"
 
 
 def sheet_of(bench: Path, items: Sequence[MCQItem], out: Path | None, force: bool) -> None:

@@ -114,6 +114,5 @@ def _is_still(descriptor: int, file: Path) -> bool:
 
 
 def _tell_unlockable(file: Path) -> None:
-
     file.unlink(missing_ok=True)
     _logger.warning(f"{file.parent} is on a disk without locks: take care that no other process writes there")

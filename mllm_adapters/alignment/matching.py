@@ -4,7 +4,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -127,15 +126,13 @@ def find_images(images: Path, most: int) -> list[Path]:
 def _listed(file: Path) -> set[Path]:
     """The images of a manifest's training split, or of all questions of a bench."""
     lines = read_text(file, "--align").split("\n")  # not splitlines(): texts may hold U+2028
-    first = parse_json(lines[0], f"{file} line 1") if lines else None
+    first = parse_json(lines[0], f"{file} line 1")
     if not (isinstance(first, dict) and first.get("schema") == BENCH_SCHEMA):
         folder = image_folder(file, read_header(file))
         return {folder / row.image for _, _, row in read_rows(file) if row.split == "train"}
-    places = (f"{file} line {number}" for number in count(2))
+    rest = ((line, f"{file} line {number}") for number, line in enumerate(lines[1:], start=2))
     questions = [
-        checked(BenchQuestion, parse_json(line, place), place)
-        for line, place in zip(lines[1:], places, strict=False)
-        if line.strip()
+        checked(BenchQuestion, parse_json(line, place), place) for line, place in rest if line.strip()
     ]
     return {file.absolute().parent / image for question in questions for image in question.images}
 

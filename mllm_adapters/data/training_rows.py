@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -218,10 +219,7 @@ def _head(path: Path) -> dict[str, Any]:
         first = format_of(path).header(path).decode() if path.is_file() else ""
     else:
         with _open(path) as stream:
-            try:
-                first = next((line for line in stream if line.strip()), "")
-            except UnicodeDecodeError:
-                raise BadDataError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+            first = next((line for line in stream if line.strip()), "")
     try:
         head = parse_json(first, str(path))
     except UserError:
@@ -297,25 +295,21 @@ def _checked(path: Path, records: Iterable[tuple[str, Any]], parse: Callable[[An
         raise BadDataError(first + (f" (and {faults - 1} more bad rows)" if faults > 1 else ""))
 
 
-def _open(path: Path) -> TextIO:
-    stream = regular_file(path, "data file").open(encoding="utf-8-sig")
+@contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
     try:
-        stream.read(1)
-        stream.seek(0)
+        with regular_file(path, "data file").open(encoding="utf-8-sig") as stream:
+            yield stream
     except UnicodeDecodeError as error:
         raise BadDataError(f"{path} is not UTF-8 text: {error}") from None
-    return stream
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """Row numbers (line numbers in JSON Lines) and rows, one at a time."""
     with _open(path) as stream:
-        try:
-            start = next((line for line in stream if line.strip()), "").lstrip()
-            stream.seek(0)
-            yield from _listed(stream, path) if start.startswith("[") else _lines(stream, path)
-        except UnicodeDecodeError as error:
-            raise BadDataError(f"{path} is not UTF-8 text: {error}") from None
+        start = next((line for line in stream if line.strip()), "").lstrip()
+        stream.seek(0)
+        yield from _listed(stream, path) if start.startswith("[") else _lines(stream, path)
 
 
 def _lines(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:

@@ -22,7 +22,7 @@ from mllm_adapters.contract import Plan
 from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.training.stages import apply_stage
-from mllm_adapters.values import fitted_tower
+from mllm_adapters.values import fit, open_tower
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.complete_checks import QUESTION, asked, embedding, in_dtype, prompt, tied
 from tests.mllm_adapters.families import (
@@ -192,7 +192,10 @@ class TestFamily:
         assert type(tower).__name__ == "CLIPVisionModel"
         assert tower.config.hidden_act == swapped.plan.after.activation
         found = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
-        expected = fitted_tower(swapped.plan)
+        tower_file = open_tower(swapped.plan)
+        assert tower_file is not None
+        state = {name: tower_file.read(name) for name in tower_file.tensors}
+        expected = fit(state, tower_file.spec, swapped.plan.after)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value.float(), atol=0, rtol=1e-3, msg=name)

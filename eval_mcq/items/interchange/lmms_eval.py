@@ -6,11 +6,10 @@ gives that column).
 
 import re
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from eval_mcq.items.pictures import with_pictures
+from eval_mcq.items.pictures import content_name, with_pictures
 from eval_mcq.items.schema import Bench
 from eval_mcq.scoring.prompt import render
 from mgll_encoder.common.errors import BadDataError
@@ -75,9 +74,9 @@ def _write_data(path: Path, bench: Bench, features: Any) -> None:
 
 def _rows(bench: Bench) -> Iterator[dict[str, Any]]:
     for item, ((data, suffix),) in with_pictures(bench):
-        name = f"{sha256(data).hexdigest()[:32]}.{suffix}"
         yield {
-            "id": item.id, "image": {"bytes": data, "path": name}, "prompt": render(item), "target": item.letter,
+            "id": item.id, "image": {"bytes": data, "path": content_name(data, suffix)},
+            "prompt": render(item), "target": item.letter,
             "question": item.question, "options": item.options, "category": item.category, "source": item.source,
             "patient": bench.patients[item.id],
         }  # fmt: skip

@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields
 from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, Request, Swap
-from mllm_adapters.planning import kept
+from mllm_adapters.planning import kept, tower_root
 from mllm_adapters.processing import host_pixels, image_settings, load_processor, own_processor
 
 TOWER = "vision_tower."
@@ -66,16 +65,13 @@ class AyaVision(PlannedFamily):
         """See `PlannedFamily.host`."""
         fields = read_fields(Fields, checkpoint.config, f"{checkpoint.folder}/config.json")
         before, notes = _contract(checkpoint, fields)
-        tower = next((header for header in checkpoint.tensors.values() if TOWER in header.name), None)
-        if tower is None:
-            raise UserError(f"{checkpoint.folder} holds no tensor of {TOWER.rstrip('.')}: is it complete?")
-        root = tower.name.partition(TOWER)[0]
+        root, dtype = tower_root(checkpoint, TOWER)
         return Host(
             layout="transformers",
             before=before,
             steps=[kept(header) for header in checkpoint.tensors.values()],
             prefix=f"{root}{TOWER}vision_model.",
-            dtype=tower.dtype,
+            dtype=dtype,
             config={**checkpoint.config, FAMILY_KEY: self.spec.name},
             image_token_id=fields.image_token_index,
             connector=tuple(root + reader for reader in READERS),

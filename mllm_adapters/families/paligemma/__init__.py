@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from mgll_encoder.common.errors import UserError
 from mgll_encoder.spec import PixelRule
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.configs import read_fields
@@ -20,7 +19,7 @@ from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, Request, Swap
-from mllm_adapters.planning import kept
+from mllm_adapters.planning import kept, tower_root
 from mllm_adapters.processing import (
     check_placeholder,
     has_tokenizer,
@@ -76,17 +75,14 @@ class PaliGemma(PlannedFamily):
     def host(self, checkpoint: Checkpoint, request: Request) -> Host:  # noqa: ARG002 (one target)
         """See `PlannedFamily.host`."""
         fields = read_fields(Fields, checkpoint.config, f"{checkpoint.folder}/config.json")
-        tower = next((header for header in checkpoint.tensors.values() if TOWER in header.name), None)
-        if tower is None:
-            raise UserError(f"{checkpoint.folder} holds no tensor of {TOWER.rstrip('.')}: is it complete?")
+        root, dtype = tower_root(checkpoint, TOWER)
         before, notes = _contract(checkpoint, fields.vision_config)
-        root = tower.name.partition(TOWER)[0]
         return Host(
             layout=self.layout(checkpoint.config) or "",
             before=before,
             steps=[kept(header) for header in checkpoint.tensors.values()],
             prefix=f"{root}{TOWER}vision_model.",
-            dtype=tower.dtype,
+            dtype=dtype,
             config={**checkpoint.config, FAMILY_KEY: self.spec.name},
             image_token_id=fields.image_token_index,
             connector=(f"{root}multi_modal_projector.linear",),
