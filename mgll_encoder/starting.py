@@ -9,7 +9,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from mgll_encoder.claims import HF_FOLDER, OURS
 from mgll_encoder.clip_text import clip_text_tower
 from mgll_encoder.common.errors import NotFoundError, UserError
-from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.data.batches import Plan
 from mgll_encoder.losses import Alphas
@@ -54,10 +53,9 @@ def starting_towers(
         UserError: a new text tower is to be frozen, weights cannot be read or had, or the text tower of ``init``
             does not know the texts.
     """
-    path, activation = (
-        _openai(activation) if init == OPENAI else (at_hand(init) if init else None, activation)
-    )
-    vision = new_tower(preset) if path is None else load_tower(path, activation=activation, weights=weights)
+    given, activation = _openai(activation) if init == OPENAI else (init, activation)
+    vision = load_tower(given, activation=activation, weights=weights) if given else new_tower(preset)
+    path = vision.header.source if given else None
     for line in vision.header.warnings:
         _logger.warning(line)
     projection = image_projection(vision)

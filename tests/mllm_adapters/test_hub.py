@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.cli import main as mgll_encoder
+from mgll_encoder.data.fundus import FundusTable, build_fundus
+from mgll_encoder.data.phantom_set import write_phantom
 from mllm_adapters.cli.swap import main
 from mllm_adapters.swap.verify import Verification
 from tests.builders import invoke, refused
@@ -147,10 +149,17 @@ def test_a_tower_that_is_neither_here_nor_reachable_says_what_to_do(
     assert "runs/mgll.pt does not exist: check the path" in refused(mgll_encoder, "inspect", "runs/mgll.pt")
 
 
-def test_another_kind_of_tower_is_refused_before_its_weights_are_downloaded(hub: FakeHub) -> None:
+def test_another_kind_of_tower_is_refused_before_its_weights_are_downloaded(
+    hub: FakeHub, tmp_path: Path
+) -> None:
     hub.files["config.json"] = b'{"model_type": "siglip"}'
     assert "field 'model_type' is 'siglip'" in refused(mgll_encoder, "inspect", "org/siglip")
-    assert hub.asked == ["config.json"]
+    write_phantom(tmp_path / "set", 2, size=32)
+    manifest = tmp_path / "manifest.jsonl"
+    build_fundus(FundusTable(tmp_path / "set" / "labels.csv"), tmp_path / "set", manifest)
+    training = ("pretrain", "--data", manifest, "--init", "org/siglip", "--out", tmp_path / "tower")
+    assert "field 'model_type' is 'siglip'" in refused(mgll_encoder, *training)
+    assert set(hub.asked) == {"config.json"}
 
 
 def test_the_result_is_pushed_in_one_commit(
