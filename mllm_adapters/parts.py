@@ -6,7 +6,7 @@ from mgll_encoder.common.errors import NotFoundError, UnsupportedCheckpointError
 from mgll_encoder.common.hub import fetch, is_hub_id
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.foreign import other_format
-from mllm_adapters.families import FAMILIES
+from mllm_adapters.family_table import FAMILIES
 
 
 def resolve(name: str) -> Path:

@@ -12,7 +12,7 @@ from mgll_encoder.common.texts import read_json
 from mgll_encoder.foreign import other_format, refuse_adapter
 from mllm_adapters.checkpoint import Checkpoint
 from mllm_adapters.contract import FAMILY_KEY, Family
-from mllm_adapters.families import FAMILIES
+from mllm_adapters.family_table import FAMILIES
 from mllm_adapters.locate import check_checkpoint
 from mllm_adapters.not_read import not_read
 from mllm_adapters.quantised import refuse_quantised, refuse_quantised_files

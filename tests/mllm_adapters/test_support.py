@@ -15,7 +15,8 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters import support
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.contract import Plan
-from mllm_adapters.registry import FAMILIES, family, open_checkpoint
+from mllm_adapters.family_table import FAMILIES
+from mllm_adapters.registry import family, open_checkpoint
 from mllm_adapters.support import Size, Support
 from mllm_adapters.swap.report import loads_with
 from tests import builders
