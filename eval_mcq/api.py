@@ -13,10 +13,10 @@ from mgll_encoder.common.tables import Reading
 if TYPE_CHECKING:
     from eval_mcq.items.build import BuildReport
     from eval_mcq.items.schema import Bench
-    from eval_mcq.runs.plan import Shard
-    from eval_mcq.runs.records import Run
+    from eval_mcq.records.batching import Shard
+    from eval_mcq.records.run_record import Run
     from eval_mcq.scoring.prompt import Mode
-    from eval_mcq.tables.grid import Grid
+    from eval_mcq.tables.table_layout import Grid
 
 Layout = Literal["diseases", "paper", "long"]
 
@@ -108,7 +108,7 @@ def build_benchmark(
         UserError: table, images or preset cannot be read, or an output is taken.
     """
     from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
-    from eval_mcq.items.pictures import check_sheet, sheet_of
+    from eval_mcq.items.image_checks import check_sheet, sheet_of
     from eval_mcq.items.preset import load_preset
     from eval_mcq.items.schema import write_bench
     from mgll_encoder.common.table_options import listed
@@ -193,8 +193,8 @@ def run(
     Raises:
         UserError: model or benchmark cannot be read, the model was trained on its images, or ``out`` is another run.
     """
+    from eval_mcq.records.leaks import check_leak
     from eval_mcq.runs.fingerprint import model_fingerprint
-    from eval_mcq.runs.leaks import check_leak
 
     folder = Path(out) if out is not None else Path("runs") / Path(model).resolve().name
     questions, part = load_benchmark(bench), shard_of(shard)
@@ -211,7 +211,7 @@ def run(
 
 def shard_of(text: str | None) -> "Shard":
     """The part that ``i/n`` means; the whole if not given."""
-    from eval_mcq.runs.plan import Shard
+    from eval_mcq.records.batching import Shard
 
     return Shard.parse(text) if text else Shard()
 
@@ -241,10 +241,10 @@ def compare(
         raise UserError("--layout diseases shows one model and no published rows: use paper or long")
     if published and layout == "long":
         raise UserError("--layout long has no published rows: leave --compare out, or use --layout paper")
-    from eval_mcq.tables.grid import by_disease, like_paper
-    from eval_mcq.tables.paired import like_paper_pairs, long_table
+    from eval_mcq.tables.multi_model import like_paper_pairs, long_table
     from eval_mcq.tables.published import load_published
     from eval_mcq.tables.summary import compare_models
+    from eval_mcq.tables.table_layout import by_disease, like_paper
 
     comparisons = compare_models(models)
     only = next(iter(comparisons.values()))
@@ -304,6 +304,6 @@ def _models(
 
 
 def _arms(arms: "Mapping[str, Run | str | Path]") -> "dict[str, Run]":
-    from eval_mcq.runs.records import load_run
+    from eval_mcq.records.run_record import load_run
 
     return {name: load_run(Path(arm)) if isinstance(arm, str | Path) else arm for name, arm in arms.items()}

@@ -16,11 +16,8 @@ if TYPE_CHECKING:
         UnsupportedCheckpointError,
         UserError,
     )
-    from mgll_encoder.geometry import fold_normalisation, resample_positions
-    from mgll_encoder.preprocess import image_processor, image_transform
-    from mgll_encoder.save import save_tower
-    from mgll_encoder.spec import Activation, PixelRule, Resize, TowerSpec
-    from mgll_encoder.tower import (
+    from mgll_encoder.tower.adapt import fold_normalisation, resample_positions
+    from mgll_encoder.tower.load import (
         Tower,
         TowerHeader,
         build_model,
@@ -29,6 +26,9 @@ if TYPE_CHECKING:
         tower_state_dict,
         vision_config,
     )
+    from mgll_encoder.tower.preprocess import image_processor, image_transform
+    from mgll_encoder.tower.save import save_tower
+    from mgll_encoder.tower.spec import Activation, PixelRule, Resize, TowerSpec
 
     __version__: str
 
@@ -65,32 +65,32 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "Activation": "spec",
+        "Activation": "tower.spec",
         "BadDataError": "common.errors",
         "IncompatibleTowerError": "common.errors",
         "MissingPackageError": "common.errors",
         "NotFoundError": "common.errors",
         "OutputTakenError": "common.errors",
-        "PixelRule": "spec",
-        "Resize": "spec",
-        "Tower": "tower",
-        "TowerHeader": "tower",
-        "TowerSpec": "spec",
+        "PixelRule": "tower.spec",
+        "Resize": "tower.spec",
+        "Tower": "tower.load",
+        "TowerHeader": "tower.load",
+        "TowerSpec": "tower.spec",
         "UnknownNameError": "common.errors",
         "UnsupportedCheckpointError": "common.errors",
         "UserError": "common.errors",
-        "build_model": "tower",
-        "fold_normalisation": "geometry",
-        "image_processor": "preprocess",
-        "image_transform": "preprocess",
-        "inspect_tower": "tower",
+        "build_model": "tower.load",
+        "fold_normalisation": "tower.adapt",
+        "image_processor": "tower.preprocess",
+        "image_transform": "tower.preprocess",
+        "inspect_tower": "tower.load",
         "linear_probe": "api",
-        "load_tower": "tower",
+        "load_tower": "tower.load",
         "pretrain": "api",
-        "resample_positions": "geometry",
-        "save_tower": "save",
-        "tower_state_dict": "tower",
-        "vision_config": "tower",
+        "resample_positions": "tower.adapt",
+        "save_tower": "tower.save",
+        "tower_state_dict": "tower.load",
+        "vision_config": "tower.load",
         "zero_shot": "api",
     },
 )

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.skipped import Skipped
-from mgll_encoder.data.question import Question
-from mgll_encoder.locate import check_manifest, check_tower
+from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.weights.locate import check_manifest, check_tower
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from mgll_encoder.data.label_table import LabelledImages
-    from mgll_encoder.pretraining import PretrainResult
-    from mgll_encoder.probe import ProbeResult
-    from mgll_encoder.tower import Tower
+    from mgll_encoder.pretraining.pretrain import PretrainResult
+    from mgll_encoder.probing.linear import ProbeResult
+    from mgll_encoder.tower.load import Tower
 
     Scored = tuple[NDArray[np.float64], list[int], LabelledImages, dict[str, Any]]
     """Scores [images, kept labels], the labels that are kept, the images that could be read, and a record."""
@@ -69,14 +69,14 @@ def pretrain(
         resume: Continue an interrupted training of the same options.
         force: Replace ``out``.
         save_on_signal: Save a checkpoint before ending on SIGTERM or Ctrl-C.
-        **options: Fields of `mgll_encoder.pretrain_options.PretrainOptions`: ``loss``, ``init``, ``epochs`` ...
+        **options: Fields of `mgll_encoder.pretraining.options.PretrainOptions`: ``loss``, ``init``, ``epochs`` ...
 
     Raises:
         UserError: manifest, images or weights cannot be read, or ``out`` is taken.
     """
     check_manifest(Path(data))
-    from mgll_encoder.pretrain_options import PretrainOptions
-    from mgll_encoder.pretraining import pretrain as train
+    from mgll_encoder.pretraining.options import PretrainOptions
+    from mgll_encoder.pretraining.pretrain import pretrain as train
 
     return train(
         Path(data), Path(out), PretrainOptions(**options), images=None if images is None else Path(images),
@@ -109,7 +109,7 @@ def linear_probe(
         min_positives: Labels with fewer positive test images are left out.
         strict: Stop at the first row or image that would be left out.
         workers: Processes that read images; one per core if not given.
-        **question: Further fields of `mgll_encoder.data.question.Question`: ``patient_column``, ``benchmark``,
+        **question: Further fields of `mgll_encoder.probing.labeled_set.Question`: ``patient_column``, ``benchmark``,
             ``test``, ``seed`` ...
 
     Raises:
@@ -125,8 +125,8 @@ def linear(min_positives: int = 10, workers: int | None = None) -> "Score":
     """A linear classifier on frozen features, for `judge_trained`."""
 
     def score(tower: "Tower", labels: "LabelledImages", skipped: Skipped) -> "Scored":
-        from mgll_encoder.features import readable_features
-        from mgll_encoder.probe import linear_scores
+        from mgll_encoder.probing.features import readable_features
+        from mgll_encoder.probing.linear import linear_scores
 
         features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
         scores, kept = linear_scores(features, labels, positives=min_positives)
@@ -161,7 +161,7 @@ def judge_trained(
     skipped = Skipped(strict)
     check_tower(encoder)
     labels = question.read(skipped)
-    from mgll_encoder.probe import judge
+    from mgll_encoder.probing.linear import judge
 
     scores, kept, labels, record = score(open_tower(encoder, activation, weights), labels, skipped)
     result = judge(scores, kept, labels, seed=question.seed)
@@ -223,7 +223,7 @@ def judge_zero_shot(
     workers: int | None,
 ) -> Judged:
     """As `zero_shot`, of labelled images that are described already."""
-    from mgll_encoder.benchmarks import benchmark as described
+    from mgll_encoder.probing.benchmarks import benchmark as described
 
     known = described(question.benchmark) if question.benchmark else None
     skipped = Skipped(strict)
@@ -232,9 +232,9 @@ def judge_zero_shot(
     labels = (labels if every else labels.subset(labels.test)).all_for_test
     if not labels.images:
         raise UserError("no image is on the test side: give a larger --test, or --all")
-    from mgll_encoder.features import readable_features
-    from mgll_encoder.probe import judge, kept_labels
-    from mgll_encoder.zero_shot_scores import (
+    from mgll_encoder.probing.features import readable_features
+    from mgll_encoder.probing.linear import judge, kept_labels
+    from mgll_encoder.probing.zero_shot import (
         class_directions,
         projected,
         read_prompts,
@@ -277,7 +277,7 @@ def asked(data: str | Path | None, images: str | Path, question: Mapping[str, An
 
 def open_tower(encoder: Path, activation: str | None, weights: str | None = None) -> "Tower":
     """The tower; what the user should know of it is logged."""
-    from mgll_encoder.tower import load_tower
+    from mgll_encoder.tower.load import load_tower
 
     choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked by load_tower
     tower = load_tower(encoder, **choices)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
         retrain_projector,
         verify,
     )
-    from mllm_adapters.architectures import register_models
-    from mllm_adapters.loading import load_mllm
+    from mllm_adapters.core.architectures import register_models
+    from mllm_adapters.loading.load import load_mllm
 
     __version__: str
 
@@ -44,9 +44,9 @@ __getattr__, __dir__ = lazy(
         "convert": "api",
         "finetune_lora": "api",
         "list_families": "api",
-        "load_mllm": "loading",
+        "load_mllm": "loading.load",
         "plan_swap": "api",
-        "register_models": "architectures",
+        "register_models": "core.architectures",
         "restore": "api",
         "retrain_projector": "api",
         "verify": "api",

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from mgll_encoder.common.errors import OutputTakenError, UserError, unknown_name
 from mgll_encoder.common.progress import track
-from mgll_encoder.locate import check_tower
-from mllm_adapters.locate import beside, check_swapped
-from mllm_adapters.parts import check_name, resolve
+from mgll_encoder.weights.locate import check_tower
+from mllm_adapters.checkpoints.locate import beside, check_swapped
+from mllm_adapters.core.hub_resolve import check_name, resolve
 from mllm_adapters.training.runs import Request, carry_out, settings_of
 
 if TYPE_CHECKING:
-    from mgll_encoder.spec import Activation
-    from mgll_encoder.torch_file import WeightSet
-    from mllm_adapters.contract import Family, Target
-    from mllm_adapters.planning import TowerDtype
-    from mllm_adapters.support import Support
+    from mgll_encoder.tower.spec import Activation
+    from mgll_encoder.weights.torch_file import WeightSet
+    from mllm_adapters.core.contract import Family, Target
+    from mllm_adapters.core.planning import TowerDtype
+    from mllm_adapters.core.support_matrix import Support
     from mllm_adapters.swap.planned import Fitting, Progress, SwapPlan
     from mllm_adapters.swap.verify import Check
     from mllm_adapters.training.engine import Outcome
@@ -59,10 +59,10 @@ def plan_swap(
     """
     check_tower(Path(encoder))
     check_name(str(mllm))
-    from mgll_encoder.tower import inspect_tower
-    from mllm_adapters.planning import with_tower_dtype
-    from mllm_adapters.registry import open_checkpoint
-    from mllm_adapters.sizes import plan_at_size
+    from mgll_encoder.tower.load import inspect_tower
+    from mllm_adapters.core.planning import with_tower_dtype
+    from mllm_adapters.core.registry import open_checkpoint
+    from mllm_adapters.core.sizes import plan_at_size
     from mllm_adapters.swap.planned import SwapPlan
 
     tower_dtype = _tower_dtype(dtype)
@@ -86,7 +86,7 @@ def plan_conversion(mllm: str | Path, *, parts: Parts | None = None) -> "SwapPla
         UserError: the checkpoint cannot be read, or is in the transformers layout already.
     """
     check_name(str(mllm))
-    from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.core.registry import open_checkpoint
     from mllm_adapters.swap.planned import SwapPlan
 
     checkpoint, family, _ = open_checkpoint(resolve(str(mllm)), parts)
@@ -206,7 +206,7 @@ def restore(
     check_swapped(Path(folder))
     if original is not None:
         check_name(str(original))
-    from mllm_adapters.swap import undo
+    from mllm_adapters.swap import restore as undo
 
     if original is None:
         return undo.to_encoder(Path(folder), Path(out), force=force)
@@ -334,7 +334,7 @@ def _maybe(path: str | Path | None) -> Path | None:
 
 def list_families() -> "list[Support]":
     """What is supported: one row per family, with layouts read, tokens per image, readers, and how results load."""
-    from mllm_adapters.support import support
+    from mllm_adapters.core.support_matrix import support
 
     return support()
 
@@ -345,7 +345,7 @@ def _named(path: str | Path) -> Path:
 
 
 def _target(layout: str, family: "Family") -> "Target":
-    from mllm_adapters.contract import Target
+    from mllm_adapters.core.contract import Target
 
     if layout not in get_args(Target):
         raise unknown_name("--layout", layout, get_args(Target))
@@ -357,7 +357,7 @@ def _target(layout: str, family: "Family") -> "Target":
 
 
 def _tower_dtype(name: str | None) -> "TowerDtype | None":
-    from mllm_adapters.planning import TowerDtype
+    from mllm_adapters.core.planning import TowerDtype
 
     if name is not None and name not in get_args(TowerDtype):
         raise unknown_name("--dtype", name, get_args(TowerDtype))

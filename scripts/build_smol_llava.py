@@ -31,8 +31,8 @@ def build(
 
     Example: python scripts/build_smol_llava.py --tower tower --data train.json --images images --out smol-llava
     """
-    from mllm_adapters.smol.language import LanguageModelName
-    from mllm_adapters.smol.llava import build_smol_llava
+    from mllm_adapters.examples.language_models import LanguageModelName
+    from mllm_adapters.examples.smol_llava import build_smol_llava
 
     build_smol_llava(
         tower,

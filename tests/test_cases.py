@@ -24,8 +24,8 @@ from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.table_options import reading
 from mgll_encoder.common.tables import Reading
 from mgll_encoder.data.manifest import read_rows
-from mgll_encoder.data.question import Question
-from mllm_adapters.data.conversations import read_corpus
+from mgll_encoder.probing.labeled_set import Question
+from mllm_adapters.data.corpus import read_corpus
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import a_tower
 

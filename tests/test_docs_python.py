@@ -9,7 +9,7 @@ import pytest
 
 from mgll_encoder.common.progress import show_with
 from mgll_encoder.data.fundus import FundusTable, build_fundus
-from mgll_encoder.data.phantom_set import write_phantom
+from mgll_encoder.data.phantom.dataset import write_phantom
 from tests import builders
 from tests.environments import ROOT
 from tests.mllm_adapters.llava_checkpoints import a_tower

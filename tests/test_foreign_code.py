@@ -13,10 +13,10 @@ import pytest
 
 from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.text_tower import TextTower
+from mgll_encoder.text.text_tower import TextTower
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.loading import load_mllm
+from mllm_adapters.loading.load import load_mllm
 from tests.builders import Outcome, invoke
 from tests.eval_mcq.helpers import small_bench
 from tests.mgll_encoder import towers

@@ -60,7 +60,7 @@ def import_command(
 
     Example: eval-mcq import GMAI_mm_bench_VAL.tsv --format gmai --out gmai.jsonl
     """
-    from eval_mcq.items.interchange.importing import Source, import_questions
+    from eval_mcq.formats.importing import Source, import_questions
     from eval_mcq.items.schema import write_bench
 
     check_free(out, force)
@@ -115,9 +115,9 @@ def export(
 
     Example: eval-mcq export train.jsonl --format llava --out train.json
     """
-    from eval_mcq.items.export import EXPORTERS, write_predictions
+    from eval_mcq.formats.export import EXPORTERS, write_predictions
     from eval_mcq.items.schema import load_bench
-    from eval_mcq.runs.records import load_run
+    from eval_mcq.records.run_record import load_run
 
     check_free(out, force)
     if images is not None and to not in ("llava", "messages"):
@@ -159,8 +159,8 @@ def audit(
     if out is not None:
         check_free(out, force)
     published = load_published(table_file or PAPER)
-    from eval_mcq.tables.audit import audit as audit_table
-    from eval_mcq.tables.audit import by_column, by_model
+    from eval_mcq.audit import audit as audit_table
+    from eval_mcq.audit import by_column, by_model
     from eval_mcq.tables.render import RENDERERS, show
 
     findings = audit_table(published)

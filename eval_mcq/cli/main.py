@@ -20,7 +20,7 @@ from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 
 if TYPE_CHECKING:
     from eval_mcq.items.build import BuildReport
-    from eval_mcq.runs.records import Run
+    from eval_mcq.records.run_record import Run
 
 app = new_app(
     "Measure a multimodal LLM disease by disease: build questions from labels, run them, compare models.\n\n"
@@ -218,7 +218,7 @@ def table(
 
     Example: eval-mcq table runs/llava-med --format markdown
     """
-    from eval_mcq.runs.records import load_run
+    from eval_mcq.records.run_record import load_run
 
     arms = {run_folder.resolve().name: load_run(run_folder)}
     _show_table({"": arms}, format_, layout, out, paper_rounding, force)
@@ -247,7 +247,7 @@ def compare(
 
     Example: eval-mcq compare LLaVA:base=runs/a LLaVA:mgll=runs/b Qwen-VL:base=runs/c Qwen-VL:mgll=runs/d
     """
-    from eval_mcq.runs.records import load_run
+    from eval_mcq.records.run_record import load_run
 
     models: dict[str, dict[str, Run]] = {}
     for given in runs:
@@ -292,7 +292,7 @@ def report(
 
     Example: eval-mcq report base=runs/llava-med mgll=runs/llava-med-mgll --html report.html --plots plots
     """
-    from eval_mcq.runs.records import load_run
+    from eval_mcq.records.run_record import load_run
 
     named: dict[str, Run] = {}
     for arm in runs:
@@ -341,7 +341,7 @@ def _show_report(report: "BuildReport", out: Path) -> None:
     from rich.table import Table
 
     from eval_mcq.items.schema import LETTERS
-    from eval_mcq.tables.grid import SMALL
+    from eval_mcq.tables.table_layout import SMALL
 
     counts = Table("Disease", "questions", "patients", "images without", title=str(out), title_justify="left")
     for category in report.categories:

@@ -71,10 +71,10 @@ def check(
     Example: eval-mcq check llava-med-mgll --bench test.jsonl
     """
     from eval_mcq.items.schema import MCQItem, load_bench
-    from eval_mcq.runs.checks import contradictions, look
+    from eval_mcq.records.leaks import find_leak, trainings_of_model
     from eval_mcq.runs.fingerprint import model_fingerprint
-    from eval_mcq.runs.leaks import find_leak, trainings_of_model
-    from mllm_adapters.locate import PROVENANCE
+    from eval_mcq.runs.image_sensitivity import contradictions, look
+    from mllm_adapters.checkpoints.locate import PROVENANCE
 
     asked = load_bench(bench) if bench else None
     fingerprint = model_fingerprint(model)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_mcq.items.schema import LETTERS, Bench, MCQItem
-from eval_mcq.runs.records import Run
+from eval_mcq.records.run_record import Run
 from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.files import sha256
 

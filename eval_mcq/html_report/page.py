@@ -11,11 +11,11 @@ from markupsafe import Markup
 
 from eval_mcq.html_report.content import Content, check_unchanged, gather
 from eval_mcq.html_report.figures import IN_PAGE, ON_WHITE, page_svg, plots
-from eval_mcq.html_report.pictures import as_files, inlined
+from eval_mcq.html_report.thumbnails import as_files, inlined
 from eval_mcq.items.schema import Bench
-from eval_mcq.runs.records import Run
-from eval_mcq.tables.grid import by_disease
+from eval_mcq.records.run_record import Run
 from eval_mcq.tables.summary import Comparison, compare
+from eval_mcq.tables.table_layout import by_disease
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, new_folder, write_text
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from eval_mcq.items.asked_rows import AskedRow, askable, check_labels, read_rows
-from eval_mcq.items.asked_rows import LabelTable as LabelTable
+from eval_mcq.items.askable_rows import AskedRow, askable, check_labels, read_rows
+from eval_mcq.items.askable_rows import LabelTable as LabelTable
 from eval_mcq.items.preset import Disease, Preset, plain
 from eval_mcq.items.schema import BenchHeader, MCQItem
 from mgll_encoder.common.errors import BadDataError, NotFoundError

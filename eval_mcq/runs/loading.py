@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from eval_mcq.items.schema import Bench
-    from eval_mcq.runs.records import Run, RunRecord
+    from eval_mcq.records.run_record import Run, RunRecord
     from eval_mcq.runs.run import Settings
     from eval_mcq.scoring.prompt import Mode
     from eval_mcq.scoring.score import Scorer
@@ -64,7 +64,7 @@ class Loading:
         if not self.four_bit:
             return None
         from mgll_encoder.common.texts import read_json
-        from mllm_adapters.training.quantisation import nf4
+        from mllm_adapters.training.quantization import nf4
 
         config = self.model / "config.json"
         return nf4(read_json(config) if config.is_file() else {}, self.model, self.dtype)
@@ -107,9 +107,9 @@ def answer(
     Raises:
         UserError: see `run_bench`; or processes were launched although a shard was named.
     """
-    from eval_mcq.runs.answers_file import only_run
-    from eval_mcq.runs.plan import Shard
-    from eval_mcq.runs.records import read_run
+    from eval_mcq.records.answers_file import only_run
+    from eval_mcq.records.batching import Shard
+    from eval_mcq.records.run_record import read_run
     from eval_mcq.runs.run import check_resumable, run_bench
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -143,7 +143,7 @@ def _merged(
     """The first process's last duty: wait for all shards, merge them, clear them away."""
     import shutil
 
-    from eval_mcq.runs.answers_file import only_run
+    from eval_mcq.records.answers_file import only_run
     from eval_mcq.runs.merge import merge_held
     from eval_mcq.runs.run import answered, planned_rows
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval_mcq.items.schema import Bench, MCQItem, load_bench
-from eval_mcq.runs.answers_file import only_run, sort_answers
-from eval_mcq.runs.records import (
+from eval_mcq.records.answers_file import only_run, sort_answers
+from eval_mcq.records.run_record import (
     ANSWERS_FILE,
     RUN_FILE,
     Answer,

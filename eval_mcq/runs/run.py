@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING
 
 from threadpoolctl import threadpool_limits
 
-from eval_mcq.items.pictures import check_images, hash_images
+from eval_mcq.items.image_checks import check_images, hash_images
 from eval_mcq.items.schema import Bench, MCQItem
-from eval_mcq.runs.answers_file import append_answers, drop_unfinished_line, only_run, sort_answers
-from eval_mcq.runs.checks import QUICK, look
-from eval_mcq.runs.fingerprint import code_version
-from eval_mcq.runs.leaks import Leak
-from eval_mcq.runs.plan import Group, Shard, asks_of, batches, groups
-from eval_mcq.runs.progress import rate
-from eval_mcq.runs.records import (
+from eval_mcq.records.answers_file import append_answers, drop_unfinished_line, only_run, sort_answers
+from eval_mcq.records.batching import Group, Shard, asks_of, batches, groups
+from eval_mcq.records.leaks import Leak
+from eval_mcq.records.run_record import (
     ANSWERS_FILE,
     RUN_FILE,
     SUMMARY_FILE,
@@ -30,6 +27,9 @@ from eval_mcq.runs.records import (
     read_answers,
     read_record,
 )
+from eval_mcq.runs.fingerprint import code_version
+from eval_mcq.runs.image_sensitivity import QUICK, look
+from eval_mcq.runs.progress import rate
 from eval_mcq.scoring.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
 from eval_mcq.scoring.prompt import Mode
 from eval_mcq.tables.summary import as_json, compare
@@ -41,7 +41,7 @@ from mgll_encoder.common.images import open_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from eval_mcq.scoring.asking import Prepared
+    from eval_mcq.scoring.requests import Prepared
     from eval_mcq.scoring.score import Scorer
 
 _logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Settings:
     """How a run is made; none of it changes an answer.
 
     Attributes:
-        batch_size: Rows (questions times rotations) of a batch, see `eval_mcq.runs.plan.batches`.
+        batch_size: Rows (questions times rotations) of a batch, see `eval_mcq.records.batching.batches`.
         limit: Only the first so many questions of the bench.
         force: Start anew although the output exists.
         shard: Which part of the bench.

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from eval_mcq.scoring.asking import Prepared, Row, Writer
-from eval_mcq.scoring.parts import (
+from eval_mcq.scoring.packing import (
     CPU_TOKENS,
     TOKENS,
     Part,
@@ -34,8 +33,9 @@ from eval_mcq.scoring.parts import (
     passes,
     pieces,
 )
-from eval_mcq.scoring.tree import Tree
-from mllm_adapters.chat import PREFIX_TYPES
+from eval_mcq.scoring.prefix_tree import Tree
+from eval_mcq.scoring.requests import Prepared, Row, Writer
+from mgll_encoder.common.chat import PREFIX_TYPES
 
 _logger = logging.getLogger(__name__)
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eval_mcq.items.schema import LETTERS
+from eval_mcq.scoring.answer_parser import PARSER_VERSION
 from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode
-from eval_mcq.scoring.reply import PARSER_VERSION
 from mgll_encoder.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from eval_mcq.scoring.asking import Continuations, Writer
+    from eval_mcq.scoring.requests import Continuations, Writer
 
     Found = list[list[torch.Tensor]]
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from eval_mcq.items.schema import MCQItem
-from eval_mcq.scoring.asking import Prepared, Row, Writer
+from eval_mcq.scoring.answer_parser import parse_reply
 from eval_mcq.scoring.engine import Engine, Way
 from eval_mcq.scoring.modes import LIKELIHOODS, Score
 from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode, order
-from eval_mcq.scoring.reply import parse_reply
+from eval_mcq.scoring.requests import Prepared, Row, Writer
 from mgll_encoder.common.errors import UserError
 
 _logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from eval_mcq.tables.grid import MARKS, Grid
+from eval_mcq.tables.table_layout import MARKS, Grid
 
 PLAIN_WIDTH = 200
 """Width of a terminal table that goes into a file."""

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_mcq.runs.records import ItemAnswer, Run, letter_counts
+from eval_mcq.records.run_record import ItemAnswer, Run, letter_counts
 from eval_mcq.tables import intervals
-from eval_mcq.tables.diagnosis import Diagnosis, diagnose
+from eval_mcq.tables.bias_report import Diagnosis, diagnose
 from eval_mcq.tables.intervals import FEWEST, Estimate, Floats, Ids, Interval
 from eval_mcq.tables.stats import holm, mcnemar, p_of_guessing
 from mgll_encoder.common.errors import UserError

@@ -146,7 +146,7 @@ def xray(
 
     Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders --contact-sheet look.png
     """
-    from mgll_encoder.contact_sheet import check_sheet, write_contact_sheet
+    from mgll_encoder.data.contact_sheet import check_sheet, write_contact_sheet
     from mgll_encoder.data.xray import IMAGES, MANIFEST, PARQUET_MANIFEST, build_xray
 
     check_sheet(contact_sheet, force)
@@ -189,7 +189,7 @@ def phantom(
 
     Example: mgll-encoder data phantom --out phantom --images-per-disease 100
     """
-    from mgll_encoder.data.phantom_set import write_phantom
+    from mgll_encoder.data.phantom.dataset import write_phantom
 
     count = write_phantom(out, images_per_disease, size, seed, force)
     stdout.print(f"{count} phantom photographs in {out} (labels.csv, contact_sheet.png)", highlight=False)

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgll_encoder import api
-from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import said
+from mgll_encoder.cli import dataset_options as labelled
+from mgll_encoder.cli.dataset_options import said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, new_file
-from mgll_encoder.data.question import Question
-from mgll_encoder.locate import check_tower
+from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
     from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.explain import Target
-    from mgll_encoder.tower import Tower
+    from mgll_encoder.probing.explain import Target
+    from mgll_encoder.tower.load import Tower
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -86,8 +86,8 @@ def explain(
 
     from mgll_encoder.common.images import open_image
     from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.explain import attention_maps, contact_sheet, target_maps
-    from mgll_encoder.preprocess import image_transform
+    from mgll_encoder.probing.explain import attention_maps, contact_sheet, target_maps
+    from mgll_encoder.tower.preprocess import image_transform
 
     skipped, tower = (
         Skipped(strict, "rows" if label else "images"),
@@ -127,8 +127,8 @@ def explain(
 
 
 def _texts(tower: "Tower", texts: list[str]) -> "list[Target]":
-    from mgll_encoder.explain import text_target
-    from mgll_encoder.zero_shot_scores import class_directions, text_tower_of
+    from mgll_encoder.probing.explain import text_target
+    from mgll_encoder.probing.zero_shot import class_directions, text_tower_of
 
     if not texts:
         return []
@@ -145,9 +145,9 @@ def _classes(
     import numpy as np
 
     from mgll_encoder.common.files import cache_folder
-    from mgll_encoder.explain import class_target
-    from mgll_encoder.features import readable_features
-    from mgll_encoder.probe import fit_linear
+    from mgll_encoder.probing.explain import class_target
+    from mgll_encoder.probing.features import readable_features
+    from mgll_encoder.probing.linear import fit_linear
 
     found = question.read(skipped)
     features, found = readable_features(tower, found, cache_folder("features"), skipped)
@@ -183,7 +183,7 @@ def _place(where: str) -> str:
 def _pictures(images: Path, limit: int, skipped: "Skipped") -> dict[Path, int]:
     """Images that can be read, and their numbers when sorted by name."""
     from mgll_encoder.common.skipped import UNREADABLE
-    from mgll_encoder.features import unreadable
+    from mgll_encoder.probing.features import unreadable
 
     found = [images] if images.is_file() else sorted(images.rglob("*"))
     candidates = [path for path in found if path == images or path.suffix.lower() in _PICTURES]

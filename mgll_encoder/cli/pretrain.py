@@ -8,7 +8,7 @@ from mgll_encoder import api
 from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
-from mgll_encoder.locate import check_manifest
+from mgll_encoder.weights.locate import check_manifest
 
 
 @needs("pretrain")
@@ -73,7 +73,7 @@ def pretrain(
     --lr 1e-5 --batch-size 64 --gradient-checkpointing --out mgll-fundus
     """
     check_manifest(data)
-    from mgll_encoder.losses import Alphas
+    from mgll_encoder.pretraining.losses import Alphas
 
     try:
         soft_clip, pointwise, smooth_kl = (float(part) for part in alpha.split(","))

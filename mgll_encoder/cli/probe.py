@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgll_encoder import api
-from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import print_result, said
+from mgll_encoder.cli import dataset_options as labelled
+from mgll_encoder.cli.dataset_options import print_result, said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
-from mgll_encoder.data.question import Question
+from mgll_encoder.probing.labeled_set import Question
 
 if TYPE_CHECKING:
     from mgll_encoder.api import Scored
     from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.label_table import LabelledImages
-    from mgll_encoder.tower import Tower
+    from mgll_encoder.tower.load import Tower
 
 
 MODES = ("linear", "finetune")
@@ -97,7 +97,7 @@ def probe(
 
     Example: mgll-encoder probe --encoder mgll-fundus --data labels.csv --images images --patient-column patient
     """
-    from mgll_encoder.benchmarks import PROTOCOLS, published_beside
+    from mgll_encoder.probing.benchmarks import PROTOCOLS, published_beside
 
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
@@ -158,10 +158,10 @@ def _finetuned(
     from mgll_encoder.common.files import cache_folder
     from mgll_encoder.common.picture_bytes import picture_digests
     from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
-    from mgll_encoder.features import open_every_image
-    from mgll_encoder.finetune import CHOSEN_BY, FinetuneOptions, finetune
-    from mgll_encoder.probe import kept_labels
-    from mgll_encoder.save import save_tower
+    from mgll_encoder.probing.features import open_every_image
+    from mgll_encoder.probing.finetune import CHOSEN_BY, FinetuneOptions, finetune
+    from mgll_encoder.probing.linear import kept_labels
+    from mgll_encoder.tower.save import save_tower
 
     options = FinetuneOptions(**settings)
     labels = open_every_image(labels, skipped)

@@ -9,10 +9,10 @@ import typer
 
 from mgll_encoder.common.cli import note, stdout, warn
 from mgll_encoder.common.files import check_free
-from mgll_encoder.locate import check_tower
+from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
-    from mgll_encoder.tower import TowerHeader
+    from mgll_encoder.tower.load import TowerHeader
 
 _SIZES = (224, 336, 448)
 
@@ -51,7 +51,7 @@ def inspect(
     Example: mgll-encoder inspect mgll-fundus.pt
     """
     check_tower(path)
-    from mgll_encoder.tower import inspect_tower
+    from mgll_encoder.tower.load import inspect_tower
 
     header = inspect_tower(path, **_choices(activation, weights))
     facts = _facts(header)
@@ -76,8 +76,8 @@ def convert(
     """
     check_free(out, force)
     check_tower(path)
-    from mgll_encoder.save import save_tower
-    from mgll_encoder.tower import load_tower
+    from mgll_encoder.tower.load import load_tower
+    from mgll_encoder.tower.save import save_tower
 
     note(f"reading {path} ...")
     tower = load_tower(path, **_choices(activation, weights))

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgll_encoder import api
-from mgll_encoder.cli import labelled
-from mgll_encoder.cli.labelled import print_result, said
+from mgll_encoder.cli import dataset_options as labelled
+from mgll_encoder.cli.dataset_options import print_result, said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
-from mgll_encoder.data.question import Question
-from mgll_encoder.locate import check_tower
+from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mgll_encoder.retrieval import Retrieval
+    from mgll_encoder.probing.retrieval import Retrieval
 
 
 @needs("probe")
@@ -126,7 +126,7 @@ def retrieval(
 
     from mgll_encoder.common.files import cache_folder
     from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.data.described import described_images
+    from mgll_encoder.data.caption_dataset import described_images
 
     if out:
         check_free(out, force)
@@ -134,9 +134,9 @@ def retrieval(
     wanted = [name.strip() for name in granularities.split(",") if name.strip()]
     check_tower(encoder)
     found = described_images(data, images, split, wanted, skipped)
-    from mgll_encoder.features import readable_features
-    from mgll_encoder.retrieval import retrieval as judge
-    from mgll_encoder.zero_shot_scores import class_directions, projected, text_tower_of
+    from mgll_encoder.probing.features import readable_features
+    from mgll_encoder.probing.retrieval import retrieval as judge
+    from mgll_encoder.probing.zero_shot import class_directions, projected, text_tower_of
 
     tower = api.open_tower(encoder, activation, weights)
     text = text_tower_of(tower.header.source, tower)
@@ -174,8 +174,8 @@ def _print_retrieval(
     from rich.table import Table
     from rich.text import Text
 
-    from mgll_encoder.probe import CONFIDENCE, REPLICATES
-    from mgll_encoder.retrieval import DEPTHS
+    from mgll_encoder.probing.linear import CONFIDENCE, REPLICATES
+    from mgll_encoder.probing.retrieval import DEPTHS
 
     table = Table(title=Text(f"Retrieval by {encoder}: recall in %, and by chance"), title_justify="left")
     for column in ("texts", "from, to", "queries", "candidates", *(f"R@{k}" for k in DEPTHS)):

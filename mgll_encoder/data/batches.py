@@ -24,8 +24,8 @@ from mgll_encoder.common.skipped import DISAGREE, NO_FILE, Skipped, unnamed
 from mgll_encoder.data.laterality import names_side
 from mgll_encoder.data.manifest import ManifestRow, image_folder, named, read_header, read_rows, row_at
 from mgll_encoder.data.manifest_formats import format_of
-from mgll_encoder.preprocess import image_transform
-from mgll_encoder.spec import TowerSpec
+from mgll_encoder.tower.preprocess import image_transform
+from mgll_encoder.tower.spec import TowerSpec
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mgll_encoder.common.errors import BadDataError, UserError, unknown_name
 from mgll_encoder.common.files import new_file
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.manifest_formats import format_named, format_of
-from mgll_encoder.locate import check_manifest
+from mgll_encoder.weights.locate import check_manifest
 
 SPLIT_FIELDS = (
     "split", "split_by", "split_test", "split_val", "split_seed", "test_share"

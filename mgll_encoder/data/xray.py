@@ -26,9 +26,9 @@ from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.workers import resilient_map
-from mgll_encoder.data.dicom_header import UnusableError, value
-from mgll_encoder.data.dicom_pixels import PIXEL_FIELDS, grey_values
-from mgll_encoder.data.dicom_text import IDENTITY_FIELDS, TEXT_FIELDS, safe_texts
+from mgll_encoder.data.dicom.header import UnusableError, value
+from mgll_encoder.data.dicom.pixels import PIXEL_FIELDS, grey_values
+from mgll_encoder.data.dicom.text import IDENTITY_FIELDS, TEXT_FIELDS, safe_texts
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 
 PLAIN_RADIOGRAPHS = ("CR", "DX")

@@ -27,12 +27,12 @@ from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.progress import track
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.trained_on import Training
-from mllm_adapters.alignment.matching import FEWEST, Watch, find_images
+from mllm_adapters.alignment.feature_pairs import FEWEST, Watch, find_images
 from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_readers
-from mllm_adapters.alignment.sight import Sight, sight_of_plan, sight_of_source
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Family, Plan, Reading, Step
-from mllm_adapters.operations import REINIT
+from mllm_adapters.alignment.vision_model import Sight, sight_of_plan, sight_of_source
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Family, Plan, Reading, Step
+from mllm_adapters.core.operations import REINIT
 
 SAMPLES = 500
 """Images that are used, unless told otherwise."""

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from mgll_encoder.common import cli
-from mllm_adapters.cli.writing import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
-from mllm_adapters.locate import check_delta, check_swapped
-from mllm_adapters.parts import check_name, resolve
+from mllm_adapters.checkpoints.locate import check_delta, check_swapped
+from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
+from mllm_adapters.core.hub_resolve import check_name, resolve
 
 MLLM_HELP = "The base: checkpoint folder, hub id, or family name."
 PART_HELP = "Where a part of the base lies that is not beside it: NAME=PATH. Repeatable."
@@ -40,9 +40,9 @@ def compose(
     check_delta(delta)
     if mllm:
         check_name(mllm)
+    from mllm_adapters.loading.delta import ENCODER_PART, open_delta
     from mllm_adapters.swap import delta_files
     from mllm_adapters.swap.apply import check_output
-    from mllm_adapters.swap.delta import ENCODER_PART, open_delta
     from mllm_adapters.swap.report import total_bytes
 
     check_output(out, force, [delta])
@@ -78,10 +78,10 @@ def extract(
     """
     check_swapped(folder)
     check_name(mllm)
+    from mllm_adapters.core.provenance import read_record
+    from mllm_adapters.core.streaming import nbytes
     from mllm_adapters.swap import delta_files
     from mllm_adapters.swap.apply import check_output
-    from mllm_adapters.swap.provenance import read_record
-    from mllm_adapters.swap.streaming import nbytes
 
     target = out or Path(f"{folder.absolute().name}-delta")
     check_output(target, force, [folder])

@@ -22,7 +22,7 @@ def launch(request: Request, *, estimate: bool = False) -> None:
     """
     # An estimate reads no data.
     resolved = settings_of(replace(request, data=(), images=None) if estimate else request)
-    from mllm_adapters.training.plan import rank
+    from mllm_adapters.training.prepare import rank
 
     if rank():  # of several processes only the first one shows what is going on; errors are heard from all
         cli.stdout.quiet = True
@@ -48,7 +48,7 @@ def launch(request: Request, *, estimate: bool = False) -> None:
 
 def _estimate(model: Path, resolved: "Resolved") -> None:
     from mllm_adapters.training.memory import estimates
-    from mllm_adapters.training.plan import check_source
+    from mllm_adapters.training.prepare import check_source
 
     recipe = resolved.recipe
     table = Table(
@@ -67,8 +67,8 @@ def _estimate(model: Path, resolved: "Resolved") -> None:
 
 def _show(job: "Job") -> None:
     """Print what trains and on what."""
-    from mllm_adapters.training.plan import ranks
-    from mllm_adapters.training.stages import STAGES, describe
+    from mllm_adapters.core.stages import STAGES, describe
+    from mllm_adapters.training.prepare import ranks
 
     table = Table(title=f"Stage: {job.stage.stage} ({STAGES[job.stage.stage].about})")
     for heading in ("component", "trains", "frozen"):

@@ -7,9 +7,9 @@ import typer
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.extras import needs
+from mllm_adapters.checkpoints.locate import beside
 from mllm_adapters.cli import options as o
 from mllm_adapters.cli.launch import launch
-from mllm_adapters.locate import beside
 from mllm_adapters.training.runs import Request
 
 app = cli.new_app(

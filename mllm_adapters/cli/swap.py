@@ -10,9 +10,9 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import CORE, needs
 from mllm_adapters import api
+from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
 from mllm_adapters.cli.delta import compose, extract
-from mllm_adapters.cli.undo import restore, verify
-from mllm_adapters.cli.writing import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
+from mllm_adapters.cli.restore import restore, verify
 
 if TYPE_CHECKING:
     from mllm_adapters.swap.planned import Fitting, SwapPlan
@@ -193,7 +193,7 @@ def families(
 
     Example: swap-encoder families
     """
-    from mllm_adapters.support import support_markdown, support_tables
+    from mllm_adapters.core.support_matrix import support_markdown, support_tables
 
     if as_json:
         cli.stdout.print_json(data=[row.model_dump() for row in api.list_families()])

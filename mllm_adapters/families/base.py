@@ -11,11 +11,11 @@ from typing import Any
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import tower_config
-from mllm_adapters.contract import Dropped, Family, Plan, Step, Target, VisionContract
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import tower_config
+from mllm_adapters.core.contract import Dropped, Family, Plan, Step, Target, VisionContract
+from mllm_adapters.core.planning import REPLACED, after_swap, refit_reader, swap_notes, tower_steps
 from mllm_adapters.families.host import Connected, Host, Request, Swap
-from mllm_adapters.planning import REPLACED, after_swap, refit_reader, swap_notes, tower_steps
 
 
 class PlannedFamily(Family):

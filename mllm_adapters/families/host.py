@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 
 from mgll_encoder import TowerHeader
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Dropped, Step, Target, VisionContract
-from mllm_adapters.planning import HostTower
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Dropped, Step, Target, VisionContract
+from mllm_adapters.core.planning import HostTower
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.keytable import Drop, KeyTable, Place, Reshape, Split
-from mllm_adapters.checkpoint import TensorHeader
-from mllm_adapters.contract import Dropped, Step
-from mllm_adapters.planning import dtype_name, kept
+from mgll_encoder.weights.keytable import Drop, KeyTable, Place, Reshape, Split
+from mllm_adapters.checkpoints.checkpoint import TensorHeader
+from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.planning import dtype_name, kept
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.checkpoint import is_safetensors
 from mgll_encoder.common.errors import OutputTakenError, UserError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
 from mgll_encoder.common.local_paths import without_local
@@ -26,19 +25,20 @@ from mgll_encoder.common.trained_on import (
     without_tower,
     write_trainings,
 )
-from mgll_encoder.spans import Span, cut_short, spans
-from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.contract import Family, Plan, Step
-from mllm_adapters.loading import GENERATION, check_complete
-from mllm_adapters.locate import PROVENANCE
-from mllm_adapters.planning import dtype_name
-from mllm_adapters.side_files import remove_paths
+from mgll_encoder.weights.spans import Span, cut_short, spans
+from mgll_encoder.weights.weight_file import is_safetensors
+from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.checkpoints.file_copy import best_way, check_space, copy_files, transfer
+from mllm_adapters.checkpoints.fingerprint import FileRecord, sampled, whole
+from mllm_adapters.checkpoints.locate import PROVENANCE
+from mllm_adapters.checkpoints.side_files import remove_paths
+from mllm_adapters.core.contract import Family, Plan, Step
+from mllm_adapters.core.planning import dtype_name
+from mllm_adapters.core.provenance import input_record, record_of
+from mllm_adapters.core.streaming import DTYPE_CODES, nbytes, write_safetensors
+from mllm_adapters.core.values import compute, open_tower
+from mllm_adapters.loading.load import GENERATION, check_complete
 from mllm_adapters.swap.card import CARD, model_card
-from mllm_adapters.swap.fingerprint import FileRecord, sampled, whole
-from mllm_adapters.swap.provenance import input_record, record_of
-from mllm_adapters.swap.streaming import DTYPE_CODES, nbytes, write_safetensors
-from mllm_adapters.swap.transfer import best_way, check_space, copy_files, transfer
-from mllm_adapters.values import compute, open_tower
 
 _logger = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ def write_weights(
         steps: Every tensor of the target.
         compute: Gives the values of the steps that it is asked for.
         progress: Called with the number of bytes written, tensor by tensor.
-        copy: Copy such files instead (see `mllm_adapters.swap.transfer.best_way`).
+        copy: Copy such files instead (see `mllm_adapters.checkpoints.file_copy.best_way`).
 
     Raises:
         UserError: there is no room for what is to be written.
@@ -372,7 +372,7 @@ def reporting(
 def _check_written(path: Path, steps: list[Step], source: Path | None) -> None:
     """Read the header back: names, dtypes and shapes must be those of the plan."""
     try:
-        weights = safe_open(path, "np")  # not for torch, see mgll_encoder.checkpoint
+        weights = safe_open(path, "np")  # not for torch, see mgll_encoder.weights.weight_file
     except SafetensorError:
         raise cut_short(source or path) from None
     with weights:

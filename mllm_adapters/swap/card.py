@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from mllm_adapters.contract import Plan, VisionContract
-from mllm_adapters.registry import family
-from mllm_adapters.swap.provenance import InputRecord, SwapRecord, without_paths
+from mllm_adapters.core.contract import Plan, VisionContract
+from mllm_adapters.core.provenance import InputRecord, SwapRecord, without_paths
+from mllm_adapters.core.registry import family
 
 CARD = "README.md"
 

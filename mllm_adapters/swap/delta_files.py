@@ -11,13 +11,26 @@ from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.trained_on import Training
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Family, Plan, Step
-from mllm_adapters.loading import check_complete
-from mllm_adapters.locate import DELTA, PROVENANCE
-from mllm_adapters.planning import dtype_name
-from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.side_files import is_published, remove_paths
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.checkpoints.file_copy import check_space
+from mllm_adapters.checkpoints.fingerprint import FileRecord, sampled
+from mllm_adapters.checkpoints.locate import DELTA, PROVENANCE
+from mllm_adapters.checkpoints.side_files import is_published, remove_paths
+from mllm_adapters.core.contract import Family, Plan, Step
+from mllm_adapters.core.planning import dtype_name
+from mllm_adapters.core.provenance import SwapRecord, read_record
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.core.streaming import nbytes, raw_bytes, write_safetensors
+from mllm_adapters.core.values import compute
+from mllm_adapters.loading.delta import (
+    DELTA_WEIGHTS,
+    Delta,
+    DeltaRecord,
+    attach_parts,
+    check_base,
+    stored_names,
+)
+from mllm_adapters.loading.load import check_complete
 from mllm_adapters.swap.apply import (
     Written,
     complete_folder,
@@ -28,21 +41,8 @@ from mllm_adapters.swap.apply import (
     write_weights,
 )
 from mllm_adapters.swap.card import CARD
-from mllm_adapters.swap.delta import (
-    DELTA_WEIGHTS,
-    Delta,
-    DeltaRecord,
-    attach_parts,
-    check_base,
-    stored_names,
-)
-from mllm_adapters.swap.fingerprint import FileRecord, sampled
-from mllm_adapters.swap.provenance import SwapRecord, read_record
-from mllm_adapters.swap.rewrite import copy_sides
-from mllm_adapters.swap.streaming import nbytes, raw_bytes, write_safetensors
-from mllm_adapters.swap.transfer import check_space
-from mllm_adapters.swap.undo import readers
-from mllm_adapters.values import compute
+from mllm_adapters.swap.replace_tensors import copy_sides
+from mllm_adapters.swap.restore import readers
 
 Progress = Callable[[int], None]
 

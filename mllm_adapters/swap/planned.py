@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Family, Plan
-from mllm_adapters.loading import check_complete, load_plan
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Family, Plan
+from mllm_adapters.loading.delta import stored_names
+from mllm_adapters.loading.load import check_complete, load_plan
 from mllm_adapters.swap.apply import apply_plan, check_output, inputs
-from mllm_adapters.swap.delta import stored_names
 from mllm_adapters.swap.report import plan_table, total_bytes
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class SwapPlan:
             UserError: too few images, no such device, or nothing that could be fitted.
         """
         from mllm_adapters.alignment.align import find_device, fitted_plan
-        from mllm_adapters.alignment.matching import find_images
+        from mllm_adapters.alignment.feature_pairs import find_images
 
         find_images(fitting.images, fitting.samples)
         find_device(fitting.device)

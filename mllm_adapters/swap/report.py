@@ -9,13 +9,13 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from mllm_adapters.architectures import MODEL_TYPES
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Plan
-from mllm_adapters.operations import OPERATIONS
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.architectures import MODEL_TYPES
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.operations import OPERATIONS
+from mllm_adapters.core.streaming import nbytes
 from mllm_adapters.swap.apply import bytes_linked
 from mllm_adapters.swap.card import contract_rows
-from mllm_adapters.swap.streaming import nbytes
 
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment

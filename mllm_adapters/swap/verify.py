@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mgll_encoder.checkpoint import is_safetensors
+from mgll_encoder.common.chat import render_chat, template_of
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.hub import at_hand
+from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.plain_words import library_reason
-from mgll_encoder.pretrained import library_errors
-from mgll_encoder.spans import Span, spans
-from mllm_adapters.chat import render_chat, template_of
-from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.loading import check_complete, load_mllm
-from mllm_adapters.planning import dtype_name
-from mllm_adapters.registry import open_checkpoint
+from mgll_encoder.text.pretrained import library_errors
+from mgll_encoder.weights.spans import Span, spans
+from mgll_encoder.weights.weight_file import is_safetensors
+from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.checkpoints.fingerprint import agrees, span_hash
+from mllm_adapters.core.planning import dtype_name
+from mllm_adapters.core.provenance import TensorRecord, find_input, is_input, read_record
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.core.streaming import raw_bytes
+from mllm_adapters.core.values import FittedTower
+from mllm_adapters.loading.load import check_complete, load_mllm
 from mllm_adapters.swap.apply import CONFIG
-from mllm_adapters.swap.fingerprint import agrees, span_hash
-from mllm_adapters.swap.provenance import TensorRecord, find_input, is_input, read_record
-from mllm_adapters.swap.streaming import raw_bytes
-from mllm_adapters.values import FittedTower
 
 QUESTION = "What does this image show?"
 

@@ -19,22 +19,28 @@ from mgll_encoder.common.deepspeed import read_deepspeed
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free
+from mgll_encoder.common.resuming import (
+    ResumeError,
+    check_states,
+    last_checkpoint,
+    only_run,
+    saving_on_signal,
+)
 from mgll_encoder.common.trained_on import TRAINED_ON, trainings_of, trainings_text
-from mgll_encoder.resuming import ResumeError, check_states, last_checkpoint, only_run, saving_on_signal
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.data.examples import AnswerCollator, ConversationDataset
-from mllm_adapters.features.cache import Cached, cache_features
-from mllm_adapters.features.fill import Place
-from mllm_adapters.swap.provenance import named
-from mllm_adapters.swap.rewrite import replace_tensors
-from mllm_adapters.training.checkpoints import check_output, claim, work_folder
-from mllm_adapters.training.filler import FillingCollator, filler_row
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.provenance import named
+from mllm_adapters.core.stages import STAGES
+from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset
+from mllm_adapters.feature_cache.cache import Cached, cache_features
+from mllm_adapters.feature_cache.precompute import Place
+from mllm_adapters.swap.replace_tensors import replace_tensors
+from mllm_adapters.training.callbacks import BestKeeper, DivergedError, Evaluator, Watchdog, loss_plot
+from mllm_adapters.training.dummy_images import FillingCollator, filler_row
 from mllm_adapters.training.lora import merged, write_adapter
-from mllm_adapters.training.plan import Job, names_on_disk, plan_training, ranks
+from mllm_adapters.training.prepare import Job, names_on_disk, plan_training, ranks
 from mllm_adapters.training.recipe import Recipe, RunOptions
-from mllm_adapters.training.stages import STAGES
 from mllm_adapters.training.trainer import WEIGHTS, FrozenTrainer
-from mllm_adapters.training.watch import BestKeeper, DivergedError, Evaluator, Watchdog, loss_plot
+from mllm_adapters.training.work_folder import check_output, claim, work_folder
 
 RECORD = "training.json"
 """Record of the training, in the output folder."""

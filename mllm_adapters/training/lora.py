@@ -7,10 +7,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mgll_encoder.foreign import ADAPTER_CONFIG
+from mgll_encoder.weights.foreign import ADAPTER_CONFIG
+from mllm_adapters.core.stages import LoraSettings, is_adapter, lora_config, outermost_modules
+from mllm_adapters.loading.adapters import ADAPTER, ADAPTER_WEIGHTS, PREFIX, base_name
 from mllm_adapters.swap.apply import new_checkpoint
-from mllm_adapters.training.adapters import ADAPTER, ADAPTER_WEIGHTS, PREFIX, base_name
-from mllm_adapters.training.stages import LoraSettings, is_adapter, lora_config, outermost_modules
 
 
 def write_adapter(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.configs import build_config, tower_geometry
+from mllm_adapters.core.configs import build_config, tower_geometry
+from mllm_adapters.core.stages import LoraSettings, apply_stage, components, lora_targets
 from mllm_adapters.training.recipe import Recipe, RunOptions
-from mllm_adapters.training.stages import LoraSettings, apply_stage, components, lora_targets
 
 ANSWER_TOKENS = 64
 """Tokens with a loss in an example; the output head is computed for these only."""

@@ -9,9 +9,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from transformers.integrations import get_available_reporting_integrations
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mllm_adapters.core.stages import STAGES, LoraSettings
 from mllm_adapters.data.training_rows import ALL, DataOptions
-from mllm_adapters.features.fill import DTYPES
-from mllm_adapters.training.stages import STAGES, LoraSettings
+from mllm_adapters.feature_cache.precompute import DTYPES
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 

@@ -14,8 +14,8 @@ import yaml
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.texts import parse_yaml, read_text
+from mllm_adapters.core.stages import STAGES
 from mllm_adapters.training.recipe import EvalOptions, Recipe, RunOptions, check_value
-from mllm_adapters.training.stages import STAGES
 
 THEIR_NAMES: Mapping[str, str] = {
     "epochs": "num_train_epochs",

@@ -9,7 +9,7 @@ from mgll_encoder.common.deepspeed import read_deepspeed
 from mgll_encoder.common.errors import unknown_name
 from mgll_encoder.common.extras import require
 from mgll_encoder.common.files import regular_file
-from mllm_adapters.locate import check_checkpoint, check_image_folder
+from mllm_adapters.checkpoints.locate import check_checkpoint, check_image_folder
 
 if TYPE_CHECKING:
     from mllm_adapters.training.engine import Job, Outcome
@@ -119,7 +119,7 @@ def carry_out(request: Request, resolved: "Resolved", watcher: Watcher | None = 
     Raises:
         UserError: see `plan_training`, `train` and `check_control`.
     """
-    from mllm_adapters.training.arms import control_folder, finished
+    from mllm_adapters.training.control import control_folder, finished
 
     watcher = watcher or Watcher()
     if resolved.recipe.qlora:
@@ -142,10 +142,10 @@ def carry_out(request: Request, resolved: "Resolved", watcher: Watcher | None = 
 
 def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> None:
     """All that can be refused before anything is loaded, for every arm."""
-    from mgll_encoder.resuming import last_checkpoint
-    from mllm_adapters.training.arms import check_control
-    from mllm_adapters.training.checkpoints import work_folder
+    from mgll_encoder.common.resuming import last_checkpoint
+    from mllm_adapters.training.control import check_control
     from mllm_adapters.training.engine import check_launcher, check_run
+    from mllm_adapters.training.work_folder import work_folder
 
     for arm in todo:
         # A control that has not begun is no reason to refuse to go on.
@@ -160,11 +160,11 @@ def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> N
 
 def _train(arm: Request, request: Request, resolved: "Resolved", watcher: Watcher) -> "Outcome | None":
     """One arm; None for a dry run."""
-    from mgll_encoder.resuming import last_checkpoint
-    from mllm_adapters.training.arms import record_of
-    from mllm_adapters.training.checkpoints import work_folder
+    from mgll_encoder.common.resuming import last_checkpoint
+    from mllm_adapters.training.callbacks import find_evaluator
+    from mllm_adapters.training.control import record_of
     from mllm_adapters.training.engine import Extras, plan_training, train
-    from mllm_adapters.training.watch import find_evaluator
+    from mllm_adapters.training.work_folder import work_folder
 
     evaluation = resolved.evaluation
     evaluate = find_evaluator(evaluation.eval_bench) if evaluation.eval_bench else None

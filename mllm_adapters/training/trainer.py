@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, TrainingArguments
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.resuming import SoundStates, telling_damage
-from mllm_adapters.training.stages import outermost_modules
-from mllm_adapters.training.watch import DivergedError, LossBar, diverged
+from mgll_encoder.common.resuming import SoundStates, telling_damage
+from mllm_adapters.core.stages import outermost_modules
+from mllm_adapters.training.callbacks import DivergedError, LossBar, diverged
 
 WEIGHTS = "trained.safetensors"
 """Weights in a Trainer checkpoint. Not ``model.safetensors``: the folder must not pass for a whole model."""

@@ -22,7 +22,7 @@ from mgll_encoder.common.files import write_text
 
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
-    from mllm_adapters.contract import Family, Plan
+    from mllm_adapters.core.contract import Family, Plan
     from mllm_adapters.training.engine import Job
 
     Maker = Callable[[], tuple[Path, Alignment | None]]
@@ -114,7 +114,7 @@ def swapped(
     """A swap: as it is, its readers drawn anew, or aligned on images."""
     from mgll_encoder import inspect_tower
     from mllm_adapters.alignment.align import align, fitted_plan
-    from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.core.registry import open_checkpoint
     from mllm_adapters.swap.apply import apply_plan
 
     checkpoint, family, _ = open_checkpoint(mllm)
@@ -128,7 +128,7 @@ def swapped(
 
 def readers_anew(plan: "Plan", family: "Family") -> "Plan":
     """The plan of a swap that draws its readers anew, as if the width had changed."""
-    from mllm_adapters.planning import anew
+    from mllm_adapters.core.planning import anew
 
     readers = {reading.linear for reading in family.readings(plan)}
     steps = [anew(s, s.shape) if s.name.rpartition(".")[0] in readers else s for s in plan.steps]
@@ -146,7 +146,7 @@ def measure(job: "Job", limit: int, model: Any | None = None, *, bf16: bool = Fa
     import torch
     from torch.nn.functional import cross_entropy
 
-    from mllm_adapters.data.examples import IGNORED, AnswerCollator, ConversationDataset
+    from mllm_adapters.data.dataset import IGNORED, AnswerCollator, ConversationDataset
 
     model = job.model if model is None else model
     tokenizer = job.processor.tokenizer

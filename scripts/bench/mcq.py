@@ -19,7 +19,7 @@ import typer
 
 if TYPE_CHECKING:
     from eval_mcq.items.schema import Bench
-    from eval_mcq.runs.plan import Group
+    from eval_mcq.records.batching import Group
 
 app = typer.Typer(add_completion=False)
 
@@ -206,7 +206,7 @@ class _Contenders:
     def _generate(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
         import torch
 
-        from eval_mcq.runs.plan import asks_of
+        from eval_mcq.records.batching import asks_of
         from mgll_encoder.common.images import open_image
 
         watch, found = Watch(), []
@@ -226,7 +226,7 @@ class _Contenders:
         return watch.spent(), found
 
     def _lmms(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
-        from eval_mcq.runs.plan import asks_of
+        from eval_mcq.records.batching import asks_of
         from eval_mcq.scoring.prompt import render
 
         assert self.worker is not None
@@ -247,8 +247,8 @@ class _Contenders:
         from torch import nn
         from torch.nn.functional import linear
 
-        from eval_mcq.runs.plan import asks_of
-        from eval_mcq.scoring.parts import token_tree
+        from eval_mcq.records.batching import asks_of
+        from eval_mcq.scoring.packing import token_tree
         from mgll_encoder.common.images import open_image
 
         config, head = self.model.config.vision_config, self.model.get_output_embeddings()
@@ -295,21 +295,21 @@ def _asked(bench: "Bench", case: Case) -> "Bench":
 
 
 def _groups(bench: "Bench", case: Case) -> "list[Group]":
-    from eval_mcq.runs.plan import groups
+    from eval_mcq.records.batching import groups
 
     return groups(bench.items, case.rotations)
 
 
 def _batches(bench: "Bench", case: Case, rows: int) -> "list[list[Group]]":
     """As in a run."""
-    from eval_mcq.runs.plan import batches
+    from eval_mcq.records.batching import batches
 
     return batches(_groups(bench, case), rows)
 
 
 def _read(reply: str, ask: Any) -> int | None:
+    from eval_mcq.scoring.answer_parser import parse_reply
     from eval_mcq.scoring.prompt import order
-    from eval_mcq.scoring.reply import parse_reply
 
     places = order(len(ask.item.options), ask.rotation)
     place = parse_reply(reply, [ask.item.options[option] for option in places])

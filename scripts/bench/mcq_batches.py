@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from eval_mcq.items.schema import Bench
-    from eval_mcq.runs.plan import Group
+    from eval_mcq.records.batching import Group
     from eval_mcq.scoring.score import Scorer
 
 app = typer.Typer(add_completion=False)
@@ -44,7 +44,7 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
-    from eval_mcq.runs.plan import batches, groups
+    from eval_mcq.records.batching import batches, groups
     from eval_mcq.scoring.score import Scorer
     from mllm_adapters import load_mllm
 
@@ -86,7 +86,7 @@ def _gain(seconds: dict[str, list[float]]) -> str:
 
 def _in_blocks(all_groups: "Sequence[Group]", rows: int) -> "list[list[Group]]":
     """Batches that stay within blocks, as they were made before."""
-    from eval_mcq.runs.plan import batches
+    from eval_mcq.records.batching import batches
 
     size = min(32, max(1, ceil(len(all_groups) / 64)))
     blocks = [all_groups[start : start + size] for start in range(0, len(all_groups), size)]

@@ -27,10 +27,10 @@ from mgll_encoder.common.files import write_text
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.batches import Collator, Plan, plan_rows
 from mgll_encoder.data.fundus import FundusTable, build_fundus
-from mgll_encoder.losses import PLAIN_CLIP, Alphas
-from mgll_encoder.spec import TowerSpec
-from mgll_encoder.text_tower import TextTower
-from mgll_encoder.two_towers import PRESETS, Preset, TwoTowers, image_projection, new_tower
+from mgll_encoder.pretraining.dual_encoder import PRESETS, Preset, TwoTowers, image_projection, new_tower
+from mgll_encoder.pretraining.losses import PLAIN_CLIP, Alphas
+from mgll_encoder.text.text_tower import TextTower
+from mgll_encoder.tower.spec import TowerSpec
 
 GEOMETRIES = {
     "tiny": PRESETS["tiny"],

@@ -24,7 +24,7 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import write_text
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
-from mgll_encoder.data.phantom_set import write_phantom
+from mgll_encoder.data.phantom.dataset import write_phantom
 
 LEVELS = ["status", "disease", "report"]
 FORMATS = ("jsonl", "parquet")
@@ -100,7 +100,7 @@ def read(manifest: Path, images: int) -> dict[str, float]:
     """What reading the rows and some images costs, in this process."""
     from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.batches import ManifestImages, plan_rows
-    from mgll_encoder.two_towers import PRESETS
+    from mgll_encoder.pretraining.dual_encoder import PRESETS
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -72,7 +72,7 @@ def _bootstrap(images: int, labels: int, draws: int) -> tuple[Callable[[], objec
     import numpy as np
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    from mgll_encoder.probe import metrics
+    from mgll_encoder.probing.linear import metrics
 
     rng = np.random.default_rng(0)
     truth = rng.random((images, labels)) < 0.05
@@ -92,10 +92,10 @@ def _bootstrap(images: int, labels: int, draws: int) -> tuple[Callable[[], objec
 def _reading(
     folder: Path, photographs: int, side: int, workers: int
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    from mgll_encoder.data.phantom import render
-    from mgll_encoder.features import pooled_features
-    from mgll_encoder.tower import Tower, build_model
-    from mgll_encoder.two_towers import PRESETS
+    from mgll_encoder.data.phantom.photographs import render
+    from mgll_encoder.pretraining.dual_encoder import PRESETS
+    from mgll_encoder.probing.features import pooled_features
+    from mgll_encoder.tower.load import Tower, build_model
 
     picture = render([], 0, min(side, 256)).resize((side, side))
     paths = [folder / f"{i}.jpg" for i in range(photographs)]

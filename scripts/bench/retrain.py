@@ -120,12 +120,12 @@ def _arms(
     work: Path, shape: Shape, batch_size: int, steps: int, clock: Clock
 ) -> dict[str, Callable[[], float]]:
     """Name -> what runs the arm once and gives the seconds of its steps but the first."""
-    from mllm_adapters.data.conversations import Corpus, read_corpus
-    from mllm_adapters.data.examples import ConversationDataset, prepare_examples
-    from mllm_adapters.features.cache import cache_features
-    from mllm_adapters.features.fill import Place
-    from mllm_adapters.loading import load_mllm
-    from mllm_adapters.training.stages import apply_stage
+    from mllm_adapters.core.stages import apply_stage
+    from mllm_adapters.data.corpus import Corpus, read_corpus
+    from mllm_adapters.data.dataset import ConversationDataset, prepare_examples
+    from mllm_adapters.feature_cache.cache import cache_features
+    from mllm_adapters.feature_cache.precompute import Place
+    from mllm_adapters.loading.load import load_mllm
 
     data = _data(work, shape, batch_size * (steps + 1))
     folder = _model(work / "model", shape)
@@ -144,7 +144,7 @@ def _arms(
     device = next(model.parameters()).device
     cached = cache_features(model, examples, corpus, processor, Place(device))
     assert cached is not None, "a LLaVA can be cached"
-    from mllm_adapters.data.examples import AnswerCollator
+    from mllm_adapters.data.dataset import AnswerCollator
 
     opened = ConversationDataset(examples, corpus.folder, processor)
     pad = processor.tokenizer.pad_token_id
@@ -190,8 +190,8 @@ def _trainer(model: Any, dataset: Any, collator: Any, batch_size: int, clock: Cl
     """The Trainer as `mllm_adapters.training.engine.train` sets it up."""
     from transformers import TrainerCallback, TrainingArguments
 
+    from mllm_adapters.training.callbacks import Watchdog
     from mllm_adapters.training.trainer import FrozenTrainer
-    from mllm_adapters.training.watch import Watchdog
 
     class Timer(TrainerCallback):
         """Notes when steps end."""
@@ -253,12 +253,12 @@ def _model(folder: Path, shape: Shape) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mgll_encoder import Tower
-    from mgll_encoder.spec import TowerSpec
-    from mgll_encoder.tower import build_model
-    from mllm_adapters.planning import contract_of
-    from mllm_adapters.processing import llava_processor
-    from mllm_adapters.smol.language import CHATML, Speech, tiny
-    from mllm_adapters.smol.llava import FEATURE_LAYER, assemble
+    from mgll_encoder.tower.load import build_model
+    from mgll_encoder.tower.spec import TowerSpec
+    from mllm_adapters.core.planning import contract_of
+    from mllm_adapters.core.processing import llava_processor
+    from mllm_adapters.examples.language_models import CHATML, Speech, tiny
+    from mllm_adapters.examples.smol_llava import FEATURE_LAYER, assemble
 
     torch.manual_seed(0)
     spoken = tiny([TEXT, "\nuser\n", "\nassistant\n"], TEXT.split(), 0)

@@ -47,8 +47,8 @@ with cli.importing():
     import mllm_adapters.cli.swap, mllm_adapters.families.llava
     from mgll_encoder import inspect_tower
     from mllm_adapters.swap.apply import apply_plan
-    from mllm_adapters.loading import check_complete
-    from mllm_adapters.registry import open_checkpoint
+    from mllm_adapters.loading.load import check_complete
+    from mllm_adapters.core.registry import open_checkpoint
 host, encoder, out = map(Path, sys.argv[1:])
 imported = time.monotonic()
 tower = inspect_tower(encoder)

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eval_mcq.cli.main import main
 from eval_mcq.items.schema import SCHEMA
-from eval_mcq.runs.records import Answer, Run, RunRecord
+from eval_mcq.records.run_record import Answer, Run, RunRecord
 from eval_mcq.scoring.score import Scorer
 from tests.builders import picture
 

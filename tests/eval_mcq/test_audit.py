@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
-from eval_mcq.tables.audit import audit
+from eval_mcq.audit import audit
 from eval_mcq.tables.published import PAPER, counts_behind, load_published
 from mgll_encoder.common.errors import UserError
 

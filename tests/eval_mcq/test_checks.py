@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from eval_mcq.runs.records import load_run
+from eval_mcq.records.run_record import load_run
 from mllm_adapters.cli.swap import main as swap
 from tests.builders import invoke
 from tests.builders import tiny_llava as write_tiny_llava

@@ -6,10 +6,10 @@ from PIL import Image
 
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.engine import Engine
-from eval_mcq.scoring.parts import branches, common, fitting, part_of
+from eval_mcq.scoring.packing import branches, common, fitting, part_of
+from eval_mcq.scoring.prefix_tree import Tree, common_length
 from eval_mcq.scoring.prompt import Ask, order
 from eval_mcq.scoring.score import Scorer
-from eval_mcq.scoring.tree import Tree, common_length
 from mllm_adapters import load_mllm
 from tests.mllm_adapters import complete
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from eval_mcq.formats.conversations import parse_prompt, parse_reply
 from eval_mcq.items import schema
-from eval_mcq.items.interchange.conversations import parse_prompt, parse_reply
 from eval_mcq.items.schema import load_bench
 from mgll_encoder.common.pseudonyms import is_pseudonym
 from tests.builders import picture

@@ -11,12 +11,12 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import multinomial
 
 from eval_mcq.tables import intervals
-from eval_mcq.tables.grid import by_disease, like_paper
 from eval_mcq.tables.intervals import FEWEST, design_effect, tango
-from eval_mcq.tables.paired import like_paper_pairs, long_table
+from eval_mcq.tables.multi_model import like_paper_pairs, long_table
 from eval_mcq.tables.render import RENDERERS
 from eval_mcq.tables.stats import exact_mcnemar
 from eval_mcq.tables.summary import as_json, compare
+from eval_mcq.tables.table_layout import by_disease, like_paper
 from tests.eval_mcq.bootstrap import bootstrap, percentile_interval
 from tests.eval_mcq.helpers import run_of_counts
 

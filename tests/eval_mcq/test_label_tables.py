@@ -13,7 +13,7 @@ from mgll_encoder.cli import main
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.table_options import reading
 from mgll_encoder.data.manifest import read_header, read_rows
-from mgll_encoder.data.question import Question
+from mgll_encoder.probing.labeled_set import Question
 from tests.builders import invoke, picture, refused
 
 NAMES = ("cataract", "glaucoma", "myopia", "normal")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from eval_mcq.items.schema import load_bench
-from eval_mcq.runs.leaks import find_leak, trainings_of_model
+from eval_mcq.records.leaks import find_leak, trainings_of_model
 from mgll_encoder.common.picture_bytes import picture_digest
 from mgll_encoder.common.trained_on import Training, write_trainings
 from tests.eval_mcq.helpers import small_bench

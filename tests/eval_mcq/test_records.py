@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eval_mcq.runs.records import load_run, read_record
+from eval_mcq.records.run_record import load_run, read_record
 from mgll_encoder.common.errors import UserError
 from tests.eval_mcq.helpers import run_of_counts, save_run
 

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from eval_mcq.scoring.reply import parse_reply
+from eval_mcq.scoring.answer_parser import parse_reply
 
 FULL = [
     "age-related macular degeneration",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from eval_mcq.html_report import ReportOptions, write_report
 from eval_mcq.items.schema import LETTERS, load_bench
-from eval_mcq.runs.records import Answer, Run, RunRecord, load_run
+from eval_mcq.records.run_record import Answer, Run, RunRecord, load_run
 from mgll_encoder.common.files import sha256
 from tests.eval_mcq.helpers import save_run, small_bench
 

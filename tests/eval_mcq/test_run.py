@@ -13,11 +13,11 @@ from tokenizers import normalizers
 from transformers import AutoModelForImageTextToText
 
 from eval_mcq.items.schema import MCQItem, load_bench
+from eval_mcq.records.batching import Shard, batches, groups
+from eval_mcq.records.run_record import load_run
 from eval_mcq.runs import run as run_module
 from eval_mcq.runs.fingerprint import model_fingerprint
 from eval_mcq.runs.merge import merge
-from eval_mcq.runs.plan import Shard, batches, groups
-from eval_mcq.runs.records import load_run
 from eval_mcq.runs.run import Settings, describe_run, run_bench
 from eval_mcq.scoring.prompt import shown_letters
 from mgll_encoder.common.errors import UserError

@@ -9,8 +9,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from eval_mcq.scoring.prompt import shown_letters
+from eval_mcq.tables.bias_report import diagnose
 from eval_mcq.tables.calibration import calibration
-from eval_mcq.tables.diagnosis import diagnose
 from eval_mcq.tables.intervals import wilson
 from eval_mcq.tables.stats import holm, mcnemar, p_of_guessing
 from tests.eval_mcq.bootstrap import bootstrap, percentile_interval

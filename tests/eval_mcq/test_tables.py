@@ -6,12 +6,12 @@ import pytest
 from rich.console import Console
 from scipy.stats import binom
 
-from eval_mcq.tables.grid import by_disease, like_paper
-from eval_mcq.tables.paired import like_paper_pairs, long_table
+from eval_mcq.tables.multi_model import like_paper_pairs, long_table
 from eval_mcq.tables.published import load_published
 from eval_mcq.tables.render import UNMARKED, as_csv, as_latex, as_markdown, as_text, rich_tables, show
 from eval_mcq.tables.rounding import PaperRounding, Rounding, mean_of_printed
 from eval_mcq.tables.summary import compare, compare_models
+from eval_mcq.tables.table_layout import by_disease, like_paper
 from mgll_encoder.common.errors import UserError
 from tests.eval_mcq.helpers import run_of_counts
 

@@ -215,7 +215,7 @@ def _bench(folder: Path) -> None:
 
 
 def _runs(folder: Path) -> None:
-    from eval_mcq.runs.records import Answer, Run, RunRecord
+    from eval_mcq.records.run_record import Answer, Run, RunRecord
     from mgll_encoder.common.files import sha256
     from tests.eval_mcq.helpers import save_run
 
@@ -341,11 +341,11 @@ PRETRAIN = "mgll-encoder pretrain --preset tiny --epochs 1 --batch-size 4 --work
 
 
 def _text_tower(folder: Path) -> None:
-    import mgll_encoder.zero_shot_scores
+    import mgll_encoder.probing.zero_shot
 
     _manifest(folder)
     _run(*PRETRAIN.split(), "--data", folder / "m.jsonl", "--out", folder / "tt")
-    packaged = json.loads((Path(mgll_encoder.zero_shot_scores.__file__).parent / "prompts.json").read_text())
+    packaged = json.loads((Path(mgll_encoder.probing.zero_shot.__file__).parent / "prompts.json").read_text())
     _json(folder / "prompts.json", next(iter(packaged["sets"].values())))
 
 
@@ -354,7 +354,7 @@ def _interrupted_pretraining(folder: Path) -> None:
     from tests.fuzz.harness import commands
 
     _manifest(folder)
-    with mock.patch("mgll_encoder.pretraining.save_tower", side_effect=KeyboardInterrupt):
+    with mock.patch("mgll_encoder.pretraining.pretrain.save_tower", side_effect=KeyboardInterrupt):
         arguments = [*PRETRAIN.split(), "--data", folder / "m.jsonl", "--out", folder / "out"]
         outcome = builders.invoke(commands()["mgll-encoder"], *arguments[1:])
     assert outcome.code == 130, outcome.err

@@ -8,11 +8,11 @@ import torch
 from transformers import CLIPVisionModel
 
 from mgll_encoder import Tower, TowerSpec, save_tower
-from mgll_encoder.benchmarks import FINETUNE, LINEAR, benchmark, benchmarks, published_figures
 from mgll_encoder.cli import main
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.label_table import LabelledImages
-from mgll_encoder.data.question import Question
+from mgll_encoder.probing.benchmarks import FINETUNE, LINEAR, benchmark, benchmarks, published_figures
+from mgll_encoder.probing.labeled_set import Question
 from tests import builders
 from tests.builders import invoke, picture, refused
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mgll_encoder import inspect_tower, load_tower
-from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.weights.weight_file import open_checkpoint
 from tests import builders
 from tests.mgll_encoder import towers
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from mgll_encoder.clip_text import clip_text_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.data.batches import Plan
-from mgll_encoder.losses import Alphas
-from mgll_encoder.pretrain_options import PretrainOptions
-from mgll_encoder.starting import starting_towers
-from mgll_encoder.tower import load_tower
-from mgll_encoder.two_towers import PRESETS
-from mgll_encoder.zero_shot_scores import text_tower_of
+from mgll_encoder.pretraining.clip_text import clip_text_tower
+from mgll_encoder.pretraining.dual_encoder import PRESETS
+from mgll_encoder.pretraining.initialization import starting_towers
+from mgll_encoder.pretraining.losses import Alphas
+from mgll_encoder.pretraining.options import PretrainOptions
+from mgll_encoder.probing.zero_shot import text_tower_of
+from mgll_encoder.tower.load import load_tower
 from tests.mgll_encoder.towers import scramble, state_of, write
 
 TEXTS = ["a normal fundus", "severe non-proliferative diabetic retinopathy, left eye", "drusen!"]

@@ -7,9 +7,9 @@ import torch
 from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModel
 
 from mgll_encoder import image_processor
-from mgll_encoder.clip_vision import SPEC_FIELDS, spec_fields, vision_settings, vision_shapes
-from mgll_encoder.preprocess import processor_settings
-from mgll_encoder.spec import PixelRule, Resize, TowerSpec
+from mgll_encoder.tower.clip_vision import SPEC_FIELDS, spec_fields, vision_settings, vision_shapes
+from mgll_encoder.tower.preprocess import processor_settings
+from mgll_encoder.tower.spec import PixelRule, Resize, TowerSpec
 
 SPEC = TowerSpec(
     width=32, depth=3, heads=4, mlp_width=80, patch_size=14, image_size=42, activation="gelu", layer_norm_eps=1e-6

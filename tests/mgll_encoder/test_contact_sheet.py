@@ -9,7 +9,7 @@ from PIL import Image
 from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.contact_sheet import RULE, seen, write_contact_sheet
+from mgll_encoder.data.contact_sheet import RULE, seen, write_contact_sheet
 from tests.builders import invoke, refused
 from tests.mgll_encoder.radiographs import radiograph, ramp
 

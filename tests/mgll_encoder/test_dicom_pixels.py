@@ -10,7 +10,7 @@ from pydicom.pixels.decoders import JPEGLSLosslessDecoder
 from pydicom.sequence import Sequence
 from pydicom.uid import MPEG2MPML, JPEGExtended12Bit, JPEGLSLossless, RLELossless
 
-from mgll_encoder.data.dicom_header import UnusableError
+from mgll_encoder.data.dicom.header import UnusableError
 from tests.mgll_encoder.radiographs import grey, radiograph, ramp
 
 

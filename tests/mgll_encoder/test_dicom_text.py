@@ -8,7 +8,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
-from mgll_encoder.data.dicom_text import safe_texts
+from mgll_encoder.data.dicom.text import safe_texts
 
 
 def header(study: str, **fields: object) -> Dataset:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from mgll_encoder import Tower, TowerSpec, build_model, save_tower
-from mgll_encoder import explain as explaining
 from mgll_encoder.cli import main
-from mgll_encoder.explain import (
+from mgll_encoder.probing import explain as explaining
+from mgll_encoder.probing.explain import (
     ATTENTION,
     ROLLOUT,
     Target,
@@ -22,7 +22,7 @@ from mgll_encoder.explain import (
     stretched,
     target_maps,
 )
-from mgll_encoder.probe import fit_linear
+from mgll_encoder.probing.linear import fit_linear
 from tests.builders import invoke, refused
 
 SPEC = TowerSpec(

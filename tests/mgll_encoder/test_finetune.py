@@ -12,9 +12,9 @@ from mgll_encoder import Tower, TowerSpec, build_model, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.data.label_table import LabelledImages
-from mgll_encoder.data.phantom import render
-from mgll_encoder.finetune import FinetuneOptions, finetune, validation_part
-from mgll_encoder.probe import judge, linear_scores, pooled_features
+from mgll_encoder.data.phantom.photographs import render
+from mgll_encoder.probing.finetune import FinetuneOptions, finetune, validation_part
+from mgll_encoder.probing.linear import judge, linear_scores, pooled_features
 from tests.builders import invoke, refused
 
 COUNT = 240
@@ -92,7 +92,7 @@ def test_a_killed_fine_tuning_goes_on_and_ends_the_same(
     options = replace(QUICK, epochs=3, augment=True)
     whole = finetune(tower, few, options, tmp_path / "a", workers=0)
     with monkeypatch.context() as patch:
-        patch.setattr("mgll_encoder.finetune._Telling.on_save", dying, raising=False)
+        patch.setattr("mgll_encoder.probing.finetune._Telling.on_save", dying, raising=False)
         with pytest.raises(Killed):
             finetune(tower, few, options, tmp_path / "b", workers=0)
     assert len(list(tmp_path.glob("b/*/checkpoint-*"))) > 0

@@ -10,7 +10,7 @@ from mgll_encoder.common.skipped import DISAGREE
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.fundus import EXPLANATIONS, FundusTable, build_fundus, read_explanations
 from mgll_encoder.data.manifest import image_folder, read_header, read_rows
-from mgll_encoder.data.phantom_findings import FINDINGS
+from mgll_encoder.data.phantom.findings import FINDINGS
 from tests.builders import picture
 
 COLUMNS = ("file", "labels", "patient_or_source_id", "raw_label_or_keywords", "dataset")

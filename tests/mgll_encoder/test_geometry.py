@@ -7,7 +7,7 @@ from transformers import CLIPVisionModel
 
 from mgll_encoder import fold_normalisation, resample_positions
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tests.mgll_encoder import towers
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mgll_encoder.keytable import Drop, KeyTable, Place, Split, Transpose
+from mgll_encoder.weights.keytable import Drop, KeyTable, Place, Split, Transpose
 
 TABLE = KeyTable(
     {

@@ -10,9 +10,9 @@ from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_sco
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.data.label_cells import WORDS, LabelLists, truth_of
 from mgll_encoder.data.label_table import LabelledImages
-from mgll_encoder.finetune import OPEN, TowerWithHead
-from mgll_encoder.probe import judge, kept_labels, linear_scores
-from mgll_encoder.tower import Tower
+from mgll_encoder.probing.finetune import OPEN, TowerWithHead
+from mgll_encoder.probing.linear import judge, kept_labels, linear_scores
+from mgll_encoder.tower.load import Tower
 from tests import builders
 
 

@@ -10,7 +10,7 @@ from mgll_encoder.data.batches import ManifestImages, plan_rows
 from mgll_encoder.data.fundus import read_explanations
 from mgll_encoder.data.laterality import names_side
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
-from mgll_encoder.two_towers import PRESETS
+from mgll_encoder.pretraining.dual_encoder import PRESETS
 
 
 @pytest.mark.parametrize(

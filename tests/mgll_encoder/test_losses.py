@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.losses import (
+from mgll_encoder.pretraining.losses import (
     PLAIN_CLIP,
     Alphas,
     MGLLLoss,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mgll_encoder.losses import Alphas, MGLLLoss
+from mgll_encoder.pretraining.losses import Alphas, MGLLLoss
 
 WIDTH = 8
 

@@ -7,7 +7,7 @@ from pyarrow import parquet
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.skipped import Skipped
-from mgll_encoder.data.described import described_images
+from mgll_encoder.data.caption_dataset import described_images
 from mgll_encoder.data.manifest import (
     ManifestHeader,
     ManifestRow,

@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from mgll_encoder.cli.data import app
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.data.phantom import render
-from mgll_encoder.data.phantom_findings import FINDINGS
-from mgll_encoder.data.phantom_set import GRADES, write_phantom
+from mgll_encoder.data.phantom.dataset import GRADES, write_phantom
+from mgll_encoder.data.phantom.findings import FINDINGS
+from mgll_encoder.data.phantom.photographs import render
 
 
 def pixels(*arguments, **settings) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.plain_words import library_reason
+from mgll_encoder.common.library_errors import library_reason
 from mllm_adapters import load_mllm
 
 REPORT = (

@@ -16,21 +16,21 @@ from mgll_encoder.common.cli import new_app
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.picture_bytes import picture_digest
+from mgll_encoder.common.resuming import only_run
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.trained_on import as_numbers, trainings_of
 from mgll_encoder.data.batches import Collator, ManifestImages, jitter, plan_rows, text_key
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.manifest import read_rows
-from mgll_encoder.data.phantom_set import write_phantom
-from mgll_encoder.pretrain_options import PretrainOptions
-from mgll_encoder.pretraining import pretrain
-from mgll_encoder.resuming import only_run
-from mgll_encoder.text_tower import TextTower, load_text_tower
-from mgll_encoder.tower import inspect_tower as swap_header
-from mgll_encoder.tower import load_tower
-from mgll_encoder.trainer import TowerTrainer, Validation
-from mgll_encoder.two_towers import PRESETS, Preset
-from mgll_encoder.word_pieces import clip_tokenizer
+from mgll_encoder.data.phantom.dataset import write_phantom
+from mgll_encoder.pretraining.dual_encoder import PRESETS, Preset
+from mgll_encoder.pretraining.options import PretrainOptions
+from mgll_encoder.pretraining.pretrain import pretrain
+from mgll_encoder.pretraining.trainer import TowerTrainer, Validation
+from mgll_encoder.text.clip_tokenizer import clip_tokenizer
+from mgll_encoder.text.text_tower import TextTower, load_text_tower
+from mgll_encoder.tower.load import inspect_tower as swap_header
+from mgll_encoder.tower.load import load_tower
 from tests.mgll_encoder.test_text_tower import bert_folder
 
 NANO = Preset(
@@ -172,7 +172,7 @@ def test_a_killed_training_resumes_to_the_same_tower(manifest, tmp_path, monkeyp
 
     pretrain(manifest, tmp_path / "whole", options(), workers=0)
     with monkeypatch.context() as patch:
-        patch.setattr("mgll_encoder.trainer.TowerTrainer.log", dying)
+        patch.setattr("mgll_encoder.pretraining.trainer.TowerTrainer.log", dying)
         with pytest.raises(Killed):
             pretrain(manifest, tmp_path / "killed", options(), workers=0)
     assert not (tmp_path / "killed").exists()
@@ -192,7 +192,7 @@ def test_killed_between_its_last_step_and_its_tower_it_writes_the_same_bytes(man
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mgll_encoder.pretraining.save_tower", killed)
+        patch.setattr("mgll_encoder.pretraining.pretrain.save_tower", killed)
         with pytest.raises(KeyboardInterrupt):
             pretrain(manifest, tmp_path / "killed", options(epochs=1), workers=0)
     pretrain(manifest, tmp_path / "killed", options(epochs=1), workers=0, resume=True)
@@ -231,7 +231,7 @@ def test_told_to_end_it_saves_a_checkpoint_in_the_midst_of_an_epoch(manifest, tm
 @pytest.mark.parametrize("state", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:100])])
 def test_a_state_that_is_missing_or_damaged_is_told(manifest, tmp_path, monkeypatch, state, damage):
-    monkeypatch.setattr("mgll_encoder.pretraining.shutil", SimpleNamespace(rmtree=lambda _: None))
+    monkeypatch.setattr("mgll_encoder.pretraining.pretrain.shutil", SimpleNamespace(rmtree=lambda _: None))
     pretrain(manifest, tmp_path / "run", options(epochs=1), workers=0)
     last = tmp_path / ".run.training" / "checkpoint-2"
     damage(last / state)

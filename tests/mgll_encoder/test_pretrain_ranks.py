@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mgll_encoder.data.fundus import FundusTable, build_fundus
-from mgll_encoder.data.phantom_set import write_phantom
+from mgll_encoder.data.phantom.dataset import write_phantom
 
 COMMAND = Path(sys.executable).parent / "mgll-encoder"
 

@@ -16,8 +16,8 @@ from mgll_encoder import Tower, TowerSpec, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.label_table import Columns, LabelledImages, read_labels
-from mgll_encoder.features import cached_features, pooled_features, workers_for
-from mgll_encoder.probe import METRICS, judge, linear_scores, metrics
+from mgll_encoder.probing.features import cached_features, pooled_features, workers_for
+from mgll_encoder.probing.linear import METRICS, judge, linear_scores, metrics
 from tests import builders
 from tests.builders import invoke, refused
 

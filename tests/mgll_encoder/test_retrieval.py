@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mgll_encoder.retrieval import DEPTHS, Retrieval, retrieval
+from mgll_encoder.probing.retrieval import DEPTHS, Retrieval, retrieval
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

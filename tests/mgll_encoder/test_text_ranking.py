@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from mgll_encoder.text_ranking import mean_average_precision, ranking_metrics, recall_at
+from mgll_encoder.pretraining.validation_metrics import mean_average_precision, ranking_metrics, recall_at
 
 TRUTH = np.array([[1, 0, 0, 1], [1, 1, 0, 1], [0, 0, 1, 1], [0, 1, 0, 1]], bool)
 

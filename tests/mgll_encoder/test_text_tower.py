@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.save import save_tower
-from mgll_encoder.text_tower import TextTower, load_text_tower
-from mgll_encoder.tower import Tower, build_model, load_tower
-from mgll_encoder.two_towers import PRESETS
-from mgll_encoder.word_pieces import clip_tokenizer, trimmed_tokenizer
+from mgll_encoder.pretraining.dual_encoder import PRESETS
+from mgll_encoder.text.clip_tokenizer import clip_tokenizer, trimmed_tokenizer
+from mgll_encoder.text.text_tower import TextTower, load_text_tower
+from mgll_encoder.tower.load import Tower, build_model, load_tower
+from mgll_encoder.tower.save import save_tower
 from tests.mgll_encoder.towers import clip_model, scramble
 
 TEXTS = [

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mgll_encoder import inspect_tower, load_tower, tower_state_dict
-from mgll_encoder.spec import IMAGENET_MEAN, IMAGENET_STD
+from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD
 
 FEATURES = (
     "embeddings_ln_pre",

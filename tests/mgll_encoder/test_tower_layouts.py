@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgll_encoder import Tower, inspect_tower, load_tower, tower_state_dict
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tests.mgll_encoder import towers
 
 State = dict[str, Tensor]

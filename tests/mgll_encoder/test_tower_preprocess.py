@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as vision
 from transformers import AutoImageProcessor
 
 from mgll_encoder import image_processor, image_transform
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize
 
 SIZES = [(28, 28), (40, 28), (28, 41), (97, 63), (20, 15)]
 

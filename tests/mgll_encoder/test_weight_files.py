@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from mgll_encoder import inspect_tower, load_tower
-from mgll_encoder.checkpoint import open_checkpoint
 from mgll_encoder.cli import main
+from mgll_encoder.weights.weight_file import open_checkpoint
 from tests.builders import invoke, refused
 from tests.mgll_encoder import towers
 from tests.mgll_encoder.test_checkpoint import Bomb

@@ -14,8 +14,8 @@ from pydicom.sequence import Sequence
 from pydicom.uid import RLELossless
 
 from mgll_encoder.cli import main
-from mgll_encoder.data.dicom_pixels import PIXEL_FIELDS
-from mgll_encoder.data.dicom_text import TEXT_FIELDS
+from mgll_encoder.data.dicom.pixels import PIXEL_FIELDS
+from mgll_encoder.data.dicom.text import TEXT_FIELDS
 from mgll_encoder.data.manifest import read_header, read_rows
 from mgll_encoder.data.xray import build_xray
 from tests.builders import invoke, refused

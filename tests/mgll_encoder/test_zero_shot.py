@@ -14,18 +14,16 @@ from scipy.special import softmax
 from transformers import CLIPConfig, CLIPModel
 
 from mgll_encoder import load_tower, save_tower
-from mgll_encoder.benchmarks import benchmarks
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
-from mgll_encoder.features import pooled_features
-from mgll_encoder.pretrain_options import PretrainOptions
-from mgll_encoder.pretraining import pretrain
-from mgll_encoder.text_tower import load_text_tower
-from mgll_encoder.two_towers import PRESETS, Preset
-from mgll_encoder.word_pieces import clip_tokenizer
-from mgll_encoder.zero_shot_scores import (
+from mgll_encoder.pretraining.dual_encoder import PRESETS, Preset
+from mgll_encoder.pretraining.options import PretrainOptions
+from mgll_encoder.pretraining.pretrain import pretrain
+from mgll_encoder.probing.benchmarks import benchmarks
+from mgll_encoder.probing.features import pooled_features
+from mgll_encoder.probing.zero_shot import (
     class_directions,
     projected,
     prompt_sets,
@@ -33,6 +31,8 @@ from mgll_encoder.zero_shot_scores import (
     text_tower_of,
     zero_shot_scores,
 )
+from mgll_encoder.text.clip_tokenizer import clip_tokenizer
+from mgll_encoder.text.text_tower import load_text_tower
 from tests.builders import invoke, refused, tower_config
 from tests.mgll_encoder.towers import TEXT, clip_model
 

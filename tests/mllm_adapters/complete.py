@@ -16,8 +16,8 @@ from transformers import (
 
 import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import Tower, save_tower
-from mgll_encoder.spec import TowerSpec
-from mllm_adapters.registry import open_checkpoint
+from mgll_encoder.tower.spec import TowerSpec
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters import (

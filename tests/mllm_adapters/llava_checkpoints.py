@@ -14,10 +14,10 @@ from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaConfig, Llama
 from mgll_encoder import Tower, TowerSpec, save_tower
 from mllm_adapters import plan_swap
 from mllm_adapters.api import plan_conversion
-from mllm_adapters.contract import Plan
+from mllm_adapters.checkpoints.locate import find_part
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.families.llava.fields import TEXT_MODELS
-from mllm_adapters.locate import find_part
-from mllm_adapters.registry import open_checkpoint
 from tests import builders
 
 HOSTS = ["llava", "llava_med"]

@@ -110,7 +110,7 @@ def _train(
     from transformers import TrainerCallback
 
     from mllm_adapters.training.engine import plan_training, train
-    from mllm_adapters.training.plan import rank
+    from mllm_adapters.training.prepare import rank
     from mllm_adapters.training.recipe_file import resolve
 
     class Kill(TrainerCallback):

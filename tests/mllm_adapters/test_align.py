@@ -17,16 +17,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionMode
 
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import PixelRule
+from mgll_encoder.tower.spec import PixelRule
 from mllm_adapters import load_mllm
 from mllm_adapters.alignment.align import Alignment, align, fitted_plan
-from mllm_adapters.alignment.matching import find_images, match
-from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.alignment.feature_pairs import find_images, match
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.contract import Family
+from mllm_adapters.core.contract import Family
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.families.llava import LLAVA, Llava
-from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from tests.builders import invoke, picture, refused, sparse_checkpoint, tower_config
 from tests.eval_mcq.helpers import small_bench

@@ -12,10 +12,10 @@ from PIL import Image
 from mgll_encoder import inspect_tower
 from mllm_adapters import load_mllm
 from mllm_adapters.alignment.align import align, fitted_plan
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Family, Plan
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Family, Plan
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.families.qwen2_vl import Qwen2VL
-from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.training.engine import names_on_disk
 from tests.mllm_adapters.families import qwen2_vl

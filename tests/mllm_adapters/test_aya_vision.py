@@ -10,9 +10,9 @@ from transformers import AutoProcessor, AyaVisionProcessor, GotOcr2ImageProcesso
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
-from mllm_adapters.data.conversations import Conversation, Corpus
-from mllm_adapters.data.examples import AnswerCollator, encode, prepare_examples
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.dataset import AnswerCollator, encode, prepare_examples
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters.families import aya_vision

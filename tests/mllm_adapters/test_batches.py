@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from mllm_adapters.data.examples import AnswerCollator, ConversationDataset
-from mllm_adapters.features.cache import cache_features
-from mllm_adapters.features.fill import Place
+from mllm_adapters.core.stages import is_adapter
+from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset
+from mllm_adapters.feature_cache.cache import cache_features
+from mllm_adapters.feature_cache.precompute import Place
+from mllm_adapters.training.dummy_images import FillingCollator, filler_row
 from mllm_adapters.training.engine import Recipe, RunOptions, plan_training, train
-from mllm_adapters.training.filler import FillingCollator, filler_row
-from mllm_adapters.training.stages import is_adapter
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.retraining import turns, uneven_rows, write_json
 

@@ -12,9 +12,9 @@ import pytest
 from transformers import AutoProcessor
 
 from eval_mcq.cli.main import main as eval_mcq
+from mgll_encoder.common import chat
+from mgll_encoder.common.chat import TemplateError, render_chat
 from mgll_encoder.common.errors import UserError
-from mllm_adapters import chat
-from mllm_adapters.chat import TemplateError, render_chat
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.families import read_template
 from tests.builders import refused

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mllm_adapters.cli.swap import main
-from mllm_adapters.parts import resolve
+from mllm_adapters.core.hub_resolve import resolve
 from tests.builders import invoke, refused
 from tests.mllm_adapters.llava_checkpoints import a_tower, original_llava
 

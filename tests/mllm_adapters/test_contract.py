@@ -18,11 +18,11 @@ from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
-from mllm_adapters.contract import Plan
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.core.stages import apply_stage
+from mllm_adapters.core.values import fit, open_tower
 from mllm_adapters.swap.apply import apply_plan
-from mllm_adapters.training.stages import apply_stage
-from mllm_adapters.values import fit, open_tower
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.complete_checks import QUESTION, asked, embedding, in_dtype, prompt, tied
 from tests.mllm_adapters.families import (

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.data.conversations import Conversation, read_conversations, read_corpus
+from mllm_adapters.data.corpus import Conversation, read_conversations, read_corpus
 from mllm_adapters.data.training_rows import DataOptions
 from tests import builders
 from tests.mllm_adapters.retraining import turns, write_json

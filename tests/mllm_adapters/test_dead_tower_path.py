@@ -9,9 +9,9 @@ from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
-from mllm_adapters.contract import Plan
-from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.towers import published_name, short_name
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.known_towers import published_name, short_name
+from mllm_adapters.core.registry import open_checkpoint
 from tests.builders import invoke, refused, sparse_checkpoint
 from tests.mllm_adapters import test_instructblip_lavis, test_med_flamingo, test_mini_gemini
 from tests.mllm_adapters.families.case import Golden

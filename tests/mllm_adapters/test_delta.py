@@ -15,14 +15,14 @@ from transformers import AutoModelForImageTextToText
 
 from eval_mcq.cli.main import main as eval_mcq
 from eval_mcq.runs.fingerprint import model_fingerprint
-from mgll_encoder.spans import spans
+from mgll_encoder.weights.spans import spans
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main
-from mllm_adapters.swap.delta import DELTA_WEIGHTS, read_delta
-from mllm_adapters.swap.provenance import read_record
-from mllm_adapters.swap.rewrite import replace_tensors
-from mllm_adapters.swap.streaming import nbytes
+from mllm_adapters.core.provenance import read_record
+from mllm_adapters.core.streaming import nbytes
+from mllm_adapters.loading.delta import DELTA_WEIGHTS, read_delta
+from mllm_adapters.swap.replace_tensors import replace_tensors
 from mllm_adapters.swap.verify import _logits
 from tests import builders
 from tests.builders import invoke, refused

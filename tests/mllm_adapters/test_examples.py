@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.data.conversations import Conversation, Corpus
-from mllm_adapters.data.examples import IGNORED, Collator, check_processor, encode, prepare_examples, render
+from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.dataset import IGNORED, Collator, check_processor, encode, prepare_examples, render
 from tests import builders
 from tests.mllm_adapters.retraining import turns
 

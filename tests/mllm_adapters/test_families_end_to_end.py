@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from eval_mcq.cli.main import main as eval_mcq
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.family_table import FAMILIES
+from mllm_adapters.core.family_table import FAMILIES
 from tests import builders
 from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters import complete

@@ -17,19 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.data.conversations import read_corpus
-from mllm_adapters.data.examples import AnswerCollator, encode, prepare_examples
-from mllm_adapters.features import fill as feature_fill
-from mllm_adapters.features import store as feature_store
-from mllm_adapters.features.cache import cache_features
-from mllm_adapters.features.fill import Place
-from mllm_adapters.features.stand_ins import KEY
-from mllm_adapters.features.store import FeatureStore
-from mllm_adapters.loading import load_mllm
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.core.stages import apply_stage
+from mllm_adapters.data.corpus import read_corpus
+from mllm_adapters.data.dataset import AnswerCollator, encode, prepare_examples
+from mllm_adapters.feature_cache import precompute as feature_fill
+from mllm_adapters.feature_cache import store as feature_store
+from mllm_adapters.feature_cache.cache import cache_features
+from mllm_adapters.feature_cache.cached_modules import KEY
+from mllm_adapters.feature_cache.precompute import Place
+from mllm_adapters.feature_cache.store import FeatureStore
+from mllm_adapters.loading.load import load_mllm
 from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.training.engine import Recipe, RunOptions, plan_training, train
-from mllm_adapters.training.stages import apply_stage
 from tests import builders
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.retraining import colour_rows, loud_llava, turns, write_json

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionModel
 
 from mgll_encoder import load_tower
 from mgll_encoder.cli import main as mgll_encoder
-from mgll_encoder.foreign import FORMATS
+from mgll_encoder.weights.foreign import FORMATS
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.cli.retrain import main as retrain_projector

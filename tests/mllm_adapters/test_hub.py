@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.cli import main as mgll_encoder
 from mgll_encoder.data.fundus import FundusTable, build_fundus
-from mgll_encoder.data.phantom_set import write_phantom
+from mgll_encoder.data.phantom.dataset import write_phantom
 from mllm_adapters.cli.swap import main
 from mllm_adapters.swap.verify import Verification
 from tests.builders import invoke, refused

@@ -16,8 +16,8 @@ from transformers import (
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
-from mllm_adapters.registry import detect, open_checkpoint
-from mllm_adapters.training.stages import apply_stage
+from mllm_adapters.core.registry import detect, open_checkpoint
+from mllm_adapters.core.stages import apply_stage
 from tests.mllm_adapters.families.case import Golden
 from tests.mllm_adapters.families.instructblip import CASES, inputs
 from tests.mllm_adapters.llava_checkpoints import a_tower

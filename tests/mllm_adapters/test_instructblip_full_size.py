@@ -7,7 +7,7 @@ import pytest
 
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
 

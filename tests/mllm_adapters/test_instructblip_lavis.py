@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
-from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import sentencepiece_tokenizer
 from tests.mllm_adapters.tiny_instructblip import (

@@ -15,9 +15,9 @@ import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mllm_adapters import load_mllm
-from mllm_adapters.data.conversations import Conversation, Corpus
-from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
-from mllm_adapters.training.stages import apply_stage
+from mllm_adapters.core.stages import apply_stage
+from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import a_tower
 from tests.mllm_adapters.tiny_instructblip import QUESTION, swap, text_tokenizer, tiny_instructblip

@@ -18,9 +18,9 @@ from transformers import (
 
 import mllm_adapters.auto  # noqa: F401
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.preprocess import image_processor
+from mgll_encoder.tower.preprocess import image_processor
 from mllm_adapters import load_mllm
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
 from tests.mllm_adapters.families.internvl_folders import edited, swap, talking
 from tests.mllm_adapters.llava_checkpoints import a_tower
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Plan, Target
-from mllm_adapters.registry import detect, family, open_checkpoint
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Plan, Target
+from mllm_adapters.core.registry import detect, family, open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
 from tests.mllm_adapters.families.internvl import CHAT_V1_2, INTERNVL2_5_8B, INTERNVL3_8B, Published

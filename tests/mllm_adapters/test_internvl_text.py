@@ -17,9 +17,9 @@ import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mllm_adapters import load_mllm
-from mllm_adapters.contract import Target
-from mllm_adapters.data.conversations import read_corpus
-from mllm_adapters.data.examples import AnswerCollator, Collator, encode, prepare_examples
+from mllm_adapters.core.contract import Target
+from mllm_adapters.data.corpus import read_corpus
+from mllm_adapters.data.dataset import AnswerCollator, Collator, encode, prepare_examples
 from tests import builders
 from tests.mllm_adapters.families.internvl_folders import FLAVOURS, QUESTION, swap, talking
 from tests.mllm_adapters.llava_checkpoints import a_tower

@@ -17,11 +17,11 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_conversion, plan_swap
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.data.conversations import Conversation, Corpus
-from mllm_adapters.data.examples import IGNORED, AnswerCollator, check_processor, encode, prepare_examples
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.core.stages import components
+from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.dataset import IGNORED, AnswerCollator, check_processor, encode, prepare_examples
 from mllm_adapters.families.janus_pro.modeling import MgllJanusConfig
-from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.training.stages import components
 from tests import builders
 from tests.builders import sparse_checkpoint
 from tests.mllm_adapters import janus_files as files

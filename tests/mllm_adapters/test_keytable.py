@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.keytable import Drop, Reshape, Split
-from mllm_adapters.checkpoint import TensorHeader
+from mgll_encoder.weights.keytable import Drop, Reshape, Split
+from mllm_adapters.checkpoints.checkpoint import TensorHeader
 from mllm_adapters.families.keytable import Layout
 
 LAYOUT = Layout(

@@ -18,7 +18,7 @@ from transformers import (
 
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
 from tests.builders import byte_tokenizer, refused
 from tests.mllm_adapters.llava_checkpoints import a_tower, convert, edit_config, first_llava, swap
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from mgll_encoder import inspect_tower
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Plan
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.swap.apply import bytes_linked
 from mllm_adapters.swap.report import total_bytes
 from tests.builders import sparse_checkpoint, sparse_shards

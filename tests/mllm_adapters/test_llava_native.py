@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from mgll_encoder import load_tower
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, IMAGENET_STD
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_STD
 from mllm_adapters import load_mllm
 from tests.mllm_adapters.llava_checkpoints import (
     a_tower,

@@ -18,7 +18,7 @@ from transformers import (
 from mgll_encoder import load_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import (

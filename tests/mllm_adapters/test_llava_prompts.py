@@ -12,10 +12,10 @@ from transformers import AutoProcessor
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mllm_adapters import load_mllm
-from mllm_adapters.contract import Plan
-from mllm_adapters.data.conversations import read_corpus
-from mllm_adapters.data.examples import AnswerCollator, encode, prepare_examples
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.data.corpus import read_corpus
+from mllm_adapters.data.dataset import AnswerCollator, encode, prepare_examples
 from tests import builders
 from tests.mllm_adapters.families import llava_qwen2
 from tests.mllm_adapters.llava_checkpoints import convert, first_llava, original_llava

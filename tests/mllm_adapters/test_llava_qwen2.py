@@ -20,8 +20,8 @@ from transformers import (
 from mgll_encoder import inspect_tower, vision_config
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
-from mllm_adapters.registry import open_checkpoint
-from mllm_adapters.towers import PUBLISHED_TOWERS
+from mllm_adapters.core.known_towers import PUBLISHED_TOWERS
+from mllm_adapters.core.registry import open_checkpoint
 from tests.builders import byte_tokenizer, invoke, refused, sparse_checkpoint, tower_config
 from tests.mllm_adapters.families import llava_qwen2
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower

@@ -13,14 +13,14 @@ from transformers import AutoModelForImageTextToText
 from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.lora import main as finetune_lora
-from mllm_adapters.data.conversations import read_corpus
-from mllm_adapters.data.examples import Collator, ConversationDataset, prepare_examples
-from mllm_adapters.loading import load_mllm
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.core.stages import LoraSettings, apply_stage, describe, is_adapter, lora_targets
+from mllm_adapters.data.corpus import read_corpus
+from mllm_adapters.data.dataset import Collator, ConversationDataset, prepare_examples
+from mllm_adapters.loading.load import load_mllm
 from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.training.lora import write_adapter
-from mllm_adapters.training.quantisation import nf4
-from mllm_adapters.training.stages import LoraSettings, apply_stage, describe, is_adapter, lora_targets
+from mllm_adapters.training.quantization import nf4
 from tests import builders
 from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters import complete

@@ -21,14 +21,14 @@ from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
-from mllm_adapters.data.conversations import Conversation, Corpus
-from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.core.registry import detect, open_checkpoint
+from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
 from mllm_adapters.families.med_flamingo.blocks import attended_image
 from mllm_adapters.families.med_flamingo.modeling import FlamingoConfig, FlamingoForConditionalGeneration
-from mllm_adapters.registry import detect, open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families import full_size
 from tests.mllm_adapters.families import med_flamingo as family

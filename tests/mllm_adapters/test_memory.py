@@ -9,9 +9,9 @@ from transformers import AutoModelForImageTextToText
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.cli.lora import main as finetune_lora
-from mllm_adapters.configs import build_config
+from mllm_adapters.core.configs import build_config
+from mllm_adapters.core.stages import LoraSettings, apply_stage
 from mllm_adapters.training.memory import Setting, estimate, kept_for_backward
-from mllm_adapters.training.stages import LoraSettings, apply_stage
 from tests import builders
 
 

@@ -17,17 +17,17 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import inspect_tower
-from mgll_encoder.checkpoint import open_checkpoint as open_checkpoint_file
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
+from mgll_encoder.weights.weight_file import open_checkpoint as open_checkpoint_file
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
-from mllm_adapters.contract import Plan
-from mllm_adapters.data.conversations import Conversation, Corpus
-from mllm_adapters.data.examples import AnswerCollator, encode, prepare_examples
+from mllm_adapters.checkpoints.locate import find_part
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.dataset import AnswerCollator, encode, prepare_examples
 from mllm_adapters.families.mini_gemini.processor import low_resolution
-from mllm_adapters.locate import find_part
-from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters.families import full_size

@@ -12,8 +12,8 @@ import pytest
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.not_read import NOT_READ, not_read
-from mllm_adapters.registry import detect
+from mllm_adapters.core.not_read import NOT_READ, not_read
+from mllm_adapters.core.registry import detect
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import a_tower, write_config
 

@@ -20,10 +20,10 @@ from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
-from mllm_adapters.data.dialogue import Conversation
-from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode_with
-from mllm_adapters.data.rendering import render
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.data.chat_template import render
+from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode_with
+from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters import complete

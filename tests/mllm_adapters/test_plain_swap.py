@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mgll_encoder import inspect_tower
-from mllm_adapters.contract import Family
-from mllm_adapters.inventory import NAMES, Names, is_complete, llava_shapes
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.contract import Family
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.loading.expected_state_dict import NAMES, Names, is_complete, llava_shapes
 from tests.mllm_adapters.llava_checkpoints import a_tower
 
 SWAP = """

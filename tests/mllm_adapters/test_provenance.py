@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spans import spans
+from mgll_encoder.weights.spans import spans
 from mllm_adapters import load_mllm
-from mllm_adapters.checkpoint import Checkpoint
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.checkpoints.fingerprint import sampled
 from mllm_adapters.cli.swap import main
-from mllm_adapters.swap.fingerprint import sampled
-from mllm_adapters.swap.provenance import read_record
-from mllm_adapters.swap.streaming import raw_bytes
+from mllm_adapters.core.provenance import read_record
+from mllm_adapters.core.streaming import raw_bytes
 from tests.builders import invoke, refused
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.llava_checkpoints import a_tower

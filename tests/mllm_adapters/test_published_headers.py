@@ -16,9 +16,9 @@ import pytest
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Family, Plan
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Family, Plan
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.swap.apply import bytes_linked
 from mllm_adapters.swap.report import total_bytes
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower

@@ -25,12 +25,12 @@ from mgll_encoder import image_transform, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
-from mllm_adapters.contract import Plan
-from mllm_adapters.data.conversations import Conversation, Corpus
-from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.registry import detect, open_checkpoint
+from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
 from mllm_adapters.families.qwen2_vl import QWEN2_VL
 from mllm_adapters.families.qwen2_vl.modeling import MgllQwen2VLProcessor, to_images, to_patches
-from mllm_adapters.registry import detect, open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families import qwen2_vl as tiny
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower

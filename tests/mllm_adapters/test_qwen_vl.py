@@ -22,12 +22,12 @@ from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main as swap
-from mllm_adapters.contract import Plan
-from mllm_adapters.data.conversations import Conversation, Corpus
-from mllm_adapters.data.examples import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
 from mllm_adapters.families.qwen_vl import QWEN_VL
 from mllm_adapters.families.qwen_vl.modeling import SequenceTooLong
-from mllm_adapters.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters.families.case import Golden

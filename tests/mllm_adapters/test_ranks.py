@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from mllm_adapters.loading import load_mllm
+from mllm_adapters.loading.load import load_mllm
 from mllm_adapters.training.trainer import WEIGHTS
 from tests.mllm_adapters import complete, ranks
 from tests.mllm_adapters.retraining import colour_rows, loud_llava, turns, uneven_rows, write_json

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from mgll_encoder.common import signals
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.resuming import last_checkpoint, only_run
+from mgll_encoder.common.resuming import last_checkpoint, only_run
 from mllm_adapters.cli.retrain import main
 from mllm_adapters.training.engine import Recipe, RunOptions, plan_training, train, work_folder
 from tests.builders import refused

@@ -12,7 +12,7 @@ from mgll_encoder.common.local_paths import without_local
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.loading import load_mllm
+from mllm_adapters.loading.load import load_mllm
 from tests.builders import Outcome, invoke
 from tests.mgll_encoder import towers
 from tests.mllm_adapters.retraining import colour_rows, write_json

@@ -8,9 +8,9 @@ import pytest
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.contract import Plan
-from mllm_adapters.registry import FAMILIES, open_checkpoint
-from mllm_adapters.sizes import plan_at_size
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.registry import FAMILIES, open_checkpoint
+from mllm_adapters.core.sizes import plan_at_size
 from tests.builders import invoke, refused
 from tests.mllm_adapters.families.full_size import published_tower
 from tests.mllm_adapters.llava_checkpoints import a_tower

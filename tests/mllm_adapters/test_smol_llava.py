@@ -8,11 +8,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mgll_encoder import Tower, TowerSpec, build_model, save_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
-from mllm_adapters.data.conversations import Conversation, read_conversations
-from mllm_adapters.data.examples import AnswerCollator, Collator, ConversationDataset, prepare_examples
-from mllm_adapters.smol import language as smol_language
-from mllm_adapters.smol.lessons import picture_lesson, read_question, word_lesson
-from mllm_adapters.smol.llava import RECORD, build_smol_llava
+from mllm_adapters.data.corpus import Conversation, read_conversations
+from mllm_adapters.data.dataset import AnswerCollator, Collator, ConversationDataset, prepare_examples
+from mllm_adapters.examples import language_models as smol_language
+from mllm_adapters.examples.curriculum import picture_lesson, read_question, word_lesson
+from mllm_adapters.examples.smol_llava import RECORD, build_smol_llava
 from tests import builders
 from tests.mllm_adapters.retraining import turns, write_json
 
@@ -150,7 +150,7 @@ def test_the_same_seed_builds_the_same_model_and_another_seed_another(place, mod
 
 def test_loss_at_answers_only_equals_the_loss_over_all_positions(place, model_folder):
     model, processor = load_mllm(model_folder)
-    from mllm_adapters.data.conversations import read_corpus
+    from mllm_adapters.data.corpus import read_corpus
 
     corpus = read_corpus(place / "train.json", place / "images")
     examples, _ = prepare_examples(corpus, processor, 2048, True)

@@ -3,7 +3,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.training.stages import LoraSettings, apply_stage, components, outermost_modules
+from mllm_adapters.core.stages import LoraSettings, apply_stage, components, outermost_modules
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pytest
 
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
-from mllm_adapters import support
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.contract import Plan
-from mllm_adapters.family_table import FAMILIES
-from mllm_adapters.registry import family, open_checkpoint
-from mllm_adapters.support import Size, Support
+from mllm_adapters.core import support_matrix as support
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.family_table import FAMILIES
+from mllm_adapters.core.registry import family, open_checkpoint
+from mllm_adapters.core.support_matrix import Size, Support
 from mllm_adapters.swap.report import loads_with
 from tests import builders
 from tests.mllm_adapters import (

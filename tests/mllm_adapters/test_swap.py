@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mgll_encoder import load_tower
-from mgll_encoder.spec import IMAGENET_MEAN, IMAGENET_STD
+from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD
 from mllm_adapters import load_mllm
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
 from tests.mllm_adapters.families.llava import expand
 from tests.mllm_adapters.llava_checkpoints import (
     HOSTS,

@@ -24,7 +24,7 @@ from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.swap.verify import Verification
 from tests.builders import invoke, refused

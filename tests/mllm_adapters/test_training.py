@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
-from mgll_encoder.resuming import last_checkpoint
+from mgll_encoder.common.resuming import last_checkpoint
 from mllm_adapters.training.engine import (
     Recipe,
     RunOptions,
@@ -115,7 +115,7 @@ def test_the_loss_falls_on_a_task_that_can_be_learnt_and_the_answers_follow_the_
     first, last = outcome.losses[0][1], outcome.losses[-1][1]
     assert last < 0.5 * first
     job = plan_training(outcome.out, data, data.parent / "images", RECIPE)
-    from mllm_adapters.data.examples import ConversationDataset
+    from mllm_adapters.data.dataset import ConversationDataset
 
     examples = ConversationDataset(job.examples, data.parent / "images", job.processor)
     red, blue = examples[0], examples[1]

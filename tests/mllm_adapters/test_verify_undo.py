@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mgll_encoder import inspect_tower, load_tower
-from mgll_encoder.spans import spans
+from mgll_encoder.weights.spans import spans
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
-from mllm_adapters.registry import FAMILIES, open_checkpoint
+from mllm_adapters.core.provenance import read_record
+from mllm_adapters.core.registry import FAMILIES, open_checkpoint
+from mllm_adapters.core.stages import outermost_modules
 from mllm_adapters.swap.apply import apply_plan
-from mllm_adapters.swap.provenance import read_record
-from mllm_adapters.swap.rewrite import replace_tensors
+from mllm_adapters.swap.replace_tensors import replace_tensors
 from mllm_adapters.swap.verify import Verification
-from mllm_adapters.training.stages import outermost_modules
 from tests.builders import invoke, refused
 from tests.mllm_adapters import complete
 

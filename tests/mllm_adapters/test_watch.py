@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.resuming import last_checkpoint
+from mgll_encoder.common.resuming import last_checkpoint
 from mllm_adapters.cli.retrain import main as retrain_projector
-from mllm_adapters.loading import load_mllm
+from mllm_adapters.loading.load import load_mllm
+from mllm_adapters.training.callbacks import Watchdog, find_evaluator, loss_plot
 from mllm_adapters.training.engine import Extras, plan_training, train
 from mllm_adapters.training.recipe import Recipe, RunOptions
-from mllm_adapters.training.watch import Watchdog, find_evaluator, loss_plot
 from tests import builders
 from tests.eval_mcq.helpers import question, write_bench
 from tests.mllm_adapters.retraining import COLOURS, colour_rows, loud_llava, write_json

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.cli.swap import main
-from mllm_adapters.loading import load_mllm
-from mllm_adapters.swap.delta import DELTA_WEIGHTS
-from mllm_adapters.swap.provenance import read_record
+from mllm_adapters.core.provenance import read_record
+from mllm_adapters.loading.delta import DELTA_WEIGHTS
+from mllm_adapters.loading.load import load_mllm
 from tests.builders import invoke, refused
 from tests.mgll_encoder import towers
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from mllm_adapters.api import plan_swap
-from mllm_adapters.contract import Plan
+from mllm_adapters.core.contract import Plan
 
 QUESTION = "Which disease does this image show?"
 

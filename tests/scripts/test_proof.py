@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mgll_encoder.data.phantom_set import write_phantom
+from mgll_encoder.data.phantom.dataset import write_phantom
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "proof.py"
 

@@ -15,7 +15,7 @@ from mgll_encoder.common.deepspeed import read_deepspeed
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.registry import family, open_checkpoint
+from mllm_adapters.core.registry import family, open_checkpoint
 from mllm_adapters.training.memory import estimates
 from mllm_adapters.training.recipe_file import resolve
 from tests import builders

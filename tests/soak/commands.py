@@ -157,7 +157,7 @@ def _pictures(folder: Path) -> None:
 
 def _phantom(folder: Path) -> None:
     from mgll_encoder.data.fundus import FundusTable, build_fundus
-    from mgll_encoder.data.phantom_set import write_phantom
+    from mgll_encoder.data.phantom.dataset import write_phantom
 
     write_phantom(folder / "phantom", 4, size=32)
     build_fundus(

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import read_fields
-from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import read_fields
+from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
+from mllm_adapters.core.planning import kept, tower_root
+from mllm_adapters.core.processing import host_pixels, image_settings, load_processor, own_processor
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, Request, Swap
-from mllm_adapters.planning import kept, tower_root
-from mllm_adapters.processing import host_pixels, image_settings, load_processor, own_processor
 
 TOWER = "vision_tower."
 READERS = ("multi_modal_projector.layernorm", "multi_modal_projector.linear_1")

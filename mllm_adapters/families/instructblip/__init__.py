@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_text
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields
-from mllm_adapters.contract import (
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import build_config, read_fields
+from mllm_adapters.core.contract import (
     FAMILY_KEY,
     Dropped,
     FamilySpec,
@@ -26,13 +26,7 @@ from mllm_adapters.contract import (
     Reading,
     VisionContract,
 )
-from mllm_adapters.families import read_template
-from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Connected, Host, Request, Swap
-from mllm_adapters.families.instructblip import original as lavis
-from mllm_adapters.families.instructblip.connector import QFORMER_PART, TOWER, refitted
-from mllm_adapters.families.instructblip.original import AsStock
-from mllm_adapters.planning import (
+from mllm_adapters.core.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
     extended,
@@ -40,7 +34,13 @@ from mllm_adapters.planning import (
     image_row,
     kept,
 )
-from mllm_adapters.processing import has_tokenizer, host_pixels, load_tokenizer, with_placeholder
+from mllm_adapters.core.processing import has_tokenizer, host_pixels, load_tokenizer, with_placeholder
+from mllm_adapters.families import read_template
+from mllm_adapters.families.base import PlannedFamily
+from mllm_adapters.families.host import Connected, Host, Request, Swap
+from mllm_adapters.families.instructblip import original as lavis
+from mllm_adapters.families.instructblip.connector import QFORMER_PART, TOWER, refitted
+from mllm_adapters.families.instructblip.original import AsStock
 
 STOCK, OWN = "instructblip", "mgll_instructblip"
 """model_type of transformers' class, and of ours with a CLIP tower."""

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Step, VisionContract
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Step, VisionContract
+from mllm_adapters.core.planning import kept, refit_reader
 from mllm_adapters.families.host import Connected, Swap
 from mllm_adapters.families.instructblip import original as lavis
-from mllm_adapters.planning import kept, refit_reader
 
 QFORMER_PART = "qformer"
 

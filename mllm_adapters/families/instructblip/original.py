@@ -13,12 +13,12 @@ from typing import Any
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.configs import build_config, text_config
-from mllm_adapters.contract import Dropped, Step
+from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.core.configs import build_config, text_config
+from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.known_towers import gone
+from mllm_adapters.core.planning import TOWER_PART, dtype_name, kept
 from mllm_adapters.families.keytable import Layout, placed
-from mllm_adapters.planning import TOWER_PART, dtype_name, kept
-from mllm_adapters.towers import gone
 
 LANGUAGE_PART, CONFIG_PART = "language-model", "config"
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.texts import read_json
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, Target, VisionContract
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Target, VisionContract
+from mllm_adapters.core.planning import after_swap, anew
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, Request, Swap
 from mllm_adapters.families.internvl import text as internvl_text
 from mllm_adapters.families.internvl.hosts import CLASSES, NAME, native_host, original_host
 from mllm_adapters.families.llava import LLAVA, Llava
-from mllm_adapters.planning import after_swap, anew
 
 ORIGINAL = "InternVLChatModel"
 

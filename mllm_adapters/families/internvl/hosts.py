@@ -13,10 +13,12 @@ import torch
 from pydantic import BaseModel, Field
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize, TowerSpec, checked
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields, text_config, tower_geometry
-from mllm_adapters.contract import FAMILY_KEY, Step, VisionContract
+from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize, TowerSpec, checked
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_geometry
+from mllm_adapters.core.contract import FAMILY_KEY, Step, VisionContract
+from mllm_adapters.core.planning import contract_of, extended, image_row, kept
+from mllm_adapters.core.processing import host_pixels
 from mllm_adapters.families.host import Host, Request
 from mllm_adapters.families.internvl import text as internvl_text
 from mllm_adapters.families.internvl.names import (
@@ -29,8 +31,6 @@ from mllm_adapters.families.internvl.names import (
     LanguageModel,
     sort_tensors,
 )
-from mllm_adapters.planning import contract_of, extended, image_row, kept
-from mllm_adapters.processing import host_pixels
 
 NAME, OWN = "internvl", "mgll_internvl"
 """Of the family, and of the architecture that takes a CLIP tower."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mgll_encoder.keytable import Drop, Rule, Split
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Dropped, Step
+from mgll_encoder.weights.keytable import Drop, Rule, Split
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Dropped, Step
 from mllm_adapters.families.keytable import Layout
 
 TOWER = "vision_tower."

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.plain_words import library_reason
-from mgll_encoder.pretrained import library_errors, quiet
-from mllm_adapters.contract import Plan, VisionContract
-from mllm_adapters.families import read_template
-from mllm_adapters.processing import (
+from mgll_encoder.text.pretrained import library_errors, quiet
+from mllm_adapters.core.contract import Plan, VisionContract
+from mllm_adapters.core.processing import (
     check_placeholder,
     check_sentencepiece,
     has_tokenizer,
@@ -25,6 +24,7 @@ from mllm_adapters.processing import (
     load_tokenizer,
     text_side,
 )
+from mllm_adapters.families import read_template
 
 IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import (
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import (
     FAMILY_KEY,
     Dropped,
     FamilySpec,
@@ -26,6 +26,8 @@ from mllm_adapters.contract import (
     Target,
     VisionContract,
 )
+from mllm_adapters.core.processing import check_placeholder, llava_processor
+from mllm_adapters.core.streaming import nbytes
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, Request, Swap
@@ -43,8 +45,6 @@ from mllm_adapters.families.janus_pro.source import (
     read_converted,
 )
 from mllm_adapters.families.llava import Llava
-from mllm_adapters.processing import check_placeholder, llava_processor
-from mllm_adapters.swap.streaming import nbytes
 
 LLAVA_TOWER = "vision_tower.vision_model."
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PositiveInt
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.keytable import Drop, Reshape, Rule, Split
-from mgll_encoder.spec import TowerSpec, checked
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import read_fields, text_config
+from mgll_encoder.tower.spec import TowerSpec, checked
+from mgll_encoder.weights.keytable import Drop, Reshape, Rule, Split
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import read_fields, text_config
+from mllm_adapters.core.planning import check_positions, extended
 from mllm_adapters.families.host import Host, Request
 from mllm_adapters.families.janus_pro.source import (
     EMBEDDINGS,
@@ -30,7 +31,6 @@ from mllm_adapters.families.janus_pro.source import (
     text_ids,
 )
 from mllm_adapters.families.keytable import Layout
-from mllm_adapters.planning import check_positions, extended
 
 VIT, BLOCK = "vision_model.vision_tower.", "vision_model.vision_tower.blocks.{}."
 VQ, NEW_VQ = "gen_vision_model.", "model.vqmodel."

@@ -10,14 +10,14 @@ from pydantic import BaseModel, Field, PositiveInt
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.pretrained import load_pretrained
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, checked
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields
-from mllm_adapters.contract import FAMILY_KEY, Step
+from mgll_encoder.text.pretrained import load_pretrained
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, checked
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import build_config, read_fields
+from mllm_adapters.core.contract import FAMILY_KEY, Step
+from mllm_adapters.core.planning import check_positions, contract_of, growth, image_row, kept
+from mllm_adapters.core.processing import host_pixels, image_settings, load_tokenizer
 from mllm_adapters.families.host import Host, Request
-from mllm_adapters.planning import check_positions, contract_of, growth, image_row, kept
-from mllm_adapters.processing import host_pixels, image_settings, load_tokenizer
 
 NAME, OWN_TYPE = "janus-pro", "mgll_janus"
 """Of the family, and of the architecture that takes a CLIP tower."""

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.texts import read_json
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan
+from mllm_adapters.core.planning import IMAGE_TOKEN, TOWER_PART
+from mllm_adapters.core.processing import (
+    check_placeholder,
+    llava_processor,
+    load_tokenizer,
+    text_side,
+    with_placeholder,
+)
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, Request, Swap
@@ -28,14 +36,6 @@ from mllm_adapters.families.llava.original import (
 from mllm_adapters.families.llava.processor import processor_files
 from mllm_adapters.families.llava.prompts import prompt_template
 from mllm_adapters.families.llava.weights import BASE_PART, PARTIAL_WEIGHTS
-from mllm_adapters.planning import IMAGE_TOKEN, TOWER_PART
-from mllm_adapters.processing import (
-    check_placeholder,
-    llava_processor,
-    load_tokenizer,
-    text_side,
-    with_placeholder,
-)
 
 
 @dataclass(frozen=True)

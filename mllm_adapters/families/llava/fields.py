@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.configs import read_fields
-from mllm_adapters.not_read import LLAVA_WORKS
-from mllm_adapters.towers import short_name
+from mllm_adapters.core.configs import read_fields
+from mllm_adapters.core.known_towers import short_name
+from mllm_adapters.core.not_read import LLAVA_WORKS
 
 TEXT_MODELS: Mapping[str, str] = {
     "LlavaLlamaForCausalLM": "llama",

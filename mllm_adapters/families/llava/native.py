@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from mgll_encoder.clip_vision import spec_fields
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import TowerSpec, checked
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import read_fields
-from mllm_adapters.contract import FAMILY_KEY
+from mgll_encoder.tower.clip_vision import spec_fields
+from mgll_encoder.tower.spec import TowerSpec, checked
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import read_fields
+from mllm_adapters.core.contract import FAMILY_KEY
+from mllm_adapters.core.planning import TOWER_PART, HostTower, check_positions, contract_of, kept
+from mllm_adapters.core.processing import host_pixels, own_processor
 from mllm_adapters.families.host import Host
 from mllm_adapters.families.llava.fields import NativeFields
 from mllm_adapters.families.llava.weights import BASE_PART, READER
-from mllm_adapters.planning import TOWER_PART, HostTower, check_positions, contract_of, kept
-from mllm_adapters.processing import host_pixels, own_processor
 
 CLASS_EMBEDDING = "embeddings.class_embedding"
 

@@ -8,10 +8,22 @@ from typing import Any
 import torch
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import Resize
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import text_config, tower_config
-from mllm_adapters.contract import FAMILY_KEY
+from mgll_encoder.tower.spec import Resize
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import text_config, tower_config
+from mllm_adapters.core.contract import FAMILY_KEY
+from mllm_adapters.core.planning import (
+    IMAGE_TOKEN,
+    HostTower,
+    NamedTower,
+    contract_of,
+    dtype_name,
+    external_tower,
+    growth,
+    image_row,
+    kept,
+)
+from mllm_adapters.core.processing import has_tokenizer, load_tokenizer
 from mllm_adapters.families.host import Host, Request
 from mllm_adapters.families.llava.fields import (
     READS_ITS_SHARDS,
@@ -34,18 +46,6 @@ from mllm_adapters.families.llava.weights import (
     original_steps,
     sort_names,
 )
-from mllm_adapters.planning import (
-    IMAGE_TOKEN,
-    HostTower,
-    NamedTower,
-    contract_of,
-    dtype_name,
-    external_tower,
-    growth,
-    image_row,
-    kept,
-)
-from mllm_adapters.processing import has_tokenizer, load_tokenizer
 
 TOWER_PREFIX = "vision_tower.vision_model."
 """Prefix of tower keys that every transformers release since 4.37 reads."""

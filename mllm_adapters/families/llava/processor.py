@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.texts import read_json, read_text
-from mgll_encoder.preprocess import processor_settings
-from mllm_adapters.contract import Plan
-from mllm_adapters.planning import IMAGE_TOKEN
-from mllm_adapters.processing import has_tokenizer
-from mllm_adapters.side_files import TEMPLATES as SEVERAL
+from mgll_encoder.tower.preprocess import processor_settings
+from mllm_adapters.checkpoints.side_files import TEMPLATES as SEVERAL
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.planning import IMAGE_TOKEN
+from mllm_adapters.core.processing import has_tokenizer
 
 IMAGES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 

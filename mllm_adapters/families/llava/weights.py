@@ -11,13 +11,13 @@ from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.foreign import ADAPTER_CONFIG
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import read_fields
-from mllm_adapters.contract import Dropped, Step
+from mgll_encoder.weights.foreign import ADAPTER_CONFIG
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import read_fields
+from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.planning import dtype_name, extended, kept
 from mllm_adapters.families.keytable import Layout
 from mllm_adapters.families.llava.fields import AdapterFields, text_model
-from mllm_adapters.planning import dtype_name, extended, kept
 
 READER = "multi_modal_projector.linear_1"
 SECOND = "multi_modal_projector.linear_2"

@@ -14,10 +14,26 @@ from pydantic import BaseModel
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.spec import TowerSpec, checked
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields, text_config, tower_config, tower_geometry
-from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, Reading, Step
+from mgll_encoder.tower.spec import TowerSpec, checked
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_config, tower_geometry
+from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Reading, Step
+from mllm_adapters.core.operations import EXTEND_ROWS
+from mllm_adapters.core.planning import (
+    IMAGE_TOKEN,
+    TOWER_PART,
+    contract_of,
+    kept,
+)
+from mllm_adapters.core.processing import (
+    check_placeholder,
+    has_tokenizer,
+    host_pixels,
+    image_processor,
+    load_tokenizer,
+    own_processor,
+    text_side,
+)
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, Request, Swap
@@ -40,22 +56,6 @@ from mllm_adapters.families.med_flamingo.parts import (
     host_tower,
     inner_tower,
     language_model,
-)
-from mllm_adapters.operations import EXTEND_ROWS
-from mllm_adapters.planning import (
-    IMAGE_TOKEN,
-    TOWER_PART,
-    contract_of,
-    kept,
-)
-from mllm_adapters.processing import (
-    check_placeholder,
-    has_tokenizer,
-    host_pixels,
-    image_processor,
-    load_tokenizer,
-    own_processor,
-    text_side,
 )
 
 MODEL_TYPE = "mgll_flamingo"

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.keytable import Place
-from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.contract import Dropped, Step, VisionContract
+from mgll_encoder.weights.keytable import Place
+from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.core.contract import Dropped, Step, VisionContract
+from mllm_adapters.core.planning import anew, dtype_name, kept, refit_reader
 from mllm_adapters.families.keytable import Layout
-from mllm_adapters.planning import anew, dtype_name, kept, refit_reader
 
 PERCEIVER = "model.perceiver."
 BRIDGE = "model.bridge"

@@ -7,16 +7,16 @@ from pydantic import BaseModel
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.keymap import PROJECTION, plan_keys
-from mgll_encoder.keytable import Place
-from mgll_encoder.tower import OFFICIAL
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Dropped, Step
+from mgll_encoder.tower.keymap import PROJECTION, plan_keys
+from mgll_encoder.tower.load import OFFICIAL
+from mgll_encoder.weights.keytable import Place
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.known_towers import PUBLISHED_TOWERS, assumed_geometry, gone
+from mllm_adapters.core.planning import TOWER_PART, HostTower, extended, kept, replaced
+from mllm_adapters.core.registry import LOOSE_SUFFIXES
 from mllm_adapters.families.keytable import placed
 from mllm_adapters.families.med_flamingo.original import HEAD, LANGUAGE_MODEL, Geometry, Names
-from mllm_adapters.planning import TOWER_PART, HostTower, extended, kept, replaced
-from mllm_adapters.registry import LOOSE_SUFFIXES
-from mllm_adapters.towers import PUBLISHED_TOWERS, assumed_geometry, gone
 
 LANGUAGE_PART = "language-model"
 LANGUAGE_HUB_IDS = ("decapoda-research/llama-7b-hf", "huggyllama/llama-7b")

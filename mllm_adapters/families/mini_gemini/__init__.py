@@ -10,10 +10,29 @@ from typing import Any
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import PixelRule
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import read_fields, text_config, tower_config
-from mllm_adapters.contract import FamilySpec, Plan, Reading, VisionContract
+from mgll_encoder.tower.spec import PixelRule
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import read_fields, text_config, tower_config
+from mllm_adapters.core.contract import FamilySpec, Plan, Reading, VisionContract
+from mllm_adapters.core.planning import (
+    IMAGE_TOKEN,
+    TOWER_PART,
+    HostTower,
+    anew,
+    contract_of,
+    dtype_name,
+    extended,
+    growth,
+    image_row,
+    kept,
+)
+from mllm_adapters.core.processing import (
+    check_placeholder,
+    load_tokenizer,
+    own_processor,
+    text_side,
+    with_placeholder,
+)
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, Request, Swap
@@ -31,25 +50,6 @@ from mllm_adapters.families.mini_gemini.original import (
     original_tower,
     own_tower,
     sort_names,
-)
-from mllm_adapters.planning import (
-    IMAGE_TOKEN,
-    TOWER_PART,
-    HostTower,
-    anew,
-    contract_of,
-    dtype_name,
-    extended,
-    growth,
-    image_row,
-    kept,
-)
-from mllm_adapters.processing import (
-    check_placeholder,
-    load_tokenizer,
-    own_processor,
-    text_side,
-    with_placeholder,
 )
 
 MODEL_TYPE = "mgll_mini_gemini"
@@ -172,7 +172,7 @@ class MiniGemini(PlannedFamily):
 
     def image_processor(self, plan: Plan) -> Any:
         """What makes the high-resolution pictures; the model makes the low-resolution views of them."""
-        from mgll_encoder.preprocess import image_processor
+        from mgll_encoder.tower.preprocess import image_processor
 
         return image_processor(plan.after.model_copy(update={"image_size": plan.config["image_size_aux"]}))
 

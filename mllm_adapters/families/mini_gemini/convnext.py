@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.checkpoint import TensorHeader
+from mllm_adapters.checkpoints.checkpoint import TensorHeader
 from mllm_adapters.families.keytable import Layout
 
 STRIDE = 4

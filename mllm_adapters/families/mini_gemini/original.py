@@ -13,14 +13,13 @@ import torch
 from pydantic import BaseModel, Field
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.keytable import Drop
-from mgll_encoder.spec import Resize, TowerSpec, checked
-from mllm_adapters.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.configs import build_config, tower_geometry
-from mllm_adapters.contract import Dropped, Step
-from mllm_adapters.families.keytable import Layout
-from mllm_adapters.families.mini_gemini.convnext import CONVNEXT, TIMM_KEY, convnext_config
-from mllm_adapters.planning import (
+from mgll_encoder.tower.spec import Resize, TowerSpec, checked
+from mgll_encoder.weights.keytable import Drop
+from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.core.configs import build_config, tower_geometry
+from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.known_towers import published_name
+from mllm_adapters.core.planning import (
     TOWER_PART,
     HostTower,
     NamedTower,
@@ -29,8 +28,9 @@ from mllm_adapters.planning import (
     external_tower,
     kept,
 )
-from mllm_adapters.processing import host_pixels
-from mllm_adapters.towers import published_name
+from mllm_adapters.core.processing import host_pixels
+from mllm_adapters.families.keytable import Layout
+from mllm_adapters.families.mini_gemini.convnext import CONVNEXT, TIMM_KEY, convnext_config
 
 AUX_PART = "vision-tower-aux"
 AUX_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", "model.safetensors")

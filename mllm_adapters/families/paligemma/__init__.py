@@ -12,15 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from mgll_encoder.spec import PixelRule
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import read_fields
-from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
-from mllm_adapters.families import read_template
-from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Host, Request, Swap
-from mllm_adapters.planning import kept, tower_root
-from mllm_adapters.processing import (
+from mgll_encoder.tower.spec import PixelRule
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import read_fields
+from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
+from mllm_adapters.core.planning import kept, tower_root
+from mllm_adapters.core.processing import (
     check_placeholder,
     has_tokenizer,
     host_pixels,
@@ -28,6 +25,9 @@ from mllm_adapters.processing import (
     load_processor,
     load_tokenizer,
 )
+from mllm_adapters.families import read_template
+from mllm_adapters.families.base import PlannedFamily
+from mllm_adapters.families.host import Host, Request, Swap
 
 TOWER = "vision_tower."
 IMAGE_TOKEN = "<image>"

@@ -21,15 +21,21 @@ from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD, PixelRule, checked
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields
-from mllm_adapters.contract import FAMILY_KEY, Dropped, FamilySpec, Plan, VisionContract
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule, checked
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import build_config, read_fields
+from mllm_adapters.core.contract import FAMILY_KEY, Dropped, FamilySpec, Plan, VisionContract
+from mllm_adapters.core.planning import kept
+from mllm_adapters.core.processing import (
+    check_placeholder,
+    has_tokenizer,
+    host_pixels,
+    image_settings,
+    text_side,
+)
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, Request, Swap
-from mllm_adapters.planning import kept
-from mllm_adapters.processing import check_placeholder, has_tokenizer, host_pixels, image_settings, text_side
 
 USUAL_GRID = 32
 """Patches along one side at which host and result are compared, and which the result gets: Qwen's towers take any.

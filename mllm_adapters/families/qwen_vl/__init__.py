@@ -10,9 +10,11 @@ from typing import Any
 from pydantic import BaseModel, PositiveInt
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import build_config, read_fields
-from mllm_adapters.contract import FAMILY_KEY, FamilySpec, Plan, Step, VisionContract
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import build_config, read_fields
+from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Step, VisionContract
+from mllm_adapters.core.planning import dtype_name, kept
+from mllm_adapters.core.processing import check_placeholder, host_pixels, own_processor, text_side
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, Request, Swap
@@ -29,8 +31,6 @@ from mllm_adapters.families.qwen_vl.original import (
     original_vision,
 )
 from mllm_adapters.families.qwen_vl.tokenization import IMAGE_TOKEN, end_tokens, tokenizer, tokenizer_note
-from mllm_adapters.planning import dtype_name, kept
-from mllm_adapters.processing import check_placeholder, host_pixels, own_processor, text_side
 
 MODEL_TYPE = "mgll_qwen_vl"
 READER = "attn_pool.kv_proj"
@@ -89,7 +89,7 @@ class QwenVL(PlannedFamily):
 
     def processor(self, plan: Plan) -> Any | None:
         """The QwenVLProcessor of the planned checkpoint; None where the source has no tokenizer."""
-        from mgll_encoder.preprocess import image_processor
+        from mgll_encoder.tower.preprocess import image_processor
         from mllm_adapters.families.qwen_vl.modeling import QwenVLProcessor
 
         text = self._text_side(plan)

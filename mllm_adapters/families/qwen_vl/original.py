@@ -10,11 +10,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PositiveInt
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.keytable import Drop, Rule, Split
-from mgll_encoder.spec import CLIP_MEAN, CLIP_STD
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.configs import text_config
-from mllm_adapters.contract import Dropped, Step, VisionContract
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD
+from mgll_encoder.weights.keytable import Drop, Rule, Split
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import text_config
+from mllm_adapters.core.contract import Dropped, Step, VisionContract
 from mllm_adapters.families.keytable import Layout
 
 TOWER_PREFIX = "vision_tower."

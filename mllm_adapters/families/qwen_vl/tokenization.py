@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.processing import has_tokenizer, load_tokenizer
+from mllm_adapters.core.processing import has_tokenizer, load_tokenizer
 
 RANK_FILE = "qwen.tiktoken"
 IMAGE_TOKEN = "<imgpad>"
@@ -30,7 +30,7 @@ def read_tokens(folder: Path, image_token_id: int) -> tuple[dict[bytes, int], li
     """
     if not (folder / RANK_FILE).is_file():
         return None
-    from mllm_adapters.ranks import read_ranks
+    from mllm_adapters.families.qwen_vl.tiktoken_vocab import read_ranks
 
     ranks = read_ranks(folder / RANK_FILE)
     return ranks, special_tokens(len(ranks), image_token_id, folder / RANK_FILE)
@@ -71,7 +71,7 @@ def tokenizer(folder: Path, image_token_id: int, context: int) -> Any | None:
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    from mllm_adapters.ranks import rank_tokenizer
+    from mllm_adapters.families.qwen_vl.tiktoken_vocab import rank_tokenizer
 
     ranks, specials = found
     return PreTrainedTokenizerFast(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mllm_adapters.contract import Plan, Target
+from mllm_adapters.core.contract import Plan, Target
 
 
 @dataclass(frozen=True)

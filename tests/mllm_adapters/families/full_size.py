@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from mllm_adapters.checkpoint import Checkpoint
-from mllm_adapters.contract import Plan
-from mllm_adapters.loading import check_complete
-from mllm_adapters.swap.streaming import nbytes
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.streaming import nbytes
+from mllm_adapters.loading.load import check_complete
 
 
 def check_full_size(plan: Plan, checkpoint: Checkpoint, *, weights: int) -> None:
@@ -50,7 +50,7 @@ def published_tower(folder: Path, image_size: int = 224, **geometry: int) -> Pat
     import torch
 
     from mgll_encoder import TowerSpec, vision_config
-    from mgll_encoder.tower import build_model
+    from mgll_encoder.tower.load import build_model
     from tests.builders import sparse_checkpoint
 
     sizes = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096, "patch_size": 14, **geometry}

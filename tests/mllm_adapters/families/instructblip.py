@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_adapters.contract import Plan
+from mllm_adapters.core.contract import Plan
 from tests.mllm_adapters.families.case import Case, Golden
 
 

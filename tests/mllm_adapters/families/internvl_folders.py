@@ -12,8 +12,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import pre_tokenizers
 
 from mllm_adapters.api import plan_conversion, plan_swap
-from mllm_adapters.contract import Plan, Target
-from mllm_adapters.registry import open_checkpoint
+from mllm_adapters.core.contract import Plan, Target
+from mllm_adapters.core.registry import open_checkpoint
 
 QUESTION = "Which disease does this image show?"
 

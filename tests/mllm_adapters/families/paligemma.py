@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mllm_adapters.contract import Plan
+from mllm_adapters.core.contract import Plan
 from tests.mllm_adapters.families.case import Case, Golden, one_prompt
 
 IMAGE = 93

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mllm_adapters.contract import Plan
+from mllm_adapters.core.contract import Plan
 from mllm_adapters.families.qwen2_vl.modeling import to_patches
 from tests.mllm_adapters.families.case import Case, Golden
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mllm_adapters.contract import Plan
+from mllm_adapters.core.contract import Plan
 from tests.mllm_adapters.families.case import Case, Golden
 
 

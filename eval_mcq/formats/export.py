@@ -1,0 +1,158 @@
+"""Questions, and the answers of a run, in other tools' formats."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from eval_mcq.formats import lmms_eval, vlmevalkit
+from eval_mcq.items.image_checks import content_name, with_pictures
+from eval_mcq.items.parquet import EMBEDDED, write_rows
+from eval_mcq.items.schema import Bench, MCQItem, bench_text
+from eval_mcq.records.run_record import Run
+from eval_mcq.scoring.prompt import render
+from mgll_encoder.common.errors import BadDataError
+from mgll_encoder.common.files import new_file, write_text
+
+
+def llava_conversations(bench: Bench, images: Path) -> str:
+    """The bench as LLaVA conversations JSON: the prompt that the scorer uses, answered by the true letter.
+
+    Args:
+        bench: The questions.
+        images: Folder that image paths are written relative to.
+    """
+    return _listed(bench, images, _llava_row)
+
+
+def chat_messages(bench: Bench, images: Path) -> str:
+    """The bench as rows of ``messages`` and ``images``, as TRL, LLaMA-Factory and ms-swift read them.
+
+    Args:
+        bench: The questions.
+        images: Folder that image paths are written relative to.
+    """
+    return _listed(bench, images, _messages_row)
+
+
+def _listed(bench: Bench, images: Path, row: Callable[[MCQItem, list[str]], dict[str, object]]) -> str:
+    """A JSON list with a row per question; image paths are relative to a folder."""
+    start = images.resolve()
+    rows = [
+        row(
+            item,
+            [Path(os.path.relpath(path.resolve(), start)).as_posix() for path in bench.image_paths(item)],
+        )
+        for item in bench.items
+    ]
+    return json.dumps(rows, indent=1) + "\n"
+
+
+def _asked(item: MCQItem) -> str:
+    return "<image>\n" * len(item.images) + render(item)
+
+
+def _llava_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
+    return {
+        "id": item.id,
+        "image": paths[0] if len(paths) == 1 else paths,
+        "conversations": [
+            {"from": "human", "value": _asked(item)},
+            {"from": "gpt", "value": item.letter},
+        ],
+    }
+
+
+def _messages_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
+    return {
+        "id": item.id,
+        "messages": [
+            {"role": "user", "content": _asked(item)},
+            {"role": "assistant", "content": item.letter},
+        ],
+        "images": paths,
+    }
+
+
+def _llava(bench: Bench, out: Path, images: Path, force: bool) -> str:
+    write_text(out, llava_conversations(bench, images), force)
+    return f"retrain-projector --model MODEL --data {out} --images {images}"
+
+
+def _messages(bench: Bench, out: Path, images: Path, force: bool) -> str:
+    write_text(out, chat_messages(bench, images), force)
+    return f"finetune-lora --model MODEL --data {out} --images {images}"
+
+
+def _vlmevalkit(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001 (images are embedded)
+    with new_file(out, force) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+        stream.writelines(vlmevalkit.to_tsv(bench))
+    return f"LMUData={out.absolute().parent} python run.py --data {out.stem} --model MODEL (in VLMEvalKit)"
+
+
+def _lmms_eval(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001
+    task = lmms_eval.write_task(bench, out, force)
+    return f"python -m lmms_eval --include_path {out} --tasks {task} --model MODEL"
+
+
+def _jsonl(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001
+    items = [_named(bench, _moved(bench, item, out)) for item in bench.items]
+    write_text(out, bench_text(bench.header, items), force)
+    return f"eval-mcq run --model MODEL --bench {out}"
+
+
+def _parquet(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001
+    with new_file(out, force) as partial:
+        write_rows(partial, bench.header.model_dump_json(by_alias=True), _embedded(bench), embed=True)
+    return f"eval-mcq import {out} --format parquet --out {out.stem}.jsonl (on the machine it is sent to)"
+
+
+def _embedded(bench: Bench) -> Iterator[dict[str, Any]]:
+    for item, pictures in with_pictures(bench):
+        names = [content_name(data, suffix) for data, suffix in pictures]
+        row = _named(bench, item.model_copy(update={"images": names}))
+        yield {**row.model_dump(), EMBEDDED: [data for data, _ in pictures]}
+
+
+def _named(bench: Bench, item: MCQItem) -> MCQItem:
+    """The question with what outputs call its patient."""
+    return item.model_copy(update={"patient": bench.patients[item.id]})
+
+
+def _moved(bench: Bench, item: MCQItem, out: Path) -> MCQItem:
+    """The question with its image paths relative to the folder of another file."""
+    folder = out.absolute().parent
+    paths = [Path(os.path.relpath(path.absolute(), folder)).as_posix() for path in bench.image_paths(item)]
+    return item.model_copy(update={"images": paths})
+
+
+EXPORTERS: Mapping[str, Callable[[Bench, Path, Path, bool], str]] = {
+    "llava": _llava,
+    "messages": _messages,
+    "vlmevalkit": _vlmevalkit,
+    "lmms-eval": _lmms_eval,
+    "parquet": _parquet,
+    "jsonl": _jsonl,
+}
+"""Format name to a function of bench, output, image folder and force, that writes it and says what to type next."""
+
+
+def write_predictions(bench: Bench, run: Run, out: Path, force: bool = False) -> int:
+    """Write a run's answers as the table that VLMEvalKit scores.
+
+    Returns:
+        Number of predictions.
+
+    Raises:
+        UserError: the run is of another bench.
+    """
+    if run.record.bench_sha256 != bench.digest:
+        raise BadDataError(
+            f"run {run.folder} answered {run.record.bench} ({run.record.bench_sha256[:12]}), not {bench.path} "
+            f"({bench.digest[:12]}): give the bench that was run"
+        )
+    chosen = {answer.id: answer.chosen or vlmevalkit.UNREAD for answer in run.answers}
+    with new_file(out, force) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+        stream.writelines(vlmevalkit.predictions(bench, chosen))
+    return len(chosen)

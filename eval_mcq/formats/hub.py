@@ -1,0 +1,36 @@
+"""Data sets of the library ``datasets``: a hub id, a folder, or Parquet files, row by row."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from eval_mcq.formats.columns import ColumnMap
+from eval_mcq.formats.rows import READERS, Row, read_rows
+from mgll_encoder.common.hf_datasets import open_dataset
+
+COLUMNS = ColumnMap(
+    {
+        "id": ("id", "question_id", "index", "idx"), "image": ("image", "images", "decoded_image"),
+        "question": ("question",), "hint": (), "options": ("options", "choices", "{}", "option_{}"),
+        "answer": ("answer", "label"), "category": ("category", "disease", "subject"),
+        "source": ("source", "dataset"), "patient": ("patient", "patient_id"), "tags": ("tags",),
+    }
+)  # fmt: skip
+
+
+def read_dataset(name: str, split: str | None) -> Iterator[Row]:
+    """Rows of a data set, images as bytes and not decoded.
+
+    Args:
+        name: A folder that ``save_to_disk`` wrote, a folder of Parquet or image files, a .parquet, .json,
+            .jsonl, .csv or .tsv file, or the id of a data set on the hub.
+        split: Which split to read; may be left out where there is only one.
+
+    Raises:
+        UserError: no such data set or split.
+    """
+    path = Path(name)
+    if path.suffix.lower() in READERS and path.is_file():
+        yield from read_rows(path)
+        return
+    for number, cells in enumerate(open_dataset(path, split), start=1):
+        yield Row(f"{name} row {number}", cells)

@@ -1,0 +1,1 @@
+"""What a run leaves on disk, and in what order a benchmark is asked."""

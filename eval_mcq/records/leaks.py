@@ -1,0 +1,99 @@
+"""Test images that the model under test has seen in training: found by hash, refused unless asked for."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from eval_mcq.items.schema import Bench
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.picture_bytes import picture_digests
+from mgll_encoder.common.trained_on import Training, as_numbers, trainings_of
+from mllm_adapters.checkpoints.locate import base_of_adapter
+
+_logger = logging.getLogger(__name__)
+
+
+class Leak(BaseModel):
+    """How much of a bench its model was trained on.
+
+    Attributes:
+        images: Different images of the bench.
+        seen: How many of them were trained on.
+        by: The trainings that saw any -> how many each.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int
+    seen: int
+    by: dict[str, int]
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        parts = ", ".join(f"{count} by {title}" for title, count in self.by.items())
+        return f"{self.seen} of {self.images} images were seen in training: {parts}"
+
+
+def find_leak(model: Path, bench: Bench) -> Leak | None:
+    """Hold the images of a bench against what a model, and the base of an adapter, say that they were trained on.
+
+    Images are the same if what decides their pixels is; a model without such a record has nothing to be held against.
+
+    Returns:
+        What was seen; None where nothing was.
+
+    Raises:
+        UserError: an image is missing, or the model's record is damaged.
+    """
+    trainings = trainings_of_model(model)
+    if not trainings:
+        return None
+    paths = (path for item in bench.items for path in bench.image_paths(item))
+    shown = np.unique(as_numbers(picture_digests(paths, "Looking for training images in the bench").values()))
+    seen: dict[str, NDArray[np.bool_]] = {}
+    for training in trainings:
+        found = np.isin(shown, training.images)
+        seen[training.title] = found | seen.get(training.title, found)
+    by = {title: int(found.sum()) for title, found in seen.items() if found.any()}
+    return Leak(images=len(shown), seen=int(np.any([*seen.values()], axis=0).sum()), by=by) if by else None
+
+
+def check_leak(model: Path, bench: Bench, *, allow: bool) -> Leak | None:
+    """Refuse a bench whose images the model was trained on.
+
+    Args:
+        model: Model folder.
+        bench: The questions.
+        allow: Go on all the same, with a warning.
+
+    Returns:
+        What was seen, for the record of the run.
+
+    Raises:
+        UserError: an image was seen and ``allow`` is not set; see also `find_leak`.
+    """
+    leak = find_leak(model, bench)
+    if leak is None:
+        return None
+    if not allow:
+        raise UserError(
+            f"bench {bench.path}: {leak.text}; build it on the other side of the training data's split (eval-mcq build "
+            "--split test, with the same --patient-column, --test-share and --split-seed), or add --allow-leak to run "
+            "it and have that said in every table"
+        )
+    _logger.warning(f"bench {bench.path}: {leak.text}; its figures are flattered")
+    return leak
+
+
+def trainings_of_model(folder: Path) -> tuple[Training, ...]:
+    """What a model was trained on; for an adapter, its base too.
+
+    Raises:
+        UserError: a record is damaged, or the base of an adapter is not there.
+    """
+    base = base_of_adapter(folder)
+    return (*(trainings_of(base) if base else ()), *trainings_of(folder))

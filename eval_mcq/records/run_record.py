@@ -1,0 +1,444 @@
+"""What a run leaves on disk: ``run.json`` (what was asked of whom), ``answers.jsonl`` (the answers)."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from eval_mcq.items.schema import LETTERS, MCQItem, Text, parse
+from eval_mcq.records.answers_file import whole_lines
+from eval_mcq.records.batching import Shard
+from eval_mcq.records.leaks import Leak
+from eval_mcq.scoring.prompt import Mode, shown_letters
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
+from mgll_encoder.common.texts import parse_json, read_text
+
+RUN_FILE = "run.json"
+ANSWERS_FILE = "answers.jsonl"
+SUMMARY_FILE = "summary.json"
+
+RUN_FORMAT: Final = "eval-mcq-run/2"
+"""Version of the run folder; one of another version is refused."""
+
+OPTIONAL = ("letter_mass", "log_likelihoods", "tokens", "reply")
+"""Fields of an answer that only some scoring modes fill; left out of the file where empty."""
+
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""A probability."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Rotations = Annotated[int, Field(ge=1, le=len(LETTERS))]
+Texts = Annotated[list[Text], Field(min_length=1)]
+
+
+class RunRecord(BaseModel):
+    """What identifies a run; answers are reused only while all of ``identity`` is the same.
+
+    Attributes:
+        format: Version of the run folder.
+        model: Model folder as given.
+        model_sha256: Hash over the bytes of weights, config, processor and tokenizer, sub-folders included.
+        bench: Bench file as given.
+        bench_name: Its name for tables.
+        bench_sha256: Hash of its bytes.
+        categories: Diseases in table order.
+        questions: Number of questions in the bench.
+        mode: Scoring mode.
+        rotations: Most rotations of the options that each question is put in; a question of n options has n.
+        prompt: Version of the prompt, and of the parser of replies where there is one.
+        dtype: Number format of the model, and its quantisation if any.
+        code: Versions of scoring, reader of pictures, torch and transformers. Runs of before 2026-12 have a hash of
+            source files there.
+        shard: ``i/n`` of a run that holds only a part of the answers; None of a whole one.
+        batch_size: Rows of a batch; shards are made of whole batches. None of runs before it was recorded.
+        example: The prompt of the bench's first question in full, for the reader.
+        versions: Package versions, for the reader.
+        leak: How much of the bench its model was trained on, where that was allowed; None of a clean run.
+        left_out: What the bench was made without, by reason: rows of the label table, or questions of another tool.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    format: Literal["eval-mcq-run/2"] = RUN_FORMAT
+    model: str
+    model_sha256: str
+    bench: str
+    bench_name: str
+    bench_sha256: str
+    categories: Texts
+    questions: int = Field(ge=1)
+    mode: Mode
+    rotations: Rotations = 1
+    prompt: str
+    dtype: str
+    code: str = ""
+    shard: str | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    example: str = ""
+    versions: dict[str, str] = {}
+    leak: Leak | None = None
+    left_out: dict[str, Annotated[int, Field(ge=0)]] = {}
+
+    @field_validator("shard")
+    @classmethod
+    def _shard_is_one(cls, shard: str | None) -> str | None:
+        try:
+            return shard if shard is None else Shard.parse(shard).name
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must agree for an answer to be this run's, in the words of an error message."""
+        return {
+            "model": self.model_sha256, "bench": self.bench_sha256, "scoring mode": self.mode,
+            "number of rotations": str(self.rotations), "prompt": self.prompt, "dtype": self.dtype,
+            "scoring version": self.code,
+        }  # fmt: skip
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the identity, written into every row."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def difference(self, other: "RunRecord") -> str | None:
+        """The first thing in which another run's identity differs, with both values; None if in nothing."""
+        for what, value in self.identity.items():
+            if (theirs := other.identity[what]) != value:
+                at = next((i for i, (a, b) in enumerate(zip(value, theirs, strict=False)) if a != b), 0)
+                start = max(0, at - 6) if max(len(value), len(theirs)) > 24 else 0
+                return f"{what} ({theirs[start : start + 24]}, now {value[start : start + 24]})"
+        return None
+
+
+class Answer(BaseModel):
+    """One line of ``answers.jsonl``: a question in one rotation of its options.
+
+    Letters and probabilities are of the options in their *original* order, as in the bench, whatever the rotation.
+
+    Attributes:
+        id: The question.
+        rotation: The option shown at place p is number ``(p + rotation) % options``.
+        category: Its disease.
+        cluster: Patient (or image) that its answers are clustered by.
+        images_sha256: Bytes of its images.
+        gold: True letter.
+        chosen: Chosen letter; None where a reply could not be read.
+        probabilities: Of the options; of a reply that was read 1 for its option, of one that was not 0 for all.
+        shown: The letter under which each option was shown, as one string.
+        letter_mass: Probability of the offered letters within the whole vocabulary.
+        log_likelihoods: Of the option texts, summed over their tokens.
+        tokens: Number of those tokens.
+        reply: What the model wrote.
+        run: Fingerprint of the run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: Text
+    rotation: int = Field(default=0, ge=0, lt=len(LETTERS))
+    category: Text
+    cluster: Text
+    images_sha256: Texts
+    gold: str
+    chosen: str | None
+    probabilities: list[Share] = Field(min_length=2, max_length=len(LETTERS))
+    shown: str = ""
+    letter_mass: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    log_likelihoods: list[Finite] | None = None
+    tokens: list[Annotated[int, Field(ge=0)]] | None = None
+    reply: str | None = None
+    run: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shown(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "shown" in data:
+            return data
+        probabilities, rotation = data.get("probabilities"), data.get("rotation", 0)
+        if isinstance(probabilities, list) and isinstance(rotation, int) and len(probabilities) > 1:
+            return {**data, "shown": shown_letters(min(len(probabilities), len(LETTERS)), rotation)}
+        return data
+
+    @model_validator(mode="after")
+    def _letters_fit(self) -> "Answer":
+        options = len(self.probabilities)
+        if self.rotation >= options:
+            raise ValueError(f"field 'rotation' is {self.rotation}, of {options} options")
+        shown = shown_letters(options, self.rotation)
+        if self.shown != shown:
+            raise ValueError(f"field 'shown' is not '{shown}', as it is in rotation {self.rotation}")
+        for field, letter in (("gold", self.gold), ("chosen", self.chosen)):
+            if letter is not None and not (len(letter) == 1 and letter in shown):
+                raise ValueError(
+                    f"field '{field}' is none of the letters {LETTERS[0]}-{LETTERS[options - 1]}"
+                )
+        for field, of_options in (("log_likelihoods", self.log_likelihoods), ("tokens", self.tokens)):
+            if of_options is not None and len(of_options) != options:
+                raise ValueError(f"field '{field}' has {len(of_options)} entries for {options} options")
+        return self
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What is answered once in a run."""
+        return self.id, self.rotation
+
+    @property
+    def about(self) -> int:
+        """A hash of what all rotations of a question have in common."""
+        return hash((self.category, self.cluster, self.gold, len(self.probabilities), *self.images_sha256))
+
+    @property
+    def right(self) -> bool:
+        """Whether the true option was chosen."""
+        return self.chosen == self.gold
+
+    @property
+    def chance(self) -> float:
+        """Share that guessing gets right."""
+        return 1 / len(self.probabilities)
+
+    def answers_item(self, item: MCQItem) -> bool:
+        """Whether it is about a question as it stands in the bench."""
+        return (self.category, self.gold, len(self.probabilities)) == (
+            item.category, item.letter, len(item.options)
+        )  # fmt: skip
+
+    def as_shown(self, letter: str) -> str:
+        """The letter under which an option was shown, of its letter in the bench."""
+        return self.shown[LETTERS.index(letter)]
+
+    def line(self) -> str:
+        """The line of the answers file."""
+        empty = {name for name in OPTIONAL if getattr(self, name) is None}
+        return self.model_dump_json(exclude=empty) + "\n"
+
+
+@dataclass(frozen=True)
+class ItemAnswer:
+    """A question with the answers of all its rotations; reads like an `Answer`.
+
+    Attributes:
+        chosen: The option with the highest mean probability over rotations, or the most read replies; of equal ones
+            that of the earliest rotation; None where no reply could be read.
+        probabilities: Means over rotations.
+        letter_mass: Mean over rotations; None where the scoring mode has none.
+        rows: The answers, by rotation.
+    """
+
+    id: str
+    category: str
+    cluster: str
+    images_sha256: list[str]
+    gold: str
+    chosen: str | None
+    probabilities: list[float]
+    letter_mass: float | None
+    rows: tuple[Answer, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Answer]) -> "ItemAnswer":
+        """Put the rotations of one question together."""
+        first = rows[0]
+        mean = np.mean([row.probabilities for row in rows], axis=0)
+        masses = [row.letter_mass for row in rows if row.letter_mass is not None]
+        return cls(
+            id=first.id,
+            category=first.category,
+            cluster=first.cluster,
+            images_sha256=first.images_sha256,
+            gold=first.gold,
+            chosen=_chosen(mean.tolist(), rows),
+            probabilities=mean.tolist(),
+            letter_mass=float(np.mean(masses)) if masses else None,
+            rows=tuple(rows),
+        )
+
+    @property
+    def right(self) -> bool:
+        """Whether the true option was chosen."""
+        return self.chosen == self.gold
+
+    @property
+    def all_right(self) -> bool:
+        """Whether the true option was chosen in every rotation (CircularEval, after open-compass/MMBench)."""
+        return all(row.right for row in self.rows)
+
+    @property
+    def share_right(self) -> float:
+        """Share of rotations in which the true option was chosen."""
+        return sum(row.right for row in self.rows) / len(self.rows)
+
+    @property
+    def unparsed(self) -> int:
+        """Number of rotations whose reply could not be read."""
+        return sum(row.chosen is None for row in self.rows)
+
+    @property
+    def chance(self) -> float:
+        """Share that guessing gets right."""
+        return 1 / len(self.probabilities)
+
+
+def _chosen(mean: Sequence[float], rows: Sequence[Answer]) -> str | None:
+    best = max(mean)
+    if best <= 0:
+        return None
+    tied = [LETTERS[i] for i, p in enumerate(mean) if p >= best - 1e-9]
+    return next((row.chosen for row in rows if row.chosen in tied), tied[0])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read from disk.
+
+    Attributes:
+        folder: Where it lies.
+        record: What identifies it.
+        rows: One answer per question and rotation, in the order of the file.
+    """
+
+    folder: Path
+    record: RunRecord
+    rows: Sequence[Answer]
+
+    @cached_property
+    def answers(self) -> list[ItemAnswer]:
+        """One answer per question all of whose rotations are answered, in the order of the file."""
+        by_item: dict[str, list[Answer]] = {}
+        for row in self.rows:
+            by_item.setdefault(row.id, []).append(row)
+        return [
+            ItemAnswer.of(sorted(rows, key=lambda row: row.rotation))
+            for rows in by_item.values()
+            if len(rows) == min(self.record.rotations, len(rows[0].probabilities))
+        ]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every question of the bench is answered, in every rotation."""
+        return len(self.answers) == self.record.questions
+
+    @property
+    def rotation_accuracy(self) -> float:
+        """Accuracy of a single rotation, on average: mean over questions of the share of right rotations."""
+        return float(np.mean([answer.share_right for answer in self.answers]))
+
+    @property
+    def all_right_accuracy(self) -> float:
+        """Share of questions that are right in every rotation."""
+        return float(np.mean([answer.all_right for answer in self.answers]))
+
+    @property
+    def unparsed(self) -> int:
+        """Number of rows whose reply could not be read."""
+        return sum(row.chosen is None for row in self.rows)
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run, finished or not.
+
+    Raises:
+        UserError: not a run folder, one of another format, no question is answered, or a line of it is damaged.
+    """
+    run = read_run(folder)
+    if not run.answers:
+        found = "no question in all its rotations" if run.rows else "no question"
+        raise BadDataError(
+            f"run {folder} answers {found} yet: start the same eval-mcq run command again to resume it"
+        )
+    return run
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run that may hold no answers yet.
+
+    Raises:
+        UserError: not a run folder, one of another format, or a line of it is damaged.
+    """
+    record = read_record(folder)
+    return Run(folder, record, list(read_answers(folder / ANSWERS_FILE, record)))
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read ``run.json``.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise NotFoundError(
+            f"{folder} is not a run (it has no {RUN_FILE}): give the --out folder of eval-mcq run"
+        )
+    text = read_text(path, "run")
+    found = parse_json(text, f"run {path}")
+    if not isinstance(found, dict) or found.get("format") != RUN_FORMAT:
+        was = str(found.get("format", "eval-mcq-run/1"))[:40] if isinstance(found, dict) else "no run"
+        raise BadDataError(
+            f"run {path} has format '{was}', expected '{RUN_FORMAT}': start the run anew with --force"
+        )
+    return parse(RunRecord, text, f"run {path}")
+
+
+def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer]:
+    """Read the answers file line by line; a last line that a killed run left unfinished is passed over.
+
+    A line that stands there a second time, as it is, is passed over as well.
+
+    Args:
+        path: The file; one that is missing holds no answers.
+        record: Of the run that the rows must be of, if they say of which they are.
+
+    Raises:
+        UserError: another line is damaged, is of another run, answers a question a second time and otherwise, or
+            is about another question than the other rotations of it.
+    """
+    lines: dict[tuple[str, int], int] = {}
+    questions: dict[str, int] = {}
+    for number, line in whole_lines(path):
+        answer = parse(Answer, line, f"{path} line {number}")
+        where = f"{path} line {number} (id '{answer.id}')"
+        if record:
+            _check_of(answer, record, where)
+        if questions.setdefault(answer.id, answer.about) != answer.about:
+            raise BadDataError(
+                f"{where} has another category, patient, true letter, image or number of options than another "
+                "rotation of its question: start the run anew with --force"
+            )
+        if (before := lines.get(answer.key)) is None:
+            lines[answer.key] = hash(line)
+            yield answer
+        elif before != hash(line):
+            raise BadDataError(
+                f"{path} line {number} answers question '{answer.id}' twice (rotation {answer.rotation}), and not as "
+                "the first time: start the run anew with --force"
+            )
+
+
+def _check_of(answer: Answer, record: RunRecord, where: str) -> None:
+    if answer.run not in ("", record.fingerprint):
+        raise BadDataError(
+            f"{where} is an answer of another run ({answer.run[:16]}, this is {record.fingerprint}): start the run "
+            "anew with --force"
+        )
+    if answer.category not in record.categories:
+        raise BadDataError(f"{where} has category '{answer.category}', which is none of {RUN_FILE}")
+    if answer.rotation >= record.rotations:
+        raise BadDataError(f"{where} is rotation {answer.rotation}, of {record.rotations} of the run")
+
+
+def letter_counts(answers: Iterable[ItemAnswer]) -> dict[str, tuple[int, int]]:
+    """Per letter *as shown*: in how many rows it was true, in how many it was chosen."""
+    rows = [row for answer in answers for row in answer.rows]
+    used = max(len(row.probabilities) for row in rows)
+    true = [row.as_shown(row.gold) for row in rows]
+    chosen = [row.as_shown(row.chosen) for row in rows if row.chosen is not None]
+    return {letter: (true.count(letter), chosen.count(letter)) for letter in LETTERS[:used]}

@@ -1,0 +1,256 @@
+"""From questions to token ids: chat template, image placeholders, and how a model's tokenizer writes an answer."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from eval_mcq.items.schema import LETTERS, MCQItem
+from eval_mcq.scoring.prefix_tree import common_length
+from eval_mcq.scoring.prompt import Ask, Prompt, render
+from mgll_encoder.common.chat import PREFIX_TYPES, render_chat, template_of
+from mgll_encoder.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """An ask as token ids.
+
+    Attributes:
+        ask: The question.
+        prompt: Text before the answer, one placeholder per image.
+        tokens: Ids of it, image tokens included; empty where they are not made of a common beginning.
+        continuations: Ids of texts whose likelihood after it is wanted; one empty one where a letter is.
+        wanted: For each continuation and each of its positions (one of an empty one): the ids whose probability is
+            wanted there.
+    """
+
+    ask: Ask
+    prompt: str
+    tokens: list[int]
+    continuations: list[list[int]]
+    wanted: list[list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All questions on one image (or on the same images), ready for the model.
+
+    Attributes:
+        rows: The questions.
+        images: The images, decoded.
+        inputs: What the processor made of the images.
+        per_token: What it made of the first prompt, ids included; each [1, length].
+        image_end: Number of tokens up to the last one that stands for a part of an image.
+        sharable: Whether the tokens of all rows were made of a common beginning with the images in it, which no model
+            reads otherwise for what follows.
+    """
+
+    rows: list[Row]
+    images: list[Image.Image]
+    inputs: dict[str, Tensor]
+    per_token: dict[str, Tensor]
+    image_end: int
+    sharable: bool
+
+
+Continuations = Callable[["Writer", Ask, str], tuple[list[list[int]], list[list[list[int]]]]]
+"""What a scoring mode wants to know after a prompt; see `Row`."""
+
+
+class Writer:
+    """Writes prompts as one model's processor wants them. Safe to use from two threads.
+
+    Args:
+        processor: Renders the chat template, cuts text into tokens and prepares images.
+        prompt: How questions are put.
+
+    Raises:
+        UserError: the processor is missing, or has no chat template.
+    """
+
+    def __init__(self, processor: Any, prompt: Prompt) -> None:
+        if processor is None:
+            raise UserError(
+                "the model has no processor (no tokenizer in its folder): eval-mcq cannot put questions to it"
+            )
+        if template_of(processor) is None:
+            raise UserError(
+                "the model's processor has no chat template: add chat_template.jinja to the model folder"
+            )
+        self.processor = processor
+        self._prompt = prompt
+        self._lock = threading.RLock()  # fast tokenizers cannot be borrowed twice at a time
+        self._letter_ids: list[list[int]] = []
+        self._lead: str | None = None
+        self._reads_text: bool | None = None  # whether the image part of the model reads the question, too
+
+    def prompt(self, item: MCQItem, rotation: int = 0) -> str:
+        """The text before the answer, chat template and image placeholders included."""
+        return self._template([self._user(item, rotation)], add_generation_prompt=True)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, without what a tokenizer puts around it."""
+        with self._lock:
+            return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def batch(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **kwargs: Any
+    ) -> dict[str, Any]:
+        """What the processor makes of prompts and their images, padded."""
+        with self._lock:
+            made = self.processor(
+                text=list(prompts),
+                images=[image for of_prompt in images for image in of_prompt],
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=not self._starts_with_bos(prompts[0]),
+                **kwargs,
+            )
+        return dict(made)
+
+    def prepare(
+        self, asks: Sequence[Ask], images: list[Image.Image], continuations: Continuations
+    ) -> Prepared:
+        """Token ids of all questions on an image; the image itself is prepared once."""
+        prompts = [self.prompt(ask.item, ask.rotation) for ask in asks]
+        batch = self.batch(prompts[:1], [images])
+        first = batch.pop("input_ids")
+        batch.pop("attention_mask", None)
+        per_token = {name: value for name, value in batch.items() if _is_per_token(value, first)}
+        expanded = first[0].tolist()
+        plain = [self._unexpanded(prompt) for prompt in prompts]
+        spread = _spread(plain, expanded, self._placeholder())
+        inputs = {name: value for name, value in batch.items() if name not in per_token}
+        if self._reads_text is None and prompts[0] != prompts[-1]:
+            other = self.batch(prompts[-1:], [images])
+            self._reads_text = not all(_same(value, other[name]) for name, value in inputs.items())
+        wanted = [continuations(self, ask, prompt) for ask, prompt in zip(asks, prompts, strict=True)]
+        return Prepared(
+            rows=[
+                Row(ask, prompt, tokens, *of_ask)
+                for ask, prompt, tokens, of_ask in zip(asks, prompts, spread.rows, wanted, strict=True)
+            ],
+            images=images,
+            inputs=inputs,
+            per_token={"input_ids": first, **per_token},
+            image_end=spread.image_end,
+            sharable=spread.sharable
+            and PREFIX_TYPES not in per_token
+            and all(map(torch.is_tensor, inputs.values()))
+            and (len(prompts) == 1 or not self._reads_text),
+        )
+
+    def letter_ids(self, prompt: str, count: int) -> list[list[int]]:
+        """Token ids of each letter as the tokenizer writes it right after a prompt: "A", " A" or both.
+
+        Raises:
+            UserError: a letter is not a single token.
+        """
+        if len(self._letter_ids) < count:
+            before = self.tokenize(prompt)
+            per_variant = []
+            for variant in dict.fromkeys(("{}", " {}", f"{self.lead}{{}}")):
+                ids = [
+                    self._single_token(prompt, before, variant.format(letter)) for letter in LETTERS[:count]
+                ]
+                per_variant.append(ids)
+            usable = [[i for i in ids if i is not None] for ids in per_variant if None not in ids]
+            if not usable:
+                nearest = min(per_variant, key=lambda ids: ids.count(None))
+                raise UserError(
+                    f"option letter '{LETTERS[nearest.index(None)]}' is not a single token after the prompt for "
+                    "this model's tokenizer: build the bench with fewer --options, or use --mode options"
+                )
+            self._letter_ids = [sorted(set(ids)) for ids in zip(*usable, strict=True)]
+        return self._letter_ids
+
+    @property
+    def lead(self) -> str:
+        """What the model's chat template writes between the prompt and an answer: a space, a line break, nothing."""
+        if self._lead is None:
+            answer = "drusen"
+            item = MCQItem(id="x", images=["x"], question="?", options=[answer, "x"], answer=0, category="x")
+            prompt = self.prompt(item)
+            reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+            whole = self._template([self._user(item, 0), reply], add_generation_prompt=False)
+            rest = whole[len(prompt) :] if whole.startswith(prompt) else ""
+            lead, found, _ = rest.partition(answer)
+            self._lead = lead if found and not lead.strip() else ("" if prompt[-1:].isspace() else " ")
+        return self._lead
+
+    def continuation(self, prompt: str, text: str) -> list[int]:
+        """Ids of a text as an answer to a prompt.
+
+        Raises:
+            UserError: the tokenizer joins it with the end of the prompt.
+        """
+        before, after = self.tokenize(prompt), self.tokenize(prompt + self.lead + text)
+        if after[: len(before)] != before or len(after) == len(before):
+            raise UserError(
+                f"the tokenizer joins the answer '{text}' with the end of the prompt, so that its likelihood cannot be "
+                "told: use --mode letters or generate"
+            )
+        return after[len(before) :]
+
+    def _user(self, item: MCQItem, rotation: int) -> dict[str, Any]:
+        text = {"type": "text", "text": render(item, rotation, self._prompt)}
+        return {"role": "user", "content": [*({"type": "image"} for _ in item.images), text]}
+
+    def _template(self, turns: list[dict[str, Any]], **kwargs: Any) -> str:
+        return render_chat(self.processor, turns, **kwargs)
+
+    def _single_token(self, prompt: str, before: list[int], answer: str) -> int | None:
+        after = self.tokenize(prompt + answer)
+        return after[-1] if after[:-1] == before else None
+
+    def _unexpanded(self, prompt: str) -> list[int]:
+        with self._lock:
+            special = not self._starts_with_bos(prompt)
+            return list(self.processor.tokenizer(prompt, add_special_tokens=special)["input_ids"])
+
+    def _placeholder(self) -> int | None:
+        token = getattr(self.processor, "image_token", None)
+        return None if token is None else int(self.processor.tokenizer.convert_tokens_to_ids(token))
+
+    def _starts_with_bos(self, prompt: str) -> bool:
+        bos = self.processor.tokenizer.bos_token
+        return bos is not None and prompt.startswith(bos)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    rows: list[list[int]]
+    image_end: int
+    sharable: bool
+
+
+def _spread(plain: list[list[int]], expanded: list[int], placeholder: int | None) -> _Spread:
+    """Put the image tokens that the processor gave the first prompt into all of them.
+
+    Placeholders are tokens of their own, so what follows them is cut in the same way whatever they become.
+    """
+    first = plain[0]
+    if first == expanded:  # one token per image
+        image_end = replaced = max(
+            (i + 1 for i, token in enumerate(first) if token == placeholder), default=0
+        )
+    else:
+        before = common_length([first, expanded])
+        after = common_length([first[before:][::-1], expanded[before:][::-1]])
+        replaced, image_end = len(first) - after, len(expanded) - after
+    sharable = replaced > 0 and all(row[:replaced] == first[:replaced] for row in plain)
+    rows = [expanded[:image_end] + row[replaced:] if sharable else [] for row in plain]
+    return _Spread(rows, image_end, sharable)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.is_tensor(one) and torch.is_tensor(other) and torch.equal(one, other)
+
+
+def _is_per_token(value: Any, ids: Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == ids.shape and not value.is_floating_point()

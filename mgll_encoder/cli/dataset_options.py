@@ -1,0 +1,173 @@
+"""What the probing commands share: their options, the images they name, and the table they print."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mgll_encoder.common.cli import note, stdout
+from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mgll_encoder.probing.linear import ProbeResult
+
+Encoder = Annotated[
+    Path,
+    typer.Option(
+        "--encoder",
+        help="Tower: whatever 'mgll-encoder inspect' reads, or a hub id such as openai/clip-vit-large-patch14.",
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Table (CSV, TSV, Excel, Parquet): image, labels, patient; see docs/tables.md."
+    ),
+]
+Images = Annotated[Path, typer.Option("--images", help="Folder that the image column is relative to.")]
+BenchmarkName = Annotated[
+    str | None,
+    typer.Option(
+        "--benchmark",
+        help="A published data set, which says what the columns are, such as rfmid or chestxray14: see --list.",
+    ),
+]
+ImageColumn = Annotated[
+    str, typer.Option("--image-column", help="Column with the image path, or a template such as '{ID}.png'.")
+]
+LabelsColumn = Annotated[
+    str, typer.Option("--labels-column", help="Column with a class, or with a list of labels.")
+]
+PatientColumn = Annotated[
+    str | None,
+    typer.Option("--patient-column", help=PATIENT_HELP),
+]
+SplitColumn = Annotated[
+    str | None,
+    typer.Option("--split-column", help="Column that says train, val or test, instead of a random split."),
+]
+TestData = Annotated[
+    Path | None,
+    typer.Option(
+        "--test-data", help="Label file of the test images, for sets that publish two; all else trains."
+    ),
+]
+TestImages = Annotated[
+    Path | None, typer.Option("--test-images", help="Their folder, if it is not that of --images.")
+]
+TestList = Annotated[
+    Path | None,
+    typer.Option(
+        "--test-list", help="Text file with the names of the test images, one a line; all else trains."
+    ),
+]
+Only = Annotated[str, typer.Option("--only", help="Labels that count, separated by ';' (default: all).")]
+MinPositives = Annotated[
+    int,
+    typer.Option(
+        "--min-positives",
+        min=1,
+        help="Labels with fewer positive test images are left out: their figures are noise.",
+    ),
+]
+ActivationName = Annotated[
+    str | None,
+    typer.Option("--activation", help="gelu or quick_gelu, for towers that do not say it themselves."),
+]
+WeightsName = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="raw or ema, for towers with a moving average of the weights beside them."
+    ),
+]
+TestShare = Annotated[float, typer.Option("--test", help="Share of patients for the test side.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop at the first row or image that would be left out.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=0, help="Processes that read images (default: one per core).")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+
+
+def print_result(
+    result: "ProbeResult",
+    title: str,
+    published: "Mapping[str, Mapping[str, float]]",
+    names: "Mapping[str, str]",
+    trained: bool = True,
+) -> None:
+    """The table of a probe.
+
+    Args:
+        result: What was found.
+        title: Above the table.
+        published: Method -> metric -> published figure in %.
+        names: Label -> its name in words.
+        trained: Whether training images had a part.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from mgll_encoder.probing.linear import CONFIDENCE, METRICS, REPLICATES
+
+    table = Table(title=Text(title), title_justify="left")
+    for column in ("", "positive", *METRICS):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, figures in result.labels.items():
+        words = f"{label} ({names[label]})" if label in names else label
+        table.add_row(
+            Text(words), str(result.positives[label]), *(f"{figures[metric]:.1f}" for metric in METRICS)
+        )
+    table.add_section()
+    macro = (
+        f"{f.value:.1f} [{f.low:.1f}, {f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
+    )
+    table.add_row("macro average", "", *macro)
+    if len(result.runs) > 1:
+        for place, run in enumerate(result.runs, start=1):
+            table.add_row(f"  training {place}", "", *(f"{run[metric]:.1f}" for metric in METRICS))
+    for name, row in published.items():
+        table.add_row(
+            f"paper: {name}", "", *(f"{row[metric]:.2f}" if metric in row else "–" for metric in METRICS)
+        )
+    stdout.print(table)
+    sides = f"{result.train} training and {result.test} test images" if trained else f"{result.test} images"
+    stdout.print(
+        f"{sides} of {result.patients} patients; brackets: {CONFIDENCE} % bootstrap over patients "
+        f"({REPLICATES} draws)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result.left_out:
+        left_out = ", ".join(result.left_out)
+        note(f"left out, for want of positive or negative images (see --min-positives): {left_out}")
+
+
+def said(text: str) -> None:
+    """A line of result."""
+    stdout.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def table_of_benchmarks(asked: bool) -> None:
+    """``--list``: print the described benchmarks, and leave."""
+    if not asked:
+        return
+    from rich.table import Table
+
+    from mgll_encoder.probing.benchmarks import PROTOCOLS, benchmarks, published_figures
+
+    table = Table(title="Published probes (--benchmark)", title_justify="left")
+    for heading in ("name", "labels", "published", "what, and how to name its files"):
+        table.add_column(heading)
+    for name, row in benchmarks().items():
+        labels: Any = len(row.binary or row.only or set(row.folders.values())) or "–"
+        having = [
+            mode for mode, kind in PROTOCOLS.items() if row.paper and published_figures(row.paper, kind)
+        ]
+        about = row.title + (f"\n{row.hint}" if row.hint else "")
+        table.add_row(name, str(labels), ", ".join(having) or "–", about)
+    stdout.print(table)
+    raise typer.Exit

@@ -1,0 +1,165 @@
+"""Chat templates, rendered within bounds: a template is somebody else's program, and may run without end."""
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.common import chat_worker
+from mgll_encoder.common.errors import UserError
+
+SECONDS = 5.0
+"""Computing time that one rendering may take; a long conversation takes milliseconds."""
+
+_START = 120.0
+"""Seconds within which the process that renders must be ready."""
+
+_PATIENCE = 60.0
+"""Seconds within which it must have rendered; it is ended sooner by the kernel unless the machine is overloaded."""
+
+_CHUNK = 1 << 16
+
+PREFIX_TYPES = "token_type_ids"
+"""What PaliGemma's processor says of each position: 0 in the prompt, whose tokens see each other in both directions, 1
+in the answer, which is causal. So no part of a prompt can be computed before its end is known."""
+
+
+class TemplateError(UserError):
+    """A chat template that cannot be rendered, or not for this conversation."""
+
+
+def template_of(processor: Any) -> str | None:
+    """The chat template that counts, of a processor that may have several; None where it has none."""
+    found = getattr(processor, "chat_template", None)
+    if isinstance(found, Mapping):
+        found = found.get("default")
+    return found if isinstance(found, str) and found else None
+
+
+def render_chat(
+    processor: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+) -> str:
+    """What ``processor.apply_chat_template`` gives, within bounds of time, memory and length. Safe in threads.
+
+    Args:
+        processor: Has a chat template and a tokenizer.
+        messages: Turns as that method takes them, pictures as placeholders.
+        add_generation_prompt: Whether the text ends where an answer begins.
+
+    Raises:
+        TemplateError: the template is none, refuses the conversation, or does not come to an end; its line is named
+            where it is known.
+    """
+    template = template_of(processor)
+    if template is None:
+        raise UserError("the model's processor has no chat template: add chat_template.jinja to its folder")
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+    named = processor.tokenizer.special_tokens_map.items()
+    special = {
+        key: [str(t) for t in token] if isinstance(token, list) else str(token) for key, token in named
+    }
+    request = {
+        **special,
+        "conversations": [turns],
+        "chat_template": template,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    answer = _WORKER.ask(request)
+    if "text" in answer:
+        return _whole(str(answer["text"]))
+    where = f"line {answer['line']}: " if answer.get("line") else ""
+    raise TemplateError(
+        f"the model's chat template cannot be rendered: {where}{answer['error']}: mend chat_template.jinja in its "
+        "folder (older folders have it in chat_template.json, processor_config.json or tokenizer_config.json)"
+    )
+
+
+def _whole(text: str) -> str:
+    """A rendered text that is one: escapes of a template may stand for half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TemplateError(
+            f"the model's chat template writes half of a character (\\u{ord(text[error.start]):04x}): mend "
+            "chat_template.jinja in its folder"
+        ) from None
+    return text
+
+
+class _Worker:
+    """The process that renders, started when it is first needed; a fork of this process gets one of its own."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What it answers to a request."""
+        with self._lock:
+            process = self._running()
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+                answer = _line(process, _PATIENCE)
+            except BrokenPipeError:
+                answer = None
+            if answer is not None:
+                return answer
+            self._end()
+            return {
+                "error": f"it does not come to an end within {self._seconds:.0f} s, or takes up all memory"
+            }
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+            return self._process
+        script = str(Path(chat_worker.__file__))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", script, str(self._seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._owner = os.getpid()
+        if _line(self._process, _START) is None:
+            self._end()
+            raise RuntimeError(f"{script} did not start")
+        return self._process
+
+    def _end(self) -> None:
+        if self._process is not None and self._owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def close(self) -> None:
+        """End it with the command."""
+        self._end()
+
+
+def _line(process: "subprocess.Popen[bytes]", seconds: float) -> dict[str, Any] | None:
+    """The next answer; None where none comes in time, or the process has ended."""
+    assert process.stdout is not None
+    source, until, held = process.stdout.fileno(), time.monotonic() + seconds, bytearray()
+    while not held.endswith(b"\n"):
+        ready, _, _ = select.select([source], [], [], max(0.0, until - time.monotonic()))
+        chunk = os.read(source, _CHUNK) if ready else b""
+        if not chunk:
+            return None
+        held += chunk
+    answer: dict[str, Any] = json.loads(held)
+    return answer
+
+
+_WORKER = _Worker()
+atexit.register(_WORKER.close)

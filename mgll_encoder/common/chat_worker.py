@@ -1,0 +1,79 @@
+"""Renders chat templates in a process of its own, which the kernel ends when it takes too long or too much memory.
+
+Started by `mgll_encoder.common.chat` as a script; it imports nothing of this project. One line of JSON in, one out.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any, TextIO
+
+MEMORY = 1 << 30
+"""Bytes that the process may take beyond what it has when it is ready."""
+
+CHARACTERS = 1 << 24
+"""Longest text that a template may write."""
+
+TEMPLATE_FILES = ("<template>", "<unknown>")
+"""What jinja2 calls the file of a template that came as a string."""
+
+
+def main() -> None:
+    """Answer requests until the input ends; the argument is the seconds of computing that each may take."""
+    seconds = float(sys.argv[1])
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what libraries print is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    limit = _memory() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _answer(out, {"ready": True})
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
+        answer = _render(render_jinja_template, json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _answer(out, answer)
+
+
+def _render(render: Any, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        (text,), _ = render(**request)
+    except MemoryError:
+        return {"error": "it wants more memory than a text needs"}
+    except RecursionError:
+        return {"error": "it calls itself without end"}
+    except Exception as error:  # whatever a template does wrong is told, with its place
+        return {"error": str(error)[:500] or type(error).__name__, "line": _line(error)}
+    if len(text) > CHARACTERS:
+        return {"error": f"it writes more than {CHARACTERS} characters"}
+    return {"text": text}
+
+
+def _line(error: BaseException) -> int | None:
+    """The line of the template in which an error came up."""
+    line = getattr(error, "lineno", None)
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename in TEMPLATE_FILES:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line if isinstance(line, int) else None
+
+
+def _memory() -> int:
+    """Bytes of address space that the process has."""
+    with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123 - nothing more is imported
+        return int(stream.read().split()[0]) * resource.getpagesize()
+
+
+def _answer(out: TextIO, answer: dict[str, Any]) -> None:
+    out.write(json.dumps(answer) + "\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""One page to look at before hours are spent: pictures as they are read, and as a tower will see them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import check_free, new_file
+from mgll_encoder.common.images import open_image
+from mgll_encoder.tower.preprocess import image_transform
+from mgll_encoder.tower.spec import PixelRule
+
+SHOWN = 12
+"""Pictures on a page, evenly spread over all."""
+
+RULE = PixelRule(image_size=224)
+"""What MGLL's towers do: the whole picture squashed to a square."""
+
+_TILE, _GAP, _TEXT, _PAIRS = 224, 8, 20, 3
+_PAPER, _INK, _FAINT = "white", "black", "dimgray"
+_MAT, _FRAME = "lightsteelblue", "slategray"
+"""What surrounds a picture that is no square, told from grey values by its color."""
+
+_RESIZED = {"squash": "squashed to a square", "crop": "cropped to a square", "pad": "padded to a square"}
+
+
+def check_sheet(path: Path | None, force: bool) -> None:
+    """Refuse the path of a sheet, where one is asked for, before anything is done.
+
+    Raises:
+        UserError: it is no name of a PNG, or is taken.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--contact-sheet is {path}: expected a name that ends in .png")
+    check_free(path, force)
+
+
+def write_contact_sheet(
+    pictures: Sequence[tuple[str, Path]], out: Path, force: bool = False, rule: PixelRule = RULE
+) -> int:
+    """Write a page of pictures in pairs: on the left as they are read, on the right as a tower of this rule sees them.
+
+    Args:
+        pictures: Caption and file of each; captions are shown, so they hold no file names.
+        out: The PNG.
+        force: Replace ``out``.
+        rule: The tower's pixel rule.
+
+    Returns:
+        How many pictures are on the page.
+
+    Raises:
+        UserError: there are none, one cannot be read, or ``out`` is taken.
+    """
+    if not pictures:
+        raise UserError("no picture for the contact sheet")
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int))
+    pairs = [(pictures[place][0], open_image(pictures[place][1])) for place in chosen]
+    page = _page(pairs, len(pictures), rule)
+    with new_file(out, force) as partial:
+        page.save(partial, "PNG")
+    return len(pairs)
+
+
+def seen(picture: Image.Image, rule: PixelRule) -> Image.Image:
+    """What is left of a picture in the pixels that a tower gets, made visible again."""
+    pixels = image_transform(rule)(picture).permute(1, 2, 0).numpy()
+    values = (pixels * np.array(rule.std) + np.array(rule.mean)).clip(0, 1)
+    return Image.fromarray((values * 255).round().astype(np.uint8))
+
+
+def _page(pairs: Sequence[tuple[str, Image.Image]], total: int, rule: PixelRule) -> Image.Image:
+    across = min(_PAIRS, len(pairs))
+    wide, high = 2 * _TILE + 3 * _GAP, _TILE + _TEXT + 2 * _GAP
+    top = 2 * _TEXT + 2 * _GAP
+    page = Image.new("RGB", (across * wide + _GAP, -(-len(pairs) // across) * high + top), _PAPER)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    pen.text((2 * _GAP, _GAP), f"{len(pairs)} of {total} pictures", _INK, ImageFont.load_default(size=14))
+    legend = f"left: as read; right: as a tower of {rule.image_size} px sees it ({_RESIZED[rule.resize]})"
+    pen.text((2 * _GAP, _GAP + _TEXT), legend, _FAINT, font)
+    for place, (caption, picture) in enumerate(pairs):
+        left, upper = place % across * wide + 2 * _GAP, place // across * high + top
+        _paste(page, picture, left, upper)
+        _paste(page, seen(picture, rule), left + _TILE + _GAP, upper)
+        pen.text((left, upper + _TILE + 3), f"{caption}, {picture.width} x {picture.height}", _INK, font)
+    return page
+
+
+def _paste(page: Image.Image, picture: Image.Image, left: int, upper: int) -> None:
+    """A picture in the middle of a framed tile, whole."""
+    tile = Image.new("RGB", (_TILE, _TILE), _MAT)
+    factor = _TILE / max(picture.size)
+    size = [max(1, round(side * factor)) for side in picture.size]
+    small = picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    tile.paste(small, ((_TILE - small.width) // 2, (_TILE - small.height) // 2))
+    page.paste(tile, (left, upper))
+    ImageDraw.Draw(page).rectangle((left - 1, upper - 1, left + _TILE, upper + _TILE), outline=_FRAME)

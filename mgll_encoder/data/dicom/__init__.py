@@ -1,0 +1,1 @@
+"""Reading DICOM radiographs: single header fields, pixels, texts without identities."""

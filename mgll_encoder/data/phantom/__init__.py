@@ -1,0 +1,1 @@
+"""A procedural fundus phantom for demos and tests."""

@@ -1,0 +1,115 @@
+"""A folder of phantom photographs with a label table, in the form of a real labelled collection."""
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import new_folder
+from mgll_encoder.common.progress import track
+from mgll_encoder.data.phantom.findings import FINDINGS
+from mgll_encoder.data.phantom.photographs import render
+
+NORMAL = "normal"
+GRADES = {"mild": (0.0, 0.33), "moderate": (0.33, 0.67), "severe": (0.67, 1.0)}
+"""Severity words and their ranges of the renderer's severity."""
+
+LABEL_COLUMNS = ("file", "labels", "patient_or_source_id", "raw_label_or_keywords")
+_TILE = 224
+_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class PhantomEye:
+    """One photograph to be drawn."""
+
+    patient: int
+    left: bool
+    label: str
+    grade: str | None
+    severity: float
+
+    @property
+    def file(self) -> str:
+        """Path in the data set's folder."""
+        return f"images/phantom-{self.patient:05d}_{'left' if self.left else 'right'}.png"
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """The row of the label table, in the order of :data:`LABEL_COLUMNS`."""
+        keyword = f"{self.grade} {self.label}" if self.grade else "normal fundus"
+        return self.file, self.label, f"phantom-{self.patient:05d}", keyword
+
+    def draw(self, size: int, seed: int) -> Image.Image:
+        """The photograph."""
+        findings = [] if self.label == NORMAL else [self.label]
+        return render(findings, (seed, self.patient, int(self.left)), size, self.severity, self.left)
+
+
+def phantom_eyes(per_disease: int, seed: int) -> Iterator[PhantomEye]:
+    """The eyes of a data set: two per patient, ``per_disease`` of each disease and as many normal ones."""
+    rng = np.random.default_rng(seed)
+    patient = 0
+    for first in range(0, per_disease, 2):
+        for label in (NORMAL, *FINDINGS):
+            for left in (False, True)[: per_disease - first]:
+                grade = None if label == NORMAL else str(rng.choice(list(GRADES)))
+                severity = float(rng.uniform(*GRADES[grade])) if grade else 0.0
+                yield PhantomEye(patient, left, label, grade, severity)
+            patient += 1
+
+
+def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, force: bool = False) -> int:
+    """Write ``images/``, ``labels.csv`` and ``contact_sheet.png``.
+
+    Args:
+        out: The new folder.
+        per_disease: Photographs of each disease, and of normal eyes; two per patient.
+        size: Side of the pictures in pixels.
+        seed: The same seed writes the same bytes.
+        force: Replace an existing folder.
+
+    Returns:
+        The number of photographs.
+
+    Raises:
+        UserError: the numbers make no data set, or ``out`` exists.
+    """
+    if per_disease < 1:
+        raise UserError(f"--images-per-disease is {per_disease}: give at least 1")
+    if not 16 <= size <= 1024:
+        raise UserError(f"--size is {size}: give a side between 16 and 1024 pixels")
+    eyes = list(phantom_eyes(per_disease, seed))
+    with new_folder(out, force) as folder:
+        (folder / "images").mkdir()
+        for eye in track(eyes, "Drawing phantom eyes"):
+            eye.draw(size, seed).save(folder / eye.file)
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(LABEL_COLUMNS)
+        writer.writerows(eye.row for eye in eyes)
+        (folder / "labels.csv").write_text(table.getvalue(), encoding="utf-8")
+        contact_sheet(seed).save(folder / "contact_sheet.png")
+    return len(eyes)
+
+
+def contact_sheet(seed: int = 0) -> Image.Image:
+    """One captioned example of every disease and of a normal eye, 224 pixels each."""
+    labels = (NORMAL, *FINDINGS)
+    rows = -(-len(labels) // _COLUMNS)
+    sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * (_TILE + 26)), "black")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for place, label in enumerate(labels):
+        x, y = place % _COLUMNS * _TILE, place // _COLUMNS * (_TILE + 26)
+        eye = PhantomEye(place, place % 2 == 1, label, None, 0.6)
+        sheet.paste(eye.draw(_TILE, seed), (x, y))
+        pen.text((x + _TILE // 2, y + _TILE + 4), label, fill="white", font=font, anchor="ma")
+    pen.text(
+        (sheet.width - 8, sheet.height - 8), "phantom: no real eyes", fill="grey", font=font, anchor="rd"
+    )
+    return sheet

@@ -1,0 +1,1 @@
+"""Training an image tower and a text tower together."""

@@ -1,0 +1,139 @@
+"""The text tower inside a whole CLIP: open_clip's and OpenAI's state dicts, MGLL training checkpoints."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import read_json
+from mgll_encoder.text.clip_tokenizer import clip_tokenizer
+from mgll_encoder.text.text_tower import TextTower
+from mgll_encoder.tower.keymap import OPEN_CLIP_BLOCKS
+from mgll_encoder.tower.spec import Activation
+from mgll_encoder.weights.torch_file import WeightSet
+from mgll_encoder.weights.weight_file import open_checkpoint
+
+_ANCHOR = "token_embedding.weight"
+_BLOCK = "transformer.resblocks."
+_PROJECTION = "text_projection"
+_RULES: dict[str, str] = {
+    _ANCHOR: "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+
+
+def clip_text_tower(
+    path: Path, activation: Activation, shared: int, weights: WeightSet | None = None
+) -> TextTower | None:
+    """The text tower of a whole CLIP, with CLIP's tokenizer.
+
+    Args:
+        path: What ``load_tower`` reads as open_clip, OpenAI or MGLL weights.
+        activation: Of both towers; the weights do not say.
+        shared: Width of the shared space, that of the image tower's projection.
+        weights: Which of two sets of weights the image tower is of, as in ``load_tower``.
+
+    Returns:
+        The tower in eval mode, float32; None where the file has no text tower.
+
+    Raises:
+        UserError: the text tower is not CLIP's: another vocabulary, keys missing, or another shared space.
+    """
+    checkpoint = open_checkpoint(path, weights)
+    prefix = _prefix(checkpoint.headers)
+    if prefix is None:
+        return None
+    outer = prefix.removesuffix("text.")
+    wanted = {
+        name.removeprefix(prefix): name
+        for name in checkpoint.headers
+        if name.startswith(prefix) and name.removeprefix(prefix).startswith((*_RULES, _BLOCK, _PROJECTION))
+    }
+    state = dict(zip(wanted, checkpoint.read(wanted.values()).values(), strict=True))
+    tensors = _renamed(state, str(path))
+    try:
+        rows, width = tensors["embeddings.token_embedding.weight"].shape
+        context = len(tensors["embeddings.position_embedding.weight"])
+        mlp = len(tensors["encoder.layers.0.mlp.fc1.weight"])
+        projection = state[_PROJECTION]
+    except KeyError as error:
+        raise UserError(f"{path}: the text tower lacks {error}: expected that of a whole CLIP") from None
+    tokenizer = clip_tokenizer()
+    if rows != len(tokenizer) or projection.shape != (width, shared):
+        raise UserError(
+            f"{path}: the text tower has {rows} tokens and a projection of shape {list(projection.shape)}: expected "
+            f"CLIP's {len(tokenizer)} and [{width}, {shared}]; train another one with --text-tower new"
+        )
+    config = CLIPTextConfig(
+        vocab_size=rows,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=sum(name.endswith(".layer_norm1.weight") for name in tensors),
+        num_attention_heads=_heads(path, width),
+        max_position_embeddings=context,
+        projection_dim=shared,
+        hidden_act=activation,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = CLIPTextModelWithProjection(config).text_model
+    _fill(model, tensors, path)
+    linear = nn.Linear(width, shared, bias=False)
+    linear.weight.data.copy_(projection.T)
+    temperature = 0.07
+    if f"{outer}logit_scale" in checkpoint.headers:
+        scale = float(checkpoint.read([f"{outer}logit_scale"])[f"{outer}logit_scale"])
+        temperature = math.exp(-scale)
+    return TextTower(model, tokenizer, linear, "end", context, temperature).eval()
+
+
+def _prefix(keys: Mapping[str, Tensor]) -> str | None:
+    found = [key.removesuffix(_ANCHOR) for key in keys if key.endswith(_ANCHOR)]
+    return next(
+        (
+            p
+            for p in found
+            if f"{p}positional_embedding" in keys and any(k.startswith(p + _BLOCK) for k in keys)
+        ),
+        None,
+    )
+
+
+def _renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in _RULES:
+            tensors[_RULES[name]] = tensor
+        elif name.startswith(_BLOCK):
+            place = OPEN_CLIP_BLOCKS.find(name)
+            if place is None:
+                raise UserError(
+                    f"{where}: the text tower has '{name}', which a CLIP text tower does not have"
+                )
+            tensors |= dict(zip(place.targets, place.cut(tensor), strict=True))
+    return tensors
+
+
+def _heads(path: Path, width: int) -> int:
+    file = path / "open_clip_config.json"
+    stated = read_json(file).get("model_cfg", {}).get("text_cfg", {}).get("heads") if file.is_file() else None
+    return int(stated) if stated else max(1, width // 64)  # OpenAI's rule
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    own = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    for name, tensor in own.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: tensor '{name}' of the text tower holds NaN or infinite values")
+    try:
+        model.load_state_dict(own)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path}: the text tower is not that of a CLIP: {first}") from None

@@ -1,0 +1,107 @@
+"""An image tower and a text tower that learn together."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgll_encoder.pretraining.losses import Alphas, MGLLLoss
+from mgll_encoder.text.text_tower import TextTower
+from mgll_encoder.tower.load import Tower, build_model
+from mgll_encoder.tower.spec import TowerSpec
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Towers to train from scratch.
+
+    Attributes:
+        spec: Geometry and preprocessing of the image tower.
+        text_width: Hidden size of the text tower (heads of 32).
+        text_depth: Blocks of the text tower.
+    """
+
+    spec: TowerSpec
+    text_width: int = 128
+    text_depth: int = 2
+
+
+def _vit(width: int, depth: int, size: int, patch: int) -> TowerSpec:
+    return TowerSpec(
+        width=width,
+        depth=depth,
+        heads=width // 32,
+        mlp_width=4 * width,
+        patch_size=patch,
+        image_size=size,
+        activation="gelu",
+        projection_dim=width,
+    )
+
+
+PRESETS = {
+    "tiny": Preset(_vit(width=128, depth=4, size=64, patch=8)),
+    "small": Preset(_vit(width=192, depth=6, size=64, patch=8)),
+}
+"""Towers that learn on two CPU cores, in minutes."""
+
+
+class TwoTowers(nn.Module):
+    """Image tower, text tower and loss; ``forward`` gives what transformers' Trainer needs.
+
+    Args:
+        vision: The image tower.
+        projection: From its width to the shared space, as :func:`image_projection` makes it.
+        text: The text tower, into the same space.
+        alphas: Weights of the loss terms.
+    """
+
+    def __init__(self, vision: Tower, projection: nn.Linear, text: TextTower, alphas: Alphas) -> None:
+        super().__init__()
+        self.spec = vision.spec
+        self.vision = vision.model
+        self.projection = projection
+        self.text = text
+        self.loss = MGLLLoss(alphas, text.temperature)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Features in the shared space, [N, D], not normalised, of pixels [N, 3, S, S]."""
+        return self.projection(self.vision(pixels).pooler_output)
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, truth: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss under ``loss`` and its terms; arguments as in :class:`~mgll_encoder.pretraining.losses.MGLLLoss`."""
+        images, texts = self.image_features(pixel_values), self.text.encode(input_ids, attention_mask)
+        return self.loss(images, texts, truth, keys)
+
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """Keep block inputs only and compute the rest again on the way back; called by the Trainer."""
+        self.vision.activation_checkpointing_enable(**settings)
+        self.text.model.activation_checkpointing_enable(**settings)
+
+    def tower(self) -> Tower:
+        """The image tower with its projection, to be saved."""
+        return Tower.from_model(self.vision, self.spec, self.projection.weight.detach().to(torch.float32))
+
+    def text_tower(self) -> TextTower:
+        """The text tower with the learnt temperature, to be saved."""
+        self.text.temperature = float(1 / self.loss.scale.detach())
+        return self.text
+
+
+def new_tower(preset: Preset) -> Tower:
+    """An image tower with random weights and no projection yet."""
+    return Tower.from_model(build_model(preset.spec), preset.spec)
+
+
+def image_projection(vision: Tower) -> nn.Linear:
+    """A tower's projection into the shared space, to be trained on; a new one of its own width if it has none."""
+    width, shared = vision.spec.width, vision.spec.projection_dim or vision.spec.width
+    projection = nn.Linear(width, shared, bias=False)
+    if vision.projection is None:
+        nn.init.normal_(projection.weight, std=width**-0.5)
+    else:
+        projection.weight.data.copy_(vision.projection)
+    return projection

@@ -1,0 +1,139 @@
+"""What a pretraining starts from: new towers, ours, a whole CLIP, or a text encoder that somebody trained."""
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.texts import read_json
+from mgll_encoder.data.batches import Plan
+from mgll_encoder.pretraining.clip_text import clip_text_tower
+from mgll_encoder.pretraining.dual_encoder import Preset, TwoTowers, image_projection, new_tower
+from mgll_encoder.pretraining.losses import Alphas
+from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
+from mgll_encoder.text.text_tower import TextTower, load_text_tower
+from mgll_encoder.tower.folder_metadata import HF_FOLDER, OURS
+from mgll_encoder.tower.load import HF_STATE, Tower, load_tower
+from mgll_encoder.tower.spec import Activation
+from mgll_encoder.weights.torch_file import WeightSet
+
+_logger = logging.getLogger(__name__)
+
+OPENAI = "openai"
+"""The name, for ``--init``, of OpenAI's CLIP ViT-L/14."""
+AUTO, NEW = "auto", "new"
+"""For ``--text-tower``: the one of ``--init`` where it has one, else a new one; or a new one in any case."""
+
+
+def starting_towers(
+    preset: Preset,
+    init: str | None,
+    activation: Activation | None,
+    text_tower: str,
+    plan: Plan,
+    alphas: Alphas,
+    freeze_text: bool = False,
+    weights: WeightSet | None = None,
+) -> TwoTowers:
+    """The towers as they are before the first step.
+
+    Args:
+        preset: Geometry of new towers.
+        init: None for new ones, ``OPENAI``, or anything that ``load_tower`` reads.
+        activation: Of ``init``, where it does not say.
+        text_tower: ``AUTO``, ``NEW``, or a transformers folder or repository of a text encoder.
+        plan: The training rows, whose texts are the vocabulary of a new text tower.
+        alphas: Weights of the loss terms.
+        freeze_text: Train the projection of the text tower only.
+        weights: ``raw`` or ``ema``, where ``init`` has both.
+
+    Raises:
+        UserError: a new text tower is to be frozen, weights cannot be read or had, or the text tower of ``init``
+            does not know the texts.
+    """
+    given, activation = _openai(activation) if init == OPENAI else (init, activation)
+    vision = load_tower(given, activation=activation, weights=weights) if given else new_tower(preset)
+    path = vision.header.source if given else None
+    for line in vision.header.warnings:
+        _logger.warning(line)
+    projection = image_projection(vision)
+    text = _text(text_tower, path, vision, projection.out_features, plan)
+    if text is None and freeze_text:
+        raise UserError(
+            "--freeze-text: the text tower is a new one, which has to learn; leave it out, or name a trained one with "
+            "--text-tower"
+        )
+    if text is None:
+        text = TextTower.new(plan.all_texts(), preset.text_width, preset.text_depth, projection.out_features)
+    if freeze_text:
+        text.freeze()
+    return TwoTowers(vision, projection, text, alphas)
+
+
+def _openai(activation: Activation | None) -> tuple[Path, Activation]:
+    """OpenAI's weights, from open_clip's cache or the hub; they were trained with QuickGELU."""
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+
+    try:
+        file = download_pretrained(get_pretrained_cfg("ViT-L-14", OPENAI))
+    except (OSError, RuntimeError, HfHubHTTPError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise NotFoundError(
+            f"--init {OPENAI}: the weights of CLIP ViT-L/14 cannot be downloaded ({first}): connect to the internet, "
+            "or give a file or folder with them, such as --init ViT-L-14.pt"
+        ) from None
+    return Path(file), activation or "quick_gelu"
+
+
+def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: Plan) -> TextTower | None:
+    """The text tower that was asked for; None for a new one."""
+    if choice == NEW or (choice == AUTO and path is None):
+        return None
+    if choice != AUTO:
+        return TextTower.pretrained(choice, shared)
+    assert path is not None  # the first case
+    text = text_beside(path, vision, shared)
+    if text is None:
+        _logger.info(f"{path} has no text tower: a new one is trained")
+    else:
+        _check_known(text, plan)
+    return text
+
+
+def text_beside(path: Path, vision: Tower, shared: int) -> TextTower | None:
+    """The text tower that an image tower was trained with, if it was saved too.
+
+    Args:
+        path: What the image tower was read from.
+        vision: The image tower.
+        shared: Width of the shared space.
+
+    Raises:
+        UserError: it is there, but damaged.
+    """
+    layout = vision.header.layout
+    if layout == OURS:
+        return load_text_tower(path) if (path / TEXT_FOLDER).is_dir() else None
+    if layout == HF_FOLDER:
+        whole = read_json(path / "config.json").get("model_type") == "clip"
+        return TextTower.pretrained(str(path), shared) if whole else None
+    return (
+        None
+        if layout == HF_STATE
+        else clip_text_tower(path, vision.spec.activation, shared, vision.header.weights)
+    )
+
+
+def _check_known(text: TextTower, plan: Plan) -> None:
+    """Refuse texts with words that a text tower of few words would leave out."""
+    if text.rows >= len(text.tokenizer):
+        return
+    unknown = lru_cache(maxsize=2**16)(lambda sentence: tuple(text.unknown(sentence)))
+    for sentence in plan.all_texts():
+        if pieces := unknown(sentence):
+            raise UserError(
+                f"the text tower of --init has no vector for {', '.join(pieces[:5])} in '{sentence[:80]}', a text of "
+                f"{plan.path}: train another one with --text-tower {NEW}"
+            )

@@ -1,0 +1,117 @@
+"""What a user asks of a pretraining."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from mgll_encoder.common.deepspeed import read_deepspeed
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.pretraining.dual_encoder import PRESETS
+from mgll_encoder.pretraining.initialization import AUTO
+from mgll_encoder.pretraining.losses import PLAIN_CLIP, Alphas
+from mgll_encoder.tower.spec import Activation
+from mgll_encoder.weights.torch_file import WeightSet
+
+Loss = Literal["mgll", "clip"]
+Select = Literal["auto", "best", "last"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """What decides the outcome of a training.
+
+    Attributes:
+        loss: ``mgll``, or ``clip``: the control, with all texts of an image joined in one string.
+        preset: Geometry of new towers, out of ``PRESETS``.
+        init: Weights to start from: ``openai``, or anything that ``load_tower`` reads; None for new ones.
+        activation: Of ``init``, where it does not say.
+        init_weights: ``raw`` or ``ema``, where ``init`` has a moving average beside its weights.
+        text_tower: ``auto`` (that of ``init`` where it has one, else a new one), ``new``, or a transformers folder
+            or repository of the hub.
+        freeze_text: Train the projection of the text tower only.
+        granularities: Which to use; empty for all.
+        alphas: Weights of the terms of ``mgll``.
+        epochs: Passes over the training rows.
+        batch_size: Images per step and process.
+        lr: Peak learning rate, after 5 % of warm-up; cosine decay to 0.
+        weight_decay: On weight matrices; not on norms, biases, embeddings and the temperature.
+        select: ``best``: keep the epoch with the highest mAP on the ``val`` rows; ``last``; ``auto``: best where
+            there are such rows.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 on a GPU that can, else fp32.
+        gradient_checkpointing: Save memory, spend a third more time.
+        deepspeed: A DeepSpeed configuration (ZeRO 0 to 2).
+        flip: Mirror every other training image, but none whose texts name a side.
+        seed: Draws weights, order and augmentation.
+    """
+
+    loss: Loss = "mgll"
+    preset: str = "small"
+    init: str | Path | None = None
+    activation: Activation | None = None
+    init_weights: WeightSet | None = None
+    text_tower: str = AUTO
+    freeze_text: bool = False
+    granularities: tuple[str, ...] = ()
+    alphas: Alphas = field(default_factory=Alphas)
+    epochs: int = 20
+    batch_size: int = 32
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    select: Select = "auto"
+    precision: Precision = "auto"
+    gradient_checkpointing: bool = False
+    deepspeed: Path | None = None
+    flip: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices = {
+            "preset": (self.preset, tuple(PRESETS)),
+            "loss": (self.loss, get_args(Loss)),
+            "select": (self.select, get_args(Select)),
+            "precision": (self.precision, get_args(Precision)),
+            "weights": (self.init_weights or "raw", get_args(WeightSet)),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise unknown_name(name, value, known)
+        for option, number in (
+            ("--epochs", self.epochs),
+            ("--batch-size", self.batch_size),
+            ("--lr", self.lr),
+        ):
+            if number <= 0 or not math.isfinite(number):
+                raise UserError(f"{option} is {number}: it must be greater than 0")
+        if self.activation is not None and self.init is None:
+            raise UserError("--activation is for --init: a new tower has the activation of its --preset")
+        if self.init_weights is not None and self.init is None:
+            raise UserError("--weights is for --init: a new tower has one set of weights")
+        if self.deepspeed is not None:
+            _check_deepspeed(self.deepspeed)
+
+    @property
+    def weights(self) -> Alphas:
+        """The weights that are in force."""
+        return PLAIN_CLIP if self.loss == "clip" else self.alphas
+
+
+def _check_deepspeed(path: Path) -> None:
+    """Refuse a DeepSpeed configuration that cannot be used.
+
+    Raises:
+        UserError: it cannot be read (see `read_deepspeed`), or asks for ZeRO 3 or gradient accumulation.
+    """
+    content = read_deepspeed(path)
+    if content.zero_optimization.stage == 3:
+        raise UserError(
+            f"{path}: field 'zero_optimization.stage' is 3: expected 0, 1 or 2; both towers fit on one GPU, and "
+            "are written whole from there"
+        )
+    steps = content.gradient_accumulation_steps
+    if steps not in (1, "auto"):
+        raise UserError(
+            f"{path}: field 'gradient_accumulation_steps' is {steps}: expected 1; texts of one step are no contrast "
+            "for images of another; raise --batch-size or the number of processes, with --gradient-checkpointing"
+        )

@@ -1,0 +1,194 @@
+"""transformers' Trainer for two towers: what a batch leaves out is counted, validation ranks texts for images."""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.resuming import SoundStates
+from mgll_encoder.common.skipped import UNREADABLE, Skipped
+from mgll_encoder.data.batches import ManifestImages, Plan
+from mgll_encoder.pretraining.dual_encoder import TwoTowers
+from mgll_encoder.pretraining.losses import Alphas
+from mgll_encoder.pretraining.validation_metrics import ranking_metrics
+from mgll_encoder.tower.spec import TowerSpec
+
+_logger = logging.getLogger(__name__)
+
+VALIDATION_IMAGES = 2048
+"""At most so many validation images are looked at, evenly spread over the split."""
+
+
+class Validation:
+    """Validation images and the vocabulary of their texts.
+
+    Args:
+        plan: The rows of the ``val`` split.
+        spec: Contract of the image tower.
+        workers: Processes that open images.
+    """
+
+    def __init__(self, plan: Plan, spec: TowerSpec, workers: int) -> None:
+        self._plan, self._workers = plan.sample(VALIDATION_IMAGES), workers
+        self._spec = spec
+        rows = [self._plan.texts(self._plan.row(i)) for i in range(len(self._plan))]
+        self.names = ("joined",) if plan.joined else plan.granularities
+        self.texts = list(dict.fromkeys(text for row in rows for level in row for text in level))
+        column = {text: u for u, text in enumerate(self.texts)}
+        self.truth = np.zeros((len(self.names), len(rows), len(self.texts)), bool)
+        for i, row in enumerate(rows):
+            for g, level in enumerate(row):
+                self.truth[g, i, [column[text] for text in level]] = True
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    @property
+    def tells(self) -> bool:
+        """Whether some text is true of some images and not of others, so that there is something to rank."""
+        return bool(any((level.any(0) & ~level.all(0)).any() for level in self.truth))
+
+    def judge(self, towers: TwoTowers, batch_size: int) -> tuple[dict[str, float], list[str]]:
+        """The figures of :func:`ranking_metrics`, and one line for each image that cannot be read."""
+        weight = towers.projection.weight
+        data = ManifestImages(self._plan, self._spec, seed=0, augment=False)
+        # a generator of its own: the loader must not move the random numbers of the training
+        loader = DataLoader(
+            data,
+            batch_size,
+            num_workers=self._workers,
+            collate_fn=list,
+            generator=torch.Generator().manual_seed(0),
+        )
+        images, readable, troubles = [], [], []
+        with torch.no_grad():
+            for items in loader:
+                readable += ["trouble" not in item for item in items]
+                troubles += [item["trouble"] for item in items if "trouble" in item]
+                if pixels := [item["pixels"] for item in items if "trouble" not in item]:
+                    batch = torch.stack(pixels).to(weight.device, weight.dtype)
+                    images.append(F.normalize(towers.image_features(batch).float(), dim=-1))
+            if not images:
+                raise UserError(f"no validation image can be read; first: {troubles[0]}")
+            texts = F.normalize(towers.text.features(self.texts).float(), dim=-1)
+        scores = (torch.cat(images) @ texts.T).cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise UserError("the towers' features are not finite any more: take a smaller --lr")
+        return ranking_metrics(scores, self.truth[:, np.array(readable)], self.names), troubles
+
+
+class EpochOfData(TrainerCallback):
+    """Tells the data set which epoch it is; of several processes accelerate tells the sampler only."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Before the first batch of an epoch is asked for."""
+        kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch))
+
+
+class TowerTrainer(SoundStates):
+    """transformers' Trainer; weight decay on weight matrices only (CLIP's rule), loss terms logged.
+
+    Args:
+        towers: The model.
+        skipped: Counts images that cannot be read, each once; stops at the first if strict.
+        validation: What to judge after each epoch, if anything.
+        settings: For transformers' Trainer.
+    """
+
+    def __init__(
+        self, towers: TwoTowers, skipped: Skipped, validation: Validation | None, **settings: Any
+    ) -> None:
+        # the Trainer wants a data set where it evaluates; `evaluate` below reads `validation` itself
+        super().__init__(model=towers, eval_dataset=validation, **settings)
+        self.add_callback(EpochOfData)
+        self.towers, self.skipped, self._validation = towers, skipped, validation
+        self._terms: list[dict[str, Tensor]] = []
+        self._troubles: dict[str, None] = {}
+
+    @property
+    def epoch_losses(self) -> list[float]:
+        """Mean training loss of each epoch."""
+        return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight matrices that are no embeddings."""
+        return [name for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch, whose unreadable images are counted."""
+        troubles = inputs.pop("troubles")
+        self._count(troubles)
+        if not inputs:
+            raise UserError(
+                f"none of the {len(troubles)} images of a batch can be read; first: {troubles[0]}; mend them or "
+                "take them out of the manifest"
+            )
+        loss, terms = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._terms.append({name: value for name, value in terms.items() if name != "loss"})
+        return (loss, terms) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,  # noqa: ARG002 - the signature is transformers'
+        ignore_keys: list[str] | None = None,  # noqa: ARG002
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Rank the validation texts for the validation images; every process does all of it."""
+        assert self._validation is not None  # the Trainer asks only where there is something to evaluate
+        self.towers.eval()
+        with self.compute_loss_context_manager():
+            figures, troubles = self._validation.judge(self.towers, self.args.eval_batch_size)
+        self.towers.train()
+        self._count(troubles)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the terms of the loss; in words where there is no progress bar."""
+        if self._terms and "loss" in logs:
+            for name in self._terms[0]:
+                logs[name] = round(float(torch.stack([terms[name] for terms in self._terms]).mean()), 4)
+            self._terms.clear()
+        super().log(logs, start_time)
+        if not (self.args.disable_tqdm and self.is_world_process_zero()):
+            return
+        epoch = f"epoch {round(self.state.epoch or 0)}/{round(self.args.num_train_epochs)}"
+        if "loss" in logs:
+            terms = ", ".join(f"{name} {logs[name]:.4f}" for name in asdict(Alphas()) if name in logs)
+            _logger.info(f"{epoch}: training loss {logs['loss']:.4f} ({terms})")
+        if "eval_mAP" in logs:
+            figures = ", ".join(
+                f"{name.removeprefix('eval_')} {value:.3f}"
+                for name, value in logs.items()
+                if name.startswith(("eval_mAP", "eval_recall")) and value is not None
+            )
+            _logger.info(f"{epoch}: validation {figures}")
+
+    def gather_skipped(self) -> None:
+        """Let the first process know what the others could not read."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, list(self._troubles))
+            self._count([line for lines in everyone for line in lines])
+
+    def _count(self, troubles: list[str]) -> None:
+        for line in troubles:
+            if line not in self._troubles:
+                self._troubles[line] = None
+                self.skipped.add(UNREADABLE, line)

@@ -1,0 +1,80 @@
+"""The machine's side of a pretraining: transformers' arguments, precision, DeepSpeed."""
+
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from mgll_encoder.common.cli import stderr
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.pretraining.options import PretrainOptions
+
+
+def training_arguments(folder: Path, options: PretrainOptions, rows: int, workers: int) -> TrainingArguments:
+    """What transformers' Trainer is to do.
+
+    Args:
+        folder: For checkpoints.
+        options: What the user asked for.
+        rows: Training images.
+        workers: Processes that open images.
+
+    Raises:
+        UserError: the precision is not to be had here, or one process sees several GPUs.
+    """
+    cuda = torch.cuda.is_available()
+    precision = options.precision
+    if precision == "auto":
+        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and not cuda:
+        raise UserError("--precision fp16 needs a GPU: take bf16 or fp32 here")
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        dataloader_drop_last=rows >= options.batch_size,
+        dataloader_num_workers=workers,
+        dataloader_pin_memory=cuda,
+        learning_rate=options.lr,
+        warmup_steps=0.05,
+        lr_scheduler_type="cosine",
+        weight_decay=options.weight_decay,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        deepspeed=str(options.deepspeed) if options.deepspeed else None,
+        use_cpu=not cuda,
+        seed=options.seed,
+        logging_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=not stderr.is_terminal,
+        report_to=[],
+    )
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"{arguments.n_gpu} GPUs are visible to one process: start one process per GPU with "
+            f"torchrun --nproc-per-node {arguments.n_gpu} --no-python mgll-encoder pretrain ..."
+        )
+    return arguments
+
+
+def kept_epoch(trainer: Trainer) -> tuple[int, dict[str, float]]:
+    """The epoch whose weights the model has after the training, and its validation figures, if any."""
+    state = trainer.state
+    step = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    entries = [entry for entry in state.log_history if entry.get("step") == step]
+    figures = {
+        name.removeprefix("eval_"): float(value)
+        for entry in entries
+        for name, value in entry.items()
+        if name.startswith(("eval_mAP", "eval_recall"))
+    }
+    # By name, as transformers sorts what it saves: a resumed training writes what an undisturbed one does.
+    return round(max(entry["epoch"] for entry in entries)), dict(sorted(figures.items()))

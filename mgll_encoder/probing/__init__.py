@@ -1,0 +1,1 @@
+"""Measuring towers: probes, zero-shot classification, retrieval, explanations."""

@@ -1,0 +1,217 @@
+"""Features of many images: read in workers, computed in batches, kept in a cache."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from joblib import cpu_count
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import appearing
+from mgll_encoder.common.images import READER_VERSION, open_image
+from mgll_encoder.common.progress import track
+from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
+from mgll_encoder.data.label_table import LabelledImages
+from mgll_encoder.tower.load import Tower
+from mgll_encoder.tower.preprocess import image_transform
+from mgll_encoder.tower.spec import PixelRule
+
+_NOT_FINITE = "gives features that are not finite"
+
+_FEW = 256
+"""Up to so many images, starting worker processes costs more than they save."""
+
+
+def workers_for(images: int, asked: int | None) -> int:
+    """Processes that read images: as asked for; else one per core of ours, up to 8, and none for a few images."""
+    if asked is not None:
+        return asked
+    return min(8, cpu_count()) if images > _FEW else 0
+
+
+def pooled_features(
+    tower: Tower, images: Sequence[Path], batch_size: int = 64, workers: int | None = None
+) -> NDArray[np.float32]:
+    """The tower's pooled features (class token after the last norm, no projection), [n, width].
+
+    Args:
+        tower: The tower; its own preprocessing is used.
+        images: Image files.
+        batch_size: Images per forward pass.
+        workers: Processes that read images; 0 for none, None for one per core where that pays.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    return _whole(images, _pooled(tower, images, batch_size, workers))
+
+
+def cached_features(
+    tower: Tower, images: Sequence[Path], cache: Path, workers: int | None = None
+) -> NDArray[np.float32]:
+    """`pooled_features`, kept in a file whose name is a hash of tower, preprocessing and images.
+
+    Args:
+        tower: The tower.
+        images: Image files; told apart by path, size and time of change.
+        cache: Folder of such files.
+        workers: As for `pooled_features`.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    return _whole(images, _cached(tower, images, cache, workers))
+
+
+def readable_features(
+    tower: Tower, data: LabelledImages, cache: Path, skipped: Skipped, workers: int | None = None
+) -> tuple[NDArray[np.float32], LabelledImages]:
+    """Cached features of the images that can be read, and the labels of these.
+
+    Args:
+        tower: The tower.
+        data: The images.
+        cache: As for `cached_features`.
+        skipped: Takes the others.
+        workers: As for `pooled_features`.
+
+    Raises:
+        UserError: ``skipped`` is strict and an image cannot be read, or none can.
+    """
+    features = _cached(tower, data.images, cache, workers)
+    kept = np.asarray(~np.isnan(features).any(axis=1))
+    return features[kept], without_unreadable(data, kept, skipped)
+
+
+def open_every_image(data: LabelledImages, skipped: Skipped) -> LabelledImages:
+    """Labels of the images that can be read, found out by opening each once; for those who read them many times.
+
+    Args:
+        data: The images.
+        skipped: Takes the others.
+
+    Raises:
+        UserError: as for `without_unreadable`.
+    """
+    with ThreadPoolExecutor() as pool:
+        troubles = track(pool.map(unreadable, data.images), "Opening every image once", len(data.images))
+        kept = np.array([not trouble for trouble in troubles])
+    return without_unreadable(data, kept, skipped)
+
+
+def without_unreadable(data: LabelledImages, kept: NDArray[np.bool_], skipped: Skipped) -> LabelledImages:
+    """Labels of the images that can be read, the others counted.
+
+    Args:
+        data: All images.
+        kept: Which can be read, [n].
+        skipped: Takes the others.
+
+    Raises:
+        UserError: ``skipped`` is strict and there are others, or no image is left.
+    """
+    for place in np.flatnonzero(~kept):
+        where = data.rows[place] if data.rows else f"image {place + 1}"
+        skipped.add(UNREADABLE, f"{where}: the image {unreadable(data.images[place]) or _NOT_FINITE}")
+    if not kept.any():
+        raise UserError(f"none of {len(kept)} images can be read: {'; '.join(skipped.lines())}")
+    return data.subset(kept)
+
+
+def unreadable(path: Path) -> str:
+    """What keeps an image from being read, in words that follow its name; empty if nothing does."""
+    try:
+        open_image(path)
+    except UserError as error:
+        return unnamed(error, path)
+    return ""
+
+
+def tower_digest(tower: Tower) -> str:
+    """A hash of a tower's weights and contract."""
+    digest = hashlib.sha256(tower.spec.model_dump_json().encode())
+    for name, value in sorted(tower.model.state_dict().items()):
+        digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def images_digest(images: Sequence[Path]) -> str:
+    """A hash of image files by path, size and time of change, and of how they are read."""
+    digest = hashlib.sha256(f"reader {READER_VERSION}\n".encode())
+    for path in images:
+        state = path.stat()
+        digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _Images(Dataset):
+    """Pixels of image files; NaN throughout for one that cannot be read, since an error would end the worker."""
+
+    def __init__(self, images: Sequence[Path], spec: PixelRule) -> None:
+        self._images, self._side = images, spec.image_size
+        self._transform = image_transform(spec)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return self._transform(open_image(self._images[index]))
+        except UserError:  # named and counted by whoever finds the NaN
+            return torch.full((3, self._side, self._side), torch.nan)
+
+
+def _pooled(
+    tower: Tower, images: Sequence[Path], batch_size: int, workers: int | None
+) -> NDArray[np.float32]:
+    """Pooled features, NaN for images that cannot be read."""
+    device = best_device()
+    loader = DataLoader(
+        _Images(images, tower.spec),
+        batch_size=batch_size,
+        num_workers=workers_for(len(images), workers),
+        pin_memory=device.type == "cuda",
+    )
+    model: nn.Module = tower.model
+    model.to(device)
+    features = np.full((len(images), tower.spec.width), np.nan, np.float32)
+    start = 0
+    with torch.inference_mode():
+        for pixels in track(loader, "Reading features", len(loader)):
+            good = ~torch.isnan(pixels).flatten(1).any(dim=1)
+            if good.any():
+                found = model(pixels[good].to(device, tower.model.dtype)).pooler_output.float().cpu().numpy()
+                features[start : start + len(pixels)][good.numpy()] = found
+            start += len(pixels)
+    model.cpu()
+    return features
+
+
+def _cached(tower: Tower, images: Sequence[Path], cache: Path, workers: int | None) -> NDArray[np.float32]:
+    name = hashlib.sha256(f"{tower_digest(tower)} {images_digest(images)}".encode()).hexdigest()[:32]
+    file = cache / f"{name}.safetensors"
+    if not file.is_file():
+        features = _pooled(tower, images, 64, workers)
+        with appearing(file) as partial:
+            save_file({"features": features}, partial)
+    return load_file(file)["features"]
+
+
+def _whole(images: Sequence[Path], features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The features, if there are no NaN among them."""
+    if (bad := np.isnan(features).any(axis=1)).any():
+        path = images[int(bad.argmax())]
+        raise UserError(f"image {path} {unreadable(path) or _NOT_FINITE}")
+    return features

@@ -1,0 +1,329 @@
+"""Full fine-tuning as a probe: tower and linear head learn together on the training patients (transformers' Trainer).
+
+The epoch that is judged is chosen on a part of the training patients; nothing of the test side takes part.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from mgll_encoder.common.cli import stderr
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.faults import writing
+from mgll_encoder.common.images import open_image
+from mgll_encoder.common.locks import locked
+from mgll_encoder.common.resuming import SoundStates, check_states, last_checkpoint
+from mgll_encoder.common.splits import assign_split
+from mgll_encoder.data.batches import jitter, shrink
+from mgll_encoder.data.label_table import LabelledImages
+from mgll_encoder.probing.features import best_device, images_digest, tower_digest, workers_for
+from mgll_encoder.probing.linear import METRICS, kept_labels, metrics, mixed
+from mgll_encoder.tower.load import Tower
+from mgll_encoder.tower.preprocess import image_transform
+from mgll_encoder.tower.spec import TowerSpec
+
+_logger = logging.getLogger(__name__)
+
+OPEN = -1
+"""In place of 0 or 1 where a table leaves a label open."""
+
+CHOSEN_BY = METRICS[0]
+"""The metric on the validation part that chooses the epoch."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What decides the outcome of a fine-tuning.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images per step.
+        lr: Peak learning rate, after 10 % of warm-up; cosine decay to 0.
+        weight_decay: On weight matrices.
+        validation: Share of the training patients that chooses the epoch, where the table marks none.
+        augment: Turn, scale, shift and recolour a little; never flip.
+        seed: Draws the head, the order and the augmentation; the validation part too.
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    validation: float = 0.15
+    augment: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("--epochs", self.epochs), ("--batch-size", self.batch_size), ("--lr", self.lr)):
+            if value <= 0 or not math.isfinite(value):
+                raise UserError(f"{name} is {value}: it must be greater than 0")
+        if not 0 < self.validation < 1:
+            raise UserError(f"--validation is {self.validation}: it must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a fine-tuning gave.
+
+    Attributes:
+        scores: Probabilities of the test images, [test images, kept labels].
+        kept: Places of those labels.
+        tower: The tower of the chosen epoch, without its projection, which belongs to the tower it was.
+        trained_on: The images that it learned from.
+        validation: Value of `CHOSEN_BY` on the validation part at that epoch, in %.
+        record: What it was made from and how.
+    """
+
+    scores: NDArray[np.float64]
+    kept: list[int]
+    tower: Tower
+    trained_on: tuple[Path, ...]
+    validation: float
+    record: dict[str, Any]
+
+
+class TowerWithHead(nn.Module):
+    """A tower under a linear classifier.
+
+    Args:
+        tower: The tower; its model is trained, not copied.
+        data: The training images: the head starts at the frequencies of their labels.
+        exclusive: Whether labels are classes (cross-entropy), or findings (binary cross-entropy of each).
+    """
+
+    def __init__(self, tower: Tower, data: LabelledImages, exclusive: bool) -> None:
+        super().__init__()
+        self.vision, self.exclusive = tower.model, exclusive
+        self.head = nn.Linear(tower.spec.width, len(data.names))
+        nn.init.normal_(self.head.weight, std=0.01)
+        true, false = data.truth.sum(axis=0), data.false.sum(axis=0)
+        frequency = torch.from_numpy((true + 0.5) / (true + false + 1)).float()
+        self.head.bias.data.copy_(frequency.log() if exclusive else torch.logit(frequency))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Loss and logits [N, labels] of pixels [N, 3, S, S] with labels (0, 1, or `OPEN`) [N, labels]."""
+        logits = self.head(self.vision(pixel_values).pooler_output)
+        if self.exclusive:
+            loss = functional.cross_entropy(logits, labels.argmax(dim=1))
+        else:
+            known = (labels != OPEN).to(logits.dtype)
+            mean = functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), known)
+            loss = mean * (known.numel() / known.sum().clamp(min=1))
+        return {"loss": loss, "logits": logits}
+
+    def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Of classes, which add up to 1, or of findings one by one; [n, labels]."""
+        found = torch.from_numpy(logits).double()
+        return (found.softmax(dim=1) if self.exclusive else found.sigmoid()).numpy()
+
+
+class LabelledPixels(Dataset):
+    """Pixels and labels, read on demand.
+
+    Args:
+        data: The images, all readable.
+        spec: Contract of the tower.
+        augment: Whether to jitter, differently in every epoch.
+        seed: Of the augmentation.
+    """
+
+    def __init__(self, data: LabelledImages, spec: TowerSpec, augment: bool, seed: int) -> None:
+        self._images = data.images
+        self._truth = torch.from_numpy(np.where(data.truth | data.false, data.truth, OPEN)).float()
+        self._transform, self._size = image_transform(spec), spec.image_size
+        self._augment, self._seed, self._epoch = augment, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop."""
+        self._epoch = epoch
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = open_image(self._images[index])
+        if self._augment:
+            image = jitter(
+                shrink(image, 2 * self._size), np.random.default_rng((self._seed, self._epoch, index))
+            )
+        return {"pixel_values": self._transform(image), "labels": self._truth[index]}
+
+
+def finetune(
+    tower: Tower,
+    data: LabelledImages,
+    options: FinetuneOptions,
+    cache: Path,
+    *,
+    positives: int = 1,
+    workers: int | None = None,
+) -> Finetuned:
+    """Train a copy of a tower with a linear head, and score the test images.
+
+    Checkpoints lie in ``cache`` until the end; the same call after a kill goes on with the last whole epoch.
+
+    Args:
+        tower: Where to start; it is left as it is.
+        data: Labelled images, all readable.
+        options: What decides the outcome.
+        cache: Folder for checkpoints.
+        positives: Least number of positive test images of a label that is judged.
+        workers: Processes that read images; None for one per core.
+
+    Raises:
+        UserError: no label can be judged or chosen by, the same fine-tuning is running, or the loss diverges.
+    """
+    kept = kept_labels(data, positives)
+    val = validation_part(data, options.validation, options.seed)
+    learn = data.subset(~data.test & ~val)
+    choose, asked = data.subset(val), data.subset(data.test)
+    if not len(learn.images) or not mixed(choose).any():
+        raise UserError(
+            f"the validation part ({len(choose.images)} of {len(learn.images) + len(choose.images)} training images) "
+            "has no label with positive and negative images: give a larger --validation, or more patients"
+        )
+    record = {
+        **asdict(options),
+        "tower_sha256": tower_digest(tower),
+        "images_sha256": images_digest(data.images),
+        "labels": list(data.names),
+        "truth_sha256": hashlib.sha256(
+            data.truth.tobytes()
+            + data.test.tobytes()
+            + val.tobytes()
+            + (b"" if data.known is None else data.known.tobytes())
+        ).hexdigest(),
+        "training_images": len(learn.images),
+        "validation_images": len(choose.images),
+    }
+    folder = cache / hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_suffix(".lock")
+    running = f"the same fine-tuning is running in another process (it holds the lock {lock}): wait for it, or end it"
+    with locked(lock, running), writing(folder):
+        set_seed(options.seed)
+        model = TowerWithHead(_copy(tower), learn, data.exclusive)
+        trainer = _trainer(model, learn, choose, tower.spec, options, folder, workers)
+        last = last_checkpoint(folder)
+        if last:
+            check_states(last, weights=SAFE_WEIGHTS_NAME)
+        outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if not math.isfinite(outcome.training_loss):
+            raise UserError(f"the loss is not finite after {outcome.global_step} steps: give a smaller --lr")
+        logits = trainer.predict(LabelledPixels(asked, tower.spec, False, options.seed)).predictions
+        best = math.nan if trainer.state.best_metric is None else float(trainer.state.best_metric)
+        shutil.rmtree(folder, ignore_errors=True)
+    spec = tower.spec.model_copy(update={"projection_dim": None})
+    learnt = Tower.from_model(model.vision.cpu(), spec)
+    return Finetuned(
+        model.probabilities(np.asarray(logits))[:, kept], kept, learnt, learn.images, best, record
+    )
+
+
+def validation_part(data: LabelledImages, share: float, seed: int) -> NDArray[np.bool_]:
+    """Which images choose the epoch, [n]: those that the table marks, else all of some training patients."""
+    if data.val is not None:
+        return data.val & ~data.test
+    drawn = [assign_split(f"validation of {patient}", test=share, seed=seed) for patient in data.patients]
+    return ~data.test & (np.array(drawn) == "test")
+
+
+def _copy(tower: Tower) -> Tower:
+    return Tower(tower.header, deepcopy(tower.model), None)
+
+
+def _trainer(
+    model: TowerWithHead,
+    learn: LabelledImages,
+    choose: LabelledImages,
+    spec: TowerSpec,
+    options: FinetuneOptions,
+    folder: Path,
+    workers: int | None,
+) -> Trainer:
+    cuda = best_device().type == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
+        dataloader_num_workers=workers_for(len(learn.images), workers),
+        dataloader_pin_memory=cuda,
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        warmup_steps=0.1,
+        lr_scheduler_type="cosine",
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        use_cpu=not cuda,
+        seed=options.seed,
+        logging_strategy="epoch",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=CHOSEN_BY,
+        greater_is_better=True,
+        remove_unused_columns=False,
+        disable_tqdm=not stderr.is_terminal,
+        report_to=[],
+    )
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        scores = model.probabilities(np.asarray(prediction.predictions))
+        labels = np.asarray(prediction.label_ids)
+        once = np.ones((1, len(labels)))
+        macro = np.nanmean(metrics(scores, labels > 0.5, model.exclusive, once, labels != OPEN)[0], axis=0)
+        return dict(zip(METRICS, map(float, macro), strict=True))
+
+    trainer = SoundStates(
+        model=model,
+        args=arguments,
+        train_dataset=LabelledPixels(learn, spec, options.augment, options.seed),
+        eval_dataset=LabelledPixels(choose, spec, False, options.seed),
+        compute_metrics=compute,
+        callbacks=[_Telling()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Telling(TrainerCallback):
+    """A line per epoch where no progress bar is drawn."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002 - the library's signature
+        **given: Any,
+    ) -> None:
+        if args.disable_tqdm:
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            _logger.info(
+                f"epoch {round(state.epoch or 0)}/{round(args.num_train_epochs)}: training loss {losses[-1]:.4f}, "
+                f"validation {CHOSEN_BY} {given['metrics'][f'eval_{CHOSEN_BY}']:.1f}"
+            )

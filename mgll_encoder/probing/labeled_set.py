@@ -1,0 +1,133 @@
+"""Which labelled images a probe is about."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mgll_encoder.common.errors import BadDataError, UserError
+from mgll_encoder.common.table_options import listed
+from mgll_encoder.common.tables import Reading
+from mgll_encoder.common.texts import read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mgll_encoder.common.skipped import Skipped
+    from mgll_encoder.data.label_table import LabelledImages
+
+_logger = logging.getLogger(__name__)
+
+_COLUMNS = ("file", "labels", "")
+"""Defaults of the options that a benchmark answers itself."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which images and labels the user means; each field is the option of its name."""
+
+    data: Path | None
+    images: Path
+    benchmark: str | None = None
+    image_column: str = "file"
+    labels_column: str = "labels"
+    binary_columns: str = ""
+    patient_column: str | None = None
+    split_column: str | None = None
+    test_data: Path | None = None
+    test_images: Path | None = None
+    test_list: Path | None = None
+    only: str = ""
+    test: float = 0.3
+    seed: int = 0
+    reading: Reading = field(default_factory=Reading)
+
+    def read(self, skipped: "Skipped", both_sides: bool = True) -> "LabelledImages":
+        """The labelled images; what is left out is counted in ``skipped``.
+
+        Raises:
+            UserError: see `mgll_encoder.data.label_table`; options that contradict each other.
+        """
+        from mgll_encoder.data.label_table import Columns, Sides, read_class_files, read_labels
+        from mgll_encoder.probing.benchmarks import benchmark as described
+
+        if self.test_images and not self.test_data:
+            raise UserError("--test-images is given without --test-data: expected both, or neither")
+        if sum(map(bool, (self.test_data, self.test_list, self.split_column))) > 1:
+            raise UserError(
+                "--test-data, --test-list and --split-column exclude each other: give one of them"
+            )
+        sides = Sides(
+            self.test, self.seed, _listed(self.test_list), self.test_data, self.test_images, both_sides
+        )
+        if self.benchmark and (self.image_column, self.labels_column, self.binary_columns) != _COLUMNS:
+            raise UserError(
+                f"--benchmark {self.benchmark} says what the columns are: leave their options out"
+            )
+        only = tuple(name.strip().casefold() for name in self.only.split(";") if name.strip())
+        known = described(self.benchmark) if self.benchmark else None
+        if known and not self.data and known.folders:
+            if self.patient_column or self.split_column:
+                raise UserError(
+                    "--patient-column and --split-column need a label table: give --data, or leave them out"
+                )
+            columns = known.columns if known.tabled else None
+            if self.test_data and not columns:
+                raise BadDataError(f"benchmark '{self.benchmark}' has no label table: leave --test-data out")
+            return read_class_files(
+                self.images,
+                known.folders,
+                only=only,
+                columns=columns,
+                sides=sides,
+                skipped=skipped,
+                reading=self.reading,
+            )
+        if not self.data:
+            raise UserError(
+                "--data is missing: expected the label file; only sets labelled by folders need none"
+            )
+        if known and not known.tabled:
+            raise BadDataError(
+                f"benchmark '{self.benchmark}' is labelled by its folders: leave --data out, or leave --benchmark "
+                "out and say what the columns of your file are"
+            )
+        if known:
+            columns = known.columns
+            columns = replace(
+                columns, patient=self.patient_column or columns.patient, split=self.split_column
+            )
+            only = only or known.only
+        else:
+            columns = Columns(
+                self.image_column, self.labels_column, listed(self.binary_columns), self.patient_column,
+                self.split_column,
+            )  # fmt: skip
+        return read_labels(
+            self.data, self.images, columns, only=only, sides=sides, skipped=skipped, reading=self.reading
+        )
+
+    @property
+    def names(self) -> "Mapping[str, str]":
+        """Label -> its name in words; known of described benchmarks."""
+        from mgll_encoder.probing.benchmarks import benchmark as described
+
+        return described(self.benchmark).in_words if self.benchmark else {}
+
+    def warn_of_leaks(self, data: "LabelledImages") -> None:
+        """Log where test images may show patients that were trained on."""
+        if divided := data.divided:
+            _logger.warning(f"{len(divided)} patients have images on both sides: figures are flattered")
+        elif not data.by_patient:
+            _logger.warning(
+                "no --patient-column: images of one patient may be on both sides, which flatters every figure"
+            )
+
+
+def _listed(path: Path | None) -> frozenset[str]:
+    if path is None:
+        return frozenset()
+    names = read_text(path, "--test-list").split()
+    if not names:
+        raise BadDataError(f"list {path} is empty: expected the name of a test image in each line")
+    return frozenset(Path(name).name for name in names)

@@ -1,0 +1,143 @@
+"""Image-text retrieval: is a text of the image among the nearest, and an image of the text?
+
+Label texts repeat, so an image has several right texts and a text many right images: one of them among the k nearest is
+a hit. With few distinct texts many hits are luck, so the share that a random order would hit stands beside.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln
+
+from mgll_encoder.probing.linear import CONFIDENCE, REPLICATES, Figure, resampled
+
+DEPTHS = (1, 5, 10)
+DIRECTIONS = ("image to text", "text to image")
+
+_NEAREST = 1000
+"""So many nearest images of a text are looked at in the bootstrap; k of them are drawn but in freak samples."""
+
+_CELLS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Recall at one direction.
+
+    Attributes:
+        direction: Out of `DIRECTIONS`.
+        queries: Images, or distinct texts.
+        candidates: What is searched.
+        recall: k -> share of queries with a hit among the k nearest, in %, with interval (bootstrap over patients).
+        chance: k -> what a random order would give, in %.
+    """
+
+    direction: str
+    queries: int
+    candidates: int
+    recall: dict[int, Figure]
+    chance: dict[int, float]
+
+
+def retrieval(
+    images: NDArray[np.floating],
+    texts: NDArray[np.floating],
+    truth: NDArray[np.bool_],
+    patients: Sequence[str],
+    *,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> tuple[Retrieval, Retrieval]:
+    """Recall in both directions.
+
+    Where a right and a wrong candidate are equally near, the wrong one is taken to come first: a collapsed tower, to
+    which everything is alike, scores 0.
+
+    Args:
+        images: Image features of length 1, [n, D].
+        texts: Features of the distinct texts, of length 1, [u, D].
+        truth: Which text is true of which image, [n, u]; each row and each column has at least one.
+        patients: Patient of each image.
+        replicates: Bootstrap draws of whole patients; texts of which no image is drawn do not count in a draw.
+        seed: Seed of the draws.
+    """
+    similar = images.astype(np.float32) @ texts.astype(np.float32).T
+    first = _ranks(similar, truth)
+    order = _nearest(similar, truth)
+    right = np.take_along_axis(truth.T, order, axis=1)
+    owners = np.asarray(patients)
+    to_text = [float((first < k).mean()) for k in DEPTHS]
+    to_image = _text_recall(order, right, truth, np.ones(len(images)))
+    drawn: list[tuple[list[float], list[float]]] = []
+    for weights in resampled(owners, replicates, seed, max(1, _CELLS // len(images))):
+        for weight in weights:
+            hits = [float(weight[first < k].sum() / weight.sum()) for k in DEPTHS]
+            drawn.append((hits, _text_recall(order, right, truth, weight)))
+    return (
+        _summary(0, len(images), len(texts), to_text, [a for a, _ in drawn], truth),
+        _summary(1, len(texts), len(images), to_image, [b for _, b in drawn], truth.T),
+    )
+
+
+def _ranks(similar: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Candidates that stand before the nearest right one, per query, [n]."""
+    best = np.where(truth, similar, -np.inf).max(axis=1, keepdims=True)
+    return ((similar >= best) & ~truth).sum(axis=1)
+
+
+def _nearest(similar: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Images in the order of each text, nearest first, wrong before right where they are equally near; [u, nearest]."""
+    columns = range(similar.shape[1])
+    return np.stack([np.lexsort((truth[:, u], -similar[:, u]))[:_NEAREST] for u in columns])
+
+
+def _text_recall(
+    order: NDArray[np.int64], right: NDArray[np.bool_], truth: NDArray[np.bool_], weight: NDArray[np.float64]
+) -> list[float]:
+    """Share of texts with a right image among the k nearest of those that are there, [n] with a weight above 0.
+
+    An image that is drawn twice is searched once: two copies of a wrong one would take two of k places.
+    """
+    here = weight[order] > 0  # [u, nearest]
+    before = np.cumsum(here & ~right, axis=1)
+    found = np.where(right & here, before, np.inf).min(axis=1)
+    asked = weight @ truth > 0
+    return [float((found[asked] < k).mean()) for k in DEPTHS]
+
+
+def _summary(
+    direction: int,
+    queries: int,
+    candidates: int,
+    values: Sequence[float],
+    drawn: Sequence[Sequence[float]],
+    truth: NDArray[np.bool_],
+) -> Retrieval:
+    tail = (100 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(100 * np.array(drawn), [tail, 100 - tail], axis=0)
+    return Retrieval(
+        DIRECTIONS[direction],
+        queries,
+        candidates,
+        {
+            k: Figure(100 * value, float(a), float(b))
+            for k, value, a, b in zip(DEPTHS, values, low, high, strict=True)
+        },
+        {k: 100 * _chance(truth.sum(axis=1), candidates, k) for k in DEPTHS},
+    )
+
+
+def _chance(positives: NDArray[np.int64], candidates: int, k: int) -> float:
+    """Mean over queries of the chance that k candidates drawn at random hold a right one: 1 - C(N-P, k) / C(N, k)."""
+    wrong = candidates - positives.astype(np.float64)
+    k = min(k, candidates)
+    with np.errstate(invalid="ignore"):
+        missed = (
+            gammaln(wrong + 1)
+            - gammaln(wrong - k + 1)
+            + gammaln(candidates - k + 1)
+            - gammaln(candidates + 1)
+        )
+    return float(np.where(wrong >= k, 1 - np.exp(missed), 1.0).mean())

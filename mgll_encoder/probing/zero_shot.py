@@ -1,0 +1,217 @@
+"""Classification without training: image features against the text features of class prompts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy.special import expit, softmax
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.texts import read_text
+from mgll_encoder.data.fundus import read_explanations
+from mgll_encoder.pretraining.initialization import text_beside
+from mgll_encoder.text.text_tower import TextTower
+from mgll_encoder.tower.load import Tower
+
+
+class LabelPrompts(BaseModel):
+    """What is special about a label.
+
+    Attributes:
+        names: What ``{label}`` stands for, all of them used in turn; empty for the label itself.
+        negatives: Instead of the set's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    names: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+
+
+class Prompts(BaseModel):
+    """Prompts of a field; see ``prompts.json``.
+
+    Attributes:
+        templates: Say that a label is true.
+        negatives: Say that it is not.
+        labels: What is special about single labels.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    templates: tuple[str, ...] = Field(min_length=1)
+    negatives: tuple[str, ...] = Field(min_length=1)
+    labels: dict[str, LabelPrompts] = {}
+
+    def positive(self, label: str, names: Mapping[str, str]) -> list[str]:
+        """Prompts that say the label is true.
+
+        Args:
+            label: The label, as in the label file.
+            names: Label -> its name in words, where a label file has abbreviations.
+
+        Raises:
+            UserError: no template can be filled.
+        """
+        return self._filled(self.templates, label, names)
+
+    def negative(self, label: str, names: Mapping[str, str]) -> list[str]:
+        """Prompts that say it is not true; arguments and errors as for `positive`."""
+        own = self._special(label, names).negatives
+        return self._filled(own or self.negatives, label, names)
+
+    def _special(self, label: str, names: Mapping[str, str]) -> LabelPrompts:
+        return self.labels.get(label) or self.labels.get(names.get(label, label)) or LabelPrompts()
+
+    def _filled(self, templates: Sequence[str], label: str, names: Mapping[str, str]) -> list[str]:
+        filled = []
+        for name in self._special(label, names).names or (names.get(label, label),):
+            words = {"label": name, "explanation": _explanations().get(name, "")}
+            filled += [
+                t.format_map(words) for t in templates if "{explanation}" not in t or words["explanation"]
+            ]
+        if not filled:
+            raise UserError(
+                f"label '{label}' has no prompt: every template needs an explanation, and it has none"
+            )
+        return list(dict.fromkeys(filled))
+
+
+def prompt_sets() -> dict[str, Prompts]:
+    """The packaged sets, by name."""
+    text = files(__package__).joinpath("prompts.json").read_text(encoding="utf-8")
+    return {name: Prompts.model_validate(row) for name, row in json.loads(text)["sets"].items()}
+
+
+def read_prompts(name: str) -> Prompts:
+    """A packaged set by its name, or a set in a file.
+
+    Raises:
+        UserError: there is none, or the file is not of this form.
+    """
+    path = Path(name)
+    if path.suffix != ".json":
+        known = prompt_sets()
+        if name not in known:
+            raise unknown_name("set of prompts (or a .json file)", name, known)
+        return known[name]
+    try:
+        prompts = Prompts.model_validate_json(read_text(path, "--prompts"))
+        for template in (*prompts.templates, *prompts.negatives):
+            template.format_map({"label": "", "explanation": ""})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"prompts file {path}: '{where}': {first['msg']}; expected one set, such as "
+            '{"templates": ["{label}"], "negatives": ["no {label}"]}'
+        ) from None
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"prompts file {path}: a template has a place {error}: expected {{label}} or {{explanation}}"
+        ) from None
+    return prompts
+
+
+def text_tower_of(path: Path, tower: Tower) -> TextTower:
+    """The text tower beside an image tower: of a pretraining of ours, or of a whole CLIP of any layout.
+
+    Args:
+        path: What the image tower was read from.
+        tower: The image tower.
+
+    Raises:
+        UserError: there is none, it is damaged, or the image tower has no projection into the shared space.
+    """
+    if tower.projection is None:
+        raise UserError(
+            f"tower {path} has no projection into the image-text space: expected one that 'mgll-encoder pretrain' "
+            "wrote, or a whole CLIP"
+        )
+    text = text_beside(path, tower, tower.projection.shape[0])
+    if text is None:
+        raise UserError(
+            f"tower {path} has no text tower: expected a folder that 'mgll-encoder pretrain' wrote, or a whole CLIP; "
+            "an image tower alone cannot compare images with texts"
+        )
+    end = text.tokenizer.eos_token_id
+    if end is not None and end >= text.rows:
+        raise UserError(
+            f"{path}: the text tower knows {text.rows} pieces, its tokenizer counts to {len(text.tokenizer)}: expected "
+            "those of one CLIP; take both from the same folder"
+        )
+    return text.eval()
+
+
+def projected(tower: Tower, features: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Pooled features [n, width] in the shared image-text space, of length 1, [n, D].
+
+    Raises:
+        UserError: the tower has no projection.
+    """
+    if tower.projection is None:
+        raise UserError(f"tower {tower.header.source} has no projection into the image-text space")
+    with torch.inference_mode():
+        return normalize(torch.from_numpy(features) @ tower.projection.float().T, dim=1).numpy()
+
+
+def class_directions(text: TextTower, prompts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
+    """One direction per class: the mean of its prompts' features, each of length 1, made of length 1 again.
+
+    Args:
+        text: The text tower.
+        prompts: The prompts of each class.
+
+    Returns:
+        [classes, D].
+    """
+    distinct = list(dict.fromkeys(prompt for group in prompts for prompt in group))
+    with torch.inference_mode():
+        features: Tensor = normalize(text.features(distinct).float(), dim=1)
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    means = [features[[place[prompt] for prompt in group]].mean(dim=0) for group in prompts]
+    return normalize(torch.stack(means), dim=1).numpy()
+
+
+def unknown_pieces(text: TextTower, prompts: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Prompt -> its pieces that the text tower has never seen, and leaves out; prompts without any are not named."""
+    found = {prompt: text.unknown(prompt) for group in prompts for prompt in group}
+    return {prompt: pieces for prompt, pieces in found.items() if pieces}
+
+
+def zero_shot_scores(
+    images: NDArray[np.floating],
+    positive: NDArray[np.floating],
+    negative: NDArray[np.floating],
+    temperature: float,
+    exclusive: bool,
+) -> NDArray[np.float64]:
+    """Probabilities of labels for images.
+
+    Args:
+        images: Image features of length 1, [n, D].
+        positive: Directions of the labels, [labels, D].
+        negative: Directions of their absence, [labels, D]; not read where labels exclude each other.
+        temperature: The τ of the towers.
+        exclusive: Whether exactly one label is true of an image.
+
+    Returns:
+        [n, labels]: a softmax over the labels where they exclude each other; else of each label against its absence.
+    """
+    similar = images.astype(np.float64) @ positive.T.astype(np.float64)
+    if exclusive:
+        return np.asarray(softmax(similar / temperature, axis=1))
+    return np.asarray(expit((similar - images.astype(np.float64) @ negative.T) / temperature))
+
+
+@cache
+def _explanations() -> Mapping[str, str]:
+    return read_explanations().explanations

@@ -1,0 +1,331 @@
+"""The text tower: a transformers encoder, its tokenizer, a rule for pooling, and a projection into the shared space.
+
+Whatever it was made from, it is stored in the same way, in the sub-folder ``text/`` of a tower's folder: the
+encoder and the tokenizer as transformers writes them, the projection, and ``text_tower.json``.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.text.clip_tokenizer import CONTEXT, trimmed_tokenizer
+from mgll_encoder.text.pretrained import load_pretrained
+from mgll_encoder.weights.weight_file import open_checkpoint
+
+FOLDER = "text"
+"""Sub-folder of a tower's folder."""
+TEXT_TOWER_FILE = "text_tower.json"
+TEXT_PROJECTION_FILE = "text_projection.safetensors"
+TEXT_PROJECTION = "text_projection.weight"
+
+Pooling = Literal["end", "mean"]
+
+_UNCUT = 10**6
+"""More tokens than a text has; a tokenizer that is given no length complains of longer ones than its own."""
+_AT_ONCE = 256
+"""Texts per forward pass of :meth:`TextTower.features`."""
+
+_CLIP_TYPES = ("clip", "clip_text_model")
+"""``model_type`` of the folders that hold a CLIP text tower."""
+
+
+def _at_end_token(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001 - one signature
+    # attention is causal and the feature is read at the end token: what stands behind it has no effect
+    return model(input_ids=ids).pooler_output
+
+
+def _masked_mean(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    real = mask[..., None].to(states.dtype)
+    return (states * real).sum(dim=1) / real.sum(dim=1)
+
+
+_POOL: dict[str, Callable[[PreTrainedModel, Tensor, Tensor], Tensor]] = {
+    "end": _at_end_token,
+    "mean": _masked_mean,
+}
+
+
+class TextSpec(BaseModel):
+    """What ``text_tower.json`` says.
+
+    Attributes:
+        version: Version of the format.
+        pooling: ``end`` (the feature at the end token, as CLIP) or ``mean`` (over all tokens but padding).
+        context: Longest text in tokens; longer ones are cut.
+        temperature: The τ that the tower was trained with: similarities are cosines divided by it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    pooling: Pooling
+    context: PositiveInt
+    temperature: PositiveFloat
+
+
+class TextTower(nn.Module):
+    """Texts in, features in the shared image-text space out.
+
+    Args:
+        model: The encoder.
+        tokenizer: Its tokenizer. Pieces whose id has no row in the encoder's embedding are left out of a text
+            (:meth:`unknown` names them).
+        projection: From the encoder's width to the shared space.
+        pooling: How tokens become one feature, see :class:`TextSpec`.
+        context: Longest text in tokens.
+        temperature: The τ to record.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        projection: nn.Linear,
+        pooling: Pooling,
+        context: int = CONTEXT,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        self.model, self.projection = model, projection
+        self.tokenizer, self.pooling, self.context = tokenizer, pooling, context
+        self.temperature = temperature
+        self._frozen = False
+
+    @property
+    def rows(self) -> int:
+        """How many token ids the encoder knows."""
+        return _rows(self.model)
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, int64 [U, L], padded at the end to the longest text."""
+        pieces = self._pieces(texts, self.context)
+        ids = [[piece for piece in row if piece < self.rows] for row in pieces]
+        padded = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
+        return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, special ones included, before it is cut to the context."""
+        return [len(row) for row in self._pieces(texts)]
+
+    def unknown(self, text: str) -> list[str]:
+        """Pieces of a text that the encoder has no vector for; empty for towers with a whole vocabulary."""
+        beyond = [piece for piece in self._pieces([text])[0] if piece >= self.rows]
+        return list(self.tokenizer.convert_ids_to_tokens(beyond))
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Features [U, D] of tokens [U, L], not normalised; padding has no effect."""
+        return self.projection(_POOL[self.pooling](self.model, input_ids, attention_mask))
+
+    def features(self, texts: Sequence[str]) -> Tensor:
+        """Features [U, D] in the shared space, not normalised; on the tower's device, with gradients if enabled."""
+        device = self.projection.weight.device
+        parts = []
+        for start in range(0, len(texts), _AT_ONCE):
+            tokens = self.tokenize(texts[start : start + _AT_ONCE])
+            parts.append(self.encode(**{name: ids.to(device) for name, ids in tokens.items()}))
+        return torch.cat(parts) if parts else self.projection.weight.new_zeros(0, len(self.projection.weight))
+
+    def freeze(self) -> None:
+        """Keep the encoder as it is, without dropout; the projection still learns."""
+        self._frozen = True
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """As for any module; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self._frozen:
+            self.model.eval()
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write the tower's files into a folder (made if it is not there)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with _no_bars():
+            self.model.save_pretrained(folder)
+        self._pieces([""], self.context)  # tokenizer.json keeps the truncation of the last call
+        self.tokenizer.save_pretrained(folder)
+        weight = self.projection.weight.detach().cpu().contiguous()
+        save_file({TEXT_PROJECTION: weight}, folder / TEXT_PROJECTION_FILE, metadata={"format": "pt"})
+        spec = TextSpec(pooling=self.pooling, context=self.context, temperature=self.temperature)
+        (folder / TEXT_TOWER_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "TextTower":
+        """Read what :meth:`save` wrote; in eval mode, float32.
+
+        Raises:
+            UserError: a file is missing or damaged, or the projection does not fit the encoder.
+        """
+        file = folder / TEXT_TOWER_FILE
+        if not file.is_file():
+            raise UserError(f"folder {folder} holds no text tower: expected {TEXT_TOWER_FILE} in it")
+        try:
+            spec = TextSpec.model_validate_json(file.read_text(encoding="utf-8"))
+        except (ValidationError, ValueError, OSError) as error:
+            raise UserError(f"{file} does not describe a text tower ({error}): copy it again") from None
+        model, tokenizer = _pretrained(AutoModel, str(folder)), _tokenizer(str(folder))
+        _check_padding(model, tokenizer, str(folder))
+        weights = open_checkpoint(folder / TEXT_PROJECTION_FILE)
+        shape = weights.headers[TEXT_PROJECTION].shape if TEXT_PROJECTION in weights.headers else None
+        if shape is None or len(shape) != 2 or shape[1] != model.config.hidden_size:
+            raise UserError(
+                f"{folder / TEXT_PROJECTION_FILE}: '{TEXT_PROJECTION}' has shape {list(shape or ())}: expected "
+                f"[features, {model.config.hidden_size}], the width of the encoder beside it; copy the whole folder"
+            )
+        projection = nn.Linear(shape[1], shape[0], bias=False)
+        projection.weight.data.copy_(weights.read([TEXT_PROJECTION])[TEXT_PROJECTION])
+        tower = cls(model, tokenizer, projection, spec.pooling, spec.context, spec.temperature)
+        return tower.eval()
+
+    @classmethod
+    def new(cls, texts: Iterable[str], width: int, depth: int, shared: int) -> "TextTower":
+        """A small CLIP text tower with random weights, whose vocabulary is the pieces of the given texts.
+
+        Args:
+            texts: All texts that it will learn.
+            width: Hidden size (heads of 32).
+            depth: Blocks.
+            shared: Width of the shared space.
+        """
+        tokenizer, rows = trimmed_tokenizer(texts)
+        config = CLIPTextConfig(
+            vocab_size=rows,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=width // 32,
+            max_position_embeddings=CONTEXT,
+            projection_dim=shared,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        both = CLIPTextModelWithProjection(config)
+        return cls(both.text_model, tokenizer, both.text_projection, "end")
+
+    @classmethod
+    def pretrained(cls, source: str, shared: int) -> "TextTower":
+        """An encoder that somebody trained: BERT and its like (mean over tokens), or CLIP (at the end token).
+
+        Args:
+            source: A transformers folder or the name of a repository on the hub.
+            shared: Width of the shared space. A CLIP's own projection is kept where it has this width; else
+                a new one is drawn.
+
+        Raises:
+            UserError: it cannot be had or read, or is no text encoder.
+        """
+        config = _load(AutoConfig, source)
+        tokenizer, own = _tokenizer(source), None
+        model: Any
+        clip = config.model_type in _CLIP_TYPES
+        if clip:
+            shape = config.get_text_config()
+            shape.projection_dim = config.projection_dim  # a whole CLIP's stands outside
+            both: Any = _pretrained(CLIPTextModelWithProjection, source, config=shape)
+            model, own = both.text_model, both.text_projection
+        else:
+            model = _pretrained(AutoModel, source)
+        _check_padding(model, tokenizer, source)
+        width, limit = model.config.hidden_size, model.config.max_position_embeddings
+        if own is None or own.weight.shape[0] != shared:
+            own = nn.Linear(width, shared, bias=False)
+            nn.init.normal_(own.weight, std=width**-0.5)
+        context = min(limit, tokenizer.model_max_length)
+        return cls(model, tokenizer, own, "end" if clip else "mean", context)
+
+    def _pieces(self, texts: Sequence[str], most: int = _UNCUT) -> list[list[int]]:
+        return self.tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
+
+
+def load_text_tower(tower_folder: Path) -> TextTower:
+    """The text tower that was trained with an image tower.
+
+    Args:
+        tower_folder: A folder written by ``mgll-encoder pretrain``.
+
+    Raises:
+        UserError: the folder has none (one made by ``convert``), or it is damaged.
+    """
+    folder = tower_folder / FOLDER
+    if not folder.is_dir():
+        raise UserError(
+            f"tower {tower_folder} has no text tower (no sub-folder '{FOLDER}'): expected a folder that "
+            "'mgll-encoder pretrain' wrote; a converted image tower alone cannot compare images with texts"
+        )
+    return TextTower.load(folder)
+
+
+def _pretrained(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
+    """The encoder without its pooling head, which no feature here passes through."""
+    with _no_bars():
+        model, report = _load(kind, source, dtype=torch.float32, output_loading_info=True, **settings)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    if missing or report["mismatched_keys"]:
+        raise UserError(
+            f"text tower {source} lacks weights, such as '{(missing or report['mismatched_keys'])[0]}': "
+            "expected a whole text encoder"
+        )
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    if model.get_input_embeddings() is None or not hasattr(model.config, "max_position_embeddings"):
+        raise UserError(f"text tower {source} is a '{model.config.model_type}': expected a text encoder")
+    return model
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    tokenizer = _load(AutoTokenizer, source)
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"text tower {source}: its tokenizer has no padding token: expected one, as BERT's has"
+        )
+    return tokenizer
+
+
+def _check_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    if int(tokenizer.pad_token_id) >= _rows(model):
+        raise UserError(
+            f"text tower {source}: its padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, but "
+            f"the encoder knows {_rows(model)}: take both from the same folder"
+        )
+
+
+def _rows(model: PreTrainedModel) -> int:
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0])
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar per file of a few megabytes says nothing
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load(kind: Any, source: str, **settings: Any) -> Any:
+    advice = "expected a transformers folder, or a repository of the hub and a connection to it"
+    return load_pretrained(kind, source, f"text tower {source}", advice=advice, **settings)

@@ -1,0 +1,1 @@
+"""The vision tower: its contract, and reading, adapting and saving it."""

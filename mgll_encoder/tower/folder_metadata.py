@@ -1,0 +1,160 @@
+"""What the JSON files of a tower's folder claim about it, whoever wrote them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.common.errors import UnsupportedCheckpointError
+from mgll_encoder.common.texts import read_json
+from mgll_encoder.tower.clip_vision import SPEC_FIELDS, spec_fields
+from mgll_encoder.tower.preprocess import read_preprocessing
+from mgll_encoder.tower.spec import TowerSpec, checked
+
+HF_FOLDER, OPEN_CLIP_FOLDER, OURS = "transformers folder", "open_clip folder", "mgll tower folder"
+
+TOWER_FILE = "mgll_tower.json"
+TOWER_VERSION = 1
+
+_OPEN_CLIP_FIELDS = {
+    "width": "width",
+    "depth": "layers",
+    "patch_size": "patch_size",
+    "image_size": "image_size",
+}
+_OPEN_CLIP_RESIZE = {"shortest": "crop", "squash": "squash"}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Fields of a contract that a folder states.
+
+    Attributes:
+        layout: What the folder is, or None for a bare weight file.
+        file: The file that states them.
+        fields: ``TowerSpec`` field -> value.
+        names: ``TowerSpec`` field -> what the file calls it.
+        notes: What had to be simplified.
+    """
+
+    layout: str | None = None
+    file: Path | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_claims(path: Path) -> Claims:
+    """Read the configs of a tower's folder; a bare file claims nothing.
+
+    Raises:
+        UserError: a config is unreadable, of another model type, or contradicts its neighbour.
+    """
+    if not path.is_dir():
+        beside = [name for name in ("config.json", TOWER_FILE) if (path.parent / name).is_file()]
+        return Claims(
+            notes=tuple(f"{path.parent / name} is not read: pass the folder" for name in beside[:1])
+        )
+    if (path / TOWER_FILE).is_file():
+        return _ours(path)
+    if (path / "config.json").is_file():
+        return _transformers(path)
+    return _open_clip(path) if (path / "open_clip_config.json").is_file() else Claims()
+
+
+def check_kind(file: Path) -> dict[str, Any]:
+    """The config.json of a transformers folder that holds a CLIP tower.
+
+    Raises:
+        UserError: it is unreadable, or of another kind of model.
+    """
+    content = read_json(file)
+    kind = content.get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise UnsupportedCheckpointError(
+            f"{file}: field 'model_type' is {kind!r}: expected 'clip' or 'clip_vision_model', the folder of "
+            "a CLIP vision tower (a whole MLLM belongs to --mllm)"
+        )
+    return content
+
+
+def _ours(folder: Path) -> Claims:
+    file = folder / TOWER_FILE
+    content = read_json(file)
+    if content.get("version") != TOWER_VERSION:
+        raise UnsupportedCheckpointError(
+            f"{file}: field 'version' is {content.get('version')!r}: expected {TOWER_VERSION}; "
+            "the folder was written by another version of mgll-mllm: upgrade, or write the tower again"
+        )
+    if not isinstance(content.get("spec"), dict):
+        raise UnsupportedCheckpointError(
+            f"{file}: field 'spec' is missing: expected the vision contract; write the tower again"
+        )
+    spec = checked(TowerSpec, content["spec"], file)
+    beside = folder / "config.json"
+    act = read_json(beside).get("hidden_act") if beside.is_file() else spec.activation
+    if act != spec.activation:
+        raise UnsupportedCheckpointError(
+            f"{file}: field 'activation' is {spec.activation}, but {beside} has hidden_act {act!r}: "
+            "expected both to agree; write the tower again"
+        )
+    record = content.get("provenance") or {}
+    notes = []
+    if record.get("activation_source") == "default":
+        notes.append(
+            f"{file}: {spec.activation} was a mere default for {record.get('source')} when this folder was written; "
+            "if you know the right activation, convert again with --activation"
+        )
+    return Claims(OURS, file, spec.model_dump(exclude_none=True), notes=tuple(notes))
+
+
+def _open_clip(folder: Path) -> Claims:
+    file = folder / "open_clip_config.json"
+    content = read_json(file)
+    model, pixels = content.get("model_cfg") or {}, content.get("preprocess_cfg") or {}
+    vision = model.get("vision_cfg")
+    if not isinstance(vision, dict):
+        raise UnsupportedCheckpointError(
+            f"{file}: field 'model_cfg.vision_cfg' is missing: expected open_clip's own config"
+        )
+    fields = {ours: vision[theirs] for ours, theirs in _OPEN_CLIP_FIELDS.items() if theirs in vision}
+    fields["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    if "head_width" in vision and "width" in vision:
+        fields["heads"] = vision["width"] // vision["head_width"]
+    if "mean" in pixels and "std" in pixels:
+        mode = pixels.get("resize_mode", "shortest")
+        fields |= {"mean": pixels["mean"], "std": pixels["std"], "resize": _OPEN_CLIP_RESIZE.get(mode, mode)}
+    return Claims(OPEN_CLIP_FOLDER, file, fields, {**_OPEN_CLIP_FIELDS, "activation": "quick_gelu"})
+
+
+def _transformers(folder: Path) -> Claims:
+    file = folder / "config.json"
+    content = check_kind(file)
+    vision = content
+    if content["model_type"] == "clip":  # where a file of old holds it twice, transformers goes by the second
+        twice = (content.get(name) for name in ("vision_config_dict", "vision_config"))
+        vision = next((part for part in twice if part is not None), {})
+    try:
+        fields = spec_fields(vision)
+    except ValueError as error:
+        raise UnsupportedCheckpointError(
+            f"{file} is no valid config of a CLIP vision tower: {error}"
+        ) from None
+    pixels, notes = _pixels(folder, fields["image_size"])
+    return Claims(HF_FOLDER, file, {**fields, **pixels}, SPEC_FIELDS, notes)
+
+
+def _pixels(folder: Path, image_size: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    file = folder / "preprocessor_config.json"
+    content = read_json(file) if file.is_file() else {}
+    if not content and (file := folder / "processor_config.json").is_file():  # transformers 5 nests it there
+        content = read_json(file).get("image_processor", {})
+    if not content:
+        return {}, ()
+    pixels, notes = read_preprocessing(content, file)
+    if (side := pixels.pop("image_size")) != image_size:
+        raise UnsupportedCheckpointError(
+            f"{file}: images become {side} px, but config.json beside it says image_size {image_size}: "
+            "expected both to agree; take both from the same folder"
+        )
+    return pixels, notes

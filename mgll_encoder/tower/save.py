@@ -1,0 +1,94 @@
+"""Writing a tower as a folder that transformers reads, old and new."""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.files import new_folder, sha256
+from mgll_encoder.common.local_paths import without_local
+from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
+from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
+from mgll_encoder.text.text_tower import TextTower
+from mgll_encoder.tower.card import model_card
+from mgll_encoder.tower.folder_metadata import TOWER_FILE, TOWER_VERSION
+from mgll_encoder.tower.keymap import PROJECTION
+from mgll_encoder.tower.load import PROJECTION_FILE, Tower, vision_config
+from mgll_encoder.tower.preprocess import image_processor
+
+
+def save_tower(
+    tower: Tower,
+    out: Path,
+    force: bool = False,
+    provenance: dict[str, Any] | None = None,
+    text: TextTower | None = None,
+    trainings: Sequence[Training] = (),
+) -> Path:
+    """Write a tower's folder, whole or not at all.
+
+    The weights carry the prefix ``vision_model.``, which ``CLIPVisionModel`` expects in transformers 4 and
+    removes on loading in transformers 5. The projection, for which it has no place, lies in a file of its own.
+
+    Args:
+        tower: The tower; its model must have the geometry of its contract.
+        out: The folder to write.
+        force: Replace ``out`` if it exists.
+        provenance: More to record (training data, command line ...), added to source, hashes and version.
+        text: The text tower that was trained with it, for the sub-folder ``text/``.
+        trainings: What it was trained on since it was read; what its source was trained on is taken over from there.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: ``out`` exists and ``force`` is not set, or the model is not what its contract says.
+    """
+    spec, header = tower.spec, tower.header
+    config = vision_config(spec)
+    for name in (
+        "hidden_size",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+        "hidden_act",
+        "layer_norm_eps",
+    ):
+        found, expected = getattr(tower.model.config, name), getattr(config, name)
+        if found != expected:
+            raise UserError(f"the model's {name} is {found}: expected {expected} as in its TowerSpec")
+    config.architectures = ["CLIPVisionModel"]
+    config.dtype = tower.model.dtype
+    record: dict[str, Any] = {
+        "source": header.source.name,
+        "layout": header.layout,
+        **({"weights": header.weights} if header.weights else {}),
+        "activation_source": header.activation_source,
+        "preprocessing_source": header.preprocessing_source,
+        "sha256": {file.name: sha256(file) for file in header.files},
+        "created_by": f"mgll-mllm {version('mgll-mllm')}",
+        **without_local(provenance or {}),
+    }
+    weights = {
+        f"vision_model.{name}": t.detach().cpu().contiguous() for name, t in tower.model.state_dict().items()
+    }
+    with new_folder(out, force) as folder:
+        config.save_pretrained(folder)
+        image_processor(spec).save_pretrained(folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        if tower.projection is not None:
+            projection = {PROJECTION: tower.projection.detach().cpu().contiguous()}
+            save_file(projection, folder / PROJECTION_FILE, metadata={"format": "pt"})
+        content = {"version": TOWER_VERSION, "spec": spec.model_dump(), "provenance": record}
+        (folder / TOWER_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        card = model_card(spec, record, text is not None)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if text is not None:
+            text.save(folder / TEXT_FOLDER)
+        before = trainings_of(header.source) if header.files else ()  # a tower made in memory has no source
+        write_trainings(folder, [*before, *trainings])
+    return out

@@ -1,0 +1,1 @@
+"""Weight files: what a file is, where its tensors are, and reading them without running anything."""

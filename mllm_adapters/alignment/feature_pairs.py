@@ -1,0 +1,213 @@
+"""Features of two towers for the same places of the same pictures."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.texts import checked, parse_json, read_text
+from mgll_encoder.data.manifest import image_folder, read_header, read_rows
+from mgll_encoder.tower.preprocess import image_processor
+from mgll_encoder.tower.spec import PixelRule
+from mllm_adapters.alignment.vision_model import Sight
+from mllm_adapters.core.contract import Family
+from mllm_adapters.data.mcq_rows import BENCH_SCHEMA, BenchQuestion
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Files in a folder that count as images, whatever the case of their letters."""
+
+FEWEST = 10
+"""Images without which there is no point in fitting and holding out."""
+
+
+class _AllSeen(Exception):
+    """Everything that was to be caught has been: the rest of the model need not run."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Features at one place of the model.
+
+    Attributes:
+        new: Of the new tower [pictures, tokens, width].
+        old: Of the old tower, for the same tokens [pictures, tokens, width].
+        seen: Whether the old tower saw that part of the picture [pictures, tokens].
+    """
+
+    new: Tensor
+    old: Tensor
+    seen: Tensor
+
+    def rows(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """New and old features [n, width] of some pictures' tokens; a mask [pictures], which views repeat."""
+        chosen = (
+            self.seen
+            & pictures.to(self.seen.device).repeat_interleave(len(self.seen) // len(pictures))[:, None]
+        )
+        return self.new[chosen], self.old[chosen]
+
+
+class Watch:
+    """Shows pictures to two models and catches what their readers read.
+
+    Args:
+        family: Knows how its models are looked through.
+        old: The model before the swap.
+        new: The model after it.
+        points: Name -> (module of the new model, module of the old one) whose input is caught.
+    """
+
+    def __init__(self, family: Family, old: Sight, new: Sight, points: Mapping[str, tuple[str, str]]) -> None:
+        self._family, self._old, self._new = family, old, new
+        self._new_points = {name: new.module_name(pair[0]) for name, pair in points.items()}
+        self._old_points = {name: old.module_name(pair[1]) for name, pair in points.items()}
+        self._new_rule = family.picture(new.contract, new.config)
+        self._old_rule = family.picture(old.contract, old.config)
+        if old.contract.tiles > 1:  # what a tile shows cannot be told from the picture's shape
+            self._old_rule = self._old_rule.model_copy(update={"resize": self._new_rule.resize})
+
+    def look(self, pictures: Sequence[Image.Image]) -> dict[str, Pairs]:
+        """What the readers read of some pictures, by point."""
+        new = self._catch(self._new, self._new_rule, self._new_points, pictures)
+        old = self._catch(self._old, self._old_rule, self._old_points, pictures)
+        shown = [
+            [n / o for n, o in zip(_extent(self._new_rule, p), _extent(self._old_rule, p), strict=True)]
+            for p in pictures
+        ]
+        return {name: match(new[name], old[name], torch.tensor(shown)) for name in new}
+
+    def _catch(
+        self, sight: Sight, rule: PixelRule, points: Mapping[str, str], pictures: Sequence[Image.Image]
+    ) -> dict[str, Tensor]:
+        pixels = image_processor(rule)(list(pictures), return_tensors="pt")["pixel_values"]
+        with _inputs(sight.model, points) as caught, suppress(_AllSeen):
+            self._family.look(sight.model, pixels.to(sight.device), sight.contract)
+        order = self._family.token_order(sight.model, sight.contract)
+        found = {name: _by_picture(value, len(pictures)) for name, value in caught.items()}
+        return found if order is None else {name: value[:, order] for name, value in found.items()}
+
+
+def find_images(images: Path, most: int) -> list[Path]:
+    """Image files, in an order that is drawn, always the same for the same files.
+
+    Args:
+        images: Folder, searched recursively; or an MGLL manifest (``.jsonl``), of which the training split is taken;
+            or an eval-mcq bench (``.jsonl``).
+        most: How many at most.
+
+    Raises:
+        UserError: there is no such folder or manifest, or it has too few images.
+    """
+    if images.is_dir():
+        files = sorted(f for f in images.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        where = f"{images} holds {len(files)} image files ({', '.join(SUFFIXES)})"
+    elif images.suffix == ".jsonl":
+        files = sorted(_listed(images))
+        where = f"{images} has {len(files)} images to train on"
+    else:
+        what = "is neither a folder nor a manifest or bench (.jsonl)" if images.exists() else "does not exist"
+        raise UserError(f"--align {images} {what}: give a folder of images; they need no labels")
+    if min(len(files), most) < FEWEST:
+        asked = f", and --align-samples is {most}" if most < FEWEST <= len(files) else ""
+        raise UserError(f"--align: {where}{asked}: at least {FEWEST} are needed, some hundreds are better")
+    random.Random(0).shuffle(files)
+    return files[:most]
+
+
+def _listed(file: Path) -> set[Path]:
+    """The images of a manifest's training split, or of all questions of a bench."""
+    lines = read_text(file, "--align").split("\n")  # not splitlines(): texts may hold U+2028
+    first = parse_json(lines[0], f"{file} line 1")
+    if not (isinstance(first, dict) and first.get("schema") == BENCH_SCHEMA):
+        folder = image_folder(file, read_header(file))
+        return {folder / row.image for _, _, row in read_rows(file) if row.split == "train"}
+    rest = ((line, f"{file} line {number}") for number, line in enumerate(lines[1:], start=2))
+    questions = [
+        checked(BenchQuestion, parse_json(line, place), place) for line, place in rest if line.strip()
+    ]
+    return {file.absolute().parent / image for question in questions for image in question.images}
+
+
+def match(new: Tensor, old: Tensor, shown: Tensor) -> Pairs:
+    """Pair each new token with what the old tower has at its place.
+
+    Args:
+        new: New features [n, tokens, width], a class token first or none.
+        old: Old features, likewise, on any grid.
+        shown: How much of the picture's width and height the new tower is shown, relative to the old one [pictures, 2].
+    """
+    (new_class, new_grid), (old_class, old_grid) = _split(new), _split(old)
+    placed, seen = _sample(
+        old_grid, shown.repeat_interleave(len(old) // len(shown), dim=0), new_grid.shape[1]
+    )
+    if new_class is not None and old_class is not None:
+        new_grid, placed = torch.cat([new_class, new_grid], 1), torch.cat([old_class, placed], 1)
+        seen = torch.cat([seen.new_ones(len(seen), 1), seen], 1)
+    return Pairs(new_grid, placed, seen)
+
+
+def _split(tokens: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Class token, if the others make a square and all do not, and the others."""
+    number = tokens.shape[1]
+    if isqrt(number) ** 2 == number:
+        return None, tokens
+    if isqrt(number - 1) ** 2 == number - 1:
+        return tokens[:, :1], tokens[:, 1:]
+    raise LookupError(f"{number} tokens are no square grid, with or without class token")
+
+
+def _sample(old: Tensor, shown: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Features [n, number, width] at the new tokens' places, and which of these the old tower saw."""
+    side, old_side = isqrt(number), isqrt(old.shape[1])
+    if side == old_side and bool((shown == 1).all()):
+        return old, torch.ones(old.shape[:2], dtype=torch.bool, device=old.device)
+    centres = (torch.arange(side, device=old.device) + 0.5) / side * 2 - 1
+    rows, columns = torch.meshgrid(centres, centres, indexing="ij")
+    places = torch.stack([columns, rows], -1) * shown.to(old)[:, None, None]
+    table = old.transpose(1, 2).unflatten(-1, (old_side, old_side))
+    sampled = functional.grid_sample(table, places.to(old), padding_mode="border", align_corners=False)
+    return sampled.flatten(2).transpose(1, 2), (places.abs() <= 1).all(-1).flatten(1)
+
+
+def _extent(rule: PixelRule, picture: Image.Image) -> tuple[float, float]:
+    """Width and height of what a tower is shown, relative to the picture's."""
+    width, height = picture.size
+    side = {"crop": min(width, height), "pad": max(width, height), "squash": None}[rule.resize]
+    return (1.0, 1.0) if side is None else (side / width, side / height)
+
+
+def _by_picture(value: Tensor, pictures: int) -> Tensor:
+    """[tokens of all pictures, width], [n, tokens, width] or [n, rows, columns, width] -> [n, tokens, width]."""
+    return value.unflatten(0, (pictures, -1)) if value.ndim == 2 else value.flatten(1, -2)
+
+
+@contextmanager
+def _inputs(model: Any, points: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+    """Catch the first inputs of modules; the forward pass is broken off when all are there."""
+    caught: dict[str, Tensor] = {}
+
+    def hook(name: str, value: Tensor) -> None:
+        caught.setdefault(name, value)
+        if len(caught) == len(points):
+            raise _AllSeen
+
+    handles = [
+        model.get_submodule(module).register_forward_pre_hook(
+            lambda _, given, name=name: hook(name, given[0])
+        )
+        for name, module in points.items()
+    ]
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Model folders on disk: finding them, reading their headers, hashing and copying their files."""

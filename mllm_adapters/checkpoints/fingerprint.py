@@ -1,0 +1,96 @@
+"""What a file or a tensor is told by again: hashes of all of it, or, where that would cost reading it, of samples.
+
+A hard-linked shard of a language model is never read by a swap, so its record is its size and one hash over its
+header and the first and last 4 KiB of every tensor. That tells another file, a cut one and a trained one; not a bit
+that flipped in the middle of a tensor. Shards in a Hugging Face cache carry their whole hash in their name.
+"""
+
+import re
+from hashlib import sha256
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from mgll_encoder.common import files
+from mgll_encoder.weights.spans import Span, spans
+from mgll_encoder.weights.weight_file import is_safetensors
+
+_EDGE = 4096
+_BLOCK = 16 << 20
+_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+class FileRecord(BaseModel):
+    """What is recorded of a file.
+
+    Attributes:
+        size: Bytes.
+        sha256: Of all of it, where it was read anyway or is known without reading.
+        sample: SHA-256 of a safetensors file's header and of both ends of its tensors.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    sha256: str | None = None
+    sample: str | None = None
+
+
+def whole(file: Path) -> FileRecord:
+    """Record of a file that is read whole."""
+    return FileRecord(size=file.stat().st_size, sha256=files.sha256(file))
+
+
+def sampled(file: Path) -> FileRecord:
+    """Record of a weight file of which little is read."""
+    size = file.stat().st_size
+    sample = sample_hash(file) if is_safetensors(file) else None
+    return FileRecord(size=size, sha256=blob_hash(file), sample=sample)
+
+
+def sample_hash(file: Path) -> str:
+    """SHA-256 over the header of a safetensors file and both ends of each of its tensors."""
+    found = sorted(spans(file).values(), key=lambda span: span.start)
+    digest = sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(min((span.start for span in found), default=0)))
+        for span in found:
+            for start in sorted({span.start, max(span.start, span.start + span.length - _EDGE)}):
+                stream.seek(start)
+                digest.update(stream.read(min(_EDGE, span.start + span.length - start)))
+    return digest.hexdigest()
+
+
+def span_hash(span: Span) -> str:
+    """SHA-256 of a tensor's bytes in its file."""
+    digest, left = sha256(), span.length
+    with span.file.open("rb") as stream:
+        stream.seek(span.start)
+        while left and (block := stream.read(min(left, _BLOCK))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def blob_hash(file: Path) -> str | None:
+    """The SHA-256 by which a Hugging Face cache calls a file that lies there (``blobs/<sha256>``), else None."""
+    blob = file.resolve()
+    in_cache = file.is_symlink() and blob.parent.name == "blobs"
+    return blob.name if in_cache and _BLOB.fullmatch(blob.name) else None
+
+
+def agrees(record: FileRecord, file: Path, *, read_whole: bool = True) -> bool:
+    """Whether a file can be the recorded one, by everything that was recorded.
+
+    Args:
+        record: What was recorded.
+        file: A file that exists.
+        read_whole: Whether to read it whole where its whole hash is known.
+    """
+    if file.stat().st_size != record.size:
+        return False
+    if record.sha256 and (known := blob_hash(file)):
+        return known == record.sha256
+    if record.sha256 and read_whole:
+        return files.sha256(file) == record.sha256
+    return record.sample is None or sample_hash(file) == record.sample

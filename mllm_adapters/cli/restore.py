@@ -1,0 +1,103 @@
+"""``swap-encoder verify`` and ``swap-encoder restore``: is it still what was written, and take it back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from mgll_encoder.common import cli
+from mgll_encoder.common.errors import UserError
+from mllm_adapters import api
+from mllm_adapters.checkpoints.locate import check_swapped
+from mllm_adapters.cli.common_options import FORCE_HELP, parts_of
+
+MARKS = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text("–")}
+"""Passed, failed, not checked."""
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint that swap-encoder wrote.")],
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="The tower that was put in (file, folder or hub id). Default: looked for by name and hash beside the "
+            "folder."
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="The checkpoint that it was put into. Default: likewise.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not load the model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check that a checkpoint still is what the swap wrote: files, tensors, tower, and that it looks at images.
+
+    Exit code 2 if a check fails. A dash stands for what could not be checked, with the reason.
+
+    Example: swap-encoder verify llava-med-mgll-fundus --encoder mgll-fundus.pt
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    checks = api.verify(folder, encoder=encoder, source=source, quick=quick)
+    if as_json:
+        cli.stdout.print_json(data=[asdict(check) for check in checks])
+    else:
+        table = Table("", "check", "what was found")
+        for check in checks:
+            table.add_row(MARKS[check.passed], check.name, check.detail)
+        cli.stdout.print(table)
+    if failed := [check for check in checks if check.passed is False]:
+        found = "; ".join(f"{check.name} ({check.detail})" for check in failed)
+        raise UserError(f"{folder}: {len(failed)} of {len(checks)} checks failed: {found}")
+
+
+def restore(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint that swap-encoder wrote.")],
+    original: Annotated[
+        str | None,
+        typer.Option(
+            help="The checkpoint (folder or hub id) that it was made of: its tower and readers come back."
+        ),
+    ] = None,
+    to_encoder: Annotated[
+        bool, typer.Option("--to-encoder", help="Write the tower alone, as an ordinary tower folder.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write. Default: <folder>-restored, or <folder>-encoder.")
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Where a part of the original lies that is not beside it: NAME=PATH. Repeatable."),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy unchanged files instead of hard-linking them.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+) -> None:
+    """Undo a swap: put the original tower and its readers back, or take the new tower out.
+
+    What the swap did not touch comes from the folder, bit by bit.
+
+    Example: swap-encoder restore llava-med-mgll-fundus --original llava-med --out llava-med-again
+    """
+    if (original is None) == (not to_encoder):
+        raise UserError("pass either --original ORIG or --to-encoder: swap-encoder restore --help")
+    if to_encoder and (part or copy):
+        raise UserError(
+            "--part and --copy go with --original: with --to-encoder nothing of the original is read"
+        )
+    name = folder.absolute().name
+    target = out or Path(f"{name}-{'encoder' if to_encoder else 'restored'}")
+
+    parts = parts_of(part)
+    check_swapped(folder)
+    following = f"mgll-encoder inspect {target}"
+    if original is not None:
+        cli.note(f"restoring {folder} from {original} ...")
+        following = f"eval-mcq run --model {target} --bench test.jsonl --out runs/{target.name}"
+    api.restore(folder, target, original=original, parts=parts, force=force, copy=copy)
+    cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
+    cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The family contract, plans and their operations, and the registry of families."""

@@ -1,0 +1,92 @@
+"""config.json: the fields that a family reads, and the configurations that a plan writes."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.library_errors import library_reason
+from mgll_encoder.text.pretrained import library_errors, quiet
+from mgll_encoder.tower.clip_vision import vision_settings
+from mgll_encoder.tower.spec import TowerSpec
+from mllm_adapters.checkpoints.quantized import refuse_quantised
+from mllm_adapters.core.architectures import register_models
+from mllm_adapters.core.contract import VisionContract
+
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fields:
+    """The fields of a config.json that a family goes by; others are ignored.
+
+    Args:
+        kind: What is expected of them.
+        config: Contents of config.json.
+        where: How the error message calls it.
+
+    Raises:
+        UserError: a field is missing, of another type, or has a value that the family does not know; or the weights
+            that it describes are quantised.
+    """
+    refuse_quantised(config, where)
+    try:
+        return kind.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        found = f"{field} is {config[field]!r}" if field in config else f"{field} is missing"
+        raise UserError(f"{where}: {found}: {first['msg']}; this variant is not supported") from None
+
+
+def build_config(settings: Mapping[str, Any], where: str) -> Any:
+    """The transformers configuration object that a config.json describes.
+
+    Raises:
+        UserError: transformers does not accept it.
+    """
+    from transformers import AutoConfig
+
+    fields = deepcopy(dict(settings))  # transformers changes what it is given
+    register_models([str(fields.get("model_type"))])
+    try:
+        with quiet():
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except library_errors() as error:
+        raise UserError(
+            f"{where}: transformers cannot use this configuration: {library_reason(error)}"
+        ) from None
+
+
+def tower_geometry(vision: Any) -> dict[str, Any]:
+    """The fields of `TowerSpec` that a transformers configuration of a vision tower holds."""
+    return {
+        "width": vision.hidden_size,
+        "depth": vision.num_hidden_layers,
+        "heads": vision.num_attention_heads,
+        "mlp_width": vision.intermediate_size,
+        "patch_size": vision.patch_size,
+        "activation": vision.hidden_act,
+    }
+
+
+def tower_config(spec: TowerSpec, after: VisionContract) -> dict[str, Any]:
+    """``vision_config`` of a LLaVA-shaped checkpoint: a plain ``clip_vision_model``."""
+    return vision_settings(spec.model_copy(update={"image_size": after.image_size}))
+
+
+def text_config(model_type: str, config: Mapping[str, Any], vocabulary: int, where: str) -> dict[str, Any]:
+    """``text_config`` made of the language model's fields in a flat, original configuration.
+
+    Raises:
+        UserError: transformers does not accept them.
+    """
+    from transformers import CONFIG_MAPPING
+
+    fields = set(CONFIG_MAPPING[model_type]().to_dict()) | {"rope_theta", "rope_scaling"}
+    own = {k: v for k, v in config.items() if k in fields and k not in ("model_type", "architectures")}
+    own = {"tie_word_embeddings": False, **own, "vocab_size": vocabulary, "model_type": model_type}
+    settings = build_config(own, where).to_dict()
+    rope_base = settings["rope_parameters"]["rope_theta"]
+    return {**settings, "rope_theta": rope_base}  # releases before 5.0 read this one, and default to 10000

@@ -1,0 +1,54 @@
+"""Finding checkpoints: as a folder, in the Hugging Face cache, on the hub."""
+
+from pathlib import Path
+
+from mgll_encoder.common.errors import NotFoundError, UnsupportedCheckpointError, unknown_name
+from mgll_encoder.common.hub import fetch, is_hub_id
+from mgll_encoder.common.texts import read_json
+from mgll_encoder.weights.foreign import other_format
+from mllm_adapters.core.family_table import FAMILIES
+
+
+def resolve(name: str) -> Path:
+    """The local folder of a checkpoint given as folder, hub id or family name.
+
+    A family name stands for the family's published checkpoint. What is not on this machine is downloaded.
+
+    Raises:
+        UserError: there is no such folder, and nothing of that name can be downloaded.
+    """
+    check_name(name)
+    if Path(name).is_dir():
+        return Path(name)
+    return _fetch(_hub_id(name) if name in FAMILIES else name)
+
+
+def check_name(name: str) -> None:
+    """Refuse what is neither a folder here nor the form of a hub id nor a family name; downloads and imports nothing.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if Path(name).is_file():
+        found = other_format(Path(name)) or f"{name} is a file"
+        raise UnsupportedCheckpointError(
+            f"{found}: pass the checkpoint's folder, the one that holds config.json"
+        )
+    if Path(name).is_dir() or is_hub_id(name) or name in FAMILIES:
+        return
+    if "/" in name:
+        raise NotFoundError(f"checkpoint folder {name} does not exist")
+    raise unknown_name("family or checkpoint folder", name, FAMILIES)
+
+
+def _hub_id(name: str) -> str:
+    from mllm_adapters.core.registry import family  # torch, which a name that means nothing need not wait for
+
+    return family(name).spec.hub_id
+
+
+def _fetch(hub_id: str) -> Path:
+    """The folder of a published checkpoint; what is not read is refused before its weights are downloaded."""
+    from mllm_adapters.core.registry import detect
+
+    return fetch(hub_id, lambda config: detect(read_json(config), f"{hub_id}/config.json"))

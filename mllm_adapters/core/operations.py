@@ -1,0 +1,193 @@
+"""The operations of a plan: how a target tensor is computed, what that is called, and what it needs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf, isqrt, sqrt
+from typing import TYPE_CHECKING, Literal
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from mgll_encoder import resample_positions
+from mgll_encoder.common.errors import UserError
+
+if TYPE_CHECKING:
+    from mllm_adapters.core.contract import Step
+
+OperationName = Literal[
+    "keep", "rename", "same", "tower", "slice", "concat", "reshape", "resample", "lora",
+    "extend_rows", "reinit", "zeros", "ones", "identity", "fit", "trained",
+]  # fmt: skip
+"""An operation as it stands in a plan, see `OPERATIONS`."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How a target tensor comes about.
+
+    Attributes:
+        name: As it stands in a plan and in the record of a swap.
+        label: What the table of a plan calls it.
+        compute: Makes the tensor of the step and its sources' values; None where the values are given when the plan
+            is executed.
+        copies_bytes: Whether the bytes of the source tensor stay as they are.
+        in_place: Whether they also keep their name: a file of nothing but these is hard-linked.
+        from_base: Whether the result follows from the source checkpoint alone.
+        from_tower: Whether the sources are those of the plan's tower.
+        sources: Fewest and most source tensors.
+        arguments: What `Step.arguments` must hold.
+    """
+
+    name: OperationName
+    label: str
+    compute: "Callable[..., Tensor] | None"
+    copies_bytes: bool = False
+    in_place: bool = False
+    from_base: bool = False
+    from_tower: bool = False
+    sources: tuple[float, float] = (0, 0)
+    arguments: frozenset[str] = field(default=frozenset())
+
+    def check(self, step: "Step") -> None:
+        """Refuse a step that lacks what this operation needs.
+
+        Raises:
+            ValueError: it has too few sources, too many, or not all arguments.
+        """
+        fewest, most = self.sources
+        if not fewest <= len(step.sources) <= most:
+            raise ValueError(f"{step.name}: operation '{self.name}' cannot read {len(step.sources)} tensors")
+        if missing := self.arguments - step.arguments.keys():
+            raise ValueError(f"{step.name}: operation '{self.name}' lacks {', '.join(sorted(missing))}")
+
+
+def mean_rows(rows: Tensor, number: int) -> Tensor:
+    """``number`` rows, each the mean of ``rows``, in their dtype."""
+    return rows.double().mean(dim=0, keepdim=True).to(rows.dtype).expand(number, -1)
+
+
+def _copy(_: "Step", value: Tensor) -> Tensor:
+    return value
+
+
+def _same(step: "Step", value: Tensor, *aliases: Tensor) -> Tensor:
+    for name, alias in zip(step.sources[1:], aliases, strict=True):
+        if not torch.equal(value, alias):
+            raise UserError(
+                f"{step.sources[0]} and {name} are two names of one tensor, but hold different values: the file is "
+                "damaged or was edited; download it again"
+            )
+    return value
+
+
+def _slice(step: "Step", fused: Tensor) -> Tensor:
+    groups, units, start, stop = (int(step.arguments[name]) for name in ("groups", "units", "start", "stop"))
+    parts = fused.reshape(groups, units, -1, *fused.shape[1:])
+    return parts[:, start:stop].reshape(step.shape)
+
+
+def _concat(step: "Step", first: Tensor, *others: Tensor) -> Tensor:
+    missing = step.shape[0] - sum(len(part) for part in (first, *others))
+    return torch.cat([first, first.new_zeros(missing, *first.shape[1:]), *others])
+
+
+def _reshape(step: "Step", value: Tensor) -> Tensor:
+    return value.reshape(step.shape)
+
+
+def _resample(step: "Step", table: Tensor) -> Tensor:
+    leading, (rows, width) = int(step.arguments["leading"]), step.shape[-2:]
+    fine = table.reshape(-1, width).to(torch.promote_types(table.dtype, torch.float32))
+    return resample_positions(fine, isqrt(rows - leading), leading=leading).reshape(step.shape)
+
+
+def _lora(step: "Step", base: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return base.float() + step.arguments["scale"] * (up.float() @ down.float())
+
+
+def _extend_rows(step: "Step", rows: Tensor) -> Tensor:
+    return torch.cat([rows, mean_rows(rows, step.shape[0] - len(rows))])
+
+
+def _reinit(step: "Step") -> Tensor:
+    # By name, so that two tensors of one shape (keys and values, layer by layer) do not begin as the same.
+    generator = torch.Generator().manual_seed(crc32(step.name.encode()))
+    return torch.randn(step.shape, generator=generator) / sqrt(step.shape[-1])
+
+
+def _zeros(step: "Step") -> Tensor:
+    return torch.zeros(step.shape)
+
+
+def _ones(step: "Step") -> Tensor:
+    return torch.ones(step.shape)
+
+
+def _identity(step: "Step") -> Tensor:
+    return torch.eye(*step.shape)
+
+
+_ONE, _SOME, _ANY = (1, 1), (1, inf), (0, inf)
+
+KEEP = Operation(
+    "keep", "kept as they are", _copy, copies_bytes=True, in_place=True, from_base=True, sources=_ONE
+)
+RENAME = Operation("rename", "kept under a new name", _copy, copies_bytes=True, from_base=True, sources=_ONE)
+SAME = Operation("same", "kept once of several names", _same, from_base=True, sources=_SOME)
+"""The source tensor's values, which the file holds under several names; they must be equal."""
+
+TOWER = Operation("tower", "from the tower", _copy, from_tower=True, sources=_ONE)
+"""A tensor of the plan's tower, fitted to the target's grid and normalisation."""
+
+EXTEND_ROWS = Operation(
+    "extend_rows",
+    "extended by rows (each the mean of the old rows)",
+    _extend_rows,
+    from_base=True,
+    sources=_ONE,
+)
+REINIT = Operation("reinit", "re-initialised", _reinit)
+"""Random values, because the width of what it reads has changed."""
+
+ZEROS = Operation("zeros", "set to zero", _zeros)
+ONES = Operation("ones", "set to one", _ones)
+"""A normalisation's scale beside a re-initialised layer."""
+
+IDENTITY = Operation("identity", "set to the identity", _identity)
+FIT = Operation("fit", "fitted on images (--align)", None)
+"""See `mllm_adapters.alignment.align`."""
+
+SLICE = Operation(
+    "slice", "cut out of fused tensors", _slice, from_base=True, sources=_ONE,
+    arguments=frozenset({"groups", "units", "start", "stop"}),
+)  # fmt: skip
+"""Part of the rows of a fused tensor: seen as [groups, units, rows, ...], units start to stop of every group.
+``chunk(3)[0]`` is groups=1, units=3, start=0, stop=1."""
+
+CONCAT = Operation("concat", "joined", _concat, from_base=True, sources=_SOME)
+"""The sources one below the other; zeros fill what the first and the last leave between them."""
+
+RESHAPE = Operation("reshape", "kept in another shape", _reshape, from_base=True, sources=_ONE)
+RESAMPLE = Operation(
+    "resample", "position tables resampled", _resample, from_base=True, sources=_ONE,
+    arguments=frozenset({"leading"}),
+)  # fmt: skip
+"""A position table [..., leading + N, C], its square grid resized bicubically."""
+
+LORA = Operation(
+    "lora", "merged with LoRA", _lora, from_base=True, sources=(3, 3), arguments=frozenset({"scale"})
+)
+"""base + scale * B @ A, of the sources (base, A, B)."""
+
+TRAINED = Operation("trained", "trained", None, sources=_ANY)
+"""In the place of the source tensor, values that it was given since; no plan of a swap has it."""
+
+OPERATIONS: Mapping[str, Operation] = {
+    operation.name: operation
+    for operation in (
+        KEEP, RENAME, SAME, TOWER, EXTEND_ROWS, REINIT, ZEROS, ONES, IDENTITY, FIT, SLICE, CONCAT, RESHAPE, RESAMPLE,
+        LORA, TRAINED,
+    )
+}  # fmt: skip
+"""All operations by name, in the order in which a plan's table has them."""

@@ -1,0 +1,394 @@
+"""What planning a swap has in common across families."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mgll_encoder import TowerHeader, inspect_tower
+from mgll_encoder.common.errors import IncompatibleTowerError, NotFoundError, UserError
+from mgll_encoder.tower.spec import Resize, TowerSpec
+from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.core.contract import Dropped, Plan, Step, VisionContract
+from mllm_adapters.core.known_towers import (
+    PUBLISHED_TOWERS,
+    assumed_geometry,
+    geometry_of,
+    gone,
+    published_name,
+    short_name,
+)
+from mllm_adapters.core.operations import OperationName
+
+TowerDtype = Literal["float32", "float16", "bfloat16"]
+"""What a tower can be written in."""
+
+IMAGE_TOKEN = "<image>"
+"""Placeholder that the processor expands to one id per visual token."""
+
+TOWER_PART = "vision-tower"
+"""Name of the vision tower in ``--part``."""
+
+LARGEST_STRETCH = 16
+"""How many times its own side a tower's input may be asked to have; beyond, the number is a slip of the keyboard."""
+
+REPLACED = "replaced by the new tower"
+"""Why a swap drops the tensors of the old tower."""
+
+VOCABULARY_MULTIPLE = 64
+"""Extended vocabularies are rounded up to this, as in the published llava-hf checkpoints (32000 -> 32064)."""
+
+
+@dataclass(frozen=True)
+class HostTower:
+    """The tower that a checkpoint has before a swap.
+
+    Attributes:
+        name: What the checkpoint calls it.
+        spec: Its geometry and preprocessing.
+        header: Its tensors, where it lies outside the checkpoint and is at hand.
+        notes: What the user should know about where it was found.
+    """
+
+    name: str
+    spec: TowerSpec
+    header: TowerHeader | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NamedTower:
+    """A tower as a checkpoint names it.
+
+    Attributes:
+        name: Path or hub id, as in the checkpoint's configuration.
+        resize: The resize rule that the checkpoint prescribes, whatever the tower's own.
+        inside: Names of its tensors, without prefix, to their shapes, where the shards hold them.
+        width: Its width as the checkpoint's configuration says it, if it does.
+    """
+
+    name: str
+    resize: Resize
+    inside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    width: int | None = None
+
+
+def external_tower(
+    named: NamedTower, checkpoint: Checkpoint, *, replaced: bool, image_size: int | None = None
+) -> HostTower:
+    """The tower that a checkpoint names by path or hub id.
+
+    Of a tower that is to be replaced only the geometry is needed. It is taken from the tower's files, else from the
+    tensors in the shards, else from a published tower of this name, else ``image_size`` will do.
+
+    Args:
+        named: The tower.
+        checkpoint: The checkpoint that names it.
+        replaced: Whether another tower takes its place.
+        image_size: Input side in pixels that the user asks for.
+
+    Raises:
+        UserError: it is not on this machine, and is needed or unknown.
+    """
+    folder = checkpoint.find(TOWER_PART, named.name)
+    if folder is not None:
+        header = inspect_tower(folder)
+        spec = header.spec.model_copy(update={"resize": named.resize})
+        return HostTower(
+            named.name, spec, header, (f"the host's own tower is {named.name}", *header.warnings)
+        )
+    found = _known_geometry(named, checkpoint, replaced, image_size)
+    if found is None:
+        way_out = (
+            " Its geometry alone would do for a swap: give --image-size." if replaced and named.width else ""
+        )
+        raise NotFoundError(
+            f"{checkpoint.folder}: its vision tower '{named.name}' is neither in the checkpoint folder, nor beside it, "
+            f"nor in the Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / named.name}, or say "
+            f"where it is with --part {TOWER_PART}=PATH.{way_out}"
+        )
+    spec, source = found
+    fitted = spec.model_copy(update={"resize": named.resize})
+    return HostTower(short_name(named.name), fitted, None, (gone(named.name, source),))
+
+
+def _known_geometry(
+    named: NamedTower, checkpoint: Checkpoint, replaced: bool, image_size: int | None
+) -> tuple[TowerSpec, str] | None:
+    """Geometry of a tower that is not at hand, and where it is from; None if nothing tells it."""
+    published = published_name(named.name)
+    held = geometry_of(named.inside, str(checkpoint.folder)) if named.inside else None
+    if held and replaced:
+        return held, "that of its tensors in the shards"
+    if published:
+        spec = PUBLISHED_TOWERS[published]
+        fits = held and (held.width, held.patch_size, held.image_size) == (
+            spec.width,
+            spec.patch_size,
+            spec.image_size,
+        )
+        if replaced or fits:
+            return spec, f"that of {published}, by its name"
+    if replaced and named.width and image_size:
+        source = f"taken as {named.width} wide (config.json) at --image-size {image_size}"
+        return assumed_geometry(named.width, image_size), source
+    return None
+
+
+def contract_of(spec: TowerSpec, feature_layer: int, class_token: bool) -> VisionContract:
+    """The vision contract of a host with this tower."""
+    return VisionContract(
+        width=spec.width,
+        image_size=spec.image_size,
+        patch_size=spec.patch_size,
+        tokens=spec.patches + class_token,
+        feature_layer=feature_layer,
+        class_token=class_token,
+        activation=spec.activation,
+        mean=spec.mean,
+        std=spec.std,
+        resize=spec.resize,
+    )
+
+
+def after_swap(
+    before: VisionContract,
+    tower: TowerHeader | None,
+    image_size: int | None,
+    *,
+    tokens: Callable[[int], int] | None = None,
+    multiple: int = 1,
+) -> VisionContract:
+    """The vision contract with the new tower in place.
+
+    The host keeps its normalisation (the difference is folded into the tower) and, unless ``image_size`` says
+    otherwise, its patch grid. The resize rule is the new tower's.
+
+    Args:
+        before: The host's contract; its ``feature_layer`` and ``class_token`` are those that the new tower is read
+            with, so a family whose new tower is read elsewhere passes a copy.
+        tower: The new tower.
+        image_size: Input side in pixels that the user asks for.
+        tokens: Patches along one side -> visual tokens; None for one per patch, and the class token if it is read.
+        multiple: What the number of patches along one side must be divisible by.
+
+    Raises:
+        UserError: ``image_size`` does not give such a grid, or the tower lacks the layer that the host reads.
+    """
+    if tower is None:
+        return before
+    spec = tower.spec
+    if not -spec.depth - 1 <= before.feature_layer <= spec.depth:
+        raise IncompatibleTowerError(
+            f"{tower.source}: the host reads hidden layer {before.feature_layer}, but this tower has only "
+            f"{spec.depth} blocks: take a deeper one"
+        )
+    unit = spec.patch_size * multiple
+    size = ceil(before.grid / multiple) * unit if image_size is None else image_size
+    most = max(LARGEST_STRETCH * spec.image_size // unit, 1) * unit
+    if image_size is not None and image_size > most:
+        raise IncompatibleTowerError(
+            f"--image-size {image_size} is more than {LARGEST_STRETCH} times the tower's own {spec.image_size}: "
+            f"take {most} at most, or leave it out to keep the host's number of tokens"
+        )
+    if size % unit or size <= 0:
+        near = max(1, round(size / unit)) * unit
+        by = f"patch size {spec.patch_size}" + (f" times {multiple}" if multiple > 1 else "")
+        raise IncompatibleTowerError(f"--image-size {size} is no multiple of the tower's {by}: try {near}")
+    resized = spec.model_copy(update={"image_size": size, "mean": before.mean, "std": before.std})
+    after = contract_of(resized, before.feature_layer, before.class_token)
+    return after if tokens is None else after.model_copy(update={"tokens": tokens(after.grid)})
+
+
+def check_positions(
+    positions: TensorHeader, spec: TowerSpec, *, class_token: bool = True, by: str = "config.json"
+) -> None:
+    """Refuse a tower whose position table [..., tokens, width] is of another shape than is said of it.
+
+    Args:
+        positions: The table.
+        spec: The tower as it is described.
+        class_token: Whether it has a row for one.
+        by: What describes it.
+
+    Raises:
+        UserError: it is.
+    """
+    if positions.shape[-2:] != (spec.patches + class_token, spec.width):
+        raise UserError(
+            f"{positions.file.parent}: {by} describes a tower of {spec.grid}x{spec.grid} patches and width "
+            f"{spec.width}, but {positions.name} has shape {list(positions.shape)}"
+        )
+
+
+def swap_notes(tower: TowerHeader | None, after: VisionContract) -> tuple[str, ...]:
+    """What a swap changes in the tower itself, in words."""
+    if tower is None:
+        return ()
+    notes = []
+    grid, target = tower.spec.grid, after.image_size // after.patch_size
+    if grid != target:
+        notes.append(
+            f"the tower's position embedding is resampled from {grid}x{grid} to {target}x{target} patches"
+        )
+    if (tower.spec.mean, tower.spec.std) != (after.mean, after.std):
+        notes.append(
+            "the tower was trained under another mean and std than the host's image processor applies: the difference "
+            "is folded into the tower's patch convolution and position embedding (exact)"
+        )
+    return tuple(notes)
+
+
+def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: torch.dtype) -> list[Step]:
+    """Steps that put a tower's tensors under ``prefix``, in the host's dtype.
+
+    Raises:
+        UserError: the host's tensors are quantised.
+    """
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"the host's weights are {dtype_name(dtype)}: take its unquantised checkpoint")
+    positions = (after.image_size // after.patch_size) ** 2 + 1
+    steps = []
+    for key, (_, shape) in tower.tensors.items():
+        fitted = (positions, shape[1]) if key == "embeddings.position_embedding.weight" else shape
+        steps.append(
+            Step(name=prefix + key, dtype=dtype_name(dtype), shape=fitted, operation="tower", sources=(key,))
+        )
+    return steps
+
+
+def tower_root(checkpoint: Checkpoint, tower: str) -> tuple[str, torch.dtype]:
+    """What precedes ``tower`` in the names of a checkpoint's tensors (it depends on the release), and their dtype.
+
+    Raises:
+        UserError: no name has it.
+    """
+    first = next((header for header in checkpoint.tensors.values() if tower in header.name), None)
+    if first is None:
+        raise UserError(f"{checkpoint.folder} holds no tensor of {tower.rstrip('.')}: is it complete?")
+    return first.name.partition(tower)[0], first.dtype
+
+
+def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
+    """A plan whose tower is written in another dtype than the host's weights."""
+    tower = [step for step in plan.steps if step.kind.from_tower]
+    hosts = sorted({step.dtype for step in tower})
+    if hosts == [dtype]:
+        return plan
+    steps = [s.model_copy(update={"dtype": dtype}) if s.kind.from_tower else s for s in plan.steps]
+    note = (
+        f"the tower is written in {dtype} (--dtype), the host's own dtype is {' and '.join(hosts)}; what loads the "
+        "model in one dtype, as transformers does by default, converts the tower to that"
+    )
+    return plan.model_copy(update={"steps": tuple(steps), "notes": (*plan.notes, note)})
+
+
+def kept(header: TensorHeader, name: str | None = None) -> Step:
+    """A step that takes a source tensor as it is, perhaps under another name."""
+    name = name or header.name
+    return Step(
+        name=name,
+        dtype=dtype_name(header.dtype),
+        shape=header.shape,
+        operation="keep" if name == header.name else "rename",
+        sources=(header.name,),
+    )
+
+
+def extended(steps: Iterable[Step], names: Collection[str], rows: int) -> list[Step]:
+    """The steps, with rows added to the tensors of these names; each new row is the mean of the old ones."""
+    more: dict[str, Any] = {"operation": "extend_rows"}
+    return [
+        step.model_copy(update={**more, "shape": (rows, *step.shape[1:])})
+        if step.name in names and step.shape[0] != rows
+        else step
+        for step in steps
+    ]
+
+
+def anew(step: Step, shape: tuple[int, ...]) -> Step:
+    """The same tensor in another shape, without the source's values: drawn, or as a new normalisation or bias is."""
+    flat: OperationName = "zeros" if step.name.endswith(".bias") else "ones"
+    operation = flat if len(shape) == 1 else "reinit"
+    replaces = next(iter(step.sources), None)
+    return step.model_copy(
+        update={"operation": operation, "shape": shape, "sources": (), "replaces": replaces}
+    )
+
+
+def replaced(names: Iterable[str]) -> tuple[Dropped, ...]:
+    """Tensors of the old tower that a swap leaves out."""
+    return tuple(Dropped(name=name, reason=REPLACED) for name in names)
+
+
+def growth(vocabulary: int, rows: int) -> str:
+    """What to say before the id of a placeholder that may need new rows; empty where it needs none."""
+    if rows == vocabulary:
+        return ""
+    return (
+        f"the vocabulary grows from {vocabulary} to {rows} rows (each new row is the mean of the old ones); "
+    )
+
+
+def refit_reader(
+    steps: Iterable[Step], reader: str, before: VisionContract, after: VisionContract, where: Path
+) -> tuple[list[Step], dict[str, str]]:
+    """Re-initialise a Linear or a normalisation that reads vision features if the features' width changes.
+
+    Args:
+        steps: Steps so far.
+        reader: Target name of the module, without ``.weight``. It may read several features side by side.
+        before: Vision contract of the source.
+        after: Vision contract of the target.
+        where: How error messages call the checkpoint.
+
+    Returns:
+        The steps, and what becomes of the reader in words.
+
+    Raises:
+        UserError: the reader is missing, or reads features of another width than the host's tower gives.
+    """
+    steps = list(steps)
+    reads = next((step.shape[-1] for step in steps if step.name == f"{reader}.weight"), None)
+    if reads is None:
+        raise UserError(f"{where}: tensor {reader}.weight is missing: is this the language model only?")
+    if reads % before.width:
+        raise UserError(
+            f"{where}: {reader}.weight reads features of width {reads}, but the host's tower gives {before.width}: "
+            "tower and projector do not belong together"
+        )
+    normalisation = any(step.name == f"{reader}.weight" and len(step.shape) == 1 for step in steps)
+    if before.width == after.width:
+        return steps, {reader: f"kept ({after.width} wide)"}
+    changed = []
+    for step in steps:
+        if step.name == f"{reader}.weight":
+            step = anew(step, (*step.shape[:-1], step.shape[-1] // before.width * after.width))
+        elif step.name == f"{reader}.bias":
+            # A normalisation's bias is as wide as what it reads, a Linear's as what it gives.
+            step = anew(step, (reads // before.width * after.width,) if normalisation else step.shape)
+        changed.append(step)
+    return changed, {reader: f"re-initialised ({before.width} -> {after.width} wide): retrain the projector"}
+
+
+def image_row(tokenizer: Any | None, vocabulary: int, image_token: str = IMAGE_TOKEN) -> tuple[int, int]:
+    """Id of the image placeholder, and the vocabulary size that has room for it.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer, or None.
+        vocabulary: Rows of the embedding.
+        image_token: The placeholder.
+    """
+    vocab: Mapping[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
+    image_token_id = vocab.get(image_token, vocabulary if tokenizer is None else len(tokenizer))
+    if image_token_id < vocabulary:
+        return image_token_id, vocabulary
+    return image_token_id, ceil((image_token_id + 1) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16`` for ``torch.float16``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,293 @@
+"""``mgll_swap.json``: of what a checkpoint was made, how, and by what its tensors are known again.
+
+It is published with the checkpoint, so it holds names and hashes and never a path of the machine that wrote it.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hub import cached, hub_id_of
+from mgll_encoder.common.texts import checked, first_fault, read_json
+from mgll_encoder.tower.spec import TowerSpec
+from mgll_encoder.weights.weight_file import FOLDER_FILES
+from mllm_adapters.checkpoints.checkpoint import WEIGHTS, Checkpoint
+from mllm_adapters.checkpoints.fingerprint import FileRecord, agrees, sample_hash, sampled, whole
+from mllm_adapters.checkpoints.locate import PROVENANCE, check_swapped
+from mllm_adapters.core.contract import Dropped, Plan, Step
+
+_PACKAGES = ("mgll-mllm", "torch", "transformers", "safetensors")
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputRecord(_Data):
+    """A file or folder that the checkpoint was made of.
+
+    Attributes:
+        name: Its name, without the folder in which it lay.
+        hub_id: Where on the hub it comes from, if it lay in a Hugging Face cache.
+        revision: The commit there.
+        files: Its files that were read, by name: of the tower and of configurations the whole hash, of a language
+            model's shards a sample (`mllm_adapters.checkpoints.fingerprint`).
+        place: Of a part, where it lay seen from the source's folder or, where that is not around it, from the one
+            around that.
+    """
+
+    name: str
+    hub_id: str | None = None
+    revision: str | None = None
+    files: dict[str, FileRecord]
+    place: str | None = None
+
+
+class TensorRecord(Step):
+    """A step of the plan with the SHA-256 of what was written; None where bytes were taken over unread."""
+
+    sha256: str | None = None
+
+
+class Inputs(_Data):
+    """Everything that was read."""
+
+    source: InputRecord
+    tower: InputRecord | None = None
+    parts: dict[str, InputRecord] = {}
+
+
+class SwapRecord(_Data):
+    """Contents of ``mgll_swap.json``.
+
+    Attributes:
+        format: Version of this form.
+        versions: Packages.
+        inputs: What the checkpoint was made of.
+        tower_spec: The tower's own contract, before it was fitted to the host.
+        plan: The plan without its tensors: family, layouts, vision contract before and after, readers and how each was
+            initialised, notes.
+        files: The files of the checkpoint as they were written, but for the card and this one.
+        dropped: Source tensors that were left out.
+        trained: SHA-256 of tensors that were trained since the swap, by name.
+        tensors: The tensors one by one, with the operation that made each.
+    """
+
+    format: Literal[2] = 2
+    versions: dict[str, str]
+    inputs: Inputs
+    tower_spec: TowerSpec | None = None
+    plan: dict[str, Any]
+    files: dict[str, FileRecord]
+    dropped: tuple[Dropped, ...] = ()
+    trained: dict[str, str] = {}
+    tensors: tuple[TensorRecord, ...]
+
+    def plan_with(self, config: Mapping[str, Any], **places: Path | None) -> Plan:
+        """The plan again.
+
+        Args:
+            config: The checkpoint's config.json.
+            places: Where ``source`` and ``tower`` lie; by name only where they are not given.
+        """
+        steps = tuple(Step(**tensor.model_dump(exclude={"sha256"})) for tensor in self.tensors)
+        return Plan(**{**self.plan, **places}, steps=steps, dropped=self.dropped, config=dict(config))
+
+    def trained_since(self, hashes: Mapping[str, str], files: Mapping[str, FileRecord]) -> "SwapRecord":
+        """The record of the same checkpoint after training.
+
+        Args:
+            hashes: SHA-256 of the tensors that were trained, by name.
+            files: Records of its files as they are now.
+        """
+        return self.model_copy(update={"trained": {**self.trained, **hashes}, "files": dict(files)})
+
+    def dump(self) -> str:
+        """The text of the file: one tensor a line."""
+        fields = self.model_dump(mode="json", exclude={"tensors", "dropped"})
+        body = json.dumps(fields, indent=2, ensure_ascii=False).removesuffix("\n}")
+        for name in ("dropped", "tensors"):
+            rows = [row.model_dump_json(exclude_defaults=True) for row in getattr(self, name)]
+            body += f',\n  "{name}": [\n    ' + ",\n    ".join(rows) + "\n  ]"
+        return body + "\n}\n"
+
+
+def has_record(folder: Path) -> bool:
+    """Whether a folder holds a record of this version."""
+    file = folder / PROVENANCE
+    return file.is_file() and read_json(file).get("format") == 2
+
+
+def read_record(folder: Path) -> SwapRecord:
+    """The record of a checkpoint that ``swap-encoder`` wrote.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    check_swapped(folder)
+    return read_as(SwapRecord, folder / PROVENANCE)
+
+
+Record = TypeVar("Record", bound=SwapRecord)
+
+
+def read_as(kind: type[Record], file: Path) -> Record:
+    """A record of this kind in a file that exists.
+
+    Raises:
+        UserError: it is of another version, or cannot be read.
+    """
+    content = read_json(file)
+    if content.get("format") != 2:
+        raise UserError(
+            f"{file}: field 'format' is {content.get('format')!r}, expected 2: swap again with this version"
+        )
+    advice = "the file was edited or damaged"
+    record = checked(kind, content, str(file), advice)
+    try:
+        record.plan_with({})
+    except ValidationError as error:
+        raise UserError(f"{file}: {first_fault(error, 'plan')}; {advice}") from None
+    return record
+
+
+def record_of(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    tower: InputRecord | None,
+    tower_spec: TowerSpec | None,
+    files: Mapping[str, FileRecord],
+    hashes: Mapping[str, str],
+) -> SwapRecord:
+    """What will stand in ``mgll_swap.json``.
+
+    Args:
+        plan: The plan that was executed.
+        checkpoint: Its source.
+        tower: Record of the tower's files.
+        tower_spec: The tower's own contract.
+        files: What was written.
+        hashes: SHA-256 of the tensors that were made, by name.
+    """
+    summary = plan.model_dump(mode="json", exclude={"steps", "dropped", "config"})
+    return SwapRecord(
+        versions={name: version(name) for name in _PACKAGES},
+        inputs=Inputs(
+            source=checkpoint_record(checkpoint),
+            tower=tower,
+            parts={name: _part_record(path, checkpoint.folder) for name, path in plan.parts.items()},
+        ),
+        tower_spec=tower_spec,
+        plan=without_paths(summary, plan),
+        files=dict(files),
+        dropped=plan.dropped,
+        tensors=tuple(TensorRecord(**s.model_dump(), sha256=hashes.get(s.name)) for s in plan.steps),
+    )
+
+
+def checkpoint_record(checkpoint: Checkpoint) -> InputRecord:
+    """Record of a source checkpoint: its configuration read whole, its weights sampled."""
+    folder = checkpoint.folder
+    texts = [folder / name for name in ("config.json", *WEIGHTS) if name.endswith(".json")]
+    extra = [folder / name for name in checkpoint.extra_weights]
+    weights = dict.fromkeys([*checkpoint.files, *(file for file in extra if file.is_file())])
+    found = {f.name: whole(f) for f in texts if f.is_file()} | {f.name: sampled(f) for f in weights}
+    return named(folder, found)
+
+
+def input_record(path: Path, files: Iterable[Path] | None = None) -> InputRecord:
+    """Record of a tower or of another part.
+
+    Args:
+        path: The file or folder.
+        files: What to hash whole; by default, weight files are sampled.
+    """
+    if files is not None:
+        return named(path, {file.name: whole(file) for file in files})
+    names = dict.fromkeys(("config.json", *FOLDER_FILES))
+    found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
+    return named(path, {f.name: whole(f) if f.suffix == ".json" else sampled(f) for f in found})
+
+
+def find_input(record: InputRecord, folder: Path) -> Path | None:
+    """Something that a checkpoint was made of, if it lies beside it, here, or in the Hugging Face cache.
+
+    What has the name but not the hashes is not it.
+    """
+    places = [folder.absolute().parent / record.name, Path.cwd() / record.name]
+    if record.hub_id and (found := cached(record.hub_id)):
+        places.insert(0, found)
+    return next((place for place in places if place.exists() and is_input(record, place)), None)
+
+
+def is_input(record: InputRecord, path: Path) -> bool:
+    """Whether a file or folder has everything that was recorded, by hash."""
+    return mismatch(record, path) is None
+
+
+def mismatch(record: InputRecord, path: Path, *, sample: bool = False) -> str | None:
+    """In what a file or folder differs from what was recorded, in words; None where it has everything, by hash.
+
+    Args:
+        record: What was recorded.
+        path: The file or folder.
+        sample: Be content with the samples of files of which there are samples.
+    """
+    for name, known in record.files.items():
+        file = path / name if path.is_dir() else path
+        if not file.is_file():
+            return f"it has no {name}"
+        by_whole = bool(known.sha256) and not (sample and known.sample)
+        if agrees(known, file, read_whole=by_whole):
+            continue
+        if file.stat().st_size != known.size:
+            return f"its {name} has {file.stat().st_size} bytes, expected {known.size}"
+        found, expected = (
+            (whole(file).sha256, known.sha256) if by_whole else (sample_hash(file), known.sample)
+        )
+        return f"its {name} has the hash {str(found)[:12]}, expected {str(expected)[:12]}"
+    return None
+
+
+def _part_record(path: Path, source: Path) -> InputRecord:
+    """Record of a part of a source, with its place if that tells nothing of the machine's paths."""
+    folder, own = (Path(os.path.abspath(p)) for p in (source, path))  # noqa: PTH100 - without ".."
+    around = next((place for place in (folder, folder.parent) if own.is_relative_to(place)), None)
+    place = own.relative_to(around).as_posix() if around else None
+    return input_record(path).model_copy(update={"place": place})
+
+
+def named(path: Path, files: Mapping[str, FileRecord]) -> InputRecord:
+    """A record under the name by which others know the thing: its own, or its id on the hub."""
+    found = hub_id_of(path)
+    if found is None:
+        return InputRecord(name=path.absolute().name, files=dict(files))
+    hub_id, revision = found
+    return InputRecord(name=hub_id, hub_id=hub_id, revision=revision, files=dict(files))
+
+
+def without_paths(value: Any, plan: Plan) -> Any:
+    """``value`` (of JSON) with the names of a plan's inputs in the place of their paths."""
+    inputs = [plan.source, *([plan.tower] if plan.tower else []), *plan.parts.values()]
+    spelt = {str(p): named(p, {}).name for i in inputs for p in (i.resolve(), i.absolute(), i)}
+    around = (plan.source.resolve().parent, plan.source.absolute().parent, Path.cwd(), Path.home())
+    spelt |= {f"{folder}/": "" for folder in around if folder.parent != folder}
+    longest_first = sorted(spelt.items(), key=lambda pair: -len(pair[0]))
+
+    def clean(inner: Any) -> Any:
+        if isinstance(inner, str):
+            for path, name in longest_first:
+                if "/" in path or inner == path:
+                    inner = inner.replace(path, name)
+            return inner
+        if isinstance(inner, Mapping):
+            return {key: clean(entry) for key, entry in inner.items()}
+        return [clean(entry) for entry in inner] if isinstance(inner, list | tuple) else inner
+
+    return clean(value)

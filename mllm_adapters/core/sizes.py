@@ -1,0 +1,141 @@
+"""What size a swapped tower runs at: as the host's tokens ask, as the user asks, or as is proposed.
+
+Families plan for a size in pixels; how many visual tokens that makes is read off their plans, so that nothing here
+knows how one joins patches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, isqrt
+from pathlib import Path
+
+from mgll_encoder import TowerHeader
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.contract import Family, Plan, Target
+
+USUAL_STRETCH = 2
+"""How many times its own patches along one side, or how small a part of them, a tower is given without a warning."""
+
+PlanAt = Callable[[int | None], Plan]
+"""Image size in pixels, or None for what keeps the host's patches -> the plan."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """How a model makes tokens of patches: ``side`` x ``side`` become one, and ``extra`` come besides."""
+
+    side: int
+    extra: int
+
+    def tokens(self, grid: int) -> int:
+        """Tokens of ``grid`` x ``grid`` patches."""
+        return (grid // self.side) ** 2 + self.extra
+
+
+def plan_at_size(
+    family: Family,
+    checkpoint: Checkpoint,
+    tower: TowerHeader,
+    target: Target = "own",
+    *,
+    image_size: int | None = None,
+    tokens: int | None = None,
+) -> tuple[Plan, str | None]:
+    """Plan a swap for a size in pixels or a number of visual tokens.
+
+    Args:
+        family: The checkpoint's family.
+        checkpoint: The checkpoint.
+        tower: The new tower.
+        target: What to write.
+        image_size: Input side in pixels.
+        tokens: Visual tokens per image, or per tile where an image is cut.
+
+    Returns:
+        The plan, and a warning where neither was given and the host's patches do not suit the tower.
+
+    Raises:
+        UserError: both were given, or no image size gives so many tokens; and as `Family.plan`.
+    """
+
+    def plan_at(size: int | None) -> Plan:
+        return family.plan(checkpoint, tower, size, target)
+
+    if tokens is not None and image_size is not None:
+        raise UserError(f"--tokens {tokens} and --image-size {image_size}: give one, it decides the other")
+    if tokens is not None:
+        return _with_tokens(plan_at, tokens, family.spec.title), None
+    plan = plan_at(image_size)
+    return plan, None if image_size else _warning(plan, plan_at, tower)
+
+
+def _with_tokens(plan_at: PlanAt, tokens: int, title: str) -> Plan:
+    usual = plan_at(None)
+    if usual.after.tokens == tokens:
+        return usual
+    join = _join(usual)
+    if join is None or _is_fixed(usual, plan_at, join):
+        raise _fixed(tokens, title, usual)
+    root = isqrt(max(tokens - join.extra, 0))
+    if root < 1 or root**2 + join.extra != tokens:
+        near = (max(root, 1) ** 2 + join.extra, (root + 1) ** 2 + join.extra)
+        besides = " and the class token" if join.extra else ""
+        raise UserError(
+            f"--tokens {tokens}: {title} makes a square of tokens{besides} of an image: try "
+            f"{' or '.join(str(n) for n in sorted(set(near)))}"
+        )
+    size = root * join.side * usual.after.patch_size
+    try:
+        return plan_at(size)
+    except UserError as error:
+        raise UserError(f"--tokens {tokens} takes images of {size} px, which cannot be: {error}") from None
+
+
+def _is_fixed(usual: Plan, plan_at: PlanAt, join: Join) -> bool:
+    """Whether another number of patches makes the same number of tokens, as a Q-Former or a perceiver does."""
+    grid = join.side if usual.after.grid > join.side else 2 * join.side
+    try:
+        return plan_at(grid * usual.after.patch_size).after.tokens != join.tokens(grid)
+    except UserError:
+        return False
+
+
+def _fixed(tokens: int, title: str, usual: Plan) -> UserError:
+    return UserError(
+        f"--tokens {tokens}: {title} reads an image into {usual.after.tokens} tokens whatever its size: leave --tokens "
+        "out, or choose the size in pixels with --image-size"
+    )
+
+
+def _join(plan: Plan) -> Join | None:
+    """How the model of a plan makes tokens of patches; None where their number is no matter of patches."""
+    extra = int(plan.after.class_token and plan.after.tokens == plan.after.grid**2 + 1)
+    root = isqrt(plan.after.tokens - extra)
+    if root < 1 or root**2 + extra != plan.after.tokens or plan.after.grid // root < 1:
+        return None
+    return Join(plan.after.grid // root, extra)
+
+
+def _warning(plan: Plan, plan_at: PlanAt, tower: TowerHeader) -> str | None:
+    """What to say where the host's patches are far more, or far fewer, than the tower was trained with."""
+    own, grid, patch = tower.spec.grid, plan.after.grid, plan.after.patch_size
+    if own <= USUAL_STRETCH * grid and grid <= USUAL_STRETCH * own:
+        return None
+    join = _join(plan)
+    side = join.side if join else 1
+    size = ceil(own / side) * side * patch
+    try:
+        proposed = plan_at(size).after.tokens
+    except UserError:
+        return _told(tower.source, own, plan, "choose another size with --image-size or --tokens")
+    way_out = f"--image-size {size} keeps the tower's own ({proposed} tokens)"
+    return _told(tower.source, own, plan, f"{way_out}; --tokens N or another --image-size decides otherwise")
+
+
+def _told(source: Path, own: int, plan: Plan, way_out: str) -> str:
+    grid, size = plan.after.grid, plan.after.image_size
+    return (
+        f"{source.name} was trained on {own}x{own} patches; to keep the host's {grid}x{grid} it runs at {size} px, its "
+        f"positions stretched {grid / own:.1f} times, at which towers see little: {way_out}"
+    )

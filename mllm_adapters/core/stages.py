@@ -1,0 +1,242 @@
+"""What a training stage trains: every parameter of the model is set, counted and named."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torch import nn
+
+from mgll_encoder.common.errors import UserError, unknown_name
+from mllm_adapters.core.contract import FamilySpec
+from mllm_adapters.core.registry import family_of_model
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+Component = Literal["tower", "projector", "language_model", "other"]
+
+COMPONENTS: tuple[Component, ...] = ("tower", "projector", "language_model", "other")
+"""The parts of a model, in the order in which an image passes through them; fields of `FamilySpec`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table of stages.
+
+    Attributes:
+        trains: The components that learn whole.
+        lora: The components that learn through low-rank adapters; all that is in neither is frozen.
+        learns_from_text: Whether rows without an image teach these components anything.
+        learning_rate: Peak, where the recipe names none.
+        about: The stage in words.
+    """
+
+    trains: tuple[Component, ...]
+    lora: tuple[Component, ...] = ()
+    learns_from_text: bool = True
+    learning_rate: float = 2e-5
+    about: str = ""
+
+
+STAGES: Mapping[str, Stage] = {
+    "projector": Stage(
+        ("projector",), learns_from_text=False, learning_rate=1e-3, about="the readers and the bridge only"
+    ),
+    "lora": Stage(
+        ("projector",),
+        ("language_model",),
+        learning_rate=2e-4,
+        about="projector, and LoRA on the language model",
+    ),
+    "lora-vision": Stage(
+        ("projector",),
+        ("language_model", "tower"),
+        learning_rate=2e-4,
+        about="as lora, and LoRA on the tower",
+    ),
+    "full": Stage(
+        ("tower", "projector", "language_model"), about="tower, projector and language model, whole"
+    ),
+}
+"""Name -> stage. Learning rates are those of haotian-liu/LLaVA, scripts/v1_5: pretrain, finetune_lora, finetune."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Size and strength of the adapters.
+
+    Attributes:
+        rank: Inner width; an adapter of a layer of ``in`` by ``out`` has ``rank * (in + out)`` parameters.
+        alpha: Adapters are scaled by ``alpha / rank``.
+        dropout: Of the adapters' inputs.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """Parameter counts of one component."""
+
+    component: Component
+    trainable: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What `apply_stage` has set.
+
+    Attributes:
+        stage: Name of the stage.
+        components: Counts, component by component.
+        names: Names of the parameters that train.
+        adapted: Names of the linear layers that have an adapter.
+    """
+
+    stage: str
+    components: tuple[ComponentReport, ...]
+    names: tuple[str, ...]
+    adapted: tuple[str, ...] = ()
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train."""
+        return sum(component.trainable for component in self.components)
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.trainable + sum(component.frozen for component in self.components)
+
+    @property
+    def share(self) -> float:
+        """Share of parameters that train, in [0, 1]."""
+        return self.trainable / self.total
+
+
+def apply_stage(model: nn.Module, stage: str = "projector", lora: LoraSettings | None = None) -> StageReport:
+    """Set ``requires_grad`` of every parameter as the stage says, and put adapters in where it has any.
+
+    Args:
+        model: A loaded model of a known family.
+        stage: A key of `STAGES`.
+        lora: Of the adapters; the defaults if None.
+
+    Raises:
+        UserError: no such stage, a parameter belongs to no component or to two, nothing would train, or what would
+            train is quantised; nothing has been set then.
+    """
+    if stage not in STAGES:
+        raise unknown_name("stage", stage, STAGES)
+    row = STAGES[stage]
+    whole = {name for name, part in components(model).items() if part in row.trains}
+    adapted = [name for part in row.lora for name in lora_targets(model, part)]
+    if not whole or (row.lora and not adapted):
+        raise UserError(f"stage '{stage}' trains nothing: this {type(model).__name__} has no such parameters")
+    _check_not_quantised(model, stage, whole)
+    if adapted:
+        cast(Any, model).add_adapter(lora_config(adapted, lora or LoraSettings()))
+    parts = components(model)
+    trained = {name for name in parts if name in whole or is_adapter(name)}
+    counts = {part: {True: 0, False: 0} for part in COMPONENTS}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+        counts[parts[name]][name in trained] += weights_in(parameter)
+    return StageReport(
+        stage=stage,
+        components=tuple(
+            ComponentReport(part, counts[part][True], counts[part][False]) for part in COMPONENTS
+        ),
+        names=tuple(name for name in parts if name in trained),
+        adapted=tuple(adapted),
+    )
+
+
+def lora_targets(model: nn.Module, component: Component) -> list[str]:
+    """The linear layers of a component's attention and MLP blocks, by full name.
+
+    Those are the ones inside numbered layers: embeddings, the output head and pooling heads are not.
+    """
+    pattern = re.compile(getattr(family_of_model(model).spec, component))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and pattern.search(f"{name}.") and re.search(r"\.\d+\.", name)
+    ]
+
+
+def lora_config(targets: Iterable[str], settings: LoraSettings, **more: Any) -> "LoraConfig":
+    """The settings as PEFT has them, for layers given by name and no others."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=cast(int, settings.alpha),  # an int by its annotation, a factor by its use
+        lora_dropout=settings.dropout,
+        target_modules=list(targets),
+        **more,
+    )
+
+
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter, by its name, is one of an adapter."""
+    return ".lora_" in parameter
+
+
+def weights_in(parameter: nn.Parameter) -> int:
+    """Number of weights; those of a 4-bit parameter are packed two to a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else parameter.numel()
+
+
+def components(model: nn.Module) -> dict[str, Component]:
+    """The component that each parameter belongs to.
+
+    Raises:
+        UserError: a parameter belongs to none, or to more than one.
+    """
+    spec: FamilySpec = family_of_model(model).spec
+    found: dict[str, Component] = {}
+    for name, _ in model.named_parameters():
+        matches = [part for part in COMPONENTS if re.search(getattr(spec, part), name)]
+        if len(matches) != 1:
+            belongs = " and ".join(matches) or "nothing known"
+            raise UserError(
+                f"parameter {name} belongs to {belongs}: family '{spec.name}' must name it exactly once"
+            )
+        found[name] = matches[0]
+    return found
+
+
+def outermost_modules(model: nn.Module, component: Component) -> list[nn.Module]:
+    """The modules that make up a component, without the modules inside them."""
+    pattern = re.compile(getattr(family_of_model(model).spec, component))
+    inside = [name for name, _ in model.named_modules() if name and pattern.search(f"{name}.")]
+    return [model.get_submodule(name) for name in inside if name.rpartition(".")[0] not in inside]
+
+
+def describe(names: Iterable[str]) -> list[str]:
+    """Names with their numbers as ranges, so that 32 layers take one line: ``layers.{0-31}.q_proj``."""
+    groups: dict[str, list[list[int]]] = {}
+    for name in names:
+        numbers = [int(number) for number in re.findall(r"\d+", name)]
+        groups.setdefault(re.sub(r"\d+", "{}", name), []).append(numbers)
+    lines = []
+    for pattern, rows in groups.items():
+        columns = [sorted(set(column)) for column in zip(*rows, strict=True)]
+        texts = [str(c[0]) if len(c) == 1 else f"{{{c[0]}-{c[-1]}}}" for c in columns]
+        lines.append(pattern.format(*texts))
+    return lines
+
+
+def _check_not_quantised(model: nn.Module, stage: str, names: Iterable[str]) -> None:
+    for name in names:
+        if not model.get_parameter(name).is_floating_point():
+            raise UserError(
+                f"stage '{stage}' trains {name}, which is frozen in 4-bit: use a lora stage with --qlora, or load the "
+                "model without it"
+            )

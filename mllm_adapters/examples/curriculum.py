@@ -1,0 +1,112 @@
+"""What a small language model practises: multiple choice about written pictures, then about real ones.
+
+A language model that begins with random weights (or a small one that never saw options) must first learn to find
+the option that fits and to answer with its letter. That needs no pixels: in the first lesson a sentence stands
+where the image would. In the second the projector has only to say with image features what the sentence said.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+
+from mgll_encoder.common.errors import UserError
+from mllm_adapters.data.llava_format import IMAGE_TAG, Conversation
+
+WRITTEN_PICTURE = "The image shows {}."
+"""Stands in for an image in the lesson of words."""
+
+OPTION = re.compile(r"([A-Z])\. (.+)")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question about images.
+
+    Attributes:
+        images: Image paths, as in the conversations file.
+        stem: What stands before the options, without image tags.
+        options: Texts of the options, without letters.
+        instruction: What stands after the options.
+        answer: Index of the right option.
+    """
+
+    images: tuple[str, ...]
+    stem: str
+    options: tuple[str, ...]
+    instruction: str
+    answer: int
+
+    def reordered(self, order: Sequence[int]) -> Conversation:
+        """The question about its images, with its options in another order."""
+        tags = f"{IMAGE_TAG}\n" * len(self.images)
+        return self._conversation(self.images, tags, order, self.answer)
+
+    def written(self, order: Sequence[int], answer: int) -> Conversation:
+        """The question about a sentence that shows option ``answer``, with its options in another order."""
+        return self._conversation((), f"{WRITTEN_PICTURE.format(self.options[answer])}\n", order, answer)
+
+    def _conversation(
+        self, images: tuple[str, ...], picture: str, order: Sequence[int], answer: int
+    ) -> Conversation:
+        lines = [f"{letter}. {self.options[i]}" for letter, i in zip(ascii_uppercase, order, strict=False)]
+        asked = "\n".join(part for part in (self.stem, *lines, self.instruction) if part)
+        turns = [
+            {"from": "human", "value": picture + asked},
+            {"from": "gpt", "value": ascii_uppercase[order.index(answer)]},
+        ]
+        return Conversation.model_validate({"image": images, "conversations": turns})
+
+
+def read_question(row: Conversation) -> Question | None:
+    """The multiple-choice question that a conversation is, or None for anything else (a caption, a dialogue).
+
+    Raises:
+        UserError: the row has options, but its answer is none of their letters.
+    """
+    if len(row.turns) != 2:
+        return None
+    asked = row.turns[0].value.replace(IMAGE_TAG, "").strip()
+    lines = asked.splitlines()
+    matches = [OPTION.fullmatch(line) for line in lines]
+    lettered = [i for i, match in enumerate(matches) if match]
+    options = [match for match in matches if match]
+    if len(options) < 2 or "".join(m[1] for m in options) != ascii_uppercase[: len(options)]:
+        return None
+    if lettered[-1] - lettered[0] != len(lettered) - 1:
+        return None
+    letter = row.turns[1].value.strip().rstrip(".")
+    if letter not in [match[1] for match in options]:
+        raise UserError(
+            f"id {row.id!r}: the answer is '{row.turns[1].value}', expected a letter from A to {options[-1][1]}, "
+            "one of its options"
+        )
+    return Question(
+        images=row.images,
+        stem="\n".join(lines[: lettered[0]]),
+        options=tuple(match[2] for match in options),
+        instruction="\n".join(lines[lettered[-1] + 1 :]),
+        answer=ascii_uppercase.index(letter),
+    )
+
+
+def word_lesson(questions: Sequence[Question], count: int, seed: int) -> Iterator[Conversation]:
+    """Yield ``count`` questions about written pictures; every option is the right one equally often."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        question = draw.choice(questions)
+        order = draw.sample(range(len(question.options)), len(question.options))
+        yield question.written(order, draw.choice(order))
+
+
+def picture_lesson(rows: Sequence[Conversation], rounds: int, seed: int) -> Iterator[Conversation]:
+    """Yield every row ``rounds`` times; questions come with their options in a new order each time."""
+    draw = random.Random(seed)
+    questions = [read_question(row) for row in rows]
+    for _ in range(rounds):
+        for row, question in zip(rows, questions, strict=True):
+            if question is None:
+                yield row
+            else:
+                yield question.reordered(draw.sample(range(len(question.options)), len(question.options)))

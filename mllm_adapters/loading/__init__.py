@@ -1,0 +1,1 @@
+"""Loading any checkpoint of any family: original layouts, deltas, adapters."""

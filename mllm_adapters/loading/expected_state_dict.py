@@ -1,0 +1,152 @@
+"""The tensors of a LLaVA by its config.json alone: names and shapes, without importing any modelling code.
+
+Building the model to ask it takes seconds. What is not plainly one of the models below is not known here, and is for
+transformers to judge (`mllm_adapters.loading.load.check_complete`); what is known here, tests hold against
+transformers.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from mgll_encoder.tower.clip_vision import MODEL_TYPE, spec_fields, vision_shapes
+from mgll_encoder.tower.spec import TowerSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Names(NamedTuple):
+    """What the names of a LLaVA's tensors begin with."""
+
+    text: str
+    head: str
+    tower: str
+    projector: str
+
+
+NAMES = (
+    Names("language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector."),
+    Names("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector."),
+    Names("model.language_model.", "lm_head.", "model.vision_tower.", "model.multi_modal_projector."),
+    Names("model.language_model.", "lm_head.", "model.vision_tower.vision_model.", "model.multi_modal_projector."),
+)  # fmt: skip
+"""The names that transformers has given them over the years, and reads to this day."""
+
+DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "llama": {"intermediate_size": 11008},
+    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8},
+}
+"""Language models that are known here -> the defaults in which their configurations differ."""
+
+
+class _Rope(BaseModel):
+    """Rotary positions without scaling."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rope_type: Literal["default"] = "default"
+    rope_theta: float
+
+
+class _Text(BaseModel):
+    """What a ``LlamaConfig`` or ``MistralConfig`` is built of, with the defaults of both.
+
+    Those that have no say in shapes are here because a value that is not the usual one may be one that transformers
+    refuses.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_scaling: None = None
+    rope_parameters: _Rope | None = None
+
+    intermediate_size: PositiveInt
+    vocab_size: PositiveInt = 32000
+    hidden_size: PositiveInt = 4096
+    num_hidden_layers: PositiveInt = 32
+    num_attention_heads: PositiveInt = 32
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    tie_word_embeddings: bool = False
+
+
+class _Llava(BaseModel):
+    """The fields of a ``LlavaConfig`` that shapes follow from, with its defaults."""
+
+    model_config = ConfigDict(strict=True)
+
+    model_type: Literal["llava"]
+    vision_config: dict[str, Any]
+    text_config: dict[str, Any]
+    vision_feature_layer: int = -2
+    projector_hidden_act: Literal["gelu"] = "gelu"
+    multimodal_projector_bias: Literal[True] = True
+    tie_word_embeddings: bool = False
+    quantization_config: None = None
+
+
+def is_complete(config: Mapping[str, Any], shapes: Shapes) -> bool:
+    """Whether these are all the tensors of the model that a config.json describes, and no others.
+
+    Args:
+        config: Contents of config.json.
+        shapes: Tensor name -> shape.
+
+    Returns:
+        False also where the model is none that is known here.
+    """
+    return any(dict(shapes) == expected for expected in llava_shapes(config))
+
+
+def llava_shapes(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Tensor name -> shape of a LLaVA, under the names of each release; nothing where it is not known here."""
+    try:
+        llava = _Llava.model_validate(dict(config))
+        kind = str(llava.text_config.get("model_type", "llama"))
+        text = _Text.model_validate({**DEFAULTS[kind], **llava.text_config})
+        tower = TowerSpec(**spec_fields(llava.vision_config))
+    except (ValueError, KeyError):  # of which a ValidationError is one
+        return
+    if llava.vision_config.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+        return
+    width = text.hidden_size
+    projector = {
+        "linear_1.weight": (width, tower.width),
+        "linear_1.bias": (width,),
+        "linear_2.weight": (width, width),
+        "linear_2.bias": (width,),
+    }
+    tied = llava.tie_word_embeddings or text.tie_word_embeddings
+    head = {} if tied else {"weight": (text.vocab_size, width)}
+    parts: tuple[Shapes, ...] = (_text_shapes(text), head, vision_shapes(tower), projector)
+    for names in NAMES:
+        named = zip(names, parts, strict=True)
+        yield {prefix + name: shape for prefix, part in named for name, shape in part.items()}
+
+
+def _text_shapes(text: _Text) -> dict[str, tuple[int, ...]]:
+    width, heads, mlp = text.hidden_size, text.num_attention_heads, text.intermediate_size
+    each = text.head_dim or width // heads
+    keys = each * (text.num_key_value_heads or heads)
+    block = {
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "self_attn.q_proj": (each * heads, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, each * heads),
+        "mlp.gate_proj": (mlp, width),
+        "mlp.up_proj": (mlp, width),
+        "mlp.down_proj": (width, mlp),
+    }
+    layers = {
+        f"layers.{number}.{name}.weight": shape
+        for number in range(text.num_hidden_layers)
+        for name, shape in block.items()
+    }
+    return {"embed_tokens.weight": (text.vocab_size, width), "norm.weight": (width,), **layers}

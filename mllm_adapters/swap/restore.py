@@ -1,0 +1,202 @@
+"""Undoing a swap: the original tower and readers back in, or the tower out again as a folder of its own."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.trained_on import TOWER, trainings_of, write_trainings
+from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.core.contract import Plan, Step
+from mllm_adapters.core.planning import kept
+from mllm_adapters.core.provenance import PROVENANCE, SwapRecord, is_input, read_record
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.core.stages import components
+from mllm_adapters.core.values import compute
+from mllm_adapters.loading.load import check_complete, empty_model
+from mllm_adapters.swap.apply import (
+    Written,
+    complete_folder,
+    inputs,
+    new_checkpoint,
+    write_weights,
+)
+from mllm_adapters.swap.replace_tensors import copy_sides
+
+ORIGINAL = "original/"
+"""What the names of the original checkpoint's tensors begin with where both checkpoints are read."""
+
+_REPLACED = {TOWER, "projector"}
+"""Parts of a model of which an undone swap leaves nothing."""
+
+_NO_TOWER = "{folder} has no tower that swap-encoder put in: it was converted, not swapped"
+
+
+def restore(
+    folder: Path,
+    original: Path,
+    out: Path,
+    *,
+    parts: Mapping[str, Path] | None = None,
+    force: bool = False,
+    copy: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """Write the checkpoint as it was before the swap, in the layout that loads.
+
+    Tower and everything that reads it come from ``original``, likewise configuration and processor; what the swap left
+    as it was comes from ``folder``, with what a training has made of it since.
+
+    Args:
+        folder: A swapped checkpoint.
+        original: The checkpoint that it was made of.
+        out: Folder to write.
+        parts: Where parts of ``original`` lie, as for a swap.
+        force: Replace ``out`` if it exists.
+        copy: Copy unchanged files instead of hard-linking them.
+        progress: Called with the number of bytes written, tensor by tensor.
+
+    Raises:
+        UserError: ``folder`` was not swapped, ``original`` is not what it was made of, or ``out`` cannot be written.
+    """
+    record = read_record(folder)
+    if not record.plan["swapped"]:
+        raise UserError(_NO_TOWER.format(folder=folder))
+    source, family, layout = open_checkpoint(original, parts)
+    if not is_input(record.inputs.source, source.folder):
+        raise UserError(
+            f"{original} is not what {folder} was made of ({record.inputs.source.name}): its config.json or weights "
+            "have other hashes than those in mgll_swap.json"
+        )
+    swapped = Checkpoint(folder)
+    plan = None if layout == "transformers" else family.plan(source)
+    steps = [kept(header) for header in source.tensors.values()] if plan is None else list(plan.steps)
+    if plan is not None:
+        check_complete(plan)
+    both = _Both(swapped, source)
+    merged = list(_merged(steps, record, readers(swapped, record)))
+    own = {step.name: step for step in steps}
+
+    def values(group: list[Step]) -> Iterable[tuple[Step, Tensor]]:
+        theirs = _originals([own[s.name] for s in group if _is_original(s)], plan, source)
+        for step in group:
+            yield step, next(theirs) if _is_original(step) else swapped.read(step.sources[0])
+
+    def write(partial: Path) -> Written:
+        return write_weights(partial, both, merged, values, progress, copy=copy)
+
+    since = [training for training in trainings_of(folder) if set(training.parts) - _REPLACED]
+    read = [folder, original, *(inputs(plan) if plan else ())]
+    with new_checkpoint(out, force, read) as partial:
+        if plan is None:
+            write(partial)
+            copy_sides(source, partial)
+            write_trainings(partial, [*trainings_of(source.folder), *since])
+        else:
+            complete_folder(partial, plan, family, source, write, since)
+    return out
+
+
+def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
+    """Write the tower of a swapped checkpoint as an ordinary tower folder.
+
+    It has the grid and the normalisation that it has in the checkpoint, so that its features are those.
+
+    Args:
+        folder: A swapped checkpoint.
+        out: Folder to write.
+        force: Replace ``out`` if it exists.
+
+    Raises:
+        UserError: ``folder`` was not swapped, or ``out`` cannot be written.
+    """
+    from mgll_encoder import Tower, build_model, save_tower
+
+    record = read_record(folder)
+    steps = {step.sources[0]: step for step in record.tensors if step.kind.from_tower}
+    if record.tower_spec is None or not steps or not record.plan["swapped"]:
+        raise UserError(_NO_TOWER.format(folder=folder))
+    checkpoint = Checkpoint(folder)
+    after = record.plan_with(checkpoint.config).after
+    fitted = {name: getattr(after, name) for name in ("mean", "std", "resize")}
+    size = after.image_size // after.patch_size * after.patch_size
+    spec = record.tower_spec.model_copy(update={**fitted, "image_size": size, "projection_dim": None})
+    state = {key: checkpoint.read(step.name) for key, step in steps.items()}
+    with torch.device("meta"):
+        model = build_model(spec)
+    _check_tower(folder, model.state_dict(), state)
+    model.load_state_dict(state, assign=True)
+    model.embeddings.position_ids = torch.nn.Buffer(torch.arange(1 + spec.patches)[None], persistent=False)
+    made_of = record.inputs.tower.name if record.inputs.tower else None
+    provenance = {"source": folder.absolute().name, "layout": "swapped checkpoint", "encoder": made_of}
+    trainings = [training for training in trainings_of(folder) if TOWER in training.parts]
+    return save_tower(Tower.from_model(model, spec), out, force, provenance, trainings=trainings)
+
+
+def _check_tower(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (expected, found)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        wanted, given = (state.get(name, "none") for state in shapes)
+        if wanted != given:
+            raise UserError(
+                f"{folder / PROVENANCE}: the tower's tensor {name} has shape {given}, expected {wanted}: the record is "
+                "damaged: swap again"
+            )
+
+
+class _Both:
+    """Two checkpoints as one: names of the second begin with `ORIGINAL`."""
+
+    def __init__(self, swapped: Checkpoint, original: Checkpoint) -> None:
+        self._swapped = swapped
+        self._original = original
+        self.tensors: Mapping[str, TensorHeader] = swapped.tensors
+
+    def header(self, name: str) -> TensorHeader:
+        if name.startswith(ORIGINAL):
+            return self._original.header(name.removeprefix(ORIGINAL))
+        return self._swapped.header(name)
+
+    def release(self, file: Path) -> None:
+        self._swapped.release(file)
+        self._original.release(file)
+
+
+def _merged(steps: Iterable[Step], record: SwapRecord, readers: set[str]) -> Iterator[Step]:
+    """The steps, each taken from the swapped checkpoint where that has the very tensor."""
+    same = {_origin(t): t.name for t in record.tensors if t.sources and t.name not in readers}
+    for step in steps:
+        name = same.get(_origin(step)) if step.sources and not step.kind.from_tower else None
+        if name is not None:
+            operation = "keep" if name == step.name else "rename"
+            yield step.model_copy(update={"operation": operation, "sources": (name,), "arguments": {}})
+        elif step.kind.from_tower:
+            yield step
+        else:
+            yield step.model_copy(update={"sources": tuple(ORIGINAL + source for source in step.sources)})
+
+
+def _origin(step: Step) -> tuple[object, ...]:
+    """What a tensor is made of and how: two of one origin are equal, whatever their names."""
+    operation = "copy" if step.kind.copies_bytes else step.operation
+    return operation, step.sources, tuple(sorted(step.arguments.items())), step.dtype, step.shape
+
+
+def _is_original(step: Step) -> bool:
+    """Whether the value of a merged step comes from the original checkpoint, or from nothing."""
+    return step.kind.from_tower or not step.sources or step.sources[0].startswith(ORIGINAL)
+
+
+def _originals(steps: list[Step], plan: Plan | None, source: Checkpoint) -> Iterator[Tensor]:
+    if plan is None:
+        return (source.read(step.sources[0]) for step in steps)
+    return (value for _, value in compute(plan, source, steps))
+
+
+def readers(swapped: Checkpoint, record: SwapRecord) -> set[str]:
+    """Names on disk of the tower and of everything that reads its features."""
+    parts = components(empty_model(record.plan_with(swapped.config)))
+    wanted = [name for name, part in parts.items() if part in ("tower", "projector")]
+    return {t.name for t in record.tensors if any(f".{name}".endswith(f".{t.name}") for name in wanted)}

@@ -1,0 +1,276 @@
+"""Watching a training: the progress bar, the alarms, the loss as a picture, and the best weights so far."""
+
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.extras import require
+from mgll_encoder.common.files import write_text
+from mgll_encoder.common.resuming import last_checkpoint, step_of
+from mgll_encoder.common.texts import read_as
+from mgll_encoder.weights.weight_file import open_checkpoint
+
+_logger = logging.getLogger(__name__)
+
+BEST = "best.safetensors"
+BEST_NOTE = "best.json"
+
+RISE = 3.0
+"""A loss so many times the lowest one, and above the first, is reported as a possible divergence."""
+
+
+class DivergedError(UserError):
+    """The loss is no longer a number."""
+
+
+class Evaluator(Protocol):
+    """Scores a model in training, see `find_evaluator`."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What must be equal for two scores to be comparable."""
+        ...
+
+    def __call__(self, model: Any, processor: Any) -> float:
+        """The score of a model; more is better."""
+        ...
+
+
+class Trained(Protocol):
+    """What `BestKeeper` asks of a trainer."""
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Write figures into the history, and to whoever listens."""
+        ...
+
+    def trained_values(self) -> dict[str, Tensor]:
+        """What is being trained, whole, by name."""
+        ...
+
+
+class LossBar(ProgressCallback):
+    """The Trainer's progress bar with loss and samples per second in it, instead of log lines on standard output."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._began, self._first = time.monotonic(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002 (the signature is the library's, here and below)
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Show the newest loss, and the pace since the start; the bar itself shows the time that is left."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            pace = (state.global_step - self._first) * per_step / (time.monotonic() - self._began)
+            self.training_bar.set_postfix({"loss": f"{logs['loss']:.4f}", "samples/s": f"{pace:.1f}"})
+
+
+class Watchdog(TrainerCallback):
+    """Logs the last step, whatever the logging interval, and stops a run whose loss is no longer a number.
+
+    Args:
+        work: Folder of the run's checkpoints.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.first = math.nan
+        self.lowest = (math.inf, 0)
+        self.warned = False
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Ask for a log entry at the last step."""
+        control.should_log |= state.global_step >= state.max_steps
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> None:
+        """Look at the loss.
+
+        Raises:
+            DivergedError: it is infinite or not a number.
+        """
+        loss = kwargs["logs"].get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise DivergedError(diverged(f"the loss became {loss}", state.global_step, self.work))
+        self.first = loss if math.isnan(self.first) else self.first
+        if loss > max(self.first, RISE * self.lowest[0]) and not self.warned:
+            self.warned = True
+            low, step = self.lowest
+            if state.is_world_process_zero:
+                _logger.warning(
+                    f"the loss is {loss:.4g} at step {state.global_step}, after {low:.4g} at step {step}: "
+                    "it may be diverging; a lower --learning-rate is the first thing to try"
+                )
+        self.lowest = min(self.lowest, (loss, state.global_step))
+
+
+def diverged(what: str, step: int, work: Path) -> str:
+    """The message for a run that is lost, with the step to go on from."""
+    saved = last_checkpoint(work)
+    again = (
+        f"; if the data or the machine was at fault, mend that, and --resume goes on from step {step_of(saved)}, "
+        "whose weights are sound"
+        if saved
+        else ""
+    )
+    return (
+        f"{what} at step {step}: start anew with a lower --learning-rate "
+        f"(and --force, to replace this run's checkpoints){again}"
+    )
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best score so far: at which step, and all others (step, score)."""
+
+    step: int
+    score: float
+    scores: tuple[tuple[int, float], ...]
+
+
+class BestKeeper(TrainerCallback):
+    """Scores the model every so many steps and at the last one, and keeps the best trained weights.
+
+    Every process scores the whole bench, because with ZeRO-3 each holds a part of the weights only.
+
+    Args:
+        trainer: Gives the weights.
+        processor: Of the model.
+        evaluate: The score.
+        every: Steps between two.
+        work: Folder that the best weights are kept in.
+        seeing: Gives the model its towers back while it is scored, where it trains without them.
+    """
+
+    def __init__(
+        self,
+        trainer: Trained,
+        processor: Any,
+        evaluate: Evaluator,
+        every: int,
+        work: Path,
+        seeing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.trainer, self.processor, self.evaluate, self.every = trainer, processor, evaluate, every
+        self.work, self.seeing = work, seeing
+        self.best: Best | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Take up what an interrupted run had found; what lies beyond its checkpoint will be found again."""
+        note = self.work / BEST_NOTE
+        if state.global_step and note.is_file():
+            found = read_as(Best, note, "note", f"remove {self.work} to start again")
+            known = tuple((step, score) for step, score in found.scores if step <= state.global_step)
+            sound = found.step <= state.global_step
+            if sound:
+                open_checkpoint(self.work / BEST)  # damaged weights are told now, not at the end
+            self.best = Best(found.step, found.score, known) if sound else Best(0, -math.inf, known)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Score the model where it is time to."""
+        step = state.global_step
+        if step % self.every and step < state.max_steps:
+            return
+        model = kwargs["model"]
+        with self.seeing():
+            score = self.evaluate(model.eval(), self.processor)
+        model.train()
+        due = control.should_log
+        self.trainer.log({"eval_score": score})
+        control.should_log = due  # logging the score has ticked off the log entry of the loss
+        scores = (*(self.best.scores if self.best else ()), (step, score))
+        better = self.best is None or score > self.best.score
+        self.best = Best(step, score, scores) if better else Best(self.best.step, self.best.score, scores)  # type: ignore[union-attr]
+        values = self.trainer.trained_values() if better else {}
+        if state.is_world_process_zero:
+            if better:
+                save_file(values, self.work / BEST)
+            write_text(self.work / BEST_NOTE, json.dumps(asdict(self.best)), force=True)
+
+    def values(self) -> dict[str, Tensor]:
+        """The best trained weights."""
+        return load_file(self.work / BEST)
+
+
+def loss_plot(losses: Sequence[tuple[int, float]], scores: Sequence[tuple[int, float]] = ()) -> bytes:
+    """The loss over the steps as a PNG, with the scores of evaluations on an axis of their own."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*losses, strict=True), marker="." if len(losses) < 50 else "", label="loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    if scores:
+        right = axes.twinx()
+        right.plot(*zip(*scores, strict=True), color="tab:orange", marker="o", label="score")
+        right.set_ylabel("evaluation score")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def find_evaluator(bench: Path) -> Evaluator:
+    """The evaluator that an installed package offers for a bench (entry points ``mgll_mllm.evaluators``).
+
+    This package knows nothing of benchmarks; `eval_mcq` offers its own.
+
+    Raises:
+        UserError: none is installed, or the bench cannot be read.
+    """
+    from importlib.metadata import entry_points
+
+    require("eval", f"--eval-bench {bench}")
+    found = list(entry_points(group="mgll_mllm.evaluators"))
+    if not found:
+        raise UserError(
+            "--eval-bench: no evaluator is installed: install this project again (pip install -e .)"
+        )
+    evaluator: Evaluator = found[0].load()(bench)
+    return evaluator

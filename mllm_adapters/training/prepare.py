@@ -1,0 +1,217 @@
+"""A training that has been checked and not begun: model loaded and frozen, data rendered, names found."""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.trained_on import Training
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.configs import build_config
+from mllm_adapters.core.registry import open_checkpoint
+from mllm_adapters.core.stages import STAGES, StageReport, apply_stage, components, is_adapter
+from mllm_adapters.data.corpus import Corpus, read_corpus
+from mllm_adapters.data.dataset import DataCounts, ExampleTable, prepare_examples
+from mllm_adapters.loading.load import load_folder
+from mllm_adapters.training.quantization import keep_differentiable, nf4
+from mllm_adapters.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training that has been checked and not begun.
+
+    Attributes:
+        source: Checkpoint folder of the model.
+        config: Its config.json.
+        corpus: The conversations.
+        recipe: See `Recipe`.
+        model: The model, frozen but for what the stage trains.
+        processor: Its processor.
+        stage: What trains.
+        examples: What is trained on.
+        counts: What became of the rows.
+        disk_names: Parameter name -> its tensor's name in ``source``, of all that a full checkpoint has anew: what
+            trains whole, and the layers that have adapters.
+        max_length: Longest example in tokens: the recipe's, or the language model's context where that is shorter.
+        precision: Of the forward pass; trained parameters are always float32.
+    """
+
+    source: Path
+    config: Mapping[str, Any]
+    corpus: Corpus
+    recipe: Recipe
+    model: Any
+    processor: Any
+    stage: StageReport
+    examples: ExampleTable
+    counts: DataCounts
+    disk_names: Mapping[str, str]
+    max_length: int
+    precision: str
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps on the devices that there are."""
+        batches = math.ceil(len(self.examples) / (self.recipe.batch_size * ranks()))
+        per_epoch = math.ceil(batches / self.recipe.gradient_accumulation)
+        return self.recipe.max_steps or math.ceil(self.recipe.epochs * per_epoch)
+
+    def training(self, command: str) -> Training:
+        """The record of what the model is trained on."""
+        rows = self.examples.table.select_columns("images").select(self.examples.kept)
+        digests = [self.corpus.digests[name] for row in rows for name in row["images"]]
+        parts = [part.component for part in self.stage.components if part.trainable]
+        return Training.of(parts, command, digests, self.corpus.splits())
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be continued: recipe, data, precision, tower and projector."""
+        digest = hashlib.sha256((self.source / "config.json").read_bytes())
+        parts = components(self.model)
+        for name, parameter in self.model.named_parameters():
+            if parts[name] != "language_model" and not is_adapter(name):
+                digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return {
+            "precision": self.precision,
+            "data_sha256": self.corpus.digest(),
+            "model_sha256": digest.hexdigest(),
+            "ranks": ranks(),
+            **asdict(self.recipe),
+        }
+
+
+def ranks() -> int:
+    """Processes that train together, as torchrun, deepspeed and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process among them; 0 writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def plan_training(source: Path, data: Path | Sequence[Path], images: Path | None, recipe: Recipe) -> Job:
+    """Check everything, load the model, freeze all but what the stage trains. Writes nothing.
+
+    Raises:
+        UserError: the data or the model are not usable (see `read_corpus`, `prepare_examples`, `load_folder`), the
+            language model has an encoder, or the stage does not fit the model.
+    """
+    checkpoint = check_source(source)
+    corpus = read_corpus(data, images, recipe.rows)
+    precision = recipe.precision
+    if precision == "auto":
+        half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if half else "float32"
+    dtype = getattr(torch, precision)
+    quantization = nf4(checkpoint.config, source, dtype) if recipe.qlora else None
+    model, processor = load_folder(checkpoint, dtype=dtype, quantization=quantization)
+    if recipe.qlora:
+        keep_differentiable(model)
+    torch.manual_seed(recipe.seed)  # of new adapters
+    stage = apply_stage(model, recipe.stage, recipe.lora)
+    whole = [name for name in stage.names if not is_adapter(name)]
+    adapted = [f"{layer}.weight" for layer in stage.adapted]
+    disk_names = names_on_disk([*whole, *adapted], checkpoint.tensors, _renaming(model))
+    for name in whole:
+        parameter = model.get_parameter(name)
+        parameter.data = checkpoint.read(disk_names[name]).to(parameter.device, torch.float32)
+    for name in set(stage.names) - set(whole):
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(torch.float32)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", recipe.max_length)
+    max_length = min(recipe.max_length, context)
+    examples, counts = prepare_examples(corpus, processor, max_length, STAGES[recipe.stage].learns_from_text)
+    return Job(
+        source=source,
+        config=checkpoint.config,
+        corpus=corpus,
+        recipe=recipe,
+        model=model,
+        processor=processor,
+        stage=stage,
+        examples=examples,
+        counts=counts,
+        disk_names=disk_names,
+        max_length=max_length,
+        precision=precision,
+    )
+
+
+def check_source(source: Path) -> Checkpoint:
+    """See to it, from headers alone, that a checkpoint can be trained.
+
+    Raises:
+        UserError: it is in its original layout, an adapter, or its language model has an encoder.
+    """
+    if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
+        raise UserError(
+            f"{source} is an adapter: train from its base, or merge it first (finetune-lora --merge writes a full "
+            "checkpoint beside it)"
+        )
+    checkpoint, _, layout = open_checkpoint(source)
+    if layout != "transformers":
+        raise UserError(
+            f"{source} is in its original layout: first "
+            f"`swap-encoder convert --mllm {source} --out {source.name}-hf`, then retrain that"
+        )
+    text = build_config(checkpoint.config, f"{source}/config.json").get_text_config()
+    if text.is_encoder_decoder:
+        raise UserError(
+            f"{source}: its language model ({text.model_type}) reads the prompt with an encoder, and retrain-projector "
+            "trains models that write the answer after the prompt: take one on a decoder, such as Vicuna"
+        )
+    return checkpoint
+
+
+def names_on_disk(
+    parameters: Iterable[str], tensors: Iterable[str], rename: Callable[[str], str] = str
+) -> dict[str, str]:
+    """Find the stored tensor of each parameter: the one whose name is the parameter's, or a suffix of it.
+
+    transformers renames on loading (``multi_modal_projector.linear_1.weight`` becomes
+    ``model.multi_modal_projector.linear_1.weight``).
+
+    Args:
+        parameters: Names in the loaded model.
+        tensors: Names on disk.
+        rename: What the library makes of a name on disk, but for a prefix.
+
+    Raises:
+        UserError: a parameter has no such tensor, or several.
+    """
+    stored: dict[str, list[str]] = {}
+    for tensor in tensors:
+        stored.setdefault(rename(tensor), []).append(tensor)
+    found: dict[str, str] = {}
+    for name in parameters:
+        parts = name.split(".")
+        suffixes = (".".join(parts[start:]) for start in range(len(parts)))
+        matches = [tensor for suffix in suffixes for tensor in stored.get(suffix, [])]
+        if len(matches) != 1:
+            raise UserError(
+                f"{len(matches)} stored tensors for parameter {name}, expected 1: {', '.join(matches)}"
+            )
+        found[name] = matches[0]
+    return found
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """What transformers makes of a name on disk for this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [row for row in get_model_conversion_mapping(model) if isinstance(row, WeightRenaming)]
+
+    def rename(name: str, renamings: list[WeightRenaming]) -> str:
+        return rename_source_key(name, renamings, [])[0]
+
+    return partial(rename, renamings=renamings)

@@ -1,0 +1,57 @@
+"""The work folder of a run: where it lies, whose it is, and the newest checkpoint in it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.common.resuming import clear_unfinished, forget, last_checkpoint
+from mgll_encoder.common.texts import read_json
+
+RUN = "run.json"
+"""What identifies a run, in its work folder."""
+
+
+def work_folder(out: Path) -> Path:
+    """Where the Trainer checkpoints and logs of an output folder go."""
+    return out.with_name(f"{out.name}.training")
+
+
+def check_output(out: Path, *, resume: bool, force: bool) -> None:
+    """See to it that a run may write to ``out``; nothing is written or removed.
+
+    Raises:
+        UserError: ``out`` exists, an interrupted run is in the way, or there is none to resume.
+    """
+    check_free(out, force)
+    work = work_folder(out)
+    saved = last_checkpoint(work)
+    if resume and saved is None:
+        raise NotFoundError(f"{work} holds no checkpoint to resume from: start without --resume")
+    if saved and not (resume or force):
+        raise UserError(
+            f"{work} holds {saved.name} of an earlier run: go on with --resume, or start anew with --force"
+        )
+
+
+def claim(work: Path, identity: Mapping[str, Any], resume: bool) -> None:
+    """Make the work folder this run's own.
+
+    Raises:
+        UserError: the run to resume is another one.
+    """
+    note = work / RUN
+    if resume:
+        began_with = read_json(note)
+        for field, value in identity.items():
+            if began_with.get(field) != value:
+                raise UserError(
+                    f"{work} is of another run: its {field} is {began_with.get(field)}, now it is {value}: "
+                    "repeat the first command with --resume, or start anew with --force"
+                )
+        clear_unfinished(work)
+        return
+    forget(work, RUN)
+    write_text(note, json.dumps(identity, indent=2))
