@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from eval_mcq.runs.loading import Dtype, WayName, answer, loading
 from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.files import check_free
-from mgll_encoder.common.tables import Reading
+from mgll_encoder.common.tables import TableOptions
 
 if TYPE_CHECKING:
     from eval_mcq.items.build import BuildReport
@@ -22,7 +22,7 @@ Layout = Literal["diseases", "paper", "long"]
 
 
 @dataclass(frozen=True)
-class Table:
+class ComparisonTable:
     """A table of figures, to be rendered.
 
     Attributes:
@@ -61,7 +61,7 @@ def build_benchmark(
     image_column: str = "file",
     labels_column: str = "labels",
     binary_columns: Sequence[str] = (),
-    reading: Reading | None = None,
+    reading: TableOptions | None = None,
     patient_column: str | None = None,
     source_column: str | None = None,
     split: Literal["train", "test", "all"] = "all",
@@ -121,7 +121,7 @@ def build_benchmark(
         chosen = chosen.only(list(diseases))
     if options is not None:
         chosen = chosen.model_copy(update={"options": options})
-    reading = reading or Reading()
+    reading = reading or TableOptions()
     binary = tuple(binary_columns) or (listed(labels_column) if "," in labels_column else ())
     table = LabelTable(
         Path(labels), image_column, labels_column, patient_column, source_column, layout or chosen.layout, binary,
@@ -222,7 +222,7 @@ def compare(
     layout: Layout = "paper",
     paper_rounding: bool = False,
     published: bool = False,
-) -> Table:
+) -> ComparisonTable:
     """Compare runs of one benchmark, paired question by question.
 
     Args:
@@ -249,10 +249,12 @@ def compare(
     comparisons = compare_models(models)
     only = next(iter(comparisons.values()))
     if layout == "long":
-        return Table(long_table(comparisons))
+        return ComparisonTable(long_table(comparisons))
     if pairs:
-        return Table(like_paper_pairs(comparisons, paper_rounding, load_published() if published else None))
-    return Table((by_disease if layout == "diseases" else like_paper)(only, paper_rounding))
+        return ComparisonTable(
+            like_paper_pairs(comparisons, paper_rounding, load_published() if published else None)
+        )
+    return ComparisonTable((by_disease if layout == "diseases" else like_paper)(only, paper_rounding))
 
 
 def report(

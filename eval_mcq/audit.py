@@ -20,7 +20,7 @@ class Misfit:
 
     row: PublishedRow
     disease: str
-    neighbours: list[tuple[int, str]]
+    neighbors: list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def audit(table: Published) -> Audit:
     guesses = [(base, d, _guess(table, base, d)) for base in bases for d in table.diseases]
     return Audit(
         table=table,
-        misfits=[Misfit(row, d, _neighbours(table, row, d)) for row, d in cells if not table.fits(row, d)],
+        misfits=[Misfit(row, d, _neighbors(table, row, d)) for row, d in cells if not table.fits(row, d)],
         averages=sum(str(_mean(row)) == row.average for row in table.rows),
         gains=sum(_gain_fits(base, row) for base, row in pairs),
         changes={d: [_change(table, base, row, [d]) for base, row in pairs] for d in table.diseases},
@@ -105,7 +105,7 @@ def _gain_fits(base: PublishedRow, row: PublishedRow) -> bool:
     return str(half_up(Decimal(row.average) - Decimal(base.average), places)) == row.gain
 
 
-def _neighbours(table: Published, row: PublishedRow, disease: str) -> list[tuple[int, str]]:
+def _neighbors(table: Published, row: PublishedRow, disease: str) -> list[tuple[int, str]]:
     n, value = table.questions[disease], Decimal(row.cells[disease])
     below = int(value * n / 100)
     return [(k, str(half_up(Decimal(100 * k) / n, 2))) for k in (below, below + 1)]
@@ -207,7 +207,7 @@ def _notes(findings: Audit) -> list[str]:
     ]
     notes += [
         f"{m.row.model} {m.row.arm}, {m.disease}: {m.row.cells[m.disease]} is no k/{table.questions[m.disease]} "
-        f"(nearest: {', '.join(f'{k} = {printed}' for k, printed in m.neighbours)})."
+        f"(nearest: {', '.join(f'{k} = {printed}' for k, printed in m.neighbors)})."
         for m in findings.misfits
     ]
     return notes

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         UnsupportedCheckpointError,
         UserError,
     )
-    from mgll_encoder.tower.adapt import fold_normalisation, resample_positions
+    from mgll_encoder.tower.adapt import fold_normalization, resample_positions
     from mgll_encoder.tower.load import (
         Tower,
         TowerHeader,
@@ -48,7 +48,7 @@ __all__ = [
     "UnsupportedCheckpointError",
     "UserError",
     "build_model",
-    "fold_normalisation",
+    "fold_normalization",
     "image_processor",
     "image_transform",
     "inspect_tower",
@@ -80,7 +80,7 @@ __getattr__, __dir__ = lazy(
         "UnsupportedCheckpointError": "common.errors",
         "UserError": "common.errors",
         "build_model": "tower.load",
-        "fold_normalisation": "tower.adapt",
+        "fold_normalization": "tower.adapt",
         "image_processor": "tower.preprocess",
         "image_transform": "tower.preprocess",
         "inspect_tower": "tower.load",

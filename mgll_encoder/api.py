@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.skipped import Skipped
-from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.probing.labeled_set import LabeledSet
 from mgll_encoder.weights.locate import check_manifest, check_tower
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mgll_encoder.data.label_table import LabelledImages
+    from mgll_encoder.data.label_table import LabeledImages
     from mgll_encoder.pretraining.pretrain import PretrainResult
     from mgll_encoder.probing.linear import ProbeResult
     from mgll_encoder.tower.load import Tower
 
-    Scored = tuple[NDArray[np.float64], list[int], LabelledImages, dict[str, Any]]
+    Scored = tuple[NDArray[np.float64], list[int], LabeledImages, dict[str, Any]]
     """Scores [images, kept labels], the labels that are kept, the images that could be read, and a record."""
 
-    Score = Callable[[Tower, LabelledImages, Skipped], Scored]
+    Score = Callable[[Tower, LabeledImages, Skipped], Scored]
 
 _logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def linear_probe(
         min_positives: Labels with fewer positive test images are left out.
         strict: Stop at the first row or image that would be left out.
         workers: Processes that read images; one per core if not given.
-        **question: Further fields of `mgll_encoder.probing.labeled_set.Question`: ``patient_column``, ``benchmark``,
+        **question: Further fields of `mgll_encoder.probing.labeled_set.LabeledSet`: ``patient_column``, ``benchmark``,
             ``test``, ``seed`` ...
 
     Raises:
@@ -124,7 +124,7 @@ def linear_probe(
 def linear(min_positives: int = 10, workers: int | None = None) -> "Score":
     """A linear classifier on frozen features, for `judge_trained`."""
 
-    def score(tower: "Tower", labels: "LabelledImages", skipped: Skipped) -> "Scored":
+    def score(tower: "Tower", labels: "LabeledImages", skipped: Skipped) -> "Scored":
         from mgll_encoder.probing.features import readable_features
         from mgll_encoder.probing.linear import linear_scores
 
@@ -138,7 +138,7 @@ def linear(min_positives: int = 10, workers: int | None = None) -> "Score":
 
 def judge_trained(
     encoder: Path,
-    question: Question,
+    question: LabeledSet,
     score: "Score",
     *,
     activation: str | None = None,
@@ -156,15 +156,15 @@ def judge_trained(
         strict: Stop at the first row or image that would be left out.
 
     Raises:
-        UserError: see `Question.read` and ``load_tower``.
+        UserError: see `LabeledSet.read` and ``load_tower``.
     """
     skipped = Skipped(strict)
     check_tower(encoder)
     labels = question.read(skipped)
-    from mgll_encoder.probing.linear import judge
+    from mgll_encoder.probing.linear import evaluate
 
     scores, kept, labels, record = score(open_tower(encoder, activation, weights), labels, skipped)
-    result = judge(scores, kept, labels, seed=question.seed)
+    result = evaluate(scores, kept, labels, seed=question.seed)
     question.warn_of_leaks(labels)
     return Judged(result, skipped, question.names, record)
 
@@ -212,7 +212,7 @@ def zero_shot(
 
 def judge_zero_shot(
     encoder: Path,
-    question: Question,
+    question: LabeledSet,
     *,
     prompts: str | None,
     every: bool,
@@ -233,7 +233,7 @@ def judge_zero_shot(
     if not labels.images:
         raise UserError("no image is on the test side: give a larger --test, or --all")
     from mgll_encoder.probing.features import readable_features
-    from mgll_encoder.probing.linear import judge, kept_labels
+    from mgll_encoder.probing.linear import evaluate, kept_labels
     from mgll_encoder.probing.zero_shot import (
         class_directions,
         projected,
@@ -266,13 +266,13 @@ def judge_zero_shot(
         label: {"positive": p} if labels.exclusive else {"positive": p, "negative": n}
         for label, p, n in zip(labels.names, positive, negative, strict=True)
     }
-    result = judge(scores[:, kept], kept, labels, seed=question.seed)
+    result = evaluate(scores[:, kept], kept, labels, seed=question.seed)
     return Judged(result, skipped, question.names, {"prompts": said})
 
 
-def asked(data: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> Question:
+def asked(data: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> LabeledSet:
     """The labelled images that keyword arguments name."""
-    return Question(data=None if data is None else Path(data), images=Path(images), **question)
+    return LabeledSet(data=None if data is None else Path(data), images=Path(images), **question)
 
 
 def open_tower(encoder: Path, activation: str | None, weights: str | None = None) -> "Tower":

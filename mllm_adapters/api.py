@@ -10,7 +10,7 @@ from mgll_encoder.common.progress import track
 from mgll_encoder.weights.locate import check_tower
 from mllm_adapters.checkpoints.locate import beside, check_swapped
 from mllm_adapters.core.hub_resolve import check_name, resolve
-from mllm_adapters.training.runs import Request, carry_out, settings_of
+from mllm_adapters.training.runs import TrainingRequest, carry_out, settings_of
 
 if TYPE_CHECKING:
     from mgll_encoder.tower.spec import Activation
@@ -253,7 +253,7 @@ def retrain_projector(
     Raises:
         UserError: a setting is unknown, data or model are not usable, or ``out`` is taken.
     """
-    request = Request(
+    request = TrainingRequest(
         command="retrain-projector",
         model=Path(model),
         data=_files(data),
@@ -299,7 +299,7 @@ def finetune_lora(
     Raises:
         UserError: as `retrain_projector`.
     """
-    request = Request(
+    request = TrainingRequest(
         command="finetune-lora",
         model=Path(model),
         data=_files(data),
@@ -316,7 +316,7 @@ def finetune_lora(
     return _trained(request)
 
 
-def _trained(request: Request) -> "Outcome":
+def _trained(request: TrainingRequest) -> "Outcome":
     """What came of a request; where a resumed one was finished already, that is said."""
     outcomes = carry_out(request, settings_of(request))
     if not outcomes:

@@ -24,8 +24,8 @@ from mgll_encoder.common.errors import unknown_name
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.batches import plan_rows
-from mgll_encoder.data.label_table import Columns, LabelledImages, read_labels
-from mgll_encoder.probing.linear import cached_features, judge, linear_scores
+from mgll_encoder.data.label_table import Columns, LabeledImages, read_labels
+from mgll_encoder.probing.linear import cached_features, evaluate, linear_scores
 from mgll_encoder.probing.zero_shot import class_directions, projected, text_tower_of
 from mgll_encoder.tower.load import load_tower
 
@@ -90,7 +90,7 @@ def proof(
     chosen = [name.strip() for name in arms.split(";") if name.strip()] or list(ARMS)
     if unknown := [name for name in chosen if name not in ARMS]:
         raise unknown_name("arm", unknown[0], ARMS)
-    labelled, sources = _images(data)
+    labeled, sources = _images(data)
     found: dict[str, dict[str, list[list[float]]]] = {}
     for seed in range(seeds):
         for arm in chosen:
@@ -101,19 +101,19 @@ def proof(
                 "--preset", "tiny", "--epochs", str(epochs), "--batch-size", "32", "--lr", "1e-3",
                 "--precision", "bf16", "--seed", str(seed), "--out", out / "towers" / name,
             )  # fmt: skip
-            texts = _texts(manifest, data, labelled.names, ARMS[arm])
-            for source, values in _judged(out, name, labelled, sources, texts).items():
+            texts = _texts(manifest, data, labeled.names, ARMS[arm])
+            for source, values in _judged(out, name, labeled, sources, texts).items():
                 found.setdefault(source, {}).setdefault(arm, []).append(values)
     lines = [line for source, by_arm in found.items() for line in _table(source, by_arm)]
     write_text(out / "proof.md", "\n".join(lines) + "\n", force=True)
     cli.stdout.print(f"\nDone in {way.seconds:.0f} s. Table: {out / 'proof.md'}", soft_wrap=True)
 
 
-def _images(data: Path) -> tuple[LabelledImages, list[str]]:
+def _images(data: Path) -> tuple[LabeledImages, list[str]]:
     with (data / "manifest.csv").open(encoding="utf-8-sig", newline="") as stream:
         of = {data / row["file"]: row["dataset"] for row in csv.DictReader(stream)}
-    labelled = read_labels(data / "manifest.csv", data, COLUMNS, skipped=Skipped())
-    return labelled, [of[path] for path in labelled.images]
+    labeled = read_labels(data / "manifest.csv", data, COLUMNS, skipped=Skipped())
+    return labeled, [of[path] for path in labeled.images]
 
 
 def _texts(manifest: Path, data: Path, names: Sequence[str], arm: Arm) -> list[list[str]]:
@@ -130,7 +130,7 @@ def _texts(manifest: Path, data: Path, names: Sequence[str], arm: Arm) -> list[l
 
 
 def _judged(
-    out: Path, name: str, labelled: LabelledImages, sources: list[str], texts: list[list[str]]
+    out: Path, name: str, labeled: LabeledImages, sources: list[str], texts: list[list[str]]
 ) -> dict[str, list[float]]:
     """The figures per source, macro averages in %; a probe is fitted and judged inside each source."""
     stored = out / "figures" / f"{name}.json"
@@ -138,19 +138,19 @@ def _judged(
         return {source: list(values) for source, values in json.loads(stored.read_text()).items()}
     path = out / "towers" / name
     tower = load_tower(path)
-    features = cached_features(tower, labelled.images, out / "features")
+    features = cached_features(tower, labeled.images, out / "features")
     # a label without training texts is in no image of the training side, and is left out by linear_scores
     directions = class_directions(text_tower_of(path, tower), [group or [""] for group in texts])
     similar = projected(tower, features) @ directions.T
     result = {}
     for source in [EVERY, *sorted(set(sources))]:
         inside = np.array([source in (EVERY, own) for own in sources])
-        part = labelled.subset(inside)
+        part = labeled.subset(inside)
         scores, kept = linear_scores(features[inside], part, positives=POSITIVES)
         if kept:
-            probe = judge(scores, kept, part, replicates=1)
+            probe = evaluate(scores, kept, part, replicates=1)
             asked = similar[inside][part.test][:, kept].astype(np.float64)
-            without = judge(asked, kept, part, replicates=1)
+            without = evaluate(asked, kept, part, replicates=1)
             result[source] = [
                 probe.macro["AUC"].value, probe.macro["mAP"].value, without.macro["AUC"].value
             ]  # fmt: skip

@@ -82,11 +82,11 @@ def tiny_llava(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def picture(folder: Path, name: str, colour: tuple[int, int, int] = (200, 80, 40), size: int = 40) -> Path:
+def picture(folder: Path, name: str, color: tuple[int, int, int] = (200, 80, 40), size: int = 40) -> Path:
     """Write a plain-coloured PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    Image.new("RGB", (size, size), colour).save(path)
+    Image.new("RGB", (size, size), color).save(path)
     return path
 
 

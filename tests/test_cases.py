@@ -22,9 +22,9 @@ from mgll_encoder.cli import main as mgll_encoder
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.table_options import reading
-from mgll_encoder.common.tables import Reading
+from mgll_encoder.common.tables import TableOptions
 from mgll_encoder.data.manifest import read_rows
-from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.probing.labeled_set import LabeledSet
 from mllm_adapters.data.corpus import read_corpus
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import a_tower
@@ -67,10 +67,10 @@ def upright(case: Path, _: Path) -> str:
 def radiograph(case: Path, scratch: Path) -> str:
     done = builders.invoke(mgll_encoder, "data", "xray", "--dicom", case, "--out", scratch / "out")
     assert done.code == 0, done.err
-    grey = np.asarray(Image.open(next((scratch / "out").rglob("*.png"))))
-    low, high = np.percentile(grey, (1, 99))
+    gray = np.asarray(Image.open(next((scratch / "out").rglob("*.png"))))
+    low, high = np.percentile(gray, (1, 99))
     assert high - low > 200, "the whole scale is used"
-    return f"grey values {grey.min()}..{grey.max()}, 98 % of them in {low:.0f}..{high:.0f}"
+    return f"grey values {gray.min()}..{gray.max()}, 98 % of them in {low:.0f}..{high:.0f}"
 
 
 def no_contrast(case: Path, scratch: Path) -> str:
@@ -119,7 +119,7 @@ def table(**options: Any) -> Outcome:
         binary = _binary(case) if case.name.startswith("oh_") else ""
         typed = _typed({**options, **({"binary_columns": binary} if binary else {})})
         skipped = Skipped()
-        asked = Question(case, images, binary_columns=binary, reading=_reading({**given, **options}))
+        asked = LabeledSet(case, images, binary_columns=binary, reading=_reading({**given, **options}))
         found = asked.read(skipped, both_sides=False)
         labels = dict(zip(found.names, map(int, found.truth.sum(axis=0)), strict=True))
         manifest, bench = scratch / "m.jsonl", scratch / "b.jsonl"
@@ -182,7 +182,7 @@ def _typed(options: Mapping[str, str]) -> list[str]:
     return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
-def _reading(given: Mapping[str, Any]) -> Reading:
+def _reading(given: Mapping[str, Any]) -> TableOptions:
     return reading(**given)
 
 

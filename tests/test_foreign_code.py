@@ -21,7 +21,7 @@ from tests.builders import Outcome, invoke
 from tests.eval_mcq.helpers import small_bench
 from tests.mgll_encoder import towers
 from tests.mgll_encoder.test_text_tower import bert_folder
-from tests.mllm_adapters.retraining import colour_rows, write_json
+from tests.mllm_adapters.retraining import color_rows, write_json
 
 ROOT = Path(__file__).parents[1]
 ASKING = ("from_pretrained", "from_config", "load_dataset")
@@ -99,7 +99,7 @@ def swap(folder: Path) -> Outcome:
 
 
 def retrain(folder: Path) -> Outcome:
-    data = write_json(folder.parent / "train.json", colour_rows(folder.parent / "images", 2))
+    data = write_json(folder.parent / "train.json", color_rows(folder.parent / "images", 2))
     images = folder.parent / "images"
     return invoke(
         retrain_projector,

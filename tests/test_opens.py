@@ -9,7 +9,7 @@ from eval_mcq import build_benchmark, run
 from mllm_adapters import plan_swap, retrain_projector
 from tests.eval_mcq.helpers import write_labels
 from tests.mllm_adapters.llava_checkpoints import a_tower
-from tests.mllm_adapters.retraining import colour_rows, write_json
+from tests.mllm_adapters.retraining import color_rows, write_json
 from tests.opens import opens_below
 
 ENCODER = 3
@@ -70,7 +70,7 @@ def test_loading_a_swap_in_memory_opens_no_more(tiny_llava: Path, tmp_path: Path
 
 def test_a_retraining_reads_config_json_once(tiny_llava: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_llava, tmp_path / "llava")
-    data = write_json(tmp_path / "train.json", colour_rows(tmp_path / "images"))
+    data = write_json(tmp_path / "train.json", color_rows(tmp_path / "images"))
     settings = {"max_steps": 1, "batch_size": 2, "report_to": [], "workers": 0}
     with opens_below(tmp_path) as opens:
         retrain_projector(model, data, tmp_path / "images", **settings)

@@ -60,12 +60,12 @@ def import_command(
 
     Example: eval-mcq import GMAI_mm_bench_VAL.tsv --format gmai --out gmai.jsonl
     """
-    from eval_mcq.formats.importing import Source, import_questions
+    from eval_mcq.formats.importing import ImportSource, import_questions
     from eval_mcq.items.schema import write_bench
 
     check_free(out, force)
     skipped = Skipped(strict=not skip_bad, unit="questions")
-    given = Source(source, images, split, maps or (), option_letters, skipped)
+    given = ImportSource(source, images, split, maps or (), option_letters, skipped)
     header, items, report = import_questions(format_, given, out, name, force)
     write_bench(out, header, items, force)
     stdout.print(f"{out}: {len(items)} questions", soft_wrap=True, highlight=False)

@@ -73,7 +73,7 @@ def check(
     from eval_mcq.items.schema import MCQItem, load_bench
     from eval_mcq.records.leaks import find_leak, trainings_of_model
     from eval_mcq.runs.fingerprint import model_fingerprint
-    from eval_mcq.runs.image_sensitivity import contradictions, look
+    from eval_mcq.runs.image_sensitivity import contradictions, image_sensitivity
     from mllm_adapters.checkpoints.locate import PROVENANCE
 
     asked = load_bench(bench) if bench else None
@@ -105,7 +105,7 @@ def check(
     if asked and (leak := find_leak(model, asked)):
         warn(f"bench {asked.path}: {leak.text}; eval-mcq run refuses it without --allow-leak")
     if asked:
-        found = look(scorer, asked, questions)
+        found = image_sensitivity(scorer, asked, questions)
         _show_look(found)
         for warning in found.warnings:
             warn(warning)

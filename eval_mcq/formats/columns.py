@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from eval_mcq.formats.enumeration import is_enumerated, labelled, without_label
+from eval_mcq.formats.enumeration import is_enumerated, labeled, without_label
 from eval_mcq.formats.faults import (
     BLANK_OPTION,
     FOREIGN_ANSWER,
@@ -16,7 +16,7 @@ from eval_mcq.formats.faults import (
     NO_COLUMN,
     BadQuestionError,
 )
-from eval_mcq.formats.rows import Row
+from eval_mcq.formats.rows import SourceRow
 from eval_mcq.items.preset import plain
 from eval_mcq.items.schema import LETTERS
 from mgll_encoder.common.errors import UserError, unknown_name
@@ -59,7 +59,7 @@ class ColumnMap:
             columns[name] = (column,)
         return ColumnMap(columns, self.tagged)
 
-    def cell(self, row: Row, name: str) -> Any:
+    def cell(self, row: SourceRow, name: str) -> Any:
         """The first filled cell of a field (else a blank one), None where the row has no such column.
 
         Raises:
@@ -72,11 +72,11 @@ class ColumnMap:
             raise self._missing(row, name)
         return None
 
-    def text(self, row: Row, name: str) -> str:
+    def text(self, row: SourceRow, name: str) -> str:
         """The cell of a field as text, empty where there is none."""
         return as_text(self.cell(row, name))
 
-    def options(self, row: Row) -> list[str]:
+    def options(self, row: SourceRow) -> list[str]:
         """Option texts in order.
 
         Raises:
@@ -90,7 +90,7 @@ class ColumnMap:
                 return _as_list(row, column)
         raise self._missing(row, "options")
 
-    def tags(self, row: Row) -> list[str]:
+    def tags(self, row: SourceRow) -> list[str]:
         """Words of the tag column (a list, or JSON of one), and ``column=value`` of the tagged columns."""
         cell = self.cell(row, "tags")
         words = _tag_list(row, cell) if cell not in (None, "") else []
@@ -99,7 +99,7 @@ class ColumnMap:
             words += [f"{column}={value}"] if value else []
         return words
 
-    def _missing(self, row: Row, name: str) -> UserError:
+    def _missing(self, row: SourceRow, name: str) -> UserError:
         found = [str(column) for column in row.cells]
         wanted = " or ".join(f"'{column}'" for column in self.columns.get(name, (name,)))
         guesses = [c.format("A") for c in self.columns.get(name, ())]
@@ -189,7 +189,7 @@ def _fitting(text: str, options: Sequence[str], kind: AnswerKind) -> set[int]:
     if kind != "letter":
         fits |= {i for i, option in enumerate(texts) if option == plain(text)}
         fits |= {i for i, option in enumerate(bare) if option == plain(text)}
-    if not fits and (both := labelled(text)):
+    if not fits and (both := labeled(text)):
         letter, said = both
         place = LETTERS.find(letter) if letter in LETTERS else int(letter) - 1
         if 0 <= place < len(options) and plain(said) in (
@@ -231,7 +231,7 @@ def _option_columns(column: str) -> list[str] | None:
     return [name.strip() for name in column.split(",")] if "," in column else None
 
 
-def _filled(row: Row, names: Sequence[str]) -> list[str]:
+def _filled(row: SourceRow, names: Sequence[str]) -> list[str]:
     texts = [as_text(row.cells.get(name)) for name in names]
     filled = [i for i, text in enumerate(texts) if text.strip()]
     for i in range(len(filled)):
@@ -242,7 +242,7 @@ def _filled(row: Row, names: Sequence[str]) -> list[str]:
     return texts[: len(filled)]
 
 
-def _as_list(row: Row, column: str) -> list[str]:
+def _as_list(row: SourceRow, column: str) -> list[str]:
     cell = row.cells[column]
     value = literal_list(cell) if isinstance(cell, str) else cell
     if not isinstance(value, list | tuple):
@@ -252,7 +252,7 @@ def _as_list(row: Row, column: str) -> list[str]:
     return [as_text(option) for option in value]
 
 
-def _tag_list(row: Row, cell: Any) -> list[str]:
+def _tag_list(row: SourceRow, cell: Any) -> list[str]:
     value = literal_list(cell) if isinstance(cell, str) else cell
     if not isinstance(value, list):
         raise BadQuestionError(MALFORMED, f"{row.where}: tags must be a list of words, found '{cell}'")

@@ -7,7 +7,7 @@ from typing import Any
 
 from eval_mcq.formats.columns import RawQuestion, as_text
 from eval_mcq.formats.faults import MALFORMED, NO_CHOICE, NO_COLUMN, BadQuestionError, leaving_out
-from eval_mcq.formats.rows import Row, load_json, read_rows
+from eval_mcq.formats.rows import SourceRow, load_json, read_rows
 from eval_mcq.items.schema import LETTERS
 from eval_mcq.scoring.prompt import INSTRUCTION
 from mgll_encoder.common.errors import BadDataError
@@ -32,7 +32,7 @@ def read_conversations(path: Path, skipped: Skipped) -> Iterator[RawQuestion]:
             yield from _asked(row, skipped)
 
 
-def _asked(row: Row, skipped: Skipped) -> Iterator[RawQuestion]:
+def _asked(row: SourceRow, skipped: Skipped) -> Iterator[RawQuestion]:
     """The questions of one conversation."""
     turns, images = row.cells.get("conversations"), row.cells.get("image")
     if not isinstance(turns, list):

@@ -21,7 +21,7 @@ def without_label(text: str) -> str:
     return text[found.end() :].strip() if (found := LABEL.match(text)) else text
 
 
-def labelled(text: str) -> tuple[str, str] | None:
+def labeled(text: str) -> tuple[str, str] | None:
     """Letter or number, and text, of an answer such as "B. drusen"; None for any other."""
     found = LABEL.match(text)
     return (found[1].upper(), text[found.end() :]) if found else None

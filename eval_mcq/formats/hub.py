@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval_mcq.formats.columns import ColumnMap
-from eval_mcq.formats.rows import READERS, Row, read_rows
+from eval_mcq.formats.rows import READERS, SourceRow, read_rows
 from mgll_encoder.common.hf_datasets import open_dataset
 
 COLUMNS = ColumnMap(
@@ -17,7 +17,7 @@ COLUMNS = ColumnMap(
 )  # fmt: skip
 
 
-def read_dataset(name: str, split: str | None) -> Iterator[Row]:
+def read_dataset(name: str, split: str | None) -> Iterator[SourceRow]:
     """Rows of a data set, images as bytes and not decoded.
 
     Args:
@@ -33,4 +33,4 @@ def read_dataset(name: str, split: str | None) -> Iterator[Row]:
         yield from read_rows(path)
         return
     for number, cells in enumerate(open_dataset(path, split), start=1):
-        yield Row(f"{name} row {number}", cells)
+        yield SourceRow(f"{name} row {number}", cells)

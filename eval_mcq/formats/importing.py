@@ -24,7 +24,7 @@ from eval_mcq.formats.faults import (
     BadQuestionError,
     leaving_out,
 )
-from eval_mcq.formats.rows import Row, read_rows
+from eval_mcq.formats.rows import SourceRow, read_rows
 from eval_mcq.items.image_checks import unreadable_images
 from eval_mcq.items.parquet import embedded_images
 from eval_mcq.items.preset import plain
@@ -49,7 +49,7 @@ where only some do), taken off wherever they are, or left."""
 
 
 @dataclass(frozen=True)
-class Source:
+class ImportSource:
     """What to import.
 
     Attributes:
@@ -102,7 +102,7 @@ def _as_they_are(found: Found, skipped: Skipped) -> list[MCQItem]:  # noqa: ARG0
 
 
 @dataclass(frozen=True)
-class Format:
+class QuestionFormat:
     """How one tool writes questions.
 
     Attributes:
@@ -112,14 +112,14 @@ class Format:
         splits: Whether ``--split`` has one.
     """
 
-    read: Callable[[Source], Iterator[RawQuestion]]
+    read: Callable[[ImportSource], Iterator[RawQuestion]]
     finish: Finish = _as_they_are
     maps_columns: bool = True
     splits: bool = False
 
 
 def import_questions(
-    format_: str, source: Source, bench: Path, name: str = "", force: bool = False
+    format_: str, source: ImportSource, bench: Path, name: str = "", force: bool = False
 ) -> tuple[BenchHeader, list[MCQItem], ImportReport]:
     """Read questions of another tool. Embedded pictures go to ``<bench>_images``; the bench itself is not written.
 
@@ -155,7 +155,7 @@ def import_questions(
 
 
 def _read(
-    chosen: Format, source: Source, bench: Path, pictures: PictureFolder
+    chosen: QuestionFormat, source: ImportSource, bench: Path, pictures: PictureFolder
 ) -> list[tuple[RawQuestion, MCQItem]]:
     """All questions of the source that make sense by themselves, their embedded pictures kept."""
     found: list[tuple[RawQuestion, MCQItem]] = []
@@ -183,7 +183,7 @@ def _read(
     return kept
 
 
-def _without_letters(found: list[tuple[RawQuestion, MCQItem]], source: Source) -> tuple[Found, int]:
+def _without_letters(found: list[tuple[RawQuestion, MCQItem]], source: ImportSource) -> tuple[Found, int]:
     """The questions with options that carry no letters of their own, and how many had such."""
     lettered = [is_enumerated(item.options) for _, item in found]
     if source.option_letters == "keep" or not any(lettered):
@@ -225,7 +225,7 @@ def _checked(raw: RawQuestion, fields: dict[str, Any]) -> MCQItem:
 
 
 def _place(
-    image: bytes | str | Same, raw: RawQuestion, source: Source, bench: Path, pictures: PictureFolder
+    image: bytes | str | Same, raw: RawQuestion, source: ImportSource, bench: Path, pictures: PictureFolder
 ) -> str:
     if isinstance(image, Same):
         raise BadQuestionError(
@@ -249,7 +249,7 @@ def _borrow(raw: RawQuestion, index: str, taken: Mapping[str, list[str]]) -> lis
 
 
 def _sound(
-    items: Sequence[MCQItem], found: Found, source: Source, bench: Path, embedded: set[str]
+    items: Sequence[MCQItem], found: Found, source: ImportSource, bench: Path, embedded: set[str]
 ) -> list[MCQItem]:
     """The questions whose id is their own and whose images can be read."""
     where = {id(item): raw.where for raw, item in found}
@@ -288,13 +288,15 @@ def _sound(
     return sound
 
 
-Cells = Callable[[Row, Any], list[bytes | str | Same]]
+Cells = Callable[[SourceRow, Any], list[bytes | str | Same]]
 
 
-def _rows(columns: ColumnMap, cells: Cells, kind: AnswerKind) -> Callable[[Source], Iterator[RawQuestion]]:
+def _rows(
+    columns: ColumnMap, cells: Cells, kind: AnswerKind
+) -> Callable[[ImportSource], Iterator[RawQuestion]]:
     """A reader of files with a row per question."""
 
-    def read(source: Source) -> Iterator[RawQuestion]:
+    def read(source: ImportSource) -> Iterator[RawQuestion]:
         rows = read_rows(Path(source.path))
         return questions(rows, columns.overridden(source.maps), cells, kind, source.skipped)
 
@@ -302,7 +304,7 @@ def _rows(columns: ColumnMap, cells: Cells, kind: AnswerKind) -> Callable[[Sourc
 
 
 def questions(
-    rows: Iterable[Row], columns: ColumnMap, cells: Cells, kind: AnswerKind, skipped: Skipped
+    rows: Iterable[SourceRow], columns: ColumnMap, cells: Cells, kind: AnswerKind, skipped: Skipped
 ) -> Iterator[RawQuestion]:
     """Rows as questions, by a map of columns; rows that are none are left out or refused."""
     for number, row in enumerate(rows):
@@ -310,7 +312,7 @@ def questions(
             yield _question(number, row, columns, cells, kind)
 
 
-def _question(number: int, row: Row, columns: ColumnMap, cells: Cells, kind: AnswerKind) -> RawQuestion:
+def _question(number: int, row: SourceRow, columns: ColumnMap, cells: Cells, kind: AnswerKind) -> RawQuestion:
     return RawQuestion(
         where=row.where, id=columns.text(row, "id") or str(number), images=cells(row, columns.cell(row, "image")),
         question=with_hint(columns.text(row, "hint"), columns.text(row, "question")),
@@ -320,7 +322,7 @@ def _question(number: int, row: Row, columns: ColumnMap, cells: Cells, kind: Ans
     )  # fmt: skip
 
 
-def any_images(row: Row, cell: Any) -> list[bytes | str | Same]:
+def any_images(row: SourceRow, cell: Any) -> list[bytes | str | Same]:
     """Images as ``datasets`` gives them (bytes and path), bytes, data URIs, or paths; one or a list."""
     cells = cell if isinstance(cell, list) else [cell]
     images: list[bytes | str | Same] = []
@@ -338,12 +340,12 @@ def any_images(row: Row, cell: Any) -> list[bytes | str | Same]:
     return images
 
 
-def _hub(source: Source) -> Iterator[RawQuestion]:
+def _hub(source: ImportSource) -> Iterator[RawQuestion]:
     rows = hub.read_dataset(source.path, source.split)
     return questions(rows, hub.COLUMNS.overridden(source.maps), any_images, "any", source.skipped)
 
 
-def _parquet(source: Source) -> Iterator[RawQuestion]:
+def _parquet(source: ImportSource) -> Iterator[RawQuestion]:
     path = Path(source.path)
     _, items = read_bench(path)
     for item, embedded in zip(items, embedded_images(path), strict=True):
@@ -355,21 +357,21 @@ def _parquet(source: Source) -> Iterator[RawQuestion]:
         )  # fmt: skip
 
 
-FORMATS: Mapping[str, Format] = {
-    "vlmevalkit": Format(
+FORMATS: Mapping[str, QuestionFormat] = {
+    "vlmevalkit": QuestionFormat(
         _rows(vlmevalkit.COLUMNS, vlmevalkit.image_cells, "letter"), vlmevalkit.fold_circular
     ),
-    "gmai": Format(
+    "gmai": QuestionFormat(
         _rows(vlmevalkit.GMAI_COLUMNS, vlmevalkit.image_cells, "letter"), vlmevalkit.fold_circular
     ),
-    "omnimedvqa": Format(_rows(OMNIMEDVQA, any_images, "text")),
-    "llava": Format(lambda s: read_conversations(Path(s.path), s.skipped), maps_columns=False),
-    "scienceqa": Format(
+    "omnimedvqa": QuestionFormat(_rows(OMNIMEDVQA, any_images, "text")),
+    "llava": QuestionFormat(lambda s: read_conversations(Path(s.path), s.skipped), maps_columns=False),
+    "scienceqa": QuestionFormat(
         lambda s: read_scienceqa(Path(s.path), s.split, s.image_folder, s.skipped),
         maps_columns=False,
         splits=True,
     ),
-    "hf": Format(_hub, splits=True),
-    "parquet": Format(_parquet, maps_columns=False),
+    "hf": QuestionFormat(_hub, splits=True),
+    "parquet": QuestionFormat(_parquet, maps_columns=False),
 }
 """Format name to its reader."""

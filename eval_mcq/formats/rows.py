@@ -11,14 +11,14 @@ from mgll_encoder.common.files import regular_file
 from mgll_encoder.common.texts import parse_json, read_text
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """One row of a file, and where it stands, for errors."""
 
     where: str
     cells: dict[str, Any]
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[SourceRow]:
     """Rows of a file, or of all JSON files of a folder in the order of their names.
 
     Raises:
@@ -49,8 +49,8 @@ def load_json(path: Path) -> Any:
     return parse_json(read_text(path, "file"), f"file {path}", nan=True)
 
 
-def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
-    def read(path: Path) -> Iterator[Row]:
+def _separated(separator: str) -> Callable[[Path], Iterator[SourceRow]]:
+    def read(path: Path) -> Iterator[SourceRow]:
         csv.field_size_limit(sys.maxsize)  # a base64 image is one field
         try:
             with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -58,7 +58,7 @@ def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
                 for number, cells in enumerate(reader, start=2):
                     if None in cells:
                         raise BadDataError(f"{path} row {number} has more fields than the header has columns")
-                    yield Row(f"{path} row {number}", cells)
+                    yield SourceRow(f"{path} row {number}", cells)
         except (UnicodeDecodeError, csv.Error) as error:
             raise BadDataError(
                 f"{path} is not a UTF-8 table with '{separator!r}' between fields: {error}"
@@ -67,15 +67,15 @@ def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
     return read
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[SourceRow]:
     data = load_json(path)
     if not (isinstance(data, list) and all(isinstance(entry, dict) for entry in data)):
         raise BadDataError(f"file {path} must hold a list of objects, one per question")
     for number, cells in enumerate(data, start=1):
-        yield Row(f"{path} entry {number}", cells)
+        yield SourceRow(f"{path} entry {number}", cells)
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: Path) -> Iterator[SourceRow]:
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
     for number, line in enumerate(read_text(path, "file").split("\n"), start=1):
         if not line.strip():
@@ -83,10 +83,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
         cells = parse_json(line, f"{path} line {number}", nan=True)
         if not isinstance(cells, dict):
             raise BadDataError(f"{path} line {number} is not a JSON object")
-        yield Row(f"{path} line {number}", cells)
+        yield SourceRow(f"{path} line {number}", cells)
 
 
-READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+READERS: Mapping[str, Callable[[Path], Iterator[SourceRow]]] = {
     ".tsv": _separated("\t"),
     ".csv": _separated(","),
     ".json": _json,

@@ -14,7 +14,7 @@ from typing import Any
 from eval_mcq.formats.columns import ColumnMap, RawQuestion, Same, as_text, literal_list
 from eval_mcq.formats.embedded_images import from_base64
 from eval_mcq.formats.faults import COPIES_DISAGREE, NO_IMAGE, BadQuestionError
-from eval_mcq.formats.rows import Row
+from eval_mcq.formats.rows import SourceRow
 from eval_mcq.items.image_checks import with_pictures
 from eval_mcq.items.schema import LETTERS, Bench, MCQItem
 from mgll_encoder.common.errors import BadDataError
@@ -51,7 +51,7 @@ READ_AS_BLANK = {
 """Texts that pandas, and so VLMEvalKit, takes for a missing cell."""
 
 
-def image_cells(row: Row, cell: Any) -> list[bytes | str | Same]:
+def image_cells(row: SourceRow, cell: Any) -> list[bytes | str | Same]:
     """The images of a row: base64, a list of base64 or of paths, a path, or the index of another row."""
     text = as_text(cell)
     if not text:

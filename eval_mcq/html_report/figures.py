@@ -109,7 +109,7 @@ def _accuracy(comparison: Comparison, ink: Ink) -> Plot:
             [max(0.0, 100 * cell.interval.high - share) for share, cell in zip(shares, cells, strict=True)],
         ]
         places = np.arange(len(names)) + (a - (len(comparison.arms) - 1) / 2) * height
-        axes.barh(places, shares, height * 0.9, color=_colour(a), label=arm.name)
+        axes.barh(places, shares, height * 0.9, color=_color(a), label=arm.name)
         axes.errorbar(shares, places, xerr=errors, fmt="none", ecolor=ink.text, elinewidth=0.9, capsize=1.5)
     for i, name in enumerate(names):
         chance = 100 * comparison.chance[name]
@@ -138,7 +138,7 @@ def _dots(comparison: Comparison, ink: Ink) -> Plot:
         values = [of_arm[i] for of_arm in shares]
         axes.plot([min(values), max(values)], [i, i], color=ink.line, linewidth=3, zorder=1)
     for a, (arm, values) in enumerate(zip(comparison.arms, shares, strict=True)):
-        axes.scatter(values, range(len(names)), color=_colour(a), s=38, label=arm.name, zorder=2)
+        axes.scatter(values, range(len(names)), color=_color(a), s=38, label=arm.name, zorder=2)
     _rows(axes, names)
     axes.axhline(len(names) - 1.5, color=ink.line, linewidth=0.8)
     axes.set_xlim(0, 100)
@@ -163,8 +163,8 @@ def _reliability(comparison: Comparison, ink: Ink) -> Plot:
         x = [100 * place.confidence for place in filled]
         y = [100 * place.accuracy for place in filled]
         counts = np.array([place.n for place in filled])
-        axes.plot(x, y, color=_colour(a), linewidth=1, label=f"{arm.name} (ECE {100 * found.ece:.1f})")
-        axes.scatter(x, y, s=10 + 90 * counts / counts.max(), color=_colour(a))
+        axes.plot(x, y, color=_color(a), linewidth=1, label=f"{arm.name} (ECE {100 * found.ece:.1f})")
+        axes.scatter(x, y, s=10 + 90 * counts / counts.max(), color=_color(a))
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 100)
     axes.set_aspect("equal")
@@ -202,9 +202,9 @@ def _confusion(content: Content, arm: str, ink: Ink) -> Plot:
     side = 2.2 + 0.36 * len(names)
     figure, axes = _canvas(side + 0.6, side)
     axes.grid(visible=False)
-    colour = _colour(list(content.arms).index(arm))
+    color = _color(list(content.arms).index(arm))
     for i, j in zip(*np.nonzero(counts), strict=True):
-        axes.add_patch(_square(int(j), int(i), colour, float(share[i, j])))
+        axes.add_patch(_square(int(j), int(i), color, float(share[i, j])))
         axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", fontsize=7, color=ink.text)
     axes.set_xlim(-0.5, len(names) - 0.5)
     _rows(axes, names)
@@ -239,11 +239,11 @@ def _legend(axes: "Axes", columns: int = 4) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False)
 
 
-def _square(x: int, y: int, colour: str, alpha: float) -> Any:
+def _square(x: int, y: int, color: str, alpha: float) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, alpha=0.1 + 0.7 * alpha, linewidth=0)
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, alpha=0.1 + 0.7 * alpha, linewidth=0)
 
 
-def _colour(arm: int) -> str:
+def _color(arm: int) -> str:
     return PALETTE[arm % len(PALETTE)]

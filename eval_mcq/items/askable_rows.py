@@ -10,7 +10,7 @@ from eval_mcq.items.image_checks import unreadable_images
 from eval_mcq.items.preset import Disease, Preset, plain
 from mgll_encoder.common.errors import BadDataError, unknown_name
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
-from mgll_encoder.common.tables import Reading, read_table
+from mgll_encoder.common.tables import TableOptions, read_table
 from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
 from mgll_encoder.data.label_rows import Columns, agreeing, label_rows, with_files
 
@@ -41,7 +41,7 @@ class LabelTable:
     source: str | None = None
     layout: str = GENERIC
     binary: tuple[str, ...] = ()
-    reading: Reading = field(default_factory=Reading)
+    reading: TableOptions = field(default_factory=TableOptions)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class HasLine(Protocol):
         """Its line."""
 
 
-def only_run(out: Path, wait: bool = False) -> AbstractContextManager[bool]:
+def lock_run(out: Path, wait: bool = False) -> AbstractContextManager[bool]:
     """Hold the only right to write a run folder; a killed process gives it up.
 
     Args:

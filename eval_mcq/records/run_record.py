@@ -363,11 +363,11 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: not a run folder, one of another format, or a line of it is damaged.
     """
-    record = read_record(folder)
+    record = read_run_record(folder)
     return Run(folder, record, list(read_answers(folder / ANSWERS_FILE, record)))
 
 
-def read_record(folder: Path) -> RunRecord:
+def read_run_record(folder: Path) -> RunRecord:
     """Read ``run.json``.
 
     Raises:

@@ -28,7 +28,7 @@ Pictures = list[Image.Image]
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageSensitivity:
     """What a model answers with the images as they are, blank, and exchanged.
 
     Attributes:
@@ -67,7 +67,7 @@ class Look:
         return found
 
 
-def look(scorer: "Scorer", bench: Bench, questions: int) -> Look:
+def image_sensitivity(scorer: "Scorer", bench: Bench, questions: int) -> ImageSensitivity:
     """Put some questions of a bench, spread evenly over it, with real, blank and exchanged images."""
     items = _some(bench, questions)
     real = [[open_image(path) for path in bench.image_paths(item)] for item in items]
@@ -79,7 +79,7 @@ def look(scorer: "Scorer", bench: Bench, questions: int) -> Look:
         for kind, images in kinds.items():
             scores[kind] += scorer.score(items[some], images[some])
     masses = [score.letter_mass for score in scores["real"] if score.letter_mass is not None]
-    return Look(
+    return ImageSensitivity(
         questions=len(items),
         right={
             kind: sum(score.choice == item.answer for item, score in zip(items, of_kind, strict=True))

@@ -52,7 +52,7 @@ class Loading:
         from mllm_adapters import load_mllm
 
         _logger.info(f"Loading {self.model} on {self.device} ...")
-        model, processor = load_mllm(self.model, dtype=self.dtype, quantization=self._quantisation())
+        model, processor = load_mllm(self.model, dtype=self.dtype, quantization=self._quantization())
         if self.four_bit and not getattr(model, "is_quantized", False):
             raise UserError(
                 f"{self.model} is not in the transformers layout, so that it cannot be loaded in 4 bit: convert it "
@@ -60,7 +60,7 @@ class Loading:
             )
         return Scorer(model, processor, self.device, self.dtype, mode, way)
 
-    def _quantisation(self) -> Any:
+    def _quantization(self) -> Any:
         if not self.four_bit:
             return None
         from mgll_encoder.common.texts import read_json
@@ -107,7 +107,7 @@ def answer(
     Raises:
         UserError: see `run_bench`; or processes were launched although a shard was named.
     """
-    from eval_mcq.records.answers_file import only_run
+    from eval_mcq.records.answers_file import lock_run
     from eval_mcq.records.batching import Shard
     from eval_mcq.records.run_record import read_run
     from eval_mcq.runs.run import check_resumable, run_bench
@@ -132,7 +132,7 @@ def answer(
     if rank > 0:
         answer_own()
         return None
-    with only_run(out):
+    with lock_run(out):
         answer_own()
         return _merged(folders, record, bench, out, settings)
 
@@ -143,7 +143,7 @@ def _merged(
     """The first process's last duty: wait for all shards, merge them, clear them away."""
     import shutil
 
-    from eval_mcq.records.answers_file import only_run
+    from eval_mcq.records.answers_file import lock_run
     from eval_mcq.runs.merge import merge_held
     from eval_mcq.runs.run import answered, planned_rows
 
@@ -152,7 +152,7 @@ def _merged(
     while any(answered(f) < n for f, n in zip(folders, expected, strict=True)):
         time.sleep(WAIT)
     for folder in folders:
-        with only_run(folder, wait=True):  # its process has still to put them in order
+        with lock_run(folder, wait=True):  # its process has still to put them in order
             pass
     run = merge_held(folders, out, bench.path, force=True)
     shutil.rmtree(folders[0].parent)

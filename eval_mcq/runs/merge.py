@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval_mcq.items.schema import Bench, MCQItem, load_bench
-from eval_mcq.records.answers_file import only_run, sort_answers
+from eval_mcq.records.answers_file import lock_run, sort_answers
 from eval_mcq.records.run_record import (
     ANSWERS_FILE,
     RUN_FILE,
@@ -13,7 +13,7 @@ from eval_mcq.records.run_record import (
     RunRecord,
     load_run,
     read_answers,
-    read_record,
+    read_run_record,
 )
 from eval_mcq.scoring.prompt import rotations_of
 from mgll_encoder.common.errors import BadDataError, NotFoundError
@@ -34,13 +34,13 @@ def merge(shards: Sequence[Path], out: Path, bench: Path | None = None, force: b
             out, the bench is not theirs, or a row is missing, there twice, or of another run; names question and file.
     """
     check_free(out, force)
-    with only_run(out):
+    with lock_run(out):
         return merge_held(shards, out, bench, force)
 
 
 def merge_held(shards: Sequence[Path], out: Path, bench: Path | None = None, force: bool = False) -> Run:
     """As `merge`, by who holds the right to write ``out`` already."""
-    records = [read_record(folder) for folder in shards]
+    records = [read_run_record(folder) for folder in shards]
     first = records[0]
     _check_shards(shards, records)
     from eval_mcq.runs.run import finish  # statistics, which a wrong path need not wait for

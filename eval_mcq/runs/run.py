@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from eval_mcq.items.image_checks import check_images, hash_images
 from eval_mcq.items.schema import Bench, MCQItem
-from eval_mcq.records.answers_file import append_answers, drop_unfinished_line, only_run, sort_answers
+from eval_mcq.records.answers_file import append_answers, drop_unfinished_line, lock_run, sort_answers
 from eval_mcq.records.batching import Group, Shard, asks_of, batches, groups
 from eval_mcq.records.leaks import Leak
 from eval_mcq.records.run_record import (
@@ -25,10 +25,10 @@ from eval_mcq.records.run_record import (
     Run,
     RunRecord,
     read_answers,
-    read_record,
+    read_run_record,
 )
 from eval_mcq.runs.fingerprint import code_version
-from eval_mcq.runs.image_sensitivity import QUICK, look
+from eval_mcq.runs.image_sensitivity import QUICK, image_sensitivity
 from eval_mcq.runs.progress import rate
 from eval_mcq.scoring.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
 from eval_mcq.scoring.prompt import Mode
@@ -101,7 +101,7 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
         raise OutputTakenError(
             f"output {out} exists and is not a run: choose another --out, or replace it with --force"
         )
-    old = read_record(out)
+    old = read_run_record(out)
     if old.code and not old.code.startswith("scoring-"):
         raise UserError(
             f"run {out} was begun by an earlier version of eval-mcq, which recorded a hash of its source "
@@ -141,7 +141,7 @@ def run_bench(
             or has changed since its question was answered, or an option letter is not a single token for this model.
     """
     record = record.model_copy(update={"batch_size": settings.batch_size})
-    with only_run(out), writing(out):
+    with lock_run(out), writing(out):
         return _run(bench, load_scorer, record, out, settings)
 
 
@@ -168,7 +168,7 @@ def _run(
     if scorer:
         _check_options(scorer, bench, shown)
         if record.mode in LIKELIHOODS and not done:
-            for warning in look(scorer, bench, QUICK).warnings:
+            for warning in image_sensitivity(scorer, bench, QUICK).warnings:
                 _logger.warning(warning)
     if settings.force or not out.exists():
         example = scorer.prompt(bench.items[0]) if scorer else ""

@@ -34,7 +34,7 @@ from eval_mcq.scoring.packing import (
     pieces,
 )
 from eval_mcq.scoring.prefix_tree import Tree
-from eval_mcq.scoring.requests import Prepared, Row, Writer
+from eval_mcq.scoring.requests import Prepared, PromptTokenizer, TokenizedRequest
 from mgll_encoder.common.chat import PREFIX_TYPES
 
 _logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, writer: Writer, dtype: torch.dtype, way: Way | Literal["auto"] = "auto"
+        self, model: Any, writer: PromptTokenizer, dtype: torch.dtype, way: Way | Literal["auto"] = "auto"
     ) -> None:
         self.model = model
         self.writer = writer
@@ -239,7 +239,7 @@ class Engine:
             for found in self._padded(prepared.rows[start : start + rows], prepared.images)
         ]
 
-    def _padded(self, rows: Sequence[Row], images: Sequence[Any]) -> list[Found]:
+    def _padded(self, rows: Sequence[TokenizedRequest], images: Sequence[Any]) -> list[Found]:
         """Rows in one padded batch, each with its images and each continuation by itself."""
         many = [(row, tail) for row in rows for tail in row.continuations]
         made = self.writer.batch([row.prompt for row, _ in many], [images] * len(many))
@@ -355,7 +355,7 @@ class Engine:
 _SHARED: Mapping[Way, str] = {"prefix": "the keys and values of an image", "tree": "a forward pass"}
 
 
-def _tokens(rows: Sequence[Row]) -> Tensor:
+def _tokens(rows: Sequence[TokenizedRequest]) -> Tensor:
     """The ids that any of the rows wants."""
     return torch.tensor(sorted({i for row in rows for of in row.wanted for ids in of for i in ids}))
 

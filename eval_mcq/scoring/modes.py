@@ -13,7 +13,7 @@ from mgll_encoder.common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from eval_mcq.scoring.requests import Continuations, Writer
+    from eval_mcq.scoring.requests import Continuations, PromptTokenizer
 
     Found = list[list[torch.Tensor]]
 
@@ -64,7 +64,9 @@ class Likelihood:
     score: "Callable[[Ask, Found], Score]"
 
 
-def _want_letters(writer: "Writer", ask: Ask, prompt: str) -> tuple[list[list[int]], list[list[list[int]]]]:
+def _want_letters(
+    writer: "PromptTokenizer", ask: Ask, prompt: str
+) -> tuple[list[list[int]], list[list[list[int]]]]:
     """All tokens of all offered letters, letter by letter, right after the prompt."""
     with _naming(ask):
         ids = writer.letter_ids(prompt, len(ask.item.options))
@@ -81,7 +83,9 @@ def _score_letters(ask: Ask, found: "Found") -> Score:
     return Score([shown[place] for place in places], letter_mass=float(letters.logsumexp(dim=0).exp()))
 
 
-def _want_texts(writer: "Writer", ask: Ask, prompt: str) -> tuple[list[list[int]], list[list[list[int]]]]:
+def _want_texts(
+    writer: "PromptTokenizer", ask: Ask, prompt: str
+) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Each token of each option's text."""
     with _naming(ask):
         tails = [writer.continuation(prompt, text) for text in ask.item.options]

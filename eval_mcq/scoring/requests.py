@@ -17,7 +17,7 @@ from mgll_encoder.common.errors import UserError
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedRequest:
     """An ask as token ids.
 
     Attributes:
@@ -50,7 +50,7 @@ class Prepared:
             reads otherwise for what follows.
     """
 
-    rows: list[Row]
+    rows: list[TokenizedRequest]
     images: list[Image.Image]
     inputs: dict[str, Tensor]
     per_token: dict[str, Tensor]
@@ -58,11 +58,11 @@ class Prepared:
     sharable: bool
 
 
-Continuations = Callable[["Writer", Ask, str], tuple[list[list[int]], list[list[list[int]]]]]
-"""What a scoring mode wants to know after a prompt; see `Row`."""
+Continuations = Callable[["PromptTokenizer", Ask, str], tuple[list[list[int]], list[list[list[int]]]]]
+"""What a scoring mode wants to know after a prompt; see `TokenizedRequest`."""
 
 
-class Writer:
+class PromptTokenizer:
     """Writes prompts as one model's processor wants them. Safe to use from two threads.
 
     Args:
@@ -132,7 +132,7 @@ class Writer:
         wanted = [continuations(self, ask, prompt) for ask, prompt in zip(asks, prompts, strict=True)]
         return Prepared(
             rows=[
-                Row(ask, prompt, tokens, *of_ask)
+                TokenizedRequest(ask, prompt, tokens, *of_ask)
                 for ask, prompt, tokens, of_ask in zip(asks, prompts, spread.rows, wanted, strict=True)
             ],
             images=images,

@@ -12,7 +12,7 @@ from eval_mcq.scoring.answer_parser import parse_reply
 from eval_mcq.scoring.engine import Engine, Way
 from eval_mcq.scoring.modes import LIKELIHOODS, Score
 from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode, order
-from eval_mcq.scoring.requests import Prepared, Row, Writer
+from eval_mcq.scoring.requests import Prepared, PromptTokenizer, TokenizedRequest
 from mgll_encoder.common.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -48,14 +48,14 @@ class Scorer:
         mode: Mode = "letters",
         way: Way | Literal["auto"] = "auto",
     ) -> None:
-        self.writer = Writer(processor, PROMPTS[mode])
+        self.writer = PromptTokenizer(processor, PROMPTS[mode])
         if _has_encoder(model):
             raise UserError(
                 "the model's language model reads the prompt with an encoder, and letters are scored by a model that "
                 "writes the answer after the prompt: take one on a decoder, such as Vicuna"
             )
-        quantised = getattr(model, "is_quantized", False)
-        self.model = (model if quantised else model.to(device=device, dtype=dtype)).eval()
+        quantized = getattr(model, "is_quantized", False)
+        self.model = (model if quantized else model.to(device=device, dtype=dtype)).eval()
         self.processor = processor
         self.mode: Mode = mode
         self.engine = Engine(self.model, self.writer, dtype or torch.float32, way)
@@ -80,7 +80,7 @@ class Scorer:
         """Everything but the model's part, for questions on the same images; may run in another thread."""
         if self.mode in LIKELIHOODS:
             return self.writer.prepare(asks, images, LIKELIHOODS[self.mode].continuations)
-        rows = [Row(ask, self.prompt(ask.item, ask.rotation), [], [[]], [[[]]]) for ask in asks]
+        rows = [TokenizedRequest(ask, self.prompt(ask.item, ask.rotation), [], [[]], [[[]]]) for ask in asks]
         return Prepared(rows, images, {}, {}, 0, sharable=False)
 
     def answer(self, batch: Sequence[Prepared]) -> list[list[Score]]:

@@ -63,7 +63,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Figure:
+class TableCell:
     """What one arm shows for one disease or average, ready to print."""
 
     value: str
@@ -87,7 +87,7 @@ class Entry:
     heading: str
     n: int
     chance: str
-    figures: list[Figure]
+    figures: list[TableCell]
 
 
 def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
@@ -164,7 +164,7 @@ def entries_of(comparison: Comparison, rounding: Rounding) -> list[Entry]:
             cell = arm.cells[category]
             value = rounding.cell(cell.share)
             marks = (FEW if cell.n < SMALL else "") + (LUCK if cell.p_guess >= ALPHA else "")
-            figure = Figure(str(value), _bracket(cell.interval, rounding), marks=marks, unread=cell.unread)
+            figure = TableCell(str(value), _bracket(cell.interval, rounding), marks=marks, unread=cell.unread)
             if gain := arm.gains.get(category):
                 figure = _with_gain(figure, before, value, gain, gain.p_holm, rounding)
             figures.append(figure)
@@ -178,8 +178,8 @@ def entries_of(comparison: Comparison, rounding: Rounding) -> list[Entry]:
 
 
 def _with_gain(
-    figure: Figure, before: Decimal, after: Decimal, gain: Gain, p: float, rounding: Rounding
-) -> Figure:
+    figure: TableCell, before: Decimal, after: Decimal, gain: Gain, p: float, rounding: Rounding
+) -> TableCell:
     if gain.estimate is None:
         return replace(figure, gain=TOO_FEW, p=NONE)
     points = rounding.gain(before, after, gain.estimate.value, places=2)
@@ -189,9 +189,9 @@ def _with_gain(
     )  # fmt: skip
 
 
-def _macro_figure(arm: Arm, base: Arm, rounding: Rounding) -> Figure:
+def _macro_figure(arm: Arm, base: Arm, rounding: Rounding) -> TableCell:
     before, after = (rounding.average([cell.share for cell in a.cells.values()]) for a in (base, arm))
-    figure = Figure(str(after), _bracket(arm.macro.interval, rounding), unread=arm.diagnosis.unread)
+    figure = TableCell(str(after), _bracket(arm.macro.interval, rounding), unread=arm.diagnosis.unread)
     if arm.micro_gain is None:
         return figure
     if arm.macro_gain is None:
@@ -201,11 +201,11 @@ def _macro_figure(arm: Arm, base: Arm, rounding: Rounding) -> Figure:
     return replace(figure, gain=_signed(points), gain_interval=gain_interval, p=NONE)
 
 
-def _micro_figure(arm: Arm, base: Arm, rounding: Rounding) -> Figure:
+def _micro_figure(arm: Arm, base: Arm, rounding: Rounding) -> TableCell:
     before, after = (rounding.cell(a.micro.value) for a in (base, arm))
     marks = LUCK if arm.p_guess >= ALPHA else ""
     interval = _bracket(arm.micro.interval, rounding)
-    figure = Figure(str(after), interval, marks=marks, unread=arm.diagnosis.unread)
+    figure = TableCell(str(after), interval, marks=marks, unread=arm.diagnosis.unread)
     if arm.micro_gain is None:
         return figure
     return _with_gain(figure, before, after, arm.micro_gain, arm.micro_gain.p, rounding)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgll_encoder import api
-from mgll_encoder.cli import dataset_options as labelled
+from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, new_file
-from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.probing.labeled_set import LabeledSet
 from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 @needs("probe")
 def explain(
-    encoder: labelled.Encoder,
+    encoder: labeled.Encoder,
     images: Annotated[
         Path, typer.Option(help="An image, a folder of images, or the folder that --data is relative to.")
     ],
@@ -42,22 +42,22 @@ def explain(
             "for more. The pictures are then test images, those of the class first."
         ),
     ] = None,
-    data: labelled.Data = None,
-    benchmark: labelled.BenchmarkName = None,
-    image_column: labelled.ImageColumn = "file",
-    labels_column: labelled.LabelsColumn = "labels",
+    data: labeled.Data = None,
+    benchmark: labeled.BenchmarkName = None,
+    image_column: labeled.ImageColumn = "file",
+    labels_column: labeled.LabelsColumn = "labels",
     binary_columns: tables.BinaryColumns = "",
     label_separator: tables.LabelSeparator = None,
     uncertain: tables.UncertainCells = "ignore",
     encoding: tables.Encoding = None,
     sheet: tables.Sheet = None,
-    patient_column: labelled.PatientColumn = None,
+    patient_column: labeled.PatientColumn = None,
     limit: Annotated[int, typer.Option(min=1, max=40, help="Images on the sheet at most.")] = 6,
-    activation: labelled.ActivationName = None,
-    weights: labelled.WeightsName = None,
+    activation: labeled.ActivationName = None,
+    weights: labeled.WeightsName = None,
     seed: Annotated[int, typer.Option(help="Draws the sides of --data.")] = 0,
-    strict: labelled.Strict = False,
-    force: labelled.Force = False,
+    strict: labeled.Strict = False,
+    force: labeled.Force = False,
 ) -> None:
     """Lay attention, and what speaks for a text or a class, over images: a contact sheet to look at.
 
@@ -95,7 +95,7 @@ def explain(
     )
     targets = _texts(tower, text or [])
     if label:
-        question = Question(
+        question = LabeledSet(
             data,
             images,
             benchmark,
@@ -139,7 +139,7 @@ def _texts(tower: "Tower", texts: list[str]) -> "list[Target]":
 
 
 def _classes(
-    tower: "Tower", question: Question, labels: list[str], limit: int, skipped: "Skipped"
+    tower: "Tower", question: LabeledSet, labels: list[str], limit: int, skipped: "Skipped"
 ) -> "tuple[list[Target], list[Path], list[str]]":
     """Targets of the classes, test images to show (those of the classes first), and captions with their labels."""
     import numpy as np

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgll_encoder import api
-from mgll_encoder.cli import dataset_options as labelled
+from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import print_result, said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
-from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.probing.labeled_set import LabeledSet
 
 if TYPE_CHECKING:
     from mgll_encoder.api import Scored
     from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.data.label_table import LabelledImages
+    from mgll_encoder.data.label_table import LabeledImages
     from mgll_encoder.tower.load import Tower
 
 
@@ -30,30 +30,30 @@ _TITLES = {"linear": "Linear probe of {}, in %", "finetune": "Fine-tuned {}, in 
 
 @needs("probe")
 def probe(
-    encoder: labelled.Encoder,
-    images: labelled.Images,
-    data: labelled.Data = None,
+    encoder: labeled.Encoder,
+    images: labeled.Images,
+    data: labeled.Data = None,
     mode: Annotated[
         str, typer.Option(help="linear: frozen features; finetune: tower and linear head learn together.")
     ] = "linear",
-    benchmark: labelled.BenchmarkName = None,
-    image_column: labelled.ImageColumn = "file",
-    labels_column: labelled.LabelsColumn = "labels",
+    benchmark: labeled.BenchmarkName = None,
+    image_column: labeled.ImageColumn = "file",
+    labels_column: labeled.LabelsColumn = "labels",
     binary_columns: tables.BinaryColumns = "",
     label_separator: tables.LabelSeparator = None,
     uncertain: tables.UncertainCells = "ignore",
     encoding: tables.Encoding = None,
     sheet: tables.Sheet = None,
-    patient_column: labelled.PatientColumn = None,
-    split_column: labelled.SplitColumn = None,
-    test_data: labelled.TestData = None,
-    test_images: labelled.TestImages = None,
-    test_list: labelled.TestList = None,
-    only: labelled.Only = "",
-    min_positives: labelled.MinPositives = 10,
-    activation: labelled.ActivationName = None,
-    weights: labelled.WeightsName = None,
-    test: labelled.TestShare = 0.3,
+    patient_column: labeled.PatientColumn = None,
+    split_column: labeled.SplitColumn = None,
+    test_data: labeled.TestData = None,
+    test_images: labeled.TestImages = None,
+    test_list: labeled.TestList = None,
+    only: labeled.Only = "",
+    min_positives: labeled.MinPositives = 10,
+    activation: labeled.ActivationName = None,
+    weights: labeled.WeightsName = None,
+    test: labeled.TestShare = 0.3,
     seed: Annotated[int, typer.Option(help="Draws the sides, the bootstrap and the fine-tuning.")] = 0,
     epochs: Annotated[
         int | None, typer.Option(help="finetune: passes over the training images (default 20).")
@@ -76,15 +76,15 @@ def probe(
     ] = None,
     compare: Annotated[str | None, typer.Option(help="'paper': print the published figures beside.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
-    strict: labelled.Strict = False,
-    workers: labelled.Workers = None,
-    force: labelled.Force = False,
+    strict: labeled.Strict = False,
+    workers: labeled.Workers = None,
+    force: labeled.Force = False,
     _: Annotated[
         bool,
         typer.Option(
             "--list",
             is_eager=True,
-            callback=labelled.table_of_benchmarks,
+            callback=labeled.table_of_benchmarks,
             help="List the benchmarks, and leave.",
         ),
     ] = False,
@@ -115,7 +115,7 @@ def probe(
     published = published_beside(benchmark, PROTOCOLS[mode]) if compare else {}
     for path in filter(None, (out, tower_out)):
         check_free(path, force)
-    question = Question(
+    question = LabeledSet(
         data, images, benchmark, image_column, labels_column, binary_columns, patient_column, split_column,
         test_data, test_images, test_list, only, test, seed,
         tables.reading(encoding, sheet, label_separator, uncertain),
@@ -143,7 +143,7 @@ def probe(
 
 def _finetuned(
     tower: "Tower",
-    labels: "LabelledImages",
+    labels: "LabeledImages",
     skipped: "Skipped",
     *,
     positives: int,

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgll_encoder import api
-from mgll_encoder.cli import dataset_options as labelled
+from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import print_result, said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
-from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.probing.labeled_set import LabeledSet
 from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
@@ -26,42 +26,42 @@ if TYPE_CHECKING:
 
 @needs("probe")
 def zero_shot(
-    encoder: labelled.Encoder,
-    images: labelled.Images,
-    data: labelled.Data = None,
-    benchmark: labelled.BenchmarkName = None,
+    encoder: labeled.Encoder,
+    images: labeled.Images,
+    data: labeled.Data = None,
+    benchmark: labeled.BenchmarkName = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             help="generic, fundus, xray, or a .json file of yours (default: the benchmark's, or generic)."
         ),
     ] = None,
-    image_column: labelled.ImageColumn = "file",
-    labels_column: labelled.LabelsColumn = "labels",
+    image_column: labeled.ImageColumn = "file",
+    labels_column: labeled.LabelsColumn = "labels",
     binary_columns: tables.BinaryColumns = "",
     label_separator: tables.LabelSeparator = None,
     uncertain: tables.UncertainCells = "ignore",
     encoding: tables.Encoding = None,
     sheet: tables.Sheet = None,
-    patient_column: labelled.PatientColumn = None,
-    split_column: labelled.SplitColumn = None,
-    test_data: labelled.TestData = None,
-    test_images: labelled.TestImages = None,
-    test_list: labelled.TestList = None,
-    only: labelled.Only = "",
-    min_positives: labelled.MinPositives = 10,
-    activation: labelled.ActivationName = None,
-    weights: labelled.WeightsName = None,
-    test: labelled.TestShare = 0.3,
+    patient_column: labeled.PatientColumn = None,
+    split_column: labeled.SplitColumn = None,
+    test_data: labeled.TestData = None,
+    test_images: labeled.TestImages = None,
+    test_list: labeled.TestList = None,
+    only: labeled.Only = "",
+    min_positives: labeled.MinPositives = 10,
+    activation: labeled.ActivationName = None,
+    weights: labeled.WeightsName = None,
+    test: labeled.TestShare = 0.3,
     every: Annotated[
         bool,
         typer.Option("--all", help="Judge all images, not the test side only: for sets the tower never saw."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Draws the sides and the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
-    strict: labelled.Strict = False,
-    workers: labelled.Workers = None,
-    force: labelled.Force = False,
+    strict: labeled.Strict = False,
+    workers: labeled.Workers = None,
+    force: labeled.Force = False,
 ) -> None:
     """Classify without training, by the likeness of an image to prompts of each class: AUC, mAP, accuracy.
 
@@ -73,7 +73,7 @@ def zero_shot(
     """
     if out:
         check_free(out, force)
-    question = Question(
+    question = LabeledSet(
         data, images, benchmark, image_column, labels_column, binary_columns, patient_column, split_column,
         test_data, test_images, test_list, only, test, seed,
         tables.reading(encoding, sheet, label_separator, uncertain),
@@ -95,7 +95,7 @@ def zero_shot(
 
 @needs("probe")
 def retrieval(
-    encoder: labelled.Encoder,
+    encoder: labeled.Encoder,
     data: Annotated[
         Path, typer.Option("--data", help="Manifest, as 'mgll-encoder data fundus' or 'data xray' writes it.")
     ],
@@ -107,13 +107,13 @@ def retrieval(
         str,
         typer.Option(help="Which to use, separated by commas (default: each by itself, and all together)."),
     ] = "",
-    activation: labelled.ActivationName = None,
-    weights: labelled.WeightsName = None,
+    activation: labeled.ActivationName = None,
+    weights: labeled.WeightsName = None,
     seed: Annotated[int, typer.Option(help="Draws the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
-    strict: labelled.Strict = False,
-    workers: labelled.Workers = None,
-    force: labelled.Force = False,
+    strict: labeled.Strict = False,
+    workers: labeled.Workers = None,
+    force: labeled.Force = False,
 ) -> None:
     """Find the texts of an image and the images of a text: recall among the nearest 1, 5 and 10.
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.tables import Reading, Uncertain
+from mgll_encoder.common.tables import TableOptions, Uncertain
 
 Encoding = Annotated[
     str | None,
@@ -48,7 +48,7 @@ def listed(columns: str) -> tuple[str, ...]:
 
 def reading(
     encoding: str | None, sheet: str | None, label_separator: str | None, uncertain: Uncertain
-) -> Reading:
+) -> TableOptions:
     """What the options say.
 
     Raises:
@@ -58,4 +58,4 @@ def reading(
         raise UserError(
             "--label-separator is empty: expected a character such as ',', or none where a cell is one label"
         )
-    return Reading(encoding, sheet, label_separator, uncertain)
+    return TableOptions(encoding, sheet, label_separator, uncertain)

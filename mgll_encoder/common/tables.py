@@ -40,7 +40,7 @@ _LOOKED_AT = 50
 
 
 @dataclass(frozen=True)
-class Reading:
+class TableOptions:
     """What the user says about a label table, where the file does not say it itself.
 
     Attributes:
@@ -102,7 +102,7 @@ class Table:
 
 
 def read_table(
-    path: Path, option: str, skipped: Skipped | None = None, reading: Reading | None = None
+    path: Path, option: str, skipped: Skipped | None = None, reading: TableOptions | None = None
 ) -> Table:
     """Read a label table.
 
@@ -119,7 +119,7 @@ def read_table(
     """
     if not path.is_file():
         raise NotFoundError(f"label file {path} does not exist or is not a file: check {option}")
-    skipped, reading = skipped or Skipped(strict=True), reading or Reading()
+    skipped, reading = skipped or Skipped(strict=True), reading or TableOptions()
     book = workbooks.kind_of(path)
     if book and reading.encoding:
         raise UserError(f"--encoding has no effect on label file {path}, which is {book.name}: leave it out")

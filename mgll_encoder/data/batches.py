@@ -29,7 +29,7 @@ from mgll_encoder.tower.spec import TowerSpec
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitRows:
     """The rows of one side of a manifest's split.
 
     Attributes:
@@ -73,7 +73,7 @@ class Plan:
         """The image file of every row, one row in memory at a time."""
         return (self.folder / self.row(index).image for index in range(len(self)))
 
-    def sample(self, most: int) -> "Plan":
+    def sample(self, most: int) -> "SplitRows":
         """At most so many rows, evenly spread."""
         if len(self) <= most:
             return self
@@ -88,7 +88,7 @@ def plan_rows(
     split: str,
     joined: bool,
     skipped: Skipped,
-) -> Plan:
+) -> SplitRows:
     """The plan of one side of the split, see :func:`plan_splits`."""
     return plan_splits(path, folder, granularities, (split,), joined, skipped)[split]
 
@@ -100,7 +100,7 @@ def plan_splits(
     splits: Sequence[str],
     joined: bool,
     skipped: Skipped,
-) -> dict[str, Plan]:
+) -> dict[str, SplitRows]:
     """Choose the rows of each side of the split, in one pass. Per row, a few numbers stay in memory.
 
     That every image is there is seen here; that it can be decoded is seen when it is read (`ManifestImages`):
@@ -111,7 +111,7 @@ def plan_splits(
         folder: The image folder; None for the one that the manifest names.
         granularities: Which to use; empty for all.
         splits: Sides of the split.
-        joined: See :class:`Plan`.
+        joined: See :class:`SplitRows`.
         skipped: Takes the rows that are left out, and stops there if strict.
 
     Raises:
@@ -158,11 +158,11 @@ class _Draft:
         for name, keys in self._texts.items():
             keys.extend(text_key(text) for text in row.texts.get(name, ()))
 
-    def plan(self, path: Path, folder: Path, joined: bool, skipped: Skipped) -> Plan:
+    def plan(self, path: Path, folder: Path, joined: bool, skipped: Skipped) -> SplitRows:
         rows = {name: np.array(column, np.int64) for name, column in self._columns.items()}
         counts = {name: len(np.unique(np.array(keys, np.int64))) for name, keys in self._texts.items()}
         kept = _agreeing(path, rows, skipped)
-        return Plan(
+        return SplitRows(
             path, folder, rows["place"][kept], rows["number"][kept], tuple(self._texts), joined, counts
         )
 
@@ -195,7 +195,7 @@ class ManifestImages(Dataset):
     """
 
     def __init__(
-        self, plan: Plan, spec: TowerSpec, seed: int, augment: bool = True, flip: bool = False
+        self, plan: SplitRows, spec: TowerSpec, seed: int, augment: bool = True, flip: bool = False
     ) -> None:
         self._plan, self._size, self._flip = plan, spec.image_size, flip
         self._transform = image_transform(spec)
@@ -248,7 +248,7 @@ def text_key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
-class Collator:
+class ManifestCollator:
     """Makes batches out of what :class:`ManifestImages` gives.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 from mgll_encoder.common.errors import BadDataError, NotFoundError, unknown_name
 from mgll_encoder.common.files import is_file
 from mgll_encoder.common.skipped import DISAGREE, NO_FILE, Skipped
-from mgll_encoder.data.label_table import SIDES, LabelledImages
+from mgll_encoder.data.label_table import SIDES, LabeledImages
 from mgll_encoder.data.manifest import ManifestRow, image_folder, named, read_header, read_rows
 
 
@@ -22,7 +22,7 @@ class DescribedImages:
         levels: Granularity -> its distinct texts.
     """
 
-    labels: LabelledImages
+    labels: LabeledImages
     levels: dict[str, list[str]]
 
 
@@ -81,7 +81,7 @@ def described_images(
     for i, (_, row) in enumerate(kept):
         for name in used:
             truth[i, [place[text] for text in row.texts.get(name, [])]] = True
-    labels = LabelledImages(
+    labels = LabeledImages(
         tuple(folder / row.image for _, row in kept),
         tuple(names),
         truth,

@@ -15,7 +15,7 @@ from mgll_encoder.common.progress import track
 from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import NO_LABEL, UNCERTAIN, UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.common.tables import Reading, read_table
+from mgll_encoder.common.tables import TableOptions, read_table
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus_layouts import (
     GENERIC,
@@ -86,7 +86,7 @@ class FundusTable:
     layout: str = GENERIC
     classes: Mapping[str, str] = field(default_factory=dict)
     binary: tuple[str, ...] = ()
-    reading: Reading = field(default_factory=Reading)
+    reading: TableOptions = field(default_factory=TableOptions)
 
     @property
     def title(self) -> str:
@@ -173,7 +173,7 @@ def build_fundus(
     table, found = _read(table, report.skipped, drawn=test > 0 or val > 0)
     pseudonyms = Pseudonyms(table.path)
     usable = agreeing(with_files(found, images, report.skipped, table.image), report.skipped)
-    usable = _labelled(usable, report.skipped)
+    usable = _labeled(usable, report.skipped)
     for row in track(usable, f"Checking the images of {table.path.name}"):
         if trouble := _trouble(row.path):
             report.skipped.add(UNREADABLE, f"{row.where}: the image {trouble}")
@@ -224,7 +224,7 @@ def build_fundus(
     return report
 
 
-def _labelled(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
+def _labeled(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
     """Rows that say what the eye has."""
     kept = []
     for row in rows:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mgll_encoder.common.errors import BadDataError, UserError, unknown_name
 from mgll_encoder.common.skipped import NO_LABEL, NO_TRUTH, Skipped
-from mgll_encoder.common.tables import Reading, Table, Uncertain
+from mgll_encoder.common.tables import Table, TableOptions, Uncertain
 from mgll_encoder.data.label_rows import LabelRow, UnusableError, settled, truths
 
 GENERIC = "generic"
@@ -34,7 +34,7 @@ class Eye(BaseModel):
     keywords: str | None = None
 
 
-class Layout(BaseModel):
+class LabelFileLayout(BaseModel):
     """A published label file.
 
     Attributes:
@@ -71,13 +71,15 @@ class Layout(BaseModel):
 
 
 @cache
-def layouts() -> Mapping[str, Layout]:
+def layouts() -> Mapping[str, LabelFileLayout]:
     """The published layouts, by name."""
     text = files(__package__).joinpath("fundus_layouts.json").read_text(encoding="utf-8")
-    return {name: Layout.model_validate(row) for name, row in json.loads(text)["layouts"].items()}
+    return {name: LabelFileLayout.model_validate(row) for name, row in json.loads(text)["layouts"].items()}
 
 
-def as_generic(name: str, table: Table, skipped: Skipped, reading: Reading | None = None) -> list[LabelRow]:
+def as_generic(
+    name: str, table: Table, skipped: Skipped, reading: TableOptions | None = None
+) -> list[LabelRow]:
     """The images of a published label file.
 
     An image that several rows name in the same way (ODIR-5K lists each patient once per eye) is taken once.
@@ -101,7 +103,7 @@ def as_generic(name: str, table: Table, skipped: Skipped, reading: Reading | Non
     if layout.label and not set(layout.label) & set(table.columns):
         wanted.append(layout.label[0])
     table.check_columns([(f"layout '{name}'", column) for column in wanted])
-    reading = reading or Reading()
+    reading = reading or TableOptions()
     rows: dict[tuple[str, frozenset[str]], LabelRow] = {}
     unusable: set[tuple[str, str]] = set()
     for (number, record), eye in product(table.rows, layout.eyes):
@@ -149,14 +151,14 @@ def from_folders(name: str, images: Path, skipped: Skipped) -> list[LabelRow]:
     return rows
 
 
-def _layout(name: str) -> Layout:
+def _layout(name: str) -> LabelFileLayout:
     if name not in layouts():
         raise unknown_name("layout", name, [GENERIC, *layouts()])
     return layouts()[name]
 
 
 def _eye(
-    layout: Layout, eye: Eye, image: str, record: Mapping[str, str], where: str, policy: Uncertain
+    layout: LabelFileLayout, eye: Eye, image: str, record: Mapping[str, str], where: str, policy: Uncertain
 ) -> LabelRow:
     words = record[eye.keywords] if eye.keywords else ""
     uncertain: frozenset[str] = frozenset()
@@ -173,7 +175,7 @@ def _eye(
 
 
 def _row(
-    layout: Layout,
+    layout: LabelFileLayout,
     where: str,
     image: str,
     labels: frozenset[str],
@@ -187,7 +189,7 @@ def _row(
     return LabelRow(where, image, patient, cells, labels, uncertain)
 
 
-def _class(layout: Layout, record: Mapping[str, str]) -> frozenset[str]:
+def _class(layout: LabelFileLayout, record: Mapping[str, str]) -> frozenset[str]:
     column = next(name for name in layout.label if name in record)
     cell = record[column].strip()
     if cell and cell not in layout.classes:
@@ -198,7 +200,7 @@ def _class(layout: Layout, record: Mapping[str, str]) -> frozenset[str]:
 
 
 def _findings(
-    layout: Layout, record: Mapping[str, str], policy: Uncertain
+    layout: LabelFileLayout, record: Mapping[str, str], policy: Uncertain
 ) -> tuple[frozenset[str], frozenset[str]]:
     labels, uncertain = truths(record, layout.binary, policy)
     if not labels and layout.normal:
@@ -208,7 +210,7 @@ def _findings(
     return labels, uncertain
 
 
-def _phrases(layout: Layout, words: str) -> list[str]:
+def _phrases(layout: LabelFileLayout, words: str) -> list[str]:
     labels = []
     for phrase in (" ".join(part.casefold().split()) for part in SEPARATORS.split(words)):
         matching = (label for pattern, label in layout.phrases if re.fullmatch(pattern, phrase))

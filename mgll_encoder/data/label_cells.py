@@ -69,7 +69,7 @@ class LabelLists:
         self._separator = re.compile(re.escape(separator)) if separator else _SURE
         self._one = separator == ONE_LABEL
         if separator is None:
-            self._recognise(cells, known, where)
+            self._recognize(cells, known, where)
 
     def __call__(self, cell: str) -> frozenset[str]:
         """The labels of a cell, plain; none where it leaves them open.
@@ -91,7 +91,7 @@ class LabelLists:
             parts = self._separator.split(cell)
         return (plain(part) for part in parts if part.strip())
 
-    def _recognise(self, cells: Iterable[str], known: Collection[str], where: str) -> None:
+    def _recognize(self, cells: Iterable[str], known: Collection[str], where: str) -> None:
         labels: set[str] = set()
         for cell in cells:
             try:

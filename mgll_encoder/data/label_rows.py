@@ -19,7 +19,7 @@ from mgll_encoder.common.skipped import (
     UNCERTAIN,
     Skipped,
 )
-from mgll_encoder.common.tables import Reading, Table, Uncertain
+from mgll_encoder.common.tables import Table, TableOptions, Uncertain
 from mgll_encoder.data.label_cells import LabelLists, plain, truth_of
 
 _logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def label_rows(
     table: Table,
     columns: Columns,
     skipped: Skipped,
-    reading: Reading | None = None,
+    reading: TableOptions | None = None,
     known: Collection[str] = (),
 ) -> list[LabelRow]:
     """The rows of a table that name an image and say something of its labels.
@@ -141,7 +141,7 @@ def label_rows(
     Raises:
         UserError: some label is made of others (`LabelLists`), or ``skipped`` is strict and a row is left out.
     """
-    reading = reading or Reading()
+    reading = reading or TableOptions()
     if reading.separator and (columns.binary or columns.classes):
         raise UserError("--label-separator has no effect on --binary-columns and --classes: leave it out")
     listed = columns.labels and not (columns.binary or columns.classes)
@@ -193,7 +193,9 @@ def truths(
     return frozenset(true), frozenset(uncertain - true)
 
 
-def settled(table: Table, rows: Sequence[LabelRow], reading: Reading, skipped: Skipped) -> list[LabelRow]:
+def settled(
+    table: Table, rows: Sequence[LabelRow], reading: TableOptions, skipped: Skipped
+) -> list[LabelRow]:
     """The rows that do not contradict themselves, what is uncertain in them left open or taken as the user says."""
     having = [row for row in rows if row.uncertain]
     if not having:

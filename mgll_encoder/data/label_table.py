@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mgll_encoder.common.errors import BadDataError, NotFoundError, unknown_name
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
-from mgll_encoder.common.tables import Reading, read_table
+from mgll_encoder.common.tables import TableOptions, read_table
 from mgll_encoder.data.label_cells import plain
 from mgll_encoder.data.label_rows import Columns as Columns
 from mgll_encoder.data.label_rows import LabelRow, agreeing, label_rows, with_files
@@ -22,7 +22,7 @@ SIDES = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Labelled images, row by row.
 
     Attributes:
@@ -65,11 +65,11 @@ class LabelledImages:
         return sorted(set(names[self.test]) & set(names[~self.test]))
 
     @property
-    def all_for_test(self) -> "LabelledImages":
+    def all_for_test(self) -> "LabeledImages":
         """The same images, all on the test side: for judging what was never trained on any of them."""
         return replace(self, test=np.ones_like(self.test), val=None)
 
-    def subset(self, kept: NDArray[np.bool_]) -> "LabelledImages":
+    def subset(self, kept: NDArray[np.bool_]) -> "LabeledImages":
         """Some of the images, [n] of them marked in ``kept``; labels stay as they are."""
         return replace(
             self,
@@ -114,8 +114,8 @@ def read_labels(
     seed: int = 0,
     sides: Sides | None = None,
     skipped: Skipped | None = None,
-    reading: Reading | None = None,
-) -> LabelledImages:
+    reading: TableOptions | None = None,
+) -> LabeledImages:
     """Read a label table.
 
     Rows with no label at all in a ``labels`` column are unknown, and are left out; an image that rows name twice is
@@ -151,8 +151,8 @@ def read_class_files(
     columns: Columns | None = None,
     sides: Sides | None = None,
     skipped: Skipped | None = None,
-    reading: Reading | None = None,
-) -> LabelledImages:
+    reading: TableOptions | None = None,
+) -> LabeledImages:
     """Images whose class is told by folder or file name, as some sets publish them; each image is a patient.
 
     Args:
@@ -192,7 +192,7 @@ def _with_test_table(
     columns: Columns,
     sides: Sides,
     skipped: Skipped,
-    reading: Reading | None,
+    reading: TableOptions | None,
 ) -> list[LabelRow]:
     """The rows, and those of the table of test images if there is one: the first are then all for training."""
     if not sides.table:
@@ -212,7 +212,7 @@ def _rows_of(
     columns: Columns,
     sides: Sides,
     skipped: Skipped,
-    reading: Reading | None,
+    reading: TableOptions | None,
     option: str = "--data",
 ) -> list[LabelRow]:
     """The rows of a table that can be used, contradictions between them not yet looked for."""
@@ -247,7 +247,7 @@ def _drawn(patient: str, image: str, sides: Sides) -> str:
 
 def _assembled(
     rows: Sequence[LabelRow], source: str, only: Sequence[str], sides: Sides, skipped: Skipped
-) -> LabelledImages:
+) -> LabeledImages:
     kept = agreeing(rows, skipped)
     if not kept:
         reasons = "; ".join(skipped.lines()) or "it has a header but no rows"
@@ -263,7 +263,7 @@ def _assembled(
     known = None
     if any(row.uncertain for row in kept):
         known = np.array([[name not in row.uncertain for name in names] for row in kept])
-    return LabelledImages(
+    return LabeledImages(
         tuple(row.path for row in kept),
         names,
         np.array([[name in row.labels for name in names] for row in kept]).reshape(len(kept), len(names)),

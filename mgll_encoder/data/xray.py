@@ -26,8 +26,8 @@ from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.workers import resilient_map
-from mgll_encoder.data.dicom.header import UnusableError, value
-from mgll_encoder.data.dicom.pixels import PIXEL_FIELDS, grey_values
+from mgll_encoder.data.dicom.header import UnusableDicomError, value
+from mgll_encoder.data.dicom.pixels import PIXEL_FIELDS, gray_values
 from mgll_encoder.data.dicom.text import IDENTITY_FIELDS, TEXT_FIELDS, safe_texts
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 
@@ -192,13 +192,13 @@ def read_radiograph(path: Path, wanted: Wanted) -> tuple[NDArray[np.uint8], dict
         modality = str(value(header, "Modality") or "").strip()
         if modality not in wanted.modalities:
             named = f"modality {modality}" if modality.isalnum() and len(modality) < 5 else "modality missing"
-            raise UnusableError(named, f"expected {', '.join(wanted.modalities)}; see --modalities")
+            raise UnusableDicomError(named, f"expected {', '.join(wanted.modalities)}; see --modalities")
         if not wanted.burned_in and str(value(header, BURNED_IN) or "").strip().upper() == "YES":
-            raise UnusableError(
+            raise UnusableDicomError(
                 "burned-in annotation", "names may be part of the picture; --burned-in takes it"
             )
-        grey = grey_values(header)
-        return grey, *safe_texts(header)
+        gray = gray_values(header)
+        return gray, *safe_texts(header)
 
 
 def _header(path: Path) -> Any:
@@ -207,19 +207,21 @@ def _header(path: Path) -> Any:
     try:
         regular_file(path)
     except UserError:
-        raise UnusableError("not a file", "it is a pipe, a device or a link that leads nowhere") from None
+        raise UnusableDicomError(
+            "not a file", "it is a pipe, a device or a link that leads nowhere"
+        ) from None
     fields = [*TEXT_FIELDS.values(), *PIXEL_FIELDS, *IDENTITY_FIELDS, BURNED_IN]
     try:
         header = dcmread(path, force=True, specific_tags=fields)
         known = "Modality" in header or "Rows" in header  # under force=True, any other file parses as nothing
     except PermissionError:
-        raise UnusableError("no permission to read it") from None
+        raise UnusableDicomError("no permission to read it") from None
     except MemoryError:
-        raise UnusableError("too large", "not enough memory") from None
+        raise UnusableDicomError("too large", "not enough memory") from None
     except Exception:  # what is no DICOM file raises errors of any kind
         known = False
     if not known:
-        raise UnusableError("not a DICOM file")
+        raise UnusableDicomError("not a DICOM file")
     return header
 
 
@@ -240,14 +242,14 @@ def _files(dicom: Path, skipped: Skipped) -> list[Path]:
 def _convert(task: tuple[int, Path], images: Path, wanted: Wanted) -> _Outcome:
     number, file = task
     try:
-        grey, texts, cut = read_radiograph(file, wanted)
-    except UnusableError as error:
+        gray, texts, cut = read_radiograph(file, wanted)
+    except UnusableDicomError as error:
         return _Outcome(number, reason=error.reason, advice=error.advice)
     except Exception as error:
         return _Outcome(number, reason=f"cannot be read ({type(error).__name__})")
-    name = hashlib.sha256(repr(grey.shape).encode() + grey.tobytes()).hexdigest()[:20]
+    name = hashlib.sha256(repr(gray.shape).encode() + gray.tobytes()).hexdigest()[:20]
     stream = io.BytesIO()
-    Image.fromarray(grey).save(stream, "PNG")
+    Image.fromarray(gray).save(stream, "PNG")
     (images / f"{name}.png").write_bytes(stream.getvalue())
     return _Outcome(number, name, texts, cut)
 

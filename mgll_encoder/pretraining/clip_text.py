@@ -15,7 +15,7 @@ from mgll_encoder.text.text_tower import TextTower
 from mgll_encoder.tower.keymap import OPEN_CLIP_BLOCKS
 from mgll_encoder.tower.spec import Activation
 from mgll_encoder.weights.torch_file import WeightSet
-from mgll_encoder.weights.weight_file import open_checkpoint
+from mgll_encoder.weights.weight_file import open_weights
 
 _ANCHOR = "token_embedding.weight"
 _BLOCK = "transformer.resblocks."
@@ -45,7 +45,7 @@ def clip_text_tower(
     Raises:
         UserError: the text tower is not CLIP's: another vocabulary, keys missing, or another shared space.
     """
-    checkpoint = open_checkpoint(path, weights)
+    checkpoint = open_weights(path, weights)
     prefix = _prefix(checkpoint.headers)
     if prefix is None:
         return None

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.data.batches import Plan
+from mgll_encoder.data.batches import SplitRows
 from mgll_encoder.pretraining.clip_text import clip_text_tower
 from mgll_encoder.pretraining.dual_encoder import Preset, TwoTowers, image_projection, new_tower
 from mgll_encoder.pretraining.losses import Alphas
@@ -32,7 +32,7 @@ def starting_towers(
     init: str | None,
     activation: Activation | None,
     text_tower: str,
-    plan: Plan,
+    plan: SplitRows,
     alphas: Alphas,
     freeze_text: bool = False,
     weights: WeightSet | None = None,
@@ -87,7 +87,7 @@ def _openai(activation: Activation | None) -> tuple[Path, Activation]:
     return Path(file), activation or "quick_gelu"
 
 
-def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: Plan) -> TextTower | None:
+def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: SplitRows) -> TextTower | None:
     """The text tower that was asked for; None for a new one."""
     if choice == NEW or (choice == AUTO and path is None):
         return None
@@ -126,7 +126,7 @@ def text_beside(path: Path, vision: Tower, shared: int) -> TextTower | None:
     )
 
 
-def _check_known(text: TextTower, plan: Plan) -> None:
+def _check_known(text: TextTower, plan: SplitRows) -> None:
     """Refuse texts with words that a text tower of few words would leave out."""
     if text.rows >= len(text.tokenizer):
         return

@@ -32,7 +32,7 @@ from mgll_encoder.common.resuming import (
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
-from mgll_encoder.data.batches import Collator, ManifestImages, Plan, plan_splits
+from mgll_encoder.data.batches import ManifestCollator, ManifestImages, SplitRows, plan_splits
 from mgll_encoder.data.manifest import read_header, split_of
 from mgll_encoder.pretraining.dual_encoder import PRESETS, TwoTowers
 from mgll_encoder.pretraining.initialization import OPENAI, starting_towers
@@ -152,7 +152,7 @@ def pretrain(
             validation,
             args=arguments,
             train_dataset=ManifestImages(plan, model.spec, options.seed, flip=options.flip),
-            data_collator=Collator(model.text.tokenize),
+            data_collator=ManifestCollator(model.text.tokenize),
         )
         trainer.remove_callback(PrinterCallback)
         trainings = _trainings(plan, options.init) if arguments.process_index == 0 else ()
@@ -217,14 +217,14 @@ def _write(
     )
 
 
-def _trainings(plan: Plan, init: Path | str | None) -> tuple[Training, ...]:
+def _trainings(plan: SplitRows, init: Path | str | None) -> tuple[Training, ...]:
     """What the tower will have been trained on: what it starts from was, and the images of this training."""
     before = () if init is None or init == OPENAI else trainings_of(at_hand(init))
     digests = picture_digests(plan.images, "Noting the training images").values()
     return (*before, Training.of((TOWER,), "pretrain", digests, [split_of(read_header(plan.path).built)]))
 
 
-def _tell_what_is_cut(text: TextTower, plan: Plan) -> None:
+def _tell_what_is_cut(text: TextTower, plan: SplitRows) -> None:
     """Say that texts are longer than the text tower reads, looking at some rows."""
     distinct = sorted(set(plan.sample(_LOOKED_AT).all_texts()))
     lengths = text.lengths(distinct)
@@ -237,7 +237,7 @@ def _tell_what_is_cut(text: TextTower, plan: Plan) -> None:
         )
 
 
-def _validation(plan: Plan | None, select: Select, model: TwoTowers, workers: int) -> Validation | None:
+def _validation(plan: SplitRows | None, select: Select, model: TwoTowers, workers: int) -> Validation | None:
     """What epochs are compared by, if the manifest has it and it is wanted."""
     if plan is None:
         return None
@@ -254,7 +254,7 @@ def _validation(plan: Plan | None, select: Select, model: TwoTowers, workers: in
     return None
 
 
-def _identity(manifest: Path, options: PretrainOptions, plan: Plan) -> dict[str, Any]:
+def _identity(manifest: Path, options: PretrainOptions, plan: SplitRows) -> dict[str, Any]:
     """What must be equal for a run to be resumed."""
     settings = asdict(options) | {
         "alphas": asdict(options.weights),

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.resuming import SoundStates
 from mgll_encoder.common.skipped import UNREADABLE, Skipped
-from mgll_encoder.data.batches import ManifestImages, Plan
+from mgll_encoder.data.batches import ManifestImages, SplitRows
 from mgll_encoder.pretraining.dual_encoder import TwoTowers
 from mgll_encoder.pretraining.losses import Alphas
 from mgll_encoder.pretraining.validation_metrics import ranking_metrics
@@ -36,7 +36,7 @@ class Validation:
         workers: Processes that open images.
     """
 
-    def __init__(self, plan: Plan, spec: TowerSpec, workers: int) -> None:
+    def __init__(self, plan: SplitRows, spec: TowerSpec, workers: int) -> None:
         self._plan, self._workers = plan.sample(VALIDATION_IMAGES), workers
         self._spec = spec
         rows = [self._plan.texts(self._plan.row(i)) for i in range(len(self._plan))]

@@ -53,7 +53,7 @@ class Benchmark(BaseModel):
     hint: str = ""
 
     @model_validator(mode="after")
-    def _is_labelled(self) -> "Benchmark":
+    def _is_labeled(self) -> "Benchmark":
         if not self.folders and not (self.image and (self.labels or self.binary)):
             raise ValueError("neither columns nor folders tell the labels")
         return self

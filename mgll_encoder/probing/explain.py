@@ -21,7 +21,7 @@ ATTENTION, ROLLOUT = "attention of the last block", "attention rollout"
 
 _SHOWN = 224
 """Side of a picture on the sheet in pixels, at least."""
-_COLOURS = "inferno"
+_COLORS = "inferno"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def contact_sheet(
         for place, (heading, maps) in enumerate(columns.items(), start=1):
             overlay = stretched(maps[row], rule.image_size)
             axes[row, place].imshow(picture)
-            axes[row, place].imshow(overlay, cmap=_COLOURS, alpha=0.25 + 0.5 * overlay)
+            axes[row, place].imshow(overlay, cmap=_COLORS, alpha=0.25 + 0.5 * overlay)
             lines = [heading] if row == 0 else []
             lines += [notes[heading][row]] if heading in notes else []
             axes[row, place].set_title("\n".join(lines), fontsize=7)

@@ -18,7 +18,7 @@ from mgll_encoder.common.files import appearing
 from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.common.progress import track
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
-from mgll_encoder.data.label_table import LabelledImages
+from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.tower.load import Tower
 from mgll_encoder.tower.preprocess import image_transform
 from mgll_encoder.tower.spec import PixelRule
@@ -71,8 +71,8 @@ def cached_features(
 
 
 def readable_features(
-    tower: Tower, data: LabelledImages, cache: Path, skipped: Skipped, workers: int | None = None
-) -> tuple[NDArray[np.float32], LabelledImages]:
+    tower: Tower, data: LabeledImages, cache: Path, skipped: Skipped, workers: int | None = None
+) -> tuple[NDArray[np.float32], LabeledImages]:
     """Cached features of the images that can be read, and the labels of these.
 
     Args:
@@ -90,7 +90,7 @@ def readable_features(
     return features[kept], without_unreadable(data, kept, skipped)
 
 
-def open_every_image(data: LabelledImages, skipped: Skipped) -> LabelledImages:
+def open_every_image(data: LabeledImages, skipped: Skipped) -> LabeledImages:
     """Labels of the images that can be read, found out by opening each once; for those who read them many times.
 
     Args:
@@ -106,7 +106,7 @@ def open_every_image(data: LabelledImages, skipped: Skipped) -> LabelledImages:
     return without_unreadable(data, kept, skipped)
 
 
-def without_unreadable(data: LabelledImages, kept: NDArray[np.bool_], skipped: Skipped) -> LabelledImages:
+def without_unreadable(data: LabeledImages, kept: NDArray[np.bool_], skipped: Skipped) -> LabeledImages:
     """Labels of the images that can be read, the others counted.
 
     Args:

@@ -39,7 +39,7 @@ from mgll_encoder.common.locks import locked
 from mgll_encoder.common.resuming import SoundStates, check_states, last_checkpoint
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.batches import jitter, shrink
-from mgll_encoder.data.label_table import LabelledImages
+from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.features import best_device, images_digest, tower_digest, workers_for
 from mgll_encoder.probing.linear import METRICS, kept_labels, metrics, mixed
 from mgll_encoder.tower.load import Tower
@@ -115,7 +115,7 @@ class TowerWithHead(nn.Module):
         exclusive: Whether labels are classes (cross-entropy), or findings (binary cross-entropy of each).
     """
 
-    def __init__(self, tower: Tower, data: LabelledImages, exclusive: bool) -> None:
+    def __init__(self, tower: Tower, data: LabeledImages, exclusive: bool) -> None:
         super().__init__()
         self.vision, self.exclusive = tower.model, exclusive
         self.head = nn.Linear(tower.spec.width, len(data.names))
@@ -141,7 +141,7 @@ class TowerWithHead(nn.Module):
         return (found.softmax(dim=1) if self.exclusive else found.sigmoid()).numpy()
 
 
-class LabelledPixels(Dataset):
+class LabeledPixels(Dataset):
     """Pixels and labels, read on demand.
 
     Args:
@@ -151,7 +151,7 @@ class LabelledPixels(Dataset):
         seed: Of the augmentation.
     """
 
-    def __init__(self, data: LabelledImages, spec: TowerSpec, augment: bool, seed: int) -> None:
+    def __init__(self, data: LabeledImages, spec: TowerSpec, augment: bool, seed: int) -> None:
         self._images = data.images
         self._truth = torch.from_numpy(np.where(data.truth | data.false, data.truth, OPEN)).float()
         self._transform, self._size = image_transform(spec), spec.image_size
@@ -175,7 +175,7 @@ class LabelledPixels(Dataset):
 
 def finetune(
     tower: Tower,
-    data: LabelledImages,
+    data: LabeledImages,
     options: FinetuneOptions,
     cache: Path,
     *,
@@ -234,7 +234,7 @@ def finetune(
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
         if not math.isfinite(outcome.training_loss):
             raise UserError(f"the loss is not finite after {outcome.global_step} steps: give a smaller --lr")
-        logits = trainer.predict(LabelledPixels(asked, tower.spec, False, options.seed)).predictions
+        logits = trainer.predict(LabeledPixels(asked, tower.spec, False, options.seed)).predictions
         best = math.nan if trainer.state.best_metric is None else float(trainer.state.best_metric)
         shutil.rmtree(folder, ignore_errors=True)
     spec = tower.spec.model_copy(update={"projection_dim": None})
@@ -244,7 +244,7 @@ def finetune(
     )
 
 
-def validation_part(data: LabelledImages, share: float, seed: int) -> NDArray[np.bool_]:
+def validation_part(data: LabeledImages, share: float, seed: int) -> NDArray[np.bool_]:
     """Which images choose the epoch, [n]: those that the table marks, else all of some training patients."""
     if data.val is not None:
         return data.val & ~data.test
@@ -258,8 +258,8 @@ def _copy(tower: Tower) -> Tower:
 
 def _trainer(
     model: TowerWithHead,
-    learn: LabelledImages,
-    choose: LabelledImages,
+    learn: LabeledImages,
+    choose: LabeledImages,
     spec: TowerSpec,
     options: FinetuneOptions,
     folder: Path,
@@ -302,8 +302,8 @@ def _trainer(
     trainer = SoundStates(
         model=model,
         args=arguments,
-        train_dataset=LabelledPixels(learn, spec, options.augment, options.seed),
-        eval_dataset=LabelledPixels(choose, spec, False, options.seed),
+        train_dataset=LabeledPixels(learn, spec, options.augment, options.seed),
+        eval_dataset=LabeledPixels(choose, spec, False, options.seed),
         compute_metrics=compute,
         callbacks=[_Telling()],
     )

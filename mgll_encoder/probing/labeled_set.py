@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.table_options import listed
-from mgll_encoder.common.tables import Reading
+from mgll_encoder.common.tables import TableOptions
 from mgll_encoder.common.texts import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.data.label_table import LabelledImages
+    from mgll_encoder.data.label_table import LabeledImages
 
 _logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _COLUMNS = ("file", "labels", "")
 
 
 @dataclass(frozen=True)
-class Question:
+class LabeledSet:
     """Which images and labels the user means; each field is the option of its name."""
 
     data: Path | None
@@ -40,9 +40,9 @@ class Question:
     only: str = ""
     test: float = 0.3
     seed: int = 0
-    reading: Reading = field(default_factory=Reading)
+    reading: TableOptions = field(default_factory=TableOptions)
 
-    def read(self, skipped: "Skipped", both_sides: bool = True) -> "LabelledImages":
+    def read(self, skipped: "Skipped", both_sides: bool = True) -> "LabeledImages":
         """The labelled images; what is left out is counted in ``skipped``.
 
         Raises:
@@ -114,7 +114,7 @@ class Question:
 
         return described(self.benchmark).in_words if self.benchmark else {}
 
-    def warn_of_leaks(self, data: "LabelledImages") -> None:
+    def warn_of_leaks(self, data: "LabeledImages") -> None:
         """Log where test images may show patients that were trained on."""
         if divided := data.divided:
             _logger.warning(f"{len(divided)} patients have images on both sides: figures are flattered")

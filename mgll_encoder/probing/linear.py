@@ -10,7 +10,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mgll_encoder.common.progress import track
-from mgll_encoder.data.label_table import LabelledImages
+from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.features import cached_features as cached_features
 from mgll_encoder.probing.features import pooled_features as pooled_features
 
@@ -25,7 +25,7 @@ _CELLS = 4_000_000
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A value in %, with its bootstrap interval."""
 
     value: float
@@ -50,7 +50,7 @@ class ProbeResult:
 
     labels: dict[str, dict[str, float]]
     positives: dict[str, int]
-    macro: dict[str, Figure]
+    macro: dict[str, Estimate]
     train: int
     test: int
     patients: int
@@ -58,12 +58,12 @@ class ProbeResult:
     runs: tuple[dict[str, float], ...] = ()
 
 
-def mixed(data: LabelledImages) -> NDArray[np.bool_]:
+def mixed(data: LabeledImages) -> NDArray[np.bool_]:
     """Which labels are true of some and known not to be true of others of these images, [labels]."""
     return np.asarray(data.truth.any(axis=0) & data.false.any(axis=0))
 
 
-def kept_labels(data: LabelledImages, positives: int = 1, trained: bool = True) -> list[int]:
+def kept_labels(data: LabeledImages, positives: int = 1, trained: bool = True) -> list[int]:
     """Places of the labels that can be judged.
 
     Args:
@@ -91,7 +91,7 @@ def fit_linear(features: NDArray[np.floating], truth: NDArray[np.bool_], strengt
 
 
 def linear_scores(
-    features: NDArray[np.floating], data: LabelledImages, strength: float = 0.01, positives: int = 1
+    features: NDArray[np.floating], data: LabeledImages, strength: float = 0.01, positives: int = 1
 ) -> tuple[NDArray[np.float64], list[int]]:
     """Probabilities of every label for the test images, by logistic regression on standardised features.
 
@@ -115,10 +115,10 @@ def linear_scores(
     return np.stack(columns, axis=1) if columns else np.empty((int(data.test.sum()), 0)), kept
 
 
-def judge(
+def evaluate(
     scores: NDArray[np.float64],
     kept: Sequence[int],
-    data: LabelledImages,
+    data: LabeledImages,
     *,
     replicates: int = REPLICATES,
     seed: int = 0,
@@ -163,7 +163,7 @@ def judge(
         },
         positives={name: int(count) for name, count in zip(names, truth.sum(axis=0), strict=True)},
         macro={
-            metric: Figure(float(np.nanmean(whole[:, i])), float(low[i]), float(high[i]))
+            metric: Estimate(float(np.nanmean(whole[:, i])), float(low[i]), float(high[i]))
             for i, metric in enumerate(METRICS)
         },
         train=int((~data.test).sum()),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from mgll_encoder.probing.linear import CONFIDENCE, REPLICATES, Figure, resampled
+from mgll_encoder.probing.linear import CONFIDENCE, REPLICATES, Estimate, resampled
 
 DEPTHS = (1, 5, 10)
 DIRECTIONS = ("image to text", "text to image")
@@ -37,7 +37,7 @@ class Retrieval:
     direction: str
     queries: int
     candidates: int
-    recall: dict[int, Figure]
+    recall: dict[int, Estimate]
     chance: dict[int, float]
 
 
@@ -122,7 +122,7 @@ def _summary(
         queries,
         candidates,
         {
-            k: Figure(100 * value, float(a), float(b))
+            k: Estimate(100 * value, float(a), float(b))
             for k, value, a, b in zip(DEPTHS, values, low, high, strict=True)
         },
         {k: 100 * _chance(truth.sum(axis=1), candidates, k) for k in DEPTHS},

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.text.clip_tokenizer import CONTEXT, trimmed_tokenizer
 from mgll_encoder.text.pretrained import load_pretrained
-from mgll_encoder.weights.weight_file import open_checkpoint
+from mgll_encoder.weights.weight_file import open_weights
 
 FOLDER = "text"
 """Sub-folder of a tower's folder."""
@@ -184,7 +184,7 @@ class TextTower(nn.Module):
             raise UserError(f"{file} does not describe a text tower ({error}): copy it again") from None
         model, tokenizer = _pretrained(AutoModel, str(folder)), _tokenizer(str(folder))
         _check_padding(model, tokenizer, str(folder))
-        weights = open_checkpoint(folder / TEXT_PROJECTION_FILE)
+        weights = open_weights(folder / TEXT_PROJECTION_FILE)
         shape = weights.headers[TEXT_PROJECTION].shape if TEXT_PROJECTION in weights.headers else None
         if shape is None or len(shape) != 2 or shape[1] != model.config.hidden_size:
             raise UserError(

@@ -43,7 +43,7 @@ def resample_positions(pos: Tensor, grid: int, *, leading: int = 1) -> Tensor:
     return torch.cat((exact[:leading], patches)).to(pos.dtype)
 
 
-def fold_normalisation(
+def fold_normalization(
     patch_weight: Tensor,
     pos: Tensor,
     *,

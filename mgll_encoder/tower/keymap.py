@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mgll_encoder.common.errors import UnsupportedCheckpointError
-from mgll_encoder.weights.keytable import KeyTable, Place, Rule, Split, Transpose, targets
+from mgll_encoder.weights.keytable import Destination, KeyTable, Rule, Split, Transpose, targets
 
 PROJECTION = "visual_projection.weight"
 """Name given to the projection into the image-text space, [projection_dim, width]."""
@@ -121,7 +121,7 @@ class KeyPlan:
 
     naming: Naming
     prefix: str
-    taken: dict[str, Place]
+    taken: dict[str, Destination]
     dropped: dict[str, int]
     unknown: tuple[str, ...]
 
@@ -153,14 +153,14 @@ def plan_keys(keys: Collection[str], where: str) -> KeyPlan:
             one of its keys is missing or unknown.
     """
     naming, prefix = _locate(keys, where)
-    taken: dict[str, Place] = {}
+    taken: dict[str, Destination] = {}
     dropped: Counter[str] = Counter()
     unknown, unexpected = [], []
     around = _enclosing_prefixes(prefix)
     outside = {outer + naming.projection for outer in around} if naming.projection else set()
     for key in keys:
         if key in outside:
-            taken[key] = Place(PROJECTION, (PROJECTION,))
+            taken[key] = Destination(PROJECTION, (PROJECTION,))
         elif key.startswith(prefix):
             place = naming.table.find(key.removeprefix(prefix))
             if place is None:

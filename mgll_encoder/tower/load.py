@@ -30,7 +30,7 @@ from mgll_encoder.tower.spec import (
 )
 from mgll_encoder.weights.finite import FLOATS, all_finite
 from mgll_encoder.weights.torch_file import WeightSet
-from mgll_encoder.weights.weight_file import Checkpoint, open_checkpoint
+from mgll_encoder.weights.weight_file import WeightFile, open_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -67,7 +67,7 @@ _DEFAULTS: dict[str, tuple[Activation, dict[str, Any]]] = {
 class _Stored:
     """The opened files of a tower, and how their tensors become those of a ``CLIPVisionModel``."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightFile
     plan: KeyPlan
 
     def read(self, name: str) -> Tensor:
@@ -268,7 +268,7 @@ def _read(
     assert header._stored is not None, "it has just been opened"
     tensors = header._stored.read_all()
     if (aside := path / PROJECTION_FILE).is_file():
-        tensors |= open_checkpoint(aside).read([PROJECTION])
+        tensors |= open_weights(aside).read([PROJECTION])
     for name, tensor in tensors.items():
         _check_finite(name, tensor, path)
     return header, tensors, tensors.pop(PROJECTION, None)
@@ -287,13 +287,13 @@ def _examine(path: Path, activation: Activation | None, weights: WeightSet | Non
         raise unknown_name("activation", activation, get_args(Activation))
     if weights is not None and weights not in get_args(WeightSet):
         raise unknown_name("--weights", weights, get_args(WeightSet))
-    checkpoint = open_checkpoint(path, weights)
+    checkpoint = open_weights(path, weights)
     claims = read_claims(path)
     plan = plan_keys(checkpoint.headers, str(path))
     layout = claims.layout or _layout(plan)
     tensors = plan.apply(checkpoint.headers)
     if (aside := path / PROJECTION_FILE).is_file():
-        tensors |= open_checkpoint(aside).headers
+        tensors |= open_weights(aside).headers
 
     warnings = list(claims.notes)
     if weights is None and "ema" in checkpoint.sets:
@@ -371,7 +371,7 @@ def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
     )
 
 
-def _weights_warning(checkpoint: Checkpoint) -> str:
+def _weights_warning(checkpoint: WeightFile) -> str:
     path, sets = checkpoint.path, checkpoint.sets
     if "raw" not in sets:
         return (

@@ -73,7 +73,7 @@ Rule = str | Split | Reshape | Transpose | Drop | None
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """Where one tensor goes.
 
     Attributes:
@@ -107,12 +107,12 @@ class KeyTable:
     def _compiled(self) -> list[tuple[re.Pattern[str], Rule]]:
         return [(re.compile(_expression(pattern)), rule) for pattern, rule in self.rules.items()]
 
-    def find(self, name: str) -> Place | None:
+    def find(self, name: str) -> Destination | None:
         """Where a tensor goes; None for a name that is in no rule."""
         bare = name.removeprefix(self.prefix)
         for pattern, rule in self._compiled:
             if match := pattern.fullmatch(bare):
-                return Place(rule, targets(rule, match.groups()))
+                return Destination(rule, targets(rule, match.groups()))
         return None
 
 

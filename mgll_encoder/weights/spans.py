@@ -102,7 +102,7 @@ def cut_short(file: str | Path) -> UserError:
 
 
 @dataclass(frozen=True)
-class Place:
+class MappedTensor:
     """Where a tensor of a mapped file lies in it, and how it views the bytes there.
 
     Attributes:
@@ -131,7 +131,7 @@ class Place:
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.strides)
 
 
-def places(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Place]:
+def places(tensors: Mapping[str, Tensor], file: Path) -> dict[str, MappedTensor]:
     """Where the values of tensors lie whose memory is a mapping of a file.
 
     Those that are not in the file are left out: what is in memory already, or all where there is no /proc to tell.
@@ -141,11 +141,11 @@ def places(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Place]:
     return {name: place for name, place in found.items() if place is not None}
 
 
-def _place(tensor: Tensor, file: Path, ranges: Sequence[tuple[int, int, int]]) -> Place | None:
+def _place(tensor: Tensor, file: Path, ranges: Sequence[tuple[int, int, int]]) -> MappedTensor | None:
     if tensor.layout != torch.strided or tensor.is_quantized:
         return None
     if not tensor.numel():
-        return Place(Span(file, 0, 0), tensor.dtype, tensor.shape)
+        return MappedTensor(Span(file, 0, 0), tensor.dtype, tensor.shape)
     storage = tensor.untyped_storage()
     own = tensor.is_contiguous()
     address, length = (tensor.data_ptr(), tensor.nbytes) if own else (storage.data_ptr(), storage.nbytes())
@@ -154,8 +154,8 @@ def _place(tensor: Tensor, file: Path, ranges: Sequence[tuple[int, int, int]]) -
         return None
     span = Span(file, start, length)
     if own:
-        return Place(span, tensor.dtype, tensor.shape)
-    return Place(span, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return MappedTensor(span, tensor.dtype, tensor.shape)
+    return MappedTensor(span, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def _mapped(file: Path) -> list[tuple[int, int, int]]:

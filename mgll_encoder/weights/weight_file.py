@@ -38,7 +38,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WeightFile:
     """The tensors of a checkpoint, not read yet.
 
     Attributes:
@@ -63,7 +63,7 @@ class Checkpoint:
         return {name: self._readers[name](name) for name in names}
 
 
-def open_checkpoint(path: Path, weights: WeightSet | None = None) -> Checkpoint:
+def open_weights(path: Path, weights: WeightSet | None = None) -> WeightFile:
     """Open a weight file, or the weights of a model folder (single file or shards).
 
     Args:
@@ -97,7 +97,7 @@ def is_safetensors(path: Path) -> bool:
     return _opened(path)[1][8:9] == b"{"
 
 
-def _open_shards(folder: Path, index: Path) -> Checkpoint:
+def _open_shards(folder: Path, index: Path) -> WeightFile:
     weight_map = read_json(index).get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -107,7 +107,7 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
         raise BadDataError(
             f"{index}: field 'weight_map' is missing or empty: expected tensor names with their shards"
         )
-    shards: dict[str, Checkpoint] = {}
+    shards: dict[str, WeightFile] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not (folder / name).is_file():
             raise BadDataError(
@@ -121,10 +121,10 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
             )
     headers = {tensor: shards[shard].headers[tensor] for tensor, shard in weight_map.items()}
     readers = {tensor: shards[shard]._readers[tensor] for tensor, shard in weight_map.items()}
-    return Checkpoint(folder, tuple(folder / name for name in shards), headers, _readers=readers)
+    return WeightFile(folder, tuple(folder / name for name in shards), headers, _readers=readers)
 
 
-def _open_file(path: Path, weights: WeightSet | None = None) -> Checkpoint:
+def _open_file(path: Path, weights: WeightSet | None = None) -> WeightFile:
     file, head = _opened(path)
     refuse_pointer(path, head)
     if head[8:9] == b"{":
@@ -135,7 +135,7 @@ def _open_file(path: Path, weights: WeightSet | None = None) -> Checkpoint:
     if zipped or head.startswith(b"\x80"):  # torch's zip, or the bare pickle that it wrote before 1.6
         held = open_torch(file, zipped, weights)
         readers = dict.fromkeys(held.headers, held.read)
-        return Checkpoint(path, (path,), held.headers, held.wrapper, held.sets, held.taken, readers)
+        return WeightFile(path, (path,), held.headers, held.wrapper, held.sets, held.taken, readers)
     if other := other_format(path):
         raise BadDataError(other)
     raise BadDataError(f"{path} is not a checkpoint: expected safetensors or a file written by torch.save")
@@ -153,7 +153,7 @@ def _opened(path: Path) -> tuple[OpenFile, bytes]:
     return file, head
 
 
-def _open_safetensors(file: OpenFile) -> Checkpoint:
+def _open_safetensors(file: OpenFile) -> WeightFile:
     path, headers = file.path, {}
     try:
         # Not for torch, which maps a file copy-on-write: one larger than the memory is refused by the system.
@@ -169,7 +169,7 @@ def _open_safetensors(file: OpenFile) -> Checkpoint:
     except SafetensorError as error:
         raise BadDataError(f"{path} is truncated or damaged: {error}; copy or download it again") from None
     held = file.spans()
-    return Checkpoint(
+    return WeightFile(
         path, (path,), headers, _readers={name: _reader(file, held[name], headers[name]) for name in headers}
     )
 

@@ -27,11 +27,11 @@ from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.progress import track
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.trained_on import Training
-from mllm_adapters.alignment.feature_pairs import FEWEST, Watch, find_images
+from mllm_adapters.alignment.feature_pairs import FEWEST, FeaturePairs, find_images
 from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_readers
-from mllm_adapters.alignment.vision_model import Sight, sight_of_plan, sight_of_source
+from mllm_adapters.alignment.vision_model import VisionModel, planned_vision_model, source_vision_model
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import Family, Plan, Reading, Step
+from mllm_adapters.core.contract import ConnectorLayer, Family, Plan, Step
 from mllm_adapters.core.operations import REINIT
 
 SAMPLES = 500
@@ -155,13 +155,13 @@ def fitted_plan(plan: Plan, family: Family, checkpoint: Checkpoint) -> Plan:
     if not plan.swapped:
         raise UserError("--align goes with a new tower: give one with --encoder")
     plan = family.for_alignment(plan, checkpoint)
-    readings = family.readings(plan)
-    if not readings:
+    connector_layers = family.connector_layers(plan)
+    if not connector_layers:
         raise UserError(
             f"{plan.source}: no linear layer of its own reads the tower's features ({', '.join(plan.readers)}), so "
             "there is nothing to align: leave out --align and retrain the projector"
         )
-    linears = {name for reading in readings for name in (reading.linear, reading.adds) if name}
+    linears = {name for reading in connector_layers for name in (reading.linear, reading.adds) if name}
     steps = [_to_fit(step) if step.name.rpartition(".")[0] in linears else step for step in plan.steps]
     fates = {name: "fitted on images" if name in linears else fate for name, fate in plan.readers.items()}
     return plan.model_copy(update={"steps": tuple(steps), "readers": fates})
@@ -197,14 +197,14 @@ def align(
     """
     began, place = time.monotonic(), find_device(device)
     target = fitted_plan(plan, family, checkpoint)
-    files, readings = find_images(images, samples), family.readings(target)
+    files, connector_layers = find_images(images, samples), family.connector_layers(target)
     try:
-        old = sight_of_source(target, family, checkpoint, place)
+        old = source_vision_model(target, family, checkpoint, place)
     except UserError as error:
         raise UserError(f"--align needs the model as it was, tower and all: {error}") from error
-    new = sight_of_plan(target, family, checkpoint, place)
-    points = {_point(r): (_point(r), r.at or r.host or r.linear) for r in readings}
-    data = _Data(Watch(family, old, new, points))
+    new = planned_vision_model(target, family, checkpoint, place)
+    points = {_point(r): (_point(r), r.at or r.host or r.linear) for r in connector_layers}
+    data = _Data(FeaturePairs(family, old, new, points))
     for start in track(range(0, len(files), BATCH), "looking at images", -(-len(files) // BATCH)):
         data.add(files[start : start + BATCH])
     if data.used < FEWEST:
@@ -212,7 +212,7 @@ def align(
         raise UserError(
             f"--align {images}: {data.used} readable images are too few, {FEWEST} at least are needed; {found}"
         )
-    tensors, fits = _solve(data, readings, old, plan, target)
+    tensors, fits = _solve(data, connector_layers, old, plan, target)
     return Alignment(
         tensors=tensors,
         fits=tuple(fits),
@@ -246,7 +246,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _point(reading: Reading) -> str:
+def _point(reading: ConnectorLayer) -> str:
     return reading.at or reading.linear
 
 
@@ -257,7 +257,7 @@ class _Data:
         watch: Shows them pictures.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: FeaturePairs) -> None:
         self._watch = watch
         self.fitted: dict[str, Moments] = {}
         self.held_out: dict[str, Moments] = {}
@@ -291,7 +291,7 @@ class _Data:
 
 
 def _solve(
-    data: _Data, readings: Sequence[Reading], old: Sight, plan: Plan, target: Plan
+    data: _Data, connector_layers: Sequence[ConnectorLayer], old: VisionModel, plan: Plan, target: Plan
 ) -> tuple[dict[str, Tensor], list[ReaderFit]]:
     """Values of the fitted tensors, and how good they are."""
     biased = {step.name.removesuffix(".bias") for step in target.steps if step.name.endswith(".bias")}
@@ -299,7 +299,7 @@ def _solve(
     tensors: dict[str, Tensor] = {}
     fits: dict[str, ReaderFit] = {}
     for point in data.fitted:
-        began, group = time.monotonic(), [r for r in readings if _point(r) == point]
+        began, group = time.monotonic(), [r for r in connector_layers if _point(r) == point]
         fitted, held_out = data.fitted[point], data.held_out[point]
         targets = [_target(old, r, fitted.old, bias=r.linear in biased) for r in group]
         stays = fitted.new == fitted.old
@@ -313,10 +313,10 @@ def _solve(
             tensors |= _tensors(reading.linear, one.layer)
             if reading.adds:
                 tensors |= _tensors(reading.adds, _writer(old, reading, one.layer))
-    return tensors, [fits[reading.linear] for reading in readings]
+    return tensors, [fits[reading.linear] for reading in connector_layers]
 
 
-def _target(old: Sight, reading: Reading, width: int, *, bias: bool) -> Linear:
+def _target(old: VisionModel, reading: ConnectorLayer, width: int, *, bias: bool) -> Linear:
     """What the old model does with its features at a reader: a layer, or nothing."""
     module = old.module(reading.host or reading.linear)
     if isinstance(module, nn.Linear):
@@ -343,7 +343,7 @@ def _tensors(name: str, layer: Linear) -> dict[str, Tensor]:
     return {key: value.float().cpu() for key, value in values.items() if value is not None}
 
 
-def _writer(old: Sight, reading: Reading, layer: Linear) -> Linear:
+def _writer(old: VisionModel, reading: ConnectorLayer, layer: Linear) -> Linear:
     """The layer that adds to the features, such that the fitted reader makes of it what the old one made.
 
     Least squares again, V' of W' V' = W V, with a small ridge where W' has fewer columns than W.

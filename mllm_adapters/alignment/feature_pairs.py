@@ -18,7 +18,7 @@ from mgll_encoder.common.texts import checked, parse_json, read_text
 from mgll_encoder.data.manifest import image_folder, read_header, read_rows
 from mgll_encoder.tower.preprocess import image_processor
 from mgll_encoder.tower.spec import PixelRule
-from mllm_adapters.alignment.vision_model import Sight
+from mllm_adapters.alignment.vision_model import VisionModel
 from mllm_adapters.core.contract import Family
 from mllm_adapters.data.mcq_rows import BENCH_SCHEMA, BenchQuestion
 
@@ -56,7 +56,7 @@ class Pairs:
         return self.new[chosen], self.old[chosen]
 
 
-class Watch:
+class FeaturePairs:
     """Shows pictures to two models and catches what their readers read.
 
     Args:
@@ -66,12 +66,14 @@ class Watch:
         points: Name -> (module of the new model, module of the old one) whose input is caught.
     """
 
-    def __init__(self, family: Family, old: Sight, new: Sight, points: Mapping[str, tuple[str, str]]) -> None:
+    def __init__(
+        self, family: Family, old: VisionModel, new: VisionModel, points: Mapping[str, tuple[str, str]]
+    ) -> None:
         self._family, self._old, self._new = family, old, new
         self._new_points = {name: new.module_name(pair[0]) for name, pair in points.items()}
         self._old_points = {name: old.module_name(pair[1]) for name, pair in points.items()}
-        self._new_rule = family.picture(new.contract, new.config)
-        self._old_rule = family.picture(old.contract, old.config)
+        self._new_rule = family.pixel_rule(new.contract, new.config)
+        self._old_rule = family.pixel_rule(old.contract, old.config)
         if old.contract.tiles > 1:  # what a tile shows cannot be told from the picture's shape
             self._old_rule = self._old_rule.model_copy(update={"resize": self._new_rule.resize})
 
@@ -86,11 +88,11 @@ class Watch:
         return {name: match(new[name], old[name], torch.tensor(shown)) for name in new}
 
     def _catch(
-        self, sight: Sight, rule: PixelRule, points: Mapping[str, str], pictures: Sequence[Image.Image]
+        self, sight: VisionModel, rule: PixelRule, points: Mapping[str, str], pictures: Sequence[Image.Image]
     ) -> dict[str, Tensor]:
         pixels = image_processor(rule)(list(pictures), return_tensors="pt")["pixel_values"]
         with _inputs(sight.model, points) as caught, suppress(_AllSeen):
-            self._family.look(sight.model, pixels.to(sight.device), sight.contract)
+            self._family.encode_images(sight.model, pixels.to(sight.device), sight.contract)
         order = self._family.token_order(sight.model, sight.contract)
         found = {name: _by_picture(value, len(pictures)) for name, value in caught.items()}
         return found if order is None else {name: value[:, order] for name, value in found.items()}
@@ -170,8 +172,8 @@ def _sample(old: Tensor, shown: Tensor, number: int) -> tuple[Tensor, Tensor]:
     side, old_side = isqrt(number), isqrt(old.shape[1])
     if side == old_side and bool((shown == 1).all()):
         return old, torch.ones(old.shape[:2], dtype=torch.bool, device=old.device)
-    centres = (torch.arange(side, device=old.device) + 0.5) / side * 2 - 1
-    rows, columns = torch.meshgrid(centres, centres, indexing="ij")
+    centers = (torch.arange(side, device=old.device) + 0.5) / side * 2 - 1
+    rows, columns = torch.meshgrid(centers, centers, indexing="ij")
     places = torch.stack([columns, rows], -1) * shown.to(old)[:, None, None]
     table = old.transpose(1, 2).unflatten(-1, (old_side, old_side))
     sampled = functional.grid_sample(table, places.to(old), padding_mode="border", align_corners=False)

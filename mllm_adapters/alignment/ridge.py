@@ -74,10 +74,10 @@ class Moments:
         """Mean of (g, h)."""
         return self.total[0, 1:] / self.total[0, 0]
 
-    def about(self, centre: Tensor) -> Tensor:
+    def about(self, center: Tensor) -> Tensor:
         """Mean product of (g, h) - centre with itself [new + old, new + old]."""
-        cross = torch.outer(self.mean, centre)
-        return self.total[1:, 1:] / self.total[0, 0] - cross - cross.T + torch.outer(centre, centre)
+        cross = torch.outer(self.mean, center)
+        return self.total[1:, 1:] / self.total[0, 0] - cross - cross.T + torch.outer(center, center)
 
 
 @dataclass(frozen=True)
@@ -119,25 +119,25 @@ def fit_readers(
     paths: dict[bool, _Path] = {}
     found = []
     for target, start in zip(targets, starts, strict=True):
-        centred = target.bias is not None
-        if centred not in paths:
-            paths[centred] = _Path(fitted, held_out, centred)
-        found.append(_fit(paths[centred], target.double(fitted.device), start))
+        centered = target.bias is not None
+        if centered not in paths:
+            paths[centered] = _Path(fitted, held_out, centered)
+        found.append(_fit(paths[centered], target.double(fitted.device), start))
     return found
 
 
 class _Path:
     """What the fits of layers that read the same features share: two eigen-decompositions, and moments."""
 
-    def __init__(self, fitted: Moments, held_out: Moments, centred: bool) -> None:
-        self.new, self.centred = fitted.new, centred
+    def __init__(self, fitted: Moments, held_out: Moments, centered: bool) -> None:
+        self.new, self.centered = fitted.new, centered
         self.parts, self.held_out, self.whole = fitted, held_out, fitted + held_out
-        self.centre = fitted.mean if centred else torch.zeros_like(fitted.mean)
-        self.fit, self.test = fitted.about(self.centre), held_out.about(self.centre)
+        self.center = fitted.mean if centered else torch.zeros_like(fitted.mean)
+        self.fit, self.test = fitted.about(self.center), held_out.about(self.center)
         self.values, self.vectors = _eigen(self.fit[: self.new, : self.new])
         self.turned = self.vectors.T @ self.test[: self.new, : self.new] @ self.vectors
-        self.all_centre = self.whole.mean if centred else torch.zeros_like(fitted.mean)
-        self.all = self.whole.about(self.all_centre)
+        self.all_center = self.whole.mean if centered else torch.zeros_like(fitted.mean)
+        self.all = self.whole.about(self.all_center)
         self.all_values, self.all_vectors = _eigen(self.all[: self.new, : self.new])
 
     def errors(self, target: Tensor, start: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _fit(path: _Path, target: Linear, start: Linear | None) -> Fit:
     solved = path.solve(weight, chosen, strength)
     bias = None
     if target.bias is not None:
-        bias = target.bias + weight @ path.all_centre[path.new :] - solved @ path.all_centre[: path.new]
+        bias = target.bias + weight @ path.all_center[path.new :] - solved @ path.all_center[: path.new]
     alone = None
     if start is not None:
         alone = 1 - float(_squared(path.held_out, start.double(weight.device), target) / spread)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Family, Plan, Step, VisionContract
 from mllm_adapters.core.operations import FIT
-from mllm_adapters.core.planning import kept
+from mllm_adapters.core.planning import copied
 from mllm_adapters.core.values import compute
 from mllm_adapters.loading.load import check_depths, load_state
 
 
 @dataclass(frozen=True)
-class Sight:
+class VisionModel:
     """A model that can see, and how it does.
 
     Attributes:
@@ -50,14 +50,16 @@ class Sight:
         return found[0]
 
 
-def sight_of_source(plan: Plan, family: Family, checkpoint: Checkpoint, device: torch.device) -> Sight:
+def source_vision_model(
+    plan: Plan, family: Family, checkpoint: Checkpoint, device: torch.device
+) -> VisionModel:
     """The model that a swap starts from.
 
     Raises:
         UserError: its tower cannot be found or read.
     """
     if family.layout(checkpoint.config) == "transformers":
-        steps: Sequence[Step] = [kept(header) for header in checkpoint.tensors.values()]
+        steps: Sequence[Step] = [copied(header) for header in checkpoint.tensors.values()]
         config, wanted = checkpoint.config, _needed(family, steps)
         check_depths(config, len(steps), f"{checkpoint.folder}/config.json")
         values: Iterable[tuple[Step, Tensor]] = ((step, checkpoint.read(step.name)) for step in wanted)
@@ -65,18 +67,22 @@ def sight_of_source(plan: Plan, family: Family, checkpoint: Checkpoint, device: 
         source = family.plan(checkpoint)
         steps, config = source.steps, source.config
         values = compute(source, checkpoint, _needed(family, steps))
-    return Sight(_load(steps, values, config, checkpoint.folder, device), plan.before, config, device)
+    return VisionModel(_load(steps, values, config, checkpoint.folder, device), plan.before, config, device)
 
 
-def sight_of_plan(plan: Plan, family: Family, checkpoint: Checkpoint, device: torch.device) -> Sight:
+def planned_vision_model(
+    plan: Plan, family: Family, checkpoint: Checkpoint, device: torch.device
+) -> VisionModel:
     """The model that a swap will write, as it would be without alignment; what is to be fitted is zero."""
     wanted = [step for step in _needed(family, plan.steps) if step.kind is not FIT]
     values = compute(plan, checkpoint, wanted)
-    return Sight(_load(plan.steps, values, plan.config, plan.source, device), plan.after, plan.config, device)
+    return VisionModel(
+        _load(plan.steps, values, plan.config, plan.source, device), plan.after, plan.config, device
+    )
 
 
 def _needed(family: Family, steps: Iterable[Step]) -> list[Step]:
-    pattern = re.compile(family.spec.sees or f"{family.spec.tower}|{family.spec.projector}")
+    pattern = re.compile(family.spec.vision_parameters or f"{family.spec.tower}|{family.spec.projector}")
     return [step for step in steps if pattern.search(step.name)]
 
 

@@ -13,9 +13,8 @@ from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.weights.foreign import other_format
-from mgll_encoder.weights.weight_file import Checkpoint as Weights
-from mgll_encoder.weights.weight_file import is_safetensors
-from mgll_encoder.weights.weight_file import open_checkpoint as open_weights
+from mgll_encoder.weights.weight_file import WeightFile as Weights
+from mgll_encoder.weights.weight_file import is_safetensors, open_weights
 from mllm_adapters.checkpoints.locate import find_part, refuse_delta
 from mllm_adapters.checkpoints.side_files import TEMPLATES, left_behind, published
 

@@ -17,13 +17,13 @@ _PARTS = ("text_config", "llm_config", "vision_config")
 FILES = ("quantize_config.json", "quant_config.json")
 """What AutoGPTQ and AutoAWQ write beside weights that they have quantised, whatever config.json says."""
 
-_UNQUANTISED = (
+_UNQUANTIZED = (
     "quantised weights can be neither swapped nor converted nor trained: take the unquantised checkpoint (without "
     "-4bit, -Int4, -AWQ, -GPTQ or -FP8 in its name)"
 )
 
 
-def quantisation(config: Mapping[str, Any]) -> str | None:
+def quantization(config: Mapping[str, Any]) -> str | None:
     """How the weights that a config.json describes are quantised, such as ``gptq``; None where they are not."""
     for section in (config, *(config.get(name) for name in _PARTS)):
         settings = section.get(FIELD) if isinstance(section, Mapping) else None
@@ -36,7 +36,7 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def refuse_quantised(config: Mapping[str, Any], where: str, *, to_load: bool = False) -> None:
+def refuse_quantized(config: Mapping[str, Any], where: str, *, to_load: bool = False) -> None:
     """Refuse quantised weights by the name of the method.
 
     Args:
@@ -47,13 +47,13 @@ def refuse_quantised(config: Mapping[str, Any], where: str, *, to_load: bool = F
     Raises:
         UserError: the weights are quantised.
     """
-    method = quantisation(config)
+    method = quantization(config)
     if method is None or (to_load and method == LOADABLE):
         return
-    raise UnsupportedCheckpointError(f"{where}: {FIELD} says {method}: {_UNQUANTISED}")
+    raise UnsupportedCheckpointError(f"{where}: {FIELD} says {method}: {_UNQUANTIZED}")
 
 
-def refuse_quantised_files(folder: Path) -> None:
+def refuse_quantized_files(folder: Path) -> None:
     """Refuse a folder whose weights were quantised by a program that says so in a file of its own.
 
     Raises:
@@ -61,4 +61,4 @@ def refuse_quantised_files(folder: Path) -> None:
     """
     found = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if found is not None:
-        raise UnsupportedCheckpointError(f"{found} is that of GPTQ or AWQ: {_UNQUANTISED}")
+        raise UnsupportedCheckpointError(f"{found} is that of GPTQ or AWQ: {_UNQUANTIZED}")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from mgll_encoder.common import cli
-from mllm_adapters.training.runs import Request, Watcher, carry_out, settings_of
+from mllm_adapters.training.runs import TrainingRequest, Watcher, carry_out, settings_of
 
 if TYPE_CHECKING:
     from mllm_adapters.training.engine import Job, Outcome
     from mllm_adapters.training.recipe_file import Resolved
 
 
-def launch(request: Request, *, estimate: bool = False) -> None:
+def launch(request: TrainingRequest, *, estimate: bool = False) -> None:
     """Train as requested and print what comes of it, or print what it takes of memory.
 
     Raises:

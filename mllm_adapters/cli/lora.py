@@ -10,7 +10,7 @@ from mgll_encoder.common.extras import needs
 from mllm_adapters.checkpoints.locate import beside
 from mllm_adapters.cli import options as o
 from mllm_adapters.cli.launch import launch
-from mllm_adapters.training.runs import Request
+from mllm_adapters.training.runs import TrainingRequest
 
 app = cli.new_app(
     """Fine-tune a multimodal LLM: its projector, and its language model through LoRA adapters.
@@ -85,7 +85,7 @@ def finetune(
     Example: finetune-lora --model llava-med-aligned --data train.json --images images/ --merge
     """
     launch(
-        Request(
+        TrainingRequest(
             command="finetune-lora",
             model=model,
             data=data,

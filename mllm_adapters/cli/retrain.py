@@ -10,7 +10,7 @@ from mgll_encoder.common.extras import needs
 from mllm_adapters.checkpoints.locate import beside
 from mllm_adapters.cli import options as o
 from mllm_adapters.cli.launch import launch
-from mllm_adapters.training.runs import Request
+from mllm_adapters.training.runs import TrainingRequest
 
 app = cli.new_app(
     """Retrain the projector of a multimodal LLM; tower and language model stay as they are.
@@ -68,7 +68,7 @@ def retrain(
     Example: retrain-projector --model llava-med-mgll-fundus --data train.json --images images/
     """
     launch(
-        Request(
+        TrainingRequest(
             command="retrain-projector",
             model=model,
             data=data,

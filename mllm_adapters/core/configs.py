@@ -11,7 +11,7 @@ from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.text.pretrained import library_errors, quiet
 from mgll_encoder.tower.clip_vision import vision_settings
 from mgll_encoder.tower.spec import TowerSpec
-from mllm_adapters.checkpoints.quantized import refuse_quantised
+from mllm_adapters.checkpoints.quantized import refuse_quantized
 from mllm_adapters.core.architectures import register_models
 from mllm_adapters.core.contract import VisionContract
 
@@ -30,7 +30,7 @@ def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fi
         UserError: a field is missing, of another type, or has a value that the family does not know; or the weights
             that it describes are quantised.
     """
-    refuse_quantised(config, where)
+    refuse_quantized(config, where)
     try:
         return kind.model_validate(config)
     except ValidationError as error:

@@ -154,7 +154,7 @@ class Plan(_Data):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ConnectorLayer:
     """A linear layer that reads vision features, and where alignment finds these.
 
     Attributes:
@@ -184,7 +184,7 @@ class FamilySpec:
         tower: Regular expression over parameter names of the loaded model: the vision tower.
         projector: Likewise: what reads the tower's features (trained by the projector stage).
         language_model: Likewise: the language model.
-        sees: Likewise over tensor names: what `Family.look` needs; empty for tower and projector.
+        sees: Likewise over tensor names: what `Family.encode_images` needs; empty for tower and projector.
         other: Likewise: what no stage trains (an image generator, a second tower).
         extra_weights: Files of the checkpoint folder that may hold tensors its shards lack.
         loose_weights: Regular expressions over tensor names, for checkpoints that are weight files without a
@@ -202,10 +202,10 @@ class FamilySpec:
     tower: str
     projector: str
     language_model: str
-    sees: str = ""
+    vision_parameters: str = ""
     other: str = r"(?!)"
     extra_weights: tuple[str, ...] = ()
-    loose_weights: tuple[str, ...] = ()
+    bare_weights: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
     targets: tuple[Target, ...] = ("own",)
     not_llava: str = ""
@@ -221,7 +221,7 @@ class Family(ABC):
         """The layout that this configuration describes, or None if it is not of this family.
 
         ``transformers`` is the layout that loads as it is, with stock classes or with ours; of the others, conversion
-        is up to `plan`. An empty configuration stands for loose weight files (`FamilySpec.loose_weights`).
+        is up to `plan`. An empty configuration stands for loose weight files (`FamilySpec.bare_weights`).
         """
 
     @abstractmethod
@@ -264,20 +264,20 @@ class Family(ABC):
 
         return image_processor(plan.after)
 
-    def readings(self, plan: Plan) -> tuple[Reading, ...]:
+    def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:
         """The linear layers that alignment fits; normalisations before them stay as planned."""
         linear = {step.name for step in plan.steps if len(step.shape) == 2}
-        return tuple(Reading(name) for name in plan.readers if f"{name}.weight" in linear)
+        return tuple(ConnectorLayer(name) for name in plan.readers if f"{name}.weight" in linear)
 
     def for_alignment(self, plan: Plan, checkpoint: Checkpoint) -> Plan:  # noqa: ARG002 (what overrides it reads it)
         """The plan of a swap whose readers will be fitted: of another one, where they need a layer of their own."""
         return plan
 
-    def picture(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:  # noqa: ARG002 (likewise)
+    def pixel_rule(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:  # noqa: ARG002 (likewise)
         """How pictures are prepared for `look`, given a model's vision contract and config.json."""
         return contract
 
-    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (likewise)
+    def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (likewise)
         """Let a model see pictures [n, 3, S, S] made as `picture` says, up to its readers at least."""
         model.get_image_features(pixel_values=pixels)
 

@@ -286,7 +286,7 @@ def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
     return plan.model_copy(update={"steps": tuple(steps), "notes": (*plan.notes, note)})
 
 
-def kept(header: TensorHeader, name: str | None = None) -> Step:
+def copied(header: TensorHeader, name: str | None = None) -> Step:
     """A step that takes a source tensor as it is, perhaps under another name."""
     name = name or header.name
     return Step(
@@ -309,7 +309,7 @@ def extended(steps: Iterable[Step], names: Collection[str], rows: int) -> list[S
     ]
 
 
-def anew(step: Step, shape: tuple[int, ...]) -> Step:
+def reinitialized(step: Step, shape: tuple[int, ...]) -> Step:
     """The same tensor in another shape, without the source's values: drawn, or as a new normalisation or bias is."""
     flat: OperationName = "zeros" if step.name.endswith(".bias") else "ones"
     operation = flat if len(shape) == 1 else "reinit"
@@ -360,16 +360,18 @@ def refit_reader(
             f"{where}: {reader}.weight reads features of width {reads}, but the host's tower gives {before.width}: "
             "tower and projector do not belong together"
         )
-    normalisation = any(step.name == f"{reader}.weight" and len(step.shape) == 1 for step in steps)
+    normalization = any(step.name == f"{reader}.weight" and len(step.shape) == 1 for step in steps)
     if before.width == after.width:
         return steps, {reader: f"kept ({after.width} wide)"}
     changed = []
     for step in steps:
         if step.name == f"{reader}.weight":
-            step = anew(step, (*step.shape[:-1], step.shape[-1] // before.width * after.width))
+            step = reinitialized(step, (*step.shape[:-1], step.shape[-1] // before.width * after.width))
         elif step.name == f"{reader}.bias":
             # A normalisation's bias is as wide as what it reads, a Linear's as what it gives.
-            step = anew(step, (reads // before.width * after.width,) if normalisation else step.shape)
+            step = reinitialized(
+                step, (reads // before.width * after.width,) if normalization else step.shape
+            )
         changed.append(step)
     return changed, {reader: f"re-initialised ({before.width} -> {after.width} wide): retrain the projector"}
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 from mgll_encoder.common.errors import UnsupportedCheckpointError, UserError, unknown_name
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.weights.foreign import other_format, refuse_adapter
-from mgll_encoder.weights.weight_file import open_checkpoint as open_weights
+from mgll_encoder.weights.weight_file import open_weights
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.locate import check_checkpoint
-from mllm_adapters.checkpoints.quantized import refuse_quantised, refuse_quantised_files
+from mllm_adapters.checkpoints.quantized import refuse_quantized, refuse_quantized_files
 from mllm_adapters.core.contract import FAMILY_KEY, Family
 from mllm_adapters.core.family_table import FAMILIES
 from mllm_adapters.core.not_read import not_read
@@ -67,8 +67,8 @@ def detect(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
     described = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
     if row := not_read(config):
         raise UnsupportedCheckpointError(f"{where} ({described}): {row.explain(config)}")
-    refuse_quantised(config, where, to_load=True)
-    found = _recognised(config)
+    refuse_quantized(config, where, to_load=True)
+    found = _recognized(config)
     if found is not None:
         return found
     raise UnsupportedCheckpointError(
@@ -89,7 +89,7 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
     inner, matches, config = _inner_folder(folder)
     if not matches:
         found, layout = detect(config, f"{inner}/config.json")
-        refuse_quantised_files(inner)
+        refuse_quantized_files(inner)
         if not _reads_adapters(found, layout):
             refuse_adapter(inner, *LOADED_BY)
         loose: tuple[Path, ...] = ()
@@ -114,7 +114,7 @@ def family_of_model(model: Any) -> Family:
     return detect(model.config.to_dict(), type(model).__name__)[0]
 
 
-def _recognised(config: Mapping[str, Any]) -> tuple[Family, str] | None:
+def _recognized(config: Mapping[str, Any]) -> tuple[Family, str] | None:
     if not config:  # stands for loose weights, see `Family.layout`
         return None
     if not all(config.get(name) is None or fits(config[name]) for name, fits in _DESCRIBED.items()):
@@ -148,7 +148,7 @@ def _inner_folder(folder: Path) -> tuple[Path, LooseMatches, dict[str, Any]]:
         return folder, matches, {}
     configs = {file: read_json(file) for file in sorted(folder.glob("*/config.json"))}
     inner: list[tuple[Path, LooseMatches, dict[str, Any]]]
-    inner = [(file.parent, {}, config) for file, config in configs.items() if _recognised(config)]
+    inner = [(file.parent, {}, config) for file, config in configs.items() if _recognized(config)]
     inner = inner or [(place, matches, {}) for place, matches in _with_loose(folder)]
     if len(inner) == 1:
         return inner[0]
@@ -189,7 +189,7 @@ def _loose_matches(folder: Path) -> LooseMatches:
     names = {f: list(open_weights(f).headers) for f in sorted(folder.iterdir()) if _may_be_loose(f)}
     matches: LooseMatches = {}
     for candidate in families():
-        patterns = candidate.spec.loose_weights
+        patterns = candidate.spec.bare_weights
         if patterns and any(re.match(patterns[0], key) for keys in names.values() for key in keys):
             whole = re.compile("|".join(patterns))
             matches[candidate.spec.name] = tuple(

@@ -137,7 +137,7 @@ def apply_stage(model: nn.Module, stage: str = "projector", lora: LoraSettings |
     adapted = [name for part in row.lora for name in lora_targets(model, part)]
     if not whole or (row.lora and not adapted):
         raise UserError(f"stage '{stage}' trains nothing: this {type(model).__name__} has no such parameters")
-    _check_not_quantised(model, stage, whole)
+    _check_not_quantized(model, stage, whole)
     if adapted:
         cast(Any, model).add_adapter(lora_config(adapted, lora or LoraSettings()))
     parts = components(model)
@@ -233,7 +233,7 @@ def describe(names: Iterable[str]) -> list[str]:
     return lines
 
 
-def _check_not_quantised(model: nn.Module, stage: str, names: Iterable[str]) -> None:
+def _check_not_quantized(model: nn.Module, stage: str, names: Iterable[str]) -> None:
     for name in names:
         if not model.get_parameter(name).is_floating_point():
             raise UserError(

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mgll_encoder import TowerHeader, fold_normalisation, inspect_tower, resample_positions
+from mgll_encoder import TowerHeader, fold_normalization, inspect_tower, resample_positions
 from mgll_encoder.tower.spec import Activation, PixelRule
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Plan, Step, VisionContract
@@ -60,7 +60,7 @@ def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContrac
     for name in (POSITIONS, PATCHES):
         fitted[name] = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
     fitted[POSITIONS] = resample_positions(fitted[POSITIONS], contract.image_size // contract.patch_size)
-    fitted[PATCHES], fitted[POSITIONS] = fold_normalisation(
+    fitted[PATCHES], fitted[POSITIONS] = fold_normalization(
         fitted[PATCHES],
         fitted[POSITIONS],
         trained=(trained.mean, trained.std),

@@ -39,7 +39,7 @@ RECORD = "teaching.json"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PracticeSettings:
     """How much a language model practises, and what of it learns.
 
     Attributes:
@@ -67,8 +67,8 @@ class Recipe:
     bf16: bool
 
 
-RECIPES: Mapping[LanguageModelName, Recipe] = {
-    "tiny": Recipe(
+RECIPES: Mapping[LanguageModelName, PracticeSettings] = {
+    "tiny": PracticeSettings(
         words=8_000,
         words_batch=16,
         words_rate=2e-3,
@@ -79,7 +79,7 @@ RECIPES: Mapping[LanguageModelName, Recipe] = {
         learns=".",
         bf16=False,
     ),
-    "smollm2": Recipe(
+    "smollm2": PracticeSettings(
         words=2_500,
         words_batch=16,
         words_rate=5e-4,

@@ -15,7 +15,7 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import tower_config
 from mllm_adapters.core.contract import Dropped, Family, Plan, Step, Target, VisionContract
 from mllm_adapters.core.planning import REPLACED, after_swap, refit_reader, swap_notes, tower_steps
-from mllm_adapters.families.host import Connected, Host, Request, Swap
+from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
 
 
 class PlannedFamily(Family):
@@ -29,7 +29,7 @@ class PlannedFamily(Family):
         target: Target = "own",
     ) -> Plan:
         """Plan a swap (``tower`` given) or a conversion to what loads as it is; see `Family.plan`."""
-        request = Request(tower, image_size, target)
+        request = PlanRequest(tower, image_size, target)
         self._check(checkpoint, request)
         host = self.host(checkpoint, request)
         after = self.after(host, request)
@@ -71,14 +71,14 @@ class PlannedFamily(Family):
         )
 
     @abstractmethod
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         """Read a checkpoint by its headers.
 
         Raises:
             UserError: it is of a variant that is not supported, or lacks something.
         """
 
-    def after(self, host: Host, request: Request) -> VisionContract:
+    def after(self, host: Host, request: PlanRequest) -> VisionContract:
         """The vision contract of the target.
 
         Raises:
@@ -137,7 +137,7 @@ class PlannedFamily(Family):
         last = (step for step in steps if step.name.startswith(host.last))
         return (*first, *tower, *last), dropped
 
-    def _check(self, checkpoint: Checkpoint, request: Request) -> None:
+    def _check(self, checkpoint: Checkpoint, request: PlanRequest) -> None:
         """Refuse what no family can do.
 
         Raises:

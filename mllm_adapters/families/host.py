@@ -14,7 +14,7 @@ from mllm_adapters.core.planning import HostTower
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What is asked of a plan.
 
     Attributes:
@@ -109,7 +109,7 @@ class Swap:
     """
 
     checkpoint: Checkpoint
-    request: Request
+    request: PlanRequest
     host: Host
     after: VisionContract
     steps: list[Step]

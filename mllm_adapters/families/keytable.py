@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.weights.keytable import Drop, KeyTable, Place, Reshape, Split
+from mgll_encoder.weights.keytable import Destination, Drop, KeyTable, Reshape, Split
 from mllm_adapters.checkpoints.checkpoint import TensorHeader
 from mllm_adapters.core.contract import Dropped, Step
-from mllm_adapters.core.planning import dtype_name, kept
+from mllm_adapters.core.planning import copied, dtype_name
 
 
 @dataclass(frozen=True)
-class Layout(KeyTable):
+class OriginalLayout(KeyTable):
     """The tensors of an original layout: every one is in the table, or the checkpoint is refused.
 
     Attributes:
@@ -25,7 +25,7 @@ class Layout(KeyTable):
     reason: str = "not part of the transformers layout"
     hint: str = ""
 
-    def place(self, name: str, where: Path | str) -> Place:
+    def place(self, name: str, where: Path | str) -> Destination:
         """Where a tensor goes.
 
         Raises:
@@ -56,12 +56,12 @@ class Layout(KeyTable):
                 dropped.append(Dropped(name=header.name, reason=self.why(place)))
         return steps, dropped
 
-    def why(self, place: Place) -> str:
+    def why(self, place: Destination) -> str:
         """Why a dropped tensor is left out."""
         return place.rule.reason if isinstance(place.rule, Drop) else self.reason
 
 
-def placed(header: TensorHeader, place: Place) -> list[Step]:
+def placed(header: TensorHeader, place: Destination) -> list[Step]:
     """The steps that put a source tensor in its place.
 
     Raises:
@@ -71,9 +71,9 @@ def placed(header: TensorHeader, place: Place) -> list[Step]:
         case Split(groups=groups, sizes=sizes):
             return slices(header, dict(zip(place.targets, sizes, strict=True)), groups)
         case Reshape(dimensions=dimensions):
-            step = kept(header, place.targets[0])
+            step = copied(header, place.targets[0])
             return [step.model_copy(update={"operation": "reshape", "shape": header.shape[-dimensions:]})]
-    return [kept(header, place.targets[0])]
+    return [copied(header, place.targets[0])]
 
 
 def slices(header: TensorHeader, units: dict[str, int], groups: int) -> list[Step]:

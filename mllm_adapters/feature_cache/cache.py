@@ -34,8 +34,15 @@ from mllm_adapters.data.dataset import (
     encode_with,
     to_example,
 )
-from mllm_adapters.feature_cache.cached_modules import KEY, Cast, NotCacheableError, Plan, joined, record
-from mllm_adapters.feature_cache.precompute import Place, computed, fill, moved, open_store
+from mllm_adapters.feature_cache.cached_modules import (
+    KEY,
+    ModelWithCache,
+    NotCacheableError,
+    OutputSpec,
+    joined,
+    record,
+)
+from mllm_adapters.feature_cache.precompute import ComputeSettings, computed, moved, open_store, precompute
 from mllm_adapters.feature_cache.store import FeatureStore
 
 _logger = logging.getLogger(__name__)
@@ -105,11 +112,11 @@ class Cached:
 
     dataset: CachedDataset
     collator: CachedCollator
-    cast: Cast
+    cast: ModelWithCache
 
 
 def cache_features(
-    model: Any, examples: ExampleTable, corpus: Corpus, processor: Any, place: Place
+    model: Any, examples: ExampleTable, corpus: Corpus, processor: Any, place: ComputeSettings
 ) -> Cached | None:
     """Fill the cache with what is missing, and replace the model's towers.
 
@@ -140,18 +147,18 @@ def cache_features(
     except NotCacheableError as reason:
         _logger.info(f"no feature cache: {reason}")
         return None
-    plan = Plan(
+    plan = OutputSpec(
         calls, {name: (v.dtype, tuple(v.shape[1:])) for name, v in rows[0].items() if _is_pixels(name, v)}
     )
     store = open_store(model, processor, plan, place)
     shows = examples.table.select_columns("images").select(examples.kept)
     paths = {corpus.digests[name]: corpus.folder / name for row in shows for name in row["images"]}
-    fill(model, processor, plan, store, paths, place)
+    precompute(model, processor, plan, store, paths, place)
     encoded = _encoded(examples, corpus, processor)
     dataset = CachedDataset(encoded, examples.kept, store, list(plan.pixels))
     replaying = CachedCollator(collator.pad_token_id)
     fresh = computed(model, plan, moved(collator(rows), place.device), place)
-    cast = Cast(model, plan)
+    cast = ModelWithCache(model, plan)
     try:
         _verify(cast, fresh, moved(replaying([dataset[i] for i in sampled]), place.device), place)
     except UserError:
@@ -173,7 +180,9 @@ def _is_pixels(name: str, value: Tensor) -> bool:
     return name not in TEXT and value.is_floating_point()
 
 
-def _verify(cast: Cast, fresh: tuple[list[Tensor], Tensor], batch: Mapping[str, Any], place: Place) -> None:
+def _verify(
+    cast: ModelWithCache, fresh: tuple[list[Tensor], Tensor], batch: Mapping[str, Any], place: ComputeSettings
+) -> None:
     """Hold what the stand-ins give, and the loss, against what the towers gave.
 
     Raises:

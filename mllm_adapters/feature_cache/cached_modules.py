@@ -64,7 +64,7 @@ class Call:
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, Leaf))
 
 
-class StandIn(nn.Module):
+class CachedModule(nn.Module):
     """Takes the place of a module for training; it has no parameters."""
 
     def __init__(self, call: Call) -> None:
@@ -185,7 +185,7 @@ def _root(leaf: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Plan:
+class OutputSpec:
     """What is kept of an image, and what the model is given instead of its pixels.
 
     Attributes:
@@ -212,13 +212,13 @@ class Plan:
         }
 
 
-class Cast:
+class ModelWithCache:
     """A model whose towers have gone and stand-ins that have come; see `replace_towers`."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: OutputSpec) -> None:
         self.model, self.plan = model, plan
         self.towers = {call.name: model.get_submodule(call.name) for call in plan.calls}
-        self.stand_ins = {call.name: StandIn(call) for call in plan.calls}
+        self.stand_ins = {call.name: CachedModule(call) for call in plan.calls}
         self.swap(self.stand_ins)
         self.hook = model.register_forward_pre_hook(self._provide, with_kwargs=True)
 
@@ -284,7 +284,7 @@ def joined(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def seen_of_images(seen: Seen, plan: Plan, count: int) -> list[tuple[list[Tensor], list[int]]]:
+def seen_of_images(seen: Seen, plan: OutputSpec, count: int) -> list[tuple[list[Tensor], list[int]]]:
     """Divide what modules returned for a batch of equal images: per image, the tensors that are read, and all lengths.
 
     Raises:

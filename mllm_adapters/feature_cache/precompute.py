@@ -18,7 +18,7 @@ from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.common.locks import locked
 from mgll_encoder.common.progress import track
 from mllm_adapters.data.fingerprints import modules_fingerprint, pixel_fingerprint
-from mllm_adapters.feature_cache.cached_modules import Plan, seen_of_images, watched
+from mllm_adapters.feature_cache.cached_modules import OutputSpec, seen_of_images, watched
 from mllm_adapters.feature_cache.store import SHARD_BYTES, FeatureStore, Stored, readable, size_of
 
 _logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class ComputeSettings:
     """Where and how features are computed.
 
     Attributes:
@@ -66,7 +66,7 @@ class Place:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
-def open_store(model: Any, processor: Any, plan: Plan, place: Place) -> FeatureStore:
+def open_store(model: Any, processor: Any, plan: OutputSpec, place: ComputeSettings) -> FeatureStore:
     """The store of this tower, preprocessing and precision."""
     modules = {call.name: model.get_submodule(call.name) for call in plan.calls}
     about = {
@@ -82,8 +82,13 @@ def open_store(model: Any, processor: Any, plan: Plan, place: Place) -> FeatureS
     return FeatureStore(cache_folder("vision"), about)
 
 
-def fill(
-    model: Any, processor: Any, plan: Plan, store: FeatureStore, paths: Mapping[str, Path], place: Place
+def precompute(
+    model: Any,
+    processor: Any,
+    plan: OutputSpec,
+    store: FeatureStore,
+    paths: Mapping[str, Path],
+    place: ComputeSettings,
 ) -> None:
     """Compute the features of all images that the store lacks. Killed and started again, it goes on.
 
@@ -110,7 +115,9 @@ def fill(
         store.refresh()
 
 
-def _write(features: Iterator[tuple[str, Stored]], store: FeatureStore, count: int, place: Place) -> None:
+def _write(
+    features: Iterator[tuple[str, Stored]], store: FeatureStore, count: int, place: ComputeSettings
+) -> None:
     shard: dict[str, Stored] = {}
     size = 0
     for number, (digest, stored) in enumerate(track(features, "caching image features", count)):
@@ -125,7 +132,9 @@ def _write(features: Iterator[tuple[str, Stored]], store: FeatureStore, count: i
         store.add(shard)
 
 
-def computed(model: Any, plan: Plan, batch: Mapping[str, Any], place: Place) -> tuple[list[Tensor], Tensor]:
+def computed(
+    model: Any, plan: OutputSpec, batch: Mapping[str, Any], place: ComputeSettings
+) -> tuple[list[Tensor], Tensor]:
     """What the towers give for a batch, as far as it is read, and the loss."""
     modules = {call.name: model.get_submodule(call.name) for call in plan.calls}
     with torch.no_grad(), place.autocast(), watched(modules) as seen:
@@ -167,7 +176,7 @@ class _Images(Dataset[tuple[str, dict[str, Tensor]]]):
 
 
 def _features(
-    model: Any, processor: Any, plan: Plan, images: Sequence[tuple[str, Path]], place: Place
+    model: Any, processor: Any, plan: OutputSpec, images: Sequence[tuple[str, Path]], place: ComputeSettings
 ) -> Iterator[tuple[str, Stored]]:
     """Hash and features of every image."""
     accepted = frozenset(inspect.signature(_sight(model)).parameters)
@@ -189,7 +198,7 @@ def _sight(model: Any) -> Any:
 
 
 def _towers(
-    model: Any, plan: Plan, group: Sequence[tuple[str, dict[str, Tensor]]], place: Place
+    model: Any, plan: OutputSpec, group: Sequence[tuple[str, dict[str, Tensor]]], place: ComputeSettings
 ) -> Iterator[tuple[str, Stored]]:
     """Run the towers on images of one shape."""
     modules = {call.name: model.get_submodule(call.name) for call in plan.calls}

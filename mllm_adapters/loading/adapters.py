@@ -9,7 +9,7 @@ from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import library_errors
 from mgll_encoder.weights.foreign import ADAPTER_CONFIG
-from mgll_encoder.weights.weight_file import open_checkpoint
+from mgll_encoder.weights.weight_file import open_weights
 from mllm_adapters.core.provenance import named
 from mllm_adapters.core.stages import is_adapter
 
@@ -59,7 +59,7 @@ def attach(model: Any, folder: Path) -> Any:
         raise UserError(
             f"{folder} holds no {ADAPTER_WEIGHTS}: complete the folder, or train the adapter again"
         )
-    weights = open_checkpoint(folder / ADAPTER_WEIGHTS)
+    weights = open_weights(folder / ADAPTER_WEIGHTS)
     try:
         wrapped: Any = PeftModel(model, config)
         set_peft_model_state_dict(wrapped, weights.read(weights.headers))

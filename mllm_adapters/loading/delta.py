@@ -17,8 +17,8 @@ from torch import Tensor
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.weights.weight_file import Checkpoint as Weights
-from mgll_encoder.weights.weight_file import open_checkpoint as open_weights
+from mgll_encoder.weights.weight_file import WeightFile as Weights
+from mgll_encoder.weights.weight_file import open_weights
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.fingerprint import agrees
 from mllm_adapters.checkpoints.locate import DELTA, check_delta

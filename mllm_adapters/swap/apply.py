@@ -61,7 +61,7 @@ _NAMED = 12
 """Names of left files that are told."""
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Where kept tensors come from: a `Checkpoint`, or something like it."""
 
     @property
@@ -232,7 +232,7 @@ def new_checkpoint(out: Path, force: bool, inputs: Iterable[Path]) -> Iterator[P
 
 def write_weights(
     folder: Path,
-    source: Source,
+    source: TensorSource,
     steps: Iterable[Step],
     compute: Callable[[list[Step]], Iterable[tuple[Step, Tensor]]],
     progress: Callable[[int], None] = lambda _: None,
@@ -326,20 +326,20 @@ def _update_generation(file: Path, plan: Plan) -> None:
         file.write_text(json.dumps({**source, **plan.generation}, indent=2) + "\n", encoding="utf-8")
 
 
-def _untouched(file: Path, group: list[Step], source: Source) -> bool:
+def _untouched(file: Path, group: list[Step], source: TensorSource) -> bool:
     held = {header.name for header in source.tensors.values() if header.file == file}
     kept = {step.name for step in group if step.kind.in_place}
     return bool(held) and kept == held and is_safetensors(file)
 
 
-def _home(step: Step, source: Source) -> Path | None:
+def _home(step: Step, source: TensorSource) -> Path | None:
     """The source file in whose place a tensor goes; None for the tower and for what is made of nothing."""
     stays = step.sources and not step.kind.from_tower
     return source.header(step.sources[0]).file if stays else None
 
 
 def _values(
-    group: list[Step], source: Source, compute: Callable[[list[Step]], Iterable[tuple[Step, Tensor]]]
+    group: list[Step], source: TensorSource, compute: Callable[[list[Step]], Iterable[tuple[Step, Tensor]]]
 ) -> Iterator[tuple[Step, Tensor | Span]]:
     """The values of steps in their order; of a tensor that is taken over as it is, the place in its file."""
     known: dict[Path, dict[str, Span]] = {}

@@ -15,7 +15,7 @@ CARD = "README.md"
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\n---[ \t]*(\r?\n|$)", re.DOTALL)
 """The fields of a card, as huggingface_hub cuts them out."""
 
-_LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
+_LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 
 _CARD = """---
 {data}
@@ -40,7 +40,7 @@ Research on medical images and text. Not a medical device: not for diagnosis, tr
 
 ## Licence
 
-{licences}
+{licenses}
 
 ## Provenance
 
@@ -63,11 +63,11 @@ def model_card(plan: Plan, record: SwapRecord) -> str:
     """
     title = family(plan.family).spec.title
     inputs = record.inputs
-    licences = {inputs.source.name: licence_of(plan.source)}
+    licenses = {inputs.source.name: license_of(plan.source)}
     if inputs.tower and plan.tower:
-        licences[inputs.tower.name] = licence_of(plan.tower)
+        licenses[inputs.tower.name] = license_of(plan.tower)
     return _CARD.format(
-        data=_metadata(inputs.source, licences[inputs.source.name], plan),
+        data=_metadata(inputs.source, licenses[inputs.source.name], plan),
         title=f"{title} with another vision tower" if plan.swapped else f"{title} in the transformers layout",
         source=inputs.source.name,
         family=plan.family,
@@ -79,11 +79,11 @@ def model_card(plan: Plan, record: SwapRecord) -> str:
         rows="\n".join(f"| {name} | {b} | {a} |" for name, b, a in contract_rows(plan.before, plan.after)),
         notes="\n".join(f"- {note}" for note in without_paths(plan.notes, plan)),
         trained=_UNTRAINED if plan.swapped else "",
-        licences="\n".join(_licence_line(name, found) for name, found in licences.items()),
+        licenses="\n".join(_license_line(name, found) for name, found in licenses.items()),
     )
 
 
-def licence_of(path: Path) -> dict[str, str]:
+def license_of(path: Path) -> dict[str, str]:
     """What a model folder says of its licence: the fields ``license...`` of its card, and a file of terms."""
     found: dict[str, str] = {}
     card = path / CARD
@@ -96,15 +96,15 @@ def licence_of(path: Path) -> dict[str, str]:
         wanted = ("license", "license_name", "license_link")
         values = fields if isinstance(fields, dict) else {}
         found = {name: values[name] for name in wanted if isinstance(values.get(name), str)}
-    terms = next((name for name in _LICENCES if (path / name).is_file()), None)
+    terms = next((name for name in _LICENSES if (path / name).is_file()), None)
     return found | ({"terms": terms} if terms else {})
 
 
-def _metadata(source: InputRecord, licence: dict[str, str], plan: Plan) -> str:
+def _metadata(source: InputRecord, license: dict[str, str], plan: Plan) -> str:
     """The fields that the hub reads, see huggingface.co/docs/hub/model-cards."""
     fields: dict[str, Any] = {"base_model": source.hub_id} if source.hub_id else {}
     fields |= {"library_name": "transformers"}
-    fields |= {name: value for name, value in licence.items() if name != "terms"}
+    fields |= {name: value for name, value in license.items() if name != "terms"}
     fields |= {
         "pipeline_tag": "image-text-to-text",
         "tags": ["medical", "mgll", "vision-tower-swap" if plan.swapped else "converted", plan.family],
@@ -112,11 +112,11 @@ def _metadata(source: InputRecord, licence: dict[str, str], plan: Plan) -> str:
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
 
 
-def _licence_line(name: str, licence: dict[str, str]) -> str:
-    said = licence.get("license_name") or licence.get("license")
+def _license_line(name: str, license: dict[str, str]) -> str:
+    said = license.get("license_name") or license.get("license")
     what = f"`{said}`" if said else "its folder does not name one; ask where you had it from"
-    link = f" ({licence['license_link']})" if "license_link" in licence else ""
-    terms = f"; terms in its file `{licence['terms']}`" if "terms" in licence else ""
+    link = f" ({license['license_link']})" if "license_link" in license else ""
+    terms = f"; terms in its file `{license['terms']}`" if "terms" in license else ""
     return f"- `{name}`: {what}{link}{terms}. It holds for this checkpoint too."
 
 

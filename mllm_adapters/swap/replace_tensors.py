@@ -13,7 +13,7 @@ from mllm_adapters.checkpoints.fingerprint import FileRecord, whole
 from mllm_adapters.checkpoints.locate import PROVENANCE
 from mllm_adapters.checkpoints.side_files import published, remove_paths
 from mllm_adapters.core.contract import Step
-from mllm_adapters.core.planning import kept
+from mllm_adapters.core.planning import copied
 from mllm_adapters.core.provenance import SwapRecord, has_record, read_record
 from mllm_adapters.swap.apply import new_checkpoint, tell_left_behind, write_weights
 
@@ -50,7 +50,7 @@ def replace_tensors(
         if tuple(value.shape) != checkpoint.tensors[name].shape:
             found, expected = list(value.shape), list(checkpoint.tensors[name].shape)
             raise UserError(f"{source}: the new {name} has shape {found}, expected {expected}")
-    steps = [kept(header) for header in checkpoint.tensors.values()]
+    steps = [copied(header) for header in checkpoint.tensors.values()]
     steps = [s.model_copy(update={"operation": "trained"}) if s.name in tensors else s for s in steps]
 
     def compute(group: list[Step]) -> Iterable[tuple[Step, Tensor]]:

@@ -10,7 +10,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.trained_on import TOWER, trainings_of, write_trainings
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.contract import Plan, Step
-from mllm_adapters.core.planning import kept
+from mllm_adapters.core.planning import copied
 from mllm_adapters.core.provenance import PROVENANCE, SwapRecord, is_input, read_record
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.stages import components
@@ -72,7 +72,7 @@ def restore(
         )
     swapped = Checkpoint(folder)
     plan = None if layout == "transformers" else family.plan(source)
-    steps = [kept(header) for header in source.tensors.values()] if plan is None else list(plan.steps)
+    steps = [copied(header) for header in source.tensors.values()] if plan is None else list(plan.steps)
     if plan is not None:
         check_complete(plan)
     both = _Both(swapped, source)

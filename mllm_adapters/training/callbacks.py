@@ -20,7 +20,7 @@ from mgll_encoder.common.extras import require
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.resuming import last_checkpoint, step_of
 from mgll_encoder.common.texts import read_as
-from mgll_encoder.weights.weight_file import open_checkpoint
+from mgll_encoder.weights.weight_file import open_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class BestKeeper(TrainerCallback):
             known = tuple((step, score) for step, score in found.scores if step <= state.global_step)
             sound = found.step <= state.global_step
             if sound:
-                open_checkpoint(self.work / BEST)  # damaged weights are told now, not at the end
+                open_weights(self.work / BEST)  # damaged weights are told now, not at the end
             self.best = Best(found.step, found.score, known) if sound else Best(0, -math.inf, known)
 
     def on_step_end(

@@ -21,7 +21,7 @@ def control_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}-control")
 
 
-def record_of(out: Path, model: Path, control: Path | None) -> dict[str, Any]:
+def control_record(out: Path, model: Path, control: Path | None) -> dict[str, Any]:
     """What both records say of each other; nothing where there is no control."""
     if control is None:
         return {}

@@ -32,15 +32,15 @@ from mllm_adapters.core.provenance import named
 from mllm_adapters.core.stages import STAGES
 from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset
 from mllm_adapters.feature_cache.cache import Cached, cache_features
-from mllm_adapters.feature_cache.precompute import Place
+from mllm_adapters.feature_cache.precompute import ComputeSettings
 from mllm_adapters.swap.replace_tensors import replace_tensors
 from mllm_adapters.training.callbacks import BestKeeper, DivergedError, Evaluator, Watchdog, loss_plot
 from mllm_adapters.training.dummy_images import FillingCollator, filler_row
 from mllm_adapters.training.lora import merged, write_adapter
-from mllm_adapters.training.prepare import Job, names_on_disk, plan_training, ranks
+from mllm_adapters.training.prepare import Job, names_on_disk, prepare_training, ranks
 from mllm_adapters.training.recipe import Recipe, RunOptions
 from mllm_adapters.training.trainer import WEIGHTS, FrozenTrainer
-from mllm_adapters.training.work_folder import check_output, claim, work_folder
+from mllm_adapters.training.work_folder import check_work_folder, claim, work_folder
 
 RECORD = "training.json"
 """Record of the training, in the output folder."""
@@ -108,7 +108,7 @@ def retrain_projector(
     resume: bool = False,
     force: bool = False,
 ) -> Outcome:
-    """Retrain a model's projector on conversations about images: `plan_training`, then `train`.
+    """Retrain a model's projector on conversations about images: `prepare_training`, then `train`.
 
     Args:
         source: Checkpoint folder in the transformers layout.
@@ -121,10 +121,10 @@ def retrain_projector(
         force: Replace ``out``, and forget an interrupted run.
 
     Raises:
-        UserError: see `plan_training` and `train`.
+        UserError: see `prepare_training` and `train`.
     """
-    check_output(out, resume=resume, force=force)
-    job = plan_training(source, data, images, recipe or Recipe())
+    check_work_folder(out, resume=resume, force=force)
+    job = prepare_training(source, data, images, recipe or Recipe())
     return train(job, out, options or RunOptions(), resume=resume, force=force)
 
 
@@ -142,7 +142,7 @@ def check_run(
         UserError: see `check_output` and `check_states`; DeepSpeed's configuration cannot be read; 4-bit weights are to
             be sharded; or there would be nothing to merge.
     """
-    check_output(out, resume=resume, force=force)
+    check_work_folder(out, resume=resume, force=force)
     if resume and (saved := last_checkpoint(work_folder(out))):
         check_states(saved, weights=WEIGHTS, ranks=ranks(), deepspeed=bool(options.deepspeed))
     if merge and not STAGES[recipe.stage].lora:
@@ -237,7 +237,7 @@ def train(
 
 def _cached(job: Job, options: RunOptions, arguments: TrainingArguments) -> Cached | None:
     """The tower's features in its place, where that is possible."""
-    place = Place(
+    place = ComputeSettings(
         device=arguments.device,
         precision=job.precision,
         dtype=options.feature_dtype,
@@ -393,11 +393,11 @@ __all__ = [
     "Recipe",
     "RunOptions",
     "check_launcher",
-    "check_output",
     "check_run",
+    "check_work_folder",
     "merged_folder",
     "names_on_disk",
-    "plan_training",
+    "prepare_training",
     "retrain_projector",
     "train",
     "work_folder",

@@ -65,7 +65,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes per device. Not in it: the CUDA context, buffers of collectives, fragmentation.
 
     Attributes:
@@ -99,7 +99,7 @@ PLACES: Mapping[str, Mapping[str, Any]] = {
 """Where recipes are meant to run -> fields of `Setting`."""
 
 
-def estimates(settings: Mapping[str, Any], recipe: Recipe, options: RunOptions) -> dict[str, Estimate]:
+def estimates(settings: Mapping[str, Any], recipe: Recipe, options: RunOptions) -> dict[str, MemoryEstimate]:
     """Estimates of a recipe for every place that it can run in, all examples as long as it allows.
 
     Args:
@@ -133,7 +133,7 @@ def estimate(
     lora: LoraSettings | None = None,
     qlora: bool = False,
     where: str = "config.json",
-) -> Estimate:
+) -> MemoryEstimate:
     """Estimate the memory of a training.
 
     Args:
@@ -148,8 +148,8 @@ def estimate(
         UserError: the configuration is not accepted, or the stage does not fit the model.
     """
     model = _on_meta(settings, setting.precision, where)
-    quantised = {f"{name}.weight" for name in lora_targets(model, "language_model")} if qlora else set()
-    in_4_bits = sum(model.get_parameter(name).numel() for name in quantised)
+    quantized = {f"{name}.weight" for name in lora_targets(model, "language_model")} if qlora else set()
+    in_4_bits = sum(model.get_parameter(name).numel() for name in quantized)
     apply_stage(model, stage, lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) - in_4_bits
@@ -162,7 +162,7 @@ def estimate(
     optimizer = trained * (MOMENTS + (0 if setting.zero is None else 4)) / shared
     host = weights + optimizer if setting.offload else 0.0
     vocabulary = model.config.get_text_config().vocab_size
-    return Estimate(
+    return MemoryEstimate(
         weights=0.0 if setting.offload else weights,
         gradients=trained * own / shared,
         optimizer=0.0 if setting.offload else optimizer,

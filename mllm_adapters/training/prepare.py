@@ -98,7 +98,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def plan_training(source: Path, data: Path | Sequence[Path], images: Path | None, recipe: Recipe) -> Job:
+def prepare_training(source: Path, data: Path | Sequence[Path], images: Path | None, recipe: Recipe) -> Job:
     """Check everything, load the model, freeze all but what the stage trains. Writes nothing.
 
     Raises:

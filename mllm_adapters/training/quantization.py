@@ -41,7 +41,7 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     with torch.device("meta"):
         model = kind(config)
-    quantised = set(lora_targets(model, "language_model"))
+    quantized = set(lora_targets(model, "language_model"))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -49,7 +49,7 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=[
-            f"{name.replace('.', chr(92) + '.')}$" for name in linear if name not in quantised
+            f"{name.replace('.', chr(92) + '.')}$" for name in linear if name not in quantized
         ],
     )
 

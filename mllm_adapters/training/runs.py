@@ -20,7 +20,7 @@ RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainingRequest:
     """A training as it is asked for.
 
     Attributes:
@@ -75,7 +75,7 @@ class Watcher:
     ended: "Callable[[Outcome], None]" = lambda _: None
 
 
-def check_early(request: Request) -> None:
+def check_early(request: TrainingRequest) -> None:
     """Refuse missing packages and paths before torch is imported.
 
     Raises:
@@ -95,7 +95,7 @@ def check_early(request: Request) -> None:
         regular_file(request.recipe, "recipe")
 
 
-def settings_of(request: Request) -> "Resolved":
+def settings_of(request: TrainingRequest) -> "Resolved":
     """The recipe of a request, made one of file, overrides and flags.
 
     Raises:
@@ -110,14 +110,16 @@ def settings_of(request: Request) -> "Resolved":
     return resolved
 
 
-def carry_out(request: Request, resolved: "Resolved", watcher: Watcher | None = None) -> "list[Outcome]":
+def carry_out(
+    request: TrainingRequest, resolved: "Resolved", watcher: Watcher | None = None
+) -> "list[Outcome]":
     """Train as requested, the control too.
 
     Returns:
         What came of each arm that was trained; nothing for a dry run.
 
     Raises:
-        UserError: see `plan_training`, `train` and `check_control`.
+        UserError: see `prepare_training`, `train` and `check_control`.
     """
     from mllm_adapters.training.control import control_folder, finished
 
@@ -140,7 +142,7 @@ def carry_out(request: Request, resolved: "Resolved", watcher: Watcher | None = 
     return outcomes
 
 
-def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> None:
+def _check(request: TrainingRequest, resolved: "Resolved", todo: Sequence[TrainingRequest]) -> None:
     """All that can be refused before anything is loaded, for every arm."""
     from mgll_encoder.common.resuming import last_checkpoint
     from mllm_adapters.training.control import check_control
@@ -158,17 +160,19 @@ def _check(request: Request, resolved: "Resolved", todo: Sequence[Request]) -> N
         check_control(request.model, request.control, request.data, request.images, resolved.recipe)
 
 
-def _train(arm: Request, request: Request, resolved: "Resolved", watcher: Watcher) -> "Outcome | None":
+def _train(
+    arm: TrainingRequest, request: TrainingRequest, resolved: "Resolved", watcher: Watcher
+) -> "Outcome | None":
     """One arm; None for a dry run."""
     from mgll_encoder.common.resuming import last_checkpoint
     from mllm_adapters.training.callbacks import find_evaluator
-    from mllm_adapters.training.control import record_of
-    from mllm_adapters.training.engine import Extras, plan_training, train
+    from mllm_adapters.training.control import control_record
+    from mllm_adapters.training.engine import Extras, prepare_training, train
     from mllm_adapters.training.work_folder import work_folder
 
     evaluation = resolved.evaluation
     evaluate = find_evaluator(evaluation.eval_bench) if evaluation.eval_bench else None
-    job = plan_training(arm.model, arm.data, arm.images, resolved.recipe)
+    job = prepare_training(arm.model, arm.data, arm.images, resolved.recipe)
     watcher.planned(job)
     if arm.dry_run:
         return None
@@ -178,7 +182,7 @@ def _train(arm: Request, request: Request, resolved: "Resolved", watcher: Watche
         evaluate=evaluate,
         eval_every=evaluation.eval_every,
         merge=arm.merge,
-        record={"command": arm.command, **record_of(request.out, request.model, request.control)},
+        record={"command": arm.command, **control_record(request.out, request.model, request.control)},
         files={RECIPE: resolved.as_yaml()},
     )
     resume = arm.resume and last_checkpoint(work) is not None

@@ -19,7 +19,7 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.training")
 
 
-def check_output(out: Path, *, resume: bool, force: bool) -> None:
+def check_work_folder(out: Path, *, resume: bool, force: bool) -> None:
     """See to it that a run may write to ``out``; nothing is written or removed.
 
     Raises:

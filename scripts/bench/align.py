@@ -62,7 +62,7 @@ def bench(
     Example: python scripts/bench/align.py --mllm base --encoder mgll --align images --data test.json --train train.json
     --images images
     """
-    from mllm_adapters.training.engine import Recipe, plan_training
+    from mllm_adapters.training.engine import Recipe, prepare_training
 
     results: dict[str, Any] = json.loads(out.read_text()) if out and out.is_file() else {}
 
@@ -81,7 +81,7 @@ def bench(
             arms[f"aligned on {number}"] = made(f"aligned on {number}", images=align, samples=number)
         for arm in [name for name in arms if name not in results]:
             folder, alignment = arms[arm]()
-            job = plan_training(folder, data, images, Recipe())
+            job = prepare_training(folder, data, images, Recipe())
             loss, accuracy = measure(job, limit, bf16=bf16)
             results[arm] = {"loss": loss, "accuracy": accuracy, "chance": chance(job, limit)}
             results[arm]["alignment"] = alignment.record() if alignment else {}
@@ -94,8 +94,8 @@ def bench(
                 if str(seed) not in curves:
                     folder, _ = made(f"to retrain {seed}")()
                     recipe = Recipe(max_steps=steps, learning_rate=learning_rate, seed=seed)
-                    job = plan_training(folder, train, images, recipe)
-                    test = plan_training(folder, data, images, Recipe())
+                    job = prepare_training(folder, train, images, recipe)
+                    test = prepare_training(folder, data, images, Recipe())
                     scores = retrain(job, test, target, every, limit, Path(scratch) / f"retrained-{seed}")
                     curves[str(seed)] = scores
                     keep()
@@ -128,10 +128,10 @@ def swapped(
 
 def readers_anew(plan: "Plan", family: "Family") -> "Plan":
     """The plan of a swap that draws its readers anew, as if the width had changed."""
-    from mllm_adapters.core.planning import anew
+    from mllm_adapters.core.planning import reinitialized
 
-    readers = {reading.linear for reading in family.readings(plan)}
-    steps = [anew(s, s.shape) if s.name.rpartition(".")[0] in readers else s for s in plan.steps]
+    readers = {reading.linear for reading in family.connector_layers(plan)}
+    steps = [reinitialized(s, s.shape) if s.name.rpartition(".")[0] in readers else s for s in plan.steps]
     return plan.model_copy(update={"steps": tuple(steps)})
 
 

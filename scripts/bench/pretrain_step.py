@@ -25,7 +25,7 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.skipped import Skipped
-from mgll_encoder.data.batches import Collator, Plan, plan_rows
+from mgll_encoder.data.batches import ManifestCollator, SplitRows, plan_rows
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.pretraining.dual_encoder import PRESETS, Preset, TwoTowers, image_projection, new_tower
 from mgll_encoder.pretraining.losses import PLAIN_CLIP, Alphas
@@ -97,7 +97,7 @@ def main(
 
 
 def measure(
-    preset: Preset, plans: dict[bool, Plan], batch_size: int, repeats: int, seed: int
+    preset: Preset, plans: dict[bool, SplitRows], batch_size: int, repeats: int, seed: int
 ) -> dict[str, object]:
     """All figures of one geometry."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +116,7 @@ def measure(
             {"pixels": image, "texts": plan.texts(plan.row(int(row)))}
             for image, row in zip(pixels, rows, strict=True)
         ]
-        batch = Collator(text.tokenize)(items)
+        batch = ManifestCollator(text.tokenize)(items)
         batch.pop("troubles")
         batches[joined] = {name: tensor.to(device) for name, tensor in batch.items()}
     texts = [[t for level in plans[False].texts(plans[False].row(int(row))) for t in level] for row in rows]

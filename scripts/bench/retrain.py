@@ -124,7 +124,7 @@ def _arms(
     from mllm_adapters.data.corpus import Corpus, read_corpus
     from mllm_adapters.data.dataset import ConversationDataset, prepare_examples
     from mllm_adapters.feature_cache.cache import cache_features
-    from mllm_adapters.feature_cache.precompute import Place
+    from mllm_adapters.feature_cache.precompute import ComputeSettings
     from mllm_adapters.loading.load import load_mllm
 
     data = _data(work, shape, batch_size * (steps + 1))
@@ -142,7 +142,7 @@ def _arms(
     seeing, processor, examples = ready()
     model, _, _ = ready()
     device = next(model.parameters()).device
-    cached = cache_features(model, examples, corpus, processor, Place(device))
+    cached = cache_features(model, examples, corpus, processor, ComputeSettings(device))
     assert cached is not None, "a LLaVA can be cached"
     from mllm_adapters.data.dataset import AnswerCollator
 

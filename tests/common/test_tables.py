@@ -6,7 +6,7 @@ import pytest
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.skipped import Skipped
-from mgll_encoder.common.tables import Reading, Table, read_table
+from mgll_encoder.common.tables import Table, TableOptions, read_table
 
 COLUMNS = ("file", "labels", "patient")
 ROWS = [("1.png", "glaucoma; myopia", "Müller"), ("2.png", 'a "cup", large', "7"), ("3.png", "", "é|b")]
@@ -25,7 +25,7 @@ def write(folder: Path, content: bytes | str, name: str = "labels.csv") -> Path:
 
 
 def read(path: Path, **reading: str) -> Table:
-    return read_table(path, "--data", reading=Reading(**reading))
+    return read_table(path, "--data", reading=TableOptions(**reading))
 
 
 def refusal(path: Path, **reading: str) -> str:

@@ -41,7 +41,7 @@ def test_three_cells_are_no_share_of_their_number_of_questions(findings):
         ("InstructBLIP", "base", "Glaucoma", "59.30"),
         ("LLaVA-Med", "base", "DME", "16.67"),
     ]
-    assert findings.misfits[0].neighbours == [(137, "80.12"), (138, "80.70")]
+    assert findings.misfits[0].neighbors == [(137, "80.12"), (138, "80.70")]
 
 
 def test_the_inferred_numbers_of_questions_explain_the_cells_best(table):

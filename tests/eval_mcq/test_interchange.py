@@ -23,9 +23,9 @@ ODD = [
 ]  # fmt: skip
 
 
-def png(colour=(10, 20, 30), size=(6, 5), mode="RGB") -> bytes:
+def png(color=(10, 20, 30), size=(6, 5), mode="RGB") -> bytes:
     stream = io.BytesIO()
-    Image.new(mode, size, colour).save(stream, "PNG")
+    Image.new(mode, size, color).save(stream, "PNG")
     return stream.getvalue()
 
 

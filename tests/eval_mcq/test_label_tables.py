@@ -13,7 +13,7 @@ from mgll_encoder.cli import main
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.table_options import reading
 from mgll_encoder.data.manifest import read_header, read_rows
-from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.probing.labeled_set import LabeledSet
 from tests.builders import invoke, picture, refused
 
 NAMES = ("cataract", "glaucoma", "myopia", "normal")
@@ -147,7 +147,7 @@ def test_three_commands_read_a_table_alike(eval_mcq, images: Path, tmp_path: Pat
     skipped = Skipped()
     given = {"encoding": None, "sheet": None, "label_separator": None, "uncertain": "ignore", **kind.options}
     binary = given.pop("binary_columns", "")
-    question = Question(table, images, binary_columns=binary, reading=reading(**given))  # type: ignore[arg-type]
+    question = LabeledSet(table, images, binary_columns=binary, reading=reading(**given))  # type: ignore[arg-type]
     found = question.read(skipped, both_sides=False)
     labels = dict(zip(found.names, found.truth.sum(axis=0).tolist(), strict=True))
     assert labels == kind.labels
@@ -221,7 +221,7 @@ def test_a_row_that_is_all_open_is_denied_everything_where_the_user_says_so(
 ) -> None:
     (tmp_path / "labels.csv").write_text(matrix("1", "0", ALL_OPEN))
     skipped, asked = Skipped(), reading(None, None, None, "negative")
-    question = Question(tmp_path / "labels.csv", images, binary_columns=",".join(NAMES), reading=asked)
+    question = LabeledSet(tmp_path / "labels.csv", images, binary_columns=",".join(NAMES), reading=asked)
     found = question.read(skipped, both_sides=False)
     assert (len(found.images), found.known, skipped.total, skipped.uncertain) == (
         20,

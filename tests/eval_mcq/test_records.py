@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eval_mcq.records.run_record import load_run, read_record
+from eval_mcq.records.run_record import load_run, read_run_record
 from mgll_encoder.common.errors import UserError
 from tests.eval_mcq.helpers import run_of_counts, save_run
 
@@ -118,7 +118,7 @@ def test_a_record_that_makes_no_sense_is_named_by_field(run, fields):
 def test_bytes_that_are_no_record_are_refused(run, content, said):
     (run / "run.json").write_bytes(content)
     with pytest.raises(UserError, match=said):
-        read_record(run)
+        read_run_record(run)
 
 
 def test_a_line_that_stands_there_twice_counts_once(run):

@@ -218,8 +218,8 @@ def test_text_has_enough_contrast_in_both_colour_schemes(page, scheme):
 def contrast(one: str, other: str) -> float:
     """WCAG 2 contrast ratio of two #rrggbb colours."""
 
-    def luminance(colour: str) -> float:
-        parts = [int(colour.strip()[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def luminance(color: str) -> float:
+        parts = [int(color.strip()[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 

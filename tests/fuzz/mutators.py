@@ -303,10 +303,10 @@ def png_chunk(data: bytes, random: Random, other: bytes) -> bytes:
         chunks.insert(1, (kind, random.randbytes(random.randint(0, 40))))
     elif action == 3:
         width, height = (random.choice((0, 1, 28, 40, 70_000, 2**31 - 1)) for _ in range(2))
-        depth, colour = random.choice((1, 2, 4, 8, 16, 3)), random.choice((0, 2, 3, 4, 6, 1))
+        depth, color = random.choice((1, 2, 4, 8, 16, 3)), random.choice((0, 2, 3, 4, 6, 1))
         chunks[0] = (
             b"IHDR",
-            struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, random.choice((0, 1, 2))),
+            struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, random.choice((0, 1, 2))),
         )
     else:
         chunks[i] = (chunks[i][0], random.choice(BYTES)(chunks[i][1], random, other))

@@ -312,13 +312,13 @@ def _dicom(folder: Path) -> None:
 def _all_kinds_of_pictures(folder: Path) -> None:
     _training_rows(folder)
     _lines(folder / "b.jsonl", _bench_rows())
-    grey = np.linspace(0, 65535, 400).reshape(20, 20)
+    gray = np.linspace(0, 65535, 400).reshape(20, 20)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(grey.astype(np.uint16)).save(folder / "images" / "p00.png")
-    Image.fromarray((grey / 256).astype(np.uint8)).convert("RGB").save(folder / "images" / "x.jpg", exif=exif)
-    Image.fromarray(grey.astype(np.uint16)).save(folder / "images" / "x.tif")
-    Image.fromarray((grey / 256).astype(np.uint8)).quantize(16).save(folder / "images" / "x.gif")
+    Image.fromarray(gray.astype(np.uint16)).save(folder / "images" / "p00.png")
+    Image.fromarray((gray / 256).astype(np.uint8)).convert("RGB").save(folder / "images" / "x.jpg", exif=exif)
+    Image.fromarray(gray.astype(np.uint16)).save(folder / "images" / "x.tif")
+    Image.fromarray((gray / 256).astype(np.uint8)).quantize(16).save(folder / "images" / "x.gif")
     suffixes = ["p00.png", "x.jpg", "x.tif", "x.gif"]
     _json(folder / "t.json", [{**_conversation(i), "image": name} for i, name in enumerate(suffixes)])
     rows = _bench_rows(4)

@@ -47,6 +47,6 @@ def ramp(high: int = 4095) -> np.ndarray:
     return np.linspace(0, high, 256).reshape(16, 16).round().astype(np.uint16)
 
 
-def grey(path: Path) -> np.ndarray:
+def gray(path: Path) -> np.ndarray:
     """What a file looks like."""
     return read_radiograph(path, Wanted(("CR", "DX")))[0]

@@ -10,9 +10,9 @@ from transformers import CLIPVisionModel
 from mgll_encoder import Tower, TowerSpec, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.skipped import Skipped
-from mgll_encoder.data.label_table import LabelledImages
+from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.benchmarks import FINETUNE, LINEAR, benchmark, benchmarks, published_figures
-from mgll_encoder.probing.labeled_set import Question
+from mgll_encoder.probing.labeled_set import LabeledSet
 from tests import builders
 from tests.builders import invoke, picture, refused
 
@@ -36,7 +36,7 @@ def excel(path: Path, rows: list[list[object]]) -> Path:
     return path
 
 
-def labels_of(found: LabelledImages) -> dict[str, str]:
+def labels_of(found: LabeledImages) -> dict[str, str]:
     return {
         path.name: ";".join(name for name, true in zip(found.names, row, strict=True) if true)
         for path, row in zip(found.images, found.truth, strict=True)
@@ -64,7 +64,7 @@ def test_rfmid(tmp_path: Path, real_data: Path) -> None:
     testing = table(tmp_path / "RFMiD_Testing_Labels.csv", "\n".join([head, row(1, "MH"), row(2)]))
     pictures(tmp_path / "Training", "1.png", "2.png", "3.png")
     pictures(tmp_path / "Test", "1.png", "2.png")
-    found = Question(
+    found = LabeledSet(
         training, tmp_path / "Training", "rfmid", test_data=testing, test_images=tmp_path / "Test"
     ).read(Skipped())
     assert found.names == ("DR", "MH")
@@ -86,7 +86,7 @@ def test_adam_is_labelled_by_its_folders(tmp_path: Path) -> None:
         *(f"AMD/A{i:04}.jpg" for i in range(9)),
         *(f"Non-AMD/N{i:04}.jpg" for i in range(9)),
     )
-    found = Question(None, tmp_path, "adam").read(Skipped())
+    found = LabeledSet(None, tmp_path, "adam").read(Skipped())
     assert found.exclusive
     assert labels_of(found) == {f"A{i:04}.jpg": "amd" for i in range(9)} | {
         f"N{i:04}.jpg": "non-amd" for i in range(9)
@@ -101,7 +101,7 @@ def test_refuge_trains_on_folders_and_is_tested_on_an_excel_file(tmp_path: Path)
         tmp_path / "Glaucoma_label_and_Fovea_location.xlsx",
         [head, [1, "T0001.jpg", 0, 1086.5, 1050.1], [2, "T0002.jpg", 1, 1086.5, None]],
     )
-    found = Question(
+    found = LabeledSet(
         None, tmp_path / "Training400", "refuge", test_data=test, test_images=tmp_path / "Test400"
     ).read(Skipped())
     assert labels_of(found) == {
@@ -116,18 +116,18 @@ def test_refuge_trains_on_folders_and_is_tested_on_an_excel_file(tmp_path: Path)
         tmp_path / "v.csv",
         "ID,ImgName,Fovea_X,Fovea_Y,Glaucoma Label\n1,T0001.jpg,1,1,0\n2,T0002.jpg,1,1,1\n",
     )
-    again = Question(validation, tmp_path / "Test400", "refuge", test=0.5, seed=0).read(Skipped())
+    again = LabeledSet(validation, tmp_path / "Test400", "refuge", test=0.5, seed=0).read(Skipped())
     assert labels_of(again) == {"T0001.jpg": "0", "T0002.jpg": "1"}
 
 
 def test_palm_tells_the_class_by_a_letter_or_by_a_table(tmp_path: Path) -> None:
     pictures(tmp_path / "t", *(f"{letter}{i:04}.jpg" for letter in "PHN" for i in range(4)))
-    found = labels_of(Question(None, tmp_path / "t", "palm").read(Skipped()))
+    found = labels_of(LabeledSet(None, tmp_path / "t", "palm").read(Skipped()))
     assert {name[0]: label for name, label in found.items()} == {"P": "1", "H": "0", "N": "0"}
     path = table(
         tmp_path / "p.csv", "ID,imgName,Label,Fovea_X,Fovea_Y\n1,P0001.jpg,0,1,1\n2,N0000.jpg,1,1,1\n"
     )
-    assert labels_of(Question(path, tmp_path / "t", "palm", test=0.5, seed=1).read(Skipped())) == {
+    assert labels_of(LabeledSet(path, tmp_path / "t", "palm", test=0.5, seed=1).read(Skipped())) == {
         "P0001.jpg": "0", "N0000.jpg": "1",
     }  # fmt: skip
 
@@ -139,9 +139,9 @@ def test_idrid_has_grades_and_a_risk(tmp_path: Path) -> None:
     training = table(tmp_path / "a.csv", head.format("") + "IDRiD_001,3,2,,,,\nIDRiD_002,0,0,,,,\n")
     testing = table(tmp_path / "b.csv", "Image name,Retinopathy grade,Risk of macular edema\nIDRiD_001,4,0\n")
     sides = {"test_data": testing, "test_images": tmp_path / "b"}
-    grades = Question(training, tmp_path / "a", "idrid", **sides).read(Skipped())
+    grades = LabeledSet(training, tmp_path / "a", "idrid", **sides).read(Skipped())
     assert (grades.names, grades.test.tolist()) == (("0", "3", "4"), [False, False, True])
-    risks = Question(training, tmp_path / "a", "idrid-dme", **sides).read(Skipped())
+    risks = LabeledSet(training, tmp_path / "a", "idrid-dme", **sides).read(Skipped())
     assert risks.names == ("0", "2")
 
 
@@ -161,7 +161,7 @@ def chest(folder: Path, count: int = 60) -> Path:
 
 def test_chestxray14_lies_in_many_folders_and_has_a_list_of_test_images(tmp_path: Path) -> None:
     path = chest(tmp_path)
-    found = Question(
+    found = LabeledSet(
         path, tmp_path, "chestxray14", test_list=tmp_path / "test_list.txt", only="effusion;mass"
     ).read(Skipped())
     assert len(found.images) == 60
@@ -176,7 +176,7 @@ def test_midrc(tmp_path: Path) -> None:
     rows = [f"x/{i}.png,{names[i % 2]},case{i // 2}" for i in range(8)]
     path = table(tmp_path / "m.csv", "\n".join(["ImageID,loinc_long_common_name_0,case_id", *rows]))
     for name in ("midrc-xr", "midrc-xr-portable"):
-        found = Question(path, tmp_path, name, patient_column="case_id", seed=0).read(Skipped())
+        found = LabeledSet(path, tmp_path, name, patient_column="case_id", seed=0).read(Skipped())
         assert (len(found.images), found.names) == (8, tuple(sorted(n.casefold() for n in names)))
         assert len(set(found.patients)) == 4
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.weights.weight_file import open_checkpoint
+from mgll_encoder.weights.weight_file import open_weights
 from tests import builders
 from tests.mgll_encoder import towers
 
@@ -176,7 +176,7 @@ def wrong_shape(folder: Path) -> Path:
     return towers.write(tensors, folder / "tower.pt")
 
 
-def quantised(folder: Path) -> Path:
+def quantized(folder: Path) -> Path:
     tensors = state()
     tensors["visual.conv1.weight"] = tensors["visual.conv1.weight"].to(torch.int8)
     return towers.write(tensors, folder / "tower.pt")
@@ -260,7 +260,7 @@ def preprocessor(folder: Path, **fields: object) -> Path:
     return folder
 
 
-def no_normalisation(folder: Path) -> Path:
+def no_normalization(folder: Path) -> Path:
     return preprocessor(folder, do_normalize=False)
 
 
@@ -272,7 +272,7 @@ def odd_size(folder: Path) -> Path:
     return preprocessor(folder, size=None, crop_size=None)
 
 
-def grey_mean(folder: Path) -> Path:
+def gray_mean(folder: Path) -> Path:
     return preprocessor(folder, image_mean=[0.5])
 
 
@@ -311,7 +311,7 @@ CASES: dict[Callable[[Path], Path], str] = {
     two_towers: "{path}: found 2 vision towers, at 'teacher.visual.', 'visual.': expected one; save it alone",
     wrong_shape: "{path}: tensor 'encoder.layers.1.layer_norm2.weight' has shape [32]: expected [64] in a tower of "
     "width 64 and patch 14",
-    quantised: "{path}: tensor 'embeddings.patch_embedding.weight' is torch.int8: expected floats, not "
+    quantized: "{path}: tensor 'embeddings.patch_embedding.weight' is torch.int8: expected floats, not "
     "quantised weights",
     odd_positions: "{path}: the position table has 9 rows: expected a class token and a square grid",
     unknown_activation: "{path}/config.json: field 'hidden_act' is 'gelu_pytorch_tanh': expected gelu or quick_gelu; "
@@ -329,12 +329,12 @@ CASES: dict[Callable[[Path], Path], str] = {
     lost_shard: "{path}/model.safetensors.index.json names the shard 'model-00002-of-00007.safetensors', which is not "
     "in {path}: complete the download",
     mixed_index: "{path}/model.safetensors.index.json: field 'weight_map' is missing or empty: expected tensor names",
-    no_normalisation: "{path}/preprocessor_config.json: field 'do_normalize' is false: expected true, a tower needs "
+    no_normalization: "{path}/preprocessor_config.json: field 'do_normalize' is false: expected true, a tower needs "
     "all three steps",
     oblong_pixels: "{path}/preprocessor_config.json: size {{'height': 28, 'width': 42}} with crop 28 makes no square "
     "image: expected a square",
     odd_size: "{path}/preprocessor_config.json: size None with crop None makes no square image: expected a square",
-    grey_mean: "{path}/preprocessor_config.json: field 'mean.1' is [0.5]: Field required",
+    gray_mean: "{path}/preprocessor_config.json: field 'mean.1' is [0.5]: Field required",
     shard_elsewhere: "{path}/model.safetensors.index.json names the shard '../secret.safetensors', which is not in "
     "{path}: complete the download",
 }
@@ -383,7 +383,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     content = {"model": state(), "optimizer": {"exp_avg": torch.zeros(2**27, dtype=torch.uint8)}}
     torch.save(content, tmp_path / "tower.pt")
     before = resident_bytes()
-    checkpoint = open_checkpoint(tmp_path / "tower.pt")
+    checkpoint = open_weights(tmp_path / "tower.pt")
     assert resident_bytes() - before < 2**26
     assert checkpoint.wrapper == {"model", "optimizer"}
     assert all(header.device.type == "meta" for header in checkpoint.headers.values())
@@ -399,7 +399,7 @@ def resident_bytes() -> int:
 def test_shards_are_read_as_one(tmp_path: Path) -> None:
     model = towers.vision_model()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_weights(tmp_path)
     assert len(checkpoint.files) == len(list(tmp_path.glob("*.safetensors"))) > 1
     tensors = checkpoint.read(checkpoint.headers)
     expected = {name: t for file in checkpoint.files for name, t in load_file(file).items()}
@@ -432,7 +432,7 @@ def as_pickle(path: Path) -> None:
 @pytest.mark.parametrize("write", [as_safetensors, as_zip, as_pickle])
 def test_tensors_are_read_from_where_they_lie(write: Callable[[Path], None], tmp_path: Path) -> None:
     write(tmp_path / "x.bin")
-    opened = open_checkpoint(tmp_path / "x.bin")
+    opened = open_weights(tmp_path / "x.bin")
     for name, value in tied_and_turned().items():
         found = opened.read([name])[name]
         assert (found.dtype, found.shape) == (value.dtype, value.shape)
@@ -445,13 +445,13 @@ LARGER_THAN_ANY_MEMORY = {"weight": ("BF16", (2**42,))}
 
 def test_the_headers_of_a_safetensors_file_need_no_memory(tmp_path: Path) -> None:
     file = builders.sparse_file(tmp_path / "x.safetensors", LARGER_THAN_ANY_MEMORY)
-    assert open_checkpoint(file).headers["weight"].shape == (2**42,)
+    assert open_weights(file).headers["weight"].shape == (2**42,)
 
 
 def test_a_torch_file_that_cannot_be_mapped_is_not_called_damaged(tmp_path: Path) -> None:
     file = builders.sparse_file(tmp_path / "x.bin", LARGER_THAN_ANY_MEMORY)
     with pytest.raises(UserError, match=r"x\.bin \(8796\.1 GB\) is larger than the memory"):
-        open_checkpoint(file)
+        open_weights(file)
 
 
 @pytest.mark.parametrize("write", [as_safetensors, as_zip])
@@ -461,7 +461,7 @@ def test_a_file_that_is_cut_short_after_it_was_opened_is_told(
     """Mapped, it would end the process with SIGBUS."""
     path = tmp_path / "x.bin"
     write(path)
-    opened = open_checkpoint(path)
+    opened = open_weights(path)
     opened.read(["whole"])
     os.truncate(path, 4096)
     for name in ("whole", "turned"):

@@ -8,7 +8,7 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.data.batches import Plan
+from mgll_encoder.data.batches import SplitRows
 from mgll_encoder.pretraining.clip_text import clip_text_tower
 from mgll_encoder.pretraining.dual_encoder import PRESETS
 from mgll_encoder.pretraining.initialization import starting_towers
@@ -31,7 +31,7 @@ def whole_clip(quick_gelu: bool, custom_text: bool = False, vocabulary: int = 49
 
 
 def started(path: Path, activation: str = "gelu", **more):
-    return starting_towers(PRESETS["tiny"], str(path), activation, "auto", Plan, Alphas(), **more).eval()
+    return starting_towers(PRESETS["tiny"], str(path), activation, "auto", SplitRows, Alphas(), **more).eval()
 
 
 @pytest.mark.parametrize(("quick_gelu", "custom_text"), [(False, False), (True, True)])
@@ -99,4 +99,4 @@ def test_openai_without_a_connection_is_one_line(monkeypatch):
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
     with pytest.raises(UserError, match=r"--init openai: .* cannot be downloaded .*connect to the internet"):
-        starting_towers(PRESETS["tiny"], "openai", None, "auto", Plan, Alphas())
+        starting_towers(PRESETS["tiny"], "openai", None, "auto", SplitRows, Alphas())

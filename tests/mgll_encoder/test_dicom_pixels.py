@@ -10,32 +10,32 @@ from pydicom.pixels.decoders import JPEGLSLosslessDecoder
 from pydicom.sequence import Sequence
 from pydicom.uid import MPEG2MPML, JPEGExtended12Bit, JPEGLSLossless, RLELossless
 
-from mgll_encoder.data.dicom.header import UnusableError
-from tests.mgll_encoder.radiographs import grey, radiograph, ramp
+from mgll_encoder.data.dicom.header import UnusableDicomError
+from tests.mgll_encoder.radiographs import gray, radiograph, ramp
 
 
 def test_the_whole_range_becomes_eight_bits(tmp_path: Path) -> None:
-    found = grey(radiograph(tmp_path / "a.dcm", ramp()))
+    found = gray(radiograph(tmp_path / "a.dcm", ramp()))
     np.testing.assert_array_equal(found, np.round(ramp() / 4095 * 255))
 
 
 def test_monochrome1_is_inverted(tmp_path: Path) -> None:
-    found = grey(radiograph(tmp_path / "a.dcm", ramp(), photometric="MONOCHROME1"))
+    found = gray(radiograph(tmp_path / "a.dcm", ramp(), photometric="MONOCHROME1"))
     assert (found[0, 0], found[-1, -1]) == (255, 0)
 
 
 def test_a_window_decides_what_is_black_and_white(tmp_path: Path) -> None:
-    found = grey(radiograph(tmp_path / "a.dcm", ramp(), WindowCenter=2048, WindowWidth=1024))
+    found = gray(radiograph(tmp_path / "a.dcm", ramp(), WindowCenter=2048, WindowWidth=1024))
     # DICOM PS3.3 C.11.2.1.2: linear between c - 0.5 - (w-1)/2 and c - 0.5 + (w-1)/2
     expected = np.clip((ramp() - 2047.5) / 1023 + 0.5, 0, 1) * 255
     np.testing.assert_allclose(found, expected, atol=0.51)
-    wide = grey(radiograph(tmp_path / "b.dcm", ramp(1000), WindowCenter=2048, WindowWidth=4096))
+    wide = gray(radiograph(tmp_path / "b.dcm", ramp(1000), WindowCenter=2048, WindowWidth=4096))
     assert wide.max() < 70, "a window wider than the values is kept, not stretched"
 
 
 def test_rescale_comes_before_the_window(tmp_path: Path) -> None:
     fields = {"RescaleSlope": 2, "RescaleIntercept": -100, "RescaleType": "US"}
-    found = grey(radiograph(tmp_path / "a.dcm", ramp(), WindowCenter=4000, WindowWidth=2000, **fields))
+    found = gray(radiograph(tmp_path / "a.dcm", ramp(), WindowCenter=4000, WindowWidth=2000, **fields))
     expected = np.clip((ramp() * 2.0 - 100 - 3999.5) / 1999 + 0.5, 0, 1) * 255
     np.testing.assert_allclose(found, expected, atol=0.51)
 
@@ -45,7 +45,7 @@ def test_a_lookup_table_is_applied(tmp_path: Path) -> None:
     table.LUTDescriptor = [16, 0, 8]
     table.add_new("LUTData", "US", list(range(0, 256, 17))[::-1])
     falling = radiograph(tmp_path / "a.dcm", ramp(15), bits=4, VOILUTSequence=Sequence([table]))
-    found = grey(falling)
+    found = gray(falling)
     np.testing.assert_array_equal(found, 255 - ramp(15) * 17)
 
 
@@ -53,9 +53,9 @@ WHOLE = np.round(ramp() / 4095 * 255)
 """The ramp over its whole range."""
 
 
-def left_out(path: Path) -> UnusableError:
-    with pytest.raises(UnusableError) as error:
-        grey(path)
+def left_out(path: Path) -> UnusableDicomError:
+    with pytest.raises(UnusableDicomError) as error:
+        gray(path)
     return error.value
 
 
@@ -76,27 +76,27 @@ def test_a_window_without_a_value_is_no_window(tmp_path: Path, center: object, w
     if center is not None:
         header.WindowCenter, header.WindowWidth = center, width
     dcmwrite(path, header)
-    np.testing.assert_array_equal(grey(path), WHOLE)
+    np.testing.assert_array_equal(gray(path), WHOLE)
 
 
 def test_a_window_of_which_half_is_missing_is_no_window(tmp_path: Path) -> None:
-    np.testing.assert_array_equal(grey(radiograph(tmp_path / "a.dcm", ramp(), WindowWidth=10)), WHOLE)
+    np.testing.assert_array_equal(gray(radiograph(tmp_path / "a.dcm", ramp(), WindowWidth=10)), WHOLE)
 
 
 def test_the_first_window_with_a_width_counts(tmp_path: Path) -> None:
     several = {"WindowCenter": [100, 2048, 50], "WindowWidth": [0, 1024, 20]}
     one = {"WindowCenter": 2048, "WindowWidth": 1024}
-    found = [grey(radiograph(tmp_path / "a.dcm", ramp(), **fields)) for fields in (several, one)]
+    found = [gray(radiograph(tmp_path / "a.dcm", ramp(), **fields)) for fields in (several, one)]
     np.testing.assert_array_equal(*found)
 
 
 def test_window_functions(tmp_path: Path) -> None:
     window = {"WindowCenter": 2048, "WindowWidth": 1024}
-    exact = grey(radiograph(tmp_path / "a.dcm", ramp(), VOILUTFunction="LINEAR_EXACT", **window))
+    exact = gray(radiograph(tmp_path / "a.dcm", ramp(), VOILUTFunction="LINEAR_EXACT", **window))
     np.testing.assert_allclose(exact, np.clip((ramp() - 2048.0) / 1024 + 0.5, 0, 1) * 255, atol=0.51)
-    sigmoid = grey(radiograph(tmp_path / "a.dcm", ramp(), VOILUTFunction="SIGMOID", **window))
+    sigmoid = gray(radiograph(tmp_path / "a.dcm", ramp(), VOILUTFunction="SIGMOID", **window))
     np.testing.assert_allclose(sigmoid, 255 / (1 + np.exp(-4 * (ramp() - 2048.0) / 1024)), atol=0.51)
-    step = grey(radiograph(tmp_path / "a.dcm", ramp(), WindowCenter=2048, WindowWidth=1))
+    step = gray(radiograph(tmp_path / "a.dcm", ramp(), WindowCenter=2048, WindowWidth=1))
     np.testing.assert_array_equal(step, np.where(ramp() > 2047, 255, 0))
     unknown = left_out(radiograph(tmp_path / "a.dcm", ramp(), VOILUTFunction="LOGARITHMIC", **window))
     assert unknown.reason == "unknown window function"
@@ -117,7 +117,7 @@ def test_padding_is_black_and_decides_nothing(
 ) -> None:
     pixels = ramp(4000)
     pixels[:4] = padding
-    found = grey(radiograph(tmp_path / "a.dcm", pixels, bits=bits, photometric=photometric, **fields))
+    found = gray(radiograph(tmp_path / "a.dcm", pixels, bits=bits, photometric=photometric, **fields))
     assert (found[:4] == 0).all()
     expected = (pixels[4:] - float(pixels[4, 0])) / (4000 - pixels[4, 0]) * 255
     inverted = photometric == "MONOCHROME1"
@@ -127,13 +127,13 @@ def test_padding_is_black_and_decides_nothing(
 def test_signed_values_and_their_padding(tmp_path: Path) -> None:
     pixels = ramp(3000).astype(np.int16) - 1000
     pixels[0] = -2000
-    found = grey(radiograph(tmp_path / "a.dcm", pixels, bits=16, PixelPaddingValue=-2000))
+    found = gray(radiograph(tmp_path / "a.dcm", pixels, bits=16, PixelPaddingValue=-2000))
     assert (found[0] == 0).all()
     low = pixels[1:].min()
     np.testing.assert_allclose(found[1:], (pixels[1:] - low) / (2000 - low) * 255, atol=0.51)
     twelve = ramp(2000).astype(np.int16) - 1000
     unextended = (twelve & 0xFFF).astype(np.int16)  # the unused bits say nothing of the sign
-    signed = [grey(radiograph(tmp_path / "b.dcm", values, bits=12)) for values in (twelve, unextended)]
+    signed = [gray(radiograph(tmp_path / "b.dcm", values, bits=12)) for values in (twelve, unextended)]
     np.testing.assert_array_equal(*signed)
 
 
@@ -145,13 +145,13 @@ def test_a_field_without_a_value_changes_nothing(tmp_path: Path) -> None:
     header.add_new("PixelPaddingValue", "US", None)
     header.VOILUTSequence, header.ModalityLUTSequence = Sequence([]), Sequence([])
     dcmwrite(path, header)
-    np.testing.assert_array_equal(grey(path), WHOLE)
+    np.testing.assert_array_equal(gray(path), WHOLE)
 
 
 def test_a_modality_table_comes_before_the_window(tmp_path: Path) -> None:
     falling = table(0, 12, list(range(4095, -1, -1)))  # pydicom's own function takes 8 and 16 bits only
     fields = {"ModalityLUTSequence": falling, "WindowCenter": 2048, "WindowWidth": 1024}
-    found = grey(radiograph(tmp_path / "a.dcm", ramp(), **fields))
+    found = gray(radiograph(tmp_path / "a.dcm", ramp(), **fields))
     expected = np.clip((4095 - ramp() - 2047.5) / 1023 + 0.5, 0, 1) * 255
     np.testing.assert_allclose(found, expected, atol=0.51)
     nothing = left_out(radiograph(tmp_path / "b.dcm", ramp(), ModalityLUTSequence=table(0, 12, [], 4096)))
@@ -160,17 +160,17 @@ def test_a_modality_table_comes_before_the_window(tmp_path: Path) -> None:
 
 def test_tables_of_bytes_may_be_longer_than_a_byte_counts(tmp_path: Path) -> None:
     entries = bytes(np.linspace(0, 255, 4096).round().astype(np.uint8))
-    found = grey(radiograph(tmp_path / "a.dcm", ramp(), VOILUTSequence=table(0, 8, entries)))
+    found = gray(radiograph(tmp_path / "a.dcm", ramp(), VOILUTSequence=table(0, 8, entries)))
     np.testing.assert_allclose(found, WHOLE, atol=1)
     words = np.arange(4096, dtype="<u2").tobytes()
-    found = grey(radiograph(tmp_path / "a.dcm", ramp(), VOILUTSequence=table(0, 12, words, 4096)))
+    found = gray(radiograph(tmp_path / "a.dcm", ramp(), VOILUTSequence=table(0, 12, words, 4096)))
     np.testing.assert_array_equal(found, WHOLE)
 
 
 def test_an_empty_table_gives_way_to_the_window(tmp_path: Path) -> None:
     window = {"WindowCenter": 2048, "WindowWidth": 1024}
     found = [
-        grey(radiograph(tmp_path / "a.dcm", ramp(), **window, **fields))
+        gray(radiograph(tmp_path / "a.dcm", ramp(), **window, **fields))
         for fields in ({"VOILUTSequence": table(0, 12, [7] * 4096)}, {})
     ]
     np.testing.assert_array_equal(*found)
@@ -252,11 +252,11 @@ def test_the_cases(cases: Path) -> None:
         header = dcmread(folder / name / "a.dcm")
         stored = header.pixel_array.astype(float)
         whole = (stored - stored.min()) / np.ptp(stored) * 255
-        np.testing.assert_allclose(grey(folder / name / "a.dcm"), whole, atol=0.51)
+        np.testing.assert_allclose(gray(folder / name / "a.dcm"), whole, atol=0.51)
     for name in ("window_out", "const"):
         assert left_out(folder / name / "a.dcm").reason == "no contrast"
     header = dcmread(folder / "padding" / "a.dcm")
-    stored, found = header.pixel_array.astype(float), grey(folder / "padding" / "a.dcm")
+    stored, found = header.pixel_array.astype(float), gray(folder / "padding" / "a.dcm")
     anatomy = stored != 65535
     assert (found[~anatomy] == 0).all()
     whole = (stored[anatomy] - stored[anatomy].min()) / np.ptp(stored[anatomy]) * 255

@@ -11,10 +11,10 @@ import torch
 from mgll_encoder import Tower, TowerSpec, build_model, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.data.label_table import LabelledImages
+from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.data.phantom.photographs import render
 from mgll_encoder.probing.finetune import FinetuneOptions, finetune, validation_part
-from mgll_encoder.probing.linear import judge, linear_scores, pooled_features
+from mgll_encoder.probing.linear import evaluate, linear_scores, pooled_features
 from tests.builders import invoke, refused
 
 COUNT = 240
@@ -29,7 +29,7 @@ def tower() -> Tower:
 
 
 @pytest.fixture(scope="module")
-def eyes(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> LabeledImages:
     """Phantom eyes with and without glaucoma, two of each patient."""
     folder = tmp_path_factory.mktemp("eyes")
     sick = np.random.default_rng(0).random(COUNT) < 0.5
@@ -37,7 +37,7 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
     for i, path in enumerate(paths):
         render(["glaucoma"] if sick[i] else [], [i], 32, severity=0.8).save(path)
     patients = tuple(f"p{i // 2}" for i in range(COUNT))
-    return LabelledImages(
+    return LabeledImages(
         tuple(paths),
         ("glaucoma", "normal"),
         np.stack([sick, ~sick], axis=1),
@@ -47,12 +47,12 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
 
 
 def test_it_learns_what_frozen_random_features_do_not_show(
-    tower: Tower, eyes: LabelledImages, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tower: Tower, eyes: LabeledImages, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = {name: value.clone() for name, value in tower.model.state_dict().items()}
-    linear = judge(*linear_scores(pooled_features(tower, eyes.images), eyes), eyes, replicates=300)
+    linear = evaluate(*linear_scores(pooled_features(tower, eyes.images), eyes), eyes, replicates=300)
     run = finetune(tower, eyes, QUICK, tmp_path, workers=0)
-    learnt = judge(run.scores, run.kept, eyes, replicates=300)
+    learnt = evaluate(run.scores, run.kept, eyes, replicates=300)
     assert learnt.macro["AUC"].value > linear.macro["AUC"].value + 5
     assert learnt.macro["AUC"].low > linear.macro["AUC"].value
     np.testing.assert_allclose(run.scores.sum(axis=1), 1, atol=1e-6, err_msg="classes: a softmax")
@@ -67,19 +67,19 @@ def test_it_learns_what_frozen_random_features_do_not_show(
     assert run.validation == pytest.approx(max(float(line.rpartition(" ")[2]) for line in said), abs=0.06)
 
 
-def test_labels_that_mean_nothing_stay_at_chance(tower: Tower, eyes: LabelledImages, tmp_path: Path) -> None:
+def test_labels_that_mean_nothing_stay_at_chance(tower: Tower, eyes: LabeledImages, tmp_path: Path) -> None:
     """Negative control: the same images, labels dealt out anew to patients."""
     dealt = np.random.default_rng(5).permutation(COUNT // 2)
     truth = eyes.truth.reshape(COUNT // 2, 2, 2)[dealt].reshape(COUNT, 2)
     shuffled = replace(eyes, truth=truth)
     run = finetune(tower, shuffled, replace(QUICK, epochs=3), tmp_path, workers=0)
-    auc = judge(run.scores, run.kept, shuffled, replicates=300).macro["AUC"]
+    auc = evaluate(run.scores, run.kept, shuffled, replicates=300).macro["AUC"]
     assert auc.low <= 50 <= auc.high
 
 
 @pytest.mark.slow
 def test_a_killed_fine_tuning_goes_on_and_ends_the_same(
-    tower: Tower, eyes: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tower: Tower, eyes: LabeledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         pass
@@ -100,7 +100,7 @@ def test_a_killed_fine_tuning_goes_on_and_ends_the_same(
     np.testing.assert_allclose(resumed.scores, whole.scores, atol=1e-6)
 
 
-def test_the_validation_part_is_made_of_training_patients(eyes: LabelledImages) -> None:
+def test_the_validation_part_is_made_of_training_patients(eyes: LabeledImages) -> None:
     part = validation_part(eyes, 0.2, seed=0)
     owners = np.array(eyes.patients)
     assert 0.1 < part.sum() / (~eyes.test).sum() < 0.35
@@ -110,14 +110,14 @@ def test_the_validation_part_is_made_of_training_patients(eyes: LabelledImages) 
     assert np.array_equal(validation_part(told, 0.2, 0), told.val & ~told.test)
 
 
-def test_too_few_patients_to_choose_by_is_said(tower: Tower, eyes: LabelledImages, tmp_path: Path) -> None:
+def test_too_few_patients_to_choose_by_is_said(tower: Tower, eyes: LabeledImages, tmp_path: Path) -> None:
     few = eyes.subset(np.arange(COUNT) < 24)
     with pytest.raises(UserError, match=r"validation part .* give a larger --validation"):
         finetune(tower, few, replace(QUICK, validation=0.001), tmp_path)
 
 
 def test_the_command_writes_the_table_and_the_tower(
-    tower: Tower, eyes: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tower: Tower, eyes: LabeledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path / "cache"))
     images = eyes.images[0].parent
@@ -151,9 +151,9 @@ def test_the_command_writes_the_table_and_the_tower(
     record = json.loads((tmp_path / "learnt" / "mgll_tower.json").read_text())
     assert record["provenance"]["finetuning"]["skipped"] == result["skipped"]
     assert "row 2: column 'labels' is blank" in refused(*command, "--strict")
-    labelled = [line for line in lines if ",,p" not in line]
-    table.write_text("\n".join(["file,labels,patient", *labelled, "broken.png,glaucoma,px"]) + "\n")
-    row = len(labelled) + 2
+    labeled = [line for line in lines if ",,p" not in line]
+    table.write_text("\n".join(["file,labels,patient", *labeled, "broken.png,glaucoma,px"]) + "\n")
+    row = len(labeled) + 2
     assert f"row {row}: the image is not in a format" in refused(*command, "--strict")
     (images / "broken.png").unlink()
 
@@ -168,7 +168,7 @@ def test_the_command_writes_the_table_and_the_tower(
     ],
 )
 def test_bad_input_is_one_line(
-    tower: Tower, eyes: LabelledImages, tmp_path: Path, arguments: list[str], complaint: str
+    tower: Tower, eyes: LabeledImages, tmp_path: Path, arguments: list[str], complaint: str
 ) -> None:
     (tmp_path / "labels.csv").write_text(
         "file,labels\n" + "\n".join(f"{i}.png,{'ab'[i % 2]}" for i in range(40))

@@ -166,9 +166,9 @@ def test_the_real_table_builds(real_data, tmp_path):
 def builds(folder: Path, tmp_path: Path) -> None:
     report = build_fundus(FundusTable(folder / "manifest.csv"), folder, tmp_path / "m.jsonl")
     with (folder / "manifest.csv").open(encoding="utf-8") as stream:
-        labelled = [row for row in csv.DictReader(stream) if row["labels"]]
-    assert report.rows == len(labelled) - report.skipped.total + report.skipped.counts["no label"]
-    assert report.rows > 0.9 * len(labelled)
+        labeled = [row for row in csv.DictReader(stream) if row["labels"]]
+    assert report.rows == len(labeled) - report.skipped.total + report.skipped.counts["no label"]
+    assert report.rows > 0.9 * len(labeled)
     assert not [
         text
         for texts in texts_of(tmp_path / "m.jsonl").values()

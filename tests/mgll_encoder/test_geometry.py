@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from mgll_encoder import fold_normalisation, resample_positions
+from mgll_encoder import fold_normalization, resample_positions
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tests.mgll_encoder import towers
@@ -24,7 +24,7 @@ def images(size: int) -> Tensor:
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def normalise(pixels: Tensor, rule: tuple) -> Tensor:
+def normalize(pixels: Tensor, rule: tuple) -> Tensor:
     mean, std = (torch.tensor(values)[:, None, None] for values in rule)
     return (pixels - mean) / std
 
@@ -65,7 +65,7 @@ def test_resampling_is_bit_for_bit_that_of_transformers(tower: CLIPVisionModel, 
 def test_a_tower_with_resampled_positions_equals_interpolation_at_run_time(tower: CLIPVisionModel) -> None:
     weight, pos = parts(tower)
     larger = rebuilt(tower, weight, resample_positions(pos, 5), 70)
-    pixels = normalise(images(70), CLIP)
+    pixels = normalize(images(70), CLIP)
     assert torch.equal(hidden(larger, pixels), hidden(tower, pixels, interpolate_pos_encoding=True))
 
 
@@ -93,37 +93,37 @@ def test_folded_towers_see_host_pixels_as_their_own(
     size = grid * 14
     own = rebuilt(tower, weight, resample_positions(pos, grid), size)
     if fold_first:
-        new_weight, folded = fold_normalisation(weight, pos, trained=trained, given=given)
+        new_weight, folded = fold_normalization(weight, pos, trained=trained, given=given)
         folded = resample_positions(folded, grid)
     else:
-        new_weight, folded = fold_normalisation(
+        new_weight, folded = fold_normalization(
             weight, resample_positions(pos, grid), trained=trained, given=given
         )
     host = rebuilt(tower, new_weight, folded, size)
     pixels = images(size)
-    expected = hidden(own, normalise(pixels, trained))
-    torch.testing.assert_close(hidden(host, normalise(pixels, given)), expected, atol=1e-5, rtol=1e-5)
-    assert (hidden(own, normalise(pixels, given)) - expected).abs().max() > 1e-3, (
+    expected = hidden(own, normalize(pixels, trained))
+    torch.testing.assert_close(hidden(host, normalize(pixels, given)), expected, atol=1e-5, rtol=1e-5)
+    assert (hidden(own, normalize(pixels, given)) - expected).abs().max() > 1e-3, (
         "without folding they must differ"
     )
 
 
 def test_folding_scale_alone_is_not_enough(tower: CLIPVisionModel) -> None:
     weight, pos = parts(tower)
-    new_weight, _ = fold_normalisation(weight, pos, trained=IMAGENET, given=CLIP)
+    new_weight, _ = fold_normalization(weight, pos, trained=IMAGENET, given=CLIP)
     half_done = rebuilt(tower, new_weight, pos, 42)
     pixels = images(42)
-    difference = hidden(half_done, normalise(pixels, CLIP)) - hidden(tower, normalise(pixels, IMAGENET))
+    difference = hidden(half_done, normalize(pixels, CLIP)) - hidden(tower, normalize(pixels, IMAGENET))
     assert difference.abs().max() > 1e-3
 
 
 def test_folding_is_exact_in_double_precision(tower: CLIPVisionModel) -> None:
     weight, pos = (part.double() for part in parts(tower))
-    new_weight, new_pos = fold_normalisation(weight, pos, trained=IMAGENET, given=CLIP)
+    new_weight, new_pos = fold_normalization(weight, pos, trained=IMAGENET, given=CLIP)
     pixels = images(42).double()
-    own = torch.nn.functional.conv2d(normalise(pixels, IMAGENET), weight, stride=14).flatten(2).mT + pos[1:]
+    own = torch.nn.functional.conv2d(normalize(pixels, IMAGENET), weight, stride=14).flatten(2).mT + pos[1:]
     host = (
-        torch.nn.functional.conv2d(normalise(pixels, CLIP), new_weight, stride=14).flatten(2).mT + new_pos[1:]
+        torch.nn.functional.conv2d(normalize(pixels, CLIP), new_weight, stride=14).flatten(2).mT + new_pos[1:]
     )
     torch.testing.assert_close(host, own, atol=1e-6, rtol=0)
     assert torch.equal(new_pos[0], pos[0])
@@ -131,6 +131,6 @@ def test_folding_is_exact_in_double_precision(tower: CLIPVisionModel) -> None:
 
 def test_folding_the_same_normalisation_changes_nothing(tower: CLIPVisionModel) -> None:
     weight, pos = parts(tower)
-    same = fold_normalisation(weight, pos, trained=CLIP, given=CLIP)
+    same = fold_normalization(weight, pos, trained=CLIP, given=CLIP)
     assert torch.equal(same[0], weight)
     assert torch.equal(same[1], pos)

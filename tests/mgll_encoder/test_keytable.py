@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mgll_encoder.weights.keytable import Drop, KeyTable, Place, Split, Transpose
+from mgll_encoder.weights.keytable import Destination, Drop, KeyTable, Split, Transpose
 
 TABLE = KeyTable(
     {
@@ -59,4 +59,4 @@ def test_tensors_are_cut_and_turned_as_the_rule_says() -> None:
     assert TABLE.find("proj").cut(torch.ones(2, 3))[0].shape == (3, 2)
     assert TABLE.find("head.weight").cut(fused)[0] is fused
     with pytest.raises(NotImplementedError):
-        Place(Drop("a counter"), ()).cut(fused)
+        Destination(Drop("a counter"), ()).cut(fused)

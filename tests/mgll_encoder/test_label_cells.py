@@ -9,9 +9,9 @@ from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_sco
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.data.label_cells import WORDS, LabelLists, truth_of
-from mgll_encoder.data.label_table import LabelledImages
+from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.finetune import OPEN, TowerWithHead
-from mgll_encoder.probing.linear import judge, kept_labels, linear_scores
+from mgll_encoder.probing.linear import evaluate, kept_labels, linear_scores
 from mgll_encoder.tower.load import Tower
 from tests import builders
 
@@ -77,7 +77,7 @@ def test_a_word_for_unknown_is_no_label() -> None:
 
 
 @pytest.fixture
-def half_open() -> tuple[np.ndarray, LabelledImages]:
+def half_open() -> tuple[np.ndarray, LabeledImages]:
     """Features, and 300 images of which one label is open for a third."""
     rng = np.random.default_rng(0)
     truth = rng.random((300, 2)) < 0.4
@@ -85,18 +85,18 @@ def half_open() -> tuple[np.ndarray, LabelledImages]:
     known = np.ones((300, 2), bool)
     known[:, 0] = rng.random(300) > 0.3
     patients = tuple(str(i // 2) for i in range(300))
-    data = LabelledImages((), ("a", "b"), truth & known, patients, np.arange(300) >= 150, known=known)
+    data = LabeledImages((), ("a", "b"), truth & known, patients, np.arange(300) >= 150, known=known)
     return features, data
 
 
 def test_an_open_cell_counts_neither_for_nor_against_its_label(
-    half_open: tuple[np.ndarray, LabelledImages],
+    half_open: tuple[np.ndarray, LabeledImages],
 ) -> None:
     features, data = half_open
     assert data.known is not None
     assert not data.exclusive
     scores, kept = linear_scores(features, data)
-    result = judge(scores, kept, data, replicates=20)
+    result = evaluate(scores, kept, data, replicates=20)
     for place, name in enumerate(data.names):
         counted = data.known[data.test][:, place]
         truth, score = data.truth[data.test][counted, place], scores[counted, place]
@@ -105,17 +105,17 @@ def test_an_open_cell_counts_neither_for_nor_against_its_label(
             "mAP": 100 * average_precision_score(truth, score),
             "ACC": 100 * accuracy_score(truth, score >= 0.5),
         })  # fmt: skip
-    alone = LabelledImages((), ("a",), data.truth[:, :1], data.patients, data.test)
+    alone = LabeledImages((), ("a",), data.truth[:, :1], data.patients, data.test)
     some = alone.subset(data.known[:, 0])
     assert np.allclose(
         scores[data.known[data.test][:, 0], 0], linear_scores(features[data.known[:, 0]], some)[0][:, 0]
     )
 
 
-def test_a_label_that_is_never_denied_cannot_be_judged(half_open: tuple[np.ndarray, LabelledImages]) -> None:
+def test_a_label_that_is_never_denied_cannot_be_judged(half_open: tuple[np.ndarray, LabeledImages]) -> None:
     _, data = half_open
     truth = data.truth.copy()
-    nowhere_denied = LabelledImages(
+    nowhere_denied = LabeledImages(
         (),
         data.names,
         truth,
@@ -138,7 +138,7 @@ def test_open_labels_do_not_move_a_fine_tuned_head() -> None:
     )
     tower = Tower.from_model(CLIPVisionModel(builders.tower_config()), spec)
     truth = np.array([[1, 0], [0, 1], [1, 1]], bool)
-    data = LabelledImages((), ("a", "b"), truth, ("1", "2", "3"), np.zeros(3, bool))
+    data = LabeledImages((), ("a", "b"), truth, ("1", "2", "3"), np.zeros(3, bool))
     model = TowerWithHead(tower, data, exclusive=False)
     pixels, labels = torch.rand(3, 3, 28, 28), torch.from_numpy(truth).float()
 

@@ -128,11 +128,11 @@ def test_repeating_a_true_text_does_not_lower_its_best_score():
     truth = torch.zeros(1, 8, 2)
     truth[0, :7, 0] = 1
     truth[0, 7, 1] = 1
-    optimiser = torch.optim.SGD([logits], lr=20.0)
+    optimizer = torch.optim.SGD([logits], lr=20.0)
     for _ in range(200):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         pointwise(logits, truth).backward()
-        optimiser.step()
+        optimizer.step()
     assert torch.equal(logits.sigmoid() > 0.95, truth[0] > 0)
 
 
@@ -188,11 +188,11 @@ def test_at_the_optimum_an_image_is_the_weighted_centroid_of_its_texts():
     truth[0, rows, rows // 2] = 0.2  # a text that two images share
     truth[1, rows, count + rows] = 0.8  # and one of its own
     images = torch.randn(count, 2 * count, requires_grad=True)
-    optimiser = torch.optim.Adam([images], lr=0.05)
+    optimizer = torch.optim.Adam([images], lr=0.05)
     for _ in range(300):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         soft_clip(F.normalize(images, dim=1) @ texts.T, truth).backward()
-        optimiser.step()
+        optimizer.step()
     found = F.normalize(images.detach(), dim=1)
     weighted, unweighted = F.normalize(truth.sum(0) @ texts), F.normalize((truth.sum(0) > 0).float() @ texts)
     assert (found * weighted).sum(1).min() > 0.98

@@ -19,7 +19,7 @@ from mgll_encoder.common.picture_bytes import picture_digest
 from mgll_encoder.common.resuming import only_run
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.trained_on import as_numbers, trainings_of
-from mgll_encoder.data.batches import Collator, ManifestImages, jitter, plan_rows, text_key
+from mgll_encoder.data.batches import ManifestCollator, ManifestImages, jitter, plan_rows, text_key
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.manifest import read_rows
 from mgll_encoder.data.phantom.dataset import write_phantom
@@ -87,7 +87,7 @@ def test_each_distinct_text_of_a_batch_is_encoded_once(manifest):
     plan = plan_rows(manifest, None, (), "train", False, Skipped())
     data = ManifestImages(plan, NANO.spec, seed=0)
     items = [data[i] for i in range(len(data))]
-    batch = Collator(clip_tokens)(items)
+    batch = ManifestCollator(clip_tokens)(items)
     texts = {text for item in items for level in item["texts"] for text in level}
     assert len(batch["input_ids"]) == len(batch["keys"]) == batch["truth"].shape[2] == len(texts)
     assert batch["truth"].shape[:2] == (len(plan.granularities), len(data))
@@ -322,7 +322,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out_of_its_batches_and_counted_
     assert result.steps == 6
     plan = plan_rows(changed, None, (), "train", False, Skipped())
     data = ManifestImages(plan, NANO.spec, seed=0)
-    batch = Collator(clip_tokens)([data[i] for i in range(14, 21)])
+    batch = ManifestCollator(clip_tokens)([data[i] for i in range(14, 21)])
     assert len(batch["pixel_values"]) == batch["truth"].shape[1] == 6
     assert len(batch["troubles"]) == 1
     with pytest.raises(UserError, match=r"line 22: the image cannot be decoded"):

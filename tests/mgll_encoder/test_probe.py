@@ -15,9 +15,9 @@ from transformers import CLIPVisionModel
 from mgll_encoder import Tower, TowerSpec, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.skipped import Skipped
-from mgll_encoder.data.label_table import Columns, LabelledImages, read_labels
+from mgll_encoder.data.label_table import Columns, LabeledImages, read_labels
 from mgll_encoder.probing.features import cached_features, pooled_features, workers_for
-from mgll_encoder.probing.linear import METRICS, judge, linear_scores, metrics
+from mgll_encoder.probing.linear import METRICS, evaluate, linear_scores, metrics
 from tests import builders
 from tests.builders import invoke, refused
 
@@ -40,10 +40,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for i in range(80):
         red, dark = bool(rng.random() < 0.5), bool(rng.random() < 0.4)
-        colour = np.array([200, 60, 60] if red else [60, 60, 200]) // (3 if dark else 1)
+        color = np.array([200, 60, 60] if red else [60, 60, 200]) // (3 if dark else 1)
         noise = rng.integers(0, 30, (28, 28, 3))
         (folder / "images").mkdir(exist_ok=True)
-        Image.fromarray(np.clip(colour + noise, 0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.png")
+        Image.fromarray(np.clip(color + noise, 0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.png")
         labels = ";".join(name for name, true in (("red", red), ("Dark", dark)) if true)
         rows.append({"file": f"{i}.png", "labels": labels or "plain", "patient": f"p{i // 2}",
                      "side": "test" if i % 10 < 4 else "train", "red": int(red), "dark": int(dark),
@@ -91,8 +91,8 @@ def test_random_labels_are_not_found() -> None:
     """Negative control: features that know nothing of the labels."""
     rng = np.random.default_rng(1)
     names, test = ("a", "b"), np.arange(400) % 2 == 0
-    data = LabelledImages((), names, rng.random((400, 2)) < 0.5, tuple(map(str, range(400))), test)
-    result = judge(*linear_scores(rng.normal(size=(400, 6)), data), data, replicates=50)
+    data = LabeledImages((), names, rng.random((400, 2)) < 0.5, tuple(map(str, range(400))), test)
+    result = evaluate(*linear_scores(rng.normal(size=(400, 6)), data), data, replicates=50)
     assert 40 < result.macro["AUC"].value < 60
 
 
@@ -100,25 +100,25 @@ def test_the_figures_are_scikit_learns_and_the_interval_covers_patients() -> Non
     rng = np.random.default_rng(0)
     truth = rng.random((90, 3)) < 0.4
     scores = np.clip(truth * 0.3 + rng.random((90, 3)) * 0.7, 0, 1)
-    whole = LabelledImages(
+    whole = LabeledImages(
         (), ("a", "b", "c"), truth, tuple(str(i // 3) for i in range(90)), np.ones(90, bool)
     )
-    result = judge(scores, [0, 1, 2], whole, replicates=200)
+    result = evaluate(scores, [0, 1, 2], whole, replicates=200)
     assert result.macro["AUC"].value == pytest.approx(100 * roc_auc_score(truth, scores, average="macro"))
     assert result.macro["mAP"].value == pytest.approx(100 * average_precision_score(truth, scores))
     assert result.macro["ACC"].value == pytest.approx(100 * ((scores >= 0.5) == truth).mean())
-    apart = LabelledImages((), whole.names, truth, tuple(map(str, range(90))), whole.test)
-    single = LabelledImages((), whole.names, truth, ("one",) * 90, whole.test)
-    assert judge(scores, [0, 1, 2], apart, replicates=200).macro["AUC"] != result.macro["AUC"]
-    lone = judge(scores, [0, 1, 2], single, replicates=20).macro["AUC"]
+    apart = LabeledImages((), whole.names, truth, tuple(map(str, range(90))), whole.test)
+    single = LabeledImages((), whole.names, truth, ("one",) * 90, whole.test)
+    assert evaluate(scores, [0, 1, 2], apart, replicates=200).macro["AUC"] != result.macro["AUC"]
+    lone = evaluate(scores, [0, 1, 2], single, replicates=20).macro["AUC"]
     assert lone.low == lone.high, "one patient, drawn again and again, has no spread"
 
 
 def test_accuracy_among_classes_is_that_of_the_likeliest() -> None:
     truth = np.eye(3, dtype=bool)[[0, 1, 2, 0, 1, 2]]
     scores = np.array([[.4, .3, .3], [.4, .3, .3], [.1, .2, .3], [.2, .1, .1], [.1, .4, .2], [.3, .2, .1]])  # fmt: skip
-    data = LabelledImages((), ("a", "b", "c"), truth, tuple("123456"), np.ones(6, bool))
-    assert judge(scores, [0, 1, 2], data, replicates=5).macro["ACC"].value == pytest.approx(100 * 4 / 6)
+    data = LabeledImages((), ("a", "b", "c"), truth, tuple("123456"), np.ones(6, bool))
+    assert evaluate(scores, [0, 1, 2], data, replicates=5).macro["ACC"].value == pytest.approx(100 * 4 / 6)
 
 
 def test_patients_are_not_divided_and_a_split_column_is_obeyed(place: Path) -> None:
@@ -175,9 +175,9 @@ def test_several_trainings_give_means() -> None:
     rng = np.random.default_rng(0)
     truth = rng.random((60, 2)) < 0.5
     runs = np.stack([np.clip(truth * part + rng.random((60, 2)), 0, 1) for part in (0.1, 0.5)])
-    data = LabelledImages((), ("a", "b"), truth, tuple(map(str, range(60))), np.ones(60, bool))
-    both = judge(runs, [0, 1], data, replicates=50)
-    apart = [judge(run, [0, 1], data, replicates=50) for run in runs]
+    data = LabeledImages((), ("a", "b"), truth, tuple(map(str, range(60))), np.ones(60, bool))
+    both = evaluate(runs, [0, 1], data, replicates=50)
+    apart = [evaluate(run, [0, 1], data, replicates=50) for run in runs]
     for metric in METRICS:
         values = [one.macro[metric].value for one in apart]
         assert both.macro[metric].value == pytest.approx(np.mean(values))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.cli import main
-from mgll_encoder.weights.weight_file import open_checkpoint
+from mgll_encoder.weights.weight_file import open_weights
 from tests.builders import invoke, refused
 from tests.mgll_encoder import towers
 from tests.mgll_encoder.test_checkpoint import Bomb
@@ -34,7 +34,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def everything(path: Path, **options: str) -> dict[str, torch.Tensor]:
-    opened = open_checkpoint(path, **options)
+    opened = open_weights(path, **options)
     return opened.read(opened.headers)
 
 
@@ -69,7 +69,7 @@ def test_what_training_scripts_keep_beside_the_weights_is_skipped(tmp_path: Path
     path = tmp_path / "tower.pt"
     torch.save({"state_dict": state(), **beside}, path, _use_new_zipfile_serialization=zipped)
     assert same(everything(path), state())
-    assert open_checkpoint(path).wrapper == {"state_dict", *beside}
+    assert open_weights(path).wrapper == {"state_dict", *beside}
 
 
 def test_what_is_skipped_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ NANO = Preset(
     text_width=32,
     text_depth=1,
 )
-COLOURS = {"crimson": (200, 30, 40), "navy": (30, 40, 160), "olive": (120, 130, 30)}
+COLORS = {"crimson": (200, 30, 40), "navy": (30, 40, 160), "olive": (120, 130, 30)}
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir()
     rng, rows, table = np.random.default_rng(0), [], []
     for i in range(120):
-        name = list(COLOURS)[rng.integers(3)]
+        name = list(COLORS)[rng.integers(3)]
         bright = bool(rng.random() < 0.5)
-        pixels = np.array(COLOURS[name]) + 50 * bright + rng.integers(-20, 20, (16, 16, 3))
+        pixels = np.array(COLORS[name]) + 50 * bright + rng.integers(-20, 20, (16, 16, 3))
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.png")
         patient = f"p{i // 2}"
         texts = {"shade": ["pale" if bright else "dark"], "colour": [name, "one colour"]}

@@ -50,7 +50,7 @@ def a_tower(folder: Path, width: int = 32, image_size: int = 28, seed: int = 5, 
     return save_tower(Tower.from_model(CLIPVisionModel(config), spec), folder)
 
 
-def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[n, 3, H, W] on a 0-1 scale -> normalised."""
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 

@@ -109,7 +109,7 @@ def _train(
     import torch
     from transformers import TrainerCallback
 
-    from mllm_adapters.training.engine import plan_training, train
+    from mllm_adapters.training.engine import prepare_training, train
     from mllm_adapters.training.prepare import rank
     from mllm_adapters.training.recipe_file import resolve
 
@@ -121,7 +121,7 @@ def _train(
     torch.set_num_threads(1)
     resolved = resolve(None, [f"{key}={json.dumps(value)}" for key, value in recipe.items()])
     for folder in (again, out) if again else (out,):
-        job = plan_training(model, data, data.parent / "images", resolved.recipe)
+        job = prepare_training(model, data, data.parent / "images", resolved.recipe)
         with signals.watched():
             outcome = train(job, folder, resolved.options, resume=resume, callbacks=[Kill()])
     if rank() == 0:

@@ -9,7 +9,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tests import builders
 
-COLOURS = {"red": (250, 0, 0), "blue": (0, 0, 250)}
+COLORS = {"red": (250, 0, 0), "blue": (0, 0, 250)}
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -17,19 +17,19 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def colour_rows(images: Path, n: int = 8) -> list[dict]:
+def color_rows(images: Path, n: int = 8) -> list[dict]:
     """Pictures of two colours, with the colour's name as the answer; answers differ in length."""
     rows = []
     for i in range(n):
-        name, colour = list(COLOURS.items())[i % 2]
-        builders.picture(images, f"{i}.png", colour)
+        name, color = list(COLORS.items())[i % 2]
+        builders.picture(images, f"{i}.png", color)
         rows.append({"id": f"r{i}", "image": f"{i}.png", "conversations": turns("<image>\nWhich?", name)})
     return rows
 
 
 def uneven_rows(images: Path, n: int = 8) -> list[dict]:
     """As `colour_rows`, with answers of one to ``n`` words: batches of them differ in their number of tokens."""
-    rows = colour_rows(images, n)
+    rows = color_rows(images, n)
     for i, row in enumerate(rows):
         row["conversations"][1]["value"] = " ".join(["of", "the", "sea", "and", "more"][: 1 + i % 5])
     return rows

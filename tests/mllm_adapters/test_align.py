@@ -41,8 +41,8 @@ def drawn_pictures(folder: Path, number: int) -> Path:
         image = Image.new("RGB", (draw.randint(30, 60), draw.randint(30, 60)), "grey")
         for _ in range(8):
             left, top = draw.randint(0, 30), draw.randint(0, 30)
-            colour = tuple(draw.randint(0, 255) for _ in range(3))
-            image.paste(colour, (left, top, left + draw.randint(5, 25), top + draw.randint(5, 25)))
+            color = tuple(draw.randint(0, 255) for _ in range(3))
+            image.paste(color, (left, top, left + draw.randint(5, 25), top + draw.randint(5, 25)))
         path = folder / ("deeper" if i % 2 else ".") / f"{i}.{'PNG' if i % 3 else 'jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
@@ -152,9 +152,9 @@ def test_features_in_another_order_are_put_back(tiny_llava: Path, images: Path, 
 class Mixed(Llava):
     """A LLaVA family that shows the new model another picture than the old one."""
 
-    def look(self, model: Any, pixels: Tensor, contract: Any) -> None:
+    def encode_images(self, model: Any, pixels: Tensor, contract: Any) -> None:
         new = model.config.vision_config.hidden_size == 16
-        super().look(model, pixels.roll(3, 0) if new else pixels, contract)
+        super().encode_images(model, pixels.roll(3, 0) if new else pixels, contract)
 
 
 def test_other_pictures_explain_nothing_and_it_says_so(
@@ -182,8 +182,8 @@ def test_the_images_of_a_bench_serve_as_well_as_a_folder(tmp_path: Path) -> None
 
 def test_where_the_old_tower_saw_nothing_nothing_is_fitted() -> None:
     side, old_side = 4, 6
-    centres = (torch.arange(old_side) + 0.5) / old_side * 2 - 1
-    places = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), -1).flatten(0, 1)[None]
+    centers = (torch.arange(old_side) + 0.5) / old_side * 2 - 1
+    places = torch.stack(torch.meshgrid(centers, centers, indexing="ij"), -1).flatten(0, 1)[None]
     # A picture twice as wide as high: the new tower is shown all of it, the old one the square in its middle.
     pairs = match(torch.zeros(1, side**2, 1), places, torch.tensor([[2.0, 1.0]]))
     seen = pairs.seen.view(side, side)

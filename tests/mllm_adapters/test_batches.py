@@ -6,9 +6,9 @@ import torch
 from mllm_adapters.core.stages import is_adapter
 from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset
 from mllm_adapters.feature_cache.cache import cache_features
-from mllm_adapters.feature_cache.precompute import Place
+from mllm_adapters.feature_cache.precompute import ComputeSettings
 from mllm_adapters.training.dummy_images import FillingCollator, filler_row
-from mllm_adapters.training.engine import Recipe, RunOptions, plan_training, train
+from mllm_adapters.training.engine import Recipe, RunOptions, prepare_training, train
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.retraining import turns, uneven_rows, write_json
 
@@ -44,7 +44,7 @@ def plan(data, request, tmp_path):
     def make(name, **recipe):
         if name not in sources:
             sources[name] = complete.steady(name, tmp_path, lambda: request.getfixturevalue("golden"))
-        return plan_training(sources[name], data, data.parent / "images", Recipe(**recipe))
+        return prepare_training(sources[name], data, data.parent / "images", Recipe(**recipe))
 
     return make
 
@@ -76,7 +76,9 @@ def test_a_batch_without_images_reaches_every_weight_that_trains_and_moves_none_
     dataset = ConversationDataset(job.examples, job.corpus.folder, job.processor)
     collate = AnswerCollator(job.processor.tokenizer.pad_token_id or 0)
     if cached:
-        found = cache_features(job.model, job.examples, job.corpus, job.processor, Place(torch.device("cpu")))
+        found = cache_features(
+            job.model, job.examples, job.corpus, job.processor, ComputeSettings(torch.device("cpu"))
+        )
         dataset, collate = found.dataset, found.collator
     filled = FillingCollator(collate, filler_row(dataset, job.examples))
     pictured, texts = [dataset[i] for i in (0, 1)], [dataset[i] for i in (8, 9)]

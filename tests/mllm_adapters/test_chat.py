@@ -19,7 +19,7 @@ from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.families import read_template
 from tests.builders import refused
 from tests.eval_mcq.helpers import small_bench
-from tests.mllm_adapters.retraining import colour_rows, write_json
+from tests.mllm_adapters.retraining import color_rows, write_json
 
 TEMPLATES = sorted(
     file.name
@@ -138,7 +138,7 @@ def test_commands_refuse_a_hostile_template_in_one_line(tiny_llava: Path, tmp_pa
     bench = small_bench(tmp_path / "bench", 2)
     message = refused(eval_mcq, "run", "--model", folder, "--bench", bench, "--out", tmp_path / "run")
     assert "chat template cannot be rendered: line 2: " in message
-    data = write_json(tmp_path / "train.json", colour_rows(tmp_path / "images", 2))
+    data = write_json(tmp_path / "train.json", color_rows(tmp_path / "images", 2))
     rows = ("--data", data, "--images", tmp_path / "images", "--out", tmp_path / "out")
     message = refused(retrain_projector, "--model", folder, *rows, "--max-steps", 1)
     assert "chat template cannot be rendered: line 2: " in message

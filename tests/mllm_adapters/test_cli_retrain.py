@@ -5,14 +5,14 @@ import sys
 import pytest
 
 from mllm_adapters.cli import retrain
-from tests.mllm_adapters.retraining import colour_rows, turns, write_json
+from tests.mllm_adapters.retraining import color_rows, turns, write_json
 
 
 @pytest.fixture
 def place(tmp_path, tiny_llava):
     """A folder with a model, data and images, as a user has them."""
     shutil.copytree(tiny_llava, tmp_path / "llava")
-    write_json(tmp_path / "train.json", colour_rows(tmp_path / "images", 4))
+    write_json(tmp_path / "train.json", color_rows(tmp_path / "images", 4))
     return tmp_path
 
 

@@ -184,7 +184,7 @@ def with_index(folder: Path, weight_map: object) -> Path:
     return folder
 
 
-def quantised_tower(weights: dict[str, torch.Tensor]) -> None:
+def quantized_tower(weights: dict[str, torch.Tensor]) -> None:
     weights.update({name: value.to(torch.int8) for name, value in weights.items() if "vision" in name})
 
 
@@ -221,7 +221,7 @@ def within(folder: Path, part: str, **changes: object) -> Path:
         (lambda f: within(f, "vision_config", hidden_act="gelu_new"), "field 'activation' is 'gelu_new'"),
         (lambda f: edited(f, image_token_index=9, image_token_id=9), "gives <image> the id 3, expected 9"),
         (lambda f: edited(f, vision_feature_layer=5), "reads hidden layer 5, but this tower has only 3 blocks"),
-        (lambda f: with_weights(f, quantised_tower), "the host's weights are int8"),
+        (lambda f: with_weights(f, quantized_tower), "the host's weights are int8"),
     ],
 )  # fmt: skip
 def test_a_spoilt_checkpoint_is_refused_in_one_line(

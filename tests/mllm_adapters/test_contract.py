@@ -72,7 +72,7 @@ class Swapped:
     encoder: Path
     model: Any
 
-    def look(self, case: Case, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, case: Case, pixels: torch.Tensor) -> torch.Tensor:
         """Logits of a prompt about one image."""
         return self.model(**case.prompt(self.plan, pixels)).logits
 
@@ -203,7 +203,7 @@ class TestFamily:
     @torch.no_grad()
     def test_blanking_the_image_changes_the_answer(self, case: Case, swapped: Swapped) -> None:
         picture = swapped.picture()
-        moved = swapped.look(case, picture) - swapped.look(case, torch.zeros_like(picture))
+        moved = swapped.encode_images(case, picture) - swapped.encode_images(case, torch.zeros_like(picture))
         assert torch.isfinite(moved).all()
         assert moved.abs().max() > 1e-3
 
@@ -219,13 +219,13 @@ class TestFamily:
         tower = case.tower(swapped.model)
         assert stage.trainable > 0
         assert not any(parameter.requires_grad for parameter in tower.parameters())
-        swapped.look(case, swapped.picture()).square().mean().backward()
+        swapped.encode_images(case, swapped.picture()).square().mean().backward()
         assert all(parameter.grad is None for parameter in tower.parameters())
         names = set(stage.names)
         reached = [p.grad is not None for name, p in swapped.model.named_parameters() if name in names]
         assert any(reached), "the projector learns"
         tower.requires_grad_(True)
-        swapped.look(case, swapped.picture()).square().mean().backward()
+        swapped.encode_images(case, swapped.picture()).square().mean().backward()
         patches = tower.get_parameter(
             next(n for n, _ in tower.named_parameters() if n.endswith("patch_embedding.weight"))
         )
@@ -241,7 +241,7 @@ class TestFamily:
                 swapped.model.gradient_checkpointing_enable({"use_reentrant": False})
             swapped.model.train()
             torch.manual_seed(0)  # the same dropout both times
-            swapped.look(case, swapped.picture()).square().mean().backward()
+            swapped.encode_images(case, swapped.picture()).square().mean().backward()
             gradients.append({n: p.grad for n, p in swapped.model.named_parameters() if p.grad is not None})
             swapped.model.zero_grad(set_to_none=True)
         swapped.model.gradient_checkpointing_disable()
@@ -261,7 +261,9 @@ class TestFamily:
         model, _ = load_mllm(again, dtype=torch.float32)
         with torch.no_grad():
             found = model(**case.prompt(plan, swapped.picture())).logits
-            torch.testing.assert_close(found, swapped.look(case, swapped.picture()), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                found, swapped.encode_images(case, swapped.picture()), atol=1e-4, rtol=0
+            )
 
 
 UNASKED: Mapping[str, str] = {"instructblip-t5": "no letter scoring with an encoder-decoder"}
@@ -404,7 +406,7 @@ class TestComplete:
                     options=["drusen", "a cataract"], answer=0, category="x")
             for i in range(3)
         ]  # fmt: skip
-        pictures = [[Image.new("RGB", (70, 50), colour)] for colour in ("red", "blue", "green")]
+        pictures = [[Image.new("RGB", (70, 50), color)] for color in ("red", "blue", "green")]
         together = scorer.score(items, pictures)
         for item, picture, score in zip(items, pictures, together, strict=True):
             (alone,) = scorer.score([item], [picture])

@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 from mllm_adapters.cli.retrain import main as retrain_projector
 from tests import builders
-from tests.mllm_adapters.retraining import colour_rows, loud_llava, write_json
+from tests.mllm_adapters.retraining import color_rows, loud_llava, write_json
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def place(tiny_llava, tmp_path):
         for parameter in model.model.vision_tower.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(swapped)
-    write_json(tmp_path / "train.json", colour_rows(tmp_path / "images"))
+    write_json(tmp_path / "train.json", color_rows(tmp_path / "images"))
     return tmp_path
 
 

@@ -29,7 +29,7 @@ from tests.builders import invoke, refused
 from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.llava_checkpoints import a_tower
-from tests.mllm_adapters.retraining import colour_rows, write_json
+from tests.mllm_adapters.retraining import color_rows, write_json
 
 QUICK = ("llava", "instructblip", "med-flamingo")
 """Rows of the default run: a .bin layout that is converted, readers that begin anew, loose weights and a part."""
@@ -160,7 +160,7 @@ def test_a_delta_does_not_pass_for_a_checkpoint(llava: SimpleNamespace, tmp_path
         f"{llava.delta} is a delta (it holds mgll_delta.json), not a whole checkpoint: `swap-encoder compose"
     )
     images, data = tmp_path / "images", tmp_path / "train.json"
-    write_json(data, colour_rows(images, 2))
+    write_json(data, color_rows(images, 2))
     for message in (
         refused(main, "--mllm", llava.delta, "--encoder", llava.encoder, "--out", tmp_path / "out"),
         refused(main, "verify", llava.delta),
@@ -204,7 +204,7 @@ def test_letters_are_scored_of_a_delta_and_the_base_is_part_of_its_fingerprint(
 
 def test_a_retraining_fits_into_a_delta_too(llava: SimpleNamespace, tmp_path: Path) -> None:
     images, data = tmp_path / "images", tmp_path / "train.json"
-    write_json(data, colour_rows(images, 4))
+    write_json(data, color_rows(images, 4))
     trained = llava.folder / "trained"
     outcome = invoke(
         retrain_projector, "--model", llava.whole, "--out", trained, "--data", data, "--images", images,

@@ -46,13 +46,13 @@ def corpus(folder, *rows):
     return Corpus(folder / "train.json", folder, rows, sizes)
 
 
-def labelled(encoded, processor):
+def labeled(encoded, processor):
     return processor.tokenizer.decode(encoded["labels"][encoded["labels"] != IGNORED])
 
 
 def test_labels_are_the_answers_with_their_end_of_turn_and_nothing_else(processor, images):
     encoded = encode(render(conversation(*TALK), processor), images, processor)
-    assert labelled(encoded, processor) == f" {TALK[1]}</s> {TALK[3]}</s>"
+    assert labeled(encoded, processor) == f" {TALK[1]}</s> {TALK[3]}</s>"
 
 
 def test_labels_stand_where_their_tokens_stand(processor, images):
@@ -76,7 +76,7 @@ def test_a_template_with_special_tokens_and_line_breaks_after_turns_is_labelled_
     processor.chat_template = CHATML
     talk = ("Left <image> or right <image>?", "Left.", "Sure?", "Yes.")
     encoded = encode(render(conversation(*talk, image=["a.png", "b.png"]), processor), images, processor)
-    assert labelled(encoded, processor) == "Left.</s>Yes.</s>"
+    assert labeled(encoded, processor) == "Left.</s>Yes.</s>"
     assert (encoded["input_ids"] == processor.image_token_id).sum() == 8
     assert (encoded["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
     assert encoded["pixel_values"].shape == (2, 3, 28, 28)
@@ -98,7 +98,7 @@ def test_tokens_that_carry_their_leading_space_are_labelled_exactly(processor, i
         num_additional_image_tokens=1, chat_template=builders.CHAT_TEMPLATE,
     )  # fmt: skip
     encoded = encode(render(conversation("<image>\nIs it pale?", "No: it is pink."), wordy), images, wordy)
-    assert labelled(encoded, wordy).replace(" </s>", "</s>").strip() == "No: it is pink.</s>"
+    assert labeled(encoded, wordy).replace(" </s>", "</s>").strip() == "No: it is pink.</s>"
     assert (encoded["labels"] != IGNORED).sum() < len("No: it is pink.")
 
 

@@ -25,16 +25,16 @@ from mllm_adapters.feature_cache import precompute as feature_fill
 from mllm_adapters.feature_cache import store as feature_store
 from mllm_adapters.feature_cache.cache import cache_features
 from mllm_adapters.feature_cache.cached_modules import KEY
-from mllm_adapters.feature_cache.precompute import Place
+from mllm_adapters.feature_cache.precompute import ComputeSettings
 from mllm_adapters.feature_cache.store import FeatureStore
 from mllm_adapters.loading.load import load_mllm
 from mllm_adapters.swap.apply import apply_plan
-from mllm_adapters.training.engine import Recipe, RunOptions, plan_training, train
+from mllm_adapters.training.engine import Recipe, RunOptions, prepare_training, train
 from tests import builders
 from tests.mllm_adapters import complete
-from tests.mllm_adapters.retraining import colour_rows, loud_llava, turns, write_json
+from tests.mllm_adapters.retraining import color_rows, loud_llava, turns, write_json
 
-CPU = Place(torch.device("cpu"))
+CPU = ComputeSettings(torch.device("cpu"))
 
 QUICK = ("instructblip", "qwen3-vl", "mini-gemini")
 """Rows of the default run: a Q-Former, packed images with three layers read, two towers."""
@@ -147,7 +147,7 @@ def loud(tiny_llava, tmp_path_factory):
     """A model folder that learns, and data with eight pictures."""
     folder = tmp_path_factory.mktemp("loud")
     model = loud_llava(tiny_llava, folder / "model")
-    data = write_json(folder / "train.json", colour_rows(folder / "images"))
+    data = write_json(folder / "train.json", color_rows(folder / "images"))
     return SimpleNamespace(model=model, data=data, images=folder / "images")
 
 
@@ -180,7 +180,7 @@ RECIPE = Recipe(max_steps=6, batch_size=2, learning_rate=1e-2)
 
 
 def run(place, out, **options):
-    job = plan_training(place.model, place.data, place.images, RECIPE)
+    job = prepare_training(place.model, place.data, place.images, RECIPE)
     return train(job, out, RunOptions(report_to=(), logging_steps=1, **options))
 
 

@@ -77,7 +77,7 @@ def test_visual_tokens_come_before_the_token_that_begins_a_text(swapped: SimpleN
 
 
 def test_a_batch_of_two_texts_gives_what_each_gives_alone(swapped: SimpleNamespace) -> None:
-    images = [Image.new("RGB", (50, 40), colour) for colour in ((200, 80, 40), (0, 90, 250))]
+    images = [Image.new("RGB", (50, 40), color) for color in ((200, 80, 40), (0, 90, 250))]
     texts = ["<image>a b c?", "<image>what is it?"]
     batch = swapped.processor(images=images, text=texts, padding=True, return_tensors="pt")
     assert batch["qformer_attention_mask"].sum(dim=1).tolist() != [batch["qformer_input_ids"].shape[1]] * 2
@@ -156,7 +156,7 @@ def test_eval_mcq_can_put_questions_to_it(which: str, stock: Path, swapped: Simp
         for i in range(2)
     ]
     scorer.check_options(items)
-    images = [[Image.new("RGB", (50, 40), colour)] for colour in ((200, 80, 40), (0, 90, 250))]
+    images = [[Image.new("RGB", (50, 40), color)] for color in ((200, 80, 40), (0, 90, 250))]
     together = scorer.score(items, images)
     for item, image, score in zip(items, images, together, strict=True):
         alone = scorer.score([item], [image])[0]
@@ -164,7 +164,7 @@ def test_eval_mcq_can_put_questions_to_it(which: str, stock: Path, swapped: Simp
 
 
 def test_two_images_of_one_text_are_each_seen_with_its_instruction(swapped: SimpleNamespace) -> None:
-    images = [Image.new("RGB", (50, 40), colour) for colour in ((200, 80, 40), (0, 90, 250))]
+    images = [Image.new("RGB", (50, 40), color) for color in ((200, 80, 40), (0, 90, 250))]
     batch = swapped.processor(images=images, text=["<image><image>a b?"], return_tensors="pt")
     assert batch["input_ids"][0, :11].tolist() == [swapped.plan.image_token_id] * 10 + [2]
     assert torch.equal(batch["qformer_input_ids"][0], batch["qformer_input_ids"][1])

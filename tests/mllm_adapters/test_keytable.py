@@ -8,9 +8,9 @@ import torch
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.weights.keytable import Drop, Reshape, Split
 from mllm_adapters.checkpoints.checkpoint import TensorHeader
-from mllm_adapters.families.keytable import Layout
+from mllm_adapters.families.keytable import OriginalLayout
 
-LAYOUT = Layout(
+LAYOUT = OriginalLayout(
     {
         "embed": "embed",
         "norm.*": "layer_norm.{}",

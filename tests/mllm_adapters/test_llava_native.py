@@ -18,7 +18,7 @@ from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_STD
 from mllm_adapters import load_mllm
 from tests.mllm_adapters.llava_checkpoints import (
     a_tower,
-    normalised,
+    normalized,
     swap,
 )
 
@@ -43,7 +43,7 @@ def test_a_llava_in_the_transformers_layout_keeps_tokens_and_processor(
     assert torch.isfinite(model(**batch).logits).all()
 
     squashed = torch.tensor([10, 200, 30]).view(3, 1, 1).expand(3, 28, 28) / 255
-    expected = normalised(squashed[None], CLIP_MEAN, CLIP_STD)
+    expected = normalized(squashed[None], CLIP_MEAN, CLIP_STD)
     torch.testing.assert_close(batch["pixel_values"], expected, atol=1e-5, rtol=0)
 
 

@@ -24,7 +24,7 @@ from mllm_adapters.training.quantization import nf4
 from tests import builders
 from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters import complete
-from tests.mllm_adapters.retraining import colour_rows, loud_llava, turns, write_json
+from tests.mllm_adapters.retraining import color_rows, loud_llava, turns, write_json
 
 RANK = 4
 
@@ -44,7 +44,7 @@ ROWS = [
 def place(tiny_llava, tmp_path_factory):
     """A model, data with and without images, a bench."""
     folder = tmp_path_factory.mktemp("place")
-    rows = [*colour_rows(folder / "images"), {"id": "t", "conversations": turns("Hello", "Hi")}]
+    rows = [*color_rows(folder / "images"), {"id": "t", "conversations": turns("Hello", "Hi")}]
     return SimpleNamespace(
         model=loud_llava(tiny_llava, folder / "llava"),
         data=write_json(folder / "train.json", rows),
@@ -219,9 +219,9 @@ def test_qlora_quantises_the_language_models_layers_alone_trains_and_merges(plac
         place.model, dtype=torch.float32, quantization=nf4(config, place.model, torch.float32)
     )
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    quantised = {name for name, kind in kinds.items() if kind is Linear4bit}
-    assert quantised == set(lora_targets(model, "language_model"))
-    assert {kind for name, kind in kinds.items() if name not in quantised} == {nn.Linear}
+    quantized = {name for name, kind in kinds.items() if kind is Linear4bit}
+    assert quantized == set(lora_targets(model, "language_model"))
+    assert {kind for name, kind in kinds.items() if name not in quantized} == {nn.Linear}
     whole, _ = load_mllm(place.model)
     total = sum(parameter.numel() for parameter in whole.parameters())
     assert apply_stage(model, "projector").total == total

@@ -19,7 +19,7 @@ import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.images import open_image
-from mgll_encoder.weights.weight_file import open_checkpoint as open_checkpoint_file
+from mgll_encoder.weights.weight_file import open_weights as open_checkpoint_file
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
 from mllm_adapters.checkpoints.locate import find_part

@@ -141,7 +141,7 @@ REAL: Mapping[str, str] = {
 }
 """Folder of published metadata -> the row that refuses it."""
 
-QUANTISED = {"Qwen--Qwen-VL-Chat-Int4": "gptq", "Qwen--Qwen2-VL": "awq"}
+QUANTIZED = {"Qwen--Qwen-VL-Chat-Int4": "gptq", "Qwen--Qwen2-VL": "awq"}
 
 READ = {
     "MBZUAI--AIN--Qwen2-VL-7B": "qwen2-vl",
@@ -208,10 +208,10 @@ def test_published_configurations_are_refused_by_name(name: str, published: Path
     assert row.title == REAL[name]
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_published_quantised_configurations_are_refused_by_their_method(name: str, published: Path) -> None:
     with pytest.raises(
-        UserError, match=f"quantization_config says {QUANTISED[name]}.*unquantised checkpoint"
+        UserError, match=f"quantization_config says {QUANTIZED[name]}.*unquantised checkpoint"
     ):
         detect(real_config(published, name), "config.json")
 

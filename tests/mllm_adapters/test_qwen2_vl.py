@@ -92,7 +92,7 @@ def by_hand(state: dict[str, Tensor], tower: CLIPVisionModel, image: Tensor, gen
     """Visual tokens (side/2 · side/2, width) of one picture, from the encoder itself and the merger's tensors."""
     features = tower(image, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[-2][0, 1:]
     side = image.shape[-1] // 14
-    normalised = {
+    normalized = {
         "qwen2_vl": lambda x: F.layer_norm(x, x.shape[-1:], state["ln_q.weight"], state["ln_q.bias"], 1e-6),
         "qwen2_5_vl": lambda x: F.rms_norm(x, x.shape[-1:], state["ln_q.weight"], 1e-6),
         "qwen3_vl": lambda x: F.layer_norm(x, x.shape[-1:], state["norm.weight"], state["norm.bias"], 1e-6),
@@ -102,7 +102,7 @@ def by_hand(state: dict[str, Tensor], tower: CLIPVisionModel, image: Tensor, gen
     for top in range(0, side, 2):
         for left in range(0, side, 2):
             corners = [(top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)]
-            square = torch.cat([normalised[row * side + column] for row, column in corners])
+            square = torch.cat([normalized[row * side + column] for row, column in corners])
             hidden = F.gelu(F.linear(square, state[f"{first}.weight"], state[f"{first}.bias"]))
             rows.append(F.linear(hidden, state[f"{second}.weight"], state[f"{second}.bias"]))
     return torch.stack(rows)
@@ -117,7 +117,7 @@ def test_the_swapped_model_is_tower_merger_and_stock_language_model(
     swap(tmp_path / "model", encoder, tmp_path / "swapped")
     model, _ = load_mllm(tmp_path / "swapped", dtype=torch.float32)
 
-    host, trained = tiny.NORMALISATION[generation], ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    host, trained = tiny.NORMALIZATION[generation], ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     raw = torch.rand(2, 3, 56, 56)
     pixels, trained_pixels = (
         (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -253,7 +253,7 @@ def with_tokenizer(folder: Path, generation: str = "qwen2_5_vl") -> Path:
         changes = {"text_config": {**tiny.CONFIGS[generation]["text_config"], **changes}}
     tiny.write_checkpoint(folder, generation, **tokens, **changes)
     tokenizer.save_pretrained(folder)
-    mean, std = tiny.NORMALISATION[generation]
+    mean, std = tiny.NORMALIZATION[generation]
     patch = 16 if generation == "qwen3_vl" else 14
     Qwen2VLImageProcessor(image_mean=mean, image_std=std, patch_size=patch).save_pretrained(folder)
     return folder

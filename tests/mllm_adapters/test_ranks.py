@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 from mllm_adapters.loading.load import load_mllm
 from mllm_adapters.training.trainer import WEIGHTS
 from tests.mllm_adapters import complete, ranks
-from tests.mllm_adapters.retraining import colour_rows, loud_llava, turns, uneven_rows, write_json
+from tests.mllm_adapters.retraining import color_rows, loud_llava, turns, uneven_rows, write_json
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is in the extra 'train'")
 
@@ -28,7 +28,7 @@ def data(tmp_path_factory):
     """Rows about images; ``mixed.json`` beside it has more rows without one, so that whole batches have none, and
     answers differ most in length in ``uneven.json``."""
     folder = tmp_path_factory.mktemp("data")
-    rows = colour_rows(folder / "images")
+    rows = color_rows(folder / "images")
     texts = [{"id": f"t{i}", "conversations": turns("Hello", "Hi")} for i in range(8)]
     write_json(folder / "mixed.json", rows[:3] + texts)
     write_json(folder / "uneven.json", uneven_rows(folder / "images"))

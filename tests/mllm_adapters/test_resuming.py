@@ -14,9 +14,9 @@ from mgll_encoder.common import signals
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.resuming import last_checkpoint, only_run
 from mllm_adapters.cli.retrain import main
-from mllm_adapters.training.engine import Recipe, RunOptions, plan_training, train, work_folder
+from mllm_adapters.training.engine import Recipe, RunOptions, prepare_training, train, work_folder
 from tests.builders import refused
-from tests.mllm_adapters.retraining import colour_rows, loud_llava, write_json
+from tests.mllm_adapters.retraining import color_rows, loud_llava, write_json
 
 RECIPE = Recipe(max_steps=5, batch_size=2, learning_rate=1e-2)
 SAVING = RunOptions(report_to=(), logging_steps=1, save_steps=2)
@@ -34,13 +34,13 @@ def model(tiny_llava, tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    return write_json(folder / "train.json", colour_rows(folder / "images"))
+    return write_json(folder / "train.json", color_rows(folder / "images"))
 
 
 @pytest.fixture
 def run(model, data, tmp_path):
     def start(name, options=SAVING, callbacks=(), **flags):
-        job = plan_training(model, data, data.parent / "images", RECIPE)
+        job = prepare_training(model, data, data.parent / "images", RECIPE)
         return train(job, tmp_path / name, options, callbacks=callbacks, **flags)
 
     return start

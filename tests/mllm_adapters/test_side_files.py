@@ -15,7 +15,7 @@ from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.loading.load import load_mllm
 from tests.builders import Outcome, invoke
 from tests.mgll_encoder import towers
-from tests.mllm_adapters.retraining import colour_rows, write_json
+from tests.mllm_adapters.retraining import color_rows, write_json
 
 SECRET = "PLANTED"
 
@@ -69,7 +69,7 @@ def work(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     towers.write(towers.state_of(towers.open_clip_model()), folder / "tower.pt")
     plant(Path(shutil.copytree(tiny_llava, folder / "base")))
-    write_json(folder / "train.json", colour_rows(folder / "images", 4))
+    write_json(folder / "train.json", color_rows(folder / "images", 4))
     assert swap(folder, "swapped").code == 0
     return folder
 

@@ -17,7 +17,7 @@ from tests.mllm_adapters.families.llava import expand
 from tests.mllm_adapters.llava_checkpoints import (
     HOSTS,
     golden_tower,
-    normalised,
+    normalized,
     swap,
 )
 
@@ -68,9 +68,9 @@ def test_the_swapped_model_is_mgll_features_then_projector_then_language_model(
     ids = torch.tensor([[1, 5] + [swapped.plan.image_token_id] * after.tokens + [7, 9]])
     model, _ = load_mllm(swapped.out, dtype=torch.float32)
     with torch.no_grad():
-        found = model(input_ids=ids, pixel_values=normalised(picture, after.mean, after.std)).logits
-        expected = by_hand(swapped, normalised(picture, IMAGENET_MEAN, IMAGENET_STD), ids)
-        unfolded = by_hand(swapped, normalised(picture, after.mean, after.std), ids)
+        found = model(input_ids=ids, pixel_values=normalized(picture, after.mean, after.std)).logits
+        expected = by_hand(swapped, normalized(picture, IMAGENET_MEAN, IMAGENET_STD), ids)
+        unfolded = by_hand(swapped, normalized(picture, after.mean, after.std), ids)
     # A host in float16 stores the tower in float16, after folding; the tower by hand was never rounded.
     tolerance = 1e-4 if swapped.plan.config["dtype"] == "float32" else 1e-2
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)

@@ -10,7 +10,7 @@ from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
 from tests.builders import invoke
-from tests.mllm_adapters.retraining import colour_rows, write_json
+from tests.mllm_adapters.retraining import color_rows, write_json
 from tests.mllm_adapters.test_align import drawn_pictures, written_tower
 
 PRETRAINED = Training.of(("tower",), "pretrain", [hashlib.sha256(b"a photograph").hexdigest()])
@@ -22,7 +22,7 @@ def place(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("travels")
     write_trainings(written_tower(folder / "tower"), [PRETRAINED])
     drawn_pictures(folder / "pictures", 20)
-    rows = write_json(folder / "rows.json", colour_rows(folder / "images"))
+    rows = write_json(folder / "rows.json", color_rows(folder / "images"))
     data = ("--data", rows, "--images", folder / "images", "--max-steps", 1, "--workers", 0)
     commands = (
         (swap_encoder, "--mllm", tiny_llava, "--encoder", folder / "tower", "--align", folder / "pictures",

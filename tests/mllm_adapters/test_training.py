@@ -15,12 +15,12 @@ from mllm_adapters.training.engine import (
     Recipe,
     RunOptions,
     names_on_disk,
-    plan_training,
+    prepare_training,
     retrain_projector,
     train,
     work_folder,
 )
-from tests.mllm_adapters.retraining import colour_rows, loud_llava, turns, write_json
+from tests.mllm_adapters.retraining import color_rows, loud_llava, turns, write_json
 
 FAST = RunOptions(report_to=(), logging_steps=1, save_steps=2)
 RECIPE = Recipe(max_steps=6, batch_size=2, learning_rate=1e-2)
@@ -42,13 +42,13 @@ def model(tiny_llava, tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    return write_json(folder / "train.json", colour_rows(folder / "images"))
+    return write_json(folder / "train.json", color_rows(folder / "images"))
 
 
 @pytest.fixture
 def run(model, data, tmp_path):
     def start(name="out", recipe=RECIPE, options=FAST, data=data, model=model, callbacks=(), **flags):
-        job = plan_training(model, data, data.parent / "images", recipe)
+        job = prepare_training(model, data, data.parent / "images", recipe)
         return train(job, tmp_path / name, options, callbacks=callbacks, **flags)
 
     return start
@@ -57,7 +57,7 @@ def run(model, data, tmp_path):
 @pytest.fixture(scope="module")
 def whole(model, data, tmp_path_factory):
     """A run that nothing disturbed, to compare others with. Do not write into it."""
-    job = plan_training(model, data, data.parent / "images", RECIPE)
+    job = prepare_training(model, data, data.parent / "images", RECIPE)
     return train(job, tmp_path_factory.mktemp("whole") / "out", FAST)
 
 
@@ -114,7 +114,7 @@ def test_the_loss_falls_on_a_task_that_can_be_learnt_and_the_answers_follow_the_
     outcome = run(recipe=Recipe(max_steps=40, batch_size=8, learning_rate=2e-2))
     first, last = outcome.losses[0][1], outcome.losses[-1][1]
     assert last < 0.5 * first
-    job = plan_training(outcome.out, data, data.parent / "images", RECIPE)
+    job = prepare_training(outcome.out, data, data.parent / "images", RECIPE)
     from mllm_adapters.data.dataset import ConversationDataset
 
     examples = ConversationDataset(job.examples, data.parent / "images", job.processor)
@@ -204,7 +204,7 @@ def test_a_frozen_tower_stays_in_evaluation_mode_while_training(model, run, whol
 def test_rows_without_images_do_not_stop_the_projector_stage(model, data):
     rows = [*json.loads(data.read_text()), {"id": "t", "conversations": turns("Hello", "Hi")}]
     mixed = write_json(data.parent / "mixed.json", rows)
-    job = plan_training(model, mixed, data.parent / "images", RECIPE)
+    job = prepare_training(model, mixed, data.parent / "images", RECIPE)
     assert (job.counts.kept, job.counts.text_only) == (8, 1)
 
 
@@ -225,7 +225,7 @@ def test_tensorboard_logs_go_to_the_work_folder(run):
 
 def test_planned_steps_are_the_trainers(run, model, data, tmp_path):
     for recipe in (Recipe(epochs=2, batch_size=3, gradient_accumulation=2), Recipe(epochs=0.5, batch_size=2)):
-        job = plan_training(model, data, data.parent / "images", recipe)
+        job = prepare_training(model, data, data.parent / "images", recipe)
         outcome = train(job, tmp_path / f"{recipe.epochs}", FAST)
         assert outcome.steps == job.steps
 
@@ -269,7 +269,7 @@ def test_an_image_damaged_since_it_was_checked_stops_training_with_its_name_and_
 ):
     folder = tmp_path / "damaged"
     shutil.copytree(data.parent, folder)
-    job = plan_training(model, folder / "train.json", folder / "images", RECIPE)
+    job = prepare_training(model, folder / "train.json", folder / "images", RECIPE)
     broken = folder / "images" / "3.png"
     broken.write_bytes(broken.read_bytes()[:-30])
     options = RunOptions(report_to=(), workers=workers, save_steps=1, feature_cache=False)
@@ -309,7 +309,7 @@ def test_a_model_without_a_tokenizer_is_refused(model, data, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(model / name, mute)
     with pytest.raises(UserError, match="no tokenizer"):
-        plan_training(mute, data, data.parent / "images", RECIPE)
+        prepare_training(mute, data, data.parent / "images", RECIPE)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from mllm_adapters.data.dataset import prepare_examples
 from mllm_adapters.loading.load import load_processor
 from tests import builders
 from tests.eval_mcq.helpers import small_bench
-from tests.mllm_adapters.retraining import colour_rows, turns, write_json
+from tests.mllm_adapters.retraining import color_rows, turns, write_json
 
 HEADER = {"format": "mgll-manifest", "version": 1, "granularities": ["status", "disease"], "images": "images"}
 
@@ -86,7 +86,7 @@ def test_the_questions_that_captions_answer_are_frozen_under_their_version():
 
 
 def test_files_of_all_formats_mix_in_the_order_given(tmp_path, tiny_llava):
-    chat = write_json(tmp_path / "a.json", colour_rows(tmp_path / "images", 2))
+    chat = write_json(tmp_path / "a.json", color_rows(tmp_path / "images", 2))
     bench = small_bench(tmp_path / "bench", 3)
     corpus = read_corpus([bench, chat, manifest(tmp_path / "m")], tmp_path / "images")
     assert [str(row.id) for row in corpus.rows] == [
@@ -163,7 +163,7 @@ def test_images_are_decoded_once_and_again_when_they_change(tmp_path, monkeypatc
 
 @pytest.fixture
 def place(tmp_path, tiny_llava):
-    write_json(tmp_path / "train.json", colour_rows(tmp_path / "images", 4))
+    write_json(tmp_path / "train.json", color_rows(tmp_path / "images", 4))
     (tmp_path / "images" / "2.png").write_bytes((tmp_path / "images" / "2.png").read_bytes()[:-30])
     return tmp_path
 
@@ -210,7 +210,7 @@ def test_choices_that_do_not_exist_are_refused(place, tiny_llava, option, value,
 
 def test_several_processes_render_the_same_rows_in_the_same_order(tmp_path, tiny_llava, monkeypatch):
     corpus = read_corpus(
-        write_json(tmp_path / "a.json", colour_rows(tmp_path / "images", 7)), tmp_path / "images"
+        write_json(tmp_path / "a.json", color_rows(tmp_path / "images", 7)), tmp_path / "images"
     )
     processor = load_processor(tiny_llava)
     monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path / "one"))

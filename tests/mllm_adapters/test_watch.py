@@ -17,11 +17,11 @@ from mgll_encoder.common.resuming import last_checkpoint
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.loading.load import load_mllm
 from mllm_adapters.training.callbacks import Watchdog, find_evaluator, loss_plot
-from mllm_adapters.training.engine import Extras, plan_training, train
+from mllm_adapters.training.engine import Extras, prepare_training, train
 from mllm_adapters.training.recipe import Recipe, RunOptions
 from tests import builders
 from tests.eval_mcq.helpers import question, write_bench
-from tests.mllm_adapters.retraining import COLOURS, colour_rows, loud_llava, write_json
+from tests.mllm_adapters.retraining import COLORS, color_rows, loud_llava, write_json
 
 FAST = RunOptions(report_to=(), logging_steps=1, save_steps=2)
 RECIPE = Recipe(max_steps=4, batch_size=2, learning_rate=1e-2)
@@ -30,7 +30,7 @@ RECIPE = Recipe(max_steps=4, batch_size=2, learning_rate=1e-2)
 @pytest.fixture(scope="module")
 def place(tiny_llava, tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
-    data = write_json(folder / "train.json", colour_rows(folder / "images"))
+    data = write_json(folder / "train.json", color_rows(folder / "images"))
     return SimpleNamespace(
         model=loud_llava(tiny_llava, folder / "llava"), data=data, images=folder / "images"
     )
@@ -40,9 +40,9 @@ def place(tiny_llava, tmp_path_factory):
 def bench(tmp_path):
     """Two categories of unequal size about the two colours."""
     questions = []
-    for i, (name, colour) in enumerate([*COLOURS.items()] * 3):
-        builders.picture(tmp_path, f"{i}.png", colour)
-        options = list(COLOURS)
+    for i, (name, color) in enumerate([*COLORS.items()] * 3):
+        builders.picture(tmp_path, f"{i}.png", color)
+        options = list(COLORS)
         questions.append(
             question(f"q{i}", f"{i}.png", options=options, answer=options.index(name), category="AB"[i > 3])
         )
@@ -64,7 +64,7 @@ def installed(tmp_path, monkeypatch):
 
 
 def run(place, out, extras=None, **flags):
-    job = plan_training(place.model, place.data, place.images, RECIPE)
+    job = prepare_training(place.model, place.data, place.images, RECIPE)
     return train(job, out, FAST, extras=extras, **flags)
 
 

@@ -23,7 +23,7 @@ def as_torch_file(file: Path) -> None:
     file.with_name("new").replace(file)
 
 
-def mislabelled(source: Path, folder: Path) -> Path:
+def mislabeled(source: Path, folder: Path) -> Path:
     """A copy of a checkpoint whose model.safetensors is a file of torch.save."""
     shutil.copytree(source, folder)
     as_torch_file(folder / "model.safetensors")
@@ -49,7 +49,7 @@ def swap(mllm: Path, encoder: Path, out: Path, *options: object) -> Path:
 def test_a_torch_file_called_safetensors_is_loaded_and_swapped(
     tiny_llava: Path, tmp_path: Path, tower: Path
 ) -> None:
-    wrong = mislabelled(tiny_llava, tmp_path / "wrong")
+    wrong = mislabeled(tiny_llava, tmp_path / "wrong")
     right, _ = load_mllm(tiny_llava)
     assert same(load_mllm(wrong)[0], right)
     swapped, _ = load_mllm(swap(wrong, tower, tmp_path / "swapped"))

@@ -9,7 +9,7 @@ import pytest
 
 from tests import builders
 from tests.mllm_adapters import complete
-from tests.mllm_adapters.retraining import COLOURS, loud_llava, turns, write_json
+from tests.mllm_adapters.retraining import COLORS, loud_llava, turns, write_json
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "align.py"
 QUESTION = "<image>\nWhich?\nA. red\nB. blue\nAnswer with the letter."
@@ -21,7 +21,7 @@ def test_the_bench_of_alignment_measures_each_arm_once(tiny_llava: Path, tmp_pat
     images = tmp_path / "photos"
     rows = []
     for i in range(12):
-        builders.picture(images, f"{i}.png", list(COLOURS.values())[i % 2])
+        builders.picture(images, f"{i}.png", list(COLORS.values())[i % 2])
         rows.append({"id": f"r{i}", "image": f"{i}.png", "conversations": turns(QUESTION, "AB"[i % 2])})
     data = write_json(tmp_path / "data.json", rows)
     out = tmp_path / "align.json"

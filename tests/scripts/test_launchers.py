@@ -12,7 +12,7 @@ import pytest
 
 from mllm_adapters.cli.retrain import main as retrain_projector
 from tests import builders
-from tests.mllm_adapters.retraining import colour_rows, loud_llava, write_json
+from tests.mllm_adapters.retraining import color_rows, loud_llava, write_json
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "scripts" / "recipes" / "llava" / "projector.yaml"
@@ -31,7 +31,7 @@ def line(launcher: str, recipe: Path = RECIPE) -> str:
 def place(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     loud_llava(tiny_llava, folder / "MODEL")
-    write_json(folder / "train.json", colour_rows(folder / "images"))
+    write_json(folder / "train.json", color_rows(folder / "images"))
     (folder / "scripts").symlink_to(ROOT / "scripts")
     return folder
 

@@ -52,7 +52,7 @@ def settings(tmp_path: Path) -> dict[str, object]:
     for i in range(
         160
     ):  # each of another shade: pictures that are the same are the same image, seen in training
-        picture(tmp_path / "photos", f"{i}.png", colour=(i, 255 - i, 40))
+        picture(tmp_path / "photos", f"{i}.png", color=(i, 255 - i, 40))
     return {
         "ENCODER": complete.encoder(tmp_path / "mgll"),
         "LABELS": labels,

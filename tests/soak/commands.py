@@ -147,10 +147,10 @@ def _models(folder: Path) -> None:
 
 def _pictures(folder: Path) -> None:
     from tests.eval_mcq.helpers import small_bench
-    from tests.mllm_adapters.retraining import colour_rows, write_json
+    from tests.mllm_adapters.retraining import color_rows, write_json
     from tests.mllm_adapters.test_align import drawn_pictures
 
-    write_json(folder / "train.json", colour_rows(folder / "colours"))
+    write_json(folder / "train.json", color_rows(folder / "colours"))
     small_bench(folder / "bench")
     drawn_pictures(folder / "drawn", 60)
 

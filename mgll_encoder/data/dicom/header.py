@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-class UnusableError(Exception):
+class UnusableDicomError(Exception):
     """A DICOM file that is left out.
 
     Neither text holds a value of the header or a path: both may name the patient.
@@ -31,7 +31,7 @@ def value(header: Any, name: str) -> Any:
     except (
         Exception
     ):  # pydicom converts values when they are asked for, and damaged ones raise errors of any kind
-        raise UnusableError("damaged header", f"field {name} cannot be read") from None
+        raise UnusableDicomError("damaged header", f"field {name} cannot be read") from None
     return None if found is None or found == "" else found
 
 
@@ -39,7 +39,7 @@ def numbers(header: Any, name: str) -> list[float]:
     """A field's numbers, NaN for those that are none; empty where there are none."""
     try:
         found = value(header, name)
-    except UnusableError:
+    except UnusableDicomError:
         return []
     several = isinstance(found, Iterable) and not isinstance(found, (str, bytes))
     return [_number(one) for one in (found if several else [found])] if found is not None else []
@@ -55,7 +55,7 @@ def number(header: Any, name: str, default: float) -> float:
     if found is None:
         return default
     if not math.isfinite(result := _number(found)):
-        raise UnusableError("damaged header", f"field {name} is not a number")
+        raise UnusableDicomError("damaged header", f"field {name} is not a number")
     return result
 
 

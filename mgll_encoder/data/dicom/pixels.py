@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mgll_encoder.data.dicom.header import UnusableError, number, numbers, value
+from mgll_encoder.data.dicom.header import UnusableDicomError, number, numbers, value
 
 PIXEL_FIELDS = (
     "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated",
@@ -34,7 +34,7 @@ _CONVERT = "convert it to Explicit VR Little Endian with dcmtk or gdcm"
 Values = NDArray[np.float64]
 
 
-def grey_values(header: Any) -> NDArray[np.uint8]:
+def gray_values(header: Any) -> NDArray[np.uint8]:
     """Decode the picture and make it grey values, dense tissue white.
 
     In this order: the modality's table or rescale; then what decides black and white (the first VOI table that holds
@@ -53,39 +53,41 @@ def grey_values(header: Any) -> NDArray[np.uint8]:
     stored = _decoded(header)
     padding = _padding(stored, header)
     if padding.all():
-        raise UnusableError("no contrast", "all pixels are padding")
+        raise UnusableDicomError("no contrast", "all pixels are padding")
     values = _of_modality(stored, header)
     if values[~padding].min() == values[~padding].max():
-        raise UnusableError("no contrast", "all pixels have one value")
+        raise UnusableDicomError("no contrast", "all pixels have one value")
     shown = _voi(values, padding, header)
-    grey = np.round((1 - shown if inverted else shown) * 255).astype(np.uint8)
-    low, high = np.percentile(grey[~padding], (1, 99))
+    gray = np.round((1 - shown if inverted else shown) * 255).astype(np.uint8)
+    low, high = np.percentile(gray[~padding], (1, 99))
     if high - low < FLAT:
-        raise UnusableError(
+        raise UnusableDicomError(
             "no contrast", "its window lies outside of its values, or a few of them outside of all others"
         )
-    grey[padding] = 0
-    return grey
+    gray[padding] = 0
+    return gray
 
 
 def _check_layout(header: Any) -> bool:
     """Refuse what is no single grey picture; whether low values are white."""
     if value(header, "PixelData") is None:
-        raise UnusableError("no pixel data")
+        raise UnusableDicomError("no pixel data")
     photometric = str(value(header, "PhotometricInterpretation") or "").strip()
     if photometric in _COLORS:
-        raise UnusableError(f"color image ({photometric})", "radiographs are MONOCHROME1 or MONOCHROME2")
+        raise UnusableDicomError(f"color image ({photometric})", "radiographs are MONOCHROME1 or MONOCHROME2")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise UnusableError("photometric interpretation missing or unknown")
+        raise UnusableDicomError("photometric interpretation missing or unknown")
     if number(header, "SamplesPerPixel", 1) != 1:
-        raise UnusableError("several samples per pixel")
+        raise UnusableDicomError("several samples per pixel")
     if number(header, "NumberOfFrames", 1) > 1:
-        raise UnusableError("several frames", "a radiograph is one picture: export its frames one by one")
+        raise UnusableDicomError(
+            "several frames", "a radiograph is one picture: export its frames one by one"
+        )
     if number(header, "Rows", 0) * number(header, "Columns", 0) > MOST_PIXELS:
-        raise UnusableError("too large", f"more than {MOST_PIXELS:,} pixels")
+        raise UnusableDicomError("too large", f"more than {MOST_PIXELS:,} pixels")
     bits = number(header, "BitsStored", 0)
     if not _transfer_syntax(header).is_compressed and number(header, "HighBit", bits - 1) != bits - 1:
-        raise UnusableError("unusual bits", "the high bit is not the last of the stored bits")
+        raise UnusableDicomError("unusual bits", "the high bit is not the last of the stored bits")
     return photometric == "MONOCHROME1"
 
 
@@ -99,7 +101,7 @@ def _transfer_syntax(header: Any) -> Any:
         header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
     syntax = UID(str(value(header.file_meta, "TransferSyntaxUID")))
     if not syntax.is_transfer_syntax:
-        raise UnusableError("no decoder (unknown encoding)", _CONVERT)
+        raise UnusableDicomError("no decoder (unknown encoding)", _CONVERT)
     return syntax
 
 
@@ -112,7 +114,7 @@ def _decoded(header: Any) -> NDArray[Any]:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise UnusableError(f"no decoder ({kind})", _CONVERT) from None
+        raise UnusableDicomError(f"no decoder ({kind})", _CONVERT) from None
     # Pillow is among this format's decoders, but reads 8 bits of it only.
     too_deep = (
         syntax == JPEGExtended12Bit
@@ -120,17 +122,17 @@ def _decoded(header: Any) -> NDArray[Any]:
         and number(header, "BitsStored", 0) > 8
     )
     if too_deep or not decoder.is_available:
-        raise UnusableError(f"no decoder ({kind})", "pip install 'mgll-mllm[dicom]' brings it")
+        raise UnusableDicomError(f"no decoder ({kind})", "pip install 'mgll-mllm[dicom]' brings it")
     try:
         stored = pixel_array(header)
     except MemoryError:
-        raise UnusableError("too large", "not enough memory") from None
+        raise UnusableDicomError("too large", "not enough memory") from None
     except Exception:  # damaged pixels raise errors of any kind, with values of the header in them
-        raise UnusableError(
+        raise UnusableDicomError(
             f"pixels cannot be decoded ({kind})", "the file is damaged or cut short"
         ) from None
     if stored.ndim != 2 or not stored.size:
-        raise UnusableError(f"pixels cannot be decoded ({kind})", "they make no picture")
+        raise UnusableDicomError(f"pixels cannot be decoded ({kind})", "they make no picture")
     return stored
 
 
@@ -193,7 +195,7 @@ def _of_modality(stored: NDArray[Any], header: Any) -> Values:
     """What the modality measured."""
     if value(header, "ModalityLUTSequence"):
         if not (tables := _tables(header, "ModalityLUTSequence")):
-            raise UnusableError("damaged header", "field ModalityLUTSequence holds no table")
+            raise UnusableDicomError("damaged header", "field ModalityLUTSequence holds no table")
         return tables[0](stored)
     slope, intercept = number(header, "RescaleSlope", 1), number(header, "RescaleIntercept", 0)
     return stored.astype(np.float64) * slope + intercept
@@ -216,7 +218,7 @@ def _window(header: Any) -> Callable[[Values], Values] | None:
     """The first window that has a center and a width; none where there is no such window."""
     name = str(value(header, "VOILUTFunction") or "LINEAR").strip()
     if name not in _WINDOWS:
-        raise UnusableError("unknown window function", f"expected one of {', '.join(_WINDOWS)}")
+        raise UnusableDicomError("unknown window function", f"expected one of {', '.join(_WINDOWS)}")
     function, least = _WINDOWS[name]
     for center, width in zip(numbers(header, "WindowCenter"), numbers(header, "WindowWidth"), strict=False):
         if math.isfinite(center) and math.isfinite(width) and width > 0 and width >= least:

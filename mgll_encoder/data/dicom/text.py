@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from mgll_encoder.data.dicom.header import UnusableError, value
+from mgll_encoder.data.dicom.header import UnusableDicomError, value
 
 TEXT_FIELDS = {"modality": "Modality", "study": "StudyDescription", "series": "SeriesDescription"}
 """Granularity, coarse to fine -> the header field that its text comes from; no other text is written."""
@@ -97,7 +97,7 @@ def safe_texts(header: Any) -> tuple[dict[str, list[str]], int]:
     try:
         identity = read_identity(header)
         kept = texts | {level: without_identity(texts[level], identity) for level in typed}
-    except UnusableError:  # nothing to compare with
+    except UnusableDicomError:  # nothing to compare with
         kept = texts | dict.fromkeys(typed, "")
     cut = sum(kept[level] != text for level, text in texts.items())
     return {level: [text] for level, text in kept.items() if text}, cut
@@ -201,7 +201,7 @@ def _said(header: Any, name: str) -> str:
     """A text on one line, of printable letters; empty where it is damaged."""
     try:
         whole = " ".join(_values(header, name))
-    except UnusableError:
+    except UnusableDicomError:
         return ""
     text = unicodedata.normalize("NFKC", whole)
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

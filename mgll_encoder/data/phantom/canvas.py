@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy.special import expit
 
 Array = NDArray[np.floating]
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 
 def edge(distance: Array, softness: float) -> Array:
@@ -35,19 +35,19 @@ class Canvas:
     def __post_init__(self) -> None:
         self.x, self.y = _grid(self.size)
 
-    def distance(self, centre: tuple[float, float], ratio: float = 1.0) -> Array:
+    def distance(self, center: tuple[float, float], ratio: float = 1.0) -> Array:
         """Distance of every pixel to a point; ``ratio`` < 1 makes the unit circle a tall ellipse."""
-        return np.hypot((self.x - centre[0]) / ratio, self.y - centre[1])
+        return np.hypot((self.x - center[0]) / ratio, self.y - center[1])
 
     def noise(self, cells: int) -> Array:
         """Smooth noise of unit variance with about ``cells`` bumps along a side."""
         coarse = self.rng.standard_normal((cells, cells)).astype(np.float32)
         return np.asarray(Image.fromarray(coarse).resize((self.size, self.size), Image.Resampling.BICUBIC))
 
-    def blend(self, mask: Array, colour: Colour) -> None:
+    def blend(self, mask: Array, color: Color) -> None:
         """Paint a colour through a 0-1 mask."""
         weight = np.clip(mask, 0, 1)[..., None]
-        self.rgb = self.rgb * (1 - weight) + weight * np.asarray(colour, np.float32)
+        self.rgb = self.rgb * (1 - weight) + weight * np.asarray(color, np.float32)
 
     def soften(self, radius: float) -> None:
         """Blur the whole picture by a Gaussian of ``radius`` field radii."""
@@ -62,7 +62,7 @@ class Canvas:
     def scatter(
         self,
         count: int,
-        centre: tuple[float, float],
+        center: tuple[float, float],
         near: float,
         far: float,
         keep_off: tuple[float, float] | None = None,
@@ -72,7 +72,7 @@ class Canvas:
         for _ in range(count * 6):
             distance = np.sqrt(self.rng.uniform(near**2, far**2))
             angle = self.rng.uniform(0, 2 * np.pi)
-            x, y = float(centre[0] + distance * np.cos(angle)), float(centre[1] + distance * np.sin(angle))
+            x, y = float(center[0] + distance * np.cos(angle)), float(center[1] + distance * np.sin(angle))
             if np.hypot(x, y) < 0.93 and (
                 keep_off is None or np.hypot(x - keep_off[0], y - keep_off[1]) > 0.22
             ):

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit
 
-from mgll_encoder.data.phantom.canvas import Canvas, Colour, edge
+from mgll_encoder.data.phantom.canvas import Canvas, Color, edge
 
-DRUSEN: Colour = (0.98, 0.86, 0.45)
-EXUDATE: Colour = (1.0, 0.95, 0.55)
-COTTON: Colour = (0.97, 0.93, 0.82)
-BLOOD: Colour = (0.36, 0.03, 0.03)
-PIGMENT: Colour = (0.10, 0.05, 0.04)
+DRUSEN: Color = (0.98, 0.86, 0.45)
+EXUDATE: Color = (1.0, 0.95, 0.55)
+COTTON: Color = (0.97, 0.93, 0.82)
+BLOOD: Color = (0.36, 0.03, 0.03)
+PIGMENT: Color = (0.10, 0.05, 0.04)
 
 
 @dataclass
@@ -39,13 +39,13 @@ class Anatomy:
     fovea: tuple[float, float]
     disc_radius: float
     disc_ratio: float
-    background: Colour
+    background: Color
     cup_ratio: float
     choroid: float
     crescent: float = 0.0
     pallor: float = 0.0
     vessel: float = 1.0
-    periphery: Colour = (0.75, 0.68, 0.68)
+    periphery: Color = (0.75, 0.68, 0.68)
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def _drusen(canvas: Canvas, eye: Anatomy, severity: float) -> None:
 
 def _blister(canvas: Canvas, eye: Anatomy, severity: float) -> None:
     radius = 0.22 + 0.10 * severity
-    centre = (eye.fovea[0] + canvas.rng.uniform(-0.05, 0.05), eye.fovea[1] + canvas.rng.uniform(-0.05, 0.05))
-    distance = canvas.distance(centre, canvas.rng.uniform(0.85, 1.2)) / radius + 0.04 * canvas.noise(7)
+    center = (eye.fovea[0] + canvas.rng.uniform(-0.05, 0.05), eye.fovea[1] + canvas.rng.uniform(-0.05, 0.05))
+    distance = canvas.distance(center, canvas.rng.uniform(0.85, 1.2)) / radius + 0.04 * canvas.noise(7)
     canvas.blend(0.55 * np.exp(-(((distance - 1.22) / 0.17) ** 2)), BLOOD)
     canvas.blend(0.45 * edge(distance, 0.06), (0.80, 0.60, 0.46))
     reflex = 0.55 + 0.25 * np.tanh(canvas.noise(5))
@@ -81,11 +81,11 @@ def _blister(canvas: Canvas, eye: Anatomy, severity: float) -> None:
 
 
 def _diabetic(canvas: Canvas, eye: Anatomy, severity: float) -> None:
-    rng, centre = canvas.rng, (eye.fovea[0] * 0.5, eye.fovea[1] * 0.5)
+    rng, center = canvas.rng, (eye.fovea[0] * 0.5, eye.fovea[1] * 0.5)
     dots, blots = canvas.mask(), canvas.mask(blur=0.006)
-    for place in canvas.scatter(int(25 + 35 * severity), centre, 0.05, 0.85, eye.disc):
+    for place in canvas.scatter(int(25 + 35 * severity), center, 0.05, 0.85, eye.disc):
         dots.spot(place, rng.uniform(0.008, 0.018))
-    for place in canvas.scatter(int(9 + 16 * severity), centre, 0.2, 0.85, eye.disc):
+    for place in canvas.scatter(int(9 + 16 * severity), center, 0.2, 0.85, eye.disc):
         for _ in range(3):
             shift = rng.normal(0, 0.018, 2)
             blots.spot(
@@ -94,10 +94,10 @@ def _diabetic(canvas: Canvas, eye: Anatomy, severity: float) -> None:
     canvas.blend(0.9 * dots.read(), BLOOD)
     canvas.blend(0.85 * blots.read(), BLOOD)
     hard, soft = canvas.mask(), canvas.mask(blur=0.016)
-    for cluster in canvas.scatter(int(3 + 4 * severity), centre, 0.30, 0.75, eye.disc):
+    for cluster in canvas.scatter(int(3 + 4 * severity), center, 0.30, 0.75, eye.disc):
         for place in canvas.scatter(7, cluster, 0.0, 0.08, eye.disc):
             hard.spot(place, rng.uniform(0.008, 0.017))
-    for place in canvas.scatter(int(1 + 4 * severity), centre, 0.35, 0.7, eye.disc):
+    for place in canvas.scatter(int(1 + 4 * severity), center, 0.35, 0.7, eye.disc):
         soft.spot(place, rng.uniform(0.03, 0.05), rng.uniform(0.8, 1.4), 0.85)
     canvas.blend(0.95 * hard.read(), EXUDATE)
     canvas.blend(soft.read(), COTTON)

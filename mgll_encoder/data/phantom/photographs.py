@@ -63,9 +63,9 @@ def render(
 
 def _draw_eye_parameters(rng: np.random.Generator, left_eye: bool) -> Anatomy:
     temporal = 1 if left_eye else -1
-    centre = rng.uniform(-0.08, 0.08, 2)
+    center = rng.uniform(-0.08, 0.08, 2)
     apart, tilt = rng.uniform(0.50, 0.60), rng.uniform(-0.02, 0.12)
-    fovea = (float(centre[0] + temporal * (0.08 + apart * 0.25)), float(centre[1]))
+    fovea = (float(center[0] + temporal * (0.08 + apart * 0.25)), float(center[1]))
     red, pigment = rng.uniform(0.66, 0.86), rng.uniform(0.40, 0.52)
     return Anatomy(
         temporal=temporal,

@@ -12,10 +12,10 @@ from pydantic import BaseModel, Field, PositiveInt
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
-from mllm_adapters.core.planning import kept, tower_root
+from mllm_adapters.core.planning import copied, tower_root
 from mllm_adapters.core.processing import host_pixels, image_settings, load_processor, own_processor
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Host, Request, Swap
+from mllm_adapters.families.host import Host, PlanRequest, Swap
 
 TOWER = "vision_tower."
 READERS = ("multi_modal_projector.layernorm", "multi_modal_projector.linear_1")
@@ -61,7 +61,7 @@ class AyaVision(PlannedFamily):
         """``transformers``: there is no other."""
         return "transformers" if config.get("model_type") == "aya_vision" else None
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:  # noqa: ARG002 (one layout, one target)
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:  # noqa: ARG002 (one layout, one target)
         """See `PlannedFamily.host`."""
         fields = read_fields(Fields, checkpoint.config, f"{checkpoint.folder}/config.json")
         before, notes = _contract(checkpoint, fields)
@@ -69,7 +69,7 @@ class AyaVision(PlannedFamily):
         return Host(
             layout="transformers",
             before=before,
-            steps=[kept(header) for header in checkpoint.tensors.values()],
+            steps=[copied(header) for header in checkpoint.tensors.values()],
             prefix=f"{root}{TOWER}vision_model.",
             dtype=dtype,
             config={**checkpoint.config, FAMILY_KEY: self.spec.name},

@@ -20,24 +20,24 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
 from mllm_adapters.core.contract import (
     FAMILY_KEY,
+    ConnectorLayer,
     Dropped,
     FamilySpec,
     Plan,
-    Reading,
     VisionContract,
 )
 from mllm_adapters.core.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
+    copied,
     extended,
     growth,
     image_row,
-    kept,
 )
 from mllm_adapters.core.processing import has_tokenizer, host_pixels, load_tokenizer, with_placeholder
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Connected, Host, Request, Swap
+from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
 from mllm_adapters.families.instructblip import original as lavis
 from mllm_adapters.families.instructblip.connector import QFORMER_PART, TOWER, refitted
 from mllm_adapters.families.instructblip.original import AsStock
@@ -101,7 +101,7 @@ class InstructBlip(PlannedFamily):
         stock = "transformers" if FAMILY_KEY in config else "stock"
         return {OWN: "transformers", STOCK: stock}.get(str(config.get("model_type")))
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         """See `PlannedFamily.host`."""
         layout, where = str(self.layout(checkpoint.config)), f"{checkpoint.folder}/config.json"
         swapped = request.tower is not None
@@ -174,13 +174,13 @@ class InstructBlip(PlannedFamily):
             chat_template=read_text(own, "chat template") if own.is_file() else _TEMPLATE,
         )
 
-    def readings(self, plan: Plan) -> tuple[Reading, ...]:
+    def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:
         """Keys and values of all layers, which read the same: the tower's features after the norm."""
-        found = super().readings(plan)
+        found = super().connector_layers(plan)
         return tuple(replace(reading, at=found[0].linear) for reading in found)
 
-    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
-        """See `Family.look`: whatever the instruction, the Q-Former reads the same of the picture."""
+    def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
+        """See `Family.encode_images`: whatever the instruction, the Q-Former reads the same of the picture."""
         words = torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device)
         model.get_image_features(pixels, words, torch.ones_like(words))
 
@@ -194,7 +194,7 @@ def _as_stock(checkpoint: Checkpoint) -> AsStock:
     reason = "a table that is computed anew"
     return AsStock(
         config={key: value for key, value in checkpoint.config.items() if key != "auto_map"},
-        steps=[kept(header) for header in headers if not header.name.endswith(BUFFERS)],
+        steps=[copied(header) for header in headers if not header.name.endswith(BUFFERS)],
         dropped=[Dropped(name=h.name, reason=reason) for h in headers if h.name.endswith(BUFFERS)],
     )
 
@@ -303,7 +303,7 @@ INSTRUCTBLIP = InstructBlip(
         projector=r"vision_model\.(?:ln_vision|post_layernorm)\.|qformer\.|query_tokens|language_projection\.",
         language_model=r"language_model\.",
         not_llava="InstructBLIP cannot be written as a LLaVA: between tower and language model it has a Q-Former",
-        loose_weights=lavis.LOOSE_WEIGHTS,
+        bare_weights=lavis.LOOSE_WEIGHTS,
         parts={
             lavis.LANGUAGE_PART: "the language model's folder (LAVIS)",
             TOWER_PART: f"the EVA tower, {lavis.TOWER_FILE} (LAVIS)",

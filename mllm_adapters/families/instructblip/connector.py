@@ -8,7 +8,7 @@ from typing import Any
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Step, VisionContract
-from mllm_adapters.core.planning import kept, refit_reader
+from mllm_adapters.core.planning import copied, refit_reader
 from mllm_adapters.families.host import Connected, Swap
 from mllm_adapters.families.instructblip import original as lavis
 
@@ -92,6 +92,6 @@ def _trained_readers(
                 f"expected {list(shape)}: take a Q-Former trained on a tower of width {after.width} (for CLIP ViT-L "
                 "LAVIS' blip2_pretrained_vitL.pth), or leave it out"
             )
-        changed.append(kept(header, step.name).model_copy(update={"dtype": step.dtype}))
+        changed.append(copied(header, step.name).model_copy(update={"dtype": step.dtype}))
     readers = dict.fromkeys(names, f"taken from {path.name} ({after.width} wide)")
     return Connected(changed, readers, {"vision_layer_norm_eps": lavis.NORM_EPSILON})

@@ -17,8 +17,8 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.configs import build_config, text_config
 from mllm_adapters.core.contract import Dropped, Step
 from mllm_adapters.core.known_towers import gone
-from mllm_adapters.core.planning import TOWER_PART, dtype_name, kept
-from mllm_adapters.families.keytable import Layout, placed
+from mllm_adapters.core.planning import TOWER_PART, copied, dtype_name
+from mllm_adapters.families.keytable import OriginalLayout, placed
 
 LANGUAGE_PART, CONFIG_PART = "language-model", "config"
 
@@ -55,7 +55,7 @@ HEADS: Mapping[str, Mapping[int, int]] = {"vision_config": {EVA_WIDTH: 16}, "qfo
 NORM_EPSILON = 1e-5
 """Of ``ln_vision``: PyTorch's default in LAVIS, while all norms inside the tower have 1e-6."""
 
-LAYOUT = Layout(
+LAYOUT = OriginalLayout(
     {
         "query_tokens": "query_tokens",
         "ln_vision.*": "vision_model.post_layernorm.{}",
@@ -74,7 +74,7 @@ LAYOUT = Layout(
 
 _BLOCK = "vision_model.encoder.layers.{}."
 
-EVA_LAYOUT = Layout(
+EVA_LAYOUT = OriginalLayout(
     {
         "cls_token": "vision_model.embeddings.class_embedding",
         "pos_embed": "vision_model.embeddings.position_embedding",
@@ -264,7 +264,7 @@ def _attached(
     where = f"{path}/config.json"
     tensors = {} if inside else checkpoint.attach(LANGUAGE_PART, path)
     checkpoint.parts[LANGUAGE_PART] = path
-    taken = [kept(h, f"language_model.{n}") for n, h in tensors.items() if not n.endswith("inv_freq")]
+    taken = [copied(h, f"language_model.{n}") for n, h in tensors.items() if not n.endswith("inv_freq")]
     rows = max(
         (
             s.shape[0]

@@ -16,9 +16,9 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Target, VisionContract
-from mllm_adapters.core.planning import after_swap, anew
+from mllm_adapters.core.planning import after_swap, reinitialized
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Connected, Host, Request, Swap
+from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
 from mllm_adapters.families.internvl import text as internvl_text
 from mllm_adapters.families.internvl.hosts import CLASSES, NAME, native_host, original_host
 from mllm_adapters.families.llava import LLAVA, Llava
@@ -54,12 +54,12 @@ class InternVL(PlannedFamily):
         plan = self._as_llava.plan if as_llava else super().plan
         return plan(checkpoint, tower, image_size, target)
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         """See `PlannedFamily.host`."""
         original = self.layout(checkpoint.config) == "original"
         return (original_host if original else native_host)(checkpoint, request)
 
-    def after(self, host: Host, request: Request) -> VisionContract:
+    def after(self, host: Host, request: PlanRequest) -> VisionContract:
         """See `PlannedFamily.after`; a LLaVA has as many tokens as the host, but joins no patches."""
         if request.tower is None or request.target != "llava":
             return super().after(host, request)
@@ -74,7 +74,9 @@ class InternVL(PlannedFamily):
         norm, first = swap.host.connector
         shapes = {f"{first}.weight": (swap.host.step(f"{first}.weight").shape[0], swap.after.width)}
         made = [
-            anew(step, shapes.get(step.name, step.shape)) if step.name.startswith(f"{first}.") else step
+            reinitialized(step, shapes.get(step.name, step.shape))
+            if step.name.startswith(f"{first}.")
+            else step
             for step in swap.steps
             if not step.name.startswith(f"{norm}.")
         ]

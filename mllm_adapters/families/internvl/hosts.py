@@ -17,9 +17,9 @@ from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resi
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_geometry
 from mllm_adapters.core.contract import FAMILY_KEY, Step, VisionContract
-from mllm_adapters.core.planning import contract_of, extended, image_row, kept
+from mllm_adapters.core.planning import contract_of, copied, extended, image_row
 from mllm_adapters.core.processing import host_pixels
-from mllm_adapters.families.host import Host, Request
+from mllm_adapters.families.host import Host, PlanRequest
 from mllm_adapters.families.internvl import text as internvl_text
 from mllm_adapters.families.internvl.names import (
     EMBEDDINGS,
@@ -108,7 +108,7 @@ class NativeFields(BaseModel):
     ps_version: Literal["v1", "v2"] = "v2"
 
 
-def original_host(checkpoint: Checkpoint, request: Request) -> Host:
+def original_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     """What a checkpoint in the original layout is.
 
     Raises:
@@ -185,7 +185,7 @@ def _original_notes(
     return tuple(notes)
 
 
-def native_host(checkpoint: Checkpoint, request: Request) -> Host:
+def native_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     """What a checkpoint in the transformers layout is, swapped before or not.
 
     Raises:
@@ -234,7 +234,7 @@ def native_host(checkpoint: Checkpoint, request: Request) -> Host:
     return Host(
         layout="transformers",
         before=contract,
-        steps=[kept(header) for header in checkpoint.tensors.values()],
+        steps=[copied(header) for header in checkpoint.tensors.values()],
         dtype=projector.dtype,
         config=_config(kind, own, vision, contract),
         image_token_id=fields.image_token_id,
@@ -252,7 +252,7 @@ def _contract(spec: TowerSpec, layer: int, merge: int, tiles: int) -> VisionCont
     return contract.model_copy(update={"tokens": (spec.grid // merge) ** 2, "tiles": tiles})
 
 
-def _model_type(request: Request, ps_version: str, contract: VisionContract) -> str:
+def _model_type(request: PlanRequest, ps_version: str, contract: VisionContract) -> str:
     """Of the target: the stock class has one order of visual tokens, and its processor one resize rule."""
     stock = request.tower is None and ps_version == "v2" and contract.resize == "squash"
     return "llava" if request.target == "llava" else "internvl" if stock else OWN
@@ -280,7 +280,7 @@ def _config(
     return config
 
 
-def _places(root: str, kind: str, request: Request) -> dict[str, Any]:
+def _places(root: str, kind: str, request: PlanRequest) -> dict[str, Any]:
     """Where tower and connector are in the target; ``root`` precedes their names."""
     names = ("layer_norm", "linear_1") if request.tower else ()
     return {

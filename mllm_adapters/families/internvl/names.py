@@ -11,7 +11,7 @@ from typing import Any
 from mgll_encoder.weights.keytable import Drop, Rule, Split
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Dropped, Step
-from mllm_adapters.families.keytable import Layout
+from mllm_adapters.families.keytable import OriginalLayout
 
 TOWER = "vision_tower."
 
@@ -117,5 +117,5 @@ def sort_tensors(
     if llm_config.get("tie_word_embeddings"):
         tied = Drop("tied to the embeddings")
         rules = {name: tied if rule == HEAD else rule for name, rule in rules.items()}
-    layout = Layout(rules, of="an InternVL-Chat checkpoint")
+    layout = OriginalLayout(rules, of="an InternVL-Chat checkpoint")
     return layout.steps(checkpoint.tensors.values(), checkpoint.folder)

@@ -53,7 +53,7 @@ _VICUNA = (
 
 
 @dataclass(frozen=True)
-class Format:
+class ConversationFormat:
     """A conversation format.
 
     Attributes:
@@ -67,18 +67,20 @@ class Format:
     stop: str
 
 
-FORMATS: Mapping[str, Format] = {
-    "Hermes-2": Format("internvl_chatml.jinja", {"system": _INTERNVL_1, "end": "<|im_end|>"}, "<|im_end|>"),
-    "internlm2-chat": Format(
+FORMATS: Mapping[str, ConversationFormat] = {
+    "Hermes-2": ConversationFormat(
         "internvl_chatml.jinja", {"system": _INTERNVL_1, "end": "<|im_end|>"}, "<|im_end|>"
     ),
-    "internvl2_5": Format(
+    "internlm2-chat": ConversationFormat(
+        "internvl_chatml.jinja", {"system": _INTERNVL_1, "end": "<|im_end|>"}, "<|im_end|>"
+    ),
+    "internvl2_5": ConversationFormat(
         "internvl_chatml.jinja", {"system": _INTERNVL_2_5, "end": "<|im_end|>\n"}, "<|im_end|>"
     ),
-    "internvl_zh": Format(
+    "internvl_zh": ConversationFormat(
         "internvl_colon.jinja", {"system": "", "user": "<human>", "assistant": "<bot>"}, "</s>"
     ),
-    "vicuna_v1.1": Format(
+    "vicuna_v1.1": ConversationFormat(
         "internvl_colon.jinja", {"system": _VICUNA, "user": "USER", "assistant": "ASSISTANT"}, "</s>"
     ),
 }
@@ -86,7 +88,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 @dataclass(frozen=True)
-class Conversation:
+class TextSettings:
     """What the model must know of its tokenizer.
 
     Attributes:
@@ -98,7 +100,7 @@ class Conversation:
     stops: tuple[int, ...]
 
 
-def conversation(folder: Path, template: str | None, vocabulary: int) -> Conversation | None:
+def conversation(folder: Path, template: str | None, vocabulary: int) -> TextSettings | None:
     """What a checkpoint in the original layout says of its tokenizer; None where it has none.
 
     Args:
@@ -121,7 +123,7 @@ def conversation(folder: Path, template: str | None, vocabulary: int) -> Convers
                 f"{found}: take the tokenizer files of this very checkpoint"
             )
     ends = (tokenizer.eos_token_id, vocab[stop])
-    return Conversation(vocab[IMAGE], tuple(dict.fromkeys(i for i in ends if i is not None)))
+    return TextSettings(vocab[IMAGE], tuple(dict.fromkeys(i for i in ends if i is not None)))
 
 
 def described(folder: Path, model_type: str) -> str | None:
@@ -285,7 +287,7 @@ def _content(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
 
 
-def _format(folder: Path, template: str | None) -> Format:
+def _format(folder: Path, template: str | None) -> ConversationFormat:
     if template is None or template not in FORMATS:
         raise unknown_name(
             f"conversation template (field 'template' of {folder}/config.json)", str(template), FORMATS
@@ -293,7 +295,7 @@ def _format(folder: Path, template: str | None) -> Format:
     return FORMATS[template]
 
 
-def _template(form: Format) -> str:
+def _template(form: ConversationFormat) -> str:
     words = {**form.words, "image": IMAGE}
     head = "".join(
         f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in words.items()

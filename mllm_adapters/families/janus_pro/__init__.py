@@ -18,10 +18,10 @@ from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import (
     FAMILY_KEY,
+    ConnectorLayer,
     Dropped,
     FamilySpec,
     Plan,
-    Reading,
     Step,
     Target,
     VisionContract,
@@ -30,7 +30,7 @@ from mllm_adapters.core.processing import check_placeholder, llava_processor
 from mllm_adapters.core.streaming import nbytes
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Host, Request, Swap
+from mllm_adapters.families.host import Host, PlanRequest, Swap
 from mllm_adapters.families.janus_pro.original import read_original
 from mllm_adapters.families.janus_pro.source import (
     GENERATION,
@@ -97,7 +97,7 @@ class JanusPro(PlannedFamily):
         plan = self.llava.plan if as_llava else super().plan
         return plan(checkpoint, tower, image_size, target)
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         """See `PlannedFamily.host`."""
         original = self.layout(checkpoint.config) == "original"
         host = (read_original if original else read_converted)(checkpoint, request)
@@ -166,14 +166,14 @@ class JanusPro(PlannedFamily):
             min_size=min_size,
         )
 
-    def readings(self, plan: Plan) -> tuple[Reading, ...]:
+    def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:
         """The aligner's first layer, under its name in either layout."""
-        (reading,) = super().readings(plan)
+        (reading,) = super().connector_layers(plan)
         was_llava = read_json(plan.source / "config.json").get("model_type") == "llava"
         return (reading if was_llava else replace(reading, host=READER),)
 
-    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
-        """See `Family.look`; Janus' outer class has no ``get_image_features``."""
+    def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
+        """See `Family.encode_images`; Janus' outer class has no ``get_image_features``."""
         model.base_model.get_image_features(pixel_values=pixels)
 
 

@@ -15,13 +15,13 @@ from mgll_encoder.weights.keytable import Drop, Reshape, Rule, Split
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields, text_config
 from mllm_adapters.core.planning import check_positions, extended
-from mllm_adapters.families.host import Host, Request
+from mllm_adapters.families.host import Host, PlanRequest
 from mllm_adapters.families.janus_pro.source import (
     EMBEDDINGS,
     LM_HEAD,
     POSITIONS,
     TOWER,
-    Quantisable,
+    Quantizable,
     begin_id,
     janus_host,
     janus_pixels,
@@ -30,7 +30,7 @@ from mllm_adapters.families.janus_pro.source import (
     shape_of,
     text_ids,
 )
-from mllm_adapters.families.keytable import Layout
+from mllm_adapters.families.keytable import OriginalLayout
 
 VIT, BLOCK = "vision_model.vision_tower.", "vision_model.vision_tower.blocks.{}."
 VQ, NEW_VQ = "gen_vision_model.", "model.vqmodel."
@@ -68,7 +68,7 @@ HEAD_WIDTH = 64
 """Width of SigLIP-L's attention heads; the weights cannot tell."""
 
 
-class OriginalFields(Quantisable):
+class OriginalFields(Quantizable):
     """What counts in an original config.json: each part is ``{"cls": ..., "params": {...}}``."""
 
     vision_config: dict[str, Any]
@@ -100,7 +100,7 @@ class LanguageFields(BaseModel):
     model_type: Literal["llama"] = "llama"
 
 
-def read_original(checkpoint: Checkpoint, request: Request) -> Host:
+def read_original(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     """Read a checkpoint of deepseek-ai/Janus (``model_type`` multi_modality).
 
     Raises:
@@ -156,14 +156,14 @@ def _count(checkpoint: Checkpoint, pattern: str) -> int:
     return len({m[1] for name in checkpoint.tensors if (m := re.match(pattern, name))})
 
 
-def _table(checkpoint: Checkpoint) -> Layout:
+def _table(checkpoint: Checkpoint) -> OriginalLayout:
     """The rules of a checkpoint; of its aligners, linear layers have even numbers, activations odd ones."""
     aligners: dict[str, Rule] = {}
     for name, target in (("aligner", "model.aligner"), ("gen_aligner", "model.generation_aligner")):
         depth = _count(checkpoint, rf"{name}\.layers\.(\d+)\.")
         layers = ("fc1", *(f"hidden_layers.{layer}" for layer in range(depth - 1)))
         aligners |= {f"{name}.layers.{2 * i}.*": f"{target}.{layer}.{{}}" for i, layer in enumerate(layers)}
-    return Layout({**RULES, **aligners}, of="a Janus-Pro checkpoint")
+    return OriginalLayout({**RULES, **aligners}, of="a Janus-Pro checkpoint")
 
 
 def _siglip(checkpoint: Checkpoint, params: VisionParams) -> tuple[TowerSpec, tuple[str, ...]]:

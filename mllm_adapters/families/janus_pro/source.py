@@ -15,9 +15,9 @@ from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, c
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, Step
-from mllm_adapters.core.planning import check_positions, contract_of, growth, image_row, kept
+from mllm_adapters.core.planning import check_positions, contract_of, copied, growth, image_row
 from mllm_adapters.core.processing import host_pixels, image_settings, load_tokenizer
-from mllm_adapters.families.host import Host, Request
+from mllm_adapters.families.host import Host, PlanRequest
 
 NAME, OWN_TYPE = "janus-pro", "mgll_janus"
 """Of the family, and of the architecture that takes a CLIP tower."""
@@ -38,7 +38,7 @@ GENERATION = ("model.vqmodel.", "model.generation_")
 EMBEDDINGS, LM_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
-class Quantisable(BaseModel):
+class Quantizable(BaseModel):
     """A config.json of either layout."""
 
 
@@ -61,7 +61,7 @@ def janus_host(
     config: Mapping[str, Any],
     tied: bool,
     tokenizer: Any | None,
-    request: Request,
+    request: PlanRequest,
     **more: Any,
 ) -> Host:
     """A Janus checkpoint whatever its layout, under the names of transformers' own Janus.
@@ -104,14 +104,14 @@ def janus_host(
     )
 
 
-def read_converted(checkpoint: Checkpoint, request: Request) -> Host:
+def read_converted(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     """Read transformers' own Janus, or one with a CLIP tower that this project has written.
 
     Raises:
         UserError: something is missing or does not fit together.
     """
     where = f"{checkpoint.folder}/config.json"
-    read_fields(Quantisable, checkpoint.config, where)
+    read_fields(Quantizable, checkpoint.config, where)
     built = build_config(checkpoint.config, where)
     for name in (f"{READER}.weight", EMBEDDINGS, POSITIONS):
         shape_of(checkpoint, name)
@@ -145,7 +145,7 @@ def read_converted(checkpoint: Checkpoint, request: Request) -> Host:
     }
     # transformers' default is true, even where the head is there and its own; then it is not tied.
     tied = built.tie_word_embeddings and LM_HEAD not in checkpoint.tensors
-    steps = [kept(header) for header in checkpoint.tensors.values()]
+    steps = [copied(header) for header in checkpoint.tensors.values()]
     return janus_host("transformers", spec, steps, config, tied, tokenizer, request, notes=notes)
 
 

@@ -24,7 +24,7 @@ from mllm_adapters.core.processing import (
 )
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Host, Request, Swap
+from mllm_adapters.families.host import Host, PlanRequest, Swap
 from mllm_adapters.families.llava import fields as llava_fields
 from mllm_adapters.families.llava.native import native_host
 from mllm_adapters.families.llava.original import (
@@ -62,7 +62,7 @@ class Llava(PlannedFamily):
         mine = config.get(FAMILY_KEY, self.spec.name if self.owns_native_layout else None) == self.spec.name
         return "transformers" if native and mine else None
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         """See `PlannedFamily.host`."""
         name = self.spec.name
         if self.layout(checkpoint.config) == "transformers":

@@ -8,7 +8,7 @@ from mgll_encoder.tower.spec import TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields
 from mllm_adapters.core.contract import FAMILY_KEY
-from mllm_adapters.core.planning import TOWER_PART, HostTower, check_positions, contract_of, kept
+from mllm_adapters.core.planning import TOWER_PART, HostTower, check_positions, contract_of, copied
 from mllm_adapters.core.processing import host_pixels, own_processor
 from mllm_adapters.families.host import Host
 from mllm_adapters.families.llava.fields import NativeFields
@@ -42,7 +42,7 @@ def native_host(family: str, checkpoint: Checkpoint) -> Host:
         before=contract_of(
             tower.spec, fields.vision_feature_layer, CLASS_TOKEN[fields.vision_feature_select_strategy]
         ),
-        steps=[kept(header) for header in checkpoint.tensors.values()],
+        steps=[copied(header) for header in checkpoint.tensors.values()],
         prefix=prefix,
         dtype=checkpoint.tensors[prefix + CLASS_EMBEDDING].dtype,
         config={**{key: value for key, value in config.items() if key != "auto_map"}, FAMILY_KEY: family},

@@ -17,14 +17,14 @@ from mllm_adapters.core.planning import (
     HostTower,
     NamedTower,
     contract_of,
+    copied,
     dtype_name,
     external_tower,
     growth,
     image_row,
-    kept,
 )
 from mllm_adapters.core.processing import has_tokenizer, load_tokenizer
-from mllm_adapters.families.host import Host, Request
+from mllm_adapters.families.host import Host, PlanRequest
 from mllm_adapters.families.llava.fields import (
     READS_ITS_SHARDS,
     OriginalFields,
@@ -78,7 +78,7 @@ class Placeholder:
 
 
 def original_host(
-    family: str, checkpoint: Checkpoint, request: Request, *, reads_trained_tower: bool
+    family: str, checkpoint: Checkpoint, request: PlanRequest, *, reads_trained_tower: bool
 ) -> Host:
     """An original checkpoint (whole, projector only, or LoRA), as it is in the transformers layout.
 
@@ -108,7 +108,7 @@ def original_host(
     return Host(
         layout=weights.layout,
         before=before,
-        steps=[*steps, *(kept(checkpoint.header(source), name) for name, source in own.items())],
+        steps=[*steps, *(copied(checkpoint.header(source), name) for name, source in own.items())],
         prefix=TOWER_PREFIX,
         dtype=dtype,
         config={
@@ -194,7 +194,7 @@ def _host_tower(
     fields: OriginalFields,
     weights: Weights,
     found: Sorted,
-    request: Request,
+    request: PlanRequest,
     reads_trained_tower: bool,
 ) -> HostTower:
     """The tower that the original code would use: the one it names, unless it takes the one in the shards."""

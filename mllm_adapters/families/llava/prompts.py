@@ -14,23 +14,23 @@ from mllm_adapters.families.llava.fields import first_release
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ConversationFormat:
     """A conversation format: its chat template, and what it is called in a plan."""
 
     template: str
     title: str
 
 
-FIRST = Prompt(
+FIRST = ConversationFormat(
     read_template("llava_v0.jinja"), "that of the first releases (Human and Assistant between ###)"
 )
 """Of the releases with a single Linear as projector."""
 
-BY_END_TOKEN: Mapping[str, Prompt] = {
-    "<|endoftext|>": Prompt(
+BY_END_TOKEN: Mapping[str, ConversationFormat] = {
+    "<|endoftext|>": ConversationFormat(
         read_template("huatuo_vision.jinja"), "HuatuoGPT-Vision's (<|user|>, <|assistant|>)"
     ),
-    "<|im_end|>": Prompt(read_template("llava_chatml.jinja"), "ChatML, as in LLaVA-NeXT"),
+    "<|im_end|>": ConversationFormat(read_template("llava_chatml.jinja"), "ChatML, as in LLaVA-NeXT"),
 }
 """End token of a tokenizer -> the format whose answers end with it; ``</s>`` (LLaMA, Mistral) ends the usual one."""
 
@@ -58,5 +58,5 @@ def prompt_note(config: Mapping[str, Any], tokenizer: Any | None) -> tuple[str, 
     )
 
 
-def _unusual(config: Mapping[str, Any], tokenizer: Any) -> Prompt | None:
+def _unusual(config: Mapping[str, Any], tokenizer: Any) -> ConversationFormat | None:
     return FIRST if first_release(config) else BY_END_TOKEN.get(str(tokenizer.eos_token))

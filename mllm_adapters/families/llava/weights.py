@@ -15,8 +15,8 @@ from mgll_encoder.weights.foreign import ADAPTER_CONFIG
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields
 from mllm_adapters.core.contract import Dropped, Step
-from mllm_adapters.core.planning import dtype_name, extended, kept
-from mllm_adapters.families.keytable import Layout
+from mllm_adapters.core.planning import copied, dtype_name, extended
+from mllm_adapters.families.keytable import OriginalLayout
 from mllm_adapters.families.llava.fields import AdapterFields, text_model
 
 READER = "multi_modal_projector.linear_1"
@@ -42,7 +42,7 @@ ORIGINAL_TOWER = re.compile(r"model\.vision_tower\.vision_tower\.(?:vision_model
 ORIGINAL_PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
 LORA_MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
-LAYOUT = Layout(
+LAYOUT = OriginalLayout(
     {
         "*rotary_emb.inv_freq": None,  # recomputed from the configuration
         "model.image_newline": None,  # of the anyres modes, which are refused
@@ -189,7 +189,7 @@ def original_steps(
     steps = []
     for target, original in names.items():
         header = checkpoint.header(weights.sources[original])
-        step = kept(header, target)
+        step = copied(header, target)
         if merge := weights.merges.get(original):
             made = {"operation": "lora", "arguments": {"scale": merge.scale}}
             step = step.model_copy(update={**made, "sources": (header.name, merge.down, merge.up)})

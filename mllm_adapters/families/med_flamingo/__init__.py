@@ -17,13 +17,13 @@ from mgll_encoder.common.texts import read_json
 from mgll_encoder.tower.spec import TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_config, tower_geometry
-from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Reading, Step
+from mllm_adapters.core.contract import FAMILY_KEY, ConnectorLayer, FamilySpec, Plan, Step
 from mllm_adapters.core.operations import EXTEND_ROWS
 from mllm_adapters.core.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
     contract_of,
-    kept,
+    copied,
 )
 from mllm_adapters.core.processing import (
     check_placeholder,
@@ -36,7 +36,7 @@ from mllm_adapters.core.processing import (
 )
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Connected, Host, Request, Swap
+from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
 from mllm_adapters.families.med_flamingo.original import (
     BRIDGE,
     HEAD,
@@ -89,7 +89,7 @@ class MedFlamingo(PlannedFamily):
             return "original"
         return "transformers" if config.get("model_type") == MODEL_TYPE else None
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         """See `PlannedFamily.host`."""
         original = self.layout(checkpoint.config) == "original"
         return self._original(checkpoint, request) if original else self._own(checkpoint)
@@ -121,9 +121,9 @@ class MedFlamingo(PlannedFamily):
         check_placeholder(tokenizer, IMAGE_TOKEN, plan.image_token_id)
         return FlamingoProcessor(image_processor(plan.after), tokenizer, chat_template=template)
 
-    def readings(self, plan: Plan) -> tuple[Reading, ...]:  # noqa: ARG002 (it is always the same)
+    def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:  # noqa: ARG002 (it is always the same)
         """The bridge; before there is one, the perceiver reads the features themselves."""
-        return (Reading(BRIDGE),)
+        return (ConnectorLayer(BRIDGE),)
 
     def for_alignment(self, plan: Plan, checkpoint: Checkpoint) -> Plan:
         """See `Family.for_alignment`: the perceiver's layers read features and latents alike, so they are all kept.
@@ -133,7 +133,7 @@ class MedFlamingo(PlannedFamily):
         if any(step.name == f"{BRIDGE}.weight" for step in plan.steps):
             return plan
         steps = [
-            kept(checkpoint.header(step.replaces), step.name) if step.replaces else step
+            copied(checkpoint.header(step.replaces), step.name) if step.replaces else step
             for step in plan.steps
         ]
         old, new = plan.before.width, plan.after.width
@@ -152,7 +152,7 @@ class MedFlamingo(PlannedFamily):
             }
         )
 
-    def _original(self, checkpoint: Checkpoint, request: Request) -> Host:
+    def _original(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         names = sort_names(checkpoint)
         language = language_model(checkpoint)
         config = read_json(language / "config.json")
@@ -201,7 +201,7 @@ class MedFlamingo(PlannedFamily):
     def _own(self, checkpoint: Checkpoint) -> Host:
         fields = read_fields(NativeFields, checkpoint.config, f"{checkpoint.folder}/config.json")
         spec, depth, notes = _native_tower(checkpoint)
-        steps = [kept(header) for header in checkpoint.tensors.values()]
+        steps = [copied(header) for header in checkpoint.tensors.values()]
         tower = next((step for step in steps if step.name.startswith(TOWER_PREFIX)), None)
         if tower is None:
             raise UserError(f"{checkpoint.folder} has no tensors under {TOWER_PREFIX}: complete the download")
@@ -291,9 +291,9 @@ MED_FLAMINGO = MedFlamingo(
         # The original trains these two and the embedding; the gated blocks read latents as wide as the features.
         projector=r"perceiver\.|cross_attention\.|bridge\.",
         language_model=r"language_model\.|lm_head\.",
-        sees=r"vision_tower\.|bridge\.",
+        vision_parameters=r"vision_tower\.|bridge\.",
         not_llava="Med-Flamingo cannot be written as a LLaVA: its language model reads images by cross-attention",
-        loose_weights=(r"(?:module\.)?(?:perceiver|lang_encoder)\.", r"(?:module\.)?vision_encoder\."),
+        bare_weights=(r"(?:module\.)?(?:perceiver|lang_encoder)\.", r"(?:module\.)?vision_encoder\."),
         parts={
             LANGUAGE_PART: "folder of the LLaMA-7B that it was trained on",
             TOWER_PART: "OpenAI's CLIP ViT-L/14, as state dict or transformers folder",

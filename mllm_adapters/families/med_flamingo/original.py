@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.weights.keytable import Place
+from mgll_encoder.weights.keytable import Destination
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.contract import Dropped, Step, VisionContract
-from mllm_adapters.core.planning import anew, dtype_name, kept, refit_reader
-from mllm_adapters.families.keytable import Layout
+from mllm_adapters.core.planning import copied, dtype_name, refit_reader, reinitialized
+from mllm_adapters.families.keytable import OriginalLayout
 
 PERCEIVER = "model.perceiver."
 BRIDGE = "model.bridge"
@@ -29,7 +29,7 @@ HEAD_DIM = 64
 
 _LM, _TO_LAYER = "lang_encoder.model.layers.{}.", f"{LANGUAGE_MODEL}layers.{{}}.{{}}.{{}}"
 
-LAYOUT = Layout(
+LAYOUT = OriginalLayout(
     {
         "*rotary_emb.inv_freq": None,
         "perceiver.latents": f"{PERCEIVER}latents",
@@ -200,7 +200,7 @@ def rewidened(
     for step in steps:
         for pattern, reshape in _WIDENED:
             if pattern.fullmatch(step.name):
-                step = anew(step, reshape(step.shape, old, new))
+                step = reinitialized(step, reshape(step.shape, old, new))
                 break
         changed.append(step)
     return changed, {
@@ -220,7 +220,7 @@ _WIDENED: tuple[tuple[re.Pattern[str], Callable[[tuple[int, ...], int, int], tup
 """What reads vision features or is as wide as they: name -> shape after a change of width. First match counts."""
 
 
-def _place(source: str, checkpoint: Checkpoint) -> Place:
+def _place(source: str, checkpoint: Checkpoint) -> Destination:
     where = checkpoint.tensors[source].file
     for pattern, what in OTHER_LANGUAGE_MODELS:
         if pattern.match(source):
@@ -244,7 +244,7 @@ def _step(name: str, headers: list[TensorHeader]) -> Step:
                 "of one tensor, but differ: the file is damaged or was edited; download it again"
             )
     if not others:
-        return kept(first, name)
+        return copied(first, name)
     sources = tuple(header.name for header in headers)
     dtype = dtype_name(first.dtype)
     return Step(name=name, dtype=dtype, shape=first.shape, operation="same", sources=sources)

@@ -9,11 +9,11 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.tower.keymap import PROJECTION, plan_keys
 from mgll_encoder.tower.load import OFFICIAL
-from mgll_encoder.weights.keytable import Place
+from mgll_encoder.weights.keytable import Destination
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Dropped, Step
 from mllm_adapters.core.known_towers import PUBLISHED_TOWERS, assumed_geometry, gone
-from mllm_adapters.core.planning import TOWER_PART, HostTower, extended, kept, replaced
+from mllm_adapters.core.planning import TOWER_PART, HostTower, copied, extended, replaced
 from mllm_adapters.core.registry import LOOSE_SUFFIXES
 from mllm_adapters.families.keytable import placed
 from mllm_adapters.families.med_flamingo.original import HEAD, LANGUAGE_MODEL, Geometry, Names
@@ -96,7 +96,7 @@ def frozen_steps(
             continue
         if not key.startswith(("model.", HEAD)):
             raise UserError(f"{header.file}: tensor {key} is not part of a LLaMA")
-        steps.append(kept(header, name))
+        steps.append(copied(header, name))
     return extended(steps, (HEAD,), geometry.rows)
 
 
@@ -230,6 +230,6 @@ def inner_tower(checkpoint: Checkpoint, names: Names, *, swapped: bool) -> tuple
         if PROJECTION in place.targets:
             unused.append(source)
         else:
-            here = Place(place.rule, tuple(TOWER_PREFIX + name for name in place.targets))
+            here = Destination(place.rule, tuple(TOWER_PREFIX + name for name in place.targets))
             steps += placed(checkpoint.tensors[source], here)
     return steps, [Dropped(name=name, reason="not part of the vision tower") for name in unused]

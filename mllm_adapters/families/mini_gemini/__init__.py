@@ -13,18 +13,18 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.tower.spec import PixelRule
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields, text_config, tower_config
-from mllm_adapters.core.contract import FamilySpec, Plan, Reading, VisionContract
+from mllm_adapters.core.contract import ConnectorLayer, FamilySpec, Plan, VisionContract
 from mllm_adapters.core.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
     HostTower,
-    anew,
     contract_of,
+    copied,
     dtype_name,
     extended,
     growth,
     image_row,
-    kept,
+    reinitialized,
 )
 from mllm_adapters.core.processing import (
     check_placeholder,
@@ -35,7 +35,7 @@ from mllm_adapters.core.processing import (
 )
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Connected, Host, Request, Swap
+from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
 from mllm_adapters.families.mini_gemini.convnext import STRIDE
 from mllm_adapters.families.mini_gemini.original import (
     AUX_PART,
@@ -84,13 +84,13 @@ class MiniGemini(PlannedFamily):
         known = named or _architecture(config) in ARCHITECTURES
         return "original" if known else None
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         """See `PlannedFamily.host`."""
         if self.layout(checkpoint.config) == "original":
             return self._original(checkpoint, request)
         return _own(checkpoint)
 
-    def after(self, host: Host, request: Request) -> VisionContract:
+    def after(self, host: Host, request: PlanRequest) -> VisionContract:
         """See `PlannedFamily.after`: the high-resolution cells divide among the patches of every view."""
         after = super().after(host, request)
         cells = host.config["image_size_aux"] // STRIDE // host.config.get("image_grid", 1)
@@ -112,7 +112,7 @@ class MiniGemini(PlannedFamily):
         if old == new:
             return found
         made = [
-            anew(step, (new, *step.shape[1:])) if step.name.startswith(f"{MINED}.") else step
+            reinitialized(step, (new, *step.shape[1:])) if step.name.startswith(f"{MINED}.") else step
             for step in found.steps
         ]
         note = (
@@ -176,20 +176,20 @@ class MiniGemini(PlannedFamily):
 
         return image_processor(plan.after.model_copy(update={"image_size": plan.config["image_size_aux"]}))
 
-    def readings(self, plan: Plan) -> tuple[Reading, ...]:  # noqa: ARG002 (they are always the same)
+    def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:  # noqa: ARG002 (they are always the same)
         """The queries of the mining, and the projector, which reads the same features with what was mined added."""
         norm, queries, projector = READERS
-        return Reading(queries, at=norm), Reading(projector, at=norm, adds=MINED)
+        return ConnectorLayer(queries, at=norm), ConnectorLayer(projector, at=norm, adds=MINED)
 
-    def picture(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:
-        """See `Family.picture`: the model makes its low-resolution views of the high-resolution picture."""
+    def pixel_rule(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:
+        """See `Family.pixel_rule`: the model makes its low-resolution views of the high-resolution picture."""
         return contract.model_copy(update={"image_size": config["image_size_aux"]})
 
-    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
-        """See `Family.look`: without the high-resolution tower, which stays."""
+    def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
+        """See `Family.encode_images`: without the high-resolution tower, which stays."""
         model.model.vlm_uni_query_projector(model.model.queries(pixels))
 
-    def _original(self, checkpoint: Checkpoint, request: Request) -> Host:
+    def _original(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         config, where = checkpoint.config, f"{checkpoint.folder}/config.json"
         fields = read_fields(OriginalFields, config, where)
         names = sort_names(checkpoint)
@@ -205,7 +205,7 @@ class MiniGemini(PlannedFamily):
         tokenizer = load_tokenizer(checkpoint.folder)
         image_token_id, rows = image_row(tokenizer, vocabulary)
         sources = {**names.kept, **{TOWER_PREFIX + key: source for key, source in names.tower.items()}}
-        steps = [kept(checkpoint.tensors[source], name) for name, source in sources.items()]
+        steps = [copied(checkpoint.tensors[source], name) for name, source in sources.items()]
         dtype = checkpoint.tensors[names.kept[f"{READERS[-1]}.weight"]].dtype
         mining = checkpoint.tensors["model.vlm_uni_aux_projector.1.weight"].shape
         return Host(
@@ -255,7 +255,7 @@ def _own(checkpoint: Checkpoint) -> Host:
     return Host(
         layout="transformers",
         before=_contract(tower, fields.vision_feature_layer, fields, where),
-        steps=[kept(header) for header in checkpoint.tensors.values()],
+        steps=[copied(header) for header in checkpoint.tensors.values()],
         prefix=prefix,
         dtype=checkpoint.tensors[prefix + CLASS_EMBEDDING].dtype,
         config=checkpoint.config,

@@ -6,7 +6,7 @@ from typing import Any
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoints.checkpoint import TensorHeader
-from mllm_adapters.families.keytable import Layout
+from mllm_adapters.families.keytable import OriginalLayout
 
 STRIDE = 4
 """Pixels per side of a cell of the first stage's features: the stride of the stem."""
@@ -16,7 +16,7 @@ TIMM_KEY = re.compile(r"(?:visual\.)?(?:trunk\.)?((?:stem|stages)\..+)")
 
 _BLOCK, _TO_BLOCK = "stages.{}.blocks.{}.", "stages.{}.layers.{}."
 
-CONVNEXT = Layout(
+CONVNEXT = OriginalLayout(
     {
         "stem.0.*": "embeddings.patch_embeddings.{}",
         "stem.1.*": "embeddings.layernorm.{}",

@@ -90,7 +90,7 @@ class HighResolutionTower(nn.Module):
         return torch.cat([features[0], *upsampled], dim=1)
 
 
-def _normalised_linear(given: int, width: int) -> nn.Sequential:
+def _normalized_linear(given: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(given), nn.Linear(given, width))
 
 
@@ -117,9 +117,9 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         width, cells = config.vision_config.hidden_size, sum(aux.hidden_sizes)
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.vision_tower_aux = HighResolutionTower(aux)
-        self.vlm_uni_query_projector = _normalised_linear(width, config.mining_width)
-        self.vlm_uni_aux_projector = _normalised_linear(cells, config.mining_width)
-        self.vlm_uni_val_projector = _normalised_linear(cells, width)
+        self.vlm_uni_query_projector = _normalized_linear(width, config.mining_width)
+        self.vlm_uni_aux_projector = _normalized_linear(cells, config.mining_width)
+        self.vlm_uni_val_projector = _normalized_linear(cells, width)
         self.mm_projector = nn.Sequential(
             nn.Linear(width, text.hidden_size), nn.GELU(), nn.Linear(text.hidden_size, text.hidden_size)
         )

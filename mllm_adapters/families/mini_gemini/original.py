@@ -24,12 +24,12 @@ from mllm_adapters.core.planning import (
     HostTower,
     NamedTower,
     check_positions,
+    copied,
     dtype_name,
     external_tower,
-    kept,
 )
 from mllm_adapters.core.processing import host_pixels
-from mllm_adapters.families.keytable import Layout
+from mllm_adapters.families.keytable import OriginalLayout
 from mllm_adapters.families.mini_gemini.convnext import CONVNEXT, TIMM_KEY, convnext_config
 
 AUX_PART = "vision-tower-aux"
@@ -47,7 +47,7 @@ PROJECTORS = (
     "model.mm_projector.2",
 )
 
-LAYOUT = Layout(
+LAYOUT = OriginalLayout(
     {
         "*position_ids": Drop("not part of the model: 0, 1, 2 ..."),
         "model.vision_tower.vision_tower.vision_model.*": TOWER_PREFIX + "{}",
@@ -166,7 +166,7 @@ class AuxTower:
         named = {"dtype": dtype_name(dtype)}
         places = ((CONVNEXT.place(key, self.where), header) for key, header in self.tensors.items())
         return [
-            kept(header, AUX_PREFIX + place.targets[0]).model_copy(update=named) for place, header in places
+            copied(header, AUX_PREFIX + place.targets[0]).model_copy(update=named) for place, header in places
         ]
 
     def config(self, fields: CommonFields, width: int, folder: Path) -> dict[str, Any]:

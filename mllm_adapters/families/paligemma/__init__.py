@@ -16,7 +16,7 @@ from mgll_encoder.tower.spec import PixelRule
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
-from mllm_adapters.core.planning import kept, tower_root
+from mllm_adapters.core.planning import copied, tower_root
 from mllm_adapters.core.processing import (
     check_placeholder,
     has_tokenizer,
@@ -27,7 +27,7 @@ from mllm_adapters.core.processing import (
 )
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Host, Request, Swap
+from mllm_adapters.families.host import Host, PlanRequest, Swap
 
 TOWER = "vision_tower."
 IMAGE_TOKEN = "<image>"
@@ -72,7 +72,7 @@ class PaliGemma(PlannedFamily):
             return None
         return "transformers" if config.get(FAMILY_KEY) == self.spec.name else "published"
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:  # noqa: ARG002 (one target)
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:  # noqa: ARG002 (one target)
         """See `PlannedFamily.host`."""
         fields = read_fields(Fields, checkpoint.config, f"{checkpoint.folder}/config.json")
         root, dtype = tower_root(checkpoint, TOWER)
@@ -80,7 +80,7 @@ class PaliGemma(PlannedFamily):
         return Host(
             layout=self.layout(checkpoint.config) or "",
             before=before,
-            steps=[kept(header) for header in checkpoint.tensors.values()],
+            steps=[copied(header) for header in checkpoint.tensors.values()],
             prefix=f"{root}{TOWER}vision_model.",
             dtype=dtype,
             config={**checkpoint.config, FAMILY_KEY: self.spec.name},
@@ -92,7 +92,7 @@ class PaliGemma(PlannedFamily):
             notes=notes,
         )
 
-    def after(self, host: Host, request: Request) -> VisionContract:
+    def after(self, host: Host, request: PlanRequest) -> VisionContract:
         """See `PlannedFamily.after`; the class token of a new tower is read."""
         if request.tower is not None:
             host = host.updated(before=host.before.model_copy(update={"class_token": True}))

@@ -25,7 +25,7 @@ from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, Dropped, FamilySpec, Plan, VisionContract
-from mllm_adapters.core.planning import kept
+from mllm_adapters.core.planning import copied
 from mllm_adapters.core.processing import (
     check_placeholder,
     has_tokenizer,
@@ -35,7 +35,7 @@ from mllm_adapters.core.processing import (
 )
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Host, Request, Swap
+from mllm_adapters.families.host import Host, PlanRequest, Swap
 
 USUAL_GRID = 32
 """Patches along one side at which host and result are compared, and which the result gets: Qwen's towers take any.
@@ -126,7 +126,7 @@ class Qwen2VL(PlannedFamily):
         known = str(config.get("model_type")).removeprefix(OWN) in GENERATIONS and "vision_config" in config
         return "transformers" if known else None
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:  # noqa: ARG002 (one layout, one target)
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:  # noqa: ARG002 (one layout, one target)
         """See `PlannedFamily.host`."""
         config, where = checkpoint.config, f"{checkpoint.folder}/config.json"
         read_fields(Fields, config, where)
@@ -141,7 +141,7 @@ class Qwen2VL(PlannedFamily):
         return Host(
             layout="transformers",
             before=before,
-            steps=[kept(header) for name, header in checkpoint.tensors.items() if name not in deepstack],
+            steps=[copied(header) for name, header in checkpoint.tensors.items() if name not in deepstack],
             prefix=f"{merger.removesuffix('merger.')}vision_tower.",
             dtype=checkpoint.tensors[f"{merger}{generation.norm}.weight"].dtype,
             config={
@@ -216,8 +216,8 @@ class Qwen2VL(PlannedFamily):
         }
         return MgllQwen2VLImageProcessor(**settings)
 
-    def look(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:
-        """See `Family.look`: pictures go in as patches."""
+    def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:
+        """See `Family.encode_images`: pictures go in as patches."""
         from mllm_adapters.families.qwen2_vl.modeling import to_patches
 
         vision = model.config.vision_config

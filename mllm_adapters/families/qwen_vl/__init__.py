@@ -13,11 +13,11 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Step, VisionContract
-from mllm_adapters.core.planning import dtype_name, kept
+from mllm_adapters.core.planning import copied, dtype_name
 from mllm_adapters.core.processing import check_placeholder, host_pixels, own_processor, text_side
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
-from mllm_adapters.families.host import Connected, Host, Request, Swap
+from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
 from mllm_adapters.families.qwen_vl.original import (
     EMBEDDINGS,
     QUERY,
@@ -60,7 +60,7 @@ class QwenVL(PlannedFamily):
         original = config.get("model_type") == "qwen" and isinstance(config.get("visual"), dict)
         return "original" if original else None
 
-    def host(self, checkpoint: Checkpoint, request: Request) -> Host:  # noqa: ARG002 (none is needed)
+    def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:  # noqa: ARG002 (none is needed)
         """See `PlannedFamily.host`."""
         original = self.layout(checkpoint.config) == "original"
         return self._original(checkpoint) if original else self._own(checkpoint)
@@ -167,7 +167,7 @@ class QwenVL(PlannedFamily):
         return Host(
             layout="transformers",
             before=before,
-            steps=[kept(header) for header in checkpoint.tensors.values()],
+            steps=[copied(header) for header in checkpoint.tensors.values()],
             prefix=TOWER_PREFIX,
             dtype=checkpoint.tensors[QUERY].dtype,
             config={**checkpoint.config, FAMILY_KEY: self.spec.name},

@@ -15,7 +15,7 @@ from mgll_encoder.weights.keytable import Drop, Rule, Split
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import text_config
 from mllm_adapters.core.contract import Dropped, Step, VisionContract
-from mllm_adapters.families.keytable import Layout
+from mllm_adapters.families.keytable import OriginalLayout
 
 TOWER_PREFIX = "vision_tower."
 QUERY = "attn_pool.query"
@@ -31,7 +31,7 @@ _VISUAL, _BLOCK, _TO_BLOCK = (
 )
 
 
-def layout(heads: int) -> Layout:
+def layout(heads: int) -> OriginalLayout:
     """Original name -> our name, for a tower with so many heads.
 
     It keeps query, key and value of each head together; elsewhere all queries come first.
@@ -63,7 +63,9 @@ def layout(heads: int) -> Layout:
         _VISUAL + "ln_post.{weight,bias}": "attn_pool.ln_post.{}",
         _VISUAL + "proj": "attn_pool.proj",
     }
-    return Layout(rules, of="a Qwen-VL checkpoint", hint="if it is an adapter, merge it into the model first")
+    return OriginalLayout(
+        rules, of="a Qwen-VL checkpoint", hint="if it is an adapter, merge it into the model first"
+    )
 
 
 class VisualFields(BaseModel):

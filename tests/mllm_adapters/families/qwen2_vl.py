@@ -55,7 +55,7 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
 }  # fmt: skip
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-NORMALISATION = {"qwen2_vl": CLIP, "qwen2_5_vl": CLIP, "qwen3_vl": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+NORMALIZATION = {"qwen2_vl": CLIP, "qwen2_5_vl": CLIP, "qwen3_vl": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 """Mean and standard deviation of the published image processors."""
 
 
