@@ -66,6 +66,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # After a change of pyproject.toml. The lock keeps the versions that it has; make lock UPGRADE=--upgrade takes the newest.
 RESOLVE := $(BIN)/uv pip compile --quiet --universal --no-annotate --custom-compile-command "make lock" pyproject.toml

@@ -19,17 +19,24 @@ if TYPE_CHECKING:
         retrain_projector,
         verify,
     )
+    from mllm_adapters.checkpoints.locate import base_of_adapter, is_swapped
     from mllm_adapters.core.architectures import register_models
     from mllm_adapters.loading.load import load_mllm
+    from mllm_adapters.loading.quantization import nf4
+    from mllm_adapters.swap.verify import Verification
 
     __version__: str
 
 __all__ = [
+    "Verification",
     "align",
+    "base_of_adapter",
     "convert",
     "finetune_lora",
+    "is_swapped",
     "list_families",
     "load_mllm",
+    "nf4",
     "plan_swap",
     "register_models",
     "restore",
@@ -40,11 +47,15 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "Verification": "swap.verify",
         "align": "api",
+        "base_of_adapter": "checkpoints.locate",
         "convert": "api",
         "finetune_lora": "api",
+        "is_swapped": "checkpoints.locate",
         "list_families": "api",
         "load_mllm": "loading.load",
+        "nf4": "loading.quantization",
         "plan_swap": "api",
         "register_models": "core.architectures",
         "restore": "api",

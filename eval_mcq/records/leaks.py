@@ -11,7 +11,7 @@ from eval_mcq.items.schema import Bench
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.trained_on import Training, as_numbers, trainings_of
-from mllm_adapters.checkpoints.locate import base_of_adapter
+from mllm_adapters import base_of_adapter
 
 _logger = logging.getLogger(__name__)
 

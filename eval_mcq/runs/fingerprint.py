@@ -9,7 +9,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import READER_VERSION
 from mgll_encoder.common.progress import track
-from mllm_adapters.checkpoints.locate import base_of_adapter
+from mllm_adapters import base_of_adapter
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".txt")
 """Files of a model folder that its answers depend on."""

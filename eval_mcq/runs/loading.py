@@ -64,7 +64,7 @@ class Loading:
         if not self.four_bit:
             return None
         from mgll_encoder.common.texts import read_json
-        from mllm_adapters.training.quantization import nf4
+        from mllm_adapters import nf4
 
         config = self.model / "config.json"
         return nf4(read_json(config) if config.is_file() else {}, self.model, self.dtype)

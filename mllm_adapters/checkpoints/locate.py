@@ -44,13 +44,18 @@ def check_image_folder(folder: Path) -> None:
         )
 
 
+def is_swapped(folder: Path) -> bool:
+    """Whether ``swap-encoder`` wrote this folder: its record, ``mgll_swap.json``, is there."""
+    return (folder / PROVENANCE).is_file()
+
+
 def check_swapped(folder: Path) -> None:
     """Refuse a folder that ``swap-encoder`` did not write.
 
     Raises:
         UserError: it holds no record of a swap.
     """
-    if not (folder / PROVENANCE).is_file():
+    if not is_swapped(folder):
         refuse_delta(folder)
         raise NotFoundError(f"{folder} holds no {PROVENANCE}: expected a checkpoint that swap-encoder wrote")
 

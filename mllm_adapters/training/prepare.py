@@ -20,7 +20,7 @@ from mllm_adapters.core.stages import STAGES, StageReport, apply_stage, componen
 from mllm_adapters.data.corpus import Corpus, read_corpus
 from mllm_adapters.data.dataset import DataCounts, ExampleTable, prepare_examples
 from mllm_adapters.loading.load import load_folder
-from mllm_adapters.training.quantization import keep_differentiable, nf4
+from mllm_adapters.loading.quantization import keep_differentiable, nf4
 from mllm_adapters.training.recipe import Recipe
 
 

@@ -18,9 +18,9 @@ from mllm_adapters.core.stages import LoraSettings, apply_stage, describe, is_ad
 from mllm_adapters.data.corpus import read_corpus
 from mllm_adapters.data.dataset import Collator, ConversationDataset, prepare_examples
 from mllm_adapters.loading.load import load_mllm
+from mllm_adapters.loading.quantization import nf4
 from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.training.lora import write_adapter
-from mllm_adapters.training.quantization import nf4
 from tests import builders
 from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters import complete
