@@ -74,10 +74,12 @@ def check(
     from eval_mcq.records.leaks import find_leak, trainings_of_model
     from eval_mcq.runs.fingerprint import model_fingerprint
     from eval_mcq.runs.image_sensitivity import contradictions, image_sensitivity
-    from mllm_adapters import Verification, is_swapped
+    from mllm_adapters import is_swapped
 
     asked = load_bench(bench) if bench else None
     fingerprint = model_fingerprint(model)
+    from mllm_adapters import Verification  # torch, which a wrong path need not wait for
+
     swap = Verification(model) if is_swapped(model) else None
     scorer = loading(model, device, dtype, load_in_4bit).scorer()
     example = MCQItem(
