@@ -343,7 +343,8 @@ class Engine:
             return torch.arange(length)[None]
         given = {**prepared.inputs, **prepared.per_token}
         known = {name: given[name] for name in inspect.signature(index).parameters if name in given}
-        return index(**known)[0][:, 0].cpu()[:, :length]
+        positions: Tensor = index(**known)[0]
+        return positions[:, 0].cpu()[:, :length]
 
     def moved(self, value: Any) -> Any:
         """A tensor where and as the model wants it."""

@@ -177,7 +177,8 @@ def _classes(
 
 def _place(where: str) -> str:
     """The row or number of an image, without the file names around it, which may tell who a patient is."""
-    return re.findall(r"\b(?:row|image) \d+", where)[-1]
+    place: str = re.findall(r"\b(?:row|image) \d+", where)[-1]
+    return place
 
 
 def _pictures(images: Path, limit: int, skipped: "Skipped") -> dict[Path, int]:

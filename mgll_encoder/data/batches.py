@@ -180,7 +180,7 @@ def _agreeing(path: Path, rows: dict[str, NDArray[np.int64]], skipped: Skipped) 
     return np.setdiff1d(first, first[image[other]])
 
 
-class ManifestImages(Dataset):
+class ManifestImages(Dataset[dict[str, Any]]):
     """Images and texts of a plan, read on demand.
 
     An image that cannot be decoded gives ``{"trouble": one line}`` in place of pixels and texts.

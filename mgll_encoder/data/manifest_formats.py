@@ -92,7 +92,8 @@ class Parquet:
 
     def header(self, path: Path) -> bytes:
         """See :class:`Format`."""
-        return (_opened(path).schema_arrow.metadata or {}).get(_HEADER_KEY, b"")
+        header: bytes = (_opened(path).schema_arrow.metadata or {}).get(_HEADER_KEY, b"")
+        return header
 
     def rows(self, path: Path) -> Iterator[tuple[int, int, bytes]]:
         """See :class:`Format`."""

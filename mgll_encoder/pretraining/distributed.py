@@ -38,7 +38,8 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    return _GatherRows.apply(rows, [int(count) for count in counts])
+    gathered: Tensor = _GatherRows.apply(rows, [int(count) for count in counts])
+    return gathered
 
 
 def gather_batch(images: Tensor, texts: Tensor, truth: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -67,14 +67,16 @@ class TwoTowers(nn.Module):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Features in the shared space, [N, D], not normalised, of pixels [N, 3, S, S]."""
-        return self.projection(self.vision(pixels).pooler_output)
+        features: Tensor = self.projection(self.vision(pixels).pooler_output)
+        return features
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, truth: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
         """The loss under ``loss`` and its terms; arguments as in :class:`~mgll_encoder.pretraining.losses.MGLLLoss`."""
         images, texts = self.image_features(pixel_values), self.text.encode(input_ids, attention_mask)
-        return self.loss(images, texts, truth, keys)
+        terms: dict[str, Tensor] = self.loss(images, texts, truth, keys)
+        return terms
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
         """Keep block inputs only and compute the rest again on the way back; called by the Trainer."""

@@ -161,7 +161,8 @@ def stretched(values: NDArray[np.floating], side: int) -> NDArray[np.float32]:
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high - low > 1e-12 else np.zeros_like(values)
     grid = torch.from_numpy(scaled).float()[None, None]
-    return LayerAttribution.interpolate(grid, (side, side), "bilinear")[0, 0].clamp(0, 1).numpy()
+    wide: torch.Tensor = LayerAttribution.interpolate(grid, (side, side), "bilinear")[0, 0]
+    return wide.clamp(0, 1).numpy()
 
 
 class _Asked(nn.Module):

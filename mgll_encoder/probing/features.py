@@ -156,7 +156,7 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class _Images(Dataset):
+class _Images(Dataset[Tensor]):
     """Pixels of image files; NaN throughout for one that cannot be read, since an error would end the worker."""
 
     def __init__(self, images: Sequence[Path], spec: PixelRule) -> None:

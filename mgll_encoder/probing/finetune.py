@@ -141,7 +141,7 @@ class TowerWithHead(nn.Module):
         return (found.softmax(dim=1) if self.exclusive else found.sigmoid()).numpy()
 
 
-class LabeledPixels(Dataset):
+class LabeledPixels(Dataset[dict[str, Tensor]]):
     """Pixels and labels, read on demand.
 
     Args:
@@ -249,7 +249,8 @@ def validation_part(data: LabeledImages, share: float, seed: int) -> NDArray[np.
     if data.val is not None:
         return data.val & ~data.test
     drawn = [assign_split(f"validation of {patient}", test=share, seed=seed) for patient in data.patients]
-    return ~data.test & (np.array(drawn) == "test")
+    chosen: NDArray[np.bool_] = np.array(drawn) == "test"
+    return ~data.test & chosen
 
 
 def _copy(tower: Tower) -> Tower:

@@ -84,7 +84,8 @@ def retrieval(
 def _ranks(similar: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Candidates that stand before the nearest right one, per query, [n]."""
     best = np.where(truth, similar, -np.inf).max(axis=1, keepdims=True)
-    return ((similar >= best) & ~truth).sum(axis=1)
+    before: NDArray[np.int64] = ((similar >= best) & ~truth).sum(axis=1)
+    return before
 
 
 def _nearest(similar: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray[np.int64]:

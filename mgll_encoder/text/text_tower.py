@@ -48,11 +48,12 @@ _CLIP_TYPES = ("clip", "clip_text_model")
 
 def _at_end_token(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001 - one signature
     # attention is causal and the feature is read at the end token: what stands behind it has no effect
-    return model(input_ids=ids).pooler_output
+    features: Tensor = model(input_ids=ids).pooler_output
+    return features
 
 
 def _masked_mean(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    states: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
     real = mask[..., None].to(states.dtype)
     return (states * real).sum(dim=1) / real.sum(dim=1)
 
@@ -132,7 +133,8 @@ class TextTower(nn.Module):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Features [U, D] of tokens [U, L], not normalised; padding has no effect."""
-        return self.projection(_POOL[self.pooling](self.model, input_ids, attention_mask))
+        features: Tensor = self.projection(_POOL[self.pooling](self.model, input_ids, attention_mask))
+        return features
 
     def features(self, texts: Sequence[str]) -> Tensor:
         """Features [U, D] in the shared space, not normalised; on the tower's device, with gradients if enabled."""
@@ -255,7 +257,8 @@ class TextTower(nn.Module):
         return cls(model, tokenizer, own, "end" if clip else "mean", context)
 
     def _pieces(self, texts: Sequence[str], most: int = _UNCUT) -> list[list[int]]:
-        return self.tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
+        pieces: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
+        return pieces
 
 
 def load_text_tower(tower_folder: Path) -> TextTower:
@@ -290,11 +293,12 @@ def _pretrained(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
         model.pooler = None
     if model.get_input_embeddings() is None or not hasattr(model.config, "max_position_embeddings"):
         raise UserError(f"text tower {source} is a '{model.config.model_type}': expected a text encoder")
-    return model
+    encoder: PreTrainedModel = model
+    return encoder
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
-    tokenizer = _load(AutoTokenizer, source)
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, source)
     if tokenizer.pad_token_id is None:
         raise UserError(
             f"text tower {source}: its tokenizer has no padding token: expected one, as BERT's has"

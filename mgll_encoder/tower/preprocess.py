@@ -65,7 +65,8 @@ def image_transform(spec: PixelRule) -> "Callable[[Image.Image], Tensor]":
     processor = image_processor(spec)
 
     def transform(image: "Image.Image") -> "Tensor":
-        return processor(image, return_tensors="pt")["pixel_values"][0]
+        pixels: Tensor = processor(image, return_tensors="pt")["pixel_values"]
+        return pixels[0]
 
     return transform
 

@@ -33,7 +33,7 @@ class VisionModel:
         device: Where tower and readers are.
     """
 
-    model: Any
+    model: nn.Module
     contract: VisionContract
     config: Mapping[str, Any]
     device: torch.device
@@ -44,7 +44,7 @@ class VisionModel:
 
     def module_name(self, name: str) -> str:
         """The full name of that module."""
-        found = [n for n, _ in self.model.named_modules() if n and _same_end(n, name)]
+        found: list[str] = [n for n, _ in self.model.named_modules() if n and _same_end(n, name)]
         if len(found) != 1:
             raise LookupError(f"{len(found)} modules of {type(self.model).__name__} are called {name}")
         return found[0]

@@ -131,7 +131,8 @@ def _sentencepiece_ids(model: Path) -> list[int]:
     if not is_sentencepiece(model):
         raise UserError(f"{model} is no SentencePiece model: copy or download it again")
     with quiet():
-        return SentencePieceProcessor(model_file=str(model)).encode(_PROBE)
+        ids: list[int] = SentencePieceProcessor(model_file=str(model)).encode(_PROBE)
+    return ids
 
 
 def _check_against(expected: list[int], tokenizer: Any, folder: Path) -> None:

@@ -31,7 +31,8 @@ DTYPE_CODES = {
 
 def nbytes(step: Step) -> int:
     """Bytes of a step's target tensor."""
-    return torch.Size(step.shape).numel() * getattr(torch, step.dtype).itemsize
+    total: int = torch.Size(step.shape).numel() * getattr(torch, step.dtype).itemsize
+    return total
 
 
 _BLOCK = 512 << 10

@@ -29,8 +29,9 @@ from mgll_encoder.data.manifest import read_rows as read_manifest
 from mgll_encoder.data.manifest_formats import format_of
 from mllm_adapters.data.captions import ALL, CAPTION_PROMPTS_VERSION, caption, caption_prompt
 from mllm_adapters.data.dataset_rows import content_digest, dataset_records, refuse_archive
-from mllm_adapters.data.llava_format import IMAGE_TAG, Conversation, Turn, faults_of
+from mllm_adapters.data.llava_format import Conversation, Turn, faults_of
 from mllm_adapters.data.mcq_rows import ANSWERS, BENCH_SCHEMA, BenchQuestion
+from mllm_adapters.data.row_shapes import IMAGE_TAG
 
 ROWS_VERSION = 2
 """Part of the key of cached rows: changes when the same file would give other rows."""

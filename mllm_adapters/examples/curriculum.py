@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.data.llava_format import IMAGE_TAG, Conversation
+from mllm_adapters.data.llava_format import Conversation
+from mllm_adapters.data.row_shapes import IMAGE_TAG
 
 WRITTEN_PICTURE = "The image shows {}."
 """Stands in for an image in the lesson of words."""

@@ -9,9 +9,10 @@ from torch import Tensor
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.trained_on import TOWER, trainings_of, write_trainings
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.checkpoints.locate import PROVENANCE
 from mllm_adapters.core.contract import Plan, Step
 from mllm_adapters.core.planning import copied
-from mllm_adapters.core.provenance import PROVENANCE, SwapRecord, is_input, read_record
+from mllm_adapters.core.provenance import SwapRecord, is_input, read_record
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.stages import components
 from mllm_adapters.core.values import compute

@@ -250,7 +250,8 @@ def _logits(model: Any, processor: Any, image: Image.Image) -> torch.Tensor:
     text_config = model.config.get_text_config()
     if text_config.is_encoder_decoder:
         batch["decoder_input_ids"] = torch.tensor([[text_config.decoder_start_token_id]])
-    return model(**batch).logits[0, -1].float()
+    logits: torch.Tensor = model(**batch).logits
+    return logits[0, -1].float()
 
 
 def _result(name: str, wrong: list[str], detail: str) -> Check:

@@ -87,7 +87,8 @@ class MemoryEstimate:
     @property
     def device(self) -> float:
         """All that lies on the device."""
-        return sum(getattr(self, entry.name) for entry in fields(self)) - self.host
+        everything: float = sum(getattr(self, entry.name) for entry in fields(self))
+        return everything - self.host
 
 
 PLACES: Mapping[str, Mapping[str, Any]] = {
@@ -253,4 +254,5 @@ def _tower_activations(vision: Any, setting: Setting) -> float:
     tokens = (vision.image_size // geometry["patch_size"]) ** 2 + 1
     per_block = VIT_BYTES * setting.precision.itemsize / 2 * tokens * geometry["width"]
     blocks = 1 if setting.gradient_checkpointing else geometry["depth"]
-    return setting.batch_size * per_block * blocks
+    total: float = setting.batch_size * per_block * blocks
+    return total

@@ -10,7 +10,8 @@ from transformers.integrations import get_available_reporting_integrations
 
 from mgll_encoder.common.errors import UserError, unknown_name
 from mllm_adapters.core.stages import STAGES, LoraSettings
-from mllm_adapters.data.training_rows import ALL, DataOptions
+from mllm_adapters.data.captions import ALL
+from mllm_adapters.data.training_rows import DataOptions
 from mllm_adapters.feature_cache.precompute import DTYPES
 
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -274,7 +274,8 @@ class _Contenders:
 
 
 def _middle(spent: list[Spent], clock: str) -> float:
-    return statistics.median(getattr(one, clock) for one in spent)
+    seconds: list[float] = [getattr(one, clock) for one in spent]
+    return statistics.median(seconds)
 
 
 def _asked(bench: "Bench", case: Case) -> "Bench":

@@ -5,6 +5,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import typer
 
@@ -31,6 +32,7 @@ def bench(
     from rich.console import Console
 
     from eval_mcq.items.schema import load_bench
+    from eval_mcq.records.answers_file import append_answers
     from eval_mcq.runs import run as running
     from eval_mcq.scoring.score import Scorer
     from mllm_adapters import load_mllm
@@ -45,7 +47,7 @@ def bench(
         asked = load_bench(bench_file)
         scorer = Scorer(*load_mllm(folder, dtype=torch.float32))
         record = running.describe_run(folder, "0" * 64, asked, "float32")
-        append, done = running.append_answers, running.answered(Path(work) / "run")
+        done = running.answered(Path(work) / "run")
         rows, start = done, time.perf_counter()
         loaded = process.memory_info().rss
         console.print(f"{questions} questions read, {done} answered, model loaded: {loaded / 2**20:.0f} MiB")
@@ -53,7 +55,7 @@ def bench(
         def watched(path: Path, answers: Any) -> None:
             nonlocal rows
             new = list(answers)
-            append(path, new)
+            append_answers(path, new)
             before, rows = rows, rows + len(new)
             if before * 10 // questions != rows * 10 // questions:
                 now = process.memory_info().rss
@@ -62,8 +64,8 @@ def bench(
                     f"{rows} answered: {now / 2**20:.0f} MiB ({(now - loaded) / 2**20:+.0f}), {speed:.0f}/s"
                 )
 
-        running.append_answers = watched
-        running.run_bench(asked, lambda: scorer, record, Path(work) / "run")
+        with patch.object(running, "append_answers", watched):
+            running.run_bench(asked, lambda: scorer, record, Path(work) / "run")
         console.print(f"with table and intervals: {process.memory_info().rss / 2**20:.0f} MiB")
 
 

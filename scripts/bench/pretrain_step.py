@@ -167,9 +167,14 @@ def measure(
     }
 
 
+def _nothing() -> None:
+    """Nothing runs behind the CPU's back."""
+
+
 def interleaved(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, Spread]:
     """Seconds of each variant; a round runs all of them once, and the first round does not count."""
-    clock, wait = time.process_time, lambda: None
+    clock: Callable[[], float] = time.process_time
+    wait: Callable[[], None] = _nothing
     if torch.cuda.is_available():
         clock, wait = time.perf_counter, torch.cuda.synchronize
     taken: dict[str, list[float]] = {name: [] for name in variants}

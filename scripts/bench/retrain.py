@@ -18,7 +18,8 @@ from rich.table import Table
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import unknown_name
-from mgll_encoder.common.files import CACHE, write_text
+from mgll_encoder.common.faults import CACHE
+from mgll_encoder.common.files import write_text
 
 app = cli.new_app("Samples per second of projector retraining, side by side in one run.")
 

@@ -14,7 +14,8 @@ Color = tuple[float, float, float]
 
 def edge(distance: Array, softness: float) -> Array:
     """1 where ``distance`` is below 1, 0 above, with a soft border."""
-    return expit((1 - distance) / softness)
+    inside: Array = expit((1 - distance) / softness)
+    return inside
 
 
 @lru_cache(maxsize=4)
@@ -37,7 +38,8 @@ class Canvas:
 
     def distance(self, center: tuple[float, float], ratio: float = 1.0) -> Array:
         """Distance of every pixel to a point; ``ratio`` < 1 makes the unit circle a tall ellipse."""
-        return np.hypot((self.x - center[0]) / ratio, self.y - center[1])
+        distance: Array = np.hypot((self.x - center[0]) / ratio, self.y - center[1])
+        return distance
 
     def noise(self, cells: int) -> Array:
         """Smooth noise of unit variance with about ``cells`` bumps along a side."""

@@ -41,7 +41,7 @@ class MgllInternVLModel(InternVLModel):
 
     def pixel_shuffle(self, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
         """Join neighbouring patches: [n, H, W, C] -> [n, H·s, W·s, C/s²], transposed under ``ps_version`` v1."""
-        shuffled = super().pixel_shuffle(vision_features, scale_factor)
+        shuffled: Tensor = super().pixel_shuffle(vision_features, scale_factor)
         return shuffled.transpose(1, 2).contiguous() if self.config.ps_version == "v1" else shuffled
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.tower.preprocess import image_processor
 from mgll_encoder.tower.spec import TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_config, tower_geometry
@@ -29,7 +30,6 @@ from mllm_adapters.core.processing import (
     check_placeholder,
     has_tokenizer,
     host_pixels,
-    image_processor,
     load_tokenizer,
     own_processor,
     text_side,

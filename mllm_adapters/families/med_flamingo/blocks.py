@@ -93,7 +93,8 @@ class CrossAttention(nn.Module):
             for states in (self.to_q(asks), *self.to_kv(read).chunk(2, dim=-1))
         )
         found = scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.to_out(found.transpose(1, 2).flatten(2))
+        attended: Tensor = self.to_out(found.transpose(1, 2).flatten(2))
+        return attended
 
 
 class PerceiverAttention(CrossAttention):
@@ -147,7 +148,8 @@ class PerceiverLayer(nn.ModuleList, GradientCheckpointingLayer):
         """``latents`` [n, L, width] and ``features`` [n, patches, width] -> [n, L, width]."""
         attention, mlp = self
         latents = latents + attention(features, latents)
-        return latents + mlp(latents)
+        read: Tensor = latents + mlp(latents)
+        return read
 
 
 class Perceiver(nn.Module):
@@ -165,7 +167,8 @@ class Perceiver(nn.Module):
         latents = self.latents.expand(len(features), -1, -1)
         for layer in self.layers:
             latents = layer(latents, features)
-        return self.norm(latents)
+        normed: Tensor = self.norm(latents)
+        return normed
 
 
 class GatedCrossAttention(GradientCheckpointingLayer):
@@ -185,7 +188,8 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         """As `MediaAttention`; without ``media`` only the MLP acts."""
         if media is not None:
             hidden = hidden + self.attn(hidden, media, visible) * self.attn_gate.tanh()
-        return hidden + self.ff(hidden) * self.ff_gate.tanh()
+        gated: Tensor = hidden + self.ff(hidden) * self.ff_gate.tanh()
+        return gated
 
 
 def attended_image(input_ids: Tensor, image_token_id: int, media_mask: MediaMask) -> Tensor:

@@ -110,7 +110,8 @@ class FlamingoModel(FlamingoPreTrainedModel):
         They are the last block's, before the final LayerNorm and without class token: open_clip up to 2.22 returned
         these, and the published weights were trained on them.
         """
-        return self.vision_tower(pixel_values).last_hidden_state[:, 1:]
+        patches: Tensor = self.vision_tower(pixel_values).last_hidden_state[:, 1:]
+        return patches
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Pictures [n, 3, S, S] -> `image_features` (``last_hidden_state``) and latents (``pooler_output``)."""
@@ -224,7 +225,8 @@ class FlamingoModel(FlamingoPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return text.norm(hidden)
+        normed: Tensor = text.norm(hidden)
+        return normed
 
 
 class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin):
@@ -240,7 +242,8 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """See `FlamingoModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values)
+        features: BaseModelOutputWithPooling = self.model.get_image_features(pixel_values)
+        return features
 
     @can_return_tuple
     def forward(
@@ -302,6 +305,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
 
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The library's inputs, and which picture each of their tokens attends to: the whole text tells."""
+        inputs: dict[str, Any]
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         if inputs["input_ids"] is None:
             raise ValueError(

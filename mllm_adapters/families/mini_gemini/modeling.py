@@ -163,8 +163,9 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         return self._low_features(self._resolutions(pixel_values, pixel_values_aux)[0])
 
     def _low_features(self, low: Tensor) -> Tensor:
-        hidden = self.vision_tower(low.flatten(0, -4), output_hidden_states=True).hidden_states
-        return hidden[self.config.vision_feature_layer][:, 1:]
+        output = self.vision_tower(low.flatten(0, -4), output_hidden_states=True)
+        hidden: Tensor = output.hidden_states[self.config.vision_feature_layer]
+        return hidden[:, 1:]
 
     def mine(self, queries: Tensor, cells: Tensor) -> Tensor:
         """Patch-info mining: each low-resolution token attends to the high-resolution cells of its own patch.
@@ -257,7 +258,8 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         self, pixel_values: Tensor | None = None, pixel_values_aux: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
         """See `MiniGeminiModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, pixel_values_aux)
+        features: BaseModelOutputWithPooling = self.model.get_image_features(pixel_values, pixel_values_aux)
+        return features
 
     def forward(
         self,
@@ -312,7 +314,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of one step: pictures are seen once, and stay in the cache."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         if kwargs.get("use_cache", True) and not kwargs.get("is_first_iteration", False):
             # transformers knows of pixel_values only
             inputs["pixel_values_aux"] = None

@@ -45,9 +45,8 @@ def _resized(pixels: Tensor, side: int, antialias: bool) -> Tensor:
 def split_tiles(maps: Tensor, grid: int) -> Tensor:
     """[n, C, H, H] -> [n, grid * grid, C, H / grid, H / grid], row by row."""
     side = maps.shape[-1] // grid
-    return (
-        maps.unflatten(-1, (grid, side)).unflatten(-3, (grid, side)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    )
+    tiles: Tensor = maps.unflatten(-1, (grid, side)).unflatten(-3, (grid, side))
+    return tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 class MiniGeminiProcessor(ProcessorMixin):

@@ -213,7 +213,8 @@ def _mlp_merger(kind: Callable[..., Any]) -> Callable[[ClipVisualConfig], nn.Mod
         merger = kind(config.out_hidden_size, config.tower_config.hidden_size, config.spatial_merge_size)
         merger.mlp[0] = nn.Linear(merger.hidden_size, config.merger_width)
         merger.mlp[2] = nn.Linear(config.merger_width, config.out_hidden_size)
-        return merger
+        built: nn.Module = merger
+        return built
 
     return build
 
@@ -362,4 +363,5 @@ class MgllQwen2VLProcessor(Qwen2VLProcessor):
         """
         if videos is not None:
             raise UserError(IMAGES_ONLY)
-        return super().__call__(images=images, text=text, **kwargs)
+        batch: BatchFeature = super().__call__(images=images, text=text, **kwargs)
+        return batch

@@ -104,7 +104,8 @@ class Attention(nn.Module):
         parts = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         split = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(*split)
-        return self.out_proj(attended.transpose(1, 2).flatten(-2))
+        output: Tensor = self.out_proj(attended.transpose(1, 2).flatten(-2))
+        return output
 
 
 class QwenVisionLayer(GradientCheckpointingLayer):
@@ -122,7 +123,8 @@ class QwenVisionLayer(GradientCheckpointingLayer):
         """Features [N, L, C] in, features out."""
         normed = self.ln_1(hidden)
         hidden = hidden + self.attn(normed, normed, normed)
-        return hidden + self.fc2(F.gelu(self.fc1(self.ln_2(hidden))))
+        output: Tensor = hidden + self.fc2(F.gelu(self.fc1(self.ln_2(hidden))))
+        return output
 
 
 class QwenVisionTower(PreTrainedModel):
@@ -184,7 +186,8 @@ class Resampler(nn.Module):
         value = self.ln_kv(self.kv_proj(features))
         key = value + resample_positions(self.pos_embed, isqrt(features.shape[1]), leading=0)
         query = (self.ln_q(self.query) + self.pos_embed).expand(len(features), -1, -1)
-        return self.ln_post(self.attn(query, key, value)) @ self.proj
+        tokens: Tensor = self.ln_post(self.attn(query, key, value)) @ self.proj
+        return tokens
 
 
 class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -213,7 +216,8 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's embedding of token ids."""
-        return self.language_model.get_input_embeddings()
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the language model's embedding of token ids."""
@@ -221,7 +225,8 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The language model's output layer."""
-        return self.language_model.get_output_embeddings()
+        head: nn.Module = self.language_model.get_output_embeddings()
+        return head
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """What the tower sees and what the language model gets.
@@ -276,7 +281,7 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             assert found is not None
             visual = found.to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(self._placeholders(input_ids, visual), visual)
-        return self.language_model(
+        output: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -285,6 +290,7 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        return output
 
     def _check_length(self, embeddings: Tensor, cache: Any) -> None:
         limit = self.config.text_config.max_position_embeddings
