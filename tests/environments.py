@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -43,16 +44,26 @@ def closure(*extras: str) -> set[str]:
     return found
 
 
-def environment(folder: Path, *extras: str) -> Path:
-    """A site-packages folder with this package's core and some extras, and nothing else."""
+def environment(folder: Path, *extras: str, wheel: Path | None = None) -> Path:
+    """A site-packages folder with what this package's core and some extras need, and nothing else.
+
+    Args:
+        folder: Where; must not exist.
+        extras: Names of extras.
+        wheel: This package itself, to be installed there; without it only its metadata is.
+    """
     folder.mkdir()
     for name in closure(*extras):
         distribution = metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
             if not (link := folder / top).exists():
                 link.symlink_to(Path(str(distribution.locate_file(top))))
-    own = installed_distribution(PACKAGE)
-    installed(folder, PACKAGE, own.version, own.read_text("METADATA") or "")
+    if wheel:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    else:
+        own = installed_distribution(PACKAGE)
+        installed(folder, PACKAGE, own.version, own.read_text("METADATA") or "")
     return folder
 
 
@@ -64,12 +75,15 @@ def installed(folder: Path, name: str, version: str, text: str = "") -> None:
     (place / "METADATA").write_text(text, encoding="utf-8")
 
 
-def python(site: Path, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run Python with one site-packages folder, this package's sources, and the standard library."""
+def python(
+    site: Path, *arguments: object, cwd: Path | None = None, sources: Path | None = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with one site-packages folder, this package's sources if wanted, and the standard library."""
+    path = os.pathsep.join(str(folder) for folder in (site, sources) if folder)
     return subprocess.run(
         [sys.executable, "-S", *map(str, arguments)],
         cwd=cwd or site,
-        env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
         capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
