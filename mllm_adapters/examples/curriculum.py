@@ -1,8 +1,10 @@
-"""What a small language model practises: multiple choice about written pictures, then about real ones.
+"""What a small language model practises: questions about written pictures, captions, questions about images.
 
 A language model that begins with random weights (or a small one that never saw options) must first learn to find
 the option that fits and to answer with its letter. That needs no pixels: in the first lesson a sentence stands
-where the image would. In the second the projector has only to say with image features what the sentence said.
+where the image would. In the second the same sentence is the caption of an image, so that projector and language model
+learn what the image shows. In the third they answer questions about images. Without the second lesson the answers stay
+at chance for thousands of questions (docs/experiment.md).
 """
 
 import random
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 
 from mgll_encoder.common.errors import UserError
+from mllm_adapters.data.captions import CAPTION_PROMPTS
 from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.data.row_shapes import IMAGE_TAG
 
@@ -48,16 +51,22 @@ class Question:
         """The question about a sentence that shows option ``answer``, with its options in another order."""
         return self._conversation((), f"{WRITTEN_PICTURE.format(self.options[answer])}\n", order, answer)
 
+    def captioned(self, prompt: str) -> Conversation:
+        """``prompt`` about its images, answered by the sentence that a written picture would be."""
+        said = WRITTEN_PICTURE.format(self.options[self.answer])
+        return _turns(self.images, f"{IMAGE_TAG}\n" * len(self.images) + prompt, said)
+
     def _conversation(
         self, images: tuple[str, ...], picture: str, order: Sequence[int], answer: int
     ) -> Conversation:
         lines = [f"{letter}. {self.options[i]}" for letter, i in zip(ascii_uppercase, order, strict=False)]
         asked = "\n".join(part for part in (self.stem, *lines, self.instruction) if part)
-        turns = [
-            {"from": "human", "value": picture + asked},
-            {"from": "gpt", "value": ascii_uppercase[order.index(answer)]},
-        ]
-        return Conversation.model_validate({"image": images, "conversations": turns})
+        return _turns(images, picture + asked, ascii_uppercase[order.index(answer)])
+
+
+def _turns(images: tuple[str, ...], asked: str, answered: str) -> Conversation:
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+    return Conversation.model_validate({"image": images, "conversations": turns})
 
 
 def read_question(row: Conversation) -> Question | None:
@@ -101,13 +110,32 @@ def word_lesson(questions: Sequence[Question], count: int, seed: int) -> Iterato
         yield question.written(order, draw.choice(order))
 
 
-def picture_lesson(rows: Sequence[Conversation], rounds: int, seed: int) -> Iterator[Conversation]:
-    """Yield every row ``rounds`` times; questions come with their options in a new order each time."""
+def caption_lesson(questions: Sequence[Question], count: int, seed: int) -> Iterator[Conversation]:
+    """Yield ``count`` captions: the sentence of a written picture, as the answer to what an image shows.
+
+    Every answer is drawn equally often, so that how often a disease occurs tells nothing.
+    """
     draw = random.Random(seed)
-    questions = [read_question(row) for row in rows]
-    for _ in range(rounds):
-        for row, question in zip(rows, questions, strict=True):
-            if question is None:
-                yield row
-            else:
-                yield question.reordered(draw.sample(range(len(question.options)), len(question.options)))
+    for question in _balanced(questions, count, draw):
+        yield question.captioned(draw.choice(CAPTION_PROMPTS))
+
+
+def question_lesson(questions: Sequence[Question], count: int, seed: int) -> Iterator[Conversation]:
+    """Yield ``count`` questions about images, their options in a new order each time.
+
+    Every answer is drawn equally often: otherwise "the commonest disease, wherever it is offered" is right so often
+    that a small language model never finds out that the image says more.
+    """
+    draw = random.Random(seed)
+    for question in _balanced(questions, count, draw):
+        yield question.reordered(draw.sample(range(len(question.options)), len(question.options)))
+
+
+def _balanced(questions: Sequence[Question], count: int, draw: random.Random) -> Iterator[Question]:
+    """Questions at random, every text of an answer equally often."""
+    by_answer: dict[str, list[Question]] = {}
+    for question in questions:
+        by_answer.setdefault(question.options[question.answer], []).append(question)
+    groups = list(by_answer.values())
+    for _ in range(count):
+        yield draw.choice(draw.choice(groups))

@@ -1,12 +1,12 @@
-"""A small real LLaVA: a CLIP tower, an MLP projector and a small language model, taught to answer in letters.
+"""A small real LLaVA: a vision tower, an MLP projector and a small language model, taught to answer in letters.
 
-The result is an ordinary transformers checkpoint. It is taught in two lessons with transformers' Trainer: multiple
-choice from written pictures, which needs no pixels, then the conversations themselves with their images.
+The result is an ordinary transformers checkpoint. It is taught in three lessons with transformers' Trainer: multiple
+choice from written pictures, which needs no pixels, captions, and multiple choice about the images. The tower stays as
+it is, and sees every image once.
 """
 
 import json
 import logging
-import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,22 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainingArg
 
 from mgll_encoder import Tower, load_tower, vision_config
 from mgll_encoder.common.errors import UserError, unknown_name
-from mgll_encoder.common.files import check_free, new_folder, sha256
+from mgll_encoder.common.files import check_free, new_folder
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
 from mllm_adapters.core.planning import contract_of
 from mllm_adapters.core.processing import llava_processor
 from mllm_adapters.data.corpus import Conversation, Corpus, read_corpus
 from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset, prepare_examples
-from mllm_adapters.examples.curriculum import Question, picture_lesson, read_question, word_lesson
+from mllm_adapters.examples.curriculum import (
+    Question,
+    caption_lesson,
+    question_lesson,
+    read_question,
+    word_lesson,
+)
 from mllm_adapters.examples.language_models import CHATML, LANGUAGE_MODELS, LanguageModelName, Speech
+from mllm_adapters.feature_cache.cache import cache_features
+from mllm_adapters.feature_cache.precompute import ComputeSettings
 from mllm_adapters.training.trainer import FrozenTrainer
 
 _logger = logging.getLogger(__name__)
@@ -40,54 +48,53 @@ RECORD = "teaching.json"
 
 @dataclass(frozen=True)
 class PracticeSettings:
-    """How much a language model practises, and what of it learns.
+    """How much a language model practises, and how fast it learns.
 
     Attributes:
         words: Questions about written pictures.
-        words_batch: Questions per step of the lesson of words.
-        words_rate: Peak learning rate of the lesson of words.
-        rounds: Passes over the conversations with their images, options reordered each time.
-        replay: Questions about written pictures among the conversations, as a share of them, so that the language
+        captions: Captions of images.
+        questions: Questions about images.
+        replay: Questions about written pictures among those about images, as a share of them, so that the language
             model does not unlearn to read words while it learns to read one tower's images.
         batch: Conversations per step.
-        rate: Peak learning rate.
-        learns: Regular expression for the names of the language model's parameters that learn; the projector
-            learns in the lesson of pictures, the tower never.
+        words_rate: Peak learning rate of the lesson of words.
+        rate: Peak learning rate of the language model in the other lessons.
+        projector_rate: Peak learning rate of the projector.
         bf16: Multiply in bfloat16.
     """
 
     words: int
-    words_batch: int
-    words_rate: float
-    rounds: int
+    captions: int
+    questions: int
     replay: float
     batch: int
+    words_rate: float
     rate: float
-    learns: str
+    projector_rate: float
     bf16: bool
 
 
 RECIPES: Mapping[LanguageModelName, PracticeSettings] = {
     "tiny": PracticeSettings(
         words=8_000,
-        words_batch=16,
-        words_rate=2e-3,
-        rounds=4,
-        replay=0.5,
+        captions=9_600,
+        questions=9_600,
+        replay=0.1,
         batch=16,
+        words_rate=2e-3,
         rate=1e-3,
-        learns=".",
+        projector_rate=2e-3,
         bf16=False,
     ),
     "smollm2": PracticeSettings(
-        words=2_500,
-        words_batch=16,
-        words_rate=5e-4,
-        rounds=2,
+        words=1_920,
+        captions=2_560,
+        questions=3_840,
         replay=0.1,
-        batch=8,
-        rate=3e-4,
-        learns=".",
+        batch=16,
+        words_rate=2e-4,
+        rate=1e-4,
+        projector_rate=1e-3,
         bf16=True,
     ),
 }
@@ -95,26 +102,29 @@ RECIPES: Mapping[LanguageModelName, PracticeSettings] = {
 
 def build_smol_llava(
     tower: Path,
-    conversations: Path,
+    data: Path | Sequence[Path],
     images: Path,
     out: Path,
     *,
     language_model: LanguageModelName = "smollm2",
     words: int | None = None,
-    rounds: int | None = None,
+    captions: int | None = None,
+    questions: int | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> Path:
     """Build a small LLaVA, teach it, and write it as a transformers checkpoint with its processor.
 
     Args:
-        tower: A CLIP tower, in any form that `load_tower` reads.
-        conversations: LLaVA-format conversations with multiple-choice questions answered by a letter.
-        images: What the image paths in them are relative to.
+        tower: A tower, in any form that `load_tower` reads.
+        data: Multiple-choice questions answered by a letter: benches of eval-mcq, or LLaVA conversations; one file
+            or several.
+        images: What the image paths of conversations are relative to.
         out: Folder to write.
         language_model: A key of `LANGUAGE_MODELS`.
         words: Questions about written pictures; None for the recipe's.
-        rounds: Passes over the conversations; None for the recipe's.
+        captions: Captions; None for the recipe's.
+        questions: Questions about images; None for the recipe's.
         seed: Draws new weights, the lessons and their order.
         force: Replace ``out``.
 
@@ -128,60 +138,32 @@ def build_smol_llava(
     check_free(out, force)
     if language_model not in LANGUAGE_MODELS:
         raise unknown_name("language model", language_model, LANGUAGE_MODELS)
-    usual = RECIPES[language_model]
-    recipe = replace(
-        usual,
-        words=usual.words if words is None else words,
-        rounds=usual.rounds if rounds is None else rounds,
-    )
-    for name, value in (("words", recipe.words), ("rounds", recipe.rounds)):
+    given = {"words": words, "captions": captions, "questions": questions}
+    counts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for name, value in counts.items():
         if value < 0:
             raise UserError(f"--{name} is {value}: it must be 0 or greater")
-    corpus = read_corpus(conversations, images)
-    questions = [question for row in corpus.rows if (question := read_question(row))]
-    if not questions:
-        raise UserError(
-            f"{conversations}: none of {len(corpus.rows)} conversations is a multiple-choice question answered "
-            "by a letter: make some with `eval-mcq build` and `eval-mcq export --format llava`"
-        )
+    recipe = replace(RECIPES[language_model], **counts)
+    corpus = read_corpus(data, images)
+    asked = _questions(corpus)
     eyes = load_tower(tower)
-    speech = _speech(language_model, corpus.rows, questions, seed)
+    speech = _speech(language_model, corpus.rows, asked, seed)
     model = assemble(eyes, speech, seed)
     processor = llava_processor(contract_of(eyes.spec, FEATURE_LAYER, False), speech.tokenizer, CHATML)
     began = time.monotonic()
-    lesson = replace(corpus, rows=list(word_lesson(questions, recipe.words, seed)), sizes={})
-    words_losses = _teach(
-        model,
-        processor,
-        lesson,
-        f"language_model.*{recipe.learns}",
-        recipe.words_batch,
-        recipe.words_rate,
-        seed,
-        recipe.bf16,
-    )
-    pictures = list(picture_lesson(corpus.rows, recipe.rounds, seed))
-    replayed = word_lesson(questions, round(recipe.replay * len(pictures)), seed + 1)
-    lesson = replace(corpus, rows=[*pictures, *replayed])
-    losses = _teach(
-        model,
-        processor,
-        lesson,
-        f"multi_modal_projector|language_model.*{recipe.learns}",
-        recipe.batch,
-        recipe.rate,
-        seed,
-        recipe.bf16,
-    )
+    losses = {
+        name: _teach(model, processor, replace(corpus, rows=rows), rates, recipe, seed)
+        for name, (rows, rates) in _lessons(asked, recipe, seed).items()
+    }
     _logger.info(f"taught in {time.monotonic() - began:.0f} s")
     record = {
         "language_model": language_model,
         "tower": tower.name,
-        "data": conversations.name,
-        "data_sha256": sha256(conversations),
+        "data": [file.name for file in corpus.files],
+        "data_sha256": corpus.digest(),
         "seed": seed,
         **asdict(recipe),
-        "losses": {"words": words_losses, "pictures": losses},
+        "losses": losses,
         "seconds": round(time.monotonic() - began, 1),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -189,13 +171,19 @@ def build_smol_llava(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        taught = Training.of(("projector", "language_model"), "build_smol_llava.py", corpus.digests.values())
+        taught = Training.of(
+            ("projector", "language_model"), "build_smol_llava.py", corpus.digests.values(), corpus.splits()
+        )
         write_trainings(folder, [*trainings_of(eyes.header.source), taught])
     return out
 
 
 def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGeneration:
-    """Join a tower and a language model by a new projector."""
+    """Join a tower and a language model by a new projector, whose tokens are about as loud as those of words.
+
+    With the usual initial weights they are an order of magnitude louder, and drown in the residual stream what the
+    language model computes of them.
+    """
     text = speech.model.config
     config = LlavaConfig(
         vision_config=vision_config(eyes.spec),
@@ -211,40 +199,78 @@ def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGener
     model.model.vision_tower.load_state_dict(eyes.model.state_dict())
     model.model.language_model.load_state_dict(speech.model.model.state_dict())
     model.lm_head.load_state_dict(speech.model.lm_head.state_dict())
-    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
-        torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    loudness = float(speech.model.model.embed_tokens.weight.detach().square().mean().sqrt())
+    projector = model.model.multi_modal_projector
+    for layer, scale in ((projector.linear_1, 1.0), (projector.linear_2, loudness)):
+        torch.nn.init.normal_(layer.weight, std=scale * layer.in_features**-0.5)
     return model
+
+
+def _questions(corpus: Corpus) -> list[Question]:
+    found = [question for row in corpus.rows if (question := read_question(row))]
+    readable = [question for question in found if corpus.damaged.keys().isdisjoint(question.images)]
+    if not readable:
+        raise UserError(
+            f"{corpus.path}: none of {len(corpus.rows)} conversations is a multiple-choice question answered "
+            "by a letter: make some with `eval-mcq build`"
+        )
+    return readable
 
 
 def _speech(
     name: LanguageModelName, rows: Sequence[Conversation], questions: Sequence[Question], seed: int
 ) -> Speech:
     spoken = [turn.value for row in rows for turn in row.turns]
-    written = [turn.value for row in word_lesson(questions, 100, seed) for turn in row.turns]
+    lessons = (word_lesson(questions, 100, seed), caption_lesson(questions, 100, seed))
+    written = [turn.value for lesson in lessons for row in lesson for turn in row.turns]
     roles = [f"\n{role}\n" for role in ("user", "assistant")]
     options = [option for question in questions for option in question.options]
     return LANGUAGE_MODELS[name]([*spoken, *written, *roles], options, seed)
 
 
+def _lessons(
+    questions: Sequence[Question], recipe: PracticeSettings, seed: int
+) -> dict[str, tuple[list[Conversation], dict[str, float]]]:
+    """Name -> conversations, and what learns how fast: start of a parameter's name -> peak learning rate."""
+    about_images = {"model.language_model": recipe.rate, "model.multi_modal_projector": recipe.projector_rate}
+    replayed = word_lesson(questions, round(recipe.replay * recipe.questions), seed + 1)
+    return {
+        "words": (
+            list(word_lesson(questions, recipe.words, seed)),
+            {"model.language_model": recipe.words_rate},
+        ),
+        "captions": (list(caption_lesson(questions, recipe.captions, seed)), about_images),
+        "questions": ([*question_lesson(questions, recipe.questions, seed), *replayed], about_images),
+    }
+
+
 def _teach(
-    model: Any, processor: Any, corpus: Corpus, learns: str, batch: int, rate: float, seed: int, bf16: bool
+    model: Any,
+    processor: Any,
+    corpus: Corpus,
+    rates: Mapping[str, float],
+    recipe: PracticeSettings,
+    seed: int,
 ) -> tuple[float, ...]:
+    """One lesson; the losses on the way."""
     if not corpus.rows:
         return ()
+    groups = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(re.search(learns, name) is not None)
+        rate = next((rate for part, rate in rates.items() if name.startswith(part)), None)
+        parameter.requires_grad_(rate is not None)
+        if rate is not None:
+            groups.append({"params": [parameter], "lr": rate})
     examples, _ = prepare_examples(corpus, processor, model.config.text_config.max_position_embeddings, True)
     with tempfile.TemporaryDirectory() as work:
         arguments = TrainingArguments(
             output_dir=work,
             num_train_epochs=1,
-            per_device_train_batch_size=batch,
-            learning_rate=rate,
-            adam_beta2=0.98,
+            per_device_train_batch_size=recipe.batch,
             lr_scheduler_type="cosine",
-            warmup_steps=50,
+            warmup_steps=0.05,
             seed=seed,
-            bf16=bf16,
+            bf16=recipe.bf16,
             use_cpu=not torch.accelerator.is_available(),
             logging_steps=25,
             save_strategy="no",
@@ -252,12 +278,19 @@ def _teach(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
+        place = ComputeSettings(arguments.device, "bfloat16" if recipe.bf16 else "float32")
+        model.to(place.device)
+        cached = cache_features(model, examples, corpus, processor, place)
+        dataset: Any = cached.dataset if cached else ConversationDataset(examples, corpus.folder, processor)
         trainer = FrozenTrainer(
             model=model,
             args=arguments,
-            train_dataset=ConversationDataset(examples, corpus.folder, processor),
-            data_collator=AnswerCollator(processor.tokenizer.pad_token_id),
+            train_dataset=dataset,
+            data_collator=cached.collator if cached else AnswerCollator(processor.tokenizer.pad_token_id),
+            optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0), None),
         )
         trainer.train()
-    model.eval()
+        if cached:
+            cached.cast.restore()
+    model.to("cpu").eval()
     return tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)

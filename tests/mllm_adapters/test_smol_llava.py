@@ -8,10 +8,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mgll_encoder import Tower, TowerSpec, build_model, save_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
+from mllm_adapters.data.captions import CAPTION_PROMPTS
 from mllm_adapters.data.corpus import Conversation, read_conversations
 from mllm_adapters.data.dataset import AnswerCollator, Collator, ConversationDataset, prepare_examples
 from mllm_adapters.examples import language_models as smol_language
-from mllm_adapters.examples.curriculum import picture_lesson, read_question, word_lesson
+from mllm_adapters.examples.curriculum import caption_lesson, question_lesson, read_question, word_lesson
 from mllm_adapters.examples.smol_llava import RECORD, build_smol_llava
 from tests import builders
 from tests.mllm_adapters.retraining import turns, write_json
@@ -48,7 +49,7 @@ def place(tmp_path_factory):
 
 
 def build(place, out, **changes):
-    settings = {"language_model": "tiny", "words": 32, "rounds": 1} | changes
+    settings = {"language_model": "tiny", "words": 32, "captions": 16, "questions": 16} | changes
     return build_smol_llava(place / "tower", place / "train.json", place / "images", out, **settings)
 
 
@@ -75,12 +76,46 @@ def test_the_letter_follows_the_option_when_options_change_places():
     assert "C. media haze" in moved.turns[0].value
 
 
-def test_a_caption_is_no_question_and_stays_in_the_lesson():
+def test_a_caption_is_no_question():
     caption = Conversation.model_validate(
         {"id": "c", "image": "0.png", "conversations": turns("<image>\nWhat is this?", "An eye.")}
     )
     assert read_question(caption) is None
-    assert list(picture_lesson([caption], rounds=2, seed=0)) == [caption, caption]
+
+
+def test_the_lesson_of_captions_says_of_an_image_what_a_written_picture_says():
+    question = read_question(Conversation.model_validate(row("B", "7.png")))
+    lesson = list(caption_lesson([question], 20, seed=0))
+    assert {caption.images for caption in lesson} == {("7.png",)}
+    assert {caption.turns[1].value for caption in lesson} == {"The image shows media haze."}
+    asked_for = {caption.turns[0].value.removeprefix("<image>\n") for caption in lesson}
+    assert len(asked_for) > 1
+    assert asked_for <= set(CAPTION_PROMPTS)
+
+
+@pytest.mark.parametrize("lesson", [caption_lesson, question_lesson])
+def test_a_rare_disease_is_practised_as_often_as_a_common_one(lesson):
+    """Else "the common one, wherever it is offered" is right so often that nothing more is learnt."""
+    common = [read_question(Conversation.model_validate(row("A", f"{i}.png"))) for i in range(30)]
+    rare = read_question(Conversation.model_validate(row("C", "rare.png")))
+    drawn = list(lesson([*common, rare], 400, seed=0))
+    assert 150 < sum(c.images == ("rare.png",) for c in drawn) < 250
+    assert drawn == list(lesson([*common, rare], 400, seed=0))
+    assert drawn != list(lesson([*common, rare], 400, seed=1))
+
+
+def test_image_tokens_begin_as_loud_as_words(place):
+    from mgll_encoder import load_tower
+    from mllm_adapters.examples.language_models import tiny
+    from mllm_adapters.examples.smol_llava import assemble
+
+    eyes, speech = load_tower(place / "tower"), tiny(["An eye."], NAMES, seed=0)
+    projector = assemble(eyes, speech, seed=0).model.multi_modal_projector
+    features = torch.randn(500, eyes.spec.width, generator=torch.Generator().manual_seed(0))
+    words = speech.model.model.embed_tokens.weight.square().mean().sqrt()
+    with torch.no_grad():
+        loudness = projector(features).square().mean().sqrt() / words
+    assert 0.3 < loudness < 3  # 5 with the usual initial weights
 
 
 def test_an_answer_that_is_not_among_the_options_is_refused():
@@ -170,7 +205,7 @@ def test_data_without_a_question_says_how_to_make_some(place, tmp_path):
         json.loads(json.dumps(r)) for r in json.loads((place / "train.json").read_text()) if r["id"] == "c"
     ]
     data = write_json(tmp_path / "captions.json", only_captions)
-    with pytest.raises(UserError, match=r"captions\.json: none of 1 conversations .*eval-mcq export"):
+    with pytest.raises(UserError, match=r"captions\.json: none of 1 conversations .*eval-mcq build"):
         build_smol_llava(place / "tower", data, place / "images", tmp_path / "out", language_model="tiny")
     assert not (tmp_path / "out").exists()
 
@@ -215,7 +250,7 @@ def test_smollm2_with_its_new_row_speaks_as_the_package_does():
 
 @pytest.mark.slow
 def test_the_tiny_language_model_learns_to_answer_written_pictures(place, tmp_path):
-    folder = build(place, tmp_path / "taught", words=8_000, rounds=0)
+    folder = build(place, tmp_path / "taught", words=8_000, captions=0, questions=0)
     model, processor = load_mllm(folder)
     questions = [q for r in read_conversations(place / "train.json") if (q := read_question(r))]
     right = 0
