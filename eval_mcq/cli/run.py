@@ -1,6 +1,8 @@
 """Commands of ``eval-mcq`` that work on runs of a model: merge and check; and options of ``run``."""
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +13,7 @@ from eval_mcq.runs.loading import Dtype, loading
 from mgll_encoder.common.cli import stdout, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs, require
+from mgll_encoder.common.files import check_free, write_text
 
 ModeName = Literal["letters", "options", "options-mean", "generate"]
 
@@ -63,6 +66,8 @@ def check(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     load_in_4bit: FourBit = False,
+    out: Annotated[Path | None, typer.Option(help="Write what was seen as JSON; needs --bench.")] = None,
+    force: Force = False,
 ) -> None:
     """See whether a model looks at the picture: real, blank and exchanged images; letter prior; provenance; prompt.
 
@@ -76,6 +81,10 @@ def check(
     from eval_mcq.runs.image_sensitivity import contradictions, image_sensitivity
     from mllm_adapters import is_swapped
 
+    if out is not None:
+        if bench is None:
+            raise UserError("--out writes what the questions of --bench show: add --bench")
+        check_free(out, force)
     asked = load_bench(bench) if bench else None
     fingerprint = model_fingerprint(model)
     from mllm_adapters import Verification  # torch, which a wrong path need not wait for
@@ -107,11 +116,22 @@ def check(
     if asked:
         found = image_sensitivity(scorer, asked, questions)
         _show_look(found)
+        if out is not None:
+            write_text(
+                out,
+                json.dumps({"model": str(model), "bench": str(bench), **asdict(found)}, indent=2) + "\n",
+                force,
+            )
         for warning in found.warnings:
             warn(warning)
         wrong += [] if found.sees else found.warnings[:1]
     if wrong:
         raise UserError(f"{model}: {'; '.join(wrong)}")
+
+
+def _in_percent(estimate: Any) -> tuple[str, str]:
+    low, high = estimate.interval.low, estimate.interval.high
+    return f"{100 * estimate.value:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def _show_look(found: Any) -> None:
@@ -120,11 +140,13 @@ def _show_look(found: Any) -> None:
     from eval_mcq.items.schema import LETTERS
 
     grid = Table(
-        "images", "accuracy", "largest change", title=f"{found.questions} questions", title_justify="left"
-    )
-    for kind, share in found.right.items():
+        "images", "Average", "95 %", "lost", "95 %", "largest change",
+        title=f"{found.questions} questions", title_justify="left",
+    )  # fmt: skip
+    for kind, average in found.average.items():
+        lost = found.drop.get(kind)
         moved = f"{found.moved[kind]:.4f}" if kind in found.moved else ""
-        grid.add_row(kind, f"{100 * share:.1f}", moved)
+        grid.add_row(kind, *_in_percent(average), *(_in_percent(lost) if lost else ("", "")), moved)
     stdout.print(grid)
     prior = ", ".join(f"{letter} {p:.2f}" for letter, p in zip(LETTERS, found.prior, strict=False))
     stdout.print(f"letter prior (blank image, no question): {prior}", highlight=False)

@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.scoring.prompt import Ask
+from eval_mcq.tables import intervals
+from eval_mcq.tables.intervals import Estimate
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.progress import track
 
@@ -25,6 +29,7 @@ LOW_MASS = 0.5
 """Mean probability on the letters below which a model is said not to answer with letters."""
 
 Pictures = list[Image.Image]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,16 @@ class ImageSensitivity:
 
     Attributes:
         questions: Number of questions.
-        right: Share of right answers: real, blank and shuffled images.
+        average: Macro average of the accuracy over diseases: real, blank and shuffled images.
+        drop: What of it is lost with blank and with shuffled images; None where too few patients are asked about.
         moved: Largest change of a probability with blank and with shuffled images.
         mass: Mean probability on the letters; None where the scoring mode has none.
         prior: Probability of each letter for a blank image and a question without content.
     """
 
     questions: int
-    right: dict[str, float]
+    average: dict[str, Estimate]
+    drop: dict[str, Estimate | None]
     moved: dict[str, float]
     mass: float | None
     prior: list[float]
@@ -78,18 +85,42 @@ def image_sensitivity(scorer: "Scorer", bench: Bench, questions: int) -> ImageSe
         some = slice(start, start + QUICK)
         for kind, images in kinds.items():
             scores[kind] += scorer.score(items[some], images[some])
+    right = {
+        kind: np.array([score.choice == item.answer for item, score in zip(items, of_kind, strict=True)])
+        for kind, of_kind in scores.items()
+    }
     masses = [score.letter_mass for score in scores["real"] if score.letter_mass is not None]
     return ImageSensitivity(
         questions=len(items),
-        right={
-            kind: sum(score.choice == item.answer for item, score in zip(items, of_kind, strict=True))
-            / len(items)
-            for kind, of_kind in scores.items()
-        },
+        average={kind: _average(items, right[kind]) for kind in kinds},
+        drop={kind: _drop(items, right[kind], right["real"]) for kind in ("blank", "shuffled")},
         moved={kind: _moved(scores["real"], scores[kind]) for kind in ("blank", "shuffled")},
         mass=sum(masses) / len(masses) if masses else None,
         prior=_prior(scorer, max(len(item.options) for item in items), blank[0][0]),
     )
+
+
+def _average(items: Sequence[MCQItem], right: Bools) -> Estimate:
+    masks, patients = _groups(items)
+    parts = [intervals.share(right[mask], patients[mask]) for mask in masks]
+    values = right.astype(float)
+    return intervals.mean(parts, [values[mask] for mask in masks], [patients[mask] for mask in masks])
+
+
+def _drop(items: Sequence[MCQItem], without: Bools, real: Bools) -> Estimate | None:
+    masks, patients = _groups(items)
+    if len(np.unique(patients)) < intervals.FEWEST:
+        return None
+    parts = [intervals.gain(without[mask], real[mask], patients[mask]) for mask in masks]
+    values = real.astype(float) - without
+    return intervals.mean(parts, [values[mask] for mask in masks], [patients[mask] for mask in masks])
+
+
+def _groups(items: Sequence[MCQItem]) -> tuple[list[Bools], intervals.Ids]:
+    """Which questions are of each disease, and the patient of each question."""
+    places = np.array([item.category for item in items])
+    _, patients = np.unique([item.cluster for item in items], return_inverse=True)
+    return [places == category for category in dict.fromkeys(places.tolist())], patients
 
 
 def contradictions(model: Any, processor: Any, after: Mapping[str, Any]) -> list[str]:

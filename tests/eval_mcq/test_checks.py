@@ -49,6 +49,22 @@ def test_a_model_that_does_not_see_is_caught_and_one_that_does_passes(eval_mcq, 
     assert "the answers do not depend on the image" in error
 
 
+def test_what_was_seen_is_written_with_intervals(eval_mcq, tiny_llava, bench, tmp_path):
+    out = tmp_path / "check.json"
+    assert eval_mcq("check", tiny_llava, "--bench", bench, "--questions", 6, "--out", out) == 0
+    seen = json.loads(out.read_text())
+    assert seen["questions"] == 6
+    assert set(seen["average"]) == {"real", "blank", "shuffled"}
+    for average in seen["average"].values():
+        assert average["interval"]["low"] <= average["value"] <= average["interval"]["high"]
+    for kind, lost in seen["drop"].items():
+        assert lost is None or lost["value"] == pytest.approx(
+            seen["average"]["real"]["value"] - seen["average"][kind]["value"]
+        )
+    assert "exists" in eval_mcq.refuses("check", tiny_llava, "--bench", bench, "--out", out)
+    assert "add --bench" in eval_mcq.refuses("check", tiny_llava, "--out", tmp_path / "other.json")
+
+
 def edited(file, **after):
     """A provenance with other figures of the tower."""
     made = json.loads(file.read_text())
