@@ -42,6 +42,9 @@ def pretrain(
     epochs: int = typer.Option(20, help="Passes over the training images."),
     batch_size: int = typer.Option(32, help="Images per step."),
     lr: float = typer.Option(5e-4, help="Peak learning rate."),
+    tower_lr: float | None = typer.Option(
+        None, help="Peak learning rate of the image tower, such as 5e-5 for a trained one (default: --lr)."
+    ),
     weight_decay: float = typer.Option(0.05, help="Weight decay of the weight matrices."),
     select: str = typer.Option(
         "auto", help="Epoch to keep: best (by mAP on the val rows), last, or auto: best where there are any."
@@ -94,6 +97,7 @@ def pretrain(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
+        tower_lr=tower_lr,
         weight_decay=weight_decay,
         select=select,
         precision=precision,

@@ -36,6 +36,7 @@ class PretrainOptions:
         epochs: Passes over the training rows.
         batch_size: Images per step and process.
         lr: Peak learning rate, after 5 % of warm-up; cosine decay to 0.
+        tower_lr: That of the image tower, where it is another: a trained one wants less than a new text tower.
         weight_decay: On weight matrices; not on norms, biases, embeddings and the temperature.
         select: ``best``: keep the epoch with the highest mAP on the ``val`` rows; ``last``; ``auto``: best where
             there are such rows.
@@ -58,6 +59,7 @@ class PretrainOptions:
     epochs: int = 20
     batch_size: int = 32
     lr: float = 5e-4
+    tower_lr: float | None = None
     weight_decay: float = 0.05
     select: Select = "auto"
     precision: Precision = "auto"
@@ -81,6 +83,7 @@ class PretrainOptions:
             ("--epochs", self.epochs),
             ("--batch-size", self.batch_size),
             ("--lr", self.lr),
+            ("--tower-lr", self.lr if self.tower_lr is None else self.tower_lr),
         ):
             if number <= 0 or not math.isfinite(number):
                 raise UserError(f"{option} is {number}: it must be greater than 0")

@@ -150,6 +150,7 @@ def pretrain(
             model,
             skipped,
             validation,
+            options.tower_lr,
             args=arguments,
             train_dataset=ManifestImages(plan, model.spec, options.seed, flip=options.flip),
             data_collator=ManifestCollator(model.text.tokenize),

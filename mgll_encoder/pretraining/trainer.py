@@ -100,16 +100,23 @@ class TowerTrainer(SoundStates):
         towers: The model.
         skipped: Counts images that cannot be read, each once; stops at the first if strict.
         validation: What to judge after each epoch, if anything.
+        tower_lr: Peak learning rate of the image tower; None for that of ``settings``.
         settings: For transformers' Trainer.
     """
 
     def __init__(
-        self, towers: TwoTowers, skipped: Skipped, validation: Validation | None, **settings: Any
+        self,
+        towers: TwoTowers,
+        skipped: Skipped,
+        validation: Validation | None,
+        tower_lr: float | None = None,
+        **settings: Any,
     ) -> None:
         # the Trainer wants a data set where it evaluates; `evaluate` below reads `validation` itself
         super().__init__(model=towers, eval_dataset=validation, **settings)
         self.add_callback(EpochOfData)
         self.towers, self.skipped, self._validation = towers, skipped, validation
+        self._tower_lr = tower_lr
         self._terms: list[dict[str, Tensor]] = []
         self._troubles: dict[str, None] = {}
 
@@ -121,6 +128,27 @@ class TowerTrainer(SoundStates):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight matrices that are no embeddings."""
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The library's, with a learning rate of its own for the image tower where one was given."""
+        if self.optimizer is None and self._tower_lr is not None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(self._groups(self._tower_lr), **settings)
+        return super().create_optimizer(model)
+
+    def _groups(self, tower_lr: float) -> list[dict[str, Any]]:
+        """Parameters by learning rate and weight decay."""
+        decaying = set(self.get_decay_parameter_names(self.towers))
+        found: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.towers.named_parameters():
+            rate = tower_lr if name.startswith("vision.") else self.args.learning_rate
+            decay = self.args.weight_decay if name in decaying else 0.0
+            if parameter.requires_grad:
+                found.setdefault((rate, decay), []).append(parameter)
+        return [
+            {"params": parameters, "lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in found.items()
+        ]
 
     def compute_loss(
         self,

@@ -278,6 +278,17 @@ def test_a_training_can_start_from_a_tower(manifest, tmp_path):
     torch.testing.assert_close(*projections, atol=1e-6, rtol=0)
 
 
+def test_a_trained_tower_can_learn_more_slowly_than_a_new_text_tower(manifest, tmp_path):
+    pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
+    held = options(epochs=1, init=tmp_path / "first", text_tower="new", tower_lr=1e-9)
+    pretrain(manifest, tmp_path / "second", held, workers=0)
+    torch.testing.assert_close(weights(tmp_path / "second"), weights(tmp_path / "first"), atol=1e-6, rtol=0)
+    projections = [load_tower(tmp_path / name).projection for name in ("first", "second")]
+    assert not torch.allclose(*projections, atol=1e-4, rtol=0), "the projection learns at --lr"
+    with pytest.raises(UserError, match="--tower-lr is 0"):
+        options(tower_lr=0.0)
+
+
 def spoilt(manifest: Path, out: Path) -> Path:
     """The training rows, with a damaged image, a missing one, two that disagree, and a line that is no row."""
 
