@@ -1,4 +1,4 @@
-"""What users call to train and to judge towers. Paths are checked before anything heavy is imported."""
+"""The public functions to train and evaluate towers. Paths are checked before anything heavy is imported."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mgll_encoder.tower.load import Tower
 
     Scored = tuple[NDArray[np.float64], list[int], LabeledImages, dict[str, Any]]
-    """Scores [images, kept labels], the labels that are kept, the images that could be read, and a record."""
+    """Scores [images, kept labels], the kept labels, the images that could be read, and a record."""
 
     Score = Callable[[Tower, LabeledImages, Skipped], Scored]
 
@@ -30,14 +30,14 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a tower's features know of some labels.
+class Evaluation:
+    """How well a tower's features predict some labels.
 
     Attributes:
         result: AUC, mAP and accuracy with their intervals, macro and by label.
-        skipped: What was left out, by reason.
-        names: Label -> its name in words, of described benchmarks.
-        record: What else decides the figures, for a file.
+        skipped: What was skipped, by reason.
+        names: Label -> its name in words, for known benchmarks.
+        record: Other settings that determine the results, for a file.
     """
 
     result: "ProbeResult"
@@ -63,16 +63,16 @@ def pretrain(
     Args:
         data: Manifest (.jsonl or .parquet).
         out: New folder for the tower.
-        images: Image folder; the one that the manifest names if not given.
+        images: Image folder; the one named in the manifest if not given.
         workers: Processes that open images.
-        strict: Stop at the first row that would be left out.
-        resume: Continue an interrupted training of the same options.
+        strict: Stop at the first row that would be skipped.
+        resume: Continue an interrupted run with the same options.
         force: Replace ``out``.
         save_on_signal: Save a checkpoint before ending on SIGTERM or Ctrl-C.
         **options: Fields of `mgll_encoder.pretraining.options.PretrainOptions`: ``loss``, ``init``, ``epochs`` ...
 
     Raises:
-        UserError: manifest, images or weights cannot be read, or ``out`` is taken.
+        UserError: manifest, images or weights cannot be read, or ``out`` exists.
     """
     check_manifest(Path(data))
     from mgll_encoder.pretraining.options import PretrainOptions
@@ -95,19 +95,19 @@ def linear_probe(
     strict: bool = False,
     workers: int | None = None,
     **question: Any,
-) -> Judged:
-    """Fit a linear classifier on frozen features, and judge it on other patients.
+) -> Evaluation:
+    """Fit a linear classifier on frozen features, and evaluate it on other patients.
 
-    Features are kept in a cache folder (``MGLL_CACHE_DIR``), so that a second probe takes seconds.
+    Features are cached on disk (``MGLL_CACHE_DIR``), so that a second probe takes seconds.
 
     Args:
-        encoder: The tower: whatever `mgll_encoder.inspect_tower` reads.
-        data: Table (CSV, TSV, Excel, Parquet) of images and labels; None for benchmarks that are labelled by folders.
+        encoder: The tower: anything that `mgll_encoder.inspect_tower` reads.
+        data: Table (CSV, TSV, Excel, Parquet) of images and labels; None for benchmarks that are labeled by folders.
         images: Folder that the image column is relative to.
-        activation: ``gelu`` or ``quick_gelu``, for towers that do not say it themselves.
-        weights: ``raw`` or ``ema``, for towers with a moving average of the weights beside them.
-        min_positives: Labels with fewer positive test images are left out.
-        strict: Stop at the first row or image that would be left out.
+        activation: ``gelu`` or ``quick_gelu``, for towers that do not specify it.
+        weights: ``raw`` or ``ema``, for towers stored with a moving average of their weights.
+        min_positives: Labels with fewer positive test images are skipped.
+        strict: Stop at the first row or image that would be skipped.
         workers: Processes that read images; one per core if not given.
         **question: Further fields of `mgll_encoder.probing.labeled_set.LabeledSet`: ``patient_column``, ``benchmark``,
             ``test``, ``seed`` ...
@@ -115,14 +115,14 @@ def linear_probe(
     Raises:
         UserError: table, images or tower cannot be read, or no label has enough images.
     """
-    return judge_trained(
+    return evaluate_trained(
         Path(encoder), asked(data, images, question), linear(min_positives, workers),
         activation=activation, weights=weights, strict=strict,
     )  # fmt: skip
 
 
 def linear(min_positives: int = 10, workers: int | None = None) -> "Score":
-    """A linear classifier on frozen features, for `judge_trained`."""
+    """Return a linear classifier on frozen features, for `evaluate_trained`."""
 
     def score(tower: "Tower", labels: "LabeledImages", skipped: Skipped) -> "Scored":
         from mgll_encoder.probing.features import readable_features
@@ -136,7 +136,7 @@ def linear(min_positives: int = 10, workers: int | None = None) -> "Score":
     return score
 
 
-def judge_trained(
+def evaluate_trained(
     encoder: Path,
     question: LabeledSet,
     score: "Score",
@@ -144,16 +144,16 @@ def judge_trained(
     activation: str | None = None,
     weights: str | None = None,
     strict: bool = False,
-) -> Judged:
-    """Judge a classifier on the test side of labelled images.
+) -> Evaluation:
+    """Train a classifier, and evaluate it on the test split of labeled images.
 
     Args:
         encoder: The tower.
-        question: Which images and labels.
-        score: Trains on the training side and scores the test side.
-        activation: Of towers that do not say it themselves.
-        weights: Of towers with a moving average of the weights beside them.
-        strict: Stop at the first row or image that would be left out.
+        question: The images and labels.
+        score: Trains on the training split and scores the test split.
+        activation: For towers that do not specify it.
+        weights: For towers stored with a moving average of their weights.
+        strict: Stop at the first row or image that would be skipped.
 
     Raises:
         UserError: see `LabeledSet.read` and ``load_tower``.
@@ -166,7 +166,7 @@ def judge_trained(
     scores, kept, labels, record = score(open_tower(encoder, activation, weights), labels, skipped)
     result = evaluate(scores, kept, labels, seed=question.seed)
     question.warn_of_leaks(labels)
-    return Judged(result, skipped, question.names, record)
+    return Evaluation(result, skipped, question.names, record)
 
 
 def zero_shot(
@@ -182,35 +182,35 @@ def zero_shot(
     strict: bool = False,
     workers: int | None = None,
     **question: Any,
-) -> Judged:
-    """Classify without training, by the likeness of an image to prompts of each class.
+) -> Evaluation:
+    """Classify without training, by the similarity of an image to prompts of each class.
 
-    The prompts of a class are averaged; where several labels may be true at once, a label is weighed against the
-    prompts of its absence.
+    The prompts of a class are averaged; if several labels may be true at once, a label is compared with the prompts of
+    its absence.
 
     Args:
-        encoder: A tower with its text tower: a folder of `pretrain`, or a whole CLIP.
-        data: As of `linear_probe`.
-        images: Likewise.
+        encoder: A tower with its text tower: a folder written by `pretrain`, or a full CLIP.
+        data: As for `linear_probe`.
+        images: As for `linear_probe`.
         prompts: ``generic``, ``fundus``, ``xray``, or a .json file; the benchmark's, or generic, if not given.
-        every: Judge all images, not the test side only.
-        activation: As of `linear_probe`.
-        weights: Likewise.
-        min_positives: Likewise.
-        strict: Likewise.
-        workers: Likewise.
-        **question: Likewise.
+        every: Evaluate on all images, not only the test split.
+        activation: As for `linear_probe`.
+        weights: As for `linear_probe`.
+        min_positives: As for `linear_probe`.
+        strict: As for `linear_probe`.
+        workers: As for `linear_probe`.
+        **question: As for `linear_probe`.
 
     Raises:
         UserError: as `linear_probe`; or the tower has no text tower.
     """
-    return judge_zero_shot(
+    return evaluate_zero_shot(
         Path(encoder), asked(data, images, question), prompts=prompts, every=every, activation=activation,
         weights=weights, min_positives=min_positives, strict=strict, workers=workers,
     )  # fmt: skip
 
 
-def judge_zero_shot(
+def evaluate_zero_shot(
     encoder: Path,
     question: LabeledSet,
     *,
@@ -221,8 +221,8 @@ def judge_zero_shot(
     min_positives: int,
     strict: bool,
     workers: int | None,
-) -> Judged:
-    """As `zero_shot`, of labelled images that are described already."""
+) -> Evaluation:
+    """Run `zero_shot` on a `LabeledSet`."""
     from mgll_encoder.probing.benchmarks import benchmark as described
 
     known = described(question.benchmark) if question.benchmark else None
@@ -231,7 +231,7 @@ def judge_zero_shot(
     labels = question.read(skipped, both_sides=False)
     labels = (labels if every else labels.subset(labels.test)).all_for_test
     if not labels.images:
-        raise UserError("no image is on the test side: give a larger --test, or --all")
+        raise UserError("no image is in the test split: give a larger --test, or --all")
     from mgll_encoder.probing.features import readable_features
     from mgll_encoder.probing.linear import evaluate, kept_labels
     from mgll_encoder.probing.zero_shot import (
@@ -250,7 +250,7 @@ def judge_zero_shot(
     negative = [used.negative(label, question.names) for label in labels.names]
     for prompt, pieces in unknown_pieces(text, positive if labels.exclusive else positive + negative).items():
         _logger.warning(
-            f"prompt '{prompt}': the text tower has never seen {', '.join(pieces)}, and leaves that out"
+            f"prompt '{prompt}': the text tower has no embedding for {', '.join(pieces)}, which are ignored"
         )
     features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
     scores = zero_shot_scores(
@@ -267,16 +267,16 @@ def judge_zero_shot(
         for label, p, n in zip(labels.names, positive, negative, strict=True)
     }
     result = evaluate(scores[:, kept], kept, labels, seed=question.seed)
-    return Judged(result, skipped, question.names, {"prompts": said})
+    return Evaluation(result, skipped, question.names, {"prompts": said})
 
 
 def asked(data: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> LabeledSet:
-    """The labelled images that keyword arguments name."""
+    """Build a `LabeledSet` from keyword arguments."""
     return LabeledSet(data=None if data is None else Path(data), images=Path(images), **question)
 
 
 def open_tower(encoder: Path, activation: str | None, weights: str | None = None) -> "Tower":
-    """The tower; what the user should know of it is logged."""
+    """Load a tower and log its warnings."""
     from mgll_encoder.tower.load import load_tower
 
     choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked by load_tower
@@ -287,7 +287,7 @@ def open_tower(encoder: Path, activation: str | None, weights: str | None = None
 
 
 def need_kept(kept: list[int], min_positives: int) -> None:
-    """Refuse a set of which nothing can be judged.
+    """Refuse a set without a label that can be evaluated.
 
     Raises:
         UserError: no label is kept.

@@ -127,7 +127,9 @@ def probe(
             _finetuned, positives=min_positives, workers=workers, settings=settings, trainings=trainings or 1,
             tower_out=tower_out, force=force,
         )  # fmt: skip
-    found = api.judge_trained(encoder, question, score, activation=activation, weights=weights, strict=strict)
+    found = api.evaluate_trained(
+        encoder, question, score, activation=activation, weights=weights, strict=strict
+    )
     print_result(found.result, _TITLES[mode].format(encoder), published, found.names)
     if out:
         content = {

@@ -78,7 +78,7 @@ def zero_shot(
         test_data, test_images, test_list, only, test, seed,
         tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
-    found = api.judge_zero_shot(
+    found = api.evaluate_zero_shot(
         encoder, question, prompts=prompts, every=every, activation=activation, weights=weights,
         min_positives=min_positives, strict=strict, workers=workers,
     )  # fmt: skip

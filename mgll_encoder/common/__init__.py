@@ -1,1 +1,1 @@
-"""What all three packages share: errors, command-line manners, files, images, patient-wise splits."""
+"""Code shared by all three packages: errors, command-line behavior, files, images, splits by patient."""

@@ -1,4 +1,4 @@
-"""Chat templates, rendered within bounds: a template is somebody else's program, and may run without end."""
+"""Chat templates, rendered with limits: a template is a foreign program, and may not terminate."""
 
 import atexit
 import json
@@ -16,27 +16,27 @@ from mgll_encoder.common import chat_worker
 from mgll_encoder.common.errors import UserError
 
 SECONDS = 5.0
-"""Computing time that one rendering may take; a long conversation takes milliseconds."""
+"""CPU time limit of one rendering; a long conversation takes milliseconds."""
 
 _START = 120.0
-"""Seconds within which the process that renders must be ready."""
+"""Seconds within which the rendering process must be ready."""
 
 _PATIENCE = 60.0
-"""Seconds within which it must have rendered; it is ended sooner by the kernel unless the machine is overloaded."""
+"""Seconds within which it must answer; the kernel kills it sooner unless the machine is overloaded."""
 
 _CHUNK = 1 << 16
 
 PREFIX_TYPES = "token_type_ids"
-"""What PaliGemma's processor says of each position: 0 in the prompt, whose tokens see each other in both directions, 1
-in the answer, which is causal. So no part of a prompt can be computed before its end is known."""
+"""A field of PaliGemma's processor: 0 in the prompt, which has bidirectional attention, 1 in the answer, which is
+causal. So no part of a prompt can be computed before its end is known."""
 
 
 class TemplateError(UserError):
-    """A chat template that cannot be rendered, or not for this conversation."""
+    """A chat template cannot be rendered, or not for this conversation."""
 
 
 def template_of(processor: Any) -> str | None:
-    """The chat template that counts, of a processor that may have several; None where it has none."""
+    """Return a processor's chat template, the default one if it has several; None if it has none."""
     found = getattr(processor, "chat_template", None)
     if isinstance(found, Mapping):
         found = found.get("default")
@@ -46,16 +46,17 @@ def template_of(processor: Any) -> str | None:
 def render_chat(
     processor: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
 ) -> str:
-    """What ``processor.apply_chat_template`` gives, within bounds of time, memory and length. Safe in threads.
+    """Do what ``processor.apply_chat_template`` does, with limits of time, memory and length. Thread-safe.
 
     Args:
         processor: Has a chat template and a tokenizer.
-        messages: Turns as that method takes them, pictures as placeholders.
-        add_generation_prompt: Whether the text ends where an answer begins.
+        messages: Turns as in that method, pictures as placeholders.
+        add_generation_prompt: Whether the text ends with the prefix of an answer.
 
     Raises:
-        TemplateError: the template is none, refuses the conversation, or does not come to an end; its line is named
-            where it is known.
+        TemplateError: the template is invalid, refuses the conversation, or does not terminate; the line is named if
+            known.
+        UserError: the processor has no chat template.
     """
     template = template_of(processor)
     if template is None:
@@ -76,25 +77,25 @@ def render_chat(
         return _whole(str(answer["text"]))
     where = f"line {answer['line']}: " if answer.get("line") else ""
     raise TemplateError(
-        f"the model's chat template cannot be rendered: {where}{answer['error']}: mend chat_template.jinja in its "
-        "folder (older folders have it in chat_template.json, processor_config.json or tokenizer_config.json)"
+        f"the model's chat template cannot be rendered: {where}{answer['error']}: fix chat_template.jinja in its "
+        "folder (in older folders: chat_template.json, processor_config.json or tokenizer_config.json)"
     )
 
 
 def _whole(text: str) -> str:
-    """A rendered text that is one: escapes of a template may stand for half a character, which no tokenizer takes."""
+    """Check a rendered text for lone surrogates, which a template's escapes may produce and tokenizers refuse."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise TemplateError(
-            f"the model's chat template writes half of a character (\\u{ord(text[error.start]):04x}): mend "
+            f"the model's chat template writes half of a character (\\u{ord(text[error.start]):04x}): fix "
             "chat_template.jinja in its folder"
         ) from None
     return text
 
 
 class _Worker:
-    """The process that renders, started when it is first needed; a fork of this process gets one of its own."""
+    """The rendering process, started when it is first needed; a fork of this process starts its own."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._seconds = seconds
@@ -103,7 +104,7 @@ class _Worker:
         self._owner = 0
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What it answers to a request."""
+        """Send a request and return the answer."""
         with self._lock:
             process = self._running()
             assert process.stdin is not None
@@ -116,9 +117,7 @@ class _Worker:
             if answer is not None:
                 return answer
             self._end()
-            return {
-                "error": f"it does not come to an end within {self._seconds:.0f} s, or takes up all memory"
-            }
+            return {"error": f"it does not finish within {self._seconds:.0f} s, or uses up all memory"}
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
@@ -143,12 +142,12 @@ class _Worker:
         self._process = None
 
     def close(self) -> None:
-        """End it with the command."""
+        """Stop the process."""
         self._end()
 
 
 def _line(process: "subprocess.Popen[bytes]", seconds: float) -> dict[str, Any] | None:
-    """The next answer; None where none comes in time, or the process has ended."""
+    """Read the next answer; None if it does not arrive in time, or the process has ended."""
     assert process.stdout is not None
     source, until, held = process.stdout.fileno(), time.monotonic() + seconds, bytearray()
     while not held.endswith(b"\n"):

@@ -1,6 +1,6 @@
-"""Renders chat templates in a process of its own, which the kernel ends when it takes too long or too much memory.
+"""Render chat templates in a separate process, which the kernel kills if it uses too much time or memory.
 
-Started by `mgll_encoder.common.chat` as a script; it imports nothing of this project. One line of JSON in, one out.
+`mgll_encoder.common.chat` starts it as a script; it imports nothing from this project. One line of JSON in, one out.
 """
 
 import json
@@ -11,20 +11,22 @@ import sys
 from typing import Any, TextIO
 
 MEMORY = 1 << 30
-"""Bytes that the process may take beyond what it has when it is ready."""
+"""Bytes that the process may allocate after startup."""
 
 CHARACTERS = 1 << 24
-"""Longest text that a template may write."""
+"""Maximum length of a rendered text."""
 
 TEMPLATE_FILES = ("<template>", "<unknown>")
-"""What jinja2 calls the file of a template that came as a string."""
+"""File names that jinja2 gives to a template passed as a string."""
 
 
 def main() -> None:
-    """Answer requests until the input ends; the argument is the seconds of computing that each may take."""
+    """Answer requests until the input ends; the argument is the CPU time in seconds that each may take."""
     seconds = float(sys.argv[1])
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what libraries print is no answer
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    )  # keep what libraries print out of the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -33,7 +35,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _answer(out, {"ready": True})
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal kills the process
         answer = _render(render_jinja_template, json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
         _answer(out, answer)
@@ -43,10 +45,10 @@ def _render(render: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
         (text,), _ = render(**request)
     except MemoryError:
-        return {"error": "it wants more memory than a text needs"}
+        return {"error": "it uses too much memory"}
     except RecursionError:
-        return {"error": "it calls itself without end"}
-    except Exception as error:  # whatever a template does wrong is told, with its place
+        return {"error": "it recurses without end"}
+    except Exception as error:  # any error of a template is reported, with its line
         return {"error": str(error)[:500] or type(error).__name__, "line": _line(error)}
     if len(text) > CHARACTERS:
         return {"error": f"it writes more than {CHARACTERS} characters"}
@@ -54,7 +56,7 @@ def _render(render: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _line(error: BaseException) -> int | None:
-    """The line of the template in which an error came up."""
+    """Return the line of the template in which an error was raised."""
     line = getattr(error, "lineno", None)
     trace = error.__traceback__
     while trace is not None:
@@ -65,8 +67,8 @@ def _line(error: BaseException) -> int | None:
 
 
 def _memory() -> int:
-    """Bytes of address space that the process has."""
-    with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123 - nothing more is imported
+    """Return the size of the process's address space in bytes."""
+    with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123 - avoids an import
         return int(stream.read().split()[0]) * resource.getpagesize()
 
 

@@ -1,6 +1,6 @@
-"""Manners of every command: exit codes, one-line errors, progress.
+"""Behavior shared by all commands: exit codes, one-line errors, progress.
 
-Exit codes: 0 done, 2 the user's mistake (or that of their disk), 1 our fault, 130 and 143 ended by Ctrl-C and SIGTERM.
+Exit codes: 0 done, 2 user error (or a disk error), 1 a bug in this project, 130 and 143 ended by Ctrl-C and SIGTERM.
 """
 
 import atexit
@@ -33,16 +33,16 @@ PACKAGES = ("mgll_encoder", "mllm_adapters", "eval_mcq")
 
 
 class _Console(Console):
-    """A console whose reader may leave early (``| head``)."""
+    """A console whose output may be closed early (``| head``)."""
 
     def on_broken_pipe(self) -> None:
-        """Leave quietly, as a shell expects of a process whose output nobody reads."""
+        """Exit without an error message, as a shell expects when the pipe is closed."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE)
 
 
 stdout = _Console(markup=False)
-"""Results: tables, paths, the next command to type; a name with brackets is a name and no markup."""
+"""Results: tables, paths, the next command to type. Brackets in names are printed as they are, not as markup."""
 
 stderr = _Console(stderr=True)
 """Progress, warnings and errors."""
@@ -61,30 +61,30 @@ def new_app(help_text: str) -> typer.Typer:
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Run a command and leave with its exit code.
+    """Run a command and exit with its exit code.
 
     Set ``MGLL_DEBUG=1`` to see tracebacks instead of one-line errors.
     """
     _quieten_libraries()
-    # So that nothing looks for garbage among all that torch has made: half a second at every exit.
+    # Skip the garbage collection of torch's objects at exit; it takes half a second.
     atexit.register(gc.freeze)
     try:
-        with _told_by_libraries(), signals.watched(last=True):
+        with _showing_logs(), signals.watched(last=True):
             code = _outcome(_with_version(typer.main.get_command(app)))
             if signals.received() is not None:
                 clear_interrupted()
-    except KeyboardInterrupt:  # a signal that came after the command was done
+    except KeyboardInterrupt:  # a signal that arrived after the command had finished
         code = signals.exit_code()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # told already; Python would try again when it ends, and exit with 120
+        except OSError:  # already reported; Python would flush again at exit and return 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
 class _Lines(logging.Handler):
-    """Log records as lines of a command."""
+    """Print log records as lines of a command's output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record on stderr."""
@@ -92,8 +92,8 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def _told_by_libraries() -> Iterator[None]:
-    """Show what the packages log, and progress, while a command runs."""
+def _showing_logs() -> Iterator[None]:
+    """Show the packages' log records and progress while a command runs."""
     handler = _Lines()
     loggers = [logging.getLogger(name) for name in PACKAGES]
     before = [(logger.level, logger.propagate) for logger in loggers]
@@ -113,7 +113,7 @@ def _told_by_libraries() -> Iterator[None]:
 
 
 def _with_version(command: Any) -> Any:
-    """A command that knows ``--version``, too, whatever its other options."""
+    """Add ``--version`` to a command."""
 
     def show(context: typer.Context, asked: bool) -> None:
         if asked:
@@ -125,7 +125,7 @@ def _with_version(command: Any) -> Any:
     )
 
     def bearer(asked: Annotated[bool, option] = False) -> None:
-        """Typer makes parameters of functions only."""
+        """Carry the option: Typer creates parameters only from functions."""
 
     app = typer.Typer(add_completion=False)
     app.command()(bearer)
@@ -134,44 +134,44 @@ def _with_version(command: Any) -> Any:
 
 
 def _outcome(command: Any) -> int:
-    """Run a command; say in one line what went wrong. Its exit code."""
+    """Run a command, report an error in one line, and return the exit code."""
     try:
         code = command.main(standalone_mode=False)
         sys.stdout.flush()
     except (UserError, typer.exceptions.TyperException) as error:
         _reraise_if_debugging()
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        return _ended() or _told(2, message)
+        return _ended() or _fail(2, message)
     except KeyboardInterrupt:
-        return _ended() or _told(130, "interrupted")
-    except Exception as error:  # the last resort: the disk's fault or ours
+        return _ended() or _fail(130, "interrupted")
+    except Exception as error:  # anything else is a disk error or a bug
         _reraise_if_debugging()
-        return _ended() or _explained(error)
-    if code == 130:  # how Typer passes Ctrl-C on
+        return _ended() or _fail_unexpected(error)
+    if code == 130:  # how Typer reports Ctrl-C
         return _ended() or 130
     return code if isinstance(code, int) else 0
 
 
-def _explained(error: Exception) -> int:
-    """Say in one line what the operating system refused, or else that we are at fault."""
+def _fail_unexpected(error: Exception) -> int:
+    """Report in one line an error of the operating system, or else a bug in this project."""
     if fault := find_fault(error):
-        return _told(2, fault.line())
-    if isinstance(error, typer.Abort) and error.__cause__ is not None:  # what Typer makes of an EOFError
+        return _fail(2, fault.line())
+    if isinstance(error, typer.Abort) and error.__cause__ is not None:  # Typer turns EOFError into Abort
         error = cast(Exception, error.__cause__)
-    again = "(a fault of ours: run again with MGLL_DEBUG=1 and report it)"
-    return _told(1, f"{type(error).__name__}: {error} {again}")
+    again = "(this is a bug: run again with MGLL_DEBUG=1 and report it)"
+    return _fail(1, f"{type(error).__name__}: {error} {again}")
 
 
 def _ended() -> int:
-    """The exit code where a signal has ended the command, which is said; else 0."""
+    """Report a signal that ended the command and return its exit code; return 0 if there was none."""
     if signals.received() is None:
         return 0
-    return _told(signals.exit_code(), "interrupted")
+    return _fail(signals.exit_code(), "interrupted")
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """A block of imports without garbage collection: what they make stays, and torch takes a fifth less time."""
+    """Disable garbage collection during a block of imports: importing torch takes a fifth less time."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -182,17 +182,17 @@ def importing() -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Tell the user something they should know, on stderr."""
+    """Print a warning on stderr."""
     stderr.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def note(message: str) -> None:
-    """Say what is being done, on stderr."""
+    """Print on stderr what is being done."""
     stderr.print(escape(message), highlight=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate under a progress bar on stderr (a plain line where stderr is no terminal)."""
+    """Iterate under a progress bar on stderr (one plain line if stderr is not a terminal)."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     if not stderr.is_terminal:
@@ -208,10 +208,10 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("transformers", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    # It sets its own level when it is imported, which transformers' Trainer does; a filter stays.
+    # DeepSpeed sets its own level when transformers' Trainer imports it; a filter is kept.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", module="PIL")  # what matters is said by mgll_encoder.common.images
+    warnings.filterwarnings("ignore", module="PIL")  # mgll_encoder.common.images reports what matters
 
 
 def _reraise_if_debugging() -> None:
@@ -219,10 +219,10 @@ def _reraise_if_debugging() -> None:
         raise
 
 
-def _told(code: int, message: str) -> int:
-    # Progress bars that an error has left open end, so that it has a line of its own.
+def _fail(code: int, message: str) -> int:
+    # Close progress bars that are still open, so that the error starts on a new line.
     for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
         bar.close()
-    with suppress(OSError):  # where stderr is on a full disk the exit code must do
+    with suppress(OSError):  # if stderr is on a full disk, the exit code must suffice
         stderr.print(f"[red]error:[/red] {escape(one_line(message))}", highlight=False, soft_wrap=True)
     return code

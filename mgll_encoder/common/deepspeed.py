@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, as far as it is looked at here; the rest is DeepSpeed's own to check."""
+"""The fields of DeepSpeed's configuration that are used here; DeepSpeed checks the rest."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,7 @@ from mgll_encoder.common.texts import read_as
 
 
 class Zero(BaseModel):
-    """Its section ``zero_optimization``."""
+    """The section ``zero_optimization``."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -18,7 +18,7 @@ class Zero(BaseModel):
 
 
 class DeepSpeedConfig(BaseModel):
-    """The file."""
+    """The configuration file."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -27,11 +27,10 @@ class DeepSpeedConfig(BaseModel):
 
 
 def read_deepspeed(path: Path) -> DeepSpeedConfig:
-    """A DeepSpeed configuration.
+    """Read a DeepSpeed configuration.
 
     Raises:
-        UserError: DeepSpeed is not installed; the file cannot be read; or a field that is looked at has a value that it
-            cannot have.
+        UserError: DeepSpeed is not installed; the file cannot be read; or a field that is used has an invalid value.
     """
     require("deepspeed", f"deepspeed: {path}")
     return read_as(DeepSpeedConfig, path, "DeepSpeed configuration")

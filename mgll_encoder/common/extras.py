@@ -1,6 +1,6 @@
-"""Optional parts: what a command needs beyond the core, and the one line that says how to get it.
+"""Optional dependencies: what a command needs beyond the core, and how to install it.
 
-Which packages belong to an extra stands in pyproject.toml alone; it is read from the metadata of this package.
+The packages of an extra are listed only in pyproject.toml; they are read from this package's metadata.
 """
 
 import re
@@ -19,16 +19,16 @@ from mgll_encoder.common.errors import MissingPackageError
 
 PACKAGE = "mgll-mllm"
 CORE = ""
-"""Instead of an extra: what is always installed."""
+"""Stands for the dependencies that are always installed."""
 PARTNERS = ("accelerate", "peft", "bitsandbytes", "deepspeed", "gguf")
-"""What transformers calls by itself. The rest of its table is for its own development, down to pandas < 2.3."""
+"""Packages that transformers uses at run time. The rest of its table is for its development, such as pandas < 2.3."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def needs(extra: str, *packages: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a command that needs an extra, or `CORE`: nothing of it runs before `require` is satisfied."""
+    """Decorate a command that needs an extra, or `CORE`: it runs only after `require` has passed."""
 
     def decorate(command: Callable[P, R]) -> Callable[P, R]:
         @wraps(command)
@@ -42,16 +42,16 @@ def needs(extra: str, *packages: str) -> Callable[[Callable[P, R]], Callable[P, 
 
 
 def require(extra: str, purpose: str, *packages: str) -> None:
-    """Check that the packages of an extra, and those of the core, are installed and work together. Imports none.
+    """Check that the packages of an extra and of the core are installed and compatible, without importing them.
 
     Args:
         extra: Name of the extra, or `CORE`.
         purpose: What needs it, for the error message: an option, a file, "this command".
-        packages: Those of the extra that are needed here; all if not given.
+        packages: The packages of the extra that are needed; all if not given.
 
     Raises:
-        UserError: a package is missing, or two of them cannot work together by what their metadata, or the tables in
-            transformers, say. The message holds the pip command that mends it.
+        UserError: a package is missing, or two of them are incompatible according to their metadata or the tables in
+            transformers. The message contains the pip command that fixes it.
     """
     core = _requirements(CORE)
     part = {name: one for name, one in _requirements(extra).items() if not packages or name in packages}
@@ -73,7 +73,7 @@ def require(extra: str, purpose: str, *packages: str) -> None:
 
 
 def _requirements(extra: str) -> dict[str, Requirement]:
-    """What the core and an extra ask for, by normalized name; nothing where this package is not installed."""
+    """Return the requirements of the core and an extra, by normalized name; empty if this package is not installed."""
     found: dict[str, Requirement] = {}
     for requirement in _declared(PACKAGE):
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
@@ -87,7 +87,7 @@ def _requirements(extra: str) -> dict[str, Requirement]:
 
 
 def _demands(distribution: str, versions: Mapping[str, str]) -> Iterator[Requirement]:
-    """What an installed distribution asks of others that are wanted here, optional partners of transformers too."""
+    """Yield an installed distribution's requirements on others in ``versions``, and transformers' optional ones."""
     for requirement in _declared(distribution, versions):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield requirement
@@ -107,7 +107,7 @@ def _declared(distribution: str, among: Mapping[str, str] | None = None) -> Iter
 
 
 def installed_distribution(name: str) -> metadata.Distribution:
-    """An installed distribution rather than the egg-info that an older setuptools has left in the working folder."""
+    """Return an installed distribution, not an egg-info that an older setuptools left in the working folder."""
     found = list(metadata.distributions(name=name))
     if not found:
         raise metadata.PackageNotFoundError(name)
@@ -115,9 +115,9 @@ def installed_distribution(name: str) -> metadata.Distribution:
 
 
 def _partners_of_transformers() -> Iterator[Requirement]:
-    """Lowest versions of the packages that transformers works with but does not install.
+    """Yield the minimum versions of packages that transformers uses but does not install.
 
-    It keeps them in a table, and those of its quantizers as constants; both are read without importing it.
+    They are in a table, and for quantizers in constants; both are read without importing transformers.
     """
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:

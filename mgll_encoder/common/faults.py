@@ -1,4 +1,4 @@
-"""What the operating system refuses (a full disk, a missing file, no permission), in one line with advice."""
+"""Errors of the operating system (a full disk, a missing file, no permission), in one line with advice."""
 
 import errno
 import os
@@ -14,22 +14,22 @@ CACHE = "MGLL_CACHE_DIR"
 """Environment variable that names the cache folder."""
 
 ADVICE: Mapping[int, str] = {
-    errno.ENOSPC: "free space there, or choose a place on another disk",
-    errno.EDQUOT: "free space of your quota, or choose a place on another disk",
-    errno.EFBIG: "raise the limit (ulimit -f), or choose a disk that takes larger files",
-    errno.EROFS: "choose a place that can be written",
-    errno.EACCES: "check its permissions, or choose another place",
-    errno.EPERM: "check its permissions, or choose another place",
+    errno.ENOSPC: "free space there, or choose a location on another disk",
+    errno.EDQUOT: "free space within your quota, or choose a location on another disk",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose a disk that allows larger files",
+    errno.EROFS: "choose a writable location",
+    errno.EACCES: "check its permissions, or choose another location",
+    errno.EPERM: "check its permissions, or choose another location",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of the path is a file, not a folder: check the path",
     errno.EISDIR: "expected a file",
-    errno.EEXIST: "another process made it meanwhile: choose another place, or repeat the command",
-    errno.ENOTEMPTY: "another process wrote there meanwhile: repeat the command",
+    errno.EEXIST: "another process has just created it: choose another location, or repeat the command",
+    errno.ENOTEMPTY: "another process is writing there: repeat the command",
     errno.ENAMETOOLONG: "choose a shorter name (255 bytes for each part of a path)",
-    errno.ELOOP: "a link there leads to itself: check the path",
+    errno.ELOOP: "a link there points to itself: check the path",
     errno.EMFILE: "raise the limit of open files (ulimit -n 4096)",
     errno.ENFILE: "the machine has too many open files: close other programs",
-    errno.EIO: "the disk does not read or write: check it, or copy the data to another one",
+    errno.EIO: "the disk cannot be read or written: check it, or copy the data to another one",
     errno.ESTALE: "the network disk has lost it: repeat the command",
     errno.EBUSY: "another program uses it: repeat the command",
     errno.ETXTBSY: "another program uses it: repeat the command",
@@ -37,34 +37,34 @@ ADVICE: Mapping[int, str] = {
     errno.ENXIO: "expected a file on a disk",
     errno.ENOMEM: "memory is full: close other programs",
 }
-"""Error number -> what to do about it. Other numbers are faults of this program."""
+"""Error number -> what to do about it. Other numbers are bugs in this project."""
 
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""What goes wrong only while something is written."""
+"""Errors that occur only while writing."""
 
 _NUMBER = re.compile(r"(?:\[Errno |\[errno |os error |Os \{ code: )(\d+)")
-"""How libraries quote the operating system: Python in a worker's traceback, Arrow, Rust (safetensors, tokenizers)."""
+"""How libraries quote the error number: Python in a worker's traceback, Arrow, Rust (safetensors, tokenizers)."""
 
 _UNWRITTEN = re.compile(
     r"iostream error|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed writing"
 )
-"""What torch says of a write that failed, without the reason."""
+"""What torch says when a write failed, without the reason."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A refusal of the operating system.
+    """An error of the operating system.
 
     Attributes:
         number: Its ``errno``.
-        path: The file or folder, where it is known.
+        path: The file or folder, if known.
     """
 
     number: int
     path: str | None = None
 
     def line(self) -> str:
-        """What happened, where, and what to do."""
+        """Say what happened, where, and what to do."""
         if self.path is None:
             return self.reason()
         path = Path(self.path)
@@ -73,19 +73,19 @@ class Fault:
         return f"{path}: {self.reason()}"
 
     def reason(self) -> str:
-        """What happened, and what to do."""
+        """Say what happened, and what to do."""
         advice = ADVICE[self.number]
         cache = os.environ.get(CACHE, str(Path("~/.cache/mgll-mllm").expanduser()))
         if self.path and self.path.startswith(cache) and self.number != errno.ENOENT:
-            advice = f"set {CACHE} to a folder that can be written"
+            advice = f"set {CACHE} to a writable folder"
         return f"{os.strerror(self.number)}: {advice}"
 
 
 def find_fault(error: BaseException) -> Fault | None:
-    """The refusal of the operating system that an exception tells of, whichever library wrapped it.
+    """Find the error of the operating system behind an exception, whichever library wrapped it.
 
-    What was being handled when another error arose counts only where it concerns writing: a missing file that was
-    expected is no explanation of what went wrong later.
+    An exception that was being handled when another was raised counts only if it is about writing: a missing file
+    that was expected does not explain a later error.
     """
     fault = _own_fault(error)
     if fault or error.__cause__:
@@ -109,11 +109,11 @@ def _own_fault(error: BaseException) -> Fault | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the output where the disk does not take it, whichever library raises the error.
+    """Name the output if the disk refuses a write, whichever library raises the error.
 
     Raises:
-        UserError: the disk is full or read-only, a limit is reached, or ``path`` or what is hidden beside it cannot
-            be made.
+        UserError: the disk is full or read-only, a limit is reached, or ``path`` or a hidden file next to it cannot be
+            created.
     """
     try:
         yield
@@ -127,7 +127,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _is_of(path: Path, fault: Fault) -> bool:
-    """Whether a refusal is of an output, its folder, or what is hidden beside it."""
+    """Return whether an error is about an output, its folder, or a hidden file next to it."""
     found, whole = Path(fault.path or "/"), path.absolute()
     hidden = any(part.startswith(f".{path.name}.") for part in found.parts)
     return hidden or (whole.is_relative_to(found.absolute()) and fault.path is not None)

@@ -1,4 +1,4 @@
-"""Inputs that are files, outputs that appear whole or not at all, and hashes of both."""
+"""Input files, outputs that appear complete or not at all, and hashes of both."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from mgll_encoder.common.faults import CACHE, find_fault, writing
 from mgll_encoder.common.locks import let_go, locked
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[a-z0-9_]{8}", re.DOTALL)
-"""Hidden siblings that something is written to, or that hold what is about to be replaced."""
+"""Hidden siblings that are being written, or that hold what is about to be replaced."""
 
 _LOCK = re.compile(r"\.(?P<name>.+)\.lock", re.DOTALL)
 
@@ -28,23 +28,23 @@ _KINDS = (
 )
 
 _swept: set[Path] = set()
-"""Cache folders that this process has cleared of what killed ones left."""
+"""Cache folders in which this process has removed leftovers of killed processes."""
 
 
 def cache_folder(kind: str) -> Path:
-    """Where things of a kind that can be computed again are kept: below `CACHE`, or ``~/.cache/mgll-mllm``."""
+    """Return the cache folder for data of a kind: below `CACHE`, or ``~/.cache/mgll-mllm``."""
     return Path(os.environ.get(CACHE, Path.home() / ".cache" / "mgll-mllm")) / kind
 
 
 def regular_file(path: Path, what: str = "file") -> Path:
-    """An input that is an ordinary file, or a link to one. It is not opened, so nothing waits for a pipe.
+    """Check that an input is an ordinary file, or a link to one. It is not opened, so a pipe does not block.
 
     Args:
         path: The input.
-        what: What it is to be, for the message, such as ``"label file"``.
+        what: What it should be, for the message, such as ``"label file"``.
 
     Raises:
-        UserError: it is missing, a folder, a pipe, a device or a socket, or cannot be looked at.
+        UserError: it is missing, a folder, a pipe, a device or a socket, or is not accessible.
     """
     try:
         mode = path.stat().st_mode
@@ -55,15 +55,17 @@ def regular_file(path: Path, what: str = "file") -> Path:
         fault = find_fault(error)
         raise UserError(f"{what} {fault.line() if fault else error}") from None
     except ValueError:
-        raise UserError(f"{what} {str(path)!r} is no file name: it holds characters that none has") from None
+        raise UserError(
+            f"{what} {str(path)!r} is not a file name: it contains characters that file names cannot have"
+        ) from None
     if not stat.S_ISREG(mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no file")
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "not a file")
         raise UserError(f"{what} {path} is {kind}, expected an ordinary file: check the path")
     return path
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; there is none of a name that no file can have, such as one of 300 letters."""
+    """Return whether a path is a file; False also for impossible names, such as one of 300 letters."""
     try:
         return path.is_file()
     except OSError:
@@ -72,10 +74,10 @@ def is_file(path: Path) -> bool:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write that becomes ``path`` when the block ends without an error.
+    """Yield a temporary file that becomes ``path`` when the block ends without an error.
 
-    For what can be computed again and is kept in a cache: a second process waits, and then writes the same. What
-    killed processes left in the folder is cleared away first.
+    For cached data that can be recomputed: a second process waits, and then writes the same. Leftovers of killed
+    processes in the folder are removed first.
 
     Raises:
         UserError: the disk is full or read-only.
@@ -88,11 +90,11 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def made_once(path: Path, make: Callable[[Path], None]) -> Path:
-    """A file or folder of a cache, made where it is not there yet; a second process waits for it.
+    """Create a file or folder of a cache if it does not exist yet; a second process waits for it.
 
     Args:
-        path: What is kept.
-        make: Writes it, whole, under the name that it is given.
+        path: The cached file or folder.
+        make: Writes it completely to the path that it is given.
 
     Raises:
         UserError: the disk is full or read-only.
@@ -102,7 +104,7 @@ def made_once(path: Path, make: Callable[[Path], None]) -> Path:
             _make(path.parent)
             _sweep(path.parent)
             with locked(_lock_of(path), otherwise=None):
-                if not path.exists():  # another process may have made it meanwhile
+                if not path.exists():  # another process may have created it in the meantime
                     with _cleared(path), _partial_file(path) as partial:
                         make(partial)
     return path
@@ -110,9 +112,9 @@ def made_once(path: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def new_file(path: Path, force: bool = False) -> Iterator[Path]:
-    """Yield the name of a file to write that becomes ``path`` when the block ends without an error.
+    """Yield a temporary file that becomes ``path`` when the block ends without an error.
 
-    Two processes cannot write the same file at once. What killed ones left beside ``path`` is cleared away first.
+    Two processes cannot write the same file at once. Leftovers of killed processes next to ``path`` are removed first.
 
     Raises:
         UserError: ``path`` exists and ``force`` is not set, another process is writing it, or it cannot be written.
@@ -125,9 +127,9 @@ def new_file(path: Path, force: bool = False) -> Iterator[Path]:
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """Yield a hidden sibling folder that becomes ``path`` when the block ends without an error.
 
-    A killed process leaves nothing under ``path``; a failed block removes the sibling. What killed processes left
-    beside ``path`` is cleared away first. Two processes cannot make the same folder at once; the lock is one of the
-    operating system (flock), so it ends with the process that holds it, however that ends.
+    A killed process leaves nothing at ``path``; a failed block removes the sibling. Leftovers of killed processes next
+    to ``path`` are removed first. Two processes cannot create the same folder at once; the lock is one of the operating
+    system (flock), so it is released when its process ends, for whatever reason.
 
     Raises:
         UserError: ``path`` exists and ``force`` is not set, another process is writing it, or it cannot be written.
@@ -152,18 +154,18 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
 
 
 def clear_interrupted() -> None:
-    """Remove what this process has begun to write and a signal has kept from being cleared away."""
+    """Remove unfinished outputs of this process whose cleanup was interrupted by a signal."""
     for lock in let_go():
         with suppress(UserError, OSError), locked(lock, "another process is writing there") as alone:
-            if alone and (told := _LOCK.fullmatch(lock.name)):
-                _clear_leftovers(lock.with_name(told["name"]))
+            if alone and (match := _LOCK.fullmatch(lock.name)):
+                _clear_leftovers(lock.with_name(match["name"]))
 
 
 def check_free(path: Path, force: bool = False) -> None:
-    """Refuse an output path that is taken.
+    """Refuse an output path that already exists.
 
     Raises:
-        UserError: ``path`` exists and ``force`` is not set, or is a link to nothing.
+        UserError: ``path`` exists and ``force`` is not set, or is a dangling link.
     """
     if path.is_symlink() and not path.exists():
         raise OutputTakenError(
@@ -175,7 +177,7 @@ def check_free(path: Path, force: bool = False) -> None:
 
 
 def write_text(path: Path, text: str, force: bool = False) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file completely or not at all.
 
     Raises:
         UserError: see `new_file`.
@@ -185,7 +187,7 @@ def write_text(path: Path, text: str, force: bool = False) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with regular_file(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -201,7 +203,7 @@ def sync_file(path: Path) -> None:
 
 @contextmanager
 def _only_writer(path: Path, force: bool) -> Iterator[None]:
-    """Hold the only right to write an output, beside which nothing of killed processes is left."""
+    """Hold the exclusive right to write an output, and remove leftovers of killed processes next to it."""
     check_free(path, force)
     with writing(path):
         _make(path.absolute().parent)
@@ -213,14 +215,14 @@ def _only_writer(path: Path, force: bool) -> Iterator[None]:
         with locked(lock, taken) as alone:
             if alone:
                 _clear_leftovers(path.absolute())
-            check_free(path, force)  # again: another process may have finished it, or an old one come back
+            check_free(path, force)  # again: another process may have finished it, or an old one was restored
             with _cleared(path.absolute()):
                 yield
 
 
 @contextmanager
 def _cleared(path: Path) -> Iterator[None]:
-    """Leave nothing beside ``path`` after an error, even where a signal came just before what clears it away."""
+    """Remove leftovers next to ``path`` after an error, even if a signal interrupted the cleanup."""
     try:
         yield
     except BaseException:
@@ -230,11 +232,10 @@ def _cleared(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _partial_file(path: Path) -> Iterator[Path]:
-    """A file in a hidden sibling folder, which also holds what libraries write beside a file until it is whole."""
+    """Yield a file in a hidden sibling folder, which also holds temporary files that libraries write next to it."""
     folder = _new_sibling(path.absolute(), "partial")
-    partial = (
-        folder / f"partial{path.suffix}"
-    )  # of another name: an unfinished config.json must not pass for one
+    # under another name, so that an unfinished config.json is not mistaken for a complete one
+    partial = folder / f"partial{path.suffix}"
     try:
         yield partial
         _publish(folder)
@@ -248,7 +249,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise UserError(f"{error.filename} is a file, expected a folder: choose another place") from None
+        raise UserError(f"{error.filename} is a file, expected a folder: choose another location") from None
 
 
 def _lock_of(path: Path) -> Path:
@@ -262,35 +263,33 @@ def _new_sibling(path: Path, kind: str) -> Path:
 
 
 def _publish(folder: Path) -> None:
-    """Give files the permissions that the umask leaves (safetensors makes private ones), and wait for the disk."""
+    """Set the permissions given by the umask (safetensors creates private files), and sync to disk."""
     umask = os.umask(0o077)
     os.umask(umask)
     for path in (*folder.rglob("*"), folder):
         if path.is_symlink():
             continue
         state = path.lstat()
-        if (
-            stat.S_ISREG(state.st_mode) and state.st_nlink == 1
-        ):  # a hard link has the permissions of its source
+        if stat.S_ISREG(state.st_mode) and state.st_nlink == 1:  # a hard link keeps the mode of its source
             path.chmod(0o666 & ~umask)
         sync_file(path)
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left beside ``path``; what one was about to replace comes back."""
-    for left, told in _siblings(path.parent, _PARTIAL):
-        if told["name"] == path.name:
-            if (left / path.name).is_dir() and told["kind"] == "replaced" and not path.exists():
+    """Remove leftovers of killed processes next to ``path``; restore what one was about to replace."""
+    for left, match in _siblings(path.parent, _PARTIAL):
+        if match["name"] == path.name:
+            if (left / path.name).is_dir() and match["kind"] == "replaced" and not path.exists():
                 (left / path.name).rename(path)
             _remove_last_first(left)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left in a cache folder, once for each process that writes there."""
+    """Remove leftovers of killed processes in a cache folder, once per process that writes there."""
     if folder.resolve() in _swept:
         return
     _swept.add(folder.resolve())
-    names = {told["name"] for pattern in (_PARTIAL, _LOCK) for _, told in _siblings(folder, pattern)}
+    names = {match["name"] for pattern in (_PARTIAL, _LOCK) for _, match in _siblings(folder, pattern)}
     for name in names:
         with suppress(UserError), locked(_lock_of(folder / name), "it is being written") as alone:
             if alone:
@@ -299,11 +298,11 @@ def _sweep(folder: Path) -> None:
 
 def _siblings(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
     found = ((path, pattern.fullmatch(path.name)) for path in folder.iterdir())
-    return [(path, told) for path, told in found if told]
+    return [(path, match) for path, match in found if match]
 
 
 def _remove_last_first(folder: Path) -> None:
-    """Remove a folder, what was written last first: killed in between, what is left looks as unfinished as it is."""
+    """Remove a folder, the last written files first, so that an interrupted removal still looks unfinished."""
     files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     for file in sorted(files, key=lambda file: file.lstat().st_mtime_ns, reverse=True):
         file.unlink()

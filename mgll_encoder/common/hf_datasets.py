@@ -1,4 +1,4 @@
-"""Data sets of the library ``datasets``: folders, Parquet files and hub ids, with images as bytes."""
+"""Data sets read with ``datasets``: folders, Parquet files and hub ids, with images as bytes."""
 
 from pathlib import Path
 from typing import Any
@@ -6,27 +6,27 @@ from typing import Any
 from mgll_encoder.common.errors import BadDataError, NotFoundError
 
 SAVED = ("dataset_info.json", "dataset_dict.json")
-"""A folder that ``save_to_disk`` wrote has one of these."""
+"""A folder written by ``save_to_disk`` contains one of these."""
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a path is a Parquet file, or a folder that ``save_to_disk`` wrote or that holds Parquet files."""
+    """Return whether a path is a Parquet file, a folder written by ``save_to_disk``, or one with Parquet files."""
     if path.is_dir():
         return any((path / name).is_file() for name in SAVED) or any(path.rglob("*.parquet"))
     return path.suffix == ".parquet"
 
 
 def open_dataset(path: Path, split: str | None, default: str | None = None) -> Any:
-    """One split of a data set, its images not decoded.
+    """Open one split of a data set, without decoding its images.
 
     Args:
-        path: A folder that ``save_to_disk`` wrote, a folder of Parquet or image files, a Parquet file, or the id of a
-            data set on the hub.
-        split: Which split; may be left out where there is only one.
-        default: The split to take where there are several and none is asked for.
+        path: A folder written by ``save_to_disk``, a folder of Parquet or image files, a Parquet file, or the hub id of
+            a data set.
+        split: The split; optional if there is only one.
+        default: The split to use if there are several and none is given.
 
     Raises:
-        UserError: no such data set or split.
+        UserError: there is no such data set or split.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""Models by their hub id: from the Hugging Face cache or downloaded, and no more of them than is read."""
+"""Models by hub id: from the Hugging Face cache or downloaded, only the files that are read."""
 
 import re
 from collections.abc import Callable
@@ -10,15 +10,15 @@ UNUSED = (
     "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "*.gguf", "consolidated*", "onnx/*", "openvino*",
     "optimizer.*", "scheduler.pt", "rng_state*", "training_args.bin", "global_step*/*", "checkpoint-*/*", "runs/*",
 )  # fmt: skip
-"""Files of published models that nothing here reads: weights of other frameworks, states of trainings."""
+"""Files of published models that are never read: weights of other frameworks, training states."""
 
 DUPLICATES = (
     "pytorch_model*.bin", "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
-"""The same weights once more, where there are safetensors in the layout of transformers."""
+"""Duplicates of the weights, if there are safetensors in the transformers layout."""
 
 _ONCE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-"""Names of those."""
+"""Names of those safetensors files."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -26,18 +26,18 @@ _IN_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form ``owner/name``; a folder of that name comes first."""
+    """Return whether a name has the form ``owner/name``; a folder of that name takes precedence."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
 
 
 def hub_id_of(path: Path) -> tuple[str, str] | None:
-    """The hub id and revision of a folder in a Hugging Face cache; None for all others."""
+    """Return the hub id and revision of a folder in a Hugging Face cache; None for other folders."""
     found = _IN_CACHE.search(path.absolute().as_posix())
     return (f"{found['owner']}/{found['name']}", found["revision"]) if found else None
 
 
 def cached(hub_id: str) -> Path | None:
-    """The folder of a hub id in the Hugging Face cache, if all that is read of it has been downloaded."""
+    """Return the folder of a hub id in the Hugging Face cache, if all files that are read have been downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -52,16 +52,16 @@ def cached(hub_id: str) -> Path | None:
 
 
 def is_elsewhere(path: Path) -> bool:
-    """Whether what is given as a path is a hub id.
+    """Return whether a path is a hub id.
 
-    A name below a folder that is here (``towers/mgll``) is a path and no hub id, and so is that of a weight file.
+    A name below an existing folder (``towers/mgll``) and the name of a weight file are paths.
     """
     here = path.exists() or path.parent.is_dir() or path.suffix in _WEIGHTS
     return not here and is_hub_id(path.as_posix())
 
 
 def at_hand(path: Path | str, check: Callable[[Path], object] | None = None) -> Path:
-    """A file or folder as it is given; of a hub id, the folder that `fetch` gives.
+    """Return a local file or folder as it is; for a hub id, the folder from `fetch`.
 
     Raises:
         UserError: as `fetch`.
@@ -71,9 +71,9 @@ def at_hand(path: Path | str, check: Callable[[Path], object] | None = None) -> 
 
 
 def fetch(hub_id: str, check: Callable[[Path], object] | None = None) -> Path:
-    """The folder of a published model, from the Hugging Face cache or, where that lacks something, downloaded.
+    """Return the folder of a published model, from the Hugging Face cache or, if that is incomplete, downloaded.
 
-    Of weights that are there twice only the safetensors are downloaded, and none of other frameworks.
+    Of duplicate weights only the safetensors are downloaded; weights of other frameworks are not.
 
     Args:
         hub_id: ``owner/name``.
@@ -101,19 +101,19 @@ def fetch(hub_id: str, check: Callable[[Path], object] | None = None) -> Path:
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises where the hub does not answer, or not with what was asked for."""
+    """Return the exceptions of huggingface_hub for a hub that does not answer or does not have the file."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     return (HfHubHTTPError, HTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
 
 
 def hub_reason(error: Exception) -> str:
-    """The first line of what it says."""
+    """Return the first line of a hub error."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:160]
 
 
 def _out_of_reach(hub_id: str, error: Exception) -> UserError:
     return NotFoundError(
-        f"'{hub_id}' is no file or folder here, is not in the Hugging Face cache, and cannot be downloaded "
+        f"'{hub_id}' is not a local file or folder, is not in the Hugging Face cache, and cannot be downloaded "
         f"({hub_reason(error)}): pass the folder of a downloaded checkpoint"
     )

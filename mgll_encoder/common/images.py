@@ -1,8 +1,8 @@
-"""The one reader of pictures: training, scoring, probes, caches and reports see the same pixels of a file.
+"""The only image reader: training, scoring, probes, caches and reports get the same pixels from a file.
 
-It gives what ``transformers.image_utils.load_image`` gives: the picture turned upright by its EXIF orientation, then
+The result is that of ``transformers.image_utils.load_image``: the picture rotated by its EXIF orientation, then
 Pillow's conversion to RGB, which drops transparency and keeps the colors as they are stored. Two things differ:
-pictures of more than 8 bits are scaled (Pillow cuts values off at 255), and files with several frames are refused.
+pictures of more than 8 bits are scaled (Pillow clips values at 255), and files with several frames are refused.
 """
 
 from collections.abc import Iterator
@@ -21,25 +21,25 @@ from mgll_encoder.common.faults import Fault, find_fault
 from mgll_encoder.common.files import regular_file
 
 READER_VERSION = 2
-"""Part of the key of everything cached: changes when the same file gives other pixels."""
+"""Part of every cache key: changes when the same file yields different pixels."""
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "GIF", "WEBP", "AVIF", "JPEG2000", "PPM")
-"""Formats that are read, by Pillow's names. Others have several pictures (ICO), or run a program (EPS)."""
+"""Supported formats, by Pillow's names. Others contain several pictures (ICO) or run a program (EPS)."""
 
 DEPTHS = (8, 10, 12, 14, 16, 24, 32)
-"""Bits per sample that values are taken to have; files with more than 8 do not say how many of them are used."""
+"""Assumed bits per sample; files with more than 8 do not say how many of them are used."""
 
 _PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
-"""Pillow's modes of more than 8 bits; it reads coloured pictures of 16 bits as 8 by itself."""
+"""Pillow's modes of more than 8 bits; Pillow itself reduces color pictures of 16 bits to 8."""
 
 _READABLE = "PNG, JPEG, TIFF, BMP, GIF, WebP, AVIF, JPEG 2000 or PNM"
 
 _SLACK = 0.05
-"""How far floats may go beyond their scale, as resampling makes them; they are cut off there."""
+"""How far floats may exceed their scale, as after resampling; they are clipped to it."""
 
 _FLOAT_GAP = 16.0
-"""Floats that end between 1 and this have neither a scale of 0 to 1 nor of 0 to 255."""
+"""A maximum between 1 and this fits neither a scale of 0 to 1 nor of 0 to 255."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,18 +50,18 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what turns the picture upright."""
+"""EXIF orientation -> the transpose that turns the picture upright."""
 
 
 def open_image(path: Path) -> Image.Image:
     """Read an image file as RGB with 8 bits, upright.
 
-    Values of more than 8 bits are scaled by their depth: the smallest of `DEPTHS` that holds the file's greatest value,
-    so that 12 bits stored in 16 come out right. Floats up to 1 have a scale of 0 to 1.
+    Values of more than 8 bits are scaled by their depth: the smallest of `DEPTHS` that covers the file's maximum, so
+    12 bits stored in 16 are scaled correctly. Floats up to 1 have a scale of 0 to 1.
 
     Raises:
-        UserError: the file is missing, is no image, is truncated, has several frames or values that are no brightness,
-            or is so large that it may be an attack.
+        UserError: the file is missing, is not an image, is truncated, has several frames or values that cannot be
+            brightness, or is so large that it may be an attack.
     """
     name = f"image {path}"
     with _opened(path, name) as image:
@@ -69,7 +69,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def hash_image(path: Path) -> str:
-    """Decode an image file, so that a damaged one is found, and hash its bytes; it is read once for both.
+    """Decode an image file, to find damage, and hash its bytes; the file is read once for both.
 
     Returns:
         The SHA-256 of its bytes, in hexadecimal.
@@ -85,10 +85,10 @@ def hash_image(path: Path) -> str:
 
 
 def check_image_header(path: Path) -> None:
-    """Recognise an image file without decoding its pixels.
+    """Check that a file is a supported image, without decoding its pixels.
 
     Raises:
-        UserError: the file is missing, is no image, or has several frames.
+        UserError: the file is missing, is not an image, or has several frames.
     """
     name = f"image {path}"
     with _opened(path, name) as image:
@@ -96,11 +96,11 @@ def check_image_header(path: Path) -> None:
 
 
 def image_format(stream: IO[bytes], name: str) -> str:
-    """Decode an image in memory and give the name of its format as Pillow calls it, such as ``"JPEG"``.
+    """Decode an image in memory and return Pillow's name of its format, such as ``"JPEG"``.
 
     Args:
         stream: The bytes of the image.
-        name: What to call it in an error message.
+        name: Its name in error messages.
 
     Raises:
         UserError: as for `open_image`.
@@ -122,7 +122,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[Image.Image]:
-    """An image file as a stream: given a path, Pillow maps plain TIFFs into memory and shears those that EXIF turns."""
+    """Open an image as a stream: given a path, Pillow memory-maps plain TIFFs and shears those that EXIF rotates."""
     with (
         _named(name),
         regular_file(path, "image").open("rb") as stream,
@@ -132,7 +132,7 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
 
 
 def _check_single(image: Image.Image, name: str) -> None:
-    """Refuse pages and animations; the further pictures of a camera's JPEG (MPO) are previews of the first."""
+    """Refuse pages and animations; the additional pictures in a camera's JPEG (MPO) are previews of the first."""
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         raise BadDataError(
@@ -141,7 +141,7 @@ def _check_single(image: Image.Image, name: str) -> None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The turn that EXIF or XMP asks for; none where they are damaged, as in any viewer."""
+    """Return the rotation that EXIF or XMP asks for; None if they are damaged, as in any viewer."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # of any kind, see `_named`
@@ -150,7 +150,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """Grey values of more than 8 bits on a scale of 0 to 255, mode ``L``."""
+    """Scale gray values of more than 8 bits to 0 to 255, mode ``L``."""
     values = np.asarray(image)
     white = _white(values, name)
     scaled = np.clip(values * (255 / white), 0, 255)
@@ -160,7 +160,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _white(values: NDArray[np.generic], name: str) -> float:
-    """The value that stands for white (black is 0)."""
+    """Return the value of white (black is 0)."""
     low, high = float(values.min()), float(values.max())
     floating = values.dtype.kind == "f"
     slack = 1 + _SLACK if floating else 1.0
@@ -170,13 +170,13 @@ def _white(values: NDArray[np.generic], name: str) -> float:
     if white is None or unclear or low < -(slack - 1) * white:
         raise BadDataError(
             f"{name} has values from {low:g} to {high:g}: expected brightness from 0 to 255 or 65535, or floats from 0 "
-            "to 1; apply the window that it is meant to be seen with, and save it with 8 or 16 bits"
+            "to 1; apply its display window, and save it with 8 or 16 bits"
         )
     return float(white)
 
 
 def _white_is_zero(image: Image.Image) -> bool:
-    """Whether a TIFF's values fall from white to black; Pillow inverts those of 8 bits only."""
+    """Return whether 0 means white in a TIFF; Pillow inverts only those of 8 bits."""
     return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC, 1) == 0
 
 
@@ -188,7 +188,7 @@ def _named(name: str) -> Iterator[None]:
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise BadDataError(f"{name} is not in a format that is read here: expected {_READABLE}") from None
+        raise BadDataError(f"{name} is not in a supported format: expected {_READABLE}") from None
     except Image.DecompressionBombError as error:
         raise BadDataError(f"{name} is too large to open safely: {error}") from None
     except MemoryError:

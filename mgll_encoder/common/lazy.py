@@ -1,15 +1,15 @@
-"""Packages whose names are imported on first use (PEP 562): a table of names, and no other module is touched."""
+"""Packages whose names are imported on first use (PEP 562), from a table of names; no other module is imported."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module, metadata
 from typing import Any
 
 DISTRIBUTION = "mgll-mllm"
-"""Under which pip knows this project; its three packages have one version."""
+"""Name of this project on PyPI; its three packages share one version."""
 
 
 def version() -> str:
-    """The version of this project by its metadata; ``0+unknown`` for sources that are not installed."""
+    """Return this project's version from its metadata; ``0+unknown`` if it is not installed."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
@@ -17,11 +17,11 @@ def version() -> str:
 
 
 def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package.
+    """Return ``__getattr__`` and ``__dir__`` for a package.
 
     Args:
         package: Its ``__name__``.
-        homes: Public name -> module that defines it, relative to the package. ``__version__`` comes by itself.
+        homes: Public name -> module that defines it, relative to the package. ``__version__`` is added.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What transformers, tokenizers, PEFT and sentencepiece say, in words for those who did not write the program."""
+"""Plain explanations for errors of transformers, tokenizers, PEFT and sentencepiece."""
 
 import re
 
@@ -15,19 +15,19 @@ PLAIN_WORDS: tuple[tuple[str, str], ...] = (
     (r"model type `(\S+?)` but Transformers does not recognize", r"transformers knows no model_type '\1'"),
     (r"Unrecognized (?:model in|configuration class)", "it has no model_type that transformers knows"),
     (r"untagged enum|Unknown tokenizer version|backend tokenizer|tiktoken|added_tokens", _TOKENIZER),
-    (r"module 'torch' has no attribute '(\w+)'", r"'\1' is no dtype of torch"),
-    (r"ZeroDivisionError", "a size or number in it is 0, which cannot be"),
-    (r"KeyError\((.+)\)", r"\1 is missing from it, or is nothing that transformers knows"),
+    (r"module 'torch' has no attribute '(\w+)'", r"'\1' is not a torch dtype"),
+    (r"ZeroDivisionError", "a size or number in it is 0, which is invalid"),
+    (r"KeyError\((.+)\)", r"\1 is missing from it, or is not known to transformers"),
     (r"unexpected keyword argument '(\w+)'", r"transformers knows no field '\1' of it"),
     (r"(?:Error|Exception)\([\"'](.+)[\"']\)$", r"transformers says: \1"),
 )  # fmt: skip
-"""Pattern over ``repr`` of an error -> what it means; the first that is found counts."""
+"""Pattern over ``repr`` of an error -> what it means; the first match counts."""
 
 _LONGEST = 200
 
 
 def library_reason(error: Exception) -> str:
-    """What an error of a library means, in one line; our own errors say it themselves."""
+    """Explain a library's error in one line; the message of a `UserError` is returned as it is."""
     if isinstance(error, UserError):
         return str(error)
     said = repr(error)

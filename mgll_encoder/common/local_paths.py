@@ -1,4 +1,4 @@
-"""Paths of this machine, taken out of what is published: they tell of people, projects and places."""
+"""Removal of local paths from published settings: they may reveal people, projects and sites."""
 
 import re
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ _TEXTS = (
     "extra_special_tokens",
     "model_specific_special_tokens",
 )
-"""Fields with texts that may look like paths and are none."""
+"""Fields with texts that may look like paths but are not."""
 
 
 def without_local(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without paths of a machine (their last name or hub id stays) and without names of code."""
+    """Return settings without local paths (the last component or hub id is kept) and without names of code."""
     return {
         key: value if key in _TEXTS else _cleaned(value) for key, value in settings.items() if key != _CODE
     }

@@ -1,4 +1,4 @@
-"""Locks of the operating system (flock): one process holds one, and gives it up however it ends."""
+"""Locks of the operating system (flock): only one process can hold a lock, and it is released however that ends."""
 
 import errno
 import fcntl
@@ -13,15 +13,15 @@ from mgll_encoder.common.errors import UserError
 _logger = logging.getLogger(__name__)
 
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
-"""What file systems answer that have no locks (NFS without lockd, some FUSE)."""
+"""Errors of file systems without locks (NFS without lockd, some FUSE)."""
 
 _held: set[int] = set()
 _claimed: set[Path] = set()
-"""Locks that this process holds or is about to hold."""
+"""Lock files that this process holds or is about to lock."""
 
 
 def _leave_to_parent() -> None:
-    """A forked child keeps no lock alive: a data loader's worker may outlive a killed training by seconds."""
+    """Release the locks in a forked child: a data loader's worker may outlive a killed training run by seconds."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -29,7 +29,7 @@ def _leave_to_parent() -> None:
 
 
 def let_go() -> set[Path]:
-    """Give up what a signal has kept from being released: it may arrive between any two steps. The lock files."""
+    """Release the locks that an interrupted block still holds (a signal may arrive anywhere); return their files."""
     claimed = set(_claimed)
     _leave_to_parent()
     return claimed
@@ -43,15 +43,15 @@ def locked(file: Path, otherwise: str | None) -> Iterator[bool]:
     """Hold a lock.
 
     Args:
-        file: The lock; it is there only while it is held (or after a kill, until it is next held).
-        otherwise: What to tell the user where another process holds it; None to wait for that one.
+        file: The lock; it exists only while it is held (after a kill, until it is next held).
+        otherwise: The error message if another process holds it; None to wait for that process.
 
     Yields:
-        Whether it is held. False where the file system has no locks, which the user is told.
+        Whether it is held. False, with a warning, if the file system has no locks.
 
     Raises:
         UserError: another process holds it, and ``otherwise`` was given.
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
     _claimed.add(file)
     descriptor = _acquire(file, otherwise)
@@ -63,7 +63,7 @@ def locked(file: Path, otherwise: str | None) -> Iterator[bool]:
         yield True
     finally:
         if descriptor in _held:  # not so in a forked child
-            # Unlinked while it is held: whoever waits for it finds that, and makes a new one.
+            # Unlinked while it is held: a waiting process notices that and creates a new file.
             file.unlink(missing_ok=True)
             _close(descriptor)
             _claimed.discard(file)
@@ -97,7 +97,7 @@ def _close(descriptor: int) -> None:
 def _flock(descriptor: int, file: Path, otherwise: str | None) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter is how some network disks say it
+    except (BlockingIOError, PermissionError):  # some network disks raise the latter
         if otherwise is not None:
             raise UserError(otherwise) from None
 
@@ -106,7 +106,7 @@ def _flock(descriptor: int, file: Path, otherwise: str | None) -> None:
 
 
 def _is_still(descriptor: int, file: Path) -> bool:
-    """Whether the lock that was opened is the one that others will open."""
+    """Return whether the lock file that was opened is still the one that others will open."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:
@@ -115,4 +115,4 @@ def _is_still(descriptor: int, file: Path) -> bool:
 
 def _tell_unlockable(file: Path) -> None:
     file.unlink(missing_ok=True)
-    _logger.warning(f"{file.parent} is on a disk without locks: take care that no other process writes there")
+    _logger.warning(f"{file.parent} is on a disk without locks: make sure that no other process writes there")

@@ -1,4 +1,4 @@
-"""Which column of a label table names the patient: one rule for all commands, so that their splits agree."""
+"""The column of a label table that identifies the patient: one rule for all commands, so that their splits agree."""
 
 import logging
 import re
@@ -9,7 +9,7 @@ from mgll_encoder.common.tables import Table
 _logger = logging.getLogger(__name__)
 
 NONE = "none"
-"""What ``--patient-column`` says of a table in which every image is of another patient."""
+"""Value of ``--patient-column`` for a table in which every image is from a different patient."""
 
 KNOWN = frozenset(
     {
@@ -17,28 +17,28 @@ KNOWN = frozenset(
         "subject", "subjectid", "participant", "participantid",
     }
 )  # fmt: skip
-"""Names that such columns have, in small letters and digits alone: ``Patient ID`` and ``patient_id`` are one."""
+"""Names of such columns, reduced to lowercase letters and digits: ``Patient ID`` and ``patient_id`` are equal."""
 
 HELP = (
-    f"Column with the patient or source id; splits never divide a patient. Recognized by names such as patient_id if "
-    f"not given; '{NONE}': each image is of another patient."
+    f"Column with the patient or source id; splits are by patient. Detected from names such as patient_id if not "
+    f"given; '{NONE}': each image is from a different patient."
 )
-"""Of the option, in every command."""
+"""Help text of the option, in every command."""
 
 
 def patient_column(table: Table, named: str | None, *, drawn: bool) -> str | None:
-    """The column that names the patient; what is recognized is said once.
+    """Find the column that identifies the patient; a detected column is logged once.
 
     Args:
         table: The label table.
-        named: What ``--patient-column`` says; None where it is not given.
-        drawn: Whether sides of a split are drawn, so that it matters who is who.
+        named: The value of ``--patient-column``; None if it is not given.
+        drawn: Whether images are assigned to splits, so that the patients must be known.
 
     Returns:
-        The column; None where each image counts as a patient of its own.
+        The column; None if each image counts as a separate patient.
 
     Raises:
-        UserError: there is no column of this name, several may be meant, or none is known and sides are drawn.
+        UserError: there is no such column, several columns may be meant, or none was detected and ``drawn`` is set.
     """
     if named is not None:
         if named.casefold() == NONE and named not in table.columns:
@@ -48,18 +48,18 @@ def patient_column(table: Table, named: str | None, *, drawn: bool) -> str | Non
     known = [column for column in table.columns if re.sub(r"[\W_]", "", column.casefold()) in KNOWN]
     if len(known) == 1:
         _logger.info(
-            f"{table.path.name}: patients are told by column '{known[0]}' (--patient-column chooses)"
+            f"{table.path.name}: patients are identified by column '{known[0]}' (--patient-column chooses)"
         )
         return known[0]
     if known:
         raise UserError(
-            f"label file {table.path}: columns {', '.join(map(repr, known))} may all name the patient: choose with "
+            f"label file {table.path}: columns {', '.join(map(repr, known))} may all identify the patient: choose with "
             "--patient-column"
         )
     if drawn:
         raise UserError(
-            f"label file {table.path}: no column is known to name the patient, and images of one patient must not be "
-            f"on both sides of a split: give --patient-column COLUMN, or --patient-column {NONE} if each image is of "
-            f"another patient; its columns are {', '.join(table.columns)}"
+            f"label file {table.path}: no column is known to identify the patient, and images of one patient must not "
+            f"be in different splits: give --patient-column COLUMN, or --patient-column {NONE} if each image is from a "
+            f"different patient; its columns are {', '.join(table.columns)}"
         )
     return None

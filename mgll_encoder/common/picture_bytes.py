@@ -1,7 +1,7 @@
-"""Picture files without what cameras, scanners and people write into them: EXIF, XMP, comments, PNG text, profiles.
+"""Image files without the metadata of cameras, scanners and people: EXIF, XMP, comments, PNG text, profiles.
 
-Only what decides the pixels is kept, byte for byte, so nothing is compressed a second time. The same bytes identify a
-picture: two copies of one photograph, one of them stripped, are one picture.
+Only the data that determine the pixels are kept, byte for byte, so nothing is recompressed. The same bytes identify a
+picture: a photograph and its stripped copy count as the same picture.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"IDAT", b"IEND")
 # ITU-T T.81, annex B
 _EOI, _SOS, _COMMENT = 0xD9, 0xDA, 0xFE
 _APPLICATION = range(0xE0, 0xF0)
-_JFIF, _ADOBE = (0xE0, b"JFIF\0"), (0xEE, b"Adobe")  # tell how colours are coded
+_JFIF, _ADOBE = (0xE0, b"JFIF\0"), (0xEE, b"Adobe")  # color encoding
 _JFIF_LENGTH, _ADOBE_LENGTH = 14, 12  # without a thumbnail
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """A JPEG or PNG file reduced to what decides its pixels; None for other formats and damaged files."""
+    """Reduce a JPEG or PNG file to the data that determine its pixels; None for other formats and damaged files."""
     try:
         if data.startswith(_PNG):
             return _png(data)
@@ -44,13 +44,13 @@ def without_metadata(data: bytes) -> bytes | None:
 
 
 def clean_copy(path: Path) -> tuple[bytes, str]:
-    """The bytes of a picture to hand out, and their format's suffix.
+    """Return the bytes of a picture for publication, and the suffix of their format.
 
-    An upright JPEG or PNG loses its metadata and nothing else; what has to be turned, and any other format, becomes a
-    PNG of the pixels that `open_image` gives.
+    An upright JPEG or PNG only loses its metadata. A picture that must be rotated, or has any other format, becomes a
+    PNG of the pixels returned by `open_image`.
 
     Raises:
-        UserError: the file is missing or no picture.
+        UserError: the file is missing or not a picture.
     """
     picture = open_image(path)
     data = path.read_bytes()
@@ -63,7 +63,7 @@ def clean_copy(path: Path) -> tuple[bytes, str]:
 
 
 def picture_digest(path: Path) -> str:
-    """SHA-256, in hexadecimal, of what decides a picture's pixels: its data without metadata, and how it is turned.
+    """Return the SHA-256, in hexadecimal, of what determines a picture's pixels: its data and its orientation.
 
     Raises:
         OSError: the file cannot be read.
@@ -76,7 +76,7 @@ def picture_digest(path: Path) -> str:
 
 
 def picture_digests(paths: Iterable[Path], description: str) -> dict[Path, str]:
-    """`picture_digest` of each file, under a progress bar.
+    """Compute `picture_digest` of each file, under a progress bar.
 
     Raises:
         UserError: a file cannot be read.
@@ -99,7 +99,7 @@ def _orientation(data: bytes) -> int:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return int(image.getexif().get(_ORIENTATION) or _UPRIGHT)
-    except Exception:  # damaged files raise errors of any kind; the reader will tell
+    except Exception:  # damaged files raise errors of any kind; `open_image` reports them
         return _UPRIGHT
 
 
@@ -111,7 +111,7 @@ def _png(data: bytes) -> bytes | None:
         if kind in _PNG_KEPT:
             kept.append(data[at:end])
         if kind == b"IEND":
-            return b"".join(kept)  # what follows is no part of the picture
+            return b"".join(kept)  # the rest is not part of the picture
         at = end
     return None
 
@@ -124,7 +124,7 @@ def _jpeg(data: bytes) -> bytes | None:
             at += 1
             continue
         if marker == _EOI:
-            return b"".join([*kept, b"\xff\xd9"])  # what follows is no part of the picture
+            return b"".join([*kept, b"\xff\xd9"])  # the rest is not part of the picture
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         kept.append(_segment(marker, data[at:end]))
         if marker == _SOS:
@@ -138,7 +138,7 @@ def _jpeg(data: bytes) -> bytes | None:
 
 
 def _segment(marker: int, segment: bytes) -> bytes:
-    """A segment as it is kept: empty where it holds nothing that decides pixels."""
+    """Return what is kept of a segment: nothing if it does not affect the pixels."""
     for (wanted, name), length in ((_JFIF, _JFIF_LENGTH), (_ADOBE, _ADOBE_LENGTH)):
         if marker == wanted and segment[4:].startswith(name):
             content = segment[4 : 4 + length]

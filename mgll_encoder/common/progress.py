@@ -1,4 +1,4 @@
-"""Progress of what takes long: nothing is shown unless a program says how; the commands show bars."""
+"""Progress of long operations. Nothing is shown by default; the commands show bars."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -6,18 +6,18 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 Tracker = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
-"""Iterates under a progress bar: items, what is done with them, how many there are if they do not say it."""
+"""Iterates under a progress bar; arguments: items, description, number of items if they have no length."""
 
 _trackers: list[Tracker] = []
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate, and show progress where `show_with` said how."""
+    """Iterate, showing progress with the tracker set by `show_with`."""
     return iter(_trackers[-1](items, description, total) if _trackers else items)
 
 
 def show_with(tracker: Tracker | None) -> None:
-    """Show progress with this from now on, in the whole process; None shows none.
+    """Set the tracker that shows progress in the whole process; None shows nothing.
 
     Example:
         >>> from tqdm import tqdm

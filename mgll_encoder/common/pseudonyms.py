@@ -1,7 +1,8 @@
-"""Names for patients and files that only the holder of a key can link to the originals.
+"""Pseudonyms of patients and files that only the holder of a key can link to the originals.
 
-A bare hash of a patient id is undone by hashing every id that a hospital may have given; with a random key it is not.
-The key stays beside the input and never enters an output; manifests and benches of one table name a patient alike.
+A plain hash of a patient id can be inverted by hashing every id that a hospital may have assigned; with a random key
+it cannot. The key stays next to the input and never enters an output; manifests and benchmarks built from one table
+use the same pseudonym for a patient.
 """
 
 import hmac
@@ -18,38 +19,38 @@ from mgll_encoder.common.errors import UserError
 _logger = logging.getLogger(__name__)
 
 KEY_FILE = ".mgll-key"
-"""Name of the key beside the input; only its owner may read it."""
+"""Name of the key file next to the input; only its owner may read it."""
 
 KEY_VARIABLE = "MGLL_KEY_FILE"
-"""Environment variable that names a key file instead, for read-only inputs and keys shared between machines."""
+"""Environment variable for another key file, for read-only inputs and keys shared between machines."""
 
 KEY_BYTES = 32
 DIGITS = 16
-"""Of a pseudonym: 64 bits, in hexadecimal."""
+"""Digits of a pseudonym: 64 bits, in hexadecimal."""
 
 PATIENT, FILE = "pt", "im"
 _FORM = re.compile(rf"({PATIENT}|{FILE})-[0-9a-f]{{{DIGITS}}}")
 
 
 def is_pseudonym(name: str) -> bool:
-    """Whether this is what :class:`Pseudonyms` writes, under any key."""
+    """Return whether a name has the form that :class:`Pseudonyms` writes, under any key."""
     return _FORM.fullmatch(name) is not None
 
 
 class Pseudonyms:
-    """Pseudonyms of whatever an input names: its kind and 16 hexadecimal digits (HMAC-SHA-256, cut).
+    """Pseudonyms of the names in an input: their kind and 16 hexadecimal digits (truncated HMAC-SHA-256).
 
-    The key is read, or drawn and written, when the first pseudonym is asked for.
+    The key is read, or generated and written, when the first pseudonym is needed.
 
     Args:
-        source: The label table or the folder that the names come from; the key is kept beside it.
+        source: The label table or folder that the names come from; the key is stored next to it.
     """
 
     def __init__(self, source: Path) -> None:
         self._source = source
 
     def patient(self, identity: str) -> str:
-        """The pseudonym of a patient; one that is given stays.
+        """Return the pseudonym of a patient; a pseudonym is returned as it is.
 
         Raises:
             UserError: the key cannot be read or written.
@@ -57,7 +58,7 @@ class Pseudonyms:
         return identity if is_pseudonym(identity) else self._of(PATIENT, identity)
 
     def file(self, name: str) -> str:
-        """The pseudonym of a file, whose path may hold a patient's name.
+        """Return the pseudonym of a file, whose path may contain a patient's name.
 
         Raises:
             UserError: the key cannot be read or written.
@@ -72,36 +73,36 @@ class Pseudonyms:
     def _key(self) -> bytes:
         path = key_path(self._source)
         if not path.exists():
-            _draw_key(path)
+            _write_new_key(path)
         return _read_key(path)
 
 
 def key_path(source: Path) -> Path:
-    """Where the key of an input is kept.
+    """Return the path of an input's key.
 
-    The file that `KEY_VARIABLE` names; else beside the input or, where that is read-only, in the user's configuration
-    folder, which is said.
+    The file named by `KEY_VARIABLE`; else next to the input or, if that is read-only, in the user's configuration
+    folder, which is logged.
     """
     if named := os.environ.get(KEY_VARIABLE):
         return Path(named).expanduser()
-    beside = source.resolve().parent / KEY_FILE
-    if beside.exists() or _writable(beside.parent):
-        return beside
+    adjacent = source.resolve().parent / KEY_FILE
+    if adjacent.exists() or _writable(adjacent.parent):
+        return adjacent
     configuration = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     path = configuration / "mgll-mllm" / "pseudonyms.key"
     _logger.info(
-        f"{beside.parent} is read-only: the key of the patients' pseudonyms is {path} ({KEY_VARIABLE} names another)"
+        f"{adjacent.parent} is read-only: the key of the patients' pseudonyms is {path} ({KEY_VARIABLE} names another)"
     )
     return path
 
 
 def _writable(folder: Path) -> bool:
-    """Whether a file may be put there; root may write anywhere, but should not where nobody else may."""
+    """Return whether a folder is writable; root may write anywhere, but should respect the mode."""
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
-def _draw_key(path: Path) -> None:
-    """Write a new random key, whole and for its owner alone; one that another process has just written stays."""
+def _write_new_key(path: Path) -> None:
+    """Write a new random key, atomically and readable only by its owner; keep one that another process just wrote."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f"{KEY_FILE}.", dir=path.parent)  # mode 0600
@@ -118,14 +119,14 @@ def _draw_key(path: Path) -> None:
         ) from None
 
 
-def _publish(drawn: Path, path: Path) -> None:
+def _publish(new: Path, path: Path) -> None:
     try:
-        os.link(drawn, path)  # unlike a rename, leaves a key alone that is there by now
+        os.link(new, path)  # unlike a rename, does not replace an existing key
     except FileExistsError:
         return
     except OSError:  # a file system without hard links
         if not path.exists():
-            drawn.rename(path)
+            new.rename(path)
 
 
 def _read_key(path: Path) -> bytes:
@@ -134,7 +135,7 @@ def _read_key(path: Path) -> bytes:
         key = bytes.fromhex(text)
     except PermissionError:
         raise UserError(
-            f"key {path} of the patients' pseudonyms may not be read by this user: ask its owner for a copy, and name "
+            f"key {path} of the patients' pseudonyms is not readable by this user: ask its owner for a copy, and name "
             f"that with {KEY_VARIABLE}=FILE"
         ) from None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Work folders of a training: who may write there, what can be resumed, what a signal leaves."""
+"""Work folders of a training run: locking, checkpoints to resume from, and saving on a signal."""
 
 import logging
 import pickle
@@ -28,17 +28,17 @@ _logger = logging.getLogger(__name__)
 
 
 class ResumeError(UserError):
-    """A checkpoint cannot be resumed from."""
+    """Training cannot be resumed from a checkpoint."""
 
 
 STATE = "trainer_state.json"
-"""What the Trainer writes last into a checkpoint: a folder without it is not complete."""
+"""The file that the Trainer writes last: a checkpoint without it is incomplete."""
 
 _DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, RuntimeError, EOFError, LookupError, ValueError,
     ArithmeticError, TypeError, AttributeError, FileNotFoundError, struct.error,
 )  # fmt: skip
-"""What torch and transformers raise on a state that is missing or damaged."""
+"""Exceptions of torch and transformers for a missing or damaged state."""
 
 
 class _LogRow(BaseModel):
@@ -60,7 +60,7 @@ class _Callbacks(BaseModel):
 
 
 class _State(BaseModel):
-    """What of a checkpoint's `STATE` decides how a training goes on; the rest is the library's."""
+    """The fields of a checkpoint's `STATE` that resuming depends on; the library checks the rest."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -74,7 +74,7 @@ class _State(BaseModel):
 
 
 def only_run(out: Path) -> AbstractContextManager[bool]:
-    """Hold the only right to train into ``out``; a killed process gives it up.
+    """Hold the exclusive right to train into ``out``; it is released when the process ends.
 
     Raises:
         UserError: another process has it.
@@ -89,30 +89,30 @@ def only_run(out: Path) -> AbstractContextManager[bool]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a work folder, the oldest first. One cut short by a kill is none, which is said."""
+    """Return the complete checkpoints in a work folder, oldest first. Truncated ones are ignored, with a warning."""
     complete = []
     for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE}"):
         try:
-            parse_json(read_text(state, "state"), f"{state}", nan=True)  # as the loss of a step may be
+            parse_json(read_text(state, "state"), f"{state}", nan=True)  # the loss of a step may be NaN
         except UserError:
-            _logger.warning(f"{state} is cut short: {state.parent.name} does not count")
+            _logger.warning(f"{state} is truncated: {state.parent.name} is ignored")
         else:
             complete.append(state.parent)
     return sorted(complete, key=step_of)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a work folder, or None."""
+    """Return the newest complete checkpoint in a work folder, or None."""
     return next(reversed(checkpoints(folder)), None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step at which a checkpoint was written."""
+    """Return the step at which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove the checkpoints that a killed run had begun to write."""
+    """Remove incomplete checkpoints of a killed run."""
     complete = checkpoints(folder)
     for found in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if found not in complete:
@@ -120,7 +120,7 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def forget(folder: Path, note: str) -> None:
-    """Remove the work folder of an earlier run, if it is one; its checkpoints first, its note last."""
+    """Remove the work folder of an earlier run, if it is one: its checkpoints first, its note last."""
     found = list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     for checkpoint in found:
         (checkpoint / STATE).unlink(missing_ok=True)
@@ -130,13 +130,13 @@ def forget(folder: Path, note: str) -> None:
 
 
 def check_states(checkpoint: Path, *, weights: str, ranks: int = 1, deepspeed: bool = False) -> None:
-    """See to it, from tables of contents alone, that everything is there that resuming needs.
+    """Check that a checkpoint has everything that resuming needs, reading only tables of contents.
 
     Args:
         checkpoint: A complete checkpoint.
         weights: Name of the file with its weights.
-        ranks: Processes that train.
-        deepspeed: Whether DeepSpeed keeps weights and optimizer, in files of its own.
+        ranks: Number of training processes.
+        deepspeed: Whether DeepSpeed saves weights and optimizer, in its own files.
 
     Raises:
         ResumeError: a state is missing or damaged.
@@ -151,7 +151,7 @@ def check_states(checkpoint: Path, *, weights: str, ranks: int = 1, deepspeed: b
     if generators and generators != sorted(expected):
         raise ResumeError(
             _unusable(
-                checkpoint, f"it has random numbers of {len(generators)} processes, now there are {ranks}"
+                checkpoint, f"it has random states of {len(generators)} processes, but now there are {ranks}"
             )
         )
     for name in [*([] if deepspeed else [weights, "optimizer.pt"]), "scheduler.pt", *expected]:
@@ -160,17 +160,17 @@ def check_states(checkpoint: Path, *, weights: str, ranks: int = 1, deepspeed: b
             raise ResumeError(_unusable(checkpoint, f"{name} is missing"))
         if file.suffix != ".safetensors" and not zipfile.is_zipfile(file):
             raise ResumeError(_unusable(checkpoint, f"{name} is damaged"))
-        if name in expected:  # small; the Trainer would read it after its progress bar has begun
-            with telling_damage(checkpoint, "state of the random numbers"), safe_globals():
+        if name in expected:  # small; the Trainer would read it only after starting its progress bar
+            with telling_damage(checkpoint, "random state"), safe_globals():
                 torch.load(file, weights_only=True)
 
 
 @contextmanager
 def telling_damage(checkpoint: str | Path | None, what: str) -> Iterator[None]:
-    """Say in one line that a state cannot be taken up, instead of what torch advises (to unpickle it anyway).
+    """Report in one line that a state cannot be loaded, instead of torch's advice (to unpickle it anyway).
 
     Raises:
-        ResumeError: it cannot.
+        ResumeError: it cannot be loaded.
     """
     try:
         yield
@@ -186,14 +186,16 @@ def telling_damage(checkpoint: str | Path | None, what: str) -> Iterator[None]:
 
 def _unusable(checkpoint: Path, why: str) -> str:
     earlier = [found for found in checkpoints(checkpoint.parent) if step_of(found) < step_of(checkpoint)]
-    go_on = (
-        f"that folder to go on from {earlier[-1].name}" if earlier else f"{checkpoint.parent} to start again"
+    todo = (
+        f"that folder to continue from {earlier[-1].name}"
+        if earlier
+        else f"{checkpoint.parent} to start over"
     )
-    return f"cannot resume from {checkpoint}: {why}: remove {go_on}"
+    return f"cannot resume from {checkpoint}: {why}: remove {todo}"
 
 
 class SaveOnSignal(TrainerCallback):
-    """Ends a training with a checkpoint after the step during which a signal arrives; see `signals.deferred`."""
+    """Save a checkpoint and stop after the step during which a signal arrives; see `signals.deferred`."""
 
     def __init__(self) -> None:
         self.stopping = False
@@ -205,13 +207,13 @@ class SaveOnSignal(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002 (the signature is the library's, here and below)
     ) -> None:
-        """Ask for a checkpoint and an end, in every process at the same step."""
+        """Request a checkpoint and the end of training, in every process at the same step."""
         if self.stopping or not _anyone(signals.received() is not None, args.device):
             return
         self.stopping = control.should_save = control.should_training_stop = True
         if state.is_world_process_zero:
             _logger.info(
-                f"told to end: saving {PREFIX_CHECKPOINT_DIR}-{state.global_step}, from which --resume goes on"
+                f"stopping: saving {PREFIX_CHECKPOINT_DIR}-{state.global_step}, from which --resume continues"
             )
 
     def on_epoch_end(
@@ -221,17 +223,17 @@ class SaveOnSignal(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """An epoch cut short is not judged."""
+        """Skip the evaluation of an interrupted epoch."""
         if self.stopping:
             control.should_log = control.should_evaluate = control.should_save = False
 
 
 @contextmanager
 def saving_on_signal(trainer: Trainer, *, wanted: bool) -> Iterator[None]:
-    """Let a training that is told to end save a checkpoint first, where that is wanted.
+    """Save a checkpoint before a signal ends the training, if wanted.
 
     Raises:
-        Terminated: it was told to end.
+        Terminated: a signal arrived.
     """
     if not wanted:
         yield
@@ -241,12 +243,12 @@ def saving_on_signal(trainer: Trainer, *, wanted: bool) -> Iterator[None]:
     with signals.deferred():
         yield
     if callback.stopping:
-        trainer.accelerator.wait_for_everyone()  # a launcher ends the others as soon as the first one is gone
+        trainer.accelerator.wait_for_everyone()  # a launcher kills the others as soon as the first one exits
         raise signals.Terminated
 
 
 class SoundStates(Trainer):
-    """A Trainer that says in one line that a checkpoint's states are missing or damaged."""
+    """A Trainer that reports missing or damaged checkpoint states in one line."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with telling_damage(resume_from_checkpoint, "weights"):
@@ -257,12 +259,12 @@ class SoundStates(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with telling_damage(checkpoint, "state of the random numbers"):
+        with telling_damage(checkpoint, "random state"):
             super()._load_rng_state(checkpoint)
 
 
 def _anyone(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set in any of the processes that train."""
+    """Return whether a flag is set in any training process."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return flag
     found = torch.tensor(float(flag), device=device)

@@ -1,4 +1,4 @@
-"""SIGTERM (sent by Slurm and container engines) and SIGHUP end a command as Ctrl-C does: its files are cleared away."""
+"""SIGTERM (sent by Slurm and container engines) and SIGHUP end a command as Ctrl-C does: its files are cleaned up."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was told to end. Libraries treat it as Ctrl-C."""
+    """The process received a signal to end. Libraries treat it as Ctrl-C."""
 
 
 class _State:
@@ -26,23 +26,23 @@ _state = _State()
 
 
 def received() -> int | None:
-    """The first signal that told this process to end, or None."""
+    """Return the first signal that asked this process to end, or None."""
     return _state.received
 
 
 def exit_code() -> int:
-    """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Return the exit code that a shell expects after a signal: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + (_state.received or signal.SIGINT)
 
 
 @contextmanager
 def watched(*, last: bool = False) -> Iterator[None]:
-    """Raise `Terminated` in the main thread on a signal to end; what a user ignores (nohup) stays ignored.
+    """Raise `Terminated` in the main thread on a signal to end; ignored signals (nohup) stay ignored.
 
-    Only Ctrl-C interrupts again, so that clearing away is not disturbed by launchers that signal twice.
+    Only Ctrl-C interrupts a second time, so that launchers that signal twice do not disturb the cleanup.
 
     Args:
-        last: Whether the process ends after the block, and Ctrl-C shall then end it without a traceback.
+        last: Whether the process ends after the block, so that a later Ctrl-C should end it without a traceback.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -50,7 +50,7 @@ def watched(*, last: bool = False) -> Iterator[None]:
     home = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != home:  # a forked child: as if nothing were watched
+        if os.getpid() != home:  # a forked child: restore the default behavior
             _as_before(number, frame)
             return
         first, _state.received = _state.received is None or _state.swallowed, _state.received or number
@@ -58,15 +58,15 @@ def watched(*, last: bool = False) -> Iterator[None]:
         if (first and not _state.deferring) or (number == signal.SIGINT and not first):
             raise Terminated
 
-    def tell_again(lost: Any) -> None:
-        """Repeat a signal that came where Python lets no exception out (a destructor, a callback of fork)."""
+    def repeat(lost: Any) -> None:
+        """Repeat a signal that arrived where Python drops exceptions (a destructor, a fork callback)."""
         if not isinstance(lost.exc_value, Terminated):
             hook(lost)
             return
         _state.swallowed = True
         threading.Timer(0.05, os.kill, (home, _state.received)).start()
 
-    hook, sys.unraisablehook = sys.unraisablehook, tell_again
+    hook, sys.unraisablehook = sys.unraisablehook, repeat
     before = {number: signal.getsignal(number) for number in WATCHED}
     _state.received = None
     for number, handler in before.items():
@@ -84,7 +84,7 @@ def watched(*, last: bool = False) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let the first signal only be noted, see `received`; a second Ctrl-C interrupts at once."""
+    """Only record the first signal, see `received`; a second Ctrl-C interrupts at once."""
     _state.deferring = True
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is left out, and why: counted in one place, and said in the same words by every command."""
+"""Counts of skipped rows, files and images by reason, reported in the same words by every command."""
 
 import logging
 import re
@@ -18,17 +18,17 @@ NO_TRUTH = "cell that cannot be read"
 UNCERTAIN = "uncertain label"
 TWICE = "image listed twice"
 DISAGREE = "rows of one image disagree"
-"""Reasons that several readers give."""
+"""Reasons shared by several readers."""
 
 
 def unnamed(error: UserError, path: Path) -> str:
-    """What an error about an image says, without the path that it starts with: file names may tell who a patient is."""
+    """Return an error message about an image without its path: file names may identify a patient."""
     said = str(error).removeprefix(f"image {path}").strip(": ")
     return re.sub(r"^\(a link to .*\) does", "does", said)
 
 
 class Skipped:
-    """Rows, files or images that are left out: counted by reason, with the first of each reason; or refused at once.
+    """Rows, files or images that are skipped: counted by reason, with the first of each reason; or refused at once.
 
     Args:
         strict: Stop at the first instead of counting.
@@ -40,18 +40,18 @@ class Skipped:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self.read = 0
-        """How many were looked at, left out or not; readers add to it."""
+        """Number of units read, skipped or not; the readers increment it."""
         self.uncertain: Counter[str] = Counter()
-        """Uncertain cells of label tables, by what became of them."""
+        """Uncertain cells of label tables, by how they were counted."""
 
     def add(self, reason: str, detail: str, trouble: bool = True) -> None:
-        """Leave one out.
+        """Skip one.
 
         Args:
-            reason: The kind of trouble, in a few words that follow a number: the key of the count.
-            detail: One line that names the file, the row or place, and what was expected. It is shown and may be
-                published, so it holds no image name, patient id or other text that may tell who a patient is.
-            trouble: Whether strict mode stops here; false for what is left out as a matter of course.
+            reason: The kind of problem, in a few words that follow a number: the key of the count.
+            detail: One line that names the file, the row or position, and what was expected. It is shown and may be
+                published, so it contains no image name, patient id or other text that may identify a patient.
+            trouble: Whether strict mode stops here; False for what is always skipped.
 
         Raises:
             UserError: in strict mode, with the detail.
@@ -63,11 +63,11 @@ class Skipped:
 
     @property
     def total(self) -> int:
-        """How many were left out."""
+        """Number of skipped units."""
         return self.counts.total()
 
     def summary(self) -> str:
-        """All of it in a line, such as ``left out 12 of 440 rows: 7 no image file, 5 uncertain label``."""
+        """Summarize in one line, such as ``left out 12 of 440 rows: 7 no image file, 5 uncertain label``."""
         if not self.total:
             return ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
@@ -75,16 +75,16 @@ class Skipped:
         return f"left out {among} {self._unit}: {reasons}"
 
     def lines(self) -> list[str]:
-        """The first of each reason, and the summary."""
+        """Return the first of each reason, and the summary."""
         firsts = [f"first {reason}: {self.first[reason]}" for reason, _ in self.counts.most_common()]
         return [*firsts, self.summary()] if firsts else []
 
     def record(self) -> dict[str, Any]:
-        """For what is written: how many were read, how many were left out for each reason, and uncertain cells."""
+        """Return for a record: how many were read, how many were skipped by reason, and uncertain cells."""
         uncertain = {"uncertain_cells": dict(self.uncertain)} if self.uncertain else {}
         return {f"{self._unit}_read": self.read, "skipped": dict(self.counts), **uncertain}
 
     def say(self) -> None:
-        """Say on stderr what was left out, the summary last; nothing where nothing was."""
+        """Log what was skipped, the summary last; nothing if nothing was skipped."""
         for line in self.lines():
             _logger.info(line)

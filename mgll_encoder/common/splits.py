@@ -1,4 +1,4 @@
-"""Splits by patient: all images of a patient fall on one side, on every machine and in every command."""
+"""Splits by patient: all images of a patient are in the same split, on every machine and in every command."""
 
 import hashlib
 
@@ -6,19 +6,19 @@ from mgll_encoder.common.errors import UserError
 
 
 def assign_split(patient: str, test: float = 0.3, val: float = 0.0, seed: int = 0) -> str:
-    """``"train"``, ``"val"`` or ``"test"`` for a patient (or source image) id.
+    """Return ``"train"``, ``"val"`` or ``"test"`` for a patient (or source image) id.
 
-    The id is hashed to a number in [0, 1), so a patient's side depends on nothing but the id and the seed:
-    adding rows to a table moves nobody.
+    The id is hashed to a number in [0, 1), so a patient's split depends only on the id and the seed: adding rows to a
+    table moves no patient.
 
     Args:
         patient: Patient or source id, as written in the label table.
         test: Share of patients for the test split, in [0, 1].
         val: Share of patients for the validation split, in [0, 1].
-        seed: Another seed draws another split.
+        seed: A different seed gives a different split.
 
     Raises:
-        UserError: the shares do not leave room for a training split.
+        UserError: the shares leave nothing for the training split.
     """
     if not (test >= 0 and val >= 0 and test + val < 1):
         raise UserError(

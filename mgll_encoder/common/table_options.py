@@ -1,4 +1,4 @@
-"""Options of every command that reads a label table; docs/tables.md says what is read."""
+"""Options of all commands that read a label table; docs/tables.md describes what is read."""
 
 from typing import Annotated
 
@@ -20,7 +20,7 @@ BinaryColumns = Annotated[
     str,
     typer.Option(
         "--binary-columns",
-        help="Columns that stand for one label each (1, 0, yes, no, blank ...), separated by commas, instead of "
+        help="Columns that each represent one label (1, 0, yes, no, blank ...), separated by commas, instead of "
         "--labels-column.",
     ),
 ]
@@ -28,7 +28,7 @@ LabelSeparator = Annotated[
     str | None,
     typer.Option(
         "--label-separator",
-        help="What separates the labels in a cell; none: a cell is one label (default: recognized, of ';', '|', ',' "
+        help="Separator of the labels in a cell; none: a cell is one label (default: detected among ';', '|', ',' "
         "and lists in brackets).",
     ),
 ]
@@ -36,26 +36,26 @@ UncertainCells = Annotated[
     Uncertain,
     typer.Option(
         "--uncertain",
-        help="What a cell with -1, uncertain or nan counts as; ignore: neither for nor against its label.",
+        help="How to count a cell with -1, uncertain or nan; ignore: neither for nor against its label.",
     ),
 ]
 
 
 def listed(columns: str) -> tuple[str, ...]:
-    """Names of columns from an option, where commas separate them."""
+    """Split an option's comma-separated column names."""
     return tuple(name.strip() for name in columns.split(",") if name.strip())
 
 
 def reading(
     encoding: str | None, sheet: str | None, label_separator: str | None, uncertain: Uncertain
 ) -> TableOptions:
-    """What the options say.
+    """Build the table options from the values on the command line.
 
     Raises:
         UserError: the separator is empty.
     """
     if label_separator == "":
         raise UserError(
-            "--label-separator is empty: expected a character such as ',', or none where a cell is one label"
+            "--label-separator is empty: expected a character such as ',', or none if a cell is one label"
         )
     return TableOptions(encoding, sheet, label_separator, uncertain)

@@ -1,6 +1,6 @@
-"""Label tables as people have them: text with columns (CSV, TSV), Excel workbooks, Parquet.
+"""Label tables in common formats: delimited text (CSV, TSV), Excel workbooks, Parquet.
 
-What a file is, is told by its content. Whatever is recognised beyond a plain UTF-8 CSV is said once.
+The format is detected from the content. Anything detected beyond a plain UTF-8 CSV is logged once.
 """
 
 import codecs
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 Uncertain = Literal["ignore", "positive", "negative"]
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-"""What separates columns, the first that fits best."""
+"""Column delimiters; on a tie the first wins."""
 
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -33,21 +33,21 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
-"""First line by which a file tells Excel what separates its columns."""
+"""First line that declares the delimiter to Excel."""
 
 _LOOKED_AT = 50
-"""Rows that tell the delimiter."""
+"""Number of rows from which the delimiter is detected."""
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What the user says about a label table, where the file does not say it itself.
+    """What the user specifies about a label table, if the file does not.
 
     Attributes:
-        encoding: Of a text file; None for UTF-8, or UTF-16 and UTF-32 with their mark.
-        sheet: Of a workbook; None for the first.
-        separator: Of the labels in a cell; None for what is recognised, ``none`` where a cell is one label.
-        uncertain: What becomes of cells that leave a label open: `mgll_encoder.data.label_cells`.
+        encoding: Encoding of a text file; None for UTF-8, or UTF-16 and UTF-32 with a byte order mark.
+        sheet: Sheet of a workbook; None for the first.
+        separator: Separator of the labels in a cell; None to detect it, ``none`` if a cell is one label.
+        uncertain: How uncertain cells count, see `mgll_encoder.data.label_cells`.
     """
 
     encoding: str | None = None
@@ -64,7 +64,7 @@ class Table:
         path: Its file.
         columns: Names of its columns.
         rows: Number of each row in the file (that of the header is 1), and its cells by column.
-        sheet: The sheet it comes from; empty where a file has only one table.
+        sheet: The sheet it comes from; empty if the file has only one table.
         others: Names of the other sheets.
     """
 
@@ -75,17 +75,17 @@ class Table:
     others: tuple[str, ...] = ()
 
     def where(self, number: int) -> str:
-        """How messages call a row."""
+        """Return the location of a row for messages."""
         return f"label file {self.path} row {number}"
 
     def check_columns(self, wanted: Iterable[tuple[str, str | None]]) -> None:
         """Refuse a table that lacks a column.
 
         Args:
-            wanted: What asks for a column (an option), and the column; None where none is asked for.
+            wanted: Pairs of what asks for a column (an option) and the column; None if none is asked for.
 
         Raises:
-            UserError: one is missing.
+            UserError: a column is missing.
         """
         for asked_by, column in wanted:
             if column is not None and column not in self.columns:
@@ -107,15 +107,15 @@ def read_table(
     """Read a label table.
 
     Args:
-        path: Text with a header line, columns separated by commas, semicolons, tabs or bars; an Excel workbook
+        path: Text with a header line and columns separated by commas, semicolons, tabs or bars; an Excel workbook
             (.xlsx, .xls); or Parquet.
         option: The option that named it, for the error message.
-        skipped: Takes rows with more or fewer cells than columns, and counts all rows; None: stop at the first.
-        reading: What the file does not say itself.
+        skipped: Collects rows with more or fewer cells than columns, and counts all rows; None: stop at the first.
+        reading: What the file does not specify itself.
 
     Raises:
-        UserError: it is missing, is no table, is in another encoding, names a column twice, has no sheet of that name
-            or, where ``skipped`` is strict or None, a row has more or fewer cells than there are columns.
+        UserError: it is missing, is not a table, has another encoding, has duplicate columns, has no sheet of that
+            name or, if ``skipped`` is strict or None, a row has more or fewer cells than there are columns.
     """
     if not path.is_file():
         raise NotFoundError(f"label file {path} does not exist or is not a file: check {option}")
@@ -145,7 +145,7 @@ def read_table(
 
 
 def _take(table: Table, number: int, cells: list[str] | str, skipped: Skipped) -> None:
-    """A row into the table, or into what is left out; rows without a word are no rows."""
+    """Add a row to the table, or to the skipped rows; blank rows are ignored."""
     if not isinstance(cells, str) and not any(cell.strip() for cell in cells):
         return
     skipped.read += 1
@@ -174,17 +174,17 @@ def _columns(path: Path, lines: Iterator[tuple[int, list[str] | str]]) -> tuple[
     twice = [name for name, count in Counter(columns).items() if count > 1 and name]
     if twice:
         raise BadDataError(
-            f"label file {path} has two columns '{twice[0]}': rename or remove one, for they may say different things"
+            f"label file {path} has two columns '{twice[0]}': rename or remove one, because they may differ"
         )
     return columns
 
 
 def _text_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, list[str] | str]]:
-    """Number and cells of each row of a text file, or what is wrong with its quotes."""
+    """Yield the number and cells of each row of a text file, or what is wrong with its quotes."""
     text = _decoded(path, encoding)
-    told = _SEPARATOR_LINE.match(text)
-    text = text[told.end() :] if told else text
-    delimiter = told[1] if told else _delimiter(text)
+    declared = _SEPARATOR_LINE.match(text)
+    text = text[declared.end() :] if declared else text
+    delimiter = declared[1] if declared else _delimiter(text)
     if delimiter != ",":
         _logger.info(f"{path.name}: columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -197,7 +197,7 @@ def _text_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, list[st
         except csv.Error as error:
             if reader.line_num > above + 1 or "end of data" in str(error):
                 raise BadDataError(
-                    f"label file {path} row {number}: a quote that opens on line {above + 1} is not closed at the "
+                    f"label file {path} row {number}: the quote opened on line {above + 1} is not closed at the "
                     f'end of a cell (line {reader.line_num}): write a quote within a cell as ""'
                 ) from None
             cells = f'a quote does not end its cell: write a quote within a cell as "" ({error})'
@@ -207,9 +207,9 @@ def _text_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, list[st
 
 def _decoded(path: Path, encoding: str | None) -> str:
     content = path.read_bytes()
-    told = encoding or next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    codec = encoding or next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     try:
-        text = content.decode(told).removeprefix("\ufeff")
+        text = content.decode(codec).removeprefix("\ufeff")
     except LookupError:
         raise UserError(
             f"--encoding is '{encoding}', which is none: give one such as utf-8, cp1252, gb18030"
@@ -217,21 +217,21 @@ def _decoded(path: Path, encoding: str | None) -> str:
     except UnicodeDecodeError as error:
         if b"\0" not in content:
             raise BadDataError(
-                f"label file {path} line {content[: error.start].count(10) + 1} is not {told.upper()} text (byte "
+                f"label file {path} line {content[: error.start].count(10) + 1} is not {codec.upper()} text (byte "
                 f"0x{content[error.start]:02X}): give its --encoding, such as cp1252 where Excel saved it on Windows, "
                 "or save it as 'CSV UTF-8'"
             ) from None
         text = content.decode("latin-1")
     if "\0" in text:
         raise BadDataError(
-            f"label file {path} line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a NUL character, which no "
-            "text has: the file is damaged, or give its --encoding, such as utf-16-le"
+            f"label file {path} line {text[: text.index(chr(0))].count(chr(10)) + 1} contains a NUL character, which "
+            "text does not have: the file is damaged, or give its --encoding, such as utf-16-le"
         )
     return text
 
 
 def _delimiter(text: str) -> str:
-    """The one that gives most of the first rows as many cells as the header, and more than one."""
+    """Return the delimiter for which most of the first rows have as many cells as the header, and more than one."""
 
     def fit(delimiter: str) -> tuple[int, int]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -242,7 +242,7 @@ def _delimiter(text: str) -> str:
                 if len(counts) > _LOOKED_AT:
                     break
         except csv.Error:
-            pass  # the quotes are looked at when the rows are read
+            pass  # quotes are checked when the rows are read
         if not counts or counts[0] < 2:
             return 0, 0
         return counts.count(counts[0]), counts[0]

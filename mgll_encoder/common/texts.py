@@ -1,7 +1,7 @@
-"""Reading text, JSON and YAML files: what is wrong with one is said in a line that names it.
+"""Reading text, JSON and YAML files, with one-line errors that name the file.
 
-JSON and YAML are read strictly. Both allow more than a setting can mean: a key twice (the last one would win without
-a word), numbers that are none, numbers of thousands of digits, nesting without end, halves of characters.
+JSON and YAML are read strictly. Both formats allow more than a setting should contain: duplicate keys (the last would
+win silently), NaN and infinity, numbers of thousands of digits, unlimited nesting, lone surrogates.
 """
 
 import json
@@ -21,13 +21,13 @@ from mgll_encoder.common.faults import find_fault
 from mgll_encoder.common.files import regular_file
 
 DIGITS = 40
-"""Of an integer; the longest that is in use, a tokenizer's ``model_max_length`` of 1e30, has 31."""
+"""Maximum digits of an integer; the longest in use, a tokenizer's ``model_max_length`` of 1e30, has 31."""
 
 DEPTH = 100
-"""Levels of lists and objects in one another; libraries that work through them stop at some hundreds."""
+"""Maximum nesting of lists and objects; recursive libraries fail at some hundreds."""
 
 POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the text begins that stands in the place of a large file in a repository cloned without Git LFS."""
+"""Beginning of a pointer file, which replaces a large file in a repository cloned without Git LFS."""
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -35,14 +35,14 @@ T = TypeVar("T")
 
 
 def read_text(path: Path, kind: str) -> str:
-    """A UTF-8 text file, a byte order mark left out.
+    """Read a UTF-8 text file, without its byte order mark.
 
     Args:
         path: The file.
         kind: What it is, for the error: ``preset``.
 
     Raises:
-        UserError: it is no ordinary file (see `regular_file`), cannot be read, or is not UTF-8.
+        UserError: it is not an ordinary file (see `regular_file`), cannot be read, or is not UTF-8.
     """
     regular_file(path, kind)
     try:
@@ -61,10 +61,10 @@ def read_json(path: Path, what: str = "file") -> dict[str, Any]:
 
     Args:
         path: The file.
-        what: What it is called in an error message.
+        what: Its name in error messages.
 
     Raises:
-        UserError: the file cannot be read (see `read_text`), is not strict JSON (see `parse_json`), or is no object.
+        UserError: the file cannot be read (see `read_text`), is not strict JSON (see `parse_json`), or not an object.
     """
     text = read_text(path, what)
     refuse_pointer(path, text[: len(POINTER)].encode())
@@ -75,10 +75,10 @@ def read_json(path: Path, what: str = "file") -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path, head: bytes) -> None:
-    """Say of a Git LFS pointer what it is.
+    """Refuse a Git LFS pointer.
 
     Raises:
-        UserError: ``head``, the beginning of the file, is that of one.
+        UserError: ``head``, the beginning of the file, is that of a pointer.
     """
     if head.startswith(POINTER):
         raise BadDataError(
@@ -88,16 +88,16 @@ def refuse_pointer(path: Path, head: bytes) -> None:
 
 
 def parse_json(text: str, where: str, *, nan: bool = False) -> Any:
-    """A JSON text, strictly.
+    """Parse a JSON text strictly.
 
     Args:
         text: The text.
-        where: Where it stands, for the error message: a file, and perhaps a line.
-        nan: Whether NaN is let pass, as pandas writes it for what is missing.
+        where: Its location for the error message: a file, and perhaps a line.
+        nan: Whether NaN is allowed, which pandas writes for missing values.
 
     Raises:
-        UserError: it is not JSON, names a key twice, holds NaN or an infinite number, an integer of more than `DIGITS`
-            digits, half of a surrogate pair, or is nested too deeply.
+        UserError: it is not JSON, has a duplicate key, contains NaN, an infinite number, an integer of more than
+            `DIGITS` digits or a lone surrogate, or is nested too deeply.
     """
     try:
         found = (NAN_DECODER if nan else DECODER).decode(text)
@@ -110,13 +110,13 @@ def parse_json(text: str, where: str, *, nan: bool = False) -> Any:
 
 
 def read_as(kind: type[T], path: Path, what: str, advice: str = "") -> T:
-    """Read a JSON file of a known form.
+    """Read a JSON file into a known type.
 
     Args:
-        kind: The form: a pydantic model, or a dataclass.
+        kind: A pydantic model or a dataclass.
         path: The file.
-        what: What it is called in an error message.
-        advice: What to do, at the end of the message.
+        what: Its name in error messages.
+        advice: What to do, appended to the message.
 
     Raises:
         UserError: see `parse_json` and `checked`.
@@ -126,10 +126,10 @@ def read_as(kind: type[T], path: Path, what: str, advice: str = "") -> T:
 
 
 def checked(kind: type[T], content: Any, where: str, advice: str = "") -> T:
-    """What was read as what it should be.
+    """Validate parsed content as the type that it should have.
 
     Raises:
-        UserError: it is not; the first field that is missing, unknown or wrong is named, with what was found.
+        UserError: it is invalid; the first field that is missing, unknown or wrong is named, with what was found.
     """
     try:
         return TypeAdapter(kind).validate_python(content)
@@ -138,7 +138,7 @@ def checked(kind: type[T], content: Any, where: str, advice: str = "") -> T:
 
 
 def first_fault(error: ValidationError, *within: str) -> str:
-    """The first fault of a pydantic report: field (``within`` others), message, and what was found."""
+    """Describe the first error of a pydantic report: field (``within`` others), message, and what was found."""
     fault = error.errors(include_url=False, include_context=False)[0]
     field, message = ".".join(map(str, (*within, *fault["loc"]))), fault["msg"].removeprefix("Value error, ")
     found = textwrap.shorten(repr(fault["input"]), 60, placeholder=" ...")
@@ -147,10 +147,10 @@ def first_fault(error: ValidationError, *within: str) -> str:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """A YAML text of plain settings, strictly: no tags but YAML's own, no anchors, nothing that is said twice.
+    """Parse a YAML text of plain settings strictly: only YAML's own tags, no anchors, no duplicate keys.
 
     Raises:
-        UserError: it is not YAML, or is more than plain settings (see `parse_json`).
+        UserError: it is not YAML, or contains more than plain settings (see `parse_json`).
     """
     try:
         found = yaml.load(text, Loader=_PlainLoader)
@@ -167,7 +167,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's own types, without anchors; every key once."""
+    """Loads YAML's own types; refuses anchors and duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -181,10 +181,10 @@ class _PlainLoader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            # Whatever goes wrong where a value is not of the type that its tag or its look says.
+            # Any error of a value that does not have the type that its tag or form implies.
             kind, reason = node.tag.rpartition(":")[2], str(error) if isinstance(error, ValueError) else ""
             shown = f"'{str(node.value)[:40]}'" if isinstance(node.value, str) else "this"
-            problem = f"{shown} is no {kind}{reason and f': {reason}'}"
+            problem = f"{shown} is not a valid {kind}{reason and f': {reason}'}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -236,14 +236,14 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _twice(keys: Iterable[Any]) -> str:
     key, times = Counter(keys).most_common(1)[0]
-    return f"key '{key}' is there {times} times"
+    return f"key '{key}' appears {times} times"
 
 
 def check_content(content: Any, where: str) -> None:
-    """Refuse what parsers let pass: deep nesting, and strings that are no text.
+    """Refuse what parsers accept: deep nesting, and strings with lone surrogates.
 
     Raises:
-        UserError: there is such a thing.
+        UserError: the content has either.
     """
     level = [content]
     for _ in range(DEPTH):
@@ -267,13 +267,13 @@ def _children(value: Any) -> Iterable[Any]:
 _STRICT: Mapping[str, Any] = {"parse_float": _finite, "parse_int": _integer, "object_pairs_hook": _once}
 
 DECODER = json.JSONDecoder(parse_constant=_refused, **_STRICT)
-"""Reads JSON strictly; for texts that are read piece by piece, of which `check_content` has to look at each."""
+"""Reads JSON strictly; for texts read piece by piece. Each piece must go through `check_content`."""
 
 NAN_DECODER = json.JSONDecoder(parse_constant=float, **_STRICT)
-"""Likewise, where NaN stands for what is missing."""
+"""As `DECODER`, with NaN for missing values."""
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value, for messages."""
+    """Return JSON's name for the type of a value, for messages."""
     kinds = {dict: "object", list: "list", str: "string", bool: "truth value", int: "number", float: "number"}
     return kinds.get(type(value), "null")

@@ -1,7 +1,7 @@
-"""``mgll_trained_on.json``: which images the weights of a folder were trained on, told by hashes.
+"""``mgll_trained_on.json``: hashes of the images that the weights in a folder were trained on.
 
-It goes with the weights from the tower to the model that the tower is put into, and on through every training, so that
-a benchmark can be held against it. Of an image it keeps 64 bits of the hash of its content: no name, no patient.
+The file follows the weights from the tower to the swapped model and through every training run, so that a benchmark
+can be checked against it. It stores 64 bits of the hash of an image's content: no name, no patient.
 """
 
 import base64
@@ -17,19 +17,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from mgll_encoder.common.errors import UserError
 
 TRAINED_ON = "mgll_trained_on.json"
-"""Name of the file, in the folder of a tower, a model or an adapter."""
+"""File name, in the folder of a tower, a model or an adapter."""
 
 TOWER = "tower"
-"""The part that a swap replaces."""
+"""Name of the part that a swap replaces."""
 
-_DIGITS = 16  # of a hash, in hexadecimal: 64 bits
+_DIGITS = 16  # hexadecimal digits of a hash that are stored: 64 bits
 _STORED = np.dtype("<u8")
 
 Numbers = NDArray[np.uint64]
 
 
 def as_numbers(digests: Iterable[str]) -> Numbers:
-    """The first 64 bits of hashes in hexadecimal, [n]."""
+    """Return the first 64 bits of hexadecimal hashes, [n]."""
     return np.array([int(digest[:_DIGITS], 16) for digest in digests], _STORED)
 
 
@@ -39,7 +39,7 @@ def _from_base64(value: Any) -> Any:
     try:
         return np.frombuffer(base64.b64decode(value, validate=True), _STORED)
     except (binascii.Error, ValueError):
-        raise ValueError("is no base64 of 8 bytes per image") from None
+        raise ValueError("is not base64 of 8 bytes per image") from None
 
 
 def _to_base64(numbers: Numbers) -> str:
@@ -47,12 +47,12 @@ def _to_base64(numbers: Numbers) -> str:
 
 
 class Training(BaseModel):
-    """One training.
+    """One training run.
 
     Attributes:
-        parts: What learned: ``tower``, ``projector``, ``language_model``.
+        parts: What was trained: ``tower``, ``projector``, ``language_model``.
         command: The command that trained.
-        splits: Of each data file, how its sides were drawn, as far as it says.
+        splits: For each data file, how its split was made, if recorded.
         images: 64 bits of the hash of each training image (`picture_digest`), sorted, [n]; base64 in the file.
     """
 
@@ -67,14 +67,14 @@ class Training(BaseModel):
     def of(
         cls, parts: Sequence[str], command: str, digests: Iterable[str], splits: Sequence[dict[str, Any]] = ()
     ) -> "Training":
-        """The record of a training that has seen images of these hashes."""
+        """Create the record of a training run on images with these hashes."""
         return cls(
             parts=tuple(parts), command=command, splits=tuple(splits), images=np.unique(as_numbers(digests))
         )
 
     @property
     def title(self) -> str:
-        """For people: what learned, and through which command."""
+        """What was trained, and by which command, for display."""
         return f"{' and '.join(part.replace('_', ' ') for part in self.parts)} ({self.command})"
 
     def __eq__(self, other: object) -> bool:
@@ -91,7 +91,7 @@ class _File(BaseModel):
 
 
 def trainings_of(folder: Path) -> tuple[Training, ...]:
-    """The recorded trainings of the weights of a folder; none where it has no record.
+    """Read the recorded training runs of the weights in a folder; empty without a record.
 
     Raises:
         UserError: the record is damaged.
@@ -110,13 +110,13 @@ def trainings_of(folder: Path) -> tuple[Training, ...]:
 
 
 def write_trainings(folder: Path, trainings: Iterable[Training]) -> None:
-    """Write the record into a folder, each training once; nothing where there is none."""
+    """Write the record into a folder, without duplicates; nothing if there are no training runs."""
     if text := trainings_text(trainings):
         (folder / TRAINED_ON).write_text(text, encoding="utf-8")
 
 
 def trainings_text(trainings: Iterable[Training]) -> str:
-    """The text of the record, empty where there is no training."""
+    """Return the text of the record, empty if there are no training runs."""
     different: list[Training] = []
     for training in trainings:
         if training not in different:
@@ -125,5 +125,5 @@ def trainings_text(trainings: Iterable[Training]) -> str:
 
 
 def without_tower(trainings: Iterable[Training]) -> tuple[Training, ...]:
-    """The trainings that still count where another tower has taken the place of the one that learned."""
+    """Return the training runs that still apply after the trained tower has been replaced."""
     return tuple(training for training in trainings if training.parts != (TOWER,))

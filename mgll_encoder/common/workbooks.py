@@ -1,4 +1,4 @@
-"""Tables in files that are no text: Excel workbooks (through pandas) and Parquet (through pyarrow)."""
+"""Tables in binary files: Excel workbooks (through pandas) and Parquet (through pyarrow)."""
 
 import json
 from collections.abc import Callable
@@ -15,8 +15,8 @@ class Sheet:
     """The cells of a table.
 
     Attributes:
-        lines: Its rows, the header first; each with as many cells as the widest.
-        name: Of the sheet; empty where a file has only one table.
+        lines: Its rows, the header first, padded to equal length.
+        name: Name of the sheet; empty if the file has only one table.
         others: Names of the other sheets.
     """
 
@@ -27,12 +27,12 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file.
+    """A file format.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         sheets: Whether it has sheets.
-        read: Reads the sheet of a name (None: the first).
+        read: Reads the sheet of the given name (None: the first).
     """
 
     name: str
@@ -41,7 +41,7 @@ class Kind:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """The kind of a file by its first bytes; None for text."""
+    """Detect the format of a file from its first bytes; None for text."""
     with path.open("rb") as stream:
         start = stream.read(8)
     return next((kind for mark, kind in _KINDS.items() if start.startswith(mark)), None)
@@ -60,13 +60,13 @@ def _excel(path: Path, wanted: str | None, engine: Any) -> Sheet:
             frame = book.parse(name, header=None, dtype=str, keep_default_na=False)
     except UserError:
         raise
-    except ImportError:  # of a version that pandas does not take
+    except ImportError:  # a version that pandas does not support
         raise BadDataError(
             f"label file {path}, an Excel workbook, needs {engine}: pip install 'mgll-mllm[excel]', or save it as CSV"
         ) from None
     except Exception as error:  # damaged workbooks raise errors of any kind
         raise BadDataError(
-            f"label file {path} is a damaged or locked Excel workbook ({error}): save it once more, without a "
+            f"label file {path} is a damaged or locked Excel workbook ({error}): save it again, without a "
             "password, or as CSV"
         ) from None
     lines = [["" if pd.isna(cell) else str(cell) for cell in row] for row in frame.itertuples(index=False)]
@@ -98,4 +98,4 @@ _KINDS = {
     b"\xd0\xcf\x11\xe0": Kind("an Excel workbook", True, lambda path, sheet: _excel(path, sheet, "xlrd")),
     b"PAR1": Kind("Parquet", False, _parquet),
 }
-"""First bytes -> kind of file."""
+"""First bytes -> file format."""

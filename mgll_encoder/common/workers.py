@@ -1,4 +1,4 @@
-"""Work spread over processes that may die: one damaged file never takes the others with it."""
+"""Work distributed over processes that may crash: one damaged file does not affect the others."""
 
 import signal
 from collections import deque
@@ -12,21 +12,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 AHEAD = 4
-"""Tasks per process that are handed out before the first result is asked for."""
+"""Tasks submitted per process before the first result is awaited."""
 
 
 def resilient_map(
     work: Callable[[T], R], tasks: Sequence[T], workers: int, lost: Callable[[T], R], seconds: int = 60
 ) -> Iterator[R]:
-    """Results of tasks in their order, each computed in another process.
+    """Yield the results of tasks in their order, computed in other processes.
 
     Args:
-        work: A function of a module.
-        tasks: What it is called with.
-        workers: Processes, at least 1.
-        lost: Makes the result of a task whose process was killed (by the system for its memory, by a crash of a
-            decoder) or took too long.
-        seconds: How long a task may take.
+        work: A module-level function.
+        tasks: Its arguments.
+        workers: Number of processes, at least 1.
+        lost: Returns the result of a task that took too long or whose process was killed (out of memory, a crash of a
+            decoder).
+        seconds: Time limit of a task.
     """
     limited, workers = partial(_limited, work, seconds), max(1, workers)
     waiting = deque(tasks)
@@ -41,7 +41,7 @@ def resilient_map(
                 result = flying[0][1].result()
                 flying.popleft()
                 yield result
-        except BrokenProcessPool:  # whose fault it was is not known: those in flight go one by one
+        except BrokenProcessPool:  # the culprit is unknown: repeat the tasks in flight one by one
             for task, _ in flying:
                 yield _alone(limited, task, lost)
         finally:
@@ -57,7 +57,7 @@ def _alone(work: Callable[[T], R], task: T, lost: Callable[[T], R]) -> R:
 
 
 def _limited(work: Callable[[T], R], seconds: int, task: T) -> R:
-    """Do the work; the system ends the process when it takes too long, even inside of a decoder."""
+    """Do the work; the system kills the process after the time limit, even inside a decoder."""
     signal.alarm(seconds)
     try:
         return work(task)
@@ -66,7 +66,7 @@ def _limited(work: Callable[[T], R], seconds: int, task: T) -> R:
 
 
 def _as_usual() -> None:
-    """Signals of a worker: interrupting is for the parent to handle, the others end it."""
+    """Set a worker's signal handlers: the parent handles Ctrl-C, the other signals end the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         signal.signal(ending, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer as a transformers tokenizer: whole, or cut down to the pieces that a set of texts needs."""
+"""CLIP's tokenizer as a transformers tokenizer: complete, or reduced to the pieces that a set of texts needs."""
 
 import gzip
 from collections.abc import Iterable
@@ -11,15 +11,15 @@ from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT = 77
-"""Longest text in tokens, as in CLIP."""
+"""Maximum length of a text in tokens, as in CLIP."""
 
 _MERGES = 48_894
-"""Merges that CLIP uses of its file: 49,408 tokens less 512 bytes and 2 specials."""
+"""Number of merges that CLIP uses from its file: 49,408 tokens minus 512 bytes and 2 special tokens."""
 
 
 @lru_cache(maxsize=1)
 def _merges() -> tuple[tuple[str, str], ...]:
-    """CLIP's merges in order, from the file that open_clip's package carries."""
+    """Read CLIP's merges in order, from the file in the open_clip package."""
     import open_clip.tokenizer
 
     path = Path(open_clip.tokenizer.default_bpe())
@@ -29,28 +29,28 @@ def _merges() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=1)
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer, 49,408 pieces; the same ids as open_clip's."""
+    """Return CLIP's tokenizer with 49,408 pieces; the ids are those of open_clip."""
     return _tokenizer([*_bytes(), *("".join(pair) for pair in _merges()), START, END], _merges())
 
 
 def trimmed_tokenizer(texts: Iterable[str]) -> tuple[CLIPTokenizer, int]:
-    """CLIP's tokenizer with the pieces that occur in texts, and the smaller ones that they are merged from.
+    """Build CLIP's tokenizer with the pieces that occur in texts, and the smaller ones that they are merged from.
 
     Args:
-        texts: All texts that the tower will learn; read once, none of them is kept.
+        texts: All texts that the tower will be trained on; read once, not stored.
 
     Returns:
-        The tokenizer, and how many pieces occur in the texts. These have the first ids, in CLIP's order, the
-        last two of them start and end of text; the ids that follow are of pieces that no text has. A text is
-        cut into the same pieces as by CLIP's own tokenizer.
+        The tokenizer, and the number of pieces that occur in the texts. These have the first ids, in CLIP's order, the
+        last two being start and end of text; later ids are of pieces that no text has. A text is split into the same
+        pieces as by CLIP's own tokenizer.
     """
     whole = clip_tokenizer()
-    occurring = {0}  # CLIP's first piece; keeps a row for it whether it occurs or not
+    occurring = {0}  # CLIP's first piece always gets a row
     ids_of = lru_cache(maxsize=2**16)(lambda text: frozenset(whole(text)["input_ids"]))
     for text in texts:
         occurring |= ids_of(text)
     first = whole.convert_ids_to_tokens(sorted(occurring))
-    origin = {"".join(pair): pair for pair in _merges()}  # a piece comes from one merge only
+    origin = {"".join(pair): pair for pair in _merges()}  # each piece comes from exactly one merge
     needed, open_ends = set(first), list(first)
     while open_ends:
         for part in origin.get(open_ends.pop(), ()):
@@ -65,15 +65,14 @@ def trimmed_tokenizer(texts: Iterable[str]) -> tuple[CLIPTokenizer, int]:
 
 @lru_cache(maxsize=1)
 def _bytes() -> tuple[str, ...]:
-    """The 256 bytes as CLIP writes them, within and at the end of a word, in its order."""
+    """Return the 256 bytes as CLIP writes them, within and at the end of a word, in its order."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda sign: (ord(sign) >= 256, ord(sign)))
     return (*letters, *(f"{letter}</w>" for letter in letters))
 
 
 def _tokenizer(pieces: Iterable[str], merges: Iterable[tuple[str, str]]) -> CLIPTokenizer:
-    pairs: list[Any] = list(
-        merges
-    )  # transformers says strings, and passes them on to tokenizers, which wants pairs
+    # transformers declares strings, but passes them on to tokenizers, which expects pairs
+    pairs: list[Any] = list(merges)
     return CLIPTokenizer(
         vocab={piece: i for i, piece in enumerate(pieces)}, merges=pairs, model_max_length=CONTEXT
     )

@@ -1,4 +1,4 @@
-"""Other people's folders read through transformers: their code never runs, nobody is asked, errors are one line."""
+"""Loading foreign folders with transformers: their code never runs, without prompting, and errors are one line."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.common.texts import read_json
 
 CODE_FIELD = "auto_map"
-"""The field with which a folder asks transformers to run a Python file."""
+"""The field with which a folder makes transformers run a Python file."""
 
 CONFIGS = (
     "config.json",
@@ -21,15 +21,15 @@ CONFIGS = (
     "tokenizer_config.json",
     "generation_config.json",
 )
-"""The files that transformers goes by, in the order in which it reads them."""
+"""The configuration files of transformers, in the order in which it reads them."""
 
 SENTENCEPIECE = "tokenizer.model"
 
 _NEEDS_CODE = ("trust_remote_code", "Unrecognized processing class")
-"""What transformers says where it would have to run a folder's code."""
+"""Parts of transformers' messages when it would have to run a folder's code."""
 
 _LOADS_ANOTHER = "audio_tokenizer"
-"""A field of processors that names another repository, which would be loaded without a word."""
+"""A field of processors that names another repository, which would be loaded silently."""
 
 
 def load_pretrained(
@@ -41,18 +41,18 @@ def load_pretrained(
     checked: bool = False,
     **options: Any,
 ) -> Any:
-    """What ``kind.from_pretrained(source, **options)`` gives, without running code of the folder.
+    """Call ``kind.from_pretrained(source, **options)`` without running code from the folder.
 
     Args:
-        kind: A class of transformers, an Auto class too.
-        source: A folder or a hub id; None where the options hold everything.
-        what: What is read and where it lies, such as ``the tokenizer in llava/``; begins the error message.
+        kind: A transformers class, including Auto classes.
+        source: A folder or a hub id; None if the options contain everything.
+        what: What is read and from where, such as ``the tokenizer in llava/``; begins the error message.
         advice: What was expected, or what to do; ends the error message.
-        checked: The folder has passed `check_configs` already.
+        checked: Whether the folder has already passed `check_configs`.
         **options: Passed on.
 
     Raises:
-        UserError: it cannot be read, or only with code of its own.
+        UserError: it cannot be read, or only by running its own code.
     """
     folder = Path(source) if source is not None and Path(source).is_dir() else None
     if folder is not None and not checked:
@@ -65,16 +65,16 @@ def load_pretrained(
 
 
 def library_errors() -> tuple[type[Exception], ...]:
-    """What transformers, tokenizers and sentencepiece raise on damaged or foreign files.
+    """Return the exceptions of transformers, tokenizers and sentencepiece for damaged or foreign files.
 
-    That is anything at all: ``tokenizers`` raises bare exceptions, and few fields are checked before they are used.
+    This is any exception: ``tokenizers`` raises bare exceptions, and few fields are checked before use.
     """
     return (Exception,)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the reports of transformers and sentencepiece off the screen; what is wrong is told by our own errors."""
+    """Silence the logs of transformers and sentencepiece; this project reports errors itself."""
     import sentencepiece
 
     sentencepiece.set_min_log_level(3)
@@ -88,14 +88,14 @@ def quiet() -> Iterator[None]:
 
 
 def check_configs(folder: Path, config: Mapping[str, Any] | None = None) -> None:
-    """Read a folder's configurations once before transformers does, so that errors name the file and the field.
+    """Read a folder's configurations before transformers does, so that errors name the file and the field.
 
     Args:
         folder: The folder.
-        config: The contents of its config.json, where they have been read already.
+        config: The contents of its config.json, if already read.
 
     Raises:
-        UserError: one of them cannot be read, or names something to load or to run.
+        UserError: a file cannot be read, or names something to load or to run.
     """
     for name in CONFIGS:
         if not (folder / name).is_file():
@@ -104,7 +104,7 @@ def check_configs(folder: Path, config: Mapping[str, Any] | None = None) -> None
         if settings.get(_LOADS_ANOTHER) is not None:
             raise UserError(
                 f"{folder / name}: field '{_LOADS_ANOTHER}' names another model to load; nothing was loaded: remove "
-                "the field, models here take no sound"
+                "the field, audio is not supported"
             )
         code = settings.get(CODE_FIELD)
         if code is not None and not isinstance(code, dict | list):
@@ -119,32 +119,32 @@ def _unreadable(what: str, folder: Path | None, error: Exception, advice: str) -
     if asking is not None:
         file, code = asking
         return UserError(
-            f"{what} cannot be read without running Python code of its folder; nothing of it was run: {file} names it "
-            f"in field '{CODE_FIELD}' ({code!s:.120}), and no class of transformers in its place: expected files that "
-            "transformers reads by itself"
+            f"{what} cannot be read without running Python code of its folder; none of it was run: {file} names it "
+            f"in field '{CODE_FIELD}' ({code!s:.120}), and no transformers class instead: expected files that "
+            "transformers can read itself"
         )
     if needs_code and "trust_remote_code" in str(error):
         return UserError(
-            f"{what} cannot be read without running Python code of its repository (field '{CODE_FIELD}'); nothing of "
-            "it was run: expected a model that transformers reads by itself"
+            f"{what} cannot be read without running Python code of its repository (field '{CODE_FIELD}'); none of "
+            "it was run: expected a model that transformers can read itself"
         )
     reason = (folder and _damaged(folder)) or library_reason(error)
     return UserError(f"{what} cannot be read: {reason}{advice and f'; {advice}'}")
 
 
 def _damaged(folder: Path) -> str | None:
-    """What is wrong with the first damaged file beside the weights, so that it is named; None if none is seen to be."""
+    """Describe the first damaged file next to the weights; None if no damage is found."""
     for file in sorted(folder.glob("*.json")):
         try:
             read_json(file)
         except UserError as error:
             return str(error)
     model = folder / SENTENCEPIECE
-    return None if not model.is_file() or is_sentencepiece(model) else f"{model} is no SentencePiece model"
+    return None if not model.is_file() or is_sentencepiece(model) else f"{model} is not a SentencePiece model"
 
 
 def is_sentencepiece(model: Path) -> bool:
-    """Whether a file is a SentencePiece model."""
+    """Return whether a file is a SentencePiece model."""
     from sentencepiece import SentencePieceProcessor
 
     with quiet():
@@ -155,7 +155,7 @@ def is_sentencepiece(model: Path) -> bool:
 
 
 def _asks_for_code(folder: Path) -> tuple[Path, Any] | None:
-    """The first configuration of a folder that names code, and what it names."""
+    """Return the first configuration of a folder that names code, and what it names."""
     for name in CONFIGS:
         file = folder / name
         if file.is_file() and (code := read_json(file).get(CODE_FIELD)):

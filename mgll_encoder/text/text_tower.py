@@ -1,7 +1,7 @@
-"""The text tower: a transformers encoder, its tokenizer, a rule for pooling, and a projection into the shared space.
+"""The text tower: a transformers encoder, its tokenizer, a pooling rule, and a projection into the shared space.
 
-Whatever it was made from, it is stored in the same way, in the sub-folder ``text/`` of a tower's folder: the
-encoder and the tokenizer as transformers writes them, the projection, and ``text_tower.json``.
+Whatever it was built from, it is stored in the subfolder ``text/`` of a tower's folder: encoder and tokenizer as
+transformers writes them, the projection, and ``text_tower.json``.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ from mgll_encoder.text.pretrained import load_pretrained
 from mgll_encoder.weights.weight_file import open_weights
 
 FOLDER = "text"
-"""Sub-folder of a tower's folder."""
+"""Subfolder of a tower's folder."""
 TEXT_TOWER_FILE = "text_tower.json"
 TEXT_PROJECTION_FILE = "text_projection.safetensors"
 TEXT_PROJECTION = "text_projection.weight"
@@ -38,16 +38,16 @@ TEXT_PROJECTION = "text_projection.weight"
 Pooling = Literal["end", "mean"]
 
 _UNCUT = 10**6
-"""More tokens than a text has; a tokenizer that is given no length complains of longer ones than its own."""
+"""More tokens than any text has; without a length, a tokenizer warns about texts longer than its own maximum."""
 _AT_ONCE = 256
 """Texts per forward pass of :meth:`TextTower.features`."""
 
 _CLIP_TYPES = ("clip", "clip_text_model")
-"""``model_type`` of the folders that hold a CLIP text tower."""
+"""``model_type`` of folders with a CLIP text tower."""
 
 
-def _at_end_token(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001 - one signature
-    # attention is causal and the feature is read at the end token: what stands behind it has no effect
+def _at_end_token(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001 - shared signature
+    # attention is causal and the feature is read at the end token: later tokens have no effect
     features: Tensor = model(input_ids=ids).pooler_output
     return features
 
@@ -65,13 +65,13 @@ _POOL: dict[str, Callable[[PreTrainedModel, Tensor, Tensor], Tensor]] = {
 
 
 class TextSpec(BaseModel):
-    """What ``text_tower.json`` says.
+    """The contents of ``text_tower.json``.
 
     Attributes:
         version: Version of the format.
         pooling: ``end`` (the feature at the end token, as CLIP) or ``mean`` (over all tokens but padding).
-        context: Longest text in tokens; longer ones are cut.
-        temperature: The τ that the tower was trained with: similarities are cosines divided by it.
+        context: Maximum length in tokens; longer texts are truncated.
+        temperature: The τ of training: similarities are cosines divided by it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,15 +83,15 @@ class TextSpec(BaseModel):
 
 
 class TextTower(nn.Module):
-    """Texts in, features in the shared image-text space out.
+    """Maps texts to features in the shared image-text space.
 
     Args:
         model: The encoder.
-        tokenizer: Its tokenizer. Pieces whose id has no row in the encoder's embedding are left out of a text
-            (:meth:`unknown` names them).
+        tokenizer: Its tokenizer. Pieces without a row in the encoder's embedding are omitted (:meth:`unknown` names
+            them).
         projection: From the encoder's width to the shared space.
-        pooling: How tokens become one feature, see :class:`TextSpec`.
-        context: Longest text in tokens.
+        pooling: How tokens are pooled into one feature, see :class:`TextSpec`.
+        context: Maximum length in tokens.
         temperature: The τ to record.
     """
 
@@ -112,32 +112,32 @@ class TextTower(nn.Module):
 
     @property
     def rows(self) -> int:
-        """How many token ids the encoder knows."""
+        """Number of token ids that the encoder knows."""
         return _rows(self.model)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, int64 [U, L], padded at the end to the longest text."""
+        """Return ``input_ids`` and ``attention_mask``, int64 [U, L], right-padded to the longest text."""
         pieces = self._pieces(texts, self.context)
         ids = [[piece for piece in row if piece < self.rows] for row in pieces]
         padded = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
         return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, special ones included, before it is cut to the context."""
+        """Return the number of tokens of each text, including special tokens, before truncation."""
         return [len(row) for row in self._pieces(texts)]
 
     def unknown(self, text: str) -> list[str]:
-        """Pieces of a text that the encoder has no vector for; empty for towers with a whole vocabulary."""
+        """Return the pieces of a text without an embedding; empty for towers with a full vocabulary."""
         beyond = [piece for piece in self._pieces([text])[0] if piece >= self.rows]
         return list(self.tokenizer.convert_ids_to_tokens(beyond))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Features [U, D] of tokens [U, L], not normalised; padding has no effect."""
+        """Compute features [U, D] of tokens [U, L], not normalised; padding has no effect."""
         features: Tensor = self.projection(_POOL[self.pooling](self.model, input_ids, attention_mask))
         return features
 
     def features(self, texts: Sequence[str]) -> Tensor:
-        """Features [U, D] in the shared space, not normalised; on the tower's device, with gradients if enabled."""
+        """Compute features [U, D] in the shared space, not normalised; on the tower's device, with gradients if on."""
         device = self.projection.weight.device
         parts = []
         for start in range(0, len(texts), _AT_ONCE):
@@ -146,20 +146,20 @@ class TextTower(nn.Module):
         return torch.cat(parts) if parts else self.projection.weight.new_zeros(0, len(self.projection.weight))
 
     def freeze(self) -> None:
-        """Keep the encoder as it is, without dropout; the projection still learns."""
+        """Freeze the encoder, without dropout; the projection is still trained."""
         self._frozen = True
         self.model.requires_grad_(False)
         self.model.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """As for any module; a frozen encoder stays in eval mode."""
+        """Set the training mode; a frozen encoder stays in eval mode."""
         super().train(mode)
         if self._frozen:
             self.model.eval()
         return self
 
     def save(self, folder: Path) -> None:
-        """Write the tower's files into a folder (made if it is not there)."""
+        """Write the tower's files into a folder, which is created if needed."""
         folder.mkdir(parents=True, exist_ok=True)
         with _no_bars():
             self.model.save_pretrained(folder)
@@ -172,14 +172,14 @@ class TextTower(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "TextTower":
-        """Read what :meth:`save` wrote; in eval mode, float32.
+        """Load what :meth:`save` wrote; in eval mode, float32.
 
         Raises:
             UserError: a file is missing or damaged, or the projection does not fit the encoder.
         """
         file = folder / TEXT_TOWER_FILE
         if not file.is_file():
-            raise UserError(f"folder {folder} holds no text tower: expected {TEXT_TOWER_FILE} in it")
+            raise UserError(f"folder {folder} has no text tower: expected {TEXT_TOWER_FILE} in it")
         try:
             spec = TextSpec.model_validate_json(file.read_text(encoding="utf-8"))
         except (ValidationError, ValueError, OSError) as error:
@@ -191,7 +191,7 @@ class TextTower(nn.Module):
         if shape is None or len(shape) != 2 or shape[1] != model.config.hidden_size:
             raise UserError(
                 f"{folder / TEXT_PROJECTION_FILE}: '{TEXT_PROJECTION}' has shape {list(shape or ())}: expected "
-                f"[features, {model.config.hidden_size}], the width of the encoder beside it; copy the whole folder"
+                f"[features, {model.config.hidden_size}], the width of the encoder next to it; copy the whole folder"
             )
         projection = nn.Linear(shape[1], shape[0], bias=False)
         projection.weight.data.copy_(weights.read([TEXT_PROJECTION])[TEXT_PROJECTION])
@@ -200,10 +200,10 @@ class TextTower(nn.Module):
 
     @classmethod
     def new(cls, texts: Iterable[str], width: int, depth: int, shared: int) -> "TextTower":
-        """A small CLIP text tower with random weights, whose vocabulary is the pieces of the given texts.
+        """Create a small CLIP text tower with random weights, whose vocabulary is the pieces of the given texts.
 
         Args:
-            texts: All texts that it will learn.
+            texts: All texts that it will be trained on.
             width: Hidden size (heads of 32).
             depth: Blocks.
             shared: Width of the shared space.
@@ -227,15 +227,15 @@ class TextTower(nn.Module):
 
     @classmethod
     def pretrained(cls, source: str, shared: int) -> "TextTower":
-        """An encoder that somebody trained: BERT and its like (mean over tokens), or CLIP (at the end token).
+        """Load a pretrained encoder: BERT-like (mean over tokens), or CLIP (at the end token).
 
         Args:
-            source: A transformers folder or the name of a repository on the hub.
-            shared: Width of the shared space. A CLIP's own projection is kept where it has this width; else
-                a new one is drawn.
+            source: A transformers folder or a hub id.
+            shared: Width of the shared space. CLIP's own projection is kept if it has this width; otherwise a new one
+                is initialized.
 
         Raises:
-            UserError: it cannot be had or read, or is no text encoder.
+            UserError: it cannot be found or read, or is not a text encoder.
         """
         config = _load(AutoConfig, source)
         tokenizer, own = _tokenizer(source), None
@@ -243,7 +243,7 @@ class TextTower(nn.Module):
         clip = config.model_type in _CLIP_TYPES
         if clip:
             shape = config.get_text_config()
-            shape.projection_dim = config.projection_dim  # a whole CLIP's stands outside
+            shape.projection_dim = config.projection_dim  # outside the text config in a full CLIP
             both: Any = _pretrained(CLIPTextModelWithProjection, source, config=shape)
             model, own = both.text_model, both.text_projection
         else:
@@ -262,32 +262,32 @@ class TextTower(nn.Module):
 
 
 def load_text_tower(tower_folder: Path) -> TextTower:
-    """The text tower that was trained with an image tower.
+    """Load the text tower that was trained with an image tower.
 
     Args:
         tower_folder: A folder written by ``mgll-encoder pretrain``.
 
     Raises:
-        UserError: the folder has none (one made by ``convert``), or it is damaged.
+        UserError: the folder has none (one written by ``convert``), or it is damaged.
     """
     folder = tower_folder / FOLDER
     if not folder.is_dir():
         raise UserError(
-            f"tower {tower_folder} has no text tower (no sub-folder '{FOLDER}'): expected a folder that "
-            "'mgll-encoder pretrain' wrote; a converted image tower alone cannot compare images with texts"
+            f"tower {tower_folder} has no text tower (no subfolder '{FOLDER}'): expected a folder written by "
+            "'mgll-encoder pretrain'; a converted image tower alone cannot compare images with texts"
         )
     return TextTower.load(folder)
 
 
 def _pretrained(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
-    """The encoder without its pooling head, which no feature here passes through."""
+    """Load the encoder without its pooling head, which is not used."""
     with _no_bars():
         model, report = _load(kind, source, dtype=torch.float32, output_loading_info=True, **settings)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing or report["mismatched_keys"]:
         raise UserError(
             f"text tower {source} lacks weights, such as '{(missing or report['mismatched_keys'])[0]}': "
-            "expected a whole text encoder"
+            "expected a complete text encoder"
         )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
@@ -301,7 +301,7 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, source)
     if tokenizer.pad_token_id is None:
         raise UserError(
-            f"text tower {source}: its tokenizer has no padding token: expected one, as BERT's has"
+            f"text tower {source}: its tokenizer has no padding token: expected one, as in BERT's"
         )
     return tokenizer
 
@@ -322,7 +322,7 @@ def _rows(model: PreTrainedModel) -> int:
 @contextmanager
 def _no_bars() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar per file of a few megabytes says nothing
+    logging.disable_progress_bar()  # a bar per file of a few megabytes is not useful
     try:
         yield
     finally:
@@ -331,5 +331,5 @@ def _no_bars() -> Iterator[None]:
 
 
 def _load(kind: Any, source: str, **settings: Any) -> Any:
-    advice = "expected a transformers folder, or a repository of the hub and a connection to it"
+    advice = "expected a transformers folder, or a hub repository and a connection to the hub"
     return load_pretrained(kind, source, f"text tower {source}", advice=advice, **settings)

@@ -1,1 +1,1 @@
-"""Weight files: what a file is, where its tensors are, and reading them without running anything."""
+"""Weight files: detecting their format, locating their tensors, and reading them without running any code."""

@@ -1,4 +1,4 @@
-"""Whether weights are numbers."""
+"""Check of weights for NaN and infinity."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ FLOATS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.float16: (torch.int16, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7F80),
 }
-"""Dtypes that a tower may have -> integers of their size, and in them the bits of the exponent."""
+"""Dtypes of towers -> integer dtype of the same size, and the mask of the exponent bits in it."""
 
 _BLOCK = 1 << 17
-"""Numbers that are looked at together: they stay in the processor's cache."""
+"""Numbers checked at a time: they fit into the processor's cache."""
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no exponent has all its bits set; in one pass and one thread, because a swap has work for the others."""
+    """Return whether no exponent has all bits set; in one pass and one thread, as a swap needs the other threads."""
     bits, exponent = FLOATS[tensor.dtype]
     values = tensor.detach().cpu().contiguous().reshape(-1).view(bits).numpy()
     blocks = range(0, len(values), _BLOCK)

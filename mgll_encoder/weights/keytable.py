@@ -1,12 +1,11 @@
-"""Key tables: which names a checkpoint gives its tensors, and where each of them goes.
+"""Key tables: how the tensor names of a checkpoint map to target names.
 
 A table is a mapping of patterns to rules:
 
     "blocks.{}.norm{1,2}.*": "encoder.layers.{}.layer_norm{}.{}"
 
-In a pattern, ``{}`` stands for a number (a layer), ``{weight,bias}`` for one of these words, and ``*`` for whatever is
-there. In a target, each ``{}`` takes the next of what these have matched; ``{1}`` is the second of them. The first
-pattern that matches counts.
+In a pattern, ``{}`` matches a number (a layer), ``{weight,bias}`` one of these words, and ``*`` anything. In a target,
+each ``{}`` takes the next matched word; ``{1}`` is the second. The first matching pattern counts.
 """
 
 import re
@@ -21,13 +20,13 @@ _FIELD = re.compile(r"\{([^}]*)\}|\*")
 
 @dataclass(frozen=True)
 class Split:
-    """A fused tensor that is cut along its first dimension, one part for each word in braces of the target.
+    """A fused tensor that is split along its first dimension, one part for each word in the target's braces.
 
-    The tensor is seen as [groups, units, rows, ...]; the parts take their units of every group one after another.
+    The tensor is viewed as [groups, units, rows, ...]; the parts take their units of every group in order.
 
     Attributes:
-        target: Such as ``layers.{}.self_attn.{q,k,v}_proj.{}``.
-        groups: How many groups there are, such as attention heads.
+        target: Target name, such as ``layers.{}.self_attn.{q,k,v}_proj.{}``.
+        groups: Number of groups, such as attention heads.
         units: Units of each part; None for one each.
     """
 
@@ -48,7 +47,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Reshape:
-    """A tensor that loses its leading dimensions, which are 1, but for this many ``dimensions``."""
+    """A tensor whose leading dimensions of size 1 are removed until ``dimensions`` are left."""
 
     target: str
     dimensions: int
@@ -56,20 +55,20 @@ class Reshape:
 
 @dataclass(frozen=True)
 class Transpose:
-    """A matrix whose dimensions change places."""
+    """A matrix that is transposed."""
 
     target: str
 
 
 @dataclass(frozen=True)
 class Drop:
-    """A tensor that is left out on purpose, and why; ``None`` in a table is one for the table's own reason."""
+    """A tensor that is dropped on purpose, and why; ``None`` in a table means the table's own reason."""
 
     reason: str
 
 
 Rule = str | Split | Reshape | Transpose | Drop | None
-"""Where a tensor goes; a mere name is a tensor that is taken as it is."""
+"""Where a tensor goes; a plain name means that the tensor is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,15 @@ class Destination:
     """Where one tensor goes.
 
     Attributes:
-        rule: The rule that holds for it.
-        targets: Its new names: one, none where it is dropped, several where it is cut.
+        rule: The rule that applies to it.
+        targets: Its new names: one, none if it is dropped, several if it is split.
     """
 
     rule: Rule
     targets: tuple[str, ...]
 
     def cut(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The values of each target (on any device, ``meta`` too)."""
+        """Compute the values of each target (on any device, including ``meta``)."""
         match self.rule:
             case Split(groups=1, units=None):
                 return tensor.chunk(len(self.targets))
@@ -93,12 +92,12 @@ class Destination:
                 return (tensor.T,)
             case str():
                 return (tensor,)
-        raise NotImplementedError(f"{self.rule} is not computed here")
+        raise NotImplementedError(f"{self.rule} cannot be computed here")
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """Patterns over whole names, and their rules; ``prefix`` may stand before every name."""
+    """Patterns over full names, and their rules; ``prefix`` may precede every name."""
 
     rules: Mapping[str, Rule]
     prefix: str = ""
@@ -108,7 +107,7 @@ class KeyTable:
         return [(re.compile(_expression(pattern)), rule) for pattern, rule in self.rules.items()]
 
     def find(self, name: str) -> Destination | None:
-        """Where a tensor goes; None for a name that is in no rule."""
+        """Return where a tensor goes; None for a name without a rule."""
         bare = name.removeprefix(self.prefix)
         for pattern, rule in self._compiled:
             if match := pattern.fullmatch(bare):
@@ -117,7 +116,7 @@ class KeyTable:
 
 
 def targets(rule: Rule, matched: tuple[str, ...]) -> tuple[str, ...]:
-    """The names that a rule gives a tensor whose pattern has matched these words."""
+    """Return the target names of a rule whose pattern matched these words."""
     if rule is None or isinstance(rule, Drop):
         return ()
     if isinstance(rule, str):
@@ -129,7 +128,7 @@ def targets(rule: Rule, matched: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _expression(pattern: str) -> str:
-    """The regular expression of a pattern, with a group for each field."""
+    """Return the regular expression of a pattern, with a group for each field."""
     parts, end = [], 0
     for field in _FIELD.finditer(pattern):
         parts.append(re.escape(pattern[end : field.start()]))

@@ -1,4 +1,4 @@
-"""Finding towers; nothing heavy is imported."""
+"""Early checks that inputs exist; nothing heavy is imported."""
 
 from pathlib import Path
 
@@ -7,22 +7,22 @@ from mgll_encoder.common.hub import is_elsewhere
 
 
 def check_manifest(path: Path) -> None:
-    """Refuse a manifest that is not there.
+    """Refuse a manifest that does not exist.
 
     Raises:
-        UserError: it is not, or is no file.
+        UserError: it does not exist, or is not a file.
     """
     if not path.is_file():
         raise NotFoundError(
-            f"manifest {path} does not exist or is not a file: make one with 'mgll-encoder data fundus'"
+            f"manifest {path} does not exist or is not a file: create one with 'mgll-encoder data fundus'"
         )
 
 
 def check_tower(path: Path) -> None:
-    """Refuse a tower that is not there, and no hub id.
+    """Refuse a tower that does not exist and is not a hub id.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither a path nor a hub id.
     """
     if not path.exists() and not is_elsewhere(path):
         raise NotFoundError(f"{path} does not exist: check the path of the tower")

@@ -1,7 +1,7 @@
-"""Where the bytes of a tensor are in a file, and reading them from there.
+"""Locating the bytes of a tensor in a file, and reading them.
 
-Not from a mapping of the file: where somebody cuts a mapped file short, touching it ends the process (SIGBUS), while a
-read only comes back with less.
+Files are read, not memory-mapped: if a mapped file is truncated, an access kills the process (SIGBUS), while a read
+only returns fewer bytes.
 """
 
 import json
@@ -31,10 +31,10 @@ class Span:
 
 
 class OpenFile:
-    """A file that is opened once, and read at any place by any thread; closed with the object.
+    """A file that is opened once and can be read at any position by any thread; closed with the object.
 
     Attributes:
-        path: Where it lies.
+        path: Its path.
 
     Raises:
         OSError: it cannot be opened.
@@ -46,21 +46,21 @@ class OpenFile:
         weakref.finalize(self, os.close, self._descriptor)
 
     def head(self, length: int) -> bytes:
-        """The first bytes, or fewer where the file ends."""
+        """Read the first bytes, or fewer if the file is shorter."""
         return os.pread(self._descriptor, length, 0)
 
     @contextmanager
     def stream(self) -> Iterator[BinaryIO]:
-        """The file as a stream from its beginning; one at a time."""
+        """Yield the file as a stream from its beginning; only one at a time."""
         with os.fdopen(os.dup(self._descriptor), "rb") as stream:
             stream.seek(0)
             yield stream
 
     def tensor(self, span: Span, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-        """A tensor out of its bytes.
+        """Read a tensor from its bytes.
 
         Raises:
-            UserError: the file has been cut short.
+            UserError: the file was truncated.
         """
         tensor = torch.empty(shape, dtype=dtype)
         target = tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -68,12 +68,12 @@ class OpenFile:
         while done < span.length:
             count = os.preadv(self._descriptor, [target[done:]], span.start + done)
             if not count:
-                raise cut_short(self.path)
+                raise truncated(self.path)
             done += count
         return tensor
 
     def spans(self) -> dict[str, Span]:
-        """As `spans`, of this file."""
+        """Return the spans of this file, as `spans`."""
         with self.stream() as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
@@ -87,7 +87,7 @@ class OpenFile:
 
 
 def spans(file: Path) -> dict[str, Span]:
-    """Where the tensors of a safetensors file lie in it.
+    """Return the position of each tensor in a safetensors file.
 
     Raises:
         OSError: it cannot be read.
@@ -96,21 +96,21 @@ def spans(file: Path) -> dict[str, Span]:
     return OpenFile(file).spans()
 
 
-def cut_short(file: str | Path) -> UserError:
-    """What to say of a file that ends before what it holds does."""
-    return BadDataError(f"{file} has been cut short while it was read: copy or download it again")
+def truncated(file: str | Path) -> UserError:
+    """Return the error for a file that ends before its tensors do."""
+    return BadDataError(f"{file} was truncated while it was read: copy or download it again")
 
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """Where a tensor of a mapped file lies in it, and how it views the bytes there.
+    """The position of a tensor in a mapped file, and its view of the bytes there.
 
     Attributes:
-        span: The tensor's own bytes or, where it is not contiguous, those of its whole storage.
-        dtype: The tensor's.
-        shape: Likewise.
-        strides: Likewise, in elements; None where it is contiguous.
-        offset: Its first element in its storage; 0 where it is contiguous.
+        span: The tensor's bytes or, if it is not contiguous, those of its whole storage.
+        dtype: Its dtype.
+        shape: Its shape.
+        strides: Its strides, in elements; None if it is contiguous.
+        offset: Its first element in its storage; 0 if it is contiguous.
     """
 
     span: Span
@@ -120,10 +120,10 @@ class MappedTensor:
     offset: int = 0
 
     def read(self, file: OpenFile) -> Tensor:
-        """The tensor, read into memory.
+        """Read the tensor into memory.
 
         Raises:
-            UserError: the file has been cut short.
+            UserError: the file was truncated.
         """
         if self.strides is None:
             return file.tensor(self.span, self.dtype, self.shape)
@@ -132,9 +132,9 @@ class MappedTensor:
 
 
 def places(tensors: Mapping[str, Tensor], file: Path) -> dict[str, MappedTensor]:
-    """Where the values of tensors lie whose memory is a mapping of a file.
+    """Locate the values of tensors whose memory is a mapping of a file.
 
-    Those that are not in the file are left out: what is in memory already, or all where there is no /proc to tell.
+    Tensors that are not in the file are omitted: those already in memory, or all if there is no /proc.
     """
     ranges = _mapped(file)
     found = {name: _place(tensor, file, ranges) for name, tensor in tensors.items()}
@@ -159,12 +159,12 @@ def _place(tensor: Tensor, file: Path, ranges: Sequence[tuple[int, int, int]]) -
 
 
 def _mapped(file: Path) -> list[tuple[int, int, int]]:
-    """The addresses at which a file is mapped: first, one after the last, offset of the first in the file."""
+    """Return the addresses at which a file is mapped: start, end (exclusive), offset of the start in the file."""
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return []
-    known = {str(file.stat().st_ino), str(file.resolve())}  # layered file systems show another number
+    known = {str(file.stat().st_ino), str(file.resolve())}  # layered file systems show a different number
     found = []
     for line in lines:
         span, _, offset, _, *shown = line.split(maxsplit=5)
@@ -175,5 +175,5 @@ def _mapped(file: Path) -> list[tuple[int, int, int]]:
 
 
 def _offset(address: int, ranges: Iterable[tuple[int, int, int]]) -> int | None:
-    """What offset of a mapped file an address shows."""
+    """Return the offset in a mapped file that an address belongs to."""
     return next((address - start + offset for start, end, offset in ranges if start <= address < end), None)

@@ -1,4 +1,4 @@
-"""Files written by ``torch.save``: tensors are read; what stands beside them is skipped or refused, and never run."""
+"""Files written by ``torch.save``: tensors are read; other objects are skipped or refused, and never run."""
 
 import errno
 import pickle
@@ -18,23 +18,23 @@ from mgll_encoder.weights.spans import OpenFile, places
 from mgll_encoder.weights.torchscript import is_torchscript, open_archive
 
 WeightSet = Literal["raw", "ema"]
-"""Of two sets of weights in one file: those that the optimizer stepped, or their moving average."""
+"""Which of two sets of weights in one file: those updated by the optimizer, or their moving average."""
 
 RAW_SETS = ("model", "state_dict", "model_state_dict", "module")
-"""Names under which training checkpoints keep the weights."""
+"""Keys of the weights in training checkpoints."""
 
 EMA_SETS = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema")
-"""Names under which they keep a moving average of them (timm, DeiT, OpenMMLab and others)."""
+"""Keys of a moving average of the weights (timm, DeiT, OpenMMLab and others)."""
 
 _BROKEN = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
     AssertionError, OSError, struct.error, ArithmeticError, MemoryError, NotImplementedError, zipfile.BadZipFile,
 )  # fmt: skip
-"""What zipfile and torch's restricted unpickler raise on damaged or foreign bytes."""
+"""Exceptions of zipfile and torch's restricted unpickler for damaged or foreign bytes."""
 
 
 class _Skipped:
-    """Stands for an object that is of no use here: made of anything, it keeps nothing and does nothing."""
+    """Replaces an object that is not needed: accepts any arguments, stores nothing and does nothing."""
 
     def __new__(cls, *_: Any) -> "_Skipped":
         return super().__new__(cls)
@@ -63,13 +63,13 @@ SKIPPED = (
     "numpy.dtype",
     "numpy.ndarray",
 )
-"""Objects that training scripts keep beside the weights, by the names in the pickle. In their place stands something
-that does nothing: the functions of these names are never called."""
+"""Objects that training scripts store with the weights, by the names in the pickle. Each is replaced by an object that
+does nothing: the functions of these names are never called."""
 
 _STAND_INS: list[Any] = [(_Skipped, name) for name in SKIPPED]
 
 _CONSOLIDATE = (
-    "run `python zero_to_fp32.py . consolidated` in the checkpoint's folder (DeepSpeed has put that script there), and "
+    "run `python zero_to_fp32.py . consolidated` in the checkpoint's folder (DeepSpeed writes that script there), and "
     "pass the file that it writes"
 )
 
@@ -79,11 +79,11 @@ class TorchFile:
     """The tensors of a file, not read yet.
 
     Attributes:
-        headers: Every tensor on the ``meta`` device.
-        read: Reads one by name.
-        wrapper: Names of what stands beside the weights.
-        sets: The sets of weights in the file, with the names under which they stand; empty for a bare state dict.
-        taken: Which of them ``headers`` are.
+        headers: Every tensor, on the ``meta`` device.
+        read: Reads a tensor by name.
+        wrapper: Keys of the objects stored with the weights.
+        sets: The sets of weights in the file, with their keys; empty for a bare state dict.
+        taken: The set that ``headers`` describes.
     """
 
     headers: Mapping[str, Tensor]
@@ -99,10 +99,10 @@ def open_torch(file: OpenFile, zipped: bool, weights: WeightSet | None = None) -
     Args:
         file: The file.
         zipped: Whether it is a zip file (since torch 1.6) or a bare pickle.
-        weights: Which of two sets of weights is wanted; None takes the raw ones where there are both.
+        weights: Which of two sets of weights to read; None reads the raw ones if there are both.
 
     Raises:
-        UserError: it is damaged, wants to create other objects than tensors, or holds no such weights.
+        UserError: it is damaged, would create objects other than tensors, or does not contain these weights.
     """
     path = file.path
     if zipped and is_torchscript(_members(file)):
@@ -122,9 +122,9 @@ def open_torch(file: OpenFile, zipped: bool, weights: WeightSet | None = None) -
 
 
 class _Reader:
-    """The tensors of a file. It is mapped once, to learn where they lie; values are read when they are asked for.
+    """The tensors of a file. It is mapped once to locate them; values are read on demand.
 
-    What cannot be mapped is loaded as a whole for the first value and stays in memory: bare pickles of before
+    Files that cannot be mapped are loaded completely for the first value and stay in memory: bare pickles from before
     torch 1.6, and files named as another format.
     """
 
@@ -142,16 +142,15 @@ class _Reader:
 
 
 def _can_be_mapped(path: Path, zipped: bool) -> bool:
-    return zipped and path.suffix != ".safetensors"  # torch goes by this name, whatever is in the file
+    return zipped and path.suffix != ".safetensors"  # torch relies on this suffix, whatever is in the file
 
 
 def _load(path: Path, zipped: bool) -> object:
     mapped = _can_be_mapped(path, zipped)
     try:
         with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of unusual protocols and empty storages; what matters is checked here
+            # about unusual protocols and empty storages; what matters is checked here
+            warnings.simplefilter("ignore")
             if mapped:
                 return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             with path.open("rb") as stream:
@@ -161,7 +160,7 @@ def _load(path: Path, zipped: bool) -> object:
 
 
 def _sets(content: object) -> dict[WeightSet, str]:
-    """The sets of weights in what was loaded; none where it is a bare state dict, or holds no weights."""
+    """Return the sets of weights in a loaded file; empty for a bare state dict, or without weights."""
     if not isinstance(content, Mapping):
         return {}
     choices: Mapping[WeightSet, tuple[str, ...]] = {"raw": RAW_SETS, "ema": EMA_SETS}
@@ -176,7 +175,7 @@ def _sets(content: object) -> dict[WeightSet, str]:
 
 
 def _tensors(content: object, name: str | None) -> dict[str, Tensor]:
-    """The tensors of a bare state dict, or of the set of this name."""
+    """Return the tensors of a bare state dict, or of the set with this key."""
     state = content.get(name) if name is not None and isinstance(content, Mapping) else content
     if not isinstance(state, Mapping):
         return {}
@@ -192,7 +191,7 @@ def _check_held(
     found: Mapping[WeightSet, str],
     weights: WeightSet | None,
 ) -> None:
-    """Refuse a file without the weights that are wanted."""
+    """Refuse a file without the requested weights."""
     _check_not_sharded(path, content, state)
     if weights is not None and found and weights not in found:
         (other,) = set(get_args(WeightSet)) - {weights}
@@ -215,7 +214,7 @@ def _check_held(
 
 
 def _check_not_sharded(path: Path, content: object, state: Mapping[str, Tensor]) -> None:
-    """Refuse the files of a DeepSpeed ZeRO training in which the weights lie in pieces."""
+    """Refuse the files of a DeepSpeed ZeRO run that contain the weights in pieces."""
     if not isinstance(content, Mapping):
         return
     inner = content.get("optimizer_state_dict")
@@ -225,13 +224,13 @@ def _check_not_sharded(path: Path, content: object, state: Mapping[str, Tensor])
         )
     if "param_shapes" in content and any(not tensor.numel() for tensor in state.values()):
         raise BadDataError(
-            f"{path} is a shard of a DeepSpeed ZeRO-3 training: its tensors are empty, the weights lie in pieces in "
+            f"{path} is a shard of a DeepSpeed ZeRO-3 training: its tensors are empty, the weights are in pieces in "
             f"*_optim_states.pt: {_CONSOLIDATE}"
         )
 
 
 def _members(file: OpenFile) -> list[str]:
-    """The names in a zip file that may be a checkpoint; only the table of contents is read."""
+    """Return the member names of a zip file that may be a checkpoint; only the table of contents is read."""
     path = file.path
     try:
         with file.stream() as stream, zipfile.ZipFile(stream) as archive:
@@ -244,24 +243,23 @@ def _members(file: OpenFile) -> list[str]:
 
 
 def _refusal(path: Path, zipped: bool, error: BaseException) -> UserError:
-    """Say in one line why a restricted unpickler gave up."""
+    """Explain in one line why the restricted unpickler failed."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in text:
         found = ", ".join(_foreign(path) if zipped else text.rpartition("GLOBAL ")[2].split()[:1])
         return BadDataError(
-            f"{path} wants to create objects other than tensors on loading ({found or 'other objects'}); refused, "
+            f"{path} would create objects other than tensors on loading ({found or 'other objects'}); refused, "
             "nothing was run: expected tensors, numbers, text and argparse.Namespace only"
         )
     if "unable to mmap" in text and f"({errno.ENOMEM})" in text:
         return BadDataError(
             f"{path} ({path.stat().st_size / 1e9:.1f} GB) is larger than the memory, and files of torch.save are "
-            "mapped as a whole: take the checkpoint's safetensors or smaller shards, or a machine with more memory"
+            "mapped as a whole: use the checkpoint's safetensors or smaller shards, or a machine with more memory"
         )
-    reason = text.rpartition("WeightsUnpickler error:")[
-        2
-    ].strip()  # without torch's advice to unpickle anyway
+    # without torch's advice to unpickle anyway
+    reason = text.rpartition("WeightsUnpickler error:")[2].strip()
     first = next(iter(reason.splitlines()), type(error).__name__)
-    return BadDataError(f"{path} is damaged or no checkpoint ({first[:120]}): copy or download it again")
+    return BadDataError(f"{path} is damaged or not a checkpoint ({first[:120]}): copy or download it again")
 
 
 def _foreign(path: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""Tensors out of a TorchScript archive, as OpenAI publishes ``ViT-L-14.pt``; its code is not even read.
+"""Tensors of a TorchScript archive, such as OpenAI's ``ViT-L-14.pt``; its code is not even read.
 
-Such an archive is a zip file: a pickle of nested modules, whose classes are in the archive's own code, and a file for
-every storage. The pickle is read by an unpickler that knows six names, all of which stand for plain data.
+Such an archive is a zip file with a pickle of nested modules, whose classes are defined by the archive's own code, and
+one file per storage. The pickle is read by an unpickler that knows a few names, all of plain data.
 """
 
 import pickle
@@ -24,14 +24,14 @@ _STORAGES = {
 }  # fmt: skip
 
 _CODE = "__torch__"
-"""Beginning of the names of classes that the archive's own code defines."""
+"""First component of the names of classes that the archive's own code defines."""
 
 _MOST = 100_000
-"""More modules and tensors than a model has: an archive whose modules hold one another has no end."""
+"""Limit on modules, more than any model has: modules that contain each other would never end."""
 
 
 class _Module:
-    """A module of the archive: its attributes, and nothing that could be called."""
+    """A module of the archive: its attributes only, nothing callable."""
 
     def __init__(self) -> None:
         self.attributes: Mapping[str, Any] = {}
@@ -58,7 +58,7 @@ class _View:
 
 
 def _view(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _View:
-    """What stands for ``torch._utils._rebuild_tensor_v2``."""
+    """Replace ``torch._utils._rebuild_tensor_v2``."""
     view = _View(storage, offset, tuple(shape), tuple(stride))
     numbers = (view.offset, *view.shape, *view.stride)
     if not (isinstance(storage, _Storage) and all(isinstance(n, int) and n >= 0 for n in numbers)):
@@ -70,7 +70,7 @@ def _view(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _View:
 
 
 def _itself(value: Any, *_: Any) -> Any:
-    """What stands for ``torch._utils._rebuild_parameter`` and the tags that TorchScript gives to lists."""
+    """Replace ``torch._utils._rebuild_parameter`` and the functions that TorchScript uses to tag lists."""
     return value
 
 
@@ -103,15 +103,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def is_torchscript(names: list[str]) -> bool:
-    """Whether the members of a zip file are those of a TorchScript archive."""
+    """Return whether the members of a zip file are those of a TorchScript archive."""
     return any(name.endswith("/constants.pkl") for name in names)
 
 
 def open_archive(file: OpenFile) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
-    """The tensors of an archive on the ``meta`` device, by the names of its state dict, and what reads one.
+    """Return the tensors of an archive on the ``meta`` device, by state dict name, and a function that reads one.
 
     Raises:
-        pickle.UnpicklingError: the archive wants to create something other than modules and tensors, or is damaged.
+        pickle.UnpicklingError: the archive would create objects other than modules and tensors, or is damaged.
     """
     with file.stream() as stream, zipfile.ZipFile(stream) as archive:
         member = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
@@ -139,7 +139,7 @@ def open_archive(file: OpenFile) -> tuple[dict[str, Tensor], Callable[[str], Ten
 
 
 def _named_views(root: Any) -> Iterator[tuple[str, _View]]:
-    """The tensors in nested modules, by the path of attributes to each."""
+    """Yield the tensors in nested modules, with their attribute paths."""
     waiting: list[tuple[str, Any]] = [("", root)]
     for _ in range(_MOST):
         if not waiting:
@@ -150,7 +150,7 @@ def _named_views(root: Any) -> Iterator[tuple[str, _View]]:
                 yield f"{prefix}{name}", value
             elif isinstance(value, _Module):
                 waiting.append((f"{prefix}{name}.", value))
-    raise pickle.UnpicklingError("its modules hold one another without end")
+    raise pickle.UnpicklingError("its modules contain each other endlessly")
 
 
 def _check_stored(archive: zipfile.ZipFile, member: str, name: str, view: _View) -> None:

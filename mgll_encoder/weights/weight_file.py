@@ -1,7 +1,7 @@
-"""Opening weight files: their first bytes tell what they are, never their names; nothing is unpickled.
+"""Opening weight files. The format is detected from the first bytes, not the name; nothing is unpickled.
 
-Only headers are read on opening. Tensors are read when asked for, so that the optimizer states of a training checkpoint
-cost nothing.
+Only headers are read on opening. Tensors are read on demand, so the optimizer states of a training checkpoint are never
+loaded.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +28,7 @@ FOLDER_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-"""Weight files of a model folder, in the order in which they are looked for."""
+"""Weight files of a model folder, in search order."""
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -42,12 +42,12 @@ class WeightFile:
     """The tensors of a checkpoint, not read yet.
 
     Attributes:
-        path: The file or folder that was asked for.
+        path: The requested file or folder.
         files: The weight files, shards in order.
         headers: Every tensor on the ``meta`` device: dtype and shape without data.
-        wrapper: Keys beside the weights in a training checkpoint, e.g. ``optimizer``, ``epoch``, ``args``.
-        sets: The sets of weights in a training checkpoint, raw ones and a moving average, with their keys.
-        taken: Which of them the tensors are of.
+        wrapper: Other keys in a training checkpoint, e.g. ``optimizer``, ``epoch``, ``args``.
+        sets: The sets of weights in a training checkpoint, raw and moving average, with their keys.
+        taken: The set that was opened.
     """
 
     path: Path
@@ -68,11 +68,11 @@ def open_weights(path: Path, weights: WeightSet | None = None) -> WeightFile:
 
     Args:
         path: A ``.pt``/``.pth``/``.bin``/``.safetensors`` file, or a folder with one of ``FOLDER_FILES``.
-        weights: Which of two sets of weights in one file is wanted; None takes the raw ones where there are both.
+        weights: Which of two sets of weights in one file to open; None opens the raw ones if there are both.
 
     Raises:
-        UserError: the path is missing, empty, truncated, no checkpoint, holds objects other than tensors, or has no
-            such set of weights.
+        UserError: the path is missing, empty, truncated, or not a checkpoint, contains objects other than tensors, or
+            does not have this set of weights.
     """
     check_tower(path)
     if not path.is_dir():
@@ -93,7 +93,7 @@ def open_weights(path: Path, weights: WeightSet | None = None) -> WeightFile:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is safetensors, by its first bytes: eight of header length, then a JSON header."""
+    """Return whether a file is safetensors, from its first bytes: eight of header length, then a JSON header."""
     return _opened(path)[1][8:9] == b"{"
 
 
@@ -132,7 +132,7 @@ def _open_file(path: Path, weights: WeightSet | None = None) -> WeightFile:
             raise BadDataError(f"{path} is a safetensors file, with one set of weights: leave --weights out")
         return _open_safetensors(file)
     zipped = head.startswith(b"PK\x03\x04")
-    if zipped or head.startswith(b"\x80"):  # torch's zip, or the bare pickle that it wrote before 1.6
+    if zipped or head.startswith(b"\x80"):  # torch's zip format, or the bare pickle from before 1.6
         held = open_torch(file, zipped, weights)
         readers = dict.fromkeys(held.headers, held.read)
         return WeightFile(path, (path,), held.headers, held.wrapper, held.sets, held.taken, readers)
@@ -142,7 +142,7 @@ def _open_file(path: Path, weights: WeightSet | None = None) -> WeightFile:
 
 
 def _opened(path: Path) -> tuple[OpenFile, bytes]:
-    """A file and its first bytes."""
+    """Open a file and read its first bytes."""
     try:
         file = OpenFile(path)
         head = file.head(len(POINTER))
@@ -156,9 +156,9 @@ def _opened(path: Path) -> tuple[OpenFile, bytes]:
 def _open_safetensors(file: OpenFile) -> WeightFile:
     path, headers = file.path, {}
     try:
-        # Not for torch, which maps a file copy-on-write: one larger than the memory is refused by the system.
+        # Not framework="pt", which maps the file copy-on-write: the system refuses one larger than the memory.
         with safe_open(path, framework="np") as stream:
-            for name in stream.keys():  # noqa: SIM118 - no dict: it cannot be iterated
+            for name in stream.keys():  # noqa: SIM118 - not a dict, not iterable
                 part = stream.get_slice(name)
                 dtype = _DTYPES.get(part.get_dtype())
                 if dtype is None:

@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal
 from rich.filesize import decimal
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.weights.spans import cut_short
+from mgll_encoder.weights.spans import truncated
 
 Way = Literal["link", "clone", "copy"]
 """How an unchanged file gets into an output: ``link`` shares the file, ``clone`` its blocks until one is written."""
@@ -90,7 +90,7 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, length: int) -> N
                 raise
             done = _copy_through_memory(source, target, start, length)
         if not done:
-            raise cut_short(source.name)
+            raise truncated(source.name)
         start, length = start + done, length - done
 
 

@@ -25,7 +25,7 @@ from mgll_encoder.common.trained_on import (
     without_tower,
     write_trainings,
 )
-from mgll_encoder.weights.spans import Span, cut_short, spans
+from mgll_encoder.weights.spans import Span, spans, truncated
 from mgll_encoder.weights.weight_file import is_safetensors
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.checkpoints.file_copy import best_way, check_space, copy_files, transfer
@@ -374,7 +374,7 @@ def _check_written(path: Path, steps: list[Step], source: Path | None) -> None:
     try:
         weights = safe_open(path, "np")  # not for torch, see mgll_encoder.weights.weight_file
     except SafetensorError:
-        raise cut_short(source or path) from None
+        raise truncated(source or path) from None
     with weights:
         views = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
     found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}

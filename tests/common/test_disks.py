@@ -131,7 +131,7 @@ def test_a_cache_that_cannot_be_made_says_what_names_it(
     def compute() -> None:
         made_once(cache_folder("rows") / "x", lambda partial: partial.touch())
 
-    assert "set MGLL_CACHE_DIR to a folder that can be written" in refused(command(compute))
+    assert "set MGLL_CACHE_DIR to a writable folder" in refused(command(compute))
 
 
 def test_a_missing_file_is_named_and_so_is_a_link_that_leads_nowhere(tmp_path: Path) -> None:

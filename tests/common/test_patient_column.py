@@ -62,7 +62,7 @@ def test_both_commands_recognize_the_column_and_their_sides_agree(tmp_path, name
     for command in (manifest(labels), bench(labels)):
         done = invoke(*command)
         assert done.code == 0, done.err
-        assert done.err.count(f"labels.csv: patients are told by column '{name}'") == 1
+        assert done.err.count(f"labels.csv: patients are identified by column '{name}'") == 1
     (head, *rows), (built, *items) = lines(tmp_path / "manifest.jsonl"), lines(tmp_path / "bench.jsonl")
     trained = {row["image"]: row["patient"] for row in rows if row["split"] == "train"}
     asked = {item["images"][0]: item["patient"] for item in items}
@@ -78,7 +78,7 @@ def test_without_such_a_column_none_goes_on_before_that_is_said(tmp_path):
     labels = table(tmp_path, "who")
     for command in (manifest(labels), bench(labels)):
         message = refused(*command)
-        assert "no column is known to name the patient" in message
+        assert "no column is known to identify the patient" in message
         assert "--patient-column none" in message
     for options in (("--patient-column", "who"), ("--patient-column", "none")):
         for command in (manifest(labels, *options), bench(labels, *options)):
@@ -97,5 +97,5 @@ def test_no_patients_are_needed_where_nothing_is_split(tmp_path):
 def test_of_several_such_columns_one_must_be_chosen(tmp_path):
     labels = table(tmp_path, "patient", "subject")
     for command in (manifest(labels), bench(labels)):
-        assert "columns 'patient', 'subject' may all name the patient" in refused(*command)
+        assert "columns 'patient', 'subject' may all identify the patient" in refused(*command)
     assert invoke(*bench(labels, "--patient-column", "subject")).code == 0

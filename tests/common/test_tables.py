@@ -66,7 +66,7 @@ def test_other_encodings_are_asked_for_and_given_by_name(tmp_path: Path) -> None
     assert "--encoding is 'cp-nonsense'" in refusal(path, encoding="cp-nonsense")
     assert "--encoding is 'zip'" in refusal(path, encoding="zip")
     bare = write(tmp_path, text().encode("utf-16-le"))
-    assert "line 1 holds a NUL character" in refusal(bare)
+    assert "line 1 contains a NUL character" in refusal(bare)
     assert [cells for _, cells in read(bare, encoding="utf-16-le").rows] == CELLS
 
 
@@ -77,9 +77,9 @@ def test_other_encodings_are_asked_for_and_given_by_name(tmp_path: Path) -> None
         (" \n1.png\n", "is empty: expected a header line"),
         ("file,labels,labels\n1.png,a,b\n", "has two columns 'labels': rename or remove one"),
         ("file, labels,labels \n1.png,a,b\n", "has two columns 'labels'"),
-        ('file,labels\n1.png,"a\n2.png,b\n', "row 2: a quote that opens on line 2 is not closed"),
-        ('file,labels\n1.png,"a\n2.png,"b"\n3.png,c\n', "row 2: a quote that opens on line 2 is not closed"),
-        (b"file,labels\n1.png,a\0b\n", "line 2 holds a NUL character"),
+        ('file,labels\n1.png,"a\n2.png,b\n', "row 2: the quote opened on line 2 is not closed"),
+        ('file,labels\n1.png,"a\n2.png,"b"\n3.png,c\n', "row 2: the quote opened on line 2 is not closed"),
+        (b"file,labels\n1.png,a\0b\n", "line 2 contains a NUL character"),
     ],
 )
 def test_what_is_no_table_is_refused_in_one_line(

@@ -26,7 +26,7 @@ def test_what_is_meant_is_read() -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ('{"a": 1, "a": 2}', "key 'a' is there 2 times"),
+        ('{"a": 1, "a": 2}', "key 'a' appears 2 times"),
         ("[NaN]", "NaN is not a number"),
         ("[-Infinity]", "-Infinity is not a number"),
         ("[1e999]", "1e999 is not a finite number"),
@@ -46,15 +46,15 @@ def test_json_that_cannot_be_meant(text: str, found: str) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("a: 1\na: 2", "key 'a' is there 2 times (line 1"),
-        ("a: .nan", "'.nan' is no float: nan is not a finite number (line 1, column 4)"),
+        ("a: 1\na: 2", "key 'a' appears 2 times (line 1"),
+        ("a: .nan", "'.nan' is not a valid float: nan is not a finite number (line 1, column 4)"),
         ("a: " + "9" * 5000, "a number of 5000 digits"),
         ("a: &b [*b]", "alias '*b'"),
         ("a: &b x\nc: *b", "alias '*b'"),
-        ("\na: !!float x", "'x' is no float"),
-        ("a: !!timestamp x", "'x' is no timestamp"),
+        ("\na: !!float x", "'x' is not a valid float"),
+        ("a: !!timestamp x", "'x' is not a valid timestamp"),
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
-        ("a: 2026-13-45", "'2026-13-45' is no timestamp"),
+        ("a: 2026-13-45", "'2026-13-45' is not a valid timestamp"),
         ("a: " + "[" * 2000, "nested too deeply"),
         ('a: "\\ud800"', "half of a surrogate pair"),
         ("a: {? [1]: 2}", "unhashable key"),

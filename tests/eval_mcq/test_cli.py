@@ -103,7 +103,7 @@ def test_build_leaves_out_a_broken_image_or_stops_there_and_names_its_row_only(e
     build = ("build", *labels, *FOUR, "--out", tmp_path / "b.jsonl")
     (tmp_path / "photos" / "cataract2.png").write_bytes(b"no picture")
     error = eval_mcq.refuses(*build, "--strict")
-    assert "row 8: the image is not in a format that is read here" in error
+    assert "row 8: the image is not in a supported format" in error
     (tmp_path / "photos" / "cataract2.png").unlink()
     assert "row 8: column 'file' names no file below" in eval_mcq.refuses(*build, "--strict")
     assert "cataract2" not in error

@@ -285,12 +285,12 @@ CASES: dict[Callable[[Path], Path], str] = {
     truncated_safetensors: "{path} is truncated or damaged: ",
     truncated_header: "{path} is truncated or damaged: ",
     truncated_pt: "{path} is truncated or damaged: copy or download it again",
-    truncated_legacy: "{path} is damaged or no checkpoint (",
-    malicious_pt: "{path} wants to create objects other than tensors on loading (posix.system); refused, nothing was "
+    truncated_legacy: "{path} is damaged or not a checkpoint (",
+    malicious_pt: "{path} would create objects other than tensors on loading (posix.system); refused, nothing was "
     "run: expected tensors, numbers, text and argparse.Namespace only",
-    malicious_pickle: "{path} wants to create objects other than tensors on loading (",
-    malicious_legacy: "{path} wants to create objects other than tensors on loading (",
-    torchscript: "{path} is damaged or no checkpoint (no module in it has a tensor): copy or download it again",
+    malicious_pickle: "{path} would create objects other than tensors on loading (",
+    malicious_legacy: "{path} would create objects other than tensors on loading (",
+    torchscript: "{path} is damaged or not a checkpoint (no module in it has a tensor): copy or download it again",
     a_list: "{path} holds no weights (found a list): expected a dict of tensors, or one under 'model', 'state_dict', "
     "'model_state_dict', 'module'",
     nothing_inside: "{path} holds no weights (found a dict with epoch, model): expected a dict of tensors, or one "
@@ -465,5 +465,5 @@ def test_a_file_that_is_cut_short_after_it_was_opened_is_told(
     opened.read(["whole"])
     os.truncate(path, 4096)
     for name in ("whole", "turned"):
-        with pytest.raises(UserError, match=r"x\.bin has been cut short while it was read"):
+        with pytest.raises(UserError, match=r"x\.bin was truncated while it was read"):
             opened.read([name])

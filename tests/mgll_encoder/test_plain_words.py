@@ -22,7 +22,7 @@ REPORT = (
     [
         (RuntimeError(REPORT), "its tensors do not have the shapes that its config.json describes"),
         (RuntimeError("You set `ignore_mismatched_sizes` to `False`, thus raising an error."), "its tensors do not"),
-        (KeyError("swish9"), "'swish9' is missing from it, or is nothing that transformers knows"),
+        (KeyError("swish9"), "'swish9' is missing from it, or is not known to transformers"),
         (TypeError("__init__() got an unexpected keyword argument 'depth'"), "transformers knows no field 'depth'"),
         (Exception("data did not match any variant of untagged enum ModelUntagged"), "the files of its tokenizer"),
         (ValueError("The checkpoint you are trying to load has model type `mymodel` but Transformers does not "
@@ -50,7 +50,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is not JSON"),
     "no SentencePiece model": (
         lambda f: ((f / "tokenizer.json").unlink(), (f / "tokenizer.model").write_bytes(b"rubbish" * 9)),
-        "tokenizer.model is no SentencePiece model",
+        "tokenizer.model is not a SentencePiece model",
     ),
     "half a generation_config.json": (
         lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json is not JSON",

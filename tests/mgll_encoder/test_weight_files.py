@@ -56,7 +56,7 @@ def test_a_damaged_torch_file_called_safetensors_is_the_users_to_replace(tmp_pat
     content = bytearray(path.read_bytes())
     content[200:400] = os.urandom(200)
     path.write_bytes(content)
-    assert refused(main, "inspect", path).startswith(f"{path} is damaged or no checkpoint (")
+    assert refused(main, "inspect", path).startswith(f"{path} is damaged or not a checkpoint (")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -217,4 +217,4 @@ def test_an_archive_whose_tensors_do_not_have_their_size_is_refused(tmp_path: Pa
         tmp_path / "cut.pt",
         lambda name, content: content[:4] if name.endswith("/data/0") else content,
     )
-    assert "is damaged or no checkpoint" in refused(main, "inspect", path)
+    assert "is damaged or not a checkpoint" in refused(main, "inspect", path)

@@ -124,7 +124,7 @@ def test_findings_are_weighed_against_their_absence(asked, tmp_path: Path) -> No
     assert result["labels"]["pale"]["ACC"] > 85
     assert result["prompts"]["pale"] == {"positive": ["pale"], "negative": ["dark"]}
     generic = invoke(*asked("--only", "pale"))
-    assert "prompt 'no pale': the text tower has never seen" in generic.err
+    assert "prompt 'no pale': the text tower has no embedding for" in generic.err
 
 
 def test_scores_are_those_of_the_formula(place: Path) -> None:

@@ -330,5 +330,5 @@ def test_offline_a_family_name_says_how_to_pass_a_folder(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     message = refused(main, "--mllm", "llava-med", "--encoder", tower, "--out", tmp_path / "out")
-    assert "'microsoft/llava-med-v1.5-mistral-7b' is no file or folder here" in message
+    assert "'microsoft/llava-med-v1.5-mistral-7b' is not a local file or folder" in message
     assert "pass the folder of a downloaded checkpoint" in message

@@ -94,7 +94,7 @@ def test_weights_of_other_programs_are_named(
         (swap_encoder, "--mllm", file, "--encoder", tower),
         (swap_encoder, "--mllm", folder, "--encoder", tower),
     ):
-        assert f"{file.name} is {what}, which is not read; " in builders.refused(*command)
+        assert f"{file.name} is {what}, which is not supported; " in builders.refused(*command)
     (folder / "config.json").write_bytes((tiny_llava / "config.json").read_bytes())
     line = builders.refused(swap_encoder, "--mllm", folder, "--encoder", tower)
     assert f"holds a config.json but no weights: {folder / file.name} is {what}" in line

@@ -140,7 +140,7 @@ def test_a_tower_that_is_neither_here_nor_reachable_says_what_to_do(
         (main, "--mllm", tiny_llava, "--encoder", "org/other", "--part", "vision-tower=org/other"),
     ):
         message = refused(*command)
-        assert "'org/other' is no file or folder here, is not in the Hugging Face cache" in message or (
+        assert "'org/other' is not a local file or folder, is not in the Hugging Face cache" in message or (
             "labels.csv" in message
         )
     (tmp_path / "towers").mkdir()
@@ -213,6 +213,6 @@ def test_a_hub_that_does_not_answer_leaves_the_folder_and_says_how_to_go_on(
     assert (out / "config.json").is_file()
     message = refused(main, "--mllm", "org/other", "--encoder", tower, "--out", tmp_path / "other")
     assert (
-        "'org/other' is no file or folder here, is not in the Hugging Face cache, and cannot be downloaded"
+        "'org/other' is not a local file or folder, is not in the Hugging Face cache, and cannot be downloaded"
         in message
     )

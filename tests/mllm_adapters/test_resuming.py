@@ -123,7 +123,7 @@ def test_a_state_that_is_not_whole_is_named_with_the_way_on(cut, model, data, st
     )  # fmt: skip
     message = refused(*command)
     assert f"cannot resume from {cut / 'checkpoint-4'}: " in message
-    assert "remove that folder to go on from checkpoint-2" in message
+    assert "remove that folder to continue from checkpoint-2" in message
     assert "weights_only" not in message
     assert not (cut.parent / "trap").exists()
 
@@ -131,7 +131,7 @@ def test_a_state_that_is_not_whole_is_named_with_the_way_on(cut, model, data, st
 def test_a_state_of_the_trainer_that_was_cut_short_makes_its_checkpoint_unfinished(cut, run, caplog):
     short(cut / "checkpoint-4" / "trainer_state.json")
     assert last_checkpoint(cut).name == "checkpoint-2"
-    assert "is cut short: checkpoint-4 does not count" in "\n".join(caplog.messages)
+    assert "is truncated: checkpoint-4 is ignored" in "\n".join(caplog.messages)
     assert run("cut", resume=True).steps == 5
 
 
