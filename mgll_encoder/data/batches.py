@@ -1,4 +1,4 @@
-"""From a manifest to batches: images opened in the workers, each distinct text of a batch encoded once."""
+"""Batches from a manifest: images are opened in the workers, each distinct text of a batch is encoded once."""
 
 import hashlib
 from array import array
@@ -30,16 +30,16 @@ from mgll_encoder.tower.spec import TowerSpec
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of one side of a manifest's split.
+    """The rows of one split of a manifest.
 
     Attributes:
         path: The manifest.
         folder: The image folder.
         places: Places of the rows in the manifest, [n].
         numbers: Their numbers in error messages, [n].
-        granularities: Those that are used, coarse to fine.
-        joined: One string per image, all its texts in order (plain CLIP), instead of texts per granularity.
-        texts_per_granularity: Granularity -> how many distinct texts the rows have.
+        granularities: The granularities in use, coarse to fine.
+        joined: Whether all texts of an image are joined into one (plain CLIP), instead of texts per granularity.
+        texts_per_granularity: Granularity -> number of distinct texts.
     """
 
     path: Path
@@ -54,16 +54,16 @@ class SplitRows:
         return len(self.places)
 
     def row(self, index: int) -> ManifestRow:
-        """A row, read from the manifest."""
+        """Read a row from the manifest."""
         return row_at(self.path, int(self.places[index]))
 
     def texts(self, row: ManifestRow) -> list[list[str]]:
-        """The texts of a row, per granularity in use (one for ``joined``)."""
+        """Return the texts of a row, per granularity in use (one list for ``joined``)."""
         levels = [row.texts.get(name, []) for name in self.granularities]
         return [["; ".join(text for level in levels for text in level)]] if self.joined else levels
 
     def all_texts(self) -> Iterator[str]:
-        """Every text of every row, one row in memory at a time."""
+        """Yield every text of every row, with one row in memory at a time."""
         for index in range(len(self)):
             for level in self.texts(self.row(index)):
                 yield from level
@@ -74,7 +74,7 @@ class SplitRows:
         return (self.folder / self.row(index).image for index in range(len(self)))
 
     def sample(self, most: int) -> "SplitRows":
-        """At most so many rows, evenly spread."""
+        """Return at most ``most`` rows, evenly spaced."""
         if len(self) <= most:
             return self
         chosen = np.linspace(0, len(self) - 1, most).round().astype(int)
@@ -89,7 +89,7 @@ def plan_rows(
     joined: bool,
     skipped: Skipped,
 ) -> SplitRows:
-    """The plan of one side of the split, see :func:`plan_splits`."""
+    """Choose the rows of one split, see :func:`plan_splits`."""
     return plan_splits(path, folder, granularities, (split,), joined, skipped)[split]
 
 
@@ -101,18 +101,18 @@ def plan_splits(
     joined: bool,
     skipped: Skipped,
 ) -> dict[str, SplitRows]:
-    """Choose the rows of each side of the split, in one pass. Per row, a few numbers stay in memory.
+    """Choose the rows of each split, in one pass. A few numbers per row stay in memory.
 
-    That every image is there is seen here; that it can be decoded is seen when it is read (`ManifestImages`):
-    decoding a quarter of a million photographs only to look takes an hour.
+    Missing images are found here; images that cannot be decoded only when they are read (`ManifestImages`), because
+    decoding a quarter of a million photographs in advance takes an hour.
 
     Args:
         path: The manifest.
-        folder: The image folder; None for the one that the manifest names.
-        granularities: Which to use; empty for all.
-        splits: Sides of the split.
+        folder: The image folder; None for the one named in the manifest.
+        granularities: Granularities to use; empty for all.
+        splits: The splits.
         joined: See :class:`SplitRows`.
-        skipped: Takes the rows that are left out, and stops there if strict.
+        skipped: Collects the skipped rows; stops at the first if strict.
 
     Raises:
         UserError: the manifest is damaged, a granularity is unknown, or the image folder does not exist.
@@ -124,9 +124,7 @@ def plan_splits(
     used = tuple(name for name in header.granularities if not granularities or name in granularities)
     folder = folder or image_folder(path, header)
     if not folder.is_dir():
-        raise NotFoundError(
-            f"image folder {folder} of manifest {path} does not exist: say where it is with --images"
-        )
+        raise NotFoundError(f"image folder {folder} of manifest {path} does not exist: give it with --images")
     drafts = {split: _Draft(used) for split in splits}
     for number, place, row in track(read_rows(path, skipped), f"Reading {path.name}"):
         if row.split not in drafts:
@@ -144,7 +142,7 @@ def plan_splits(
 
 
 class _Draft:
-    """The numbers that are kept of each row, 32 bytes and 8 per text."""
+    """The numbers that are stored per row: 32 bytes, and 8 per text."""
 
     def __init__(self, granularities: tuple[str, ...]) -> None:
         self._columns = {name: array("q") for name in ("number", "place", "image", "texts")}
@@ -168,7 +166,7 @@ class _Draft:
 
 
 def _agreeing(path: Path, rows: dict[str, NDArray[np.int64]], skipped: Skipped) -> NDArray[np.int64]:
-    """Places of the first row of each image, without the images whose rows say different things."""
+    """Return the indices of the first row of each image, without images whose rows disagree."""
     _, first, image = np.unique(rows["image"], return_index=True, return_inverse=True)
     other = np.flatnonzero(rows["texts"] != rows["texts"][first[image]])
     for index in other:
@@ -181,17 +179,17 @@ def _agreeing(path: Path, rows: dict[str, NDArray[np.int64]], skipped: Skipped) 
 
 
 class ManifestImages(Dataset[dict[str, Any]]):
-    """Images and texts of a plan, read on demand.
+    """Images and texts of a split, read on demand.
 
-    An image that cannot be decoded gives ``{"trouble": one line}`` in place of pixels and texts.
+    An image that cannot be decoded gives ``{"trouble": one line}`` instead of pixels and texts.
 
     Args:
         plan: The rows.
-        spec: Contract of the tower: size and normalisation.
-        seed: Of the augmentation.
-        augment: Turn, scale, shift and recolour a little.
-        flip: Mirror every other image too, but none whose texts name a side. Off unless asked for: disc and macula
-            tell the side of the eye, the heart that of the chest.
+        spec: The tower's specification: image size and normalization.
+        seed: Seed of the augmentation.
+        augment: Whether to rotate, scale, shift and change colors slightly.
+        flip: Whether to mirror half of the images, except those whose texts name a side. Off by default: disc and
+            macula show the side of the eye, the heart that of the chest.
     """
 
     def __init__(
@@ -205,7 +203,7 @@ class ManifestImages(Dataset[dict[str, Any]]):
         return len(self._plan)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the training loop, so that an epoch's augmentation is the same in a resumed run."""
+        """Set the epoch (called by the training loop), so that a resumed run repeats an epoch's augmentation."""
         self._epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -219,14 +217,14 @@ class ManifestImages(Dataset[dict[str, Any]]):
         if self._augment:
             rng = np.random.default_rng((self._seed, self._epoch, index))
             image = jitter(shrink(image, 2 * self._size), rng)
-            # every text of the row counts, those of granularities that are not in use too
+            # every text of the row counts, including those of unused granularities
             if self._flip and rng.random() < 0.5 and not names_side(chain(*row.texts.values())):
                 image = ImageOps.mirror(image)
         return {"pixels": self._transform(image), "texts": self._plan.texts(row)}
 
 
 def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Turn (10 degrees), scale (10 %), shift (4 %) and recolour (15 %) a photograph."""
+    """Rotate (10 degrees), scale (10 %), shift (4 %) and change the colors (15 %) of a photograph at random."""
     angle, scale = rng.uniform(-10, 10), rng.uniform(0.9, 1.1)
     shift = [
         round(float(part) * side) for part, side in zip(rng.uniform(-0.04, 0.04, 2), image.size, strict=True)
@@ -238,36 +236,36 @@ def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def shrink(image: Image.Image, enough: int) -> Image.Image:
-    """A large picture made smaller by a whole factor, its shorter side at least ``enough``: jitter is faster then."""
+    """Reduce a large picture by an integer factor, keeping its shorter side at least ``enough``, to speed up jitter."""
     factor = min(image.size) // enough
     return image.reduce(factor) if factor > 1 else image
 
 
 def text_key(text: str) -> int:
-    """A number that identifies a text on every rank (64 bits of its SHA-256)."""
+    """Return a number that identifies a text on every rank (64 bits of its SHA-256)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
 class ManifestCollator:
-    """Makes batches out of what :class:`ManifestImages` gives.
+    """Collates the items of :class:`ManifestImages` into batches.
 
     Args:
-        tokenize: Turns texts into ``input_ids`` and ``attention_mask`` [U, L], as the text tower does.
+        tokenize: Converts texts to ``input_ids`` and ``attention_mask`` [U, L], as the text tower does.
     """
 
     def __init__(self, tokenize: Callable[[Sequence[str]], dict[str, Tensor]]) -> None:
         self._tokenize = tokenize
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of the images that could be read.
+        """Collate the images that could be read.
 
         Args:
             items: ``pixels`` [3, S, S] and ``texts`` per granularity, or ``trouble``.
 
         Returns:
             ``pixel_values`` [N, 3, S, S]; ``input_ids`` and ``attention_mask`` [U, L] of the distinct texts;
-            ``truth`` [G, N, U], 1 where a text belongs to an image at a granularity; ``keys`` [U]; and
-            ``troubles``, one line for each image that is not among the N. Only the last, if N is 0.
+            ``truth`` [G, N, U], 1 where a text belongs to an image at a granularity; ``keys`` [U]; and ``troubles``,
+            one line for each unreadable image. Only ``troubles`` if N is 0.
         """
         troubles = [item["trouble"] for item in items if "trouble" in item]
         items = [item for item in items if "trouble" not in item]

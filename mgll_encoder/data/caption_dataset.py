@@ -18,7 +18,7 @@ class DescribedImages:
     """Images and their texts.
 
     Attributes:
-        labels: The images; its names are the distinct texts, and all images are on the test side.
+        labels: The images; its names are the distinct texts, and all images are in the test split.
         levels: Granularity -> its distinct texts.
     """
 
@@ -29,17 +29,17 @@ class DescribedImages:
 def described_images(
     manifest: Path, images: Path | None, split: str, granularities: Sequence[str], skipped: Skipped
 ) -> DescribedImages:
-    """The images of one side of a manifest.
+    """Read the images of one split of a manifest.
 
     Args:
         manifest: The manifest.
-        images: The image folder; None for the one that the manifest names.
-        split: Side of the split.
-        granularities: Which to use; empty for all.
-        skipped: Takes the rows that are left out.
+        images: The image folder; None for the one named in the manifest.
+        split: The split.
+        granularities: Granularities to use; empty for all.
+        skipped: Collects the skipped rows.
 
     Raises:
-        UserError: the manifest is damaged, a granularity or side is unknown, or no image remains.
+        UserError: the manifest is damaged, a granularity or split is unknown, or no image remains.
     """
     header = read_header(manifest)
     for name in granularities:
@@ -51,7 +51,7 @@ def described_images(
     folder = images or image_folder(manifest, header)
     if not folder.is_dir():
         raise NotFoundError(
-            f"image folder {folder} of manifest {manifest} does not exist: say where it is with --images"
+            f"image folder {folder} of manifest {manifest} does not exist: give it with --images"
         )
     rows: dict[str, tuple[str, ManifestRow]] = {}
     disagreeing = set()
@@ -73,7 +73,7 @@ def described_images(
     kept = [(where, row) for image, (where, row) in rows.items() if image not in disagreeing]
     if not kept:
         reasons = "; ".join(skipped.lines()) or f"it has no row with split '{split}'"
-        raise BadDataError(f"manifest {manifest} gives no image to look at: {reasons}")
+        raise BadDataError(f"manifest {manifest} has no usable image: {reasons}")
     levels = {name: sorted({text for _, row in kept for text in row.texts.get(name, [])}) for name in used}
     names = list(dict.fromkeys(text for texts in levels.values() for text in texts))
     place = {text: i for i, text in enumerate(names)}

@@ -1,4 +1,4 @@
-"""One page to look at before hours are spent: pictures as they are read, and as a tower will see them."""
+"""A contact sheet to check the data before a long run: images as they are read, and as the tower's input."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +13,24 @@ from mgll_encoder.tower.preprocess import image_transform
 from mgll_encoder.tower.spec import PixelRule
 
 SHOWN = 12
-"""Pictures on a page, evenly spread over all."""
+"""Number of pictures on a sheet, evenly spaced over all."""
 
 RULE = PixelRule(image_size=224)
-"""What MGLL's towers do: the whole picture squashed to a square."""
+"""The rule of MGLL's towers: the whole picture is squashed to a square."""
 
 _TILE, _GAP, _TEXT, _PAIRS = 224, 8, 20, 3
 _PAPER, _INK, _FAINT = "white", "black", "dimgray"
 _MAT, _FRAME = "lightsteelblue", "slategray"
-"""What surrounds a picture that is no square, told from grey values by its color."""
+"""Border of a picture that is not square; its color cannot be confused with gray values."""
 
 _RESIZED = {"squash": "squashed to a square", "crop": "cropped to a square", "pad": "padded to a square"}
 
 
 def check_sheet(path: Path | None, force: bool) -> None:
-    """Refuse the path of a sheet, where one is asked for, before anything is done.
+    """Check the path of a requested sheet before any work is done.
 
     Raises:
-        UserError: it is no name of a PNG, or is taken.
+        UserError: it is not the name of a PNG file, or exists.
     """
     if path is None:
         return
@@ -42,19 +42,19 @@ def check_sheet(path: Path | None, force: bool) -> None:
 def write_contact_sheet(
     pictures: Sequence[tuple[str, Path]], out: Path, force: bool = False, rule: PixelRule = RULE
 ) -> int:
-    """Write a page of pictures in pairs: on the left as they are read, on the right as a tower of this rule sees them.
+    """Write a sheet of pairs of pictures: on the left as read, on the right as the input of a tower with this rule.
 
     Args:
-        pictures: Caption and file of each; captions are shown, so they hold no file names.
+        pictures: Caption and file of each; captions are shown, so they must not contain file names.
         out: The PNG.
         force: Replace ``out``.
         rule: The tower's pixel rule.
 
     Returns:
-        How many pictures are on the page.
+        The number of pictures on the sheet.
 
     Raises:
-        UserError: there are none, one cannot be read, or ``out`` is taken.
+        UserError: there are none, one cannot be read, or ``out`` exists.
     """
     if not pictures:
         raise UserError("no picture for the contact sheet")
@@ -67,7 +67,7 @@ def write_contact_sheet(
 
 
 def seen(picture: Image.Image, rule: PixelRule) -> Image.Image:
-    """What is left of a picture in the pixels that a tower gets, made visible again."""
+    """Convert the pixels that a tower gets back to a visible picture."""
     pixels = image_transform(rule)(picture).permute(1, 2, 0).numpy()
     values = (pixels * np.array(rule.std) + np.array(rule.mean)).clip(0, 1)
     return Image.fromarray((values * 255).round().astype(np.uint8))
@@ -91,7 +91,7 @@ def _page(pairs: Sequence[tuple[str, Image.Image]], total: int, rule: PixelRule)
 
 
 def _paste(page: Image.Image, picture: Image.Image, left: int, upper: int) -> None:
-    """A picture in the middle of a framed tile, whole."""
+    """Paste a picture, scaled to fit, into the middle of a framed tile."""
     tile = Image.new("RGB", (_TILE, _TILE), _MAT)
     factor = _TILE / max(picture.size)
     size = [max(1, round(side * factor)) for side in picture.size]

@@ -1,4 +1,4 @@
-"""From a table of fundus labels to a manifest of status, disease, keyword with severity, and explanation."""
+"""Build a manifest of status, disease, keyword with severity, and explanation from a table of fundus labels."""
 
 import re
 from collections import Counter
@@ -43,7 +43,7 @@ class Explanations(BaseModel):
     Attributes:
         version: Version of the texts.
         about: What it is.
-        sources: Where the texts come from.
+        sources: Sources of the texts.
         explanations: Label -> explanation.
         not_findings: Keywords about the photograph, or the lack of findings, instead of a disease.
     """
@@ -62,19 +62,17 @@ class FundusTable:
     """A label file and the meaning of its columns.
 
     Attributes:
-        path: The label file (`mgll_encoder.common.tables`); for layouts whose folders tell the classes, the image
-            folder.
+        path: The label file (`mgll_encoder.common.tables`); for layouts with one folder per class, the image folder.
         image: Column with the image path below the image folder.
         labels: Column with canonical labels.
-        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None for the one that
-            is recognized.
-        keywords: Column with the annotators' words, separated by commas or ``;``; None for
-            ``raw_label_or_keywords`` if the file has it.
+        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None to detect it.
+        keywords: Column with the annotators' words, separated by commas or ``;``; None for ``raw_label_or_keywords`` if
+            the file has it.
         source: Column with the name of the data set; None for ``dataset`` if the file has it.
-        layout: ``generic``, or a published layout (`fundus_layouts`), which says what the columns are.
-        classes: Cell of the label column -> label, for files that write 0 and 1.
-        binary: Columns that stand for one label each, instead of ``labels``.
-        reading: What else the user says about the file.
+        layout: ``generic``, or a published layout (`fundus_layouts`), which defines the columns.
+        classes: Cell of the label column -> label, for files that use 0 and 1.
+        binary: Columns that each represent one label, instead of ``labels``.
+        reading: What else the user specified about the file.
     """
 
     path: Path
@@ -90,22 +88,22 @@ class FundusTable:
 
     @property
     def title(self) -> str:
-        """What error messages call it."""
+        """Its name in error messages."""
         return f"image folder {self.path}" if self.path.is_dir() else f"label file {self.path}"
 
 
 @dataclass
 class FundusReport:
-    """What went into a manifest.
+    """Contents of a manifest that was written.
 
     Attributes:
         rows: Images written.
-        splits: Images per side of the split.
+        splits: Images per split.
         texts: Distinct texts per granularity.
         labels: Images per label.
-        skipped: Rows left out, by reason.
-        unexplained: Labels that the table of explanations lacks, with their rows.
-        without_patient: Images that name no patient: each its own patient.
+        skipped: Skipped rows, by reason.
+        unexplained: Labels missing from the table of explanations, with their number of rows.
+        without_patient: Images without a patient id: each counts as its own patient.
     """
 
     rows: int = 0
@@ -118,10 +116,10 @@ class FundusReport:
 
 
 def read_explanations(path: Path = EXPLANATIONS) -> Explanations:
-    """The table of clinical explanations.
+    """Read the table of clinical explanations.
 
     Raises:
-        UserError: no such file, or not of this form.
+        UserError: there is no such file, or it is invalid.
     """
     try:
         return Explanations.model_validate_json(read_text(path, "--explanations"))
@@ -147,8 +145,8 @@ def build_fundus(
 ) -> FundusReport:
     """Write a manifest from a label file.
 
-    Rows without a label are unknown, not normal, and are left out. So are rows that contradict themselves
-    or another row of the same image, and images that are missing or unreadable.
+    Rows without a label are unknown, not normal, and are skipped. So are rows that contradict themselves or another row
+    of the same image, and missing or unreadable images.
 
     Args:
         table: The label file.
@@ -156,13 +154,13 @@ def build_fundus(
         out: The manifest to write.
         test: Share of patients for the test split.
         val: Share of patients for the validation split.
-        seed: Draws the split.
+        seed: Seed of the split.
         explanations: Table of clinical explanations.
-        strict: Stop at the first row that would be left out.
+        strict: Stop at the first row that would be skipped.
         force: Replace ``out``.
 
     Raises:
-        UserError: the file or a column is missing, nothing remains, or, if ``strict``, a row is left out.
+        UserError: the file or a column is missing, nothing remains, or, if ``strict``, a row is skipped.
     """
     check_free(out, force)
     if not images.is_dir():
@@ -202,7 +200,7 @@ def build_fundus(
         )
     if not rows:
         reasons = "; ".join(report.skipped.lines()) or "it has a header but no rows"
-        raise BadDataError(f"{table.title} gives no image to train on: {reasons}")
+        raise BadDataError(f"{table.title} has no usable image: {reasons}")
     report.rows = len(rows)
     report.splits.update(row.split for row in rows)
     used = {g: {text for row in rows for text in row.texts.get(g, [])} for g in GRANULARITIES}
@@ -225,26 +223,26 @@ def build_fundus(
 
 
 def _labeled(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
-    """Rows that say what the eye has."""
+    """Return the rows with at least one true label."""
     kept = []
     for row in rows:
         if row.labels:
             kept.append(row)
         else:
             reason = UNCERTAIN if row.uncertain else NO_LABEL
-            skipped.add(reason, f"{row.where}: no label is said to be true: unknown, not normal")
+            skipped.add(reason, f"{row.where}: no label is true: unknown, not normal")
     return kept
 
 
 def _status(row: LabelRow) -> list[str]:
-    """An eye in which something is left open is not called normal."""
+    """Return the status text; none for a normal image with uncertain labels."""
     if row.labels != {NORMAL}:
         return ["abnormal fundus"]
     return [] if row.uncertain else ["normal fundus"]
 
 
 def _trouble(path: Path) -> str:
-    """What keeps an image's header from being read; empty if nothing does."""
+    """Return what is wrong with an image's header; empty if it can be read."""
     try:
         check_image_header(path)
     except UserError as error:
@@ -253,7 +251,7 @@ def _trouble(path: Path) -> str:
 
 
 def _read(table: FundusTable, skipped: Skipped, drawn: bool) -> tuple[FundusTable, list[LabelRow]]:
-    """The table with its optional columns settled, and its rows."""
+    """Return the table with its optional columns resolved, and its rows."""
     generic = replace(table, image=IMAGE, keywords=KEYWORDS, source=SOURCE)
     if table.path.is_dir():
         return generic, from_folders(table.layout, table.path, skipped)
@@ -276,7 +274,7 @@ def _read(table: FundusTable, skipped: Skipped, drawn: bool) -> tuple[FundusTabl
 
 
 def _keywords(cell: str, not_findings: list[str]) -> list[str]:
-    """The annotators' phrases that state a finding: no counts, suspicions or remarks on the photograph."""
+    """Return the annotators' phrases that state a finding, without counts, suspicions and remarks on the photograph."""
     phrases = (_CODE.sub("", " ".join(part.casefold().split())) for part in re.split("[,;，；]", cell))
     stated = (p for p in phrases if _PHRASE.match(p) and not p.startswith(_UNSURE) and p not in not_findings)
     return list(dict.fromkeys(stated))

@@ -1,4 +1,4 @@
-"""Label files of published fundus data sets, turned into the generic table: one row per image."""
+"""Label files of published fundus data sets, converted to the generic table: one row per image."""
 
 import json
 import re
@@ -41,13 +41,13 @@ class LabelFileLayout(BaseModel):
         dataset: Name of the data set.
         eyes: The images of a row.
         patient: Column with the patient id; None: each image is a patient.
-        normal: Column that is 0 where nothing was found.
+        normal: Column that is 0 if nothing was found.
         binary: Column with 0 or 1 -> label.
-        label: Column with one class; several names, of which a file has one, where files differ.
-        classes: Class -> label; blank where the class leaves open what the eye has: such rows are unknown.
-        folders: Pattern of image paths -> class, for sets whose folders or file names tell it.
-        phrases: Regular expressions over a whole phrase of the annotators -> label, first match first. A phrase that
-            none of them matches (a suspicion, a remark) is no label.
+        label: Column with one class; alternative names, of which a file has one.
+        classes: Class -> label; blank for a class without a definite diagnosis: such rows are unknown.
+        folders: Pattern of image paths -> class, for data sets whose folders or file names give the class.
+        phrases: Regular expressions over a whole phrase of the annotators -> label; the first match counts. A phrase
+            without a match (a suspicion, a remark) gives no label.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +64,7 @@ class LabelFileLayout(BaseModel):
 
     @property
     def columns(self) -> set[str]:
-        """The columns that must be there."""
+        """The required columns."""
         templates = {name for eye in self.eyes for name in re.findall(r"{([^}]+)}", eye.image)}
         optional = {self.patient, self.normal, *(eye.keywords for eye in self.eyes)} - {None}
         return {*templates, *map(str, optional), *self.binary}
@@ -72,7 +72,7 @@ class LabelFileLayout(BaseModel):
 
 @cache
 def layouts() -> Mapping[str, LabelFileLayout]:
-    """The published layouts, by name."""
+    """Return the published layouts, by name."""
     text = files(__package__).joinpath("fundus_layouts.json").read_text(encoding="utf-8")
     return {name: LabelFileLayout.model_validate(row) for name, row in json.loads(text)["layouts"].items()}
 
@@ -80,25 +80,25 @@ def layouts() -> Mapping[str, LabelFileLayout]:
 def as_generic(
     name: str, table: Table, skipped: Skipped, reading: TableOptions | None = None
 ) -> list[LabelRow]:
-    """The images of a published label file.
+    """Return the images of a published label file as rows of the generic table.
 
-    An image that several rows name in the same way (ODIR-5K lists each patient once per eye) is taken once.
+    An image in several identical rows (ODIR-5K lists each patient once per eye) is used once.
 
     Args:
         name: A key of `layouts`.
         table: Its label file.
-        skipped: Takes the images that cannot be used; it counts images here, not rows.
-        reading: What the user says about it.
+        skipped: Collects the unusable images; it counts images here, not rows.
+        reading: What the user specified about it.
 
     Returns:
         Rows whose cells are those of the generic table.
 
     Raises:
-        UserError: no such layout, a column is missing, or ``skipped`` is strict and an image cannot be used.
+        UserError: there is no such layout, a column is missing, or ``skipped`` is strict and an image is unusable.
     """
     layout = _layout(name)
     if not layout.eyes:
-        raise BadDataError(f"layout '{name}' is labelled by its folders: leave --labels out")
+        raise BadDataError(f"layout '{name}' is labeled by its folders: leave --labels out")
     wanted = sorted(layout.columns)
     if layout.label and not set(layout.label) & set(table.columns):
         wanted.append(layout.label[0])
@@ -121,16 +121,16 @@ def as_generic(
 
 
 def from_folders(name: str, images: Path, skipped: Skipped) -> list[LabelRow]:
-    """The images of a published set whose folders or file names tell the class.
+    """Return the images of a published data set whose folders or file names give the class.
 
     Args:
         name: A key of `layouts`.
         images: The image folder.
-        skipped: Takes those whose class leaves open what the eye has.
+        skipped: Collects the images whose class gives no definite diagnosis.
 
     Raises:
-        UserError: no such layout, folders do not tell its classes, there is no image of a class, or ``skipped`` is
-            strict and an image is left out.
+        UserError: there is no such layout, it is not labeled by folders, there is no image of a class, or ``skipped``
+            is strict and an image is skipped.
     """
     layout = _layout(name)
     if not layout.folders:
@@ -147,7 +147,7 @@ def from_folders(name: str, images: Path, skipped: Skipped) -> list[LabelRow]:
                 image = file.relative_to(images).as_posix()
                 rows.append(_row(layout, where, image, frozenset({label})))
             else:
-                skipped.add(NO_LABEL, f"{where}: its name leaves open what the eye has")
+                skipped.add(NO_LABEL, f"{where}: its name does not give a diagnosis")
     return rows
 
 
@@ -169,7 +169,7 @@ def _eye(
     else:
         labels, uncertain = _findings(layout, record, policy)
     if not labels and not uncertain:
-        raise UnusableError(NO_LABEL, "nothing is said of the eye: unknown, not normal")
+        raise UnusableError(NO_LABEL, "it has no label: unknown, not normal")
     patient = record[layout.patient].strip() if layout.patient else ""
     return _row(layout, where, image, labels, uncertain, patient, words)
 

@@ -1,4 +1,4 @@
-"""Cells of label tables: one truth, or a list of labels. ``docs/tables.md`` lists what is read."""
+"""Cells of label tables: one truth value, or a list of labels. ``docs/tables.md`` lists what is read."""
 
 import ast
 import json
@@ -15,12 +15,12 @@ WORDS: dict[str, bool | None] = {
     "true": True, "yes": True, "false": False, "no": False, "": False,
     **dict.fromkeys(("uncertain", "unknown", "nan", "na", "n/a", "null", "?")),
 }  # fmt: skip
-"""Cell of a column that stands for one label, in lower case -> whether the label is true; None where it is open."""
+"""Cell of a binary column, in lowercase -> whether the label is true; None if uncertain."""
 
 EXPECTED = "1, 0, yes, no, true, false, -1 or uncertain, or nothing"
 
 ONE_LABEL = "none"
-"""The separator where a cell is one label, whatever is in it."""
+"""The separator setting that makes a cell one label, whatever it contains."""
 
 _SURE = re.compile(r"[;|；]")
 _COMMA = re.compile(r"[,，]")
@@ -30,10 +30,10 @@ _LIST = re.compile(rf"\[\s*(?:{_QUOTED}(?:\s*,\s*{_QUOTED})*)?\s*,?\s*\]")
 
 
 def truth_of(cell: str) -> bool | None:
-    """Whether a label is true, from the cell of a column that stands for it; None where the cell leaves it open.
+    """Return whether a label is true, from a cell of its binary column; None if uncertain.
 
     Raises:
-        ValueError: the cell is none of those that are read.
+        ValueError: the cell has an unknown value.
     """
     word = cell.strip().casefold()
     if word in WORDS:
@@ -45,22 +45,22 @@ def truth_of(cell: str) -> bool | None:
 
 
 def plain(label: str) -> str:
-    """A label as it is compared: lower case, single spaces."""
+    """Normalize a label for comparison: lowercase, single spaces."""
     return " ".join(label.casefold().split())
 
 
 class LabelLists:
-    """Reads the cells of a column that holds lists of labels.
+    """Reads the cells of a column of label lists.
 
     Args:
-        separator: Between labels, as the user says it; None for what is recognised.
-        cells: The whole column, which tells whether commas separate labels: they do where whatever they join stands
-            in other cells on its own.
-        known: Labels that are known from elsewhere, plain.
-        where: How messages call the column.
+        separator: Separator of labels given by the user; None to detect it.
+        cells: The whole column, from which it is decided whether commas separate labels: they do if all parts that
+            they join occur alone in other cells.
+        known: Labels known from elsewhere, normalized by `plain`.
+        where: Name of the column in messages.
 
     Raises:
-        UserError: nothing is said, and some label is made of others: one class or two?
+        UserError: no separator is given, and a label consists of other labels: one class or two?
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LabelLists:
             self._recognize(cells, known, where)
 
     def __call__(self, cell: str) -> frozenset[str]:
-        """The labels of a cell, plain; none where it leaves them open.
+        """Return the labels of a cell, normalized; empty if they are unknown.
 
         Raises:
             ValueError: it is a list that cannot be read.
@@ -97,7 +97,7 @@ class LabelLists:
             try:
                 labels.update(self._parts(cell))
             except ValueError:
-                continue  # whoever reads the row says so
+                continue  # reported when the row is read
         alone = {label for label in labels if not _JOINTS.search(label)} | set(known)
         joined = {label for label in labels - set(known) if alone.issuperset(_JOINTS.split(label))} - alone
         commas = {label for label in labels - set(known) if _COMMA.search(label)}
@@ -108,26 +108,26 @@ class LabelLists:
             label = min(joined)
             joint = _JOINTS.search(label)
             raise BadDataError(
-                f"{where}: '{label}' is made of other labels of the table: give --label-separator "
+                f"{where}: '{label}' consists of other labels of the table: give --label-separator "
                 f"'{joint[0].strip() if joint else ','}' if it is several, or --label-separator {ONE_LABEL} if every "
                 "cell is one label"
             )
         elif commas:
             _logger.info(
-                f"{where}: '{min(commas)}' is taken as one label, for its parts do not stand alone elsewhere "
+                f"{where}: '{min(commas)}' is read as one label, because its parts do not occur alone elsewhere "
                 "(--label-separator , splits it)"
             )
 
 
 def _list(cell: str) -> list[str]:
-    """The texts of a list in JSON or as Python prints it; numpy's, without commas, would run into one another."""
+    """Parse a list in JSON or Python notation; numpy's notation, without commas, is ambiguous and refused."""
     if not _LIST.fullmatch(cell):
         raise ValueError(
-            f"is '{cell[:60]}': expected quoted labels with commas between, or labels without []"
+            f"is '{cell[:60]}': expected quoted labels separated by commas, or labels without []"
         )
     try:
         parts = [str(part) for part in json.loads(cell)]
     except ValueError:
         parts = [str(ast.literal_eval(part)) for part in re.findall(_QUOTED, cell)]
-    "".join(parts).encode()  # escapes may stand for half a character
+    "".join(parts).encode()  # raises for lone surrogates from escapes
     return parts

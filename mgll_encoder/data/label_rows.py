@@ -1,4 +1,4 @@
-"""Rows of label tables, read alike by every command: which labels, known or left open, of which image and patient."""
+"""Rows of label tables, read alike by every command: image, patient, and certain and uncertain labels."""
 
 import logging
 import re
@@ -25,10 +25,10 @@ from mgll_encoder.data.label_cells import LabelLists, plain, truth_of
 _logger = logging.getLogger(__name__)
 
 NORMAL = "normal"
-"""The label of images in which nothing is found."""
+"""The label of images without findings."""
 
 _PLACE = re.compile(r"{([^{}]+)}")
-"""Where a template of image paths takes the cell of a column."""
+"""Placeholder for a column's cell in a template of image paths."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,12 @@ class Columns:
     Attributes:
         image: Column with the image path below the image folder, or a template over columns such as ``{ID}.png``.
         labels: Column with a list of labels (several may be true of an image), or with one class.
-        binary: Columns that stand for one label each, instead of ``labels``.
-        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None for the one that
-            is recognized.
-        split: Column that says train or test; None: patients are divided at random.
-        nested: Images lie anywhere below the image folder, by their file name.
-        aliases: Other names that ``labels`` has in some files of the set.
-        classes: Cell of ``labels`` -> label, for files that write 0 and 1.
+        binary: Columns that each represent one label, instead of ``labels``.
+        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None to detect it.
+        split: Column with train or test; None: patients are split at random.
+        nested: Whether images are anywhere below the image folder and found by their file name.
+        aliases: Other names of ``labels`` in some files of the data set.
+        classes: Cell of ``labels`` -> label, for files that use 0 and 1.
     """
 
     image: str = "file"
@@ -57,14 +56,14 @@ class Columns:
     classes: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, table: Table, *, drawn: bool = False) -> "Columns":
-        """The columns as this table calls them; ``patient`` is None afterwards where each image is a patient.
+        """Resolve the columns in a table; ``patient`` is then None if each image counts as a patient.
 
         Args:
             table: The table.
-            drawn: Whether sides of a split are drawn that patients must not be on both of.
+            drawn: Whether images are assigned to splits, so that the patients must be known.
 
         Raises:
-            UserError: it lacks one, or see `patient_column`.
+            UserError: a column is missing, or see `patient_column`.
         """
         found = replace(self, labels=next((n for n in self.aliases if n in table.columns), self.labels))
         table.check_columns(found._named())
@@ -81,17 +80,17 @@ class Columns:
 
 @dataclass(frozen=True)
 class LabelRow:
-    """What a row says of an image.
+    """What a row says about an image.
 
     Attributes:
-        where: How messages call the row.
-        image: The image, as the table names it.
-        patient: Patient or source; empty where the table does not say.
-        cells: All of the row, by column.
-        labels: Labels that are true; those of lists in lower case, those of columns as the columns are called.
-        uncertain: Labels that the row leaves open.
-        path: The image's file, once it is found.
-        side: Side of the split, once it is known.
+        where: Location of the row, for messages.
+        image: The image, as named in the table.
+        patient: Patient or source; empty if the table does not name it.
+        cells: All cells of the row, by column.
+        labels: True labels; those from lists in lowercase, those from columns with the column's name.
+        uncertain: Uncertain labels.
+        path: The image file, once found.
+        side: The split, once known.
     """
 
     where: str
@@ -105,16 +104,16 @@ class LabelRow:
 
     @property
     def claims(self) -> dict[str, object]:
-        """What all rows of an image must agree on."""
+        """Values that all rows of an image must agree on."""
         return {"labels": (self.labels, self.uncertain), "patient": self.patient, "side": self.side}
 
 
 class UnusableError(Exception):
-    """A row that is left out.
+    """A row must be skipped.
 
     Args:
         reason: See `Skipped.add`.
-        detail: What is wrong, after the name of the row.
+        detail: What is wrong, to follow the name of the row.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -129,17 +128,17 @@ def label_rows(
     reading: TableOptions | None = None,
     known: Collection[str] = (),
 ) -> list[LabelRow]:
-    """The rows of a table that name an image and say something of its labels.
+    """Return the rows of a table that name an image and have label information.
 
     Args:
         table: The table.
-        columns: Meaning of its columns, as it calls them (`Columns.of`).
-        skipped: Takes the other rows.
-        reading: What the user says about it.
-        known: Labels that are known from elsewhere, in lower case.
+        columns: Meaning of its columns, resolved by `Columns.of`.
+        skipped: Collects the other rows.
+        reading: What the user specified about it.
+        known: Labels known from elsewhere, in lowercase.
 
     Raises:
-        UserError: some label is made of others (`LabelLists`), or ``skipped`` is strict and a row is left out.
+        UserError: a label consists of others (`LabelLists`), or ``skipped`` is strict and a row is skipped.
     """
     reading = reading or TableOptions()
     if reading.separator and (columns.binary or columns.classes):
@@ -169,15 +168,15 @@ def label_rows(
 def truths(
     record: Mapping[str, str], names: Mapping[str, str], policy: Uncertain
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """Labels that are true, and those that are open, by columns that stand for one label each.
+    """Return the true and the uncertain labels of a row with binary columns.
 
     Args:
         record: The row.
         names: Column -> label.
-        policy: What becomes of open cells.
+        policy: How uncertain cells count.
 
     Raises:
-        UnusableError: a cell cannot be read, or all are open and stay so.
+        UnusableError: a cell cannot be read, or all are uncertain and ignored.
     """
     true: set[str] = set()
     uncertain: set[str] = set()
@@ -189,14 +188,14 @@ def truths(
         if said is not False:
             (true if said else uncertain).add(label)
     if policy == "ignore" and uncertain and uncertain == set(names.values()):
-        raise UnusableError(UNCERTAIN, "every label is left open")
+        raise UnusableError(UNCERTAIN, "every label is uncertain")
     return frozenset(true), frozenset(uncertain - true)
 
 
 def settled(
     table: Table, rows: Sequence[LabelRow], reading: TableOptions, skipped: Skipped
 ) -> list[LabelRow]:
-    """The rows that do not contradict themselves, what is uncertain in them left open or taken as the user says."""
+    """Return the rows without contradictions, with uncertain labels ignored or counted as the user specified."""
     having = [row for row in rows if row.uncertain]
     if not having:
         return _coherent(rows, skipped)
@@ -204,7 +203,7 @@ def settled(
     skipped.uncertain[reading.uncertain] += cells
     _logger.info(
         f"{table.path.name}: {cells} uncertain cells in {len(having)} rows: "
-        f"{'ignored' if reading.uncertain == 'ignore' else f'taken as {reading.uncertain}'} (--uncertain)"
+        f"{'ignored' if reading.uncertain == 'ignore' else f'counted as {reading.uncertain}'} (--uncertain)"
     )
     if reading.uncertain == "ignore":
         return _coherent(rows, skipped)
@@ -219,14 +218,14 @@ def settled(
 def with_files(
     rows: Iterable[LabelRow], images: Path, skipped: Skipped, column: str, nested: bool = False
 ) -> list[LabelRow]:
-    """The rows whose image is there, with its path.
+    """Return the rows whose image exists, with its path.
 
     Args:
         rows: The rows.
         images: Folder of the images.
-        skipped: Takes the others.
+        skipped: Collects the other rows.
         column: The column that names the image, for messages.
-        nested: Images lie anywhere below the folder, by their file name.
+        nested: Whether images are anywhere below the folder and found by their file name.
     """
     index = {file.name: file for file in images.rglob("*") if file.is_file()} if nested else {}
     found = []
@@ -243,7 +242,7 @@ def with_files(
 
 
 def agreeing(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
-    """Each image once, and none that rows disagree about."""
+    """Keep each image once, and no image whose rows disagree."""
     by_image: dict[Path, list[LabelRow]] = {}
     for row in rows:
         by_image.setdefault(row.path, []).append(row)
@@ -253,17 +252,17 @@ def agreeing(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
         if other is None:
             kept.append(first)
             for row in others:
-                skipped.add(TWICE, f"{row.where} says the same as {first.where}")
+                skipped.add(TWICE, f"{row.where} repeats {first.where}")
             continue
         for row in (first, *others):
             against = first if row is not first else other
-            # by name only: the values may tell who the patient is
+            # names only: the values may identify the patient
             differing = [name for name, said in row.claims.items() if said != against.claims[name]] or [
                 "labels"
             ]
             skipped.add(
                 DISAGREE,
-                f"{row.where}: {' and '.join(differing)} of the image are not those of {against.where}",
+                f"{row.where}: {' and '.join(differing)} of the image differ from those of {against.where}",
             )
     return kept
 
@@ -273,7 +272,7 @@ def _coherent(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:
     for row in rows:
         if len(row.labels) > 1 and NORMAL in map(plain, row.labels):
             labels = ";".join(sorted(row.labels))
-            skipped.add("normal and diseased", f"{row.where}: the image is labelled '{labels}'")
+            skipped.add("normal and diseased", f"{row.where}: the image is labeled '{labels}'")
         else:
             kept.append(row)
     return kept
@@ -298,7 +297,7 @@ def _of_class(record: Mapping[str, str], columns: Columns) -> frozenset[str]:
     if cell not in columns.classes:
         raise UnusableError(
             "class without a name",
-            f"column '{columns.labels}' is '{cell}', which --classes does not name: it names "
+            f"column '{columns.labels}' is '{cell}', which --classes does not define: it defines "
             f"{', '.join(columns.classes)}",
         )
     return frozenset({plain(columns.classes[cell])})

@@ -1,4 +1,4 @@
-"""Labelled images, for probing: which columns mean what, and which images are on which side."""
+"""Labeled images for probing: the meaning of the columns, and the split of the images."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,19 +23,19 @@ SIDES = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Labelled images, row by row.
+    """Labeled images, one per row.
 
     Attributes:
         images: Image paths.
         names: Labels, in columns of ``truth``.
-        truth: Which label is true of which image, [n, labels].
+        truth: Whether a label is true of an image, [n, labels].
         patients: Patient or source of each image.
-        test: Whether an image is on the test side, [n].
-        rows: Where each image is named, for messages; empty where nobody says.
-        val: Whether a table marks an image for validation, [n]; None where no table marks any.
-        known: Whether the table says if a label is true of an image, [n, labels]; None where it always does. What it
-            leaves open counts neither for nor against the label, in training and in figures.
-        by_patient: Whether patients are known, and not only images.
+        test: Whether an image is in the test split, [n].
+        rows: Location of each image in its table, for messages; empty if unknown.
+        val: Whether a table marks an image for validation, [n]; None if no table marks any.
+        known: Whether the table says if a label is true of an image, [n, labels]; None if it always does. Unknown
+            labels count neither for nor against, in training and in metrics.
+        by_patient: Whether patients are known, not only images.
     """
 
     images: tuple[Path, ...]
@@ -50,7 +50,7 @@ class LabeledImages:
 
     @property
     def false(self) -> NDArray[np.bool_]:
-        """Which label is known not to be true of which image, [n, labels]."""
+        """Whether a label is known to be false of an image, [n, labels]."""
         return ~self.truth if self.known is None else ~self.truth & self.known
 
     @property
@@ -60,17 +60,17 @@ class LabeledImages:
 
     @property
     def divided(self) -> list[str]:
-        """Patients with images on both sides, which only tables that say the side can have."""
+        """Patients with images in both splits; only possible if the table names the split."""
         names = np.array(self.patients)
         return sorted(set(names[self.test]) & set(names[~self.test]))
 
     @property
     def all_for_test(self) -> "LabeledImages":
-        """The same images, all on the test side: for judging what was never trained on any of them."""
+        """The same images, all in the test split: for evaluation without training."""
         return replace(self, test=np.ones_like(self.test), val=None)
 
     def subset(self, kept: NDArray[np.bool_]) -> "LabeledImages":
-        """Some of the images, [n] of them marked in ``kept``; labels stay as they are."""
+        """Return the images marked in ``kept`` [n]; labels stay as they are."""
         return replace(
             self,
             images=_marked(self.images, kept),
@@ -85,15 +85,15 @@ class LabeledImages:
 
 @dataclass(frozen=True)
 class Sides:
-    """Who is on the test side.
+    """How images are assigned to the training and test splits.
 
     Attributes:
-        test: Share of patients, where nothing else says.
-        seed: Draws them.
-        names: File names (without folders) of the test images, as some sets publish them; empty for none.
-        table: Label file of the test images; every image of the other one is then for training.
-        images: Their folder; None for the same.
-        both: Whether a set without a training or a test side is an error.
+        test: Share of patients in the test split, if nothing else decides.
+        seed: Seed of the random split.
+        names: File names (without folders) of the test images, as published with some data sets; empty for none.
+        table: Label file of the test images; all images of the other one are then for training.
+        images: Folder of those test images; None for the same folder.
+        both: Whether an empty training or test split is an error.
     """
 
     test: float = 0.3
@@ -118,23 +118,23 @@ def read_labels(
 ) -> LabeledImages:
     """Read a label table.
 
-    Rows with no label at all in a ``labels`` column are unknown, and are left out; an image that rows name twice is
-    taken once, and not at all where they disagree.
+    Rows without any label in a ``labels`` column are unknown, and are skipped; an image listed twice is used once, and
+    not at all if its rows disagree.
 
     Args:
         path: The table, see `mgll_encoder.common.tables`.
         images: Folder of the images.
         columns: Meaning of its columns.
         only: Labels to keep; all others are ignored. Empty for all.
-        test: Share of patients for the test side, where no column says.
-        seed: Draws the sides.
-        sides: Everything about the sides, instead of ``test`` and ``seed``.
-        skipped: Takes the rows that are left out; None: stop at the first that is wrong.
-        reading: What the user says about the file.
+        test: Share of patients in the test split, if no column names it.
+        seed: Seed of the split.
+        sides: Full description of the split, instead of ``test`` and ``seed``.
+        skipped: Collects the skipped rows; None: stop at the first invalid row.
+        reading: What the user specified about the file.
 
     Raises:
-        UserError: a file or a column is missing, a side is empty or, where ``skipped`` is strict or None, a row names
-            no image, an image that is not there, a cell that cannot be read, or contradicts another row.
+        UserError: a file or a column is missing, a split is empty or, if ``skipped`` is strict or None, a row has no
+            image, a missing image, or an unreadable cell, or contradicts another row.
     """
     skipped = skipped or Skipped(strict=True)
     sides = sides or Sides(test, seed)
@@ -153,19 +153,19 @@ def read_class_files(
     skipped: Skipped | None = None,
     reading: TableOptions | None = None,
 ) -> LabeledImages:
-    """Images whose class is told by folder or file name, as some sets publish them; each image is a patient.
+    """Read images whose class is given by folder or file name, as in some data sets; each image is a patient.
 
     Args:
         images: Folder of the images.
         classes: Pattern of paths below it (at any depth) -> class.
         only: Classes to keep; empty for all.
-        columns: Meaning of the columns of the table of test images, where there is one.
-        sides: Who is on the test side.
-        skipped: Takes what is left out; None: stop at the first.
-        reading: What the user says about that table.
+        columns: Meaning of the columns of the table of test images, if there is one.
+        sides: Description of the split.
+        skipped: Collects what is skipped; None: stop at the first.
+        reading: What the user specified about that table.
 
     Raises:
-        UserError: no such folder, no image of a class, or a side is empty.
+        UserError: there is no such folder, no image of a class, or a split is empty.
     """
     _check_folder(images)
     sides, skipped = sides or Sides(), skipped or Skipped(strict=True)
@@ -194,7 +194,7 @@ def _with_test_table(
     skipped: Skipped,
     reading: TableOptions | None,
 ) -> list[LabelRow]:
-    """The rows, and those of the table of test images if there is one: the first are then all for training."""
+    """Add the rows of the table of test images, if there is one; the given rows are then all for training."""
     if not sides.table:
         return found
     rows = [replace(row, side="train") if row.side == "test" else row for row in found]
@@ -215,7 +215,7 @@ def _rows_of(
     reading: TableOptions | None,
     option: str = "--data",
 ) -> list[LabelRow]:
-    """The rows of a table that can be used, contradictions between them not yet looked for."""
+    """Return the usable rows of a table, before contradictions between them are checked."""
     table = read_table(path, option, skipped, reading)
     columns = columns.of(table)
     _check_folder(images)
@@ -227,7 +227,7 @@ def _rows_of(
 def _sided(
     rows: Iterable[LabelRow], column: str | None, sides: Sides, skipped: Skipped
 ) -> Iterator[LabelRow]:
-    """The rows with their side, and a patient each."""
+    """Yield the rows with their split and patient."""
     for row in rows:
         patient = row.patient or row.image
         side = row.cells[column].strip().casefold() if column else _drawn(patient, row.image, sides)
@@ -251,13 +251,13 @@ def _assembled(
     kept = agreeing(rows, skipped)
     if not kept:
         reasons = "; ".join(skipped.lines()) or "it has a header but no rows"
-        raise BadDataError(f"{source} gives no image to look at: {reasons}")
+        raise BadDataError(f"{source} has no usable image: {reasons}")
     names = tuple(sorted({label for row in kept for label in row.labels | row.uncertain}))
     names = tuple(_among(wanted, names) for wanted in only) or names
     test = np.array([row.side == "test" for row in kept])
     if sides.both and (test.all() or not test.any()):
         raise BadDataError(
-            f"{source} gives {int((~test).sum())} training and {int(test.sum())} test images: both are needed"
+            f"{source} gives {int((~test).sum())} training and {int(test.sum())} test images: both kinds are needed"
         )
     val = np.array([row.side == "val" for row in kept])
     known = None

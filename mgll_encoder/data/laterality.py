@@ -1,4 +1,4 @@
-"""Which texts name a side of the body: a mirrored picture would make them untrue."""
+"""Detection of texts that name a side of the body, which a mirrored image would make wrong."""
 
 import re
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ LL, RL, LAO ...). "lateral" counts: in a mirrored lateral view the patient faces
 
 
 def names_side(texts: Iterable[str]) -> bool:
-    """Whether one of the texts names a side of the body, or a view from one side.
+    """Return whether one of the texts names a side of the body, or a view from one side.
 
-    "Nasal" and "temporal" do not: a mirrored right eye is a left eye, with its nasal side still nasal.
+    "Nasal" and "temporal" do not count: a mirrored right eye is a left eye, and its nasal side is still nasal.
     """
     return any(_SIDE.search(text.replace("_", " ")) for text in texts)

@@ -1,4 +1,4 @@
-"""The manifest: which texts, at which granularities, belong to which image. JSON lines, or Parquet by its name.
+"""The manifest: the texts of each image, by granularity. JSON lines, or Parquet, chosen by its name.
 
 The first line is the header, every other line a row::
 
@@ -7,7 +7,7 @@ The first line is the header, every other line a row::
      "split": "train", "source": "ODIR-5K"}
 
 In ``.parquet`` files the same fields are columns and the header is metadata, see :mod:`.manifest_formats`. Rows are
-read one at a time: a manifest of any length needs no memory to speak of.
+read one at a time, so memory does not grow with the length of a manifest.
 """
 
 import json
@@ -27,10 +27,10 @@ from mgll_encoder.weights.locate import check_manifest
 SPLIT_FIELDS = (
     "split", "split_by", "split_test", "split_val", "split_seed", "test_share"
 )  # fmt: skip
-"""Entries of ``built`` that say how sides were drawn, in manifests and benches."""
+"""Entries of ``built`` that describe the split, in manifests and benchmarks."""
 
 _SHOWN = ("format", "version", "granularities", "images", "texts", "split", "source")
-"""Fields whose values messages show; those of others may tell who a patient is."""
+"""Fields whose values messages show; the values of others may identify a patient."""
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -43,7 +43,7 @@ class ManifestHeader(BaseModel):
         version: Version of the format.
         granularities: Names of the levels of text, coarse to fine.
         images: Folder that image paths are relative to, itself relative to the manifest's folder.
-        built: How it was made: inputs with hashes, split, how many rows or files were read and, by reason, left out.
+        built: How it was built: inputs with hashes, split, and how many rows or files were read and skipped, by reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,9 +60,9 @@ class ManifestRow(BaseModel):
 
     Attributes:
         image: Path below the image folder.
-        texts: Granularity -> texts that are true of the image. A granularity may be missing (unknown there).
-        patient: Patient or source id; images of a patient are never on both sides of a split.
-        split: Side of the split.
+        texts: Granularity -> texts that are true of the image. A missing granularity is unknown.
+        patient: Patient or source id; images of a patient are never in different splits.
+        split: The split.
         source: Data set that the image comes from.
     """
 
@@ -76,10 +76,10 @@ class ManifestRow(BaseModel):
 
 
 def read_header(path: Path) -> ManifestHeader:
-    """The header of a manifest.
+    """Read the header of a manifest.
 
     Raises:
-        UserError: no such file, or it has no header.
+        UserError: there is no such file, or it has no header.
     """
     check_manifest(path)
     form = format_of(path)
@@ -87,9 +87,9 @@ def read_header(path: Path) -> ManifestHeader:
         return ManifestHeader.model_validate_json(form.header(path))
     except ValidationError as error:
         raise BadDataError(
-            f"manifest {path} {form.header_place} is no manifest header ({_explain(error)}): expected "
+            f"manifest {path} {form.header_place} is not a manifest header ({_explain(error)}): expected "
             '{"format": "mgll-manifest", "version": 1, "granularities": [...]}; '
-            "make one with 'mgll-encoder data fundus'"
+            "create one with 'mgll-encoder data fundus'"
         ) from None
 
 
@@ -98,14 +98,14 @@ def read_rows(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[int,
 
     Args:
         path: The manifest.
-        skipped: Takes the rows that are wrong; None: stop at the first.
+        skipped: Collects the invalid rows; None: stop at the first.
 
     Yields:
         Number of the row (in JSON lines the line, the header is line 1; in Parquet the first row is 1), its place
         for :func:`row_at`, and the row.
 
     Raises:
-        UserError: ``skipped`` is strict or None, and a row is not one, names an unknown granularity, or holds an
+        UserError: ``skipped`` is strict or None, and a row is invalid, names an unknown granularity, or contains an
             empty text.
     """
     header, form, skipped = read_header(path), format_of(path), skipped or Skipped(strict=True)
@@ -120,35 +120,35 @@ def read_rows(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[int,
 
 
 def named(path: Path, number: int) -> str:
-    """How error messages call a row of a manifest, by the number that :func:`read_rows` gave."""
+    """Name a row of a manifest in error messages, by its number from :func:`read_rows`."""
     return f"manifest {path} {format_of(path).unit} {number}"
 
 
 def row_at(path: Path, place: int) -> ManifestRow:
-    """The row at a place that :func:`read_rows` gave (and thereby checked)."""
+    """Read the row at a place from :func:`read_rows`, which has checked it."""
     return ManifestRow.model_validate_json(format_of(path).row(path, place))
 
 
 def split_of(built: Mapping[str, Any]) -> dict[str, str | int | float]:
-    """How the sides of a manifest or bench were drawn: the entries of its header's ``built`` that say so."""
+    """Return the entries of ``built`` that describe the split of a manifest or benchmark."""
     return {name: value for name, value in built.items() if name in SPLIT_FIELDS}
 
 
 def image_folder(path: Path, header: ManifestHeader) -> Path:
-    """The folder that a manifest's image paths are relative to."""
+    """Return the folder that a manifest's image paths are relative to."""
     return path.parent / header.images
 
 
 def write_manifest(
     path: Path, images: Path, header: ManifestHeader, rows: Iterable[ManifestRow], force: bool = False
 ) -> None:
-    """Write a manifest, whole or not at all, in the format that its name asks for (``.parquet``, or JSON lines).
+    """Write a manifest, completely or not at all, in the format of its name (``.parquet``, or JSON lines).
 
     Args:
         path: The file to write; the image folder is recorded relative to it.
         images: The image folder.
-        header: The header; ``images`` in it is replaced.
-        rows: The rows; one at a time is in memory.
+        header: The header; its ``images`` is replaced.
+        rows: The rows; only one at a time is in memory.
         force: Replace ``path`` if it exists.
 
     Raises:

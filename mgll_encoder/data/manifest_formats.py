@@ -1,8 +1,8 @@
-"""How a manifest lies on disk: JSON lines, or Parquet. Both give the same JSON texts to :mod:`.manifest`.
+"""File formats of manifests: JSON lines or Parquet. Both give the same JSON texts to :mod:`.manifest`.
 
-In Parquet the columns are the fields of a row (``texts`` is a map from granularity to a list of texts), and the
-header is the value of ``mgll-manifest`` in the schema's metadata. Rows lie in groups of 512: a row is
-read with its group, so a manifest of any length needs no memory to speak of.
+In Parquet the columns are the fields of a row (``texts`` is a map from granularity to a list of texts), and the header
+is the value of ``mgll-manifest`` in the schema's metadata. Rows are stored in groups of 512 and read by group, so
+memory does not grow with the length of a manifest.
 """
 
 import json
@@ -25,30 +25,30 @@ _GROUP = 512
 
 
 class Format(Protocol):
-    """What a format can do.
+    """The interface of a manifest format.
 
     Attributes:
-        unit: What an error message calls a row.
-        header_place: How an error message calls the place of the header.
+        unit: What error messages call a row.
+        header_place: What error messages call the location of the header.
     """
 
     unit: str
     header_place: str
 
     def header(self, path: Path) -> bytes:
-        """The header, as JSON."""
+        """Return the header, as JSON."""
         ...
 
     def rows(self, path: Path) -> Iterator[tuple[int, int, bytes]]:
-        """Number of the row for the user, its place for :meth:`row`, and its JSON."""
+        """Yield the number of each row for the user, its place for :meth:`row`, and its JSON."""
         ...
 
     def row(self, path: Path, place: int) -> bytes:
-        """The JSON of the row at a place."""
+        """Return the JSON of the row at a place."""
         ...
 
     def write(self, path: Path, header: str, rows: Iterable[str]) -> None:
-        """Write a manifest out of JSON texts."""
+        """Write a manifest from JSON texts."""
         ...
 
 
@@ -132,35 +132,35 @@ class Parquet:
 
 
 def format_named(path: Path) -> Format:
-    """The format that the name of a new manifest asks for: Parquet for ``.parquet``, JSON lines for all others."""
+    """Return the format for the name of a new manifest: Parquet for ``.parquet``, else JSON lines."""
     return Parquet() if path.suffix == PARQUET else JsonLines()
 
 
 def format_of(path: Path) -> Format:
-    """The format of a manifest that is there, by its content.
+    """Detect the format of an existing manifest from its content.
 
     Raises:
-        UserError: it is called ``.parquet``, and is none.
+        UserError: it is named ``.parquet``, but is not Parquet.
     """
     with path.open("rb") as stream:
         start = stream.read(len(_MARK))
     if start == _MARK:
         return Parquet()
     if path.suffix == PARQUET:
-        raise BadDataError(f"manifest {path} is no Parquet file: write or copy it again")
+        raise BadDataError(f"manifest {path} is not a Parquet file: write or copy it again")
     return JsonLines()
 
 
-@cache  # a file is opened many times, and looking at packages takes as long as reading it
+@cache  # a file is opened many times, and the check takes as long as reading it
 def _require_pyarrow() -> None:
     require("pretrain", "a manifest in Parquet", "pyarrow")
 
 
 def _as_json(row: dict[str, Any]) -> bytes:
-    """A row; an empty cell is a field that is left out, a map's pairs are an object."""
+    """Convert a row to JSON: empty cells are omitted, a map's pairs become an object."""
     given = {name: value for name, value in row.items() if value is not None}
     if isinstance(given.get("texts"), list):
-        with suppress(TypeError, ValueError):  # no pairs: whoever checks the row says so
+        with suppress(TypeError, ValueError):  # not pairs: reported when the row is checked
             given["texts"] = {str(name): texts for name, texts in given["texts"]}
     elif isinstance(given.get("texts"), dict):  # a struct with one field per granularity
         given["texts"] = {name: value for name, value in given["texts"].items() if value is not None}
@@ -172,7 +172,9 @@ def _opened(path: Path) -> Any:
     from pyarrow import parquet
 
     with _readable(path):
-        return parquet.ParquetFile(path)  # not mapped: a file cut short meanwhile would end the process
+        return parquet.ParquetFile(
+            path
+        )  # not memory-mapped: a file truncated in the meantime would kill the process
 
 
 def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -188,7 +190,7 @@ def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Say in a line that a file is damaged; such files raise errors of any kind, wherever they are read."""
+    """Report a damaged file in one line; such files raise errors of any kind, at any read."""
     try:
         yield
     except UserError:
@@ -197,7 +199,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise BadDataError(f"manifest {path} is damaged Parquet ({error}): write or copy it again") from None
 
 
-# opened files and groups are kept per process: a worker must not read through its parent's
+# opened files and groups are cached per process: a worker must not use its parent's
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,7 @@
-"""From a folder of DICOM radiographs to 8-bit PNGs and a manifest of modality, study and series description.
+"""Convert a folder of DICOM radiographs to 8-bit PNGs and a manifest of modality, study and series description.
 
-Headers are read through an allow-list: what the pixels need, three texts, and the names and numbers that are looked for
-in these (`dicom_text`). Files are called by a hash of their pixels, and by their number in messages.
+Headers are read through an allow-list: what the pixels need, three texts, and the names and numbers to remove from
+these texts (`dicom.text`). Output files are named by a hash of their pixels; messages number the files.
 """
 
 import hashlib
@@ -32,25 +32,25 @@ from mgll_encoder.data.dicom.text import IDENTITY_FIELDS, TEXT_FIELDS, safe_text
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 
 PLAIN_RADIOGRAPHS = ("CR", "DX")
-"""Modalities taken unless told otherwise: computed and digital radiography, as in MGLL-Xray."""
+"""Default modalities: computed and digital radiography, as in MGLL-Xray."""
 
 MANIFEST, PARQUET_MANIFEST = "manifest.jsonl", "manifest.parquet"
 IMAGES = "images"
 
 BURNED_IN = "BurnedInAnnotation"
-"""Field that says YES where names or dates are part of the picture."""
+"""Field that is YES if names or dates are part of the picture."""
 
 
 @dataclass
 class XrayReport:
-    """What went into a data set.
+    """Contents of a data set that was written.
 
     Attributes:
         rows: Images written.
-        splits: Images per side of the split.
+        splits: Images per split.
         texts: Distinct texts per granularity.
-        skipped: Files left out, by reason.
-        cut: Descriptions that were shortened or left out because they may name somebody.
+        skipped: Skipped files, by reason.
+        cut: Descriptions that were shortened or omitted because they may name a person.
     """
 
     rows: int = 0
@@ -62,11 +62,11 @@ class XrayReport:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which files are taken.
+    """Which files to use.
 
     Attributes:
         modalities: Values of Modality.
-        burned_in: Also those with writing in the picture.
+        burned_in: Whether to use files with text burned into the picture.
     """
 
     modalities: tuple[str, ...] = PLAIN_RADIOGRAPHS
@@ -75,7 +75,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of one file: a picture with its texts, or a reason."""
+    """Result of one file: a picture with its texts, or a reason to skip it."""
 
     number: int
     image: str = ""
@@ -105,20 +105,20 @@ def build_xray(
     Args:
         dicom: Folder with DICOM files, at any depth; their names do not matter.
         out: Folder to write.
-        modalities: Values of Modality to take.
-        burned_in: Take files that say that writing is part of the picture.
-        patient_folders: Each folder directly below ``dicom`` is a patient. Otherwise each file is one, because the
-            header fields that would tell are not read for that.
-        manifest: The manifest's name, which decides its format.
+        modalities: Values of Modality to use.
+        burned_in: Use files that declare text burned into the picture.
+        patient_folders: Treat each folder directly below ``dicom`` as a patient. Otherwise each file counts as one,
+            because patient fields of the header are not used for this.
+        manifest: The manifest's name, which determines its format.
         test: Share of patients for the test split.
         val: Share of patients for the validation split.
-        seed: Draws the split.
+        seed: Seed of the split.
         workers: Processes that decode.
-        strict: Stop at the first file that would be left out.
+        strict: Stop at the first file that would be skipped.
         force: Replace ``out``.
 
     Raises:
-        UserError: no such folder, no file that can be used, ``out`` exists or, if ``strict``, a file is left out.
+        UserError: there is no such folder, no usable file, ``out`` exists or, if ``strict``, a file is skipped.
     """
     if not dicom.is_dir():
         raise NotFoundError(f"DICOM folder {dicom} does not exist or is not a folder: check --dicom")
@@ -148,8 +148,8 @@ def build_xray(
                 }
             )
         if not rows:
-            reasons = "; ".join(report.skipped.lines()) or "it holds no file"
-            raise BadDataError(f"DICOM folder {dicom} gives no image to train on: {reasons}")
+            reasons = "; ".join(report.skipped.lines()) or "it contains no file"
+            raise BadDataError(f"DICOM folder {dicom} has no usable image: {reasons}")
         used = {
             level: {text for row in rows.values() for text in row.texts.get(level, [])}
             for level in TEXT_FIELDS
@@ -177,17 +177,17 @@ def read_radiograph(path: Path, wanted: Wanted) -> tuple[NDArray[np.uint8], dict
 
     Args:
         path: The file; a missing preamble or file meta header does not matter.
-        wanted: Which are taken.
+        wanted: Which files to use.
 
     Returns:
-        Grey values [rows, columns], dense tissue white; the texts per granularity; how many of these were cut or left
-        out because they may name somebody.
+        Gray values [rows, columns], dense tissue white; the texts per granularity; how many of these were shortened or
+        omitted because they may name a person.
 
     Raises:
-        UnusableError: it is no such radiograph, or cannot be decoded.
+        UnusableDicomError: it is not such a radiograph, or cannot be decoded.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's and its decoders'; they quote the header
+        warnings.simplefilter("ignore")  # warnings of pydicom and its decoders quote the header
         header = _header(path)
         modality = str(value(header, "Modality") or "").strip()
         if modality not in wanted.modalities:
@@ -195,7 +195,7 @@ def read_radiograph(path: Path, wanted: Wanted) -> tuple[NDArray[np.uint8], dict
             raise UnusableDicomError(named, f"expected {', '.join(wanted.modalities)}; see --modalities")
         if not wanted.burned_in and str(value(header, BURNED_IN) or "").strip().upper() == "YES":
             raise UnusableDicomError(
-                "burned-in annotation", "names may be part of the picture; --burned-in takes it"
+                "burned-in annotation", "names may be part of the picture; --burned-in accepts it"
             )
         gray = gray_values(header)
         return gray, *safe_texts(header)
@@ -207,18 +207,16 @@ def _header(path: Path) -> Any:
     try:
         regular_file(path)
     except UserError:
-        raise UnusableDicomError(
-            "not a file", "it is a pipe, a device or a link that leads nowhere"
-        ) from None
+        raise UnusableDicomError("not a file", "it is a pipe, a device or a dangling link") from None
     fields = [*TEXT_FIELDS.values(), *PIXEL_FIELDS, *IDENTITY_FIELDS, BURNED_IN]
     try:
         header = dcmread(path, force=True, specific_tags=fields)
-        known = "Modality" in header or "Rows" in header  # under force=True, any other file parses as nothing
+        known = "Modality" in header or "Rows" in header  # with force=True, any other file is parsed as empty
     except PermissionError:
         raise UnusableDicomError("no permission to read it") from None
     except MemoryError:
         raise UnusableDicomError("too large", "not enough memory") from None
-    except Exception:  # what is no DICOM file raises errors of any kind
+    except Exception:  # other files raise errors of any kind
         known = False
     if not known:
         raise UnusableDicomError("not a DICOM file")
@@ -226,7 +224,7 @@ def _header(path: Path) -> Any:
 
 
 def _files(dicom: Path, skipped: Skipped) -> list[Path]:
-    """Everything below a folder that is no folder, in the order of ``find | LC_ALL=C sort``."""
+    """Return all files below a folder, in the order of ``find | LC_ALL=C sort``."""
     found: list[Path] = []
 
     def unreadable(_: OSError) -> None:
@@ -259,5 +257,5 @@ def _lost(task: tuple[int, Path]) -> _Outcome:
 
 
 def _bare_hash(folder: str) -> str:
-    """What splits have always been drawn by; it can be undone by guessing, so it is never written."""
+    """Return the hash that splits have always used; it can be inverted by guessing, so it is never written."""
     return hashlib.sha256(folder.encode(errors="surrogateescape")).hexdigest()[:12]

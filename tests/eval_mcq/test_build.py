@@ -132,7 +132,7 @@ def test_a_question_with_options_of_its_own_stays_within_its_source_and_is_balan
     ("row", "said"),
     [
         ({"labels": "glaucomma"}, "row 12: unknown disease 'glaucomma': did you mean 'glaucoma'?"),
-        ({"file": "AMD-0.png"}, "row 2: labels and patient of the image are not those of label file"),
+        ({"file": "AMD-0.png"}, "row 2: labels and patient of the image differ from those of label file"),
         ({"file": ""}, "row 12: column 'file' is blank"),
         (
             {"labels": "AMD;DR;glaucoma;cataract;myopia;CSR;retinitis"},

@@ -90,7 +90,7 @@ def test_what_is_unknown_contradictory_or_broken_is_left_out_and_counted(tmp_pat
         "image listed twice": 1, "no image file": 1, "image unreadable": 1, "no image named": 1,
     }  # fmt: skip
     assert report.skipped.first[DISAGREE] == (
-        f"label file {path} row 9: labels of the image are not those of label file {path} row 10"
+        f"label file {path} row 9: labels of the image differ from those of label file {path} row 10"
     )
     for row, complaint in zip(
         bad, ["row 7", "row 7", "row 7", None, "row 7", "row 7", "row 7", "row 7"], strict=True
@@ -116,7 +116,7 @@ def test_a_missing_column_names_those_that_are_there(tmp_path):
 
 def test_nothing_usable_is_an_error_with_the_reasons(tmp_path):
     path = table(tmp_path, [("1.png", "", "a", "", "X")])
-    with pytest.raises(UserError, match=r"gives no image to train on: .*left out 1 of 1 rows: 1 no label"):
+    with pytest.raises(UserError, match=r"has no usable image: .*left out 1 of 1 rows: 1 no label"):
         build_fundus(FundusTable(path), tmp_path, tmp_path / "m.jsonl")
     assert not (tmp_path / "m.jsonl").exists()
 

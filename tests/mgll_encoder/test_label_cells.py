@@ -53,14 +53,14 @@ def test_a_label_with_a_comma_stays_one_where_its_parts_are_none(caplog: pytest.
         {"retinopathy, mild"},
         {"retinopathy, severe"},
     ]
-    assert "'retinopathy, mild' is taken as one label" in "\n".join(caplog.messages)
+    assert "'retinopathy, mild' is read as one label" in "\n".join(caplog.messages)
     assert lists("a, b", "a", "b", known=("a, b",))[0] == {"a, b"}, "a preset knows it"
 
 
 @pytest.mark.parametrize("joint", [", ", "/", " + ", " & ", " and "])
 def test_a_class_made_of_two_others_is_refused(joint: str) -> None:
     with pytest.raises(
-        UserError, match=r"'a.+b' is made of other labels of the table: give --label-separator"
+        UserError, match=r"'a.+b' consists of other labels of the table: give --label-separator"
     ):
         lists(f"a{joint}b", "a", "b", "c, d")
     assert lists(f"a{joint}b", "a", "b", separator="none")[0] == {f"a{joint}b"}

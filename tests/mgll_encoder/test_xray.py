@@ -190,7 +190,7 @@ def test_the_case_that_fuzzing_found(cases: Path, tmp_path: Path) -> None:
     line = refused(
         main, "data", "xray", "--dicom", cases / "fuzz" / "F2_dicom_1693", "--out", tmp_path / "out"
     )
-    assert "gives no image to train on" in line
+    assert "has no usable image" in line
 
 
 def test_writing_in_the_picture_is_left_out_unless_asked_for(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_retrieval_finds_the_texts_of_pictures_and_the_pictures_of_texts(
     assert to_text["recall"]["1"]["value"] > 80
     assert (to_text["candidates"], to_text["chance"]["1"]) == (2, pytest.approx(50))
     assert to_image["recall"]["1"]["value"] == 100
-    assert "does not exist: say where it is with --images" in refused(
+    assert "does not exist: give it with --images" in refused(
         *command, "--encoder", place / "tower", "--images", "nowhere"
     )
     assert "did you mean 'colour'" in refused(

@@ -51,7 +51,7 @@ def test_an_adapter_in_the_place_of_a_tower_is_told_with_the_command_that_merges
     swap = (swap_encoder, "--mllm", tiny_llava, "--encoder", adapter, "--out", tmp_path / "out")
     for command in ((mgll_encoder, "inspect", adapter), swap):
         line = builders.refused(*command)
-        assert line.startswith(f"{adapter} holds a PEFT adapter (adapter_config.json)")
+        assert line.startswith(f"{adapter} contains a PEFT adapter (adapter_config.json)")
     whole = load_tower(merged(line, tmp_path, monkeypatch))
     assert whole.spec == load_tower(tower).spec, "with its preprocessing"
     name = "encoder.layers.0.self_attn.q_proj.weight"
@@ -65,7 +65,7 @@ def test_an_adapter_in_the_place_of_a_model_is_told_with_the_command_that_merges
 ) -> None:
     adapter = an_adapter(AutoModelForImageTextToText, tiny_llava, tmp_path / "llava-lora")
     line = builders.refused(swap_encoder, "--mllm", adapter, "--encoder", tower)
-    assert line.startswith(f"{adapter} holds a PEFT adapter (adapter_config.json)")
+    assert line.startswith(f"{adapter} contains a PEFT adapter (adapter_config.json)")
     model, processor = load_mllm(merged(line, tmp_path, monkeypatch))
     assert processor is not None
     attached, _ = load_mllm(adapter)  # what eval-mcq run does with it

@@ -1,1 +1,1 @@
-"""Reading DICOM radiographs: single header fields, pixels, texts without identities."""
+"""Reading DICOM radiographs: header fields, pixels, de-identified texts."""

@@ -1,4 +1,4 @@
-"""Reading single fields of a DICOM header that may be damaged, empty or of another type than the standard's."""
+"""Reading fields of a DICOM header that may be damaged, empty, or of a type that violates the standard."""
 
 import math
 from collections.abc import Iterable
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class UnusableDicomError(Exception):
-    """A DICOM file that is left out.
+    """A DICOM file must be skipped.
 
-    Neither text holds a value of the header or a path: both may name the patient.
+    Neither text contains a header value or a path: both may identify the patient.
 
     Args:
-        reason: The kind of trouble; files are counted by it.
+        reason: The kind of problem; files are counted by it.
         advice: What would help.
     """
 
@@ -21,22 +21,20 @@ class UnusableDicomError(Exception):
 
 
 def value(header: Any, name: str) -> Any:
-    """A field's value; None where it is missing or empty.
+    """Return a field's value; None if it is missing or empty.
 
     Raises:
-        UnusableError: it cannot be read as what the standard says it is.
+        UnusableDicomError: it does not have the type required by the standard.
     """
     try:
         found = header.get(name)
-    except (
-        Exception
-    ):  # pydicom converts values when they are asked for, and damaged ones raise errors of any kind
+    except Exception:  # pydicom converts values on access, and damaged ones raise errors of any kind
         raise UnusableDicomError("damaged header", f"field {name} cannot be read") from None
     return None if found is None or found == "" else found
 
 
 def numbers(header: Any, name: str) -> list[float]:
-    """A field's numbers, NaN for those that are none; empty where there are none."""
+    """Return a field's numbers, NaN for values that are not numbers; empty if the field is missing."""
     try:
         found = value(header, name)
     except UnusableDicomError:
@@ -46,10 +44,10 @@ def numbers(header: Any, name: str) -> list[float]:
 
 
 def number(header: Any, name: str, default: float) -> float:
-    """A field's one number, ``default`` where it is missing or empty.
+    """Return a field's single number, ``default`` if it is missing or empty.
 
     Raises:
-        UnusableError: it is there and is no finite number.
+        UnusableDicomError: it is not a finite number.
     """
     found = value(header, name)
     if found is None:

@@ -1,4 +1,4 @@
-"""From the stored values of a DICOM radiograph to 8 bits, as a workstation shows it (DICOM PS3.3 C.7.6.3 and C.11)."""
+"""Convert the stored values of a DICOM radiograph to 8 bits for display (DICOM PS3.3 C.7.6.3 and C.11)."""
 
 import math
 from collections.abc import Callable
@@ -17,13 +17,13 @@ PIXEL_FIELDS = (
     "PixelPaddingRangeLimit", "RescaleIntercept", "RescaleSlope", "RescaleType", "ModalityLUTSequence",
     "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "PixelData",
 )  # fmt: skip
-"""Header fields that the pixels need; nothing of them is written but the picture."""
+"""Header fields needed to decode the pixels; only the picture is written."""
 
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 """Larger pictures are refused, as `mgll_encoder.common.images` refuses them."""
 
 FLAT = 3
-"""A picture whose grey values (of 255), but for the extreme hundredths, lie within less than this has no contrast."""
+"""A picture has no contrast if the 1st and 99th percentile of its gray values (0 to 255) differ by less than this."""
 
 _COLORS = (
     "RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT", "HSV", "ARGB", "CMYK",
@@ -35,19 +35,19 @@ Values = NDArray[np.float64]
 
 
 def gray_values(header: Any) -> NDArray[np.uint8]:
-    """Decode the picture and make it grey values, dense tissue white.
+    """Decode the picture to gray values, dense tissue white.
 
-    In this order: the modality's table or rescale; then what decides black and white (the first VOI table that holds
-    something, else the first window with a width, else the range of the values); MONOCHROME1 inverted; padding black.
+    Steps: the modality's table or rescale; the black and white points (from the first usable VOI table, else the first
+    window with a width, else the range of the values); inversion of MONOCHROME1; black padding.
 
     Args:
         header: A pydicom data set with `PIXEL_FIELDS`.
 
     Returns:
-        Grey values [rows, columns].
+        Gray values [rows, columns].
 
     Raises:
-        UnusableError: it is in color, has several frames, cannot be decoded, or shows nothing.
+        UnusableDicomError: it is in color, has several frames, cannot be decoded, or has no contrast.
     """
     inverted = _check_layout(header)
     stored = _decoded(header)
@@ -62,14 +62,14 @@ def gray_values(header: Any) -> NDArray[np.uint8]:
     low, high = np.percentile(gray[~padding], (1, 99))
     if high - low < FLAT:
         raise UnusableDicomError(
-            "no contrast", "its window lies outside of its values, or a few of them outside of all others"
+            "no contrast", "its window is outside the range of its values, or a few values are outliers"
         )
     gray[padding] = 0
     return gray
 
 
 def _check_layout(header: Any) -> bool:
-    """Refuse what is no single grey picture; whether low values are white."""
+    """Refuse anything but a single gray picture; return whether low values are white."""
     if value(header, "PixelData") is None:
         raise UnusableDicomError("no pixel data")
     photometric = str(value(header, "PhotometricInterpretation") or "").strip()
@@ -92,7 +92,7 @@ def _check_layout(header: Any) -> bool:
 
 
 def _transfer_syntax(header: Any) -> Any:
-    """How pixels are encoded; as the header itself is where the file does not say."""
+    """Return the encoding of the pixels; that of the header if the file does not specify it."""
     from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     if value(header.file_meta, "TransferSyntaxUID") is None:
@@ -115,29 +115,29 @@ def _decoded(header: Any) -> NDArray[Any]:
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise UnusableDicomError(f"no decoder ({kind})", _CONVERT) from None
-    # Pillow is among this format's decoders, but reads 8 bits of it only.
+    # Pillow is a decoder for this format, but reads only 8 bits.
     too_deep = (
         syntax == JPEGExtended12Bit
         and decoder.available_plugins == ("pillow",)
         and number(header, "BitsStored", 0) > 8
     )
     if too_deep or not decoder.is_available:
-        raise UnusableDicomError(f"no decoder ({kind})", "pip install 'mgll-mllm[dicom]' brings it")
+        raise UnusableDicomError(f"no decoder ({kind})", "install it with pip install 'mgll-mllm[dicom]'")
     try:
         stored = pixel_array(header)
     except MemoryError:
         raise UnusableDicomError("too large", "not enough memory") from None
-    except Exception:  # damaged pixels raise errors of any kind, with values of the header in them
+    except Exception:  # damaged pixels raise errors of any kind, which may quote the header
         raise UnusableDicomError(
-            f"pixels cannot be decoded ({kind})", "the file is damaged or cut short"
+            f"pixels cannot be decoded ({kind})", "the file is damaged or truncated"
         ) from None
     if stored.ndim != 2 or not stored.size:
-        raise UnusableDicomError(f"pixels cannot be decoded ({kind})", "they make no picture")
+        raise UnusableDicomError(f"pixels cannot be decoded ({kind})", "they are not a single picture")
     return stored
 
 
 def _padding(stored: NDArray[Any], header: Any) -> NDArray[np.bool_]:
-    """Which pixels are no part of the picture."""
+    """Return which pixels are padding."""
     ends = [*numbers(header, "PixelPaddingValue")[:1], *numbers(header, "PixelPaddingRangeLimit")[:1]]
     if not numbers(header, "PixelPaddingValue") or not all(map(math.isfinite, ends)):
         return np.zeros(stored.shape, np.bool_)
@@ -146,7 +146,7 @@ def _padding(stored: NDArray[Any], header: Any) -> NDArray[np.bool_]:
 
 
 def _as_stored(end: int, header: Any) -> int:
-    """A value cut to the stored bits, as pydicom cuts those of pixels."""
+    """Truncate a value to the stored bits, as pydicom does with pixels."""
     bits = int(number(header, "BitsStored", 16)) or 16
     end %= 2**bits
     signed = number(header, "PixelRepresentation", 0) == 1
@@ -158,8 +158,8 @@ class _Table:
     """A lookup table.
 
     Attributes:
-        first: The value that the first entry is for; smaller ones have it, too.
-        entries: What values become, [n].
+        first: The value mapped to the first entry; smaller values are, too.
+        entries: Output values, [n].
     """
 
     first: float
@@ -171,7 +171,7 @@ class _Table:
 
 
 def _tables(header: Any, sequence: str) -> list[_Table]:
-    """Tables of a sequence, without those that are damaged or constant."""
+    """Return the tables of a sequence, without damaged or constant ones."""
     tables = []
     for item in value(header, sequence) or ():
         descriptor, data = numbers(item, "LUTDescriptor"), value(item, "LUTData")
@@ -183,7 +183,7 @@ def _tables(header: Any, sequence: str) -> list[_Table]:
 
 
 def _entries(data: Any, count: int, header: Any) -> Values:
-    """The entries of a table, which are words, or bytes where there are no more of them."""
+    """Return the entries of a table: 16-bit words, or bytes if the data are too short for words."""
     if not isinstance(data, bytes):
         return np.atleast_1d(np.asarray(data, np.float64))[:count] % 2**16
     order = "<" if header.original_encoding[1] else ">"
@@ -192,17 +192,17 @@ def _entries(data: Any, count: int, header: Any) -> Values:
 
 
 def _of_modality(stored: NDArray[Any], header: Any) -> Values:
-    """What the modality measured."""
+    """Apply the modality transform."""
     if value(header, "ModalityLUTSequence"):
         if not (tables := _tables(header, "ModalityLUTSequence")):
-            raise UnusableDicomError("damaged header", "field ModalityLUTSequence holds no table")
+            raise UnusableDicomError("damaged header", "field ModalityLUTSequence contains no table")
         return tables[0](stored)
     slope, intercept = number(header, "RescaleSlope", 1), number(header, "RescaleIntercept", 0)
     return stored.astype(np.float64) * slope + intercept
 
 
 def _voi(values: Values, padding: NDArray[np.bool_], header: Any) -> Values:
-    """Values on a scale of 0, black where low values are black, to 1."""
+    """Scale values to 0 to 1, with low values black before any inversion."""
     if tables := _tables(header, "VOILUTSequence"):
         shown = tables[0](values)
         low, high = float(tables[0].entries.min()), float(tables[0].entries.max())
@@ -215,7 +215,7 @@ def _voi(values: Values, padding: NDArray[np.bool_], header: Any) -> Values:
 
 
 def _window(header: Any) -> Callable[[Values], Values] | None:
-    """The first window that has a center and a width; none where there is no such window."""
+    """Return the first window with a center and a width; None if there is none."""
     name = str(value(header, "VOILUTFunction") or "LINEAR").strip()
     if name not in _WINDOWS:
         raise UnusableDicomError("unknown window function", f"expected one of {', '.join(_WINDOWS)}")
@@ -237,9 +237,7 @@ def _linear_exact(values: Values, center: float, width: float) -> Values:
 
 
 def _sigmoid(values: Values, center: float, width: float) -> Values:
-    return 0.5 * (
-        1 + np.tanh(2 * (values - center) / width)
-    )  # 1 / (1 + exp(-4 (x - c) / w)), without overflow
+    return 0.5 * (1 + np.tanh(2 * (values - center) / width))  # 1 / (1 + exp(-4 (x - c) / w)), no overflow
 
 
 _WINDOWS: dict[str, tuple[Callable[[Values, float, float], Values], float]] = {
@@ -247,4 +245,4 @@ _WINDOWS: dict[str, tuple[Callable[[Values, float, float], Values], float]] = {
     "LINEAR_EXACT": (_linear_exact, 0.0),
     "SIGMOID": (_sigmoid, 0.0),
 }
-"""VOI function -> how it maps values to 0..1 before clipping (PS3.3 C.11.2.1.2 and .3), and its least width."""
+"""VOI function -> how it maps values to 0..1 before clipping (PS3.3 C.11.2.1.2 and .3), and its minimum width."""

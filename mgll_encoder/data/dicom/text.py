@@ -1,7 +1,7 @@
-"""Texts of a DICOM header, without what names a person.
+"""Texts of a DICOM header, without anything that identifies a person.
 
 Study and series descriptions are typed by people. They are compared with the names and numbers of the same header,
-which are read for that alone: words that occur there are cut out, and so are all dates and long numbers.
+which are read only for this purpose: words that occur there are removed, and so are all dates and long numbers.
 """
 
 import re
@@ -21,26 +21,26 @@ NAME_FIELDS = (
     "ReferringPhysicianName", "ConsultingPhysicianName", "PerformingPhysicianName", "RequestingPhysician",
     "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy", "OperatorsName",
 )  # fmt: skip
-"""Names of persons."""
+"""Fields with names of persons."""
 
 NUMBER_FIELDS = (
     "PatientID", "OtherPatientIDs", "OtherPatientIDsSequence", "AccessionNumber", "AdmissionID", "MedicalRecordLocator",
     "PatientTelephoneNumbers",
 )  # fmt: skip
-"""Numbers of a patient or a visit; of a sequence, the `PatientID` of its items."""
+"""Fields with numbers of a patient or a visit; for a sequence, the `PatientID` of its items."""
 
 PLACE_FIELDS = ("InstitutionName", "InstitutionAddress", "PatientAddress")
-"""Places, whose single words (general, chest) are innocent: cut where the whole occurs."""
+"""Fields with places. Their single words (general, chest) are harmless, so only the full name is removed."""
 
 BIRTH_DATE = "PatientBirthDate"
 IDENTITY_FIELDS = (*NAME_FIELDS, *NUMBER_FIELDS, *PLACE_FIELDS, BIRTH_DATE)
 """Fields that are compared with the texts, and never written."""
 
 LONGEST = 1024
-"""Longer texts (the standard allows 64 characters) are left out."""
+"""Longer texts (the standard allows 64 characters) are omitted."""
 
 HONORIFICS = frozenset({"dr", "md", "prof", "mr", "mrs", "ms", "jr", "sr", "phd", "rt", "ii", "iii", "iv"})
-"""Parts of names that name nobody, and may be words of a description ("DR CHEST": digital radiography)."""
+"""Parts of names that identify nobody, and may be words of a description ("DR CHEST": digital radiography)."""
 
 _MONTH = (
     r"(?:jan|f[eé][bv]|m[aä]r|mrz|a[pv]r|abr|ma[iyg]|ju[inl]|giu|lug|a[ugo][goû]|sep|set|o[ckt]t|out|nov|"
@@ -53,16 +53,16 @@ _ALWAYS_CUT = tuple(
         r"(?<!\d)\d{4}\s?[./年-]\s?\d{1,2}\s?[./月-]\s?\d{1,2}日?(?!\d)",  # 1970-01-31
         rf"(?<!\d)\d{{1,2}}(?:st|nd|rd|th|\.)?[\s/-]*{_MONTH}[\s,/-]*\d{{2,4}}(?!\d)",  # 31 Jan 1970
         rf"(?<![^\W\d_]){_MONTH}[\s/-]*\d{{1,2}}(?:st|nd|rd|th)?[\s,/-]+\d{{2,4}}(?!\d)",  # January 31, 1970
-        r"\+?\d(?:[\s./()-]{0,2}\d){5,}",  # six digits or more: numbers of records and telephones, 19700131
+        r"\+?\d(?:[\s./()-]{0,2}\d){5,}",  # six digits or more: record and telephone numbers, 19700131
         r"\S+@\S+",
     )
 )
-"""Dates in the ways that people write them, long numbers, addresses."""
+"""Dates in common notations, long numbers, e-mail addresses."""
 
 _LETTERS = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _WORD = re.compile(r"[^\W_]+")
 _INSIDE, _INSIDE_CJK = 4, 2
-"""Letters (ideographs) from which a name or number is looked for inside of words; shorter ones occur everywhere."""
+"""Minimum length in letters (ideographs) of a name or number to be searched inside words; shorter ones are common."""
 
 _SPELT_OUT = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"})
 _PLAIN = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ı": "i"})
@@ -70,12 +70,12 @@ _PLAIN = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", 
 
 @dataclass
 class Identity:
-    """What a header says about persons, in forms that texts are compared with.
+    """Identifying information of a header, in the forms that texts are compared with.
 
     Attributes:
         names: Words of names, and names written as one word.
-        numbers: Letters and digits of numbers.
-        places: Words of places.
+        numbers: Numbers, reduced to letters and digits.
+        places: Words of each place.
     """
 
     names: set[str] = field(default_factory=set)
@@ -84,13 +84,13 @@ class Identity:
 
 
 def safe_texts(header: Any) -> tuple[dict[str, list[str]], int]:
-    """The texts of a header, and how many of them were cut or left out because they may name a person.
+    """Return the texts of a header, and how many were shortened or omitted because they may name a person.
 
     Args:
         header: A pydicom data set with `TEXT_FIELDS` and `IDENTITY_FIELDS`.
 
     Returns:
-        Granularity -> its one text, where anything is left of it; and the number.
+        Granularity -> its text, if anything is left of it; and the number.
     """
     texts = {level: _said(header, name) for level, name in TEXT_FIELDS.items()}
     typed = [level for level in texts if level != "modality"]
@@ -104,10 +104,10 @@ def safe_texts(header: Any) -> tuple[dict[str, list[str]], int]:
 
 
 def read_identity(header: Any) -> Identity:
-    """Names, numbers and places of a header.
+    """Read the names, numbers and places of a header.
 
     Raises:
-        UnusableError: a field is damaged.
+        UnusableDicomError: a field is damaged.
     """
     identity = Identity()
     for name in NAME_FIELDS:
@@ -131,7 +131,7 @@ def read_identity(header: Any) -> Identity:
 
 
 def without_identity(text: str, identity: Identity) -> str:
-    """A text without the words and numbers of an identity, dates, and long numbers; empty if little is left."""
+    """Remove the words and numbers of an identity, dates, and long numbers from a text; empty if little is left."""
     if len(text) > LONGEST:
         return ""
     spans = [found.span() for pattern in _ALWAYS_CUT for found in pattern.finditer(text)]
@@ -160,7 +160,7 @@ def _names_in(text: str, names: set[str]) -> Iterator[tuple[int, int]]:
 
 
 def _is_name(word: str, names: set[str]) -> bool:
-    """Whether a word is a name, holds one, or is made of several."""
+    """Return whether a word is a name, contains one, or consists of several."""
     if any(name in word for name in names if len(name) >= (_INSIDE_CJK if name[0] >= "⺀" else _INSIDE)):
         return True
     ends = {0}
@@ -171,7 +171,7 @@ def _is_name(word: str, names: set[str]) -> bool:
 
 
 def _numbers_in(text: str, numbers: set[str]) -> Iterator[tuple[int, int]]:
-    """Where numbers stand, whatever separates their parts."""
+    """Yield the positions of numbers, whatever separates their parts."""
     for word in _WORD.finditer(text):
         if {_plain(word.group()), _plain(word.group()).lstrip("0")} & numbers:
             yield word.span()
@@ -198,7 +198,7 @@ def _places_in(text: str, places: list[list[str]]) -> Iterator[tuple[int, int]]:
 
 
 def _said(header: Any, name: str) -> str:
-    """A text on one line, of printable letters; empty where it is damaged."""
+    """Return a text as one line of printable characters; empty if it is damaged."""
     try:
         whole = " ".join(_values(header, name))
     except UnusableDicomError:
@@ -208,7 +208,7 @@ def _said(header: Any, name: str) -> str:
 
 
 def _values(header: Any, name: str) -> list[str]:
-    """A field's values as texts; of a sequence, the `PatientID` of its items."""
+    """Return a field's values as texts; for a sequence, the `PatientID` of its items."""
     found = value(header, name)
     if name.endswith("Sequence"):
         return [one for item in found or () for one in _values(item, "PatientID")]
@@ -227,12 +227,12 @@ def _words(text: str) -> list[str]:
 
 
 def _forms(word: str) -> set[str]:
-    """How a name may be written: without accents (Muller), with umlauts spelt out (Mueller)."""
+    """Return the spellings of a name: without accents (Muller), with umlauts written out (Mueller)."""
     bare = word.replace("'", "").replace("’", "")
     return {_plain(bare), _plain(bare.casefold().translate(_SPELT_OUT))}
 
 
 def _plain(text: str) -> str:
-    """Lower case, without accents."""
+    """Convert to lowercase without accents."""
     apart = unicodedata.normalize("NFKD", text.casefold()).translate(_PLAIN)
     return "".join(letter for letter in apart if not unicodedata.combining(letter))

@@ -13,7 +13,7 @@ Color = tuple[float, float, float]
 
 
 def edge(distance: Array, softness: float) -> Array:
-    """1 where ``distance`` is below 1, 0 above, with a soft border."""
+    """Return 1 where ``distance`` is below 1, 0 above, with a soft border."""
     inside: Array = expit((1 - distance) / softness)
     return inside
 
@@ -37,17 +37,17 @@ class Canvas:
         self.x, self.y = _grid(self.size)
 
     def distance(self, center: tuple[float, float], ratio: float = 1.0) -> Array:
-        """Distance of every pixel to a point; ``ratio`` < 1 makes the unit circle a tall ellipse."""
+        """Return the distance of every pixel to a point; ``ratio`` < 1 turns the unit circle into a tall ellipse."""
         distance: Array = np.hypot((self.x - center[0]) / ratio, self.y - center[1])
         return distance
 
     def noise(self, cells: int) -> Array:
-        """Smooth noise of unit variance with about ``cells`` bumps along a side."""
+        """Generate smooth noise of unit variance with about ``cells`` bumps along a side."""
         coarse = self.rng.standard_normal((cells, cells)).astype(np.float32)
         return np.asarray(Image.fromarray(coarse).resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def blend(self, mask: Array, color: Color) -> None:
-        """Paint a colour through a 0-1 mask."""
+        """Paint a color through a 0-1 mask."""
         weight = np.clip(mask, 0, 1)[..., None]
         self.rgb = self.rgb * (1 - weight) + weight * np.asarray(color, np.float32)
 
@@ -58,7 +58,7 @@ class Canvas:
         self.rgb = np.asarray(blurred, np.float32) / 255
 
     def mask(self, blur: float = 0.0) -> "Mask":
-        """A blank mask to draw on, blurred by ``blur`` field radii when read."""
+        """Return a blank mask to draw on, blurred by ``blur`` field radii when read."""
         return Mask(self.size, blur)
 
     def scatter(
@@ -69,7 +69,7 @@ class Canvas:
         far: float,
         keep_off: tuple[float, float] | None = None,
     ) -> list[tuple[float, float]]:
-        """Random places between two distances from a centre, inside the field, away from the disc."""
+        """Return random places between two distances from a center, inside the field, away from the disc."""
         places: list[tuple[float, float]] = []
         for _ in range(count * 6):
             distance = np.sqrt(self.rng.uniform(near**2, far**2))
@@ -85,7 +85,7 @@ class Canvas:
 
 
 class Mask:
-    """A grey mask drawn in retina coordinates."""
+    """A gray mask drawn in retina coordinates."""
 
     def __init__(self, size: int, blur: float) -> None:
         self._image = Image.new("L", (size, size))
@@ -97,19 +97,19 @@ class Mask:
         return (value + 1.04) * self._scale
 
     def spot(self, place: tuple[float, float], radius: float, ratio: float = 1.0, level: float = 1.0) -> None:
-        """An ellipse."""
+        """Draw an ellipse."""
         x, y = self._pixel(place[0]), self._pixel(place[1])
         rx, ry = max(radius * ratio * self._scale, 0.5), max(radius * self._scale, 0.5)
         self._draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=int(255 * level))
 
     def line(self, points: NDArray[np.floating], width: float, level: float = 1.0) -> None:
-        """A polyline through ``points`` [n, 2]."""
+        """Draw a polyline through ``points`` [n, 2]."""
         pixels = ((points + 1.04) * self._scale).ravel().tolist()
         pen = max(1, round(width * self._scale))
         self._draw.line(pixels, fill=int(255 * level), width=pen, joint="curve" if pen > 2 else None)
 
     def read(self) -> Array:
-        """The mask on a 0-1 scale."""
+        """Return the mask on a 0-1 scale."""
         image = self._image
         if self._blur:
             image = image.filter(ImageFilter.GaussianBlur(self._blur * self._scale))

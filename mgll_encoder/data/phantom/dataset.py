@@ -1,4 +1,4 @@
-"""A folder of phantom photographs with a label table, in the form of a real labelled collection."""
+"""A folder of phantom photographs with a label table, in the form of a real labeled data set."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ _COLUMNS = 4
 
 @dataclass(frozen=True)
 class PhantomEye:
-    """One photograph to be drawn."""
+    """One photograph to render."""
 
     patient: int
     left: bool
@@ -46,13 +46,13 @@ class PhantomEye:
         return self.file, self.label, f"phantom-{self.patient:05d}", keyword
 
     def draw(self, size: int, seed: int) -> Image.Image:
-        """The photograph."""
+        """Render the photograph."""
         findings = [] if self.label == NORMAL else [self.label]
         return render(findings, (seed, self.patient, int(self.left)), size, self.severity, self.left)
 
 
 def phantom_eyes(per_disease: int, seed: int) -> Iterator[PhantomEye]:
-    """The eyes of a data set: two per patient, ``per_disease`` of each disease and as many normal ones."""
+    """Yield the eyes of a data set: two per patient, ``per_disease`` of each disease and as many normal ones."""
     rng = np.random.default_rng(seed)
     patient = 0
     for first in range(0, per_disease, 2):
@@ -78,7 +78,7 @@ def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, fo
         The number of photographs.
 
     Raises:
-        UserError: the numbers make no data set, or ``out`` exists.
+        UserError: a number is out of range, or ``out`` exists.
     """
     if per_disease < 1:
         raise UserError(f"--images-per-disease is {per_disease}: give at least 1")
@@ -87,7 +87,7 @@ def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, fo
     eyes = list(phantom_eyes(per_disease, seed))
     with new_folder(out, force) as folder:
         (folder / "images").mkdir()
-        for eye in track(eyes, "Drawing phantom eyes"):
+        for eye in track(eyes, "Rendering phantom photographs"):
             eye.draw(size, seed).save(folder / eye.file)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
@@ -99,7 +99,7 @@ def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, fo
 
 
 def contact_sheet(seed: int = 0) -> Image.Image:
-    """One captioned example of every disease and of a normal eye, 224 pixels each."""
+    """Render one captioned example of every disease and of a normal eye, 224 pixels each."""
     labels = (NORMAL, *FINDINGS)
     rows = -(-len(labels) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * (_TILE + 26)), "black")

@@ -21,17 +21,17 @@ class Anatomy:
 
     Attributes:
         temporal: +1 where the temple is to the right of the picture (left eye), -1 for a right eye.
-        disc: Centre of the optic disc.
-        fovea: Centre of the macula.
+        disc: Center of the optic disc.
+        fovea: Center of the macula.
         disc_radius: Vertical radius of the disc.
         disc_ratio: Horizontal over vertical radius of the disc.
         cup_ratio: Cup over disc, vertical.
-        crescent: Extent of the atrophy beside the disc, in disc radii.
+        crescent: Extent of the atrophy next to the disc, in disc radii.
         pallor: How waxy the neuroretinal rim is, 0 to 1.
-        background: Colour of the retina.
+        background: Color of the retina.
         choroid: Contrast of the choroidal vessels, 0 to 1.
-        vessel: Scale of the vessel calibre.
-        periphery: Colour multiplier of the far retina.
+        vessel: Scale of the vessel caliber.
+        periphery: Color multiplier of the peripheral retina.
     """
 
     temporal: int
@@ -50,7 +50,7 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Finding:
-    """How a disease shows: each hook gets the severity, 0 (just visible) to 1 (florid)."""
+    """How a disease changes the image: each hook gets the severity, 0 (just visible) to 1 (florid)."""
 
     anatomy: Callable[[Anatomy, float], None] | None = None
     lesions: Callable[[Canvas, Anatomy, float], None] | None = None

@@ -1,6 +1,6 @@
-"""A procedural fundus phantom: photographs of retinas that nobody has, for demos and tests without downloads.
+"""A procedural fundus phantom: synthetic retina photographs, for demos and tests without downloads.
 
-A finding changes the anatomy before drawing, paints lesions on it, or spoils the optics afterwards. The rest
+A finding changes the anatomy before rendering, paints lesions on it, or degrades the optics afterwards. Everything else
 (pigmentation, laterality, vessels, field, noise) varies independently of the findings.
 """
 
@@ -22,10 +22,10 @@ def render(
     severity: float = 0.5,
     left_eye: bool = False,
 ) -> Image.Image:
-    """Draw one fundus photograph.
+    """Render one fundus photograph.
 
     Args:
-        findings: Names out of :data:`FINDINGS`; empty for a healthy eye.
+        findings: Names from :data:`FINDINGS`; empty for a healthy eye.
         seed: Seed, or sequence of seeds; the same picture for the same arguments.
         size: Side of the square picture in pixels.
         severity: 0 (just visible) to 1 (florid).
@@ -41,7 +41,7 @@ def render(
         if name not in FINDINGS:
             raise unknown_name("phantom disease", name, FINDINGS)
     shown = [FINDINGS[name] for name in findings]
-    # three streams, so that a finding changes the picture by itself and by nothing else
+    # three random streams, so that a finding changes nothing but its own effect
     eye_rng, finding_rng, camera_rng = np.random.default_rng(seed).spawn(3)
     canvas = Canvas(max(2 * size, 128), eye_rng)
     eye = _draw_eye_parameters(eye_rng, left_eye)
