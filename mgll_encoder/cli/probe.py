@@ -97,7 +97,7 @@ def probe(
 
     Example: mgll-encoder probe --encoder mgll-fundus --data labels.csv --images images --patient-column patient
     """
-    from mgll_encoder.probing.benchmarks import PROTOCOLS, published_beside
+    from mgll_encoder.probing.benchmarks import PROTOCOLS, published_rows
 
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
@@ -112,7 +112,7 @@ def probe(
         )
     if compare not in (None, "paper"):
         raise unknown_name("comparison", compare, ["paper"])
-    published = published_beside(benchmark, PROTOCOLS[mode]) if compare else {}
+    published = published_rows(benchmark, PROTOCOLS[mode]) if compare else {}
     for path in filter(None, (out, tower_out)):
         check_free(path, force)
     question = LabeledSet(

@@ -1,1 +1,1 @@
-"""Training an image tower and a text tower together."""
+"""Joint training of an image tower and a text tower."""

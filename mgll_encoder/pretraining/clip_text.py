@@ -1,4 +1,4 @@
-"""The text tower inside a whole CLIP: open_clip's and OpenAI's state dicts, MGLL training checkpoints."""
+"""The text tower of a full CLIP: state dicts of open_clip and OpenAI, MGLL training checkpoints."""
 
 import math
 from collections.abc import Mapping
@@ -31,19 +31,19 @@ _RULES: dict[str, str] = {
 def clip_text_tower(
     path: Path, activation: Activation, shared: int, weights: WeightSet | None = None
 ) -> TextTower | None:
-    """The text tower of a whole CLIP, with CLIP's tokenizer.
+    """Load the text tower of a full CLIP, with CLIP's tokenizer.
 
     Args:
-        path: What ``load_tower`` reads as open_clip, OpenAI or MGLL weights.
-        activation: Of both towers; the weights do not say.
+        path: Weights that ``load_tower`` reads as open_clip, OpenAI or MGLL.
+        activation: Activation of both towers; the weights do not specify it.
         shared: Width of the shared space, that of the image tower's projection.
-        weights: Which of two sets of weights the image tower is of, as in ``load_tower``.
+        weights: The set of weights that the image tower was read from, as in ``load_tower``.
 
     Returns:
-        The tower in eval mode, float32; None where the file has no text tower.
+        The tower in eval mode, float32; None if the file has no text tower.
 
     Raises:
-        UserError: the text tower is not CLIP's: another vocabulary, keys missing, or another shared space.
+        UserError: the text tower is not CLIP's: a different vocabulary, missing keys, or a different shared space.
     """
     checkpoint = open_weights(path, weights)
     prefix = _prefix(checkpoint.headers)
@@ -63,7 +63,7 @@ def clip_text_tower(
         mlp = len(tensors["encoder.layers.0.mlp.fc1.weight"])
         projection = state[_PROJECTION]
     except KeyError as error:
-        raise UserError(f"{path}: the text tower lacks {error}: expected that of a whole CLIP") from None
+        raise UserError(f"{path}: the text tower lacks {error}: expected that of a full CLIP") from None
     tokenizer = clip_tokenizer()
     if rows != len(tokenizer) or projection.shape != (width, shared):
         raise UserError(
@@ -114,9 +114,7 @@ def _renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         elif name.startswith(_BLOCK):
             place = OPEN_CLIP_BLOCKS.find(name)
             if place is None:
-                raise UserError(
-                    f"{where}: the text tower has '{name}', which a CLIP text tower does not have"
-                )
+                raise UserError(f"{where}: the text tower has '{name}', which is not in a CLIP text tower")
             tensors |= dict(zip(place.targets, place.cut(tensor), strict=True))
     return tensors
 
@@ -131,7 +129,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     for name, tensor in own.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: tensor '{name}' of the text tower holds NaN or infinite values")
+            raise UserError(f"{path}: tensor '{name}' of the text tower contains NaN or infinite values")
     try:
         model.load_state_dict(own)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Batches of several ranks seen as one, with exact gradients."""
+"""Gathering the batches of several ranks into one, with exact gradients."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows, in rank order; the gradient of a row is summed over the ranks that used it."""
+    """Gathers all ranks' rows, in rank order; the gradient of a row is summed over the ranks that used it."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
@@ -28,7 +28,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all ranks, [Σ_r n_r, ...], differentiable.
+    """Gather the rows of all ranks, [Σ_r n_r, ...], differentiably.
 
     If every rank computes the same loss from the result and DDP averages the gradients of the parameters, the
     parameters get the gradient of that loss exactly.
@@ -43,7 +43,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_batch(images: Tensor, texts: Tensor, truth: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The global batch: all images, all distinct texts, and which belongs to which.
+    """Gather the global batch: all images, all distinct texts, and their co-occurrence.
 
     Args:
         images: This rank's image features, [N, D].
@@ -52,9 +52,8 @@ def gather_batch(images: Tensor, texts: Tensor, truth: Tensor, keys: Tensor) -> 
         keys: Identity of each text, int64 [U].
 
     Returns:
-        Images [N', D], texts [U', D] and truth [G, N', U'] over all ranks; the arguments on a single rank. A
-        text that several ranks encoded is the mean of their (equal) features: each gets its share of the
-        gradient.
+        Images [N', D], texts [U', D] and truth [G, N', U'] over all ranks; the arguments on a single rank. The feature
+        of a text that several ranks encoded is the mean of their (equal) features: each gets its share of the gradient.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return images, texts, truth

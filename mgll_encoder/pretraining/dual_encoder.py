@@ -1,4 +1,4 @@
-"""An image tower and a text tower that learn together."""
+"""An image tower and a text tower that are trained together."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -44,15 +44,15 @@ PRESETS = {
     "tiny": Preset(_vit(width=128, depth=4, size=64, patch=8)),
     "small": Preset(_vit(width=192, depth=6, size=64, patch=8)),
 }
-"""Towers that learn on two CPU cores, in minutes."""
+"""Towers that can be trained on two CPU cores in minutes."""
 
 
 class TwoTowers(nn.Module):
-    """Image tower, text tower and loss; ``forward`` gives what transformers' Trainer needs.
+    """Image tower, text tower and loss; ``forward`` returns what transformers' Trainer needs.
 
     Args:
         vision: The image tower.
-        projection: From its width to the shared space, as :func:`image_projection` makes it.
+        projection: From its width to the shared space, as from :func:`image_projection`.
         text: The text tower, into the same space.
         alphas: Weights of the loss terms.
     """
@@ -66,40 +66,40 @@ class TwoTowers(nn.Module):
         self.loss = MGLLLoss(alphas, text.temperature)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Features in the shared space, [N, D], not normalised, of pixels [N, 3, S, S]."""
+        """Compute features [N, D] in the shared space, not normalized, of pixels [N, 3, S, S]."""
         features: Tensor = self.projection(self.vision(pixels).pooler_output)
         return features
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, truth: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
-        """The loss under ``loss`` and its terms; arguments as in :class:`~mgll_encoder.pretraining.losses.MGLLLoss`."""
+        """Return ``loss`` and its terms; arguments as in :class:`~mgll_encoder.pretraining.losses.MGLLLoss`."""
         images, texts = self.image_features(pixel_values), self.text.encode(input_ids, attention_mask)
         terms: dict[str, Tensor] = self.loss(images, texts, truth, keys)
         return terms
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
-        """Keep block inputs only and compute the rest again on the way back; called by the Trainer."""
+        """Store only block inputs and recompute the rest in the backward pass; called by the Trainer."""
         self.vision.activation_checkpointing_enable(**settings)
         self.text.model.activation_checkpointing_enable(**settings)
 
     def tower(self) -> Tower:
-        """The image tower with its projection, to be saved."""
+        """Return the image tower with its projection, for saving."""
         return Tower.from_model(self.vision, self.spec, self.projection.weight.detach().to(torch.float32))
 
     def text_tower(self) -> TextTower:
-        """The text tower with the learnt temperature, to be saved."""
+        """Return the text tower with the learned temperature, for saving."""
         self.text.temperature = float(1 / self.loss.scale.detach())
         return self.text
 
 
 def new_tower(preset: Preset) -> Tower:
-    """An image tower with random weights and no projection yet."""
+    """Create an image tower with random weights and without a projection."""
     return Tower.from_model(build_model(preset.spec), preset.spec)
 
 
 def image_projection(vision: Tower) -> nn.Linear:
-    """A tower's projection into the shared space, to be trained on; a new one of its own width if it has none."""
+    """Return a tower's projection into the shared space for training; a new one of its width if it has none."""
     width, shared = vision.spec.width, vision.spec.projection_dim or vision.spec.width
     projection = nn.Linear(width, shared, bias=False)
     if vision.projection is None:

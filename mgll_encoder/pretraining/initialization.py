@@ -1,4 +1,4 @@
-"""What a pretraining starts from: new towers, ours, a whole CLIP, or a text encoder that somebody trained."""
+"""Initial weights of pretraining: new towers, this project's towers, a full CLIP, or a pretrained text encoder."""
 
 import logging
 from functools import lru_cache
@@ -22,9 +22,9 @@ from mgll_encoder.weights.torch_file import WeightSet
 _logger = logging.getLogger(__name__)
 
 OPENAI = "openai"
-"""The name, for ``--init``, of OpenAI's CLIP ViT-L/14."""
+"""Value of ``--init`` for OpenAI's CLIP ViT-L/14."""
 AUTO, NEW = "auto", "new"
-"""For ``--text-tower``: the one of ``--init`` where it has one, else a new one; or a new one in any case."""
+"""Values of ``--text-tower``: that of ``--init`` if it has one, else a new one; or always a new one."""
 
 
 def starting_towers(
@@ -37,21 +37,21 @@ def starting_towers(
     freeze_text: bool = False,
     weights: WeightSet | None = None,
 ) -> TwoTowers:
-    """The towers as they are before the first step.
+    """Create the towers as they are before the first step.
 
     Args:
         preset: Geometry of new towers.
         init: None for new ones, ``OPENAI``, or anything that ``load_tower`` reads.
-        activation: Of ``init``, where it does not say.
-        text_tower: ``AUTO``, ``NEW``, or a transformers folder or repository of a text encoder.
-        plan: The training rows, whose texts are the vocabulary of a new text tower.
+        activation: Activation of ``init``, if it does not specify it.
+        text_tower: ``AUTO``, ``NEW``, or a transformers folder or hub id of a text encoder.
+        plan: The training rows, whose texts define the vocabulary of a new text tower.
         alphas: Weights of the loss terms.
-        freeze_text: Train the projection of the text tower only.
-        weights: ``raw`` or ``ema``, where ``init`` has both.
+        freeze_text: Train only the projection of the text tower.
+        weights: ``raw`` or ``ema``, if ``init`` has both.
 
     Raises:
-        UserError: a new text tower is to be frozen, weights cannot be read or had, or the text tower of ``init``
-            does not know the texts.
+        UserError: a new text tower is to be frozen, weights cannot be read or downloaded, or the text tower of ``init``
+            lacks words of the texts.
     """
     given, activation = _openai(activation) if init == OPENAI else (init, activation)
     vision = load_tower(given, activation=activation, weights=weights) if given else new_tower(preset)
@@ -62,7 +62,7 @@ def starting_towers(
     text = _text(text_tower, path, vision, projection.out_features, plan)
     if text is None and freeze_text:
         raise UserError(
-            "--freeze-text: the text tower is a new one, which has to learn; leave it out, or name a trained one with "
+            "--freeze-text: the text tower is new and must be trained; leave it out, or name a trained one with "
             "--text-tower"
         )
     if text is None:
@@ -73,7 +73,7 @@ def starting_towers(
 
 
 def _openai(activation: Activation | None) -> tuple[Path, Activation]:
-    """OpenAI's weights, from open_clip's cache or the hub; they were trained with QuickGELU."""
+    """Return OpenAI's weights, from open_clip's cache or the hub; they were trained with QuickGELU."""
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
     try:
@@ -88,13 +88,13 @@ def _openai(activation: Activation | None) -> tuple[Path, Activation]:
 
 
 def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: SplitRows) -> TextTower | None:
-    """The text tower that was asked for; None for a new one."""
+    """Return the requested text tower; None for a new one."""
     if choice == NEW or (choice == AUTO and path is None):
         return None
     if choice != AUTO:
         return TextTower.pretrained(choice, shared)
     assert path is not None  # the first case
-    text = text_beside(path, vision, shared)
+    text = paired_text_tower(path, vision, shared)
     if text is None:
         _logger.info(f"{path} has no text tower: a new one is trained")
     else:
@@ -102,8 +102,8 @@ def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: Spli
     return text
 
 
-def text_beside(path: Path, vision: Tower, shared: int) -> TextTower | None:
-    """The text tower that an image tower was trained with, if it was saved too.
+def paired_text_tower(path: Path, vision: Tower, shared: int) -> TextTower | None:
+    """Return the text tower that an image tower was trained with, if it was saved.
 
     Args:
         path: What the image tower was read from.
@@ -111,7 +111,7 @@ def text_beside(path: Path, vision: Tower, shared: int) -> TextTower | None:
         shared: Width of the shared space.
 
     Raises:
-        UserError: it is there, but damaged.
+        UserError: it is damaged.
     """
     layout = vision.header.layout
     if layout == OURS:
@@ -127,13 +127,13 @@ def text_beside(path: Path, vision: Tower, shared: int) -> TextTower | None:
 
 
 def _check_known(text: TextTower, plan: SplitRows) -> None:
-    """Refuse texts with words that a text tower of few words would leave out."""
+    """Refuse texts with words that a text tower with a reduced vocabulary would ignore."""
     if text.rows >= len(text.tokenizer):
         return
     unknown = lru_cache(maxsize=2**16)(lambda sentence: tuple(text.unknown(sentence)))
     for sentence in plan.all_texts():
         if pieces := unknown(sentence):
             raise UserError(
-                f"the text tower of --init has no vector for {', '.join(pieces[:5])} in '{sentence[:80]}', a text of "
-                f"{plan.path}: train another one with --text-tower {NEW}"
+                f"the text tower of --init has no embedding for {', '.join(pieces[:5])} in '{sentence[:80]}', a text "
+                f"of {plan.path}: train another one with --text-tower {NEW}"
             )

@@ -1,9 +1,9 @@
 """The losses of multi-granular language learning (Li et al., ICLR 2026, arXiv 2511.15943).
 
-A batch has N images V_i and the U *unique* texts T_u that belong to them. ``truth[g, i, u]`` > 0 says that
-text u belongs to image i at granularity g (the co-occurrence of the paper; 1 for an ordinary label). Labels
-repeat heavily, so encoding each text once is the speed, and sharing it among its images is the right
-multi-positive target. All functions take ``logits[i, u]`` = sim(V_i, T_u)/τ with cosine similarity.
+A batch has N images V_i and the U *unique* texts T_u that belong to them. ``truth[g, i, u]`` > 0 means that text u
+belongs to image i at granularity g (the co-occurrence of the paper; 1 for an ordinary label). Labels repeat often, so
+encoding each text once saves time, and sharing it among its images gives the correct multi-positive target. All
+functions take ``logits[i, u]`` = sim(V_i, T_u)/τ with cosine similarity.
 
 Repeated texts: the paper's denominator Σ_n Σ_m runs over the texts of every image, so a text that belongs
 to c pairs of the batch counts c times. :func:`soft_clip` adds log c to the logit of a unique text, so its
@@ -21,15 +21,15 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.pretraining.distributed import gather_batch
 
 MAX_LOG_SCALE = math.log(100)
-"""Largest logarithm of 1/τ, as in CLIP."""
+"""Maximum of log(1/τ), as in CLIP."""
 
 
 @dataclass(frozen=True)
 class Alphas:
-    """Weights α₁, α₂, α₃ of the three terms; 0 leaves a term out.
+    """Weights α₁, α₂, α₃ of the three terms; 0 disables a term.
 
-    The equations scale the terms differently: the point-wise loss is a sum over some fifty texts of a
-    batch, the others are means. With equal weights it drowns them; at the defaults all three matter.
+    The equations scale the terms differently: the point-wise loss is a sum over some fifty texts of a batch, the others
+    are means. With equal weights it dominates them; with the defaults all three contribute.
 
     Attributes:
         soft_clip: Weight of :func:`soft_clip`.
@@ -54,7 +54,7 @@ PLAIN_CLIP = Alphas(1.0, 0.0, 0.0)
 
 
 def soft_clip(logits: Tensor, truth: Tensor) -> Tensor:
-    """Soft CLIP: cross-entropy of every image with all its texts, in both directions.
+    """Compute soft CLIP: the cross-entropy of every image with all its texts, in both directions.
 
     l_ik = −w_ik log( exp(sim(V_i,T_ik)/τ) / Σ_n Σ_m exp(sim(V_i,T_nm)/τ) ), l_ki likewise over images,
     w_ik = truth_ik / Σ_k truth_ik, L = 1/(2 Σ_i M_i) Σ_i Σ_k (l_ik + l_ki); k runs over the texts of image i
@@ -79,11 +79,11 @@ def soft_clip(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def pointwise(logits: Tensor, truth: Tensor) -> Tensor:
-    """Point-wise loss: binary cross-entropy of every image with every text of a granularity.
+    """Compute the point-wise loss: the binary cross-entropy of every image with every text of a granularity.
 
     L_P = −(1/N) Σ_i Σ_j [ y_ij log x_ij + (1 − y_ij) log(1 − x_ij) ], x_ij = sigmoid(logits_ij), j over the
     unique texts of each granularity in the batch; y_ij is 1 for every true pair, however often its text
-    occurs. An image that has no text at a granularity is unlabelled there and is left out.
+    occurs. An image without a text at a granularity is unlabeled there and does not count.
 
     Args:
         logits: Scores of the pairs, [N, U].
@@ -101,10 +101,10 @@ def pointwise(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def smooth_kl(logits: Tensor, truth: Tensor) -> Tensor:
-    """Smooth KL: the texts of an image should call for the same images at every granularity.
+    """Compute smooth KL: the texts of an image should select the same images at every granularity.
 
     The common support of the distributions is the batch's images: P_g(j | i) = softmax_j(Σ_u w_giu sim(V_j,
-    T_u)/τ), w_gi the normalised co-occurrence of image i at granularity g. With M = mean_g P_g, the loss is
+    T_u)/τ), w_gi the normalized co-occurrence of image i at granularity g. With M = mean_g P_g, the loss is
     Σ_g KL(P_g ‖ M), averaged over images: m times the Jensen-Shannon divergence, 0 where the granularities
     agree. Computed in log space, over the granularities that the image has.
 
@@ -123,7 +123,7 @@ def smooth_kl(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def jensen_shannon(log_p: Tensor, present: Tensor) -> Tensor:
-    """Σ_g KL(P_g ‖ M) with M = mean_g P_g, from log probabilities.
+    """Compute Σ_g KL(P_g ‖ M) with M = mean_g P_g, from log probabilities.
 
     Args:
         log_p: Log probabilities, [G, ..., K]; they sum to one over the last axis.
@@ -134,7 +134,7 @@ def jensen_shannon(log_p: Tensor, present: Tensor) -> Tensor:
     """
     count = present.sum(dim=0).clamp_min(1).to(log_p.dtype)
     absent = torch.where(present, 0.0, -torch.inf)[..., None]
-    # where nothing is present the mixture would be log 0; such places are masked below
+    # without any distribution the mixture would be log 0; such entries are masked below
     mixture = torch.logsumexp(torch.where(present.any(dim=0)[..., None], log_p + absent, log_p), dim=0)
     mixture = mixture - count.log()[..., None]
     divergence = (log_p.exp() * (log_p - mixture)).sum(dim=-1)
@@ -148,31 +148,31 @@ class MGLLLoss(nn.Module):
     every rank) and the gradients (averaged by DDP) equal those of one process with the global batch.
 
     Attributes:
-        log_scale: log(1/τ), learnable; used up to log 100. The gradient passes the clamp, so it can return.
+        log_scale: log(1/τ), learnable; clamped to log 100. The gradient passes through the clamp, so it can recover.
     """
 
     def __init__(self, alphas: Alphas | None = None, temperature: float = 0.07) -> None:
         super().__init__()
         self.alphas = alphas or Alphas()
-        # one number in a row: DeepSpeed cannot broadcast a parameter without dimensions between CPUs
+        # shape [1]: DeepSpeed cannot broadcast a scalar parameter between CPUs
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
 
     @property
     def scale(self) -> Tensor:
-        """1/τ, at most 100; without dimensions."""
+        """1/τ, at most 100; a scalar."""
         excess = (self.log_scale - MAX_LOG_SCALE).clamp_min(0).detach()
         return (self.log_scale - excess).exp()[0]
 
     def forward(self, images: Tensor, texts: Tensor, truth: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        """The total under ``loss`` and each active term under its name.
+        """Return the total as ``loss`` and each active term under its name.
 
         Args:
-            images: Image features, [N, D]; normalised here.
-            texts: Features of the batch's unique texts, [U, D]; normalised here.
+            images: Image features, [N, D]; normalized here.
+            texts: Features of the batch's unique texts, [U, D]; normalized here.
             truth: Co-occurrence, [G, N, U].
             keys: Identity of each text, int64 [U], equal on all ranks for equal strings.
         """
-        # in full precision also under autocast: 1/τ = 100 makes half precision coarse
+        # full precision even under autocast: with 1/τ = 100, half precision is too coarse
         with torch.autocast(images.device.type, enabled=False):
             images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
             images, texts, truth = gather_batch(images, texts, truth.float(), keys)

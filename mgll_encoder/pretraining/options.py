@@ -1,4 +1,4 @@
-"""What a user asks of a pretraining."""
+"""Options of pretraining."""
 
 import math
 from dataclasses import dataclass, field
@@ -20,31 +20,31 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class PretrainOptions:
-    """What decides the outcome of a training.
+    """Settings that determine the result of a training run.
 
     Attributes:
-        loss: ``mgll``, or ``clip``: the control, with all texts of an image joined in one string.
-        preset: Geometry of new towers, out of ``PRESETS``.
-        init: Weights to start from: ``openai``, or anything that ``load_tower`` reads; None for new ones.
-        activation: Of ``init``, where it does not say.
-        init_weights: ``raw`` or ``ema``, where ``init`` has a moving average beside its weights.
-        text_tower: ``auto`` (that of ``init`` where it has one, else a new one), ``new``, or a transformers folder
-            or repository of the hub.
-        freeze_text: Train the projection of the text tower only.
-        granularities: Which to use; empty for all.
+        loss: ``mgll``, or ``clip``: the control, with all texts of an image joined into one string.
+        preset: Geometry of new towers, a key of ``PRESETS``.
+        init: Initial weights: ``openai``, or anything that ``load_tower`` reads; None for random weights.
+        activation: Activation of ``init``, if it does not specify it.
+        init_weights: ``raw`` or ``ema``, if ``init`` is stored with a moving average of its weights.
+        text_tower: ``auto`` (that of ``init`` if it has one, else a new one), ``new``, or a transformers folder or hub
+            id.
+        freeze_text: Train only the projection of the text tower.
+        granularities: Granularities to use; empty for all.
         alphas: Weights of the terms of ``mgll``.
         epochs: Passes over the training rows.
         batch_size: Images per step and process.
         lr: Peak learning rate, after 5 % of warm-up; cosine decay to 0.
         tower_lr: That of the image tower, where it is another: a trained one wants less than a new text tower.
-        weight_decay: On weight matrices; not on norms, biases, embeddings and the temperature.
-        select: ``best``: keep the epoch with the highest mAP on the ``val`` rows; ``last``; ``auto``: best where
-            there are such rows.
-        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 on a GPU that can, else fp32.
-        gradient_checkpointing: Save memory, spend a third more time.
+        weight_decay: Weight decay of weight matrices; none for norms, biases, embeddings and the temperature.
+        select: ``best``: keep the epoch with the highest mAP on the ``val`` rows; ``last``; ``auto``: best if there are
+            such rows.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 on a GPU that supports it, else fp32.
+        gradient_checkpointing: Save memory at a third more time.
         deepspeed: A DeepSpeed configuration (ZeRO 0 to 2).
-        flip: Mirror every other training image, but none whose texts name a side.
-        seed: Draws weights, order and augmentation.
+        flip: Mirror half of the training images, except those whose texts name a side.
+        seed: Seed of weights, order and augmentation.
     """
 
     loss: Loss = "mgll"
@@ -96,7 +96,7 @@ class PretrainOptions:
 
     @property
     def weights(self) -> Alphas:
-        """The weights that are in force."""
+        """The effective loss weights."""
         return PLAIN_CLIP if self.loss == "clip" else self.alphas
 
 
@@ -109,12 +109,12 @@ def _check_deepspeed(path: Path) -> None:
     content = read_deepspeed(path)
     if content.zero_optimization.stage == 3:
         raise UserError(
-            f"{path}: field 'zero_optimization.stage' is 3: expected 0, 1 or 2; both towers fit on one GPU, and "
-            "are written whole from there"
+            f"{path}: field 'zero_optimization.stage' is 3: expected 0, 1 or 2; both towers fit on one GPU, "
+            "from which they are saved"
         )
     steps = content.gradient_accumulation_steps
     if steps not in (1, "auto"):
         raise UserError(
-            f"{path}: field 'gradient_accumulation_steps' is {steps}: expected 1; texts of one step are no contrast "
-            "for images of another; raise --batch-size or the number of processes, with --gradient-checkpointing"
+            f"{path}: field 'gradient_accumulation_steps' is {steps}: expected 1; negatives are not shared across "
+            "accumulation steps; raise --batch-size or the number of processes, with --gradient-checkpointing"
         )

@@ -46,29 +46,29 @@ _logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 
-_LOOKED_AT = 2000
-"""Rows whose texts are measured before training."""
+_SAMPLED = 2000
+"""Rows whose texts are checked for truncation before training."""
 
 
 def checkpoint_folder(out: Path) -> Path:
-    """Where the checkpoints of a training lie until its tower is written."""
+    """Return the folder of a run's checkpoints, used until its tower is written."""
     return out.absolute().parent / f".{out.name}.training"
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """How a training went.
+    """Summary of a training run.
 
     Attributes:
         out: The tower's folder.
         images: Images trained on.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         losses: Mean training loss of each epoch.
-        temperature: The learnt τ.
-        skipped: Rows left out, by reason.
+        temperature: The learned τ.
+        skipped: Skipped rows, by reason.
         kept: The epoch whose weights were saved, from 1.
-        validation: Its figures on the ``val`` rows; empty where there are none.
-        first: Whether this is the process that speaks to the user, of several under torchrun.
+        validation: Its metrics on the ``val`` rows; empty if there are none.
+        first: Whether this is the main process, under torchrun.
     """
 
     out: Path
@@ -96,24 +96,24 @@ def pretrain(
 ) -> PretrainResult:
     """Train on the manifest's ``train`` rows and write the tower's folder.
 
-    Checkpoints lie in ``.<out>.training`` beside ``out`` until the tower is written. A killed training
-    resumes from the last whole epoch, and ends as if it had not been killed.
+    Checkpoints are in ``.<out>.training`` next to ``out`` until the tower is written. A killed run resumes from the
+    last complete epoch, with the same result as an uninterrupted run.
 
     Args:
         manifest: The manifest.
         out: Folder of the tower.
-        options: What decides the outcome.
-        images: The image folder; None for the one that the manifest names.
+        options: Settings that determine the result.
+        images: The image folder; None for the one named in the manifest.
         workers: Processes that open images; 0 for none.
-        strict: Stop at the first row that would be left out.
-        resume: Go on with the checkpoints of a killed run of the same options and manifest.
+        strict: Stop at the first row that would be skipped.
+        resume: Continue from the checkpoints of a killed run with the same options and manifest.
         force: Replace ``out``.
         save_on_signal: Save a checkpoint before ending on SIGTERM or Ctrl-C.
 
     Raises:
-        UserError: bad input (see ``plan_rows``, ``starting_towers``), ``out`` exists, another process trains into it,
-            there is nothing to resume, or the disk is full.
-        Terminated: a signal came, and the training has saved a checkpoint.
+        UserError: invalid input (see ``plan_rows``, ``starting_towers``), ``out`` exists, another process trains into
+            it, there is nothing to resume, or the disk is full.
+        Terminated: a signal arrived, and a checkpoint was saved.
     """
     check_free(out, force)
     skipped = Skipped(strict)
@@ -121,9 +121,9 @@ def pretrain(
     plans = plan_splits(manifest, images, options.granularities, splits, options.loss == "clip", skipped)
     plan = plans["train"]
     if len(plan) < 2:
-        reasons = "; ".join(skipped.lines()) or "it has no more with split 'train'"
+        reasons = "; ".join(skipped.lines()) or "no other row has split 'train'"
         raise UserError(
-            f"manifest {manifest} has {len(plan)} train images: contrast needs at least 2; {reasons}"
+            f"manifest {manifest} has {len(plan)} train images: contrastive training needs at least 2; {reasons}"
         )
     arguments = training_arguments(checkpoint_folder(out), options, len(plan), workers)
     set_seed(options.seed)
@@ -138,7 +138,7 @@ def pretrain(
         options.init_weights,
     )
     if arguments.process_index == 0:
-        _tell_what_is_cut(model.text, plan)
+        _report_truncation(model.text, plan)
     validation = _validation(plans.get("val"), options.select, model, workers)
     if validation is not None:
         arguments.eval_strategy = IntervalStrategy.EPOCH
@@ -169,25 +169,25 @@ def pretrain(
 def _run(
     trainer: TowerTrainer, folder: Path, identity: dict[str, Any], *, resume: bool, save_on_signal: bool
 ) -> int:
-    """Train; the number of steps."""
+    """Train, and return the number of steps."""
     last = _prepare_checkpoints(folder, identity, resume, trainer.args)
     with writing(folder), saving_on_signal(trainer, wanted=save_on_signal):
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.gather_skipped()
     if (logged := len(trainer.epoch_losses)) != trainer.args.num_train_epochs:
         raise ResumeError(
-            f"cannot resume from {last}: its trainer_state.json has lost the loss of an epoch ({logged} of "
-            f"{trainer.args.num_train_epochs:.0f} are there): remove {folder} to start again"
+            f"cannot resume from {last}: its trainer_state.json lacks the loss of an epoch (it has {logged} of "
+            f"{trainer.args.num_train_epochs:.0f}): remove {folder} to start over"
         )
     if not all(map(math.isfinite, (outcome.training_loss, *trainer.epoch_losses))):
-        raise UserError(f"the loss is not finite after {outcome.global_step} steps: take a smaller --lr")
+        raise UserError(f"the loss is not finite after {outcome.global_step} steps: use a smaller --lr")
     return outcome.global_step
 
 
 def _write(
     trainer: TowerTrainer, out: Path, about: dict[str, Any], trainings: tuple[Training, ...], force: bool
 ) -> PretrainResult:
-    """Write the tower; how it went."""
+    """Write the tower, and return the summary."""
     kept, figures = kept_epoch(trainer)
     model, losses = trainer.towers, trainer.epoch_losses
     temperature = model.text_tower().temperature
@@ -219,36 +219,36 @@ def _write(
 
 
 def _trainings(plan: SplitRows, init: Path | str | None) -> tuple[Training, ...]:
-    """What the tower will have been trained on: what it starts from was, and the images of this training."""
+    """Return the training records of the tower: those of its initial weights, and that of this run."""
     before = () if init is None or init == OPENAI else trainings_of(at_hand(init))
-    digests = picture_digests(plan.images, "Noting the training images").values()
+    digests = picture_digests(plan.images, "Hashing the training images").values()
     return (*before, Training.of((TOWER,), "pretrain", digests, [split_of(read_header(plan.path).built)]))
 
 
-def _tell_what_is_cut(text: TextTower, plan: SplitRows) -> None:
-    """Say that texts are longer than the text tower reads, looking at some rows."""
-    distinct = sorted(set(plan.sample(_LOOKED_AT).all_texts()))
+def _report_truncation(text: TextTower, plan: SplitRows) -> None:
+    """Log how many texts are longer than the text tower's context, in a sample of rows."""
+    distinct = sorted(set(plan.sample(_SAMPLED).all_texts()))
     lengths = text.lengths(distinct)
     if many := sum(length > text.context for length in lengths):
         longest = max(range(len(distinct)), key=lengths.__getitem__)
         _logger.info(
-            f"{many} of {len(distinct)} texts have more tokens than the {text.context} that the text tower reads, and "
-            f"lose their ends. The longest has {lengths[longest]}: '{distinct[longest][:80]}'. Shorter texts, fewer "
-            "granularities or a --text-tower of a longer context keep them"
+            f"{many} of {len(distinct)} texts have more tokens than the text tower's context of {text.context} and are "
+            f"truncated. The longest has {lengths[longest]}: '{distinct[longest][:80]}'. To avoid this, use shorter "
+            "texts, fewer granularities, or a --text-tower with a longer context"
         )
 
 
 def _validation(plan: SplitRows | None, select: Select, model: TwoTowers, workers: int) -> Validation | None:
-    """What epochs are compared by, if the manifest has it and it is wanted."""
+    """Return the validation data for choosing an epoch, if the manifest has it and it is wanted."""
     if plan is None:
         return None
     validation = Validation(plan, model.spec, workers)
-    if validation.tells:
+    if validation.informative:
         return validation
-    found = f"manifest {plan.path} has {len(plan)} usable val images, and no text that only some of them have"
+    found = f"manifest {plan.path} has {len(plan)} usable val images, and no text that is true of only some of them"
     if select == "best":
         raise UserError(
-            f"--select best: {found}; keep some for it with 'mgll-encoder data fundus --val 0.1', or leave --select out"
+            f"--select best: {found}; set some aside with 'mgll-encoder data fundus --val 0.1', or leave --select out"
         )
     if len(plan):
         _logger.info(f"{found}: the last epoch is kept")
@@ -256,7 +256,7 @@ def _validation(plan: SplitRows | None, select: Select, model: TwoTowers, worker
 
 
 def _identity(manifest: Path, options: PretrainOptions, plan: SplitRows) -> dict[str, Any]:
-    """What must be equal for a run to be resumed."""
+    """Return the settings that must be equal to resume a run."""
     settings = asdict(options) | {
         "alphas": asdict(options.weights),
         "granularities": list(plan.granularities),
@@ -275,7 +275,7 @@ def _identity(manifest: Path, options: PretrainOptions, plan: SplitRows) -> dict
 def _prepare_checkpoints(
     folder: Path, identity: dict[str, Any], resume: bool, arguments: TrainingArguments
 ) -> Path | None:
-    """An empty folder with the run's identity, or the checkpoint to resume from."""
+    """Create an empty folder with the run's identity, or find the checkpoint to resume from."""
     last = _last_checkpoint(folder, identity) if resume else None
     if last:
         check_states(
@@ -290,11 +290,11 @@ def _prepare_checkpoints(
 
 
 def _last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path:
-    """The newest whole checkpoint of the same run."""
+    """Return the newest complete checkpoint of the same run."""
     last = last_checkpoint(folder)
     if last is None or not (folder / RUN_FILE).is_file():
         raise NotFoundError(
-            f"nothing to resume: {folder} holds no whole checkpoint; run again without --resume"
+            f"nothing to resume: {folder} has no complete checkpoint; run again without --resume"
         )
     before = read_json(folder / RUN_FILE)
     changed = [name for name in identity if before.get(name) != identity[name]]

@@ -1,4 +1,4 @@
-"""transformers' Trainer for two towers: what a batch leaves out is counted, validation ranks texts for images."""
+"""transformers' Trainer for two towers: unreadable images are counted, validation ranks texts for images."""
 
 import logging
 from dataclasses import asdict
@@ -24,7 +24,7 @@ from mgll_encoder.tower.spec import TowerSpec
 _logger = logging.getLogger(__name__)
 
 VALIDATION_IMAGES = 2048
-"""At most so many validation images are looked at, evenly spread over the split."""
+"""Maximum number of validation images, evenly spaced over the split."""
 
 
 class Validation:
@@ -32,7 +32,7 @@ class Validation:
 
     Args:
         plan: The rows of the ``val`` split.
-        spec: Contract of the image tower.
+        spec: Specification of the image tower.
         workers: Processes that open images.
     """
 
@@ -52,15 +52,15 @@ class Validation:
         return len(self._plan)
 
     @property
-    def tells(self) -> bool:
-        """Whether some text is true of some images and not of others, so that there is something to rank."""
+    def informative(self) -> bool:
+        """Whether some text is true of some images and not of others, so that a ranking is defined."""
         return bool(any((level.any(0) & ~level.all(0)).any() for level in self.truth))
 
-    def judge(self, towers: TwoTowers, batch_size: int) -> tuple[dict[str, float], list[str]]:
-        """The figures of :func:`ranking_metrics`, and one line for each image that cannot be read."""
+    def evaluate(self, towers: TwoTowers, batch_size: int) -> tuple[dict[str, float], list[str]]:
+        """Return the metrics of :func:`ranking_metrics`, and one line for each unreadable image."""
         weight = towers.projection.weight
         data = ManifestImages(self._plan, self._spec, seed=0, augment=False)
-        # a generator of its own: the loader must not move the random numbers of the training
+        # a separate generator, so that the loader does not change the random numbers of training
         loader = DataLoader(
             data,
             batch_size,
@@ -81,15 +81,15 @@ class Validation:
             texts = F.normalize(towers.text.features(self.texts).float(), dim=-1)
         scores = (torch.cat(images) @ texts.T).cpu().numpy()
         if not np.isfinite(scores).all():
-            raise UserError("the towers' features are not finite any more: take a smaller --lr")
+            raise UserError("the towers' features are no longer finite: use a smaller --lr")
         return ranking_metrics(scores, self.truth[:, np.array(readable)], self.names), troubles
 
 
 class EpochOfData(TrainerCallback):
-    """Tells the data set which epoch it is; of several processes accelerate tells the sampler only."""
+    """Set the epoch of the data set; with several processes accelerate sets only that of the sampler."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Before the first batch of an epoch is asked for."""
+        """Set it before the first batch of an epoch is requested."""
         kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch))
 
 
@@ -98,10 +98,10 @@ class TowerTrainer(SoundStates):
 
     Args:
         towers: The model.
-        skipped: Counts images that cannot be read, each once; stops at the first if strict.
-        validation: What to judge after each epoch, if anything.
+        skipped: Counts unreadable images, each once; stops at the first if strict.
+        validation: What to evaluate after each epoch, if anything.
         tower_lr: Peak learning rate of the image tower; None for that of ``settings``.
-        settings: For transformers' Trainer.
+        settings: Arguments of transformers' Trainer.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class TowerTrainer(SoundStates):
         tower_lr: float | None = None,
         **settings: Any,
     ) -> None:
-        # the Trainer wants a data set where it evaluates; `evaluate` below reads `validation` itself
+        # the Trainer requires a data set to evaluate; `evaluate` below uses `validation` directly
         super().__init__(model=towers, eval_dataset=validation, **settings)
         self.add_callback(EpochOfData)
         self.towers, self.skipped, self._validation = towers, skipped, validation
@@ -126,7 +126,7 @@ class TowerTrainer(SoundStates):
         return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight matrices that are no embeddings."""
+        """Return the names of weight matrices other than embeddings."""
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -157,13 +157,13 @@ class TowerTrainer(SoundStates):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch, whose unreadable images are counted."""
+        """Compute the loss of a batch, and count its unreadable images."""
         troubles = inputs.pop("troubles")
         self._count(troubles)
         if not inputs:
             raise UserError(
-                f"none of the {len(troubles)} images of a batch can be read; first: {troubles[0]}; mend them or "
-                "take them out of the manifest"
+                f"none of the {len(troubles)} images of a batch can be read; first: {troubles[0]}; fix them or "
+                "remove them from the manifest"
             )
         loss, terms = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._terms.append({name: value for name, value in terms.items() if name != "loss"})
@@ -175,11 +175,11 @@ class TowerTrainer(SoundStates):
         ignore_keys: list[str] | None = None,  # noqa: ARG002
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Rank the validation texts for the validation images; every process does all of it."""
-        assert self._validation is not None  # the Trainer asks only where there is something to evaluate
+        """Rank the validation texts for the validation images; every process evaluates all of them."""
+        assert self._validation is not None  # the Trainer evaluates only with an eval_dataset
         self.towers.eval()
         with self.compute_loss_context_manager():
-            figures, troubles = self._validation.judge(self.towers, self.args.eval_batch_size)
+            figures, troubles = self._validation.evaluate(self.towers, self.args.eval_batch_size)
         self.towers.train()
         self._count(troubles)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
@@ -188,7 +188,7 @@ class TowerTrainer(SoundStates):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the terms of the loss; in words where there is no progress bar."""
+        """Log, with the terms of the loss; as a line of text if there is no progress bar."""
         if self._terms and "loss" in logs:
             for name in self._terms[0]:
                 logs[name] = round(float(torch.stack([terms[name] for terms in self._terms]).mean()), 4)
@@ -209,7 +209,7 @@ class TowerTrainer(SoundStates):
             _logger.info(f"{epoch}: validation {figures}")
 
     def gather_skipped(self) -> None:
-        """Let the first process know what the others could not read."""
+        """Collect the unreadable images of all processes in the first one."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, list(self._troubles))

@@ -1,4 +1,4 @@
-"""The machine's side of a pretraining: transformers' arguments, precision, DeepSpeed."""
+"""Training arguments of pretraining: precision, DeepSpeed, devices."""
 
 from pathlib import Path
 
@@ -11,23 +11,23 @@ from mgll_encoder.pretraining.options import PretrainOptions
 
 
 def training_arguments(folder: Path, options: PretrainOptions, rows: int, workers: int) -> TrainingArguments:
-    """What transformers' Trainer is to do.
+    """Build the arguments of transformers' Trainer.
 
     Args:
-        folder: For checkpoints.
-        options: What the user asked for.
-        rows: Training images.
+        folder: Folder for checkpoints.
+        options: The user's options.
+        rows: Number of training images.
         workers: Processes that open images.
 
     Raises:
-        UserError: the precision is not to be had here, or one process sees several GPUs.
+        UserError: the precision is not available here, or several GPUs are visible to one process.
     """
     cuda = torch.cuda.is_available()
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
-        raise UserError("--precision fp16 needs a GPU: take bf16 or fp32 here")
+        raise UserError("--precision fp16 needs a GPU: use bf16 or fp32")
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
@@ -66,7 +66,7 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
 
 
 def kept_epoch(trainer: Trainer) -> tuple[int, dict[str, float]]:
-    """The epoch whose weights the model has after the training, and its validation figures, if any."""
+    """Return the epoch whose weights the model has after training, and its validation metrics, if any."""
     state = trainer.state
     step = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
     entries = [entry for entry in state.log_history if entry.get("step") == step]
@@ -76,5 +76,5 @@ def kept_epoch(trainer: Trainer) -> tuple[int, dict[str, float]]:
         for name, value in entry.items()
         if name.startswith(("eval_mAP", "eval_recall"))
     }
-    # By name, as transformers sorts what it saves: a resumed training writes what an undisturbed one does.
+    # Sorted by name, as transformers saves them, so that a resumed run writes the same as an uninterrupted one.
     return round(max(entry["epoch"] for entry in entries)), dict(sorted(figures.items()))

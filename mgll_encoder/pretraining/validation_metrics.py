@@ -1,7 +1,7 @@
-"""How well images find their texts: the figures by which a checkpoint is chosen.
+"""Ranking metrics of texts for images, by which a checkpoint is chosen.
 
-Ties get what a random order would give on average, so features that do not tell images apart score exactly
-chance: the share of true pairs for the average precision, k of U texts for recall@k.
+Ties get the average over random orders, so features that do not distinguish images score exactly chance: the share of
+true pairs for the average precision, k of U texts for recall@k.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 
 
 def mean_average_precision(scores: NDArray[np.floating], truth: NDArray[np.bool_]) -> float:
-    """Multi-label average precision, macro over texts.
+    """Compute the multi-label average precision, macro over texts.
 
     Args:
         scores: Similarity of image i and text u, [N, U].
@@ -28,15 +28,15 @@ def mean_average_precision(scores: NDArray[np.floating], truth: NDArray[np.bool_
 
 
 def recall_at(k: int, scores: NDArray[np.floating], truth: NDArray[np.bool_]) -> float:
-    """Share of an image's true texts among the k that are most similar to it, mean over images.
+    """Compute the share of an image's true texts among the k most similar to it, mean over images.
 
     Args:
-        k: How many texts are looked at.
+        k: Number of texts.
         scores: Similarity, [N, U].
         truth: Whether the text is true of the image, [N, U].
 
     Returns:
-        The recall; NaN if no image has a text, or if k takes in the whole vocabulary and every answer wins.
+        The recall; NaN if no image has a text, or if k covers the whole vocabulary.
     """
     asked = truth.any(axis=1)
     if k >= scores.shape[1] or not asked.any():
@@ -57,17 +57,17 @@ def ranking_metrics(
     granularities: Sequence[str],
     ks: Sequence[int] = (1, 5),
 ) -> dict[str, float]:
-    """The figures of every granularity, each among its own texts, and their means.
+    """Compute the metrics of every granularity, each among its own texts, and their means.
 
     Args:
         scores: Similarity of N images and the U texts of the vocabulary, [N, U].
-        truth: Which text is true of which image at which granularity, [G, N, U].
+        truth: Whether a text is true of an image at a granularity, [G, N, U].
         granularities: Names of the G granularities.
         ks: The k of recall@k.
 
     Returns:
         ``mAP`` and ``recall@k`` (means over granularities), ``mAP_<granularity>``, ``recall@k_<granularity>``;
-        figures that are not defined are left out.
+        undefined metrics are omitted.
     """
     found: dict[str, float] = {}
     for name, level in zip(granularities, truth, strict=True):

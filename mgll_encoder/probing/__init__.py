@@ -1,1 +1,1 @@
-"""Measuring towers: probes, zero-shot classification, retrieval, explanations."""
+"""Evaluation of towers: probes, zero-shot classification, retrieval, explanations."""

@@ -1,4 +1,4 @@
-"""Published probes: how their labels are laid out, and the figures of the paper."""
+"""Published benchmarks: the layout of their labels, and the paper's results."""
 
 import json
 from collections.abc import Mapping
@@ -12,27 +12,27 @@ from mgll_encoder.data.label_table import Columns
 
 LINEAR, FINETUNE, ZERO_SHOT = "linear probe", "full fine-tune", "zero-shot"
 PROTOCOLS = {"linear": LINEAR, "finetune": FINETUNE}
-"""Mode of ``mgll-encoder probe`` -> protocol of the published figures."""
+"""Mode of ``mgll-encoder probe`` -> protocol of the published results."""
 
 
 class Benchmark(BaseModel):
-    """A published data set, as its labels are laid out.
+    """A published data set and the layout of its labels.
 
     Attributes:
-        title: What it is.
-        source: Where the column names were seen.
+        title: Its title.
+        source: Source of the column names.
         image: Template of the image path over the columns.
-        labels: Column with labels, unless ``binary``; several names, of which a file has one, where files differ.
+        labels: Column with labels, unless ``binary``; alternative names, of which a file has one.
         binary: Columns with 0 or 1.
-        folders: Pattern of image paths -> class, for sets whose files or folders tell the class.
+        folders: Pattern of image paths -> class, for data sets whose file or folder names give the class.
         patient: Column with the patient id.
-        nested: Images lie in sub-folders that no column names.
-        only: Labels that count.
+        nested: Whether images are in subfolders that no column names.
+        only: Labels to use.
         names: Label -> its name in words.
-        layout: A layout of ``data/fundus_layouts.json`` that has the names.
+        layout: A layout of ``data/fundus_layouts.json`` with the names.
         prompts: Set of prompts for zero-shot classification.
-        paper: Name in the published figures, if they have it.
-        hint: What the user should know, such as the official test side.
+        paper: Name in the published results, if included.
+        hint: What the user should know, such as the official test split.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,12 +55,12 @@ class Benchmark(BaseModel):
     @model_validator(mode="after")
     def _is_labeled(self) -> "Benchmark":
         if not self.folders and not (self.image and (self.labels or self.binary)):
-            raise ValueError("neither columns nor folders tell the labels")
+            raise ValueError("neither columns nor folders give the labels")
         return self
 
     @property
     def tabled(self) -> bool:
-        """Whether a label table tells the classes."""
+        """Whether a label table gives the classes."""
         return bool(self.image)
 
     @property
@@ -85,16 +85,16 @@ class _Benchmarks(BaseModel):
 
 
 def benchmarks() -> dict[str, Benchmark]:
-    """All published probes that are described, by name."""
+    """Return all known benchmarks, by name."""
     text = files(__package__).joinpath("benchmarks.json").read_text(encoding="utf-8")
     return _Benchmarks.model_validate_json(text).benchmarks
 
 
 def benchmark(name: str) -> Benchmark:
-    """The published probe of this name.
+    """Return a known benchmark by name.
 
     Raises:
-        UserError: there is none; the message suggests the nearest.
+        UserError: it is not known; the message suggests the closest name.
     """
     known = benchmarks()
     if name not in known:
@@ -103,10 +103,10 @@ def benchmark(name: str) -> Benchmark:
 
 
 def published_figures(name: str, protocol: str = LINEAR) -> Mapping[str, Mapping[str, float]]:
-    """Method -> metric -> figure of the paper in %; empty where it has none.
+    """Return method -> metric -> the paper's result in %; empty if it has none.
 
     Args:
-        name: Name in the published figures.
+        name: Name in the published results.
         protocol: `LINEAR` or `FINETUNE`.
     """
     text = files(__package__).joinpath("published_probes.json").read_text(encoding="utf-8")
@@ -114,15 +114,15 @@ def published_figures(name: str, protocol: str = LINEAR) -> Mapping[str, Mapping
     return figures.get(name, {}).get(protocol, {})
 
 
-def published_beside(name: str | None, protocol: str) -> Mapping[str, Mapping[str, float]]:
-    """The rows that ``--compare paper`` prints.
+def published_rows(name: str | None, protocol: str) -> Mapping[str, Mapping[str, float]]:
+    """Return the rows that ``--compare paper`` prints.
 
     Args:
         name: The benchmark.
         protocol: `LINEAR` or `FINETUNE`.
 
     Raises:
-        UserError: no benchmark is named, or the paper has no figure for it.
+        UserError: no benchmark is named, or the paper has no result for it.
     """
     having = [
         known for known, row in benchmarks().items() if row.paper and published_figures(row.paper, protocol)
@@ -131,6 +131,6 @@ def published_beside(name: str | None, protocol: str) -> Mapping[str, Mapping[st
     found = published_figures(paper, protocol) if paper else {}
     if not found:
         raise UserError(
-            f"--compare paper needs --benchmark with published figures of a {protocol}: {', '.join(having)}"
+            f"--compare paper needs --benchmark with published results of a {protocol}: {', '.join(having)}"
         )
     return found

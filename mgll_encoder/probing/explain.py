@@ -1,4 +1,4 @@
-"""Where a tower looks: maps of attention, and of what speaks for a text or a class, laid over the images."""
+"""Explanation maps: attention, and attribution for a text or a class, overlaid on the images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,18 +20,18 @@ from mgll_encoder.tower.preprocess import image_transform
 ATTENTION, ROLLOUT = "attention of the last block", "attention rollout"
 
 _SHOWN = 224
-"""Side of a picture on the sheet in pixels, at least."""
+"""Minimum side of a picture on the sheet, in pixels."""
 _COLORS = "inferno"
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something a tower can be asked about an image.
+    """A score of an image that can be attributed to its patches.
 
     Attributes:
-        name: What, for the caption.
-        unit: What the score is.
-        score: From pooled features [n, width] to scores [n], with gradients.
+        name: Its name, for the caption.
+        unit: Its unit.
+        score: Maps pooled features [n, width] to scores [n], with gradients.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Target:
 
 
 def text_target(tower: Tower, text: str, feature: NDArray[np.floating]) -> Target:
-    """How alike an image and a text are.
+    """Return the target for the similarity of an image and a text.
 
     Args:
         tower: A tower with a projection.
@@ -54,11 +54,11 @@ def text_target(tower: Tower, text: str, feature: NDArray[np.floating]) -> Targe
 
 
 def class_target(name: str, probe: Pipeline) -> Target:
-    """What a linear probe says of a class.
+    """Return the target for a class of a linear probe.
 
     Args:
         name: The class.
-        probe: As `mgll_encoder.probing.linear.fit_linear` gives it: a scaler and a logistic regression.
+        probe: As from `mgll_encoder.probing.linear.fit_linear`: a scaler and a logistic regression.
     """
     scaler, regression = probe[0], probe[-1]
     weight = torch.from_numpy(regression.coef_[0] / scaler.scale_).float()
@@ -67,17 +67,17 @@ def class_target(name: str, probe: Pipeline) -> Target:
 
 
 def attention_maps(tower: Tower, pixels: Tensor) -> dict[str, NDArray[np.float32]]:
-    """How much the class token attends to each patch.
+    """Compute how much the class token attends to each patch.
 
     Args:
         tower: The tower.
-        pixels: As its preprocessing gives them, [n, 3, S, S].
+        pixels: Preprocessed images, [n, 3, S, S].
 
     Returns:
         Two maps, [n, grid, grid]: the last block's attention, mean over heads; and attention rollout (Abnar and Zuidema
-        2020), which follows it through all blocks with half of each block passing by on the residual path.
+        2020), which multiplies it over all blocks, each averaged with the identity for the residual path.
     """
-    with torch.inference_mode(), _attention_at_hand(tower):
+    with torch.inference_mode(), _eager_attention(tower):
         layers = tower.model(pixels, output_attentions=True).attentions
     grid = tower.spec.grid
     means = [layer.float().mean(dim=1) for layer in layers]  # [n, tokens, tokens]
@@ -93,25 +93,25 @@ def attention_maps(tower: Tower, pixels: Tensor) -> dict[str, NDArray[np.float32
 def target_maps(
     tower: Tower, pixels: Tensor, target: Target
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A class activation map: how much each patch speaks for a target.
+    """Compute class activation maps: how much each patch contributes to a target.
 
-    Gradient times activation of the patch tokens before the last block, summed over channels, negative parts cut off:
-    Grad-CAM with the gradient of every place kept (HiResCAM, Draelos and Carin 2020), since only few patch tokens have
-    one in a vision transformer. By captum.
+    Gradient times activation of the patch tokens before the last block, summed over channels and clamped at 0: Grad-CAM
+    without averaging the gradient over positions (HiResCAM, Draelos and Carin 2020), since only few patch tokens have a
+    gradient in a vision transformer. Computed by captum.
 
     Args:
         tower: The tower.
-        pixels: As its preprocessing gives them, [n, 3, S, S].
-        target: What to ask.
+        pixels: Preprocessed images, [n, 3, S, S].
+        target: The target.
 
     Returns:
         Maps [n, grid, grid], and the scores [n].
     """
-    asked = _Asked(tower, target)
-    found = LayerGradientXActivation(asked, asked.patches).attribute(pixels.clone().requires_grad_())
+    scorer = _Attributable(tower, target)
+    found = LayerGradientXActivation(scorer, scorer.patches).attribute(pixels.clone().requires_grad_())
     maps = found.detach().sum(dim=1).relu().numpy()
     with torch.inference_mode():
-        return maps, asked(pixels).numpy()
+        return maps, scorer(pixels).numpy()
 
 
 def contact_sheet(
@@ -122,13 +122,13 @@ def contact_sheet(
     tower: Tower,
     out: Path,
 ) -> None:
-    """Write a PNG: one image a row, as the tower's resize rule shows it, and beside it each map laid over.
+    """Write a PNG with one row per image: the image after the tower's resize rule, then with each map overlaid.
 
     Args:
         images: The images, [n].
-        captions: What stands above each.
-        columns: Heading -> maps, [n, grid, grid]; each map is stretched from its least to its greatest value.
-        notes: Heading -> what stands above each map.
+        captions: Caption of each image.
+        columns: Heading -> maps, [n, grid, grid]; each map is scaled from its minimum to its maximum.
+        notes: Heading -> caption of each map.
         tower: The tower, for its resize rule.
         out: The PNG.
     """
@@ -157,7 +157,7 @@ def contact_sheet(
 
 
 def stretched(values: NDArray[np.floating], side: int) -> NDArray[np.float32]:
-    """A map [grid, grid] on a scale of 0 to 1, at the size of a picture [side, side]; 0 throughout if it is flat."""
+    """Scale a map [grid, grid] to 0 to 1 and resize it to a picture [side, side]; all 0 if the map is constant."""
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high - low > 1e-12 else np.zeros_like(values)
     grid = torch.from_numpy(scaled).float()[None, None]
@@ -165,8 +165,8 @@ def stretched(values: NDArray[np.floating], side: int) -> NDArray[np.float32]:
     return wide.clamp(0, 1).numpy()
 
 
-class _Asked(nn.Module):
-    """A tower that answers a target, with its patch tokens before the last block as a layer to attribute to."""
+class _Attributable(nn.Module):
+    """A tower that computes a target's score; the patch tokens before its last block are a layer for attribution."""
 
     def __init__(self, tower: Tower, target: Target) -> None:
         super().__init__()
@@ -185,8 +185,8 @@ class _Asked(nn.Module):
 
 
 @contextmanager
-def _attention_at_hand(tower: Tower) -> Iterator[None]:
-    """The attention that keeps its weights; the faster ones do not."""
+def _eager_attention(tower: Tower) -> Iterator[None]:
+    """Use the attention implementation that returns its weights; the faster ones do not."""
     before = tower.model.config._attn_implementation
     tower.model.set_attn_implementation("eager")
     try:

@@ -1,4 +1,4 @@
-"""Features of many images: read in workers, computed in batches, kept in a cache."""
+"""Features of many images: read in workers, computed in batches, cached."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from mgll_encoder.tower.spec import PixelRule
 _NOT_FINITE = "gives features that are not finite"
 
 _FEW = 256
-"""Up to so many images, starting worker processes costs more than they save."""
+"""Up to this many images, starting worker processes costs more than it saves."""
 
 
 def workers_for(images: int, asked: int | None) -> int:
-    """Processes that read images: as asked for; else one per core of ours, up to 8, and none for a few images."""
+    """Return the number of reader processes: as requested; else one per core, up to 8, and 0 for few images."""
     if asked is not None:
         return asked
     return min(8, cpu_count()) if images > _FEW else 0
@@ -39,51 +39,51 @@ def workers_for(images: int, asked: int | None) -> int:
 def pooled_features(
     tower: Tower, images: Sequence[Path], batch_size: int = 64, workers: int | None = None
 ) -> NDArray[np.float32]:
-    """The tower's pooled features (class token after the last norm, no projection), [n, width].
+    """Compute the tower's pooled features (class token after the last norm, no projection), [n, width].
 
     Args:
         tower: The tower; its own preprocessing is used.
         images: Image files.
         batch_size: Images per forward pass.
-        workers: Processes that read images; 0 for none, None for one per core where that pays.
+        workers: Processes that read images; 0 for none, None to choose automatically.
 
     Raises:
         UserError: an image cannot be read.
     """
-    return _whole(images, _pooled(tower, images, batch_size, workers))
+    return _all_readable(images, _pooled(tower, images, batch_size, workers))
 
 
 def cached_features(
     tower: Tower, images: Sequence[Path], cache: Path, workers: int | None = None
 ) -> NDArray[np.float32]:
-    """`pooled_features`, kept in a file whose name is a hash of tower, preprocessing and images.
+    """Compute `pooled_features`, cached in a file named by a hash of tower, preprocessing and images.
 
     Args:
         tower: The tower.
-        images: Image files; told apart by path, size and time of change.
-        cache: Folder of such files.
+        images: Image files; identified by path, size and modification time.
+        cache: Cache folder.
         workers: As for `pooled_features`.
 
     Raises:
         UserError: an image cannot be read.
     """
-    return _whole(images, _cached(tower, images, cache, workers))
+    return _all_readable(images, _cached(tower, images, cache, workers))
 
 
 def readable_features(
     tower: Tower, data: LabeledImages, cache: Path, skipped: Skipped, workers: int | None = None
 ) -> tuple[NDArray[np.float32], LabeledImages]:
-    """Cached features of the images that can be read, and the labels of these.
+    """Return cached features of the readable images, and their labels.
 
     Args:
         tower: The tower.
         data: The images.
         cache: As for `cached_features`.
-        skipped: Takes the others.
+        skipped: Collects the others.
         workers: As for `pooled_features`.
 
     Raises:
-        UserError: ``skipped`` is strict and an image cannot be read, or none can.
+        UserError: ``skipped`` is strict and an image cannot be read, or none can be read.
     """
     features = _cached(tower, data.images, cache, workers)
     kept = np.asarray(~np.isnan(features).any(axis=1))
@@ -91,31 +91,31 @@ def readable_features(
 
 
 def open_every_image(data: LabeledImages, skipped: Skipped) -> LabeledImages:
-    """Labels of the images that can be read, found out by opening each once; for those who read them many times.
+    """Return the labels of the readable images, after opening each image once; for later repeated reading.
 
     Args:
         data: The images.
-        skipped: Takes the others.
+        skipped: Collects the others.
 
     Raises:
         UserError: as for `without_unreadable`.
     """
     with ThreadPoolExecutor() as pool:
-        troubles = track(pool.map(unreadable, data.images), "Opening every image once", len(data.images))
+        troubles = track(pool.map(unreadable, data.images), "Checking every image", len(data.images))
         kept = np.array([not trouble for trouble in troubles])
     return without_unreadable(data, kept, skipped)
 
 
 def without_unreadable(data: LabeledImages, kept: NDArray[np.bool_], skipped: Skipped) -> LabeledImages:
-    """Labels of the images that can be read, the others counted.
+    """Return the labels of the readable images, and count the others.
 
     Args:
         data: All images.
-        kept: Which can be read, [n].
-        skipped: Takes the others.
+        kept: Whether each image can be read, [n].
+        skipped: Collects the others.
 
     Raises:
-        UserError: ``skipped`` is strict and there are others, or no image is left.
+        UserError: ``skipped`` is strict and an image cannot be read, or none can be read.
     """
     for place in np.flatnonzero(~kept):
         where = data.rows[place] if data.rows else f"image {place + 1}"
@@ -126,7 +126,7 @@ def without_unreadable(data: LabeledImages, kept: NDArray[np.bool_], skipped: Sk
 
 
 def unreadable(path: Path) -> str:
-    """What keeps an image from being read, in words that follow its name; empty if nothing does."""
+    """Return why an image cannot be read, in words that follow its name; empty if it can."""
     try:
         open_image(path)
     except UserError as error:
@@ -135,7 +135,7 @@ def unreadable(path: Path) -> str:
 
 
 def tower_digest(tower: Tower) -> str:
-    """A hash of a tower's weights and contract."""
+    """Return a hash of a tower's weights and specification."""
     digest = hashlib.sha256(tower.spec.model_dump_json().encode())
     for name, value in sorted(tower.model.state_dict().items()):
         digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -143,7 +143,7 @@ def tower_digest(tower: Tower) -> str:
 
 
 def images_digest(images: Sequence[Path]) -> str:
-    """A hash of image files by path, size and time of change, and of how they are read."""
+    """Return a hash of image files by path, size and modification time, and of the reader version."""
     digest = hashlib.sha256(f"reader {READER_VERSION}\n".encode())
     for path in images:
         state = path.stat()
@@ -152,12 +152,12 @@ def images_digest(images: Sequence[Path]) -> str:
 
 
 def best_device() -> torch.device:
-    """A GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Images(Dataset[Tensor]):
-    """Pixels of image files; NaN throughout for one that cannot be read, since an error would end the worker."""
+    """Pixels of image files; all NaN for an unreadable image, since an error would end the worker."""
 
     def __init__(self, images: Sequence[Path], spec: PixelRule) -> None:
         self._images, self._side = images, spec.image_size
@@ -169,14 +169,14 @@ class _Images(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         try:
             return self._transform(open_image(self._images[index]))
-        except UserError:  # named and counted by whoever finds the NaN
+        except UserError:  # reported by the code that finds the NaN
             return torch.full((3, self._side, self._side), torch.nan)
 
 
 def _pooled(
     tower: Tower, images: Sequence[Path], batch_size: int, workers: int | None
 ) -> NDArray[np.float32]:
-    """Pooled features, NaN for images that cannot be read."""
+    """Compute pooled features, NaN for unreadable images."""
     device = best_device()
     loader = DataLoader(
         _Images(images, tower.spec),
@@ -189,7 +189,7 @@ def _pooled(
     features = np.full((len(images), tower.spec.width), np.nan, np.float32)
     start = 0
     with torch.inference_mode():
-        for pixels in track(loader, "Reading features", len(loader)):
+        for pixels in track(loader, "Computing features", len(loader)):
             good = ~torch.isnan(pixels).flatten(1).any(dim=1)
             if good.any():
                 found = model(pixels[good].to(device, tower.model.dtype)).pooler_output.float().cpu().numpy()
@@ -209,8 +209,8 @@ def _cached(tower: Tower, images: Sequence[Path], cache: Path, workers: int | No
     return load_file(file)["features"]
 
 
-def _whole(images: Sequence[Path], features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The features, if there are no NaN among them."""
+def _all_readable(images: Sequence[Path], features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the features if none of them is NaN."""
     if (bad := np.isnan(features).any(axis=1)).any():
         path = images[int(bad.argmax())]
         raise UserError(f"image {path} {unreadable(path) or _NOT_FINITE}")

@@ -1,6 +1,6 @@
-"""Full fine-tuning as a probe: tower and linear head learn together on the training patients (transformers' Trainer).
+"""Full fine-tuning as a probe: tower and linear head are trained on the training patients (transformers' Trainer).
 
-The epoch that is judged is chosen on a part of the training patients; nothing of the test side takes part.
+The epoch to evaluate is chosen on a part of the training patients; the test split is not involved.
 """
 
 import hashlib
@@ -49,24 +49,24 @@ from mgll_encoder.tower.spec import TowerSpec
 _logger = logging.getLogger(__name__)
 
 OPEN = -1
-"""In place of 0 or 1 where a table leaves a label open."""
+"""Replaces 0 or 1 for an unknown label."""
 
 CHOSEN_BY = METRICS[0]
-"""The metric on the validation part that chooses the epoch."""
+"""The validation metric by which the epoch is chosen."""
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """What decides the outcome of a fine-tuning.
+    """Settings that determine the result of fine-tuning.
 
     Attributes:
         epochs: Passes over the training images.
         batch_size: Images per step.
         lr: Peak learning rate, after 10 % of warm-up; cosine decay to 0.
-        weight_decay: On weight matrices.
-        validation: Share of the training patients that chooses the epoch, where the table marks none.
-        augment: Turn, scale, shift and recolour a little; never flip.
-        seed: Draws the head, the order and the augmentation; the validation part too.
+        weight_decay: Weight decay of weight matrices.
+        validation: Share of the training patients used to choose the epoch, if the table marks none.
+        augment: Rotate, scale, shift and change colors slightly; never flip.
+        seed: Seed of the head, the order, the augmentation and the validation part.
     """
 
     epochs: int = 20
@@ -82,20 +82,20 @@ class FinetuneOptions:
             if value <= 0 or not math.isfinite(value):
                 raise UserError(f"{name} is {value}: it must be greater than 0")
         if not 0 < self.validation < 1:
-            raise UserError(f"--validation is {self.validation}: it must lie between 0 and 1")
+            raise UserError(f"--validation is {self.validation}: it must be between 0 and 1")
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a fine-tuning gave.
+    """Result of fine-tuning.
 
     Attributes:
         scores: Probabilities of the test images, [test images, kept labels].
-        kept: Places of those labels.
-        tower: The tower of the chosen epoch, without its projection, which belongs to the tower it was.
-        trained_on: The images that it learned from.
+        kept: Indices of those labels.
+        tower: The tower of the chosen epoch, without the projection, which belongs to the original tower.
+        trained_on: The training images.
         validation: Value of `CHOSEN_BY` on the validation part at that epoch, in %.
-        record: What it was made from and how.
+        record: Inputs and settings.
     """
 
     scores: NDArray[np.float64]
@@ -107,11 +107,11 @@ class Finetuned:
 
 
 class TowerWithHead(nn.Module):
-    """A tower under a linear classifier.
+    """A tower with a linear classifier on top.
 
     Args:
-        tower: The tower; its model is trained, not copied.
-        data: The training images: the head starts at the frequencies of their labels.
+        tower: The tower; its model is trained in place.
+        data: The training images; the bias of the head is initialized from their label frequencies.
         exclusive: Whether labels are classes (cross-entropy), or findings (binary cross-entropy of each).
     """
 
@@ -125,7 +125,7 @@ class TowerWithHead(nn.Module):
         self.head.bias.data.copy_(frequency.log() if exclusive else torch.logit(frequency))
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss and logits [N, labels] of pixels [N, 3, S, S] with labels (0, 1, or `OPEN`) [N, labels]."""
+        """Return loss and logits [N, labels] of pixels [N, 3, S, S] with labels (0, 1, or `OPEN`) [N, labels]."""
         logits = self.head(self.vision(pixel_values).pooler_output)
         if self.exclusive:
             loss = functional.cross_entropy(logits, labels.argmax(dim=1))
@@ -136,7 +136,7 @@ class TowerWithHead(nn.Module):
         return {"loss": loss, "logits": logits}
 
     def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Of classes, which add up to 1, or of findings one by one; [n, labels]."""
+        """Convert logits to probabilities: of classes, which sum to 1, or of each finding; [n, labels]."""
         found = torch.from_numpy(logits).double()
         return (found.softmax(dim=1) if self.exclusive else found.sigmoid()).numpy()
 
@@ -146,9 +146,9 @@ class LabeledPixels(Dataset[dict[str, Tensor]]):
 
     Args:
         data: The images, all readable.
-        spec: Contract of the tower.
+        spec: Specification of the tower.
         augment: Whether to jitter, differently in every epoch.
-        seed: Of the augmentation.
+        seed: Seed of the augmentation.
     """
 
     def __init__(self, data: LabeledImages, spec: TowerSpec, augment: bool, seed: int) -> None:
@@ -161,7 +161,7 @@ class LabeledPixels(Dataset[dict[str, Tensor]]):
         return len(self._images)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the training loop."""
+        """Set the epoch; called by the training loop."""
         self._epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -187,15 +187,16 @@ def finetune(
     Checkpoints lie in ``cache`` until the end; the same call after a kill goes on with the last whole epoch.
 
     Args:
-        tower: Where to start; it is left as it is.
-        data: Labelled images, all readable.
-        options: What decides the outcome.
+        tower: The initial tower; it is not changed.
+        data: Labeled images, all readable.
+        options: Settings that determine the result.
         cache: Folder for checkpoints.
-        positives: Least number of positive test images of a label that is judged.
+        positives: Minimum number of positive test images of an evaluated label.
         workers: Processes that read images; None for one per core.
 
     Raises:
-        UserError: no label can be judged or chosen by, the same fine-tuning is running, or the loss diverges.
+        UserError: no label can be evaluated or used to choose the epoch, the same fine-tuning is running, or the loss
+            diverges.
     """
     kept = kept_labels(data, positives)
     val = validation_part(data, options.validation, options.seed)
@@ -223,7 +224,7 @@ def finetune(
     folder = cache / hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
     cache.mkdir(parents=True, exist_ok=True)
     lock = folder.with_suffix(".lock")
-    running = f"the same fine-tuning is running in another process (it holds the lock {lock}): wait for it, or end it"
+    running = f"the same fine-tuning is running in another process (it holds the lock {lock}): wait for it, or stop it"
     with locked(lock, running), writing(folder):
         set_seed(options.seed)
         model = TowerWithHead(_copy(tower), learn, data.exclusive)
@@ -233,23 +234,23 @@ def finetune(
             check_states(last, weights=SAFE_WEIGHTS_NAME)
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
         if not math.isfinite(outcome.training_loss):
-            raise UserError(f"the loss is not finite after {outcome.global_step} steps: give a smaller --lr")
+            raise UserError(f"the loss is not finite after {outcome.global_step} steps: use a smaller --lr")
         logits = trainer.predict(LabeledPixels(asked, tower.spec, False, options.seed)).predictions
         best = math.nan if trainer.state.best_metric is None else float(trainer.state.best_metric)
         shutil.rmtree(folder, ignore_errors=True)
     spec = tower.spec.model_copy(update={"projection_dim": None})
-    learnt = Tower.from_model(model.vision.cpu(), spec)
+    trained = Tower.from_model(model.vision.cpu(), spec)
     return Finetuned(
-        model.probabilities(np.asarray(logits))[:, kept], kept, learnt, learn.images, best, record
+        model.probabilities(np.asarray(logits))[:, kept], kept, trained, learn.images, best, record
     )
 
 
 def validation_part(data: LabeledImages, share: float, seed: int) -> NDArray[np.bool_]:
-    """Which images choose the epoch, [n]: those that the table marks, else all of some training patients."""
+    """Return which images choose the epoch, [n]: those marked in the table, else those of some training patients."""
     if data.val is not None:
         return data.val & ~data.test
-    drawn = [assign_split(f"validation of {patient}", test=share, seed=seed) for patient in data.patients]
-    chosen: NDArray[np.bool_] = np.array(drawn) == "test"
+    split = [assign_split(f"validation of {patient}", test=share, seed=seed) for patient in data.patients]
+    chosen: NDArray[np.bool_] = np.array(split) == "test"
     return ~data.test & chosen
 
 
@@ -306,14 +307,14 @@ def _trainer(
         train_dataset=LabeledPixels(learn, spec, options.augment, options.seed),
         eval_dataset=LabeledPixels(choose, spec, False, options.seed),
         compute_metrics=compute,
-        callbacks=[_Telling()],
+        callbacks=[_LogEpoch()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-class _Telling(TrainerCallback):
-    """A line per epoch where no progress bar is drawn."""
+class _LogEpoch(TrainerCallback):
+    """Log one line per epoch if there is no progress bar."""
 
     def on_evaluate(
         self,

@@ -1,4 +1,4 @@
-"""Which labelled images a probe is about."""
+"""The labeled images of a probe."""
 
 import logging
 from dataclasses import dataclass, field, replace
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _COLUMNS = ("file", "labels", "")
-"""Defaults of the options that a benchmark answers itself."""
+"""Defaults of the options that a known benchmark sets itself."""
 
 
 @dataclass(frozen=True)
 class LabeledSet:
-    """Which images and labels the user means; each field is the option of its name."""
+    """The images and labels to use; each field corresponds to the option of the same name."""
 
     data: Path | None
     images: Path
@@ -43,7 +43,7 @@ class LabeledSet:
     reading: TableOptions = field(default_factory=TableOptions)
 
     def read(self, skipped: "Skipped", both_sides: bool = True) -> "LabeledImages":
-        """The labelled images; what is left out is counted in ``skipped``.
+        """Read the labeled images; skipped ones are counted in ``skipped``.
 
         Raises:
             UserError: see `mgll_encoder.data.label_table`; options that contradict each other.
@@ -61,9 +61,7 @@ class LabeledSet:
             self.test, self.seed, _listed(self.test_list), self.test_data, self.test_images, both_sides
         )
         if self.benchmark and (self.image_column, self.labels_column, self.binary_columns) != _COLUMNS:
-            raise UserError(
-                f"--benchmark {self.benchmark} says what the columns are: leave their options out"
-            )
+            raise UserError(f"--benchmark {self.benchmark} defines the columns: leave their options out")
         only = tuple(name.strip().casefold() for name in self.only.split(";") if name.strip())
         known = described(self.benchmark) if self.benchmark else None
         if known and not self.data and known.folders:
@@ -85,12 +83,12 @@ class LabeledSet:
             )
         if not self.data:
             raise UserError(
-                "--data is missing: expected the label file; only sets labelled by folders need none"
+                "--data is missing: expected the label file; only data sets labeled by folders need none"
             )
         if known and not known.tabled:
             raise BadDataError(
-                f"benchmark '{self.benchmark}' is labelled by its folders: leave --data out, or leave --benchmark "
-                "out and say what the columns of your file are"
+                f"benchmark '{self.benchmark}' is labeled by its folders: leave --data out, or leave --benchmark "
+                "out and name the columns of your file"
             )
         if known:
             columns = known.columns
@@ -109,18 +107,18 @@ class LabeledSet:
 
     @property
     def names(self) -> "Mapping[str, str]":
-        """Label -> its name in words; known of described benchmarks."""
+        """Label -> its name in words; only for known benchmarks."""
         from mgll_encoder.probing.benchmarks import benchmark as described
 
         return described(self.benchmark).in_words if self.benchmark else {}
 
     def warn_of_leaks(self, data: "LabeledImages") -> None:
-        """Log where test images may show patients that were trained on."""
+        """Warn if test images may show patients of the training split."""
         if divided := data.divided:
-            _logger.warning(f"{len(divided)} patients have images on both sides: figures are flattered")
+            _logger.warning(f"{len(divided)} patients have images in both splits: results are too optimistic")
         elif not data.by_patient:
             _logger.warning(
-                "no --patient-column: images of one patient may be on both sides, which flatters every figure"
+                "no --patient-column: images of one patient may be in both splits, which makes results too optimistic"
             )
 
 
@@ -129,5 +127,5 @@ def _listed(path: Path | None) -> frozenset[str]:
         return frozenset()
     names = read_text(path, "--test-list").split()
     if not names:
-        raise BadDataError(f"list {path} is empty: expected the name of a test image in each line")
+        raise BadDataError(f"list {path} is empty: expected one test image name per line")
     return frozenset(Path(name).name for name in names)

@@ -1,4 +1,4 @@
-"""How much a tower sees: a linear classifier on its frozen features, and the judge of every kind of probe."""
+"""Linear probe of a tower's frozen features, and the evaluation shared by all probes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from mgll_encoder.probing.features import pooled_features as pooled_features
 CONFIDENCE = 95
 REPLICATES = 1000
 METRICS = ("AUC", "mAP", "ACC")
-"""Area under the ROC curve, average precision, accuracy (of the likeliest class where classes exclude each other, of
-each label at probability 0.5 otherwise); over labels the unweighted mean (macro average)."""
+"""Area under the ROC curve, average precision, accuracy (of the most likely class for exclusive classes, otherwise of
+each label at probability 0.5); averaged over labels without weights (macro average)."""
 
 _CELLS = 4_000_000
-"""Weights (draws x images) of the bootstrap that are in memory at once."""
+"""Bootstrap weights (replicates x images) that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe found.
+    """Result of a probe.
 
     Attributes:
-        labels: Label -> metric -> value in %, for labels with positives and negatives on both sides.
+        labels: Label -> metric -> value in %, for labels with positives and negatives in both splits.
         positives: Label -> positive test images.
         macro: Metric -> macro average with interval (bootstrap over patients).
         train: Training images.
         test: Test images.
-        patients: Patients on the test side.
-        left_out: Labels that lack positives or negatives on a side, or have too few positives on the test side.
-        runs: Metric -> macro average, of each training; values above are means over these.
+        patients: Patients in the test split.
+        left_out: Labels without positives or negatives in a split, or with too few positives in the test split.
+        runs: Metric -> macro average, for each training run; the values above are means over these.
     """
 
     labels: dict[str, dict[str, float]]
@@ -59,17 +59,17 @@ class ProbeResult:
 
 
 def mixed(data: LabeledImages) -> NDArray[np.bool_]:
-    """Which labels are true of some and known not to be true of others of these images, [labels]."""
+    """Return which labels are true of some images and known to be false of others, [labels]."""
     return np.asarray(data.truth.any(axis=0) & data.false.any(axis=0))
 
 
 def kept_labels(data: LabeledImages, positives: int = 1, trained: bool = True) -> list[int]:
-    """Places of the labels that can be judged.
+    """Return the indices of the labels that can be evaluated.
 
     Args:
-        data: Labels and sides.
-        positives: Least number of positive test images.
-        trained: Whether positive and negative training images are needed too.
+        data: Labels and splits.
+        positives: Minimum number of positive test images.
+        trained: Whether positive and negative training images are needed, too.
     """
     asked = data.subset(data.test)
     enough = mixed(asked) & (asked.truth.sum(axis=0) >= positives)
@@ -79,10 +79,10 @@ def kept_labels(data: LabeledImages, positives: int = 1, trained: bool = True) -
 
 
 def fit_linear(features: NDArray[np.floating], truth: NDArray[np.bool_], strength: float = 0.01) -> Pipeline:
-    """Logistic regression (class-balanced) on standardised features.
+    """Fit a class-balanced logistic regression on standardized features.
 
     Args:
-        features: Of the training images, [n, width].
+        features: Features of the training images, [n, width].
         truth: Whether the label is true of them, [n].
         strength: Inverse of the L2 penalty (scikit-learn's C).
     """
@@ -93,19 +93,19 @@ def fit_linear(features: NDArray[np.floating], truth: NDArray[np.bool_], strengt
 def linear_scores(
     features: NDArray[np.floating], data: LabeledImages, strength: float = 0.01, positives: int = 1
 ) -> tuple[NDArray[np.float64], list[int]]:
-    """Probabilities of every label for the test images, by logistic regression on standardised features.
+    """Predict probabilities of every label for the test images, by logistic regression on standardized features.
 
-    One regression per label (class-balanced), fitted on the training images of which the label is known.
+    One class-balanced regression per label, fitted on the training images with a known value of the label.
 
     Args:
         features: Features of all images, [n, width].
-        data: Their labels and sides.
+        data: Their labels and splits.
         strength: Inverse of the L2 penalty (scikit-learn's C).
-        positives: Least number of positive test images of a label that is kept.
+        positives: Minimum number of positive test images of a kept label.
 
     Returns:
-        Probabilities, [test images, kept labels], and the places of the kept labels: those with positives and
-        negatives on both sides, and enough of the first on the test side.
+        Probabilities, [test images, kept labels], and the indices of the kept labels: those with positives and
+        negatives in both splits, and enough positives in the test split.
     """
     kept, columns = kept_labels(data, positives), []
     for place in track(kept, "Fitting one regression per label"):
@@ -123,15 +123,15 @@ def evaluate(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> ProbeResult:
-    """Metrics of scores on the test side.
+    """Compute the metrics of scores on the test split.
 
     Args:
         scores: Probabilities, [test images, kept labels], or [runs, test images, kept labels]: every value is then the
-            mean over runs, and so is every draw of the bootstrap.
-        kept: Places of those labels.
-        data: Labels and sides.
-        replicates: Bootstrap draws of whole patients.
-        seed: Seed of the draws.
+            mean over runs, and so is every bootstrap replicate.
+        kept: Indices of those labels.
+        data: Labels and splits.
+        replicates: Bootstrap replicates over patients.
+        seed: Seed of the bootstrap.
     """
     runs = scores if scores.ndim == 3 else scores[None]
     asked = data.subset(data.test)
@@ -181,24 +181,24 @@ def metrics(
     weights: NDArray[np.float64],
     known: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float64]:
-    """Metrics in %, of one set of scores under many weightings of the images.
+    """Compute metrics in % of one set of scores under many weightings of the images.
 
-    They equal those of scikit-learn with ``sample_weight``; here each label is sorted once for all weightings, because
-    a bootstrap over 25,000 images and 14 labels would otherwise take minutes.
+    They equal those of scikit-learn with ``sample_weight``; but each label is sorted once for all weightings, because a
+    bootstrap over 25,000 images and 14 labels would otherwise take minutes.
 
     Args:
         scores: Probabilities, [n, labels].
-        truth: Which label is true of which image, [n, labels].
-        exclusive: Whether labels are classes, of which the likeliest is the answer.
-        weights: How often each image counts, [weightings, n].
-        known: Whether an image counts for a label, [n, labels]; None where all do.
+        truth: Whether a label is true of an image, [n, labels].
+        exclusive: Whether labels are exclusive classes, of which the most likely is predicted.
+        weights: Weight of each image, [weightings, n].
+        known: Whether an image counts for a label, [n, labels]; None if all do.
 
     Returns:
         [weightings, labels, METRICS]; NaN for a label without positives or negatives.
     """
     guess = scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1]) if exclusive else scores >= 0.5
     right = (guess == truth).astype(np.float64)
-    if exclusive:  # the accuracy of a classifier among classes is one figure
+    if exclusive:  # a classifier has a single accuracy over all classes
         hits = np.asarray((guess & truth).any(axis=1), np.float64)
         right = np.repeat(hits[:, None], scores.shape[1], axis=1)
     found = np.full((len(weights), scores.shape[1], len(METRICS)), np.nan)
@@ -215,7 +215,7 @@ def metrics(
 def _ranked(
     scores: NDArray[np.floating], truth: NDArray[np.bool_], weights: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Area under the ROC curve and average precision under each weighting, [weightings, 2]; ties fall together."""
+    """Compute area under the ROC curve and average precision for each weighting, [weightings, 2]; ties are merged."""
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
     sorted_weights = weights[:, order]
@@ -234,7 +234,7 @@ def _ranked(
 def resampled(
     patients: NDArray[np.str_], replicates: int, seed: int, chunk: int
 ) -> Iterator[NDArray[np.float64]]:
-    """Bootstrap over whole patients: how often each image is drawn, [at most ``chunk`` draws, n], chunk by chunk."""
+    """Bootstrap over patients: yield how often each image is sampled, [at most ``chunk`` replicates, n], in chunks."""
     names, place = np.unique(patients, return_inverse=True)
     rng = np.random.default_rng(seed)
     starts = range(0, replicates, chunk)

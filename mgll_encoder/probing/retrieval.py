@@ -1,7 +1,7 @@
-"""Image-text retrieval: is a text of the image among the nearest, and an image of the text?
+"""Image-text retrieval: recall of texts for images, and of images for texts.
 
-Label texts repeat, so an image has several right texts and a text many right images: one of them among the k nearest is
-a hit. With few distinct texts many hits are luck, so the share that a random order would hit stands beside.
+Label texts repeat, so an image has several correct texts and a text many correct images: one of them among the k
+nearest is a hit. With few distinct texts many hits are due to chance, so the recall of a random order is given, too.
 """
 
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ DEPTHS = (1, 5, 10)
 DIRECTIONS = ("image to text", "text to image")
 
 _NEAREST = 1000
-"""So many nearest images of a text are looked at in the bootstrap; k of them are drawn but in freak samples."""
+"""Number of nearest images of a text considered in the bootstrap; a replicate practically always contains k of them."""
 
 _CELLS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Recall at one direction.
+    """Recall in one direction.
 
     Attributes:
-        direction: Out of `DIRECTIONS`.
-        queries: Images, or distinct texts.
-        candidates: What is searched.
+        direction: One of `DIRECTIONS`.
+        queries: Number of images, or of distinct texts.
+        candidates: Number of items that are searched.
         recall: k -> share of queries with a hit among the k nearest, in %, with interval (bootstrap over patients).
-        chance: k -> what a random order would give, in %.
+        chance: k -> recall of a random order, in %.
     """
 
     direction: str
@@ -50,18 +50,18 @@ def retrieval(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> tuple[Retrieval, Retrieval]:
-    """Recall in both directions.
+    """Compute recall in both directions.
 
-    Where a right and a wrong candidate are equally near, the wrong one is taken to come first: a collapsed tower, to
-    which everything is alike, scores 0.
+    If a correct and a wrong candidate are equally near, the wrong one counts as nearer: a collapsed tower, with equal
+    features for everything, scores 0.
 
     Args:
-        images: Image features of length 1, [n, D].
-        texts: Features of the distinct texts, of length 1, [u, D].
-        truth: Which text is true of which image, [n, u]; each row and each column has at least one.
+        images: Normalized image features, [n, D].
+        texts: Normalized features of the distinct texts, [u, D].
+        truth: Whether a text is true of an image, [n, u]; each row and each column has at least one.
         patients: Patient of each image.
-        replicates: Bootstrap draws of whole patients; texts of which no image is drawn do not count in a draw.
-        seed: Seed of the draws.
+        replicates: Bootstrap replicates over patients; texts without a sampled image do not count in a replicate.
+        seed: Seed of the bootstrap.
     """
     similar = images.astype(np.float32) @ texts.astype(np.float32).T
     first = _ranks(similar, truth)
@@ -70,26 +70,26 @@ def retrieval(
     owners = np.asarray(patients)
     to_text = [float((first < k).mean()) for k in DEPTHS]
     to_image = _text_recall(order, right, truth, np.ones(len(images)))
-    drawn: list[tuple[list[float], list[float]]] = []
+    sampled: list[tuple[list[float], list[float]]] = []
     for weights in resampled(owners, replicates, seed, max(1, _CELLS // len(images))):
         for weight in weights:
             hits = [float(weight[first < k].sum() / weight.sum()) for k in DEPTHS]
-            drawn.append((hits, _text_recall(order, right, truth, weight)))
+            sampled.append((hits, _text_recall(order, right, truth, weight)))
     return (
-        _summary(0, len(images), len(texts), to_text, [a for a, _ in drawn], truth),
-        _summary(1, len(texts), len(images), to_image, [b for _, b in drawn], truth.T),
+        _summary(0, len(images), len(texts), to_text, [a for a, _ in sampled], truth),
+        _summary(1, len(texts), len(images), to_image, [b for _, b in sampled], truth.T),
     )
 
 
 def _ranks(similar: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Candidates that stand before the nearest right one, per query, [n]."""
+    """Return the number of candidates before the nearest correct one, per query, [n]."""
     best = np.where(truth, similar, -np.inf).max(axis=1, keepdims=True)
     before: NDArray[np.int64] = ((similar >= best) & ~truth).sum(axis=1)
     return before
 
 
 def _nearest(similar: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Images in the order of each text, nearest first, wrong before right where they are equally near; [u, nearest]."""
+    """Return the images sorted for each text, nearest first, wrong before correct on ties; [u, nearest]."""
     columns = range(similar.shape[1])
     return np.stack([np.lexsort((truth[:, u], -similar[:, u]))[:_NEAREST] for u in columns])
 
@@ -97,9 +97,9 @@ def _nearest(similar: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray[
 def _text_recall(
     order: NDArray[np.int64], right: NDArray[np.bool_], truth: NDArray[np.bool_], weight: NDArray[np.float64]
 ) -> list[float]:
-    """Share of texts with a right image among the k nearest of those that are there, [n] with a weight above 0.
+    """Return the share of texts with a correct image among the k nearest of the images with a weight above 0, [n].
 
-    An image that is drawn twice is searched once: two copies of a wrong one would take two of k places.
+    An image sampled twice is searched once: two copies of a wrong one would take two of k ranks.
     """
     here = weight[order] > 0  # [u, nearest]
     before = np.cumsum(here & ~right, axis=1)
@@ -113,11 +113,11 @@ def _summary(
     queries: int,
     candidates: int,
     values: Sequence[float],
-    drawn: Sequence[Sequence[float]],
+    sampled: Sequence[Sequence[float]],
     truth: NDArray[np.bool_],
 ) -> Retrieval:
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(100 * np.array(drawn), [tail, 100 - tail], axis=0)
+    low, high = np.nanpercentile(100 * np.array(sampled), [tail, 100 - tail], axis=0)
     return Retrieval(
         DIRECTIONS[direction],
         queries,
@@ -131,7 +131,7 @@ def _summary(
 
 
 def _chance(positives: NDArray[np.int64], candidates: int, k: int) -> float:
-    """Mean over queries of the chance that k candidates drawn at random hold a right one: 1 - C(N-P, k) / C(N, k)."""
+    """Return the mean probability that k random candidates include a correct one: 1 - C(N-P, k) / C(N, k)."""
     wrong = candidates - positives.astype(np.float64)
     k = min(k, candidates)
     with np.errstate(invalid="ignore"):

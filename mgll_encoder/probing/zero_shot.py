@@ -1,4 +1,4 @@
-"""Classification without training: image features against the text features of class prompts."""
+"""Zero-shot classification: image features compared with text features of class prompts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ from torch.nn.functional import normalize
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus import read_explanations
-from mgll_encoder.pretraining.initialization import text_beside
+from mgll_encoder.pretraining.initialization import paired_text_tower
 from mgll_encoder.text.text_tower import TextTower
 from mgll_encoder.tower.load import Tower
 
 
 class LabelPrompts(BaseModel):
-    """What is special about a label.
+    """Prompt settings of one label.
 
     Attributes:
-        names: What ``{label}`` stands for, all of them used in turn; empty for the label itself.
-        negatives: Instead of the set's.
+        names: Replacements of ``{label}``, all of which are used; empty for the label itself.
+        negatives: Negative templates, instead of those of the set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,12 +37,12 @@ class LabelPrompts(BaseModel):
 
 
 class Prompts(BaseModel):
-    """Prompts of a field; see ``prompts.json``.
+    """Prompts for a domain; see ``prompts.json``.
 
     Attributes:
-        templates: Say that a label is true.
-        negatives: Say that it is not.
-        labels: What is special about single labels.
+        templates: Templates that state a label.
+        negatives: Templates that negate it.
+        labels: Settings of individual labels.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,11 +52,11 @@ class Prompts(BaseModel):
     labels: dict[str, LabelPrompts] = {}
 
     def positive(self, label: str, names: Mapping[str, str]) -> list[str]:
-        """Prompts that say the label is true.
+        """Return the prompts that state a label.
 
         Args:
             label: The label, as in the label file.
-            names: Label -> its name in words, where a label file has abbreviations.
+            names: Label -> its name in words, for label files with abbreviations.
 
         Raises:
             UserError: no template can be filled.
@@ -64,7 +64,7 @@ class Prompts(BaseModel):
         return self._filled(self.templates, label, names)
 
     def negative(self, label: str, names: Mapping[str, str]) -> list[str]:
-        """Prompts that say it is not true; arguments and errors as for `positive`."""
+        """Return the prompts that negate a label; arguments and errors as for `positive`."""
         own = self._special(label, names).negatives
         return self._filled(own or self.negatives, label, names)
 
@@ -86,16 +86,16 @@ class Prompts(BaseModel):
 
 
 def prompt_sets() -> dict[str, Prompts]:
-    """The packaged sets, by name."""
+    """Return the packaged sets, by name."""
     text = files(__package__).joinpath("prompts.json").read_text(encoding="utf-8")
     return {name: Prompts.model_validate(row) for name, row in json.loads(text)["sets"].items()}
 
 
 def read_prompts(name: str) -> Prompts:
-    """A packaged set by its name, or a set in a file.
+    """Read a packaged set by its name, or a set from a file.
 
     Raises:
-        UserError: there is none, or the file is not of this form.
+        UserError: there is no such set, or the file is invalid.
     """
     path = Path(name)
     if path.suffix != ".json":
@@ -116,13 +116,13 @@ def read_prompts(name: str) -> Prompts:
         ) from None
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
-            f"prompts file {path}: a template has a place {error}: expected {{label}} or {{explanation}}"
+            f"prompts file {path}: a template has a placeholder {error}: expected {{label}} or {{explanation}}"
         ) from None
     return prompts
 
 
 def text_tower_of(path: Path, tower: Tower) -> TextTower:
-    """The text tower beside an image tower: of a pretraining of ours, or of a whole CLIP of any layout.
+    """Load the text tower of an image tower: from a folder of ``mgll-encoder pretrain``, or a full CLIP of any layout.
 
     Args:
         path: What the image tower was read from.
@@ -133,26 +133,26 @@ def text_tower_of(path: Path, tower: Tower) -> TextTower:
     """
     if tower.projection is None:
         raise UserError(
-            f"tower {path} has no projection into the image-text space: expected one that 'mgll-encoder pretrain' "
-            "wrote, or a whole CLIP"
+            f"tower {path} has no projection into the image-text space: expected one written by "
+            "'mgll-encoder pretrain', or a full CLIP"
         )
-    text = text_beside(path, tower, tower.projection.shape[0])
+    text = paired_text_tower(path, tower, tower.projection.shape[0])
     if text is None:
         raise UserError(
-            f"tower {path} has no text tower: expected a folder that 'mgll-encoder pretrain' wrote, or a whole CLIP; "
+            f"tower {path} has no text tower: expected a folder written by 'mgll-encoder pretrain', or a full CLIP; "
             "an image tower alone cannot compare images with texts"
         )
     end = text.tokenizer.eos_token_id
     if end is not None and end >= text.rows:
         raise UserError(
-            f"{path}: the text tower knows {text.rows} pieces, its tokenizer counts to {len(text.tokenizer)}: expected "
-            "those of one CLIP; take both from the same folder"
+            f"{path}: the text tower has {text.rows} pieces, its tokenizer {len(text.tokenizer)}: expected "
+            "those of one CLIP; use both from the same folder"
         )
     return text.eval()
 
 
 def projected(tower: Tower, features: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Pooled features [n, width] in the shared image-text space, of length 1, [n, D].
+    """Project pooled features [n, width] into the shared image-text space, with unit norm, [n, D].
 
     Raises:
         UserError: the tower has no projection.
@@ -164,7 +164,7 @@ def projected(tower: Tower, features: NDArray[np.floating]) -> NDArray[np.float3
 
 
 def class_directions(text: TextTower, prompts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
-    """One direction per class: the mean of its prompts' features, each of length 1, made of length 1 again.
+    """Compute one unit vector per class: the normalized mean of its prompts' normalized features.
 
     Args:
         text: The text tower.
@@ -182,7 +182,7 @@ def class_directions(text: TextTower, prompts: Sequence[Sequence[str]]) -> NDArr
 
 
 def unknown_pieces(text: TextTower, prompts: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Prompt -> its pieces that the text tower has never seen, and leaves out; prompts without any are not named."""
+    """Return, for each prompt with any, its pieces without an embedding, which the text tower ignores."""
     found = {prompt: text.unknown(prompt) for group in prompts for prompt in group}
     return {prompt: pieces for prompt, pieces in found.items() if pieces}
 
@@ -194,17 +194,17 @@ def zero_shot_scores(
     temperature: float,
     exclusive: bool,
 ) -> NDArray[np.float64]:
-    """Probabilities of labels for images.
+    """Compute probabilities of labels for images.
 
     Args:
-        images: Image features of length 1, [n, D].
+        images: Normalized image features, [n, D].
         positive: Directions of the labels, [labels, D].
-        negative: Directions of their absence, [labels, D]; not read where labels exclude each other.
+        negative: Directions of their absence, [labels, D]; unused for exclusive labels.
         temperature: The τ of the towers.
         exclusive: Whether exactly one label is true of an image.
 
     Returns:
-        [n, labels]: a softmax over the labels where they exclude each other; else of each label against its absence.
+        [n, labels]: for exclusive labels a softmax over the labels; otherwise of each label against its absence.
     """
     similar = images.astype(np.float64) @ positive.T.astype(np.float64)
     if exclusive:

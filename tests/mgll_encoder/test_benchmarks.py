@@ -203,7 +203,7 @@ def test_one_command_prints_the_published_rows_beside(
     for said in ("paper: MGLL", "82.94", "paper: FG-CLIP", "76.62"):
         assert said in done.out
     assert "no --patient-column" not in done.err
-    assert "published figures of a full fine-tune: " in refused(
+    assert "published results of a full fine-tune: " in refused(
         main, "probe", *given, "--benchmark", "rfmid", "--mode", "finetune", "--compare", "paper"
     )
 
@@ -245,7 +245,7 @@ def test_published_figures_are_those_of_the_tables(real_data: Path) -> None:
             ["--benchmark", "palm", "--data", "t.csv"],
             "no column 'imgName' (--image-column): did you mean 'imgname'?",
         ),
-        (["--benchmark", "adam", "--data", "t.csv"], "is labelled by its folders: leave --data out"),
+        (["--benchmark", "adam", "--data", "t.csv"], "is labeled by its folders: leave --data out"),
         (["--benchmark", "adam"], "has no file 'AMD/*.jpg'"),
         (["--benchmark", "idrid"], "--data is missing"),
         (["--data", "t.csv", "--test-list", "none.txt"], "--test-list none.txt does not exist"),

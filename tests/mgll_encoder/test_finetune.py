@@ -92,7 +92,7 @@ def test_a_killed_fine_tuning_goes_on_and_ends_the_same(
     options = replace(QUICK, epochs=3, augment=True)
     whole = finetune(tower, few, options, tmp_path / "a", workers=0)
     with monkeypatch.context() as patch:
-        patch.setattr("mgll_encoder.probing.finetune._Telling.on_save", dying, raising=False)
+        patch.setattr("mgll_encoder.probing.finetune._LogEpoch.on_save", dying, raising=False)
         with pytest.raises(Killed):
             finetune(tower, few, options, tmp_path / "b", workers=0)
     assert len(list(tmp_path.glob("b/*/checkpoint-*"))) > 0

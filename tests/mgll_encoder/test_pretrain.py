@@ -355,16 +355,16 @@ def with_validation(manifest: Path, out: Path) -> Path:
 def test_the_epoch_that_ranks_validation_texts_best_is_kept(manifest, tmp_path, monkeypatch):
     changed = with_validation(manifest, tmp_path / "m.jsonl")
     given = iter([0.3, 0.9, 0.5])
-    judge = Validation.judge
+    evaluate = Validation.evaluate
 
     def scripted(self, towers, batch_size):
-        figures, troubles = judge(self, towers, batch_size)
+        figures, troubles = evaluate(self, towers, batch_size)
         assert 0 < figures["mAP"] <= 1
         return figures | {"mAP": next(given)}, troubles
 
     pretrain(changed, tmp_path / "two", options(select="last"), workers=0)
     with monkeypatch.context() as patch:
-        patch.setattr(Validation, "judge", scripted)
+        patch.setattr(Validation, "evaluate", scripted)
         best = pretrain(changed, tmp_path / "best", options(), workers=0)
     assert (best.kept, best.validation["mAP"]) == (2, 0.9)
     record = json.loads((tmp_path / "best" / "mgll_tower.json").read_text())["provenance"]["pretraining"]
@@ -462,7 +462,7 @@ def test_a_bert_can_be_the_text_tower_frozen_with_checkpointing_and_bf16(manifes
         (["--images", "nowhere"], "image folder nowhere"),
         (["--init", "nowhere.pt"], "nowhere.pt"),
         (["--text-tower", "./nowhere"], "text tower ./nowhere cannot be read"),
-        (["--freeze-text"], "which has to learn"),
+        (["--freeze-text"], "must be trained"),
         (["--activation", "gelu"], "--activation is for --init"),
         (["--select", "first"], "unknown select 'first'"),
         (["--precision", "fp8"], "unknown precision 'fp8'"),
