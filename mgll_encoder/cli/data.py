@@ -1,4 +1,4 @@
-"""``mgll-encoder data``: make data sets for pretraining."""
+"""``mgll-encoder data``: build data sets for pretraining."""
 
 from pathlib import Path
 
@@ -10,22 +10,22 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 
-app = new_app("Make data sets for pretraining.")
+app = new_app("Build data sets for pretraining.")
 
 
 @app.command()
 def fundus(
     labels: Path | None = typer.Option(
         None,
-        help="Table (CSV, TSV, Excel, Parquet): image, labels, patient, perhaps keywords; see docs/tables.md. Not "
-        "needed where folders or file names tell the class: the training sets of adam, refuge and palm.",
+        help="Table (CSV, TSV, Excel, Parquet) of image, labels, patient and optional keywords; see docs/tables.md. "
+        "Not needed if folders or file names give the class: the training sets of adam, refuge and palm.",
     ),
     layout: str = typer.Option(
         "generic",
         help="generic (see the columns below), or as published: rfmid, odir (keywords per eye), refuge, adam, palm.",
     ),
     classes: str = typer.Option(
-        "", help="Names of the label column's values, for files with one class: 0=normal,1=glaucoma."
+        "", help="Labels for the values of a column with one class: 0=normal,1=glaucoma."
     ),
     images: Path = typer.Option(..., help="Folder that the image column is relative to."),
     out: Path = typer.Option(..., help="The manifest to write (.jsonl or .parquet)."),
@@ -38,19 +38,21 @@ def fundus(
     sheet: tables.Sheet = None,
     patient_column: str | None = typer.Option(None, help=PATIENT_HELP),
     keywords_column: str | None = typer.Option(
-        None, help="Column with the annotators' words (default: raw_label_or_keywords, if there)."
+        None, help="Column with the annotators' words (default: raw_label_or_keywords, if present)."
     ),
     source_column: str | None = typer.Option(
-        None, help="Column with the name of the data set (default: dataset, if there)."
+        None, help="Column with the name of the data set (default: dataset, if present)."
     ),
     explanations: Path | None = typer.Option(None, help="Your own table of clinical explanations (JSON)."),
     test: float = typer.Option(0.3, help="Share of patients for the test split."),
     val: float = typer.Option(0.0, help="Share of patients for the validation split."),
-    seed: int = typer.Option(0, help="Draws the split; eval-mcq draws the same with the same --split-seed."),
-    strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be left out."),
+    seed: int = typer.Option(
+        0, help="Seed of the split; eval-mcq makes the same split with the same --split-seed."
+    ),
+    strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be skipped."),
     force: bool = typer.Option(False, "--force", help="Replace an existing manifest."),
 ) -> None:
-    """Make a manifest from fundus labels: status, disease, keyword with severity, clinical explanation.
+    """Build a manifest from fundus labels: status, disease, keyword with severity, clinical explanation.
 
     Example: mgll-encoder data fundus --labels odir/labels.csv --images odir --out odir/manifest.jsonl
     """
@@ -59,18 +61,16 @@ def fundus(
 
     if labels is None and layout == GENERIC:
         raise UserError(
-            "--labels is missing: expected the label file; only sets labelled by folders need none"
+            "--labels is missing: expected the label file; only data sets labeled by folders need none"
         )
     if classes and binary_columns:
         raise UserError(
-            "--classes has no effect on --binary-columns, which are labels themselves: leave one out"
+            "--classes has no effect on --binary-columns, whose names are the labels: leave one out"
         )
     if binary_columns and layout != GENERIC:
-        raise UserError(
-            f"--binary-columns has no effect on layout '{layout}', which says what its columns are"
-        )
+        raise UserError(f"--binary-columns has no effect on layout '{layout}', which defines its columns")
     if classes and layout != GENERIC:
-        raise UserError(f"--classes has no effect on layout '{layout}', which says what its classes are")
+        raise UserError(f"--classes has no effect on layout '{layout}', which defines its classes")
     table = FundusTable(
         labels or images,
         image_column,
@@ -89,7 +89,7 @@ def fundus(
     )  # fmt: skip
     report.skipped.say()
     if report.without_patient:
-        warn(f"{report.without_patient} images have no patient id: each counts as a patient of its own")
+        warn(f"{report.without_patient} images have no patient id: each counts as a separate patient")
     if report.unexplained:
         names = ", ".join(f"{label} ({count})" for label, count in report.unexplained.most_common())
         warn(f"labels without a clinical explanation: {names}; add them to a copy of {EXPLANATIONS.name}")
@@ -115,36 +115,38 @@ def _classes(option: str) -> dict[str, str]:
 def xray(
     dicom: Path = typer.Option(..., help="Folder with DICOM files, at any depth."),
     out: Path = typer.Option(..., help="New folder for images/*.png and the manifest."),
-    modalities: str = typer.Option("CR,DX", help="Values of Modality to take, separated by commas."),
+    modalities: str = typer.Option("CR,DX", help="Values of Modality to use, separated by commas."),
     burned_in: bool = typer.Option(
         False,
         "--burned-in",
-        help="Also take files that say that writing (often the patient's name) is part of the picture.",
+        help="Also use files that declare text (often the patient's name) burned into the picture.",
     ),
     patient_folders: bool = typer.Option(
-        False, "--patient-folders", help="Each folder directly below is a patient; splits never divide one."
+        False,
+        "--patient-folders",
+        help="Treat each folder directly below --dicom as a patient; splits are by patient.",
     ),
     parquet: bool = typer.Option(
         False, "--parquet", help="Write manifest.parquet instead of manifest.jsonl, for long manifests."
     ),
     test: float = typer.Option(0.3, help="Share of patients for the test split."),
     val: float = typer.Option(0.0, help="Share of patients for the validation split."),
-    seed: int = typer.Option(0, help="Draws the split."),
+    seed: int = typer.Option(0, help="Seed of the split."),
     workers: int = typer.Option(2, min=1, help="Processes that decode."),
     contact_sheet: Path | None = typer.Option(
         None,
-        help="Also write a page of pictures (.png) as they are read and as a tower sees them, to look at.",
+        help="Also write a contact sheet (.png) of pictures as read and as the tower's input.",
     ),
-    strict: bool = typer.Option(False, "--strict", help="Stop at the first file that would be left out."),
+    strict: bool = typer.Option(False, "--strict", help="Stop at the first file that would be skipped."),
     force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
 ) -> None:
-    """Make PNGs and a manifest from DICOM radiographs: modality, study description, series description.
+    """Build PNGs and a manifest from DICOM radiographs: modality, study description, series description.
 
     No other text of the header is written, and file names are replaced by hashes. Names, numbers and dates of the same
-    header are cut out of the two descriptions; people may have typed other names: look through the manifest before you
-    share it. Messages call files by their number in the order of "find DICOM ! -type d | LC_ALL=C sort".
+    header are removed from the two descriptions. They may contain other names: check the manifest before you share it.
+    Messages number the files in the order of "find DICOM ! -type d | LC_ALL=C sort".
 
-    Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders --contact-sheet look.png
+    Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders --contact-sheet sheet.png
     """
     from mgll_encoder.data.contact_sheet import check_sheet, write_contact_sheet
     from mgll_encoder.data.xray import IMAGES, MANIFEST, PARQUET_MANIFEST, build_xray
@@ -158,10 +160,12 @@ def xray(
     )  # fmt: skip
     report.skipped.say()
     if report.cut:
-        note(f"{report.cut} study and series descriptions held names, numbers or dates, which were cut out")
+        note(
+            f"{report.cut} study and series descriptions contained names, numbers or dates, which were removed"
+        )
     if not patient_folders:
         warn(
-            "each image counts as a patient of its own, because the header's patient fields are not written: sort the "
+            "each image counts as a separate patient, because the header's patient fields are not written: sort the "
             "files into one folder per patient and pass --patient-folders"
         )
     splits = ", ".join(f"{count} {side}" for side, count in sorted(report.splits.items()))
@@ -170,7 +174,7 @@ def xray(
     if contact_sheet is not None:
         written = [(path.stem[:8], path) for path in sorted((out / IMAGES).iterdir())]
         shown = write_contact_sheet(written, contact_sheet, force)
-        stdout.print(f"{shown} of them to look at: {contact_sheet}", highlight=False, soft_wrap=True)
+        stdout.print(f"contact sheet of {shown} images: {contact_sheet}", highlight=False, soft_wrap=True)
     stdout.print(
         f"next: mgll-encoder pretrain --data {out / manifest} --out tower", highlight=False, soft_wrap=True
     )
@@ -180,12 +184,12 @@ def xray(
 @needs("pretrain", "scipy")
 def phantom(
     out: Path = typer.Option(..., help="New folder for images/, labels.csv and contact_sheet.png."),
-    images_per_disease: int = typer.Option(100, help="Pictures of each disease, and of normal eyes."),
+    images_per_disease: int = typer.Option(100, help="Number of pictures per disease, and of normal eyes."),
     size: int = typer.Option(64, help="Side of the pictures in pixels."),
     seed: int = typer.Option(0, help="The same seed writes the same pictures."),
     force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
 ) -> None:
-    """Draw a procedural fundus phantom: ten diseases and normal eyes, no real patient.
+    """Render a procedural fundus phantom: ten diseases and normal eyes, no real patients.
 
     Example: mgll-encoder data phantom --out phantom --images-per-disease 100
     """

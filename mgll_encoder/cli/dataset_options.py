@@ -1,4 +1,4 @@
-"""What the probing commands share: their options, the images they name, and the table they print."""
+"""Shared by the probing commands: options, and the printed table."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,13 +17,13 @@ Encoder = Annotated[
     Path,
     typer.Option(
         "--encoder",
-        help="Tower: whatever 'mgll-encoder inspect' reads, or a hub id such as openai/clip-vit-large-patch14.",
+        help="Tower: anything 'mgll-encoder inspect' reads, or a hub id such as openai/clip-vit-large-patch14.",
     ),
 ]
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--data", help="Table (CSV, TSV, Excel, Parquet): image, labels, patient; see docs/tables.md."
+        "--data", help="Table (CSV, TSV, Excel, Parquet) of image, labels and patient; see docs/tables.md."
     ),
 ]
 Images = Annotated[Path, typer.Option("--images", help="Folder that the image column is relative to.")]
@@ -31,7 +31,7 @@ BenchmarkName = Annotated[
     str | None,
     typer.Option(
         "--benchmark",
-        help="A published data set, which says what the columns are, such as rfmid or chestxray14: see --list.",
+        help="Published data set, which defines the columns, such as rfmid or chestxray14: see --list.",
     ),
 ]
 ImageColumn = Annotated[
@@ -46,45 +46,45 @@ PatientColumn = Annotated[
 ]
 SplitColumn = Annotated[
     str | None,
-    typer.Option("--split-column", help="Column that says train, val or test, instead of a random split."),
+    typer.Option("--split-column", help="Column with train, val or test, instead of a random split."),
 ]
 TestData = Annotated[
     Path | None,
     typer.Option(
-        "--test-data", help="Label file of the test images, for sets that publish two; all else trains."
+        "--test-data",
+        help="Label file of the test images, for data sets with two files; the rest is the training set.",
     ),
 ]
 TestImages = Annotated[
-    Path | None, typer.Option("--test-images", help="Their folder, if it is not that of --images.")
+    Path | None, typer.Option("--test-images", help="Folder of the test images, if different from --images.")
 ]
 TestList = Annotated[
     Path | None,
     typer.Option(
-        "--test-list", help="Text file with the names of the test images, one a line; all else trains."
+        "--test-list",
+        help="Text file with the names of the test images, one per line; the rest is the training set.",
     ),
 ]
-Only = Annotated[str, typer.Option("--only", help="Labels that count, separated by ';' (default: all).")]
+Only = Annotated[str, typer.Option("--only", help="Labels to use, separated by ';' (default: all).")]
 MinPositives = Annotated[
     int,
     typer.Option(
         "--min-positives",
         min=1,
-        help="Labels with fewer positive test images are left out: their figures are noise.",
+        help="Skip labels with fewer positive test images: their results are noise.",
     ),
 ]
 ActivationName = Annotated[
     str | None,
-    typer.Option("--activation", help="gelu or quick_gelu, for towers that do not say it themselves."),
+    typer.Option("--activation", help="gelu or quick_gelu, for towers that do not specify it."),
 ]
 WeightsName = Annotated[
     str | None,
-    typer.Option(
-        "--weights", help="raw or ema, for towers with a moving average of the weights beside them."
-    ),
+    typer.Option("--weights", help="raw or ema, for towers stored with a moving average of their weights."),
 ]
-TestShare = Annotated[float, typer.Option("--test", help="Share of patients for the test side.")]
+TestShare = Annotated[float, typer.Option("--test", help="Share of patients for the test split.")]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="Stop at the first row or image that would be left out.")
+    bool, typer.Option("--strict", help="Stop at the first row or image that would be skipped.")
 ]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=0, help="Processes that read images (default: one per core).")
@@ -99,14 +99,14 @@ def print_result(
     names: "Mapping[str, str]",
     trained: bool = True,
 ) -> None:
-    """The table of a probe.
+    """Print the table of a probe.
 
     Args:
-        result: What was found.
-        title: Above the table.
-        published: Method -> metric -> published figure in %.
+        result: The result.
+        title: Title of the table.
+        published: Method -> metric -> published result in %.
         names: Label -> its name in words.
-        trained: Whether training images had a part.
+        trained: Whether training images were used.
     """
     from rich.table import Table
     from rich.text import Text
@@ -137,30 +137,30 @@ def print_result(
     sides = f"{result.train} training and {result.test} test images" if trained else f"{result.test} images"
     stdout.print(
         f"{sides} of {result.patients} patients; brackets: {CONFIDENCE} % bootstrap over patients "
-        f"({REPLICATES} draws)",
+        f"({REPLICATES} replicates)",
         highlight=False,
         soft_wrap=True,
     )
     if result.left_out:
         left_out = ", ".join(result.left_out)
-        note(f"left out, for want of positive or negative images (see --min-positives): {left_out}")
+        note(f"skipped, too few positive or negative images (see --min-positives): {left_out}")
 
 
 def said(text: str) -> None:
-    """A line of result."""
+    """Print a line of the result."""
     stdout.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def table_of_benchmarks(asked: bool) -> None:
-    """``--list``: print the described benchmarks, and leave."""
+    """``--list``: print the known benchmarks, and exit."""
     if not asked:
         return
     from rich.table import Table
 
     from mgll_encoder.probing.benchmarks import PROTOCOLS, benchmarks, published_figures
 
-    table = Table(title="Published probes (--benchmark)", title_justify="left")
-    for heading in ("name", "labels", "published", "what, and how to name its files"):
+    table = Table(title="Published benchmarks (--benchmark)", title_justify="left")
+    for heading in ("name", "labels", "published", "description, and how to name its files"):
         table.add_column(heading)
     for name, row in benchmarks().items():
         labels: Any = len(row.binary or row.only or set(row.folders.values())) or "–"

@@ -1,4 +1,4 @@
-"""``mgll-encoder explain``: pictures of where a tower looks."""
+"""``mgll-encoder explain``: attention and attribution maps of a tower."""
 
 import re
 from pathlib import Path
@@ -33,13 +33,13 @@ def explain(
     out: Annotated[Path, typer.Option(help="The contact sheet to write (.png).")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Show what speaks for this text; again for more (needs the text tower)."),
+        typer.Option(help="Show the attribution for this text; repeatable (needs the text tower)."),
     ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(
-            help="Show what speaks for this class of a linear probe, fitted on the training side of --data; again "
-            "for more. The pictures are then test images, those of the class first."
+            help="Show the attribution for this class of a linear probe, fitted on the training split of --data; "
+            "repeatable. The pictures are then test images, those of the class first."
         ),
     ] = None,
     data: labeled.Data = None,
@@ -52,21 +52,21 @@ def explain(
     encoding: tables.Encoding = None,
     sheet: tables.Sheet = None,
     patient_column: labeled.PatientColumn = None,
-    limit: Annotated[int, typer.Option(min=1, max=40, help="Images on the sheet at most.")] = 6,
+    limit: Annotated[int, typer.Option(min=1, max=40, help="Maximum number of images on the sheet.")] = 6,
     activation: labeled.ActivationName = None,
     weights: labeled.WeightsName = None,
-    seed: Annotated[int, typer.Option(help="Draws the sides of --data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split of --data.")] = 0,
     strict: labeled.Strict = False,
     force: labeled.Force = False,
 ) -> None:
-    """Lay attention, and what speaks for a text or a class, over images: a contact sheet to look at.
+    """Overlay attention and attribution maps on images: a contact sheet.
 
-    Columns: the image as the tower's resize rule shows it, attention of the last block, attention rollout and, for each
-    --text and --label, a class activation map. Maps show what moved the tower's answer, not what is wrong with an eye.
+    Columns: the image after the tower's resize rule, attention of the last block, attention rollout and, for each
+    --text and --label, a class activation map. Maps show what influenced the tower's output, not where a disease is.
 
-    Captions are row numbers, or the images' places in the order of their names: file names may tell who a patient is.
+    Captions are row numbers, or positions in the order of file names: the names themselves may identify a patient.
 
-    Example: mgll-encoder explain --encoder mgll-fundus --images photos --text glaucoma --out look.png
+    Example: mgll-encoder explain --encoder mgll-fundus --images photos --text glaucoma --out sheet.png
     """
     check_free(out, force)
     if out.suffix.lower() != ".png":
@@ -141,7 +141,7 @@ def _texts(tower: "Tower", texts: list[str]) -> "list[Target]":
 def _classes(
     tower: "Tower", question: LabeledSet, labels: list[str], limit: int, skipped: "Skipped"
 ) -> "tuple[list[Target], list[Path], list[str]]":
-    """Targets of the classes, test images to show (those of the classes first), and captions with their labels."""
+    """Return targets of the classes, test images to show (those of the classes first), and their captions."""
     import numpy as np
 
     from mgll_encoder.common.files import cache_folder
@@ -176,13 +176,13 @@ def _classes(
 
 
 def _place(where: str) -> str:
-    """The row or number of an image, without the file names around it, which may tell who a patient is."""
+    """Return the row or number of an image, without file names, which may identify a patient."""
     place: str = re.findall(r"\b(?:row|image) \d+", where)[-1]
     return place
 
 
 def _pictures(images: Path, limit: int, skipped: "Skipped") -> dict[Path, int]:
-    """Images that can be read, and their numbers when sorted by name."""
+    """Return readable images, and their numbers when sorted by name."""
     from mgll_encoder.common.skipped import UNREADABLE
     from mgll_encoder.probing.features import unreadable
 
@@ -198,6 +198,6 @@ def _pictures(images: Path, limit: int, skipped: "Skipped") -> dict[Path, int]:
         else:
             chosen[path] = number
     if not chosen:
-        reasons = "; ".join(skipped.lines()) or f"it holds no {', '.join(_PICTURES)}"
-        raise UserError(f"{images} gives no image to look at: {reasons}")
+        reasons = "; ".join(skipped.lines()) or f"it contains no {', '.join(_PICTURES)}"
+        raise UserError(f"{images} has no usable image: {reasons}")
     return chosen

@@ -14,30 +14,32 @@ from mgll_encoder.weights.locate import check_manifest
 @needs("pretrain")
 def pretrain(
     data: Path = typer.Option(
-        ..., help="Manifest (.jsonl or .parquet), as 'mgll-encoder data fundus' writes it."
+        ..., help="Manifest (.jsonl or .parquet), as written by 'mgll-encoder data fundus'."
     ),
     out: Path = typer.Option(..., help="New folder for the tower."),
-    images: Path | None = typer.Option(None, help="Image folder (default: the one that the manifest names)."),
-    loss: str = typer.Option("mgll", help="mgll, or clip: the control, all texts of an image joined in one."),
+    images: Path | None = typer.Option(None, help="Image folder (default: the one named in the manifest)."),
+    loss: str = typer.Option("mgll", help="mgll, or clip: the control, with all texts of an image joined."),
     preset: str = typer.Option("small", help="Size of a new tower: tiny or small (64 px, for CPUs)."),
     init: str | None = typer.Option(
         None,
-        help="Weights to start from: 'openai' (CLIP ViT-L/14), a CLIP file, or a tower's folder or hub id.",
+        help="Initial weights: 'openai' (CLIP ViT-L/14), a CLIP file, or a tower's folder or hub id.",
     ),
-    activation: str | None = typer.Option(None, help="Of --init, where it does not say: gelu or quick_gelu."),
+    activation: str | None = typer.Option(
+        None, help="Activation of --init, if it does not specify it: gelu or quick_gelu."
+    ),
     weights: str | None = typer.Option(
-        None, help="Of --init, where it holds a moving average of the weights beside them: raw or ema."
+        None, help="Weights of --init, if it is stored with a moving average of them: raw or ema."
     ),
     text_tower: str = typer.Option(
         "auto",
-        help="Text tower: 'new', a transformers folder or hub id, or 'auto': that of --init, else new.",
+        help="Text tower: 'new', a transformers folder or hub id, or 'auto': that of --init, else a new one.",
     ),
     freeze_text: bool = typer.Option(
-        False, "--freeze-text", help="Keep the text tower as it is, but for its projection."
+        False, "--freeze-text", help="Freeze the text tower except its projection."
     ),
-    granularities: str = typer.Option("", help="Which to use, separated by commas (default: all)."),
+    granularities: str = typer.Option("", help="Granularities to use, separated by commas (default: all)."),
     alpha: str = typer.Option(
-        "1,0.02,0.1", help="Weights of soft CLIP, point-wise and smooth KL; 0 ablates."
+        "1,0.02,0.1", help="Weights of soft CLIP, point-wise loss and smooth KL; 0 disables a term."
     ),
     epochs: int = typer.Option(20, help="Passes over the training images."),
     batch_size: int = typer.Option(32, help="Images per step."),
@@ -47,24 +49,25 @@ def pretrain(
     ),
     weight_decay: float = typer.Option(0.05, help="Weight decay of the weight matrices."),
     select: str = typer.Option(
-        "auto", help="Epoch to keep: best (by mAP on the val rows), last, or auto: best where there are any."
+        "auto",
+        help="Epoch to keep: best (by mAP on the val rows), last, or auto: best if there are val rows.",
     ),
-    precision: str = typer.Option("auto", help="fp32, bf16, fp16, or auto: bf16 on a GPU that can."),
+    precision: str = typer.Option("auto", help="fp32, bf16, fp16, or auto: bf16 if the GPU supports it."),
     gradient_checkpointing: bool = typer.Option(
-        False, "--gradient-checkpointing", help="Less memory, a third more time."
+        False, "--gradient-checkpointing", help="Save memory at a third more time."
     ),
     deepspeed: Path | None = typer.Option(None, help="DeepSpeed configuration (.json), ZeRO 0 to 2."),
     flip: bool = typer.Option(
-        False, "--flip", help="Mirror every other training image, but none whose texts name a side."
+        False, "--flip", help="Mirror half of the training images, except those whose texts name a side."
     ),
-    seed: int = typer.Option(0, help="Draws weights, order and augmentation."),
+    seed: int = typer.Option(0, help="Seed of weights, order and augmentation."),
     workers: int = typer.Option(2, help="Processes that open images."),
-    strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be left out."),
-    resume: bool = typer.Option(False, "--resume", help="Go on with a killed run of the same options."),
+    strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be skipped."),
+    resume: bool = typer.Option(False, "--resume", help="Continue a killed run with the same options."),
     save_on_signal: bool = typer.Option(
         False,
         "--save-on-signal",
-        help="Save a checkpoint before ending on SIGTERM (Slurm) or Ctrl-C; --resume goes on from it.",
+        help="Save a checkpoint before ending on SIGTERM (Slurm) or Ctrl-C; --resume continues from it.",
     ),
     force: bool = typer.Option(False, "--force", help="Replace an existing tower."),
 ) -> None:

@@ -1,4 +1,4 @@
-"""``mgll-encoder probe``: what a tower's features know, frozen or fine-tuned."""
+"""``mgll-encoder probe``: classification with a tower, frozen or fine-tuned."""
 
 import json
 from dataclasses import asdict, replace
@@ -34,7 +34,7 @@ def probe(
     images: labeled.Images,
     data: labeled.Data = None,
     mode: Annotated[
-        str, typer.Option(help="linear: frozen features; finetune: tower and linear head learn together.")
+        str, typer.Option(help="linear: frozen features; finetune: train tower and linear head together.")
     ] = "linear",
     benchmark: labeled.BenchmarkName = None,
     image_column: labeled.ImageColumn = "file",
@@ -54,7 +54,7 @@ def probe(
     activation: labeled.ActivationName = None,
     weights: labeled.WeightsName = None,
     test: labeled.TestShare = 0.3,
-    seed: Annotated[int, typer.Option(help="Draws the sides, the bootstrap and the fine-tuning.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the bootstrap and the fine-tuning.")] = 0,
     epochs: Annotated[
         int | None, typer.Option(help="finetune: passes over the training images (default 20).")
     ] = None,
@@ -62,19 +62,19 @@ def probe(
     lr: Annotated[float | None, typer.Option(help="finetune: peak learning rate (default 1e-4).")] = None,
     validation: Annotated[
         float | None,
-        typer.Option(help="finetune: share of training patients that chooses the epoch (default 0.15)."),
+        typer.Option(help="finetune: share of training patients used to choose the epoch (default 0.15)."),
     ] = None,
     trainings: Annotated[
         int | None,
         typer.Option(
-            min=1, help="finetune: how often, with seeds from --seed on; figures are means (default 1)."
+            min=1, help="finetune: number of runs, with seeds from --seed on; results are means (default 1)."
         ),
     ] = None,
     tower_out: Annotated[
         Path | None,
-        typer.Option(help="finetune: new folder for the tower that is best on the validation part."),
+        typer.Option(help="finetune: new folder for the tower with the best validation result."),
     ] = None,
-    compare: Annotated[str | None, typer.Option(help="'paper': print the published figures beside.")] = None,
+    compare: Annotated[str | None, typer.Option(help="'paper': also print the published results.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     strict: labeled.Strict = False,
     workers: labeled.Workers = None,
@@ -85,15 +85,15 @@ def probe(
             "--list",
             is_eager=True,
             callback=labeled.table_of_benchmarks,
-            help="List the benchmarks, and leave.",
+            help="List the benchmarks and exit.",
         ),
     ] = False,
 ) -> None:
-    """Classify with a tower and judge it on other patients: AUC, mAP, accuracy, with intervals.
+    """Train a classifier on a tower and evaluate it on other patients: AUC, mAP, accuracy, with intervals.
 
-    By default a linear classifier on frozen features, which are kept in a cache folder (MGLL_CACHE_DIR, by default
-    ~/.cache/mgll-mllm), so that a second probe of the same images takes seconds. With --mode finetune the tower learns
-    too; killed and given again, the command goes on with the last whole epoch.
+    By default a linear classifier on frozen features, which are cached (MGLL_CACHE_DIR, by default ~/.cache/mgll-mllm),
+    so that a second probe of the same images takes seconds. With --mode finetune the tower is trained, too; after a
+    kill, re-run the same command to continue from the last complete epoch.
 
     Example: mgll-encoder probe --encoder mgll-fundus --data labels.csv --images images --patient-column patient
     """
@@ -182,7 +182,7 @@ def _finetuned(
     ]
     best = max(runs, key=lambda run: run.validation)
     if tower_out:
-        digests = picture_digests(best.trained_on, "Noting the training images").values()
+        digests = picture_digests(best.trained_on, "Hashing the training images").values()
         trained = [
             *trainings_of(tower.header.source),
             Training.of((TOWER,), "probe --mode finetune", digests),

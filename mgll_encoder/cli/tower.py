@@ -20,14 +20,14 @@ PathArgument = Annotated[
     Path,
     typer.Argument(
         help="MGLL training checkpoint, open_clip or OpenAI state dict (.pt, .bin, .safetensors), "
-        "a folder of transformers or of this project, or the hub id of one such as openai/clip-vit-large-patch14."
+        "a transformers folder, a folder of this project, or a hub id such as openai/clip-vit-large-patch14."
     ),
 ]
 ActivationOption = Annotated[
     str | None,
     typer.Option(
-        help="'gelu' or 'quick_gelu', for files that do not store it. The weights cannot tell; with the wrong one "
-        "nothing fails, but features are about 1 % off."
+        help="'gelu' or 'quick_gelu', for files that do not store it. It cannot be detected from the weights; the "
+        "wrong one raises no error, but features are about 1 % off."
     ),
 ]
 
@@ -35,7 +35,7 @@ ActivationOption = Annotated[
 WeightsOption = Annotated[
     str | None,
     typer.Option(
-        help="'raw' or 'ema', for training checkpoints that hold a moving average of the weights beside them."
+        help="'raw' or 'ema', for training checkpoints that also contain a moving average of the weights."
     ),
 ]
 
@@ -46,7 +46,7 @@ def inspect(
     weights: WeightsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what a tower is, without reading its weights.
+    """Describe a tower, without reading its weights.
 
     Example: mgll-encoder inspect mgll-fundus.pt
     """
@@ -70,7 +70,7 @@ def convert(
     weights: WeightsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
-    """Write a tower as a folder that transformers, and every command here, can read.
+    """Write a tower as a folder that transformers and all commands of this project can read.
 
     Example: mgll-encoder convert mgll-fundus.pt --out mgll-fundus
     """
@@ -89,7 +89,7 @@ def convert(
 
 
 def _choices(activation: str | None, weights: str | None) -> dict[str, Any]:
-    """What the options say, for functions that check it."""
+    """Return the options as keyword arguments; the functions check them."""
     return {"activation": activation, "weights": weights}
 
 
@@ -129,7 +129,7 @@ def _print_table(path: Path, facts: dict[str, Any]) -> None:
         "mean": " ".join(f"{value:.6g}" for value in facts["mean"]),
         "std": " ".join(f"{value:.6g}" for value in facts["std"]),
         "parameters": f"{facts['parameters']:,} ({', '.join(facts['dtypes'])})",
-        "left out": f"{dropped} tensors" if dropped else "nothing",
+        "dropped": f"{dropped} tensors" if dropped else "nothing",
     }
     table = Table(title=Text(str(path)), show_header=False, title_justify="left")
     for name, value in rows.items():

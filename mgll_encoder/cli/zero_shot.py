@@ -1,4 +1,4 @@
-"""``mgll-encoder zero-shot`` and ``retrieval``: what image and text tower know together, without training."""
+"""``mgll-encoder zero-shot`` and ``retrieval``: evaluation of image and text tower, without training."""
 
 import json
 from dataclasses import asdict
@@ -33,7 +33,7 @@ def zero_shot(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="generic, fundus, xray, or a .json file of yours (default: the benchmark's, or generic)."
+            help="generic, fundus, xray, or your own .json file (default: the benchmark's, or generic)."
         ),
     ] = None,
     image_column: labeled.ImageColumn = "file",
@@ -55,19 +55,18 @@ def zero_shot(
     test: labeled.TestShare = 0.3,
     every: Annotated[
         bool,
-        typer.Option("--all", help="Judge all images, not the test side only: for sets the tower never saw."),
+        typer.Option("--all", help="Evaluate on all images, not only the test split: for unseen data sets."),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Draws the sides and the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split and the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     strict: labeled.Strict = False,
     workers: labeled.Workers = None,
     force: labeled.Force = False,
 ) -> None:
-    """Classify without training, by the likeness of an image to prompts of each class: AUC, mAP, accuracy.
+    """Classify without training, by the similarity of an image to prompts of each class: AUC, mAP, accuracy.
 
-    Needs a tower with its text tower: a folder of 'mgll-encoder pretrain', or a whole CLIP.
-    The prompts of a class are averaged; where several labels may be true at once, a label is weighed against the
-    prompts of its absence.
+    Needs a tower with its text tower: a folder written by 'mgll-encoder pretrain', or a full CLIP. The prompts of a
+    class are averaged; if several labels may be true at once, a label is compared with the prompts of its absence.
 
     Example: mgll-encoder zero-shot --encoder mgll-fundus --data labels.csv --images images --prompts fundus
     """
@@ -97,28 +96,31 @@ def zero_shot(
 def retrieval(
     encoder: labeled.Encoder,
     data: Annotated[
-        Path, typer.Option("--data", help="Manifest, as 'mgll-encoder data fundus' or 'data xray' writes it.")
+        Path,
+        typer.Option("--data", help="Manifest, as written by 'mgll-encoder data fundus' or 'data xray'."),
     ],
     images: Annotated[
-        Path | None, typer.Option(help="Image folder (default: the one that the manifest names).")
+        Path | None, typer.Option(help="Image folder (default: the one named in the manifest).")
     ] = None,
-    split: Annotated[str, typer.Option(help="Side of the split: train, val or test.")] = "test",
+    split: Annotated[str, typer.Option(help="The split: train, val or test.")] = "test",
     granularities: Annotated[
         str,
-        typer.Option(help="Which to use, separated by commas (default: each by itself, and all together)."),
+        typer.Option(
+            help="Granularities to use, separated by commas (default: each alone, and all together)."
+        ),
     ] = "",
     activation: labeled.ActivationName = None,
     weights: labeled.WeightsName = None,
-    seed: Annotated[int, typer.Option(help="Draws the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     strict: labeled.Strict = False,
     workers: labeled.Workers = None,
     force: labeled.Force = False,
 ) -> None:
-    """Find the texts of an image and the images of a text: recall among the nearest 1, 5 and 10.
+    """Measure retrieval of texts for images and images for texts: recall among the nearest 1, 5 and 10.
 
-    Texts repeat, so any of an image's texts, and any of a text's images, is a hit; what a random order would hit stands
-    beside.
+    Texts repeat, so any of an image's texts, and any of a text's images, is a hit; the recall of a random order is
+    printed, too.
 
     Example: mgll-encoder retrieval --encoder mgll-fundus --data manifest.jsonl
     """
@@ -135,14 +137,14 @@ def retrieval(
     check_tower(encoder)
     found = described_images(data, images, split, wanted, skipped)
     from mgll_encoder.probing.features import readable_features
-    from mgll_encoder.probing.retrieval import retrieval as judge
+    from mgll_encoder.probing.retrieval import retrieval as recall
     from mgll_encoder.probing.zero_shot import class_directions, projected, text_tower_of
 
     tower = api.open_tower(encoder, activation, weights)
     text = text_tower_of(tower.header.source, tower)
     features, readable = readable_features(tower, found.labels, cache_folder("features"), skipped, workers)
-    seen = projected(tower, features)
-    said_all = class_directions(text, [[name] for name in readable.names])
+    projections = projected(tower, features)
+    directions = class_directions(text, [[name] for name in readable.names])
     levels = {**found.levels, "all": list(readable.names)} if len(found.levels) > 1 else found.levels
     results: dict[str, tuple[Retrieval, Retrieval]] = {}
     for level, texts in levels.items():
@@ -152,10 +154,12 @@ def retrieval(
         if used.sum() < 2:
             continue
         owners = [owner for owner, kept in zip(readable.patients, rows, strict=True) if kept]
-        results[level] = judge(seen[rows], said_all[places][used], truth[rows][:, used], owners, seed=seed)
+        results[level] = recall(
+            projections[rows], directions[places][used], truth[rows][:, used], owners, seed=seed
+        )
     if not results:
         raise UserError(
-            f"manifest {data}: no granularity has two texts on the {split} side: nothing to search in"
+            f"manifest {data}: no granularity has two texts in the {split} split: nothing to retrieve"
         )
     _print_retrieval(results, encoder, len(set(readable.patients)))
     if out:
@@ -189,6 +193,6 @@ def _print_retrieval(
             table.add_row(level, way.direction, str(way.queries), str(way.candidates), *cells)
     stdout.print(table)
     said(
-        f"{patients} patients; brackets: {CONFIDENCE} % bootstrap over patients ({REPLICATES} draws); "
+        f"{patients} patients; brackets: {CONFIDENCE} % bootstrap over patients ({REPLICATES} replicates); "
         "parentheses: chance"
     )

@@ -179,9 +179,7 @@ def telling_damage(checkpoint: str | Path | None, what: str) -> Iterator[None]:
     except _DAMAGE as error:
         if checkpoint is None:
             raise
-        raise ResumeError(
-            _unusable(Path(checkpoint), f"its {what} is damaged ({type(error).__name__})")
-        ) from error
+        raise ResumeError(_unusable(Path(checkpoint), f"damaged {what} ({type(error).__name__})")) from error
 
 
 def _unusable(checkpoint: Path, why: str) -> str:

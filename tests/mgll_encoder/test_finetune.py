@@ -154,7 +154,7 @@ def test_the_command_writes_the_table_and_the_tower(
     labeled = [line for line in lines if ",,p" not in line]
     table.write_text("\n".join(["file,labels,patient", *labeled, "broken.png,glaucoma,px"]) + "\n")
     row = len(labeled) + 2
-    assert f"row {row}: the image is not in a format" in refused(*command, "--strict")
+    assert f"row {row}: the image is not in a supported format" in refused(*command, "--strict")
     (images / "broken.png").unlink()
 
 

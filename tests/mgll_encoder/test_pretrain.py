@@ -235,7 +235,7 @@ def test_a_state_that_is_missing_or_damaged_is_told(manifest, tmp_path, monkeypa
     pretrain(manifest, tmp_path / "run", options(epochs=1), workers=0)
     last = tmp_path / ".run.training" / "checkpoint-2"
     damage(last / state)
-    with pytest.raises(UserError, match=f"cannot resume from {last}: .* to start again") as error:
+    with pytest.raises(UserError, match=f"cannot resume from {last}: .* to start over") as error:
         pretrain(manifest, tmp_path / "run", options(epochs=1), workers=0, resume=True, force=True)
     assert "weights_only" not in str(error.value)
 

@@ -83,7 +83,7 @@ def test_rare_labels_are_left_out(
     monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path))
     done = invoke(*probe(place, tower, "--patient-column", "patient", "--min-positives", 9))
     assert done.code == 0, done.err
-    assert "left out, for want of positive" in done.err
+    assert "skipped, too few positive" in done.err
     assert "--min-positives" in refused(*probe(place, tower, "--min-positives", 70))
 
 
