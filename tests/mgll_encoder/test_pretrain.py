@@ -407,7 +407,7 @@ def test_a_text_tower_that_lacks_words_is_not_trained_on(manifest, tmp_path):
         tmp_path / "m.jsonl",
         lambda rows: [{**r, "texts": {"status": [f"Zebra {i % 2}"]}} for i, r in enumerate(rows)],
     )
-    with pytest.raises(UserError, match=r"no vector for .*'Zebra 0'.*--text-tower new"):
+    with pytest.raises(UserError, match=r"no embedding for .*'Zebra 0'.*--text-tower new"):
         pretrain(other, tmp_path / "second", options(epochs=1, init=tmp_path / "first"), workers=0)
     pretrain(
         other, tmp_path / "third", options(epochs=1, init=tmp_path / "first", text_tower="new"), workers=0
@@ -418,7 +418,7 @@ def test_texts_that_lose_their_ends_are_told(manifest, tmp_path, caplog):
     def lengthen(rows):
         return [{**row, "texts": {**row["texts"], "keyword": ["drusen " * 90]}} for row in rows]
 
-    told = "have more tokens than the 77 that the text tower reads"
+    told = "have more tokens than the text tower's context of 77"
     pretrain(manifest, tmp_path / "short", options(epochs=1))
     assert told not in " ".join(" ".join(caplog.messages).split())
     caplog.clear()
