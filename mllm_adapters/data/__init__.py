@@ -1,1 +1,1 @@
-"""Training data: from files of several formats to rendered, counted and encoded examples."""
+"""Training data: reads files of several formats into rendered, counted and encoded examples."""

@@ -1,4 +1,4 @@
-"""Tables computed row by row with `datasets`: memory-mapped, kept in the cache, computed by several processes."""
+"""Tables computed row by row with `datasets`: memory-mapped, cached, computed by several processes."""
 
 import logging
 import os
@@ -27,21 +27,21 @@ _logger = logging.getLogger(__name__)
 Work = Callable[[Mapping[str, Sequence[Any]]], dict[str, list[Any]]]
 
 ROWS_PER_PROCESS = 10_000
-"""Fewer rows are computed before another process has started."""
+"""Minimum rows per process: fewer are computed before another process has started."""
 
 
 def compute_table(
     source: Dataset, work: Work, schema: pa.Schema, key: str = "", description: str = ""
 ) -> Dataset:
-    """Apply a function to batches of rows; the order stays.
+    """Apply a function to batches of rows, keeping their order.
 
     Args:
         source: The rows.
         work: Columns of a batch -> columns of ``schema``.
         schema: Columns of the result.
-        key: Hash of everything that the result depends on; it is then kept on disk, and taken from there.
-            Without it the result stays in memory.
-        description: Of the progress bar.
+        key: Hash of everything that the result depends on; the result is then cached on disk. Without it the
+            result stays in memory.
+        description: Text of the progress bar.
     """
     options: dict[str, Any] = {
         "batched": True,
@@ -63,7 +63,7 @@ def compute_table(
             source.map(
                 OneThread(work),
                 cache_file_name=str(partial / "rows.arrow"),
-                new_fingerprint=key[:32],  # which datasets makes longer for each process
+                new_fingerprint=key[:32],  # datasets appends to it for each process
                 num_proc=processes if processes > 1 else None,
                 desc=description,
                 **options,
@@ -77,7 +77,7 @@ def compute_table(
 
 
 class OneThread:
-    """Work that leaves torch's threads alone: they do not survive the fork that makes a process."""
+    """Work that does not use torch's threads: they do not survive a fork."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.home = work, os.getpid()

@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 CAPTION_PROMPTS_VERSION = "captions-1"
-"""Changes when the list below does: other questions make another training set."""
+"""Changes with the list below: other questions make another training set."""
 
 CAPTION_PROMPTS: tuple[str, ...] = (
     "What does this image show?",
@@ -18,21 +18,21 @@ CAPTION_PROMPTS: tuple[str, ...] = (
 )
 
 ALL = "all"
-"""In place of a granularity's name: the texts of every granularity, coarse to fine."""
+"""Selects the texts of every granularity, coarse to fine, instead of one granularity."""
 
 
 def caption(
     texts: Mapping[str, Sequence[str]], granularities: Sequence[str], chosen: str = ALL
 ) -> str | None:
-    """What a manifest's row says of its image, one sentence per granularity.
+    """Make a caption from a manifest's row, one sentence per granularity.
 
     Args:
-        texts: Granularity -> texts that are true of the image.
+        texts: Granularity -> texts that are true for the image.
         granularities: All of them, coarse to fine.
         chosen: The granularity to take, or `ALL`.
 
     Returns:
-        The caption, or None where the row has no text at the chosen granularity.
+        The caption, or None if the row has no text at the chosen granularity.
     """
     taken = granularities if chosen == ALL else (chosen,)
     sentences = [", ".join(texts.get(name, ())).rstrip(" .") for name in taken]
@@ -40,5 +40,5 @@ def caption(
 
 
 def caption_prompt(image: str, seed: int) -> str:
-    """The question that an image is asked; it depends on seed and image only, so new rows change no old one's."""
+    """Choose the question for an image; it depends only on seed and image, so adding rows changes no other row."""
     return random.Random(f"{seed}:{image}").choice(CAPTION_PROMPTS)

@@ -1,4 +1,4 @@
-"""Conversations in the model's own words, and where its answers stand in them."""
+"""Conversations rendered with the model's chat template, and the position of its answers in them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from mgll_encoder.common.errors import BadDataError
 from mllm_adapters.data.llava_format import ROLES, Conversation
 
 MARK = "<the system turn>"
-"""What stands for a system turn when one looks whether a template writes it."""
+"""Placeholder for a system turn, to check whether a template writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Example:
     Attributes:
         images: Paths below the image folder, in the order of their placeholders.
         text: The rendered text; one placeholder per image.
-        answers: Where the assistant's answers stand in ``text``, each with its end-of-turn token.
+        answers: Spans of the assistant's answers in ``text``, each with its end-of-turn token.
     """
 
     images: tuple[str, ...]
@@ -29,38 +29,39 @@ class Example:
 
 
 def check_processor(processor: Any) -> None:
-    """See to it that training examples can be made with this processor.
+    """Check that training examples can be made with this processor.
 
     Raises:
-        UserError: there is none, it has no chat template, it writes text that its chat template does not, or its
-            tokenizer gives no character offsets.
+        UserError: there is no processor, it has no chat template, it adds text that is not in its chat
+            template, or its tokenizer gives no character offsets.
     """
     if processor is None:
         raise BadDataError(
-            "the model folder holds no tokenizer, so text cannot be read: add its processor files"
+            "the model folder has no tokenizer, so text cannot be read: add its processor files"
         )
     if template_of(processor) is None:
         raise BadDataError(
             "the model's processor has no chat template: add chat_template.jinja to its folder"
         )
-    if getattr(processor, "use_default_system_prompt", False):  # of Janus: it would shift the labels
+    if getattr(processor, "use_default_system_prompt", False):  # Janus: it would shift the labels
         raise BadDataError(
-            "the model's processor puts a system prompt before what its chat template writes: set "
-            "use_default_system_prompt to false in processor_config.json, and write the prompt into the template"
+            "the model's processor adds a system prompt before the text of its chat template: set "
+            "use_default_system_prompt to false in processor_config.json, and write the prompt into the "
+            "template"
         )
     if not processor.tokenizer.is_fast:
         raise BadDataError("the model's tokenizer gives no character offsets: add its tokenizer.json")
 
 
 def render(conversation: Conversation, processor: Any) -> Example:
-    """Render a conversation and find its answers, by rendering every prompt that precedes one.
+    """Render a conversation and find its answers, by rendering the prompt before each of them.
 
-    An answer begins where the generation prompt ends, and ends with what the template puts after it, trailing
-    white space excepted.
+    An answer begins at the end of the generation prompt, and includes what the template puts after it,
+    without trailing white space.
 
     Raises:
-        UserError: a prompt is no prefix of the whole (a template that rewrites history), the template has no place
-            for the system turn, or does not place the images.
+        UserError: a prompt is not a prefix of the whole conversation (a template that rewrites history), or
+            the template does not write the system turn or the images.
     """
     messages = conversation.messages()
     text = render_chat(processor, messages)
@@ -72,15 +73,16 @@ def render(conversation: Conversation, processor: Any) -> Example:
         answered = render_chat(processor, messages[: index + 1])
         if not (answered.startswith(prompt) and text.startswith(answered)):
             raise BadDataError(
-                "the model's chat template cannot be used for training: the prompt of answer "
-                f"{len(answers) + 1} (id {conversation.id!r}) is not what the whole conversation begins with"
+                f"the model's chat template cannot be used for training: the prompt of answer "
+                f"{len(answers) + 1} (id {conversation.id!r}) is not a prefix of the whole conversation"
             )
         answers.append((len(prompt), len(answered.rstrip())))
     placeholders = text.count(processor.image_token)
     if placeholders != len(conversation.images):
         raise BadDataError(
-            f"id {conversation.id!r} has {len(conversation.images)} images, its rendered text {placeholders} "
-            f"{processor.image_token}: the chat template must write one per image, and the data none"
+            f"id {conversation.id!r} has {len(conversation.images)} images, but its rendered text has "
+            f"{placeholders} {processor.image_token}: the chat template must write one per image, and the "
+            f"data must contain none"
         )
     return Example(conversation.images, text, tuple(answers))
 
@@ -88,10 +90,10 @@ def render(conversation: Conversation, processor: Any) -> Example:
 def _check_system(
     conversation: Conversation, messages: list[dict[str, Any]], written: str, processor: Any
 ) -> None:
-    """Refuse a system turn that the template drops, or takes for a turn of somebody else."""
+    """Refuse a system turn that the template drops, or writes as a turn of another role."""
     system, *rest = messages
     taken_for = [role for role in ROLES.values() if _written_alike(system, rest, role, written, processor)]
-    # Its own words may come again in a turn.
+    # Its words may occur in a turn, too.
     marked = {**system, "content": [{"type": "text", "text": MARK}]}
     if taken_for or render_chat(processor, [marked, *rest]).count(MARK) != 1:
         how = f"writes it as a turn of the {taken_for[0]}" if taken_for else "does not write it"
@@ -106,18 +108,18 @@ def _written_alike(
 ) -> bool:
     try:
         return bool(render_chat(processor, [{**system, "role": role}, *rest]) == written)
-    except TemplateError:  # a template that insists on the order of roles
+    except TemplateError:  # a template that enforces the order of roles
         return False
 
 
 def adds_special_tokens(text: str, processor: Any) -> bool:
-    """Whether the tokenizer must add its own: not where the template has written the first one already."""
+    """Whether the tokenizer must add special tokens: not if the template has already written the first one."""
     first = processor.tokenizer.bos_token
     return not (first and text.startswith(first))
 
 
 def image_tokens(size: tuple[int, int], processor: Any) -> int:
-    """How many tokens an image of this size becomes, by asking the processor."""
+    """Ask the processor how many tokens an image of this size becomes."""
     blank = Image.new("RGB", size)
     features = processor(text=[processor.image_token], images=[blank], add_special_tokens=False)
     return len(features["input_ids"][0])

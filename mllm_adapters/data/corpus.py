@@ -1,4 +1,4 @@
-"""Training data as a whole: the rows of all files, and what is known of their images."""
+"""Training data as a whole: the rows of all files, and facts about their images."""
 
 import hashlib
 import json
@@ -22,15 +22,15 @@ class Corpus:
     """Training data that has passed every check that needs no model.
 
     Attributes:
-        path: The file, the first where there are several.
-        folder: What relative image paths start from.
-        rows: Its rows: a list, or a table on disk that looks like one.
+        path: The file, or the first of several.
+        folder: Folder that relative image paths start from.
+        rows: The rows: a list, or a table on disk that behaves like one.
         sizes: Image path -> (width, height) in pixels.
-        digests: Image path -> hash of what decides its pixels (`picture_digest`).
-        damaged: Image path -> why the file cannot be read; rows that show it are left out.
+        digests: Image path -> hash of the bytes that decide its pixels (`picture_digest`).
+        damaged: Image path -> why the file cannot be read; rows with it are left out.
         files: All files.
-        other_split: Rows that the files' own splits keep for something else than training.
-        options: How rows were made of files.
+        other_split: Number of rows that the files' own splits assign to other uses than training.
+        options: How rows were made from files.
     """
 
     path: Path
@@ -44,11 +44,11 @@ class Corpus:
     options: DataOptions = field(default_factory=DataOptions)
 
     def splits(self) -> list[dict[str, Any]]:
-        """How the sides of each file were drawn, of those that say so: manifests and benches."""
+        """How each file was split, for those that record it: manifests and benchmarks."""
         return [split for file in self.files or (self.path,) if (split := split_of(built_of(file)))]
 
     def digest(self) -> str:
-        """SHA-256 of the file, or of the hashes of several."""
+        """Return the SHA-256 of the file, or of the hashes of several files."""
         hashes = [content_digest(file) for file in self.files or (self.path,)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
@@ -56,15 +56,15 @@ class Corpus:
 def read_corpus(
     path: Path | Sequence[Path], folder: Path | None = None, options: DataOptions | None = None
 ) -> Corpus:
-    """Read training files, check every row, and decode every image that was not decoded before.
+    """Read training files, check every row, and decode every image that is not in the cache.
 
     Args:
         path: One file or several, of any format that `mllm_adapters.data.training_rows` reads.
-        folder: What the image paths of LLaVA conversations start from; benches and manifests know theirs.
-        options: How rows are made of files.
+        folder: Folder that image paths in conversations start from; benchmarks and manifests store their own.
+        options: How rows are made from files.
 
     Raises:
-        UserError: see `read_table` and `image_facts`; images start from a folder that was not given; or, with
+        UserError: see `read_table` and `image_facts`; the image folder is needed but not given; or, with
             ``strict``, an image cannot be read.
     """
     files = (path,) if isinstance(path, Path) else tuple(path)
@@ -95,10 +95,10 @@ def read_corpus(
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """All conversations of a file in LLaVA's format; for large files see `read_corpus`.
+    """Read all conversations of a file in LLaVA's format; for large files see `read_corpus`.
 
     Raises:
-        UserError: see `conversations`; or there is none.
+        UserError: see `conversations`; or there are no conversations.
     """
     rows = list(conversations(path))
     if not rows:

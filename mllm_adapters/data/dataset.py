@@ -1,6 +1,6 @@
-"""Training examples: conversations in the model's own words, with labels on the answers and nowhere else.
+"""Training examples: conversations rendered with the model's chat template, with labels only on the answers.
 
-All text is rendered and counted before training begins; images are opened only when their row is trained on.
+All text is rendered and counted before training starts; images are opened only when their row is used.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from mllm_adapters.data.fingerprints import text_fingerprint
 from mllm_adapters.data.training_rows import RowTable, in_memory, to_conversation
 
 RENDERED_VERSION = 1
-"""Part of the key of rendered rows: changes when the same row would be rendered in another way."""
+"""Part of the cache key of rendered rows: changes when the rendering of a row changes."""
 
 RENDERED = pa.schema(
     [
@@ -50,25 +50,25 @@ RENDERED = pa.schema(
     ]
 )
 """Columns of a rendered table: those of `Example`, its length in tokens, the number of its images, and whether one of
-them cannot be read (the rest is empty then)."""
+them cannot be read (the other columns are then empty)."""
 
 IGNORED = -100
 """Label of positions that carry no loss (PyTorch's default ``ignore_index``)."""
 
 TOKEN_TYPES = "mm_token_type_ids"
-"""What some processors say of each position beside its id: text (0), image, video; Qwen's models place tokens by it."""
+"""Token type that some processors return per position: text (0), image, video; Qwen's models need it for positions."""
 
 PER_TOKEN = (TOKEN_TYPES, PREFIX_TYPES)
-"""What processors may give for each position, beside ids and mask."""
+"""What processors may return for each position in addition to ids and mask."""
 
 
 class ExampleTable(Sequence[Example]):
-    """Rendered conversations on disk that look like a list of examples.
+    """Rendered conversations on disk that behave like a list of examples.
 
     Attributes:
         table: All rows of the corpus, see `RENDERED`.
-        kept: Which of them are trained on.
-        key: Hash of what ``table`` was made of; empty where it is not on disk.
+        kept: Indices of the rows that are trained on.
+        key: Hash of the inputs of ``table``; empty if it is not on disk.
     """
 
     def __init__(self, table: Table, kept: NDArray[np.int64], key: str = "") -> None:
@@ -79,11 +79,11 @@ class ExampleTable(Sequence[Example]):
 
     @property
     def text_only(self) -> bool:
-        """Whether a row that is trained on shows no image."""
+        """Whether a training row has no image."""
         return not self.column("shown").all()
 
     def column(self, name: str) -> NDArray[np.int64]:
-        """A column of numbers of `RENDERED`, of the rows that are trained on."""
+        """Return a numeric column of `RENDERED` for the training rows."""
         return np.asarray(self.table.select_columns(name).with_format("numpy")[:][name][self.kept])
 
     def __getitem__(self, index: Any) -> Any:
@@ -93,22 +93,22 @@ class ExampleTable(Sequence[Example]):
 
 
 def to_example(row: Mapping[str, Any]) -> Example:
-    """The example of a row of `RENDERED`."""
+    """Make the example of a row of `RENDERED`."""
     return Example(tuple(row["images"]), row["text"], tuple(zip(row["starts"], row["ends"], strict=True)))
 
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What became of the rows of the files: ``rows`` = ``kept`` + all that were left out.
+    """Counts of used and skipped rows: ``rows`` = ``kept`` + all that were left out.
 
     Attributes:
-        rows: All of them.
-        images: Images that they show and that can be read.
+        rows: All rows.
+        images: Readable images of the rows.
         kept: Rows that are trained on.
-        text_only: Rows without an image, where these teach nothing.
+        text_only: Rows without an image, if the stage trains nothing on them.
         too_long: Rows with more tokens than allowed.
-        damaged: Rows that show an image that cannot be read.
-        other_split: Rows that the files keep for validation or test.
+        damaged: Rows with an image that cannot be read.
+        other_split: Rows of the validation or test split.
     """
 
     rows: int
@@ -123,12 +123,13 @@ class DataCounts:
 def prepare_examples(
     corpus: Corpus, processor: Any, max_length: int, text_only: bool
 ) -> tuple[ExampleTable, DataCounts]:
-    """Render and count the rows of a corpus; what has been rendered before is taken from the cache.
+    """Render and count the rows of a corpus; rows rendered before are taken from the cache.
 
     Args:
         corpus: Checked conversations.
-        processor: The model's processor, or None where the model has none.
-        max_length: Longest example in tokens, image tokens included; longer ones are left out, never cut.
+        processor: The model's processor, or None if the model has none.
+        max_length: Longest example in tokens, image tokens included; longer ones are left out, never
+            truncated.
         text_only: Whether rows without an image are kept.
 
     Raises:
@@ -162,7 +163,7 @@ def prepare_examples(
 
 
 def _rendered(corpus: Corpus, processor: Any) -> tuple[Table, str]:
-    """All rows of a corpus as `RENDERED`, and the key of the table if it is on disk."""
+    """Return all rows of a corpus as `RENDERED`, and the key of the table if it is on disk."""
     work = Renderer(processor, corpus.sizes, frozenset(corpus.damaged))
     if not isinstance(corpus.rows, RowTable):
         return compute_table(in_memory(corpus.rows), work, RENDERED), ""
@@ -174,13 +175,13 @@ def _rendered(corpus: Corpus, processor: Any) -> tuple[Table, str]:
 
 @dataclass
 class Renderer:
-    """Makes rows of `RENDERED` from rows of `mllm_adapters.data.training_rows.SCHEMA`, in any process.
+    """Renders rows of `mllm_adapters.data.training_rows.SCHEMA` to rows of `RENDERED`, in any process.
 
     Attributes:
-        processor: The model's.
+        processor: The model's processor.
         sizes: Image path -> (width, height) in pixels.
         damaged: Images that cannot be read.
-        tokens: Size -> tokens of an image of this size, as far as the processor has been asked.
+        tokens: Cache: size -> tokens of an image of this size.
     """
 
     processor: Any
@@ -189,7 +190,7 @@ class Renderer:
     tokens: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Columns of a batch of rows -> columns of the result."""
+        """Map the columns of a batch of rows to columns of the result."""
         rows = [
             self._row(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)
         ]
@@ -209,7 +210,7 @@ class Renderer:
         }
 
     def _length(self, example: Example) -> int:
-        """Tokens of an example, image tokens included."""
+        """Count the tokens of an example, image tokens included."""
         special = adds_special_tokens(example.text, self.processor)
         length = len(self.processor.tokenizer(example.text, add_special_tokens=special)["input_ids"])
         for size in (self.sizes[name] for name in example.images):
@@ -222,7 +223,7 @@ class Renderer:
 def _try_several_images(
     examples: ExampleTable, shown: NDArray[np.int64], corpus: Corpus, processor: Any
 ) -> None:
-    """Encode the first row with more than one image: not every family can show several, or show them anywhere."""
+    """Encode the first row with more than one image: not every family supports several, or at any position."""
     several = np.flatnonzero(shown > 1)
     if not len(several):
         return
@@ -233,17 +234,17 @@ def _try_several_images(
     except ValueError as error:
         names = ", ".join(example.images)
         raise BadDataError(
-            f"{corpus.path}: this model cannot take a row with the images {names}: {error}"
+            f"{corpus.path}: this model does not support a row with the images {names}: {error}"
         ) from None
 
 
 def encode(example: Example, folder: Path, processor: Any) -> dict[str, Tensor]:
-    """Tokens, labels and pixels of one example.
+    """Encode one example to tokens, labels and pixels.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` of shape (T,), likewise `PER_TOKEN` as far as the
-        processor gives them, and what it makes of the images. ``labels`` are the ids of the answers' tokens, and
-        `IGNORED` elsewhere, at images above all.
+        ``input_ids``, ``attention_mask`` and ``labels`` of shape (T,), `PER_TOKEN` if the processor returns
+        them, and its image inputs. ``labels`` are the ids of the answers' tokens, and `IGNORED` elsewhere,
+        including image positions.
 
     Raises:
         UserError: an image is missing or damaged.
@@ -252,7 +253,7 @@ def encode(example: Example, folder: Path, processor: Any) -> dict[str, Tensor]:
 
 
 def encode_with(example: Example, images: Sequence[Image.Image], processor: Any) -> dict[str, Tensor]:
-    """As `encode`, with images that are open already."""
+    """Encode one example as `encode` does, with images that are already open."""
     features = processor(
         text=[example.text],
         images=list(images) or None,
@@ -264,25 +265,25 @@ def encode_with(example: Example, images: Sequence[Image.Image], processor: Any)
     )
     offsets = features.pop("offset_mapping")[0]
     replaced = features.pop("text_replacement_offsets")
-    placeholders = list(replaced[0]) if len(replaced) else []  # nothing where there is no image
+    placeholders = list(replaced[0]) if len(replaced) else []  # empty if there is no image
     input_ids, mask = features.pop("input_ids")[0], features.pop("attention_mask")[0]
     labels = torch.full_like(input_ids, IGNORED)
     for span in example.answers:
         start, end = (_after_expansion(position, placeholders) for position in span)
         inside = ((offsets[:, 0] < end) & (offsets[:, 1] > start)).nonzero().flatten()
-        # Everything from first to last: some tokenizers give white space inside an answer an empty offset.
+        # All tokens from first to last: some tokenizers give white space inside an answer an empty offset.
         answer = slice(int(inside[0]), int(inside[-1]) + 1)
         labels[answer] = input_ids[answer]
     text = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
     text |= {name: features.pop(name)[0] for name in PER_TOKEN if name in features}
-    if PREFIX_TYPES in text:  # the first answer, and all after it, must not be seen by what is before
+    if PREFIX_TYPES in text:  # tokens before the first answer must not attend to it or to later ones
         answered = (labels != IGNORED).nonzero().flatten()
         text[PREFIX_TYPES][int(answered[0]) :] = 1
     return {**text, **features}
 
 
 class ConversationDataset(Dataset[dict[str, Tensor]]):
-    """Examples, encoded when asked for: images are opened in the data loader's workers and not kept."""
+    """Examples that are encoded on access: images are opened in the data loader's workers and not kept."""
 
     def __init__(self, examples: Sequence[Example], folder: Path, processor: Any) -> None:
         self.examples, self.folder, self.processor = examples, folder, processor
@@ -296,16 +297,16 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Batches encoded examples: text padded on the right, images one after another.
+    """Batches encoded examples: text padded on the right, images concatenated.
 
     Attributes:
-        pad_token_id: Fills ``input_ids``; masked from attention and loss.
+        pad_token_id: Pads ``input_ids``; masked in attention and loss.
     """
 
     pad_token_id: int
 
     def __call__(self, batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors of shape (B, T) for the text, (images of the batch, ...) for what belongs to images."""
+        """Collate to tensors of shape (B, T) for text and (images of the batch, ...) for images."""
         fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         fill |= {name: 0 for name in PER_TOKEN if name in batch[0]}
         text = {
@@ -317,10 +318,10 @@ class Collator:
 
 
 class AnswerCollator(Collator):
-    """Batches examples so that logits are computed at answers only: a vocabulary is wide, answers are short."""
+    """Batches examples so that logits are computed only at answers: vocabularies are large, answers are short."""
 
     def __call__(self, batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """As `Collator`, with ``logits_to_keep`` (positions whose next token is learnt) and ``shift_labels``."""
+        """Collate as `Collator`, with ``logits_to_keep`` (positions before answer tokens) and ``shift_labels``."""
         tensors = super().__call__(batch)
         following = tensors["labels"][:, 1:]
         positions = (following != IGNORED).any(dim=0).nonzero().flatten()
@@ -328,14 +329,14 @@ class AnswerCollator(Collator):
 
 
 def _instruction(example: Example, processor: Any) -> dict[str, Any]:
-    """For a processor that wants it apart (a Q-Former reads it): what comes before the first answer."""
+    """Return the text before the first answer, for a processor that needs it separately (for a Q-Former)."""
     if not getattr(processor, "takes_instructions", False):
         return {}
     return {"instructions": [example.text[: example.answers[0][0]]]}
 
 
 def _joined(values: Sequence[Tensor]) -> Tensor:
-    """One after another; instructions (n, Q) of different lengths are filled with zeros, which their mask hides."""
+    """Concatenate values; instructions (n, Q) of different lengths are padded with zeros, which their mask hides."""
     if values[0].ndim == 2 and not values[0].is_floating_point():
         longest = max(value.shape[1] for value in values)
         values = [torch.nn.functional.pad(value, (0, longest - value.shape[1])) for value in values]
@@ -343,7 +344,7 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
 
 
 def _after_expansion(position: int, placeholders: Sequence[Mapping[str, Any]]) -> int:
-    """Where a character stands after the placeholders before it have been expanded."""
+    """Return a character's position after the placeholders before it have been expanded."""
     for placeholder in reversed(placeholders):
         if placeholder["span"][1] <= position:
             return int(position + placeholder["new_span"][1] - placeholder["span"][1])

@@ -11,11 +11,11 @@ from mgll_encoder.common.hf_datasets import open_dataset
 from mllm_adapters.data.row_shapes import IMAGE_LISTS
 
 TRAIN = "train"
-"""The split that is trained on where there are several."""
+"""The split that is trained on if there are several."""
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+    """Return the SHA-256 of a file, or of the names and contents of all files in a folder."""
     if not path.is_dir():
         return sha256(path)
     digest = hashlib.sha256()
@@ -25,11 +25,11 @@ def content_digest(path: Path) -> str:
 
 
 def dataset_records(path: Path, pictures: Path) -> Iterator[tuple[int, Any]]:
-    """Row numbers, from 1, and rows as JSON would have them.
+    """Yield row numbers, from 1, and rows in the form of parsed JSON.
 
     Args:
         path: What `mgll_encoder.common.hf_datasets.open_dataset` reads.
-        pictures: Folder for embedded images, one file per distinct image; made if there is one.
+        pictures: Folder for embedded images, one file per distinct image; created if needed.
 
     Raises:
         UserError: the data set cannot be read.
@@ -39,7 +39,7 @@ def dataset_records(path: Path, pictures: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _unpacked(row: Mapping[str, Any], pictures: Path) -> dict[str, Any]:
-    """The row with embedded images replaced by the paths of their files."""
+    """Replace the embedded images of a row by the paths of their files."""
     cells = {name: value for name, value in row.items() if value is not None}
     for name in IMAGE_LISTS:
         if name in cells:
@@ -61,10 +61,10 @@ def _file_of(image: Any, pictures: Path) -> Any:
 
 
 def refuse_archive(path: Path) -> None:
-    """Refuse shards of WebDataset and other archives by name.
+    """Refuse shards of WebDataset and other archives.
 
     Raises:
-        UserError: the file is one.
+        UserError: the file is an archive.
     """
     if path.name.endswith((".tar", ".tar.gz", ".tgz", ".zip")):
         raise BadDataError(

@@ -1,4 +1,4 @@
-"""Hashes of what cached things depend on: how a processor writes text, how it makes pixels, what modules compute."""
+"""Cache keys: hashes of a processor's text and pixel settings, and of modules."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def text_fingerprint(processor: Any) -> str:
-    """Of everything that decides the tokens of a conversation: tokenizers, chat template, settings."""
+    """Hash everything that decides the tokens of a conversation: tokenizers, chat template, settings."""
     backends = [
         value.backend_tokenizer.to_str() for _, value in sorted(vars(processor).items()) if _is_fast(value)
     ]
@@ -21,9 +21,9 @@ def text_fingerprint(processor: Any) -> str:
 
 
 def pixel_fingerprint(processor: Any) -> str:
-    """Of everything that decides the pixels of an image: settings, and what becomes of a test card.
+    """Hash everything that decides the pixels of an image: settings, and the processor's output for a test card.
 
-    The card catches what is no setting: another release of the library that resizes in another way.
+    The card detects changes outside the settings, such as a library release that resizes differently.
     """
     card = Image.linear_gradient("L").resize((61, 97))
     card = Image.merge("RGB", (card, card.rotate(90), card.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
@@ -33,7 +33,7 @@ def pixel_fingerprint(processor: Any) -> str:
 
 
 def modules_fingerprint(modules: Mapping[str, nn.Module]) -> str:
-    """Of modules' classes, configurations, weights and buffers, and of the library that runs them."""
+    """Hash modules' classes, configurations, weights and buffers, and the library versions."""
     digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
     for name, module in sorted(modules.items()):
         digest.update(f"{name} {type(module).__qualname__} {module}".encode())
@@ -56,7 +56,7 @@ def _is_fast(value: Any) -> bool:
 
 def _bytes_hash(value: torch.Tensor) -> str:
     flat = value.detach().cpu().contiguous().reshape(-1)
-    data: Any = flat.view(torch.uint8).numpy()  # a buffer, which its type does not say
+    data: Any = flat.view(torch.uint8).numpy()  # supports the buffer protocol, which its type does not say
     return hashlib.sha256(data).hexdigest()
 
 

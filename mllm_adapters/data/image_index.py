@@ -1,7 +1,7 @@
-"""What is known of image files before training: that they decode, their size, and the hash of their content.
+"""Facts about image files before training: whether they decode, their size, and the hash of their content.
 
-Each file is read once on a machine: facts are kept in the cache under the reader's version, path, size, inode and times
-of change, of which no program can set back the last, so a file that has changed is read again.
+Each file is read once per machine: facts are cached under the reader's version, path, size, inode and
+modification times. No program can reset the last of these (ctime), so a file that has changed is read again.
 """
 
 import hashlib
@@ -31,18 +31,18 @@ SCHEMA = pa.schema(
 )
 
 SHARD = 4096
-"""Files whose facts are written at once: what a killed run has to read again."""
+"""Number of files whose facts are written at once: a killed run reads at most so many again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFact:
-    """One file.
+    """Facts about one file.
 
     Attributes:
-        digest: Hash of what decides its pixels (`picture_digest`).
+        digest: Hash of the bytes that decide its pixels (`picture_digest`).
         width: In pixels.
         height: In pixels.
-        fault: Why it cannot be used; empty where it can.
+        fault: Why it cannot be used; empty if it can.
     """
 
     digest: str
@@ -52,7 +52,7 @@ class ImageFact:
 
 
 def image_facts(names: Iterable[str], folder: Path) -> dict[str, ImageFact]:
-    """Decode and hash every image that has not been before.
+    """Decode and hash every image that is not in the cache.
 
     Args:
         names: Paths below ``folder``, or absolute.
@@ -103,14 +103,14 @@ def _known(wanted: set[bytes]) -> dict[bytes, ImageFact]:
 
 
 def _read(names: Sequence[str], keys: Mapping[str, bytes], folder: Path) -> dict[bytes, ImageFact]:
-    """Facts of files, written to the cache shard by shard."""
+    """Compute the facts of files, and write them to the cache shard by shard."""
     return {
         keys[name]: fact for name, fact in track(_looks(names, keys, folder), "checking images", len(names))
     }
 
 
 def _looks(names: Sequence[str], keys: Mapping[str, bytes], folder: Path) -> Iterator[tuple[str, ImageFact]]:
-    with ThreadPoolExecutor(cpu_count()) as pool:  # Pillow decodes outside of the interpreter's lock
+    with ThreadPoolExecutor(cpu_count()) as pool:  # Pillow releases the GIL while decoding
         for start in range(0, len(names), SHARD):
             shard: dict[bytes, ImageFact] = {}
             part = names[start : start + SHARD]
@@ -136,7 +136,7 @@ def _write(facts: Mapping[bytes, ImageFact]) -> None:
 
 
 def _look(path: Path) -> ImageFact:
-    """Decode a file whole, as training will."""
+    """Decode a whole file, as training will."""
     try:
         width, height = open_image(path).size
         return ImageFact(picture_digest(path), width, height, "")

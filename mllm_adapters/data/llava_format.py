@@ -1,9 +1,9 @@
-"""Conversations: check a row, turn it into chat messages.
+"""Conversations: check a row, convert it to chat messages.
 
 The format is that of haotian-liu/LLaVA (docs/Finetune_Custom_Data.md): rows of ``id``, ``image`` (a path
-below the image folder, a list of them, or nothing) and ``conversations``, where ``human`` and ``gpt`` take
-turns, after a ``system`` turn where there is one, and ``<image>`` in a human's turn stands for an image. Other
-published shapes are brought into this one by `mllm_adapters.data.row_shapes`.
+below the image folder, a list of them, or nothing) and ``conversations``, where ``human`` and ``gpt``
+alternate, after an optional ``system`` turn, and ``<image>`` in a human's turn stands for an image.
+`mllm_adapters.data.row_shapes` converts other published shapes to this one.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mllm_adapters.data.row_shapes import IMAGE_TAG, as_llava
 
 ROLES: Mapping[str, str] = {"human": "user", "gpt": "assistant"}
-"""Speakers of the format, in the order in which they take turns -> roles of chat messages."""
+"""Speakers of the format, in their order -> roles of chat messages."""
 
 
 class Turn(BaseModel):
-    """What one side says."""
+    """One turn: speaker and text."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,7 +28,7 @@ class Turn(BaseModel):
 
 
 class Conversation(BaseModel):
-    """One row: images, and the turns about them after an instruction (``system``), if there is one."""
+    """One row: images, an optional instruction (``system``), and the turns about the images."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,7 +61,7 @@ class Conversation(BaseModel):
         return self
 
     def messages(self) -> list[dict[str, Any]]:
-        """The turns as chat messages of the form that ``apply_chat_template`` takes."""
+        """Return the turns as chat messages for ``apply_chat_template``."""
         spoken = [{"role": ROLES[turn.speaker], "content": _content(turn.value)} for turn in self.turns]
         if self.system is None:
             return spoken
@@ -69,7 +69,7 @@ class Conversation(BaseModel):
 
 
 def faults_of(error: ValidationError) -> str:
-    """The first fault of a row, in one line."""
+    """Describe the first fault of a row, in one line."""
     fault = error.errors()[0]
     if cause := fault.get("ctx", {}).get("error"):
         return str(cause)
@@ -79,7 +79,7 @@ def faults_of(error: ValidationError) -> str:
 
 
 def _content(value: str) -> list[dict[str, str]]:
-    """Split a turn at its image tags; line breaks beside a tag belong to the tag, as in LLaVA's files."""
+    """Split a turn at its image tags; line breaks next to a tag belong to the tag, as in LLaVA's files."""
     parts: list[dict[str, str]] = []
     for index, piece in enumerate(value.strip().split(IMAGE_TAG)):
         if index:

@@ -1,7 +1,7 @@
-"""Multiple-choice questions as training rows: the prompt that eval-mcq scores, and an answer of three kinds.
+"""Multiple-choice questions as training rows: the prompt that eval-mcq scores, and one of three kinds of answers.
 
-The bench file is eval-mcq's (JSON Lines with a header). What training needs of it is read here, because eval-mcq
-builds on this package and not the other way round; that both agree on the prompt is tested.
+The file format is eval-mcq's (JSON Lines with a header). It is parsed here, because eval-mcq depends on this
+package and not the other way round; a test checks that both make the same prompt.
 """
 
 from string import ascii_uppercase
@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 BENCH_SCHEMA = "eval-mcq/1"
-"""Version of the bench file that is read."""
+"""Version of the benchmark file that is read."""
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 """As in eval-mcq's prompt ``letters-1``."""
 
 Answer = Literal["letter", "text", "both"]
-"""What the model learns to say: ``B``, ``Glaucoma``, or ``B. Glaucoma``."""
+"""The training target: ``B``, ``Glaucoma``, or ``B. Glaucoma``."""
 
 ANSWERS: tuple[str, ...] = get_args(Answer)
 
@@ -24,13 +24,13 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class BenchQuestion(BaseModel):
-    """The fields of a question that training needs; eval-mcq checks the others.
+    """The fields of a question needed for training; eval-mcq checks the others.
 
     Attributes:
-        id: Unique within the bench.
-        images: Image paths, absolute or relative to the folder of the bench file.
+        id: Unique within the benchmark.
+        images: Image paths, absolute or relative to the folder of the benchmark file.
         question: The question, without options.
-        options: Option texts, in the order in which they are offered.
+        options: Option texts, in their order in the prompt.
         answer: Index of the true option; files give it as a letter or as an index.
     """
 
@@ -59,13 +59,13 @@ class BenchQuestion(BaseModel):
         return self
 
     def asked(self) -> str:
-        """The user's turn, without image tags."""
+        """Return the user's turn, without image tags."""
         options = "\n".join(
             f"{letter}. {text}" for letter, text in zip(ascii_uppercase, self.options, strict=False)
         )
         return f"{self.question}\n{options}\n{INSTRUCTION}"
 
     def answered(self, kind: Answer) -> str:
-        """The assistant's turn."""
+        """Return the assistant's turn."""
         letter, text = ascii_uppercase[self.answer], self.options[self.answer]
         return {"letter": letter, "text": text, "both": f"{letter}. {text}"}[kind]

@@ -1,6 +1,6 @@
-"""Shapes in which conversation rows are published, brought into LLaVA's: data about keys, roles and image tags.
+"""Converts the published shapes of conversation rows to LLaVA's: tables of keys, roles and image tags.
 
-Facts of the formats: haotian-liu/LLaVA docs/Finetune_Custom_Data.md (``conversations`` of ``human`` and ``gpt``);
+Sources: haotian-liu/LLaVA docs/Finetune_Custom_Data.md (``conversations`` of ``human`` and ``gpt``);
 huggingface/trl docs, "Dataset formats" (``messages`` of ``role`` and ``content``, ``images``; images without a
 placeholder go before the first user turn); hiyouga/LLaMA-Factory data/README.md and modelscope/ms-swift docs, "Custom
 dataset" (``<image>`` in the text); QwenLM/Qwen-VL README, "Finetuning" (``Picture 1: <img>PATH</img>`` in the text).
@@ -32,13 +32,13 @@ PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "output"
 IMAGE_LISTS = ("image", "images")
 
 QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?", re.DOTALL)
-"""An image in the text of a Qwen-VL row, with the words that its template writes around it."""
+"""An image in the text of a Qwen-VL row, with the text that its template writes around it."""
 
 
 def as_llava(record: Any) -> Any:
-    """A row in LLaVA's shape: ``id``, ``image`` (list of paths), ``system`` and ``conversations``.
+    """Convert a row to LLaVA's shape: ``id``, ``image`` (list of paths), ``system`` and ``conversations``.
 
-    What is not a row of any known shape is passed on as it is, for the caller's validation to name.
+    A row of an unknown shape is returned unchanged; the caller's validation reports it.
 
     Raises:
         ValueError: the row contradicts itself (two lists of turns, images in two places).
@@ -55,7 +55,7 @@ def as_llava(record: Any) -> Any:
     turns = [_turn(turn, number, inline) for number, turn in enumerate(record[key], 1)]
     if inline and images:
         raise ValueError(
-            f"{len(inline)} images in its turns and {len(images)} outside them: expected one or the other"
+            f"{len(inline)} images in its turns and {len(images)} outside them: expected only one of these"
         )
     system, turns = _system(record, turns)
     if key == "messages" and images:
@@ -64,12 +64,12 @@ def as_llava(record: Any) -> Any:
 
 
 def _of_pair(record: Mapping[str, Any]) -> Any:
-    """A row of a question and its answer, as two messages."""
+    """Convert a row with a question and an answer to two messages."""
     pair = next((pair for pair in PAIRS if all(isinstance(record.get(key), str) for key in pair)), None)
     if pair is None:
         return record
     if "options" in record:
-        raise ValueError("a multiple-choice row: take it over with eval-mcq import, and pass the bench")
+        raise ValueError("a multiple-choice row: convert it with eval-mcq import, and pass the benchmark")
     asked, answered = (
         {"role": role, "content": record[key]} for role, key in zip(("user", "assistant"), pair, strict=True)
     )
@@ -78,12 +78,12 @@ def _of_pair(record: Mapping[str, Any]) -> Any:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a cell says that there is nothing: null, NaN, or white space."""
+    """Whether a cell is blank: null, NaN, or white space."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _only(record: Mapping[str, Any], keys: tuple[str, ...], what: str) -> str | None:
-    """The one key of several that a row has; None if it has none."""
+    """Return the only one of several keys that a row has; None if it has none."""
     found = [key for key in keys if key in record and not is_blank(record[key])]
     if len(found) > 1:
         raise ValueError(f"{what} under {' and '.join(repr(key) for key in found)}: expected one of them")
@@ -91,7 +91,7 @@ def _only(record: Mapping[str, Any], keys: tuple[str, ...], what: str) -> str | 
 
 
 def _images(record: Mapping[str, Any]) -> list[Any]:
-    """The row's image paths, without blanks."""
+    """Return the row's image paths, without blanks."""
     key = _only(record, IMAGE_LISTS, "images")
     value = record[key] if key else []
     if isinstance(value, str):
@@ -102,7 +102,7 @@ def _images(record: Mapping[str, Any]) -> list[Any]:
 
 
 def _path(image: Any) -> Any:
-    """The path of an image that is given as ``datasets`` writes it (``{"path": ..., "bytes": null}``)."""
+    """Return the path of an image in the form that ``datasets`` writes (``{"path": ..., "bytes": null}``)."""
     if isinstance(image, Mapping):
         if image.get("bytes"):
             raise ValueError("an image is embedded in the row: write it to a file and give its path")
@@ -111,7 +111,7 @@ def _path(image: Any) -> Any:
 
 
 def _system(record: Mapping[str, Any], turns: list[Any]) -> tuple[Any, list[Any]]:
-    """The instruction of a row, under its own key or as the first turn, and the turns after it."""
+    """Return the instruction of a row, from its own key or the first turn, and the turns after it."""
     first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
     leads = first.get("from") == "system"
     found = [
@@ -123,7 +123,7 @@ def _system(record: Mapping[str, Any], turns: list[Any]) -> tuple[Any, list[Any]
 
 
 def _turn(turn: Any, number: int, inline: list[Any]) -> Any:
-    """One turn as ``from`` and ``value``; paths of images within it are added to ``inline``."""
+    """Convert one turn to ``from`` and ``value``; image paths in it are added to ``inline``."""
     if not isinstance(turn, Mapping):
         return turn
     said_by = next((turn[key] for key in SPEAKER_KEYS if key in turn), None)
@@ -140,7 +140,7 @@ def _turn(turn: Any, number: int, inline: list[Any]) -> Any:
 
 
 def _part(part: Any, number: int, inline: list[Any]) -> str:
-    """The text of one part of a typed content."""
+    """Return the text of one part of a typed content."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
@@ -152,13 +152,13 @@ def _part(part: Any, number: int, inline: list[Any]) -> str:
 
 
 def _inline(path: Any, inline: list[Any]) -> str:
-    """Note the path of an image, and give the tag that takes its place."""
+    """Record the path of an image, and return the tag that replaces it."""
     inline.append(path.strip() if isinstance(path, str) else path)
     return f"{IMAGE_TAG}\n"
 
 
 def _tagged(turns: list[Any], images: int) -> list[Any]:
-    """Put the tags of images that no turn mentions before the first user turn, as TRL does."""
+    """Put the tags of images without a tag before the first user turn, as TRL does."""
     if any(IMAGE_TAG in str(turn.get("value")) for turn in turns if isinstance(turn, Mapping)):
         return turns
     first = next(

@@ -1,8 +1,8 @@
-"""Training files of any format, read as a stream and kept as memory-mapped Arrow: one row per conversation.
+"""Training files of any format, read as a stream and cached as memory-mapped Arrow: one row per conversation.
 
-A file says itself what it is: a JSON list or JSON Lines of conversations, a bench of eval-mcq (its first line has a
-``schema``), a manifest of ``mgll-encoder data`` (its first line has a ``format``), or a data set of the library
-``datasets``.
+The format is detected from the content: a JSON list or JSON Lines of conversations, a benchmark of eval-mcq
+(its first line has a ``schema``), a manifest of ``mgll-encoder data`` (its first line has a ``format``), or
+a data set of the library ``datasets``.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from mllm_adapters.data.mcq_rows import ANSWERS, BENCH_SCHEMA, BenchQuestion
 from mllm_adapters.data.row_shapes import IMAGE_TAG
 
 ROWS_VERSION = 2
-"""Part of the key of cached rows: changes when the same file would give other rows."""
+"""Part of the key of cached rows: changes when a file's rows would change."""
 
 SCHEMA = pa.schema(
     [
@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
 """``id`` as JSON; ``turns`` alternate, the human first; ``train`` is false for rows of another side of a split."""
 
 PICTURES = "pictures"
-"""Kind of cache that holds the images of data sets that embed them, named by their hash."""
+"""Cache folder for embedded images of data sets, named by their hash."""
 
 CHUNK = 1 << 20
 BATCH = 1000
@@ -57,13 +57,13 @@ SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How rows are made of files.
+    """How rows are made from files.
 
     Attributes:
-        answer: What is learnt of a multiple-choice question: ``letter``, ``text`` or ``both``.
-        caption: Granularity of a manifest that becomes the caption, or ``all`` for all of them in order.
+        answer: Training target for multiple-choice rows: ``letter``, ``text`` or ``both``.
+        caption: Granularity of a manifest used as caption, or ``all`` for all of them in order.
         strict: Whether images that cannot be read stop the run; otherwise their rows are left out and counted.
-        seed: Chooses the questions that captions answer.
+        seed: Chooses the questions for captions.
     """
 
     answer: str = "letter"
@@ -92,11 +92,11 @@ Reader = Callable[[Path, DataOptions], Iterator[Row]]
 
 
 class RowTable(Sequence[Conversation]):
-    """Rows on disk that look like a list of conversations.
+    """Rows on disk that behave like a list of conversations.
 
     Attributes:
         table: The rows, see `SCHEMA`.
-        key: Hash of what they were made of.
+        key: Hash of their files and options.
     """
 
     def __init__(self, table: Dataset, key: str) -> None:
@@ -115,7 +115,7 @@ class RowTable(Sequence[Conversation]):
 
 
 def to_conversation(row: Mapping[str, Any]) -> Conversation:
-    """A conversation of a row, which has been checked already."""
+    """Make the conversation of a row that has already been checked."""
     turns = [
         Turn.model_construct(speaker=("human", "gpt")[i % 2], value=t) for i, t in enumerate(row["turns"])
     ]
@@ -125,7 +125,7 @@ def to_conversation(row: Mapping[str, Any]) -> Conversation:
 
 
 def to_row(conversation: Conversation) -> Row:
-    """The row of a conversation."""
+    """Make the row of a conversation."""
     return {
         "id": json.dumps(conversation.id),
         "images": list(conversation.images),
@@ -136,31 +136,31 @@ def to_row(conversation: Conversation) -> Row:
 
 
 def read_table(paths: Sequence[Path], options: DataOptions) -> tuple[RowTable, int]:
-    """Read training files, one after another in one table. Rows are cached by the hash of their file.
+    """Read training files into one table. Rows are cached by the hash of their file.
 
     Returns:
-        The rows to train on, and how many others the files' own splits keep for something else.
+        The rows to train on, and the number of rows that the files' own splits exclude from training.
 
     Raises:
-        UserError: a file is missing, empty, of no known format, or a row breaks its format; the message names the
-            first such row, what is wrong with it, and how many more there are.
+        UserError: a file is missing, empty or of an unknown format, or a row is malformed; the message names
+            the first such row, its fault, and the number of further ones.
     """
     tables, keys = zip(*(_cached(path, options) for path in paths), strict=True)
     table = concatenate_datasets(list(tables)) if len(tables) > 1 else tables[0]
     trained = table.data.column("train").to_numpy()
     kept = table if trained.all() else table.select(trained.nonzero()[0])
     if not len(kept):
-        raise BadDataError(f"{paths[0]}: all {len(table)} rows are of another side of its split than train")
+        raise BadDataError(f"{paths[0]}: none of the {len(table)} rows is in the split 'train'")
     return RowTable(kept, hashlib.sha256("".join(keys).encode()).hexdigest()), len(table) - len(kept)
 
 
 def in_memory(rows: Iterable[Conversation]) -> Dataset:
-    """Rows as a table that is not on disk."""
+    """Make an in-memory table of rows."""
     return Dataset(pa.Table.from_pylist([dict(to_row(row)) for row in rows], SCHEMA))
 
 
 def _cached(path: Path, options: DataOptions) -> tuple[Dataset, str]:
-    """The table of a file, and its key; the file is read if it has not been before."""
+    """Return the table of a file, and its key; the file is read if it is not cached."""
     read = detect(path)
     said = {**asdict(options), "strict": None, "prompts": CAPTION_PROMPTS_VERSION}
     made_of = [ROWS_VERSION, read.__name__, content_digest(path), str(path.resolve().parent), said]
@@ -171,7 +171,7 @@ def _cached(path: Path, options: DataOptions) -> tuple[Dataset, str]:
 
     file = cache_folder("rows") / f"{key}.arrow"
     if read is _dataset and not cache_folder(PICTURES).is_dir():
-        file.unlink(missing_ok=True)  # its rows name pictures that are gone
+        file.unlink(missing_ok=True)  # its rows name images that no longer exist
     made_once(file, make)
     return Dataset.from_file(str(file)), key
 
@@ -189,10 +189,10 @@ def _write(rows: Iterator[Row], file: Path, source: Path) -> None:
 
 
 def detect(path: Path) -> Reader:
-    """What reads this file, by its first line.
+    """Return the reader for this file, detected from its first line.
 
     Raises:
-        UserError: the file is missing, a folder, or no text; or its header is of a version that is not read.
+        UserError: the file is missing, a folder, or not text; or its header has an unsupported version.
     """
     refuse_archive(path)
     head = _head(path)
@@ -209,13 +209,13 @@ def detect(path: Path) -> Reader:
 
 
 def built_of(path: Path) -> dict[str, Any]:
-    """How a manifest or bench says that it was made; empty for other files."""
+    """Return how a manifest or benchmark was made, from its header; empty for other files."""
     built = _head(path).get("built")
     return built if isinstance(built, dict) else {}
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """The object in the first line; empty where that is none: a list over many lines, a data set, or broken."""
+    """Return the object in the first line; empty if it is not one: a list over many lines, a data set, or damaged."""
     if is_dataset(path):
         first = format_of(path).header(path).decode() if path.is_file() else ""
     else:
@@ -240,10 +240,10 @@ def _conversations(path: Path, options: DataOptions) -> Iterator[Row]:  # noqa: 
 
 
 def conversations(path: Path) -> Iterator[Conversation]:
-    """The conversations of a JSON list or JSON Lines file, checked.
+    """Yield the checked conversations of a JSON list or JSON Lines file.
 
     Raises:
-        UserError: after the last row, if rows break the format; at once, if the file is no JSON.
+        UserError: after the last row, if rows are malformed; at once, if the file is not JSON.
     """
     yield from _checked(
         path, ((f"row {number}", record) for number, record in _records(path)), Conversation.model_validate
@@ -283,7 +283,7 @@ def _captions(path: Path, options: DataOptions) -> Iterator[Row]:
 
 
 def _checked(path: Path, records: Iterable[tuple[str, Any]], parse: Callable[[Any], M]) -> Iterator[M]:
-    """Parsed records; faults are counted, and reported at the end."""
+    """Yield parsed records; faults are counted, and reported at the end."""
     first, faults = "", 0
     for where, record in records:
         try:
@@ -306,7 +306,7 @@ def _open(path: Path) -> Iterator[TextIO]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Row numbers (line numbers in JSON Lines) and rows, one at a time."""
+    """Yield row numbers (line numbers in JSON Lines) and rows, one at a time."""
     with _open(path) as stream:
         start = next((line for line in stream if line.strip()), "").lstrip()
         stream.seek(0)
@@ -320,7 +320,7 @@ def _lines(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _listed(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON list that need not fit into memory."""
+    """Yield the items of a JSON list that need not fit into memory."""
     text = stream.read(CHUNK).lstrip()
     at, size, number = _skip(text, 1), CHUNK, 1
     if text[at:] == "]":
@@ -332,7 +332,7 @@ def _listed(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
             if text[end : end + 1] not in (",", "]"):
                 raise json.JSONDecodeError("expected ',' or ']'", text, end)
         except json.JSONDecodeError as error:
-            # Not all of the item may have been read; ever larger pieces, so that a broken file costs no square.
+            # The item may be incomplete; growing pieces keep the cost of a broken file from being quadratic.
             if not (more := stream.read(size)):
                 raise BadDataError(f"{path}, row {number}, is not JSON: {error.msg}") from None
             text, at, size = text[at:] + more, 0, size * 2
@@ -351,5 +351,5 @@ def _listed(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _skip(text: str, at: int) -> int:
-    """Where the white space that begins at a place ends."""
-    return SPACE.match(text, at).end()  # type: ignore[union-attr] # it matches nothing, too
+    """Return the end of the white space at a position."""
+    return SPACE.match(text, at).end()  # type: ignore[union-attr] # it matches the empty string, too
