@@ -219,6 +219,7 @@ def shard_of(text: str | None) -> "Shard":
 def compare(
     runs: "Mapping[str, Run | str | Path] | Mapping[str, Mapping[str, Run | str | Path]]",
     *,
+    control: str | None = None,
     layout: Layout = "paper",
     paper_rounding: bool = False,
     published: bool = False,
@@ -227,13 +228,16 @@ def compare(
 
     Args:
         runs: Arm -> run or run folder, the first is the base; or model -> such arms. A single run gives its own table.
+        control: Arm with the same training and the old tower: gains of the others are against it, its own against the
+            first arm. None for the arm called ``control``; without one all gains are against the first arm.
         layout: ``paper``: diseases as columns; ``diseases``: as rows, for one model; ``long``: every figure in a row of
             its own.
         paper_rounding: Round as the published table: Average of rounded cells, gain of rounded Averages.
         published: Set the published rows of the MGLL paper beside.
 
     Raises:
-        UserError: a folder is no run, the runs cannot be compared, or the layout cannot show them.
+        UserError: a folder is no run, the runs cannot be compared, no arm has the name of the control, or the layout
+            cannot show them.
     """
     models = _models(runs)
     pairs = published or len(models) > 1
@@ -246,7 +250,7 @@ def compare(
     from eval_mcq.tables.summary import compare_models
     from eval_mcq.tables.table_layout import by_disease, like_paper
 
-    comparisons = compare_models(models)
+    comparisons = compare_models(models, control)
     only = next(iter(comparisons.values()))
     if layout == "long":
         return ComparisonTable(long_table(comparisons))
@@ -261,6 +265,7 @@ def report(
     runs: "Mapping[str, Run | str | Path]",
     html: str | Path,
     *,
+    control: str | None = None,
     bench: str | Path | None = None,
     assets: Path | None = None,
     plots: Path | None = None,
@@ -271,8 +276,9 @@ def report(
     """Write a page to look at: table, plots, and every question with its image and each arm's answer.
 
     Args:
-        runs: Arm -> run or run folder; gains are against the first.
+        runs: Arm -> run or run folder.
         html: Page to write.
+        control: As for `compare`.
         bench: Benchmark file, if it is no longer where it was.
         assets: Folder for the thumbnails, instead of inside the page.
         plots: Folder for the plots as PNG and SVG files.
@@ -292,7 +298,7 @@ def report(
         raise NotFoundError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
     from eval_mcq.html_report import ReportOptions, write_report
 
-    options = ReportOptions(assets, plots, thumbnail, images)
+    options = ReportOptions(assets, plots, thumbnail, images, control)
     return write_report(named, load_benchmark(asked), Path(html), options, force=force)
 
 

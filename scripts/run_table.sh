@@ -48,7 +48,7 @@ if [[ $1 == all ]]; then # a family that fails does not keep the others from the
   arms=() failed=
   for family in $families; do
     if MLLM=${MLLM:+$MLLM/$family} "$0" "$family"; then
-      for arm in base retrained mgll; do arms+=("$family:$arm=$out/$family/runs/$arm"); done
+      for arm in base control mgll; do arms+=("$family:$arm=$out/$family/runs/$arm"); done
     else
       failed+=" $family"
     fi
@@ -82,12 +82,12 @@ mkdir -p "$here/runs"
   [[ -n ${LAUNCH:-} ]] || single=deepspeed=null
   stage "$retrained-control" ${LAUNCH:-} retrain-projector --model "$here/mgll" --control "$here/base" \
     --data "$out/train.json" --images "$IMAGES" --recipe "$recipe" $single ${TRAIN:-} $resume --out "$retrained"
-  for run in base=base retrained=mgll-retrained-control mgll=mgll-retrained; do
+  for run in base=base control=mgll-retrained-control mgll=mgll-retrained; do
     stage "$here/runs/${run%%=*}/summary.json" eval-mcq run --model "$here/${run#*=}" --bench "$out/test.jsonl" ${RUN:-} \
       --out "$here/runs/${run%%=*}"
   done
 }
-arms=("base=$here/runs/base" "retrained=$here/runs/retrained" "mgll=$here/runs/mgll")
+arms=("base=$here/runs/base" "control=$here/runs/control" "mgll=$here/runs/mgll")
 eval-mcq compare "${arms[@]}" --format markdown --out "$here/table.md" --force
 stage "$here/report.html" eval-mcq report "${arms[@]}" --html "$here/report.html"
 eval-mcq compare "${arms[@]}"

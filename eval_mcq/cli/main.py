@@ -37,6 +37,15 @@ LayoutOption = Annotated[
         "in the terminal if there is one model, else columns.",
     ),
 ]
+ControlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--control",
+        metavar="ARM",
+        help="Arm with the same training and the old tower; gains of the other arms are against it, its own against "
+        "the first arm. Default: the arm called 'control', if there is one.",
+    ),
+]
 PaperRounding = Annotated[
     bool,
     typer.Option(
@@ -229,8 +238,12 @@ def table(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="[MODEL:]ARM=RUN...", help="Arms; gains are against a model's first arm."),
+        typer.Argument(
+            metavar="[MODEL:]ARM=RUN...",
+            help="Arms; gains are against the control, without one against a model's first arm.",
+        ),
     ],
+    control: ControlOption = None,
     format_: FormatOption = "rich",
     layout: LayoutOption = "auto",
     out: OutFile = None,
@@ -243,7 +256,7 @@ def compare(
 ) -> None:
     """Compare runs of one bench, paired question by question; of one model or of several.
 
-    Example: eval-mcq compare base=runs/llava-med retrained=runs/llava-med-ft mgll=runs/llava-med-mgll
+    Example: eval-mcq compare base=runs/llava-med control=runs/llava-med-ft mgll=runs/llava-med-mgll
 
     Example: eval-mcq compare LLaVA:base=runs/a LLaVA:mgll=runs/b Qwen-VL:base=runs/c Qwen-VL:mgll=runs/d
     """
@@ -267,16 +280,21 @@ def compare(
         )
     if sum(map(len, models.values())) < 2:
         raise UserError("compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN")
-    _show_table(models, format_, layout, out, paper_rounding, force, beside is not None)
+    _show_table(models, format_, layout, out, paper_rounding, force, beside is not None, control)
 
 
 @app.command()
 @needs("report")
 def report(
     runs: Annotated[
-        list[str], typer.Argument(metavar="[NAME=]RUN...", help="Run folders; gains are against the first.")
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]RUN...",
+            help="Run folders; gains are against the control, without one against the first.",
+        ),
     ],
     html: Annotated[Path, typer.Option(help="Page to write.")],
+    control: ControlOption = None,
     bench: Annotated[Path | None, typer.Option(help="Bench file, if it is no longer where it was.")] = None,
     assets: Annotated[
         Path | None, typer.Option(help="Folder for the thumbnails, instead of inside the page.")
@@ -303,7 +321,15 @@ def report(
             raise UserError(f"two arms are called '{name}': give each its own name, as NAME=RUN")
         named[name] = load_run(path)
     count = api.report(
-        named, html, bench=bench, assets=assets, plots=plots, thumbnail=thumbnail, images=images, force=force
+        named,
+        html,
+        control=control,
+        bench=bench,
+        assets=assets,
+        plots=plots,
+        thumbnail=thumbnail,
+        images=images,
+        force=force,
     )
     size = html.stat().st_size / 1e6
     where = f"in {assets}" if assets else "inside"
@@ -320,6 +346,7 @@ def _show_table(
     paper_rounding: bool,
     force: bool,
     published: bool = False,
+    control: str | None = None,
 ) -> None:
     from eval_mcq.tables.render import show
 
@@ -327,7 +354,9 @@ def _show_table(
         check_free(out, force)
     if layout == "auto":
         layout = "diseases" if format_ == "rich" and not published and len(models) == 1 else "paper"
-    found = api.compare(models, layout=layout, paper_rounding=paper_rounding, published=published)
+    found = api.compare(
+        models, control=control, layout=layout, paper_rounding=paper_rounding, published=published
+    )
     if out is not None:
         write_text(out, found.render(format_), force)
         stdout.print(f"table: {out}", soft_wrap=True)

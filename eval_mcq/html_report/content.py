@@ -17,7 +17,7 @@ class Content:
 
     Attributes:
         bench: The questions.
-        arms: Arm name to run; the first is what the others are compared with.
+        arms: Arm name to run.
         items: Answered questions in the order of the bench.
     """
 

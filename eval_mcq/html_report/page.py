@@ -14,8 +14,9 @@ from eval_mcq.html_report.figures import IN_PAGE, ON_WHITE, page_svg, plots
 from eval_mcq.html_report.thumbnails import as_files, inlined
 from eval_mcq.items.schema import Bench
 from eval_mcq.records.run_record import Run
+from eval_mcq.tables.rounding import Rounding
 from eval_mcq.tables.summary import Comparison, compare
-from eval_mcq.tables.table_layout import by_disease
+from eval_mcq.tables.table_layout import by_disease, entries_of
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import check_free, new_folder, write_text
 
@@ -29,12 +30,14 @@ class ReportOptions:
         plots: Folder for the plots as PNG and SVG files; None for none.
         thumbnail: Longer side of a thumbnail in pixels.
         images: Whether there are thumbnails at all.
+        control: Arm that the others are compared with, see `eval_mcq.tables.summary.compare`.
     """
 
     assets: Path | None = None
     plots: Path | None = None
     thumbnail: int = 256
     images: bool = True
+    control: str | None = None
 
 
 def write_report(
@@ -43,7 +46,7 @@ def write_report(
     """Write the page.
 
     Args:
-        arms: Arm name to run; the first is what the others are compared with.
+        arms: Arm name to run.
         bench: The bench that they were asked.
         out: The page.
         options: See `ReportOptions`.
@@ -64,9 +67,10 @@ def write_report(
         raise UserError(
             f"assets folder {options.assets} is not below {out.parent}: the page could not refer to it"
         )
-    comparison = compare(arms)
+    comparison = compare(arms, options.control)
     content = gather(arms, bench)
-    data = content.data() | {"sources": _thumbnails(content, out, options, force)}
+    data = content.data() | _references(comparison)
+    data |= {"sources": _thumbnails(content, out, options, force)}
     if options.plots:
         with new_folder(options.plots, force) as partial:
             for plot in plots(content, comparison, ON_WHITE):
@@ -74,6 +78,12 @@ def write_report(
                 (partial / f"{plot.name}.png").write_bytes(plot.png())
     write_text(out, _page(content, comparison, data), force)
     return len(data["sources"])
+
+
+def _references(comparison: Comparison) -> dict[str, object]:
+    """For each arm the place of the one that it is compared with, for the browser's flips; -1 for the first."""
+    names = [arm.name for arm in comparison.arms]
+    return {"against": [names.index(arm.against) if arm.against else -1 for arm in comparison.arms]}
 
 
 def _thumbnails(content: Content, out: Path, options: ReportOptions, force: bool) -> list[str]:
@@ -100,6 +110,7 @@ def _page(content: Content, comparison: Comparison, data: Mapping[str, object]) 
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
         grid=by_disease(comparison),
+        averages=entries_of(comparison, Rounding())[-2],
         plots=[(plot, Markup(page_svg(plot))) for plot in plots(content, comparison, IN_PAGE)],
         records={name: run.record for name, run in content.arms.items()},
         models={name: Path(run.record.model).name for name, run in content.arms.items()},

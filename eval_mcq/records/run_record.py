@@ -106,7 +106,15 @@ class RunRecord(BaseModel):
     @property
     def fingerprint(self) -> str:
         """Short hash of the identity, written into every row."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        identity = self.identity
+        if self.hashed_source:  # the name that it had then
+            identity["code version"] = identity.pop("scoring version")
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def hashed_source(self) -> bool:
+        """Whether the run is of an earlier version, which recorded a hash of its source files."""
+        return bool(self.code) and not self.code.startswith("scoring-")
 
     def difference(self, other: "RunRecord") -> str | None:
         """The first thing in which another run's identity differs, with both values; None if in nothing."""

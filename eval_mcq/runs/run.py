@@ -102,7 +102,7 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
             f"output {out} exists and is not a run: choose another --out, or replace it with --force"
         )
     old = read_run_record(out)
-    if old.code and not old.code.startswith("scoring-"):
+    if old.hashed_source:
         raise UserError(
             f"run {out} was begun by an earlier version of eval-mcq, which recorded a hash of its source "
             f"({old.code[:12]}): whether this version gives the same numbers cannot be told, so its answers are shown "

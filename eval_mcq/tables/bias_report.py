@@ -1,4 +1,4 @@
-"""How a model chose, beside how often it was right: position bias, rotations, calibration, unread replies."""
+"""How a model chose, beside how often it was right: position bias, calibration, unread replies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,20 +36,12 @@ class Diagnosis:
 
     Attributes:
         positions: Letter to what became of it.
-        rotations: Most rotations of a question.
-        single: Accuracy of one rotation, averaged over rotations.
-        all_right: Share of questions that are right in every rotation (CircularEval).
-        all_right_chance: Share that guessing every rotation anew gets right in every one.
         unread: Replies that could not be read; they count as wrong.
         rows: Replies in all: questions times rotations.
         calibration: Of the probabilities averaged over rotations; None where replies were read instead.
     """
 
     positions: dict[str, Position]
-    rotations: int
-    single: float
-    all_right: float
-    all_right_chance: float
     unread: int
     rows: int
     calibration: Calibration | None
@@ -71,10 +63,6 @@ def diagnose(run: Run) -> Diagnosis:
             [None if row.chosen is None else row.as_shown(row.chosen) for row in rows],
             max(len(answer.probabilities) for answer in answers),
         ),
-        rotations=max(len(answer.rows) for answer in answers),
-        single=run.rotation_accuracy,
-        all_right=run.all_right_accuracy,
-        all_right_chance=float(np.mean([answer.chance ** len(answer.rows) for answer in answers])),
         unread=sum(answer.unparsed for answer in answers),
         rows=len(rows),
         calibration=calibration(

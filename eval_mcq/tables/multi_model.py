@@ -7,15 +7,27 @@ from eval_mcq.tables.intervals import CONFIDENCE, FEWEST
 from eval_mcq.tables.published import Published, PublishedRow
 from eval_mcq.tables.rounding import PaperRounding, Rounding
 from eval_mcq.tables.summary import Arm, Comparison
-from eval_mcq.tables.table_layout import AVERAGE, NONE, ODD, TOO_FEW, Grid, checks_of, entries_of, notes_of
+from eval_mcq.tables.table_layout import (
+    AVERAGE,
+    NONE,
+    ODD,
+    TOO_FEW,
+    Grid,
+    checks_of,
+    entries_of,
+    headline_of,
+    notes_of,
+    order_notes,
+)
 
+ONE_ORDER, EVERY_ORDER = "macro, one order", "macro, all orders"
 UP, DOWN, SAME = "↑", "↓", "="
 
 
 def like_paper_pairs(
     models: Mapping[str, Comparison], paper_rounding: bool = False, published: Published | None = None
 ) -> Grid:
-    """Diseases as columns, the Average with the gain over the model's first arm last.
+    """Diseases as columns, the Average with the gain over the arm compared with last.
 
     Args:
         models: Model name to its figures; all on one bench. A single model may have the name "".
@@ -51,24 +63,30 @@ def like_paper_pairs(
         )
         notes += _published_notes(published, first)
     columns = ["", *first.categories, AVERAGE]
-    return Grid(f"{first.bench}: accuracy in %", columns, rows, breaks, [*common, *notes], checks)
+    headline = [f"{model} {line}".strip() for model, c in models.items() for line in headline_of(c, rounding)]
+    title = f"{first.bench}: accuracy in %"
+    return Grid(title, columns, rows, breaks, [*common, *notes], checks, headline=headline)
 
 
 def long_table(models: Mapping[str, Comparison]) -> Grid:
     """One row per model, arm and disease with every figure unrounded, for further work; shares, 0-1."""
     columns = [
-        "model", "arm", "disease", "n", "patients", "right", "unread", "accuracy", "low", "high", "chance", "p_guess",
-        "gain", "gain_low", "gain_high", "p", "p_holm",
+        "model", "arm", "against", "disease", "n", "patients", "right", "unread", "accuracy", "low", "high", "chance",
+        "p_guess", "gain", "gain_low", "gain_high", "p", "p_holm",
     ]  # fmt: skip
     rows = [
         _long_row(model, arm, comparison, disease)
         for model, comparison in models.items()
         for arm in comparison.arms
-        for disease in [*comparison.categories, "macro", "micro"]
+        for disease in [*comparison.categories, "macro", "micro", *_orders(comparison)]
     ]
     bench = next(iter(models.values())).bench
     note = f"Gains and p are left out with fewer than {FEWEST} patients (or images)."
     return Grid(f"{bench}: all figures", columns, rows, [], [note], [], fixed=3)
+
+
+def _orders(comparison: Comparison) -> list[str]:
+    return [ONE_ORDER, EVERY_ORDER] if comparison.orders > 1 else []
 
 
 def _long_row(model: str, arm: Arm, comparison: Comparison, disease: str) -> list[str]:
@@ -80,6 +98,12 @@ def _long_row(model: str, arm: Arm, comparison: Comparison, disease: str) -> lis
     if disease == "macro":
         interval, share, chance = arm.macro.interval, arm.macro.value, comparison.macro_chance
         gain, right, p_guess, of = arm.macro_gain, None, None, None
+    elif disease in (ONE_ORDER, EVERY_ORDER):
+        average = arm.one_order if disease == ONE_ORDER else arm.every_order
+        assert average is not None  # there are such rows only then
+        interval, share, gain = average.estimate.interval, average.estimate.value, average.gain
+        chance = comparison.macro_chance if disease == ONE_ORDER else comparison.chance_every_order
+        right, p_guess, of = None, None, None
     elif disease == "micro":
         interval, share, chance = arm.micro.interval, arm.micro.value, comparison.micro_chance
     else:
@@ -94,7 +118,14 @@ def _long_row(model: str, arm: Arm, comparison: Comparison, disease: str) -> lis
         told.p if told else None, p_holm if told else None,
     ]  # fmt: skip
     counts = [str(n), str(patients), "" if right is None else str(right), str(unread)]
-    return [model, arm.name, disease, *counts, *("" if f is None else f"{f:.6g}" for f in figures)]
+    return [
+        model,
+        arm.name,
+        arm.against,
+        disease,
+        *counts,
+        *("" if f is None else f"{f:.6g}" for f in figures),
+    ]
 
 
 def _model_rows(model: str, comparison: Comparison, rounding: Rounding) -> list[list[str]]:
@@ -141,6 +172,7 @@ def _model_notes(model: str, comparison: Comparison, rounding: Rounding, common:
                 + f", p = {of_all.p}; gain of the Average {average.gain} {average.gain_interval}".rstrip()
             )
         notes.append(f"{note}.")
+    notes += [f"{model} {note}".strip() for note in order_notes(comparison, rounding)]
     return notes + [note for note in notes_of(comparison) if note not in common]
 
 

@@ -83,6 +83,8 @@ def show(grid: Grid, console: Console) -> None:
     """Print the table and its notes to a terminal."""
     for table in rich_tables(grid, console):
         console.print(table)
+    for line in grid.headline:
+        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
     for note in [*grid.notes, *grid.checks]:
         console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 
@@ -96,19 +98,15 @@ def as_text(grid: Grid) -> str:
 
 
 def as_markdown(grid: Grid) -> str:
-    """A GitHub table with the notes as a list."""
+    """A GitHub table with headline and notes as a list."""
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
+    lines = [*(f"**{line}**" for line in grid.headline), *grid.notes, *grid.checks]
     rule = "|---|" + "---:|" * (len(grid.columns) - 1)
     rows = [line(grid.columns), rule, *(line(row) for row in grid.rows)]
-    return (
-        "\n".join(
-            [f"**{grid.title}**", "", *rows, "", *(f"- {note}" for note in [*grid.notes, *grid.checks])]
-        )
-        + "\n"
-    )
+    return "\n".join([f"**{grid.title}**", "", *rows, "", *(f"- {line}" for line in lines)]) + "\n"
 
 
 def as_csv(grid: Grid) -> str:
@@ -128,7 +126,7 @@ def as_latex(grid: Grid) -> str:
     body = []
     for number, row in enumerate(grid.rows):
         body += ([r"\midrule"] if number in grid.breaks else []) + [line(row)]
-    caption = " ".join([f"{grid.title}.", *grid.notes]).translate(LATEX_SPECIAL)
+    caption = " ".join([f"{grid.title}.", *grid.headline, *grid.notes]).translate(LATEX_SPECIAL)
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}",

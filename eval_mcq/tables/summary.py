@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_mcq.records.run_record import ItemAnswer, Run, letter_counts
+from eval_mcq.records.run_record import Answer, ItemAnswer, Run, letter_counts
 from eval_mcq.tables import intervals
 from eval_mcq.tables.bias_report import Diagnosis, diagnose
 from eval_mcq.tables.intervals import FEWEST, Estimate, Floats, Ids, Interval
@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Gain:
-    """An arm against the first one on the same questions.
+    """An arm against another one on the same questions.
 
     Attributes:
         estimate: Difference of the shares; None where there are too few patients to tell one.
@@ -58,8 +58,21 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Average:
+    """An unweighted mean over diseases.
+
+    Attributes:
+        estimate: The mean.
+        gain: Difference to the arm that it is compared with; None for the first arm, and with too few patients.
+    """
+
+    estimate: Estimate
+    gain: Estimate | None
+
+
+@dataclass(frozen=True)
 class Contrast:
-    """A later arm against one that is not the first: what the swap adds to the same retraining without it.
+    """Two arms whose difference is not among the gains of the table.
 
     Attributes:
         name: The arm.
@@ -80,12 +93,15 @@ class Arm:
 
     Attributes:
         name: Row or column heading.
+        against: The arm that its gains are against: the control, for the control itself the first; empty for the first.
         cells: Per disease.
         macro: Unweighted mean over diseases: the "Average" of the table.
         micro: Mean over all questions.
-        gains: Per disease against the first arm; empty for the first arm itself.
+        gains: Per disease against that arm; empty for the first arm itself.
         macro_gain: Difference of the macro averages; None where there are too few patients.
         micro_gain: Difference of the micro averages, with McNemar over all questions.
+        one_order: Average with every order of the options marked by itself; None where there is one order only.
+        every_order: Average where a question counts as right if it is in every order (CircularEval); None likewise.
         letter_mass: Mean probability on the option letters; None where the scoring mode has none.
         letters: Per letter: how often true, how often chosen.
         p_guess: Probability that guessing gets as many questions right, over all diseases.
@@ -94,12 +110,15 @@ class Arm:
     """
 
     name: str
+    against: str
     cells: dict[str, Cell]
     macro: Estimate
     micro: Estimate
     gains: dict[str, Gain]
     macro_gain: Estimate | None
     micro_gain: Gain | None
+    one_order: Average | None
+    every_order: Average | None
     letter_mass: float | None
     letters: dict[str, tuple[int, int]]
     p_guess: float
@@ -120,9 +139,11 @@ class Comparison:
         answered: Number of questions answered.
         questions: Number of questions in the bench.
         clusters: Number of patients (or images).
+        orders: Orders that each question's options were put in, at most.
         chance: Share that guessing gets right, per disease.
-        arms: In the order given; the first is what the others are compared with.
-        contrasts: Of all pairs of other arms.
+        chance_every_order: Share that guessing gets right in every order, averaged over diseases.
+        arms: In the order given.
+        contrasts: Of all pairs of arms that no gain is about.
         left_out: What the bench was made without, by reason.
     """
 
@@ -134,7 +155,9 @@ class Comparison:
     answered: int
     questions: int
     clusters: int
+    orders: int
     chance: dict[str, float]
+    chance_every_order: float
     arms: list[Arm]
     contrasts: list[Contrast]
     left_out: dict[str, int]
@@ -151,53 +174,85 @@ class Comparison:
         return sum(self.chance[c] * cells[c].n for c in self.categories) / self.answered
 
 
-def compare(runs: Mapping[str, Run]) -> Comparison:
+def compare(runs: Mapping[str, Run], control: str | None = None) -> Comparison:
     """Figures of runs of the same bench, paired question by question.
 
     Args:
-        runs: Arm name to run; the first is the base of all gains.
+        runs: Arm name to run.
+        control: Name of the arm with the same training as the others, without what they test: their gains are against
+            it, its own against the first arm. None for the arm called `CONTROL`; without one all gains are against
+            the first arm.
 
     Raises:
-        UserError: the runs are of different benches, prompts or scoring modes, or answer different questions.
+        UserError: the runs are of different benches, prompts or scoring modes, or answer different questions, or no
+            arm is called ``control``.
     """
     first_name, first = next(iter(runs.items()))
     for name, run in runs.items():
         _check_comparable(first_name, first, name, run)
+    names = list(runs)
+    references = _references(names, control)
     answers = {name: sorted(run.answers, key=lambda answer: answer.id) for name, run in runs.items()}
     base = answers[first_name]
-    present = [answer.category for answer in base]
-    categories = [category for category in first.record.categories if category in set(present)]
-    right = np.array([[answer.right for answer in of_arm] for of_arm in answers.values()]).T
-    places = np.array(present)
-    masks = {category: places == category for category in categories}
-    _, patients = np.unique([answer.cluster for answer in base], return_inverse=True)
-    options = np.array([len(answer.probabilities) for answer in base])
-    scores = _Scores(right, masks, patients, options)
+    present = {answer.category for answer in base}
+    categories = [category for category in first.record.categories if category in present]
+    scores = _Scores.of(base, [[a.right for a in of_arm] for of_arm in answers.values()], categories)
+    orders = max(len(answer.rows) for answer in base)
+    every_order = one_order = None
+    if orders > 1:
+        every_order = _Scores.of(
+            base, [[a.all_right for a in of_arm] for of_arm in answers.values()], categories
+        )
+        rows = [[row for answer in of_arm for row in answer.rows] for of_arm in answers.values()]
+        one_order = _Scores.of(rows[0], [[row.right for row in of_arm] for of_arm in rows], categories)
+    told = {(arm, reference) for arm, reference in enumerate(references) if reference is not None}
     return Comparison(
         bench=first.record.bench_name,
         mode=first.record.mode,
         prompt=first.record.prompt,
         categories=categories,
-        unanswered=[category for category in first.record.categories if category not in masks],
+        unanswered=[category for category in first.record.categories if category not in present],
         answered=len(base),
         questions=first.record.questions,
-        clusters=int(patients.max()) + 1,
-        chance={c: float((1 / options[mask]).mean()) for c, mask in masks.items()},
-        arms=[_arm(name, a, scores, answers[name], run) for a, (name, run) in enumerate(runs.items())],
+        clusters=len(np.unique(scores.patients)),
+        orders=orders,
+        chance={c: float((1 / scores.options[mask]).mean()) for c, mask in scores.masks.items()},
+        chance_every_order=scores.macro_of(np.array([a.chance ** len(a.rows) for a in base])),
+        arms=[
+            _arm(names, a, references[a], (scores, one_order, every_order), answers[name], run)
+            for a, (name, run) in enumerate(runs.items())
+        ],
         contrasts=[
-            scores.contrast(list(runs), against, arm)
-            for arm in range(2, len(runs))
-            for against in range(1, arm)
+            scores.contrast(names, against, arm)
+            for arm in range(1, len(runs))
+            for against in range(arm)
+            if not {(arm, against), (against, arm)} & told
         ],
         left_out=first.record.left_out,
     )
 
 
-def compare_models(models: Mapping[str, Mapping[str, Run]]) -> dict[str, Comparison]:
-    """Figures of several models, each against its own first arm, all on the same bench.
+CONTROL = "control"
+"""An arm of this name is the control, unless another one is named."""
+
+
+def _references(names: Sequence[str], control: str | None) -> list[int | None]:
+    """For each arm the one that its gains are against; None for the first."""
+    if control is not None and control not in names:
+        raise UserError(f"no arm is called '{control}', to be the control: the arms are {', '.join(names)}")
+    name = control or CONTROL
+    reference = names.index(name) if name in names else 0
+    return [None, *(0 if arm == reference else reference for arm in range(1, len(names)))]
+
+
+def compare_models(
+    models: Mapping[str, Mapping[str, Run]], control: str | None = None
+) -> dict[str, Comparison]:
+    """Figures of several models, each with its own arms, all on the same bench.
 
     Args:
         models: Model name to its arms.
+        control: As for :func:`compare`, in each model.
 
     Raises:
         UserError: as :func:`compare`, also between models.
@@ -205,7 +260,7 @@ def compare_models(models: Mapping[str, Mapping[str, Run]]) -> dict[str, Compari
     (first_model, first), *others = ((model, next(iter(arms.values()))) for model, arms in models.items())
     for model, run in others:
         _check_comparable(first_model, first, model, run)
-    return {model: compare(arms) for model, arms in models.items()}
+    return {model: compare(arms, control) for model, arms in models.items()}
 
 
 @dataclass(frozen=True)
@@ -217,6 +272,16 @@ class _Scores:
     patients: Ids
     options: NDArray[np.int_]
 
+    @classmethod
+    def of(
+        cls, asked: Sequence[ItemAnswer | Answer], right: Sequence[Sequence[bool]], categories: Sequence[str]
+    ) -> "_Scores":
+        """Of questions, or of questions in one order each; ``right`` is of shape ``(arms, questions)``."""
+        places = np.array([answer.category for answer in asked])
+        _, patients = np.unique([answer.cluster for answer in asked], return_inverse=True)
+        options = np.array([len(answer.probabilities) for answer in asked])
+        return cls(np.array(right).T, {c: places == c for c in categories}, patients, options)
+
     @property
     def all(self) -> NDArray[np.bool_]:
         """All rows."""
@@ -225,18 +290,25 @@ class _Scores:
     def share(self, arm: int, mask: NDArray[np.bool_]) -> Estimate:
         return intervals.share(self.right[mask, arm], self.patients[mask])
 
+    def macro_of(self, values: Floats) -> float:
+        """Mean over diseases of a value of each question."""
+        return float(np.mean([values[mask].mean() for mask in self.masks.values()]))
+
+    def average(self, arm: int, against: int | None) -> Average:
+        return Average(self.macro(arm), None if against is None else self.macro_gain(arm, against))
+
     def macro(self, arm: int) -> Estimate:
         parts = [self.share(arm, mask) for mask in self.masks.values()]
         return self._mean(parts, self.right[:, arm].astype(float))
 
-    def gain(self, arm: int, mask: NDArray[np.bool_], against: int = 0) -> Gain:
+    def gain(self, arm: int, against: int, mask: NDArray[np.bool_]) -> Gain:
         """Of an arm over another. The p-value is not adjusted yet."""
         before, after = self.right[mask, against], self.right[mask, arm]
         p, patients = mcnemar(before, after), len(np.unique(self.patients[mask]))
         estimate = intervals.gain(before, after, self.patients[mask]) if patients >= FEWEST else None
         return Gain(estimate, p, p, patients)
 
-    def macro_gain(self, arm: int, against: int = 0) -> Estimate | None:
+    def macro_gain(self, arm: int, against: int) -> Estimate | None:
         if len(np.unique(self.patients)) < FEWEST:
             return None
         before, after = self.right[:, against], self.right[:, arm]
@@ -252,7 +324,7 @@ class _Scores:
         )
 
     def contrast(self, names: Sequence[str], against: int, arm: int) -> Contrast:
-        macro, micro = self.macro_gain(arm, against), self.gain(arm, self.all, against)
+        macro, micro = self.macro_gain(arm, against), self.gain(arm, against, self.all)
         return Contrast(names[arm], names[against], macro, micro)
 
     def p_guess(self, arm: int, mask: NDArray[np.bool_]) -> float:
@@ -261,23 +333,34 @@ class _Scores:
         return p_of_guessing(int(self.right[mask, arm].sum()), questions)
 
 
-def _arm(name: str, a: int, scores: _Scores, answers: Sequence[ItemAnswer], run: Run) -> Arm:
+def _arm(
+    names: Sequence[str],
+    a: int,
+    against: int | None,
+    markings: "tuple[_Scores, _Scores | None, _Scores | None]",
+    answers: Sequence[ItemAnswer],
+    run: Run,
+) -> Arm:
+    scores, one_order, every_order = markings
     unread = np.array([answer.unparsed for answer in answers])
     gains: dict[str, Gain] = {}
     macro_gain = micro_gain = None
-    if a > 0:
-        gains = {c: scores.gain(a, mask) for c, mask in scores.masks.items()}
+    if against is not None:
+        gains = {c: scores.gain(a, against, mask) for c, mask in scores.masks.items()}
         adjusted = holm([gain.p for gain in gains.values()])
         gains = {c: replace(gain, p_holm=p) for (c, gain), p in zip(gains.items(), adjusted, strict=True)}
-        macro_gain, micro_gain = scores.macro_gain(a), scores.gain(a, scores.all)
+        macro_gain, micro_gain = scores.macro_gain(a, against), scores.gain(a, against, scores.all)
     return Arm(
-        name=name,
+        name=names[a],
+        against="" if against is None else names[against],
         cells={c: _cell(scores, a, mask, int(unread[mask].sum())) for c, mask in scores.masks.items()},
         macro=scores.macro(a),
         micro=scores.share(a, scores.all),
         gains=gains,
         macro_gain=macro_gain,
         micro_gain=micro_gain,
+        one_order=one_order.average(a, against) if one_order else None,
+        every_order=every_order.average(a, against) if every_order else None,
         letter_mass=_mean([answer.letter_mass for answer in answers]),
         letters=letter_counts(answers),
         p_guess=scores.p_guess(a, scores.all),

@@ -1,11 +1,12 @@
 """Tables of a comparison, in two layouts: diseases as rows (terminal) or as columns (as in the paper)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from eval_mcq.tables.intervals import CONFIDENCE, FEWEST, Estimate, Interval
 from eval_mcq.tables.rounding import PaperRounding, Rounding
-from eval_mcq.tables.summary import Arm, Comparison, Gain
+from eval_mcq.tables.summary import Arm, Average, Comparison, Gain
 
 SMALL = 20
 """Below so many questions a disease is pointed out as too small to read by its value."""
@@ -30,7 +31,7 @@ ODD = "‡"
 """Marks a printed percentage that is no share of its number of questions."""
 
 SURE = "*"
-"""Marks a figure that differs from the base, Holm-adjusted exact McNemar below :data:`ALPHA`."""
+"""Marks a figure that differs from that of the arm compared with, Holm-adjusted exact McNemar below :data:`ALPHA`."""
 
 MARKS = FEW + LUCK + ODD + SURE
 
@@ -50,6 +51,7 @@ class Grid:
         checks: Below those: how the models chose their letters. Not part of a table that is published.
         fixed: Leading columns that stand in every part when the table is cut to fit a narrow terminal.
         group: Columns after those that are not parted from each other.
+        headline: Above the notes: what the arms add to those that they are compared with.
     """
 
     title: str
@@ -60,6 +62,7 @@ class Grid:
     checks: list[str]
     fixed: int = 1
     group: int = 1
+    headline: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,21 @@ class Entry:
 
 
 def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
-    """One row per disease; per arm its accuracy with interval, and gain and p-value against the first arm."""
+    """One row per disease; per arm its accuracy with interval, and gain and p-value against its reference.
+
+    Where options were put in several orders, the Average of single orders and of all orders stands below.
+    """
+    rounding = PaperRounding() if paper_rounding else Rounding()
     base, *others = comparison.arms
     unread = any(arm.diagnosis.unread for arm in comparison.arms)
     columns = ["Disease", "n", "chance", base.name, *(["unread"] if unread else [])]
     fixed = len(columns)
     for arm in others:
-        columns += [arm.name, *(["unread"] if unread else []), f"gain of {arm.name}", "p"]
+        columns += [arm.name, *(["unread"] if unread else []), gain_heading(arm), "p"]
+    entries = entries_of(comparison, rounding)
+    orders = order_entries(comparison, rounding)
     rows = []
-    for entry in entries_of(comparison, PaperRounding() if paper_rounding else Rounding()):
+    for entry in [*entries, *orders]:
         row = [entry.heading, str(entry.n), entry.chance]
         for a, figure in enumerate(entry.figures):
             row.append(f"{figure.marked} {figure.interval}")
@@ -111,18 +120,24 @@ def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
         f"{comparison.bench}: accuracy in %",
         columns,
         rows,
-        [len(comparison.categories)],
+        [len(comparison.categories), *([len(entries)] if orders else [])],
         notes_of(comparison),
         checks_of(comparison),
         fixed=fixed,
         group=4 if unread else 3,
+        headline=headline_of(comparison, rounding),
     )
+
+
+def gain_heading(arm: Arm) -> str:
+    """Heading of the column of an arm's gains."""
+    return f"{arm.name} over {arm.against}"
 
 
 def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
     """Diseases as columns and the Average last; per arm its accuracy, interval, gain and p-value as rows."""
-    entries = entries_of(comparison, PaperRounding() if paper_rounding else Rounding())
-    *shown, pooled = entries
+    rounding = PaperRounding() if paper_rounding else Rounding()
+    *shown, pooled = entries_of(comparison, rounding)
     rows = [["n", *(str(e.n) for e in shown)], ["chance", *(e.chance for e in shown)]]
     breaks = []
     notes = notes_of(comparison)
@@ -136,13 +151,15 @@ def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
         of_all = pooled.figures[a]
         note = f"{arm.name}, all questions alike (micro): {of_all.value} {of_all.interval}"
         if a > 0:
-            rows.append([f"{arm.name}: gain", *(f.gain for f in figures)])
+            heading = gain_heading(arm)
+            rows.append([heading, *(f.gain for f in figures)])
             rows.append(
-                [f"{arm.name}: gain, {CONFIDENCE:.0%} interval", *(f.gain_interval or NONE for f in figures)]
+                [f"{heading}: {CONFIDENCE:.0%} interval", *(f.gain_interval or NONE for f in figures)]
             )
-            rows.append([f"{arm.name}: p", *(f.p for f in figures)])
+            rows.append([f"{heading}: p", *(f.p for f in figures)])
             note += f", gain {f'{of_all.gain} {of_all.gain_interval}'.rstrip()}, p = {of_all.p}"
         notes.append(f"{note}.")
+    notes += order_notes(comparison, rounding)
     return Grid(
         f"{comparison.bench}: accuracy in %",
         ["", *(e.heading for e in shown)],
@@ -150,15 +167,15 @@ def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
         breaks,
         notes,
         checks_of(comparison),
+        headline=headline_of(comparison, rounding),
     )
 
 
 def entries_of(comparison: Comparison, rounding: Rounding) -> list[Entry]:
     """The diseases in order, then the macro, then the micro average, ready to print."""
-    base = comparison.arms[0]
+    base, reference = comparison.arms[0], {arm.name: arm for arm in comparison.arms}
     entries = []
     for category in comparison.categories:
-        before = rounding.cell(base.cells[category].share)
         figures = []
         for arm in comparison.arms:
             cell = arm.cells[category]
@@ -166,15 +183,74 @@ def entries_of(comparison: Comparison, rounding: Rounding) -> list[Entry]:
             marks = (FEW if cell.n < SMALL else "") + (LUCK if cell.p_guess >= ALPHA else "")
             figure = TableCell(str(value), _bracket(cell.interval, rounding), marks=marks, unread=cell.unread)
             if gain := arm.gains.get(category):
+                before = rounding.cell(reference[arm.against].cells[category].share)
                 figure = _with_gain(figure, before, value, gain, gain.p_holm, rounding)
             figures.append(figure)
         chance = rounding.cell(comparison.chance[category])
         entries.append(Entry(category, base.cells[category].n, str(chance), figures))
-    macro = [_macro_figure(arm, base, rounding) for arm in comparison.arms]
+    pairs = [(arm, reference.get(arm.against, arm)) for arm in comparison.arms]
+    macro = [_macro_figure(*pair, rounding) for pair in pairs]
     entries.append(Entry(AVERAGE, comparison.answered, str(rounding.cell(comparison.macro_chance)), macro))
-    micro = [_micro_figure(arm, base, rounding) for arm in comparison.arms]
+    micro = [_micro_figure(*pair, rounding) for pair in pairs]
     entries.append(Entry(POOLED, comparison.answered, str(rounding.cell(comparison.micro_chance)), micro))
     return entries
+
+
+def order_entries(comparison: Comparison, rounding: Rounding) -> list[Entry]:
+    """The Average with each order of the options marked by itself, and with all orders right; none of one order."""
+    if comparison.orders == 1:
+        return []
+    base = comparison.arms[0]
+    rows = sum(position.true for position in base.diagnosis.positions.values())
+    one = [_average_figure(arm.one_order, arm, rounding) for arm in comparison.arms if arm.one_order]
+    every = [_average_figure(arm.every_order, arm, rounding) for arm in comparison.arms if arm.every_order]
+    chances = [
+        str(rounding.cell(share)) for share in (comparison.macro_chance, comparison.chance_every_order)
+    ]
+    return [
+        Entry(f"{AVERAGE}, one order", rows, chances[0], one),
+        Entry(f"{AVERAGE}, all {comparison.orders} orders", comparison.answered, chances[1], every),
+    ]
+
+
+def _average_figure(average: Average, arm: Arm, rounding: Rounding) -> TableCell:
+    figure = TableCell(
+        str(rounding.cell(average.estimate.value)),
+        _bracket(average.estimate.interval, rounding),
+        unread=arm.diagnosis.unread,
+    )
+    if not arm.against:
+        return figure
+    if average.gain is None:
+        return replace(figure, gain=TOO_FEW, p=NONE)
+    points, interval = rounding.cell(average.gain.value), _bracket(average.gain.interval, rounding)
+    return replace(figure, gain=_signed(points), gain_interval=interval, p=NONE)
+
+
+def order_notes(comparison: Comparison, rounding: Rounding) -> list[str]:
+    """The same in words, for layouts whose columns are diseases."""
+    if not (orders := order_entries(comparison, rounding)):
+        return []
+    headline, one, every = entries_of(comparison, rounding)[-2], *orders
+    return [
+        f"{arm.name}: {AVERAGE} {h.value} {h.interval}; one order {o.value} {o.interval}; "
+        f"all {comparison.orders} orders {e.value} {e.interval}."
+        for arm, h, o, e in zip(comparison.arms, headline.figures, one.figures, every.figures, strict=True)
+    ]
+
+
+def headline_of(comparison: Comparison, rounding: Rounding) -> list[str]:
+    """What each arm adds to the one that it is compared with, on average over diseases; the control's gain last."""
+    average = entries_of(comparison, rounding)[-2]
+    figures = dict(zip((arm.name for arm in comparison.arms), average.figures, strict=True))
+    base = comparison.arms[0].name
+    told = sorted((arm for arm in comparison.arms if arm.against), key=lambda arm: arm.against == base)
+    return [
+        f"{arm.name} against {arm.against}: {figures[arm.name].gain} {figures[arm.name].gain_interval}".rstrip()
+        + f" points on average over {len(comparison.categories)} diseases ({figures[arm.name].value} % against "
+        f"{figures[arm.against].value} %; chance {average.chance} %)."
+        for arm in told
+    ]
 
 
 def _with_gain(
@@ -223,6 +299,13 @@ def notes_of(comparison: Comparison) -> list[str]:
         f"Average: unweighted mean over diseases (macro). Brackets: {CONFIDENCE:.0%} score intervals (Wilson; gains: "
         "Tango; Average: square-and-add), questions of a patient counted by their design effect.",
     ]
+    if comparison.orders > 1:
+        notes.append(
+            f"Every question is put in up to {comparison.orders} orders of its options. {AVERAGE}: the answer is the "
+            "option that is most probable over all orders together. One order: each order is marked by itself. All "
+            f"{comparison.orders} orders: a question is right only if it is in each of them. A model that leans "
+            "towards a letter loses little in the first, more in the second and most in the third."
+        )
     if comparison.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in comparison.left_out.items())
         notes.append(f"The bench was made without {sum(comparison.left_out.values())} entries: {reasons}.")
@@ -230,8 +313,12 @@ def notes_of(comparison: Comparison) -> list[str]:
         f"LEAK: of {arm.name}, {arm.leak}; its figures are flattered." for arm in comparison.arms if arm.leak
     ]
     if others:
+        against: dict[str, list[str]] = {arm.against: [] for arm in others}
+        for arm in others:
+            against[arm.against].append(arm.name)
+        pairs = "; ".join(f"{', '.join(names)} against {reference}" for reference, names in against.items())
         notes.append(
-            f"Gains: against {base.name} on the same questions. p: exact McNemar, Holm-adjusted over the "
+            f"Gains: {pairs}, on the same questions. p: exact McNemar, Holm-adjusted over the "
             "diseases of an arm; over all questions unadjusted."
         )
         notes.append(f"{SURE} p < {ALPHA} by that test.")
@@ -281,11 +368,6 @@ def checks_of(comparison: Comparison) -> list[str]:
 
 def _more_checks(arm: Arm) -> list[str]:
     how, checks = arm.diagnosis, []
-    if how.rotations > 1:
-        checks.append(
-            f"{arm.name}: {how.single:.1%} of single rotations right, {how.all_right:.1%} of questions right in all "
-            f"{how.rotations} (guessing: {how.all_right_chance:.2%})."
-        )
     if how.calibration:
         checks.append(
             f"{arm.name}: expected calibration error {how.calibration.ece:.3f} ({len(how.calibration.bins)} bins), "

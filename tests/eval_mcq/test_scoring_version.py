@@ -5,6 +5,7 @@ After a change that is meant: raise `SCORING_VERSION`, then write the numbers an
     python -m tests.eval_mcq.test_scoring_version
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from eval_mcq.items.schema import load_bench
+from eval_mcq.records.run_record import load_run
 from eval_mcq.runs.fingerprint import code_version
 from eval_mcq.runs.run import Settings, describe_run, run_bench
 from eval_mcq.scoring import modes
@@ -31,7 +33,7 @@ from eval_mcq.scoring.score import Scorer
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from tests.builders import tiny_llava
-from tests.eval_mcq.helpers import question, write_bench
+from tests.eval_mcq.helpers import question, run_of_counts, save_run, write_bench
 
 GOLDEN = Path(__file__).with_name("golden_scoring.json")
 
@@ -163,6 +165,24 @@ def test_an_unfinished_run_of_a_version_that_hashed_its_source_is_shown_but_not_
         UserError, match=r"earlier version of eval-mcq.*4c9ba6f92d02.*eval-mcq table .*run.*--force"
     ):
         run_bench(asked, lambda: pytest.fail("not to be loaded"), record, tmp_path / "run")
+
+
+def test_the_answers_of_such_a_run_are_still_read_and_those_of_another_are_not(tmp_path):
+    # as written by the commit before f7827fb, whose identity was {..., "code version": ...}
+    run = run_of_counts({"DR": (3, 8)})
+    record = run.record.model_copy(update={"code": "4c9ba6f92d02, torch 2.14.1, transformers 5.23.0"})
+    identity = {
+        "model": "m" * 64, "bench": "b" * 64, "scoring mode": "letters", "number of rotations": "1",
+        "prompt": "letters-1", "dtype": "float32", "code version": record.code,
+    }  # fmt: skip
+    mark = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    rows = [row.model_copy(update={"run": mark}) for row in run.rows]
+    assert (
+        load_run(save_run(type(run)(run.folder, record, rows), tmp_path / "old")).all_right_accuracy == 3 / 8
+    )
+    foreign = [row.model_copy(update={"run": "0" * 16}) for row in run.rows]
+    with pytest.raises(UserError, match="is an answer of another run"):
+        load_run(save_run(type(run)(run.folder, record, foreign), tmp_path / "foreign"))
 
 
 def write() -> None:

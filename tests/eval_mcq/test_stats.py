@@ -13,6 +13,7 @@ from eval_mcq.tables.bias_report import diagnose
 from eval_mcq.tables.calibration import calibration
 from eval_mcq.tables.intervals import wilson
 from eval_mcq.tables.stats import holm, mcnemar, p_of_guessing
+from eval_mcq.tables.summary import compare
 from tests.eval_mcq.bootstrap import bootstrap, percentile_interval
 from tests.eval_mcq.helpers import run_of_counts
 
@@ -182,10 +183,16 @@ def test_a_model_that_always_says_a_is_seen_by_its_recall():
         "D": 0.0,
     }
     assert {p.true for p in how.positions.values()} == {12}
-    assert (how.single, how.all_right, how.rotations) == (0.25, 0.0, 4)
-    assert how.all_right_chance == 0.25**4
-    perfect = diagnose(run_of_rotations(lambda shown: shown))
-    assert (perfect.single, perfect.all_right) == (1.0, 1.0)
+    found = compare({"a": run})
+    assert (found.orders, found.macro_chance, found.chance_every_order) == (4, 0.25, 0.25**4)
+    assert averages_of(found) == (0.25, 0.0)
+    assert averages_of(compare({"a": run_of_rotations(lambda shown: shown)})) == (1.0, 1.0)
+
+
+def averages_of(comparison):
+    """The Average of single orders, and of all of them."""
+    arm = comparison.arms[0]
+    return arm.one_order.estimate.value, arm.every_order.estimate.value
 
 
 def run_of_rotations(choose):

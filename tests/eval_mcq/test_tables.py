@@ -160,10 +160,10 @@ def test_a_table_worked_out_by_hand(comparison):
     assert base["Average"].startswith("12.5 ")  # (25 + 0) / 2, not 10 / 47
     assert base["All questions"].startswith("21.3° ")  # 10 / 47
     assert column(grid, "mgll")["Average"].startswith("32.1 ")  # (50 + 14.29) / 2
-    assert column(grid, "gain of mgll")["DR"].startswith("+25.0 ")
-    assert column(grid, "gain of mgll")["Average"].startswith("+19.6 ")
-    assert column(grid, "gain of ft")["DR"].startswith("-5.0 ")  # losses are shown as well
-    assert column(grid, "gain of ft")["CSR"].startswith("0.0 ")
+    assert column(grid, "mgll over base")["DR"].startswith("+25.0 ")
+    assert column(grid, "mgll over base")["Average"].startswith("+19.6 ")
+    assert column(grid, "ft over base")["DR"].startswith("-5.0 ")  # losses are shown as well
+    assert column(grid, "ft over base")["CSR"].startswith("0.0 ")
     first, second = (i for i, heading in enumerate(grid.columns) if heading == "p")
     assert [row[second] for row in grid.rows] == [
         "0.004",
@@ -179,8 +179,8 @@ def test_the_layout_of_the_paper_has_the_average_last(comparison):
     assert grid.columns == ["", "DR", "CSR", "Average"]
     assert [row[0] for row in grid.rows] == [
         "n", "chance", "base", "base: 95% interval",
-        "ft", "ft: 95% interval", "ft: gain", "ft: gain, 95% interval", "ft: p",
-        "mgll", "mgll: 95% interval", "mgll: gain", "mgll: gain, 95% interval", "mgll: p",
+        "ft", "ft: 95% interval", "ft over base", "ft over base: 95% interval", "ft over base: p",
+        "mgll", "mgll: 95% interval", "mgll over base", "mgll over base: 95% interval", "mgll over base: p",
     ]  # fmt: skip
     assert grid.rows[9] == ["mgll", "50.0*", "14.3†°", "32.1"]
     assert any("CSR (7)" in note for note in grid.notes)
@@ -235,7 +235,7 @@ def test_names_with_brackets_are_no_markup():
     run = run_of_counts({"[/DR]": (1, 2), "E [late]": (1, 1)})
     run = type(run)(run.folder, run.record.model_copy(update={"bench_name": "[/b]"}), run.rows)
     text = as_text(by_disease(compare({"[red]a": run, "[/b]": run})))
-    for name in ("[/DR]", "E [late]", "[/b]: accuracy", "[red]a", "gain of [/b]"):
+    for name in ("[/DR]", "E [late]", "[/b]: accuracy", "[red]a", "[/b] over [red]a"):
         assert name in text
 
 

@@ -96,7 +96,7 @@ def test_a_table_of_three_arms_is_made_and_not_made_twice(
     assert all(record["steps"] == 30 for record in records)
     assert records[0]["arms"] == records[1]["arms"]
     assert "| Average |" in (out / "table.md").read_text()
-    assert all(arm in (out / "table.md").read_text() for arm in ("base", "retrained", "mgll"))
+    assert all(arm in (out / "table.md").read_text() for arm in ("base", "control", "mgll"))
     assert (out / "report.html").is_file()
     code, shown = run_table("llava", **settings)
     assert code == 0, shown

@@ -25,11 +25,12 @@
     make("span", { className: item.right[arm] ? "good" : "bad" },
       `${item.right[arm] ? "✓" : "✗"} ${data.arms[arm]} ${letter(item.chosen[arm])}${rotations(item, arm)}`);
 
-  // Flips are read between the first arm and each other one.
+  // Flips are read between an arm and the one that it is compared with.
+  const before = (item, arm) => item.right[data.against[arm]];
   const FLIPS = {
-    fixed: (item, arm) => !item.right[0] && item.right[arm],
-    broken: (item, arm) => item.right[0] && !item.right[arm],
-    either: (item, arm) => item.right[0] !== item.right[arm],
+    fixed: (item, arm) => !before(item, arm) && item.right[arm],
+    broken: (item, arm) => before(item, arm) && !item.right[arm],
+    either: (item, arm) => before(item, arm) !== item.right[arm],
   };
   const FLIP_NAMES = { fixed: "wrong → right", broken: "right → wrong", either: "either way" };
 
@@ -47,7 +48,7 @@
     document.getElementById("flip-filter").hidden = false;
     for (let arm = 1; arm <= last; arm++) {
       for (const kind of Object.keys(FLIPS)) {
-        form.elements.flip.append(option(`${kind}:${arm}`, `${data.arms[0]} to ${data.arms[arm]}: ${FLIP_NAMES[kind]}`));
+        form.elements.flip.append(option(`${kind}:${arm}`, `${data.arms[data.against[arm]]} to ${data.arms[arm]}: ${FLIP_NAMES[kind]}`));
       }
     }
   }
