@@ -53,7 +53,7 @@ def test_from_labels_to_a_comparison(eval_mcq, labels, tiny_llava, tmp_path, mon
         assert eval_mcq("table", "runs/base", "--format", format_) == 0
         assert "Glaucoma" in eval_mcq.out
     assert eval_mcq("compare", "base=runs/base", "mgll=runs/other", "--layout", "paper") == 0
-    assert "mgll: gain" in eval_mcq.out
+    assert "mgll over base" in eval_mcq.out
 
 
 def test_training_conversations_are_the_very_prompt_that_is_scored(eval_mcq, tiny_llava, tmp_path):
