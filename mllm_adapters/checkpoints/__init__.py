@@ -1,1 +1,1 @@
-"""Model folders on disk: finding them, reading their headers, hashing and copying their files."""
+"""Model folders on disk: finds them, reads their headers, hashes and copies their files."""

@@ -1,4 +1,4 @@
-"""A model folder seen by its headers: configuration, tensor names, shapes and dtypes; values on demand."""
+"""A model folder read from its headers: configuration, tensor names, shapes and dtypes; values on demand."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,10 +24,10 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Where a folder's weights are looked for; the first that is there counts, as in transformers."""
+"""Names of weight files; the first that exists is used, as in transformers."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Any of these in a folder is a tokenizer."""
+"""Any of these files is a tokenizer."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
@@ -47,11 +47,11 @@ class Checkpoint:
 
     Args:
         folder: Folder with a config.json and weights (safetensors or .bin, sharded or not).
-        extra_weights: Names of further weight files that may lie in the folder; of these, only tensors that the
-            shards lack are seen.
-        given: Where parts outside the folder lie, by name; the others are looked for.
-        loose: Weight files of a folder without config.json; the configuration is empty then.
-        config: The contents of config.json, where they have been read already.
+        extra_weights: Names of further weight files that the folder may contain; only their tensors that are
+            missing in the shards are used.
+        given: Paths of parts outside the folder, by name; other parts are searched for.
+        loose: Weight files of a folder without config.json; the configuration is then empty.
+        config: The contents of config.json, if they have already been read.
 
     Attributes:
         parts: The attached parts, by name.
@@ -78,23 +78,23 @@ class Checkpoint:
         self._attached: dict[str, TensorHeader] = {}
         refuse_delta(folder)
         if not loose and not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no checkpoint folder: expected a folder with a config.json")
+            raise UserError(f"{folder} is not a checkpoint folder: expected a folder with a config.json")
         if config is None:
             config = {} if loose else read_json(folder / "config.json")
         self.config = config
 
     @cached_property
     def partial(self) -> bool:
-        """Whether the folder holds nothing but extra weights (an adapter, a projector): the rest lies elsewhere."""
+        """Whether the folder holds only extra weights (an adapter, a projector), and the rest is stored elsewhere."""
         whole = self._loose or any((self.folder / name).is_file() for name in WEIGHTS)
         return not whole and any((self.folder / name).is_file() for name in self.extra_weights)
 
     @cached_property
     def files(self) -> list[Path]:
-        """The weight files that the index names, or the single one; none in a `partial` checkpoint.
+        """Return the weight files that the index names, or the single one; none in a `partial` checkpoint.
 
         Raises:
-            UserError: there are none, or one that the index names is missing.
+            UserError: there are none, or a file named in the index is missing.
         """
         if self._loose:
             return list(self._loose)
@@ -110,19 +110,17 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorHeader]:
-        """Headers of all tensors, in file order.
+        """Read the headers of all tensors, in file order.
 
         Raises:
-            UserError: a damaged shard, a tensor in two shards, or one that no shard holds.
+            UserError: a damaged shard, a tensor in two shards, or a tensor in no shard.
         """
         found: dict[str, TensorHeader] = {}
         for file in self.files:
             for header in self._headers(file):
                 if header.name in found:
                     other = found[header.name].file.name
-                    raise UserError(
-                        f"{self.folder}: tensor {header.name} is both in {other} and in {file.name}"
-                    )
+                    raise UserError(f"{self.folder}: tensor {header.name} is in both {other} and {file.name}")
                 found[header.name] = header
         if absent := sorted(set(self._weight_map) - set(found)):
             raise UserError(
@@ -136,29 +134,29 @@ class Checkpoint:
 
     @cached_property
     def side_files(self) -> list[Path]:
-        """What belongs to the model beside its weights: configuration, tokenizer, processor, licence."""
+        """Return the model's files other than weights: configuration, tokenizer, processor, license."""
         return [] if self._loose else published(self.folder)
 
     @cached_property
     def left_behind(self) -> list[str]:
-        """Names in the folder that belong to no model: they go into nothing that is made of it."""
+        """Return the names in the folder that are not part of a model: they are not copied to any output."""
         read = (self.folder / name for name in (*WEIGHTS, *self.extra_weights, "adapter_config.json"))
         known = [*self.files, *read, *self.side_folders, *self.parts.values()]
         return [] if self._loose else left_behind(self.folder, known)
 
     @cached_property
     def side_folders(self) -> list[Path]:
-        """Folders in which a processor keeps further tokenizers and chat templates, with nothing of a model."""
+        """Return subfolders with further tokenizers and chat templates of a processor, without weights."""
         folders = (f for f in self.folder.iterdir() if f.is_dir() and not (f / "config.json").exists())
         return sorted(
             f for f in folders if f.name == TEMPLATES or any((f / name).is_file() for name in TOKENIZER_FILES)
         )
 
     def find(self, part: str, *names: str) -> Path | None:
-        """Where a part lies: where the user says (``--part``), else the first of ``names`` that is found.
+        """Find a part: at the given path, else the first of ``names`` that is found.
 
         Raises:
-            UserError: the user says where, and it is not there.
+            UserError: the given path does not exist.
         """
         if part not in self._given:
             return next((path for name in names if (path := find_part(name, self.folder))), None)
@@ -170,10 +168,10 @@ class Checkpoint:
         """Make the tensors of a weight file or model folder readable as ``PART/KEY``.
 
         Returns:
-            Its own tensor names, each with its header here.
+            The part's own tensor names, each with its header here.
 
         Raises:
-            UserError: it is missing or damaged.
+            UserError: the part is missing or damaged.
         """
         found: dict[str, TensorHeader] = {}
         for file in Checkpoint(path).files if path.is_dir() else [path]:
@@ -184,35 +182,33 @@ class Checkpoint:
         return found
 
     def header(self, name: str) -> TensorHeader:
-        """The header of a tensor of the checkpoint or, as ``PART/KEY``, of an attached part.
+        """Return the header of a tensor of the checkpoint or, as ``PART/KEY``, of an attached part.
 
         Raises:
             UserError: there is no such tensor.
         """
         found = self._attached.get(name) or self.tensors.get(name)
         if found is None:
-            raise UserError(
-                f"{self.folder} holds no tensor {name}: complete the checkpoint, or write it again"
-            )
+            raise UserError(f"{self.folder} has no tensor {name}: complete the checkpoint, or write it again")
         return found
 
     def read(self, name: str) -> Tensor:
-        """The values of one tensor, named as for `header`; nothing else is read."""
+        """Read the values of one tensor, named as for `header`, and nothing else."""
         header = self.header(name)
         own = name if name in self.tensors else name.partition("/")[2]
         return self._weights(header.file).read([own])[own]
 
     @property
     def rightly_named(self) -> bool:
-        """Whether all weight files are in the format that their name says, which transformers goes by."""
+        """Whether all weight files have the format that their name implies, as transformers assumes."""
         return all(is_safetensors(file) == (file.suffix == ".safetensors") for file in self.files)
 
     def state(self) -> dict[str, Tensor]:
-        """The values of all tensors."""
+        """Read the values of all tensors."""
         return {name: self.read(name) for name in self.tensors}
 
     def release(self, file: Path) -> None:
-        """Let go of what is held in memory of a weight file; it can be read again."""
+        """Release the memory held for a weight file; it can be read again."""
         self._opened.pop(file, None)
 
     @cached_property
@@ -228,7 +224,7 @@ class Checkpoint:
 
     @cached_property
     def _weight_map(self) -> dict[str, str]:
-        """Tensor name -> shard, as the index has it; empty where there is one file and no index."""
+        """Return tensor name -> shard from the index; empty for a single file without index."""
         if self._loose or self.partial:
             return {}
         if self._weights_file.suffix != ".json":

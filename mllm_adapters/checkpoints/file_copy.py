@@ -1,4 +1,4 @@
-"""Getting the bytes of a file elsewhere: hard-linked, cloned (reflink) or copied by the kernel."""
+"""Copies files: by hard link, by clone (reflink) or by the kernel."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.weights.spans import truncated
 
 Way = Literal["link", "clone", "copy"]
-"""How an unchanged file gets into an output: ``link`` shares the file, ``clone`` its blocks until one is written."""
+"""How to copy an unchanged file: ``link`` shares the file, ``clone`` its blocks until one is written."""
 
 FICLONE = 0x40049409
 """Request number of ``ioctl_ficlone(2)``: share all blocks of a file, copy on write (btrfs, xfs)."""
@@ -22,11 +22,11 @@ FICLONE = 0x40049409
 _CHUNK = 64 << 20
 
 _NOT_HERE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-"""What the kernel answers where a file system cannot copy by itself."""
+"""Error codes of the kernel if a file system does not support in-kernel copies."""
 
 
 def _link(source: Path, target: Path) -> None:
-    os.link(source.resolve(), target)  # of a link into a hub cache, the blob
+    os.link(source.resolve(), target)  # for a link into a hub cache: the blob
 
 
 def _clone(source: Path, target: Path) -> None:
@@ -44,21 +44,21 @@ _WAYS: Mapping[Way, Callable[[Path, Path], None]] = {"link": _link, "clone": _cl
 
 
 def transfer(source: Path, target: Path, way: Way) -> None:
-    """Make ``target``, which must not exist, hold what ``source`` holds.
+    """Copy ``source`` to ``target``, which must not exist.
 
     Raises:
-        OSError: it cannot be done in this way.
+        OSError: this way is not supported.
     """
     _WAYS[way](source, target)
 
 
 def best_way(source: Path, folder: Path, *, copy: bool) -> Way:
-    """The cheapest way that works from a file into a folder, found by trying.
+    """Find the cheapest way to copy from a file into a folder, by trying.
 
     Args:
         source: An existing file.
-        folder: An existing folder that can be written.
-        copy: Whether the new file must be one of its own: no hard link.
+        folder: An existing, writable folder.
+        copy: Whether the new file must be independent: no hard link.
     """
     cheap: tuple[Way, ...] = ("clone",) if copy else ("link", "clone")
     for way in cheap:
@@ -75,11 +75,11 @@ def best_way(source: Path, folder: Path, *, copy: bool) -> Way:
 
 
 def copy_range(source: BinaryIO, target: BinaryIO, start: int, length: int) -> None:
-    """Copy ``length`` bytes from ``start`` on to where ``target`` stands; in the kernel, where it can.
+    """Copy ``length`` bytes from ``start`` on to the position of ``target``; in the kernel if possible.
 
     Raises:
         OSError: reading or writing fails.
-        UserError: ``source`` has been cut short.
+        UserError: ``source`` has been truncated.
     """
     target.flush()
     while length:
@@ -95,10 +95,10 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, length: int) -> N
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to write more than the disk has room for.
+    """Refuse to write more than fits on the disk.
 
     Raises:
-        UserError: fewer than ``needed`` bytes are free where ``folder`` lies.
+        UserError: fewer than ``needed`` bytes are free on the disk of ``folder``.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -109,7 +109,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def copy_files(files: Iterable[Path], folder: Path) -> None:
-    """Copy files, but not their permissions: the copies of a read-only source can be written."""
+    """Copy files without their permissions: copies of a read-only source are writable."""
     for file in files:
         shutil.copyfile(file, folder / file.name)
 

@@ -1,8 +1,9 @@
-"""What a file or a tensor is told by again: hashes of all of it, or, where that would cost reading it, of samples.
+"""Hashes that identify files and tensors: of all bytes, or of samples where reading everything costs too much.
 
-A hard-linked shard of a language model is never read by a swap, so its record is its size and one hash over its
-header and the first and last 4 KiB of every tensor. That tells another file, a cut one and a trained one; not a bit
-that flipped in the middle of a tensor. Shards in a Hugging Face cache carry their whole hash in their name.
+A swap never reads a hard-linked shard of a language model, so its record is its size and one hash over its
+header and the first and last 4 KiB of every tensor. This detects another file, a truncated one and a trained
+one, but not a flipped bit in the middle of a tensor. The names of shards in a Hugging Face cache are their
+full hashes.
 """
 
 import re
@@ -21,11 +22,11 @@ _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 class FileRecord(BaseModel):
-    """What is recorded of a file.
+    """The record of a file.
 
     Attributes:
         size: Bytes.
-        sha256: Of all of it, where it was read anyway or is known without reading.
+        sha256: Of the whole file, if it was read anyway or its hash is known without reading.
         sample: SHA-256 of a safetensors file's header and of both ends of its tensors.
     """
 
@@ -37,19 +38,19 @@ class FileRecord(BaseModel):
 
 
 def whole(file: Path) -> FileRecord:
-    """Record of a file that is read whole."""
+    """Record a file by its full hash."""
     return FileRecord(size=file.stat().st_size, sha256=files.sha256(file))
 
 
 def sampled(file: Path) -> FileRecord:
-    """Record of a weight file of which little is read."""
+    """Record a weight file by a sample."""
     size = file.stat().st_size
     sample = sample_hash(file) if is_safetensors(file) else None
     return FileRecord(size=size, sha256=blob_hash(file), sample=sample)
 
 
 def sample_hash(file: Path) -> str:
-    """SHA-256 over the header of a safetensors file and both ends of each of its tensors."""
+    """Return the SHA-256 over the header of a safetensors file and both ends of each of its tensors."""
     found = sorted(spans(file).values(), key=lambda span: span.start)
     digest = sha256()
     with file.open("rb") as stream:
@@ -62,7 +63,7 @@ def sample_hash(file: Path) -> str:
 
 
 def span_hash(span: Span) -> str:
-    """SHA-256 of a tensor's bytes in its file."""
+    """Return the SHA-256 of a tensor's bytes in its file."""
     digest, left = sha256(), span.length
     with span.file.open("rb") as stream:
         stream.seek(span.start)
@@ -73,19 +74,19 @@ def span_hash(span: Span) -> str:
 
 
 def blob_hash(file: Path) -> str | None:
-    """The SHA-256 by which a Hugging Face cache calls a file that lies there (``blobs/<sha256>``), else None."""
+    """Return the SHA-256 in the name of a file in a Hugging Face cache (``blobs/<sha256>``), else None."""
     blob = file.resolve()
     in_cache = file.is_symlink() and blob.parent.name == "blobs"
     return blob.name if in_cache and _BLOB.fullmatch(blob.name) else None
 
 
 def agrees(record: FileRecord, file: Path, *, read_whole: bool = True) -> bool:
-    """Whether a file can be the recorded one, by everything that was recorded.
+    """Whether a file matches everything in a record.
 
     Args:
-        record: What was recorded.
+        record: The record.
         file: A file that exists.
-        read_whole: Whether to read it whole where its whole hash is known.
+        read_whole: Whether to read the whole file if its full hash is recorded.
     """
     if file.stat().st_size != record.size:
         return False

@@ -1,4 +1,4 @@
-"""Finding checkpoints and their parts by paths and the files that mark them; nothing heavy is imported."""
+"""Finds checkpoints and their parts by path and marker files, without heavy imports."""
 
 import os
 from pathlib import Path
@@ -13,30 +13,30 @@ PROVENANCE = "mgll_swap.json"
 """The record of a swap, in the folder of a checkpoint that ``swap-encoder`` wrote."""
 
 DELTA = "mgll_delta.json"
-"""What tells the folder of a delta (`mllm_adapters.loading.delta`) from that of a checkpoint."""
+"""File that marks the folder of a delta (`mllm_adapters.loading.delta`)."""
 
 
 def beside(folder: Path, ending: str) -> Path:
-    """The default output of what is given a folder: its name with an ending, beside it."""
+    """Return the default output for a folder: its name with an ending, next to it."""
     named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder  # noqa: PTH100
     return named.with_name(f"{named.name}-{ending}")
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Refuse a checkpoint folder that is not there.
+    """Refuse a checkpoint folder that does not exist.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not exist.
     """
     if not folder.is_dir():
         raise NotFoundError(f"checkpoint folder {folder} does not exist")
 
 
 def check_image_folder(folder: Path) -> None:
-    """Refuse a folder of training images that is not there.
+    """Refuse a folder of training images that does not exist.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not exist.
     """
     if not folder.is_dir():
         raise NotFoundError(
@@ -45,7 +45,7 @@ def check_image_folder(folder: Path) -> None:
 
 
 def is_swapped(folder: Path) -> bool:
-    """Whether ``swap-encoder`` wrote this folder: its record, ``mgll_swap.json``, is there."""
+    """Whether ``swap-encoder`` wrote this folder, that is, it contains the record ``mgll_swap.json``."""
     return (folder / PROVENANCE).is_file()
 
 
@@ -57,23 +57,23 @@ def check_swapped(folder: Path) -> None:
     """
     if not is_swapped(folder):
         refuse_delta(folder)
-        raise NotFoundError(f"{folder} holds no {PROVENANCE}: expected a checkpoint that swap-encoder wrote")
+        raise NotFoundError(f"{folder} has no {PROVENANCE}: expected a checkpoint written by swap-encoder")
 
 
 def check_delta(folder: Path) -> None:
-    """Refuse a folder that is no delta.
+    """Refuse a folder that is not a delta.
 
     Raises:
         UserError: it holds no record of one.
     """
     if not (folder / DELTA).is_file():
         raise NotFoundError(
-            f"{folder} is no delta: expected a folder with {DELTA}, as swap-encoder --delta writes"
+            f"{folder} is not a delta: expected a folder with {DELTA}, as swap-encoder --delta writes"
         )
 
 
 def refuse_delta(folder: Path) -> None:
-    """Say of a delta, where a whole checkpoint is needed, what it is and what to do.
+    """Refuse a delta where a whole checkpoint is needed, and say what to do.
 
     Raises:
         UserError: the folder is a delta.
@@ -81,15 +81,15 @@ def refuse_delta(folder: Path) -> None:
     if (folder / DELTA).is_file():
         raise UnsupportedCheckpointError(
             f"{folder} is a delta (it holds {DELTA}), not a whole checkpoint: `swap-encoder compose --delta {folder} "
-            f"--out {folder.name}-whole` makes one of it; load_mllm and eval-mcq run take it as it is"
+            f"--out {folder.name}-whole` makes one from it; load_mllm and eval-mcq run accept a delta"
         )
 
 
 def find_part(name: str, checkpoint: Path) -> Path | None:
-    """Where a part named in a config.json lies on this machine, or None.
+    """Find a part named in a config.json on this machine; None if it is not found.
 
-    Looked for, in this order: as an absolute path or relative to the checkpoint folder, relative to its parent, in
-    the Hugging Face cache. Nothing is downloaded.
+    It is searched for, in this order, as an absolute path or relative to the checkpoint folder, relative to
+    its parent, and in the Hugging Face cache. Nothing is downloaded.
     """
     for candidate in (checkpoint / name, checkpoint.absolute().parent / name):
         if candidate.exists():
@@ -98,12 +98,12 @@ def find_part(name: str, checkpoint: Path) -> Path | None:
 
 
 def base_of_adapter(folder: Path) -> Path | None:
-    """The checkpoint that an adapter folder belongs to; None where the folder is no adapter's.
+    """Return the checkpoint that an adapter folder belongs to; None if the folder is not an adapter.
 
-    A folder that has a config.json is a checkpoint, whatever lies in it besides.
+    A folder with a config.json is a checkpoint, whatever else it contains.
 
     Raises:
-        UserError: the base is not named, or is not there.
+        UserError: the base is not named, or does not exist.
     """
     file = folder / ADAPTER_CONFIG
     if not file.is_file() or (folder / "config.json").is_file():
@@ -118,6 +118,7 @@ def base_of_adapter(folder: Path) -> Path | None:
     found = next((place for place in places if place.is_dir()), None) or cached(base)
     if found is None:
         raise NotFoundError(
-            f"{file}: its base model {base} is not there: set base_model_name_or_path to where the checkpoint is now"
+            f"{file}: its base model {base} does not exist: set base_model_name_or_path to the checkpoint's "
+            f"current path"
         )
     return found

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: what their config.json says of it, and what to do instead."""
+"""Quantized checkpoints: detects them from config.json, and names an alternative."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,22 +9,22 @@ from mgll_encoder.common.errors import UnsupportedCheckpointError
 FIELD = "quantization_config"
 
 LOADABLE = "bitsandbytes"
-"""Done while weights are loaded, as QLoRA does, or stored; transformers loads both."""
+"""Methods that transformers loads, quantized on loading (as in QLoRA) or stored."""
 
 _PARTS = ("text_config", "llm_config", "vision_config")
-"""Sections of a config.json that may say it of one part of the model."""
+"""Sections of a config.json that may declare it for one part of the model."""
 
 FILES = ("quantize_config.json", "quant_config.json")
-"""What AutoGPTQ and AutoAWQ write beside weights that they have quantised, whatever config.json says."""
+"""Files that AutoGPTQ and AutoAWQ write next to quantized weights, whatever config.json says."""
 
 _UNQUANTIZED = (
-    "quantised weights can be neither swapped nor converted nor trained: take the unquantised checkpoint (without "
+    "quantized weights cannot be swapped, converted or trained: use the unquantized checkpoint (without "
     "-4bit, -Int4, -AWQ, -GPTQ or -FP8 in its name)"
 )
 
 
 def quantization(config: Mapping[str, Any]) -> str | None:
-    """How the weights that a config.json describes are quantised, such as ``gptq``; None where they are not."""
+    """Return how the weights of a config.json are quantized, such as ``gptq``; None if they are not."""
     for section in (config, *(config.get(name) for name in _PARTS)):
         settings = section.get(FIELD) if isinstance(section, Mapping) else None
         if isinstance(settings, Mapping) and settings:
@@ -37,15 +37,15 @@ def quantization(config: Mapping[str, Any]) -> str | None:
 
 
 def refuse_quantized(config: Mapping[str, Any], where: str, *, to_load: bool = False) -> None:
-    """Refuse quantised weights by the name of the method.
+    """Refuse quantized weights, naming the method.
 
     Args:
         config: Contents of config.json.
-        where: How the error message calls it.
-        to_load: Whether the model is only to be loaded, which transformers does with `LOADABLE`.
+        where: Name of the configuration in error messages.
+        to_load: Whether the model is only to be loaded, which transformers supports for `LOADABLE`.
 
     Raises:
-        UserError: the weights are quantised.
+        UserError: the weights are quantized.
     """
     method = quantization(config)
     if method is None or (to_load and method == LOADABLE):
@@ -54,11 +54,11 @@ def refuse_quantized(config: Mapping[str, Any], where: str, *, to_load: bool = F
 
 
 def refuse_quantized_files(folder: Path) -> None:
-    """Refuse a folder whose weights were quantised by a program that says so in a file of its own.
+    """Refuse a folder with a file that a quantization program writes.
 
     Raises:
         UserError: there is such a file.
     """
     found = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if found is not None:
-        raise UnsupportedCheckpointError(f"{found} is that of GPTQ or AWQ: {_UNQUANTIZED}")
+        raise UnsupportedCheckpointError(f"{found} is written by GPTQ or AWQ: {_UNQUANTIZED}")

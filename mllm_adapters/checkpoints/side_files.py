@@ -1,7 +1,7 @@
-"""What is published beside the weights: the files that the libraries know, and no path of the machine.
+"""Copies the files next to the weights that the libraries use, without local paths.
 
-A model folder at work collects label tables, logs, tokens and states of trainings. None of them goes into what is made
-of it: what is copied is on a list, and what is left behind is named once.
+A working model folder collects label tables, logs, tokens and training states. They are not copied to
+outputs: only listed files are copied, and the others are named once.
 """
 
 import json
@@ -52,7 +52,7 @@ PUBLISHED = (
 """Names of files that are copied, as patterns for `fnmatch` in lower case."""
 
 RECORDS: Mapping[str, tuple[str, ...]] = {"training.json": ("command", "data_sha256", "losses")}
-"""Files that are copied where they are records of this project, told by fields: others use the name for their data."""
+"""Files copied only if their fields show that they are records of this project: others use the same names for data."""
 
 WITHOUT_PATHS = (
     "config.json",
@@ -64,23 +64,23 @@ WITHOUT_PATHS = (
     "special_tokens_map.json",
     "training.json",
 )
-"""Files in which paths of a machine may stand; they are written without."""
+"""Files that may contain local paths, which are removed."""
 
 TEMPLATES = "additional_chat_templates"
-"""Folder in which a processor keeps several chat templates."""
+"""Folder of a processor with several chat templates."""
 
 
 def published(folder: Path) -> list[Path]:
-    """The files of a model folder, and of its folders of tokenizers, that may be copied into what is made of it."""
+    """Return the files of a model folder and its tokenizer folders that may be copied to an output."""
     return sorted(file for file in folder.iterdir() if file.is_file() and is_published(file))
 
 
 def left_behind(folder: Path, known: Collection[Path]) -> list[str]:
-    """Names in a model folder that are neither copied nor known; hidden ones are not named.
+    """Return names in a model folder that are neither copied nor known, without hidden ones.
 
     Args:
         folder: The folder.
-        known: Files and folders in it that were read in another way: weights, tokenizers, parts.
+        known: Files and folders in it that are used otherwise: weights, tokenizers, parts.
     """
     resolved = {path.absolute() for path in (*published(folder), *known)}
     around = {parent for path in resolved for parent in path.parents}
@@ -91,7 +91,7 @@ def left_behind(folder: Path, known: Collection[Path]) -> list[str]:
 
 
 def remove_paths(folder: Path) -> None:
-    """Rewrite the configurations in and below a folder in which a path of the machine stands."""
+    """Rewrite the configurations in and below a folder that contain a local path."""
     for file in folder.rglob("*.json"):
         if file.name not in WITHOUT_PATHS:
             continue
@@ -101,7 +101,7 @@ def remove_paths(folder: Path) -> None:
 
 
 def is_published(file: Path) -> bool:
-    """Whether a file is one that the libraries know beside weights, or a record of this project."""
+    """Whether a file is used by the libraries next to weights, or is a record of this project."""
     name = file.name.lower()
     if any(fnmatch(name, pattern) for pattern in PUBLISHED):
         return True

@@ -1,1 +1,1 @@
-"""What a frozen tower sees, computed once and kept."""
+"""Features of a frozen tower, computed once and cached."""

@@ -1,8 +1,8 @@
-"""What a frozen tower sees of the training images, computed once and shared by epochs, ranks and runs.
+"""Features of the training images from a frozen tower, computed once and shared by epochs, ranks and runs.
 
 With the cache a training step opens no image, tokenizes no text and runs no tower: rows come from a table of tokens,
-features from `mllm_adapters.feature_cache.store`, and `mllm_adapters.feature_cache.cached_modules` hands them to the
-model.
+features from `mllm_adapters.feature_cache.store`, and `mllm_adapters.feature_cache.cached_modules` feeds
+them to the model.
 """
 
 import hashlib
@@ -48,19 +48,19 @@ from mllm_adapters.feature_cache.store import FeatureStore
 _logger = logging.getLogger(__name__)
 
 ENCODED_VERSION = 1
-"""Part of the key of encoded rows: changes when the same row would give other tokens."""
+"""Part of the key of encoded rows: changes when a row's tokens would change."""
 
 ENCODED = pa.schema([("tensors", pa.large_binary()), ("images", pa.list_(pa.string()))])
 """Tokens, labels and the like of a row as safetensors, and the hashes of its images."""
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far cached features may be from fresh ones, relative to the largest: batches of another size round otherwise."""
+"""Tolerance for cached against new features, relative to the largest: rounding depends on the batch size."""
 
 TEXT = ("input_ids", "attention_mask", "labels", *PER_TOKEN)
 
 
 class CachedDataset(Dataset[dict[str, Any]]):
-    """Examples of which nothing has to be computed any more."""
+    """Examples whose tokens and features are all precomputed."""
 
     def __init__(
         self, rows: Table, kept: NDArray[np.int64], store: FeatureStore, pixels: Sequence[str]
@@ -74,7 +74,7 @@ class CachedDataset(Dataset[dict[str, Any]]):
         row = self.rows[int(self.kept[index])]
         tensors = {name: value.long() for name, value in safetensors.torch.load(row["tensors"]).items()}
         tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
-        if row["images"]:  # as an encoded example, a row has what belongs to images only where it has some
+        if row["images"]:  # as in an encoded example, image inputs are present only if the row has images
             return {**tensors, KEY: [self._image(digest) for digest in row["images"]]}
         return tensors
 
@@ -92,7 +92,7 @@ class CachedCollator(AnswerCollator):
     """Batches rows of a `CachedDataset`."""
 
     def __call__(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """As `AnswerCollator`, with what the stand-ins need of the images."""
+        """Collate as `AnswerCollator`, with the image features that the cached modules return."""
         images = [image for row in batch for image in row.get(KEY, ())]
         tensors: dict[str, Any] = super().__call__(
             [{k: v for k, v in row.items() if k != KEY} for row in batch]
@@ -107,7 +107,7 @@ class Cached:
     Attributes:
         dataset: The examples.
         collator: Makes batches of them.
-        cast: The model's stand-ins; ``cast.towers_back()`` where it must see.
+        cast: The model with cached modules; ``cast.towers_back()`` restores its towers for a block.
     """
 
     dataset: CachedDataset
@@ -118,21 +118,21 @@ class Cached:
 def cache_features(
     model: Any, examples: ExampleTable, corpus: Corpus, processor: Any, place: ComputeSettings
 ) -> Cached | None:
-    """Fill the cache with what is missing, and replace the model's towers.
+    """Compute missing features, and replace the model's towers by cached modules.
 
     Args:
         model: The model that the Trainer will call, its stage set.
-        examples: What is trained on.
-        corpus: What ``examples`` were made of.
+        examples: The training examples.
+        corpus: The corpus that ``examples`` were made from.
         processor: The model's processor.
-        place: Where and how.
+        place: Device and precision.
 
     Returns:
-        What to train on, or None where nothing can be cached (a note says why).
+        The dataset to train on, or None if nothing can be cached (a note says why).
 
     Raises:
-        UserError: the disk is too small, an image is damaged, or the cached features do not make the model
-            compute what it computed without them.
+        UserError: the disk is too small, an image is damaged, or the model's output with cached features
+            differs from its output without them.
     """
     model.eval()
     shown = examples.table.select_columns("shown").with_format("numpy")[:]["shown"][examples.kept]
@@ -169,7 +169,7 @@ def cache_features(
 
 
 def _samples(examples: ExampleTable, single: NDArray[np.int64], several: NDArray[np.int64]) -> list[int]:
-    """Examples to try the cache on: the first, the next that shows something else, the first with several images."""
+    """Choose examples to verify the cache: the first, the next with another image, the first with several images."""
     first = int(single[0])
     shown = examples[first].images
     other = next((int(i) for i in single[1:1000] if examples[int(i)].images != shown), first)
@@ -183,7 +183,7 @@ def _is_pixels(name: str, value: Tensor) -> bool:
 def _verify(
     cast: ModelWithCache, fresh: tuple[list[Tensor], Tensor], batch: Mapping[str, Any], place: ComputeSettings
 ) -> None:
-    """Hold what the stand-ins give, and the loss, against what the towers gave.
+    """Compare the cached modules' outputs, and the loss, with those of the towers.
 
     Raises:
         UserError: they differ.
@@ -207,7 +207,7 @@ def _verify(
 
 
 def _encoded(examples: ExampleTable, corpus: Corpus, processor: Any) -> Table:
-    """All rows of a table as `ENCODED`; images are blank, since only their number of tokens counts here."""
+    """Encode all rows of a table as `ENCODED`; images are blank, since only their number of tokens matters."""
     work = Encoder(processor, corpus.sizes, corpus.digests)
     made_of = json.dumps([ENCODED_VERSION, examples.key])
     key = hashlib.sha256(made_of.encode()).hexdigest() if examples.key else ""
@@ -216,10 +216,10 @@ def _encoded(examples: ExampleTable, corpus: Corpus, processor: Any) -> Table:
 
 @dataclass
 class Encoder:
-    """Makes rows of `ENCODED` from rendered ones, in any process.
+    """Encodes rendered rows as rows of `ENCODED`, in any process.
 
     Attributes:
-        processor: The model's.
+        processor: The model's processor.
         sizes: Image path -> (width, height) in pixels.
         digests: Image path -> hash of the file.
     """
@@ -229,7 +229,7 @@ class Encoder:
     digests: Mapping[str, str]
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Columns of a batch of rows -> columns of the result."""
+        """Map the columns of a batch of rows to columns of the result."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         return {
             "tensors": [b"" if row["damaged"] else self._tensors(to_example(row)) for row in rows],

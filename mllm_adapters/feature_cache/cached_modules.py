@@ -1,9 +1,9 @@
-"""Stand-ins for frozen vision modules: modules that give back what a tower gave before.
+"""Substitutes for frozen vision modules that return a tower's cached outputs.
 
-No family is named here. The modules to replace are found in the model: the outermost ones that belong to the tower (or
-to what no stage trains) and hold no parameter that trains. One forward and backward pass tells which of the tensors
-that they return are read at all: those that the loss has a gradient of. The others come back as NaN, so that a use that
-the pass did not show cannot go unnoticed.
+The code is independent of families. The modules to replace are found in the model: the outermost ones that
+belong to the tower (or to a part that no stage trains) and have no trainable parameters. One forward and
+backward pass shows which of their output tensors are used: those for which the loss has a gradient. The
+others are returned as NaN, so that an unexpected use cannot go unnoticed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +22,11 @@ FROZEN = ("tower", "other")
 """Components whose modules can be replaced."""
 
 KEY = "vision_features"
-"""Name in a batch of what the stand-ins give back; a `Vision`."""
+"""Key in a batch for the cached outputs."""
 
 
 class NotCacheableError(Exception):
-    """Why this model's tower cannot be stood in for."""
+    """Why this model's tower cannot be replaced by a cache."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Leaf:
     Attributes:
         read: Whether the rest of the model reads it.
         dtype: Its dtype.
-        trailing: Its shape but for the first dimension, along which images lie one after another.
+        trailing: Its shape without the first dimension, along which images are concatenated.
     """
 
     read: bool
@@ -46,12 +46,12 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Call:
-    """What a replaced module returns.
+    """The output of a replaced module.
 
     Attributes:
         name: The module.
-        spec: How the tensors are packed.
-        leaves: The tensors; what is no tensor is as it was.
+        spec: Structure of the output (a pytree).
+        leaves: The tensors; other values are stored as they are.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Call:
 
     @property
     def tensors(self) -> tuple[Leaf, ...]:
-        """Those of the leaves that are tensors."""
+        """Return the leaves that are tensors."""
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, Leaf))
 
 
 class CachedModule(nn.Module):
-    """Takes the place of a module for training; it has no parameters."""
+    """Replaces a module for training; it has no parameters."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class CachedModule(nn.Module):
         self.given: list[Tensor] | None = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """What the module would have returned for the images of the batch.
+        """Return what the module would have returned for the images of the batch.
 
         Raises:
-            RuntimeError: the batch came without features.
+            RuntimeError: the batch has no features.
         """
         if self.given is None:
             raise RuntimeError(f"{self.call.name} is replaced by a cache, and the batch has no {KEY}")
@@ -86,13 +86,13 @@ class CachedModule(nn.Module):
 
 
 def replaceable(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules of tower and `other` that can be called and hold no parameter that trains."""
+    """Return the outermost callable modules of tower and `other` without trainable parameters."""
     parts = components(model)
     trains = {name for name, value in model.named_parameters() if value.requires_grad}
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         names = [f"{prefix}{name}" for name, _ in module.named_parameters()]
-        callable_ = type(module).forward is not nn.Module.forward  # a list of modules is not
+        callable_ = type(module).forward is not nn.Module.forward  # a ModuleList is not
         if names and callable_ and all(parts.get(n) in FROZEN and n not in trains for n in names):
             yield prefix.removesuffix("."), module
         elif names:
@@ -103,7 +103,7 @@ def replaceable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Call, ...]:
-    """Find out what the modules to replace return, and what of it is read.
+    """Record the outputs of the modules to replace, and which of them are used.
 
     Args:
         model: The model, with its stage set.
@@ -140,16 +140,16 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Call, ...]:
 
 
 Seen = dict[str, tuple[Any, list[Any]]]
-"""Module -> how what it returned is packed, and the leaves."""
+"""Module -> structure of its output, and the leaves."""
 
 
 @contextmanager
 def watched(modules: Mapping[str, nn.Module], tracked: bool = False) -> Iterator[Seen]:
-    """Yield a dictionary that fills with what modules return while the block runs.
+    """Yield a dictionary that collects the outputs of modules while the block runs.
 
     Args:
         modules: Name -> module.
-        tracked: Give the rest of the model the tensors as roots of its graph, so that the loss can be derived by them.
+        tracked: Make the outputs leaves of the autograd graph, so that the loss has gradients for them.
 
     Raises:
         NotCacheableError: a module is called twice.
@@ -163,7 +163,7 @@ def watched(modules: Mapping[str, nn.Module], tracked: bool = False) -> Iterator
             leaves, spec = pytree.tree_flatten(output)
             kept = [_root(leaf) if tracked else leaf for leaf in leaves]
             seen[name] = spec, kept
-            # Not the roots themselves: the model may write into what it gets.
+            # Not the leaf tensors themselves: the model may modify its inputs in place.
             given = [leaf.clone() if tracked and isinstance(leaf, Tensor) else leaf for leaf in kept]
             return pytree.tree_unflatten(given, spec)
 
@@ -178,7 +178,7 @@ def watched(modules: Mapping[str, nn.Module], tracked: bool = False) -> Iterator
 
 
 def _root(leaf: Any) -> Any:
-    """A tensor as the root of a graph; of two places that hold the same tensor, the one that is read tells."""
+    """Return a tensor as a leaf of the autograd graph; equal tensors get separate leaves."""
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.detach().requires_grad_(leaf.is_floating_point())
@@ -186,11 +186,11 @@ def _root(leaf: Any) -> Any:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """What is kept of an image, and what the model is given instead of its pixels.
+    """The cached tensors of an image, and the model inputs that they replace.
 
     Attributes:
         calls: The replaced modules.
-        pixels: Name of each model input that holds pixels -> its dtype, and its shape but for the first dimension.
+        pixels: Name of each model input with pixels -> its dtype, and its shape without the first dimension.
     """
 
     calls: tuple[Call, ...]
@@ -198,11 +198,11 @@ class OutputSpec:
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The tensors that the replaced modules return, one call after another."""
+        """Return the output tensors of all replaced modules, in order."""
         return tuple(leaf for call in self.calls for leaf in call.tensors)
 
     def described(self) -> dict[str, Any]:
-        """The plan in words, for a key."""
+        """Describe the plan for a cache key."""
         return {
             "calls": {
                 call.name: [[leaf.read, str(leaf.dtype), leaf.trailing] for leaf in call.tensors]
@@ -213,7 +213,7 @@ class OutputSpec:
 
 
 class ModelWithCache:
-    """A model whose towers have gone and stand-ins that have come; see `replace_towers`."""
+    """A model whose towers are replaced by cached modules; see `replace_towers`."""
 
     def __init__(self, model: nn.Module, plan: OutputSpec) -> None:
         self.model, self.plan = model, plan
@@ -223,18 +223,18 @@ class ModelWithCache:
         self.hook = model.register_forward_pre_hook(self._provide, with_kwargs=True)
 
     def swap(self, modules: Mapping[str, nn.Module]) -> None:
-        """Put modules in their places, by name."""
+        """Set modules by name."""
         for name, module in modules.items():
             self.model.set_submodule(name, module)
 
     def restore(self) -> None:
-        """Make the model what it was."""
+        """Restore the original model."""
         self.swap(self.towers)
         self.hook.remove()
 
     @contextmanager
     def towers_back(self) -> Iterator[None]:
-        """The model with its towers, where images must be seen: a benchmark while training."""
+        """Restore the towers for a block that encodes images, such as a benchmark during training."""
         device = next(self.model.parameters()).device
         self.swap({name: tower.to(device) for name, tower in self.towers.items()})
         try:
@@ -244,12 +244,12 @@ class ModelWithCache:
             self.leave()
 
     def leave(self) -> None:
-        """Take the towers off the accelerator: they are not needed while training."""
+        """Move the towers off the accelerator: they are not needed in training."""
         for tower in self.towers.values():
             tower.to("cpu")
 
     def _provide(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Hand features to the stand-ins, and to the model something of the shape of pixels."""
+        """Pass features to the cached modules, and placeholders with the shape of pixels to the model."""
         vision = kwargs.pop(KEY, None)
         if vision is None:
             for stand_in in self.stand_ins.values():
@@ -264,7 +264,7 @@ class ModelWithCache:
         return args, kwargs
 
     def _tensors(self, vision: Mapping[str, Any]) -> Iterator[Tensor]:
-        """What all modules return for a batch; what nobody reads takes no memory."""
+        """Yield the outputs of all modules for a batch; unused ones take no memory."""
         features = iter(vision["features"])
         for leaf, length in zip(self.plan.leaves, vision["lengths"], strict=True):
             if leaf.read:
@@ -276,7 +276,7 @@ class ModelWithCache:
 
 
 def joined(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What stand-ins need for several images: ``features``, ``lengths`` and ``pixels`` of each, one after another."""
+    """Concatenate ``features``, ``lengths`` and ``pixels`` of several images for the cached modules."""
     return {
         "features": [torch.cat(parts) for parts in zip(*(i["features"] for i in images), strict=True)],
         "lengths": [sum(parts) for parts in zip(*(i["lengths"] for i in images), strict=True)],
@@ -285,10 +285,10 @@ def joined(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def seen_of_images(seen: Seen, plan: OutputSpec, count: int) -> list[tuple[list[Tensor], list[int]]]:
-    """Divide what modules returned for a batch of equal images: per image, the tensors that are read, and all lengths.
+    """Split module outputs for a batch of equally sized images: per image, the used tensors, and all lengths.
 
     Raises:
-        UserError: the tensors are not those of the plan, or cannot be divided.
+        UserError: the tensors differ from the plan, or cannot be split.
     """
     tensors = [leaf for call in plan.calls for leaf in seen[call.name][1] if isinstance(leaf, Tensor)]
     for leaf, tensor in zip(plan.leaves, tensors, strict=True):

@@ -1,4 +1,4 @@
-"""Filling a feature store: every image goes through the model's towers once, on every rank its share."""
+"""Fills a feature store: the model's towers encode every image once; each rank computes its share."""
 
 import inspect
 import logging
@@ -24,7 +24,7 @@ from mllm_adapters.feature_cache.store import SHARD_BYTES, FeatureStore, Stored,
 _logger = logging.getLogger(__name__)
 
 FEATURES_VERSION = 1
-"""Part of the key: changes when the same model and image would give other features."""
+"""Part of the key: changes when the features of a model and image would change."""
 
 IMAGES_AT_ONCE = 8
 """Images per forward pass of the towers."""
@@ -38,13 +38,13 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Where and how features are computed.
+    """Device, precision and processes for computing features.
 
     Attributes:
         device: Device of the model.
         precision: ``float32`` or ``bfloat16``, of the forward pass.
-        dtype: Of the stored features, or ``auto`` for that of the forward pass.
-        rank: Number of this process; each fills its share of the store.
+        dtype: Dtype of the stored features, or ``auto`` for that of the forward pass.
+        rank: Number of this process; each computes its share of the store.
         ranks: Number of processes.
         workers: Processes that open images.
     """
@@ -58,16 +58,16 @@ class ComputeSettings:
 
     @property
     def stored(self) -> torch.dtype:
-        """The dtype of stored features."""
+        """Return the dtype of stored features."""
         return DTYPES[self.precision if self.dtype == "auto" else self.dtype]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What the Trainer puts around a forward pass of this precision."""
+        """Return the Trainer's autocast context for this precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def open_store(model: Any, processor: Any, plan: OutputSpec, place: ComputeSettings) -> FeatureStore:
-    """The store of this tower, preprocessing and precision."""
+    """Open the store of this tower, preprocessing and precision."""
     modules = {call.name: model.get_submodule(call.name) for call in plan.calls}
     about = {
         "version": FEATURES_VERSION,
@@ -90,22 +90,22 @@ def precompute(
     paths: Mapping[str, Path],
     place: ComputeSettings,
 ) -> None:
-    """Compute the features of all images that the store lacks. Killed and started again, it goes on.
+    """Compute the features of all images that are not in the store. An interrupted run can be continued.
 
     Args:
         model: The model, with its towers.
         processor: Its processor.
-        plan: What is kept of an image.
-        store: Where.
+        plan: The tensors to store for an image.
+        store: The store to fill.
         paths: Hash of an image -> its file.
-        place: Where and how.
+        place: Device and precision.
 
     Raises:
         UserError: the disk is too small, or an image cannot be read.
     """
     share = list(paths)[place.rank :: place.ranks]
     lock = store.folder / f"{place.rank}-of-{place.ranks}.lock"
-    with locked(lock, otherwise=None):  # a second run waits, and finds all done
+    with locked(lock, otherwise=None):  # a second run waits, and finds everything computed
         store.refresh()
         if missing := store.missing(share):
             features = _features(model, processor, plan, [(d, paths[d]) for d in missing], place)
@@ -135,7 +135,7 @@ def _write(
 def computed(
     model: Any, plan: OutputSpec, batch: Mapping[str, Any], place: ComputeSettings
 ) -> tuple[list[Tensor], Tensor]:
-    """What the towers give for a batch, as far as it is read, and the loss."""
+    """Compute the towers' used outputs for a batch, and the loss."""
     modules = {call.name: model.get_submodule(call.name) for call in plan.calls}
     with torch.no_grad(), place.autocast(), watched(modules) as seen:
         loss = model(**batch).loss
@@ -143,7 +143,7 @@ def computed(
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """A batch on a device, whatever it is packed in."""
+    """Move a batch to a device, for any nesting."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -159,7 +159,7 @@ def _announce(store: FeatureStore, images: int, each: int) -> None:
 
 
 class _Images(Dataset[tuple[str, dict[str, Tensor]]]):
-    """Images as the model's visual part takes them."""
+    """Images as inputs of the model's vision part."""
 
     def __init__(self, images: Sequence[tuple[str, Path]], processor: Any, accepted: frozenset[str]) -> None:
         self.images, self.processor, self.accepted = images, processor, accepted
@@ -178,7 +178,7 @@ class _Images(Dataset[tuple[str, dict[str, Tensor]]]):
 def _features(
     model: Any, processor: Any, plan: OutputSpec, images: Sequence[tuple[str, Path]], place: ComputeSettings
 ) -> Iterator[tuple[str, Stored]]:
-    """Hash and features of every image."""
+    """Yield the hash and features of every image."""
     accepted = frozenset(inspect.signature(_sight(model)).parameters)
     loader = DataLoader(
         _Images(images, processor, accepted),
@@ -193,7 +193,7 @@ def _features(
 
 
 def _sight(model: Any) -> Any:
-    """The method that every family has for its images alone; of the whole model or of the model inside."""
+    """Return the family's method that encodes only images; of the whole model or of the inner one."""
     return next(part for part in model.modules() if hasattr(part, "get_image_features")).get_image_features
 
 

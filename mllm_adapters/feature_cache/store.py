@@ -1,4 +1,4 @@
-"""Features of images on disk: memory-mapped safetensors, written shard by shard, found by the image's hash."""
+"""Features of images on disk: memory-mapped safetensors, written shard by shard, indexed by the image's hash."""
 
 import json
 import shutil
@@ -17,18 +17,18 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import appearing
 
 ABOUT = "store.json"
-"""What the features of a folder depend on, in words."""
+"""File that describes what the features of a folder depend on."""
 
 LENGTHS = "lengths"
 
 SHARD_BYTES = 1 << 27
-"""Size of a shard: what a killed run has to compute again."""
+"""Size of a shard: a killed run computes at most so much again."""
 
 OPEN_SHARDS = 256
-"""Shards that a process keeps open; more file handles than that may not be allowed."""
+"""Shards that a process keeps open, because file handles are limited."""
 
 Stored = tuple[Sequence[Tensor], Sequence[int]]
-"""Tensors of an image, and lengths to be kept beside them."""
+"""Tensors of an image, and their lengths."""
 
 
 class FeatureStore:
@@ -36,7 +36,7 @@ class FeatureStore:
 
     Args:
         parent: Folder of all stores.
-        about: Everything that the features depend on but the image.
+        about: Everything except the image that the features depend on.
     """
 
     def __init__(self, parent: Path, about: Mapping[str, Any]) -> None:
@@ -48,13 +48,13 @@ class FeatureStore:
             with appearing(note) as partial:
                 partial.write_text(said, encoding="utf-8")
         if note.read_text(encoding="utf-8") != said:
-            raise UserError(f"{note} is not what its folder is named after: remove {self.folder}")
+            raise UserError(f"{note} does not match the name of its folder: remove {self.folder}")
         self.shards: dict[str, Path] = {}
         self._looked_at: set[Path] = set()
         self.refresh()
 
     def refresh(self) -> None:
-        """Find what other processes have added. A damaged shard is removed: its images are computed again."""
+        """Find shards added by other processes. A damaged shard is removed: its images are computed again."""
         for shard in sorted(set(self.folder.glob("*.safetensors")) - self._looked_at):
             header = _header(shard)
             if header is None:
@@ -71,14 +71,14 @@ class FeatureStore:
         return digest in self.shards
 
     def missing(self, digests: Iterable[str]) -> list[str]:
-        """Those that are not in the store, each once, in order."""
+        """Return the digests that are not in the store, each once, in order."""
         return [digest for digest in dict.fromkeys(digests) if digest not in self.shards]
 
     def get(self, digest: str) -> Stored:
-        """Features of an image.
+        """Return the features of an image.
 
         Raises:
-            KeyError: there are none.
+            KeyError: the store has none.
         """
         shard = _opened(self.shards[digest])
         lengths = shard.get_tensor(f"{digest}/{LENGTHS}").tolist()
@@ -100,10 +100,10 @@ class FeatureStore:
         self._looked_at.add(shard)
 
     def check_space(self, size: int) -> None:
-        """See to it that there is room.
+        """Check that there is enough disk space.
 
         Raises:
-            UserError: there is not; the message says what helps.
+            UserError: there is not; the message says what to do.
         """
         free = shutil.disk_usage(self.folder).free
         if size > free:
@@ -114,12 +114,12 @@ class FeatureStore:
 
 
 def size_of(stored: Stored) -> int:
-    """Bytes of an image's features."""
+    """Return the bytes of an image's features."""
     return sum(value.numel() * value.element_size() for value in stored[0])
 
 
 def readable(size: float) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes for people."""
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
     return f"{size / unit:,.1f} {name}"
 
@@ -130,7 +130,7 @@ def _opened(shard: Path) -> Any:
 
 
 def _header(shard: Path) -> dict[str, Any] | None:
-    """Names in a shard, or None if the file is not whole."""
+    """Read the names in a shard, or None if the file is incomplete."""
     with shard.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(min(length, shard.stat().st_size))

@@ -113,7 +113,7 @@ def test_a_folder_without_a_checkpoint_is_refused(
     for name in files:
         (folder / name).write_text("# A model\n")
     message = builders.refused(swap_encoder, "--mllm", folder, "--encoder", tower)
-    assert "is no checkpoint folder: expected a folder with a config.json" in message
+    assert "is not a checkpoint folder: expected a folder with a config.json" in message
 
 
 def test_parts_without_the_checkpoint_that_they_belong_to_are_refused(

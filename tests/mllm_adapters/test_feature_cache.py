@@ -278,7 +278,7 @@ def test_a_store_that_is_not_what_it_is_named_after_is_refused(loud, own_cache):
     cached(prepared(loud.model, loud))
     (note,) = own_cache.glob("vision/*/store.json")
     note.write_text(note.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(UserError, match=r"store\.json is not what its folder is named after"):
+    with pytest.raises(UserError, match=r"store\.json does not match the name of its folder"):
         cached(prepared(loud.model, loud))
 
 

@@ -113,6 +113,6 @@ def test_weights_that_gptq_quantised_without_a_word_in_config_json_are_named(
     (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     line = builders.refused(swap_encoder, "--mllm", folder, "--encoder", tower)
     assert line.startswith(
-        f"{folder / 'quantize_config.json'} is that of GPTQ or AWQ: quantised weights can be"
+        f"{folder / 'quantize_config.json'} is written by GPTQ or AWQ: quantized weights can"
     )
-    assert "take the unquantised checkpoint" in line
+    assert "use the unquantized checkpoint" in line

@@ -148,10 +148,10 @@ def test_an_image_size_with_an_odd_grid_is_refused(golden: Path, tmp_path: Path)
             "the language model is Phi3ForCausalLM",
         ),
         (lambda c: c.update(use_llm_lora=16), "use_llm_lora is 16"),
-        (lambda c: c.update(quantization_config={"quant_method": "awq"}), "take the unquantised checkpoint"),
+        (lambda c: c.update(quantization_config={"quant_method": "awq"}), "use the unquantized checkpoint"),
         (
             lambda c: c["llm_config"].update(quantization_config={"bits": 4}),
-            "take the unquantised checkpoint",
+            "use the unquantized checkpoint",
         ),
         (lambda c: c["vision_config"].update(hidden_act="quick_gelu"), "hidden_act is 'quick_gelu'"),
         (

@@ -489,7 +489,7 @@ def part(name, **params):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config says gptq.*take the unquantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config says gptq.*use the unquantized"),
         ({"vision_config": None}, "vision_config is missing"),
         ({"aligner_config": {"cls": "MlpProjector"}}, "aligner_config: field 'params' is missing"),
         (part("vision_config", model_name="siglip_so400m_patch14_384"), "model_name is 'siglip_so400m"),

@@ -277,7 +277,7 @@ def no_weights(folder):
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (no_base, "its base model /not/there is not there"),
+        (no_base, "its base model /not/there does not exist"),
         (nameless, "does not name its base model"),
         (another_method, "peft_type is .*IA3"),
         (no_weights, r"holds no adapter_model\.safetensors"),

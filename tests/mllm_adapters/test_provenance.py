@@ -165,5 +165,5 @@ def test_an_edited_record_is_named(
 
 
 def test_a_tensor_that_is_not_there_is_named(tiny_llava: Path) -> None:
-    with pytest.raises(UserError, match="holds no tensor nobody"):
+    with pytest.raises(UserError, match="has no tensor nobody"):
         Checkpoint(tiny_llava).read("nobody")

@@ -85,7 +85,7 @@ def test_its_image_processor_is_written(copy: Opened, tower: TowerHeader, tmp_pa
 
 
 REFUSED = {
-    "Qwen--Qwen-VL-Chat-Int4": ("quantization_config says gptq", "take the unquantised checkpoint"),
+    "Qwen--Qwen-VL-Chat-Int4": ("quantization_config says gptq", "use the unquantized checkpoint"),
     "google--medgemma-27b-it": ("MedGemma",),
     "xinlai--LISA-7B": ("LISA is not supported",),
     "MiniCPM-Llama3-V-2_5": ("MiniCPM-V is not supported",),

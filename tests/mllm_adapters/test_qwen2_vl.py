@@ -573,7 +573,7 @@ def test_a_fine_tune_with_three_vision_fields_in_float32(tmp_path: Path) -> None
         ({"model_type": "qwen2"}, "language model, without vision tower"),
         (
             {"model_type": "qwen2_5_vl", "vision_config": {}, "quantization_config": {"quant_method": "awq"}},
-            "quantization_config says awq.* take the unquantised checkpoint",
+            "quantization_config says awq.* use the unquantized checkpoint",
         ),
         (
             {"model_type": "qwen2_vl", "vision_config": {}, "quantization_config": {"quant_method": "gptq"}},
@@ -596,7 +596,7 @@ def test_a_checkpoint_quantised_on_disk_takes_no_tower(encoder: Path, tmp_path: 
     tiny.write_checkpoint(tmp_path / "model", "qwen2_vl")
     edit(tmp_path / "model", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(
-        UserError, match=r"config.json: quantization_config says bitsandbytes.* take the unquantised"
+        UserError, match=r"config.json: quantization_config says bitsandbytes.* use the unquantized"
     ):
         plan_of(tmp_path / "model", encoder)
 

@@ -209,7 +209,7 @@ def twice(folder: Path) -> str:
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     name, value = next(iter(load_file(first).items()))
     save_file({**load_file(second), name: value}, second, metadata={"format": "pt"})
-    return f"tensor {name} is both in {first.name} and in {second.name}"
+    return f"tensor {name} is in both {first.name} and {second.name}"
 
 
 def reshaped(folder: Path) -> str:
