@@ -119,6 +119,6 @@ def base_of_adapter(folder: Path) -> Path | None:
     if found is None:
         raise NotFoundError(
             f"{file}: its base model {base} does not exist: set base_model_name_or_path to the checkpoint's "
-            f"current path"
+            "current path"
         )
     return found

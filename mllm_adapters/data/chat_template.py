@@ -73,7 +73,7 @@ def render(conversation: Conversation, processor: Any) -> Example:
         answered = render_chat(processor, messages[: index + 1])
         if not (answered.startswith(prompt) and text.startswith(answered)):
             raise BadDataError(
-                f"the model's chat template cannot be used for training: the prompt of answer "
+                "the model's chat template cannot be used for training: the prompt of answer "
                 f"{len(answers) + 1} (id {conversation.id!r}) is not a prefix of the whole conversation"
             )
         answers.append((len(prompt), len(answered.rstrip())))
@@ -82,7 +82,7 @@ def render(conversation: Conversation, processor: Any) -> Example:
         raise BadDataError(
             f"id {conversation.id!r} has {len(conversation.images)} images, but its rendered text has "
             f"{placeholders} {processor.image_token}: the chat template must write one per image, and the "
-            f"data must contain none"
+            "data must contain none"
         )
     return Example(conversation.images, text, tuple(answers))
 

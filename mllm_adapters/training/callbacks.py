@@ -1,4 +1,4 @@
-"""Watching a training: the progress bar, the alarms, the loss as a picture, and the best weights so far."""
+"""Training callbacks: progress bar, divergence checks, loss plot, and the best weights so far."""
 
 import io
 import json
@@ -28,11 +28,11 @@ BEST = "best.safetensors"
 BEST_NOTE = "best.json"
 
 RISE = 3.0
-"""A loss so many times the lowest one, and above the first, is reported as a possible divergence."""
+"""Factor over the lowest loss at which a loss above the first is reported as a possible divergence."""
 
 
 class DivergedError(UserError):
-    """The loss is no longer a number."""
+    """The loss became NaN or infinite."""
 
 
 class Evaluator(Protocol):
@@ -40,28 +40,28 @@ class Evaluator(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What must be equal for two scores to be comparable."""
+        """Return what must be equal for two scores to be comparable."""
         ...
 
     def __call__(self, model: Any, processor: Any) -> float:
-        """The score of a model; more is better."""
+        """Score a model; higher is better."""
         ...
 
 
 class Trained(Protocol):
-    """What `BestKeeper` asks of a trainer."""
+    """The interface of a trainer for `BestKeeper`."""
 
     def log(self, logs: dict[str, float]) -> None:
-        """Write figures into the history, and to whoever listens."""
+        """Log figures to the history and the loggers."""
         ...
 
     def trained_values(self) -> dict[str, Tensor]:
-        """What is being trained, whole, by name."""
+        """Return the full trained parameters, by name."""
         ...
 
 
 class LossBar(ProgressCallback):
-    """The Trainer's progress bar with loss and samples per second in it, instead of log lines on standard output."""
+    """The Trainer's progress bar with loss and samples per second, instead of log lines on standard output."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,7 +78,7 @@ class LossBar(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Show the newest loss, and the pace since the start; the bar itself shows the time that is left."""
+        """Show the latest loss, and the speed since the start; the bar itself shows the remaining time."""
         if self.training_bar is not None and logs and "loss" in logs:
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             pace = (state.global_step - self._first) * per_step / (time.monotonic() - self._began)
@@ -86,7 +86,7 @@ class LossBar(ProgressCallback):
 
 
 class Watchdog(TrainerCallback):
-    """Logs the last step, whatever the logging interval, and stops a run whose loss is no longer a number.
+    """Logs the last step for any logging interval, and stops a run whose loss is NaN or infinite.
 
     Args:
         work: Folder of the run's checkpoints.
@@ -105,7 +105,7 @@ class Watchdog(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Ask for a log entry at the last step."""
+        """Request a log entry at the last step."""
         control.should_log |= state.global_step >= state.max_steps
 
     def on_log(
@@ -115,10 +115,10 @@ class Watchdog(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,
     ) -> None:
-        """Look at the loss.
+        """Check the loss.
 
         Raises:
-            DivergedError: it is infinite or not a number.
+            DivergedError: it is infinite or NaN.
         """
         loss = kwargs["logs"].get("loss")
         if loss is None:
@@ -138,7 +138,7 @@ class Watchdog(TrainerCallback):
 
 
 def diverged(what: str, step: int, work: Path) -> str:
-    """The message for a run that is lost, with the step to go on from."""
+    """Return the message for a diverged run, with the step to continue from."""
     saved = last_checkpoint(work)
     again = (
         f"; if the data or the machine was at fault, mend that, and --resume goes on from step {step_of(saved)}, "
@@ -154,7 +154,7 @@ def diverged(what: str, step: int, work: Path) -> str:
 
 @dataclass(frozen=True)
 class Best:
-    """The best score so far: at which step, and all others (step, score)."""
+    """The best score so far with its step, and all scores as (step, score)."""
 
     step: int
     score: float
@@ -162,17 +162,17 @@ class Best:
 
 
 class BestKeeper(TrainerCallback):
-    """Scores the model every so many steps and at the last one, and keeps the best trained weights.
+    """Scores the model at regular steps and at the last one, and keeps the best trained weights.
 
-    Every process scores the whole bench, because with ZeRO-3 each holds a part of the weights only.
+    Every process scores the whole benchmark, because with ZeRO-3 each holds only a part of the weights.
 
     Args:
-        trainer: Gives the weights.
-        processor: Of the model.
-        evaluate: The score.
-        every: Steps between two.
-        work: Folder that the best weights are kept in.
-        seeing: Gives the model its towers back while it is scored, where it trains without them.
+        trainer: Provides the weights.
+        processor: The model's processor.
+        evaluate: Computes the score.
+        every: Steps between two scores.
+        work: Folder for the best weights.
+        seeing: Restores the model's towers during scoring, if it trains without them.
     """
 
     def __init__(
@@ -195,14 +195,14 @@ class BestKeeper(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Take up what an interrupted run had found; what lies beyond its checkpoint will be found again."""
+        """Load the scores of an interrupted run; scores after its checkpoint will be computed again."""
         note = self.work / BEST_NOTE
         if state.global_step and note.is_file():
             found = read_as(Best, note, "note", f"remove {self.work} to start again")
             known = tuple((step, score) for step, score in found.scores if step <= state.global_step)
             sound = found.step <= state.global_step
             if sound:
-                open_weights(self.work / BEST)  # damaged weights are told now, not at the end
+                open_weights(self.work / BEST)  # report damaged weights now, not at the end
             self.best = Best(found.step, found.score, known) if sound else Best(0, -math.inf, known)
 
     def on_step_end(
@@ -212,7 +212,7 @@ class BestKeeper(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Score the model where it is time to."""
+        """Score the model if it is due."""
         step = state.global_step
         if step % self.every and step < state.max_steps:
             return
@@ -222,7 +222,7 @@ class BestKeeper(TrainerCallback):
         model.train()
         due = control.should_log
         self.trainer.log({"eval_score": score})
-        control.should_log = due  # logging the score has ticked off the log entry of the loss
+        control.should_log = due  # logging the score has reset the flag for the loss
         scores = (*(self.best.scores if self.best else ()), (step, score))
         better = self.best is None or score > self.best.score
         self.best = Best(step, score, scores) if better else Best(self.best.step, self.best.score, scores)  # type: ignore[union-attr]
@@ -233,12 +233,12 @@ class BestKeeper(TrainerCallback):
             write_text(self.work / BEST_NOTE, json.dumps(asdict(self.best)), force=True)
 
     def values(self) -> dict[str, Tensor]:
-        """The best trained weights."""
+        """Return the best trained weights."""
         return load_file(self.work / BEST)
 
 
 def loss_plot(losses: Sequence[tuple[int, float]], scores: Sequence[tuple[int, float]] = ()) -> bytes:
-    """The loss over the steps as a PNG, with the scores of evaluations on an axis of their own."""
+    """Plot the loss over the steps as a PNG, with the evaluation scores on a second axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -257,12 +257,12 @@ def loss_plot(losses: Sequence[tuple[int, float]], scores: Sequence[tuple[int, f
 
 
 def find_evaluator(bench: Path) -> Evaluator:
-    """The evaluator that an installed package offers for a bench (entry points ``mgll_mllm.evaluators``).
+    """Return the evaluator of an installed package for a benchmark (entry points ``mgll_mllm.evaluators``).
 
-    This package knows nothing of benchmarks; `eval_mcq` offers its own.
+    This package is independent of benchmarks; `eval_mcq` provides the evaluator.
 
     Raises:
-        UserError: none is installed, or the bench cannot be read.
+        UserError: none is installed, or the benchmark cannot be read.
     """
     from importlib.metadata import entry_points
 

@@ -1,4 +1,4 @@
-"""The control arm: the same training of the unswapped model, so that a gain is the tower's and not the training's."""
+"""The control arm: the same training of the unswapped model, to separate the tower's gain from the training's."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +17,12 @@ from mllm_adapters.training.recipe import Recipe
 
 
 def control_folder(out: Path) -> Path:
-    """Where the control of an output folder goes."""
+    """Return the folder of an output's control."""
     return out.with_name(f"{out.name}-control")
 
 
 def control_record(out: Path, model: Path, control: Path | None) -> dict[str, Any]:
-    """What both records say of each other; nothing where there is no control."""
+    """Return how both records refer to each other; empty if there is no control."""
     if control is None:
         return {}
     return {
@@ -42,10 +42,10 @@ def finished(out: Path, model: Path) -> bool:
 def check_control(
     model: Path, control: Path, data: Sequence[Path], images: Path | None, recipe: Recipe
 ) -> None:
-    """See to it that both arms can be trained, and on the same rows.
+    """Check that both arms can be trained on the same rows.
 
     Raises:
-        UserError: they are one model, one of them cannot be trained, or a row is too long for one of them only.
+        UserError: they are the same model, one of them cannot be trained, or a row is too long for only one.
     """
     if model.resolve() == control.resolve():
         raise UserError(

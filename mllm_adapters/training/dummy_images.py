@@ -1,8 +1,9 @@
-"""A batch without images, made safe for several processes.
+"""Makes batches without images safe for several processes.
 
-DeepSpeed and DDP exchange the gradients (ZeRO-3 the weights, too) of every module that trains, so a process whose
-batch never runs the projector would wait for ever for the others. Such a batch gets one row more: an image and its
-prompt, with no label. It runs through every module and adds nothing to the loss, nor to any gradient.
+DeepSpeed and DDP exchange the gradients (ZeRO-3 also the weights) of every trained module, so the processes
+would deadlock if one of them did not run the projector. Such a batch gets one additional row: an image and
+its prompt, without labels. It passes through every module and contributes nothing to the loss or any
+gradient.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,29 +21,29 @@ Row = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class FillingCollator:
-    """A collator that adds a row with an image to batches without any.
+    """A collator that adds a row with an image to batches without one.
 
     Attributes:
         collate: Makes the batch.
-        filler: The row, see `filler_row`.
+        filler: The additional row, see `filler_row`.
     """
 
     collate: Callable[[Sequence[Row]], dict[str, Tensor]]
     filler: Row
 
     def __call__(self, batch: Sequence[Row]) -> dict[str, Tensor]:
-        """The batch, of one row more where no row has what belongs to images."""
+        """Collate the batch, with the additional row if no row has an image."""
         if any(self.filler.keys() <= row.keys() for row in batch):
             return self.collate(batch)
         return self.collate([*batch, self.filler])
 
 
 def filler_row(dataset: Dataset[dict[str, Tensor]], examples: ExampleTable) -> Row | None:
-    """A row with an image and without labels: the shortest example that has one; None if none has.
+    """Make an unlabeled row with an image from the shortest example that has one; None if none has.
 
     Args:
         dataset: Encodes the examples, by index.
-        examples: What it is made of.
+        examples: The examples of the dataset.
     """
     shown, length = examples.column("shown"), examples.column("length")
     pictured = np.flatnonzero(shown)

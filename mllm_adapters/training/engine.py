@@ -1,4 +1,4 @@
-"""Training a multimodal LLM with transformers' Trainer: one engine for every stage, ordinary folders as results."""
+"""Trains a multimodal LLM with transformers' Trainer: one engine for all stages; the results are ordinary folders."""
 
 import contextlib
 import json
@@ -57,14 +57,14 @@ OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class Extras:
-    """What a run does besides training.
+    """What a run does in addition to training.
 
     Attributes:
-        evaluate: Scores the model, so that the best weights are kept.
+        evaluate: Scores the model, to keep the best weights.
         eval_every: Steps between two scores.
         merge: Whether a stage with adapters also writes ``<out>-merged``, a full checkpoint.
-        record: Further fields of the record.
-        files: Further files of the output, name -> text.
+        record: Additional fields of the record.
+        files: Additional files of the output, name -> text.
     """
 
     evaluate: Evaluator | None = None
@@ -82,10 +82,10 @@ class Outcome:
         out: The checkpoint or adapter folder written.
         work: Folder of Trainer checkpoints and logs.
         steps: Optimizer steps done.
-        losses: (step, mean loss since the entry before).
+        losses: (step, mean loss since the previous entry).
         scores: (step, score) of the evaluations.
         best_step: The step whose weights were written.
-        merged: The full checkpoint beside an adapter folder, if there is one.
+        merged: The full checkpoint next to an adapter folder, if there is one.
     """
 
     out: Path
@@ -113,12 +113,12 @@ def retrain_projector(
     Args:
         source: Checkpoint folder in the transformers layout.
         data: LLaVA-format conversations.
-        images: What the image paths are relative to.
+        images: Folder that image paths are relative to.
         out: Checkpoint folder to write.
-        recipe: What decides the result.
-        options: What does not.
+        recipe: Settings that affect the result.
+        options: Settings that do not.
         resume: Continue the interrupted run of the same ``out``.
-        force: Replace ``out``, and forget an interrupted run.
+        force: Replace ``out``, and discard an interrupted run.
 
     Raises:
         UserError: see `prepare_training` and `train`.
@@ -129,18 +129,18 @@ def retrain_projector(
 
 
 def merged_folder(out: Path) -> Path:
-    """Where the full checkpoint of an adapter folder goes."""
+    """Return the folder of the full checkpoint of an adapter folder."""
     return out.with_name(f"{out.name}-merged")
 
 
 def check_run(
     out: Path, recipe: Recipe, options: RunOptions, *, resume: bool, force: bool, merge: bool = False
 ) -> None:
-    """See to it, before anything is loaded, that a run may write to ``out`` and that its settings agree.
+    """Check, before anything is loaded, that a run may write to ``out`` and that its settings are consistent.
 
     Raises:
-        UserError: see `check_output` and `check_states`; DeepSpeed's configuration cannot be read; 4-bit weights are to
-            be sharded; or there would be nothing to merge.
+        UserError: see `check_output` and `check_states`; DeepSpeed's configuration cannot be read; 4-bit
+            weights would be sharded; or there would be nothing to merge.
     """
     check_work_folder(out, resume=resume, force=force)
     if resume and (saved := last_checkpoint(work_folder(out))):
@@ -158,14 +158,14 @@ def check_run(
 
 
 def check_launcher(options: RunOptions) -> None:
-    """See to it that DeepSpeed's process has been told of the others; alone, it would ask MPI.
+    """Check that a launcher has set up DeepSpeed's processes; otherwise DeepSpeed would use MPI.
 
     Raises:
-        UserError: it was started by none of the launchers.
+        UserError: the process was not started by a launcher.
     """
     if options.deepspeed and "RANK" not in os.environ:
         raise UserError(
-            f"deepspeed: {options.deepspeed} needs processes that know of each other: start with torchrun, deepspeed "
+            f"deepspeed: {options.deepspeed} needs a launcher: start with torchrun, deepspeed "
             "--no_local_rank or accelerate launch --multi_gpu, or add deepspeed=null to train on one device"
         )
 
@@ -182,15 +182,15 @@ def train(
 ) -> Outcome:
     """Train, then write ``out``: a checkpoint like the source, or an adapter folder; with a record and a loss plot.
 
-    Trainer checkpoints and logs go to ``<out>.training``, which stays. An interrupted run that is resumed
-    ends with the same weights as one that was not interrupted. Under torchrun, deepspeed or accelerate every process
-    calls this, and the first one writes.
+    Trainer checkpoints and logs go to ``<out>.training``, which is kept. A resumed run gives the same
+    weights as an uninterrupted one. Under torchrun, deepspeed or accelerate every process calls this, and
+    the first one writes.
 
     Raises:
-        UserError: see `check_run` and `check_launcher`; or the run to resume is another one, another process trains
-            into ``out``, an image turns out to be damaged, memory or the disk is full, or the loss is no longer a
-            number.
-        Terminated: a signal came, and the training has saved a checkpoint (``options.save_on_signal``).
+        UserError: see `check_run` and `check_launcher`; or the run to resume is another one, another process
+            trains into ``out``, an image is damaged, memory or the disk is full, or the loss is NaN or
+            infinite.
+        Terminated: a signal was received, and a checkpoint has been saved (``options.save_on_signal``).
     """
     extras = extras or Extras()
     check_run(out, job.recipe, options, resume=resume, force=force, merge=extras.merge)
@@ -236,7 +236,7 @@ def train(
 
 
 def _cached(job: Job, options: RunOptions, arguments: TrainingArguments) -> Cached | None:
-    """The tower's features in its place, where that is possible."""
+    """Replace the tower by its cached features, if possible."""
     place = ComputeSettings(
         device=arguments.device,
         precision=job.precision,
@@ -245,7 +245,7 @@ def _cached(job: Job, options: RunOptions, arguments: TrainingArguments) -> Cach
         ranks=arguments.world_size,
         workers=options.workers,
     )
-    if not getattr(job.model, "is_quantized", False):  # what is quantised lies where it belongs
+    if not getattr(job.model, "is_quantized", False):  # quantized models are already on their device
         job.model.to(place.device)
     return cache_features(job.model, job.examples, job.corpus, job.processor, place)
 
@@ -269,7 +269,7 @@ def _trainer(
 
 
 def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool, *, save_on_signal: bool) -> None:
-    """Train, and say in one line what went wrong."""
+    """Train, and report errors in one line."""
     begin = str(last_checkpoint(work)) if resume else None
     try:
         with writing(work), saving_on_signal(trainer, wanted=save_on_signal):
@@ -279,7 +279,7 @@ def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool, *, save_on_
     except (DivergedError, ResumeError):
         raise
     except UserError as error:
-        # From a data loader's worker the message arrives wrapped in a traceback.
+        # A data loader's worker wraps the message in a traceback.
         cause = str(error).rpartition(f"{type(error).__name__}: ")[2]
         saved = last_checkpoint(work)
         hint = f"; once mended, --resume continues from {saved.name}" if saved else ""
@@ -291,7 +291,7 @@ def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool, *, save_on_
 
 
 def _forget_deepspeed() -> None:
-    """Its configuration is a global of the libraries: the next model would be loaded in shards, unasked."""
+    """Clear DeepSpeed's global configuration: otherwise the next model would be loaded in shards."""
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -302,7 +302,7 @@ def _forget_deepspeed() -> None:
 def _write(
     job: Job, outcome: Outcome, values: Mapping[str, Tensor], files: Mapping[str, str | bytes], force: bool
 ) -> None:
-    """Write what the stage makes: a full checkpoint, or an adapter folder and, where asked for, both."""
+    """Write the result of the stage: a full checkpoint, or an adapter folder, or both if requested."""
     adapted = job.stage.adapted
     if adapted:
         write_adapter(
@@ -342,11 +342,11 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
         "save_steps": options.save_steps,
         "save_total_limit": 2,
         "report_to": list(options.report_to) or "none",
-        "disable_tqdm": False,  # the library would print dictionaries instead where its log level is low
+        "disable_tqdm": False,  # otherwise the library would print dictionaries at a low log level
         "dataloader_num_workers": options.workers,
         "dataloader_persistent_workers": options.workers > 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Towers are read at a layer before the last, Q-Formers have branches that no image takes.
+        # Layers after the one that is read, and the text branches of Q-Formers, get no gradients.
         "ddp_find_unused_parameters": True,
         "deepspeed": str(options.deepspeed) if options.deepspeed else None,
     }

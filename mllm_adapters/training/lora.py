@@ -1,4 +1,4 @@
-"""What was trained with adapters, written: PEFT's layout with the projector in it, or merged tensors."""
+"""Writes trained adapters: in PEFT's layout including the projector, or merged."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,14 +33,14 @@ def write_adapter(
         base: Checkpoint folder that the adapter belongs to.
         out: Folder to write.
         model: The model that was trained.
-        trained: What was trained, by parameter name.
+        trained: Trained parameters, by name.
         adapted: The layers that have an adapter.
-        settings: Of the adapters.
+        settings: Settings of the adapters.
         force: Replace ``out`` if it exists.
-        extra_files: Further files, name -> contents.
+        extra_files: Additional files, name -> contents.
 
     Raises:
-        UserError: ``out`` is taken, is or holds ``base``, or cannot be written.
+        UserError: ``out`` exists, is or contains ``base``, or cannot be written.
     """
     saved = _saved_modules(model)
     config = lora_config(adapted, settings, inference_mode=True).to_dict()
@@ -50,7 +50,7 @@ def write_adapter(
         "base_model_name_or_path": base_name(base, out),
     }
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    # PEFT asks for the buffers of these modules, too (position tables).
+    # PEFT also needs the buffers of these modules (position tables).
     buffers = {f"{name}.{key}": value for name, module in saved for key, value in module.state_dict().items()}
     tensors = {
         PREFIX + name.replace(ADAPTER, "."): value.detach().cpu().contiguous()
@@ -70,13 +70,13 @@ def merged(
     adapted: Iterable[str],
     read: Callable[[str], Tensor],
 ) -> dict[str, Tensor]:
-    """What a full checkpoint has in place of trained parameters: the projector's, and adapters added to their layers.
+    """Compute the changed parameters of a full checkpoint: the projector's, and layers with merged adapters.
 
     Args:
-        trained: What was trained, by parameter name.
-        settings: Of the adapters.
+        trained: Trained parameters, by name.
+        settings: Settings of the adapters.
         adapted: The layers that have an adapter.
-        read: Reads a parameter of the base model, not quantised.
+        read: Reads an unquantized parameter of the base model.
 
     Returns:
         Parameter name in the base model -> value in float32.
@@ -90,7 +90,7 @@ def merged(
 
 
 def _saved_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The projector's modules that have a forward pass: containers are taken apart."""
+    """Return the projector's modules that have a forward pass, without containers."""
     names = {id(module): name for name, module in model.named_modules()}
     found: list[tuple[str, nn.Module]] = []
     queue = outermost_modules(model, "projector")

@@ -1,7 +1,7 @@
-"""What a training takes of each device's memory, before a weight is loaded.
+"""Estimates the memory of a training per device, before weights are loaded.
 
-The model is built on the ``meta`` device, set up as its stage says, and its language model is run there, so that what
-autograd keeps is counted tensor by tensor and not by rule of thumb.
+The model is built on the ``meta`` device, set up as its stage says, and its language model is run there, to
+count the tensors that autograd keeps instead of using a rule of thumb.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 (Dettmers et al. 2023, section 3)."""
 
 ATTENTION = "mgll_counted"
-"""Name under which transformers finds the attention that is counted instead of computed."""
+"""Name under which the counting attention is registered in transformers."""
 
 VIT_BYTES = 34
 """Activations of a transformer block per token and unit of width in 16 bits, the attention's probabilities not kept
@@ -48,7 +48,7 @@ class Setting:
         zero: DeepSpeed's ZeRO stage (0, 2 or 3); None without DeepSpeed.
         offload: Whether ZeRO-3 keeps weights and optimizer in the host's memory.
         precision: Of the forward pass.
-        gradient_checkpointing: Whether activations are computed twice.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
     """
 
     batch_size: int
@@ -66,15 +66,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per device. Not in it: the CUDA context, buffers of collectives, fragmentation.
+    """Bytes per device, without the CUDA context, buffers of collectives, and fragmentation.
 
     Attributes:
         weights: Of the model.
-        gradients: Of what trains.
+        gradients: Of the trained parameters.
         optimizer: AdamW's moments, and 32-bit copies of the weights under DeepSpeed.
         activations: What autograd keeps for the backward pass.
         logits: Of the answers.
-        host: What lies in the host's memory instead, per device.
+        host: Bytes in the host's memory instead, per device.
     """
 
     weights: float
@@ -86,7 +86,7 @@ class MemoryEstimate:
 
     @property
     def device(self) -> float:
-        """All that lies on the device."""
+        """Return the total on the device."""
         everything: float = sum(getattr(self, entry.name) for entry in fields(self))
         return everything - self.host
 
@@ -97,16 +97,16 @@ PLACES: Mapping[str, Mapping[str, Any]] = {
     "8 devices, ZeRO-3": {"devices": 8, "zero": 3},
     "8 devices, ZeRO-3 offload": {"devices": 8, "zero": 3, "offload": True},
 }
-"""Where recipes are meant to run -> fields of `Setting`."""
+"""Target machines of recipes -> fields of `Setting`."""
 
 
 def estimates(settings: Mapping[str, Any], recipe: Recipe, options: RunOptions) -> dict[str, MemoryEstimate]:
-    """Estimates of a recipe for every place that it can run in, all examples as long as it allows.
+    """Estimate a recipe's memory on every target machine, with all examples at their maximum length.
 
     Args:
-        settings: The config.json of a checkpoint that loads as it is.
-        recipe: What decides the result.
-        options: What does not.
+        settings: The config.json of a checkpoint in the transformers layout.
+        recipe: Settings that affect the result.
+        options: Settings that do not.
 
     Raises:
         UserError: see `estimate`.
@@ -114,7 +114,7 @@ def estimates(settings: Mapping[str, Any], recipe: Recipe, options: RunOptions) 
     found = {}
     for name, changes in PLACES.items():
         if recipe.qlora and changes.get("zero") == 3:
-            continue  # 4-bit weights cannot be shared out
+            continue  # 4-bit weights cannot be sharded
         setting = Setting(
             recipe.batch_size,
             recipe.max_length,
@@ -138,15 +138,15 @@ def estimate(
     """Estimate the memory of a training.
 
     Args:
-        settings: The config.json of a checkpoint that loads as it is.
+        settings: The config.json of a checkpoint in the transformers layout.
         stage: A key of `STAGES`.
-        setting: Where and how it runs.
-        lora: Of the adapters.
+        setting: Devices, batch size and precision.
+        lora: Settings of the adapters.
         qlora: Whether the language model is kept in 4 bits.
-        where: How an error calls the configuration.
+        where: Name of the configuration in error messages.
 
     Raises:
-        UserError: the configuration is not accepted, or the stage does not fit the model.
+        UserError: the configuration is invalid, or the stage does not fit the model.
     """
     model = _on_meta(settings, setting.precision, where)
     quantized = {f"{name}.weight" for name in lora_targets(model, "language_model")} if qlora else set()
@@ -157,7 +157,7 @@ def estimate(
     size = setting.precision.itemsize
     shared = setting.devices if setting.zero in (2, 3) else 1
     everywhere = setting.devices if setting.zero == 3 else 1
-    # Without DeepSpeed trained weights are in 32 bits themselves; with it they have a copy.
+    # Without DeepSpeed trained weights are in 32 bits; with it they have a 32-bit copy.
     own = 4 if setting.zero is None else size
     weights = (frozen * size + trained * own + in_4_bits * NF4_BYTES) / everywhere
     optimizer = trained * (MOMENTS + (0 if setting.zero is None else 4)) / shared
@@ -174,13 +174,13 @@ def estimate(
 
 
 def kept_for_backward(module: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Bytes of activations that autograd keeps after a forward pass; weights are not among them."""
+    """Count the bytes of activations that autograd keeps after a forward pass, without weights."""
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that its address is not used again
+        kept[storage._cdata] = storage  # kept alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -190,7 +190,7 @@ def kept_for_backward(module: nn.Module, *args: Any, **kwargs: Any) -> int:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused attention kernel keeps: queries, keys, values, its output, and a number per query and head."""
+    """Keeps the tensors of a fused attention kernel: queries, keys, values, output, and a number per query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _counted_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention of transformers for the ``meta`` device, which would else keep all probabilities."""
+    """Replace transformers' attention on the ``meta`` device, which would keep all probabilities."""
     del module, attention_mask, options
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
@@ -224,7 +224,8 @@ def _on_meta(settings: Mapping[str, Any], precision: torch.dtype, where: str) ->
     config._attn_implementation = ATTENTION
     text = config.get_text_config()
     if rope := getattr(text, "rope_parameters", None):
-        # Some kinds look at the positions' values, which meta tensors have none of; all kinds keep the same tensors.
+        # Some kinds read the positions' values, which meta tensors do not have; all kinds keep the same
+        # tensors.
         text.rope_parameters = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     with init_empty_weights():
@@ -241,7 +242,7 @@ def _activations(model: Any, setting: Setting) -> float:
     if setting.gradient_checkpointing:
         layers = model.config.get_text_config().num_hidden_layers
         boundaries = layers * embeddings.nbytes
-        kept = boundaries + kept / layers  # of the layer that is being computed again
+        kept = boundaries + kept / layers  # of the layer that is being recomputed
     tower_trains = any(
         parameter.requires_grad for name, parameter in model.named_parameters() if parts[name] == "tower"
     )
@@ -249,7 +250,7 @@ def _activations(model: Any, setting: Setting) -> float:
 
 
 def _tower_activations(vision: Any, setting: Setting) -> float:
-    """Of one image per example."""
+    """Estimate the tower's activations for one image per example."""
     geometry = tower_geometry(vision)
     tokens = (vision.image_size // geometry["patch_size"]) ** 2 + 1
     per_block = VIT_BYTES * setting.precision.itemsize / 2 * tokens * geometry["width"]

@@ -1,4 +1,4 @@
-"""A training that has been checked and not begun: model loaded and frozen, data rendered, names found."""
+"""Prepares a training: checks everything, loads and freezes the model, renders the data, finds tensor names."""
 
 import hashlib
 import math
@@ -26,21 +26,22 @@ from mllm_adapters.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Job:
-    """A training that has been checked and not begun.
+    """A prepared training that has not been started.
 
     Attributes:
         source: Checkpoint folder of the model.
         config: Its config.json.
         corpus: The conversations.
         recipe: See `Recipe`.
-        model: The model, frozen but for what the stage trains.
+        model: The model, frozen except for the stage's parameters.
         processor: Its processor.
-        stage: What trains.
-        examples: What is trained on.
-        counts: What became of the rows.
-        disk_names: Parameter name -> its tensor's name in ``source``, of all that a full checkpoint has anew: what
-            trains whole, and the layers that have adapters.
-        max_length: Longest example in tokens: the recipe's, or the language model's context where that is shorter.
+        stage: The trained components.
+        examples: The training examples.
+        counts: Counts of used and skipped rows.
+        disk_names: Parameter name -> its tensor's name in ``source``, for all parameters that change in a
+            full checkpoint: fully trained ones, and the layers that have adapters.
+        max_length: Longest example in tokens: the recipe's, or the language model's context if that is
+            shorter.
         precision: Of the forward pass; trained parameters are always float32.
     """
 
@@ -59,13 +60,13 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps on the devices that there are."""
+        """Return the number of optimizer steps on the available devices."""
         batches = math.ceil(len(self.examples) / (self.recipe.batch_size * ranks()))
         per_epoch = math.ceil(batches / self.recipe.gradient_accumulation)
         return self.recipe.max_steps or math.ceil(self.recipe.epochs * per_epoch)
 
     def training(self, command: str) -> Training:
-        """The record of what the model is trained on."""
+        """Return the record of the training data."""
         rows = self.examples.table.select_columns("images").select(self.examples.kept)
         digests = [self.corpus.digests[name] for row in rows for name in row["images"]]
         parts = [part.component for part in self.stage.components if part.trainable]
@@ -73,7 +74,7 @@ class Job:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to be continued: recipe, data, precision, tower and projector."""
+        """Return what must be equal for a run to be continued: recipe, data, precision, tower and projector."""
         digest = hashlib.sha256((self.source / "config.json").read_bytes())
         parts = components(self.model)
         for name, parameter in self.model.named_parameters():
@@ -89,17 +90,17 @@ class Job:
 
 
 def ranks() -> int:
-    """Processes that train together, as torchrun, deepspeed and accelerate say it."""
+    """Return the number of training processes, as set by torchrun, deepspeed and accelerate."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The number of this process among them; 0 writes."""
+    """Return the rank of this process; rank 0 writes."""
     return int(os.environ.get("RANK", "0"))
 
 
 def prepare_training(source: Path, data: Path | Sequence[Path], images: Path | None, recipe: Recipe) -> Job:
-    """Check everything, load the model, freeze all but what the stage trains. Writes nothing.
+    """Check everything, load the model, and freeze all but the stage's parameters. Writes nothing.
 
     Raises:
         UserError: the data or the model are not usable (see `read_corpus`, `prepare_examples`, `load_folder`), the
@@ -116,7 +117,7 @@ def prepare_training(source: Path, data: Path | Sequence[Path], images: Path | N
     model, processor = load_folder(checkpoint, dtype=dtype, quantization=quantization)
     if recipe.qlora:
         keep_differentiable(model)
-    torch.manual_seed(recipe.seed)  # of new adapters
+    torch.manual_seed(recipe.seed)  # for new adapters
     stage = apply_stage(model, recipe.stage, recipe.lora)
     whole = [name for name in stage.names if not is_adapter(name)]
     adapted = [f"{layer}.weight" for layer in stage.adapted]
@@ -147,7 +148,7 @@ def prepare_training(source: Path, data: Path | Sequence[Path], images: Path | N
 
 
 def check_source(source: Path) -> Checkpoint:
-    """See to it, from headers alone, that a checkpoint can be trained.
+    """Check, from headers alone, that a checkpoint can be trained.
 
     Raises:
         UserError: it is in its original layout, an adapter, or its language model has an encoder.
@@ -166,8 +167,8 @@ def check_source(source: Path) -> Checkpoint:
     text = build_config(checkpoint.config, f"{source}/config.json").get_text_config()
     if text.is_encoder_decoder:
         raise UserError(
-            f"{source}: its language model ({text.model_type}) reads the prompt with an encoder, and retrain-projector "
-            "trains models that write the answer after the prompt: take one on a decoder, such as Vicuna"
+            f"{source}: its language model ({text.model_type}) reads the prompt with an encoder, and "
+            "retrain-projector trains only decoder models: take one on a decoder, such as Vicuna"
         )
     return checkpoint
 
@@ -183,7 +184,7 @@ def names_on_disk(
     Args:
         parameters: Names in the loaded model.
         tensors: Names on disk.
-        rename: What the library makes of a name on disk, but for a prefix.
+        rename: The library's renaming of a name on disk, except for a prefix.
 
     Raises:
         UserError: a parameter has no such tensor, or several.
@@ -205,7 +206,7 @@ def names_on_disk(
 
 
 def _renaming(model: Any) -> Callable[[str], str]:
-    """What transformers makes of a name on disk for this model."""
+    """Return transformers' renaming of names on disk for this model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

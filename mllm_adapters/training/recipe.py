@@ -1,4 +1,4 @@
-"""What decides the result of a training, and what does not: two dataclasses that check themselves."""
+"""Training settings: those that affect the result, and those that do not, as validated dataclasses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -22,7 +22,7 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result of a training.
+    """Settings that affect the result of a training.
 
     Learning rate, schedule, warm-up and length are those of LLaVA's stages (haotian-liu/LLaVA,
     scripts/v1_5), which also average over 256 examples per step.
@@ -32,19 +32,19 @@ class Recipe:
         batch_size: Examples per device and forward pass.
         gradient_accumulation: Forward passes per step.
         learning_rate: Peak of the schedule; the stage's own if None.
-        max_steps: Stop after so many steps, whatever ``epochs`` says.
-        seed: Of the order of the examples, and of new adapters.
+        max_steps: Stop after so many steps, regardless of ``epochs``.
+        seed: Seed of the order of the examples, and of new adapters.
         max_length: Longest example in tokens, image tokens included.
         warmup_ratio: Share of the steps with a rising learning rate.
         precision: Of the frozen weights and the forward pass: ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on a
-            GPU that has it). What trains is float32 (with DeepSpeed, its master copy is).
-        stage: What trains, a key of `STAGES`.
+            GPU that supports it). Trained parameters are float32 (with DeepSpeed, their master copy is).
+        stage: A key of `STAGES`, which selects the trained components.
         rank: Of LoRA's adapters.
         lora_alpha: Adapters are scaled by ``lora_alpha / rank``.
         lora_dropout: Of the adapters' inputs.
         qlora: Keep the language model in 4 bits (NF4) while its adapters train.
-        answer: What is learnt of a multiple-choice question: ``letter``, ``text`` or ``both``.
-        caption: Granularity of a manifest that becomes the caption, or ``all`` for all of them in order.
+        answer: Training target for multiple-choice rows: ``letter``, ``text`` or ``both``.
+        caption: Granularity of a manifest used as caption, or ``all`` for all of them in order.
         strict: Whether an image that cannot be read stops the run; otherwise its rows are left out and counted.
         arguments: Further fields of transformers' TrainingArguments.
     """
@@ -54,7 +54,7 @@ class Recipe:
     gradient_accumulation: Count = 1
     learning_rate: Positive | None = None
     max_steps: Count | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy's generators take
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # range of NumPy's generators
     max_length: Count = 2048
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     precision: str = "auto"
@@ -73,7 +73,7 @@ class Recipe:
         for kind, known in (("precision", PRECISIONS), ("stage", STAGES)):
             if getattr(self, kind) not in known:
                 raise unknown_name(kind, getattr(self, kind), known)
-        _ = self.rows  # which checks itself
+        _ = self.rows  # validates its values
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", STAGES[self.stage].learning_rate)
         if self.qlora and not STAGES[self.stage].lora:
@@ -82,30 +82,30 @@ class Recipe:
 
     @property
     def rows(self) -> DataOptions:
-        """How rows are made of files."""
+        """Return how rows are made from files."""
         return DataOptions(self.answer, self.caption, self.strict, self.seed)
 
     @property
     def lora(self) -> LoraSettings:
-        """Of the adapters."""
+        """Return the settings of the adapters."""
         return LoraSettings(self.rank, self.lora_alpha, self.lora_dropout)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What does not change the result.
+    """Settings that do not change the result.
 
     Attributes:
         logging_steps: Steps between two log entries.
         save_steps: Steps between two checkpoints.
         report_to: Where the Trainer logs to: ``tensorboard``, ``wandb`` ...; empty for nowhere.
         workers: Processes that open images; 0 for the training process itself.
-        gradient_checkpointing: Compute the language model's activations twice instead of keeping them.
+        gradient_checkpointing: Recompute the language model's activations instead of keeping them.
         deepspeed: DeepSpeed's configuration, a JSON file; None for none.
         save_on_signal: Save a checkpoint before ending on SIGTERM (Slurm) or Ctrl-C.
-        feature_cache: Let a frozen tower see every image once, and keep what it saw on disk.
-        feature_dtype: What it is kept in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the precision of
-            the forward pass, which changes nothing.
+        feature_cache: Cache the frozen tower's features on disk.
+        feature_dtype: Dtype of cached features: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the
+            precision of the forward pass, which changes nothing.
     """
 
     logging_steps: Count = 10
@@ -130,10 +130,10 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Evaluation while training.
+    """Evaluation during training.
 
     Attributes:
-        eval_bench: A bench of ``eval-mcq build`` on a validation split; None for no evaluation.
+        eval_bench: A benchmark of ``eval-mcq build`` on a validation split; None for no evaluation.
         eval_every: Steps between two evaluations; the last step is evaluated in any case.
     """
 
@@ -145,10 +145,10 @@ class EvalOptions:
 
 
 def check_value(kind: Any, value: Any, where: str) -> Any:
-    """A value as the type that a field has.
+    """Convert a value to a field's type.
 
     Raises:
-        UserError: it is none; the message is one line that says where it was given.
+        UserError: it has another type; the message is one line that says where it was given.
     """
     try:
         return TypeAdapter(kind).validate_python(value)

@@ -1,6 +1,6 @@
-"""Recipes as YAML files: fields of transformers' TrainingArguments under their own names, and a few of ours.
+"""Recipes as YAML files: fields of transformers' TrainingArguments, and a few of ours.
 
-What counts is, from weak to strong: defaults, the recipe file, and what is typed (flags and ``key=value``).
+The command line (options and ``key=value``) overrides the recipe file, which overrides the defaults.
 """
 
 import enum
@@ -23,10 +23,10 @@ THEIR_NAMES: Mapping[str, str] = {
     "gradient_accumulation": "gradient_accumulation_steps",
     "workers": "dataloader_num_workers",
 }
-"""Our field -> the field of TrainingArguments that it is, whose name stands in recipes."""
+"""Our field -> the equivalent field of TrainingArguments, whose name is used in recipes."""
 
 PATHS = ("deepspeed", "eval_bench")
-"""Keys that are paths; in a recipe file they start from its folder."""
+"""Keys that are paths; in a recipe file they are relative to its folder."""
 
 OURS_TO_SET: Mapping[str, str] = {
     "output_dir": "it follows from --out",
@@ -38,7 +38,7 @@ OURS_TO_SET: Mapping[str, str] = {
     "fp16": "use precision: bfloat16 or float32",
     "activation_checkpointing": "use gradient_checkpointing",
     "remove_unused_columns": "the collator's columns are all used",
-    "logging_nan_inf_filter": "a loss that is no number must be seen",
+    "logging_nan_inf_filter": "NaN losses must not be hidden",
     "push_to_hub": "upload the finished folder instead",
     "load_best_model_at_end": "use eval_bench and eval_every",
     "eval_strategy": "use eval_bench and eval_every",
@@ -48,19 +48,19 @@ OURS_TO_SET: Mapping[str, str] = {
 """Fields of TrainingArguments that a recipe may not set, and what to do instead."""
 
 NO_EFFECT = ("do_", "eval_", "hub_", "per_device_eval_", "bf16_full_", "fp16_full_", "batch_eval_", "fsdp_")
-"""Beginnings of fields of TrainingArguments that change nothing here: nothing is evaluated or uploaded by it."""
+"""Prefixes of fields of TrainingArguments without effect here: the Trainer evaluates and uploads nothing."""
 
 GROUPS = (Recipe, RunOptions, EvalOptions)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe file, the flags and the overrides, made one.
+    """A recipe file, options and overrides, combined.
 
     Attributes:
-        recipe: What decides the result.
-        options: What does not.
-        evaluation: Evaluation while training.
+        recipe: Settings that affect the result.
+        options: Settings that do not.
+        evaluation: Evaluation during training.
     """
 
     recipe: Recipe
@@ -68,7 +68,7 @@ class Resolved:
     evaluation: EvalOptions
 
     def as_yaml(self) -> str:
-        """The same as a recipe file, every key written out."""
+        """Return the complete settings as a recipe file."""
         values: dict[str, Any] = {}
         for group in (self.recipe, self.options, self.evaluation):
             values |= {THEIR_NAMES.get(key, key): value for key, value in asdict(group).items()}
@@ -89,17 +89,17 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     **defaults: Any,
 ) -> Resolved:
-    """Make one recipe of a file and of what was typed.
+    """Combine a recipe file with the options of the command line.
 
     Args:
         file: A YAML file, or None.
         overrides: ``key=value``, the value in YAML.
-        flags: Our field -> value, as typed behind ``--field``; None for what was not typed.
-        **defaults: Our field -> default that a command has instead of the field's own.
+        flags: Our field -> value of ``--field``; None if it was not given.
+        **defaults: Our field -> the command's default, which replaces the field's own.
 
     Raises:
-        UserError: the file cannot be read; a key is unknown or not for recipes, is given twice, or has a value that it
-            cannot have; or adapter settings are given for a stage without adapters.
+        UserError: the file cannot be read; a key is unknown, not allowed in recipes, given twice, or has an
+            invalid value; or adapter settings are given for a stage without adapters.
     """
     known = _known()
     given = {key: _Given(v, f"{file}: {key}", file.parent) for key, v in _read(file).items()} if file else {}
@@ -130,7 +130,7 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator:
-            raise UserError(f"'{text}' is no override: write key=value, such as learning_rate=1e-4")
+            raise UserError(f"'{text}' is not an override: write key=value, such as learning_rate=1e-4")
         _check_key(key, known, "the command line")
         if key in given:
             raise UserError(f"{key} is given twice: '{text}' and {given[key].where}")
@@ -149,7 +149,7 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
 def _read(file: Path) -> dict[str, Any]:
     found = parse_yaml(read_text(file, "recipe"), f"recipe {file}")
     if not isinstance(found, dict):
-        raise UserError(f"recipe {file} holds no keys: expected lines such as 'learning_rate: 1e-3'")
+        raise UserError(f"recipe {file} has no keys: expected lines such as 'learning_rate: 1e-3'")
     return {str(key): value for key, value in found.items()}
 
 
@@ -172,7 +172,7 @@ def _no_surprises(key: str, entry: _Given) -> None:
 
 
 def _prepared(key: str, entry: _Given) -> Any:
-    """What YAML cannot say of itself: paths start from the file's folder, loggers may be one or several."""
+    """Convert values beyond YAML: paths are relative to the file's folder, loggers may be one or several."""
     if key in PATHS and entry.value is not None:
         return entry.folder / str(entry.value)
     if key == "report_to":
@@ -193,7 +193,7 @@ def _check_adapters(recipe: Recipe, given: Mapping[str, _Given]) -> None:
 
 @cache
 def _known() -> dict[str, tuple[type, str | None, Any]]:
-    """Recipe key -> the dataclass it belongs to, the field in it (None for a further argument), its type."""
+    """Return recipe key -> its dataclass, its field there (None for an additional argument), and its type."""
     from transformers import TrainingArguments
 
     found: dict[str, tuple[type, str | None, Any]] = {}
@@ -210,7 +210,7 @@ def _known() -> dict[str, tuple[type, str | None, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML and JSON have it."""
+    """Convert a value to YAML and JSON types."""
     if isinstance(value, Path):
         return str(value.absolute())
     if isinstance(value, enum.Enum):

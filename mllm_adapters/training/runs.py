@@ -1,4 +1,4 @@
-"""A training as it is asked for, from its settings to the folders written; with its control arm, if there is one."""
+"""Carries out a training request, from its settings to the output folders, including the control arm."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from mllm_adapters.training.recipe_file import Resolved
 
 RECIPE = "recipe.yaml"
-"""The recipe with every key written out, in the output folder."""
+"""The complete recipe, in the output folder."""
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """A training as it is asked for.
+    """A requested training.
 
     Attributes:
         command: Name of the command.
         model: Checkpoint folder.
         data: Training files.
-        images: What the image paths of conversations are relative to.
+        images: Folder that image paths of conversations are relative to.
         out: Folder to write.
         recipe: Recipe file.
         overrides: ``key=value``.
-        flags: Field -> value, None where it was not given.
+        flags: Field -> value, None if it was not given.
         defaults: Field -> default of this command.
-        stages: The stages that the command is for.
+        stages: The stages that the command supports.
         control: Unswapped checkpoint to train in the same way.
-        merge: Whether adapters are written merged, too.
+        merge: Whether adapters are also written merged.
         resume: Continue an interrupted run.
-        force: Replace what is there.
+        force: Replace existing output.
         dry_run: Stop before training.
     """
 
@@ -60,13 +60,13 @@ class TrainingRequest:
 
 @dataclass(frozen=True)
 class Watcher:
-    """What is called while a request is carried out; by default nothing is done.
+    """Callbacks while a request is carried out; by default they do nothing.
 
     Attributes:
-        finished: An output folder that is complete already.
-        planned: A training that has been checked and not begun.
-        begins: The folder of its checkpoints and logs.
-        ended: What came of it.
+        finished: Called with an output folder that is already complete.
+        planned: Called with a prepared training.
+        begins: Called with the folder of its checkpoints and logs.
+        ended: Called with its outcome.
     """
 
     finished: Callable[[Path], None] = lambda _: None
@@ -96,10 +96,10 @@ def check_early(request: TrainingRequest) -> None:
 
 
 def settings_of(request: TrainingRequest) -> "Resolved":
-    """The recipe of a request, made one of file, overrides and flags.
+    """Combine file, overrides and options to the recipe of a request.
 
     Raises:
-        UserError: see `check_early` and `recipe_file.resolve`; or the stage is another command's.
+        UserError: see `check_early` and `recipe_file.resolve`; or the stage belongs to another command.
     """
     check_early(request)
     from mllm_adapters.training.recipe_file import resolve
@@ -113,10 +113,10 @@ def settings_of(request: TrainingRequest) -> "Resolved":
 def carry_out(
     request: TrainingRequest, resolved: "Resolved", watcher: Watcher | None = None
 ) -> "list[Outcome]":
-    """Train as requested, the control too.
+    """Train as requested, including the control.
 
     Returns:
-        What came of each arm that was trained; nothing for a dry run.
+        The outcome of each trained arm; empty for a dry run.
 
     Raises:
         UserError: see `prepare_training`, `train` and `check_control`.
@@ -143,14 +143,14 @@ def carry_out(
 
 
 def _check(request: TrainingRequest, resolved: "Resolved", todo: Sequence[TrainingRequest]) -> None:
-    """All that can be refused before anything is loaded, for every arm."""
+    """Check every arm before anything is loaded."""
     from mgll_encoder.common.resuming import last_checkpoint
     from mllm_adapters.training.control import check_control
     from mllm_adapters.training.engine import check_launcher, check_run
     from mllm_adapters.training.work_folder import work_folder
 
     for arm in todo:
-        # A control that has not begun is no reason to refuse to go on.
+        # A control that has not started does not prevent resuming.
         begun = last_checkpoint(work_folder(arm.out)) is not None
         resume = request.resume and (arm is request or begun)
         check_run(arm.out, resolved.recipe, resolved.options, resume=resume, force=arm.force, merge=arm.merge)
@@ -163,7 +163,7 @@ def _check(request: TrainingRequest, resolved: "Resolved", todo: Sequence[Traini
 def _train(
     arm: TrainingRequest, request: TrainingRequest, resolved: "Resolved", watcher: Watcher
 ) -> "Outcome | None":
-    """One arm; None for a dry run."""
+    """Train one arm; return None for a dry run."""
     from mgll_encoder.common.resuming import last_checkpoint
     from mllm_adapters.training.callbacks import find_evaluator
     from mllm_adapters.training.control import control_record

@@ -1,4 +1,4 @@
-"""transformers' Trainer for a model that is mostly frozen: small checkpoints, a quiet tower, DeepSpeed or not."""
+"""transformers' Trainer for mostly frozen models: small checkpoints, a tower in evaluation mode, optional DeepSpeed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,21 +15,22 @@ from mllm_adapters.core.stages import outermost_modules
 from mllm_adapters.training.callbacks import DivergedError, LossBar, diverged
 
 WEIGHTS = "trained.safetensors"
-"""Weights in a Trainer checkpoint. Not ``model.safetensors``: the folder must not pass for a whole model."""
+"""Weights in a Trainer checkpoint. Not ``model.safetensors``: the folder must not be taken for a whole model."""
 
 
 class FrozenTrainer(SoundStates):
-    """A Trainer whose checkpoints hold the parameters that train and no others.
+    """A Trainer whose checkpoints contain only the trained parameters.
 
-    The frozen ones are those of the model that the run began with, so a checkpoint of a 7B model's projector
-    takes megabytes instead of gigabytes, and resuming is exact. With DeepSpeed its engine writes the states of the
-    optimizer and the weights that it shards, likewise without the frozen ones, and reads them again.
+    The frozen ones are those of the original model, so a checkpoint of a 7B model's projector takes megabytes
+    instead of gigabytes, and resuming is exact. DeepSpeed's engine writes and reads the optimizer states and
+    the sharded weights, also without the frozen ones.
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
-        # Every family's loss divides by the answer tokens of the whole step. Qwen2-VL and its successors deny it
-        # (`accepts_loss_kwargs`), and the library would then average the means of unequal batches.
+        # Every family's loss divides by the answer tokens of the whole step. Qwen2-VL and its successors
+        # declare otherwise (`accepts_loss_kwargs`), and the library would then average the means of unequal
+        # batches.
         self.model_accepts_loss_kwargs = True
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -39,17 +40,17 @@ class FrozenTrainer(SoundStates):
         self.quiet = [tower for tower in towers if not any(p.requires_grad for p in tower.parameters())]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, with the tower in evaluation mode where it is frozen.
+        """Compute the model's own loss, with a frozen tower in evaluation mode.
 
-        The Trainer puts the whole model into training mode at every step. The language model stays in it:
-        gradient checkpointing works in training mode only.
+        The Trainer puts the whole model into training mode at every step. The language model stays in it,
+        because gradient checkpointing works only in training mode.
         """
         for tower in self.quiet:
             tower.eval()
         return super().compute_loss(*args, **kwargs)
 
     def trained_values(self) -> dict[str, Tensor]:
-        """What has been trained, whole, in float32 and on the CPU. Every process must ask; the first one gets it."""
+        """Gather the trained parameters in float32 on the CPU. Every process must call it; rank 0 gets the result."""
         values = {}
         for name, parameter in self.trained.items():
             value = self._whole(parameter)
@@ -58,12 +59,12 @@ class FrozenTrainer(SoundStates):
         return values
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what trains.
+        """Write the trained parameters.
 
         Raises:
-            DivergedError: a weight is no number; the checkpoint stays without what would make it complete.
+            DivergedError: a weight is NaN or infinite; the checkpoint stays incomplete.
         """
-        del _internal_call  # the library's word for: do not upload
+        del _internal_call  # means: do not upload
         values = self.trained_values()
         if not self.args.should_save:
             return
@@ -75,7 +76,7 @@ class FrozenTrainer(SoundStates):
         save_file(values, folder / WEIGHTS)
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter's value, from DeepSpeed's full-precision copy where it keeps one."""
+        """Return a parameter's value, from DeepSpeed's full-precision copy if there is one."""
         if not self.is_deepspeed_enabled:
             return parameter
         from deepspeed.utils import safe_get_full_fp32_param
@@ -95,7 +96,7 @@ class FrozenTrainer(SoundStates):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        """With DeepSpeed, load a checkpoint that has no frozen parameters; the library would insist on them."""
+        """With DeepSpeed, load a checkpoint without frozen parameters, which the library would require."""
         if not (self.is_deepspeed_enabled and resume_from_checkpoint):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -104,8 +105,8 @@ class FrozenTrainer(SoundStates):
             loaded, _ = engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         if loaded is None:
             raise UserError(
-                f"{resume_from_checkpoint} is not a checkpoint of this DeepSpeed configuration: resume with the one "
-                "that the run began with"
+                f"{resume_from_checkpoint} is not a checkpoint of this DeepSpeed configuration: resume with "
+                "the original configuration"
             )
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
@@ -117,7 +118,7 @@ class FrozenTrainer(SoundStates):
         if saved.keys() != self.trained.keys():
             differing = sorted(saved.keys() ^ self.trained.keys())
             raise UserError(
-                f"{resume_from_checkpoint} is of another run: one of the two trains {differing[0]}"
+                f"{resume_from_checkpoint} belongs to another run: only one of the two trains {differing[0]}"
             )
         with torch.no_grad():
             for name, parameter in self.trained.items():

@@ -1,4 +1,4 @@
-"""The work folder of a run: where it lies, whose it is, and the newest checkpoint in it."""
+"""The work folder of a run: its path, its run, and the newest checkpoint in it."""
 
 import json
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from mgll_encoder.common.resuming import clear_unfinished, forget, last_checkpoi
 from mgll_encoder.common.texts import read_json
 
 RUN = "run.json"
-"""What identifies a run, in its work folder."""
+"""File in the work folder that identifies its run."""
 
 
 def work_folder(out: Path) -> Path:
-    """Where the Trainer checkpoints and logs of an output folder go."""
+    """Return the folder for the Trainer checkpoints and logs of an output."""
     return out.with_name(f"{out.name}.training")
 
 
 def check_work_folder(out: Path, *, resume: bool, force: bool) -> None:
-    """See to it that a run may write to ``out``; nothing is written or removed.
+    """Check that a run may write to ``out``; nothing is written or removed.
 
     Raises:
-        UserError: ``out`` exists, an interrupted run is in the way, or there is none to resume.
+        UserError: ``out`` exists, there is an interrupted run, or there is none to resume.
     """
     check_free(out, force)
     work = work_folder(out)
@@ -37,7 +37,7 @@ def check_work_folder(out: Path, *, resume: bool, force: bool) -> None:
 
 
 def claim(work: Path, identity: Mapping[str, Any], resume: bool) -> None:
-    """Make the work folder this run's own.
+    """Claim the work folder for this run.
 
     Raises:
         UserError: the run to resume is another one.

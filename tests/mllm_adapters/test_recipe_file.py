@@ -84,7 +84,7 @@ def test_the_resolved_recipe_is_a_recipe(recipe):
         ("rank: 8", r"recipe\.yaml: rank has no effect: stage 'projector' has no adapters"),
         ("qlora: true", r"--qlora .* stage 'projector' has no adapters"),
         ("a: b: c", r"recipe\.yaml is not YAML"),
-        ("just words", r"recipe\.yaml holds no keys"),
+        ("just words", r"recipe\.yaml has no keys"),
         ("report_to: tensorbord", r"did you mean 'tensorboard'"),
     ],
 )
@@ -97,7 +97,7 @@ def test_bad_recipes_are_refused_in_one_line_with_file_and_key(recipe, text, com
 @pytest.mark.parametrize(
     ("overrides", "flags", "complaint"),
     [
-        (["seed"], {}, "'seed' is no override: write key=value"),
+        (["seed"], {}, "'seed' is not an override: write key=value"),
         (["sead=1"], {}, "did you mean 'seed'"),
         (["seed=x"], {}, "seed= on the command line is x"),
         (["seed=1", "seed=2"], {}, "seed is given twice"),

@@ -289,7 +289,7 @@ def _dynamic_pixels(folder: Path, size: int, generation: Generation) -> tuple[Pi
         "resize": "squash",
     }
     notes = (
-        f"the host takes pictures of any size and keeps their shape; what stands here as before is a square of "
+        "the host takes pictures of any size and keeps their shape; what stands here as before is a square of "
         f"{USUAL_GRID} x {USUAL_GRID} patches ({size} px)",
     )
     missing = f"{folder} has no image processor: the published normalisation is assumed"
