@@ -1,4 +1,4 @@
-"""Multimodal LLM families behind one contract: read, swap the vision tower, train.
+"""Multimodal LLM families with one interface: read, swap the vision tower, train.
 
 Names are imported on first use. Checkpoints of this project's own architectures load with `load_mllm`, or with
 transformers' Auto classes after ``import mllm_adapters.auto``.

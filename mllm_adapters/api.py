@@ -1,4 +1,4 @@
-"""What users call. Paths are checked before anything heavy is imported."""
+"""The public API. Paths are checked before anything heavy is imported."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -41,14 +41,15 @@ def plan_swap(
 
     Args:
         mllm: Checkpoint folder, hub id, or family name (which stands for its published checkpoint).
-        encoder: The tower: whatever `mgll_encoder.inspect_tower` reads; a hub id, too.
+        encoder: The tower: anything that `mgll_encoder.inspect_tower` reads, or a hub id.
         image_size: Input side in pixels; None for the one that keeps the host's number of visual tokens.
-        tokens: Visual tokens per image or tile, from which the size follows; goes without ``image_size``.
-        layout: What to write: ``own``, or ``llava`` (loads with stock transformers) where that is exact.
-        activation: ``gelu`` or ``quick_gelu``, for towers that do not say it themselves.
-        weights: ``raw`` or ``ema``, for towers with a moving average of the weights beside them.
-        dtype: What to write the tower in: ``float32``, ``float16`` or ``bfloat16``; None for the host's.
-        parts: Where parts of the checkpoint lie that are not found beside it, name -> path.
+        tokens: Visual tokens per image or tile, which determine the size; excludes ``image_size``.
+        layout: Output layout: ``own``, or ``llava`` (loads with stock transformers) for families that
+            support it.
+        activation: ``gelu`` or ``quick_gelu``, for towers that do not record it.
+        weights: ``raw`` or ``ema``, for towers that also contain a moving average of the weights.
+        dtype: Dtype of the written tower: ``float32``, ``float16`` or ``bfloat16``; None for the host's.
+        parts: Paths of parts of the checkpoint that are not found next to it, name -> path.
 
     Raises:
         UserError: the checkpoint or the tower cannot be read, or they do not fit together.
@@ -80,10 +81,10 @@ def plan_swap(
 
 
 def plan_conversion(mllm: str | Path, *, parts: Parts | None = None) -> "SwapPlan":
-    """Plan to convert a checkpoint from its original layout to the transformers layout, tower and all.
+    """Plan to convert a checkpoint, including its tower, from its original layout to the transformers layout.
 
     Raises:
-        UserError: the checkpoint cannot be read, or is in the transformers layout already.
+        UserError: the checkpoint cannot be read, or is already in the transformers layout.
     """
     check_name(str(mllm))
     from mllm_adapters.core.registry import open_checkpoint
@@ -102,12 +103,12 @@ def convert(
     force: bool = False,
     progress: "Progress" = lambda _: None,
 ) -> Path:
-    """Convert a checkpoint from its original layout to the transformers layout, tower and all.
+    """Convert a checkpoint, including its tower, from its original layout to the transformers layout.
 
     Args:
         mllm: Checkpoint folder, hub id, or family name.
         out: Folder to write.
-        parts: Where parts of the checkpoint lie that are not found beside it, name -> path.
+        parts: Paths of parts of the checkpoint that are not found next to it, name -> path.
         copy: Copy unchanged files instead of hard-linking them.
         force: Replace ``out`` if it exists.
         progress: Called with the number of bytes written, tensor by tensor.
@@ -130,14 +131,14 @@ def align(
     Args:
         plan: A planned swap.
         images: Folder of images, searched recursively, or a manifest.
-        samples: Most images to use (500 if not given); which ones is drawn, always the same.
-        device: Where the towers run: ``auto``, or what torch calls it.
+        samples: Maximum number of images (500 if not given), sampled with a fixed seed.
+        device: Device of the towers: ``auto``, or a torch device.
 
     Returns:
         The plan with fitted readers; ``alignment`` says how well each was fitted.
 
     Raises:
-        UserError: too few images, or the old tower is not at hand.
+        UserError: too few images, or the old tower is not found.
     """
     return plan.to_fit(fitting(images, samples, device)).fit()
 
@@ -157,19 +158,19 @@ def verify(
     source: str | Path | None = None,
     quick: bool = False,
 ) -> "list[Check]":
-    """Check that a checkpoint still is what a swap wrote: files, tensors, tower, and that it looks at images.
+    """Check that a swapped checkpoint is unchanged (files, tensors, tower), and that its output depends on images.
 
     Args:
         folder: The swapped checkpoint.
-        encoder: The tower that was put in; looked for by name and hash if not given.
-        source: The checkpoint that it was put into; likewise.
-        quick: Leave out the checks that load the model.
+        encoder: The new tower; searched for by name and hash if not given.
+        source: The original checkpoint; likewise.
+        quick: Skip the checks that load the model.
 
     Returns:
-        The checks; ``passed`` is None for what could not be checked.
+        The checks; ``passed`` is None for those that could not be made.
 
     Raises:
-        UserError: the folder holds no record of a swap, or what was given cannot be read.
+        UserError: the folder has no record of a swap, or a given path cannot be read.
     """
     check_swapped(Path(folder))
     from mllm_adapters.swap.verify import Verification
@@ -193,15 +194,15 @@ def restore(
     Args:
         folder: The swapped checkpoint.
         out: Folder to write.
-        original: The checkpoint (folder, hub id or family name) that it was made of; None to write the tower alone,
-            as an ordinary tower folder.
-        parts: Where parts of the original lie that are not found beside it, name -> path.
+        original: The original checkpoint (folder, hub id or family name); None to write only the tower, as an
+            ordinary tower folder.
+        parts: Paths of parts of the original that are not found next to it, name -> path.
         copy: Copy unchanged files instead of hard-linking them.
         force: Replace ``out`` if it exists.
         progress: Called with the number of bytes written, tensor by tensor.
 
     Raises:
-        UserError: the folder was not swapped, ``original`` is not what it was made of, or ``out`` is taken.
+        UserError: the folder was not swapped, ``original`` is another checkpoint, or ``out`` exists.
     """
     check_swapped(Path(folder))
     if original is not None:
@@ -237,21 +238,22 @@ def retrain_projector(
 
     Args:
         model: Checkpoint folder in the transformers layout.
-        data: LLaVA conversations, benches of ``eval-mcq build`` or manifests; one file or several.
+        data: LLaVA conversations, benchmarks of ``eval-mcq build`` or manifests; one file or several.
         images: Folder that the image paths of conversations start from.
         out: Folder to write; ``<model>-aligned`` if not given.
         control: The unswapped checkpoint: trained in the same way to ``<out>-control``.
         recipe: Recipe file (YAML).
         resume: Continue an interrupted run.
-        force: Replace ``out``, and forget an interrupted run.
+        force: Replace ``out``, and discard an interrupted run.
         **settings: Fields of `mllm_adapters.training.recipe.Recipe` and ``RunOptions`` (``epochs``, ``batch_size``,
-            ``learning_rate``, ``seed`` ...) or of transformers' ``TrainingArguments``; they win over the recipe file.
+            ``learning_rate``, ``seed`` ...) or of transformers' ``TrainingArguments``; they override the
+            recipe file.
 
     Returns:
-        What came of it; that of the control lies beside it.
+        The outcome; the control's folder is next to its output.
 
     Raises:
-        UserError: a setting is unknown, data or model are not usable, or ``out`` is taken.
+        UserError: a setting is unknown, data or model are not usable, or ``out`` exists.
     """
     request = TrainingRequest(
         command="retrain-projector",
@@ -288,12 +290,12 @@ def finetune_lora(
         model: Checkpoint folder in the transformers layout.
         data: As of `retrain_projector`.
         images: Likewise.
-        stage: ``lora``, ``lora-vision`` (adapters on the tower, too) or ``full``.
+        stage: ``lora``, ``lora-vision`` (also adapters on the tower) or ``full``.
         out: Folder to write; ``<model>-<stage>`` if not given.
         merge: Also write ``<out>-merged``, a full checkpoint.
         recipe: Recipe file (YAML).
         resume: Continue an interrupted run.
-        force: Replace ``out``, and forget an interrupted run.
+        force: Replace ``out``, and discard an interrupted run.
         **settings: As of `retrain_projector`; also ``rank``, ``lora_alpha``, ``lora_dropout`` and ``qlora``.
 
     Raises:
@@ -317,7 +319,7 @@ def finetune_lora(
 
 
 def _trained(request: TrainingRequest) -> "Outcome":
-    """What came of a request; where a resumed one was finished already, that is said."""
+    """Run a request and return its outcome."""
     outcomes = carry_out(request, settings_of(request))
     if not outcomes:
         raise OutputTakenError(f"output {request.out} is finished: there is nothing to resume")
@@ -340,7 +342,7 @@ def list_families() -> "list[Support]":
 
 
 def _named(path: str | Path) -> Path:
-    """A path whose name is one: "." and ".." have none of their own."""
+    """Make a path absolute if its last component is not a name ("." and "..")."""
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 

@@ -1,4 +1,4 @@
-"""Importing it registers this project's architectures with transformers' Auto classes."""
+"""Registers this project's architectures with transformers' Auto classes on import."""
 
 from mllm_adapters.core.architectures import register_models
 

@@ -1,4 +1,4 @@
-"""What the commands that write checkpoints share: options in words, ``--part``, the bar."""
+"""Shared by the commands that write checkpoints: help texts, ``--part``, the progress bar."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ FORCE_HELP = "Replace the output folder if it exists."
 
 
 def parts_of(options: list[str] | None) -> dict[str, Path]:
-    """What ``--part NAME=PATH`` says.
+    """Parse ``--part NAME=PATH``.
 
     Raises:
-        UserError: one is not of this form.
+        UserError: an option does not have this form.
     """
     parts = {}
     for option in options or []:
@@ -31,7 +31,7 @@ def parts_of(options: list[str] | None) -> dict[str, Path]:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes on stderr; what is yielded advances it."""
+    """Show a progress bar over bytes on stderr; the yielded function advances it."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(description, *columns, console=cli.stderr, transient=True) as progress:
         task = progress.add_task(description, total=total)

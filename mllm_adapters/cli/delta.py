@@ -1,4 +1,4 @@
-"""``swap-encoder compose`` and ``swap-encoder extract``: a whole checkpoint out of a delta, a delta out of one."""
+"""``swap-encoder compose`` and ``swap-encoder extract``: merge a delta into its base, extract a delta."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +11,15 @@ from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, pa
 from mllm_adapters.core.hub_resolve import check_name, resolve
 
 MLLM_HELP = "The base: checkpoint folder, hub id, or family name."
-PART_HELP = "Where a part of the base lies that is not beside it: NAME=PATH. Repeatable."
+PART_HELP = "Path of a part of the base that is not next to it: NAME=PATH. Repeatable."
 
 
 def compose(
-    delta: Annotated[Path, typer.Option(help="What swap-encoder --delta or extract wrote.")],
+    delta: Annotated[Path, typer.Option(help="Delta folder of swap-encoder --delta or extract.")],
     out: Annotated[Path, typer.Option(help=OUT_HELP)],
     mllm: Annotated[
-        str | None, typer.Option(help=f"{MLLM_HELP} Default: looked for by name and hash beside the delta.")
+        str | None,
+        typer.Option(help=f"{MLLM_HELP} Default: searched for by name and hash next to the delta."),
     ] = None,
     encoder: Annotated[
         Path | None,
@@ -31,9 +32,9 @@ def compose(
     copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
-    """Write the whole checkpoint that a delta and its base make up.
+    """Merge a delta into its base and write the whole checkpoint.
 
-    It equals the one that the swap would have written without --delta.
+    It equals the result of the swap without --delta.
 
     Example: swap-encoder compose --mllm llava-med --delta llava-med-mgll-delta --out llava-med-mgll
     """
@@ -55,24 +56,22 @@ def compose(
 
 
 def extract(
-    folder: Annotated[
-        Path, typer.Argument(help="Checkpoint that swap-encoder or, after it, retrain-projector wrote.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint of swap-encoder, retrained or not.")],
     mllm: Annotated[str, typer.Option(help=MLLM_HELP)],
     out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} Default: <folder>-delta.")] = None,
     reference_tower: Annotated[
         bool,
         typer.Option(
             "--reference-tower",
-            help="Name the tower by the encoder's hashes, do not store it (unless it was trained).",
+            help="Refer to the tower by the encoder's hashes instead of storing it (unless it was trained).",
         ),
     ] = False,
     part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
-    """Write of a swapped checkpoint, retrained or not, only what does not follow from its base.
+    """Extract a delta from a swapped checkpoint, retrained or not.
 
-    Everything else is held against the base first: what differs there cannot be a delta.
+    All other tensors are compared with the base; a difference there is refused.
 
     Example: swap-encoder extract llava-med-mgll-aligned --mllm llava-med --out run-7-delta
     """

@@ -1,4 +1,4 @@
-"""What the training commands do once their options are read: plan, show, train, say what comes next."""
+"""Runs the training commands after their options are parsed: plan, show, train, print the next command."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def launch(request: TrainingRequest, *, estimate: bool = False) -> None:
-    """Train as requested and print what comes of it, or print what it takes of memory.
+    """Train as requested and print the outcome, or print the memory estimate.
 
     Raises:
         UserError: see `settings_of` and `carry_out`.
@@ -24,7 +24,7 @@ def launch(request: TrainingRequest, *, estimate: bool = False) -> None:
     resolved = settings_of(replace(request, data=(), images=None) if estimate else request)
     from mllm_adapters.training.prepare import rank
 
-    if rank():  # of several processes only the first one shows what is going on; errors are heard from all
+    if rank():  # only rank 0 shows progress; all ranks report errors
         cli.stdout.quiet = True
     if estimate:
         _estimate(request.model, resolved)
@@ -62,11 +62,11 @@ def _estimate(model: Path, resolved: "Resolved") -> None:
     for place, found in estimates(check_source(model).config, recipe, resolved.options).items():
         table.add_row(place, *(f"{getattr(found, part) / 1e9:.2f}" for part in parts))
     cli.stdout.print(table)
-    cli.stdout.print("Not in it: the CUDA context (about 0.5 GB), buffers of collectives, fragmentation.")
+    cli.stdout.print("Not included: the CUDA context (about 0.5 GB), buffers of collectives, fragmentation.")
 
 
 def _show(job: "Job") -> None:
-    """Print what trains and on what."""
+    """Print the trained parameters and the data."""
     from mllm_adapters.core.stages import STAGES, describe
     from mllm_adapters.training.prepare import ranks
 
@@ -93,7 +93,7 @@ def _show(job: "Job") -> None:
 
 
 def _tell(outcome: "Outcome") -> None:
-    """Print what has become of it."""
+    """Print the outcome."""
     first, last = outcome.losses[0][1], outcome.losses[-1][1]
     cli.stdout.print(f"Loss: {first:.4f} at step {outcome.losses[0][0]}, {last:.4f} at step {outcome.steps}")
     if outcome.best_step is not None:

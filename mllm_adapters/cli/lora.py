@@ -1,4 +1,4 @@
-"""``finetune-lora``: fine-tune a multimodal LLM through low-rank adapters, or whole."""
+"""``finetune-lora``: fine-tune a multimodal LLM with LoRA adapters, or fully."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from mllm_adapters.cli.launch import launch
 from mllm_adapters.training.runs import TrainingRequest
 
 app = cli.new_app(
-    """Fine-tune a multimodal LLM: its projector, and its language model through LoRA adapters.
+    """Fine-tune a multimodal LLM: its projector, and its language model with LoRA adapters.
 
     Example: [bold]finetune-lora --model llava-med-aligned --data train.json --images images/ --merge[/bold]
     """
@@ -31,11 +31,11 @@ def finetune(
     recipe: o.RecipeFile = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="lora, lora-vision (adapters on the tower, too), or full. Default: lora."),
+        typer.Option(help="lora, lora-vision (also adapters on the tower), or full. Default: lora."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Inner width of the adapters. Default: 16.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapters. Default: 16.")] = None,
     lora_alpha: Annotated[
-        float | None, typer.Option(help="Adapters are scaled by this over the rank. Default: 32.")
+        float | None, typer.Option(help="LoRA alpha: adapters are scaled by alpha / rank. Default: 32.")
     ] = None,
     lora_dropout: Annotated[
         float | None, typer.Option(help="Dropout of the adapters' inputs. Default: 0.05.")
@@ -43,7 +43,7 @@ def finetune(
     qlora: Annotated[
         bool | None,
         typer.Option(
-            "--qlora", help="Keep the language model's layers in 4 bits meanwhile.", show_default=False
+            "--qlora", help="Keep the language model's layers in 4 bits during training.", show_default=False
         ),
     ] = None,
     merge: Annotated[
@@ -76,11 +76,10 @@ def finetune(
     estimate: o.EstimateMemory = False,
     force: o.Force = False,
 ) -> None:
-    """Fine-tune a multimodal LLM: its projector, and its language model through LoRA adapters.
+    """Fine-tune a multimodal LLM: its projector, and its language model with LoRA adapters.
 
-    The result is a PEFT adapter folder with the projector in it (stage full: a checkpoint like the one given).
-
-    Logs, and checkpoints to resume from, go to <out>.training.
+    The result is a PEFT adapter folder that includes the projector (stage full: a checkpoint in the input's
+    layout). Logs and checkpoints for --resume are written to <out>.training.
 
     Example: finetune-lora --model llava-med-aligned --data train.json --images images/ --merge
     """
@@ -138,5 +137,5 @@ def main() -> None:
     cli.run(app)
 
 
-if __name__ == "__main__":  # what torchrun, deepspeed and accelerate start
+if __name__ == "__main__":  # started by torchrun, deepspeed and accelerate
     main()

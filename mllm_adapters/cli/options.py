@@ -1,37 +1,37 @@
-"""Options that the training commands share, each worded once."""
+"""Options shared by the training commands."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Model = Annotated[Path, typer.Option(help="Checkpoint folder, as swap-encoder writes it.")]
+Model = Annotated[Path, typer.Option(help="Checkpoint folder, as written by swap-encoder.")]
 Data = Annotated[
     list[Path],
     typer.Option(
-        help="LLaVA conversations (JSON or JSON Lines), a bench of eval-mcq or a manifest of mgll-encoder data; "
-        "may be given several times."
+        help="LLaVA conversations (JSON or JSON Lines), benchmark of eval-mcq or manifest of mgll-encoder "
+        "data. Repeatable."
     ),
 ]
 Images = Annotated[
     Path | None,
-    typer.Option(help="Folder that the image paths of conversations start from; the others know theirs."),
+    typer.Option(
+        help="Folder that image paths of conversations start from; other formats store their own paths."
+    ),
 ]
 Answer = Annotated[
     str | None,
-    typer.Option(help="What is learnt of a multiple-choice question: letter, text or both. Default: letter."),
+    typer.Option(help="Training target for multiple-choice rows: letter, text or both. Default: letter."),
 ]
 Caption = Annotated[
     str | None,
-    typer.Option(
-        help="Granularity of a manifest that becomes the caption; all: one after another (default)."
-    ),
+    typer.Option(help="Granularity of a manifest to use as caption, or all in order. Default: all."),
 ]
 Strict = Annotated[
     bool | None,
     typer.Option(
         "--strict",
-        help="Stop at images that cannot be read, instead of leaving them out.",
+        help="Stop at unreadable images instead of leaving them out.",
         show_default=False,
     ),
 ]
@@ -39,13 +39,15 @@ FeatureCache = Annotated[
     bool | None,
     typer.Option(
         "--feature-cache/--no-feature-cache",
-        help="Let a frozen tower see every image once, and keep the features (default), or not.",
+        help="Cache the frozen tower's features (default), or not.",
         show_default=False,
     ),
 ]
 FeatureDtype = Annotated[
     str | None,
-    typer.Option(help="What they are kept in: float32, bfloat16, float16, or auto: as computed (default)."),
+    typer.Option(
+        help="Dtype of cached features: float32, bfloat16, float16, or auto: as computed. Default: auto."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -54,56 +56,62 @@ Overrides = Annotated[
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
-        "--recipe", help="YAML: fields of transformers' TrainingArguments, and ours. Flags win over it."
+        "--recipe",
+        help="YAML file with fields of transformers' TrainingArguments, and ours. Options override it.",
     ),
 ]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")]
 BatchSize = Annotated[int | None, typer.Option(help="Examples per device and forward pass. Default: 16.")]
 Accumulation = Annotated[int | None, typer.Option(help="Forward passes per step. Default: 1.")]
 LearningRate = Annotated[
-    float | None, typer.Option(help="Peak of the schedule. Default: LLaVA's for the stage.")
+    float | None, typer.Option(help="Peak learning rate. Default: LLaVA's for the stage.")
 ]
 MaxSteps = Annotated[int | None, typer.Option(help="Stop after so many steps instead of epochs.")]
 MaxLength = Annotated[
     int | None,
-    typer.Option(help="Longest example in tokens, image included; longer ones are left out. Default: 2048."),
+    typer.Option(
+        help="Maximum length in tokens, image included; longer examples are left out. Default: 2048."
+    ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Of the order of the examples. Default: 0.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the order of the examples. Default: 0.")]
 LoggingSteps = Annotated[int | None, typer.Option(help="Steps between two log entries. Default: 10.")]
 SaveSteps = Annotated[
-    int | None, typer.Option(help="Steps between two checkpoints to resume from. Default: 200.")
+    int | None, typer.Option(help="Steps between two checkpoints for --resume. Default: 200.")
 ]
 SaveOnSignal = Annotated[
     bool | None,
     typer.Option(
         "--save-on-signal",
-        help="Save a checkpoint before ending on SIGTERM (Slurm) or Ctrl-C; --resume goes on from it.",
+        help="Save a checkpoint on SIGTERM (Slurm) or Ctrl-C before exiting; --resume continues from it.",
         show_default=False,
     ),
 ]
 ReportTo = Annotated[
     list[str] | None,
-    typer.Option(help="tensorboard, wandb ..., or none; may be given several times. Default: tensorboard."),
+    typer.Option(help="tensorboard, wandb ..., or none. Repeatable. Default: tensorboard."),
 ]
 Workers = Annotated[int | None, typer.Option(help="Processes that open images. Default: 2.")]
 Precision = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it. Default: auto.")
+    str | None,
+    typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that supports it. Default: auto."),
 ]
 GradientCheckpointing = Annotated[
     bool | None,
-    typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.", show_default=False),
+    typer.Option("--gradient-checkpointing", help="Save memory; about a third slower.", show_default=False),
 ]
-DeepSpeed = Annotated[Path | None, typer.Option("--deepspeed", help="DeepSpeed's configuration, JSON.")]
+DeepSpeed = Annotated[Path | None, typer.Option("--deepspeed", help="DeepSpeed configuration, a JSON file.")]
 EvalBench = Annotated[
     Path | None,
-    typer.Option(help="Bench of a validation split: scored while training, and the best weights are kept."),
+    typer.Option(
+        help="Benchmark of a validation split: score it during training, and keep the best weights."
+    ),
 ]
-EvalEvery = Annotated[int | None, typer.Option(help="Steps between two such scores. Default: 200.")]
-EstimateMemory = Annotated[
-    bool, typer.Option("--estimate", help="Print what it takes of each device's memory, and stop.")
+EvalEvery = Annotated[
+    int | None, typer.Option(help="Steps between two evaluations on --eval-bench. Default: 200.")
 ]
+EstimateMemory = Annotated[bool, typer.Option("--estimate", help="Estimate memory per device, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show recipe and plan, and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print recipe and plan, and stop.")]
 Force = Annotated[
-    bool, typer.Option("--force", help="Replace the output folder and forget an interrupted run.")
+    bool, typer.Option("--force", help="Replace the output folder and discard an interrupted run.")
 ]

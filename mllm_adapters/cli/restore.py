@@ -1,4 +1,4 @@
-"""``swap-encoder verify`` and ``swap-encoder restore``: is it still what was written, and take it back."""
+"""``swap-encoder verify`` and ``swap-encoder restore``: check a swapped checkpoint, undo a swap."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,23 +17,21 @@ MARKS = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text("–"
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint that swap-encoder wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint written by swap-encoder.")],
     encoder: Annotated[
         Path | None,
         typer.Option(
-            help="The tower that was put in (file, folder or hub id). Default: looked for by name and hash beside the "
+            help="The new tower (file, folder or hub id). Default: searched for by name and hash next to the "
             "folder."
         ),
     ] = None,
-    source: Annotated[
-        Path | None, typer.Option(help="The checkpoint that it was put into. Default: likewise.")
-    ] = None,
+    source: Annotated[Path | None, typer.Option(help="The original checkpoint. Default: likewise.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not load the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
-    """Check that a checkpoint still is what the swap wrote: files, tensors, tower, and that it looks at images.
+    """Check that a swapped checkpoint is unchanged (files, tensors, tower), and that its output depends on images.
 
-    Exit code 2 if a check fails. A dash stands for what could not be checked, with the reason.
+    The exit code is 2 if a check fails. A dash marks a check that could not be made, with the reason.
 
     Example: swap-encoder verify llava-med-mgll-fundus --encoder mgll-fundus.pt
     """
@@ -55,31 +53,29 @@ def verify(
 
 
 def restore(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint that swap-encoder wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint written by swap-encoder.")],
     original: Annotated[
         str | None,
-        typer.Option(
-            help="The checkpoint (folder or hub id) that it was made of: its tower and readers come back."
-        ),
+        typer.Option(help="The original checkpoint (folder or hub id): restore its tower and connector."),
     ] = None,
     to_encoder: Annotated[
-        bool, typer.Option("--to-encoder", help="Write the tower alone, as an ordinary tower folder.")
+        bool, typer.Option("--to-encoder", help="Write only the tower, as an ordinary tower folder.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: <folder>-restored, or <folder>-encoder.")
     ] = None,
     part: Annotated[
         list[str] | None,
-        typer.Option(help="Where a part of the original lies that is not beside it: NAME=PATH. Repeatable."),
+        typer.Option(help="Path of a part of the original that is not next to it: NAME=PATH. Repeatable."),
     ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy unchanged files instead of hard-linking them.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
-    """Undo a swap: put the original tower and its readers back, or take the new tower out.
+    """Undo a swap: restore the original tower and connector, or extract the new tower.
 
-    What the swap did not touch comes from the folder, bit by bit.
+    Everything that the swap did not change is copied from the folder, bit by bit.
 
     Example: swap-encoder restore llava-med-mgll-fundus --original llava-med --out llava-med-again
     """

@@ -1,4 +1,4 @@
-"""``retrain-projector``: teach a model's projector to read its vision tower."""
+"""``retrain-projector``: retrain a model's projector on its vision tower's features."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from mllm_adapters.cli.launch import launch
 from mllm_adapters.training.runs import TrainingRequest
 
 app = cli.new_app(
-    """Retrain the projector of a multimodal LLM; tower and language model stay as they are.
+    """Retrain the projector of a multimodal LLM, with tower and language model frozen.
 
     Example: [bold]retrain-projector --model llava-med-mgll-fundus --data train.json --images images/[/bold]
     """
@@ -29,7 +29,7 @@ def retrain(
     overrides: o.Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: <model>-aligned.")] = None,
     control: Annotated[
-        Path | None, typer.Option(help="The unswapped checkpoint: trained in the same way to <out>-control.")
+        Path | None, typer.Option(help="The unswapped checkpoint: train it in the same way to <out>-control.")
     ] = None,
     recipe: o.RecipeFile = None,
     epochs: o.Epochs = None,
@@ -59,11 +59,10 @@ def retrain(
     estimate: o.EstimateMemory = False,
     force: o.Force = False,
 ) -> None:
-    """Retrain the projector of a multimodal LLM; tower and language model stay as they are.
+    """Retrain the projector of a multimodal LLM, with tower and language model frozen.
 
-    The result is a checkpoint like the one given, with new projector tensors.
-
-    Logs, and checkpoints to resume from, go to <out>.training.
+    The result is a checkpoint in the input's layout, with new projector tensors.
+    Logs and checkpoints for --resume are written to <out>.training.
 
     Example: retrain-projector --model llava-med-mgll-fundus --data train.json --images images/
     """
@@ -116,5 +115,5 @@ def main() -> None:
     cli.run(app)
 
 
-if __name__ == "__main__":  # what torchrun, deepspeed and accelerate start
+if __name__ == "__main__":  # started by torchrun, deepspeed and accelerate
     main()

@@ -28,7 +28,7 @@ MLLM_HELP = "Checkpoint folder, hub id, or family name (which stands for its pub
 ENCODER_HELP = (
     "Tower: MGLL checkpoint, open_clip file, folder, or hub id such as openai/clip-vit-large-patch14."
 )
-PART_HELP = "Where a part of the checkpoint lies that is not found beside it: NAME=PATH. Repeatable."
+PART_HELP = "Path of a part of the checkpoint that is not found next to it: NAME=PATH. Repeatable."
 DRY_RUN_HELP = "Print the plan and stop."
 JSON_HELP = "Print the plan as JSON."
 
@@ -42,28 +42,28 @@ def swap(
     out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} Default: <mllm>-<encoder>.")] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Input side in pixels. Default: what keeps the host's number of tokens."),
+        typer.Option(min=1, help="Image size in pixels. Default: keep the host's number of tokens."),
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Visual tokens per image or tile, instead of --image-size: chooses the size that gives them, such as "
-            "256 for MGLL at its own 224 px.",
+            help="Visual tokens per image or tile, instead of --image-size: choose the size that gives "
+            "them, such as 256 for MGLL at its own 224 px.",
         ),
     ] = None,
     activation: Annotated[
-        str | None, typer.Option(help="gelu or quick_gelu, for towers that do not say it themselves.")
+        str | None, typer.Option(help="gelu or quick_gelu, for towers that do not record it.")
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="raw or ema, for towers with a moving average of the weights beside them."),
+        typer.Option(help="raw or ema, for towers that also contain a moving average of the weights."),
     ] = None,
     part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
     layout: Annotated[
         str,
         typer.Option(
-            help="What to write: own, or llava (loads with stock transformers) where that is exact."
+            help="Output layout: own, or llava (loads with stock transformers) for families that support it."
         ),
     ] = "own",
     align: Annotated[
@@ -74,42 +74,44 @@ def swap(
         ),
     ] = None,
     align_samples: Annotated[
-        int | None, typer.Option(min=1, help="Images of --align to use, at most (default: 500).")
+        int | None, typer.Option(min=1, help="Maximum number of images for --align. Default: 500.")
     ] = None,
     align_device: Annotated[
-        str | None, typer.Option(help="Where --align runs the towers: cpu, cuda ... (default: auto).")
+        str | None, typer.Option(help="Device of the towers in --align: cpu, cuda ... Default: auto.")
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="What to write the tower in: float32, float16 or bfloat16. Default: the host's."),
+        typer.Option(help="Dtype of the written tower: float32, float16 or bfloat16. Default: the host's."),
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
     delta: Annotated[
         bool,
-        typer.Option("--delta", help="Write only what does not follow from the checkpoint: a small folder."),
+        typer.Option("--delta", help="Write a delta: only the tensors that differ from the base."),
     ] = False,
     reference_tower: Annotated[
         bool,
         typer.Option(
-            "--reference-tower", help="With --delta: name the tower by its hashes, do not store it."
+            "--reference-tower", help="With --delta: refer to the tower by its hashes instead of storing it."
         ),
     ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the result to the hub as OWNER/NAME.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: not for everyone.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: create the repository as private.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
     """Put an MGLL vision tower into a multimodal LLM.
 
-    The language model is never loaded: shards that hold nothing of the tower are hard-linked, the others are
+    The language model is never loaded: shards without tensors of the tower are hard-linked, the others are
     rewritten tensor by tensor.
 
     Example: swap-encoder --mllm llava-med --encoder mgll-fundus.pt
 
-    At a size of one's own: swap-encoder --mllm llava-med --encoder openai/clip-vit-base-patch32 --tokens 49
+    At another image size: swap-encoder --mllm llava-med --encoder openai/clip-vit-base-patch32 --tokens 49
     """
     if context.invoked_subcommand is not None:
         return
@@ -171,7 +173,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
-    """Convert a checkpoint from its original layout to the transformers layout, tower and all.
+    """Convert a checkpoint, including its tower, from its original layout to the transformers layout.
 
     Example: swap-encoder convert --mllm llava-v1.5-7b --out llava-v1.5-7b-hf
     """
@@ -186,7 +188,7 @@ def convert(
 
 @app.command()
 def families(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As the README has it.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show what is supported: layouts read, tokens per image, readers, how the result loads.
@@ -223,7 +225,7 @@ def _show(
     force: bool,
     copy: bool,
 ) -> None:
-    """Check a plan and print it; of a delta, ``held`` are the tensors that it holds."""
+    """Check a plan and print it; for a delta, ``held`` are its tensors."""
     plan.check(out, force=force)
     if as_json:
         cli.stdout.print_json(plan.plan.model_dump_json())
@@ -255,5 +257,5 @@ def _fitted(plan: "SwapPlan", as_json: bool) -> "SwapPlan":
 
 
 def _tell(line: str, as_json: bool) -> None:
-    console = cli.stderr if as_json else cli.stdout  # with --json, standard output is JSON and nothing else
+    console = cli.stderr if as_json else cli.stdout  # with --json, standard output contains only JSON
     console.print(line, markup=False, soft_wrap=True)

@@ -1,1 +1,1 @@
-"""A small LLaVA on SmolLM2, or on a tiny language model, for experiments without a hub."""
+"""A small LLaVA on SmolLM2 or a tiny language model, for experiments without a hub."""

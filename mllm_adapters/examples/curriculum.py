@@ -1,10 +1,10 @@
-"""What a small language model practises: questions about written pictures, captions, questions about images.
+"""A curriculum for a small language model: questions about sentences, captions, questions about images.
 
-A language model that begins with random weights (or a small one that never saw options) must first learn to find
-the option that fits and to answer with its letter. That needs no pixels: in the first lesson a sentence stands
-where the image would. In the second the same sentence is the caption of an image, so that projector and language model
-learn what the image shows. In the third they answer questions about images. Without the second lesson the answers stay
-at chance for thousands of questions (docs/experiment.md).
+A language model with random weights (or a small one without experience of multiple choice) must first learn
+to find the correct option and to answer with its letter. This needs no pixels: in the first lesson a
+sentence replaces the image. In the second the same sentence is the caption of an image, so that projector
+and language model learn the image content. In the third they answer questions about images. Without the
+second lesson the answers stay at chance for thousands of questions (docs/experiment.md).
 """
 
 import random
@@ -19,7 +19,7 @@ from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.data.row_shapes import IMAGE_TAG
 
 WRITTEN_PICTURE = "The image shows {}."
-"""Stands in for an image in the lesson of words."""
+"""Replaces an image in the lesson of words."""
 
 OPTION = re.compile(r"([A-Z])\. (.+)")
 
@@ -30,10 +30,10 @@ class Question:
 
     Attributes:
         images: Image paths, as in the conversations file.
-        stem: What stands before the options, without image tags.
+        stem: Text before the options, without image tags.
         options: Texts of the options, without letters.
-        instruction: What stands after the options.
-        answer: Index of the right option.
+        instruction: Text after the options.
+        answer: Index of the correct option.
     """
 
     images: tuple[str, ...]
@@ -43,16 +43,16 @@ class Question:
     answer: int
 
     def reordered(self, order: Sequence[int]) -> Conversation:
-        """The question about its images, with its options in another order."""
+        """Return the question about its images, with reordered options."""
         tags = f"{IMAGE_TAG}\n" * len(self.images)
         return self._conversation(self.images, tags, order, self.answer)
 
     def written(self, order: Sequence[int], answer: int) -> Conversation:
-        """The question about a sentence that shows option ``answer``, with its options in another order."""
+        """Return the question about a sentence that names option ``answer``, with reordered options."""
         return self._conversation((), f"{WRITTEN_PICTURE.format(self.options[answer])}\n", order, answer)
 
     def captioned(self, prompt: str) -> Conversation:
-        """``prompt`` about its images, answered by the sentence that a written picture would be."""
+        """Return ``prompt`` about its images, answered by the sentence of the lesson of words."""
         said = WRITTEN_PICTURE.format(self.options[self.answer])
         return _turns(self.images, f"{IMAGE_TAG}\n" * len(self.images) + prompt, said)
 
@@ -70,10 +70,10 @@ def _turns(images: tuple[str, ...], asked: str, answered: str) -> Conversation:
 
 
 def read_question(row: Conversation) -> Question | None:
-    """The multiple-choice question that a conversation is, or None for anything else (a caption, a dialogue).
+    """Parse a conversation as a multiple-choice question; None for anything else (a caption, a dialogue).
 
     Raises:
-        UserError: the row has options, but its answer is none of their letters.
+        UserError: the row has options, but its answer is not one of their letters.
     """
     if len(row.turns) != 2:
         return None
@@ -102,7 +102,7 @@ def read_question(row: Conversation) -> Question | None:
 
 
 def word_lesson(questions: Sequence[Question], count: int, seed: int) -> Iterator[Conversation]:
-    """Yield ``count`` questions about written pictures; every option is the right one equally often."""
+    """Yield ``count`` questions about sentences; every option is correct equally often."""
     draw = random.Random(seed)
     for _ in range(count):
         question = draw.choice(questions)
@@ -111,9 +111,9 @@ def word_lesson(questions: Sequence[Question], count: int, seed: int) -> Iterato
 
 
 def caption_lesson(questions: Sequence[Question], count: int, seed: int) -> Iterator[Conversation]:
-    """Yield ``count`` captions: the sentence of a written picture, as the answer to what an image shows.
+    """Yield ``count`` captions: sentences of the lesson of words, as descriptions of images.
 
-    Every answer is drawn equally often, so that how often a disease occurs tells nothing.
+    Every answer is sampled equally often, so that a disease's frequency is not informative.
     """
     draw = random.Random(seed)
     for question in _balanced(questions, count, draw):
@@ -123,8 +123,8 @@ def caption_lesson(questions: Sequence[Question], count: int, seed: int) -> Iter
 def question_lesson(questions: Sequence[Question], count: int, seed: int) -> Iterator[Conversation]:
     """Yield ``count`` questions about images, their options in a new order each time.
 
-    Every answer is drawn equally often: otherwise "the commonest disease, wherever it is offered" is right so often
-    that a small language model never finds out that the image says more.
+    Every answer is sampled equally often: otherwise always choosing the most common disease is correct so
+    often that a small language model never learns to use the image.
     """
     draw = random.Random(seed)
     for question in _balanced(questions, count, draw):
@@ -132,7 +132,7 @@ def question_lesson(questions: Sequence[Question], count: int, seed: int) -> Ite
 
 
 def _balanced(questions: Sequence[Question], count: int, draw: random.Random) -> Iterator[Question]:
-    """Questions at random, every text of an answer equally often."""
+    """Sample questions, with every answer text equally often."""
     by_answer: dict[str, list[Question]] = {}
     for question in questions:
         by_answer.setdefault(question.options[question.answer], []).append(question)

