@@ -22,13 +22,20 @@ def pretrain(
     preset: str = typer.Option("small", help="Size of a new tower: tiny or small (64 px, for CPUs)."),
     init: str | None = typer.Option(
         None,
-        help="Initial weights: 'openai' (CLIP ViT-L/14), a CLIP file, or a tower's folder or hub id.",
+        help="Initial weights: 'openai' (CLIP ViT-L/14), a tower's file, or its folder or hub id.",
     ),
     activation: str | None = typer.Option(
         None, help="Activation of --init, if it does not specify it: gelu or quick_gelu."
     ),
     weights: str | None = typer.Option(
         None, help="Weights of --init, if it is stored with a moving average of them: raw or ema."
+    ),
+    image_size: int | None = typer.Option(
+        None, help="Image size in pixels that --init is trained at (default: its own)."
+    ),
+    pooling: str | None = typer.Option(
+        None,
+        help="Image features of --init: 'class' (class token) or 'mean' (mean of the patch tokens, not of a CLIP).",
     ),
     text_tower: str = typer.Option(
         "auto",
@@ -93,6 +100,8 @@ def pretrain(
         init=init,
         activation=activation,
         init_weights=weights,
+        image_size=image_size,
+        pooling=pooling,
         text_tower=text_tower,
         freeze_text=freeze_text,
         granularities=tuple(name.strip() for name in granularities.split(",") if name.strip()),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mgll_encoder.tower.load import TowerHeader
 
 _SIZES = (224, 336, 448)
+_POOLED = {"class": "class token", "mean": "mean of the patch tokens"}
 
 PathArgument = Annotated[
     Path,
@@ -32,6 +33,16 @@ ActivationOption = Annotated[
 ]
 
 
+ImageSizeOption = Annotated[
+    int | None,
+    typer.Option(help="Side in pixels of the images that it shall take: its position table is resampled."),
+]
+PoolingOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Image features: 'class' (class token) or 'mean' (mean of the patch tokens, not of a CLIP)."
+    ),
+]
 WeightsOption = Annotated[
     str | None,
     typer.Option(
@@ -58,7 +69,7 @@ def inspect(
     if as_json:
         stdout.print_json(json.dumps(facts))
     else:
-        _print_table(path, facts)
+        _print_table(path, header.architecture.title, facts)
     for message in header.warnings:
         warn(message)
 
@@ -68,6 +79,8 @@ def convert(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     activation: ActivationOption = None,
     weights: WeightsOption = None,
+    image_size: ImageSizeOption = None,
+    pooling: PoolingOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Write a tower as a folder that transformers and all commands of this project can read.
@@ -80,7 +93,8 @@ def convert(
     from mgll_encoder.tower.save import save_tower
 
     note(f"reading {path} ...")
-    tower = load_tower(path, **_choices(activation, weights))
+    fitted: dict[str, Any] = {"image_size": image_size, "pooling": pooling}
+    tower = load_tower(path, **_choices(activation, weights), **fitted)
     for message in tower.header.warnings:
         warn(message)
     save_tower(tower, out, force)
@@ -97,7 +111,10 @@ def _facts(header: "TowerHeader") -> dict[str, Any]:
     spec = header.spec
     return {
         "layout": header.layout + (f", {header.weights} weights" if header.weights else ""),
+        "architecture": spec.architecture,
         **spec.model_dump(),
+        "registers": spec.registers,
+        "pooling": spec.pooling,
         "activation_source": header.activation_source,
         "preprocessing_source": header.preprocessing_source,
         "patch_tokens": {size: (size // spec.patch_size) ** 2 for size in sorted({spec.image_size, *_SIZES})},
@@ -109,7 +126,7 @@ def _facts(header: "TowerHeader") -> dict[str, Any]:
     }
 
 
-def _print_table(path: Path, facts: dict[str, Any]) -> None:
+def _print_table(path: Path, title: str, facts: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -120,9 +137,11 @@ def _print_table(path: Path, facts: dict[str, Any]) -> None:
     )
     rows = {
         "layout": facts["layout"],
+        "architecture": title + (f", {facts['registers']} register tokens" if facts["registers"] else ""),
         "geometry": size,
         "input": f"{facts['image_size']} px in patches of {facts['patch_size']}",
         "patch tokens": tokens,
+        "image features": _POOLED[facts["pooling"]],
         "projection": f"to {facts['projection_dim']}" if facts["projection_dim"] else "none",
         "activation": f"{facts['activation']} ({facts['activation_source']})",
         "resize": f"{facts['resize']} ({facts['preprocessing_source']})",

@@ -12,7 +12,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.clip_tokenizer import clip_tokenizer
 from mgll_encoder.text.text_tower import TextTower
-from mgll_encoder.tower.keymap import OPEN_CLIP_BLOCKS
+from mgll_encoder.tower.architectures.clip import OPEN_CLIP_BLOCKS
 from mgll_encoder.tower.spec import Activation
 from mgll_encoder.weights.torch_file import WeightSet
 from mgll_encoder.weights.weight_file import open_weights

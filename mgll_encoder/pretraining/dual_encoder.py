@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mgll_encoder.pretraining.losses import Alphas, MGLLLoss
 from mgll_encoder.text.text_tower import TextTower
-from mgll_encoder.tower.load import Tower, build_model
+from mgll_encoder.tower.load import Tower, build_model, pooled
 from mgll_encoder.tower.spec import TowerSpec
 
 
@@ -67,7 +67,7 @@ class TwoTowers(nn.Module):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Compute features [N, D] in the shared space, not normalized, of pixels [N, 3, S, S]."""
-        features: Tensor = self.projection(self.vision(pixels).pooler_output)
+        features: Tensor = self.projection(pooled(self.vision, self.spec, pixels))
         return features
 
     def forward(

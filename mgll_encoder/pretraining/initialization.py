@@ -14,9 +14,10 @@ from mgll_encoder.pretraining.dual_encoder import Preset, TwoTowers, image_proje
 from mgll_encoder.pretraining.losses import Alphas
 from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text.text_tower import TextTower, load_text_tower
+from mgll_encoder.tower.architectures.clip import CLIP, HF_STATE
 from mgll_encoder.tower.folder_metadata import HF_FOLDER, OURS
-from mgll_encoder.tower.load import HF_STATE, Tower, load_tower
-from mgll_encoder.tower.spec import Activation
+from mgll_encoder.tower.load import Tower, load_tower
+from mgll_encoder.tower.spec import Activation, Pooling
 from mgll_encoder.weights.torch_file import WeightSet
 
 _logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def starting_towers(
     alphas: Alphas,
     freeze_text: bool = False,
     weights: WeightSet | None = None,
+    image_size: int | None = None,
+    pooling: Pooling | None = None,
 ) -> TwoTowers:
     """Create the towers as they are before the first step.
 
@@ -48,13 +51,19 @@ def starting_towers(
         alphas: Weights of the loss terms.
         freeze_text: Train only the projection of the text tower.
         weights: ``raw`` or ``ema``, if ``init`` has both.
+        image_size: Image size in pixels that ``init`` is trained at; None for its own.
+        pooling: Pooling of the image features of ``init``, see `TowerSpec`; None for its own.
 
     Raises:
         UserError: a new text tower is to be frozen, weights cannot be read or downloaded, or the text tower of ``init``
             lacks words of the texts.
     """
     given, activation = _openai(activation) if init == OPENAI else (init, activation)
-    vision = load_tower(given, activation=activation, weights=weights) if given else new_tower(preset)
+    vision = new_tower(preset)
+    if given:
+        vision = load_tower(
+            given, activation=activation, weights=weights, image_size=image_size, pooling=pooling
+        )
     path = vision.header.source if given else None
     for line in vision.header.warnings:
         _logger.warning(line)
@@ -119,9 +128,10 @@ def paired_text_tower(path: Path, vision: Tower, shared: int) -> TextTower | Non
     if layout == HF_FOLDER:
         whole = read_json(path / "config.json").get("model_type") == "clip"
         return TextTower.pretrained(str(path), shared) if whole else None
+    clip = vision.header.architecture is CLIP
     return (
         None
-        if layout == HF_STATE
+        if layout == HF_STATE or not clip
         else clip_text_tower(path, vision.spec.activation, shared, vision.header.weights)
     )
 

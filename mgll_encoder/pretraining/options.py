@@ -10,7 +10,7 @@ from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.pretraining.dual_encoder import PRESETS
 from mgll_encoder.pretraining.initialization import AUTO
 from mgll_encoder.pretraining.losses import PLAIN_CLIP, Alphas
-from mgll_encoder.tower.spec import Activation
+from mgll_encoder.tower.spec import Activation, Pooling
 from mgll_encoder.weights.torch_file import WeightSet
 
 Loss = Literal["mgll", "clip"]
@@ -27,6 +27,8 @@ class PretrainOptions:
         preset: Geometry of new towers, a key of ``PRESETS``.
         init: Initial weights: ``openai``, or anything that ``load_tower`` reads; None for random weights.
         activation: Activation of ``init``, if it does not specify it.
+        image_size: Image size in pixels that ``init`` is trained at; None for its own.
+        pooling: Pooling of the image features of ``init``, see `TowerSpec`; None for its own.
         init_weights: ``raw`` or ``ema``, if ``init`` is stored with a moving average of its weights.
         text_tower: ``auto`` (that of ``init`` if it has one, else a new one), ``new``, or a transformers folder or hub
             id.
@@ -51,6 +53,8 @@ class PretrainOptions:
     preset: str = "small"
     init: str | Path | None = None
     activation: Activation | None = None
+    image_size: int | None = None
+    pooling: Pooling | None = None
     init_weights: WeightSet | None = None
     text_tower: str = AUTO
     freeze_text: bool = False
@@ -87,8 +91,10 @@ class PretrainOptions:
         ):
             if number <= 0 or not math.isfinite(number):
                 raise UserError(f"{option} is {number}: it must be greater than 0")
-        if self.activation is not None and self.init is None:
-            raise UserError("--activation is for --init: a new tower has the activation of its --preset")
+        for name in ("activation", "image_size", "pooling"):
+            if getattr(self, name) is not None and self.init is None:
+                option, what = name.replace("_", "-"), name.replace("_", " ")
+                raise UserError(f"--{option} is for --init: a new tower has the {what} of its --preset")
         if self.init_weights is not None and self.init is None:
             raise UserError("--weights is for --init: a new tower has one set of weights")
         if self.deepspeed is not None:

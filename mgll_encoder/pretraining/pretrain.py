@@ -136,6 +136,8 @@ def pretrain(
         options.weights,
         options.freeze_text,
         options.init_weights,
+        options.image_size,
+        options.pooling,
     )
     if arguments.process_index == 0:
         _report_truncation(model.text, plan)

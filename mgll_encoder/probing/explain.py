@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from sklearn.pipeline import Pipeline
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from mgll_encoder.tower.architectures import first_patch
 from mgll_encoder.tower.load import Tower
 from mgll_encoder.tower.preprocess import image_transform
 
@@ -79,13 +81,13 @@ def attention_maps(tower: Tower, pixels: Tensor) -> dict[str, NDArray[np.float32
     """
     with torch.inference_mode(), _eager_attention(tower):
         layers = tower.model(pixels, output_attentions=True).attentions
-    grid = tower.spec.grid
+    grid, first = tower.spec.grid, first_patch(tower.spec)
     means = [layer.float().mean(dim=1) for layer in layers]  # [n, tokens, tokens]
     rolled = torch.eye(means[0].shape[-1]).expand_as(means[0])
     for mean in means:
         rolled = (0.5 * mean + 0.5 * torch.eye(mean.shape[-1])) @ rolled
     return {
-        name: found[:, 0, 1:].reshape(-1, grid, grid).numpy()
+        name: found[:, 0, first:].reshape(-1, grid, grid).numpy()
         for name, found in ((ATTENTION, means[-1]), (ROLLOUT, rolled))
     }
 
@@ -170,18 +172,22 @@ class _Attributable(nn.Module):
 
     def __init__(self, tower: Tower, target: Target) -> None:
         super().__init__()
-        self.model, self.grid, self.target = tower.model, tower.spec.grid, target
+        self.tower, self.model, self.target = tower, tower.model, target
         self.patches = nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        hidden = self.model.pre_layrnorm(self.model.embeddings(pixels))
-        *before, last = self.model.encoder.layers
-        for layer in before:
-            hidden = layer(hidden, None)
-        square = hidden[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        last = self.model.get_submodule(
+            f"{self.tower.header.architecture.blocks}.{self.tower.spec.depth - 1}"
+        )
+        with last.register_forward_pre_hook(self._through_patches):
+            return self.target.score(self.tower.pooled(pixels).float())
+
+    def _through_patches(self, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = given
+        first, grid = first_patch(self.tower.spec), self.tower.spec.grid
+        square = hidden[:, first:].transpose(1, 2).unflatten(2, (grid, grid))
         patches = self.patches(square).flatten(2).transpose(1, 2)
-        hidden = last(torch.cat([hidden[:, :1], patches], dim=1), None)
-        return self.target.score(self.model.post_layernorm(hidden[:, 0]).float())
+        return torch.cat([hidden[:, :first], patches], dim=1), *rest
 
 
 @contextmanager

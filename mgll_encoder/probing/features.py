@@ -39,7 +39,7 @@ def workers_for(images: int, asked: int | None) -> int:
 def pooled_features(
     tower: Tower, images: Sequence[Path], batch_size: int = 64, workers: int | None = None
 ) -> NDArray[np.float32]:
-    """Compute the tower's pooled features (class token after the last norm, no projection), [n, width].
+    """Compute the tower's pooled features (see `mgll_encoder.tower.load.pooled`, no projection), [n, width].
 
     Args:
         tower: The tower; its own preprocessing is used.
@@ -192,7 +192,7 @@ def _pooled(
         for pixels in track(loader, "Computing features", len(loader)):
             good = ~torch.isnan(pixels).flatten(1).any(dim=1)
             if good.any():
-                found = model(pixels[good].to(device, tower.model.dtype)).pooler_output.float().cpu().numpy()
+                found = tower.pooled(pixels[good].to(device, tower.model.dtype)).float().cpu().numpy()
                 features[start : start + len(pixels)][good.numpy()] = found
             start += len(pixels)
     model.cpu()

@@ -42,7 +42,7 @@ from mgll_encoder.data.batches import jitter, shrink
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.features import best_device, images_digest, tower_digest, workers_for
 from mgll_encoder.probing.linear import METRICS, kept_labels, metrics, mixed
-from mgll_encoder.tower.load import Tower
+from mgll_encoder.tower.load import Tower, pooled
 from mgll_encoder.tower.preprocess import image_transform
 from mgll_encoder.tower.spec import TowerSpec
 
@@ -117,7 +117,7 @@ class TowerWithHead(nn.Module):
 
     def __init__(self, tower: Tower, data: LabeledImages, exclusive: bool) -> None:
         super().__init__()
-        self.vision, self.exclusive = tower.model, exclusive
+        self.vision, self.spec, self.exclusive = tower.model, tower.spec, exclusive
         self.head = nn.Linear(tower.spec.width, len(data.names))
         nn.init.normal_(self.head.weight, std=0.01)
         true, false = data.truth.sum(axis=0), data.false.sum(axis=0)
@@ -126,7 +126,7 @@ class TowerWithHead(nn.Module):
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return loss and logits [N, labels] of pixels [N, 3, S, S] with labels (0, 1, or `OPEN`) [N, labels]."""
-        logits = self.head(self.vision(pixel_values).pooler_output)
+        logits = self.head(pooled(self.vision, self.spec, pixel_values))
         if self.exclusive:
             loss = functional.cross_entropy(logits, labels.argmax(dim=1))
         else:

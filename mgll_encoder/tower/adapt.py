@@ -7,20 +7,23 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.tower.architectures.base import Architecture
 
 Channels = tuple[float, float, float]
 
 
-def resample_positions(pos: Tensor, grid: int, *, leading: int = 1) -> Tensor:
+def resample_positions(pos: Tensor, grid: int, *, leading: int = 1, antialias: bool = False) -> Tensor:
     """Resample a position table to another patch grid.
 
-    Bicubic, ``align_corners=False``, no antialias; the rows before the grid stay as they are. Bit for bit what
-    ``CLIPVisionEmbeddings.interpolate_pos_encoding`` of transformers does at run time.
+    Bicubic, ``align_corners=False``; the rows before the grid stay as they are. Bit for bit what
+    ``CLIPVisionEmbeddings.interpolate_pos_encoding`` of transformers does at run time (with ``antialias``, that of
+    ``Dinov2WithRegistersEmbeddings``).
 
     Args:
         pos: Position table [leading + g·g, C], class token first.
         grid: Patches along one side of the new grid.
         leading: Rows before the grid: 1 for a class token, 0 for none.
+        antialias: Whether to smooth before a table is made smaller.
 
     Returns:
         Table [leading + grid·grid, C] in the dtype of ``pos`` (computed in float32, or float64 if ``pos`` is).
@@ -38,9 +41,18 @@ def resample_positions(pos: Tensor, grid: int, *, leading: int = 1) -> Tensor:
         return pos
     exact = pos if pos.dtype == torch.float64 else pos.float()
     patches = exact[None, leading:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    patches = interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    patches = interpolate(
+        patches, size=(grid, grid), mode="bicubic", align_corners=False, antialias=antialias
+    )
     patches = patches.permute(0, 2, 3, 1).reshape(grid * grid, -1)
     return torch.cat((exact[:leading], patches)).to(pos.dtype)
+
+
+def fit_positions(table: Tensor, architecture: Architecture, grid: int) -> Tensor:
+    """A position table [..., leading + g·g, C] of an architecture for another grid, as its library resamples it."""
+    rows = table.reshape(-1, table.shape[-1])
+    fitted = resample_positions(rows, grid, leading=architecture.leading, antialias=architecture.antialias)
+    return fitted.reshape(*table.shape[:-2], *fitted.shape)
 
 
 def fold_normalization(
@@ -49,6 +61,7 @@ def fold_normalization(
     *,
     trained: tuple[Channels, Channels],
     given: tuple[Channels, Channels],
+    leading: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Teach a tower to expect pixels that are normalised in another way.
 
@@ -59,10 +72,11 @@ def fold_normalization(
     shift; it may come before or after ``resample_positions``, which preserves constants.
 
     Args:
-        patch_weight: Patch convolution [C, 3, p, p] (without bias).
-        pos: Position table [1 + g·g, C].
+        patch_weight: Patch convolution [C, 3, p, p]; a bias stays as it is.
+        pos: Position table [leading + g·g, C].
         trained: Mean and standard deviation that the tower was trained with (0-1 scale).
         given: Mean and standard deviation that the pixels will have been normalised with.
+        leading: Rows of the table before the patches.
 
     Returns:
         New patch convolution and position table, in the dtypes of the old ones (computed in float64).
@@ -77,5 +91,5 @@ def fold_normalization(
     shift = torch.einsum("ocij,c->o", weight, (given_mean - trained_mean) / trained_std)
     scale = (given_std / trained_std)[None, :, None, None]
     moved = pos.double().clone()
-    moved[1:] += shift
+    moved[leading:] += shift
     return (weight * scale).to(patch_weight.dtype), moved.to(pos.dtype)

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from mgll_encoder.tower.architectures import ARCHITECTURES
 from mgll_encoder.tower.spec import TowerSpec
 
 _CARD = """---
@@ -12,12 +13,12 @@ pipeline_tag: {task}
 
 # MGLL vision tower
 
-A CLIP ViT: width {spec.width}, {spec.depth} blocks, activation `{spec.activation}`, {spec.image_size} px in
+A {architecture.title}: width {spec.width}, {spec.depth} blocks, activation `{spec.activation}`, {spec.image_size} px in
 patches of {spec.patch_size}, {spec.patches} patch tokens. Pixels: {spec.resize} to {spec.image_size} px (bicubic),
 mean {spec.mean}, std {spec.std}.
 
-    from transformers import AutoImageProcessor, CLIPVisionModel
-    tower = CLIPVisionModel.from_pretrained(folder)
+    from transformers import AutoImageProcessor, {architecture.model_class}
+    tower = {architecture.model_class}.from_pretrained(folder)
     features = tower(**AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt"))
 
     swap-encoder --mllm llava-med --encoder folder
@@ -72,6 +73,7 @@ def model_card(spec: TowerSpec, provenance: dict[str, Any], with_text: bool) -> 
     return _CARD.format(
         task="zero-shot-image-classification" if with_text else "image-feature-extraction",
         spec=spec,
+        architecture=ARCHITECTURES[spec.architecture],
         text=_TEXT if with_text else "",
         training=_training(provenance["pretraining"]) if "pretraining" in provenance else "",
         provenance=json.dumps(provenance, indent=2),

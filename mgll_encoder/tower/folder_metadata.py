@@ -7,7 +7,7 @@ from typing import Any
 
 from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.tower.clip_vision import SPEC_FIELDS, spec_fields
+from mgll_encoder.tower.architectures import ARCHITECTURES, described_by
 from mgll_encoder.tower.preprocess import read_preprocessing
 from mgll_encoder.tower.spec import TowerSpec, checked
 
@@ -35,6 +35,7 @@ class Claims:
         fields: ``TowerSpec`` field -> value.
         names: ``TowerSpec`` field -> what the file calls it.
         notes: What had to be simplified.
+        input_size: Side in pixels of the images that are made for it, where that is another one than the config's.
     """
 
     layout: str | None = None
@@ -42,6 +43,7 @@ class Claims:
     fields: Mapping[str, Any] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    input_size: int | None = None
 
 
 def read_claims(path: Path) -> Claims:
@@ -63,17 +65,18 @@ def read_claims(path: Path) -> Claims:
 
 
 def check_kind(file: Path) -> dict[str, Any]:
-    """The config.json of a transformers folder that holds a CLIP tower.
+    """The config.json of a transformers folder that holds a vision tower.
 
     Raises:
         UserError: it is unreadable, or of another kind of model.
     """
     content = read_json(file)
     kind = content.get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
+    if described_by(kind) is None:
+        known = [name for row in ARCHITECTURES.values() for name in (row.model_type, row.around) if name]
         raise UnsupportedCheckpointError(
-            f"{file}: field 'model_type' is {kind!r}: expected 'clip' or 'clip_vision_model', the folder of "
-            "a CLIP vision tower (a whole MLLM belongs to --mllm)"
+            f"{file}: field 'model_type' is {kind!r}: expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}, "
+            "the folder of a vision tower (a whole MLLM belongs to --mllm)"
         )
     return content
 
@@ -91,6 +94,11 @@ def _ours(folder: Path) -> Claims:
             f"{file}: field 'spec' is missing: expected the vision contract; write the tower again"
         )
     spec = checked(TowerSpec, content["spec"], file)
+    if spec.architecture not in ARCHITECTURES:
+        raise UnsupportedCheckpointError(
+            f"{file}: field 'architecture' is {spec.architecture!r}: expected {' or '.join(ARCHITECTURES)}; the folder "
+            "was written by another version of mgll-mllm: upgrade"
+        )
     beside = folder / "config.json"
     act = read_json(beside).get("hidden_act") if beside.is_file() else spec.activation
     if act != spec.activation:
@@ -130,21 +138,25 @@ def _open_clip(folder: Path) -> Claims:
 def _transformers(folder: Path) -> Claims:
     file = folder / "config.json"
     content = check_kind(file)
+    architecture = described_by(content["model_type"])
+    assert architecture is not None, "its kind has just been checked"
     vision = content
-    if content["model_type"] == "clip":  # where a file of old holds it twice, transformers goes by the second
+    if content["model_type"] == architecture.around:
+        # where a file of old holds it twice, transformers goes by the second
         twice = (content.get(name) for name in ("vision_config_dict", "vision_config"))
         vision = next((part for part in twice if part is not None), {})
     try:
-        fields = spec_fields(vision)
+        fields = architecture.spec_fields(vision)
     except ValueError as error:
         raise UnsupportedCheckpointError(
-            f"{file} is no valid config of a CLIP vision tower: {error}"
+            f"{file} is no valid config of a {architecture.title}: {error}"
         ) from None
-    pixels, notes = _pixels(folder, fields["image_size"])
-    return Claims(HF_FOLDER, file, {**fields, **pixels}, SPEC_FIELDS, notes)
+    pixels, notes = _pixels(folder, None if architecture.resampled else fields["image_size"])
+    size = pixels.pop("image_size", None)
+    return Claims(HF_FOLDER, file, {**fields, **pixels}, architecture.fields.names, notes, size)
 
 
-def _pixels(folder: Path, image_size: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _pixels(folder: Path, image_size: int | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     file = folder / "preprocessor_config.json"
     content = read_json(file) if file.is_file() else {}
     if not content and (file := folder / "processor_config.json").is_file():  # transformers 5 nests it there
@@ -152,7 +164,7 @@ def _pixels(folder: Path, image_size: int) -> tuple[dict[str, Any], tuple[str, .
     if not content:
         return {}, ()
     pixels, notes = read_preprocessing(content, file)
-    if (side := pixels.pop("image_size")) != image_size:
+    if image_size is not None and (side := pixels["image_size"]) != image_size:
         raise UnsupportedCheckpointError(
             f"{file}: images become {side} px, but config.json beside it says image_size {image_size}: "
             "expected both to agree; take both from the same folder"

@@ -1,4 +1,4 @@
-"""Reading a vision tower from whatever it was saved as: one ``CLIPVisionModel``, one contract.
+"""Reading a vision tower from whatever it was saved as: the transformers model of its architecture, and a contract.
 
 What a file is, is told by its keys. What the weights cannot tell (activation, preprocessing) comes from the
 folder's config, from the caller, or from a default of the layout, which the header reports with what may follow.
@@ -9,22 +9,26 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import isqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from mgll_encoder.common.errors import UnsupportedCheckpointError, unknown_name
+from mgll_encoder.common.errors import IncompatibleTowerError, UnsupportedCheckpointError, unknown_name
 from mgll_encoder.common.hub import at_hand
-from mgll_encoder.tower.clip_vision import vision_settings, vision_shapes
+from mgll_encoder.tower.adapt import fit_positions
+from mgll_encoder.tower.architectures import ARCHITECTURES, first_patch
+from mgll_encoder.tower.architectures.base import Architecture
+from mgll_encoder.tower.architectures.clip import HF_STATE, OPEN_CLIP, PROJECTION
 from mgll_encoder.tower.folder_metadata import HF_FOLDER, OPEN_CLIP_FOLDER, Claims, check_kind, read_claims
-from mgll_encoder.tower.keymap import PROJECTION, KeyPlan, plan_keys
+from mgll_encoder.tower.keymap import KeyPlan, plan_keys
 from mgll_encoder.tower.spec import (
     CLIP_MEAN,
     CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
     Activation,
+    Pooling,
     TowerSpec,
     checked,
 )
@@ -33,17 +37,16 @@ from mgll_encoder.weights.torch_file import WeightSet
 from mgll_encoder.weights.weight_file import WeightFile, open_weights
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-Origin = Literal["stored", "option", "default"]
+Origin = Literal["stored", "option", "default", "architecture"]
 
 PROJECTION_FILE = "visual_projection.safetensors"
 
 _CLIP_PIXELS: dict[str, Any] = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize": "crop"}
 _MGLL_PIXELS: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "squash"}
 
-OFFICIAL, OPENAI, OPEN_CLIP = "mgll training checkpoint", "OpenAI state dict", "open_clip state dict"
-HF_STATE = "transformers state dict"
+OFFICIAL, OPENAI = "mgll training checkpoint", "OpenAI state dict"
 
 _DEFAULTS: dict[str, tuple[Activation, dict[str, Any]]] = {
     OFFICIAL: ("gelu", _MGLL_PIXELS),
@@ -53,7 +56,8 @@ _DEFAULTS: dict[str, tuple[Activation, dict[str, Any]]] = {
     HF_FOLDER: ("quick_gelu", _CLIP_PIXELS),
     OPEN_CLIP_FOLDER: ("gelu", _CLIP_PIXELS),
 }
-"""Layout -> activation and preprocessing where the source says nothing. Why:
+"""Layout of a CLIP -> activation and preprocessing where the source says nothing; of the others, their architecture
+tells. Why:
 
 - official MGLL: its code builds ``ViT-L-14`` with open_clip >= 2.29 (older ones crash on its ``clip.text``),
   which gives exact GELU even around OpenAI's weights; its data pipeline is a squash with ImageNet mean and std;
@@ -65,21 +69,34 @@ _DEFAULTS: dict[str, tuple[Activation, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """The opened files of a tower, and how their tensors become those of a ``CLIPVisionModel``."""
+    """The opened files of a tower, and how their tensors become those of a transformers model.
+
+    Attributes:
+        checkpoint: The files.
+        plan: What becomes of their keys.
+        grid: Patches along one side of the position table that the model gets.
+    """
 
     checkpoint: WeightFile
     plan: KeyPlan
+    grid: int
 
     def read(self, name: str) -> Tensor:
         """One tensor, by the name that it will have."""
         source = self._sources[name]
         (fused,) = self.checkpoint.read([source]).values()
         place = self.plan.taken[source]
-        return place.cut(fused)[place.targets.index(name)]
+        return self._fitted(name, place.cut(fused)[place.targets.index(name)])
 
     def read_all(self) -> dict[str, Tensor]:
         """All tensors, by the names that they will have."""
-        return self.plan.apply(self.checkpoint.read(self.plan.taken))
+        state = self.plan.apply(self.checkpoint.read(self.plan.taken))
+        return {name: self._fitted(name, tensor) for name, tensor in state.items()}
+
+    def _fitted(self, name: str, tensor: Tensor) -> Tensor:
+        if name != self.plan.architecture.positions:
+            return tensor
+        return fit_positions(tensor, self.plan.architecture, self.grid)
 
     @cached_property
     def _sources(self) -> dict[str, str]:
@@ -92,7 +109,7 @@ class TowerHeader:
 
     Attributes:
         spec: The vision contract.
-        tensors: ``CLIPVisionModel`` key (without ``vision_model.``) -> dtype and shape as stored.
+        tensors: Name in the loaded model -> dtype and shape as stored.
         dropped: Tensors of the source that are left out, counted per group.
         layout: What the source is, in words.
         source: The file or folder.
@@ -116,7 +133,7 @@ class TowerHeader:
     _stored: _Stored | None = field(default=None, repr=False, compare=False)
 
     def read(self, name: str) -> Tensor:
-        """The tensor of a ``CLIPVisionModel`` key (without ``vision_model.``), in its stored dtype.
+        """The tensor of a name in the loaded model, in its stored dtype.
 
         Raises:
             UserError: it is not finite, or the file has been cut short.
@@ -125,6 +142,11 @@ class TowerHeader:
         tensor = self._stored.read(name)
         _check_finite(name, tensor, self.source)
         return tensor
+
+    @property
+    def architecture(self) -> Architecture:
+        """What describes towers of this kind."""
+        return ARCHITECTURES[self.spec.architecture]
 
     @property
     def parameters(self) -> int:
@@ -143,13 +165,13 @@ class Tower:
 
     Attributes:
         header: Where it comes from and its contract.
-        model: ``CLIPVisionModel`` in eval mode.
+        model: The transformers model of its architecture, in eval mode: ``CLIPVisionModel``, ``Dinov2Model`` ...
         projection: Weight of the projection into the image-text space [projection_dim, width], or None.
-            Pooled features are ``model(pixels).pooler_output @ projection.T`` (not normalised).
+            Image features are ``pooled(pixels) @ projection.T`` (not normalised).
     """
 
     header: TowerHeader
-    model: "CLIPVisionModel"
+    model: "PreTrainedModel"
     projection: Tensor | None
 
     @property
@@ -157,9 +179,13 @@ class Tower:
         """The vision contract."""
         return self.header.spec
 
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """Features [N, width] of pixels [N, 3, S, S], pooled as the contract says; see `pooled`."""
+        return pooled(self.model, self.spec, pixels)
+
     @classmethod
     def from_model(
-        cls, model: "CLIPVisionModel", spec: TowerSpec, projection: Tensor | None = None
+        cls, model: "PreTrainedModel", spec: TowerSpec, projection: Tensor | None = None
     ) -> "Tower":
         """A tower around a model made in this process (by training, for example), ready for ``save_tower``.
 
@@ -190,27 +216,28 @@ def inspect_tower(
 
     Args:
         path: An official MGLL training checkpoint, an open_clip or OpenAI state dict (whole CLIP or
-            ``visual`` only), a transformers folder (CLIPVisionModel, with projection, or CLIPModel) or state
-            dict, a folder written by ``save_tower``, or the hub id of any of these folders.
+            ``visual`` only), a transformers folder (CLIPVisionModel, with projection, CLIPModel, Dinov2Model,
+            Dinov2WithRegistersModel) or state dict, a folder written by ``save_tower``, or the hub id of any of these
+            folders.
         activation: For sources that do not store it; must not contradict one that does. Attention heads are
-            width // 64 where no config says otherwise (OpenAI's rule; open_clip's default head width).
+            width // 64 where no config says otherwise (OpenAI's rule; the default of open_clip and timm).
         weights: Of a training checkpoint with two sets of weights, ``ema`` for the moving average; None takes the raw
             ones, with a warning.
 
     Raises:
         UserError: the source is missing, damaged, of another architecture, or contradicts its config.
     """
-    return _examine(at_hand(path, check_kind), activation, weights)
+    return _examine(at_hand(path, check_kind), activation, weights, {})
 
 
 def tower_state_dict(
     path: Path | str, *, activation: Activation | None = None, weights: WeightSet | None = None
 ) -> tuple[TowerHeader, dict[str, Tensor]]:
-    """Read a tower's tensors by ``CLIPVisionModel`` key (without ``vision_model.``), in their stored dtype.
+    """Read a tower's tensors by their names in the loaded model, in their stored dtype.
 
     The projection is not among them. Arguments and errors as for ``load_tower``.
     """
-    header, tensors, _ = _read(at_hand(path, check_kind), activation, weights)
+    header, tensors, _ = _read(at_hand(path, check_kind), activation, weights, {})
     return header, tensors
 
 
@@ -220,51 +247,81 @@ def load_tower(
     activation: Activation | None = None,
     dtype: torch.dtype | None = None,
     weights: WeightSet | None = None,
+    image_size: int | None = None,
+    pooling: Pooling | None = None,
 ) -> Tower:
-    """Load a tower as a Hugging Face ``CLIPVisionModel``.
+    """Load a tower as the transformers model of its architecture.
 
     Args:
         path: As for ``inspect_tower``.
         activation: As for ``inspect_tower``.
         dtype: Dtype of the model; float32 by default, whatever is stored.
         weights: As for ``inspect_tower``.
+        image_size: Side in pixels of the images that it shall take: its position table is resampled; None for its own.
+        pooling: How image features shall come about, see `TowerSpec`; None for its own way.
 
     Returns:
         The tower in eval mode on the CPU.
 
     Raises:
-        UserError: as for ``inspect_tower``, and weights that are not finite.
+        UserError: as for ``inspect_tower``; the weights are not finite, the size is no multiple of the patch size, or
+            the architecture has no such pooling.
     """
-    header, tensors, projection = _read(at_hand(path, check_kind), activation, weights)
+    fitted = {"image_size": image_size, "pooling": pooling}
+    changes = {name: value for name, value in fitted.items() if value is not None}
+    header, tensors, projection = _read(at_hand(path, check_kind), activation, weights, changes)
     dtype = dtype or torch.float32
-    with torch.device("meta"):  # no weights are drawn only to be replaced
-        model = build_model(header.spec)
     own = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}  # not the mapped file
-    model.load_state_dict(own, assign=True)
-    positions = torch.arange(1 + header.spec.patches)[None]  # in no state dict
-    model.embeddings.position_ids = torch.nn.Buffer(positions, persistent=False)
     projection = None if projection is None else projection.to(dtype, copy=True).contiguous()
-    return Tower(header, model.eval(), projection)
+    return Tower(header, filled_model(header.spec, own), projection)
 
 
-def build_model(spec: TowerSpec) -> "CLIPVisionModel":
-    """A ``CLIPVisionModel`` of the contract's geometry, with random weights."""
-    from transformers import CLIPVisionModel
+def filled_model(spec: TowerSpec, state: Mapping[str, Tensor]) -> "PreTrainedModel":
+    """The transformers model of a contract around these tensors, in eval mode; none is copied, none drawn."""
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        model = build_model(spec)
+    model.load_state_dict(state, assign=True)
+    if ARCHITECTURES[spec.architecture].position_ids:
+        rows = state[ARCHITECTURES[spec.architecture].positions].shape[-2]
+        embeddings: Any = model.embeddings
+        embeddings.position_ids = torch.nn.Buffer(torch.arange(rows)[None], persistent=False)
+    model.eval()
+    return model
 
-    return CLIPVisionModel(vision_config(spec))
+
+def pooled(model: "PreTrainedModel", spec: TowerSpec, pixels: Tensor) -> Tensor:
+    """Features of images, [N, width], before any projection.
+
+    Args:
+        model: A model of ``build_model(spec)``'s class.
+        spec: The contract, whose ``pooling`` counts.
+        pixels: [N, 3, S, S].
+    """
+    architecture = ARCHITECTURES[spec.architecture]
+    return architecture.poolings[spec.pooling](model(pixels), first_patch(spec))
 
 
-def vision_config(spec: TowerSpec) -> "CLIPVisionConfig":
+def build_model(spec: TowerSpec) -> "PreTrainedModel":
+    """The transformers model of the contract's architecture and geometry, with random weights."""
+    import transformers
+
+    kind: type[PreTrainedModel] = getattr(transformers, ARCHITECTURES[spec.architecture].model_class)
+    return kind(vision_config(spec))
+
+
+def vision_config(spec: TowerSpec) -> "PreTrainedConfig":
     """The transformers config of a tower."""
-    from transformers import CLIPVisionConfig
+    import transformers
 
-    return CLIPVisionConfig.from_dict(vision_settings(spec))
+    architecture = ARCHITECTURES[spec.architecture]
+    kind: type[PreTrainedConfig] = getattr(transformers, architecture.model_class).config_class
+    return kind.from_dict(architecture.vision_settings(spec))
 
 
 def _read(
-    path: Path, activation: Activation | None, weights: WeightSet | None
+    path: Path, activation: Activation | None, weights: WeightSet | None, changes: Mapping[str, Any]
 ) -> tuple[TowerHeader, dict[str, Tensor], Tensor | None]:
-    header = _examine(path, activation, weights)
+    header = _examine(path, activation, weights, changes)
     assert header._stored is not None, "it has just been opened"
     tensors = header._stored.read_all()
     if (aside := path / PROJECTION_FILE).is_file():
@@ -282,7 +339,9 @@ def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
         )
 
 
-def _examine(path: Path, activation: Activation | None, weights: WeightSet | None) -> TowerHeader:
+def _examine(
+    path: Path, activation: Activation | None, weights: WeightSet | None, changes: Mapping[str, Any]
+) -> TowerHeader:
     if activation is not None and activation not in get_args(Activation):
         raise unknown_name("activation", activation, get_args(Activation))
     if weights is not None and weights not in get_args(WeightSet):
@@ -290,6 +349,8 @@ def _examine(path: Path, activation: Activation | None, weights: WeightSet | Non
     checkpoint = open_weights(path, weights)
     claims = read_claims(path)
     plan = plan_keys(checkpoint.headers, str(path))
+    architecture = plan.architecture
+    _compare_kind(architecture, claims, path)
     layout = claims.layout or _layout(plan)
     tensors = plan.apply(checkpoint.headers)
     if (aside := path / PROJECTION_FILE).is_file():
@@ -302,26 +363,38 @@ def _examine(path: Path, activation: Activation | None, weights: WeightSet | Non
         warnings.append(
             f"{path}: {len(plan.unknown)} tensors outside the tower are left out, such as '{plan.unknown[0]}'"
         )
-    chosen, activation_source = _choose_activation(path, layout, claims, activation)
+    chosen, activation_source = _choose_activation(path, layout, architecture, claims, activation)
     if activation_source == "default":
         warnings.append(_activation_warning(path, layout, chosen))
     pixels: dict[str, Any] = {}
     preprocessing_source: Origin = "stored"
     if "mean" not in claims.fields:
-        pixels, preprocessing_source = _DEFAULTS[layout][1], "default"
+        pixels = dict(_DEFAULTS[layout][1] if layout in _DEFAULTS else architecture.pixels)
+        preprocessing_source = "default"
+        what = f"an {layout}" if layout in _DEFAULTS else architecture.title
         warnings.append(
-            f"{path}: mean, std and resize rule are not stored; taken as those of an {layout}: "
+            f"{path}: mean, std and resize rule are not stored; taken as those of {what}: "
             f"mean {_figures(pixels['mean'])}, std {_figures(pixels['std'])}, {pixels['resize']}"
         )
-    measured = _measure(tensors, path)
+    measured = _measure(tensors, architecture, path)
     _compare(measured, claims, path)
-    fields = {"heads": max(1, measured["width"] // 64), **measured, **pixels, **claims.fields}
+    kind = {"architecture": architecture.name, "layer_norm_eps": architecture.layer_norm_eps}
+    fields = {"heads": max(1, measured["width"] // 64), **kind, **measured, **pixels, **claims.fields}
     spec = checked(TowerSpec, {**fields, "activation": chosen}, claims.file or path)
     _check_shapes(tensors, spec, path)
+    stored, spec = spec, _fitted(spec, claims, changes, path)
+    if spec.grid != stored.grid and "image_size" not in changes:
+        warnings.append(
+            f"{path}: its images are {spec.image_size} px wide, its position table is for {stored.image_size} px: the "
+            f"table is resampled to {spec.grid}x{spec.grid} patches, as {architecture.model_class} does"
+        )
+    shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items() if name != PROJECTION}
+    table = architecture.positions
+    shapes[table] = (tensors[table].dtype, architecture.shapes(spec)[table])
 
     return TowerHeader(
         spec=spec,
-        tensors={name: (t.dtype, tuple(t.shape)) for name, t in tensors.items() if name != PROJECTION},
+        tensors=shapes,
         dropped=plan.dropped,
         layout=layout,
         source=path,
@@ -330,28 +403,61 @@ def _examine(path: Path, activation: Activation | None, weights: WeightSet | Non
         preprocessing_source=preprocessing_source,
         warnings=tuple(warnings),
         weights=checkpoint.taken if "ema" in checkpoint.sets else None,
-        _stored=_Stored(checkpoint, plan),
+        _stored=_Stored(checkpoint, plan, spec.grid),
     )
 
 
+def _fitted(spec: TowerSpec, claims: Claims, changes: Mapping[str, Any], path: Path) -> TowerSpec:
+    """The contract for the images that are made for the tower, with what the caller wants changed in it."""
+    architecture = ARCHITECTURES[spec.architecture]
+    pooling = changes.get("pooling", spec.pooling)
+    if pooling not in architecture.poolings:
+        raise unknown_name(f"pooling of a {architecture.title}", pooling, architecture.poolings)
+    asked = changes.get("image_size")
+    near = spec.patch_size if asked is None else max(1, round(asked / spec.patch_size)) * spec.patch_size
+    if asked not in (None, near):
+        raise IncompatibleTowerError(
+            f"--image-size {asked} is no multiple of the tower's patch size {spec.patch_size}: try {near}"
+        )
+    size = asked or claims.input_size or spec.image_size
+    return checked(TowerSpec, {**spec.model_dump(), "image_size": size, "pooling": pooling}, path)
+
+
+def _compare_kind(architecture: Architecture, claims: Claims, path: Path) -> None:
+    """Refuse a config of another architecture than the weights."""
+    claimed = claims.fields.get("architecture", architecture.name)
+    if claimed != architecture.name:
+        raise UnsupportedCheckpointError(
+            f"{claims.file} describes a {ARCHITECTURES[claimed].title} tower, but the weights in {path} are those of a "
+            f"{architecture.title}: expected the config of these weights; take both from the same folder"
+        )
+
+
 def _layout(plan: KeyPlan) -> str:
-    if plan.naming.name == "transformers":
-        return HF_STATE
+    if plan.naming.layout != OPEN_CLIP:
+        return plan.naming.layout
     if plan.prefix.endswith("clip.visual."):  # CLIPBaseline keeps open_clip's model as self.clip
         return OFFICIAL
     return OPENAI if "OpenAI constants" in plan.dropped else OPEN_CLIP
 
 
 def _choose_activation(
-    path: Path, layout: str, claims: Claims, option: Activation | None
+    path: Path, layout: str, architecture: Architecture, claims: Claims, option: Activation | None
 ) -> tuple[Activation, Origin]:
     stored = claims.fields.get("activation")
-    if stored is None:
+    known = architecture.activations
+    if stored is None and len(known) == 1 and option in (None, *known):
+        return cast(Activation, known[0]), "architecture"
+    if stored is None and option in (None, *known):
         return (option, "option") if option else (_DEFAULTS[layout][0], "default")
-    name = claims.names.get("activation", "activation")
-    if stored not in get_args(Activation):
+    if stored is None:
         raise UnsupportedCheckpointError(
-            f"{claims.file}: field '{name}' is '{stored}': expected {' or '.join(get_args(Activation))}; "
+            f"{path}: --activation {option}: a {architecture.title} has {' or '.join(known)}: leave the option out"
+        )
+    name = claims.names.get("activation", "activation")
+    if stored not in known:
+        raise UnsupportedCheckpointError(
+            f"{claims.file}: field '{name}' is '{stored}': expected {' or '.join(sorted(known))}; "
             "a tower with another activation is not supported"
         )
     if option and option != stored:
@@ -359,7 +465,7 @@ def _choose_activation(
             f"{path}: --activation {option} contradicts '{stored}', stored in {claims.file} as '{name}': "
             "leave the option out, or correct the file if it is wrong"
         )
-    return stored, "stored"
+    return cast(Activation, stored), "stored"
 
 
 def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
@@ -384,7 +490,7 @@ def _weights_warning(checkpoint: WeightFile) -> str:
     )
 
 
-def _measure(tensors: Mapping[str, Tensor], path: Path) -> dict[str, int]:
+def _measure(tensors: Mapping[str, Tensor], architecture: Architecture, path: Path) -> dict[str, int]:
     """What the weights tell of a contract."""
 
     def shape(name: str, dims: int) -> torch.Size:
@@ -395,20 +501,24 @@ def _measure(tensors: Mapping[str, Tensor], path: Path) -> dict[str, int]:
             )
         return found
 
-    patch = shape("embeddings.patch_embedding.weight", 4)[-1]
-    positions = shape("embeddings.position_embedding.weight", 2)[0]
-    grid = isqrt(max(positions - 1, 0))
-    if grid < 1 or 1 + grid * grid != positions:
-        raise UnsupportedCheckpointError(
-            f"{path}: the position table has {positions} rows: expected a class token and a square grid"
-        )
+    width, _, _, patch = shape(architecture.patches, 4)
+    positions = shape(architecture.positions, architecture.positions_ndim)[-2]
+    grid = isqrt(max(positions - architecture.leading, 0))
+    if grid < 1 or architecture.leading + grid * grid != positions:
+        rows = "a class token and a square grid" if architecture.leading else "a square grid"
+        raise UnsupportedCheckpointError(f"{path}: the position table has {positions} rows: expected {rows}")
+    blocks = f"{architecture.blocks}."
     measured = {
-        "width": shape("embeddings.class_embedding", 1)[0],
-        "depth": sum(name.endswith(".layer_norm1.weight") for name in tensors),
-        "mlp_width": shape("encoder.layers.0.mlp.fc1.weight", 2)[0],
+        "width": width,
+        "depth": len(
+            {name.removeprefix(blocks).split(".")[0] for name in tensors if name.startswith(blocks)}
+        ),
+        "mlp_width": shape(f"{blocks}0.mlp.fc1.weight", 2)[0],
         "patch_size": patch,
         "image_size": grid * patch,
     }
+    if architecture.registers is not None:
+        measured["registers"] = shape(architecture.registers, 3)[1]
     return measured | ({"projection_dim": shape(PROJECTION, 2)[0]} if PROJECTION in tensors else {})
 
 
@@ -431,7 +541,7 @@ def _compare(measured: Mapping[str, int], claims: Claims, path: Path) -> None:
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], spec: TowerSpec, path: Path) -> None:
-    expected = vision_shapes(spec)
+    expected = ARCHITECTURES[spec.architecture].shapes(spec)
     if spec.projection_dim is not None and PROJECTION in tensors:
         expected[PROJECTION] = (spec.projection_dim, spec.width)
     for name, tensor in tensors.items():

@@ -14,9 +14,10 @@ from mgll_encoder.common.local_paths import without_local
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
 from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text.text_tower import TextTower
+from mgll_encoder.tower.architectures import ARCHITECTURES
+from mgll_encoder.tower.architectures.clip import PROJECTION
 from mgll_encoder.tower.card import model_card
 from mgll_encoder.tower.folder_metadata import TOWER_FILE, TOWER_VERSION
-from mgll_encoder.tower.keymap import PROJECTION
 from mgll_encoder.tower.load import PROJECTION_FILE, Tower, vision_config
 from mgll_encoder.tower.preprocess import image_processor
 
@@ -31,8 +32,9 @@ def save_tower(
 ) -> Path:
     """Write a tower's folder, whole or not at all.
 
-    The weights carry the prefix ``vision_model.``, which ``CLIPVisionModel`` expects in transformers 4 and
-    removes on loading in transformers 5. The projection, for which it has no place, lies in a file of its own.
+    The weights have the names that all releases of transformers read: those of a CLIP carry the prefix
+    ``vision_model.``, which ``CLIPVisionModel`` expects in transformers 4 and removes on loading in transformers 5.
+    The projection, for which there is no place, lies in a file of its own.
 
     Args:
         tower: The tower; its model must have the geometry of its contract.
@@ -50,18 +52,12 @@ def save_tower(
     """
     spec, header = tower.spec, tower.header
     config = vision_config(spec)
-    for name in (
-        "hidden_size",
-        "num_attention_heads",
-        "image_size",
-        "patch_size",
-        "hidden_act",
-        "layer_norm_eps",
-    ):
-        found, expected = getattr(tower.model.config, name), getattr(config, name)
+    architecture = ARCHITECTURES[spec.architecture]
+    for name in architecture.fields.names.values():
+        found, expected = getattr(tower.model.config, name, None), getattr(config, name)
         if found != expected:
             raise UserError(f"the model's {name} is {found}: expected {expected} as in its TowerSpec")
-    config.architectures = ["CLIPVisionModel"]
+    config.architectures = [architecture.model_class]
     config.dtype = tower.model.dtype
     record: dict[str, Any] = {
         "source": header.source.name,
@@ -74,7 +70,8 @@ def save_tower(
         **without_local(provenance or {}),
     }
     weights = {
-        f"vision_model.{name}": t.detach().cpu().contiguous() for name, t in tower.model.state_dict().items()
+        architecture.file_name(name): tensor.detach().cpu().contiguous()
+        for name, tensor in tower.model.state_dict().items()
     }
     with new_folder(out, force) as folder:
         config.save_pretrained(folder)

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from mgll_encoder.common.errors import UserError
 
 Activation = Literal["gelu", "quick_gelu"]
+Pooling = Literal["class", "mean"]
 Resize = Literal["squash", "crop", "pad"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,9 +38,10 @@ class PixelRule(BaseModel):
 
 
 class TowerSpec(PixelRule):
-    """Geometry and preprocessing of a CLIP vision tower.
+    """Geometry and preprocessing of a vision tower.
 
     Attributes:
+        architecture: Its name in `mgll_encoder.tower.architectures.ARCHITECTURES`.
         width: Hidden size C of the transformer.
         depth: Number of transformer blocks.
         heads: Attention heads.
@@ -48,8 +50,12 @@ class TowerSpec(PixelRule):
         activation: ``gelu`` (exact) or ``quick_gelu`` (x·sigmoid(1.702x)). The weights cannot tell.
         projection_dim: Width of the shared image-text space, or None where the file has no projection.
         layer_norm_eps: Epsilon of every LayerNorm.
+        registers: Register tokens between class token and patch tokens.
+        pooling: How the features of an image come about: ``class`` (the class token after the last LayerNorm) or
+            ``mean`` (the mean of the patch tokens after it).
     """
 
+    architecture: str = Field(default="clip", exclude_if=lambda value: value == "clip")
     width: PositiveInt
     depth: PositiveInt
     heads: PositiveInt
@@ -58,6 +64,8 @@ class TowerSpec(PixelRule):
     activation: Activation
     projection_dim: PositiveInt | None = None
     layer_norm_eps: float = 1e-5
+    registers: int = Field(default=0, ge=0, exclude_if=lambda value: value == 0)
+    pooling: Pooling = Field(default="class", exclude_if=lambda value: value == "class")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -90,6 +90,8 @@ class Destination:
                 return tensor.chunk(len(self.targets))
             case Transpose():
                 return (tensor.T,)
+            case Reshape(dimensions=dimensions):
+                return (tensor.reshape(tensor.shape[tensor.ndim - dimensions :]),)
             case str():
                 return (tensor,)
         raise NotImplementedError(f"{self.rule} cannot be computed here")
@@ -113,6 +115,23 @@ class KeyTable:
             if match := pattern.fullmatch(bare):
                 return Destination(rule, targets(rule, match.groups()))
         return None
+
+
+def renames(names: Mapping[str, str]) -> dict[str, Rule]:
+    """Rules of tensors that are taken as they are: pattern -> new name, with the fields of the pattern in their order.
+
+    Both sides are patterns, so that a table can be turned around.
+    """
+    return {pattern: _FIELD.sub("{}", target) for pattern, target in names.items()}
+
+
+def spelt(pattern: str) -> list[str]:
+    """A pattern once for each of the words in its braces; ``{}`` and ``*`` stay."""
+    field = next((found for found in _FIELD.finditer(pattern) if found[1]), None)
+    if field is None:
+        return [pattern]
+    before, after = pattern[: field.start()], pattern[field.end() :]
+    return [name for word in field[1].split(",") for name in spelt(before + word + after)]
 
 
 def targets(rule: Rule, matched: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.text.pretrained import library_errors, quiet
-from mgll_encoder.tower.clip_vision import vision_settings
+from mgll_encoder.tower.architectures import ARCHITECTURES
 from mgll_encoder.tower.spec import TowerSpec
 from mllm_adapters.checkpoints.quantized import refuse_quantized
 from mllm_adapters.core.architectures import register_models
@@ -72,8 +72,9 @@ def tower_geometry(vision: Any) -> dict[str, Any]:
 
 
 def tower_config(spec: TowerSpec, after: VisionContract) -> dict[str, Any]:
-    """``vision_config`` of a LLaVA-shaped checkpoint: a plain ``clip_vision_model``."""
-    return vision_settings(spec.model_copy(update={"image_size": after.image_size}))
+    """``vision_config`` of a checkpoint whose tower is a plain model of transformers."""
+    fitted = spec.model_copy(update={"image_size": after.image_size})
+    return ARCHITECTURES[spec.architecture].vision_settings(fitted)
 
 
 def text_config(model_type: str, config: Mapping[str, Any], vocabulary: int, where: str) -> dict[str, Any]:

@@ -191,6 +191,7 @@ class FamilySpec:
             config.json: a file with a tensor that matches the first one tells the family; the files that match any
             of them are read.
         parts: Parts that may lie outside the checkpoint, name -> what it is; each can be given as ``--part NAME=PATH``.
+        encoders: Architectures of vision encoders that a swap can put in, by name.
         targets: Layouts that a swap can write: ``own`` and, where the understanding path is a LLaVA, ``llava``.
         not_llava: Why it is none, where it is none; empty where ``own`` is a LLaVA already.
     """
@@ -207,6 +208,7 @@ class FamilySpec:
     extra_weights: tuple[str, ...] = ()
     bare_weights: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
+    encoders: tuple[str, ...] = ("clip",)
     targets: tuple[Target, ...] = ("own",)
     not_llava: str = ""
 

@@ -9,8 +9,14 @@ from typing import Any, Literal
 import torch
 
 from mgll_encoder import TowerHeader, inspect_tower
-from mgll_encoder.common.errors import IncompatibleTowerError, NotFoundError, UserError
-from mgll_encoder.tower.spec import Resize, TowerSpec
+from mgll_encoder.common.errors import (
+    IncompatibleTowerError,
+    NotFoundError,
+    UnsupportedCheckpointError,
+    UserError,
+)
+from mgll_encoder.tower.architectures.clip import CLIP
+from mgll_encoder.tower.spec import Activation, Resize, TowerSpec
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.contract import Dropped, Plan, Step, VisionContract
 from mllm_adapters.core.known_towers import (
@@ -95,7 +101,7 @@ def external_tower(
     """
     folder = checkpoint.find(TOWER_PART, named.name)
     if folder is not None:
-        header = inspect_tower(folder)
+        header = clip_tower(folder)
         spec = header.spec.model_copy(update={"resize": named.resize})
         return HostTower(
             named.name, spec, header, (f"the host's own tower is {named.name}", *header.warnings)
@@ -113,6 +119,20 @@ def external_tower(
     spec, source = found
     fitted = spec.model_copy(update={"resize": named.resize})
     return HostTower(short_name(named.name), fitted, None, (gone(named.name, source),))
+
+
+def clip_tower(path: Path, activation: Activation | None = None) -> TowerHeader:
+    """The header of a host's own tower, which must be a CLIP ViT; see `mgll_encoder.inspect_tower`.
+
+    Raises:
+        UserError: it is of another architecture, or cannot be read.
+    """
+    header = inspect_tower(path, activation=activation)
+    if header.architecture is not CLIP:
+        raise UnsupportedCheckpointError(
+            f"{path} is a {header.architecture.title} tower: the host was trained with a {CLIP.title}; give that one"
+        )
+    return header
 
 
 def _known_geometry(

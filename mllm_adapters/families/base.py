@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import IncompatibleTowerError, UserError
+from mgll_encoder.tower.architectures import ARCHITECTURES
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import tower_config
 from mllm_adapters.core.contract import Dropped, Family, Plan, Step, Target, VisionContract
@@ -146,6 +147,7 @@ class PlannedFamily(Family):
         if request.target not in self.spec.targets and self.spec.not_llava:
             raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use --layout own")
         if request.tower is not None:
+            self._check_tower(request.tower)
             return
         if self.layout(checkpoint.config) == "transformers":
             raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
@@ -153,4 +155,12 @@ class PlannedFamily(Family):
             raise UserError(
                 f"{checkpoint.folder}: the layout llava is for a checkpoint with a new tower, give one with --encoder "
                 "(a LLaVA has a CLIP tower)"
+            )
+
+    def _check_tower(self, tower: TowerHeader) -> None:
+        if tower.spec.architecture not in self.spec.encoders:
+            titles = " or ".join(ARCHITECTURES[name].title for name in self.spec.encoders)
+            raise IncompatibleTowerError(
+                f"{tower.source} is a {tower.architecture.title}: what loads a swapped {self.spec.title} has a "
+                f"{titles} as its tower"
             )

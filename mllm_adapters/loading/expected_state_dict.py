@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from mgll_encoder.tower.clip_vision import MODEL_TYPE, spec_fields, vision_shapes
+from mgll_encoder.tower.architectures.clip import CLIP
 from mgll_encoder.tower.spec import TowerSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -109,10 +109,10 @@ def llava_shapes(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...
         llava = _Llava.model_validate(dict(config))
         kind = str(llava.text_config.get("model_type", "llama"))
         text = _Text.model_validate({**DEFAULTS[kind], **llava.text_config})
-        tower = TowerSpec(**spec_fields(llava.vision_config))
+        tower = TowerSpec(**CLIP.spec_fields(llava.vision_config))
     except (ValueError, KeyError):  # of which a ValidationError is one
         return
-    if llava.vision_config.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+    if llava.vision_config.get("model_type", CLIP.model_type) != CLIP.model_type:
         return
     width = text.hidden_size
     projector = {
@@ -123,7 +123,7 @@ def llava_shapes(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...
     }
     tied = llava.tie_word_embeddings or text.tie_word_embeddings
     head = {} if tied else {"weight": (text.vocab_size, width)}
-    parts: tuple[Shapes, ...] = (_text_shapes(text), head, vision_shapes(tower), projector)
+    parts: tuple[Shapes, ...] = (_text_shapes(text), head, CLIP.shapes(tower), projector)
     for names in NAMES:
         named = zip(names, parts, strict=True)
         yield {prefix + name: shape for prefix, part in named for name, shape in part.items()}

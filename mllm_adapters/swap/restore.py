@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.trained_on import TOWER, trainings_of, write_trainings
+from mgll_encoder.tower.architectures import ARCHITECTURES
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.checkpoints.locate import PROVENANCE
 from mllm_adapters.core.contract import Plan, Step
@@ -113,7 +113,8 @@ def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
     Raises:
         UserError: ``folder`` was not swapped, or ``out`` cannot be written.
     """
-    from mgll_encoder import Tower, build_model, save_tower
+    from mgll_encoder import Tower, save_tower
+    from mgll_encoder.tower.load import filled_model
 
     record = read_record(folder)
     steps = {step.sources[0]: step for step in record.tensors if step.kind.from_tower}
@@ -125,19 +126,16 @@ def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
     size = after.image_size // after.patch_size * after.patch_size
     spec = record.tower_spec.model_copy(update={**fitted, "image_size": size, "projection_dim": None})
     state = {key: checkpoint.read(step.name) for key, step in steps.items()}
-    with torch.device("meta"):
-        model = build_model(spec)
-    _check_tower(folder, model.state_dict(), state)
-    model.load_state_dict(state, assign=True)
-    model.embeddings.position_ids = torch.nn.Buffer(torch.arange(1 + spec.patches)[None], persistent=False)
+    _check_tower(folder, ARCHITECTURES[spec.architecture].shapes(spec), state)
+    model = filled_model(spec, state)
     made_of = record.inputs.tower.name if record.inputs.tower else None
     provenance = {"source": folder.absolute().name, "layout": "swapped checkpoint", "encoder": made_of}
     trainings = [training for training in trainings_of(folder) if TOWER in training.parts]
     return save_tower(Tower.from_model(model, spec), out, force, provenance, trainings=trainings)
 
 
-def _check_tower(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (expected, found)]
+def _check_tower(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
+    shapes = [expected, {name: tuple(tensor.shape) for name, tensor in found.items()}]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         wanted, given = (state.get(name, "none") for state in shapes)
         if wanted != given:

@@ -295,11 +295,14 @@ CASES: dict[Callable[[Path], Path], str] = {
     "'model_state_dict', 'module'",
     nothing_inside: "{path} holds no weights (found a dict with epoch, model): expected a dict of tensors, or one "
     "under 'model', 'state_dict', 'model_state_dict', 'module'",
-    language_model: "{path}: no CLIP vision tower among 2 tensors, this looks like a language model: expected a CLIP "
-    "ViT with keys such as 'visual.conv1.weight' or 'vision_model.embeddings.patch_embedding.weight'",
-    resnet: "{path}: no CLIP vision tower among 3 tensors, this looks like a ResNet: expected a CLIP ViT",
-    siglip_timm: "{path}: no CLIP vision tower among 3 tensors, this looks like a timm, EVA or SigLIP tower: expected",
-    siglip_transformers: "{path}: the vision tower has a patch bias (SigLIP, EVA): expected a CLIP ViT",
+    language_model: "{path}: no vision tower that is read here among 2 tensors, this looks like a language model: "
+    "expected a CLIP ViT, DINOv2 or DINOv2 with registers with keys such as 'visual.conv1.weight' or "
+    "'vision_model.embeddings.patch_embedding.weight'",
+    resnet: "{path}: no vision tower that is read here among 3 tensors, this looks like a ResNet: expected a CLIP ViT",
+    siglip_timm: "{path}: no vision tower that is read here among 3 tensors, this looks like a timm, EVA or SigLIP "
+    "tower: expected",
+    siglip_transformers: "{path}: no vision tower that is read here among 56 tensors, this looks like a SigLIP or EVA "
+    "tower: expected",
     no_class_token: "{path}: the vision tower lacks 'visual.class_embedding': expected every tensor of a CLIP ViT "
     "with a class token; save the whole tower again",
     no_first_layer: "{path}: the vision tower lacks 'visual.transformer.resblocks.0.attn.in_proj_bias', "
@@ -321,10 +324,10 @@ CASES: dict[Callable[[Path], Path], str] = {
     other_patch: "{path}/config.json: field 'patch_size' is 7, but the weights in {path} have 14: expected",
     other_image_size: "{path}/config.json: field 'image_size' is 56, but the weights in {path} have 28: expected",
     other_depth: "{path}/config.json: field 'num_hidden_layers' is 24, but the weights in {path} have 3: expected",
-    whole_mllm: "{path}/config.json: field 'model_type' is 'llava': expected 'clip' or 'clip_vision_model', the folder "
-    "of a CLIP vision tower (a whole MLLM belongs to --mllm)",
+    whole_mllm: "{path}/config.json: field 'model_type' is 'llava': expected 'clip_vision_model', 'clip', 'dinov2' or "
+    "'dinov2_with_registers', the folder of a vision tower (a whole MLLM belongs to --mllm)",
     no_json: "{path}/config.json is not JSON: ",
-    wrong_type: "{path}/config.json is no valid config of a CLIP vision tower: ",
+    wrong_type: "{path}/config.json is no valid config of a CLIP ViT: ",
     no_weights: "folder {path} holds no weights (found: config.json): expected one of model.safetensors.index.json, ",
     lost_shard: "{path}/model.safetensors.index.json names the shard 'model-00002-of-00007.safetensors', which is not "
     "in {path}: complete the download",

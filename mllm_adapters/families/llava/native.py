@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.tower.clip_vision import spec_fields
+from mgll_encoder.tower.architectures.clip import CLIP
 from mgll_encoder.tower.spec import TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields
@@ -67,7 +67,7 @@ def _native_tower(checkpoint: Checkpoint, prefix: str) -> HostTower:
     """Geometry of the tower in a transformers checkpoint, from its configuration and image processor."""
     where: Path = checkpoint.folder / "config.json"
     try:
-        vision = spec_fields(checkpoint.config["vision_config"])
+        vision = CLIP.spec_fields(checkpoint.config["vision_config"])
     except ValueError as error:
         raise UserError(f"{where}: vision_config: {error}") from None
     pixels, notes = host_pixels(checkpoint.folder, vision["image_size"])

@@ -4,16 +4,17 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from mgll_encoder import TowerHeader, inspect_tower
+from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.tower.keymap import PROJECTION, plan_keys
+from mgll_encoder.tower.architectures.clip import PROJECTION
+from mgll_encoder.tower.keymap import plan_keys
 from mgll_encoder.tower.load import OFFICIAL
 from mgll_encoder.weights.keytable import Destination
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Dropped, Step
 from mllm_adapters.core.known_towers import PUBLISHED_TOWERS, assumed_geometry, gone
-from mllm_adapters.core.planning import TOWER_PART, HostTower, copied, extended, replaced
+from mllm_adapters.core.planning import TOWER_PART, HostTower, clip_tower, copied, extended, replaced
 from mllm_adapters.core.registry import LOOSE_SUFFIXES
 from mllm_adapters.families.keytable import placed
 from mllm_adapters.families.med_flamingo.original import HEAD, LANGUAGE_MODEL, Geometry, Names
@@ -121,7 +122,7 @@ def host_tower(
     """
     if names.vision:
         file = checkpoint.tensors[names.vision[0]].file
-        spec = inspect_tower(file, activation="quick_gelu").spec
+        spec = clip_tower(file, activation="quick_gelu").spec
         host = HostTower(file.name, spec, None, (f"the host's own tower is in {file.name}",))
     else:
         host = _external_host(checkpoint, geometry, tower, image_size)
@@ -152,9 +153,9 @@ def _external_host(
         raise UserError(
             f"{checkpoint.folder}: {listed} are CLIP towers: say which one it is with --part {TOWER_PART}=PATH"
         )
-    header = inspect_tower(found)
+    header = clip_tower(found)
     if header.activation_source == "default":
-        header = inspect_tower(found, activation="quick_gelu")  # open_clip forced it on OpenAI's weights
+        header = clip_tower(found, activation="quick_gelu")  # open_clip forced it on OpenAI's weights
     spec = header.spec.model_copy(update={"resize": "crop"})
     return HostTower(found.name, spec, header, (f"the host's own tower is {found.name}",))
 
@@ -179,7 +180,7 @@ def _replaced_host(checkpoint: Checkpoint, width: int, image_size: int | None) -
 def _name_damaged(checkpoint: Checkpoint) -> None:
     """Say of a CLIP folder that is there and passed over what is wrong with it."""
     for folder in _clip_folders(checkpoint):
-        inspect_tower(folder)
+        clip_tower(folder)
 
 
 def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:
@@ -195,7 +196,7 @@ def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:
     found = []
     for path in (*_clip_folders(checkpoint), *loose):
         try:
-            header = inspect_tower(path)
+            header = clip_tower(path)
         except UserError:
             continue  # no tower
         if header.layout != OFFICIAL:

@@ -1,0 +1,170 @@
+"""What tells one architecture of vision encoders from another: one description, in figures and tables.
+
+Nothing here imports transformers: planning a swap and inspecting a tower need no more than this, and importing a class
+takes seconds. Tests hold every description against the library that defines the architecture.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+
+from mgll_encoder.weights.keytable import KeyTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mgll_encoder.tower.spec import TowerSpec
+
+CHANNELS = 3
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class ConfigFields(BaseModel):
+    """The fields of a tower's config.json that count here, with the defaults of its transformers configuration.
+
+    A field with one value only (``Literal``) is what the architecture is read for; another value is refused.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    names: ClassVar[Mapping[str, str]] = {
+        "width": "hidden_size",
+        "depth": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "patch_size": "patch_size",
+        "image_size": "image_size",
+        "activation": "hidden_act",
+        "layer_norm_eps": "layer_norm_eps",
+    }
+    """Field of ``TowerSpec`` -> what the configuration calls it."""
+
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: PositiveFloat = 1e-6
+
+    def spec(self) -> dict[str, Any]:
+        """The fields of ``TowerSpec`` that they state."""
+        return {ours: getattr(self, theirs) for ours, theirs in self.names.items()}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """A scheme by which files name the tensors of an architecture.
+
+    Attributes:
+        name: What it is called, such as ``open_clip`` or ``transformers``.
+        layout: What a bare file with these names is, in words.
+        anchor: The key whose prefix is the tower's prefix.
+        present: Beginnings of keys that must be there too, under the same prefix.
+        table: The table, keys relative to the tower's prefix.
+        absent: Keys that must not: they tell another architecture of the same names.
+        projection: Key of the projection relative to a prefix *around* the tower, where it lies outside.
+        optional: Keys that a tower can do without.
+    """
+
+    name: str
+    layout: str
+    anchor: str
+    present: tuple[str, ...]
+    table: KeyTable
+    absent: tuple[str, ...] = ()
+    projection: str | None = None
+    optional: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture of vision encoders.
+
+    Attributes:
+        name: Its name in a contract (`TowerSpec.architecture`).
+        title: What people call it.
+        model_type: ``model_type`` of a config.json that describes such a tower.
+        around: ``model_type`` of a config.json that describes one in its ``vision_config``, if there is such a model.
+        model_class: The class in transformers.
+        fields: What its config.json says.
+        settings: A contract -> what config.json says besides ``model_type`` and the fields of the same name.
+        shapes: A contract -> shapes of the tensors, by the names that the loaded model has.
+        written: Loaded model's names -> the names of files, where they differ.
+        inner: What precedes these in a file of a tower alone or inside of a host.
+        namings: Schemes by which files name them.
+        patches: Name of the patch convolution [C, 3, p, p].
+        positions: Name of the position table.
+        positions_ndim: Dimensions of that: [leading + g·g, C], or with one before these.
+        registers: Name of the register tokens [1, registers, C]; None for an architecture without.
+        leading: Rows of the position table before the patches: 1 for a class token.
+        antialias: Whether the library resamples the position table with antialias.
+        resampled: Whether the library resamples the position table for other image sizes by itself, so that the image
+            processor beside the weights may make images of another size than the table's.
+        position_ids: Whether the model counts positions in a buffer that no file holds.
+        blocks: Attribute of the model under which its transformer blocks stand.
+        activations: Those that occur; the first one is taken where nothing is stored.
+        poolings: How features of an image come about, name -> (output of the model, first patch token) -> [N, C]. The
+            first one is taken unless the contract says otherwise.
+        pixels: Preprocessing where nothing is stored.
+    """
+
+    name: str
+    title: str
+    model_type: str
+    model_class: str
+    fields: type[ConfigFields]
+    settings: "Callable[[TowerSpec], dict[str, Any]]"
+    shapes: "Callable[[TowerSpec], Shapes]"
+    namings: tuple[Naming, ...]
+    patches: str
+    positions: str
+    activations: tuple[str, ...]
+    poolings: "Mapping[str, Callable[[Any, int], Tensor]]"
+    pixels: Mapping[str, Any]
+    blocks: str
+    around: str | None = None
+    inner: str = ""
+    written: KeyTable = field(default_factory=lambda: KeyTable({}))
+    positions_ndim: int = 2
+    registers: str | None = None
+    leading: int = 1
+    antialias: bool = False
+    resampled: bool = False
+    position_ids: bool = False
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """Epsilon of every LayerNorm where nothing is stored."""
+        return float(self.fields.model_fields["layer_norm_eps"].default)
+
+    def spec_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of ``TowerSpec`` that the config.json of a tower states, defaults included.
+
+        Raises:
+            ValueError: one of them has no such value; the message is one line.
+        """
+        try:
+            found = self.fields.model_validate(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if not first["loc"]:
+                raise ValueError(f"vision_config is {first['input']!r:.60}: expected an object") from None
+            raise ValueError(f"field '{first['loc'][0]}' is {first['input']!r}: {first['msg']}") from None
+        return {"architecture": self.name, **found.spec()}
+
+    def vision_settings(self, spec: "TowerSpec") -> dict[str, Any]:
+        """The config.json of a tower."""
+        return {
+            "model_type": self.model_type,
+            **{theirs: getattr(spec, ours) for ours, theirs in self.fields.names.items()},
+            "num_channels": CHANNELS,
+            **self.settings(spec),
+        }
+
+    def file_name(self, name: str) -> str:
+        """What a file of a tower alone, or of a host (after the host's prefix), calls a tensor of the loaded model."""
+        found = self.written.find(name)
+        return self.inner + (found.targets[0] if found else name)

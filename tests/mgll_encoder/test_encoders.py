@@ -1,0 +1,255 @@
+"""Encoders other than CLIP: read from the files that people have, and equal to the library that defines them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+)
+
+from mgll_encoder import UserError, inspect_tower, load_tower, save_tower
+from mgll_encoder.cli import main
+from mgll_encoder.data.fundus import FundusTable, build_fundus
+from mgll_encoder.data.phantom.dataset import write_phantom
+from tests.builders import invoke, refused
+from tests.mgll_encoder.towers import scramble, state_of, write
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "patch_size": 14,
+    "image_size": 56,
+}
+PIXELS = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+TOLERANCE = 1e-5
+"""What two implementations in float32 may differ by."""
+
+
+def dinov2(**changes: object) -> Dinov2Model:
+    return scramble(Dinov2Model(Dinov2Config(**{**SIZES, **changes})))
+
+
+def with_registers(**changes: object) -> Dinov2WithRegistersModel:
+    return scramble(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**{**SIZES, **changes})))
+
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "dinov2": dinov2,
+    "dinov2_with_registers": with_registers,
+}
+every = pytest.mark.parametrize("name", MODELS)
+
+
+def saved(name: str, folder: Path, processor_size: int | None = None) -> PreTrainedModel:
+    """A folder as it is published, and the model that it holds."""
+    model = MODELS[name]()
+    model.save_pretrained(folder)
+    if processor_size:
+        BitImageProcessor(
+            size={"shortest_edge": processor_size + 4}, crop_size=processor_size,
+            image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+        ).save_pretrained(folder)  # fmt: skip
+    return model
+
+
+def hidden(model: nn.Module, pixels: Tensor) -> Tensor:
+    """All hidden states, [layers + 1, N, tokens, C]."""
+    with torch.inference_mode():
+        return torch.stack(model(pixels, output_hidden_states=True).hidden_states)
+
+
+@every
+def test_a_published_folder_is_read_as_transformers_reads_it(name: str, tmp_path: Path) -> None:
+    model = saved(name, tmp_path, 56)
+    tower = load_tower(tmp_path)
+    assert tower.spec.architecture == name
+    assert (tower.spec.width, tower.spec.depth, tower.spec.heads, tower.spec.image_size) == (32, 3, 4, 56)
+    assert (tower.spec.activation, tower.spec.resize, tower.spec.layer_norm_eps) == ("gelu", "crop", 1e-6)
+    torch.testing.assert_close(hidden(tower.model, PIXELS), hidden(model, PIXELS), rtol=0, atol=0)
+    torch.testing.assert_close(tower.pooled(PIXELS), model(PIXELS).pooler_output, rtol=0, atol=0)
+    by_name = {key: inspect_tower(tmp_path).read(key) for key in tower.header.tensors}
+    assert all(torch.equal(value, tower.model.state_dict()[key]) for key, value in by_name.items())
+    assert by_name.keys() == tower.model.state_dict().keys()
+
+
+@every
+def test_images_of_another_size_than_the_position_table_are_taken_as_transformers_takes_them(
+    name: str, tmp_path: Path
+) -> None:
+    """facebook/dinov2-base has a table for 518 px beside an image processor for 224 px."""
+    model = saved(name, tmp_path, 28)
+    tower = load_tower(tmp_path)
+    assert tower.spec.image_size == 28
+    assert "its images are 28 px wide, its position table is for 56 px" in " ".join(tower.header.warnings)
+    small = PIXELS[..., :28, :28]
+    torch.testing.assert_close(hidden(tower.model, small), hidden(model, small), rtol=0, atol=0)
+
+
+@every
+def test_a_tower_is_refitted_to_other_sizes_as_transformers_does_at_run_time(
+    name: str, tmp_path: Path
+) -> None:
+    model = saved(name, tmp_path)
+    for side in (28, 42, 84):
+        fitted = load_tower(tmp_path, image_size=side)
+        pixels = torch.nn.functional.interpolate(PIXELS, side)
+        torch.testing.assert_close(hidden(fitted.model, pixels), hidden(model, pixels), rtol=0, atol=0)
+    with pytest.raises(
+        UserError, match=r"--image-size 50 is no multiple of the tower's patch size 14: try 56"
+    ):
+        load_tower(tmp_path, image_size=50)
+
+
+@every
+def test_what_is_saved_is_an_ordinary_folder(name: str, tmp_path: Path) -> None:
+    model = saved(name, tmp_path / "source")
+    folder = save_tower(load_tower(tmp_path / "source"), tmp_path / "saved")
+    again, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert type(again) is type(model)
+    assert not any(report.values())
+    torch.testing.assert_close(hidden(again, PIXELS), hidden(model, PIXELS), rtol=0, atol=0)
+    assert load_tower(folder).spec == load_tower(tmp_path / "source").spec
+    assert model.config.architectures[0] in (folder / "README.md").read_text(encoding="utf-8")
+    published = load_file(tmp_path / "source" / "model.safetensors").keys()
+    assert load_file(folder / "model.safetensors").keys() == published - {"embeddings.mask_token"} | {
+        key for key in published if name != "dinov2" and "mask_token" in key
+    }
+
+
+def timm_dinov2() -> VisionTransformer:
+    """A DINOv2 by timm's code, whose names are Meta's."""
+    return scramble(
+        VisionTransformer(
+            img_size=56, patch_size=14, embed_dim=128, depth=3, num_heads=2, init_values=1e-5, num_classes=0,
+            global_pool="token",
+        )
+    )  # fmt: skip
+
+
+def timm_hidden(model: VisionTransformer, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The blocks' outputs [depth, N, tokens, C], and pooled features."""
+    with torch.inference_mode():
+        tokens = model._pos_embed(model.patch_embed(pixels))
+        states = []
+        for block in model.blocks:
+            tokens = block(tokens)
+            states.append(tokens)
+        return torch.stack(states), model(pixels)
+
+
+def test_metas_file_gives_the_features_of_timm(tmp_path: Path) -> None:
+    model = timm_dinov2()
+    state = {**state_of(model), "mask_token": torch.zeros(1, 128)}
+    tower = load_tower(write(state, tmp_path / "dinov2_vits14_pretrain.pth"))
+    states, pooled = timm_hidden(model, PIXELS)
+    torch.testing.assert_close(hidden(tower.model, PIXELS)[1:], states, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(tower.pooled(PIXELS), pooled, rtol=0, atol=TOLERANCE)
+    assert tower.header.layout == "DINOv2 state dict"
+    assert tower.header.dropped == {"mask token": 1}
+    assert (tower.header.activation_source, tower.header.preprocessing_source) == ("architecture", "default")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: {**state, **{k: torch.ones_like(v) for k, v in state.items() if ".ls" in k}},
+        lambda state: {**state, "norm.weight": torch.ones_like(state["norm.weight"])},
+        lambda state: {**state, "pos_embed": state["pos_embed"].flip(1)},
+        lambda state: {**state, **{k: v.roll(1, 0) for k, v in state.items() if k.endswith("qkv.weight")}},
+    ],
+    ids=["no layer scale", "no last scale", "turned positions", "rolled qkv"],
+)
+def test_a_mistake_in_one_tensor_would_show(tmp_path: Path, spoil: Callable[[dict], dict]) -> None:
+    model = timm_dinov2()
+    tower = load_tower(write(spoil(state_of(model)), tmp_path / "spoilt.pth"))
+    assert (tower.pooled(PIXELS) - timm_hidden(model, PIXELS)[1]).abs().max() > 100 * TOLERANCE
+
+
+def test_another_activation_would_show(tmp_path: Path) -> None:
+    model = timm_dinov2()
+    tower = load_tower(write(state_of(model), tmp_path / "tower.pth"))
+    for module in tower.model.modules():
+        if hasattr(module, "activation_fn"):
+            module.activation_fn = nn.GELU(approximate="tanh")
+    assert (tower.pooled(PIXELS) - timm_hidden(model, PIXELS)[1]).abs().max() > TOLERANCE
+
+
+def test_the_mean_of_the_patch_tokens_leaves_class_token_and_registers_out(tmp_path: Path) -> None:
+    for name, first in {"dinov2": 1, "dinov2_with_registers": 5}.items():
+        model = saved(name, tmp_path / name)
+        tower = load_tower(tmp_path / name, pooling="mean")
+        expected = model(PIXELS).last_hidden_state[:, first:].mean(dim=1)
+        torch.testing.assert_close(tower.pooled(PIXELS), expected, rtol=0, atol=0)
+        again = load_tower(save_tower(tower, tmp_path / f"{name} saved"))
+        assert again.spec.pooling == "mean"
+        torch.testing.assert_close(again.pooled(PIXELS), expected, rtol=0, atol=0)
+
+
+def test_what_is_no_such_tower_is_refused(tmp_path: Path) -> None:
+    saved("dinov2", tmp_path / "gated")
+    config = json.loads((tmp_path / "gated" / "config.json").read_text())
+    (tmp_path / "gated" / "config.json").write_text(json.dumps({**config, "use_swiglu_ffn": True}))
+    with pytest.raises(UserError, match=r"no valid config of a DINOv2: field 'use_swiglu_ffn' is True"):
+        inspect_tower(tmp_path / "gated")
+
+    saved("dinov2", tmp_path / "mixed")
+    state = state_of(with_registers())
+    save_file(state, tmp_path / "mixed" / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"describes a DINOv2 tower, but the weights in .* DINOv2 with registers"
+    ):
+        inspect_tower(tmp_path / "mixed")
+
+    path = write(state_of(timm_dinov2()), tmp_path / "tower.pth")
+    with pytest.raises(UserError, match=r"--activation quick_gelu: a DINOv2 has gelu: leave the option out"):
+        inspect_tower(path, activation="quick_gelu")
+    with pytest.raises(UserError, match=r"unknown pooling of a DINOv2 'max': .*known are class, mean"):
+        load_tower(path, pooling="max")
+
+
+@every
+def test_a_general_tower_learns_from_texts(name: str, tmp_path: Path) -> None:
+    """A general tower, at a smaller size than it has, is trained with MGLL, probed, and compared with prompts."""
+    general = saved(name, tmp_path / "general", 56)
+    images = tmp_path / "set"
+    write_phantom(images, 4, size=32)
+    labels, manifest, out = images / "labels.csv", images / "manifest.jsonl", tmp_path / "tuned"
+    build_fundus(FundusTable(labels), images, manifest, test=0.3)
+
+    trained = invoke(
+        main, "pretrain", "--data", manifest, "--init", tmp_path / "general", "--image-size", 28, "--pooling", "mean",
+        "--epochs", 1, "--batch-size", 16, "--workers", 0, "--out", out,
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    tuned = load_tower(out)
+    assert (tuned.spec.architecture, tuned.spec.image_size, tuned.spec.pooling) == (name, 28, "mean")
+    assert tuned.spec.projection_dim == 32
+    before, after = (model.encoder.layer[0].mlp.fc1.weight for model in (general, tuned.model))
+    assert (before != after).any()
+
+    for words in (("probe",), ("zero-shot", "--all")):
+        judged = invoke(
+            main, *words, "--encoder", out, "--data", labels, "--images", images, "--min-positives", 1, "--workers", 0,
+        )  # fmt: skip
+        assert judged.code == 0, judged.err
+        assert "AUC" in judged.out
+
+
+def test_options_of_a_start_need_one(tmp_path: Path) -> None:
+    words = ("pretrain", "--data", tmp_path / "manifest.jsonl", "--out", tmp_path / "tower")
+    (tmp_path / "manifest.jsonl").touch()
+    for option, value in (("--image-size", 112), ("--pooling", "mean")):
+        assert f"{option} is for --init: a new tower has the" in refused(main, *words, option, value)
