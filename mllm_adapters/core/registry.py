@@ -169,7 +169,7 @@ def _inner_folder(folder: Path) -> tuple[Path, LooseMatches, dict[str, Any]]:
         )
     other = other_format(folder)
     raise UnsupportedCheckpointError(
-        f"{folder} is no checkpoint folder: {f'{other}; ' if other else ''}expected a folder with a config.json"
+        f"{folder} is not a checkpoint folder: {f'{other}; ' if other else ''}expected a folder with a config.json"
     )
 
 

@@ -1,8 +1,8 @@
-"""One folder per family, what they share, and their conversation formats."""
+"""One folder per family, shared modules, and conversation formats."""
 
 from importlib.resources import files
 
 
 def read_template(name: str) -> str:
-    """A chat template of the folder ``templates``."""
+    """Read a chat template of the folder ``templates``."""
     return files(__package__).joinpath("templates", name).read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""How a plan is made, once for all families: check, read the host, fit its connector to the tower, put it together.
+"""Makes plans for all families: check, read the host, adapt its connector to the tower, assemble the plan.
 
-A family says what is its own: `host` reads a checkpoint, `connect`, `adapted` and `remarks` tell what a swap changes
-beyond the tower. Most need no more than `host`.
+A family implements what is specific: `host` reads a checkpoint; `connect`, `adapted` and `remarks` describe
+what a swap changes beyond the tower. Most need only `host`.
 """
 
 import re
@@ -20,7 +20,7 @@ from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
 
 
 class PlannedFamily(Family):
-    """A family whose plans are made of a `Host`."""
+    """A family whose plans are made from a `Host`."""
 
     def plan(
         self,
@@ -29,7 +29,7 @@ class PlannedFamily(Family):
         image_size: int | None = None,
         target: Target = "own",
     ) -> Plan:
-        """Plan a swap (``tower`` given) or a conversion to what loads as it is; see `Family.plan`."""
+        """Plan a swap (``tower`` given) or a conversion to the transformers layout; see `Family.plan`."""
         request = PlanRequest(tower, image_size, target)
         self._check(checkpoint, request)
         host = self.host(checkpoint, request)
@@ -73,17 +73,17 @@ class PlannedFamily(Family):
 
     @abstractmethod
     def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
-        """Read a checkpoint by its headers.
+        """Read the headers of a checkpoint.
 
         Raises:
-            UserError: it is of a variant that is not supported, or lacks something.
+            UserError: it is an unsupported variant, or incomplete.
         """
 
     def after(self, host: Host, request: PlanRequest) -> VisionContract:
-        """The vision contract of the target.
+        """Return the vision contract of the target.
 
         Raises:
-            UserError: the tower or the image size that is asked for do not go with the host.
+            UserError: the requested tower or image size does not fit the host.
         """
         if request.tower is None:
             return host.before
@@ -106,15 +106,15 @@ class PlannedFamily(Family):
         return Connected(steps, readers)
 
     def vision_config(self, swap: Swap, tower: TowerHeader) -> dict[str, Any]:
-        """``vision_config`` of a target with this tower."""
+        """Return the ``vision_config`` of a target with this tower."""
         return tower_config(tower.spec, swap.after)
 
     def adapted(self, swap: Swap) -> Mapping[str, Any]:  # noqa: ARG002 (what overrides it reads it)
-        """Fields of config.json that a new tower changes, besides ``vision_config``."""
+        """Return the fields of config.json that a new tower changes, except ``vision_config``."""
         return {}
 
     def remarks(self, swap: Swap) -> tuple[str, ...]:  # noqa: ARG002 (likewise)
-        """What else the user should know about the target."""
+        """Return further notes for the user about the target."""
         return ()
 
     def _of_tower(self, step: Step) -> bool:
@@ -123,7 +123,7 @@ class PlannedFamily(Family):
     def _tensors(
         self, swap: Swap, connected: Connected, new: TowerHeader | None
     ) -> tuple[Iterable[Step], list[Dropped]]:
-        """The tensors of the target, and those of the source that a new tower leaves out."""
+        """Return the tensors of the target, and the dropped tensors of the source."""
         host, steps = swap.host, connected.steps
         if new is None:
             return host.steps, []
@@ -139,10 +139,10 @@ class PlannedFamily(Family):
         return (*first, *tower, *last), dropped
 
     def _check(self, checkpoint: Checkpoint, request: PlanRequest) -> None:
-        """Refuse what no family can do.
+        """Refuse requests that no family supports.
 
         Raises:
-            UserError: there is nothing to do, or the family has no such target.
+            UserError: there is nothing to do, or the family does not support the target.
         """
         if request.target not in self.spec.targets and self.spec.not_llava:
             raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use --layout own")
@@ -150,7 +150,7 @@ class PlannedFamily(Family):
             self._check_tower(request.tower)
             return
         if self.layout(checkpoint.config) == "transformers":
-            raise UserError(f"{checkpoint.folder} is in the transformers layout already: nothing to convert")
+            raise UserError(f"{checkpoint.folder} is already in the transformers layout: nothing to convert")
         if request.target != "own" and request.target in self.spec.targets:
             raise UserError(
                 f"{checkpoint.folder}: the layout llava is for a checkpoint with a new tower, give one with --encoder "

@@ -1,4 +1,4 @@
-"""What a family says of a checkpoint before a swap, whatever its layout."""
+"""Describes a checkpoint before a swap, for all layouts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,12 @@ from mllm_adapters.core.planning import HostTower
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is asked of a plan.
+    """The request for a plan.
 
     Attributes:
         tower: The new tower; None for a conversion.
         image_size: Its input side in pixels; None for the host's patch grid.
-        target: Layout that is written.
+        target: Layout to write.
     """
 
     tower: TowerHeader | None
@@ -30,30 +30,30 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Host:
-    """A checkpoint as it is before a swap, read by its headers: what a conversion writes, and what a swap changes.
+    """A checkpoint before a swap, read from its headers: what a conversion writes, and what a swap changes.
 
     Attributes:
         layout: Name of its layout.
         before: Its vision contract.
-        steps: Its tensors under the names of the target, in the order in which a conversion writes them; those of
-            its vision tower are told by `FamilySpec.tower`.
-        prefix: What precedes the keys of a new tower in the target.
-        dtype: What a new tower is written in.
-        last: Beginnings of the names that come after those of a new tower.
-        config: The target's config.json, as it is without a new tower.
+        steps: Its tensors under the names of the target, in the order in which a conversion writes them;
+            `FamilySpec.tower` matches those of its vision tower.
+        prefix: Prefix of a new tower's keys in the target.
+        dtype: Dtype of a new tower.
+        last: Prefixes of the names that follow those of a new tower.
+        config: The target's config.json without a new tower.
         image_token_id: Id of the image placeholder in the target.
         connector: Modules of the target that read vision features.
         read_at: Hidden layer of a new tower that is read; None for that of the host's own.
         merge: Patches along one side that become one visual token.
-        queries: Visual tokens, where their number does not depend on the patches.
-        tiles: Most tiles that an image may be cut into after a swap.
-        outside: Its own tower, where it lies outside the checkpoint.
-        dropped: What the target lacks, swapped or not.
-        parts: Further files and folders that are read, by the name that ``--part`` gives them.
-        generation: Fields of generation_config.json that are not those of the source.
-        processor: How the processor comes about; None where none is written.
-        notes: What the user should know about where the host was found.
-        remarks: What the user should know about the target.
+        queries: Visual tokens, if their number does not depend on the patches.
+        tiles: Maximum number of tiles per image after a swap.
+        outside: Its own tower, if it is stored outside the checkpoint.
+        dropped: Tensors that are dropped, swapped or not.
+        parts: Other files and folders that are read, by part name.
+        generation: Fields of generation_config.json that differ from the source.
+        processor: How the processor is made; None if none is written.
+        notes: Notes for the user about the source of the host.
+        remarks: Notes for the user about the target.
     """
 
     layout: str
@@ -78,21 +78,21 @@ class Host:
     remarks: tuple[str, ...] = ()
 
     def tokens(self, grid: int) -> int:
-        """Visual tokens of an image, or of each of its tiles, of ``grid`` patches along one side."""
+        """Return the visual tokens of an image or tile with ``grid`` patches along one side."""
         return (grid // self.merge) ** 2 + self.before.class_token if self.queries is None else self.queries
 
     @property
     def clip_contract(self) -> VisionContract:
-        """Its vision contract with the hidden layer at which a new tower is read."""
+        """Return its vision contract with the hidden layer at which a new tower is read."""
         layer = self.before.feature_layer if self.read_at is None else self.read_at
         return self.before.model_copy(update={"feature_layer": layer})
 
     def step(self, name: str) -> Step:
-        """The step of this name, which must be there."""
+        """Return the step of this name, which must exist."""
         return next(step for step in self.steps if step.name == name)
 
     def updated(self, **changes: Any) -> Self:
-        """The same with other values."""
+        """Return a copy with other values."""
         return replace(self, **changes)
 
 
@@ -101,11 +101,11 @@ class Swap:
     """A plan in the making.
 
     Attributes:
-        checkpoint: Where the host comes from.
-        request: What is asked for.
+        checkpoint: The host's checkpoint.
+        request: The request.
         host: The host.
         after: Vision contract of the target.
-        steps: The host's tensors but for its tower.
+        steps: The host's tensors without its tower.
     """
 
     checkpoint: Checkpoint
@@ -117,13 +117,13 @@ class Swap:
 
 @dataclass(frozen=True)
 class Connected:
-    """A host's tensors but for its tower, ready for the features of the tower that the target has.
+    """A host's tensors without its tower, adapted to the features of the target's tower.
 
     Attributes:
         steps: They.
         readers: Modules that read vision features, and what becomes of them.
-        config: Fields of config.json that follow.
-        notes: What the user should know.
+        config: Fields of config.json that change accordingly.
+        notes: Notes for the user.
     """
 
     steps: list[Step]

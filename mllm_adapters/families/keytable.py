@@ -1,4 +1,4 @@
-"""Key tables of families: the tensors of an original layout as steps of a plan. The notation is `KeyTable`'s."""
+"""Key tables of families: map the tensors of an original layout to steps of a plan, in the notation of `KeyTable`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from mllm_adapters.core.planning import copied, dtype_name
 
 @dataclass(frozen=True)
 class OriginalLayout(KeyTable):
-    """The tensors of an original layout: every one is in the table, or the checkpoint is refused.
+    """The tensors of an original layout; a checkpoint with a tensor outside the table is refused.
 
     Attributes:
-        of: What has this layout, in words.
-        reason: Why the tensors whose rule is ``None`` are left out.
-        hint: What to do where a tensor is in no rule.
+        of: Description of the layout for messages.
+        reason: Why tensors whose rule is ``None`` are dropped.
+        hint: What to do about a tensor without a rule.
     """
 
     of: str = ""
@@ -26,14 +26,14 @@ class OriginalLayout(KeyTable):
     hint: str = ""
 
     def place(self, name: str, where: Path | str) -> Destination:
-        """Where a tensor goes.
+        """Return the destination of a tensor.
 
         Raises:
-            UserError: it is in no rule.
+            UserError: no rule matches it.
         """
         place = self.find(name)
         if place is None:
-            lora = "it holds LoRA weights, merge them into their model first" if "lora_" in name else ""
+            lora = "these are LoRA weights, merge them into their model first" if "lora_" in name else ""
             hint = self.hint or lora
             raise UserError(
                 f"{where}: tensor {name} is not part of {self.of}" + (f": {hint}" if hint else "")
@@ -41,10 +41,10 @@ class OriginalLayout(KeyTable):
         return place
 
     def steps(self, headers: Iterable[TensorHeader], where: Path | str) -> tuple[list[Step], list[Dropped]]:
-        """The target tensors of these source tensors, in their order, and what is left out.
+        """Return the target tensors of these source tensors, in their order, and the dropped ones.
 
         Raises:
-            UserError: a tensor is in no rule, or cannot be cut as its rule says.
+            UserError: no rule matches a tensor, or it cannot be split according to its rule.
         """
         steps: list[Step] = []
         dropped: list[Dropped] = []
@@ -57,15 +57,15 @@ class OriginalLayout(KeyTable):
         return steps, dropped
 
     def why(self, place: Destination) -> str:
-        """Why a dropped tensor is left out."""
+        """Return the reason why a tensor is dropped."""
         return place.rule.reason if isinstance(place.rule, Drop) else self.reason
 
 
 def placed(header: TensorHeader, place: Destination) -> list[Step]:
-    """The steps that put a source tensor in its place.
+    """Return the steps from a source tensor to its destination.
 
     Raises:
-        UserError: it cannot be cut as its rule says.
+        UserError: it cannot be split according to its rule.
     """
     match place.rule:
         case Split(groups=groups, sizes=sizes):
@@ -77,10 +77,10 @@ def placed(header: TensorHeader, place: Destination) -> list[Step]:
 
 
 def slices(header: TensorHeader, units: dict[str, int], groups: int) -> list[Step]:
-    """Steps that cut a fused tensor: target name -> number of units in each group, one after another.
+    """Return steps that split a fused tensor: target name -> number of units in each group, in order.
 
     Raises:
-        UserError: its rows cannot be divided so.
+        UserError: its rows cannot be divided accordingly.
     """
     total, rows = sum(units.values()), header.shape[0]
     if rows % (groups * total):

@@ -359,7 +359,7 @@ def test_options_and_outputs_that_cannot_be(llava: SimpleNamespace, tmp_path: Pa
     assert "is the input" in message
     plain = builders.tiny_llava(tmp_path / "plain")
     assert "is not a delta" in refused(main, "compose", "--delta", plain, "--out", tmp_path / "out")
-    assert "holds no mgll_swap.json" in refused(main, "extract", plain, "--mllm", plain)
+    assert "has no mgll_swap.json" in refused(main, "extract", plain, "--mllm", plain)
     assert not (tmp_path / "out").exists()
 
 

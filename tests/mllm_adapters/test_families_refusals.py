@@ -52,7 +52,7 @@ DAMAGES: Mapping[str, tuple[Change, tuple[str, ...]]] = {
     "a list": (lambda f: config_of(f).write_text("[1]"), ("config.json holds a JSON list",)),
     "quantised": (
         lambda f: edited(f, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        ("quanti", "unquantised"),
+        ("quanti", "unquantized"),
     ),
     "an adapter beside it": (
         lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), ("adapter",),

@@ -226,7 +226,7 @@ def test_with_t5_it_answers_about_the_image(eyes: Path, tmp_path: Path) -> None:
     [
         (
             {"model_type": "blip-2"},
-            "this is BLIP-2, whose Q-Former reads no instruction: take an InstructBLIP",
+            "this is BLIP-2, whose Q-Former does not read the instruction: take an InstructBLIP",
         ),
         ({"model_type": "instructblipvideo"}, "this is InstructBLIP-Video.*take an InstructBLIP"),
     ],

@@ -127,12 +127,15 @@ def resaved(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"Qformer__bert__embeddings__word_embeddings": None}, "BLIP-2, whose Q-Former reads no instruction"),
+        (
+            {"Qformer__bert__embeddings__word_embeddings": None},
+            "BLIP-2, whose Q-Former does not read the instruction",
+        ),
         ({"llm_proj": "opt_proj"}, "BLIP-2"),
         ({"llm_proj": None}, "Q-Former without projection.*--part qformer=PATH"),
         ({"query_tokens": None}, "query_tokens is missing: is it complete"),
         ({"ln_vision": None}, "vision_model.post_layernorm.weight is missing"),
-        ({"Qformer__bert__encoder__layer__0__crossattention": None}, "looks at the image in layers"),
+        ({"Qformer__bert__encoder__layer__0__crossattention": None}, "has cross-attention in layers"),
         (
             {"ln_vision": "visual_encoder.transformer.ln"},
             "visual_encoder.transformer.ln.weight is not part of|transformers calls",

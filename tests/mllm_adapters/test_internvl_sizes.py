@@ -159,7 +159,7 @@ def test_an_image_size_with_an_odd_grid_is_refused(golden: Path, tmp_path: Path)
             "cannot be divided among",
         ),
         (lambda c: c["vision_config"].update(qk_normalization=True, layer_norm_eps=1e-5), "layer_norm_eps"),
-        (lambda c: c.update(downsample_ratio=0.3), r"downsample_ratio 0\.3 does not go into"),
+        (lambda c: c.update(downsample_ratio=0.3), r"downsample_ratio 0\.3 does not divide"),
         (lambda c: c.update(ps_version="v3"), "ps_version is 'v3'"),
         (lambda c: c.pop("vision_config"), "vision_config is missing"),
         (lambda c: c.update(audio_config={}), r"InternOmni.*take a chat model, such as OpenGVLab"),
@@ -181,7 +181,7 @@ def test_what_is_close_but_another_variant_is_refused_by_name(
         ({"model_type": "intern_vit_6b", "architectures": ["InternVisionModel"]}, "vision tower alone"),
         (
             {"model_type": "internvl", "architectures": ["InternVLModel"], "qllama_config": {}},
-            "no chat model",
+            "not a chat model",
         ),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_tokenizer_without_the_placeholder_is_refused(golden: Path, tmp_path: 
         file = source / name
         file.write_text(file.read_text().replace("<IMG_CONTEXT>", "<OTHER>"))
     with pytest.raises(
-        UserError, match=r"<IMG_CONTEXT> needs one of the .* but the tokenizer does not know it"
+        UserError, match=r"<IMG_CONTEXT> needs one of the .* but the tokenizer does not have it"
     ):
         load_mllm(source)
 

@@ -123,7 +123,7 @@ def test_conversion_gives_transformers_own_janus(host, converted):
     in_memory, _ = load(host)
     for name, value in load(folder)[0].state_dict().items():
         assert torch.equal(value, in_memory.state_dict()[name]), name
-    with pytest.raises(UserError, match="in the transformers layout already"):
+    with pytest.raises(UserError, match="already in the transformers layout"):
         swap(folder, None, folder / "again")
 
 
@@ -207,7 +207,7 @@ def test_the_llava_gives_the_logits_of_the_whole_model(swapped, as_llava):
 
 def test_the_plan_says_what_the_llava_leaves_out(as_llava):
     plan = as_llava[0]
-    gone = [t.name for t in plan.dropped if t.reason == "image generation is no part of a LLaVA"]
+    gone = [t.name for t in plan.dropped if t.reason == "image generation is not part of a LLaVA"]
     assert {name.split(".")[0] for name in gone} == {
         "gen_vision_model",
         "gen_aligner",
@@ -476,7 +476,7 @@ def test_stock_deepseek_vl_and_janusflow_are_refused_by_name(tmp_path):
         detect(host)
     flow = {"cls": "ShallowUViTEncoder", "params": {}}
     files.changed(host, model_type="multi_modality", gen_head_config=None, vision_gen_enc_config=flow)
-    with pytest.raises(UserError, match="this is JanusFlow, which draws by rectified flow"):
+    with pytest.raises(UserError, match="this is JanusFlow, which generates images by rectified flow"):
         detect(host)
 
 
@@ -494,7 +494,7 @@ def part(name, **params):
         ({"aligner_config": {"cls": "MlpProjector"}}, "aligner_config: field 'params' is missing"),
         (part("vision_config", model_name="siglip_so400m_patch14_384"), "model_name is 'siglip_so400m"),
         (part("vision_config", pixel_mean=[0.5]), "pixel_mean is .*not supported"),
-        (part("vision_config", image_size=64), "images are made 32 px wide, but config.json's tower takes 64"),
+        (part("vision_config", image_size=64), "images are resized to 32 px, but config.json's tower takes 64"),
         (part("aligner_config", projector_type="linear"), "aligner_config.params: projector_type is 'linear'"),
         ({"language_config": {"model_type": "qwen2"}}, "language_config: model_type is 'qwen2'"),
         ({"language_config": {**files.config(SIZES)["language_config"], "hidden_size": 40}}, "mismatched"),

@@ -171,7 +171,7 @@ NOT_PLAIN: Mapping[str, tuple[dict[str, Any], str]] = {
     "three layers": ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type is 'mlp3x_gelu'"),
     "SigLIP": ({"mm_vision_tower": "/data/google/siglip-so400m-patch14-384"}, "with a siglip tower are not supported"),
     "FastVLM": ({"mm_vision_tower": "mobileclip_l_1024"}, "with a mobileclip tower are not supported"),
-    "another language model": ({"architectures": ["LlavaQwen3ForCausalLM"]}, "Mistral and Qwen2 it is"),
+    "another language model": ({"architectures": ["LlavaQwen3ForCausalLM"]}, "Mistral and Qwen2"),
 }  # fmt: skip
 
 

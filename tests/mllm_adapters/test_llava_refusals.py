@@ -46,7 +46,7 @@ CLOSE = {
     ),
     "LLaVA on MPT": (
         {"architectures": ["LlavaMPTForCausalLM"], "model_type": "llava_mpt", "mm_vision_tower": "openai/clip"},
-        "LLaVA on an MPT language model is not supported, on LLaMA/Vicuna and Mistral it is",
+        "LLaVA on an MPT language model is not supported, only on LLaMA/Vicuna, Mistral and Qwen2",
     ),
     "ViP-LLaVA": ({"architectures": ["VipLlavaForConditionalGeneration"], "model_type": "vipllava"}, "several layers"),
     "Video-LLaVA": (

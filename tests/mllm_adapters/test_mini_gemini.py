@@ -255,7 +255,7 @@ def test_towers_that_lie_elsewhere_are_given_as_parts(reference: Golden, tmp_pat
         parts = {"vision-tower": low, "vision-tower-aux": given}
         check_logits(load_mllm(source, dtype=torch.float32, parts=parts)[0], reference, "seq0")
     with pytest.raises(
-        UserError, match="holds no weights of a high-resolution tower: expected one of open_clip"
+        UserError, match="has no weights of a high-resolution tower: expected one of open_clip"
     ):
         load_mllm(source, parts={"vision-tower": low, "vision-tower-aux": tmp_path})
 
@@ -269,7 +269,7 @@ def test_towers_that_are_only_in_the_shards_are_taken_and_it_is_said(
     parts = {"vision-tower": part(reference, "mm_vision_tower")}
     checkpoint, family, _ = open_checkpoint(source, parts)
     notes = " ".join(family.plan(checkpoint).notes)
-    assert "its copy in the shards is taken" in notes
+    assert "its copy in the shards is used" in notes
     assert "the host's own tower is the one in its shards" in notes
     check_logits(load_mllm(source, dtype=torch.float32, parts=parts)[0], reference)
 
@@ -286,7 +286,7 @@ def test_a_padded_batch_and_a_text_without_pictures_give_what_each_row_gives(ref
     both = model(**{**one, "input_ids": padded, "attention_mask": mask}).logits
     torch.testing.assert_close(both[:1, 3:], model(**one).logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(both[1:], model(input_ids=padded[1:]).logits, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="image placeholders, the pictures give"):
+    with pytest.raises(ValueError, match="image placeholders, the images have"):
         model(**{**one, "input_ids": ids[:, :-8]})
 
 
@@ -607,7 +607,7 @@ def test_a_published_mgm_is_planned_in_full(views: int, tmp_path: Path) -> None:
         ({"quantization_config": {"load_in_4bit": True}}, "quantization_config says bitsandbytes"),
         ({"image_global": True}, "image_global is true, but image_grid is 1"),
         ({"image_size_aux": 4}, r"image_size_aux is 4: expected a multiple of \d+"),
-        ({"mm_vision_tower_aux": "openclip-convnext-xxlarge"}, "the xxlarge ConvNeXt normalises differently"),
+        ({"mm_vision_tower_aux": "openclip-convnext-xxlarge"}, "the xxlarge ConvNeXt normalizes differently"),
     ],
 )  # fmt: skip
 def test_what_is_close_but_not_supported_is_refused_in_one_line(

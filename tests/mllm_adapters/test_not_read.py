@@ -211,7 +211,7 @@ def test_published_configurations_are_refused_by_name(name: str, published: Path
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_published_quantised_configurations_are_refused_by_their_method(name: str, published: Path) -> None:
     with pytest.raises(
-        UserError, match=f"quantization_config says {QUANTIZED[name]}.*unquantised checkpoint"
+        UserError, match=f"quantization_config says {QUANTIZED[name]}.*unquantized checkpoint"
     ):
         detect(real_config(published, name), "config.json")
 

@@ -222,7 +222,7 @@ def test_videos_and_pictures_of_other_sizes_are_refused(encoder: Path, tmp_path:
         model(**tiny.question(torch.randn(1, 3, 84, 84), 14))
     clip = tiny.question(torch.randn(1, 3, 56, 56), 14)
     video = {"pixel_values_videos": clip.pop("pixel_values"), "video_grid_thw": clip.pop("image_grid_thw")}
-    with pytest.raises(UserError, match="images only"):
+    with pytest.raises(UserError, match="does not support video"):
         model(**clip, **video)
 
 
@@ -318,7 +318,7 @@ def test_picture_and_question_go_through_auto_processor_and_model(complete: Comp
 
 def test_videos_are_refused_by_the_processor(complete: Complete) -> None:
     processor = AutoProcessor.from_pretrained(complete.folder)
-    with pytest.raises(UserError, match="images only"):
+    with pytest.raises(UserError, match="does not support video"):
         processor(text=["<|video_pad|>"], videos=[torch.zeros(4, 3, 28, 28)])
 
 
@@ -567,7 +567,7 @@ def test_a_fine_tune_with_three_vision_fields_in_float32(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "qwen2_audio"}, "Qwen2-Audio hears and does not see: take Qwen2-VL"),
+        ({"model_type": "qwen2_audio"}, "Qwen2-Audio takes audio, not images: take Qwen2-VL"),
         ({"model_type": "qwen2_5_omni"}, "Qwen2.5-Omni is not supported"),
         ({"model_type": "qwen3_vl_moe", "vision_config": {}}, "mixture of experts is not supported"),
         ({"model_type": "qwen2"}, "language model, without vision tower"),
@@ -677,7 +677,7 @@ def test_the_plan_says_what_changes_for_the_user(encoder: Path, tmp_path: Path) 
     notes = "\n".join(plan_of(tmp_path / "model", encoder, None).notes)
     assert "448 x 448 px and becomes 256 visual tokens" in notes
     assert "video input is refused" in notes
-    assert "takes pictures of any size and keeps their shape" in notes
+    assert "takes images of any size and keeps their shape" in notes
 
 
 def test_stock_processor_is_left_alone_before_the_swap(tmp_path: Path) -> None:

@@ -564,7 +564,7 @@ def test_the_published_checkpoint_takes_the_published_tower(
         ({"visual": None, "audio": {"n_layer": 32}}, "Qwen-Audio.*expected 'visual'.*take Qwen/Qwen-VL"),
         (
             {"quantization_config": {"bits": 4, "quant_method": "gptq"}},
-            r"quantization_config says gptq.*unquantised",
+            r"quantization_config says gptq.*unquantized",
         ),
         ({"no_bias": False}, "config.json: no_bias is False"),
         ({"rotary_pct": 0.5}, "config.json: rotary_pct is 0.5"),
@@ -629,7 +629,7 @@ def test_an_adapter_that_is_not_merged_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda lines: lines[:250], "byte 250 is no token"),
+        (lambda lines: lines[:250], "byte 250 is not a token"),
         (
             lambda lines: [*lines[:100], b"???? 100", *lines[101:]],
             "line 101 is .* expected a token in base64",

@@ -248,8 +248,8 @@ def test_undoing_what_was_not_done_is_refused(
     llava: SimpleNamespace, tiny_llava: Path, tmp_path: Path
 ) -> None:
     out = ("--out", tmp_path / "out")
-    assert "holds no mgll_swap.json" in refused(main, "restore", tiny_llava, "--to-encoder", *out)
-    assert "holds no mgll_swap.json" in refused(main, "verify", tiny_llava)
+    assert "has no mgll_swap.json" in refused(main, "restore", tiny_llava, "--to-encoder", *out)
+    assert "has no mgll_swap.json" in refused(main, "verify", tiny_llava)
     assert "pass either --original" in refused(main, "restore", llava.out, *out)
     assert "--part and --copy go with" in refused(main, "restore", llava.out, "--to-encoder", "--copy", *out)
     other = Path(shutil.copytree(llava.source, tmp_path / "other"))

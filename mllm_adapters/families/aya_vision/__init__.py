@@ -21,11 +21,11 @@ TOWER = "vision_tower."
 READERS = ("multi_modal_projector.layernorm", "multi_modal_projector.linear_1")
 
 FEATURE_LAYER = -2
-"""Where MGLL's patch features are read; the host's own SigLIP is read at its end."""
+"""Hidden layer at which a new tower is read; the host's own SigLIP is read at its end."""
 
 
 class VisionFields(BaseModel):
-    """What counts in ``vision_config``, with the defaults of ``AyaVisionConfig``."""
+    """The used fields of ``vision_config``, with the defaults of ``AyaVisionConfig``."""
 
     hidden_size: PositiveInt = 1152
     image_size: PositiveInt = 384
@@ -34,7 +34,7 @@ class VisionFields(BaseModel):
 
 
 class Fields(BaseModel):
-    """What counts in config.json, with the defaults of ``AyaVisionConfig``."""
+    """The used fields of config.json, with the defaults of ``AyaVisionConfig``."""
 
     vision_config: VisionFields = Field(default_factory=VisionFields)
     vision_feature_layer: int = -1
@@ -58,7 +58,7 @@ class AyaVision(PlannedFamily):
     )
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``transformers``: there is no other."""
+        """Return ``transformers``, the only layout, or None."""
         return "transformers" if config.get("model_type") == "aya_vision" else None
 
     def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:  # noqa: ARG002 (one layout, one target)
@@ -90,7 +90,7 @@ class AyaVision(PlannedFamily):
         }
 
     def processor(self, plan: Plan) -> Any | None:
-        """The AyaVisionProcessor of the planned checkpoint; None where the source has no tokenizer."""
+        """Return the AyaVisionProcessor of the planned checkpoint; None if the source has no tokenizer."""
         from transformers import AyaVisionProcessor
 
         own = load_processor(plan.source)
@@ -107,7 +107,7 @@ class AyaVision(PlannedFamily):
         )
 
     def image_processor(self, plan: Plan) -> Any:
-        """Squashes an image, or each of its tiles, to the tower's square."""
+        """Return an image processor that resizes an image, or each of its tiles, to the tower's square."""
         from transformers import GotOcr2ImageProcessor
 
         side = plan.after.image_size
@@ -120,7 +120,7 @@ class AyaVision(PlannedFamily):
 
 
 def _contract(checkpoint: Checkpoint, fields: Fields) -> tuple[VisionContract, tuple[str, ...]]:
-    """The vision contract of the source, and what had to be assumed."""
+    """Return the vision contract of the source, and notes on assumptions."""
     vision = fields.vision_config
     pixels, notes = host_pixels(checkpoint.folder, vision.image_size)
     contract = VisionContract(

@@ -1,4 +1,4 @@
-"""InstructBLIP: the transformers layout (old and new), the original LAVIS files, and what a swap makes of them.
+"""InstructBLIP: the transformers layout (old and new), the original LAVIS files, and swapped checkpoints.
 
 Key names and vision contract after transformers (models/instructblip, and utils/ of v4.37.2) and salesforce/LAVIS
 506965b (lavis/models/blip2_models, lavis/models/eva_vit.py, lavis/models/clip_vit.py).
@@ -48,7 +48,7 @@ STOCK, OWN = "instructblip", "mgll_instructblip"
 OWN_TOWER = "vision_model.tower."
 
 NEW_LAYER = -2
-"""Hidden layer that a new tower is read at: LAVIS' EVA and CLIP towers both end one block early."""
+"""Hidden layer at which a new tower is read: LAVIS' EVA and CLIP towers both end one block early."""
 
 PROJECTION = "language_projection.weight"
 
@@ -61,18 +61,18 @@ VOCABULARY = tuple(
 LANGUAGE_MODELS = ("llama", "t5")
 
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")
-"""Tables in older files that transformers recomputes."""
+"""Tables in older files, which transformers recomputes."""
 
 QFORMER_TOKENIZER_PART = "qformer-tokenizer"
 QFORMER_TOKENIZER = "qformer_tokenizer"
 """Sub-folder of a checkpoint in the transformers layout."""
 
 BERT = ("bert-base-uncased", "google-bert/bert-base-uncased")
-"""Whose tokenizer LAVIS' Q-Former has."""
+"""Hub ids of the tokenizer of LAVIS' Q-Former."""
 
 
 class Fields(BaseModel):
-    """What counts in a config.json, with the defaults of ``InstructBlipConfig``."""
+    """The used fields of config.json, with the defaults of ``InstructBlipConfig``."""
 
     vision_config: dict[str, Any]
     qformer_config: dict[str, Any]
@@ -84,7 +84,7 @@ class Fields(BaseModel):
 
     @property
     def placeholder(self) -> int | None:
-        """Id of the image placeholder, under either name; None in files older than transformers 4.46."""
+        """Return the id of the image placeholder, under either name; None in files older than transformers 4.46."""
         return self.image_token_index if self.image_token_index is not None else self.image_token_id
 
 
@@ -95,7 +95,7 @@ class InstructBlip(PlannedFamily):
     spec: FamilySpec
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``transformers`` (written here: it has a chat template), ``stock``, ``lavis`` or None."""
+        """Return ``transformers`` (written here, with chat template), ``stock``, ``lavis`` or None."""
         if not config:
             return "lavis"
         stock = "transformers" if FAMILY_KEY in config else "stock"
@@ -154,7 +154,7 @@ class InstructBlip(PlannedFamily):
         return replace(found, config=config)
 
     def processor(self, plan: Plan) -> Any | None:
-        """The processor of the planned checkpoint; None where the source has no tokenizer."""
+        """Return the processor of the planned checkpoint; None if the source has no tokenizer."""
         from mllm_adapters.families.instructblip.modeling import MgllInstructBlipProcessor
 
         tokenizer = _text_tokenizer(plan.parts.get(lavis.LANGUAGE_PART, plan.source), plan.layout)
@@ -162,7 +162,7 @@ class InstructBlip(PlannedFamily):
             return None
         with_placeholder(tokenizer, plan.image_token_id)
         qformer = load_tokenizer(plan.parts[QFORMER_TOKENIZER_PART])
-        assert qformer is not None, "planning has seen it"
+        assert qformer is not None, "checked in planning"
         longest = build_config(plan.config, str(plan.source)).qformer_config.max_position_embeddings
         qformer.model_max_length = min(qformer.model_max_length, longest)
         own = plan.source / "chat_template.jinja"
@@ -175,23 +175,23 @@ class InstructBlip(PlannedFamily):
         )
 
     def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:
-        """Keys and values of all layers, which read the same: the tower's features after the norm."""
+        """Return keys and values of all layers, which all read the tower's features after the norm."""
         found = super().connector_layers(plan)
         return tuple(replace(reading, at=found[0].linear) for reading in found)
 
     def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
-        """See `Family.encode_images`: whatever the instruction, the Q-Former reads the same of the picture."""
+        """See `Family.encode_images`: the Q-Former's image input does not depend on the instruction."""
         words = torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device)
         model.get_image_features(pixels, words, torch.ones_like(words))
 
 
 def _as_stock(checkpoint: Checkpoint) -> AsStock:
-    """A checkpoint in the transformers layout: its tensors stay as they are."""
+    """Describe a checkpoint in the transformers layout, whose tensors stay unchanged."""
     for part in (lavis.LANGUAGE_PART, lavis.CONFIG_PART, TOWER_PART):
         if checkpoint.find(part) is not None:
             raise UserError(f"--part {part} is for LAVIS' files: {checkpoint.folder} holds its own")
     headers = checkpoint.tensors.values()
-    reason = "a table that is computed anew"
+    reason = "a table that is recomputed"
     return AsStock(
         config={key: value for key, value in checkpoint.config.items() if key != "auto_map"},
         steps=[copied(header) for header in headers if not header.name.endswith(BUFFERS)],
@@ -208,15 +208,15 @@ def _check_language_model(found: AsStock, fields: Fields, where: str) -> None:
     names = {step.name for step in found.steps}
     for needed in (PROJECTION, "query_tokens"):
         if needed not in names:
-            raise UserError(f"{where}: tensor {needed} is not in the weights beside it: is it complete?")
+            raise UserError(f"{where}: tensor {needed} is not in the weights next to it: is it complete?")
     if not names & set(VOCABULARY):
-        raise UserError(f"{where}: the weights beside it hold no token embeddings: are they complete?")
+        raise UserError(f"{where}: the weights next to it have no token embeddings: are they complete?")
 
 
 def _with_placeholder(
     found: AsStock, fields: Fields, checkpoint: Checkpoint, layout: str
 ) -> tuple[dict[str, Any], int, tuple[str, ...]]:
-    """The configuration with an image placeholder, which files older than transformers 4.46 lack; its id; a note."""
+    """Return the configuration with an image placeholder (missing before transformers 4.46), its id, and a note."""
     vocabulary = max(step.shape[0] for step in found.steps if step.name in VOCABULARY)
     if fields.placeholder is not None:
         if fields.placeholder >= vocabulary:
@@ -233,7 +233,7 @@ def _with_placeholder(
         "text_config": {**fields.text_config, "vocab_size": rows},
     }
     note = (
-        f"{growth(vocabulary, rows)}visual tokens take the place of {IMAGE_TOKEN} = {image_token_id} instead of being "
+        f"{growth(vocabulary, rows)}visual tokens replace {IMAGE_TOKEN} = {image_token_id} instead of being "
         "put in front"
     )
     return config, image_token_id, (note,)
@@ -242,7 +242,7 @@ def _with_placeholder(
 def _contract(
     config: Mapping[str, Any], fields: Fields, folder: Path, where: str
 ) -> tuple[VisionContract, tuple[str, ...]]:
-    """What the Q-Former sees: all tokens of the tower, and how pictures are prepared."""
+    """Return the vision contract: the Q-Former reads all tokens of the tower."""
     vision = build_config(config, where).vision_config
     pixels, notes = _pixels(folder, vision.image_size)
     contract = VisionContract(
@@ -267,7 +267,7 @@ def _pixels(folder: Path, image_size: int) -> tuple[PixelRule, tuple[str, ...]]:
 
 
 def _tokenizers(tokenizer: Path, checkpoint: Checkpoint) -> dict[str, Path]:
-    """The folder of the Q-Former's tokenizer, where the language model's is at hand."""
+    """Return the folder of the Q-Former's tokenizer, if the language model's exists."""
     if not has_tokenizer(tokenizer):
         return {}
     inside = tokenizer / QFORMER_TOKENIZER

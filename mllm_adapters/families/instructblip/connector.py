@@ -1,4 +1,4 @@
-"""What reads the tower's features in an InstructBLIP: a norm, and keys and values of the Q-Former's cross-attention."""
+"""The connector layers of InstructBLIP: a norm, and keys and values of the Q-Former's cross-attention."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from mllm_adapters.families.instructblip import original as lavis
 QFORMER_PART = "qformer"
 
 NORM = "vision_model.ln_vision"
-"""The normalisation between tower and Q-Former, in our class."""
+"""The normalization between tower and Q-Former, in our class."""
 
 STOCK_NORM = re.compile(r"vision_model\.post_layernorm\.(weight|bias)")
 TOWER = re.compile(r"vision_model\.(?!post_layernorm\.|ln_vision\.)")
@@ -23,12 +23,12 @@ READERS = re.compile(r"(qformer\.encoder\.layer\.\d+\.crossattention\.attention\
 
 
 def refitted(swap: Swap) -> Connected:
-    """Everything but the tower, ready for the new tower's features.
+    """Adapt everything except the tower to the new tower's features.
 
-    In ``config`` is the epsilon of the norm before the readers.
+    ``config`` contains the epsilon of the norm before the connector.
 
     Raises:
-        UserError: readers and tower do not belong together, or a given Q-Former does not fit.
+        UserError: connector and tower do not belong together, or a given Q-Former does not fit.
     """
     host, after, checkpoint = swap.host, swap.after, swap.checkpoint
     steps = [_own_name(step) for step in swap.steps]
@@ -47,7 +47,7 @@ def refitted(swap: Swap) -> Connected:
 
 
 def _norm_epsilon(config: Mapping[str, Any]) -> float:
-    """That of the norm before the readers, in the transformers layout."""
+    """Return the epsilon of the norm before the connector, in the transformers layout."""
     own, stock = config.get("vision_layer_norm_eps"), config["vision_config"].get("layer_norm_eps", 1e-6)
     return float(stock if own is None else own)
 
@@ -66,7 +66,7 @@ def _reader_names(steps: Iterable[Step]) -> list[str]:
 def _trained_readers(
     steps: list[Step], checkpoint: Checkpoint, path: Path, after: VisionContract
 ) -> Connected:
-    """The readers of a Q-Former that was trained on features of the new tower's width.
+    """Take the connector layers of a Q-Former trained on features of the new tower's width.
 
     Raises:
         UserError: it lacks one, or was trained on another width.

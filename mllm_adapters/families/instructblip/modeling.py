@@ -1,7 +1,8 @@
-"""InstructBLIP whose eyes are a CLIP tower, and the processor of every InstructBLIP here.
+"""InstructBLIP with a CLIP tower, and the processor of every InstructBLIP here.
 
-transformers' `InstructBlipConfig` turns any ``vision_config`` into one of its own EVA tower, which has no norm before
-its blocks and so cannot hold a CLIP. The rest of the architecture (Q-Former, projection, language model) is theirs.
+transformers' `InstructBlipConfig` turns any ``vision_config`` into one of its own EVA tower, which has no
+norm before its blocks and so cannot hold a CLIP. The rest of the architecture (Q-Former, projection,
+language model) is theirs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ class MgllInstructBlipConfig(InstructBlipConfig):
     """Configuration of `MgllInstructBlipForConditionalGeneration`.
 
     Attributes:
-        vision_feature_layer: Index into the tower's hidden states that the Q-Former looks at.
+        vision_feature_layer: Index of the tower's hidden state that the Q-Former reads.
         vision_layer_norm_eps: Epsilon of the normalisation between tower and Q-Former.
     """
 
@@ -45,8 +46,8 @@ class MgllInstructBlipConfig(InstructBlipConfig):
 class ClipWithNorm(nn.Module):
     """A CLIP tower and the normalisation of its tokens, class token included, that the Q-Former attends to.
 
-    LAVIS reads CLIP ViT-L like this (salesforce/LAVIS, lavis/models/clip_vit.py: all blocks but the last, no final
-    norm of CLIP's own; lavis/models/blip2_models/blip2.py: ``ln_vision``).
+    LAVIS uses CLIP ViT-L in this way (salesforce/LAVIS, lavis/models/clip_vit.py: all blocks but the last,
+    no final norm of CLIP's own; lavis/models/blip2_models/blip2.py: ``ln_vision``).
     """
 
     def __init__(self, config: MgllInstructBlipConfig) -> None:
@@ -98,15 +99,15 @@ class MgllInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerat
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As the parent's, but text alone will do.
+        """Run the parent's forward pass, also for text without images.
 
         Args:
-            pixel_values: [n, 3, S, S], or None where no text has an image.
-            qformer_input_ids: [n, Q], the instruction that goes with each image.
+            pixel_values: [n, 3, S, S], or None if no text has an image.
+            qformer_input_ids: [n, Q], the instruction for each image.
             qformer_attention_mask: [n, Q].
             input_ids: [B, T], with ``num_query_tokens`` placeholders for each image.
             attention_mask: [B, T].
-            labels: [B, T]; for a language model with an encoder, what its decoder is to say.
+            labels: [B, T]; for a language model with an encoder, the target of its decoder.
             logits_to_keep: Positions whose logits are computed (0: all); for a decoder-only language model.
             **kwargs: See `InstructBlipForConditionalGeneration.forward`.
         """
@@ -143,7 +144,7 @@ class MgllInstructBlipProcessor(ProcessorMixin):
     """
 
     takes_instructions = True
-    """That ``instructions`` is understood: what the Q-Former may read of each text."""
+    """Adds the argument ``instructions``: the part of each text for the Q-Former."""
 
     text_kwargs: Any = {"return_token_type_ids": False}  # noqa: RUF012 (as the library has it)
     qformer_tokenizer: Any
@@ -170,14 +171,14 @@ class MgllInstructBlipProcessor(ProcessorMixin):
         instructions: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Texts and their images as model inputs.
+        """Convert texts and their images to model inputs.
 
         Args:
-            images: The images of all texts, one after another.
-            text: Texts, each with one placeholder per image at its beginning; where there are as many images as texts
-                and no placeholder, each text gets one.
-            instructions: What the Q-Former reads, per text; by default the text itself. A text that holds the answer
-                needs it, or the Q-Former would read the answer.
+            images: The images of all texts, in order.
+            text: Texts, each starting with one placeholder per image; if there are as many images as texts
+                and no placeholders, each text gets one.
+            instructions: Input of the Q-Former, per text; by default the text itself. Required for a text
+                that contains the answer, because the Q-Former would otherwise read the answer.
             **kwargs: For image processor and tokenizer, as in any processor.
 
         Returns:
@@ -214,12 +215,12 @@ class MgllInstructBlipProcessor(ProcessorMixin):
         )
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **_: Any) -> str:  # noqa: ARG002
-        """As many placeholders as an image has visual tokens."""
+        """Return as many placeholders as an image has visual tokens."""
         return self.image_token * self.num_query_tokens
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model takes of what is made here."""
+        """Return the names of the model inputs."""
         names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
         return [*names, "qformer_input_ids", "qformer_attention_mask"]
 
@@ -228,13 +229,13 @@ class MgllInstructBlipProcessor(ProcessorMixin):
             texts = [self.image_token + text for text in texts]
         for text in texts:
             if not text.startswith(self.image_token * text.count(self.image_token)):
-                raise ValueError(f"InstructBLIP sees images first: put {self.image_token} before the text")
+                raise ValueError(f"InstructBLIP needs images first: put {self.image_token} before the text")
         return texts
 
     def _for_qformer(
         self, texts: list[str], instructions: Sequence[str] | None, return_tensors: str | None
     ) -> dict[str, Any]:
-        """The instruction of each image, in the Q-Former's vocabulary."""
+        """Tokenize the instruction of each image with the Q-Former's tokenizer."""
         read = texts if instructions is None else instructions
         per_image = [
             instruction.replace(self.image_token, "").strip()
@@ -251,7 +252,7 @@ class MgllInstructBlipProcessor(ProcessorMixin):
         return {f"qformer_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
 
     def _opening(self) -> str:
-        """The token that the tokenizer puts before a text, if it does; it goes after the images instead."""
+        """Return the token that the tokenizer adds before a text, if any; here it follows the images."""
         first, *_ = self.tokenizer("a").input_ids
         return self.tokenizer.bos_token if first in self.tokenizer.all_special_ids else ""
 

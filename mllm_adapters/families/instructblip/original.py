@@ -1,4 +1,4 @@
-"""InstructBLIP as LAVIS has it: Q-Former, EVA tower and language model in places of their own, and no config.json.
+"""InstructBLIP in LAVIS: Q-Former, EVA tower and language model in separate files, without config.json.
 
 Key names and constants after salesforce/LAVIS 506965b: lavis/models/blip2_models/{blip2,blip2_vicuna_instruct,
 blip2_t5_instruct,Qformer}.py, lavis/models/eva_vit.py.
@@ -23,7 +23,7 @@ from mllm_adapters.families.keytable import OriginalLayout, placed
 LANGUAGE_PART, CONFIG_PART = "language-model", "config"
 
 LOOSE_WEIGHTS = (r"Qformer\.bert\.", r"(?:visual_encoder\.)?blocks\.\d+\.attn\.(?:q_bias|qkv\.)")
-"""The Q-Former's file tells the family; the tower's is read if it lies beside it."""
+"""The Q-Former's file identifies the family; the tower's is read if it is next to it."""
 
 TOWER_FILE = "eva_vit_g.pth"
 
@@ -33,7 +33,7 @@ LANGUAGE_FOLDERS: Mapping[str, tuple[str, ...]] = {
     ),
     "t5": ("flan-t5-xl", "flan-t5-xxl", "google/flan-t5-xl", "google/flan-t5-xxl"),
 }  # fmt: skip
-"""Where LAVIS' model configurations look for the language model, by its kind."""
+"""Folders of the language model in LAVIS' model configurations, by its kind."""
 
 PROJECTIONS = {"llm_proj": "llama", "t5_proj": "t5"}
 
@@ -47,13 +47,13 @@ EVA: Mapping[str, Any] = {
 EVA_CONFIG: Mapping[str, Any] = {
     "model_type": "instructblip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
 }  # fmt: skip
-"""What is the same for every EVA tower in transformers."""
+"""Settings that are the same for every EVA tower in transformers."""
 
 HEADS: Mapping[str, Mapping[int, int]] = {"vision_config": {EVA_WIDTH: 16}, "qformer_config": {768: 12}}
-"""Attention heads by width: weights cannot tell them, and LAVIS has them in code (EVA-g) and in bert-base-uncased."""
+"""Attention heads by width: they are not in the weights; LAVIS has them in code (EVA-g) and in bert-base-uncased."""
 
 NORM_EPSILON = 1e-5
-"""Of ``ln_vision``: PyTorch's default in LAVIS, while all norms inside the tower have 1e-6."""
+"""Epsilon of ``ln_vision``: PyTorch's default in LAVIS, while all norms inside the tower have 1e-6."""
 
 LAYOUT = OriginalLayout(
     {
@@ -89,18 +89,18 @@ EVA_LAYOUT = OriginalLayout(
     },
     of="an InstructBLIP with an EVA tower",
 )
-"""Likewise for the tower; None for what follows its blocks, which LAVIS leaves out."""
+"""Likewise for the tower; None for tensors after its blocks, which LAVIS does not use."""
 
 
 @dataclass(frozen=True)
 class AsStock:
-    """A checkpoint seen in the transformers layout.
+    """A checkpoint mapped to the transformers layout.
 
     Attributes:
         config: Its config.json there; it may lack an image placeholder.
         steps: Its tensors there.
-        dropped: What has no place there.
-        notes: What the user should know of where it was found.
+        dropped: Tensors without a counterpart there.
+        notes: Notes for the user about the source.
     """
 
     config: dict[str, Any]
@@ -110,15 +110,15 @@ class AsStock:
 
 
 def read(checkpoint: Checkpoint, *, swapped: bool, image_size: int | None = None) -> AsStock:
-    """A LAVIS checkpoint with its parts, in the names of transformers' layout.
+    """Read a LAVIS checkpoint with its parts, mapped to transformers' layout.
 
     Args:
         checkpoint: The loose weight files.
-        swapped: Whether the tower is to be replaced, and so need not be there.
-        image_size: Input side in pixels that the user asks for.
+        swapped: Whether the tower will be replaced, and so need not exist.
+        image_size: Requested input side in pixels.
 
     Raises:
-        UserError: it is no InstructBLIP, a part is missing, or parts do not belong together.
+        UserError: it is not an InstructBLIP, a part is missing, or parts do not belong together.
     """
     folder = checkpoint.folder
     kind = _kind(checkpoint)
@@ -161,9 +161,9 @@ def read(checkpoint: Checkpoint, *, swapped: bool, image_size: int | None = None
 
 
 def with_special_tokens(tokenizer: Any) -> Any:
-    """Give LLaMA's tokenizer the special tokens that LAVIS gives it; T5's stays as it is.
+    """Add LAVIS' special tokens to LLaMA's tokenizer; T5's stays unchanged.
 
-    ``</s>`` begins a text as well as ending it, and padding has a token of its own.
+    ``</s>`` begins and ends a text, and padding has its own token.
     """
     if tokenizer.bos_token is not None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -173,21 +173,22 @@ def with_special_tokens(tokenizer: Any) -> Any:
 
 
 def original_name(name: str) -> str:
-    """Name in LAVIS of a tensor of the Q-Former's cross-attention, or of the norm before it."""
+    """Return the LAVIS name of a tensor of the Q-Former's cross-attention, or of the norm before it."""
     if name.startswith("vision_model."):
         return f"ln_vision.{name.rpartition('.')[2]}"
     return name.replace("qformer.", "Qformer.bert.").replace("attention.attention.", "attention.self.")
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    """The kind of language model; refuses what is no InstructBLIP."""
+    """Return the kind of language model; refuse checkpoints that are not an InstructBLIP."""
     found = {name.partition(".")[0] for name in checkpoint.tensors}
     kinds = [kind for projection, kind in PROJECTIONS.items() if projection in found]
     if "opt_proj" in found or (
         kinds and "Qformer.bert.embeddings.word_embeddings.weight" not in checkpoint.tensors
     ):
         raise UserError(
-            f"{checkpoint.folder}: this is BLIP-2, whose Q-Former reads no instruction: take an InstructBLIP such as "
+            f"{checkpoint.folder}: this is BLIP-2, whose Q-Former does not read the instruction: take an "
+            "InstructBLIP such as "
             "instruct_blip_vicuna7b_trimmed.pth"
         )
     if len(kinds) != 1:
@@ -211,13 +212,13 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, folder: Path) -> tu
 
 
 def _sections(checkpoint: Checkpoint) -> dict[str, Any]:
-    """``--part config``: a config.json of the same model in the transformers layout; empty if not given."""
+    """Read the part ``config``: a config.json of the same model in the transformers layout; empty if not given."""
     path = checkpoint.find(CONFIG_PART)
     return {} if path is None else read_json(path / "config.json" if path.is_dir() else path)
 
 
 def _heads(section: str, width: int, folder: Path, sections: Mapping[str, Any]) -> int:
-    """How many attention heads there are, from the given configuration or from what is published."""
+    """Return the number of attention heads, from the given configuration or the published one."""
     given = sections.get(section)
     if isinstance(given, dict) and {"hidden_size", "num_attention_heads"} <= given.keys():
         if given["hidden_size"] != width:
@@ -238,7 +239,7 @@ def _heads(section: str, width: int, folder: Path, sections: Mapping[str, Any]) 
 def _language_model(
     checkpoint: Checkpoint, kind: str, steps: list[Step]
 ) -> tuple[dict[str, Any], list[Step]]:
-    """``text_config`` of the language model, and its tensors unless the checkpoint holds them itself."""
+    """Return the ``text_config`` of the language model, and its tensors unless they are in the checkpoint."""
     reads = next((step.shape[0] for step in steps if step.name == "language_projection.weight"), None)
     found: list[str] = []
     for name in LANGUAGE_FOLDERS[kind]:
@@ -292,7 +293,7 @@ def _qformer_config(
     every = crossing[1] if len(crossing) > 1 else layers
     if crossing != list(range(0, layers, every)):
         raise UserError(
-            f"{folder}: its Q-Former looks at the image in layers {crossing}: expected every n-th"
+            f"{folder}: its Q-Former has cross-attention in layers {crossing}: expected every n-th"
         )
     return {
         "model_type": "instructblip_qformer",
@@ -315,7 +316,7 @@ def _vision_config(
     *,
     swapped: bool,
 ) -> dict[str, Any]:
-    """``vision_config`` of the EVA tower, from its weights."""
+    """Return the ``vision_config`` of the EVA tower, from its weights."""
     if not tower:
         raise UserError(
             f"{folder}: its vision tower {TOWER_FILE} is neither there nor beside it: put it there, or say where it is "
@@ -335,7 +336,7 @@ def _vision_config(
         "hidden_size": width,
         "intermediate_size": _shape(shapes, "blocks.0.mlp.fc1.weight", folder)[0],
         "num_hidden_layers": min(blocks, used),
-        # A tower that is replaced need not be run, nor its heads be known.
+        # A tower that will be replaced is never run, so its number of heads is not needed.
         "num_attention_heads": 1 if swapped else _heads("vision_config", width, folder, sections),
         "image_size": patch * isqrt(_shape(shapes, "pos_embed", folder)[1] - 1),
         "patch_size": patch,
@@ -343,7 +344,7 @@ def _vision_config(
 
 
 def _replaced_tower(width: int, folder: Path, image_size: int | None) -> tuple[dict[str, Any], str]:
-    """``vision_config`` of a tower that is not there and need not be, and where its geometry comes from."""
+    """Return the ``vision_config`` of a missing tower that will be replaced, and the source of its geometry."""
     if width == EVA_WIDTH:
         return {**EVA_CONFIG, **EVA}, f"that of LAVIS' EVA-CLIP-g, which is as wide as ln_vision ({width})"
     if image_size is None:
@@ -373,7 +374,7 @@ def _tower_steps(
         elif name.endswith("q_bias"):
             value = tower.get(name.replace("q_bias", "v_bias"))
             if value is None:
-                raise UserError(f"{folder}: {name} has no v_bias beside it: is the tower complete?")
+                raise UserError(f"{folder}: {name} has no matching v_bias: is the tower complete?")
             # The original has no bias on the keys, transformers one of zeros.
             steps.append(
                 Step(

@@ -33,7 +33,7 @@ class InternVL(PlannedFamily):
     spec: FamilySpec
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``original``, ``transformers`` or None."""
+        """Return ``original``, ``transformers`` or None."""
         names = config.get("architectures")
         if isinstance(names, list) and names[:1] == [ORIGINAL] and "llm_config" in config:
             return None if "audio_config" in config else "original"
@@ -49,7 +49,7 @@ class InternVL(PlannedFamily):
         image_size: int | None = None,
         target: Target = "own",
     ) -> Plan:
-        """See `Family.plan`; what has been written as a LLaVA is planned as one."""
+        """See `Family.plan`; a checkpoint in the LLaVA layout is planned as a LLaVA."""
         as_llava = checkpoint.config.get("model_type") == "llava"
         plan = self._as_llava.plan if as_llava else super().plan
         return plan(checkpoint, tower, image_size, target)
@@ -60,7 +60,7 @@ class InternVL(PlannedFamily):
         return (original_host if original else native_host)(checkpoint, request)
 
     def after(self, host: Host, request: PlanRequest) -> VisionContract:
-        """See `PlannedFamily.after`; a LLaVA has as many tokens as the host, but joins no patches."""
+        """See `PlannedFamily.after`; a LLaVA has as many tokens as the host, but does not merge patches."""
         if request.tower is None or request.target != "llava":
             return super().after(host, request)
         usual = isqrt(host.before.tokens) * request.tower.spec.patch_size
@@ -68,7 +68,7 @@ class InternVL(PlannedFamily):
         return after_swap(host.clip_contract, request.tower, size)
 
     def connect(self, swap: Swap) -> Connected:
-        """See `PlannedFamily.connect`; a LLaVA gets a projector without normalisation."""
+        """See `PlannedFamily.connect`; a LLaVA gets a projector without normalization."""
         if swap.request.target != "llava":
             return super().connect(swap)
         norm, first = swap.host.connector
@@ -102,17 +102,17 @@ class InternVL(PlannedFamily):
         )
 
     def processor(self, plan: Plan) -> Any | None:
-        """The planned checkpoint's processor; None where the source has no tokenizer."""
+        """Return the planned checkpoint's processor; None if the source has no tokenizer."""
         if read_json(plan.source / "config.json").get("model_type") == "llava":
             return self._as_llava.processor(plan)
         return internvl_text.processor(plan, self.image_processor(plan))
 
     def image_processor(self, plan: Plan) -> Any:
-        """InternVL's own, which can cut tiles, unless images are cropped or padded or the target is a LLaVA."""
+        """Return InternVL's own, which can cut tiles, unless images are cropped or padded or the target is a LLaVA."""
         return internvl_text.image_processor(plan) or super().image_processor(plan)
 
     def token_order(self, model: Any, contract: VisionContract) -> Tensor | None:
-        """See `Family.token_order`: the first releases join patches column by column."""
+        """See `Family.token_order`: the first releases merge patches column by column."""
         if getattr(model.config, "ps_version", "v2") == "v2":
             return None
         side = isqrt(contract.tokens)
@@ -120,7 +120,7 @@ class InternVL(PlannedFamily):
 
     @property
     def _as_llava(self) -> Llava:
-        """The LLaVA family under this family's name."""
+        """Return the LLaVA family under this family's name."""
         return replace(LLAVA, spec=self.spec)
 
 

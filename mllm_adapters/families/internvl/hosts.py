@@ -1,4 +1,4 @@
-"""InternVL-Chat before a swap: what its configuration and its headers say, in either layout.
+"""InternVL-Chat before a swap, read from configuration and headers, in either layout.
 
 Defaults and vision contract after OpenGVLab/InternVL 2410d1d (internvl_chat/internvl/model/internvl_chat:
 configuration_*.py, modeling_*.py; internvl_chat/internvl/train/dataset.py) and transformers 5.23.0 (models/internvl).
@@ -33,17 +33,17 @@ from mllm_adapters.families.internvl.names import (
 )
 
 NAME, OWN = "internvl", "mgll_internvl"
-"""Of the family, and of the architecture that takes a CLIP tower."""
+"""model_type of the family, and of the architecture with a CLIP tower."""
 
 CLASSES: Mapping[str, str] = {
     "internvl": "InternVLForConditionalGeneration",
     OWN: "MgllInternVLForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
 }
-"""``model_type`` of what is read and written in the transformers layout -> its class."""
+"""``model_type`` in the transformers layout -> its class."""
 
 NEW_LAYER = -2
-"""Hidden layer that is read of a new tower: a CLIP's last block is trained to feed its class token only."""
+"""Hidden layer at which a new tower is read: a CLIP's last block is trained only for its class token."""
 
 FIRST_TENSOR = re.compile(r"(.*vision_tower\.)(?:vision_model\.)?embeddings\.(?:cls_token|class_embedding)")
 
@@ -51,7 +51,7 @@ TRY = "take a chat model, such as OpenGVLab/InternVL2_5-8B"
 
 
 class VisionFields(BaseModel):
-    """What counts in ``vision_config``, with the original code's defaults: those of InternViT-6B."""
+    """The used fields of ``vision_config``, with the original code's defaults: those of InternViT-6B."""
 
     hidden_size: int = 3200
     num_hidden_layers: int = 48
@@ -67,7 +67,7 @@ class VisionFields(BaseModel):
     qkv_bias: bool = False
 
     def stock(self, spec: TowerSpec) -> dict[str, Any]:
-        """``vision_config`` of transformers' InternVL."""
+        """Return the ``vision_config`` of transformers' InternVL."""
         return {
             "model_type": "internvl_vision",
             **self.model_dump(exclude={"qk_normalization", "qkv_bias"}),
@@ -79,7 +79,7 @@ class VisionFields(BaseModel):
 
 
 class OriginalFields(BaseModel):
-    """What counts in an original config.json, with the original code's defaults."""
+    """The used fields of an original config.json, with the original code's defaults."""
 
     vision_config: dict[str, Any]
     llm_config: dict[str, Any]
@@ -97,7 +97,7 @@ class OriginalFields(BaseModel):
 
 
 class NativeFields(BaseModel):
-    """What counts in a config.json of the transformers layout, with the defaults of ``InternVLConfig``."""
+    """The used fields of a config.json in the transformers layout, with the defaults of ``InternVLConfig``."""
 
     vision_config: dict[str, Any]
     text_config: dict[str, Any]
@@ -109,18 +109,18 @@ class NativeFields(BaseModel):
 
 
 def original_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
-    """What a checkpoint in the original layout is.
+    """Read a checkpoint in the original layout.
 
     Raises:
-        UserError: it is of a variant that is not supported, or lacks something.
+        UserError: it is an unsupported variant, or incomplete.
     """
     where = f"{checkpoint.folder}/config.json"
     fields = read_fields(OriginalFields, checkpoint.config, where)
     vision = read_fields(VisionFields, fields.vision_config, f"{where}, vision_config")
     if vision.qk_normalization and vision.layer_norm_eps != 1e-6:
         raise UserError(
-            f"{where}: layer_norm_eps of vision_config is {vision.layer_norm_eps}, expected 1e-06: transformers' "
-            "InternViT normalises queries and keys with no other"
+            f"{where}: layer_norm_eps of vision_config is {vision.layer_norm_eps}, expected 1e-06: "
+            "transformers' InternViT supports no other for queries and keys"
         )
     language_model = _language_model(fields.llm_config, where)
     steps, dropped = sort_tensors(checkpoint, language_model, fields.llm_config)
@@ -186,10 +186,10 @@ def _original_notes(
 
 
 def native_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
-    """What a checkpoint in the transformers layout is, swapped before or not.
+    """Read a checkpoint in the transformers layout, swapped before or not.
 
     Raises:
-        UserError: it is of a variant that is not supported, or lacks something.
+        UserError: it is an unsupported variant, or incomplete.
     """
     config, where = checkpoint.config, checkpoint.folder / "config.json"
     fields = read_fields(NativeFields, config, str(where))
@@ -247,13 +247,13 @@ def native_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
 
 
 def _contract(spec: TowerSpec, layer: int, merge: int, tiles: int) -> VisionContract:
-    """The contract of a tower whose patches are joined, ``merge`` along one side."""
+    """Return the contract of a tower whose patches are merged, ``merge`` along one side."""
     contract = contract_of(spec, layer, class_token=False)
     return contract.model_copy(update={"tokens": (spec.grid // merge) ** 2, "tiles": tiles})
 
 
 def _model_type(request: PlanRequest, ps_version: str, contract: VisionContract) -> str:
-    """Of the target: the stock class has one order of visual tokens, and its processor one resize rule."""
+    """Return the target's model_type: the stock class supports one token order, and its processor one resize rule."""
     stock = request.tower is None and ps_version == "v2" and contract.resize == "squash"
     return "llava" if request.target == "llava" else "internvl" if stock else OWN
 
@@ -261,7 +261,7 @@ def _model_type(request: PlanRequest, ps_version: str, contract: VisionContract)
 def _config(
     kind: str, own: Mapping[str, Any], vision: Mapping[str, Any], contract: VisionContract
 ) -> dict[str, Any]:
-    """The config.json of a target of this model_type, with the host's own tower."""
+    """Return the config.json of a target of this model_type, with the host's own tower."""
     config = {
         **own,
         "architectures": [CLASSES[kind]],
@@ -275,13 +275,13 @@ def _config(
         del config["ps_version"]
     if kind == "llava":
         del config["downsample_ratio"]
-        # The name that releases before 5.0 read.
+        # The name in releases before 5.0.
         config |= {"image_token_index": config.pop("image_token_id"), "multimodal_projector_bias": True}
     return config
 
 
 def _places(root: str, kind: str, request: PlanRequest) -> dict[str, Any]:
-    """Where tower and connector are in the target; ``root`` precedes their names."""
+    """Return the names of tower and connector in the target, which start with ``root``."""
     names = ("layer_norm", "linear_1") if request.tower else ()
     return {
         "prefix": f"{root}{TOWER}" + ("vision_model." if kind == "llava" else ""),
@@ -299,7 +299,7 @@ def _language_model(llm_config: Mapping[str, Any], where: str) -> LanguageModel:
 
 
 def _original_tower(fields: OriginalFields, vision: VisionFields, where: str) -> TowerSpec:
-    # Tiles are square already; only an image that is not cut is padded.
+    # Tiles are already square; only an image that is not cut is padded.
     resize: Resize = "pad" if fields.pad2square and not fields.dynamic_image_size else "squash"
     given = {"image_size": fields.force_image_size or vision.image_size, "resize": resize}
     return checked(TowerSpec, {**tower_geometry(vision), **given}, Path(where))
@@ -309,14 +309,15 @@ def _merged(ratio: float, grid: int, where: str) -> int:
     merge = round(1 / ratio)
     if abs(merge * ratio - 1) > 1e-6 or grid % merge:
         raise UserError(
-            f"{where}: downsample_ratio {ratio} does not go into {grid}x{grid} patches: expected 1 / n, such as 0.5, "
+            f"{where}: downsample_ratio {ratio} does not divide {grid}x{grid} patches: expected 1 / n, such "
+            "as 0.5, "
             "and a multiple of n patches"
         )
     return merge
 
 
 def _resampled(steps: list[Step], positions: int) -> list[Step]:
-    """The steps, with the position table at the size that the model runs at."""
+    """Return the steps, with the position table resampled to the model's image size."""
     made: dict[str, Any] = {"operation": "resample", "arguments": {"leading": 1}}
     return [
         step.model_copy(update={**made, "shape": (1, positions, step.shape[2])})
@@ -327,5 +328,5 @@ def _resampled(steps: list[Step], positions: int) -> list[Step]:
 
 
 def _side(size: Any) -> int:
-    """The side of a square ``image_size`` or ``patch_size``, which may be a pair."""
+    """Return the side of a square ``image_size`` or ``patch_size``, which may be a pair."""
     return int(size[0] if isinstance(size, list | tuple) else size)

@@ -1,6 +1,6 @@
 """InternVL with a tower of any class, and with the pixel shuffle of its first releases.
 
-The stock class coerces its tower's configuration to InternViT, whatever it says, and shuffles pixels in one way only.
+The stock class always coerces its tower's configuration to InternViT, and supports only one pixel shuffle.
 After transformers 5.23.0 (models/internvl) and OpenGVLab/InternVL 2410d1d
 (internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py).
 """
@@ -35,12 +35,12 @@ class MgllInternVLConfig(InternVLConfig):
 
 
 class MgllInternVLModel(InternVLModel):
-    """The stock model without its head; the order of visual tokens is a matter of configuration."""
+    """The stock model without its head, with a configurable order of visual tokens."""
 
     config: MgllInternVLConfig
 
     def pixel_shuffle(self, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
-        """Join neighbouring patches: [n, H, W, C] -> [n, H·s, W·s, C/s²], transposed under ``ps_version`` v1."""
+        """Merge neighboring patches: [n, H, W, C] -> [n, H·s, W·s, C/s²], transposed under ``ps_version`` v1."""
         shuffled: Tensor = super().pixel_shuffle(vision_features, scale_factor)
         return shuffled.transpose(1, 2).contiguous() if self.config.ps_version == "v1" else shuffled
 
@@ -51,7 +51,7 @@ class MgllInternVLForConditionalGeneration(InternVLForConditionalGeneration):
     config: MgllInternVLConfig
 
     def __init__(self, config: MgllInternVLConfig) -> None:
-        # Not the parent's own: it would build the stock model, tower and all, to be thrown away.
+        # Not the parent's own: it would build the whole stock model only to discard it.
         InternVLPreTrainedModel.__init__(self, config)
         self.model = MgllInternVLModel(config)
         text: Any = config.text_config
@@ -60,18 +60,18 @@ class MgllInternVLForConditionalGeneration(InternVLForConditionalGeneration):
 
 
 class MgllInternVLProcessor(ProcessorMixin):
-    """Text and images as an InternVL wants them; any image processor, and no tiles unless that one makes them.
+    """Processor for InternVL with any image processor, and tiles only if that makes them.
 
-    The stock processor cuts images into tiles whatever its image processor says, and takes no image processor that
-    crops or pads.
+    The stock processor always cuts images into tiles, and supports no image processor that crops or pads.
 
     Args:
-        image_processor: Gives ``pixel_values`` [tiles, 3, S, S] and perhaps ``num_patches``, the tiles of each image.
-        tokenizer: Knows the three tokens below.
+        image_processor: Returns ``pixel_values`` [tiles, 3, S, S] and optionally ``num_patches``, the tiles
+            per image.
+        tokenizer: Has the three tokens below.
         image_seq_length: Visual tokens per tile.
-        image_token: Stands for an image in a text, and for one visual token in a prompt.
-        start_image_token: Written before the visual tokens of an image.
-        end_image_token: Written after them.
+        image_token: Placeholder for an image in a text, and for one visual token in a prompt.
+        start_image_token: Token before the visual tokens of an image.
+        end_image_token: Token after them.
         chat_template: Jinja template of the conversation format.
     """
 
@@ -94,11 +94,11 @@ class MgllInternVLProcessor(ProcessorMixin):
 
     @property
     def unused_input_names(self) -> list[str]:
-        """What the image processor gives and the model does not take."""
+        """Return the outputs of the image processor that the model does not use."""
         return ["num_patches"]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
-        """The text that an image becomes."""
+        """Return the text that replaces an image."""
         tiles = image_inputs["num_patches"][image_idx] if "num_patches" in image_inputs else 1
         return (
             self.start_image_token

@@ -1,4 +1,4 @@
-"""InternVL-Chat's tensors: where each one of the original layout goes.
+"""Maps InternVL-Chat's tensors from the original layout.
 
 After OpenGVLab/InternVL 2410d1d (internvl_chat/internvl/model: internvl_chat/modeling_intern_vit.py,
 internvl_chat/modeling_internvl_chat.py, internlm2/modeling_internlm2.py).
@@ -50,13 +50,13 @@ _TEXT_LAYER = "language_model.model.layers.{}."
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """How a language model of the original layout becomes one of transformers.
+    """Conversion of a language model from the original layout to transformers.
 
     Attributes:
         model_type: Its transformers model_type.
-        rules: What its ``llm_config`` says -> the rules of its tensors.
-        fields: Names of ``llm_config`` that transformers calls otherwise, original -> transformers.
-        defaults: Values that the original code takes where ``llm_config`` says nothing, and transformers others.
+        rules: ``llm_config`` -> the rules of its tensors.
+        fields: Fields of ``llm_config`` with another name in transformers, original -> transformers.
+        defaults: The original code's defaults for ``llm_config`` that differ from transformers'.
     """
 
     model_type: str
@@ -65,12 +65,12 @@ class LanguageModel:
     defaults: Mapping[str, Any]
 
     def settings(self, llm_config: Mapping[str, Any]) -> dict[str, Any]:
-        """An ``llm_config`` in transformers' words."""
+        """Convert an ``llm_config`` to transformers' fields."""
         return {self.fields.get(k, k): v for k, v in {**self.defaults, **llm_config}.items()}
 
 
 def _internlm2(llm_config: Mapping[str, Any]) -> Mapping[str, Rule]:
-    """Queries lie beside the key and the value that they share."""
+    """Return rules for fused tensors, with queries next to the key and value that they share."""
     heads = int(llm_config["num_attention_heads"])
     groups = int(llm_config.get("num_key_value_heads") or heads)
     fused = Split(_TEXT_LAYER + "self_attn.{q,k,v}_proj.{}", groups, (heads // groups, 1, 1))
@@ -89,7 +89,7 @@ def _internlm2(llm_config: Mapping[str, Any]) -> Mapping[str, Rule]:
 
 
 def _own_names(_: Mapping[str, Any]) -> Mapping[str, Rule]:
-    """Transformers' own."""
+    """Return transformers' own names."""
     return {
         "language_model.model.{embed_tokens,layers,norm}.*": "language_model.model.{}.{}",
         HEAD: HEAD,
@@ -108,10 +108,10 @@ LANGUAGE_MODELS: Mapping[str, LanguageModel] = {
 def sort_tensors(
     checkpoint: Checkpoint, language_model: LanguageModel, llm_config: Mapping[str, Any]
 ) -> tuple[list[Step], list[Dropped]]:
-    """The target tensors of a checkpoint in the original layout, in source order, and what is left out.
+    """Return the target tensors of a checkpoint in the original layout, in source order, and the dropped ones.
 
     Raises:
-        UserError: a tensor belongs to no InternVL-Chat, or has not the shape that the configuration gives it.
+        UserError: a tensor is not part of InternVL-Chat, or its shape does not match the configuration.
     """
     rules = {**RULES, **language_model.rules(llm_config)}
     if llm_config.get("tie_word_embeddings"):

@@ -29,7 +29,7 @@ from mllm_adapters.families import read_template
 IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
 
 VIDEO = "<video>"
-"""Placeholder that the stock processor expands to those of images; it never reaches the model."""
+"""Placeholder that the stock processor expands to image tokens; it is never passed to the model."""
 
 PROCESSORS: Mapping[str, str] = {
     "internvl": "InternVLProcessor",
@@ -59,7 +59,7 @@ class ConversationFormat:
     Attributes:
         file: Jinja template.
         words: Its variables.
-        stop: Token that ends an answer.
+        stop: End token of an answer.
     """
 
     file: str
@@ -89,7 +89,7 @@ FORMATS: Mapping[str, ConversationFormat] = {
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What the model must know of its tokenizer.
+    """Token ids that the model's configuration needs.
 
     Attributes:
         image_token_id: Id of the image placeholder.
@@ -101,7 +101,7 @@ class TextSettings:
 
 
 def conversation(folder: Path, template: str | None, vocabulary: int) -> TextSettings | None:
-    """What a checkpoint in the original layout says of its tokenizer; None where it has none.
+    """Read the token ids of a checkpoint in the original layout; None if it has no tokenizer.
 
     Args:
         folder: The checkpoint.
@@ -109,7 +109,8 @@ def conversation(folder: Path, template: str | None, vocabulary: int) -> TextSet
         vocabulary: Rows of its embedding.
 
     Raises:
-        UserError: the tokenizer cannot be read, lacks a token, or is not the weights'; or the format is unknown.
+        UserError: the tokenizer cannot be read, lacks a token, or does not match the weights; or the format
+            is unknown.
     """
     if not has_tokenizer(folder):
         return None
@@ -117,25 +118,25 @@ def conversation(folder: Path, template: str | None, vocabulary: int) -> TextSet
     vocab = tokenizer.get_vocab()
     for token in (IMAGE, START, END, stop):
         if vocab.get(token, vocabulary) >= vocabulary:
-            found = f"gives it the id {vocab[token]}" if token in vocab else "does not know it"
+            found = f"gives it the id {vocab[token]}" if token in vocab else "does not have it"
             raise UserError(
                 f"{folder}: token {token} needs one of the {vocabulary} rows of the embedding, but the tokenizer "
-                f"{found}: take the tokenizer files of this very checkpoint"
+                f"{found}: use this checkpoint's tokenizer files"
             )
     ends = (tokenizer.eos_token_id, vocab[stop])
     return TextSettings(vocab[IMAGE], tuple(dict.fromkeys(i for i in ends if i is not None)))
 
 
 def described(folder: Path, model_type: str) -> str | None:
-    """What `processor` will give, in words."""
+    """Describe the result of `processor`."""
     return f"{PROCESSORS[model_type]} with the source's tokenizer" if has_tokenizer(folder) else None
 
 
 def processor(plan: Plan, image_processor: Any) -> Any | None:
-    """The processor of a planned checkpoint; None where the source has no tokenizer.
+    """Return the processor of a planned checkpoint; None if the source has no tokenizer.
 
     Raises:
-        UserError: the tokenizer cannot be read, or is not the weights'.
+        UserError: the tokenizer cannot be read, or does not match the weights.
     """
     from transformers import InternVLProcessor, InternVLVideoProcessor
 
@@ -171,7 +172,7 @@ def processor(plan: Plan, image_processor: Any) -> Any | None:
         "end_image_token": END,
         "video_token": VIDEO,
     }
-    # What its constructor does with named tokens; there is no public way once it exists.
+    # As in its constructor for named tokens; there is no public way to do this later.
     tokenizer._set_model_specific_special_tokens(special_tokens=names)
     side = {"height": plan.after.image_size, "width": plan.after.image_size}
     video = InternVLVideoProcessor(
@@ -181,7 +182,7 @@ def processor(plan: Plan, image_processor: Any) -> Any | None:
 
 
 def image_processor(plan: Plan) -> Any | None:
-    """The image processor that can cut tiles; None where the target needs another one."""
+    """Return the image processor that can cut tiles; None if the target needs another one."""
     from transformers import GotOcr2ImageProcessor
 
     after: VisionContract = plan.after
@@ -204,29 +205,29 @@ def image_processor(plan: Plan) -> Any | None:
 
 
 def tiles(folder: Path, model_type: str) -> int:
-    """Most tiles per image, its thumbnail included, that a folder in the transformers layout asks for."""
+    """Return the maximum tiles per image, including its thumbnail, of a folder in the transformers layout."""
     settings = image_settings(folder)[0] or {}
-    # The stock processor cuts tiles whatever its image processor's settings.
+    # The stock processor cuts tiles regardless of its image processor's settings.
     cuts = model_type == "internvl" or settings.get("crop_to_patches")
     most = int(settings.get("max_patches") or 12) if cuts else 1
     return most + (most > 1)
 
 
 def original_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint in the original layout.
+    """Load the tokenizer of a checkpoint in the original layout.
 
-    InternLM2's is Python code beside a SentencePiece model; it is rebuilt from the model and the ids in
+    InternLM2's is Python code with a SentencePiece model; it is rebuilt from the model and the ids in
     tokenizer_config.json, which may rename pieces of the model.
 
     Raises:
-        UserError: it cannot be read, or cuts text in another way than the SentencePiece model.
+        UserError: it cannot be read, or tokenizes differently from the SentencePiece model.
     """
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.is_file() else {}
     kind = str(settings.get("tokenizer_class", ""))
     if not kind.startswith("InternLM2"):
         tokenizer: Any = load_tokenizer(folder)
-        if kind.startswith("Llama"):  # releases before 5.0 begin with <s> unless told otherwise
+        if kind.startswith("Llama"):  # releases before 5.0 add <s> by default
             tokenizer.add_bos_token = settings.get("add_bos_token", True)
         return tokenizer
     try:
@@ -275,7 +276,7 @@ def _internlm2(folder: Path, settings: Mapping[str, Any]) -> Any:
 
 
 def _adds_prefix(model: Path) -> bool:
-    """Whether a SentencePiece model puts a space before a text."""
+    """Whether a SentencePiece model adds a space before a text."""
     from sentencepiece import SentencePieceProcessor
 
     reader = SentencePieceProcessor(model_file=str(model))
@@ -283,7 +284,7 @@ def _adds_prefix(model: Path) -> bool:
 
 
 def _content(token: Any) -> str:
-    """The text of a token that a JSON file gives as text or as an object."""
+    """Return the text of a token that a JSON file gives as string or object."""
     return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
 
 

@@ -1,4 +1,4 @@
-"""Janus-Pro: original checkpoints (deepseek-ai/Janus), converted ones, and those that this project writes.
+"""Janus-Pro: original checkpoints (deepseek-ai/Janus), converted ones, and those written by this project.
 
 Key names, vision contract, token ids and prompt after deepseek-ai/Janus 1daa72f (janus/models/modeling_vlm.py,
 clip_encoder.py, siglip_vit.py, vq_model.py, processing_vlm.py, janus/utils/conversation.py); names of the converted
@@ -54,7 +54,7 @@ LLAVA_NAMES: tuple[tuple[str, str], ...] = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
-"""Beginning of a name in the Janus layout -> in the LLaVA layout."""
+"""Name prefix in the Janus layout -> in the LLaVA layout."""
 
 OWN_FIELDS = (
     "boi_token_id", "aligner_depth", "aligner_hidden_act", "vision_feature_layer", "vision_feature_select_strategy",
@@ -68,7 +68,7 @@ class JanusPro(PlannedFamily):
 
     Attributes:
         spec: Names and module patterns, of both targets.
-        llava: Reads what ``--layout llava`` has written.
+        llava: Reads checkpoints in the layout ``llava``.
     """
 
     spec: FamilySpec
@@ -79,7 +79,7 @@ class JanusPro(PlannedFamily):
         object.__setattr__(self, "llava", shaped)
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``original``, ``transformers`` or None. DeepSeek-VL shares the model_type of the original layout."""
+        """Return ``original``, ``transformers`` or None. DeepSeek-VL shares the model_type of the original layout."""
         kind = config.get("model_type")
         if kind == "multi_modality":
             return "original" if "gen_head_config" in config else None
@@ -92,7 +92,7 @@ class JanusPro(PlannedFamily):
         image_size: int | None = None,
         target: Target = "own",
     ) -> Plan:
-        """See `Family.plan`; what has been written as a LLaVA is planned as one."""
+        """See `Family.plan`; a checkpoint in the LLaVA layout is planned as a LLaVA."""
         as_llava = checkpoint.config.get("model_type") == "llava"
         plan = self.llava.plan if as_llava else super().plan
         return plan(checkpoint, tower, image_size, target)
@@ -106,8 +106,8 @@ class JanusPro(PlannedFamily):
         if request.target == "llava":
             return _as_llava(host, checkpoint)
         side = host.config["vq_config"]["num_patches"]
-        drawn = f"{side}x{side} = {side**2} tokens per image, whatever the tower's grid"
-        return host.updated(remarks=(f"image generation is kept: it draws {drawn}",))
+        drawn = f"{side}x{side} = {side**2} tokens per image, for any grid of the tower"
+        return host.updated(remarks=(f"image generation is kept: it generates {drawn}",))
 
     def adapted(self, swap: Swap) -> Mapping[str, Any]:
         """See `PlannedFamily.adapted`."""
@@ -125,12 +125,12 @@ class JanusPro(PlannedFamily):
         if swap.request.tower is None or swap.host.read_at is None:
             return ()
         return (
-            f"the new tower is read as LLaVA reads CLIP, patch tokens of hidden layer {swap.after.feature_layer}; "
-            "Janus reads its own after the last block and a final norm",
+            "the new tower is read as in LLaVA, at the patch tokens of hidden layer "
+            f"{swap.after.feature_layer}; Janus reads its own after the last block and a final norm",
         )
 
     def processor(self, plan: Plan) -> Any | None:
-        """A JanusProcessor or, for the layout llava, a LlavaProcessor; None where the source has no tokenizer."""
+        """Return a JanusProcessor or, for the layout llava, a LlavaProcessor; None if the source has no tokenizer."""
         if read_json(plan.source / "config.json").get("model_type") == "llava":
             return self.llava.processor(plan)
         tokenizer = janus_tokenizer(plan.source)
@@ -152,7 +152,7 @@ class JanusPro(PlannedFamily):
         )
 
     def image_processor(self, plan: Plan) -> Any:
-        """Janus' own image processor for its own tower, the new tower's after a swap."""
+        """Return Janus' own image processor for its own tower, the new tower's after a swap."""
         if plan.swapped:
             return super().image_processor(plan)
         from transformers import JanusImageProcessor
@@ -167,7 +167,7 @@ class JanusPro(PlannedFamily):
         )
 
     def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:
-        """The aligner's first layer, under its name in either layout."""
+        """Return the aligner's first layer, under its name in either layout."""
         (reading,) = super().connector_layers(plan)
         was_llava = read_json(plan.source / "config.json").get("model_type") == "llava"
         return (reading if was_llava else replace(reading, host=READER),)
@@ -178,14 +178,14 @@ class JanusPro(PlannedFamily):
 
 
 def _as_stock(host: Host) -> Host:
-    """The host as transformers' own Janus."""
+    """Return the host as transformers' own Janus."""
     config = {key: value for key, value in host.config.items() if key not in OWN_FIELDS}
     stock = {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus"}
     return host.updated(config={**config, **stock}, connector=())
 
 
 def _as_llava(host: Host, checkpoint: Checkpoint) -> Host:
-    """The host's understanding path as a LLaVA."""
+    """Return the host's understanding path as a LLaVA."""
     depth, activation = host.config["aligner_depth"], host.config["aligner_hidden_act"]
     if (depth, activation) != (2, "gelu"):
         raise UserError(
@@ -215,14 +215,14 @@ def _as_llava(host: Host, checkpoint: Checkpoint) -> Host:
         connector=(LLAVA_NAMES[0][1].removesuffix("."),),
         dropped=[
             *host.dropped,
-            *(Dropped(name=n, reason="image generation is no part of a LLaVA") for n in names),
+            *(Dropped(name=n, reason="image generation is not part of a LLaVA") for n in names),
         ],
         remarks=(f"image generation is left out: {len(generation)} tensors, {size}",),
     )
 
 
 def _renamed(step: Step) -> Step:
-    """A step under its name in a LLaVA; those of the old tower stay."""
+    """Rename a step for a LLaVA; those of the old tower are unchanged."""
     found = next((row for row in LLAVA_NAMES if step.name.startswith(row[0])), None)
     if found is None:
         return step
@@ -232,7 +232,7 @@ def _renamed(step: Step) -> Step:
 
 
 def _template(llava: bool = False) -> str:
-    """Janus-Pro's chat template; JanusProcessor writes the tokens around an image, LlavaProcessor does not."""
+    """Return Janus-Pro's chat template; JanusProcessor adds the tokens around an image, LlavaProcessor does not."""
     text = read_template("janus_pro.jinja")
     return text.replace(PLACEHOLDER, IMAGE_BEGIN + PLACEHOLDER + IMAGE_END) if llava else text
 

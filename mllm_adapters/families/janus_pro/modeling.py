@@ -1,8 +1,8 @@
-"""Janus with a CLIP vision tower: understanding sees through the new tower, image generation stays as it was.
+"""Janus with a CLIP vision tower for understanding; image generation is unchanged.
 
-transformers' own Janus builds its SigLIP tower whatever the configuration says, and takes the generator's grid from
-the understanding tower; here each has its own. Parts and forward pass are those of transformers
-(models/janus/modeling_janus.py); features are read as LLaVA reads CLIP.
+transformers' own Janus always builds its SigLIP tower, and takes the generator's grid from the understanding
+tower; here each has its own. Parts and forward pass are those of transformers
+(models/janus/modeling_janus.py); features are read as in LLaVA.
 """
 
 from typing import Any, ClassVar, Literal
@@ -38,14 +38,14 @@ class MgllJanusConfig(JanusConfig):
     """Configuration of `MgllJanusForConditionalGeneration`.
 
     Attributes:
-        vision_config: The new tower, a ``clip_vision_model``; it also gets ``num_image_tokens``, where transformers
-            looks for the number of tokens that the *generator* draws.
-        vq_config: The generator; its ``num_patches`` is the side of its own grid and stays as it is.
+        vision_config: The new tower, a ``clip_vision_model``; it also gets ``num_image_tokens``, which
+            transformers uses as the number of tokens of the *generator*.
+        vq_config: The generator; its ``num_patches`` is the side of its own grid and is unchanged.
         vision_feature_layer: Hidden state of the tower that the aligner reads.
         vision_feature_select_strategy: ``default`` without the class token, ``full`` with it.
         aligner_depth: Linear layers of the aligner.
         aligner_hidden_act: Activation between them.
-        boi_token_id: Id that begins an image, for image generation; None if unknown.
+        boi_token_id: Id of the begin-of-image token, for image generation; None if unknown.
     """
 
     model_type = "mgll_janus"
@@ -72,7 +72,7 @@ class MgllJanusConfig(JanusConfig):
 
 
 class MgllJanusModel(JanusModel):
-    """`JanusModel` whose understanding tower is the one that its configuration names."""
+    """`JanusModel` with the understanding tower of its configuration."""
 
     config: MgllJanusConfig
 
@@ -100,7 +100,7 @@ class MgllJanusModel(JanusModel):
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """What the language model sees of images.
+        """Compute the visual tokens of images.
 
         Args:
             pixel_values: Prepared images [N, 3, S, S].
@@ -119,10 +119,10 @@ class MgllJanusModel(JanusModel):
 
 
 class MgllJanusForConditionalGeneration(JanusForConditionalGeneration):
-    """Janus with a CLIP tower; reads and writes text, reads images through the new tower, draws images as before."""
+    """Janus with a CLIP tower for image understanding; image generation is unchanged."""
 
     config: MgllJanusConfig
-    _no_split_modules = ["CLIPEncoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012 (as transformers has it)
+    _no_split_modules = ["CLIPEncoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012 (as in transformers)
 
     def __init__(self, config: MgllJanusConfig) -> None:
         JanusPreTrainedModel.__init__(self, config)
@@ -133,23 +133,23 @@ class MgllJanusForConditionalGeneration(JanusForConditionalGeneration):
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the parent class; ``generation_mode="image"`` draws an image and gives its tokens."""
+        """Generate as in the parent class; ``generation_mode="image"`` generates an image and returns its tokens."""
         settings: Any = self.generation_config
         if not hasattr(settings, "generation_kwargs") and self.config.boi_token_id is not None:
-            settings.generation_kwargs = {"boi_token_id": self.config.boi_token_id}  # where the parent looks
+            settings.generation_kwargs = {"boi_token_id": self.config.boi_token_id}  # read by the parent
         return super().generate(*args, **kwargs)
 
 
 class MgllJanusProcessor(JanusProcessor):
-    """`JanusProcessor` with any image processor: one for the tower, which knows nothing of drawn images."""
+    """`JanusProcessor` with any image processor for the tower, which need not support generated images."""
 
     def postprocess(self, images: Any, **kwargs: Any) -> BatchFeature:  # noqa: ARG002 (return_tensors)
-        """Pictures made of what ``decode_image_tokens`` gives.
+        """Convert the output of ``decode_image_tokens`` to images.
 
         Args:
-            images: Drawn images [S, S, 3], values in [-1, 1] whatever the tower's pixels are (deepseek-ai/Janus,
+            images: Generated images [S, S, 3], values in [-1, 1] for any tower (deepseek-ai/Janus,
                 generation_inference.py).
-            kwargs: What the parent class passes for a choice of output; here it is always pictures.
+            kwargs: The parent's options for the output type; here it is always images.
         """
         scaled = [((image.float() + 1) * 127.5).clamp(0, 255).byte().cpu().numpy() for image in images]
         return BatchFeature({"pixel_values": [Image.fromarray(values) for values in scaled]})

@@ -1,6 +1,7 @@
 """The original layout of Janus-Pro (deepseek-ai/Janus), read as transformers' own Janus.
 
-SigLIP and the image generator's VQ model have no dimensions in an original config.json: they are read off the weights.
+An original config.json has no dimensions of SigLIP and the image generator's VQ model: they are read from
+the weights.
 """
 
 import re
@@ -61,15 +62,15 @@ RULES: Mapping[str, Rule] = {
     "language_model.model.*": "model.language_model.{}",
     "language_model.lm_head.weight": "lm_head.weight",
 }
-"""Original name -> transformers name, but for the two aligners."""
+"""Original name -> transformers name, except for the two aligners."""
 
 
 HEAD_WIDTH = 64
-"""Width of SigLIP-L's attention heads; the weights cannot tell."""
+"""Width of SigLIP-L's attention heads, which is not in the weights."""
 
 
 class OriginalFields(Quantizable):
-    """What counts in an original config.json: each part is ``{"cls": ..., "params": {...}}``."""
+    """The used fields of an original config.json: each part is ``{"cls": ..., "params": {...}}``."""
 
     vision_config: dict[str, Any]
     aligner_config: dict[str, Any]
@@ -80,7 +81,7 @@ class OriginalFields(Quantizable):
 
 
 class VisionParams(BaseModel):
-    """``vision_config.params``. Of the towers that the original code knows, SigLIP-L has heads of width 64."""
+    """``vision_config.params``. Of the original code's towers, SigLIP-L has heads of width 64."""
 
     model_name: Annotated[str, Field(pattern="^siglip_large_patch")]
     image_size: PositiveInt
@@ -104,7 +105,7 @@ def read_original(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     """Read a checkpoint of deepseek-ai/Janus (``model_type`` multi_modality).
 
     Raises:
-        UserError: another variant, or something is missing or does not fit together.
+        UserError: it is another variant, incomplete or inconsistent.
     """
     where = f"{checkpoint.folder}/config.json"
     fields = read_fields(OriginalFields, checkpoint.config, where)
@@ -152,12 +153,12 @@ def _params(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def _count(checkpoint: Checkpoint, pattern: str) -> int:
-    """Numbers that the tensors' names have where the pattern has its group."""
+    """Count the distinct numbers in the tensors' names at the pattern's group."""
     return len({m[1] for name in checkpoint.tensors if (m := re.match(pattern, name))})
 
 
 def _table(checkpoint: Checkpoint) -> OriginalLayout:
-    """The rules of a checkpoint; of its aligners, linear layers have even numbers, activations odd ones."""
+    """Return the rules of a checkpoint; in its aligners, linear layers have even numbers, activations odd ones."""
     aligners: dict[str, Rule] = {}
     for name, target in (("aligner", "model.aligner"), ("gen_aligner", "model.generation_aligner")):
         depth = _count(checkpoint, rf"{name}\.layers\.(\d+)\.")
@@ -167,7 +168,7 @@ def _table(checkpoint: Checkpoint) -> OriginalLayout:
 
 
 def _siglip(checkpoint: Checkpoint, params: VisionParams) -> tuple[TowerSpec, tuple[str, ...]]:
-    """Geometry of the original tower, from its weights, and what the user should know."""
+    """Return the geometry of the original tower, from its weights, and notes for the user."""
     width, _, patch, _ = shape_of(checkpoint, f"{VIT}patch_embed.proj.weight")
     pixels, _, notes = janus_pixels(checkpoint.folder, params.image_size)
     geometry = {
@@ -191,10 +192,10 @@ def _siglip(checkpoint: Checkpoint, params: VisionParams) -> tuple[TowerSpec, tu
 
 
 def _generator(checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
-    """Configuration of the image generator, from its weights (VQ-16 of janus/models/vq_model.py in other sizes).
+    """Return the image generator's configuration, from its weights (VQ-16 of janus/models/vq_model.py in any size).
 
     Raises:
-        UserError: a tensor is missing, or its head has a width that transformers' Janus cannot have.
+        UserError: a tensor is missing, or its head has a width that transformers' Janus does not support.
     """
     levels = _count(checkpoint, rf"{VQ}decoder\.conv_blocks\.(\d+)\.")
     base, channels = shape_of(checkpoint, f"{VQ}encoder.conv_in.weight")[:2]
@@ -211,8 +212,8 @@ def _generator(checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
     middle, hidden = shape_of(checkpoint, "gen_head.output_mlp_projector.weight")
     if middle != hidden:
         raise UserError(
-            f"{checkpoint.folder}: gen_head.output_mlp_projector goes from width {hidden} to {middle}: transformers' "
-            "Janus has one width there, as the published checkpoints do"
+            f"{checkpoint.folder}: gen_head.output_mlp_projector maps width {hidden} to {middle}: "
+            "transformers' Janus supports only equal widths, as in the published checkpoints"
         )
     return {
         "model_type": "janus_vqgan",
@@ -234,7 +235,7 @@ def _generator(checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
 
 
 def _stock_vision(spec: TowerSpec, depth: int, projection: int) -> dict[str, Any]:
-    """``vision_config`` of transformers' Janus."""
+    """Return the ``vision_config`` of transformers' Janus."""
     whole = spec.mlp_width % spec.width == 0
     return {
         "model_type": "janus_vision_model",

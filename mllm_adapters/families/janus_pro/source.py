@@ -1,4 +1,4 @@
-"""What a Janus checkpoint holds, whatever its layout: its tensors under transformers' names, its pixels, its ids."""
+"""Reads a Janus checkpoint of any layout: tensors under transformers' names, image preprocessing, token ids."""
 
 import re
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ from mllm_adapters.core.processing import host_pixels, image_settings, load_toke
 from mllm_adapters.families.host import Host, PlanRequest
 
 NAME, OWN_TYPE = "janus-pro", "mgll_janus"
-"""Of the family, and of the architecture that takes a CLIP tower."""
+"""model_type of the family, and of the architecture with a CLIP tower."""
 
 CLIP_LAYER = -2
-"""Hidden layer that a CLIP tower is read at, as LLaVA does: the last one serves CLIP's class token only."""
+"""Hidden layer at which a CLIP tower is read, as in LLaVA: the last one is only for CLIP's class token."""
 
 PLACEHOLDER, IMAGE_BEGIN, IMAGE_END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
 
 PUBLISHED_VOCABULARY = 102400
 PUBLISHED_IDS = {"placeholder": 100581, "boi": 100003, "bos": 100000, "eos": 100001, "pad": 100002}
-"""Ids of the published tokenizer; they hold where there is no tokenizer, but its number of embedding rows."""
+"""Ids of the published tokenizer, used for a checkpoint without tokenizer but with its number of embedding rows."""
 
 TOWER = "model.vision_model."
 READER = "model.aligner.fc1"
@@ -64,7 +64,7 @@ def janus_host(
     request: PlanRequest,
     **more: Any,
 ) -> Host:
-    """A Janus checkpoint whatever its layout, under the names of transformers' own Janus.
+    """Make a host from a Janus checkpoint of any layout, under the names of transformers' own Janus.
 
     Args:
         layout: ``original`` or ``transformers``.
@@ -73,8 +73,8 @@ def janus_host(
         config: Fields of a `MgllJanusConfig`, the tower's included.
         tied: Whether the language model's head is its embedding.
         tokenizer: Its tokenizer, or None.
-        request: What is asked for.
-        **more: Further fields of the host.
+        request: The request.
+        **more: Additional fields of the host.
     """
     layer, strategy = config.get("vision_feature_layer"), config.get("vision_feature_select_strategy")
     dtypes = {step.name: step.dtype for step in steps}
@@ -105,10 +105,10 @@ def janus_host(
 
 
 def read_converted(checkpoint: Checkpoint, request: PlanRequest) -> Host:
-    """Read transformers' own Janus, or one with a CLIP tower that this project has written.
+    """Read transformers' own Janus, or one with a CLIP tower written by this project.
 
     Raises:
-        UserError: something is missing or does not fit together.
+        UserError: it is incomplete or inconsistent.
     """
     where = f"{checkpoint.folder}/config.json"
     read_fields(Quantizable, checkpoint.config, where)
@@ -143,14 +143,14 @@ def read_converted(checkpoint: Checkpoint, request: PlanRequest) -> Host:
         "aligner_hidden_act": built.aligner_hidden_act if clip else vision.hidden_act,
         **{name: getattr(built, name) for name in selected},
     }
-    # transformers' default is true, even where the head is there and its own; then it is not tied.
+    # transformers' default is true, even if the weights have a head of their own; then it is not tied.
     tied = built.tie_word_embeddings and LM_HEAD not in checkpoint.tensors
     steps = [copied(header) for header in checkpoint.tensors.values()]
     return janus_host("transformers", spec, steps, config, tied, tokenizer, request, notes=notes)
 
 
 def janus_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer of a Janus folder, which knows its three image tokens by name; None where there is none.
+    """Load the tokenizer of a Janus folder, with its three named image tokens; None if there is none.
 
     Raises:
         UserError: it cannot be read, or lacks the tokens around an image.
@@ -168,7 +168,7 @@ def janus_tokenizer(folder: Path) -> Any | None:
     settings = folder / "tokenizer_config.json"
     begins = settings.is_file() and read_json(settings).get("add_bos_token")
     if begins and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
-        # Releases before 5.0, for which the original code was written, go by this field; later ones by tokenizer.json.
+        # Releases before 5.0, which the original code uses, read this field; later ones tokenizer.json.
         tokenizer.add_bos_token = True
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -176,30 +176,30 @@ def janus_tokenizer(folder: Path) -> Any | None:
 
 
 def janus_pixels(folder: Path, image_size: int) -> tuple[PixelRule, int, tuple[str, ...]]:
-    """How a Janus folder prepares images, the shortest side that an image may get, and what had to be assumed.
+    """Return a Janus folder's pixel rule, the minimum side of an image, and notes on assumptions.
 
     Raises:
-        UserError: its image processor makes images of another size, or does not normalise.
+        UserError: its image processor makes images of another size, or does not normalize.
     """
     settings, where = image_settings(folder)
     if settings is None:
         assumed = PixelRule(image_size=image_size, mean=(0.5,) * 3, std=(0.5,) * 3, resize="pad")
         return assumed, 14, ("there is no image processor: mean and std 0.5 are assumed, and padding",)
     if not re.match("VLM|Janus", str(settings.get("image_processor_type", "Janus"))):
-        rule, notes = host_pixels(folder, image_size)  # that of a tower which has been swapped in
+        rule, notes = host_pixels(folder, image_size)  # that of a swapped tower
         return rule, 1, notes
     pixels = read_fields(JanusPixels, settings, str(where))
     side = pixels.image_size or pixels.size.get("height")
     if side != image_size:
         raise UserError(
-            f"{where}: images are made {side} px wide, but config.json's tower takes {image_size} px"
+            f"{where}: images are resized to {side} px, but config.json's tower takes {image_size} px"
         )
     rule = PixelRule(image_size=image_size, mean=pixels.image_mean, std=pixels.image_std, resize="pad")
     return rule, pixels.min_size, ()
 
 
 def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """Shape of a tensor.
+    """Return the shape of a tensor.
 
     Raises:
         UserError: it is missing.
@@ -210,7 +210,7 @@ def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 
 
 def placeholder(tokenizer: Any | None, vocabulary: int) -> tuple[int, int, tuple[str, ...]]:
-    """Id of the image placeholder, rows of the embedding, and what the user should know."""
+    """Return the id of the image placeholder, the rows of the embedding, and notes for the user."""
     if tokenizer is None and vocabulary == PUBLISHED_VOCABULARY:
         number = PUBLISHED_IDS["placeholder"]
         note = f"there is no tokenizer: the image placeholder is {number}, as in the published one"
@@ -223,14 +223,14 @@ def placeholder(tokenizer: Any | None, vocabulary: int) -> tuple[int, int, tuple
 
 
 def begin_id(tokenizer: Any | None, vocabulary: int) -> int | None:
-    """Id that begins an image; None where it cannot be known."""
+    """Return the id of the begin-of-image token; None if unknown."""
     if tokenizer is not None:
         return int(tokenizer.convert_tokens_to_ids(IMAGE_BEGIN))
     return PUBLISHED_IDS["boi"] if vocabulary == PUBLISHED_VOCABULARY else None
 
 
 def text_ids(tokenizer: Any | None, vocabulary: int) -> dict[str, int]:
-    """First, last and padding id of the language model, which an original config.json does not hold."""
+    """Return begin, end and padding id of the language model, which an original config.json does not contain."""
     names = ("bos", "eos", "pad")
     if tokenizer is not None:
         return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}

@@ -1,4 +1,4 @@
-"""Med-Flamingo, and OpenFlamingo-9B of 2023, which it continues: ``model.pt`` on a LLaMA folder and a CLIP file.
+"""Med-Flamingo, and its base OpenFlamingo-9B of 2023: ``model.pt`` with a LLaMA folder and a CLIP file.
 
 Layout, vision contract and prompt after snap-stanford/med-flamingo b3c1e64 (scripts/demo.py, src/utils.py) and
 mlfoundations/open_flamingo 655f693 and 0.0.2 (open_flamingo/src/factory.py, flamingo.py, train/train_utils.py).
@@ -62,11 +62,11 @@ MODEL_TYPE = "mgll_flamingo"
 
 END_OF_CHUNK, PADDING = "<|endofchunk|>", "<PAD>"
 ADDED_TOKENS = (END_OF_CHUNK, IMAGE_TOKEN, PADDING)
-"""What the original adds to LLaMA's tokenizer, in this order; the last one only if that has no padding token."""
+"""Tokens that the original adds to LLaMA's tokenizer, in this order; the last one only if it has no padding token."""
 
 
 class NativeFields(BaseModel):
-    """What counts in a config.json of our own layout."""
+    """The used fields of a config.json in our own layout."""
 
     vision_config: dict[str, Any]
     text_config: dict[str, Any]
@@ -84,7 +84,7 @@ class MedFlamingo(PlannedFamily):
     chat_template: str
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``original`` for weight files without a config.json, ``transformers`` for our own, or None."""
+        """Return ``original`` for weight files without config.json, ``transformers`` for our layout, or None."""
         if not config:
             return "original"
         return "transformers" if config.get("model_type") == MODEL_TYPE else None
@@ -95,7 +95,7 @@ class MedFlamingo(PlannedFamily):
         return self._original(checkpoint, request) if original else self._own(checkpoint)
 
     def connect(self, swap: Swap) -> Connected:
-        """See `PlannedFamily.connect`; the perceiver's MLPs stay as many times wider than the features."""
+        """See `PlannedFamily.connect`; the ratio of the perceiver's MLP width to the feature width is kept."""
         old, new = swap.host.before, swap.after
         made, readers = rewidened(swap.steps, old, new, swap.checkpoint.folder)
         if any(step.name == f"{BRIDGE}.weight" for step in made):
@@ -104,7 +104,7 @@ class MedFlamingo(PlannedFamily):
         return Connected(made, readers, {"perceiver_intermediate_size": inner})
 
     def processor(self, plan: Plan) -> Any | None:
-        """The FlamingoProcessor of the planned checkpoint; None where the source has no tokenizer."""
+        """Return the FlamingoProcessor of the planned checkpoint; None if the source has no tokenizer."""
         from mllm_adapters.families.med_flamingo.modeling import FlamingoProcessor
 
         if plan.layout == "transformers":
@@ -121,14 +121,14 @@ class MedFlamingo(PlannedFamily):
         check_placeholder(tokenizer, IMAGE_TOKEN, plan.image_token_id)
         return FlamingoProcessor(image_processor(plan.after), tokenizer, chat_template=template)
 
-    def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:  # noqa: ARG002 (it is always the same)
-        """The bridge; before there is one, the perceiver reads the features themselves."""
+    def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:  # noqa: ARG002 (always the same)
+        """Return the bridge; without it, the perceiver reads the features themselves."""
         return (ConnectorLayer(BRIDGE),)
 
     def for_alignment(self, plan: Plan, checkpoint: Checkpoint) -> Plan:
-        """See `Family.for_alignment`: the perceiver's layers read features and latents alike, so they are all kept.
+        """See `Family.for_alignment`: the perceiver's layers read both features and latents, so they are all kept.
 
-        A linear layer of its own, the bridge, brings the new features to what the old ones were.
+        An additional linear layer, the bridge, maps the new features to the old ones.
         """
         if any(step.name == f"{BRIDGE}.weight" for step in plan.steps):
             return plan
@@ -225,7 +225,7 @@ class MedFlamingo(PlannedFamily):
 
 
 def _add_tokens(tokenizer: Any, added: tuple[str, ...]) -> None:
-    """Give LLaMA's tokenizer the tokens that the original adds, and its padding on the left."""
+    """Add the original's tokens to LLaMA's tokenizer, and pad on the left."""
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(added)}, replace_extra_special_tokens=False
     )
@@ -256,23 +256,24 @@ def _language_dtype(steps: list[Step], folder: Path) -> str:
 def _notes(geometry: Geometry, vocabulary: int, steps: list[Step]) -> Iterator[str]:
     latents, added = geometry.config["perceiver_latents"], geometry.rows - vocabulary
     yield (
-        f"a picture is {latents} latents, which the language model reads by cross-attention: the text holds one "
-        f"{IMAGE_TOKEN} = {vocabulary + 1} per picture"
+        f"an image becomes {latents} latents, which the language model reads by cross-attention: the text "
+        f"has one {IMAGE_TOKEN} = {vocabulary + 1} per image"
     )
     yield (
-        "media_mask in config.json: 'preceding', text attends to the picture before it, as open_flamingo does today; "
-        "'legacy' is the code that Med-Flamingo was trained with (open-flamingo 0.0.2: to the picture after it)"
+        "media_mask in config.json: 'preceding', text attends to the image before it, as in current "
+        "open_flamingo; 'legacy' is the code that Med-Flamingo was trained with (open-flamingo 0.0.2: to "
+        "the image after it)"
     )
     if any(step.name == HEAD and step.kind is EXTEND_ROWS for step in steps):
         yield (
             f"lm_head has no trained rows for {', '.join(ADDED_TOKENS[:added])}: the original leaves them random, here "
-            f"each is the mean of the others; {IMAGE_TOKEN} and padding are never generated, and <|endofchunk|> is not "
-            "likely before lm_head is trained: set max_new_tokens"
+            f"each is the mean of the others; {IMAGE_TOKEN} and padding are never generated, and "
+            "<|endofchunk|> is unlikely before lm_head is trained: set max_new_tokens"
         )
 
 
 def _native_tower(checkpoint: Checkpoint) -> tuple[TowerSpec, int, tuple[str, ...]]:
-    """Geometry and preprocessing of the tower in our own layout, depth of the language model, and notes."""
+    """Return geometry and preprocessing of the tower in our own layout, depth of the language model, and notes."""
     where = checkpoint.folder / "config.json"
     config = build_config(checkpoint.config, str(where))
     vision = config.vision_config
@@ -288,7 +289,8 @@ MED_FLAMINGO = MedFlamingo(
         hub_id="med-flamingo/med-flamingo",
         reads=("model.pt beside a LLaMA-7B and a CLIP, also as OpenFlamingo >= 2.0 saves it",),
         tower=r"vision_tower\.",
-        # The original trains these two and the embedding; the gated blocks read latents as wide as the features.
+        # The original trains these two and the embedding; the gated blocks read latents of the features'
+        # width.
         projector=r"perceiver\.|cross_attention\.|bridge\.",
         language_model=r"language_model\.|lm_head\.",
         vision_parameters=r"vision_tower\.|bridge\.",

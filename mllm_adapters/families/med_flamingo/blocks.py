@@ -1,4 +1,4 @@
-"""What a Flamingo is built of: its configuration, the perceiver and the gated cross-attention blocks.
+"""Parts of a Flamingo: configuration, perceiver and gated cross-attention blocks.
 
 Structure and constants after mlfoundations/open_flamingo 655f693 (open_flamingo/src/helpers.py, flamingo_lm.py); the
 parameter names are theirs.
@@ -17,8 +17,10 @@ MediaMask = Literal["preceding", "legacy"]
 """Which picture a token attends to.
 
 - ``preceding``: the last one before it, none before the first (open_flamingo from 2.0 on).
-- ``legacy``: a placeholder its own, any other token the *next* one, and none after the last placeholder (open-flamingo
-  0.0.2, which med-flamingo pins). New tokens therefore attend to none; pictures reach them through self-attention only.
+- ``legacy``: a placeholder its own, any other token the *next* one, and none after the last placeholder
+(open-flamingo
+  0.0.2, which med-flamingo pins). New tokens therefore attend to none; images influence them only through
+  self-attention.
 """
 
 
@@ -30,12 +32,12 @@ class FlamingoConfig(PreTrainedConfig):
         text_config: The LLaMA, its vocabulary with the added tokens.
         image_token_id: Id of the placeholder, one per picture.
         media_mask: See `MediaMask`.
-        cross_attention_interval: A gated block stands before every so many-th layer.
+        cross_attention_interval: A gated block precedes every n-th layer.
         cross_attention_heads: Heads of each gated block.
         cross_attention_intermediate_size: Width of each gated block's MLP.
         perceiver_latents: Latents per picture.
-        perceiver_width: Width of the latents, where a linear layer, the bridge, brings features to it; None where they
-            are as wide as the features and there is no bridge.
+        perceiver_width: Width of the latents, if a linear layer, the bridge, projects features to it; None
+            if it equals the features' width and there is no bridge.
         perceiver_depth: Layers of the perceiver.
         perceiver_heads: Heads of each of them.
         perceiver_intermediate_size: Width of their MLPs.
@@ -65,16 +67,16 @@ class FlamingoConfig(PreTrainedConfig):
 
     @property
     def latent_width(self) -> int:
-        """Width of the latents, which the gated blocks read."""
+        """Return the width of the latents, which the gated blocks read."""
         return self.vision_config.hidden_size if self.perceiver_width is None else self.perceiver_width
 
 
 class CrossAttention(nn.Module):
-    """Attention without biases; a LayerNorm on what asks.
+    """Attention without biases, with a LayerNorm on the queries.
 
     Args:
-        width: Width of what asks, and of the result.
-        read_width: Width of what is read.
+        width: Width of the queries' input, and of the result.
+        read_width: Width of the keys' and values' input.
         heads: Attention heads.
         head_dim: Width of each.
     """
@@ -121,16 +123,16 @@ class MediaAttention(CrossAttention):
     def forward(self, hidden: Tensor, media: Tensor, visible: Tensor) -> Tensor:
         """``hidden`` [B, T, width], ``media`` [B, S, read_width], ``visible`` [B, T, S] -> [B, T, width].
 
-        Zero for tokens that see nothing.
+        Zero for tokens that attend to nothing.
         """
         sees = visible.any(dim=-1, keepdim=True)
-        # A row without any key has no softmax: let it read everything, and throw that away.
+        # A row without any key has no softmax: let it attend to everything, and discard the result.
         found = self.attend(self.norm(hidden), media, (visible | ~sees)[:, None])
         return torch.where(sees, found, 0)
 
 
 def feed_forward(width: int, inner: int) -> nn.Sequential:
-    """The MLP of the perceiver and of the gated blocks."""
+    """Build the MLP of the perceiver and of the gated blocks."""
     return nn.Sequential(
         nn.LayerNorm(width), nn.Linear(width, inner, bias=False), nn.GELU(), nn.Linear(inner, width, bias=False)
     )  # fmt: skip
@@ -153,7 +155,7 @@ class PerceiverLayer(nn.ModuleList, GradientCheckpointingLayer):
 
 
 class Perceiver(nn.Module):
-    """Resamples what it reads of a picture to a fixed number of latents, equally wide."""
+    """Resamples the features of an image to a fixed number of latents of equal width."""
 
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
@@ -172,7 +174,7 @@ class Perceiver(nn.Module):
 
 
 class GatedCrossAttention(GradientCheckpointingLayer):
-    """What stands before every n-th layer of the language model: attention to pictures and an MLP, each gated."""
+    """The block before every n-th layer of the language model: gated attention to images and a gated MLP."""
 
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
@@ -185,7 +187,7 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor, media: Tensor | None, visible: Tensor | None) -> Tensor:
-        """As `MediaAttention`; without ``media`` only the MLP acts."""
+        """Apply the block, with shapes as in `MediaAttention`; without ``media`` only the MLP."""
         if media is not None:
             hidden = hidden + self.attn(hidden, media, visible) * self.attn_gate.tanh()
         gated: Tensor = hidden + self.ff(hidden) * self.ff_gate.tanh()
@@ -193,7 +195,7 @@ class GatedCrossAttention(GradientCheckpointingLayer):
 
 
 def attended_image(input_ids: Tensor, image_token_id: int, media_mask: MediaMask) -> Tensor:
-    """Which picture of its row each token attends to: 1 for the first, 0 for none; [B, T] -> [B, T]."""
+    """Return which image of its row each token attends to: 1 for the first, 0 for none; [B, T] -> [B, T]."""
     placeholders = input_ids == image_token_id
     number = placeholders.cumsum(dim=-1)
     if media_mask == "preceding":

@@ -1,7 +1,7 @@
-"""Flamingo on a LLaMA: what OpenFlamingo-9B and Med-Flamingo are, which transformers does not have.
+"""Flamingo on a LLaMA, the architecture of OpenFlamingo-9B and Med-Flamingo, which transformers does not have.
 
-A picture becomes ``perceiver_latents`` latents; gated cross-attention blocks between the language model's layers read
-them, so the text holds one placeholder per picture and no visual tokens. Forward and generation after
+An image becomes ``perceiver_latents`` latents; gated cross-attention blocks between the language model's
+layers read them, so the text has one placeholder per image and no visual tokens. Forward and generation after
 mlfoundations/open_flamingo 655f693 (open_flamingo/src/flamingo.py, flamingo_lm.py). IDEFICS in transformers has other
 blocks and cannot hold these weights.
 """
@@ -37,15 +37,15 @@ from mllm_adapters.families.med_flamingo.blocks import (
 
 @dataclass
 class FlamingoOutput(ModelOutput):
-    """What `FlamingoForConditionalGeneration` returns.
+    """Output of `FlamingoForConditionalGeneration`.
 
     Attributes:
         loss: Mean negative log-likelihood of the labels, if there were any.
-        logits: [B, T, vocabulary], or of the positions that were asked for.
+        logits: [B, T, vocabulary], or of the requested positions.
         past_key_values: The cache.
-        hidden_states: Inputs of the layers and the result, if asked for.
-        attentions: Self-attention weights, if asked for.
-        visual_tokens: [B, pictures, latents, width]; pass it on where a cache is continued by hand.
+        hidden_states: Inputs of the layers and the result, if requested.
+        attentions: Self-attention weights, if requested.
+        visual_tokens: [B, images, latents, width]; pass it on when continuing a cache by hand.
     """
 
     loss: Tensor | None = None
@@ -58,13 +58,13 @@ class FlamingoOutput(ModelOutput):
 
 @dataclass
 class FlamingoModelOutput(BaseModelOutputWithPast):
-    """What `FlamingoModel` returns; see `FlamingoOutput`."""
+    """Output of `FlamingoModel`; see `FlamingoOutput`."""
 
     visual_tokens: Tensor | None = None
 
 
 class FlamingoPreTrainedModel(PreTrainedModel):
-    """What the library must know of all of it."""
+    """Settings of the library for all classes."""
 
     config: FlamingoConfig
     config_class = FlamingoConfig
@@ -107,8 +107,8 @@ class FlamingoModel(FlamingoPreTrainedModel):
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Pictures [n, 3, S, S] -> patch features [n, patches, width].
 
-        They are the last block's, before the final LayerNorm and without class token: open_clip up to 2.22 returned
-        these, and the published weights were trained on them.
+        They come from the last block, before the final LayerNorm and without class token: open_clip up to
+        2.22 returned these, and the published weights were trained on them.
         """
         patches: Tensor = self.vision_tower(pixel_values).last_hidden_state[:, 1:]
         return patches
@@ -134,7 +134,8 @@ class FlamingoModel(FlamingoPreTrainedModel):
         per_row = (input_ids == self.config.image_token_id).sum(dim=-1)
         if len(pixel_values) != per_row.sum():
             raise ValueError(
-                f"{len(pixel_values)} images for {int(per_row.sum())} image tokens: the text needs one per image"
+                f"{len(pixel_values)} images for {int(per_row.sum())} image tokens: the text needs one per "
+                "image"
             )
         latents = self.resample(self.image_features(pixel_values))
         taken = torch.arange(int(per_row.max()), device=per_row.device) < per_row[:, None]
@@ -162,8 +163,8 @@ class FlamingoModel(FlamingoPreTrainedModel):
         if attended_images is None:
             if input_ids is None or past:
                 raise ValueError(
-                    "which image each token attends to can be told from the whole text only: pass attended_images "
-                    "(and visual_tokens) with inputs_embeds, or where a cache is continued"
+                    "the image that each token attends to depends on the whole text: pass attended_images "
+                    "(and visual_tokens) with inputs_embeds, or when continuing a cache"
                 )
             attended_images = attended_image(input_ids, self.config.image_token_id, self.config.media_mask)
             pictures = visual_tokens is not None or pixel_values is not None
@@ -198,7 +199,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
         attended_images: Tensor,
         **kwargs: Any,
     ) -> Tensor:
-        """The language model's layers, the gated blocks between them."""
+        """Run the language model's layers, with the gated blocks between them."""
         text = self.language_model
         mask = create_causal_mask(
             config=self.config.text_config,
@@ -230,7 +231,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
 
 
 class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin):
-    """`FlamingoModel` with its language modelling head."""
+    """`FlamingoModel` with its language modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -261,21 +262,21 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> FlamingoOutput:
-        """Logits, and the loss if there are labels.
+        """Compute logits, and the loss if there are labels.
 
         Args:
             input_ids: [B, T], one placeholder per picture.
             pixel_values: Pictures of all rows [n, 3, S, S], in the order of their placeholders.
-            attention_mask: [B, T], 0 on padding, which may stand on either side.
+            attention_mask: [B, T], 0 on padding, which may be on either side.
             position_ids: [B, T].
-            past_key_values: Cache of what precedes.
+            past_key_values: Cache of the preceding tokens.
             inputs_embeds: Instead of ``input_ids``; needs ``attended_images``.
             visual_tokens: Latents by row [B, most pictures, latents, width], instead of ``pixel_values``.
-            attended_images: [B, T], see `attended_image`; needed where a cache is continued.
+            attended_images: [B, T], see `attended_image`; required when continuing a cache.
             labels: [B, T], -100 where there is no loss.
             use_cache: Whether to return a cache.
-            logits_to_keep: Number of last positions, or positions, whose logits are wanted; 0 for all.
-            **kwargs: Go to the decoder layers and to the loss.
+            logits_to_keep: Number of last positions, or positions, whose logits are computed; 0 for all.
+            **kwargs: Passed to the decoder layers and the loss.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -304,19 +305,19 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         )
 
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The library's inputs, and which picture each of their tokens attends to: the whole text tells."""
+        """Return the library's inputs, and which image each of their tokens attends to, which needs the whole text."""
         inputs: dict[str, Any]
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         if inputs["input_ids"] is None:
             raise ValueError(
-                "where the images stand is told by input_ids: generate from these, not inputs_embeds"
+                "the positions of images are taken from input_ids: generate from these, not inputs_embeds"
             )
         attended = attended_image(input_ids, self.config.image_token_id, self.config.media_mask)
         return inputs | {"attended_images": attended[:, -inputs["input_ids"].shape[1] :]}
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``GenerationMixin.generate``; pictures pass the tower once, and placeholder and padding are never written."""
+        """Generate text; images are encoded once, and placeholder and padding are never generated."""
         if (pixel_values := kwargs.pop("pixel_values", None)) is not None:
             # By row, so that rows can be repeated for beams and samples.
             input_ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
@@ -333,10 +334,10 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
 
 
 class FlamingoProcessor(ProcessorMixin):
-    """Text and pictures for `FlamingoForConditionalGeneration`: one placeholder per picture, which stays one token.
+    """Processor of `FlamingoForConditionalGeneration`: one placeholder per image, which stays one token.
 
     Args:
-        image_processor: Gives ``pixel_values`` [n, 3, S, S].
+        image_processor: Returns ``pixel_values`` [n, 3, S, S].
         tokenizer: Has ``image_token`` as one token.
         chat_template: Jinja template.
         image_token: The placeholder.
@@ -354,5 +355,5 @@ class FlamingoProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:  # noqa: ARG002
-        """What becomes of a placeholder: itself."""
+        """Return the placeholder unchanged."""
         return self.image_token

@@ -1,8 +1,8 @@
-"""What a Flamingo's weight file holds: original names, their aliases, and the geometry that the shapes tell.
+"""Reads a Flamingo's weight file: original names, their aliases, and the geometry from the shapes.
 
-``open_flamingo`` saves what was trained, under names that depend on the release: up to 0.0.2 each gated block twice
-(shared storage) with rotary tables, the whole CLIP under ``vision_encoder.visual``; from 2.0 on once, wrapped as
-``{epoch, model_state_dict}``, ``vision_encoder`` being the vision tower alone.
+``open_flamingo`` saves the trained parameters, under names that depend on the release: up to 0.0.2 each
+gated block twice (shared storage) with rotary tables, the whole CLIP under ``vision_encoder.visual``; from
+2.0 on once, wrapped as ``{epoch, model_state_dict}``, ``vision_encoder`` being the vision tower alone.
 """
 
 import re
@@ -58,7 +58,7 @@ OTHER_LANGUAGE_MODELS = (
     (re.compile(r"(?:module\.)?lang_encoder\.gpt_neox\."), "a GPT-NeoX (RedPajama, Pythia)"),
     (re.compile(r"(?:module\.)?lang_encoder\.model\.decoder\."), "an OPT"),
 )
-"""Language models of other OpenFlamingos, by a key that tells."""
+"""Language models of other OpenFlamingos, by an identifying key."""
 
 _VIDEO = re.compile(r"(?:module\.)?perceiver\.(frame_embs|media_time_embs)")
 
@@ -68,9 +68,9 @@ class Names:
     """The tensors of a weight file, sorted.
 
     Attributes:
-        found: Target name -> the source names that stand for it.
+        found: Target name -> its source names.
         vision: Source names of the vision encoder, if the file has one.
-        dropped: What is left out.
+        dropped: Dropped tensors.
     """
 
     found: Mapping[str, tuple[str, ...]]
@@ -78,7 +78,7 @@ class Names:
     dropped: tuple[Dropped, ...]
 
     def steps(self, checkpoint: Checkpoint) -> list[Step]:
-        """A step for each target tensor.
+        """Return a step for each target tensor.
 
         Raises:
             UserError: two names of one tensor have different shapes or dtypes.
@@ -88,7 +88,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the shapes tell.
+    """Geometry from the tensors' shapes.
 
     Attributes:
         rows: Rows of the embedding, added tokens included.
@@ -107,7 +107,7 @@ def sort_names(checkpoint: Checkpoint) -> Names:
     """Sort the tensors of a weight file.
 
     Raises:
-        UserError: it is no Flamingo on a LLaMA, or was saved before it was trained.
+        UserError: it is not a Flamingo on a LLaMA, or was saved before training.
     """
     found: dict[str, list[str]] = {}
     vision: list[str] = []
@@ -134,12 +134,12 @@ def sort_names(checkpoint: Checkpoint) -> Names:
 
 
 def measure(steps: Mapping[str, Step], depth: int, where: str) -> Geometry:
-    """Read the geometry off the planned tensors.
+    """Read the geometry from the planned tensors.
 
     Args:
         steps: Steps of the perceiver, the gated blocks and the embedding, by target name.
         depth: Layers of the language model.
-        where: How error messages call the file.
+        where: Name of the file in error messages.
 
     Raises:
         UserError: blocks are missing, or the shapes are not those of a Flamingo.
@@ -159,7 +159,7 @@ def measure(steps: Mapping[str, Step], depth: int, where: str) -> Geometry:
         raise UserError(f"{where}: tensor {error.args[0]} is missing: download the file again") from None
     except ValueError:
         raise UserError(
-            f"{where}: latents and embedding must be tables: this is no Flamingo's file"
+            f"{where}: latents and embedding must be tables: this is not a Flamingo's file"
         ) from None
     if inner % HEAD_DIM or inner_block % HEAD_DIM:
         raise UserError(
@@ -183,9 +183,9 @@ def measure(steps: Mapping[str, Step], depth: int, where: str) -> Geometry:
 def rewidened(
     steps: list[Step], before: VisionContract, after: VisionContract, where: Path
 ) -> tuple[list[Step], dict[str, str]]:
-    """Re-initialise what reads vision features if their width changes: latents are as wide as features.
+    """Re-initialize the connector if the features' width changes, because latents have the same width.
 
-    Where a bridge stands between the two, it is all that reads them.
+    If there is a bridge, only the bridge reads the features.
 
     Returns:
         The steps, and what becomes of each reader in words.
@@ -217,7 +217,7 @@ _WIDENED: tuple[tuple[re.Pattern[str], Callable[[tuple[int, ...], int, int], tup
     (re.compile(rf"{BLOCKS}\d+\.attn\.to_kv\.weight"), lambda s, _, new: (s[0], new)),
     (re.compile(rf"{PERCEIVER}.+\.(?:weight|bias)"), lambda _, __, new: (new,)),  # the LayerNorms
 )
-"""What reads vision features or is as wide as they: name -> shape after a change of width. First match counts."""
+"""Tensors that depend on the features' width: name -> shape after a change of width. The first match is used."""
 
 
 def _place(source: str, checkpoint: Checkpoint) -> Destination:
@@ -251,7 +251,7 @@ def _step(name: str, headers: list[TensorHeader]) -> Step:
 
 
 def _interval(steps: Mapping[str, Step], depth: int, where: str) -> int:
-    """Every how many layers a gated block stands, by the layer numbers."""
+    """Return the interval of gated blocks, from the layer numbers."""
     found = sorted({int(name.split(".")[2]) for name in steps if name.startswith(BLOCKS)})
     if not found:
         raise UserError(f"{where} has no gated cross-attention blocks: complete the download")
@@ -260,6 +260,6 @@ def _interval(steps: Mapping[str, Step], depth: int, where: str) -> int:
     if found != expected:
         raise UserError(
             f"{where} has gated blocks before layers {found}, but one every {interval} layers of a LLaMA with {depth} "
-            f"would stand before {expected}: the file is incomplete, or this is not the LLaMA it was trained on"
+            f"would be before {expected}: the file is incomplete, or this is not the LLaMA it was trained on"
         )
     return interval

@@ -1,4 +1,4 @@
-"""The parts of a Flamingo that its weight file lacks: the frozen LLaMA and the frozen CLIP tower."""
+"""The parts of a Flamingo outside its weight file: the frozen LLaMA and the frozen CLIP tower."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mllm_adapters.families.med_flamingo.original import HEAD, LANGUAGE_MODEL, G
 
 LANGUAGE_PART = "language-model"
 LANGUAGE_HUB_IDS = ("decapoda-research/llama-7b-hf", "huggyllama/llama-7b")
-"""Where LLaMA-7B was published: the name in med-flamingo's demo, and a copy whose tokenizer can be read."""
+"""Hub ids of LLaMA-7B: the name in med-flamingo's demo, and a copy with a readable tokenizer."""
 
 HOST_TOWER = "openai/clip-vit-large-patch14"
 TOWER_NAMES = ("ViT-L-14.pt", "clip/ViT-L-14.pt", HOST_TOWER)
@@ -30,7 +30,7 @@ TOWER_PREFIX = "model.vision_tower."
 
 
 class LlamaFields(BaseModel):
-    """What counts in the config.json of a LLaMA folder."""
+    """The used fields of a LLaMA's config.json."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -38,10 +38,10 @@ class LlamaFields(BaseModel):
 
 
 def language_model(checkpoint: Checkpoint) -> Path:
-    """The LLaMA folder: as given, or the only one beside the weight file, else beside its folder, else in the cache.
+    """Find the LLaMA folder: as given, else the only one next to the weight file or its folder, else in the cache.
 
     Raises:
-        UserError: there is none, there are several, or it is something else.
+        UserError: there is none, there are several, or it is another model.
     """
     nearby: list[Path] = []
     for place in (checkpoint.folder, checkpoint.folder.absolute().parent):
@@ -70,10 +70,10 @@ def _model_type(folder: Path) -> str:
 
 
 def check_language_model(geometry: Geometry, fields: LlamaFields, folder: Path, where: str) -> None:
-    """Refuse a LLaMA that the weight file was not trained on top of.
+    """Refuse a LLaMA that is not the base of the weight file.
 
     Raises:
-        UserError: it was not.
+        UserError: it is not the base.
     """
     vocabulary, width = fields.vocab_size, fields.hidden_size
     if geometry.text_width != width or geometry.rows - vocabulary not in (2, 3):
@@ -87,7 +87,7 @@ def check_language_model(geometry: Geometry, fields: LlamaFields, folder: Path, 
 def frozen_steps(
     checkpoint: Checkpoint, folder: Path, names: Names, geometry: Geometry, *, tied: bool
 ) -> list[Step]:
-    """Steps for what the weight file lacks of the language model, which is what was frozen."""
+    """Return steps for the frozen tensors of the language model, which the weight file lacks."""
     if f"{LANGUAGE_MODEL}norm.weight" in names.found:
         return []  # a file of the whole model
     steps = []
@@ -108,17 +108,17 @@ def host_tower(
     tower: TowerHeader | None,
     image_size: int | None,
 ) -> HostTower:
-    """The CLIP of the checkpoint: in the weight file, else beside it, else the published one, if it is replaced.
+    """Find the checkpoint's CLIP: in the weight file, else next to it, else the published one, if it will be replaced.
 
     Args:
         checkpoint: The weight file.
         names: Its tensors.
         geometry: Their geometry.
-        tower: What replaces it, if anything does.
-        image_size: Input side in pixels that the user asks for.
+        tower: The new tower, if any.
+        image_size: Requested input side in pixels.
 
     Raises:
-        UserError: it is not there and is needed, or its features are not what the perceiver reads.
+        UserError: it is needed but missing, or the width of its features is not the perceiver's.
     """
     if names.vision:
         file = checkpoint.tensors[names.vision[0]].file
@@ -138,7 +138,7 @@ def _external_host(
     checkpoint: Checkpoint, geometry: Geometry, tower: TowerHeader | None, image_size: int | None
 ) -> HostTower:
     nearby = [path for path in _towers_nearby(checkpoint) if tower is None or path != tower.source]
-    # A CLIP that is replaced anyway need not be readable: OpenAI's own file is a TorchScript archive.
+    # A CLIP that will be replaced need not be readable: OpenAI's own file is a TorchScript archive.
     found = checkpoint.find(TOWER_PART, *map(str, nearby), *(TOWER_NAMES if tower is None else ()))
     if found is None:
         if tower is not None:
@@ -161,7 +161,7 @@ def _external_host(
 
 
 def _replaced_host(checkpoint: Checkpoint, width: int, image_size: int | None) -> HostTower:
-    """The published CLIP or, where the perceiver reads another width, a tower of which only that is known."""
+    """Return the published CLIP or, if the perceiver has another width, a tower of which only the width is known."""
     published = PUBLISHED_TOWERS[HOST_TOWER]
     if width == published.width:
         source = f"that of {HOST_TOWER}, which a perceiver of width {width} was published with"
@@ -178,13 +178,13 @@ def _replaced_host(checkpoint: Checkpoint, width: int, image_size: int | None) -
 
 
 def _name_damaged(checkpoint: Checkpoint) -> None:
-    """Say of a CLIP folder that is there and passed over what is wrong with it."""
+    """Report the error of a CLIP folder that was skipped."""
     for folder in _clip_folders(checkpoint):
         clip_tower(folder)
 
 
 def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:
-    """CLIP files and folders in the checkpoint's folder, by their keys; an MGLL training checkpoint is no host."""
+    """Find CLIP files and folders in the checkpoint's folder by their keys, except MGLL training checkpoints."""
     folders = _folders(checkpoint)
     models = [folder for folder in folders if (folder / "config.json").is_file()]
     loose = [
@@ -198,7 +198,7 @@ def _towers_nearby(checkpoint: Checkpoint) -> list[Path]:
         try:
             header = clip_tower(path)
         except UserError:
-            continue  # no tower
+            continue  # not a tower
         if header.layout != OFFICIAL:
             found.append(path)
     return found
@@ -209,18 +209,18 @@ def _folders(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _clip_folders(checkpoint: Checkpoint) -> list[Path]:
-    """Folders in the checkpoint's folder whose config.json is a CLIP's."""
+    """Find the folders in the checkpoint's folder whose config.json is a CLIP's."""
     models = (folder for folder in _folders(checkpoint) if (folder / "config.json").is_file())
     return [folder for folder in models if _model_type(folder).startswith("clip")]
 
 
 def inner_tower(checkpoint: Checkpoint, names: Names, *, swapped: bool) -> tuple[list[Step], list[Dropped]]:
-    """Steps for a vision tower that lies in the weight file itself, and what of its CLIP is left out.
+    """Return steps for a vision tower in the weight file itself, and the dropped tensors of its CLIP.
 
     Args:
         checkpoint: The weight file.
         names: Its tensors.
-        swapped: Whether another tower takes its place, so that all of it is left out.
+        swapped: Whether another tower replaces it, so that all of it is dropped.
     """
     if swapped or not names.vision:
         return [], list(replaced(names.vision))

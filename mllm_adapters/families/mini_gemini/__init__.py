@@ -58,10 +58,10 @@ ARCHITECTURES = ("MGMLlamaForCausalLM", "MiniGeminiLlamaForCausalLM")
 MODEL_TYPES = ("mgm", "mini_gemini")
 
 READERS = ("model.vlm_uni_query_projector.0", "model.vlm_uni_query_projector.1", "model.mm_projector.0")
-"""What reads the low-resolution tower's features: the queries of the mining and, after it, the projector."""
+"""The connector layers of the low-resolution tower: the queries of the mining and, after it, the projector."""
 
 MINED = "model.vlm_uni_val_projector.1"
-"""What is mined comes out of here, and is added to the low-resolution tower's features."""
+"""The output layer of the mining, whose result is added to the low-resolution tower's features."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class MiniGemini(PlannedFamily):
     chat_template: str
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``original``, ``transformers`` (ours) or None."""
+        """Return ``original``, ``transformers`` (ours) or None."""
         if config.get("model_type") == MODEL_TYPE:
             return "transformers"
         named = config.get("model_type") in MODEL_TYPES and _architecture(config) in (*ARCHITECTURES, "")
@@ -91,7 +91,7 @@ class MiniGemini(PlannedFamily):
         return _own(checkpoint)
 
     def after(self, host: Host, request: PlanRequest) -> VisionContract:
-        """See `PlannedFamily.after`: the high-resolution cells divide among the patches of every view."""
+        """See `PlannedFamily.after`: every patch of a view gets the same number of high-resolution cells."""
         after = super().after(host, request)
         cells = host.config["image_size_aux"] // STRIDE // host.config.get("image_grid", 1)
         if cells % after.grid:
@@ -106,7 +106,7 @@ class MiniGemini(PlannedFamily):
         return after
 
     def connect(self, swap: Swap) -> Connected:
-        """See `PlannedFamily.connect`; what is added to the tower's features is made as wide as they."""
+        """See `PlannedFamily.connect`; the mined features get the same width as the tower's."""
         found = super().connect(swap)
         old, new = swap.host.before.width, swap.after.width
         if old == new:
@@ -116,8 +116,8 @@ class MiniGemini(PlannedFamily):
             for step in found.steps
         ]
         note = (
-            f"{MINED} is re-initialised too: what it gives is added to the tower's features, which are {new} wide "
-            f"now, not {old}; the keys of the mining (vlm_uni_aux_projector) stay as they are"
+            f"{MINED} is re-initialized, too: its output is added to the tower's features, which are now "
+            f"{new} wide, not {old}; the keys of the mining (vlm_uni_aux_projector) are kept"
         )
         return replace(found, steps=made, notes=(note,))
 
@@ -144,7 +144,7 @@ class MiniGemini(PlannedFamily):
         return tuple(notes)
 
     def processor(self, plan: Plan) -> Any | None:
-        """The MiniGeminiProcessor of the planned checkpoint; None where the source has no tokenizer."""
+        """Return the MiniGeminiProcessor of the planned checkpoint; None if the source has no tokenizer."""
         from mllm_adapters.families.mini_gemini.modeling import MiniGeminiProcessor
 
         template: str | None = self.chat_template
@@ -171,22 +171,22 @@ class MiniGemini(PlannedFamily):
         )
 
     def image_processor(self, plan: Plan) -> Any:
-        """What makes the high-resolution pictures; the model makes the low-resolution views of them."""
+        """Return the image processor for high-resolution images; the model makes the low-resolution views."""
         from mgll_encoder.tower.preprocess import image_processor
 
         return image_processor(plan.after.model_copy(update={"image_size": plan.config["image_size_aux"]}))
 
-    def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:  # noqa: ARG002 (they are always the same)
-        """The queries of the mining, and the projector, which reads the same features with what was mined added."""
+    def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:  # noqa: ARG002 (always the same)
+        """Return the queries of the mining, and the projector, which reads the sum of features and mined features."""
         norm, queries, projector = READERS
         return ConnectorLayer(queries, at=norm), ConnectorLayer(projector, at=norm, adds=MINED)
 
     def pixel_rule(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:
-        """See `Family.pixel_rule`: the model makes its low-resolution views of the high-resolution picture."""
+        """See `Family.pixel_rule`: the model makes its low-resolution views from the high-resolution image."""
         return contract.model_copy(update={"image_size": config["image_size_aux"]})
 
     def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
-        """See `Family.encode_images`: without the high-resolution tower, which stays."""
+        """See `Family.encode_images`: without the high-resolution tower, which is kept."""
         model.model.vlm_uni_query_projector(model.model.queries(pixels))
 
     def _original(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
@@ -248,7 +248,7 @@ class MiniGemini(PlannedFamily):
 
 
 def _own(checkpoint: Checkpoint) -> Host:
-    """A checkpoint in our layout."""
+    """Read a checkpoint in our layout."""
     where = f"{checkpoint.folder}/config.json"
     fields = read_fields(NativeFields, checkpoint.config, where)
     tower, prefix = own_tower(checkpoint, fields)
@@ -273,10 +273,10 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _contract(tower: HostTower, layer: int, fields: CommonFields, where: str) -> VisionContract:
-    """The contract of all views together.
+    """Return the contract of all views together.
 
     Raises:
-        UserError: the high-resolution cells do not divide among the patches of each.
+        UserError: the high-resolution cells cannot be divided evenly among the patches of a view.
     """
     if fields.image_global and fields.image_grid == 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""ConvNeXt towers in timm's naming, as open_clip writes them: names and geometry for transformers' modules."""
+"""Maps ConvNeXt towers from timm's names, as written by open_clip, to transformers' modules; reads their geometry."""
 
 import re
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from mllm_adapters.checkpoints.checkpoint import TensorHeader
 from mllm_adapters.families.keytable import OriginalLayout
 
 STRIDE = 4
-"""Pixels per side of a cell of the first stage's features: the stride of the stem."""
+"""Side in pixels of a cell of the first stage's features: the stride of the stem."""
 
 TIMM_KEY = re.compile(r"(?:visual\.)?(?:trunk\.)?((?:stem|stages)\..+)")
-"""A tensor of the stem or the stages, with the prefixes that open_clip puts before timm's name."""
+"""A tensor of the stem or the stages, with open_clip's prefixes before timm's name."""
 
 _BLOCK, _TO_BLOCK = "stages.{}.blocks.{}.", "stages.{}.layers.{}."
 
@@ -33,15 +33,15 @@ CONVNEXT = OriginalLayout(
 
 
 def convnext_config(tensors: Mapping[str, TensorHeader], image_size: int, where: str) -> dict[str, Any]:
-    """The transformers configuration of a ConvNeXt, read off its tensors.
+    """Read the transformers configuration of a ConvNeXt from its tensors.
 
     Args:
         tensors: timm's key -> header; the stem and all stages.
         image_size: Input side in pixels.
-        where: How the error message calls the tower.
+        where: Name of the tower in error messages.
 
     Raises:
-        UserError: the stem, a stage or a block is missing, or the stem is another one.
+        UserError: the stem, a stage or a block is missing, or the stem has another shape.
     """
     blocks: dict[int, set[int]] = {}
     for key in tensors:

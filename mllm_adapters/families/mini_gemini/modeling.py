@@ -1,7 +1,7 @@
 """Mini-Gemini (MGM): two towers, patch-info mining between them, and a LLaMA; not in transformers.
 
-Behaviour after dvlab-research/MGM 769820c (mgm/model/mgm_arch.py: ``encode_images``, ``unified_resampler``;
-mgm/model/multimodal_encoder/openclip_encoder.py; mgm/eval/model_vqa.py for what is done to pictures).
+Behavior after dvlab-research/MGM 769820c (mgm/model/mgm_arch.py: ``encode_images``, ``unified_resampler``;
+mgm/model/multimodal_encoder/openclip_encoder.py; mgm/eval/model_vqa.py for image preprocessing).
 """
 
 from math import isqrt
@@ -36,11 +36,11 @@ class MiniGeminiConfig(PreTrainedConfig):
         vision_feature_layer: Index into the low-resolution tower's hidden states.
         image_size_aux: Side of the high-resolution picture in pixels.
         image_grid: The picture is cut into image_grid x image_grid tiles (HD: 2), each with its own tokens.
-        image_global: Whether the whole picture is a view besides its tiles.
-        mining_width: Width in which queries and high-resolution cells are compared; not that of the tower where the
-            tower was replaced by one of another width.
-        low_resolution_antialias: Whether low-resolution pixels are made with bicubic antialiasing, as the new tower
-            was trained, or by the plain bilinear resize of the original code.
+        image_global: Whether the whole image is a view in addition to its tiles.
+        mining_width: Width in which queries and high-resolution cells are compared; differs from the tower's
+            if the tower was replaced by one of another width.
+        low_resolution_antialias: Whether low-resolution pixels are made with bicubic antialiasing, as in the
+            new tower's training, or by the plain bilinear resize of the original code.
     """
 
     model_type = "mgll_mini_gemini"
@@ -65,7 +65,7 @@ class MiniGeminiConfig(PreTrainedConfig):
 
 
 class HighResolutionTower(nn.Module):
-    """A ConvNeXt without its head; gives all of its stages at the size of the first."""
+    """A ConvNeXt without its head; returns all of its stages at the size of the first."""
 
     def __init__(self, config: ConvNextConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def _normalized_linear(given: int, width: int) -> nn.Sequential:
 
 
 class MiniGeminiPreTrainedModel(PreTrainedModel):
-    """What both model classes share."""
+    """Base of both model classes."""
 
     config_class = MiniGeminiConfig
     base_model_prefix = "model"
@@ -129,17 +129,17 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor | None = None, pixel_values_aux: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """Visual tokens of pictures.
+        """Compute the visual tokens of images.
 
         Args:
-            pixel_values: Low-resolution pixels [n, 3, S, S], in HD mode [n, views, 3, S, S] with the whole picture
-                last. Where only one of the two is given, it is the high-resolution picture, and the low-resolution
-                views are made of it.
-            pixel_values_aux: High-resolution pixels [n, 3, A, A], of the same pictures.
+            pixel_values: Low-resolution pixels [n, 3, S, S], in HD mode [n, views, 3, S, S] with the whole
+                image last. If only one of the two is given, it is the high-resolution image, and the
+                low-resolution views are made from it.
+            pixel_values_aux: High-resolution pixels [n, 3, A, A] of the same images.
 
         Returns:
-            ``pooler_output``: tokens [n, image_seq_length, hidden size], in HD mode the whole picture before its
-            tiles; ``last_hidden_state``: what the low-resolution tower gives [n * views, patches, width].
+            ``pooler_output``: tokens [n, image_seq_length, hidden size], in HD mode the whole image before
+            its tiles; ``last_hidden_state``: output of the low-resolution tower [n * views, patches, width].
         """
         config = self.config
         low, high = self._resolutions(pixel_values, pixel_values_aux)
@@ -147,7 +147,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         cells = self.vision_tower_aux(high)
         views = split_tiles(cells, config.image_grid)
         if config.image_global:
-            # By factor, as the original does: the size may be rounded otherwise.
+            # By factor, as in the original: a given size may be rounded differently.
             whole = functional.interpolate(
                 cells.float(), scale_factor=1 / config.image_grid, mode="bilinear", align_corners=False
             )
@@ -159,7 +159,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=queries, pooler_output=tokens.flatten(1, 2))
 
     def queries(self, pixel_values: Tensor | None = None, pixel_values_aux: Tensor | None = None) -> Tensor:
-        """Low-resolution features [n * views, patches, width] alone; pictures as for `get_image_features`."""
+        """Compute only the low-resolution features [n * views, patches, width]; images as in `get_image_features`."""
         return self._low_features(self._resolutions(pixel_values, pixel_values_aux)[0])
 
     def _low_features(self, low: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             cells: High-resolution features [views, channels, H, H]; H is a multiple of the patches along one side.
 
         Returns:
-            What is added to the queries, in their shape.
+            The values to add to the queries, in their shape.
         """
         patches = split_tiles(cells, isqrt(queries.shape[1])).flatten(3).transpose(2, 3)
         attended = functional.scaled_dot_product_attention(
@@ -196,21 +196,22 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """Hidden states of a text whose image placeholders stand for pictures; see `get_image_features`."""
+        """Compute the hidden states of a text with image placeholders; see `get_image_features`."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+            raise ValueError("exactly one of input_ids and inputs_embeds is required")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         tokens = None
         if pixel_values is not None or pixel_values_aux is not None:
             if input_ids is None:
-                raise ValueError("pictures need input_ids: their placeholders say where they stand")
+                raise ValueError("images need input_ids, whose placeholders give their positions")
             features: Any = self.get_image_features(pixel_values, pixel_values_aux)
             tokens = features.pooler_output.flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
             places = input_ids == self.config.image_token_id
             if int(places.sum()) != len(tokens):
                 raise ValueError(
-                    f"the text holds {int(places.sum())} image placeholders, the pictures give {len(tokens)} tokens"
+                    f"the text has {int(places.sum())} image placeholders, the images have {len(tokens)} "
+                    "tokens"
                 )
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], tokens)
         output = self.language_model(
@@ -223,7 +224,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         return LlavaModelOutputWithPast(**output, image_hidden_states=tokens)
 
     def _resolutions(self, pixels: Tensor | None, pixels_aux: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Low- and high-resolution pixels in the tower's dtype."""
+        """Return low- and high-resolution pixels in the tower's dtype."""
         config = self.config
         high = pixels if pixels_aux is None else pixels_aux
         side, size = config.vision_config.image_size, config.image_size_aux
@@ -243,7 +244,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
 
 
 class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMixin):
-    """Mini-Gemini with its language modelling head."""
+    """Mini-Gemini with its language modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -274,18 +275,18 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
-        """Logits, and the loss where there are ``labels``; pictures as for `MiniGeminiModel.get_image_features`.
+        """Compute logits, and the loss if there are ``labels``; images as in `MiniGeminiModel.get_image_features`.
 
         Args:
-            input_ids: Ids [n, length], with ``image_seq_length`` placeholders per picture.
-            pixel_values: Low-resolution pixels; alone, the high-resolution picture.
+            input_ids: Ids [n, length], with ``image_seq_length`` placeholders per image.
+            pixel_values: Low-resolution pixels; alone, the high-resolution image.
             pixel_values_aux: High-resolution pixels.
             attention_mask: [n, length].
             position_ids: [n, length].
-            past_key_values: Keys and values of what came before.
-            inputs_embeds: Embeddings instead of ids, for text without pictures.
+            past_key_values: Keys and values of the preceding tokens.
+            inputs_embeds: Embeddings instead of ids, for text without images.
             labels: Ids [n, length], -100 where there is no loss.
-            logits_to_keep: Last positions, or indices of positions, whose logits are wanted; 0 for all.
+            logits_to_keep: Number of last positions, or positions, whose logits are computed; 0 for all.
             **kwargs: For the language model and the loss (``shift_labels``, ``num_items_in_batch``).
         """
         output = self.model(
@@ -313,9 +314,9 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Inputs of one step: pictures are seen once, and stay in the cache."""
+        """Return the inputs of one step: images are encoded once, and stay in the cache."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         if kwargs.get("use_cache", True) and not kwargs.get("is_first_iteration", False):
-            # transformers knows of pixel_values only
+            # transformers handles only pixel_values
             inputs["pixel_values_aux"] = None
         return inputs

@@ -1,6 +1,6 @@
-"""What a Mini-Gemini checkpoint holds: its fields, its tensors sorted, and where its two towers are.
+"""Reads a Mini-Gemini checkpoint: its fields, its tensors, and its two towers.
 
-Key names and what is read from where after dvlab-research/MGM 769820c (mgm/model/mgm_arch.py,
+Key names and sources of weights after dvlab-research/MGM 769820c (mgm/model/mgm_arch.py,
 ``initialize_uni_modules``; mgm/model/multimodal_encoder/openclip_encoder.py).
 """
 
@@ -34,7 +34,7 @@ from mllm_adapters.families.mini_gemini.convnext import CONVNEXT, TIMM_KEY, conv
 
 AUX_PART = "vision-tower-aux"
 AUX_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", "model.safetensors")
-"""Weights of the high-resolution tower in its folder; the first that is there counts."""
+"""Weight files of the high-resolution tower in its folder; the first that exists is used."""
 
 TOWER_PREFIX = "model.vision_tower."
 AUX_PREFIX = "model.vision_tower_aux."
@@ -68,7 +68,7 @@ VOCABULARY_TENSORS = (EMBEDDINGS, "lm_head.weight")
 
 
 class CommonFields(BaseModel):
-    """What counts in a config.json of either layout."""
+    """The used fields of a config.json in either layout."""
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -79,12 +79,12 @@ class CommonFields(BaseModel):
 
     @property
     def views(self) -> int:
-        """Views of a picture that have tokens of their own."""
+        """Return the number of views of an image with their own tokens."""
         return self.image_grid**2 + self.image_global
 
 
 class OriginalFields(CommonFields):
-    """What counts in an original config.json, with the original code's defaults and the values that are known here."""
+    """The used fields of an original config.json, with the original code's defaults and the supported values."""
 
     mm_hidden_size: int | None = Field(default=None, gt=0)
     mm_vision_tower: str = Field(min_length=1)
@@ -100,7 +100,7 @@ class OriginalFields(CommonFields):
 
 
 class NativeFields(CommonFields):
-    """What counts in a config.json of ours."""
+    """The used fields of a config.json in our layout."""
 
     vision_feature_layer: int
     image_token_id: int
@@ -114,7 +114,7 @@ class Names:
         kept: Target name -> source name.
         tower: Key in the low-resolution tower -> source name.
         aux: timm's key in the high-resolution tower -> source name.
-        dropped: What is left out.
+        dropped: Dropped tensors.
     """
 
     kept: dict[str, str]
@@ -127,7 +127,7 @@ def sort_names(checkpoint: Checkpoint) -> Names:
     """Sort the tensors of an original checkpoint.
 
     Raises:
-        UserError: one is missing, or is not of a Mini-Gemini.
+        UserError: one is missing, or is not part of a Mini-Gemini.
     """
     names = Names({}, {}, {}, ())
     dropped = []
@@ -151,17 +151,17 @@ def sort_names(checkpoint: Checkpoint) -> Names:
 
 @dataclass(frozen=True)
 class AuxTower:
-    """The high-resolution tower: timm's key -> header, how messages call it, and what the user should know."""
+    """The high-resolution tower: timm's key -> header, its name in messages, and notes for the user."""
 
     tensors: dict[str, TensorHeader]
     where: str
     notes: tuple[str, ...] = ()
 
     def steps(self, dtype: torch.dtype) -> list[Step]:
-        """Its tensors in the target, in this dtype.
+        """Return steps for its tensors in the target, in this dtype.
 
         Raises:
-            UserError: one is none of a ConvNeXt.
+            UserError: one is not part of a ConvNeXt.
         """
         named = {"dtype": dtype_name(dtype)}
         places = ((CONVNEXT.place(key, self.where), header) for key, header in self.tensors.items())
@@ -170,10 +170,10 @@ class AuxTower:
         ]
 
     def config(self, fields: CommonFields, width: int, folder: Path) -> dict[str, Any]:
-        """Its configuration.
+        """Return its configuration.
 
         Args:
-            fields: Those of the checkpoint.
+            fields: Fields of the checkpoint.
             width: Width of the features that the mining reads.
             folder: The checkpoint.
 
@@ -189,7 +189,7 @@ class AuxTower:
         return sizes
 
     def unused(self, names: Iterable[str], named: str) -> list[Dropped]:
-        """Those of the tensors in the shards that are not its own; ``named`` is what config.json calls it."""
+        """Return the tensors in the shards that are not used; ``named`` is the tower's name in config.json."""
         used = {header.name for header in self.tensors.values()}
         reason = f"the original code reads {named} instead"
         return [Dropped(name=name, reason=reason) for name in names if name not in used]
@@ -203,12 +203,12 @@ def original_tower(
     *,
     replaced: bool,
 ) -> HostTower:
-    """The tower that the original code would use: the one in the shards if there is one, else the one named."""
+    """Find the tower that the original code would use: the one in the shards if there is one, else the named one."""
     resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
     name = fields.mm_vision_tower
     published = published_name(name)
     if published and not checkpoint.find(TOWER_PART, name) and checkpoint.find(TOWER_PART, published):
-        name = published  # MGM names a local copy, model_zoo/OpenAI/..., of what is in the Hugging Face cache
+        name = published  # MGM names a local copy (model_zoo/OpenAI/...) of the cached model
     shapes = {key: checkpoint.tensors[source].shape for key, source in inside.items()}
     host = external_tower(
         NamedTower(name, resize, shapes, fields.mm_hidden_size),
@@ -229,12 +229,12 @@ def original_tower(
 
 
 def aux_tower(checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[str, str]) -> AuxTower:
-    """What the original code would use: the file it names; over it, if it was trained, what the shards hold."""
+    """Find the tower that the original code would use: the named file, overridden by the shards if it was trained."""
     name = fields.mm_vision_tower_aux
     if "xxlarge" in name.lower():
         raise UserError(
-            f"{checkpoint.folder}/config.json: mm_vision_tower_aux is {name!r}: the xxlarge ConvNeXt normalises "
-            "differently and is not supported; take a checkpoint with convnext_large_d_320"
+            f"{checkpoint.folder}/config.json: mm_vision_tower_aux is {name!r}: the xxlarge ConvNeXt "
+            "normalizes differently and is not supported; take a checkpoint with convnext_large_d_320"
         )
     held = {key: checkpoint.tensors[source] for key, source in inside.items()}
     trained = bool(fields.optimize_vision_tower_aux) and {key.split(".")[0] for key in held} == {
@@ -249,7 +249,7 @@ def aux_tower(checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[st
                 f"checkpoint folder, nor beside it: put its folder at {checkpoint.folder.parent / name}, or say where "
                 f"it is with --part {AUX_PART}=PATH"
             )
-        other = () if trained else (f"{name} is not on this machine: its copy in the shards is taken",)
+        other = () if trained else (f"{name} is not on this machine: its copy in the shards is used",)
         return AuxTower(held, str(checkpoint.folder), other)
     file = _aux_file(found)
     headers = checkpoint.attach(AUX_PART, file)
@@ -263,13 +263,13 @@ def _aux_file(path: Path) -> Path:
     file = next((path / name for name in AUX_FILES if (path / name).is_file()), None)
     if file is None:
         raise UserError(
-            f"{path} holds no weights of a high-resolution tower: expected one of {', '.join(AUX_FILES)}"
+            f"{path} has no weights of a high-resolution tower: expected one of {', '.join(AUX_FILES)}"
         )
     return file
 
 
 def own_tower(checkpoint: Checkpoint, fields: NativeFields) -> tuple[HostTower, str]:
-    """The low-resolution tower of a checkpoint of ours, and the prefix of its keys."""
+    """Return the low-resolution tower of a checkpoint in our layout, and the prefix of its keys."""
     where = checkpoint.folder / "config.json"
     found = [n.removesuffix(CLASS_EMBEDDING) for n in checkpoint.tensors if n.endswith(CLASS_EMBEDDING)]
     if len(found) != 1:

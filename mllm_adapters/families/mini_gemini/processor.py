@@ -1,4 +1,4 @@
-"""Pictures for Mini-Gemini (MGM): one at high resolution, and the low-resolution views that are made of it.
+"""Image processing for Mini-Gemini (MGM): a high-resolution image, and the low-resolution views made from it.
 
 After dvlab-research/MGM 769820c, mgm/eval/model_vqa.py.
 """
@@ -13,10 +13,10 @@ from transformers.processing_utils import ProcessorMixin
 
 
 def low_resolution(pixels: Tensor, side: int, *, grid: int, whole: bool, antialias: bool) -> Tensor:
-    """The low-resolution views of high-resolution pictures.
+    """Make the low-resolution views of high-resolution images.
 
     Args:
-        pixels: Normalised pixels [n, 3, A, A].
+        pixels: Normalized pixels [n, 3, A, A].
         side: Side of a view in pixels.
         grid: Number of tiles along one side.
         whole: Whether the whole picture is the last view; only with ``grid`` above 1.
@@ -43,20 +43,20 @@ def _resized(pixels: Tensor, side: int, antialias: bool) -> Tensor:
 
 
 def split_tiles(maps: Tensor, grid: int) -> Tensor:
-    """[n, C, H, H] -> [n, grid * grid, C, H / grid, H / grid], row by row."""
+    """Split [n, C, H, H] into [n, grid * grid, C, H / grid, H / grid], row by row."""
     side = maps.shape[-1] // grid
     tiles: Tensor = maps.unflatten(-1, (grid, side)).unflatten(-3, (grid, side))
     return tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 class MiniGeminiProcessor(ProcessorMixin):
-    """Pictures in both resolutions and text with as many placeholders as they have tokens.
+    """Prepares images in both resolutions and text with as many placeholders as image tokens.
 
-    The picture is made once, at high resolution, by the image processor; the low-resolution views come from it.
+    The image processor makes the high-resolution image; the low-resolution views are made from it.
 
     Args:
-        image_processor: Gives the high-resolution pictures.
-        tokenizer: Knows the placeholder.
+        image_processor: Returns the high-resolution images.
+        tokenizer: Has the placeholder.
         image_size: Side of a low-resolution view in pixels.
         image_seq_length: Placeholders per picture.
         image_grid: As in `MiniGeminiConfig`.
@@ -99,5 +99,5 @@ class MiniGeminiProcessor(ProcessorMixin):
         return {**processed, "pixel_values": low, "pixel_values_aux": high}, placeholders
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:  # noqa: ARG002
-        """The placeholders of one picture."""
+        """Return the placeholders of one image."""
         return self.image_token * self.image_seq_length

@@ -1,10 +1,10 @@
 """PaliGemma and PaliGemma 2: a native transformers family whose configuration takes any tower, so a swap stays stock.
 
-Vision contract after transformers 5.23 (models/paligemma/modeling_paligemma.py): the tower's ``last_hidden_state``, all
-of it, and one linear layer. No field names another hidden state or leaves out a class token, so a new tower is read at
-its end, and its class token is one visual token more. Prompt after processing_paligemma.py of the same release: image,
-``<bos>``, question, line break. Where ``token_type_ids`` is 0, in image and prompt, tokens attend to each other in both
-directions; the answer is causal (1).
+Vision contract after transformers 5.23 (models/paligemma/modeling_paligemma.py): the tower's full
+``last_hidden_state``, and one linear layer. No field selects another hidden state or drops a class token, so
+a new tower is read at its end, and its class token becomes an additional visual token. Prompt after
+processing_paligemma.py of the same release: image, ``<bos>``, question, line break. Where ``token_type_ids``
+is 0, in image and prompt, tokens attend to each other in both directions; the answer is causal (1).
 """
 
 from collections.abc import Mapping
@@ -32,11 +32,11 @@ from mllm_adapters.families.host import Host, PlanRequest, Swap
 TOWER = "vision_tower."
 IMAGE_TOKEN = "<image>"
 INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
-"""What the tokenizer gives; without the last one stock classes read a padded prompt causally, and another one not."""
+"""Outputs of the tokenizer; without the last one stock classes treat a padded prompt as causal, but not others."""
 
 
 class VisionFields(BaseModel):
-    """What counts in ``vision_config``, with the defaults of ``PaliGemmaConfig``."""
+    """The used fields of ``vision_config``, with the defaults of ``PaliGemmaConfig``."""
 
     model_type: str = "siglip_vision_model"
     hidden_size: PositiveInt = 1152
@@ -46,7 +46,7 @@ class VisionFields(BaseModel):
 
 
 class Fields(BaseModel):
-    """What counts in config.json, with the defaults of ``PaliGemmaConfig``."""
+    """The used fields of config.json, with the defaults of ``PaliGemmaConfig``."""
 
     vision_config: VisionFields = Field(default_factory=VisionFields)
     image_token_index: int = 256000
@@ -67,7 +67,7 @@ class PaliGemma(PlannedFamily):
     )
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``transformers``: with a chat template and token types, as we write it; ``published``: without."""
+        """Return ``transformers`` (written here: with chat template and token types), ``published`` or None."""
         if config.get("model_type") != "paligemma":
             return None
         return "transformers" if config.get(FAMILY_KEY) == self.spec.name else "published"
@@ -103,12 +103,12 @@ class PaliGemma(PlannedFamily):
         if swap.request.tower is None:
             return ()
         return (
-            "PaliGemma reads a tower at its end (LLaVA: one block before it), and the new tower's class token is one "
-            "visual token more",
+            "PaliGemma reads a tower at its end (LLaVA: one block before it), and the new tower's class "
+            "token is an additional visual token",
         )
 
     def processor(self, plan: Plan) -> Any | None:
-        """A LlavaProcessor whose chat template writes PaliGemma's prompt; None where the source has no tokenizer."""
+        """Return a LlavaProcessor with PaliGemma's prompt as chat template; None if the source has no tokenizer."""
         written = load_processor(plan.source) if plan.layout == "transformers" else None
         tokenizer = written.tokenizer if written else load_tokenizer(plan.source)
         if tokenizer is None:
@@ -121,7 +121,7 @@ class PaliGemma(PlannedFamily):
 
 
 def _contract(checkpoint: Checkpoint, vision: VisionFields) -> tuple[VisionContract, tuple[str, ...]]:
-    """The vision contract of the source, and what had to be assumed."""
+    """Return the vision contract of the source, and notes on assumptions."""
     assumed = PixelRule(image_size=vision.image_size, mean=(0.5,) * 3, std=(0.5,) * 3, resize="squash")
     pixels, notes = host_pixels(checkpoint.folder, vision.image_size, assumed)
     class_token = vision.model_type == "clip_vision_model"

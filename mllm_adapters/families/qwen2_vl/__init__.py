@@ -1,12 +1,13 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL in the transformers layout, with the key prefixes of either age.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL in the transformers layout, with old or new key prefixes.
 
 Vision contract, merger and positions after transformers 5.23 (models/qwen2_vl, models/qwen2_5_vl, models/qwen3_vl).
 
-A swap keeps everything but the tower and the first half of the merger: the language model with its M-RoPE positions,
-the 2 x 2 merging of patches, and the merger's second layer, whose input width is kept (the stock classes tie it to the
-tower's). There is no --layout llava: a LLaVA has one-dimensional positions and merges no patches, so it would not be
-this model with other eyes. Four times as many visual tokens would stand, behind a projector made of nothing, at
-positions where the language model has never seen any.
+A swap keeps everything except the tower and the first half of the merger: the language model with its M-RoPE
+positions, the 2 x 2 merging of patches, and the merger's second layer, whose input width is kept (the stock
+classes tie it to the tower's). The layout llava is not supported: a LLaVA has one-dimensional positions and
+merges no patches, so it would not be this model with another vision encoder. It would have four times as
+many visual tokens, a randomly initialized projector, and visual tokens at positions that never occurred in
+training.
 """
 
 import re
@@ -38,19 +39,19 @@ from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, PlanRequest, Swap
 
 USUAL_GRID = 32
-"""Patches along one side at which host and result are compared, and which the result gets: Qwen's towers take any.
+"""Patches along one side, for comparing host and result, and for the result: Qwen's towers support any number.
 32 are 448 px at a patch size of 14: 256 visual tokens."""
 
 TAKEN_OVER = ("spatial_merge_size", "temporal_patch_size", "tokens_per_second")
-"""Fields of ``vision_config`` that hold for the result too."""
+"""Fields of ``vision_config`` that are kept in the result."""
 
 NEW_LAYER = -2
-"""Hidden layer of a new tower that is read, as LLaVA reads a CLIP: its patches before the last block."""
+"""Hidden layer at which a new tower is read, as in LLaVA: patches before the last block."""
 
 DEEPSTACK = re.compile(r"\bdeepstack_merger_list\.(\d+)\.")
 
 NOTHING_TO_READ = "reads features of Qwen's own tower between its blocks, which the new one does not have"
-"""Why deepstack is left out."""
+"""Why deepstack is dropped."""
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 
@@ -59,17 +60,17 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Generation:
-    """What differs between the models of the line.
+    """The differences between the generations of the model.
 
     Attributes:
-        model: Name that the classes of the result begin with.
+        model: Prefix of the result's class names.
         width: Field of ``vision_config`` with the width of the tower's features.
         norm: Normalisation in the merger.
         first: First linear layer of the merger.
         second: Second one.
         mean: Mean of the published image processor.
         std: Its standard deviation.
-        template: Chat template for checkpoints that come without one.
+        template: Chat template for checkpoints without one.
     """
 
     model: str
@@ -95,14 +96,14 @@ GENERATIONS: Mapping[str, Generation] = {
         template="qwen3_vl.jinja",
     ),
 }
-"""model_type of the stock class -> what is special about it."""
+"""model_type of the stock class -> its generation."""
 
 OWN = "mgll_"
 """Prefix of a swapped checkpoint's model_type."""
 
 
 class Fields(BaseModel):
-    """What counts in a config.json besides what transformers makes of it."""
+    """The used fields of config.json, in addition to those that transformers parses."""
 
     vision_config: dict[str, Any]
 
@@ -122,7 +123,7 @@ class Qwen2VL(PlannedFamily):
     )
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``transformers`` or None; swapped checkpoints have a model_type of ours."""
+        """Return ``transformers`` or None; swapped checkpoints have our own model_type."""
         known = str(config.get("model_type")).removeprefix(OWN) in GENERATIONS and "vision_config" in config
         return "transformers" if known else None
 
@@ -178,13 +179,14 @@ class Qwen2VL(PlannedFamily):
         """See `PlannedFamily.remarks`."""
         after = swap.after
         return (
-            f"every picture is made {after.image_size} x {after.image_size} px and becomes {after.tokens} visual "
-            "tokens, since a CLIP tower has one grid of positions; the tokens' own (M-RoPE) are computed as before",
+            f"every image is resized to {after.image_size} x {after.image_size} px and becomes "
+            f"{after.tokens} visual tokens, since a CLIP tower has a fixed position grid; the tokens' "
+            "M-RoPE positions are computed as before",
             "the result takes images only: video input is refused",
         )
 
     def processor(self, plan: Plan) -> Any | None:
-        """Tokenizer and chat template of the source with the planned preprocessing; None without a tokenizer."""
+        """Return tokenizer and chat template of the source with the planned preprocessing; None without a tokenizer."""
         from mllm_adapters.families.qwen2_vl.modeling import MgllQwen2VLProcessor
 
         text = text_side(plan.source)
@@ -202,7 +204,7 @@ class Qwen2VL(PlannedFamily):
         )
 
     def image_processor(self, plan: Plan) -> Any:
-        """Pictures made square by the tower's rule, as patches."""
+        """Return an image processor that resizes to squares by the tower's rule and returns patches."""
         from mllm_adapters.families.qwen2_vl.modeling import MgllQwen2VLImageProcessor
 
         square = super().image_processor(plan)
@@ -217,7 +219,7 @@ class Qwen2VL(PlannedFamily):
         return MgllQwen2VLImageProcessor(**settings)
 
     def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:
-        """See `Family.encode_images`: pictures go in as patches."""
+        """See `Family.encode_images`: images are passed as patches."""
         from mllm_adapters.families.qwen2_vl.modeling import to_patches
 
         vision = model.config.vision_config
@@ -227,7 +229,7 @@ class Qwen2VL(PlannedFamily):
         model.get_image_features(patches, _grids(contract, len(pixels)).to(pixels.device))
 
     def token_order(self, model: Any, contract: VisionContract) -> Tensor | None:
-        """See `Family.token_order`: Qwen2.5's own tower hands the merger its patches window by window."""
+        """See `Family.token_order`: Qwen2.5's own tower passes its patches to the merger window by window."""
         from transformers.vision_utils import get_vision_window_index
 
         vision = model.config.vision_config
@@ -240,12 +242,12 @@ class Qwen2VL(PlannedFamily):
 
 
 def _grids(contract: VisionContract, pictures: int) -> Tensor:
-    """Frames, rows and columns of patches of each picture [pictures, 3]."""
+    """Return frames, rows and columns of patches of each image [images, 3]."""
     return torch.tensor([[1, contract.grid, contract.grid]] * pictures)
 
 
 def _visual_prefix(checkpoint: Checkpoint, generation: Generation) -> str:
-    """``visual.`` or ``model.visual.``, as the file has it."""
+    """Return the prefix in the file: ``visual.`` or ``model.visual.``."""
     end = f"visual.merger.{generation.norm}.weight"
     found = [name for name in checkpoint.tensors if name.endswith(end)]
     if len(found) != 1:
@@ -258,7 +260,7 @@ def _visual_prefix(checkpoint: Checkpoint, generation: Generation) -> str:
 def _contract(
     checkpoint: Checkpoint, settings: Any, generation: Generation
 ) -> tuple[VisionContract, tuple[str, ...]]:
-    """The vision contract before the swap, and what the user should know about it."""
+    """Return the vision contract before the swap, and notes for the user."""
     vision = settings.vision_config
     if settings.model_type.startswith(OWN):
         eyes, width, layer = vision.tower_config, vision.tower_config.hidden_size, vision.feature_layer
@@ -279,7 +281,7 @@ def _contract(
 
 
 def _dynamic_pixels(folder: Path, size: int, generation: Generation) -> tuple[PixelRule, tuple[str, ...]]:
-    """The host's normalisation; its size and resize rule are stand-ins, since it keeps each picture's own."""
+    """Return the host's pixel rule; size and resize rule are nominal, since it keeps each image's own size."""
     settings, where = image_settings(folder)
     known = settings or {}
     rule = {
@@ -289,20 +291,20 @@ def _dynamic_pixels(folder: Path, size: int, generation: Generation) -> tuple[Pi
         "resize": "squash",
     }
     notes = (
-        "the host takes pictures of any size and keeps their shape; what stands here as before is a square of "
-        f"{USUAL_GRID} x {USUAL_GRID} patches ({size} px)",
+        "the host takes images of any size and keeps their shape; the figures before the swap are for a "
+        f"square of {USUAL_GRID} x {USUAL_GRID} patches ({size} px)",
     )
-    missing = f"{folder} has no image processor: the published normalisation is assumed"
+    missing = f"{folder} has no image processor: the published normalization is assumed"
     return checked(PixelRule, rule, where), notes if settings else (*notes, missing)
 
 
 def _check_merger(
     checkpoint: Checkpoint, merger: str, generation: Generation, before: VisionContract
 ) -> None:
-    """Refuse a merger that is incomplete, or not of the tower that config.json describes.
+    """Refuse a merger that is incomplete, or does not fit the tower in config.json.
 
     Raises:
-        UserError: it is.
+        UserError: it is incomplete or does not fit.
     """
     for layer in (generation.norm, generation.first, generation.second):
         if f"{merger}{layer}.weight" not in checkpoint.tensors:
@@ -322,8 +324,8 @@ def _deepstack_notes(names: list[str]) -> tuple[str, ...]:
     if not mergers:
         return ()
     return (
-        f"deepstack is left out: {len(mergers)} mergers that put features from between the blocks of Qwen's own tower "
-        "into the language model's first layers have nothing to read any more",
+        f"deepstack is left out: {len(mergers)} mergers that add features from intermediate blocks of "
+        "Qwen's own tower to the language model's first layers have no input in the new tower",
     )
 
 

@@ -1,10 +1,11 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL with a CLIP vision tower, and the processor that goes with them.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL with a CLIP vision tower, and their processor.
 
-Language model, placement of the visual tokens and M-RoPE positions are those of the stock classes; the vision part is
-replaced. It takes the patches that Qwen's processors give (transformers/models/qwen2_vl/image_processing_qwen2_vl.py:
-each patch flattened, patches that are merged next to each other), puts them together to pictures, and hands the CLIP
-features to the merger in the same order. The classes have model_types of their own because the stock configurations
-turn any vision_config into Qwen's own tower, which would then stay random.
+Language model, placement of the visual tokens and M-RoPE positions are those of the stock classes; the
+vision part is replaced. It takes the patches of Qwen's processors
+(transformers/models/qwen2_vl/image_processing_qwen2_vl.py: each patch flattened, patches to merge next to
+each other), reassembles the images, and passes the CLIP features to the merger in the same order. The
+classes have their own model_types because the stock configurations turn any vision_config into Qwen's own
+tower, which would then stay random.
 """
 
 from collections.abc import Callable
@@ -46,20 +47,20 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 
 from mgll_encoder.common.errors import UserError
 
-IMAGES_ONLY = "this model takes images only, no video: give the frames as images"
+IMAGES_ONLY = "this model does not support video: pass the frames as images"
 
 
 class ClipVisualConfig(PreTrainedConfig):
-    """The vision part: a CLIP tower and what lies between it and the language model.
+    """The vision part: a CLIP tower and the connector to the language model.
 
     Attributes:
         tower_config: The tower, a ``clip_vision_model``; its image_size fixes the size of all pictures.
         feature_layer: Index into the tower's hidden states.
-        merger_width: Width between the two layers of the merger; as in the checkpoint that the language model is of.
+        merger_width: Width between the two layers of the merger, as in the language model's checkpoint.
         out_hidden_size: Width of the language model.
         spatial_merge_size: Patches along one side of the square that becomes one visual token.
-        temporal_patch_size: How often the processor repeats a picture in each patch.
-        tokens_per_second: Kept for Qwen2.5-VL's positions of videos, of which there are none.
+        temporal_patch_size: How often the processor repeats an image in each patch.
+        tokens_per_second: Required by Qwen2.5-VL's positions of videos, which are not supported.
     """
 
     model_type = "mgll_qwen2_vl_vision"
@@ -96,7 +97,7 @@ class MgllQwen2_5_VLConfig(Qwen2_5_VLConfig):
 
 
 class MgllQwen3VLConfig(Qwen3VLConfig):
-    """Qwen3-VL with a CLIP tower; without deepstack, whose features no CLIP tower has."""
+    """Qwen3-VL with a CLIP tower, without deepstack, whose features a CLIP tower does not have."""
 
     model_type = "mgll_qwen3_vl"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
@@ -106,13 +107,13 @@ class MgllQwen3VLConfig(Qwen3VLConfig):
 
 
 def to_patches(images: Tensor, patch_size: int, merge_size: int, repeats: int) -> Tensor:
-    """Pictures as Qwen's processors hand them over.
+    """Convert images to the patches of Qwen's processors.
 
     Args:
         images: Pixels (n, C, H, W).
         patch_size: Side of a patch in pixels.
         merge_size: Patches along one side of the square that becomes one visual token.
-        repeats: How often each picture is repeated within its patches, as if it were a video.
+        repeats: How often each image is repeated within its patches, like the frames of a video.
 
     Returns:
         Patches (n · H/P · W/P, C · repeats · P · P), those of a square next to each other.
@@ -125,11 +126,11 @@ def to_patches(images: Tensor, patch_size: int, merge_size: int, repeats: int) -
 
 
 def to_images(patches: Tensor, side: int, patch_size: int, merge_size: int, repeats: int) -> Tensor:
-    """The square pictures (n, C, S, S) that `to_patches` has taken apart; of repeated ones the first.
+    """Reassemble square images (n, C, S, S) from `to_patches`; of repeated ones the first.
 
     Args:
         patches: See `to_patches`.
-        side: Patches along one side of a picture.
+        side: Patches along one side of an image.
         patch_size: See `to_patches`.
         merge_size: See `to_patches`.
         repeats: See `to_patches`.
@@ -143,7 +144,7 @@ def to_images(patches: Tensor, side: int, patch_size: int, merge_size: int, repe
 
 
 def in_merge_order(features: Tensor, side: int, merge_size: int) -> Tensor:
-    """Patch features (n, side · side, C) row by row -> (n · side · side, C), those of a square next to each other."""
+    """Reorder patch features (n, side · side, C) to (n · side · side, C), those of a square next to each other."""
     squares = side // merge_size
     split = features.view(len(features), squares, merge_size, squares, merge_size, -1)
     return split.permute(0, 1, 3, 2, 4, 5).flatten(0, 4)
@@ -176,26 +177,27 @@ class ClipVisual(PreTrainedModel):
         grid_thw: Tensor,
         **kwargs: Any,  # noqa: ARG002 (options of the native towers' attention)
     ) -> BaseModelOutputWithDeepstackFeatures:
-        """Visual tokens of pictures.
+        """Compute the visual tokens of images.
 
         Args:
-            hidden_states: Patches as the processor gives them, see `to_patches`.
-            grid_thw: Frames, rows and columns of patches of each picture (n, 3).
+            hidden_states: Patches of the processor, see `to_patches`.
+            grid_thw: Frames, rows and columns of patches of each image (n, 3).
             **kwargs: Ignored.
 
         Returns:
             ``last_hidden_state``, the features in merge order, and ``pooler_output``, the visual tokens.
 
         Raises:
-            UserError: a picture is not of the size that the tower takes.
+            UserError: an image does not have the tower's size.
         """
         config, tower = self.config, self.config.tower_config
         side = tower.image_size // tower.patch_size
         for grid in grid_thw.tolist():
             if grid != [1, side, side]:
                 raise UserError(
-                    f"image_grid_thw has a picture of {grid} patches, expected {[1, side, side]}: this model takes "
-                    f"pictures of {tower.image_size} x {tower.image_size} px, as its own processor makes them"
+                    f"image_grid_thw has an image of {grid} patches, expected {[1, side, side]}: this model "
+                    f"takes images of {tower.image_size} x {tower.image_size} px, as made by its own "
+                    "processor"
                 )
         merge = config.spatial_merge_size
         images = to_images(hidden_states, side, tower.patch_size, merge, config.temporal_patch_size)
@@ -207,7 +209,7 @@ class ClipVisual(PreTrainedModel):
 
 
 def _mlp_merger(kind: Callable[..., Any]) -> Callable[[ClipVisualConfig], nn.Module]:
-    """Qwen2-VL's or Qwen2.5-VL's merger, with the width in the middle that the language model's own had."""
+    """Build Qwen2-VL's or Qwen2.5-VL's merger, with the inner width of the language model's checkpoint."""
 
     def build(config: ClipVisualConfig) -> nn.Module:
         merger = kind(config.out_hidden_size, config.tower_config.hidden_size, config.spatial_merge_size)
@@ -220,7 +222,7 @@ def _mlp_merger(kind: Callable[..., Any]) -> Callable[[ClipVisualConfig], nn.Mod
 
 
 def _linear_merger(config: ClipVisualConfig) -> nn.Module:
-    """Qwen3-VL's merger, likewise."""
+    """Build Qwen3-VL's merger, likewise."""
     merger = Qwen3VLVisionPatchMerger(
         Qwen3VLVisionConfig(
             hidden_size=config.tower_config.hidden_size,
@@ -247,7 +249,7 @@ class _WithClip(PreTrainedModel):
         self.post_init()
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Videos are refused.
+        """Refuse videos.
 
         Raises:
             UserError: always.
@@ -315,7 +317,7 @@ class MgllQwen3VLForConditionalGeneration(_WithClipForConditionalGeneration, Qwe
 
 
 class MgllQwen2VLImageProcessor(LlavaImageProcessor):
-    """Squares by the tower's own resize rule, handed over as Qwen's patches.
+    """Resizes images to squares by the tower's own rule, and returns Qwen's patches.
 
     The stock processor keeps the aspect ratio, even with min_pixels = max_pixels; a CLIP tower has one grid only.
     """
@@ -340,13 +342,13 @@ class MgllQwen2VLImageProcessor(LlavaImageProcessor):
         return BatchFeature(data, tensor_type=tensors)
 
     def get_number_of_image_patches(self, *args: Any, **kwargs: Any) -> int:  # noqa: ARG002
-        """Patches of a picture, whatever its size."""
+        """Return the number of patches of an image, which does not depend on its size."""
         sides = self.crop_size if self.do_center_crop else self.size
         return (sides["height"] // self.patch_size) * (sides["width"] // self.patch_size)
 
 
 class MgllQwen2VLProcessor(Qwen2VLProcessor):
-    """Text and pictures for the models of this module; no video."""
+    """Text and image processor for the models of this module, without video."""
 
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
@@ -356,7 +358,7 @@ class MgllQwen2VLProcessor(Qwen2VLProcessor):
     def __call__(
         self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
     ) -> BatchFeature:
-        """As the stock processors.
+        """Process inputs as the stock processors do.
 
         Raises:
             UserError: a video is given.

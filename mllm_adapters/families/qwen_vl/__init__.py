@@ -36,11 +36,11 @@ MODEL_TYPE = "mgll_qwen_vl"
 READER = "attn_pool.kv_proj"
 
 SWAPPED_LAYER = -2
-"""Hidden layer of a CLIP tower that the resampler reads; the original tower is read at its end."""
+"""Hidden layer of a CLIP tower for the resampler; the original tower is read at its end."""
 
 
 class OwnFields(BaseModel):
-    """What counts in a config.json of our layout."""
+    """The used fields of a config.json in our layout."""
 
     vision_feature_layer: int
     image_seq_length: PositiveInt
@@ -54,7 +54,7 @@ class QwenVL(PlannedFamily):
     spec: FamilySpec
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``original``, ``transformers`` (ours) or None."""
+        """Return ``original``, ``transformers`` (ours) or None."""
         if config.get("model_type") == MODEL_TYPE:
             return "transformers"
         original = config.get("model_type") == "qwen" and isinstance(config.get("visual"), dict)
@@ -66,15 +66,15 @@ class QwenVL(PlannedFamily):
         return self._original(checkpoint) if original else self._own(checkpoint)
 
     def connect(self, swap: Swap) -> Connected:
-        """See `PlannedFamily.connect`: what reads the features is added where the original needed nothing."""
+        """See `PlannedFamily.connect`: a projection is added if the original needed none."""
         host, steps, query = swap.host, swap.steps, swap.host.step(QUERY)
         width = query.shape[1]
         if any(step.name == f"{READER}.weight" for step in steps):
             found = super().connect(swap)
         elif host.before.width != width:
             raise UserError(
-                f"{swap.checkpoint.folder}: tensor {READER}.weight is missing, but the tower gives features of width "
-                f"{host.before.width} and the resampler takes {width}: is it complete?"
+                f"{swap.checkpoint.folder}: tensor {READER}.weight is missing, but the tower's features "
+                f"have width {host.before.width} and the resampler needs {width}: is it complete?"
             )
         elif swap.after.width == width:
             found = Connected(steps, {READER: f"none: features and language model are both {width} wide"})
@@ -88,7 +88,7 @@ class QwenVL(PlannedFamily):
         return {"vision_feature_layer": swap.after.feature_layer}
 
     def processor(self, plan: Plan) -> Any | None:
-        """The QwenVLProcessor of the planned checkpoint; None where the source has no tokenizer."""
+        """Return the QwenVLProcessor of the planned checkpoint; None if the source has no tokenizer."""
         from mgll_encoder.tower.preprocess import image_processor
         from mllm_adapters.families.qwen_vl.modeling import QwenVLProcessor
 
@@ -106,7 +106,7 @@ class QwenVL(PlannedFamily):
         )
 
     def _text_side(self, plan: Plan) -> tuple[Any, str | None] | None:
-        """Tokenizer and chat template."""
+        """Return tokenizer and chat template."""
         if plan.layout == "transformers":
             text = text_side(plan.source)
             return None if text is None else text[:2]
@@ -181,7 +181,7 @@ class QwenVL(PlannedFamily):
 
 
 def _own_contract(checkpoint: Checkpoint, fields: OwnFields) -> tuple[VisionContract, tuple[str, ...]]:
-    """The vision contract of a checkpoint in our layout, and what had to be assumed."""
+    """Return the vision contract of a checkpoint in our layout, and notes on assumptions."""
     vision = build_config(checkpoint.config, f"{checkpoint.folder}/config.json").vision_config.to_dict()
     pixels, notes = host_pixels(checkpoint.folder, vision["image_size"])
     contract = VisionContract(
@@ -197,7 +197,7 @@ def _own_contract(checkpoint: Checkpoint, fields: OwnFields) -> tuple[VisionCont
 
 
 def _with_reader(steps: list[Step], query: Step, width: int) -> Connected:
-    """The tensors, and a projection of features of this width to that of the resampler."""
+    """Add a projection from features of this width to the resampler's width."""
     own = query.shape[1]
     added = Step(name=f"{READER}.weight", dtype=query.dtype, shape=(own, width), operation="reinit")
     text = f"added, at random: the original needs none ({own} -> {width} wide): retrain the projector"
@@ -205,7 +205,7 @@ def _with_reader(steps: list[Step], query: Step, width: int) -> Connected:
 
 
 def _embeddings(checkpoint: Checkpoint, steps: list[Step], image_token_id: int) -> tuple[int, Any]:
-    """Rows and dtype of the embedding, which has one for the placeholder."""
+    """Return rows and dtype of the embedding, which has a row for the placeholder."""
     (source,) = next(step.sources for step in steps if step.name == EMBEDDINGS)
     header = checkpoint.tensors[source]
     if image_token_id >= header.shape[0]:

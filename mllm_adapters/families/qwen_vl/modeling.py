@@ -1,11 +1,11 @@
 """Qwen-VL of 2023: a vision tower, a one-layer cross-attention resampler, and a Qwen2 language model.
 
-The first Qwen language model computes what transformers' Qwen2 computes as long as a sequence is not longer than the
-context it was trained with; beyond that the original stretches its rotary base and scales its queries, which Qwen2 does
-not do. Longer sequences are refused here (`SequenceTooLong`).
+The first Qwen language model equals transformers' Qwen2 for sequences within its training context; beyond
+that the original stretches its rotary base and scales its queries, which Qwen2 does not do. Longer sequences
+are refused here (`SequenceTooLong`).
 
 Architecture after modeling_qwen.py and visual.py of Qwen/Qwen-VL-Chat. The tower is either the original one or,
-after a swap, a plain ``CLIPVisionModel`` read at its last but one layer.
+after a swap, a plain ``CLIPVisionModel`` read at its second-to-last layer.
 """
 
 from math import isqrt
@@ -32,7 +32,7 @@ from mgll_encoder import resample_positions
 from mgll_encoder.common.errors import UserError
 
 LAYER_NORM_EPS = 1e-6
-"""Of every LayerNorm in the original's visual part."""
+"""Epsilon of every LayerNorm in the original's visual part."""
 
 
 class SequenceTooLong(UserError, ValueError):
@@ -43,7 +43,7 @@ class QwenVisionConfig(PreTrainedConfig):
     """Configuration of the original tower: a ViT without class token.
 
     Attributes:
-        num_positions: Rows of its position table, a square grid that is resized to the image's.
+        num_positions: Rows of its position table, a square grid that is resampled to the image's grid.
     """
 
     model_type = "mgll_qwen_vision"
@@ -64,16 +64,17 @@ class QwenVLConfig(PreTrainedConfig):
 
     Attributes:
         vision_config: ``mgll_qwen_vision`` or ``clip_vision_model``.
-        text_config: ``qwen2``; its ``max_position_embeddings`` is the longest sequence that is computed.
-        vision_feature_layer: Index into the tower's hidden states; a class token is left out.
-        image_seq_length: Queries of the resampler, which are the visual tokens per image.
+        text_config: ``qwen2``; its ``max_position_embeddings`` is the maximum sequence length.
+        vision_feature_layer: Index into the tower's hidden states; a class token is dropped.
+        image_seq_length: Queries of the resampler, that is, visual tokens per image.
         resampler_heads: Its attention heads.
-        kv_projection: Whether a Linear brings features to the language model's width before they are attended to.
+        kv_projection: Whether a linear layer projects features to the language model's width before
+            attention.
         image_token_id: Id of the placeholder, one per visual token.
     """
 
     model_type = "mgll_qwen_vl"
-    sub_configs_defaults = {  # noqa: RUF012 - as transformers has it
+    sub_configs_defaults = {  # noqa: RUF012 - as in transformers
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type=QwenVisionConfig.model_type),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
     }
@@ -100,7 +101,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend from ``query`` [N, Q, C] to ``key`` and ``value`` [N, K, C]; gives [N, Q, C]."""
+        """Attend from ``query`` [N, Q, C] to ``key`` and ``value`` [N, K, C]; returns [N, Q, C]."""
         parts = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         split = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(*split)
@@ -120,7 +121,7 @@ class QwenVisionLayer(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Features [N, L, C] in, features out."""
+        """Map features [N, L, C] to features [N, L, C]."""
         normed = self.ln_1(hidden)
         hidden = hidden + self.attn(normed, normed, normed)
         output: Tensor = hidden + self.fc2(F.gelu(self.fc1(self.ln_2(hidden))))
@@ -128,13 +129,13 @@ class QwenVisionLayer(GradientCheckpointingLayer):
 
 
 class QwenVisionTower(PreTrainedModel):
-    """The original tower. Its normalisation after the last block belongs to the resampler."""
+    """The original tower. Its normalization after the last block belongs to the resampler."""
 
     config: QwenVisionConfig
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["QwenVisionLayer"]  # noqa: RUF012 - as transformers has it
+    _no_split_modules = ["QwenVisionLayer"]  # noqa: RUF012 - as in transformers
 
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__(config)
@@ -152,7 +153,7 @@ class QwenVisionTower(PreTrainedModel):
             initialization.normal_(module.position_embedding, std=self.config.initializer_range)
 
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> BaseModelOutput:
-        """Features [N, patches, C] of pixels [N, 3, S, S]."""
+        """Map pixels [N, 3, S, S] to features [N, patches, C]."""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         positions = resample_positions(self.position_embedding, patches.shape[-1], leading=0)
         states = [self.ln_pre(patches.flatten(2).transpose(1, 2) + positions)]
@@ -172,7 +173,9 @@ class Resampler(nn.Module):
         super().__init__()
         width, tokens = config.text_config.hidden_size, config.image_seq_length
         self.query = nn.Parameter(torch.empty(tokens, width))
-        self.register_buffer("pos_embed", torch.empty(tokens, width))  # sines in the original, never trained
+        self.register_buffer(
+            "pos_embed", torch.empty(tokens, width)
+        )  # sinusoidal in the original, not trained
         features = config.vision_config.hidden_size
         self.kv_proj = nn.Linear(features, width, bias=False) if config.kv_projection else nn.Identity()
         self.ln_q = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
@@ -182,7 +185,7 @@ class Resampler(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Visual tokens [N, image_seq_length, C] of features [N, patches, width], patches a square."""
+        """Map features [N, patches, width] of a square grid to visual tokens [N, image_seq_length, C]."""
         value = self.ln_kv(self.kv_proj(features))
         key = value + resample_positions(self.pos_embed, isqrt(features.shape[1]), leading=0)
         query = (self.ln_q(self.query) + self.pos_embed).expand(len(features), -1, -1)
@@ -194,7 +197,7 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Qwen-VL with its own or with a CLIP vision tower."""
 
     config: QwenVLConfig
-    input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers has it
+    input_modalities = ["image", "text"]  # noqa: RUF012 - as in transformers
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["QwenVisionLayer", "CLIPEncoderLayer", "Qwen2DecoderLayer", "Resampler"]  # noqa: RUF012
@@ -215,27 +218,27 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 initialization.normal_(table, std=0.02)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's embedding of token ids."""
+        """Return the language model's token embedding."""
         embeddings: nn.Module = self.language_model.get_input_embeddings()
         return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's embedding of token ids."""
+        """Replace the language model's token embedding."""
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The language model's output layer."""
+        """Return the language model's output layer."""
         head: nn.Module = self.language_model.get_output_embeddings()
         return head
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """What the tower sees and what the language model gets.
+        """Encode images with tower and resampler.
 
         Args:
             pixel_values: Pixels [N, 3, S, S].
 
         Returns:
-            ``last_hidden_state``: the features that the resampler reads [N, patches, width]; ``pooler_output``: the
+            ``last_hidden_state``: the resampler's input features [N, patches, width]; ``pooler_output``: the
             visual tokens [N, image_seq_length, C].
         """
         states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
@@ -255,18 +258,18 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As ``Qwen2ForCausalLM``, with the visual tokens of ``pixel_values`` in place of the placeholders.
+        """Run ``Qwen2ForCausalLM`` with the placeholders replaced by the visual tokens of ``pixel_values``.
 
         Args:
             input_ids: Token ids [B, T]; ``image_seq_length`` placeholders per image.
             pixel_values: Pixels of all images of the batch [N, 3, S, S], in the order of their placeholders.
             attention_mask: 1 for tokens, 0 for padding [B, T].
             position_ids: Positions [B, T].
-            past_key_values: Keys and values of what came before.
+            past_key_values: Keys and values of the preceding tokens.
             inputs_embeds: Embeddings [B, T, C], instead of ids, of a text without images.
             labels: Ids to predict [B, T], -100 where there is no loss.
             logits_to_keep: Number of last positions, or the positions, whose logits are computed; 0 for all.
-            **kwargs: Passed on to the language model.
+            **kwargs: Passed to the language model.
 
         Raises:
             SequenceTooLong: the sequence is longer than the model's context.
@@ -297,15 +300,17 @@ class QwenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         length = embeddings.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
         if length > limit:
             raise SequenceTooLong(
-                f"this sequence has {length} tokens, images included, but Qwen-VL's context is {limit} tokens: beyond "
-                "it the original changes its rotary base and its attention, which is not supported; shorten the "
-                "text, or ask with fewer images"
+                f"this sequence has {length} tokens, images included, but Qwen-VL's context is {limit} "
+                "tokens: beyond it the original changes its rotary base and its attention, which is not "
+                "supported; shorten the text, or use fewer images"
             )
 
     def _placeholders(self, input_ids: Tensor | None, visual: Tensor) -> Tensor:
-        """Mask [B, T, 1] of the positions that visual tokens [N, image_seq_length, C] fill."""
+        """Return the mask [B, T, 1] of the positions for visual tokens [N, image_seq_length, C]."""
         if input_ids is None:
-            raise ValueError("pixel_values need input_ids: the placeholders tell where the images go")
+            raise ValueError(
+                "pixel_values need input_ids, whose placeholders give the positions of the images"
+            )
         mask = input_ids == self.config.image_token_id
         found, expected = int(mask.sum()), visual.shape[0] * visual.shape[1]
         if found != expected:
@@ -342,7 +347,7 @@ class QwenVLProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:  # noqa: ARG002
-        """The placeholders of one image."""
+        """Return the placeholders of one image."""
         return self.image_token * self.image_seq_length
 
 

@@ -32,9 +32,9 @@ _VISUAL, _BLOCK, _TO_BLOCK = (
 
 
 def layout(heads: int) -> OriginalLayout:
-    """Original name -> our name, for a tower with so many heads.
+    """Return original name -> our name, for a tower with this number of heads.
 
-    It keeps query, key and value of each head together; elsewhere all queries come first.
+    The original stores query, key and value of each head together; other layouts store all queries first.
     """
     rules: Mapping[str, Rule] = {
         **dict.fromkeys(("*rotary_emb.inv_freq", "*attn.masked_bias", "*logn_tensor"), RECOMPUTED),
@@ -69,7 +69,7 @@ def layout(heads: int) -> OriginalLayout:
 
 
 class VisualFields(BaseModel):
-    """What counts in the ``visual`` section of an original config.json."""
+    """The used fields of the ``visual`` section of an original config.json."""
 
     heads: PositiveInt
     image_size: PositiveInt
@@ -83,12 +83,12 @@ class VisualFields(BaseModel):
 
     @property
     def image_token_id(self) -> int:
-        """Id of the placeholder: it follows those of ``<img>`` and ``</img>``."""
+        """Return the placeholder's id, which follows those of ``<img>`` and ``</img>``."""
         return self.image_start_id + 2
 
 
 class OriginalFields(BaseModel):
-    """What counts in an original config.json, with the original code's defaults and the values that are known here."""
+    """The used fields of an original config.json, with the original code's defaults and the supported values."""
 
     visual: dict[str, Any]
     hidden_size: PositiveInt
@@ -108,13 +108,13 @@ class OriginalFields(BaseModel):
 
     @property
     def context(self) -> int:
-        """Longest sequence for which the original is a plain Qwen2."""
+        """Return the longest sequence for which the original equals Qwen2."""
         stretches = self.use_dynamic_ntk or self.use_logn_attn
         return self.seq_length if stretches else self.max_position_embeddings
 
 
 def original_steps(checkpoint: Checkpoint, visual: VisualFields) -> tuple[list[Step], list[Dropped]]:
-    """Steps that bring the original's tensors under our names, and what is left out."""
+    """Return the steps from the original's tensors to our names, and the dropped tensors."""
     steps, dropped = layout(visual.heads).steps(checkpoint.tensors.values(), checkpoint.folder)
     found = {step.name for step in steps}
     for name, lacks in ((EMBEDDINGS, "language model"), (QUERY, "resampler")):
@@ -126,7 +126,7 @@ def original_steps(checkpoint: Checkpoint, visual: VisualFields) -> tuple[list[S
 
 
 def original_contract(visual: VisualFields) -> VisionContract:
-    """The vision contract of the original: pictures squashed to a square, CLIP's mean and standard deviation."""
+    """Return the vision contract of the original: images resized to a square, CLIP's mean and standard deviation."""
     return VisionContract(
         width=visual.width,
         image_size=visual.image_size,
@@ -142,7 +142,7 @@ def original_contract(visual: VisualFields) -> VisionContract:
 
 
 def check_widths(fields: OriginalFields, visual: VisualFields, where: str) -> None:
-    """Refuse configurations for which the original code has no model either."""
+    """Refuse configurations that the original code does not support either."""
     for name, found, expected in (
         ("visual.output_dim", visual.output_dim, fields.hidden_size),
         (
@@ -155,13 +155,11 @@ def check_widths(fields: OriginalFields, visual: VisualFields, where: str) -> No
         ("visual.width", visual.width, visual.width // visual.heads * visual.heads),
     ):
         if found != expected:
-            raise UserError(
-                f"{where}: {name} is {found}, expected {expected}: this is no Qwen-VL that can be read"
-            )
+            raise UserError(f"{where}: {name} is {found}, expected {expected}: this Qwen-VL is not supported")
 
 
 def original_vision(visual: VisualFields) -> dict[str, Any]:
-    """``vision_config`` of the original tower."""
+    """Return the ``vision_config`` of the original tower."""
     from mllm_adapters.families.qwen_vl.modeling import QwenVisionConfig
 
     return QwenVisionConfig(
@@ -177,10 +175,10 @@ def original_vision(visual: VisualFields) -> dict[str, Any]:
 def language_model(
     config: Mapping[str, Any], fields: OriginalFields, rows: int, where: str
 ) -> dict[str, Any]:
-    """``text_config``: the Qwen2 that equals the original's language model within its context."""
+    """Return the ``text_config`` of the Qwen2 that equals the original's language model within its context."""
     settings = {
         **config,
-        "intermediate_size": fields.intermediate_size // 2,  # the original splits it between its two branches
+        "intermediate_size": fields.intermediate_size // 2,  # the original counts both branches
         "num_key_value_heads": fields.num_attention_heads,
         "rms_norm_eps": fields.layer_norm_epsilon,
         "rope_theta": fields.rotary_emb_base,

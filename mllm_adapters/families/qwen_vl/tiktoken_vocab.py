@@ -1,7 +1,7 @@
 """Tokenizers published as a rank file (``*.tiktoken``): one line per token, base64 of its bytes and its rank.
 
-The format is that of openai/tiktoken (tiktoken/load.py); its encoder repeatedly joins the two neighbours whose union
-has the lowest rank, the leftmost first, after it has looked up the piece as a whole.
+The format is that of openai/tiktoken (tiktoken/load.py). Its encoder first looks up the whole piece, then
+repeatedly joins the two neighbors whose union has the lowest rank, the leftmost first.
 """
 
 import binascii
@@ -17,10 +17,10 @@ from mgll_encoder.common.errors import UserError
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Tokens and ranks of a rank file, which must be 0, 1, 2, ... and hold every single byte.
+    """Read tokens and ranks of a rank file; ranks must be 0, 1, 2, ..., and every single byte must be a token.
 
     Raises:
-        UserError: a line is damaged, a rank is missing or there twice, or a byte is not a token.
+        UserError: a line is damaged, a rank is missing or duplicate, or a byte is not a token.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -38,16 +38,17 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise UserError(
-            f"{path}: byte {missing[0]} is no token, so not all text could be written: is the file complete?"
+            f"{path}: byte {missing[0]} is not a token, so some text could not be encoded: is the file "
+            "complete?"
         )
     return ranks
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that encoding by rank ever joins, in the order of their unions' ranks.
+    """Return the pairs that encoding by rank can join, in the order of their unions' ranks.
 
-    Joins never undo a boundary, so inside the span of a token they are those of encoding that token alone: it is
-    always joined of the same two parts, or never.
+    Joins within the span of a token are those of encoding that token alone, so it is always joined from the
+    same two parts, or never.
     """
     by_rank = sorted(ranks, key=ranks.__getitem__)
     parts = (_last_parts(token, ranks) for token in by_rank if len(token) > 1)
@@ -55,11 +56,11 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def rank_tokenizer(ranks: Mapping[bytes, int], pattern: str, specials: Sequence[str]) -> Tokenizer:
-    """A fast tokenizer that cuts text as the rank file does.
+    """Build a fast tokenizer that is equivalent to the rank file.
 
     Args:
         ranks: Token bytes -> rank, which is its id.
-        pattern: Regular expression of the pieces that text is cut into first.
+        pattern: Regular expression of the pieces that text is first split into.
         specials: Special tokens; their ids follow the ranks.
     """
     names = bytes_to_unicode()
@@ -79,7 +80,7 @@ def rank_tokenizer(ranks: Mapping[bytes, int], pattern: str, specials: Sequence[
 
 
 def _last_parts(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """What is left of a token, joined by rank, when two parts remain or none can be joined."""
+    """Join the bytes of a token by rank until two parts remain or none can be joined, and return the parts."""
     parts = [token[i : i + 1] for i in range(len(token))]
     never = len(ranks)
     while len(parts) > 2:

@@ -12,18 +12,18 @@ EXTRAS = 205
 """Unnamed special tokens of the published tokenizer, ``<|extra_0|>`` to ``<|extra_204|>``."""
 BEFORE = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 AFTER = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", IMAGE_TOKEN)
-"""Special tokens: those before the extras, and those after them."""
+"""Special tokens before and after the extras."""
 
 
 def tokenizer_note(folder: Path) -> str | None:
-    """What the processor's tokenizer is made of; None where the folder has none."""
+    """Describe the processor's tokenizer; None if the folder has none."""
     if (folder / RANK_FILE).is_file():
-        return f"QwenVLProcessor with a fast tokenizer made of {RANK_FILE}"
+        return f"QwenVLProcessor with a fast tokenizer made from {RANK_FILE}"
     return "QwenVLProcessor with the source's tokenizer" if has_tokenizer(folder) else None
 
 
 def read_tokens(folder: Path, image_token_id: int) -> tuple[dict[bytes, int], list[str]] | None:
-    """Ranks and special tokens of a folder; None where there is no rank file.
+    """Read ranks and special tokens of a folder; None if there is no rank file.
 
     Raises:
         UserError: the rank file is damaged, or does not belong to the config.json.
@@ -37,7 +37,7 @@ def read_tokens(folder: Path, image_token_id: int) -> tuple[dict[bytes, int], li
 
 
 def special_tokens(ranks: int, image_token_id: int, where: Path) -> list[str]:
-    """The special tokens, whose ids follow the ranks up to the placeholder's.
+    """Return the special tokens, whose ids follow the ranks up to the placeholder's.
 
     Args:
         ranks: Number of tokens in the rank file.
@@ -45,7 +45,7 @@ def special_tokens(ranks: int, image_token_id: int, where: Path) -> list[str]:
         where: The rank file.
 
     Raises:
-        UserError: there is no room for them, or more than the published tokenizer has.
+        UserError: their number is not that of the published tokenizer.
     """
     named = len(BEFORE) + len(AFTER)
     extras = image_token_id + 1 - ranks - named
@@ -58,7 +58,7 @@ def special_tokens(ranks: int, image_token_id: int, where: Path) -> list[str]:
 
 
 def tokenizer(folder: Path, image_token_id: int, context: int) -> Any | None:
-    """The fast tokenizer that equals the published one, or the one that the folder has besides.
+    """Return the fast tokenizer that equals the published one, or the folder's own.
 
     Args:
         folder: Checkpoint folder.
@@ -85,7 +85,7 @@ def tokenizer(folder: Path, image_token_id: int, context: int) -> Any | None:
 
 
 def end_tokens(folder: Path, image_token_id: int) -> dict[str, Any]:
-    """Where generation ends: at the end of the text, or of a turn, for which the original's chat code looks itself."""
+    """Return the tokens that end generation: end of text and end of turn, which the original's chat code checks."""
     found = read_tokens(folder, image_token_id)
     if found is None:
         return {}
