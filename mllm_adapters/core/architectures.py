@@ -1,7 +1,8 @@
-"""Architectures of our own, registered with transformers' Auto classes.
+"""This project's architectures, registered with transformers' Auto classes.
 
-Two kinds: models that transformers does not have, and native ones whose configuration takes no CLIP tower. After
-``import mllm_adapters.auto`` they load as any other: ``AutoModelForImageTextToText.from_pretrained(folder)``.
+There are two kinds: models that transformers does not have, and native ones whose configuration does not
+support a CLIP tower. After ``import mllm_adapters.auto`` they load like any other:
+``AutoModelForImageTextToText.from_pretrained(folder)``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,10 +18,11 @@ class Architecture:
         family: Folder below `mllm_adapters.families` whose ``modeling.py`` holds them.
         config: Name of the configuration class in it.
         model: Name of the model class in it.
-        processor: Name of the processor class that goes with it, if it is our own.
-        image_processor: Likewise of the image processor class.
-        renames_like: model_type or name of the native class whose renaming of checkpoint keys holds here too:
-            transformers does not hand it down to subclasses.
+        processor: Name of its processor class, if it is our own.
+        image_processor: Name of its image processor class, likewise.
+        renames_like: model_type or name of the native class whose renaming of checkpoint keys also applies
+            here:
+            transformers does not inherit it in subclasses.
     """
 
     family: str
@@ -75,14 +77,14 @@ MODEL_TYPES: Mapping[str, Architecture] = {
         processor="MgllJanusProcessor",
     ),
 }
-"""``model_type`` -> what it is built of."""
+"""``model_type`` -> its architecture."""
 
 
 _registered: set[str] = set()
 
 
 def register_models(model_types: Iterable[str] = MODEL_TYPES) -> None:
-    """Make architectures known to transformers' Auto classes: all, or those among these model types that are ours."""
+    """Register architectures with transformers' Auto classes: all, or those of our own among these model types."""
     wanted = [name for name in model_types if name in MODEL_TYPES and name not in _registered]
     if not wanted:
         return

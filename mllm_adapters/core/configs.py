@@ -19,16 +19,16 @@ Fields = TypeVar("Fields", bound=BaseModel)
 
 
 def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fields:
-    """The fields of a config.json that a family goes by; others are ignored.
+    """Read the fields of a config.json that a family uses; others are ignored.
 
     Args:
-        kind: What is expected of them.
+        kind: Model of the fields.
         config: Contents of config.json.
-        where: How the error message calls it.
+        where: Name of the configuration in error messages.
 
     Raises:
-        UserError: a field is missing, of another type, or has a value that the family does not know; or the weights
-            that it describes are quantised.
+        UserError: a field is missing, of another type, or has an unsupported value; or the weights that it
+            describes are quantized.
     """
     refuse_quantized(config, where)
     try:
@@ -41,14 +41,14 @@ def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fi
 
 
 def build_config(settings: Mapping[str, Any], where: str) -> Any:
-    """The transformers configuration object that a config.json describes.
+    """Build the transformers configuration object of a config.json.
 
     Raises:
-        UserError: transformers does not accept it.
+        UserError: transformers rejects it.
     """
     from transformers import AutoConfig
 
-    fields = deepcopy(dict(settings))  # transformers changes what it is given
+    fields = deepcopy(dict(settings))  # transformers modifies its input
     register_models([str(fields.get("model_type"))])
     try:
         with quiet():
@@ -60,7 +60,7 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
 
 
 def tower_geometry(vision: Any) -> dict[str, Any]:
-    """The fields of `TowerSpec` that a transformers configuration of a vision tower holds."""
+    """Return the fields of `TowerSpec` in a transformers configuration of a vision tower."""
     return {
         "width": vision.hidden_size,
         "depth": vision.num_hidden_layers,
@@ -72,16 +72,16 @@ def tower_geometry(vision: Any) -> dict[str, Any]:
 
 
 def tower_config(spec: TowerSpec, after: VisionContract) -> dict[str, Any]:
-    """``vision_config`` of a checkpoint whose tower is a plain model of transformers."""
+    """Return the ``vision_config`` of a checkpoint whose tower is a plain transformers model."""
     fitted = spec.model_copy(update={"image_size": after.image_size})
     return ARCHITECTURES[spec.architecture].vision_settings(fitted)
 
 
 def text_config(model_type: str, config: Mapping[str, Any], vocabulary: int, where: str) -> dict[str, Any]:
-    """``text_config`` made of the language model's fields in a flat, original configuration.
+    """Make the ``text_config`` from the language model's fields in a flat, original configuration.
 
     Raises:
-        UserError: transformers does not accept them.
+        UserError: transformers rejects them.
     """
     from transformers import CONFIG_MAPPING
 
@@ -90,4 +90,4 @@ def text_config(model_type: str, config: Mapping[str, Any], vocabulary: int, whe
     own = {"tie_word_embeddings": False, **own, "vocab_size": vocabulary, "model_type": model_type}
     settings = build_config(own, where).to_dict()
     rope_base = settings["rope_parameters"]["rope_theta"]
-    return {**settings, "rope_theta": rope_base}  # releases before 5.0 read this one, and default to 10000
+    return {**settings, "rope_theta": rope_base}  # releases before 5.0 read this field, and default to 10000

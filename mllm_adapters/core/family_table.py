@@ -1,4 +1,4 @@
-"""The families, by name: adding one is a folder under ``families`` and a row here. Nothing heavy is imported."""
+"""The families, by name, without heavy imports. To add one, add a folder under ``families`` and a row here."""
 
 from collections.abc import Mapping
 

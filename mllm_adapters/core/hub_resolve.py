@@ -1,4 +1,4 @@
-"""Finding checkpoints: as a folder, in the Hugging Face cache, on the hub."""
+"""Finds checkpoints: as a folder, in the Hugging Face cache, on the hub."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from mllm_adapters.core.family_table import FAMILIES
 
 
 def resolve(name: str) -> Path:
-    """The local folder of a checkpoint given as folder, hub id or family name.
+    """Return the local folder of a checkpoint given as folder, hub id or family name.
 
-    A family name stands for the family's published checkpoint. What is not on this machine is downloaded.
+    A family name stands for the family's published checkpoint. Missing checkpoints are downloaded.
 
     Raises:
-        UserError: there is no such folder, and nothing of that name can be downloaded.
+        UserError: there is no such folder, and no such checkpoint to download.
     """
     check_name(name)
     if Path(name).is_dir():
@@ -24,16 +24,14 @@ def resolve(name: str) -> Path:
 
 
 def check_name(name: str) -> None:
-    """Refuse what is neither a folder here nor the form of a hub id nor a family name; downloads and imports nothing.
+    """Refuse a name that is not a folder, a possible hub id or a family name, without downloads or heavy imports.
 
     Raises:
-        UserError: it is none of them.
+        UserError: it is not one of these.
     """
     if Path(name).is_file():
         found = other_format(Path(name)) or f"{name} is a file"
-        raise UnsupportedCheckpointError(
-            f"{found}: pass the checkpoint's folder, the one that holds config.json"
-        )
+        raise UnsupportedCheckpointError(f"{found}: pass the checkpoint's folder, which contains config.json")
     if Path(name).is_dir() or is_hub_id(name) or name in FAMILIES:
         return
     if "/" in name:
@@ -42,13 +40,13 @@ def check_name(name: str) -> None:
 
 
 def _hub_id(name: str) -> str:
-    from mllm_adapters.core.registry import family  # torch, which a name that means nothing need not wait for
+    from mllm_adapters.core.registry import family  # imports torch
 
     return family(name).spec.hub_id
 
 
 def _fetch(hub_id: str) -> Path:
-    """The folder of a published checkpoint; what is not read is refused before its weights are downloaded."""
+    """Download a published checkpoint; an unsupported one is refused before its weights are downloaded."""
     from mllm_adapters.core.registry import detect
 
     return fetch(hub_id, lambda config: detect(read_json(config), f"{hub_id}/config.json"))

@@ -1,4 +1,4 @@
-"""What is known of published towers by their names, and of others by the shapes of their tensors."""
+"""Geometry of published towers by name, and of others from the shapes of their tensors."""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ PUBLISHED_TOWERS: Mapping[str, TowerSpec] = {
     "openai/clip-vit-large-patch14-336": _OPENAI_VIT_L.model_copy(update={"image_size": 336}),
     "OpenGVLab/InternViT-6B-224px": _INTERNVIT_6B,  # InternVL-Chat-V1-0 is a LLaVA with this tower
 }
-"""Geometry of towers that hosts name by hub id: a tower that is to be replaced need not be downloaded."""
+"""Geometry of towers that hosts name by hub id: a tower that will be replaced need not be downloaded."""
 
 COPIES: Mapping[str, re.Pattern[str]] = {
     "openai/clip-vit-large-patch14": re.compile(
@@ -34,74 +34,76 @@ COPIES: Mapping[str, re.Pattern[str]] = {
     ),
     "OpenGVLab/InternViT-6B-224px": re.compile(r"(opengvlab-+)?internvit-6b-224px"),
 }
-"""Published tower -> names, in lower case with hyphens, that people give local copies of it."""
+"""Published tower -> common names of local copies, in lower case with hyphens."""
 
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
-"""Where the Hugging Face cache keeps a model."""
+"""Path of a model in the Hugging Face cache."""
 
 PATCHES, POSITIONS, LAYER = (
     "embeddings.patch_embedding.weight",
     "embeddings.position_embedding.weight",
     re.compile(r"encoder\.layers\.(\d+)\."),
 )
-"""Tensors of a transformers CLIP that tell its geometry."""
+"""Tensors of a transformers CLIP that determine its geometry."""
 
 HEAD_WIDTH = 64
-"""Of all CLIP ViTs; a tower that is to be replaced is not run, so this shows nowhere."""
+"""Default for all CLIP ViTs; it has no effect, because a tower that will be replaced is not run."""
 
 
 def published_name(name: str) -> str | None:
-    """The hub id of the published tower that a name or path stands for, by its last component; None for others.
+    """Return the hub id of the published tower that a name or path stands for, by its last component, or None.
 
-    Known are hub ids, paths of local copies (``/data/clip_vit_large_patch14_336``), folders of the Hugging Face cache
-    (``.../models--openai--clip-vit-large-patch14/snapshots/...``) and OpenAI's names (``ViT-L/14@336px``).
+    Recognized are hub ids, paths of local copies (``/data/clip_vit_large_patch14_336``), folders of the
+    Hugging Face cache (``.../models--openai--clip-vit-large-patch14/snapshots/...``) and OpenAI's names
+    (``ViT-L/14@336px``).
     """
     if name in PUBLISHED_TOWERS:
         return name
     if hub_id := _cached(name):
         return published_name(hub_id)
     parts = [part for part in re.split(r"[/\\]", name.lower().replace("_", "-").replace("@", "-")) if part]
-    endings = ["-".join(parts[-count:]) for count in (1, 2)]  # "ViT-L/14" has a slash within its name
+    endings = ["-".join(parts[-count:]) for count in (1, 2)]  # "ViT-L/14" contains a slash
     return next(
         (tower for ending in endings for tower, copy in COPIES.items() if copy.fullmatch(ending)), None
     )
 
 
 def short_name(name: str) -> str:
-    """A tower's name without the folders before it, which are somebody's: its hub id if it tells one."""
-    last = PureWindowsPath(name).name  # which knows both kinds of slashes
+    """Return a tower's name without its private parent folders: its hub id if it is known."""
+    last = PureWindowsPath(name).name  # handles both kinds of slashes
     return published_name(name) or _cached(name) or last
 
 
 def gone(name: str, source: str) -> str:
-    """What a plan says of an old tower whose files are not read.
+    """Return the note of a plan about an old tower without files.
 
     Args:
-        name: The tower, as the checkpoint names it.
-        source: Where its geometry comes from.
+        name: The tower, as named in the checkpoint.
+        source: Source of its geometry.
     """
     return f"the old tower '{short_name(name)}' is not on this machine: its geometry is {source}"
 
 
 def _cached(name: str) -> str | None:
-    """The hub id of a model whose path is one of the Hugging Face cache."""
+    """Return the hub id of a model from its path in the Hugging Face cache."""
     found = HUB_CACHE.search(name.replace("\\", "/") + "/")
     return f"{found[1]}/{found[2]}" if found else None
 
 
 def geometry_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> TowerSpec:
-    """Geometry of a CLIP tower from the shapes of its tensors, under their names in transformers.
+    """Return the geometry of a CLIP tower from the shapes of its tensors, under their names in transformers.
 
-    What shapes do not tell (activation, normalization) is as published for OpenAI's CLIP.
+    Activation and normalization, which shapes do not determine, are those of OpenAI's CLIP.
 
     Raises:
-        UserError: its patch or position embedding is missing or has no such shape.
+        UserError: its patch or position embedding is missing or has a wrong shape.
     """
     patches, positions = shapes.get(PATCHES, ()), shapes.get(POSITIONS, ())
     grid = round((positions[0] - 1) ** 0.5) if len(positions) == 2 else 0
     if len(patches) != 4 or grid < 1 or grid**2 + 1 != positions[0]:
         raise UserError(
-            f"{where}: the vision tower in the shards is no CLIP ViT: {PATCHES} has shape {list(patches)}, "
+            f"{where}: the vision tower in the shards is not a CLIP ViT: {PATCHES} has shape "
+            f"{list(patches)}, "
             f"{POSITIONS} {list(positions)}"
         )
     width, _, _, patch_size = patches
@@ -116,7 +118,7 @@ def geometry_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> TowerSpec:
 
 
 def assumed_geometry(width: int, image_size: int) -> TowerSpec:
-    """A tower of which only the width is known, at the side that the user asks for."""
+    """Describe a tower of which only the width is known, at the requested image size."""
     return _OPENAI_VIT_L.model_copy(update={"width": width, "heads": _heads(width), "image_size": image_size})
 
 

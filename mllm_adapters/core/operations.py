@@ -1,4 +1,4 @@
-"""The operations of a plan: how a target tensor is computed, what that is called, and what it needs."""
+"""The operations of a plan: how a target tensor is computed, its label, and its inputs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,19 +24,19 @@ OperationName = Literal[
 
 @dataclass(frozen=True)
 class Operation:
-    """How a target tensor comes about.
+    """How a target tensor is made.
 
     Attributes:
-        name: As it stands in a plan and in the record of a swap.
-        label: What the table of a plan calls it.
-        compute: Makes the tensor of the step and its sources' values; None where the values are given when the plan
-            is executed.
-        copies_bytes: Whether the bytes of the source tensor stay as they are.
-        in_place: Whether they also keep their name: a file of nothing but these is hard-linked.
+        name: Name in a plan and in the record of a swap.
+        label: Label in the table of a plan.
+        compute: Computes the tensor from the step and its sources' values; None if the values are given when
+            the plan is executed.
+        copies_bytes: Whether the bytes of the source tensor are unchanged.
+        in_place: Whether they also keep their name: a file with only such tensors is hard-linked.
         from_base: Whether the result follows from the source checkpoint alone.
         from_tower: Whether the sources are those of the plan's tower.
-        sources: Fewest and most source tensors.
-        arguments: What `Step.arguments` must hold.
+        sources: Minimum and maximum number of source tensors.
+        arguments: Required keys of `Step.arguments`.
     """
 
     name: OperationName
@@ -50,10 +50,10 @@ class Operation:
     arguments: frozenset[str] = field(default=frozenset())
 
     def check(self, step: "Step") -> None:
-        """Refuse a step that lacks what this operation needs.
+        """Refuse a step that does not fit this operation.
 
         Raises:
-            ValueError: it has too few sources, too many, or not all arguments.
+            ValueError: it has too few or too many sources, or lacks arguments.
         """
         fewest, most = self.sources
         if not fewest <= len(step.sources) <= most:
@@ -63,7 +63,7 @@ class Operation:
 
 
 def mean_rows(rows: Tensor, number: int) -> Tensor:
-    """``number`` rows, each the mean of ``rows``, in their dtype."""
+    """Return ``number`` rows, each the mean of ``rows``, in their dtype."""
     return rows.double().mean(dim=0, keepdim=True).to(rows.dtype).expand(number, -1)
 
 
@@ -111,7 +111,7 @@ def _extend_rows(step: "Step", rows: Tensor) -> Tensor:
 
 
 def _reinit(step: "Step") -> Tensor:
-    # By name, so that two tensors of one shape (keys and values, layer by layer) do not begin as the same.
+    # By name, so that two tensors of one shape (such as keys and values) do not start equal.
     generator = torch.Generator().manual_seed(crc32(step.name.encode()))
     return torch.randn(step.shape, generator=generator) / sqrt(step.shape[-1])
 
@@ -135,10 +135,10 @@ KEEP = Operation(
 )
 RENAME = Operation("rename", "kept under a new name", _copy, copies_bytes=True, from_base=True, sources=_ONE)
 SAME = Operation("same", "kept once of several names", _same, from_base=True, sources=_SOME)
-"""The source tensor's values, which the file holds under several names; they must be equal."""
+"""The source tensor's values, which the file contains under several names; they must be equal."""
 
 TOWER = Operation("tower", "from the tower", _copy, from_tower=True, sources=_ONE)
-"""A tensor of the plan's tower, fitted to the target's grid and normalisation."""
+"""A tensor of the plan's tower, adapted to the target's grid and normalization."""
 
 EXTEND_ROWS = Operation(
     "extend_rows",
@@ -148,11 +148,11 @@ EXTEND_ROWS = Operation(
     sources=_ONE,
 )
 REINIT = Operation("reinit", "re-initialised", _reinit)
-"""Random values, because the width of what it reads has changed."""
+"""Random values, because the width of the input has changed."""
 
 ZEROS = Operation("zeros", "set to zero", _zeros)
 ONES = Operation("ones", "set to one", _ones)
-"""A normalisation's scale beside a re-initialised layer."""
+"""Scale of a normalization next to a re-initialized layer."""
 
 IDENTITY = Operation("identity", "set to the identity", _identity)
 FIT = Operation("fit", "fitted on images (--align)", None)
@@ -162,18 +162,18 @@ SLICE = Operation(
     "slice", "cut out of fused tensors", _slice, from_base=True, sources=_ONE,
     arguments=frozenset({"groups", "units", "start", "stop"}),
 )  # fmt: skip
-"""Part of the rows of a fused tensor: seen as [groups, units, rows, ...], units start to stop of every group.
+"""Part of the rows of a fused tensor: viewed as [groups, units, rows, ...], units start to stop of every group.
 ``chunk(3)[0]`` is groups=1, units=3, start=0, stop=1."""
 
 CONCAT = Operation("concat", "joined", _concat, from_base=True, sources=_SOME)
-"""The sources one below the other; zeros fill what the first and the last leave between them."""
+"""The sources concatenated along rows, with zeros between the first and the last."""
 
 RESHAPE = Operation("reshape", "kept in another shape", _reshape, from_base=True, sources=_ONE)
 RESAMPLE = Operation(
     "resample", "position tables resampled", _resample, from_base=True, sources=_ONE,
     arguments=frozenset({"leading"}),
 )  # fmt: skip
-"""A position table [..., leading + N, C], its square grid resized bicubically."""
+"""A position table [..., leading + N, C], with its square grid resampled bicubically."""
 
 LORA = Operation(
     "lora", "merged with LoRA", _lora, from_base=True, sources=(3, 3), arguments=frozenset({"scale"})
@@ -181,7 +181,7 @@ LORA = Operation(
 """base + scale * B @ A, of the sources (base, A, B)."""
 
 TRAINED = Operation("trained", "trained", None, sources=_ANY)
-"""In the place of the source tensor, values that it was given since; no plan of a swap has it."""
+"""Values from a later training instead of the source tensor's; does not occur in plans of swaps."""
 
 OPERATIONS: Mapping[str, Operation] = {
     operation.name: operation
@@ -190,4 +190,4 @@ OPERATIONS: Mapping[str, Operation] = {
         LORA, TRAINED,
     )
 }  # fmt: skip
-"""All operations by name, in the order in which a plan's table has them."""
+"""All operations by name, in the order of a plan's table."""

@@ -1,4 +1,4 @@
-"""The families, by name. Adding one is a file under `families` and a row of its table."""
+"""The families, by name, and the detection of a checkpoint's family."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from mllm_adapters.core.family_table import FAMILIES
 from mllm_adapters.core.not_read import not_read
 
 LOADED_BY = ("AutoModelForImageTextToText", "AutoProcessor")
-"""What loads the base of an adapter that is to be merged, and its processor."""
+"""Commands that merge an adapter into its base."""
 
 LOOSE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -26,14 +26,14 @@ _DESCRIBED: Mapping[str, Callable[[Any], bool]] = {
     "model_type": lambda value: isinstance(value, str),
     "architectures": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }
-"""The fields that families go by, and whether a value can be theirs."""
+"""The fields that identify families, and whether a value is valid for them."""
 
 LooseMatches = dict[str, tuple[Path, ...]]
-"""Family -> its weight files in a folder that has no config.json."""
+"""Family -> its weight files in a folder without config.json."""
 
 
 def family(name: str) -> Family:
-    """The family of this name.
+    """Return the family of this name.
 
     Raises:
         UserError: there is none; the message suggests the nearest.
@@ -45,19 +45,20 @@ def family(name: str) -> Family:
 
 
 def families() -> Iterator[Family]:
-    """All families, in the order of the table."""
+    """Yield all families, in the order of the table."""
     return map(family, FAMILIES)
 
 
 def detect(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
-    """The family and layout that a config.json describes.
+    """Detect family and layout from a config.json.
 
     Args:
         config: Contents of config.json.
-        where: How error messages call the checkpoint.
+        where: Name of the checkpoint in error messages.
 
     Raises:
-        UserError: no family recognises it, or its weights are quantised; what is known by name says what would work.
+        UserError: no family recognizes it, or its weights are quantized; known models come with an
+            alternative.
     """
     for name, fits in _DESCRIBED.items():
         if config.get(name) is not None and not fits(config[name]):
@@ -77,14 +78,15 @@ def detect(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
 
 
 def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tuple[Checkpoint, Family, str]:
-    """A checkpoint with its family and layout.
+    """Open a checkpoint and detect its family and layout.
 
     Args:
-        folder: The checkpoint's folder, or one that holds it and its parts side by side.
+        folder: The checkpoint's folder, or one that contains it and its parts.
         given: Where parts of it lie (``--part``), name -> path.
 
     Raises:
-        UserError: no checkpoint, one of no known family, several, or the family has no such part.
+        UserError: there is no checkpoint, one of an unknown family, or several; or the family has no such
+            part.
     """
     inner, matches, config = _inner_folder(folder)
     if not matches:
@@ -106,16 +108,16 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
 
 
 def family_of_model(model: Any) -> Family:
-    """The family of a loaded model, by its configuration.
+    """Return the family of a loaded model, from its configuration.
 
     Raises:
-        UserError: no family recognises it.
+        UserError: no family recognizes it.
     """
     return detect(model.config.to_dict(), type(model).__name__)[0]
 
 
 def _recognized(config: Mapping[str, Any]) -> tuple[Family, str] | None:
-    if not config:  # stands for loose weights, see `Family.layout`
+    if not config:  # means loose weights, see `Family.layout`
         return None
     if not all(config.get(name) is None or fits(config[name]) for name, fits in _DESCRIBED.items()):
         return None
@@ -137,9 +139,10 @@ def _reads_adapters(found: Family, layout: str) -> bool:
 
 
 def _inner_folder(folder: Path) -> tuple[Path, LooseMatches, dict[str, Any]]:
-    """The checkpoint folder itself, or the one checkpoint of a known family that lies in it.
+    """Return the checkpoint folder itself, or the only checkpoint of a known family in it.
 
-    With it come the families whose loose weights it holds, or the contents of its config.json; the other is empty.
+    Also return the families whose loose weights it contains, or the contents of its config.json; the other
+    is empty.
     """
     check_checkpoint(folder)
     if (folder / "config.json").is_file():
@@ -155,7 +158,7 @@ def _inner_folder(folder: Path) -> tuple[Path, LooseMatches, dict[str, Any]]:
     if inner:
         names = ", ".join(path.name for path, *_ in inner)
         raise UnsupportedCheckpointError(
-            f"{folder} holds {len(inner)} checkpoints ({names}): pass the folder of one of them"
+            f"{folder} contains {len(inner)} checkpoints ({names}): pass the folder of one of them"
         )
     refuse_adapter(folder, *LOADED_BY)
     if len(configs) == 1:
@@ -164,7 +167,7 @@ def _inner_folder(folder: Path) -> tuple[Path, LooseMatches, dict[str, Any]]:
     if configs:
         names = ", ".join(config.parent.name for config in configs)
         raise UnsupportedCheckpointError(
-            f"{folder} holds no config.json and no weights of a known family, and neither is one of the folders in it "
+            f"{folder} contains no config.json and no weights of a known family, nor does a folder in it "
             f"({names}): complete the download, or pass the checkpoint's own folder"
         )
     other = other_format(folder)
@@ -177,7 +180,7 @@ def _loose(folder: Path, matches: LooseMatches) -> tuple[Family, str, tuple[Path
     (name, files), *more = matches.items()
     if more:
         raise UnsupportedCheckpointError(
-            f"{folder} holds weights of {name} and of {more[0][0]}: keep each in a folder of its own"
+            f"{folder} contains weights of both {name} and {more[0][0]}: keep each in a separate folder"
         )
     layout = family(name).layout({})
     assert layout is not None, "a family with loose weights has a layout for them"
@@ -185,7 +188,7 @@ def _loose(folder: Path, matches: LooseMatches) -> tuple[Family, str, tuple[Path
 
 
 def _loose_matches(folder: Path) -> LooseMatches:
-    """Families whose weight files lie in a folder that has no config.json, with those files."""
+    """Return the families whose weight files are in a folder without config.json, with those files."""
     names = {f: list(open_weights(f).headers) for f in sorted(folder.iterdir()) if _may_be_loose(f)}
     matches: LooseMatches = {}
     for candidate in families():
@@ -199,7 +202,7 @@ def _loose_matches(folder: Path) -> LooseMatches:
 
 
 def _with_loose(folder: Path) -> list[tuple[Path, LooseMatches]]:
-    """Folders in a folder that hold the weight files of a family; what cannot be read is none of them."""
+    """Return the subfolders with weight files of a family, without unreadable ones."""
     found = []
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:

@@ -1,7 +1,7 @@
-"""What size a swapped tower runs at: as the host's tokens ask, as the user asks, or as is proposed.
+"""Determines a swapped tower's image size: from the host's tokens, from the user, or as a suggestion.
 
-Families plan for a size in pixels; how many visual tokens that makes is read off their plans, so that nothing here
-knows how one joins patches.
+Families plan for a size in pixels. The number of visual tokens is read from their plans, so this module does
+not depend on how a family merges patches.
 """
 
 from collections.abc import Callable
@@ -15,21 +15,21 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Family, Plan, Target
 
 USUAL_STRETCH = 2
-"""How many times its own patches along one side, or how small a part of them, a tower is given without a warning."""
+"""Factor by which a tower's grid may grow or shrink along one side without a warning."""
 
 PlanAt = Callable[[int | None], Plan]
-"""Image size in pixels, or None for what keeps the host's patches -> the plan."""
+"""Image size in pixels, or None to keep the host's patches -> the plan."""
 
 
 @dataclass(frozen=True)
 class Join:
-    """How a model makes tokens of patches: ``side`` x ``side`` become one, and ``extra`` come besides."""
+    """How a model makes tokens from patches: ``side`` x ``side`` become one, plus ``extra`` tokens."""
 
     side: int
     extra: int
 
     def tokens(self, grid: int) -> int:
-        """Tokens of ``grid`` x ``grid`` patches."""
+        """Return the tokens of ``grid`` x ``grid`` patches."""
         return (grid // self.side) ** 2 + self.extra
 
 
@@ -48,15 +48,15 @@ def plan_at_size(
         family: The checkpoint's family.
         checkpoint: The checkpoint.
         tower: The new tower.
-        target: What to write.
+        target: Layout to write.
         image_size: Input side in pixels.
-        tokens: Visual tokens per image, or per tile where an image is cut.
+        tokens: Visual tokens per image, or per tile if images are cut into tiles.
 
     Returns:
-        The plan, and a warning where neither was given and the host's patches do not suit the tower.
+        The plan, and a warning if neither was given and the host's grid is far from the tower's.
 
     Raises:
-        UserError: both were given, or no image size gives so many tokens; and as `Family.plan`.
+        UserError: both were given, or no image size gives this number of tokens; and as `Family.plan`.
     """
 
     def plan_at(size: int | None) -> Plan:
@@ -93,7 +93,7 @@ def _with_tokens(plan_at: PlanAt, tokens: int, title: str) -> Plan:
 
 
 def _is_fixed(usual: Plan, plan_at: PlanAt, join: Join) -> bool:
-    """Whether another number of patches makes the same number of tokens, as a Q-Former or a perceiver does."""
+    """Whether the number of tokens does not depend on the patches, as with a Q-Former or a perceiver."""
     grid = join.side if usual.after.grid > join.side else 2 * join.side
     try:
         return plan_at(grid * usual.after.patch_size).after.tokens != join.tokens(grid)
@@ -109,7 +109,7 @@ def _fixed(tokens: int, title: str, usual: Plan) -> UserError:
 
 
 def _join(plan: Plan) -> Join | None:
-    """How the model of a plan makes tokens of patches; None where their number is no matter of patches."""
+    """Return how the plan's model makes tokens from patches; None if their number does not depend on patches."""
     extra = int(plan.after.class_token and plan.after.tokens == plan.after.grid**2 + 1)
     root = isqrt(plan.after.tokens - extra)
     if root < 1 or root**2 + extra != plan.after.tokens or plan.after.grid // root < 1:
@@ -118,7 +118,7 @@ def _join(plan: Plan) -> Join | None:
 
 
 def _warning(plan: Plan, plan_at: PlanAt, tower: TowerHeader) -> str | None:
-    """What to say where the host's patches are far more, or far fewer, than the tower was trained with."""
+    """Return a warning if the host has far more, or far fewer, patches than the tower was trained with."""
     own, grid, patch = tower.spec.grid, plan.after.grid, plan.after.patch_size
     if own <= USUAL_STRETCH * grid and grid <= USUAL_STRETCH * own:
         return None

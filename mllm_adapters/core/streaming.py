@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor, so that memory holds one tensor and not one shard.
+"""Writes safetensors files tensor by tensor, with one tensor in memory instead of one shard.
 
 Format: README of huggingface/safetensors, section Format (8-byte little-endian header length, JSON header padded
 with spaces, then the tensors' bytes in the order of their offsets).
@@ -30,7 +30,7 @@ DTYPE_CODES = {
 
 
 def nbytes(step: Step) -> int:
-    """Bytes of a step's target tensor."""
+    """Return the bytes of a step's target tensor."""
     total: int = torch.Size(step.shape).numel() * getattr(torch, step.dtype).itemsize
     return total
 
@@ -38,11 +38,11 @@ def nbytes(step: Step) -> int:
 _BLOCK = 512 << 10
 
 _HELD = 64 << 20
-"""Bytes of tensors that may wait in memory for their check."""
+"""Maximum bytes of tensors in memory that wait for their check."""
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor as a file holds them."""
+    """Return the bytes of a tensor as stored in a file."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -50,23 +50,23 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def write_safetensors(
     path: Path, steps: Sequence[Step], tensors: Iterable[tuple[Step, Tensor | Span]]
 ) -> dict[str, str]:
-    """Write the tensors of ``steps`` as they come; what is written is hashed and read back in a thread meanwhile.
+    """Write the tensors of ``steps`` one by one; a thread hashes them and reads them back in parallel.
 
     Args:
-        path: File to write; whoever needs it on the disk syncs it.
-        steps: What will come, in order.
-        tensors: The same steps with their values, on any device, or with the place where these lie.
+        path: File to write; the caller must sync it to disk.
+        steps: The steps, in order.
+        tensors: The same steps with their values, on any device, or with their location in a file.
 
     Returns:
         The SHA-256 of each tensor that was given by value.
 
     Raises:
-        ValueError: a value's shape or dtype is not what its step says.
+        ValueError: a value's shape or dtype differs from its step.
         OSError: it cannot be written, or reads back differently.
     """
     header, size = _header(steps)
     with path.open("w+b") as stream, ExitStack() as opened:
-        stream.truncate(size)  # a file cannot be mapped beyond its end
+        stream.truncate(size)  # a file cannot be mapped past its end
         checks = opened.enter_context(_Checks(stream, path, size))
         sources: dict[Path, BinaryIO] = {}
         buffer = bytearray(_BLOCK)
@@ -79,7 +79,7 @@ def write_safetensors(
                 continue
             if tuple(value.shape) != step.shape or value.dtype != getattr(torch, step.dtype):
                 raise ValueError(
-                    f"{step.name} came out as {value.dtype} {list(value.shape)}, planned was "
+                    f"{step.name} was computed as {value.dtype} {list(value.shape)}, planned was "
                     f"{step.dtype} {list(step.shape)}"
                 )
             data, start = raw_bytes(value), stream.tell()
@@ -89,7 +89,7 @@ def write_safetensors(
 
 
 def _write(stream: BinaryIO, data: memoryview, buffer: bytearray) -> None:
-    """Write bytes that may lie in a mapped file, from where the kernel copies more slowly than out of a warm buffer."""
+    """Write bytes through a warm buffer, because the kernel copies more slowly from a mapped file."""
     for start in range(0, len(data), len(buffer)):
         block = data[start : start + len(buffer)]
         buffer[: len(block)] = block
@@ -98,7 +98,7 @@ def _write(stream: BinaryIO, data: memoryview, buffer: bytearray) -> None:
 
 
 def _header(steps: Sequence[Step]) -> tuple[bytes, int]:
-    """The first bytes of a file with these tensors, and the size that it will have."""
+    """Return the header bytes of a file with these tensors, and its final size."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for step in steps:
@@ -114,7 +114,7 @@ def _header(steps: Sequence[Step]) -> tuple[bytes, int]:
 
 
 class _Checks:
-    """Hashes tensors and compares what the file holds with what was computed, in a thread beside the writing."""
+    """Hashes tensors and compares the file with the computed values, in a thread parallel to the writing."""
 
     def __init__(self, stream: BinaryIO, path: Path, size: int) -> None:
         self._path = path
@@ -131,7 +131,7 @@ class _Checks:
         self._written.close()
 
     def add(self, name: str, data: memoryview, start: int) -> None:
-        """Check a tensor that was written at ``start``; waits while much is held in memory for earlier ones."""
+        """Check a tensor that was written at ``start``; waits while earlier ones occupy much memory."""
         self._pending[name] = len(data), self._aside.submit(self._check, name, data, start)
         while len(self._pending) > 1 and sum(size for size, _ in self._pending.values()) > _HELD:
             self._finish(next(iter(self._pending)))
@@ -147,7 +147,7 @@ class _Checks:
 
     def _check(self, name: str, data: memoryview, start: int) -> str:
         digest = sha256()
-        for offset in range(0, len(data), _BLOCK):  # of a size that the processor's cache keeps for both
+        for offset in range(0, len(data), _BLOCK):  # small enough for both to fit into the CPU's cache
             block = data[offset : offset + _BLOCK]
             found = np.frombuffer(self._written, np.uint8, len(block), start + offset)
             if not np.array_equal(found, np.frombuffer(block, np.uint8)):
@@ -156,6 +156,6 @@ class _Checks:
                 )
             digest.update(block)
         page = start - start % PAGESIZE
-        # Or the whole file would count as memory of this process.
+        # Otherwise the whole file would count as memory of this process.
         self._written.madvise(MADV_DONTNEED, page, start + len(data) - page)
         return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""Loading any checkpoint of any family: original layouts, deltas, adapters."""
+"""Loads checkpoints of all families: original layouts, deltas, adapters."""

@@ -1,4 +1,4 @@
-"""PEFT adapter folders, read: the base they belong to, and the model that both make together."""
+"""Reads PEFT adapter folders and merges them into their base."""
 
 import re
 from pathlib import Path
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
-"""Before every name in a PEFT file."""
+"""Prefix of every name in a PEFT file."""
 
 ADAPTER = ".default."
-"""Name that PEFT gives to the only adapter of a model, as it stands in parameter names."""
+"""PEFT's name of a model's only adapter in parameter names."""
 
 
 _ADAPTER_FIELDS = (
@@ -30,24 +30,24 @@ _ADAPTER_FIELDS = (
     "modules_to_save", "bias", "lora_bias", "fan_in_fan_out", "use_rslora", "use_dora", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
-"""Fields of adapter_config.json that say what the adapter is."""
+"""Fields of adapter_config.json that describe the adapter."""
 
 _NO_EFFECT = {
     "peft_type", "peft_version", "revision", "inference_mode", "auto_mapping", "init_lora_weights", "megatron_core",
     "runtime_config", "qalora_group_size",
 }  # fmt: skip
-"""Fields that change nothing of a trained adapter as long as the others are as they are by default."""
+"""Fields without effect on a trained adapter if all other fields have their defaults."""
 
 
 def base_name(base: Path, out: Path) -> str:
-    """How an adapter that is written to ``out`` names its base: by hub id or as a neighbour, else by its path."""
+    """Return how an adapter in ``out`` names its base: by hub id or as a sibling folder, else by its path."""
     hub_id = named(base, {}).hub_id
     beside = base.absolute().parent == out.absolute().parent
     return hub_id or (base.absolute().name if beside else str(base.absolute()))
 
 
 def attach(model: Any, folder: Path) -> Any:
-    """Put an adapter folder into its base model and merge it, so that what comes back is an ordinary model.
+    """Merge an adapter folder into its base model, and return an ordinary model.
 
     Raises:
         UserError: the adapter does not fit the model, or is not LoRA.
@@ -56,9 +56,7 @@ def attach(model: Any, folder: Path) -> Any:
 
     config = _lora_config(folder / ADAPTER_CONFIG)
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(
-            f"{folder} holds no {ADAPTER_WEIGHTS}: complete the folder, or train the adapter again"
-        )
+        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: complete the folder, or train the adapter again")
     weights = open_weights(folder / ADAPTER_WEIGHTS)
     try:
         wrapped: Any = PeftModel(model, config)
@@ -76,10 +74,10 @@ def attach(model: Any, folder: Path) -> Any:
 
 
 def _lora_config(file: Path) -> "LoraConfig":
-    """The settings of an adapter as PEFT has them, without those that have it import or compute something else.
+    """Read the PEFT settings of an adapter, without those that make PEFT import or compute something else.
 
     Raises:
-        UserError: it is another method than LoRA, or has settings with another effect than adding low-rank matrices.
+        UserError: it is not LoRA, or has settings that do more than add low-rank matrices.
     """
     from peft import LoraConfig
 
@@ -90,8 +88,8 @@ def _lora_config(file: Path) -> "LoraConfig":
     for name in settings.keys() - known.keys() - _NO_EFFECT:
         if settings[name] not in (None, False, [], {}):
             raise UserError(
-                f"{file}: field '{name}' is {settings[name]!r:.80}, which changes what the adapter is: merge it with "
-                "the program that made it, and pass the merged model"
+                f"{file}: field '{name}' is {settings[name]!r:.80}, which changes the adapter's method: "
+                "merge it with the program that made it, and pass the merged model"
             )
     try:
         return LoraConfig(**known, inference_mode=True)
@@ -100,5 +98,5 @@ def _lora_config(file: Path) -> "LoraConfig":
 
 
 def _stored_name(parameter: str) -> str:
-    """The name in a PEFT file of a parameter of a model with adapters in it."""
+    """Return the name in a PEFT file of a parameter of a model with adapters."""
     return re.sub(r"\.(?:modules_to_save\.default|base_layer)(?=\.)", "", parameter).replace(ADAPTER, ".")

@@ -1,8 +1,8 @@
-"""A delta: of a swapped checkpoint only what does not follow from its base, and the two put together in memory.
+"""A delta: the tensors of a swapped checkpoint that do not follow from its base, and merging them in memory.
 
-``delta_model.safetensors`` holds the tower (or not, where it is named by hash), what was re-initialised and what was
-trained; ``mgll_delta.json`` the record of the swap, from which everything else is made anew out of the base. All other
-files are those of the whole checkpoint, but for its weights.
+``delta_model.safetensors`` contains the tower (unless it is referenced by hash), re-initialized and trained
+tensors; ``mgll_delta.json`` is the record of the swap, from which all other tensors are recomputed from the
+base. All other files are those of the whole checkpoint, except its weights.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,18 +37,18 @@ from mllm_adapters.core.streaming import raw_bytes
 from mllm_adapters.core.values import compute
 
 DELTA_WEIGHTS = "delta_model.safetensors"
-"""No name under which transformers looks for weights: a delta must not load as if it were a checkpoint."""
+"""Not a name of weights in transformers: a delta must not load as if it were a checkpoint."""
 
 ENCODER_PART = "encoder"
-"""The tower of a delta that names it by hash, among the parts that a user says the place of."""
+"""Part name for the tower of a delta that references it by hash."""
 
 
 class DeltaRecord(SwapRecord):
     """Contents of ``mgll_delta.json``: the record of a swap, whose ``files`` are those of the delta's folder.
 
     Attributes:
-        delta: Version of what a delta adds.
-        reference_tower: Whether the tower is not stored: the encoder is needed, and told by its hashes.
+        delta: Version of the delta's additional fields.
+        reference_tower: Whether the tower is not stored: the encoder is needed, and identified by its hashes.
         card: README.md of the whole checkpoint; empty if it had none.
     """
 
@@ -58,18 +58,18 @@ class DeltaRecord(SwapRecord):
 
     @property
     def stored(self) -> tuple[TensorRecord, ...]:
-        """The tensors that the delta holds."""
+        """Return the tensors stored in the delta."""
         names = stored_names(self.tensors, self.trained, reference_tower=self.reference_tower)
         return tuple(tensor for tensor in self.tensors if tensor.name in names)
 
 
 def stored_names(steps: Iterable[Step], trained: Iterable[str] = (), *, reference_tower: bool) -> set[str]:
-    """Names of the target tensors that a delta must hold.
+    """Return the names of the target tensors that a delta must store.
 
     Args:
         steps: All target tensors.
-        trained: Names of those that were given other values since the swap.
-        reference_tower: Whether the tower's are made from the encoder again.
+        trained: Names of those that were changed after the swap.
+        reference_tower: Whether the tower's are recomputed from the encoder.
     """
     made = (s.name for s in steps if not (s.kind.from_base or (reference_tower and s.kind.from_tower)))
     return {*made, *trained}
@@ -81,21 +81,21 @@ def is_delta(folder: Path) -> bool:
 
 
 def read_delta(folder: Path) -> DeltaRecord:
-    """The record of a delta.
+    """Read the record of a delta.
 
     Raises:
-        UserError: the folder is none, or was damaged or edited.
+        UserError: the folder is not a delta, or was damaged or edited.
     """
     check_delta(folder)
     record = read_as(DeltaRecord, folder / DELTA)
     for name, known in record.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{folder / DELTA}: field 'files' names {name}, which lies outside the folder")
+            raise UserError(f"{folder / DELTA}: field 'files' names {name}, which is outside the folder")
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing: complete the download")
         if name != DELTA_WEIGHTS and not agrees(known, folder / name):
             raise UserError(
-                f"{folder}: {name} is not the file that was written: put that back, or compose first "
+                f"{folder}: {name} has been changed: restore it, or compose first "
                 "(swap-encoder compose) and edit the whole checkpoint"
             )
     return record
@@ -103,13 +103,13 @@ def read_delta(folder: Path) -> DeltaRecord:
 
 @dataclass(frozen=True)
 class Delta:
-    """A delta and its base, opened; no tensor has been read.
+    """An opened delta and its base; no tensor has been read.
 
     Attributes:
         folder: The delta's folder.
         record: Its record.
-        base: The checkpoint that it is a delta of, with its parts attached.
-        plan: The swap's plan, with the places where base and encoder lie now.
+        base: The base checkpoint, with its parts attached.
+        plan: The swap's plan, with the current paths of base and encoder.
     """
 
     folder: Path
@@ -118,10 +118,10 @@ class Delta:
     plan: Plan
 
     def values(self, steps: Iterable[Step]) -> Iterator[tuple[Step, Tensor]]:
-        """The values of target tensors, one at a time: stored ones by name, others made from base and encoder.
+        """Yield the values of target tensors: stored ones by name, others computed from base and encoder.
 
         Raises:
-            UserError: a stored tensor is not what was written.
+            UserError: a stored tensor has been changed.
         """
         steps = list(steps)
         made = compute(self.plan, self.base, [step for step in steps if step.name not in self.stored])
@@ -130,7 +130,7 @@ class Delta:
 
     @cached_property
     def stored(self) -> Mapping[str, str | None]:
-        """SHA-256 of every stored tensor, by name."""
+        """Return the SHA-256 of every stored tensor, by name."""
         return {t.name: self.record.trained.get(t.name, t.sha256) for t in self.record.stored}
 
     @cached_property
@@ -140,11 +140,11 @@ class Delta:
     def _read(self, name: str) -> Tensor:
         value = self._weights.read([name])[name]
         if sha256(raw_bytes(value)).hexdigest() != self.stored[name]:
-            raise UserError(f"{self.folder / DELTA_WEIGHTS}: {name} is not what was written: copy it again")
+            raise UserError(f"{self.folder / DELTA_WEIGHTS}: {name} has been changed: copy it again")
         return value
 
     def check_weights(self) -> None:
-        """Hold names, dtypes and shapes in the delta's weight file against its record.
+        """Compare names, dtypes and shapes in the delta's weight file with its record.
 
         Raises:
             UserError: they differ, or the file is damaged.
@@ -163,23 +163,23 @@ class Delta:
 
 
 def open_delta(folder: Path, base: Path | None = None, parts: Mapping[str, Path] | None = None) -> Delta:
-    """A delta with its base.
+    """Open a delta with its base.
 
     Args:
         folder: The delta's folder.
-        base: The base's folder; looked for by name and hash beside the delta, here and in the Hugging Face cache if
-            not given.
-        parts: Where parts of the base lie that are not found by themselves, and the ``encoder`` of a delta that does
-            not hold its tower.
+        base: The base's folder; if not given, searched for by name and hash next to the delta, in the working
+            directory and in the Hugging Face cache.
+        parts: Paths of parts of the base that are not found automatically, and of the ``encoder`` of a delta
+            without tower.
 
     Raises:
-        UserError: the delta is damaged, or its base or its encoder is not at hand or is another one.
+        UserError: the delta is damaged, or its base or encoder is not found or is another one.
     """
     record = read_delta(folder)
     given = dict(parts or {})
     encoder = given.pop(ENCODER_PART, None)
     if encoder is not None and not record.reference_tower:
-        raise UserError(f"{folder} holds its tower: leave the encoder out")
+        raise UserError(f"{folder} contains its tower: leave the encoder out")
     source = record.inputs.source
     place = base or _found(
         source, folder, "base", "swap-encoder compose --mllm, or load_mllm(BASE, delta=...)"
@@ -210,27 +210,28 @@ def open_delta(folder: Path, base: Path | None = None, parts: Mapping[str, Path]
 
 
 def check_base(record: SwapRecord, base: Checkpoint, folder: Path) -> None:
-    """Refuse a base that is not the one that something was made of, by hashes and samples of its files.
+    """Refuse a base other than the recorded one, by hashes and samples of its files.
 
     Raises:
         UserError: it is another one.
     """
     if wrong := mismatch(record.inputs.source, base.folder, sample=True):
         raise UserError(
-            f"{base.folder} is not the checkpoint that {folder} was made of ({record.inputs.source.name}): {wrong}"
+            f"{base.folder} is not the checkpoint that {folder} was made from "
+            f"({record.inputs.source.name}): {wrong}"
         )
 
 
 def attach_parts(base: Checkpoint, record: SwapRecord, folder: Path) -> None:
-    """Make the parts of a base readable that its tensors come from, as planning the swap did.
+    """Attach the parts of a base that its tensors come from, as in planning the swap.
 
     Args:
         base: The base.
         record: The record of the swap.
-        folder: What was made of the base; parts are looked for beside it, too.
+        folder: The folder made from the base; parts are also searched for next to it.
 
     Raises:
-        UserError: one is not found, or is another one.
+        UserError: a part is not found, or is another one.
     """
     read = {name.partition("/")[0] for t in record.tensors if not t.kind.from_tower for name in t.sources}
     for part, known in record.inputs.parts.items():
@@ -254,7 +255,7 @@ def _recorded_place(base: Checkpoint, place: str | None) -> Path | None:
 
 
 def _found(record: InputRecord, folder: Path, what: str, how: str) -> Path:
-    """What a record names, where it is found by itself."""
+    """Find a recorded input automatically."""
     if found := find_input(record, folder):
         return found
     beside = folder.absolute().parent / record.name

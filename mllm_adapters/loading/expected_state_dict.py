@@ -1,8 +1,7 @@
-"""The tensors of a LLaVA by its config.json alone: names and shapes, without importing any modelling code.
+"""Names and shapes of a LLaVA's tensors from its config.json, without importing modeling code.
 
-Building the model to ask it takes seconds. What is not plainly one of the models below is not known here, and is for
-transformers to judge (`mllm_adapters.loading.load.check_complete`); what is known here, tests hold against
-transformers.
+Building the model takes seconds. Models other than those below are checked by transformers
+(`mllm_adapters.loading.load.check_complete`); tests compare this module with transformers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Names(NamedTuple):
-    """What the names of a LLaVA's tensors begin with."""
+    """Prefixes of the names of a LLaVA's tensors."""
 
     text: str
     head: str
@@ -31,13 +30,13 @@ NAMES = (
     Names("model.language_model.", "lm_head.", "model.vision_tower.", "model.multi_modal_projector."),
     Names("model.language_model.", "lm_head.", "model.vision_tower.vision_model.", "model.multi_modal_projector."),
 )  # fmt: skip
-"""The names that transformers has given them over the years, and reads to this day."""
+"""The names in transformers' releases, all of which it still reads."""
 
 DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "llama": {"intermediate_size": 11008},
     "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8},
 }
-"""Language models that are known here -> the defaults in which their configurations differ."""
+"""Supported language models -> the differing defaults of their configurations."""
 
 
 class _Rope(BaseModel):
@@ -50,10 +49,9 @@ class _Rope(BaseModel):
 
 
 class _Text(BaseModel):
-    """What a ``LlamaConfig`` or ``MistralConfig`` is built of, with the defaults of both.
+    """The fields of a ``LlamaConfig`` or ``MistralConfig``, with the defaults of both.
 
-    Those that have no say in shapes are here because a value that is not the usual one may be one that transformers
-    refuses.
+    Fields without effect on shapes are included because transformers may refuse an unusual value.
     """
 
     model_config = ConfigDict(strict=True)
@@ -76,7 +74,7 @@ class _Text(BaseModel):
 
 
 class _Llava(BaseModel):
-    """The fields of a ``LlavaConfig`` that shapes follow from, with its defaults."""
+    """The fields of a ``LlavaConfig`` that determine shapes, with its defaults."""
 
     model_config = ConfigDict(strict=True)
 
@@ -91,26 +89,26 @@ class _Llava(BaseModel):
 
 
 def is_complete(config: Mapping[str, Any], shapes: Shapes) -> bool:
-    """Whether these are all the tensors of the model that a config.json describes, and no others.
+    """Whether these are exactly the tensors of the model of a config.json.
 
     Args:
         config: Contents of config.json.
         shapes: Tensor name -> shape.
 
     Returns:
-        False also where the model is none that is known here.
+        False also if the model is not supported here.
     """
     return any(dict(shapes) == expected for expected in llava_shapes(config))
 
 
 def llava_shapes(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Tensor name -> shape of a LLaVA, under the names of each release; nothing where it is not known here."""
+    """Yield tensor name -> shape of a LLaVA, under the names of each release; nothing if it is not supported here."""
     try:
         llava = _Llava.model_validate(dict(config))
         kind = str(llava.text_config.get("model_type", "llama"))
         text = _Text.model_validate({**DEFAULTS[kind], **llava.text_config})
         tower = TowerSpec(**CLIP.spec_fields(llava.vision_config))
-    except (ValueError, KeyError):  # of which a ValidationError is one
+    except (ValueError, KeyError):  # includes ValidationError
         return
     if llava.vision_config.get("model_type", CLIP.model_type) != CLIP.model_type:
         return

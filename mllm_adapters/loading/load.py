@@ -1,4 +1,4 @@
-"""Loading any checkpoint of any family, original layout or not, with an empty loading report or not at all."""
+"""Loads checkpoints of all families and layouts, and refuses missing, unexpected or mismatched tensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ from mllm_adapters.loading.expected_state_dict import is_complete
 GENERATION = "generation_config.json"
 
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "depth", "perceiver_depth")
-"""Fields of configurations that say how many layers there are; each layer has tensors of its own."""
+"""Fields of configurations with the number of layers; each layer has its own tensors."""
 
 
 def load_mllm(
@@ -38,12 +38,13 @@ def load_mllm(
 ) -> tuple[Any, Any | None]:
     """Load a multimodal LLM and its processor.
 
-    Checkpoints in their original layout are converted in memory, adapters are merged into their base model, and deltas
-    are put together with their base; nothing is written.
+    Checkpoints in their original layout are converted in memory, and adapters and deltas are merged into
+    their base; nothing is written.
 
     Args:
-        path: Checkpoint folder (or the one around it and its parts), adapter folder, hub id, or family name; or a
-            delta, whose base is looked for beside it, here and in the Hugging Face cache.
+        path: Checkpoint folder (or its parent that also contains the parts), adapter folder, hub id, or
+            family name; or a delta, whose base is searched for next to it, in the working directory and in
+            the Hugging Face cache.
         dtype: Torch dtype of the weights, or ``auto`` for the checkpoint's own.
         parts: Where parts lie that are not found by themselves, name -> path (``--part``); ``encoder`` is that of a
             delta without its tower.
@@ -54,8 +55,8 @@ def load_mllm(
         The model in evaluation mode, and its processor (None where the checkpoint has no tokenizer).
 
     Raises:
-        UserError: the checkpoint cannot be read, a tensor would be missing, left over or of another shape, or a
-            delta's base or encoder is not at hand or is another one.
+        UserError: the checkpoint cannot be read, a tensor would be missing, unexpected or of another shape,
+            or a delta's base or encoder is not found or is another one.
     """
     where = resolve(str(path))
     if base := base_of_adapter(where):
@@ -70,7 +71,7 @@ def load_mllm(
         return load_folder(checkpoint, dtype=dtype, quantization=quantization)
     if quantization is not None:
         raise UserError(
-            f"{checkpoint.folder} is in its original layout, which is not quantised: convert it first"
+            f"{checkpoint.folder} is in its original layout, which cannot be quantized: convert it first"
         )
     return load_plan(family.plan(checkpoint), family, checkpoint, dtype=dtype)
 
@@ -78,7 +79,7 @@ def load_mllm(
 def load_folder(
     checkpoint: Checkpoint, *, dtype: Any = "auto", quantization: Any = None
 ) -> tuple[Any, Any | None]:
-    """Load an opened checkpoint in the transformers layout; arguments, result and errors as of `load_mllm`."""
+    """Load an opened checkpoint in the transformers layout; arguments, result and errors as in `load_mllm`."""
     folder, config = checkpoint.folder, checkpoint.config
     check_depths(config, len(checkpoint.tensors), f"{folder}/config.json")
     check_configs(folder, config)
@@ -95,17 +96,17 @@ def load_plan(
     dtype: Any = "auto",
     fitted: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, Any | None]:
-    """Make a planned model in memory, and its processor.
+    """Build a planned model in memory, and its processor.
 
     Args:
         plan: The plan.
         family: The family that made it.
         checkpoint: Its source.
         dtype: Torch dtype of the weights, or ``auto`` for the planned one.
-        fitted: Values of the tensors that the plan has fitted, by name.
+        fitted: Values of the fitted tensors, by name.
 
     Raises:
-        UserError: something in the source cannot be read, or a tensor would be missing, left over or of another shape.
+        UserError: the source cannot be read, or a tensor would be missing, unexpected or of another shape.
     """
     state = {step.name: value for step, value in compute(plan, checkpoint, plan.steps, fitted)}
     model = _load(state, plan.config, checkpoint.folder, dtype=dtype)
@@ -131,14 +132,14 @@ def _load_delta(delta: Delta, dtype: Any) -> tuple[Any, Any | None]:
 
 
 def check_complete(plan: Plan) -> None:
-    """Hold a plan's tensors, by name and shape, against the model that its configuration describes.
+    """Compare a plan's tensors, by name and shape, with the model of its configuration.
 
-    No memory is taken. Of a LLaVA the figures in its configuration suffice
-    (`mllm_adapters.loading.expected_state_dict`); every other model, and every doubt, is for transformers to judge, on
-    the ``meta`` device: about a second for one of 7B.
+    It needs no memory. For a LLaVA the configuration suffices (`mllm_adapters.loading.expected_state_dict`);
+    any other model, and any doubtful case, is built by transformers on the ``meta`` device: about a second
+    for 7B.
 
     Raises:
-        UserError: a tensor would be missing, left over, or of another shape than the model wants.
+        UserError: a tensor would be missing, unexpected, or of another shape than in the model.
     """
     check_depths(plan.config, len(plan.steps), f"{plan.source}/config.json")
     if not is_complete(plan.config, {step.name: step.shape for step in plan.steps}):
@@ -146,7 +147,7 @@ def check_complete(plan: Plan) -> None:
 
 
 def empty_model(plan: Plan) -> Any:
-    """The model that a plan describes, on the ``meta`` device: names and shapes without values.
+    """Build the model of a plan on the ``meta`` device: names and shapes without values.
 
     Raises:
         UserError: as `check_complete`.
@@ -157,16 +158,16 @@ def empty_model(plan: Plan) -> Any:
 
 
 def load_state(state: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path, **options: Any) -> Any:
-    """A model from tensors that are at hand already, so without a progress bar.
+    """Load a model from tensors in memory, without a progress bar.
 
     Args:
         state: Its tensors, by their names on disk.
         settings: Its config.json.
-        folder: How error messages call it.
+        folder: Its name in error messages.
         **options: For ``from_pretrained``.
 
     Raises:
-        UserError: a tensor is missing, left over, or of another shape than the model wants.
+        UserError: a tensor is missing, unexpected, or of another shape than in the model.
     """
     from transformers.utils import logging
 
@@ -180,12 +181,12 @@ def load_state(state: Mapping[str, Tensor], settings: Mapping[str, Any], folder:
 
 
 def check_depths(settings: Mapping[str, Any], tensors: int, where: str) -> None:
-    """Refuse a number of layers that the weights cannot have: building such a model would fill the memory.
+    """Refuse a number of layers that exceeds the weights: building such a model would exhaust memory.
 
     Args:
         settings: A config.json, or a part of it.
-        tensors: How many tensors the checkpoint has.
-        where: How the error message calls it.
+        tensors: Number of tensors in the checkpoint.
+        where: Name of the configuration in error messages.
 
     Raises:
         UserError: more layers than tensors.
@@ -201,7 +202,7 @@ def check_depths(settings: Mapping[str, Any], tensors: int, where: str) -> None:
 
 
 def _load(state: dict[str, Tensor] | None, settings: Mapping[str, Any], folder: Path, **options: Any) -> Any:
-    """A model from tensors or, where there are none, from the folder; its loading report is empty."""
+    """Load a model from tensors or, if there are none, from the folder, with an empty loading report."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     config = build_config(settings, f"{folder}/config.json")
@@ -212,7 +213,7 @@ def _load(state: dict[str, Tensor] | None, settings: Mapping[str, Any], folder: 
         config=config,
         state_dict=state,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they land in the report, which is refused
+        ignore_mismatched_sizes=True,  # they appear in the report, which is refused
         **options,
     )
     check_report(report, folder)
@@ -223,7 +224,7 @@ def check_report(report: Any, folder: Path) -> None:
     """Refuse a loading report that is not empty.
 
     Raises:
-        UserError: a tensor is missing, left over, or of another shape than the model wants.
+        UserError: a tensor is missing, unexpected, or of another shape than in the model.
     """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(report[kind], key=str):
@@ -234,7 +235,7 @@ def check_report(report: Any, folder: Path) -> None:
 
 
 def _with_shapes(key: str | tuple[str, Any, Any]) -> str:
-    """A tensor of a loading report; a mismatched one comes with its shapes, found and expected."""
+    """Describe a tensor of a loading report; a mismatched one with its found and expected shapes."""
     if isinstance(key, str):
         return key
     name, found, expected = key

@@ -1,4 +1,4 @@
-"""Four-bit weights: the language model's blocks and nothing else."""
+"""Four-bit weights, only in the language model's blocks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +14,9 @@ from mllm_adapters.core.stages import lora_targets
 
 
 def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
-    """Bitsandbytes' NormalFloat4 with double quantisation (QLoRA, Dettmers et al. 2023) for a checkpoint.
+    """Return bitsandbytes' NormalFloat4 with double quantization (QLoRA, Dettmers et al. 2023) for a checkpoint.
 
-    Quantised is what gets an adapter: tower, projector, embeddings and output head stay as they are.
+    Only layers that get an adapter are quantized, not tower, projector, embeddings and output head.
 
     Args:
         settings: The checkpoint's config.json.
@@ -27,7 +27,7 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
         A ``transformers.BitsAndBytesConfig``.
 
     Raises:
-        UserError: bitsandbytes is not installed, or the weights are quantised already.
+        UserError: bitsandbytes is not installed, or the weights are already quantized.
     """
     require("qlora", "loading in 4 bits")
     from transformers import BitsAndBytesConfig
@@ -55,10 +55,10 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Leave 4-bit weights in the layout that has a gradient.
+    """Keep 4-bit weights in the layout that supports gradients.
 
-    On CPUs with AVX512-BF16 bitsandbytes packs them anew, for good, at the first forward pass in evaluation mode
-    (of the feature cache, of an evaluation), and its kernel for that layout passes no gradient on.
+    On CPUs with AVX512-BF16 bitsandbytes permanently repacks them in the first forward pass in evaluation
+    mode (of the feature cache or an evaluation), and its kernel for that layout does not propagate gradients.
     """
     from bitsandbytes.nn import Linear4bit
 

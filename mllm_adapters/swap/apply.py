@@ -1,4 +1,4 @@
-"""Executing a plan on disk: shard by shard, tensor by tensor, in a hidden folder that is renamed at the end."""
+"""Executes a plan on disk: shard by shard, tensor by tensor, in a hidden folder that is renamed at the end."""
 
 import json
 import logging
@@ -55,33 +55,33 @@ REWRITTEN = (
     PROVENANCE,
     TRAINED_ON,
 )
-"""Side files that a swap writes anew or, an adapter being merged, leaves out; the source's others are copied."""
+"""Side files that a swap rewrites or, when merging an adapter, drops; the source's others are copied."""
 
 _NAMED = 12
-"""Names of left files that are told."""
+"""Maximum number of names of left-behind files in a message."""
 
 
 class TensorSource(Protocol):
-    """Where kept tensors come from: a `Checkpoint`, or something like it."""
+    """The interface of a source of kept tensors, such as a `Checkpoint`."""
 
     @property
     def tensors(self) -> Mapping[str, TensorHeader]:
-        """Headers of all tensors by name."""
+        """Return the headers of all tensors by name."""
 
     def header(self, name: str) -> TensorHeader:
-        """The header of one tensor."""
+        """Return the header of one tensor."""
 
     def release(self, file: Path) -> None:
-        """Let go of what is held in memory of a weight file."""
+        """Release the memory held for a weight file."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_weights` wrote.
+    """The result of `write_weights`.
 
     Attributes:
         files: Records of the weight files by name.
-        hashes: SHA-256 of every tensor whose bytes were made anew, by name.
+        hashes: SHA-256 of every computed tensor, by name.
     """
 
     files: dict[str, FileRecord]
@@ -104,20 +104,20 @@ def apply_plan(
     """Write the planned checkpoint.
 
     Args:
-        plan: What to write.
+        plan: The plan.
         family: The family that made the plan; it makes the processor.
         checkpoint: The plan's source.
         out: Folder that appears when everything is written and checked.
         force: Replace ``out`` if it exists.
-        copy: Copy unchanged files instead of hard-linking them (sharing blocks where the file system can).
-        checked: The plan has passed `check_complete` already.
+        copy: Copy unchanged files instead of hard-linking them (sharing blocks if the file system can).
+        checked: The plan has already passed `check_complete`.
         progress: Called with the number of bytes written, tensor by tensor.
-        fitted: Values of the tensors that the plan has fitted, by name (`mllm_adapters.alignment.align`).
-        trainings: What they were fitted on.
+        fitted: Values of the fitted tensors, by name (`mllm_adapters.alignment.align`).
+        trainings: Records of the images that they were fitted on.
 
     Raises:
-        UserError: ``out`` cannot be written, something in the source cannot be read, or the planned tensors are not
-            those of the planned model.
+        UserError: ``out`` cannot be written, the source cannot be read, or the planned tensors are not those
+            of the planned model.
     """
     if not checked:
         check_complete(plan)
@@ -145,24 +145,24 @@ def complete_folder(
     write: Callable[[Path], Written],
     trainings: Sequence[Training] = (),
 ) -> None:
-    """Write everything that belongs to the planned checkpoint into a folder; config.json last.
+    """Write the complete planned checkpoint into a folder, config.json last.
 
     Args:
         folder: Existing folder.
-        plan: What it will hold.
+        plan: The plan.
         family: The family that made the plan.
         checkpoint: The plan's source.
         write: Writes the weights into a folder.
-        trainings: What it was trained on beyond what its source and its tower were.
+        trainings: Its training data in addition to those of its source and tower.
 
     Raises:
-        UserError: the processor cannot be made, or what ``write`` raises.
+        UserError: the processor cannot be made, or ``write`` fails.
     """
     write_processor = family.processor_writer(plan)
     tower = open_tower(plan)
     config = json.dumps(without_local(plan.config), indent=2) + "\n"
     with ThreadPoolExecutor(1) as aside:
-        # Training checkpoints are large, and are hashed whole: beside the writing.
+        # Training checkpoints are large, and are hashed completely, in parallel to the writing.
         hashing = aside.submit(input_record, tower.source, hashed_files(tower)) if tower else None
         written = write(folder)
         tower_record = hashing.result() if hashing else None
@@ -176,36 +176,37 @@ def complete_folder(
     record = record_of(plan, checkpoint, tower_record, tower.spec if tower else None, files, written.hashes)
     (folder / PROVENANCE).write_text(record.dump(), encoding="utf-8")
     (folder / CARD).write_text(model_card(plan, record), encoding="utf-8")
-    # Last and at once, so that a folder left behind by a kill is no checkpoint; `new_folder` waits for the disk.
+    # Last, so that a folder left behind by a kill is not a checkpoint; `new_folder` syncs to disk.
     with appearing(folder / CONFIG) as file:
         file.write_text(config, encoding="utf-8")
 
 
 def tell_left_behind(checkpoint: Checkpoint) -> None:
-    """Name what of a checkpoint's folder does not go into what is made of it."""
+    """List the files of a checkpoint's folder that are not copied to the output."""
     if names := checkpoint.left_behind:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         _logger.info(
-            f"left behind in {checkpoint.folder}, as no part of a model: {', '.join(names[:_NAMED])}{more}"
+            f"not copied from {checkpoint.folder}, because not part of a model: "
+            f"{', '.join(names[:_NAMED])}{more}"
         )
 
 
 def _inherited(plan: Plan, checkpoint: Checkpoint) -> tuple[Training, ...]:
-    """What the planned checkpoint was trained on through its source and its tower."""
+    """Return the training data that the planned checkpoint inherits from its source and its tower."""
     before = trainings_of(checkpoint.folder)
     return (*without_tower(before), *trainings_of(plan.tower)) if plan.tower else before
 
 
 def inputs(plan: Plan) -> tuple[Path, ...]:
-    """The files and folders that a plan reads."""
+    """Return the files and folders that a plan reads."""
     return (plan.source, *([plan.tower] if plan.tower else []), *plan.parts.values())
 
 
 def check_output(out: Path, force: bool, inputs: Iterable[Path]) -> None:
-    """Refuse an output path that is taken, or (whatever ``force`` says) that is or holds an input.
+    """Refuse an output path that exists, or (even with ``force``) that is or contains an input.
 
     Raises:
-        UserError: it is.
+        UserError: it exists, or is or contains an input.
     """
     for given in inputs:
         if given.resolve().is_relative_to(out.resolve()):
@@ -216,10 +217,10 @@ def check_output(out: Path, force: bool, inputs: Iterable[Path]) -> None:
 
 @contextmanager
 def new_checkpoint(out: Path, force: bool, inputs: Iterable[Path]) -> Iterator[Path]:
-    """`new_folder` for a checkpoint made of others, which it never replaces.
+    """Create a `new_folder` for a checkpoint made from others, which it never replaces.
 
     Raises:
-        UserError: ``out`` is taken, is or holds an input, or cannot be written.
+        UserError: ``out`` exists, is or contains an input, or cannot be written.
     """
     check_output(out, force, inputs)
     try:
@@ -239,18 +240,18 @@ def write_weights(
     *,
     copy: bool = False,
 ) -> Written:
-    """Write shards and their index; source files of which nothing changes are hard-linked.
+    """Write shards and their index; unchanged source files are hard-linked.
 
     Args:
         folder: Existing folder to write into.
         source: Checkpoint that kept tensors come from.
         steps: Every tensor of the target.
-        compute: Gives the values of the steps that it is asked for.
+        compute: Computes the values of the given steps.
         progress: Called with the number of bytes written, tensor by tensor.
         copy: Copy such files instead (see `mllm_adapters.checkpoints.file_copy.best_way`).
 
     Raises:
-        UserError: there is no room for what is to be written.
+        UserError: there is not enough disk space.
     """
     groups: dict[Path | None, list[Step]] = {}
     for step in steps:
@@ -292,7 +293,7 @@ def write_weights(
 
 
 def bytes_linked(plan: Plan, source: Checkpoint) -> int:
-    """Bytes of the plan that need not be written, because their source file stays as it is."""
+    """Return the bytes of the plan that need not be written, because their source file is unchanged."""
     groups: dict[Path, list[Step]] = {}
     for step in plan.steps:
         if step.kind.in_place:
@@ -301,7 +302,7 @@ def bytes_linked(plan: Plan, source: Checkpoint) -> int:
 
 
 def side_records(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Records of all files in and below a folder that are not known yet, by their names relative to it."""
+    """Record all files in and below a folder that are not yet known, by their names relative to it."""
     found = {
         file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
     }
@@ -309,12 +310,12 @@ def side_records(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, Fil
 
 
 def record_of_text(text: str) -> FileRecord:
-    """The record that a file with this text will have."""
+    """Return the record of a file with this text."""
     return FileRecord(size=len(text.encode()), sha256=sha256(text.encode()).hexdigest())
 
 
 def hashed_files(tower: TowerHeader) -> list[Path]:
-    """The files of a tower that its record holds the hashes of: weights, and the configurations beside them."""
+    """Return the files of a tower whose hashes are recorded: weights, and the configurations next to them."""
     folder = tower.source
     texts = sorted(folder.glob("*.json")) if folder.is_dir() else []
     return list(dict.fromkeys([*tower.files, *texts]))
@@ -333,7 +334,7 @@ def _untouched(file: Path, group: list[Step], source: TensorSource) -> bool:
 
 
 def _home(step: Step, source: TensorSource) -> Path | None:
-    """The source file in whose place a tensor goes; None for the tower and for what is made of nothing."""
+    """Return the source file that a tensor's file replaces; None for the tower and for tensors without source."""
     stays = step.sources and not step.kind.from_tower
     return source.header(step.sources[0]).file if stays else None
 
@@ -341,7 +342,7 @@ def _home(step: Step, source: TensorSource) -> Path | None:
 def _values(
     group: list[Step], source: TensorSource, compute: Callable[[list[Step]], Iterable[tuple[Step, Tensor]]]
 ) -> Iterator[tuple[Step, Tensor | Span]]:
-    """The values of steps in their order; of a tensor that is taken over as it is, the place in its file."""
+    """Yield the values of steps in order; for an unchanged tensor, its location in its file."""
     known: dict[Path, dict[str, Span]] = {}
     taken: dict[str, Span] = {}
     for step in group:
@@ -363,7 +364,7 @@ def _values(
 def reporting(
     tensors: Iterable[tuple[Step, Tensor | Span]], progress: Callable[[int], None]
 ) -> Iterator[tuple[Step, Tensor | Span]]:
-    """Pass tensors on; ``progress`` is told the number of bytes of each that has been taken."""
+    """Yield the tensors, and call ``progress`` with the number of bytes of each."""
     for step, tensor in tensors:
         yield step, tensor
         progress(nbytes(step))
@@ -380,6 +381,4 @@ def _check_written(path: Path, steps: list[Step], source: Path | None) -> None:
     found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
     planned = {step.name: (DTYPE_CODES[step.dtype], step.shape) for step in steps}
     if found != planned:
-        raise ValueError(
-            f"{path.name} does not hold what was planned: {sorted(set(found) ^ set(planned))[:3]}"
-        )
+        raise ValueError(f"{path.name} differs from the plan: {sorted(set(found) ^ set(planned))[:3]}")

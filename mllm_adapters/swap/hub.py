@@ -1,4 +1,4 @@
-"""To the hub: a model appears there whole, in one commit."""
+"""Uploads a model to the hub in one commit."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from mgll_encoder.common.hub import hub_errors, hub_reason
 
 
 def check_push(repo: str) -> None:
-    """See to it, before hours are spent, that something can be pushed under this name.
+    """Check, before a long run, that the hub accepts uploads under this name.
 
     Raises:
-        UserError: it is no name of a repository, or nobody is logged in.
+        UserError: it is not a repository name, or nobody is logged in.
     """
     try:
         validate_repo_id(repo)
@@ -31,14 +31,14 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
 
     Args:
         folder: The checkpoint.
-        repo: ``owner/name``; made if it is not there.
-        private: Whether it is made private.
+        repo: ``owner/name``; created if it does not exist.
+        private: Whether to create it as private.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        UserError: the hub cannot be reached, or does not accept it.
+        UserError: the hub cannot be reached, or rejects it.
     """
     api = HfApi()
     try:
@@ -46,7 +46,8 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload {folder.name}")
     except hub_errors() as error:
         raise UserError(
-            f"{folder} is complete, but could not be pushed to {repo} ({hub_reason(error)}): once that is mended, "
+            f"{folder} is complete, but could not be pushed to {repo} ({hub_reason(error)}): after fixing "
+            "this, run "
             f"`hf upload {repo} {folder}`"
         ) from None
     return str(commit.commit_url)

@@ -1,4 +1,4 @@
-"""A checkpoint like another one, but for some tensors."""
+"""Writes a copy of a checkpoint with some tensors replaced."""
 
 import filecmp
 from collections.abc import Iterable, Mapping
@@ -26,21 +26,20 @@ def replace_tensors(
     force: bool = False,
     extra_files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
-    """Write a checkpoint equal to ``source`` but for the values of some tensors.
+    """Write a copy of ``source`` with the values of some tensors replaced.
 
-    Files without any of them are hard-linked; side files and a processor's further
-    tokenizers are copied.
+    Files without any of them are hard-linked; side files and a processor's further tokenizers are copied.
 
     Args:
         source: Checkpoint folder, or the opened checkpoint.
         out: Folder to write.
         tensors: New values by their names on disk; shape and number stay, dtypes follow the source.
         force: Replace ``out`` if it exists.
-        extra_files: Further files, name -> contents.
+        extra_files: Additional files, name -> contents.
 
     Raises:
-        UserError: ``out`` is taken, is or holds ``source``, or cannot be written; or ``source`` has no such tensor
-            or one of another shape.
+        UserError: ``out`` exists, is or contains ``source``, or cannot be written; or ``source`` has no such
+            tensor or one of another shape.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     source = checkpoint.folder
@@ -72,7 +71,7 @@ def replace_tensors(
 
 
 def _side_records(record: SwapRecord, source: Path, folder: Path) -> dict[str, FileRecord]:
-    """Records of the side files that were recorded: as they were where they are still the source's, else new ones."""
+    """Return records of the recorded side files: the old ones if the files are unchanged, else new ones."""
     records = {}
     for name, known in record.files.items():
         file, before = folder / name, source / name
@@ -83,7 +82,7 @@ def _side_records(record: SwapRecord, source: Path, folder: Path) -> dict[str, F
 
 
 def copy_sides(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy what belongs to a checkpoint beside its weights, without paths of this machine; name what is left behind."""
+    """Copy a checkpoint's side files without local paths, and list the files that are not copied."""
     copy_files(checkpoint.side_files, folder)
     for inner in checkpoint.side_folders:
         (folder / inner.name).mkdir()

@@ -1,4 +1,4 @@
-"""Holding a swapped checkpoint against its record, its encoder and its source, any time after the swap."""
+"""Compares a swapped checkpoint with its record, its encoder and its source, at any time after the swap."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,9 +39,9 @@ class Check:
     """One line of the result.
 
     Attributes:
-        name: What was looked at.
-        passed: Whether it is as it should be; None where it was not checked.
-        detail: What was compared with what, or what is wrong.
+        name: What was checked.
+        passed: Whether it passed; None if it was not checked.
+        detail: What was compared, or what is wrong.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Verification:
     """The checks of one folder.
 
     Args:
-        folder: What ``swap-encoder`` wrote.
-        encoder: The tower that was put in; looked for by name and hash if not given.
-        source: The checkpoint that it was put into; likewise.
+        folder: Checkpoint written by ``swap-encoder``.
+        encoder: The new tower; searched for by name and hash if not given.
+        source: The original checkpoint; likewise.
 
     Raises:
-        UserError: the folder holds no record, or what was given cannot be read.
+        UserError: the folder has no record, or a given path cannot be read.
     """
 
     def __init__(self, folder: Path, encoder: Path | None = None, source: Path | None = None) -> None:
@@ -72,10 +72,10 @@ class Verification:
         self._checkpoint = Checkpoint(folder)
 
     def checks(self, *, quick: bool = False) -> Iterator[Check]:
-        """All checks, one after the other.
+        """Yield all checks.
 
         Args:
-            quick: Leave out those that load the model.
+            quick: Skip those that load the model.
         """
         files = self._files()
         yield files
@@ -85,11 +85,11 @@ class Verification:
             yield self._tower()
             yield self._untouched()
         else:
-            yield from (Check(name, None, "its tensors are not there") for name in ("tower", "plan"))
+            yield from (Check(name, None, "its tensors are missing") for name in ("tower", "plan"))
         yield from self._loading(quick)
 
     def tower(self) -> Check:
-        """Whether each tensor of the tower is the encoder's or, where that is not at hand, has the recorded hash."""
+        """Check that each tensor of the tower equals the encoder's or, if that is not found, has the recorded hash."""
         tensors = self._tensors()
         return self._tower() if tensors.passed else Check("tower", False, tensors.detail)
 
@@ -100,7 +100,7 @@ class Verification:
             if not file.is_file():
                 wrong.append(f"{name} is missing")
             elif not agrees(recorded, file):
-                wrong.append(f"{name} is not the file that was written")
+                wrong.append(f"{name} has been changed")
         return _result("files", wrong, f"{len(self.record.files)} as they were written (hashes, samples)")
 
     def _tensors(self) -> Check:
@@ -120,7 +120,7 @@ class Verification:
         steps = [t for t in self.record.tensors if t.kind.from_tower and t.name not in self.record.trained]
         named = self.record.inputs.tower
         if named is None or not steps:
-            return Check("tower", None, "the source's own: no encoder was put in")
+            return Check("tower", None, "the source's own: the encoder was not swapped")
         if self._encoder is None:
             return _result(
                 "tower",
@@ -138,13 +138,13 @@ class Verification:
                     f"{step.name} has shape {list(step.shape)}, the encoder gives {list(expected.shape)}"
                 )
             elif sha256(raw_bytes(expected)).hexdigest() != span_hash(self._spans[step.name]):
-                wrong.append(f"{step.name} is not that of the encoder {self._encoder.name}")
+                wrong.append(f"{step.name} differs from the encoder {self._encoder.name}")
         same = is_input(named, self._encoder)
         which = "the file recorded at the swap" if same else "not the file recorded at the swap, by its hash"
         return _result(
             "tower",
             wrong,
-            f"{len(steps)} tensors made again from {self._encoder.name} ({which}), bit for bit",
+            f"{len(steps)} tensors recomputed from {self._encoder.name} ({which}), bit for bit",
         )
 
     def _untouched(self) -> Check:
@@ -178,11 +178,11 @@ class Verification:
                 continue
             compared += 1
             if not _equal(mine, held[header.file][header.name]):
-                wrong.append(f"{step.name} is not that of {self._source.name}")
+                wrong.append(f"{step.name} differs from {self._source.name}")
         said += [f"{compared} compared byte by byte with {self._source.name}"] if compared else []
         said += [f"{shared} in files shared with it (samples agree)"] if shared else []
         rest = len(taken) - shared - compared
-        said += [f"{rest} from parts beside it, by samples"] if rest else []
+        said += [f"{rest} from parts next to it, by samples"] if rest else []
         return _result("plan", wrong, "; ".join(said))
 
     def _loading(self, quick: bool) -> Iterator[Check]:
@@ -200,25 +200,27 @@ class Verification:
             yield Check("loading", False, str(error))
             yield Check("image", None, "the model does not load")
             return
-        yield Check("loading", True, "the report is empty: no tensor missing, left over or of another shape")
+        yield Check("loading", True, "no tensor is missing, unexpected or of another shape")
         if processor is None:
-            yield Check("image", None, "there is no tokenizer, so nothing can be asked")
+            yield Check("image", None, "there is no tokenizer, so the model cannot be run on an image")
             return
         try:
             changed = blanking_changes(model, processor)
         except library_errors() as error:
-            yield Check("image", False, f"the model cannot be asked about an image: {library_reason(error)}")
+            yield Check("image", False, f"the model cannot be run on an image: {library_reason(error)}")
             return
-        detail = f"blanking the image moves the logits of the next token by up to {changed:.3g}"
+        detail = f"blanking the image changes the logits of the next token by up to {changed:.3g}"
         yield Check(
-            "image", changed > 0, detail if changed else "blanking the image changes nothing: it is not seen"
+            "image",
+            changed > 0,
+            detail if changed else "blanking the image changes nothing: the output does not depend on it",
         )
 
     def _changed(self, steps: list[TensorRecord]) -> list[str]:
-        """What is wrong with tensors that must still have the hashes of the record."""
+        """Return the faults of tensors that must still have the recorded hashes."""
         expected = {step.name: self.record.trained.get(step.name, step.sha256) for step in steps}
         return [
-            f"{name} is not what was written"
+            f"{name} has been changed"
             for name, hash_ in expected.items()
             if span_hash(self._spans[name]) != hash_
         ]
@@ -230,7 +232,7 @@ class Verification:
 
 @torch.no_grad()
 def blanking_changes(model: Any, processor: Any) -> float:
-    """By how much the logits of the next token move when an image is replaced by a blank one, at most."""
+    """Return the maximum change of the next token's logits when an image is replaced by a blank one."""
     gradient = Image.linear_gradient("L").resize((_SIDE, _SIDE))
     picture = Image.merge("RGB", (gradient, gradient.rotate(90), gradient.rotate(180)))
     blank = Image.new("RGB", (_SIDE, _SIDE), (128, 128, 128))

@@ -259,11 +259,11 @@ def test_another_base_is_refused_with_what_was_found_and_expected(
     options = ("--delta", llava.delta, "--out", tmp_path / "out")
     message = refused(main, "compose", "--mllm", other, *options)
     assert message.startswith(
-        f"{other} is not the checkpoint that {llava.delta} was made of (host): its model.saf"
+        f"{other} is not the checkpoint that {llava.delta} was made from (host): its model.saf"
     )
     assert "has the hash" in message
     message = refused(main, "extract", llava.whole, "--mllm", other, "--out", tmp_path / "out")
-    assert f"{other} is not the checkpoint that {llava.whole} was made of (host)" in message
+    assert f"{other} is not the checkpoint that {llava.whole} was made from (host)" in message
     (other / "config.json").write_text("{}")
     shutil.copyfile(llava.base / "config.json", other / "config.json")
     with (other / "config.json").open("a") as stream:
@@ -284,7 +284,7 @@ def test_another_encoder_is_refused(llava: SimpleNamespace, tmp_path: Path) -> N
     assert message.startswith(
         f"{other} is not the encoder that {llava.folder / 'referring'} was made with (mgll): its"
     )
-    assert "holds its tower: leave the encoder out" in refused(main, *options, "--delta", llava.delta)
+    assert "contains its tower: leave the encoder out" in refused(main, *options, "--delta", llava.delta)
     alone = Path(shutil.copytree(llava.folder / "referring", tmp_path / "alone"))
     message = refused(main, "compose", "--mllm", llava.base, "--delta", alone, "--out", tmp_path / "out")
     assert "its encoder mgll is neither beside it" in message
@@ -296,7 +296,7 @@ def flipped(folder: Path) -> str:
     data = bytearray(file.read_bytes())
     data[spans(file)[READER].start + 40] ^= 1
     file.write_bytes(data)
-    return f"{READER} is not what was written"
+    return f"{READER} has been changed"
 
 
 def truncated(folder: Path) -> str:
@@ -313,7 +313,7 @@ def exchanged(folder: Path) -> str:
 def edited(folder: Path) -> str:
     with (folder / "config.json").open("a") as stream:
         stream.write("\n")
-    return "config.json is not the file that was written"
+    return "config.json has been changed"
 
 
 def incomplete(folder: Path) -> str:
@@ -330,7 +330,7 @@ def reaching_out(folder: Path) -> str:
     record = json.loads((folder / "mgll_delta.json").read_text())
     record["files"]["../../elsewhere.json"] = record["files"]["config.json"]
     (folder / "mgll_delta.json").write_text(json.dumps(record))
-    return "field 'files' names ../../elsewhere.json, which lies outside the folder"
+    return "field 'files' names ../../elsewhere.json, which is outside the folder"
 
 
 @pytest.mark.parametrize("damage", [flipped, truncated, exchanged, edited, incomplete, garbled, reaching_out])

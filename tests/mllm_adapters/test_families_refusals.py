@@ -124,7 +124,7 @@ def test_parts_without_the_checkpoint_that_they_belong_to_are_refused(
     broken = shutil.copytree(host, tmp_path / "broken")
     weights_of(broken).unlink()
     message = builders.refused(swap_encoder, "--mllm", broken, "--encoder", tower)
-    assert "holds no config.json and no weights of a known family" in message
+    assert "contains no config.json and no weights of a known family" in message
 
 
 def test_a_damaged_tower_beside_weight_files_is_named(host: Path, tower: Path, tmp_path: Path) -> None:

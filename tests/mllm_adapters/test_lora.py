@@ -280,7 +280,7 @@ def no_weights(folder):
         (no_base, "its base model /not/there does not exist"),
         (nameless, "does not name its base model"),
         (another_method, "peft_type is .*IA3"),
-        (no_weights, r"holds no adapter_model\.safetensors"),
+        (no_weights, r"has no adapter_model\.safetensors"),
     ],
 )
 def test_adapters_that_cannot_be_loaded_say_why(tuned, tmp_path, spoil, complaint):

@@ -120,7 +120,7 @@ def test_what_is_made_of_a_folder_holds_nothing_private(work: Path, name: str) -
     outs = [work / "adapter", work / "adapter-merged"] if name == "merge" else [work / name]
     for out in outs:
         assert not leaks(out, str(work))
-    said = [line for line in outcome.err.splitlines() if "left behind" in line]
+    said = [line for line in outcome.err.splitlines() if "not copied from" in line]
     assert len(said) == 1
     for left in ("patients.csv", "hf_token", "runs/"):
         assert left in said[0]
