@@ -183,7 +183,10 @@ def xray(
 @app.command()
 @needs("pretrain", "scipy")
 def phantom(
-    out: Path = typer.Option(..., help="New folder for images/, labels.csv and contact_sheet.png."),
+    out: Path = typer.Option(
+        ...,
+        help="New folder for images/, labels.csv, views.jsonl (texts without diseases) and contact_sheet.png.",
+    ),
     images_per_disease: int = typer.Option(100, help="Number of pictures per disease, and of normal eyes."),
     size: int = typer.Option(64, help="Side of the pictures in pixels."),
     seed: int = typer.Option(0, help="The same seed writes the same pictures."),
@@ -196,7 +199,9 @@ def phantom(
     from mgll_encoder.data.phantom.dataset import write_phantom
 
     count = write_phantom(out, images_per_disease, size, seed, force)
-    stdout.print(f"{count} phantom photographs in {out} (labels.csv, contact_sheet.png)", highlight=False)
+    stdout.print(
+        f"{count} phantom photographs in {out} (labels.csv, views.jsonl, contact_sheet.png)", highlight=False
+    )
     stdout.print(
         f"next: mgll-encoder data fundus --labels {out}/labels.csv --images {out} --out {out}/manifest.jsonl",
         highlight=False,

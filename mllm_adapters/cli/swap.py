@@ -205,6 +205,24 @@ def families(
         cli.stdout.print(support_tables())
 
 
+@app.command()
+@needs(CORE)
+def example(
+    out: Annotated[Path, typer.Option(help=OUT_HELP)] = Path("example"),
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+) -> None:
+    """Write a LLaVA, a tower and pictures of toy size, to try a first swap on. Random weights: it knows nothing.
+
+    Example: swap-encoder example
+    """
+    from mllm_adapters.examples.untrained import write_example
+
+    write_example(out, force=force)
+    cli.stdout.print(f"Written: {out} (a LLaVA and a tower of toy size with random weights, and pictures)")
+    following = f"--mllm {out}/llava --encoder {out}/tower --align {out}/photographs --out {out}/swapped"
+    cli.stdout.print(f"Next: swap-encoder {following}", soft_wrap=True, highlight=False)
+
+
 app.command()(verify)
 app.command()(restore)
 app.command()(compose)

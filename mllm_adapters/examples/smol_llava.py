@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainingArguments
+from transformers import TrainingArguments
 
-from mgll_encoder import Tower, load_tower, vision_config
+from mgll_encoder import load_tower
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, new_folder
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
@@ -26,6 +26,7 @@ from mllm_adapters.core.planning import contract_of
 from mllm_adapters.core.processing import llava_processor
 from mllm_adapters.data.corpus import Conversation, Corpus, read_corpus
 from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset, prepare_examples
+from mllm_adapters.examples.assembly import FEATURE_LAYER, assemble
 from mllm_adapters.examples.curriculum import (
     Question,
     caption_lesson,
@@ -39,9 +40,6 @@ from mllm_adapters.feature_cache.precompute import ComputeSettings
 from mllm_adapters.training.trainer import FrozenTrainer
 
 _logger = logging.getLogger(__name__)
-
-FEATURE_LAYER = -2
-"""The tower's second-to-last layer, as in LLaVA."""
 
 RECORD = "teaching.json"
 
@@ -176,34 +174,6 @@ def build_smol_llava(
         )
         write_trainings(folder, [*trainings_of(eyes.header.source), taught])
     return out
-
-
-def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGeneration:
-    """Join a tower and a language model by a new projector, whose tokens have about the norm of word embeddings.
-
-    With the usual initialization their norm is an order of magnitude larger, and dominates the residual
-    stream.
-    """
-    text = speech.model.config
-    config = LlavaConfig(
-        vision_config=vision_config(eyes.spec),
-        text_config=text,
-        image_token_index=speech.image_token_id,
-        image_seq_length=eyes.spec.patches,
-        vision_feature_layer=FEATURE_LAYER,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(eyes.model.state_dict())
-    model.model.language_model.load_state_dict(speech.model.model.state_dict())
-    model.lm_head.load_state_dict(speech.model.lm_head.state_dict())
-    loudness = float(speech.model.model.embed_tokens.weight.detach().square().mean().sqrt())
-    projector = model.model.multi_modal_projector
-    for layer, scale in ((projector.linear_1, 1.0), (projector.linear_2, loudness)):
-        torch.nn.init.normal_(layer.weight, std=scale * layer.in_features**-0.5)
-    return model
 
 
 def _questions(corpus: Corpus) -> list[Question]:

@@ -258,8 +258,8 @@ def _model(folder: Path, shape: Shape) -> Path:
     from mgll_encoder.tower.spec import TowerSpec
     from mllm_adapters.core.planning import contract_of
     from mllm_adapters.core.processing import llava_processor
+    from mllm_adapters.examples.assembly import FEATURE_LAYER, assemble
     from mllm_adapters.examples.language_models import CHATML, Speech, tiny
-    from mllm_adapters.examples.smol_llava import FEATURE_LAYER, assemble
 
     torch.manual_seed(0)
     spoken = tiny([TEXT, "\nuser\n", "\nassistant\n"], TEXT.split(), 0)

@@ -99,6 +99,23 @@ for model, processor in (load_mllm(out), load_mllm(mllm, delta=out + "-delta")):
     assert done.stdout.count("LlavaForConditionalGeneration LlavaProcessor") == 2
 
 
+def test_a_first_swap_needs_nothing_but_the_core(core: Path, tmp_path: Path) -> None:
+    """The three commands of the README, as they are typed, with an example that comes with the package."""
+    lines = [
+        "example --out example",
+        "--mllm example/llava --encoder example/tower --align example/photographs --out example/swapped",
+        "verify example/swapped --encoder example/tower",
+    ]
+    for line in lines:
+        done = environments.command(core, COMMANDS["swap-encoder"], *line.split(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stdout + done.stderr
+    assert (tmp_path / "example" / "swapped" / "mgll_swap.json").is_file()
+    again = environments.command(core, COMMANDS["swap-encoder"], *lines[0].split(), cwd=tmp_path)
+    assert again.returncode == 2
+    assert "example exists" in again.stderr
+
+
 def test_every_package_that_is_imported_is_asked_for() -> None:
     """By the core or by an extra; what is installed only because others need it may be gone tomorrow."""
     asked = {

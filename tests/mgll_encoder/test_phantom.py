@@ -1,4 +1,5 @@
 import csv
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 
 from mgll_encoder.cli.data import app
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.data.manifest import read_header, read_rows
 from mgll_encoder.data.phantom.dataset import GRADES, write_phantom
 from mgll_encoder.data.phantom.findings import FINDINGS
 from mgll_encoder.data.phantom.photographs import render
@@ -70,6 +72,24 @@ def test_the_data_set_has_two_eyes_per_patient_and_equal_classes(tmp_path: Path)
         assert words <= ({"normal"} if label == "normal" else set(GRADES))
     assert all((tmp_path / "set" / row["file"]).is_file() for row in rows)
     assert (tmp_path / "set" / "contact_sheet.png").is_file()
+
+
+def test_a_general_tower_has_texts_to_learn_from_that_name_no_disease(tmp_path: Path):
+    write_phantom(tmp_path / "set", 12)
+    manifest = tmp_path / "set" / "views.jsonl"
+    header, rows = read_header(manifest), [row for _, _, row in read_rows(manifest)]
+    assert header.granularities == ["eye", "light", "color"]
+    assert len(rows) == 12 * 11
+    for row in rows:
+        assert (tmp_path / "set" / row.image).is_file()
+        side = "left" if row.image.endswith("left.png") else "right"
+        assert row.texts["eye"] == [f"a photograph of a {side} eye, the optic disc on the {side}"]
+    said = Counter(text for row in rows for texts in row.texts.values() for text in texts)
+    assert not [text for text in said for disease in FINDINGS if disease in text]
+    for words in ("a dark", "an evenly lit", "a bright"), ("a pale", "an orange", "a red"):
+        counts = [sum(n for text, n in said.items() if text.startswith(f"{word} ")) for word in words]
+        assert sum(counts) == len(rows)
+        assert min(counts) > len(rows) / 6, "each word is true of many pictures"
 
 
 def test_the_data_set_is_written_once_and_never_half(tmp_path: Path):

@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder
 from mgll_encoder.common.progress import track
+from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.data.phantom.findings import FINDINGS
 from mgll_encoder.data.phantom.photographs import render
+from mgll_encoder.data.phantom.views import GRANULARITIES, view_texts
 
 NORMAL = "normal"
 GRADES = {"mild": (0.0, 0.33), "moderate": (0.33, 0.67), "severe": (0.67, 1.0)}
@@ -35,15 +37,20 @@ class PhantomEye:
     severity: float
 
     @property
+    def name(self) -> str:
+        """Identifier of the patient."""
+        return f"phantom-{self.patient:05d}"
+
+    @property
     def file(self) -> str:
         """Path in the data set's folder."""
-        return f"images/phantom-{self.patient:05d}_{'left' if self.left else 'right'}.png"
+        return f"images/{self.name}_{'left' if self.left else 'right'}.png"
 
     @property
     def row(self) -> tuple[str, str, str, str]:
         """The row of the label table, in the order of :data:`LABEL_COLUMNS`."""
         keyword = f"{self.grade} {self.label}" if self.grade else "normal fundus"
-        return self.file, self.label, f"phantom-{self.patient:05d}", keyword
+        return self.file, self.label, self.name, keyword
 
     def draw(self, size: int, seed: int) -> Image.Image:
         """Render the photograph."""
@@ -65,7 +72,7 @@ def phantom_eyes(per_disease: int, seed: int) -> Iterator[PhantomEye]:
 
 
 def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, force: bool = False) -> int:
-    """Write ``images/``, ``labels.csv`` and ``contact_sheet.png``.
+    """Write ``images/``, ``labels.csv``, ``contact_sheet.png``, and ``views.jsonl``: a manifest that names no disease.
 
     Args:
         out: The new folder.
@@ -87,8 +94,14 @@ def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, fo
     eyes = list(phantom_eyes(per_disease, seed))
     with new_folder(out, force) as folder:
         (folder / "images").mkdir()
+        views = []
         for eye in track(eyes, "Rendering phantom photographs"):
-            eye.draw(size, seed).save(folder / eye.file)
+            picture = eye.draw(size, seed)
+            picture.save(folder / eye.file)
+            views.append(ManifestRow(image=eye.file, texts=view_texts(picture, eye.left), patient=eye.name))
+        write_manifest(
+            folder / "views.jsonl", folder, ManifestHeader(granularities=list(GRANULARITIES)), views
+        )
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(LABEL_COLUMNS)

@@ -1,0 +1,62 @@
+"""A LLaVA and a tower of toy size with random weights: something to try a first swap on, made in a second."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mgll_encoder.common.files import new_folder
+from mgll_encoder.tower.load import Tower, build_model
+from mgll_encoder.tower.save import save_tower
+from mgll_encoder.tower.spec import TowerSpec
+from mllm_adapters.core.planning import contract_of
+from mllm_adapters.core.processing import llava_processor
+from mllm_adapters.examples.assembly import FEATURE_LAYER, assemble
+from mllm_adapters.examples.language_models import CHATML, tiny
+
+PHOTOGRAPHS = 64
+TEXTS = ("Which finding does this fundus photograph show?", "\nuser\n", "\nassistant\n")
+
+
+def write_example(out: Path, *, force: bool = False) -> Path:
+    """Write ``llava/`` (a checkpoint), ``tower/`` (of another width) and ``photographs/`` (colored noise).
+
+    Args:
+        out: Folder to write.
+        force: Replace it.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: ``out`` exists.
+    """
+    with new_folder(out, force) as folder:
+        save_tower(_tower(width=96, seed=1), folder / "tower")
+        eyes, speech = _tower(width=64, seed=0), tiny(TEXTS, ["glaucoma", "cataract"], seed=0)
+        processor = llava_processor(contract_of(eyes.spec, FEATURE_LAYER, False), speech.tokenizer, CHATML)
+        assemble(eyes, speech, seed=0).save_pretrained(folder / "llava")
+        processor.save_pretrained(folder / "llava")
+        (folder / "photographs").mkdir()
+        draw = np.random.default_rng(0)
+        for number in range(PHOTOGRAPHS):
+            coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            coarse.resize((64, 64), Image.Resampling.BICUBIC).save(
+                folder / "photographs" / f"{number:02d}.png"
+            )
+    return out
+
+
+def _tower(width: int, seed: int) -> Tower:
+    spec = TowerSpec(
+        width=width,
+        depth=3,
+        heads=width // 32,
+        mlp_width=2 * width,
+        patch_size=16,
+        image_size=64,
+        activation="gelu",
+    )
+    torch.manual_seed(seed)
+    return Tower.from_model(build_model(spec), spec)
