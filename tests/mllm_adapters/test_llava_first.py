@@ -143,7 +143,7 @@ def with_llamas_tokenizer(folder: Path) -> Path:
 
 
 FAULTS = {
-    "no tokenizer": (without_tokenizer, "it holds no tokenizer that tells their ids: add the tokenizer files"),
+    "no tokenizer": (without_tokenizer, "it has no tokenizer with their ids: add the tokenizer files"),
     "LLaMA's tokenizer": (with_llamas_tokenizer, "its tokenizer does not have them within the 264 rows"),
     "BiomedCLIP": (
         lambda f: edit_config(f, mm_vision_tower="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"),

@@ -265,7 +265,7 @@ def test_llava_med_1_5_converts_by_itself(tmp_path: Path) -> None:
     weights = MISTRAL_7B.weights + 2 * 64 * 4096 + MISTRAL_7B.projector + clip_weights(577)
     check_full_size(plan, checkpoint, weights=weights)
     assert plan.tower is None
-    assert any("the tower in the shards is taken" in note for note in plan.notes)
+    assert any("the tower in the shards is used" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(None, 576), (224, 256)])

@@ -176,7 +176,7 @@ LORA_FAULTS = {
     "ranks": (lambda f: spoilt_adapter(f, rank_pattern={"q_proj": 8}), "rank_pattern is {'q_proj': 8}"),
     "pissa": (lambda f: spoilt_adapter(f, init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
     "kind": (lambda f: spoilt_adapter(f, peft_type="IA3"), "peft_type is 'IA3'"),
-    "rank": (lambda f: spoilt_adapter(f, r=8), "which do not make an update of rank 8"),
+    "rank": (lambda f: spoilt_adapter(f, r=8), "which are not an update of rank 8"),
     "half": (
         lambda f: with_adapter(f, lambda w: w.pop(next(n for n in w if "lora_B" in n))),
         "the adapter has only one of two matrices for model.layers.0.",

@@ -46,7 +46,7 @@ class Llava(PlannedFamily):
         spec: Names and module patterns.
         chat_template: Jinja template of the original conversation format.
         owns_native_layout: Whether an unmarked checkpoint in the transformers layout counts as this family.
-        reads_trained_tower: Whether the original code, told that the tower was trained, takes it from the shards.
+        reads_trained_tower: Whether the original code loads a trained tower from the shards.
     """
 
     spec: FamilySpec
@@ -55,7 +55,7 @@ class Llava(PlannedFamily):
     reads_trained_tower: bool = False
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """``original``, ``transformers`` or None; model_type cannot tell, since both may say ``llava``."""
+        """Return ``original``, ``transformers`` or None; model_type may be ``llava`` in both."""
         if llava_fields.owner(config) == self.spec.name:
             return "original"
         native = config.get("model_type") == "llava" and "vision_config" in config and "text_config" in config
@@ -74,7 +74,7 @@ class Llava(PlannedFamily):
         return {"image_seq_length": swap.after.tokens}
 
     def processor(self, plan: Plan) -> Any | None:
-        """The LlavaProcessor of the planned checkpoint; None where the source has no tokenizer."""
+        """Return the LlavaProcessor of the planned checkpoint; None if the source has no tokenizer."""
         if plan.layout == "transformers":
             text = text_side(plan.source)
             if text is None:
@@ -93,7 +93,7 @@ class Llava(PlannedFamily):
         return llava_processor(plan.after, tokenizer, template, image_token)
 
     def processor_writer(self, plan: Plan) -> Callable[[Path], None]:
-        """See `Family.processor_writer`; what only the pixels change in is written as text, which takes no seconds."""
+        """See `Family.processor_writer`; if only the pixel rule changes, the files are written as text."""
         if plan.layout == "transformers" and (files := processor_files(plan)) is not None:
             return partial(_write, files)
         return super().processor_writer(plan)

@@ -1,4 +1,4 @@
-"""LLaVA: what counts in its configuration files.
+"""LLaVA: the used fields of its configuration files.
 
 Fields and defaults after LLaVA c121f04 (llava/model/builder.py, llava/model/multimodal_projector/builder.py),
 LLaVA-Med v1.0.0 (llava/model/llava.py), HuatuoGPT-Vision 546b25f (cli.py, llava/model/llava_arch.py) and PEFT's
@@ -21,29 +21,29 @@ TEXT_MODELS: Mapping[str, str] = {
     "LlavaLlamaForCausalLM": "llama",
     "LlavaMistralForCausalLM": "mistral",
     "LlavaQwen2ForCausalLM": "qwen2",  # HuatuoGPT-Vision
-    "LlavaQwenForCausalLM": "qwen2",  # LLaVA-NeXT's code, of which only what is a plain LLaVA is read
+    "LlavaQwenForCausalLM": "qwen2",  # LLaVA-NeXT's code; only plain LLaVAs are supported
 }
 """``architectures[0]`` of the original layout -> transformers model_type of its language model."""
 
 READS_ITS_SHARDS = {"qwen2"}
-"""Language models whose LLaVA takes the tower in its shards, trained or not (HuatuoGPT-Vision's cli.py)."""
+"""Language models whose LLaVA loads the tower in its shards, trained or not (HuatuoGPT-Vision's cli.py)."""
 
 NO_CLIP = re.compile(
     r"biomed_?clip|siglip|mobileclip|fastvit|eva[-_]?(?:\d|clip)|dino|convnext|imagebind|languagebind",
     re.IGNORECASE,
 )
-"""Names of towers that are no CLIP ViT: they have other tensors or another pooling."""
+"""Names of towers that are not a CLIP ViT: they have other tensors or another pooling."""
 
 
 class CommonFields(BaseModel):
-    """What counts in a config.json of either layout."""
+    """The used fields of a config.json in either layout."""
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
 
 
 class OriginalFields(CommonFields):
-    """What counts in an original config.json, with the original code's defaults and the values that are known here."""
+    """The used fields of an original config.json, with the original code's defaults and the supported values."""
 
     architectures: list[str]
     mm_vision_tower: str = Field(min_length=1)
@@ -62,19 +62,19 @@ class OriginalFields(CommonFields):
 
     @property
     def feature_layer(self) -> int:
-        """Index into the tower's hidden states; the first release fell back to the last layer."""
+        """Return the index into the tower's hidden states; the default of the first release is the last layer."""
         if self.mm_vision_select_layer is not None:
             return self.mm_vision_select_layer
         return -2 if "mm_projector_type" in self.model_fields_set else -1
 
     @property
     def tower_was_trained(self) -> bool:
-        """Whether the tower's own weights were trained, as LLaVA or LLaVA-NeXT write it."""
+        """Whether the tower's own weights were trained, according to LLaVA's or LLaVA-NeXT's field."""
         return bool(self.unfreeze_mm_vision_tower) or "mm_vision_tower" in (self.mm_tunable_parts or "")
 
 
 class NativeFields(CommonFields):
-    """What counts in a config.json of the transformers layout, with the defaults of ``LlavaConfig``."""
+    """The used fields of a config.json in the transformers layout, with the defaults of ``LlavaConfig``."""
 
     vision_config: dict[str, Any]
     text_config: dict[str, Any]
@@ -85,12 +85,12 @@ class NativeFields(CommonFields):
 
     @property
     def placeholder(self) -> int:
-        """Id of the image placeholder, under its old or its new name."""
+        """Return the id of the image placeholder, under its old or new name."""
         return next((i for i in (self.image_token_index, self.image_token_id) if i is not None), 32000)
 
 
 class AdapterFields(BaseModel):
-    """What counts in an adapter_config.json; variants that change more than ``W + scale * B @ A`` are refused."""
+    """The used fields of an adapter_config.json; methods other than ``W + scale * B @ A`` are refused."""
 
     peft_type: Literal["LORA"]
     base_model_name_or_path: str | None = None
@@ -107,40 +107,40 @@ class AdapterFields(BaseModel):
 
     @property
     def scale(self) -> float:
-        """Factor of the product of the two matrices."""
+        """Return the factor of the product of the two matrices."""
         return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
 
 
 def original_fields(config: Mapping[str, Any], where: str) -> OriginalFields:
-    """The fields of an original config.json.
+    """Read the fields of an original config.json.
 
     Raises:
-        UserError: a field is missing, of another type, or has a value that is not known here.
+        UserError: a field is missing, of another type, or has an unsupported value.
     """
     tower = str(config.get("mm_vision_tower"))
     if found := NO_CLIP.search(short_name(tower)):
         raise UserError(
-            f"{where}: mm_vision_tower is {tower!r}: checkpoints with a {found[0]} tower are not supported, those with "
-            f"OpenAI's CLIP are: {LLAVA_WORKS}"
+            f"{where}: mm_vision_tower is {tower!r}: checkpoints with a {found[0]} tower are not supported, "
+            f"only those with OpenAI's CLIP: {LLAVA_WORKS}"
         )
     return read_fields(OriginalFields, config, where)
 
 
 def text_model(config: Mapping[str, Any]) -> str | None:
-    """The transformers model_type of the language model in an original configuration; None for all others."""
+    """Return the transformers model_type of the language model in an original configuration; None for others."""
     names = config.get("architectures")
     return TEXT_MODELS.get(str(names[0])) if isinstance(names, list) and names else None
 
 
 def first_release(config: Mapping[str, Any]) -> bool:
-    """Whether an original configuration is older than the choice of projectors: a single Linear, prompts with ###."""
+    """Whether an original configuration is of the first release: a single linear projector, prompts with ###."""
     return "mm_projector_type" not in config
 
 
 def owner(config: Mapping[str, Any]) -> str | None:
-    """Registry name of the family that an original configuration belongs to, or None.
+    """Return the name of the family that an original configuration belongs to, or None.
 
-    LLaVA-Med v1.0 has LLaVA's architecture and keys; only the name that it was saved under tells them apart.
+    LLaVA-Med v1.0 has LLaVA's architecture and keys; they differ only in the saved name.
     """
     if text_model(config) is None or "mm_vision_tower" not in config:
         return None

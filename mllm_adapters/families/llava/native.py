@@ -1,4 +1,4 @@
-"""LLaVA in the transformers layout (llava-hf, and what this project writes): another tower in it."""
+"""Reads LLaVA in the transformers layout (llava-hf, and checkpoints written by this project)."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ CLASS_TOKEN = {"default": False, "full": True}
 
 
 def native_host(family: str, checkpoint: Checkpoint) -> Host:
-    """A checkpoint that transformers reads as it is; its tensors keep their names, of whichever release they are.
+    """Read a checkpoint in the transformers layout; its tensors keep their names, which depend on the release.
 
     Args:
         family: Registry name of the family.
@@ -64,7 +64,7 @@ def _tower_prefix(checkpoint: Checkpoint) -> str:
 
 
 def _native_tower(checkpoint: Checkpoint, prefix: str) -> HostTower:
-    """Geometry of the tower in a transformers checkpoint, from its configuration and image processor."""
+    """Return the geometry of the tower in a transformers checkpoint, from its configuration and image processor."""
     where: Path = checkpoint.folder / "config.json"
     try:
         vision = CLIP.spec_fields(checkpoint.config["vision_config"])

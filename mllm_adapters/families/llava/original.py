@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-Med in their original layout: conversion to the transformers layout, with another tower or not."""
+"""Reads LLaVA and LLaVA-Med in their original layout, for conversions and swaps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -48,10 +48,10 @@ from mllm_adapters.families.llava.weights import (
 )
 
 TOWER_PREFIX = "vision_tower.vision_model."
-"""Prefix of tower keys that every transformers release since 4.37 reads."""
+"""Prefix of tower keys in every transformers release since 4.37."""
 
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
-"""Tokens of the first releases: one per visual token, and around them (llava/model/llava.py)."""
+"""Image tokens of the first releases: one per visual token, and start and end (llava/model/llava.py)."""
 
 CLASS_TOKEN = {"patch": False, "cls_patch": True}
 """``mm_vision_select_feature`` -> class token among the features."""
@@ -68,7 +68,7 @@ class Placeholder:
         token: Its text.
         id: Its id.
         rows: Rows of the vocabulary in the target.
-        note: How it comes about.
+        note: Note for the user about its origin.
     """
 
     token: str
@@ -80,12 +80,12 @@ class Placeholder:
 def original_host(
     family: str, checkpoint: Checkpoint, request: PlanRequest, *, reads_trained_tower: bool
 ) -> Host:
-    """An original checkpoint (whole, projector only, or LoRA), as it is in the transformers layout.
+    """Read an original checkpoint (whole, projector only, or LoRA), mapped to the transformers layout.
 
-    ``reads_trained_tower``: whether the original code, told that the tower was trained, takes it from the shards.
+    ``reads_trained_tower``: whether the original code loads a trained tower from the shards.
 
     Raises:
-        UserError: the checkpoint is of a variant that is not supported, or lacks something.
+        UserError: the checkpoint is an unsupported variant, or incomplete.
     """
     config = checkpoint.config
     where = f"{checkpoint.folder}/config.json"
@@ -137,17 +137,17 @@ def original_host(
 
 
 def tokenizer_folder(source: Path, parts: Mapping[str, Path]) -> Path:
-    """The folder whose tokenizer counts: the checkpoint's or, where it has none, that of its base model."""
+    """Return the folder with the tokenizer: the checkpoint's or, if it has none, that of its base model."""
     return parts[BASE_PART] if BASE_PART in parts and not has_tokenizer(source) else source
 
 
 def placeholder_token(tokenizer: Any, image_token_id: int) -> str:
-    """The text of a planned placeholder."""
+    """Return the text of a planned placeholder."""
     return PATCH_TOKEN if tokenizer.get_vocab().get(PATCH_TOKEN) == image_token_id else IMAGE_TOKEN
 
 
 def image_markup(config: Mapping[str, Any], token: str) -> str:
-    """What a prompt holds for an image, in a checkpoint with this original configuration."""
+    """Return the text that marks an image in a prompt, for this original configuration."""
     return f"{START_TOKEN}{token}{END_TOKEN}" if config.get("mm_use_im_start_end") else token
 
 
@@ -175,7 +175,7 @@ def _placeholder(
         lacks = (
             f"its tokenizer does not have them within the {vocabulary} rows of the vocabulary"
             if tokenizer
-            else ("it holds no tokenizer that tells their ids")
+            else ("it has no tokenizer with their ids")
         )
         raise UserError(
             f"{checkpoint.folder}: config.json has mm_use_im_start_end, so that prompts need {START_TOKEN} and "
@@ -197,7 +197,7 @@ def _host_tower(
     request: PlanRequest,
     reads_trained_tower: bool,
 ) -> HostTower:
-    """The tower that the original code would use: the one it names, unless it takes the one in the shards."""
+    """Return the tower that the original code would use: the named one, or the one in the shards."""
     resize: Resize = "pad" if fields.image_aspect_ratio == "pad" else "crop"
     inside = {key: checkpoint.header(weights.sources[name]).shape for key, name in found.inside.items()}
     named = NamedTower(fields.mm_vision_tower, resize, inside, fields.mm_hidden_size)
@@ -209,6 +209,6 @@ def _host_tower(
         geometry = () if host.header else host.notes
         return replace(host, header=None, notes=(*geometry, f"the host's own tower {why} in its shards"))
     if not replaced and host.header is None:
-        note = f"the original code reads {host.name}, which is not on this machine: the tower in the shards is taken"
+        note = f"the original code reads {host.name}, which is not on this machine: the tower in the shards is used"
         return replace(host, notes=(*host.notes, note))
     return host

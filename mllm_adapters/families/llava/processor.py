@@ -1,4 +1,4 @@
-"""The processor of a LLaVA whose tokenizer stays: files of text, for which transformers need not be imported."""
+"""Writes the processor of a LLaVA with an unchanged tokenizer as text files, without importing transformers."""
 
 import json
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from mllm_adapters.core.processing import has_tokenizer
 IMAGES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
-"""Where a processor keeps its one chat template, now and before transformers 4.50."""
+"""Files of a processor's only chat template, since and before transformers 4.50."""
 
 
 def processor_files(plan: Plan) -> dict[str, str] | None:
-    """The files of the planned processor, name -> text, beside those of the source's tokenizer, which are copied.
+    """Return the files of the planned processor, name -> text, except the source's tokenizer files, which are copied.
 
     Returns:
-        None where the source's processor is not plainly a LlavaProcessor with one tokenizer.json: transformers must
-        read it then.
+        None if the source's processor is not an ordinary LlavaProcessor with one tokenizer.json:
+        transformers must then read it.
     """
     images = processor_settings(plan.after)
     files = {IMAGES: as_json(images)}
@@ -36,7 +36,7 @@ def processor_files(plan: Plan) -> dict[str, str] | None:
     settings = {
         "image_processor": images,
         "image_token": image_token,
-        "num_additional_image_tokens": 1,  # CLIP's class token, which the strategy takes off again
+        "num_additional_image_tokens": 1,  # CLIP's class token, which the strategy removes
         "patch_size": plan.after.patch_size,
         "processor_class": "LlavaProcessor",
         "vision_feature_select_strategy": "full" if plan.after.class_token else "default",
@@ -47,12 +47,12 @@ def processor_files(plan: Plan) -> dict[str, str] | None:
 
 
 def as_json(settings: Mapping[str, Any]) -> str:
-    """The text that transformers makes of settings."""
+    """Format settings as transformers does."""
     return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
 
 def _plain_placeholder(folder: Path) -> str | None:
-    """The image placeholder of a folder that holds a LlavaProcessor and nothing out of the ordinary, else None."""
+    """Return the image placeholder of a folder with an ordinary LlavaProcessor, else None."""
     if not (folder / "tokenizer.json").is_file() or (folder / SEVERAL).exists():
         return None
     if not any((folder / name).is_file() for name in (IMAGES, PROCESSOR)):
@@ -67,7 +67,7 @@ def _plain_placeholder(folder: Path) -> str | None:
 
 
 def _token_id(file: Path, token: str) -> int | None:
-    """The id of a special token in a tokenizer.json; None where it has none, or is damaged, which is told elsewhere."""
+    """Return the id of a special token in a tokenizer.json; None if it is missing or the file is damaged."""
     added = read_json(file).get("added_tokens")
     entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
     return next((entry.get("id") for entry in entries if entry.get("content") == token), None)

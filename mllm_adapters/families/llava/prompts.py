@@ -1,7 +1,7 @@
-"""LLaVA in its original layout: the conversation format, which neither config.json nor the weights name.
+"""Conversation formats of LLaVA in its original layout, which neither config.json nor the weights specify.
 
-A family has a usual format. The first releases have another one, and so have language models whose tokenizer ends an
-answer with another token. After LLaVA-Med v1.0.0 (llava/conversation.py), HuatuoGPT-Vision 546b25f (cli.py) and
+A family has a usual format. The first releases have another one, and so do language models whose tokenizer
+has another end token. After LLaVA-Med v1.0.0 (llava/conversation.py), HuatuoGPT-Vision 546b25f (cli.py) and
 LLaVA-NeXT (llava/conversation.py).
 """
 
@@ -15,7 +15,7 @@ from mllm_adapters.families.llava.fields import first_release
 
 @dataclass(frozen=True)
 class ConversationFormat:
-    """A conversation format: its chat template, and what it is called in a plan."""
+    """A conversation format: its chat template, and its name in a plan."""
 
     template: str
     title: str
@@ -24,7 +24,7 @@ class ConversationFormat:
 FIRST = ConversationFormat(
     read_template("llava_v0.jinja"), "that of the first releases (Human and Assistant between ###)"
 )
-"""Of the releases with a single Linear as projector."""
+"""Format of the releases with a single linear projector."""
 
 BY_END_TOKEN: Mapping[str, ConversationFormat] = {
     "<|endoftext|>": ConversationFormat(
@@ -32,11 +32,11 @@ BY_END_TOKEN: Mapping[str, ConversationFormat] = {
     ),
     "<|im_end|>": ConversationFormat(read_template("llava_chatml.jinja"), "ChatML, as in LLaVA-NeXT"),
 }
-"""End token of a tokenizer -> the format whose answers end with it; ``</s>`` (LLaMA, Mistral) ends the usual one."""
+"""End token of a tokenizer -> the format with this end token; ``</s>`` (LLaMA, Mistral) is in the usual one."""
 
 
 def prompt_template(config: Mapping[str, Any], tokenizer: Any, usual: str) -> str:
-    """The chat template of an original checkpoint.
+    """Return the chat template of an original checkpoint.
 
     Args:
         config: Its config.json.
@@ -48,12 +48,12 @@ def prompt_template(config: Mapping[str, Any], tokenizer: Any, usual: str) -> st
 
 
 def prompt_note(config: Mapping[str, Any], tokenizer: Any | None) -> tuple[str, ...]:
-    """What a plan says of a format that is not the family's usual one; nothing where there is no tokenizer."""
+    """Return a plan's note about a format other than the family's usual one; empty without a tokenizer."""
     unusual = _unusual(config, tokenizer) if tokenizer is not None else None
     if unusual is None:
         return ()
     return (
-        f"the prompt is {unusual.title}; config.json does not tell whether a fine-tune was trained with another one: "
+        f"the prompt is {unusual.title}; config.json does not record whether a fine-tune used another one: "
         "if so, edit chat_template.jinja",
     )
 

@@ -1,7 +1,8 @@
-"""LLaVA in its original layout: which tensors there are, wherever they lie, and what transformers calls them.
+"""LLaVA in its original layout: finds its tensors, and maps them to transformers' names.
 
-Three kinds of folders: whole checkpoints, projectors (``mm_projector.bin``) and LoRA adapters; the latter two need
-the language model that they were trained on. After LLaVA c121f04 (llava/model/builder.py, llava/train/train.py).
+There are three kinds of folders: whole checkpoints, projectors (``mm_projector.bin``) and LoRA adapters; the
+latter two need the language model that they were trained on. After LLaVA c121f04 (llava/model/builder.py,
+llava/train/train.py).
 """
 
 import re
@@ -45,18 +46,18 @@ LORA_MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 LAYOUT = OriginalLayout(
     {
         "*rotary_emb.inv_freq": None,  # recomputed from the configuration
-        "model.image_newline": None,  # of the anyres modes, which are refused
+        "model.image_newline": None,  # from the anyres modes, which are refused
         "model.{embed_tokens,layers,norm}.*": "language_model.model.{}.{}",
         "lm_head.*": "language_model.lm_head.{}",
     },
     of="a LLaVA checkpoint",
 )
-"""Original name -> transformers name, but for tower and projector."""
+"""Original name -> transformers name, except for tower and projector."""
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A weight and the LoRA update that is added to it: ``scale * up @ down``, names as `Checkpoint` knows them."""
+    """A weight and the LoRA update to add to it: ``scale * up @ down``, with names in `Checkpoint`."""
 
     down: str
     up: str
@@ -65,15 +66,15 @@ class Merge:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a whole original checkpoint, wherever they lie.
+    """The tensors of a whole original checkpoint, from all its folders.
 
     Attributes:
-        layout: What kind of folder it is.
-        sources: Name in a whole original checkpoint -> name as `Checkpoint` knows it.
-        merges: Likewise -> the LoRA update that is added.
-        dropped: Tensors that others take the place of.
-        base: The language model's folder, where that is another one.
-        notes: What the user should know.
+        layout: Kind of folder.
+        sources: Name in a whole original checkpoint -> name in `Checkpoint`.
+        merges: Likewise -> the LoRA update to add.
+        dropped: Tensors that others replace.
+        base: The language model's folder, if it is separate.
+        notes: Notes for the user.
     """
 
     layout: str
@@ -86,13 +87,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Sorted:
-    """Those tensors by what they become.
+    """The tensors by their destination.
 
     Attributes:
         names: Target name -> original name.
         inside: Key of a tower tensor -> original name.
-        dropped: What is left out on purpose.
-        projector: ``mm_projector_type`` that the tensors are of.
+        dropped: Tensors that are dropped on purpose.
+        projector: ``mm_projector_type`` of the tensors.
     """
 
     names: dict[str, str]
@@ -102,7 +103,7 @@ class Sorted:
 
 
 def find_weights(checkpoint: Checkpoint) -> Weights:
-    """The tensors of a checkpoint, those of its base model included.
+    """Find the tensors of a checkpoint, including those of its base model.
 
     Raises:
         UserError: the base model is missing or another one than expected, the adapter is incomplete or of an
@@ -118,7 +119,7 @@ def find_weights(checkpoint: Checkpoint) -> Weights:
         if adapted:
             raise UserError(
                 f"{folder} holds a whole model and a LoRA adapter: if the adapter is merged into it, remove "
-                f"{ADAPTER_CONFIG}; if not, keep each in a folder of its own"
+                f"{ADAPTER_CONFIG}; if not, keep each in a separate folder"
             )
         if checkpoint.find(BASE_PART):
             raise UserError(
@@ -145,7 +146,7 @@ def find_weights(checkpoint: Checkpoint) -> Weights:
 
 
 def sort_names(weights: Weights, where: Path) -> Sorted:
-    """What becomes of each tensor.
+    """Sort the tensors by their destination.
 
     Raises:
         UserError: a tensor is unknown, or the embedding or the projector is missing.
@@ -177,7 +178,7 @@ def sort_names(weights: Weights, where: Path) -> Sorted:
 def original_steps(
     checkpoint: Checkpoint, weights: Weights, names: Mapping[str, str], rows: int
 ) -> list[Step]:
-    """Steps for everything but the tower; what comes with a base model takes that one's dtype.
+    """Return steps for everything except the tower; with a base model, tensors get the base's dtype.
 
     Args:
         checkpoint: The checkpoint.
@@ -198,7 +199,7 @@ def original_steps(
 
 
 def identity_layer(dtype: str, width: int) -> list[Step]:
-    """Steps for the second layer of a projector that has only one: the identity, as is its activation."""
+    """Return steps for the second layer of a projector with only one: the identity, as is its activation."""
     return [
         Step(name=f"{SECOND}.weight", dtype=dtype, shape=(width, width), operation="identity"),
         Step(name=f"{SECOND}.bias", dtype=dtype, shape=(width,), operation="zeros"),
@@ -206,10 +207,10 @@ def identity_layer(dtype: str, width: int) -> list[Step]:
 
 
 def check_applied(checkpoint: Checkpoint, weights: Weights) -> None:
-    """Refuse a delta that has not been added to its LLaMA; the first releases were published as such.
+    """Refuse a delta that has not been added to its LLaMA, as the first releases were published.
 
-    Names and shapes are those of the whole model. One vector is read: fine-tuning moves the weights of the final
-    normalisation, which are about 1, by hundredths at most.
+    Names and shapes are those of the whole model. One vector is read: fine-tuning changes the weights of the
+    final normalization, which are about 1, by hundredths at most.
 
     Raises:
         UserError: it is such a delta.
@@ -218,7 +219,8 @@ def check_applied(checkpoint: Checkpoint, weights: Weights) -> None:
     size = float(checkpoint.read(norm).float().abs().mean()) if norm else 1.0
     if size < 0.1:
         raise UserError(
-            f"{checkpoint.folder}: the weights of the final normalisation are {size:.3g} on average, expected about 1: "
+            f"{checkpoint.folder}: the weights of the final normalization are {size:.3g} on average, "
+            "expected about 1: "
             "this looks like a delta that has not been added to its LLaMA; apply it (llava.model.apply_delta in the "
             "repository that published it) and pass the folder that it writes"
         )
@@ -227,12 +229,12 @@ def check_applied(checkpoint: Checkpoint, weights: Weights) -> None:
 def _with_base(
     checkpoint: Checkpoint, layout: str, name: str, own: list[str] | Mapping[str, object]
 ) -> Weights:
-    """The tensors of the base model, replaced and completed by the folder's own.
+    """Return the tensors of the base model, with the folder's own replacing or complementing them.
 
     Args:
         checkpoint: The folder.
-        layout: What kind of folder it is.
-        name: What it calls its base model.
+        layout: Kind of folder.
+        name: Its name of its base model.
         own: Names of its own tensors, as on disk.
     """
     base = _base_folder(checkpoint, layout, name)
@@ -297,14 +299,15 @@ def _merge(
     down, up, base = (checkpoint.header(n).shape for n in (pair["A"], pair["B"], sources[name]))
     if (down, up) != ((fields.r, base[-1]), (base[0], fields.r)):
         raise UserError(
-            f"{folder}: the adapter's matrices for {name} are {list(down)} and {list(up)}, which do not make an update "
-            f"of rank {fields.r} to {list(base)}: adapter, {ADAPTER_CONFIG} and base model do not belong together"
+            f"{folder}: the adapter's matrices for {name} are {list(down)} and {list(up)}, which are not an "
+            f"update of rank {fields.r} to {list(base)}: adapter, {ADAPTER_CONFIG} and base model do not "
+            "belong together"
         )
     return Merge(pair["A"], pair["B"], fields.scale)
 
 
 def _bare(name: str) -> str:
-    """A tensor's name without the prefixes that PEFT and LLaVA's training code put before it."""
+    """Return a tensor's name without the prefixes of PEFT and LLaVA's training code."""
     return (
         name.removeprefix("base_model.model.")
         if name.startswith("base_model.model.")
