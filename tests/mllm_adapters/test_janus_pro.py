@@ -542,7 +542,7 @@ def test_a_head_that_changes_its_width_is_refused(tmp_path):
     state = load_file(host / "model.safetensors")
     state["gen_head.output_mlp_projector.weight"] = torch.zeros(20, SIZES.hidden)
     save_file(state, host / "model.safetensors")
-    with pytest.raises(UserError, match="goes from width 32 to 20"):
+    with pytest.raises(UserError, match="maps width 32 to 20"):
         load(host)
 
 

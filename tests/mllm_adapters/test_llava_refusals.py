@@ -88,9 +88,9 @@ def test_an_adapter_of_a_converted_llava_must_be_merged_first(
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     torch.save({"base_model.model.x.lora_A.weight": torch.zeros(4, 4)}, source / "adapter_model.bin")
     line = refused(main, "--mllm", source, "--encoder", tower, "--out", tmp_path / "out")
-    assert "merge it into its base model first" in line
+    assert "merge it into its base model" in line
     assert "pass the merged folder" in line
-    refusal = "merge it into its base model first" if with_config else "does not name its base model"
+    refusal = "merge it into its base model" if with_config else "does not name its base model"
     with pytest.raises(UserError, match=refusal):
         load_mllm(source)
 

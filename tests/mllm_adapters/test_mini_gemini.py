@@ -314,7 +314,7 @@ def test_with_a_tower_of_another_width_the_plan_says_what_must_be_learnt_again(
         "model.vlm_uni_query_projector.0", "model.vlm_uni_query_projector.1", "model.mm_projector.0"
     }  # fmt: skip
     assert all("re-initialised" in fate for fate in plan.readers.values())
-    assert any("vlm_uni_val_projector.1 is re-initialised too" in note for note in plan.notes)
+    assert any("vlm_uni_val_projector.1 is re-initialized, too" in note for note in plan.notes)
     fresh = {step.name for step in plan.steps if step.operation in ("reinit", "zeros", "ones")}
     changed = [*plan.readers, "model.vlm_uni_val_projector.1"]
     assert fresh == {f"{name}.{kind}" for name in changed for kind in ("weight", "bias")}
@@ -595,9 +595,9 @@ def test_a_published_mgm_is_planned_in_full(views: int, tmp_path: Path) -> None:
     [
         (
             {"model_type": "mgm_gemma", "architectures": ["MGMGemmaForCausalLM"]},
-            r"config.json .*mgm_gemma.*no LLaMA: expected LLaMA with the vicuna_v1 prompt; take MGM-7B",
+            r"config.json .*mgm_gemma.*not a LLaMA: expected LLaMA with the vicuna_v1 prompt; take MGM-7B",
         ),
-        ({"model_type": "mini_gemini_mixtral", "architectures": ["MiniGeminiMixtralForCausalLM"]}, "no LLaMA"),
+        ({"model_type": "mini_gemini_mixtral", "architectures": ["MiniGeminiMixtralForCausalLM"]}, "not a LLaMA"),
         ({"vocab_size": 64000}, r"is Yi \(MGM-34B\)"),
         ({"vocab_size": 128256}, r"is LLaMA 3 \(MGM-8B\)"),
         ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
