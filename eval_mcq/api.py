@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from eval_mcq.runs.loading import Dtype, WayName, answer, loading
 from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.files import check_free
-from mgll_encoder.common.tables import TableOptions
+from mgll_encoder.common.tables import TableOptions, listed
 
 if TYPE_CHECKING:
     from eval_mcq.items.build import BuildReport
@@ -111,7 +111,6 @@ def build_benchmark(
     from eval_mcq.items.image_checks import check_sheet, sheet_of
     from eval_mcq.items.preset import load_preset
     from eval_mcq.items.schema import write_bench
-    from mgll_encoder.common.table_options import listed
 
     target, sheet = Path(out), None if contact_sheet is None else Path(contact_sheet)
     check_free(target, force)
@@ -242,9 +241,9 @@ def compare(
     models = _models(runs)
     pairs = published or len(models) > 1
     if pairs and layout == "diseases":
-        raise UserError("--layout diseases shows one model and no published rows: use paper or long")
+        raise UserError("`layout=diseases` shows one model and no published rows: use paper or long")
     if published and layout == "long":
-        raise UserError("--layout long has no published rows: leave --compare out, or use --layout paper")
+        raise UserError("`layout=long` has no published rows: leave `published` out, or use `layout=paper`")
     from eval_mcq.tables.multi_model import like_paper_pairs, long_table
     from eval_mcq.tables.published import load_published
     from eval_mcq.tables.summary import compare_models
@@ -295,7 +294,7 @@ def report(
     named = _arms(runs)
     asked = Path(bench or next(iter(named.values())).record.bench)
     if bench is None and not asked.is_file():
-        raise NotFoundError(f"bench {asked}, which the runs name, is not there: say where it is with --bench")
+        raise NotFoundError(f"bench {asked}, which the runs name, is not there: say where it is with `bench`")
     from eval_mcq.html_report import ReportOptions, write_report
 
     options = ReportOptions(assets, plots, thumbnail, images, control)

@@ -231,7 +231,7 @@ def evaluate_zero_shot(
     labels = question.read(skipped, both_sides=False)
     labels = (labels if every else labels.subset(labels.test)).all_for_test
     if not labels.images:
-        raise UserError("no image is in the test split: give a larger --test, or --all")
+        raise UserError("no image is in the test split: give a larger `test`, or `every=True`")
     from mgll_encoder.probing.features import readable_features
     from mgll_encoder.probing.linear import evaluate, kept_labels
     from mgll_encoder.probing.zero_shot import (
@@ -294,5 +294,5 @@ def need_kept(kept: list[int], min_positives: int) -> None:
     """
     if not kept:
         raise UserError(
-            f"no label has negative and {min_positives} positive test images, and both to train on: see --min-positives"
+            f"no label has negative and {min_positives} positive test images, and both to train on: see `min_positives`"
         )

@@ -350,11 +350,11 @@ def _target(layout: str, family: "Family") -> "Target":
     from mllm_adapters.core.contract import Target
 
     if layout not in get_args(Target):
-        raise unknown_name("--layout", layout, get_args(Target))
+        raise unknown_name("`layout`", layout, get_args(Target))
     if layout in family.spec.targets:
         return layout
     if family.spec.not_llava:
-        raise UserError(f"--layout {layout}: {family.spec.not_llava}; use --layout own")
+        raise UserError(f"`layout={layout}`: {family.spec.not_llava}; use `layout=own`")
     return "own"  # which is a LLaVA
 
 
@@ -362,5 +362,5 @@ def _tower_dtype(name: str | None) -> "TowerDtype | None":
     from mllm_adapters.core.planning import TowerDtype
 
     if name is not None and name not in get_args(TowerDtype):
-        raise unknown_name("--dtype", name, get_args(TowerDtype))
+        raise unknown_name("`dtype`", name, get_args(TowerDtype))
     return cast("TowerDtype | None", name)

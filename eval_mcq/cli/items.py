@@ -132,9 +132,23 @@ def export(
         stdout.print(f"{out}: {count} predictions", soft_wrap=True, highlight=False)
         return
     folder = images or out.absolute().parent
-    following = EXPORTERS[to](questions, out, folder, force)
+    EXPORTERS[to](questions, out, folder, force)
     stdout.print(f"{out}: {len(questions.items)} questions", soft_wrap=True, highlight=False)
-    stdout.print(f"Next: {following}", soft_wrap=True, highlight=False)
+    stdout.print(f"Next: {_after_export(to, out, folder)}", soft_wrap=True, highlight=False)
+
+
+def _after_export(format_: str, out: Path, images: Path) -> str:
+    """What to type next."""
+    from eval_mcq.formats.lmms_eval import task_name
+
+    return {
+        "llava": f"retrain-projector --model MODEL --data {out} --images {images}",
+        "messages": f"finetune-lora --model MODEL --data {out} --images {images}",
+        "vlmevalkit": f"LMUData={out.absolute().parent} python run.py --data {out.stem} --model MODEL (in VLMEvalKit)",
+        "lmms-eval": f"python -m lmms_eval --include_path {out} --tasks {task_name(out)} --model MODEL",
+        "jsonl": f"eval-mcq run --model MODEL --bench {out}",
+        "parquet": f"eval-mcq import {out} --format parquet --out {out.stem}.jsonl (on the machine it is sent to)",
+    }[format_]
 
 
 @needs("eval")

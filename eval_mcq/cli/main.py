@@ -17,6 +17,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
+from mgll_encoder.common.tables import listed
 
 if TYPE_CHECKING:
     from eval_mcq.items.build import BuildReport
@@ -127,7 +128,7 @@ def build(
         labels, images, out, preset=preset,
         diseases=None if diseases is None else [name.strip() for name in diseases.split(",")],
         options=options, image_column=image_column, labels_column=labels_column,
-        binary_columns=tables.listed(binary_columns),
+        binary_columns=listed(binary_columns),
         reading=tables.reading(encoding, sheet, label_separator, uncertain),
         patient_column=patient_column, source_column=source_column, split=split, test_share=test_share,
         split_seed=split_seed, seed=seed, layout=layout, hard_distractors=hard_distractors,
@@ -248,7 +249,7 @@ def compare(
     layout: LayoutOption = "auto",
     out: OutFile = None,
     paper_rounding: PaperRounding = False,
-    beside: Annotated[
+    published: Annotated[
         Literal["paper"] | None,
         typer.Option("--compare", help="paper: set the published rows of the MGLL paper beside."),
     ] = None,
@@ -280,7 +281,7 @@ def compare(
         )
     if sum(map(len, models.values())) < 2:
         raise UserError("compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN")
-    _show_table(models, format_, layout, out, paper_rounding, force, beside is not None, control)
+    _show_table(models, format_, layout, out, paper_rounding, force, published is not None, control)
 
 
 @app.command()

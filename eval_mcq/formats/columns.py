@@ -53,9 +53,9 @@ class ColumnMap:
         for pair in pairs:
             name, equals, column = pair.partition("=")
             if not (name and equals and column):
-                raise UserError(f"--map '{pair}' is not of the form FIELD=COLUMN, such as answer=gt_answer")
+                raise UserError(f"`maps='{pair}'` is not of the form FIELD=COLUMN, such as answer=gt_answer")
             if name not in FIELDS:
-                raise unknown_name("field of --map", name, FIELDS)
+                raise unknown_name("field of `maps`", name, FIELDS)
             columns[name] = (column,)
         return ColumnMap(columns, self.tagged)
 
@@ -108,7 +108,7 @@ class ColumnMap:
         return BadQuestionError(
             NO_COLUMN,
             f"{row.where} has no column {wanted} for the {name}: {suggestion}its columns are "
-            f"{', '.join(found)}; name one with --map {name}=COLUMN",
+            f"{', '.join(found)}; name one with `maps={name}=COLUMN`",
         )
 
 

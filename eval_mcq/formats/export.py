@@ -75,37 +75,31 @@ def _messages_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
     }
 
 
-def _llava(bench: Bench, out: Path, images: Path, force: bool) -> str:
+def _llava(bench: Bench, out: Path, images: Path, force: bool) -> None:
     write_text(out, llava_conversations(bench, images), force)
-    return f"retrain-projector --model MODEL --data {out} --images {images}"
 
 
-def _messages(bench: Bench, out: Path, images: Path, force: bool) -> str:
+def _messages(bench: Bench, out: Path, images: Path, force: bool) -> None:
     write_text(out, chat_messages(bench, images), force)
-    return f"finetune-lora --model MODEL --data {out} --images {images}"
 
 
-def _vlmevalkit(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001 (images are embedded)
+def _vlmevalkit(bench: Bench, out: Path, images: Path, force: bool) -> None:  # noqa: ARG001 (images are embedded)
     with new_file(out, force) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         stream.writelines(vlmevalkit.to_tsv(bench))
-    return f"LMUData={out.absolute().parent} python run.py --data {out.stem} --model MODEL (in VLMEvalKit)"
 
 
-def _lmms_eval(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001
-    task = lmms_eval.write_task(bench, out, force)
-    return f"python -m lmms_eval --include_path {out} --tasks {task} --model MODEL"
+def _lmms_eval(bench: Bench, out: Path, images: Path, force: bool) -> None:  # noqa: ARG001
+    lmms_eval.write_task(bench, out, force)
 
 
-def _jsonl(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001
+def _jsonl(bench: Bench, out: Path, images: Path, force: bool) -> None:  # noqa: ARG001
     items = [_named(bench, _moved(bench, item, out)) for item in bench.items]
     write_text(out, bench_text(bench.header, items), force)
-    return f"eval-mcq run --model MODEL --bench {out}"
 
 
-def _parquet(bench: Bench, out: Path, images: Path, force: bool) -> str:  # noqa: ARG001
+def _parquet(bench: Bench, out: Path, images: Path, force: bool) -> None:  # noqa: ARG001
     with new_file(out, force) as partial:
         write_rows(partial, bench.header.model_dump_json(by_alias=True), _embedded(bench), embed=True)
-    return f"eval-mcq import {out} --format parquet --out {out.stem}.jsonl (on the machine it is sent to)"
 
 
 def _embedded(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -127,7 +121,7 @@ def _moved(bench: Bench, item: MCQItem, out: Path) -> MCQItem:
     return item.model_copy(update={"images": paths})
 
 
-EXPORTERS: Mapping[str, Callable[[Bench, Path, Path, bool], str]] = {
+EXPORTERS: Mapping[str, Callable[[Bench, Path, Path, bool], None]] = {
     "llava": _llava,
     "messages": _messages,
     "vlmevalkit": _vlmevalkit,
@@ -135,7 +129,7 @@ EXPORTERS: Mapping[str, Callable[[Bench, Path, Path, bool], str]] = {
     "parquet": _parquet,
     "jsonl": _jsonl,
 }
-"""Format name to a function of bench, output, image folder and force, that writes it and says what to type next."""
+"""Format name to a function of bench, output, image folder and force, that writes it."""
 
 
 def write_predictions(bench: Bench, run: Run, out: Path, force: bool = False) -> int:

@@ -137,9 +137,9 @@ def import_questions(
     """
     chosen = FORMATS[format_]
     if source.maps and not chosen.maps_columns:
-        raise UserError(f"--map has no meaning for format '{format_}': its fields are fixed")
+        raise UserError(f"`maps` has no meaning for format '{format_}': its fields are fixed")
     if source.split is not None and not chosen.splits:
-        raise UserError(f"--split has no meaning for format '{format_}': it has no splits")
+        raise UserError(f"`split` has no meaning for format '{format_}': it has no splits")
     with PictureFolder(bench.with_name(f"{bench.stem}_images"), force) as pictures:
         found, unlettered = _without_letters(_read(chosen, source, bench, pictures), source)
         finished = chosen.finish(found, source.skipped)
@@ -192,7 +192,7 @@ def _without_letters(found: list[tuple[RawQuestion, MCQItem]], source: ImportSou
         raw, item = found[lettered.index(True)]
         raise BadDataError(
             f"{raw.where}: its options carry letters or numbers of their own ('{item.options[0]}'), as in "
-            f"{sum(lettered)} of {len(found)} questions, not in all: take them off with --option-letters strip, or "
+            f"{sum(lettered)} of {len(found)} questions, not in all: take them off with `option_letters=strip`, or "
             "leave them with keep"
         )
     kept: list[tuple[RawQuestion, MCQItem]] = []
@@ -259,7 +259,7 @@ def _sound(
             source.skipped.add(
                 SAME_ID,
                 f"{where[id(item)]}: id '{item.id}' is already used by {where[id(first[item.id])]}; "
-                "name a column with unique ids by --map id=COLUMN",
+                "name a column with unique ids by `maps=id=COLUMN`",
             )
         else:
             first[item.id] = item
@@ -283,7 +283,7 @@ def _sound(
     if not sound:
         raise BadDataError(
             f"{source.path} gives no multiple-choice question: "
-            f"{source.skipped.summary() or 'it holds none'}; check --format and --images"
+            f"{source.skipped.summary() or 'it holds none'}; check `format` and `images`"
         )
     return sound
 

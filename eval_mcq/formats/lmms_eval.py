@@ -18,11 +18,13 @@ from mgll_encoder.common.files import new_folder
 DATA = "data"
 
 
-def write_task(bench: Bench, out: Path, force: bool = False) -> str:
-    """Write the folder, whole or not at all. The questions are asked in the words that eval-mcq asks them.
+def task_name(out: Path) -> str:
+    """What lmms-eval calls the task of a folder."""
+    return re.sub(r"\W+", "_", out.name.lower()).strip("_")
 
-    Returns:
-        Name of the task.
+
+def write_task(bench: Bench, out: Path, force: bool = False) -> None:
+    """Write the folder, whole or not at all. The questions are asked in the words that eval-mcq asks them.
 
     Raises:
         UserError: ``out`` exists, a question has several images, or an image cannot be read.
@@ -36,7 +38,7 @@ def write_task(bench: Bench, out: Path, force: bool = False) -> str:
             f"question '{several.id}' has {len(several.images)} images: a task of lmms-eval without code has one; "
             "export to vlmevalkit"
         )
-    task = re.sub(r"\W+", "_", out.name.lower()).strip("_")
+    task = task_name(out)
     text = datasets.Value("string")
     features = datasets.Features(
         {
@@ -60,7 +62,6 @@ def write_task(bench: Bench, out: Path, force: bool = False) -> str:
         (folder / DATA).mkdir()
         _write_data(folder / DATA / "test-00000-of-00001.parquet", bench, features)
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    return task
 
 
 def _write_data(path: Path, bench: Bench, features: Any) -> None:

@@ -79,7 +79,7 @@ def gather(arms: Mapping[str, Run], bench: Bench) -> Content:
     if first.record.bench_sha256 != bench.digest:
         raise UserError(
             f"bench {bench.path} is not what run {first.folder} was asked (SHA-256 {bench.digest[:12]}, "
-            f"run {first.record.bench_sha256[:12]}): give the original file with --bench"
+            f"run {first.record.bench_sha256[:12]}): give the original file with `bench`"
         )
     answered = {answer.id: answer for answer in first.answers}
     items = [item for item in bench.items if item.id in answered]
@@ -101,11 +101,11 @@ def check_unchanged(content: Content) -> None:
                 if not path.is_file():
                     raise NotFoundError(
                         f"image {path} of question '{item.id}' does not exist: put it back, or leave pictures out "
-                        "with --no-images"
+                        "with `images=False`"
                     )
                 known[path] = sha256(path)
             if known[path] != expected:
                 raise UserError(
                     f"image {path} of question '{item.id}' has changed since it was asked: run the bench again, "
-                    "or leave pictures out with --no-images"
+                    "or leave pictures out with `images=False`"
                 )

@@ -115,7 +115,7 @@ def read_rows(
         map(plain, preset.other_labels)
     )
     filters = [*preset.where, *(column for d in preset.diseases for column in d.where or {})]
-    content = read_table(table.path, "--labels", skipped, table.reading)
+    content = read_table(table.path, "`labels`", skipped, table.reading)
     if table.layout != GENERIC:
         found = as_generic(table.layout, content, skipped, table.reading)
         table = replace(table, image=IMAGE, source=SOURCE)
@@ -124,7 +124,7 @@ def read_rows(
         columns = Columns(table.image, table.labels, table.binary, table.patient).of(content, drawn=drawn)
         found = label_rows(content, columns, skipped, table.reading, known)
     filtering = (("the preset's 'where'", name) for name in filters)
-    content.check_columns([("--source-column", table.source), *filtering])
+    content.check_columns([("`source_column`", table.source), *filtering])
     rows = [
         AskedRow(
             row.where,
@@ -197,6 +197,6 @@ def _unaskable(row: AskedRow, preset: Preset) -> tuple[str, str] | None:
             if pool < preset.options - 1:
                 return "too few distractors", (
                     f"{row.where} leaves {pool} distractors for '{disease.name}', {preset.options} options need "
-                    f"{preset.options - 1}: ask for fewer with --options, or for more diseases"
+                    f"{preset.options - 1}: ask for fewer with `options`, or for more diseases"
                 )
     return None

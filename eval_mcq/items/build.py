@@ -115,10 +115,10 @@ def build(
     split, draw = split or SplitRule(), draw or Draw()
     if draw.hard and not any(len(group) > 1 for group in preset.confusable):
         raise BadDataError(
-            f"preset '{preset.name}' lists no confusable diseases: leave --hard-distractors out"
+            f"preset '{preset.name}' lists no confusable diseases: leave `hard_distractors` out"
         )
     if not images.is_dir():
-        raise NotFoundError(f"image folder {images} does not exist or is not a folder: check --images")
+        raise NotFoundError(f"image folder {images} does not exist or is not a folder: check `images`")
     preset.check_options()
     skipped = Skipped(strict)
     rows = read_rows(table, images, preset, skipped, drawn=split.side != "all")
@@ -188,7 +188,7 @@ def _negatives(rows: Sequence[AskedRow], preset: Preset, table: LabelTable, draw
             raise BadDataError(
                 f"disease '{disease.name}' is absent from {negatives[disease.name]} of the {len(here)} images of "
                 f"{table.path}, at least {draw.min_negatives} must not have it: add images, leave it out with "
-                "--diseases, or lower --min-negatives"
+                "`diseases`, or lower `min_negatives`"
             )
     return negatives
 
@@ -210,7 +210,7 @@ def _drafts(
         among = f" where {', '.join(f'{c}={v}' for c, v in where.items())}" if where else ""
         raise BadDataError(
             f"disease '{disease.name}' has no image labelled '{min(missing)}' among the {len(here)} rows "
-            f"of {table.path}{among} (split: {split.side}): leave it out with --diseases, or check --labels-column"
+            f"of {table.path}{among} (split: {split.side}): leave it out with `diseases`, or check `labels_column`"
         )
     return drafts
 

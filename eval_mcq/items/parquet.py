@@ -124,6 +124,6 @@ def _header(path: Path, file: "pyarrow.parquet.ParquetFile") -> str:
     metadata = file.schema_arrow.metadata or {}
     if HEADER not in metadata:
         raise BadDataError(
-            f"bench {path} has no header of eval-mcq: import it with eval-mcq import --format hf, naming its columns"
+            f"bench {path} has no header of eval-mcq: import it with `import_benchmark(format=hf)`, naming its columns"
         )
     return str(metadata[HEADER].decode())

@@ -168,7 +168,7 @@ class Preset(BaseModel):
             if not disease.choices and len(found := self.against(disease)) < self.options - 1:
                 raise BadDataError(
                     f"preset '{self.name}' has {len(found)} distractors for '{disease.name}', {self.options} options "
-                    f"need {self.options - 1}: ask for fewer with --options, or for more diseases"
+                    f"need {self.options - 1}: ask for fewer with `options`, or for more diseases"
                 )
 
     def confused_with(self, disease: Disease) -> set[str]:
@@ -192,7 +192,7 @@ class Preset(BaseModel):
         dropped = [d for d in self.diseases if plain(d.name) not in wanted]
         if len(kept) < 2:
             raise UserError(
-                f"--diseases names {len(kept)} disease: give at least two, for one offers the others"
+                f"`diseases` names {len(kept)} disease: give at least two, for one offers the others"
             )
         left = {d.name for d in kept}
         return self.model_copy(

@@ -199,7 +199,7 @@ def read_bench(path: Path) -> tuple[BenchHeader, list[MCQItem]]:
     parquet = path.suffix == SUFFIX
     lines = parquet_lines(path) if parquet else read_lines(path, "bench")
     if lines == [""]:
-        raise BadDataError(f"bench {path} is empty: make one with eval-mcq build")
+        raise BadDataError(f"bench {path} is empty: make one with `build_benchmark()`")
     header = _header(path, lines[0])
     items: list[MCQItem] = []
     seen: dict[str, int] = {}
@@ -217,7 +217,7 @@ def read_bench(path: Path) -> tuple[BenchHeader, list[MCQItem]]:
         seen[item.id] = number
         items.append(item)
     if not items:
-        raise BadDataError(f"bench {path} has a header but no questions: make one with eval-mcq build")
+        raise BadDataError(f"bench {path} has a header but no questions: make one with `build_benchmark()`")
     return header, items
 
 
@@ -240,7 +240,7 @@ def _check_unpacked(path: Path, items: Sequence[MCQItem]) -> None:
             if not (path.resolve().parent / image).is_file():
                 raise BadDataError(
                     f"bench {path}: image {image} of question '{item.id}' is only inside the file: unpack it with "
-                    f"eval-mcq import {path} --format parquet --out {path.stem}.jsonl"
+                    f"`import_benchmark({path}, format=parquet, out={path.stem}.jsonl)`"
                 )
 
 
@@ -286,7 +286,7 @@ def _header(path: Path, line: str) -> BenchHeader:
         )
     if found != SCHEMA:
         raise BadDataError(
-            f"bench {path} has schema '{found}', expected '{SCHEMA}': rebuild it with eval-mcq build"
+            f"bench {path} has schema '{found}', expected '{SCHEMA}': rebuild it with `build_benchmark()`"
         )
     return parse(BenchHeader, line, f"bench {path} line 1")
 

@@ -31,7 +31,7 @@ def lock_run(out: Path, wait: bool = False) -> AbstractContextManager[bool]:
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     file = out.with_name(f".{out.name}.run.lock")
-    taken = f"another process is writing run {out} (it holds the lock {file}): wait for it, or choose another --out"
+    taken = f"another process is writing run {out} (it holds the lock {file}): wait for it, or choose another `out`"
     return locked(file, None if wait else taken)
 
 

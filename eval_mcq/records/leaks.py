@@ -81,9 +81,9 @@ def check_leak(model: Path, bench: Bench, *, allow: bool) -> Leak | None:
         return None
     if not allow:
         raise UserError(
-            f"bench {bench.path}: {leak.text}; build it on the other side of the training data's split (eval-mcq build "
-            "--split test, with the same --patient-column, --test-share and --split-seed), or add --allow-leak to run "
-            "it and have that said in every table"
+            f"bench {bench.path}: {leak.text}; build it on the other side of the training data's split "
+            "(`build_benchmark(split=test)`, with the same `patient_column`, `test_share` and `split_seed`), or add "
+            "`allow_leak=True` to run it and have that said in every table"
         )
     _logger.warning(f"bench {bench.path}: {leak.text}; its figures are flattered")
     return leak

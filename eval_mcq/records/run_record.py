@@ -359,9 +359,7 @@ def load_run(folder: Path) -> Run:
     run = read_run(folder)
     if not run.answers:
         found = "no question in all its rotations" if run.rows else "no question"
-        raise BadDataError(
-            f"run {folder} answers {found} yet: start the same eval-mcq run command again to resume it"
-        )
+        raise BadDataError(f"run {folder} answers {found} yet: the same `run()` again resumes it")
     return run
 
 
@@ -383,15 +381,13 @@ def read_run_record(folder: Path) -> RunRecord:
     """
     path = folder / RUN_FILE
     if not path.is_file():
-        raise NotFoundError(
-            f"{folder} is not a run (it has no {RUN_FILE}): give the --out folder of eval-mcq run"
-        )
+        raise NotFoundError(f"{folder} is not a run (it has no {RUN_FILE}): give the `out` folder of `run()`")
     text = read_text(path, "run")
     found = parse_json(text, f"run {path}")
     if not isinstance(found, dict) or found.get("format") != RUN_FORMAT:
         was = str(found.get("format", "eval-mcq-run/1"))[:40] if isinstance(found, dict) else "no run"
         raise BadDataError(
-            f"run {path} has format '{was}', expected '{RUN_FORMAT}': start the run anew with --force"
+            f"run {path} has format '{was}', expected '{RUN_FORMAT}': start the run anew with `force=True`"
         )
     return parse(RunRecord, text, f"run {path}")
 
@@ -419,7 +415,7 @@ def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer
         if questions.setdefault(answer.id, answer.about) != answer.about:
             raise BadDataError(
                 f"{where} has another category, patient, true letter, image or number of options than another "
-                "rotation of its question: start the run anew with --force"
+                "rotation of its question: start the run anew with `force=True`"
             )
         if (before := lines.get(answer.key)) is None:
             lines[answer.key] = hash(line)
@@ -427,7 +423,7 @@ def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer
         elif before != hash(line):
             raise BadDataError(
                 f"{path} line {number} answers question '{answer.id}' twice (rotation {answer.rotation}), and not as "
-                "the first time: start the run anew with --force"
+                "the first time: start the run anew with `force=True`"
             )
 
 
@@ -435,7 +431,7 @@ def _check_of(answer: Answer, record: RunRecord, where: str) -> None:
     if answer.run not in ("", record.fingerprint):
         raise BadDataError(
             f"{where} is an answer of another run ({answer.run[:16]}, this is {record.fingerprint}): start the run "
-            "anew with --force"
+            "anew with `force=True`"
         )
     if answer.category not in record.categories:
         raise BadDataError(f"{where} has category '{answer.category}', which is none of {RUN_FILE}")

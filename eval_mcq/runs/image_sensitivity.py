@@ -69,7 +69,7 @@ class ImageSensitivity:
         if self.mass is not None and self.mass < LOW_MASS:
             found.append(
                 f"the model hardly answers with letters: all of them together have probability {self.mass:.2f} in "
-                f"{self.questions} questions; consider --mode options"
+                f"{self.questions} questions; consider `mode=options`"
             )
         return found
 

@@ -99,24 +99,25 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
         return
     if not (out / RUN_FILE).is_file():
         raise OutputTakenError(
-            f"output {out} exists and is not a run: choose another --out, or replace it with --force"
+            f"output {out} exists and is not a run: choose another `out`, or replace it with `force=True`"
         )
     old = read_run_record(out)
     if old.hashed_source:
         raise UserError(
-            f"run {out} was begun by an earlier version of eval-mcq, which recorded a hash of its source "
+            f"run {out} was begun by an earlier version, which recorded a hash of its source "
             f"({old.code[:12]}): whether this version gives the same numbers cannot be told, so its answers are shown "
-            f"and compared (eval-mcq table {out}), but not continued; choose another --out, or replace it with --force"
+            f"and compared (`load_run({out})`), but not continued; choose another `out`, or replace it with "
+            "`force=True`"
         )
     differs = record.difference(old)
     if differs is None and old.shard != record.shard:
         differs = f"shard ({old.shard or 'none'}, now {record.shard or 'none'})"
     if differs is None and record.shard and record.batch_size and old.batch_size != record.batch_size:
-        differs = f"--batch-size, which decides what a shard is ({old.batch_size}, now {record.batch_size})"
+        differs = f"`batch_size`, which decides what a shard is ({old.batch_size}, now {record.batch_size})"
     if differs:
         raise UserError(
-            f"run {out} was made with another {differs}: its answers cannot be continued; choose another --out, or "
-            "replace it with --force"
+            f"run {out} was made with another {differs}: its answers cannot be continued; choose another `out`, or "
+            "replace it with `force=True`"
         )
 
 
@@ -221,7 +222,7 @@ def _planned(bench: Bench, record: RunRecord, settings: Settings) -> list[list[G
     if settings.shard.index >= len(whole):
         _logger.info(
             f"shard {settings.shard.name} has nothing to do: the bench is {len(whole)} batches of up to "
-            f"{settings.batch_size} rows; a smaller --batch-size, the same for all shards, makes more of them"
+            f"{settings.batch_size} rows; a smaller `batch_size`, the same for all shards, makes more of them"
         )
     planned = settings.shard.of(whole)
     if settings.limit is None:
@@ -241,7 +242,7 @@ def _done(out: Path, record: RunRecord, bench: Bench) -> set[Key]:
         if answer.id not in items or not answer.answers_item(items[answer.id]):
             raise UserError(
                 f"{out / ANSWERS_FILE} answers '{answer.id}' (true: {answer.gold}), which is not in {bench.path} or "
-                "otherwise: start the run anew with --force"
+                "otherwise: start the run anew with `force=True`"
             )
         done.add(answer.key)
     return done
@@ -252,7 +253,7 @@ def _check_unchanged(out: Path, hashes: dict[str, list[str]]) -> None:
         if hashes.get(answer.id, answer.images_sha256) != answer.images_sha256:
             raise UserError(
                 f"run {out}: an image of question '{answer.id}' has changed since it was answered; "
-                "start anew with --force"
+                "start anew with `force=True`"
             )
 
 
@@ -325,7 +326,7 @@ def _rows(
             if not all(map(isfinite, score.probabilities)):
                 raise UserError(
                     f"question '{ask.item.id}': the model's probabilities are no numbers (NaN): its weights are "
-                    "damaged or overflow; try --dtype float32"
+                    "damaged or overflow; try `dtype=float32`"
                 )
             yield Answer(
                 id=ask.item.id,

@@ -33,7 +33,7 @@ class BenchEvaluator:
         self.bench = load_bench(path)
         if self.bench.header.built.get("split") == "test":
             _logger.warning(
-                f"--eval-bench {path} was built on the test split: weights that are chosen by it are no longer tested "
+                f"`eval_bench={path}` was built on the test split: weights that are chosen by it are no longer tested "
                 "by it; take patients that are in neither training nor test"
             )
         check_images(

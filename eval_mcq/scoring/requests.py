@@ -76,7 +76,7 @@ class PromptTokenizer:
     def __init__(self, processor: Any, prompt: Prompt) -> None:
         if processor is None:
             raise UserError(
-                "the model has no processor (no tokenizer in its folder): eval-mcq cannot put questions to it"
+                "the model has no processor (no tokenizer in its folder): no question can be put to it"
             )
         if template_of(processor) is None:
             raise UserError(
@@ -164,7 +164,7 @@ class PromptTokenizer:
                 nearest = min(per_variant, key=lambda ids: ids.count(None))
                 raise UserError(
                     f"option letter '{LETTERS[nearest.index(None)]}' is not a single token after the prompt for "
-                    "this model's tokenizer: build the bench with fewer --options, or use --mode options"
+                    "this model's tokenizer: build the bench with fewer `options`, or use `mode=options`"
                 )
             self._letter_ids = [sorted(set(ids)) for ids in zip(*usable, strict=True)]
         return self._letter_ids
@@ -193,7 +193,7 @@ class PromptTokenizer:
         if after[: len(before)] != before or len(after) == len(before):
             raise UserError(
                 f"the tokenizer joins the answer '{text}' with the end of the prompt, so that its likelihood cannot be "
-                "told: use --mode letters or generate"
+                "told: use `mode=letters` or `mode=generate`"
             )
         return after[len(before) :]
 

@@ -9,6 +9,7 @@ from mgll_encoder.common.cli import new_app, note, stdout, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
+from mgll_encoder.common.tables import listed
 
 app = new_app("Build data sets for pretraining.")
 
@@ -80,7 +81,7 @@ def fundus(
         source_column,
         layout,
         _classes(classes),
-        tables.listed(binary_columns),
+        listed(binary_columns),
         tables.reading(encoding, sheet, label_separator, uncertain),
     )
     report = build_fundus(

@@ -27,8 +27,10 @@ def pretrain(
     activation: str | None = typer.Option(
         None, help="Activation of --init, if it does not specify it: gelu or quick_gelu."
     ),
-    weights: str | None = typer.Option(
-        None, help="Weights of --init, if it is stored with a moving average of them: raw or ema."
+    init_weights: str | None = typer.Option(
+        None,
+        "--weights",
+        help="Weights of --init, if it is stored with a moving average of them: raw or ema.",
     ),
     image_size: int | None = typer.Option(
         None, help="Image size in pixels that --init is trained at (default: its own)."
@@ -45,8 +47,10 @@ def pretrain(
         False, "--freeze-text", help="Freeze the text tower except its projection."
     ),
     granularities: str = typer.Option("", help="Granularities to use, separated by commas (default: all)."),
-    alpha: str = typer.Option(
-        "1,0.02,0.1", help="Weights of soft CLIP, point-wise loss and smooth KL; 0 disables a term."
+    alphas: str = typer.Option(
+        "1,0.02,0.1",
+        "--alpha",
+        help="Weights of soft CLIP, point-wise loss and smooth KL; 0 disables a term.",
     ),
     epochs: int = typer.Option(20, help="Passes over the training images."),
     batch_size: int = typer.Option(32, help="Images per step."),
@@ -89,9 +93,9 @@ def pretrain(
     from mgll_encoder.pretraining.losses import Alphas
 
     try:
-        soft_clip, pointwise, smooth_kl = (float(part) for part in alpha.split(","))
+        soft_clip, pointwise, smooth_kl = (float(part) for part in alphas.split(","))
     except ValueError:
-        raise UserError(f"--alpha is '{alpha}': give three numbers, such as 1,0.02,0.1") from None
+        raise UserError(f"--alpha is '{alphas}': give three numbers, such as 1,0.02,0.1") from None
     result = api.pretrain(
         data,
         out,
@@ -99,7 +103,7 @@ def pretrain(
         preset=preset,
         init=init,
         activation=activation,
-        init_weights=weights,
+        init_weights=init_weights,
         image_size=image_size,
         pooling=pooling,
         text_tower=text_tower,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgll_encoder.common.cli import note, stdout, warn
+from mgll_encoder.common.cli import note, spelled, stdout, warn
 from mgll_encoder.common.files import check_free
 from mgll_encoder.weights.locate import check_tower
 
@@ -122,7 +122,7 @@ def _facts(header: "TowerHeader") -> dict[str, Any]:
         "dtypes": list(header.dtypes),
         "dropped": header.dropped,
         "files": [str(file) for file in header.files],
-        "warnings": list(header.warnings),
+        "warnings": [spelled(warning) for warning in header.warnings],
     }
 
 

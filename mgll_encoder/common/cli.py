@@ -25,6 +25,7 @@ from mgll_encoder.common.faults import find_fault
 from mgll_encoder.common.files import clear_interrupted
 from mgll_encoder.common.lazy import version
 from mgll_encoder.common.progress import show_with
+from mgll_encoder.common.spelling import Spelling
 
 T = TypeVar("T")
 
@@ -46,6 +47,9 @@ stdout = _Console(markup=False)
 
 stderr = _Console(stderr=True)
 """Progress, warnings and errors."""
+
+_spelling = Spelling()
+"""The options of the running program."""
 
 
 def new_app(help_text: str) -> typer.Typer:
@@ -70,7 +74,9 @@ def run(app: typer.Typer) -> NoReturn:
     atexit.register(gc.freeze)
     try:
         with _showing_logs(), signals.watched(last=True):
-            code = _outcome(_with_version(typer.main.get_command(app)))
+            command = _with_version(typer.main.get_command(app))
+            _spelling.learn(command)
+            code = _outcome(command)
             if signals.received() is not None:
                 clear_interrupted()
     except KeyboardInterrupt:  # a signal that arrived after the command had finished
@@ -181,14 +187,19 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
+def spelled(message: str) -> str:
+    """A message of the library with options in place of arguments: see `mgll_encoder.common.spelling`."""
+    return _spelling.spell(message)
+
+
 def warn(message: str) -> None:
     """Print a warning on stderr."""
-    stderr.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+    stderr.print(f"[yellow]warning:[/yellow] {escape(spelled(message))}", highlight=False, soft_wrap=True)
 
 
 def note(message: str) -> None:
     """Print on stderr what is being done."""
-    stderr.print(escape(message), highlight=False, soft_wrap=True)
+    stderr.print(escape(spelled(message)), highlight=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -224,5 +235,7 @@ def _fail(code: int, message: str) -> int:
     for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
         bar.close()
     with suppress(OSError):  # if stderr is on a full disk, the exit code must suffice
-        stderr.print(f"[red]error:[/red] {escape(one_line(message))}", highlight=False, soft_wrap=True)
+        stderr.print(
+            f"[red]error:[/red] {escape(spelled(one_line(message)))}", highlight=False, soft_wrap=True
+        )
     return code

@@ -1,21 +1,31 @@
 """Exceptions for errors that the user can fix, one class per cause; all derive from `UserError`."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 LONGEST = 2000
 """Maximum number of characters in a message."""
 
+ARGUMENT = re.compile(r"`(?P<name>[a-z]\w*)(?:\['(?P<key>[^'`]+)'\])?(?:=(?P<value>[^`]+))?`")
+"""An argument in a message: its name, the key in it and the value, both optional."""
+
 
 class UserError(Exception):
     """An error in the user's input; shown as one line, exit code 2.
 
-    The message names the file or option, the field, what was found, what was expected, and what to do next. Control
-    characters in it are escaped, and the middle of a long message is left out.
+    The message names the file or argument, the field, what was found, what was expected, and what to do next.
+    Arguments are in backticks, as Python writes them (``image_size=300``); commands print their options instead, see
+    `mgll_encoder.common.spelling`. Control characters are escaped, and the middle of a long message is left out.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the arguments that the message is about."""
+        return tuple(found["name"] for found in ARGUMENT.finditer(str(self)))
 
 
 class NotFoundError(UserError):

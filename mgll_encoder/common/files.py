@@ -170,10 +170,10 @@ def check_free(path: Path, force: bool = False) -> None:
     if path.is_symlink() and not path.exists():
         raise OutputTakenError(
             f"output {path} is a link to {path.readlink()}, which does not exist: remove the link, or choose another "
-            "--out"
+            "`out`"
         )
     if path.exists() and not force:
-        raise OutputTakenError(f"output {path} exists: choose another --out, or replace it with --force")
+        raise OutputTakenError(f"output {path} exists: choose another `out`, or replace it with `force=True`")
 
 
 def write_text(path: Path, text: str, force: bool = False) -> None:
@@ -210,7 +210,7 @@ def _only_writer(path: Path, force: bool) -> Iterator[None]:
         lock = _lock_of(path.absolute())
         taken = (
             f"another process is writing {path.absolute()} (it holds the lock {lock}): wait for it, or choose another "
-            "--out"
+            "`out`"
         )
         with locked(lock, taken) as alone:
             if alone:

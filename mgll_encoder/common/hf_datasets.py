@@ -59,7 +59,7 @@ def _chosen(data: Any, path: Path, split: str | None, default: str | None) -> An
     wanted = split or default
     if wanted not in data:
         asked = f"no split '{wanted}'" if wanted else "several splits"
-        raise BadDataError(f"data set {path} has {asked}: give one of {', '.join(data)} with --split")
+        raise BadDataError(f"data set {path} has {asked}: give one of {', '.join(data)} with `split`")
     return data[wanted]
 
 

@@ -43,23 +43,23 @@ def patient_column(table: Table, named: str | None, *, drawn: bool) -> str | Non
     if named is not None:
         if named.casefold() == NONE and named not in table.columns:
             return None
-        table.check_columns([("--patient-column", named)])
+        table.check_columns([("`patient_column`", named)])
         return named
     known = [column for column in table.columns if re.sub(r"[\W_]", "", column.casefold()) in KNOWN]
     if len(known) == 1:
         _logger.info(
-            f"{table.path.name}: patients are identified by column '{known[0]}' (--patient-column chooses)"
+            f"{table.path.name}: patients are identified by column '{known[0]}' (`patient_column` chooses)"
         )
         return known[0]
     if known:
         raise UserError(
             f"label file {table.path}: columns {', '.join(map(repr, known))} may all identify the patient: choose with "
-            "--patient-column"
+            "`patient_column`"
         )
     if drawn:
         raise UserError(
             f"label file {table.path}: no column is known to identify the patient, and images of one patient must not "
-            f"be in different splits: give --patient-column COLUMN, or --patient-column {NONE} if each image is from a "
+            f"be in different splits: give `patient_column=COLUMN`, or `patient_column={NONE}` if each image is from a "
             f"different patient; its columns are {', '.join(table.columns)}"
         )
     return None

@@ -84,7 +84,7 @@ def only_run(out: Path) -> AbstractContextManager[bool]:
     file = out.with_name(f".{out.name}.training.lock")
     return locked(
         file,
-        f"another run is training into {out} (it holds the lock {file}): wait for it, or choose another --out",
+        f"another run is training into {out} (it holds the lock {file}): wait for it, or choose another `out`",
     )
 
 
@@ -211,7 +211,7 @@ class SaveOnSignal(TrainerCallback):
         self.stopping = control.should_save = control.should_training_stop = True
         if state.is_world_process_zero:
             _logger.info(
-                f"stopping: saving {PREFIX_CHECKPOINT_DIR}-{state.global_step}, from which --resume continues"
+                f"stopping: saving {PREFIX_CHECKPOINT_DIR}-{state.global_step}, from which `resume=True` continues"
             )
 
     def on_epoch_end(

@@ -98,7 +98,7 @@ class Table:
     def _elsewhere(self) -> str:
         if not self.others:
             return ""
-        return f"; that is sheet '{self.sheet}', --sheet chooses another: {', '.join(self.others)}"
+        return f"; that is sheet '{self.sheet}', `sheet` chooses another: {', '.join(self.others)}"
 
 
 def read_table(
@@ -122,10 +122,10 @@ def read_table(
     skipped, reading = skipped or Skipped(strict=True), reading or TableOptions()
     book = workbooks.kind_of(path)
     if book and reading.encoding:
-        raise UserError(f"--encoding has no effect on label file {path}, which is {book.name}: leave it out")
+        raise UserError(f"`encoding` has no effect on label file {path}, which is {book.name}: leave it out")
     if reading.sheet is not None and not (book and book.sheets):
         raise UserError(
-            f"--sheet has no effect on label file {path}, which is no Excel workbook: leave it out"
+            f"`sheet` has no effect on label file {path}, which is no Excel workbook: leave it out"
         )
     if book:
         sheet = book.read(path, reading.sheet)
@@ -135,7 +135,7 @@ def read_table(
         lines = _text_lines(path, reading.encoding)
     if sheet.others:
         others = ", ".join(f"'{name}'" for name in sheet.others)
-        _logger.info(f"{path.name}: sheet '{sheet.name}' is read, not {others} (--sheet chooses)")
+        _logger.info(f"{path.name}: sheet '{sheet.name}' is read, not {others} (`sheet` chooses)")
     numbered = iter(lines)
     columns = _columns(path, numbered)
     table = Table(path, columns, [], sheet.name, sheet.others)
@@ -212,20 +212,20 @@ def _decoded(path: Path, encoding: str | None) -> str:
         text = content.decode(codec).removeprefix("\ufeff")
     except LookupError:
         raise UserError(
-            f"--encoding is '{encoding}', which is none: give one such as utf-8, cp1252, gb18030"
+            f"`encoding` is '{encoding}', which is none: give one such as utf-8, cp1252, gb18030"
         ) from None
     except UnicodeDecodeError as error:
         if b"\0" not in content:
             raise BadDataError(
                 f"label file {path} line {content[: error.start].count(10) + 1} is not {codec.upper()} text (byte "
-                f"0x{content[error.start]:02X}): give its --encoding, such as cp1252 where Excel saved it on Windows, "
+                f"0x{content[error.start]:02X}): give its `encoding`, such as cp1252 where Excel saved it on Windows, "
                 "or save it as 'CSV UTF-8'"
             ) from None
         text = content.decode("latin-1")
     if "\0" in text:
         raise BadDataError(
             f"label file {path} line {text[: text.index(chr(0))].count(chr(10)) + 1} contains a NUL character, which "
-            "text does not have: the file is damaged, or give its --encoding, such as utf-16-le"
+            "text does not have: the file is damaged, or give its `encoding`, such as utf-16-le"
         )
     return text
 
@@ -248,3 +248,8 @@ def _delimiter(text: str) -> str:
         return counts.count(counts[0]), counts[0]
 
     return max(DELIMITERS, key=fit)
+
+
+def listed(columns: str) -> tuple[str, ...]:
+    """Names of columns in a text, where commas separate them."""
+    return tuple(name.strip() for name in columns.split(",") if name.strip())

@@ -124,7 +124,7 @@ def plan_splits(
     used = tuple(name for name in header.granularities if not granularities or name in granularities)
     folder = folder or image_folder(path, header)
     if not folder.is_dir():
-        raise NotFoundError(f"image folder {folder} of manifest {path} does not exist: give it with --images")
+        raise NotFoundError(f"image folder {folder} of manifest {path} does not exist: give it with `images`")
     drafts = {split: _Draft(used) for split in splits}
     for number, place, row in track(read_rows(path, skipped), f"Reading {path.name}"):
         if row.split not in drafts:

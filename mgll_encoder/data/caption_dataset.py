@@ -51,7 +51,7 @@ def described_images(
     folder = images or image_folder(manifest, header)
     if not folder.is_dir():
         raise NotFoundError(
-            f"image folder {folder} of manifest {manifest} does not exist: give it with --images"
+            f"image folder {folder} of manifest {manifest} does not exist: give it with `images`"
         )
     rows: dict[str, tuple[str, ManifestRow]] = {}
     disagreeing = set()

@@ -35,7 +35,7 @@ def check_sheet(path: Path | None, force: bool) -> None:
     if path is None:
         return
     if path.suffix.lower() != ".png":
-        raise UserError(f"--contact-sheet is {path}: expected a name that ends in .png")
+        raise UserError(f"`contact_sheet` is {path}: expected a name that ends in .png")
     check_free(path, force)
 
 

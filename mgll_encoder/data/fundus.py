@@ -122,7 +122,7 @@ def read_explanations(path: Path = EXPLANATIONS) -> Explanations:
         UserError: there is no such file, or it is invalid.
     """
     try:
-        return Explanations.model_validate_json(read_text(path, "--explanations"))
+        return Explanations.model_validate_json(read_text(path, "`explanations`"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -164,7 +164,7 @@ def build_fundus(
     """
     check_free(out, force)
     if not images.is_dir():
-        raise NotFoundError(f"image folder {images} does not exist or is not a folder: check --images")
+        raise NotFoundError(f"image folder {images} does not exist or is not a folder: check `images`")
     known = read_explanations(explanations)
     report = FundusReport(skipped=Skipped(strict))
     rows: list[ManifestRow] = []
@@ -255,12 +255,12 @@ def _read(table: FundusTable, skipped: Skipped, drawn: bool) -> tuple[FundusTabl
     generic = replace(table, image=IMAGE, keywords=KEYWORDS, source=SOURCE)
     if table.path.is_dir():
         return generic, from_folders(table.layout, table.path, skipped)
-    content = read_table(table.path, "--labels", skipped, table.reading)
+    content = read_table(table.path, "`labels`", skipped, table.reading)
     if table.layout != GENERIC:
         return generic, as_generic(table.layout, content, skipped, table.reading)
     columns = Columns(table.image, table.labels, table.binary, table.patient, classes=table.classes)
     columns = columns.of(content, drawn=drawn)
-    content.check_columns([("--keywords-column", table.keywords), ("--source-column", table.source)])
+    content.check_columns([("`keywords_column`", table.keywords), ("`source_column`", table.source)])
     settled = replace(
         table,
         keywords=table.keywords or (KEYWORDS if KEYWORDS in content.columns else None),

@@ -98,7 +98,7 @@ def as_generic(
     """
     layout = _layout(name)
     if not layout.eyes:
-        raise BadDataError(f"layout '{name}' is labeled by its folders: leave --labels out")
+        raise BadDataError(f"layout '{name}' is labeled by its folders: leave `labels` out")
     wanted = sorted(layout.columns)
     if layout.label and not set(layout.label) & set(table.columns):
         wanted.append(layout.label[0])
@@ -134,12 +134,12 @@ def from_folders(name: str, images: Path, skipped: Skipped) -> list[LabelRow]:
     """
     layout = _layout(name)
     if not layout.folders:
-        raise UserError(f"--labels is missing: layout '{name}' needs its label file")
+        raise UserError(f"`labels` is missing: layout '{name}' needs its label file")
     rows: list[LabelRow] = []
     for pattern, found in layout.folders.items():
         files = sorted(images.rglob(pattern))
         if not files:
-            raise BadDataError(f"image folder {images} has no file '{pattern}' ({found}): check --images")
+            raise BadDataError(f"image folder {images} has no file '{pattern}' ({found}): check `images`")
         for file in files:
             skipped.read += 1
             where = f"image {skipped.read} of folder {images}"

@@ -108,14 +108,14 @@ class LabelLists:
             label = min(joined)
             joint = _JOINTS.search(label)
             raise BadDataError(
-                f"{where}: '{label}' consists of other labels of the table: give --label-separator "
-                f"'{joint[0].strip() if joint else ','}' if it is several, or --label-separator {ONE_LABEL} if every "
-                "cell is one label"
+                f"{where}: '{label}' consists of other labels of the table: give "
+                f"`label_separator='{joint[0].strip() if joint else ','}'` if it is several, or "
+                f"`label_separator={ONE_LABEL}` if every cell is one label"
             )
         elif commas:
             _logger.info(
                 f"{where}: '{min(commas)}' is read as one label, because its parts do not occur alone elsewhere "
-                "(--label-separator , splits it)"
+                "(`label_separator=,` splits it)"
             )
 
 

@@ -71,11 +71,11 @@ class Columns:
 
     def _named(self) -> list[tuple[str, str | None]]:
         template = _PLACE.findall(self.image) or [self.image]
-        named: list[tuple[str, str | None]] = [("--image-column", name) for name in template]
-        named += [("--binary-columns", name) for name in self.binary]
+        named: list[tuple[str, str | None]] = [("`image_column`", name) for name in template]
+        named += [("`binary_columns`", name) for name in self.binary]
         if not self.binary:
-            named.append(("--labels-column", self.labels))
-        return [*named, ("--split-column", self.split)]
+            named.append(("`labels_column`", self.labels))
+        return [*named, ("`split_column`", self.split)]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def label_rows(
     """
     reading = reading or TableOptions()
     if reading.separator and (columns.binary or columns.classes):
-        raise UserError("--label-separator has no effect on --binary-columns and --classes: leave it out")
+        raise UserError("`label_separator` has no effect on `binary_columns` and `classes`: leave it out")
     listed = columns.labels and not (columns.binary or columns.classes)
     column = [record[columns.labels or ""] for _, record in table.rows] if listed else []
     lists = LabelLists(reading.separator, column, known, f"label file {table.path} column '{columns.labels}'")
@@ -203,7 +203,7 @@ def settled(
     skipped.uncertain[reading.uncertain] += cells
     _logger.info(
         f"{table.path.name}: {cells} uncertain cells in {len(having)} rows: "
-        f"{'ignored' if reading.uncertain == 'ignore' else f'counted as {reading.uncertain}'} (--uncertain)"
+        f"{'ignored' if reading.uncertain == 'ignore' else f'counted as {reading.uncertain}'} (`uncertain`)"
     )
     if reading.uncertain == "ignore":
         return _coherent(rows, skipped)
@@ -236,7 +236,7 @@ def with_files(
         else:
             skipped.add(
                 NO_FILE,
-                f"{row.where}: column '{column}' names no file below {images}: check --images and --image-column",
+                f"{row.where}: column '{column}' names no file below {images}: check `images` and `image_column`",
             )
     return found
 
@@ -297,7 +297,7 @@ def _of_class(record: Mapping[str, str], columns: Columns) -> frozenset[str]:
     if cell not in columns.classes:
         raise UnusableError(
             "class without a name",
-            f"column '{columns.labels}' is '{cell}', which --classes does not define: it defines "
+            f"column '{columns.labels}' is '{cell}', which `classes` does not define: it defines "
             f"{', '.join(columns.classes)}",
         )
     return frozenset({plain(columns.classes[cell])})

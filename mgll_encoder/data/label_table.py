@@ -173,7 +173,7 @@ def read_class_files(
     for pattern, name in classes.items():
         files = sorted(images.rglob(pattern))
         if not files:
-            raise BadDataError(f"image folder {images} has no file '{pattern}' ({name}): check --images")
+            raise BadDataError(f"image folder {images} has no file '{pattern}' ({name}): check `images`")
         skipped.read += len(files)
         for file in files:
             key = file.relative_to(images).as_posix()
@@ -199,7 +199,7 @@ def _with_test_table(
         return found
     rows = [replace(row, side="train") if row.side == "test" else row for row in found]
     apart = replace(columns, split=None)
-    for row in _rows_of(sides.table, sides.images or images, apart, sides, skipped, reading, "--test-data"):
+    for row in _rows_of(sides.table, sides.images or images, apart, sides, skipped, reading, "`test_data`"):
         # both tables may count their images from 1
         patient = row.patient if row.patient != row.image else f"{sides.table.name}:{row.image}"
         rows.append(replace(row, side="test", patient=patient))
@@ -213,7 +213,7 @@ def _rows_of(
     sides: Sides,
     skipped: Skipped,
     reading: TableOptions | None,
-    option: str = "--data",
+    option: str = "`data`",
 ) -> list[LabelRow]:
     """Return the usable rows of a table, before contradictions between them are checked."""
     table = read_table(path, option, skipped, reading)
@@ -289,4 +289,4 @@ def _among(wanted: str, names: Sequence[str]) -> str:
 
 def _check_folder(images: Path) -> None:
     if not images.is_dir():
-        raise NotFoundError(f"image folder {images} does not exist: check --images")
+        raise NotFoundError(f"image folder {images} does not exist: check `images`")

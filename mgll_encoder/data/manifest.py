@@ -89,7 +89,7 @@ def read_header(path: Path) -> ManifestHeader:
         raise BadDataError(
             f"manifest {path} {form.header_place} is not a manifest header ({_explain(error)}): expected "
             '{"format": "mgll-manifest", "version": 1, "granularities": [...]}; '
-            "create one with 'mgll-encoder data fundus'"
+            "create one with `build_fundus()`"
         ) from None
 
 

@@ -121,7 +121,7 @@ def build_xray(
         UserError: there is no such folder, no usable file, ``out`` exists or, if ``strict``, a file is skipped.
     """
     if not dicom.is_dir():
-        raise NotFoundError(f"DICOM folder {dicom} does not exist or is not a folder: check --dicom")
+        raise NotFoundError(f"DICOM folder {dicom} does not exist or is not a folder: check `dicom`")
     report = XrayReport(skipped=Skipped(strict, "files"))
     files = _files(dicom, report.skipped)
     rows: dict[str, ManifestRow] = {}
@@ -192,10 +192,10 @@ def read_radiograph(path: Path, wanted: Wanted) -> tuple[NDArray[np.uint8], dict
         modality = str(value(header, "Modality") or "").strip()
         if modality not in wanted.modalities:
             named = f"modality {modality}" if modality.isalnum() and len(modality) < 5 else "modality missing"
-            raise UnusableDicomError(named, f"expected {', '.join(wanted.modalities)}; see --modalities")
+            raise UnusableDicomError(named, f"expected {', '.join(wanted.modalities)}; see `modalities`")
         if not wanted.burned_in and str(value(header, BURNED_IN) or "").strip().upper() == "YES":
             raise UnusableDicomError(
-                "burned-in annotation", "names may be part of the picture; --burned-in accepts it"
+                "burned-in annotation", "names may be part of the picture; `burned_in=True` accepts it"
             )
         gray = gray_values(header)
         return gray, *safe_texts(header)

@@ -68,7 +68,7 @@ def clip_text_tower(
     if rows != len(tokenizer) or projection.shape != (width, shared):
         raise UserError(
             f"{path}: the text tower has {rows} tokens and a projection of shape {list(projection.shape)}: expected "
-            f"CLIP's {len(tokenizer)} and [{width}, {shared}]; train another one with --text-tower new"
+            f"CLIP's {len(tokenizer)} and [{width}, {shared}]; train another one with `text_tower=new`"
         )
     config = CLIPTextConfig(
         vocab_size=rows,

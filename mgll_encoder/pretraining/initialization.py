@@ -71,8 +71,8 @@ def starting_towers(
     text = _text(text_tower, path, vision, projection.out_features, plan)
     if text is None and freeze_text:
         raise UserError(
-            "--freeze-text: the text tower is new and must be trained; leave it out, or name a trained one with "
-            "--text-tower"
+            "`freeze_text=True`: the text tower is new and must be trained; leave it out, or name a trained one with "
+            "`text_tower`"
         )
     if text is None:
         text = TextTower.new(plan.all_texts(), preset.text_width, preset.text_depth, projection.out_features)
@@ -90,8 +90,8 @@ def _openai(activation: Activation | None) -> tuple[Path, Activation]:
     except (OSError, RuntimeError, HfHubHTTPError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise NotFoundError(
-            f"--init {OPENAI}: the weights of CLIP ViT-L/14 cannot be downloaded ({first}): connect to the internet, "
-            "or give a file or folder with them, such as --init ViT-L-14.pt"
+            f"`init={OPENAI}`: the weights of CLIP ViT-L/14 cannot be downloaded ({first}): connect to the internet, "
+            "or give a file or folder with them, such as `init=ViT-L-14.pt`"
         ) from None
     return Path(file), activation or "quick_gelu"
 
@@ -144,6 +144,6 @@ def _check_known(text: TextTower, plan: SplitRows) -> None:
     for sentence in plan.all_texts():
         if pieces := unknown(sentence):
             raise UserError(
-                f"the text tower of --init has no embedding for {', '.join(pieces[:5])} in '{sentence[:80]}', a text "
-                f"of {plan.path}: train another one with --text-tower {NEW}"
+                f"the text tower of `init` has no embedding for {', '.join(pieces[:5])} in '{sentence[:80]}', a text "
+                f"of {plan.path}: train another one with `text_tower={NEW}`"
             )

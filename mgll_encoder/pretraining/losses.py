@@ -45,7 +45,7 @@ class Alphas:
         values = (self.soft_clip, self.pointwise, self.smooth_kl)
         if min(values) < 0 or max(values) <= 0 or not all(map(math.isfinite, values)):
             raise UserError(
-                f"--alpha is {values}: give three finite weights, none negative, at least one above 0"
+                f"`alphas` is {values}: give three finite weights, none negative, at least one above 0"
             )
 
 

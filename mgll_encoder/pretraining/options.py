@@ -84,19 +84,19 @@ class PretrainOptions:
             if value not in known:
                 raise unknown_name(name, value, known)
         for option, number in (
-            ("--epochs", self.epochs),
-            ("--batch-size", self.batch_size),
-            ("--lr", self.lr),
-            ("--tower-lr", self.lr if self.tower_lr is None else self.tower_lr),
+            ("`epochs`", self.epochs),
+            ("`batch_size`", self.batch_size),
+            ("`lr`", self.lr),
+            ("`tower_lr`", self.lr if self.tower_lr is None else self.tower_lr),
         ):
             if number <= 0 or not math.isfinite(number):
                 raise UserError(f"{option} is {number}: it must be greater than 0")
         for name in ("activation", "image_size", "pooling"):
             if getattr(self, name) is not None and self.init is None:
-                option, what = name.replace("_", "-"), name.replace("_", " ")
-                raise UserError(f"--{option} is for --init: a new tower has the {what} of its --preset")
+                what = name.replace("_", " ")
+                raise UserError(f"`{name}` is for `init`: a new tower has the {what} of its `preset`")
         if self.init_weights is not None and self.init is None:
-            raise UserError("--weights is for --init: a new tower has one set of weights")
+            raise UserError("`init_weights` is for `init`: a new tower has one set of weights")
         if self.deepspeed is not None:
             _check_deepspeed(self.deepspeed)
 
@@ -122,5 +122,5 @@ def _check_deepspeed(path: Path) -> None:
     if steps not in (1, "auto"):
         raise UserError(
             f"{path}: field 'gradient_accumulation_steps' is {steps}: expected 1; negatives are not shared across "
-            "accumulation steps; raise --batch-size or the number of processes, with --gradient-checkpointing"
+            "accumulation steps; raise `batch_size` or the number of processes, with `gradient_checkpointing=True`"
         )

@@ -182,7 +182,7 @@ def _run(
             f"{trainer.args.num_train_epochs:.0f}): remove {folder} to start over"
         )
     if not all(map(math.isfinite, (outcome.training_loss, *trainer.epoch_losses))):
-        raise UserError(f"the loss is not finite after {outcome.global_step} steps: use a smaller --lr")
+        raise UserError(f"the loss is not finite after {outcome.global_step} steps: use a smaller `lr`")
     return outcome.global_step
 
 
@@ -236,7 +236,7 @@ def _report_truncation(text: TextTower, plan: SplitRows) -> None:
         _logger.info(
             f"{many} of {len(distinct)} texts have more tokens than the text tower's context of {text.context} and are "
             f"truncated. The longest has {lengths[longest]}: '{distinct[longest][:80]}'. To avoid this, use shorter "
-            "texts, fewer granularities, or a --text-tower with a longer context"
+            "texts, fewer granularities, or a `text_tower` with a longer context"
         )
 
 
@@ -250,7 +250,7 @@ def _validation(plan: SplitRows | None, select: Select, model: TwoTowers, worker
     found = f"manifest {plan.path} has {len(plan)} usable val images, and no text that is true of only some of them"
     if select == "best":
         raise UserError(
-            f"--select best: {found}; set some aside with 'mgll-encoder data fundus --val 0.1', or leave --select out"
+            f"`select=best`: {found}; set some aside with `build_fundus(val=0.1)`, or leave `select` out"
         )
     if len(plan):
         _logger.info(f"{found}: the last epoch is kept")
@@ -296,7 +296,7 @@ def _last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path:
     last = last_checkpoint(folder)
     if last is None or not (folder / RUN_FILE).is_file():
         raise NotFoundError(
-            f"nothing to resume: {folder} has no complete checkpoint; run again without --resume"
+            f"nothing to resume: {folder} has no complete checkpoint; run again without `resume`"
         )
     before = read_json(folder / RUN_FILE)
     changed = [name for name in identity if before.get(name) != identity[name]]
@@ -304,6 +304,6 @@ def _last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path:
         name = changed[0]
         raise UserError(
             f"cannot resume: '{name}' was {before.get(name)} in the interrupted run and is {identity[name]} now; "
-            "give the same options, or run again without --resume"
+            "give the same options, or run again without `resume`"
         )
     return last

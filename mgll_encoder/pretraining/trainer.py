@@ -81,7 +81,7 @@ class Validation:
             texts = F.normalize(towers.text.features(self.texts).float(), dim=-1)
         scores = (torch.cat(images) @ texts.T).cpu().numpy()
         if not np.isfinite(scores).all():
-            raise UserError("the towers' features are no longer finite: use a smaller --lr")
+            raise UserError("the towers' features are no longer finite: use a smaller `lr`")
         return ranking_metrics(scores, self.truth[:, np.array(readable)], self.names), troubles
 
 

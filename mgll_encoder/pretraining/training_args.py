@@ -27,7 +27,7 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
-        raise UserError("--precision fp16 needs a GPU: use bf16 or fp32")
+        raise UserError("`precision=fp16` needs a GPU: use bf16 or fp32")
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
@@ -60,7 +60,7 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
     if arguments.n_gpu > 1:
         raise UserError(
             f"{arguments.n_gpu} GPUs are visible to one process: start one process per GPU with "
-            f"torchrun --nproc-per-node {arguments.n_gpu} --no-python mgll-encoder pretrain ..."
+            f"torchrun --nproc-per-node {arguments.n_gpu} --no-python COMMAND ..."
         )
     return arguments
 

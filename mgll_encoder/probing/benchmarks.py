@@ -131,6 +131,6 @@ def published_rows(name: str | None, protocol: str) -> Mapping[str, Mapping[str,
     found = published_figures(paper, protocol) if paper else {}
     if not found:
         raise UserError(
-            f"--compare paper needs --benchmark with published results of a {protocol}: {', '.join(having)}"
+            f"`compare=paper` needs `benchmark` with published results of a {protocol}: {', '.join(having)}"
         )
     return found

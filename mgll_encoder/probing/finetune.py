@@ -78,11 +78,11 @@ class FinetuneOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("--epochs", self.epochs), ("--batch-size", self.batch_size), ("--lr", self.lr)):
+        for name, value in (("`epochs`", self.epochs), ("`batch_size`", self.batch_size), ("`lr`", self.lr)):
             if value <= 0 or not math.isfinite(value):
                 raise UserError(f"{name} is {value}: it must be greater than 0")
         if not 0 < self.validation < 1:
-            raise UserError(f"--validation is {self.validation}: it must be between 0 and 1")
+            raise UserError(f"`validation` is {self.validation}: it must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def finetune(
     if not len(learn.images) or not mixed(choose).any():
         raise UserError(
             f"the validation part ({len(choose.images)} of {len(learn.images) + len(choose.images)} training images) "
-            "has no label with positive and negative images: give a larger --validation, or more patients"
+            "has no label with positive and negative images: give a larger `validation`, or more patients"
         )
     record = {
         **asdict(options),
@@ -234,7 +234,7 @@ def finetune(
             check_states(last, weights=SAFE_WEIGHTS_NAME)
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
         if not math.isfinite(outcome.training_loss):
-            raise UserError(f"the loss is not finite after {outcome.global_step} steps: use a smaller --lr")
+            raise UserError(f"the loss is not finite after {outcome.global_step} steps: use a smaller `lr`")
         logits = trainer.predict(LabeledPixels(asked, tower.spec, False, options.seed)).predictions
         best = math.nan if trainer.state.best_metric is None else float(trainer.state.best_metric)
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgll_encoder.common.errors import BadDataError, UserError
-from mgll_encoder.common.table_options import listed
-from mgll_encoder.common.tables import TableOptions
+from mgll_encoder.common.tables import TableOptions, listed
 from mgll_encoder.common.texts import read_text
 
 if TYPE_CHECKING:
@@ -52,26 +51,26 @@ class LabeledSet:
         from mgll_encoder.probing.benchmarks import benchmark as described
 
         if self.test_images and not self.test_data:
-            raise UserError("--test-images is given without --test-data: expected both, or neither")
+            raise UserError("`test_images` is given without `test_data`: expected both, or neither")
         if sum(map(bool, (self.test_data, self.test_list, self.split_column))) > 1:
             raise UserError(
-                "--test-data, --test-list and --split-column exclude each other: give one of them"
+                "`test_data`, `test_list` and `split_column` exclude each other: give one of them"
             )
         sides = Sides(
             self.test, self.seed, _listed(self.test_list), self.test_data, self.test_images, both_sides
         )
         if self.benchmark and (self.image_column, self.labels_column, self.binary_columns) != _COLUMNS:
-            raise UserError(f"--benchmark {self.benchmark} defines the columns: leave their options out")
+            raise UserError(f"`benchmark={self.benchmark}` defines the columns: leave their options out")
         only = tuple(name.strip().casefold() for name in self.only.split(";") if name.strip())
         known = described(self.benchmark) if self.benchmark else None
         if known and not self.data and known.folders:
             if self.patient_column or self.split_column:
                 raise UserError(
-                    "--patient-column and --split-column need a label table: give --data, or leave them out"
+                    "`patient_column` and `split_column` need a label table: give `data`, or leave them out"
                 )
             columns = known.columns if known.tabled else None
             if self.test_data and not columns:
-                raise BadDataError(f"benchmark '{self.benchmark}' has no label table: leave --test-data out")
+                raise BadDataError(f"benchmark '{self.benchmark}' has no label table: leave `test_data` out")
             return read_class_files(
                 self.images,
                 known.folders,
@@ -83,11 +82,11 @@ class LabeledSet:
             )
         if not self.data:
             raise UserError(
-                "--data is missing: expected the label file; only data sets labeled by folders need none"
+                "`data` is missing: expected the label file; only data sets labeled by folders need none"
             )
         if known and not known.tabled:
             raise BadDataError(
-                f"benchmark '{self.benchmark}' is labeled by its folders: leave --data out, or leave --benchmark "
+                f"benchmark '{self.benchmark}' is labeled by its folders: leave `data` out, or leave `benchmark` "
                 "out and name the columns of your file"
             )
         if known:
@@ -118,14 +117,14 @@ class LabeledSet:
             _logger.warning(f"{len(divided)} patients have images in both splits: results are too optimistic")
         elif not data.by_patient:
             _logger.warning(
-                "no --patient-column: images of one patient may be in both splits, which makes results too optimistic"
+                "no `patient_column`: images of one patient may be in both splits, which makes results too optimistic"
             )
 
 
 def _listed(path: Path | None) -> frozenset[str]:
     if path is None:
         return frozenset()
-    names = read_text(path, "--test-list").split()
+    names = read_text(path, "`test_list`").split()
     if not names:
         raise BadDataError(f"list {path} is empty: expected one test image name per line")
     return frozenset(Path(name).name for name in names)

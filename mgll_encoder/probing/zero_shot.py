@@ -104,7 +104,7 @@ def read_prompts(name: str) -> Prompts:
             raise unknown_name("set of prompts (or a .json file)", name, known)
         return known[name]
     try:
-        prompts = Prompts.model_validate_json(read_text(path, "--prompts"))
+        prompts = Prompts.model_validate_json(read_text(path, "`prompts`"))
         for template in (*prompts.templates, *prompts.negatives):
             template.format_map({"label": "", "explanation": ""})
     except ValidationError as error:
@@ -134,12 +134,12 @@ def text_tower_of(path: Path, tower: Tower) -> TextTower:
     if tower.projection is None:
         raise UserError(
             f"tower {path} has no projection into the image-text space: expected one written by "
-            "'mgll-encoder pretrain', or a full CLIP"
+            "`pretrain()`, or a full CLIP"
         )
     text = paired_text_tower(path, tower, tower.projection.shape[0])
     if text is None:
         raise UserError(
-            f"tower {path} has no text tower: expected a folder written by 'mgll-encoder pretrain', or a full CLIP; "
+            f"tower {path} has no text tower: expected a folder written by `pretrain()`, or a full CLIP; "
             "an image tower alone cannot compare images with texts"
         )
     end = text.tokenizer.eos_token_id

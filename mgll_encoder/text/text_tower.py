@@ -274,7 +274,7 @@ def load_text_tower(tower_folder: Path) -> TextTower:
     if not folder.is_dir():
         raise UserError(
             f"tower {tower_folder} has no text tower (no subfolder '{FOLDER}'): expected a folder written by "
-            "'mgll-encoder pretrain'; a converted image tower alone cannot compare images with texts"
+            "`pretrain()`; a converted image tower alone cannot compare images with texts"
         )
     return TextTower.load(folder)
 

@@ -76,7 +76,7 @@ def check_kind(file: Path) -> dict[str, Any]:
         known = [name for row in ARCHITECTURES.values() for name in (row.model_type, row.around) if name]
         raise UnsupportedCheckpointError(
             f"{file}: field 'model_type' is {kind!r}: expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}, "
-            "the folder of a vision tower (a whole MLLM belongs to --mllm)"
+            "the folder of a vision tower (a whole MLLM belongs to `plan_swap(mllm=...)`)"
         )
     return content
 
@@ -111,7 +111,7 @@ def _ours(folder: Path) -> Claims:
     if record.get("activation_source") == "default":
         notes.append(
             f"{file}: {spec.activation} was a mere default for {record.get('source')} when this folder was written; "
-            "if you know the right activation, convert again with --activation"
+            "if you know the right activation, convert again with `activation`"
         )
     return Claims(OURS, file, spec.model_dump(exclude_none=True), notes=tuple(notes))
 

@@ -345,7 +345,7 @@ def _examine(
     if activation is not None and activation not in get_args(Activation):
         raise unknown_name("activation", activation, get_args(Activation))
     if weights is not None and weights not in get_args(WeightSet):
-        raise unknown_name("--weights", weights, get_args(WeightSet))
+        raise unknown_name("`weights`", weights, get_args(WeightSet))
     checkpoint = open_weights(path, weights)
     claims = read_claims(path)
     plan = plan_keys(checkpoint.headers, str(path))
@@ -417,7 +417,7 @@ def _fitted(spec: TowerSpec, claims: Claims, changes: Mapping[str, Any], path: P
     near = spec.patch_size if asked is None else max(1, round(asked / spec.patch_size)) * spec.patch_size
     if asked not in (None, near):
         raise IncompatibleTowerError(
-            f"--image-size {asked} is no multiple of the tower's patch size {spec.patch_size}: try {near}"
+            f"`image_size={asked}` is no multiple of the tower's patch size {spec.patch_size}: try {near}"
         )
     size = asked or claims.input_size or spec.image_size
     return checked(TowerSpec, {**spec.model_dump(), "image_size": size, "pooling": pooling}, path)
@@ -452,7 +452,7 @@ def _choose_activation(
         return (option, "option") if option else (_DEFAULTS[layout][0], "default")
     if stored is None:
         raise UnsupportedCheckpointError(
-            f"{path}: --activation {option}: a {architecture.title} has {' or '.join(known)}: leave the option out"
+            f"{path}: `activation={option}`: a {architecture.title} has {' or '.join(known)}: leave the option out"
         )
     name = claims.names.get("activation", "activation")
     if stored not in known:
@@ -462,7 +462,7 @@ def _choose_activation(
         )
     if option and option != stored:
         raise UnsupportedCheckpointError(
-            f"{path}: --activation {option} contradicts '{stored}', stored in {claims.file} as '{name}': "
+            f"{path}: `activation={option}` contradicts '{stored}', stored in {claims.file} as '{name}': "
             "leave the option out, or correct the file if it is wrong"
         )
     return cast(Activation, stored), "stored"
@@ -473,7 +473,7 @@ def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
     return (
         f"{path}: the activation is not stored; taken as {chosen}, the default for an {layout}. If the tower "
         f"was trained with {other}, nothing fails, but its features are about 1 % off and answers silently worse: "
-        f"then pass --activation {other}; if {chosen} is right, say so with --activation {chosen}"
+        f"then pass `activation={other}`; if {chosen} is right, say so with `activation={chosen}`"
     )
 
 
@@ -485,7 +485,7 @@ def _weights_warning(checkpoint: WeightFile) -> str:
         )
     return (
         f"{path} holds two sets of weights, raw ones ('{sets['raw']}') and their moving average ('{sets['ema']}'); "
-        "the raw ones are taken: pass --weights ema for the average, which is often the better one, or --weights raw "
+        "the raw ones are taken: pass `weights=ema` for the average, which is often the better one, or `weights=raw` "
         "to say so"
     )
 

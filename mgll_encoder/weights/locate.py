@@ -14,7 +14,7 @@ def check_manifest(path: Path) -> None:
     """
     if not path.is_file():
         raise NotFoundError(
-            f"manifest {path} does not exist or is not a file: create one with 'mgll-encoder data fundus'"
+            f"manifest {path} does not exist or is not a file: create one with `build_fundus()`"
         )
 
 

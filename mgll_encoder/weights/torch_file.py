@@ -196,12 +196,12 @@ def _check_held(
     if weights is not None and found and weights not in found:
         (other,) = set(get_args(WeightSet)) - {weights}
         raise BadDataError(
-            f"{path} holds no {weights} weights, only {other} ones ('{found[other]}'): leave --weights out"
+            f"{path} holds no {weights} weights, only {other} ones ('{found[other]}'): leave `weights` out"
         )
     if weights == "ema" and not found:
         raise BadDataError(
             f"{path} holds one set of weights and no moving average beside it: expected one under "
-            f"{', '.join(map(repr, EMA_SETS))}; leave --weights out"
+            f"{', '.join(map(repr, EMA_SETS))}; leave `weights` out"
         )
     if not state:
         kind = type(content).__name__

@@ -129,7 +129,7 @@ def _open_file(path: Path, weights: WeightSet | None = None) -> WeightFile:
     refuse_pointer(path, head)
     if head[8:9] == b"{":
         if weights is not None:
-            raise BadDataError(f"{path} is a safetensors file, with one set of weights: leave --weights out")
+            raise BadDataError(f"{path} is a safetensors file, with one set of weights: leave `weights` out")
         return _open_safetensors(file)
     zipped = head.startswith(b"PK\x03\x04")
     if zipped or head.startswith(b"\x80"):  # torch's zip format, or the bare pickle from before 1.6

@@ -135,7 +135,7 @@ class Alignment:
             if fit.r2 < POOR:
                 found.append(
                     f"alignment did not work for {fit.reader}: on held-out images it explains {fit.r2:.0%} of what the "
-                    f"old tower's features gave; add images (--align-samples, now {self.used}) of the kind that the "
+                    f"old tower's features gave; add images (`samples`, now {self.used}) of the kind that the "
                     "model is to see, and retrain the projector before use"
                 )
         widest = max(value.shape[-1] for value in self.tensors.values() if value.ndim == 2)
@@ -153,13 +153,13 @@ def fitted_plan(plan: Plan, family: Family, checkpoint: Checkpoint) -> Plan:
         UserError: it swaps nothing, or has no linear layer that reads features.
     """
     if not plan.swapped:
-        raise UserError("--align goes with a new tower: give one with --encoder")
+        raise UserError("`images` goes with a new tower: give one with `encoder`")
     plan = family.for_alignment(plan, checkpoint)
     connector_layers = family.connector_layers(plan)
     if not connector_layers:
         raise UserError(
             f"{plan.source}: no linear layer of its own reads the tower's features ({', '.join(plan.readers)}), so "
-            "there is nothing to align: leave out --align and retrain the projector"
+            "there is nothing to align: leave out `images` and retrain the projector"
         )
     linears = {name for reading in connector_layers for name in (reading.linear, reading.adds) if name}
     steps = [_to_fit(step) if step.name.rpartition(".")[0] in linears else step for step in plan.steps]
@@ -201,7 +201,7 @@ def align(
     try:
         old = source_vision_model(target, family, checkpoint, place)
     except UserError as error:
-        raise UserError(f"--align needs the model as it was, tower and all: {error}") from error
+        raise UserError(f"`images` needs the model as it was, tower and all: {error}") from error
     new = planned_vision_model(target, family, checkpoint, place)
     points = {_point(r): (_point(r), r.at or r.host or r.linear) for r in connector_layers}
     data = _Data(FeaturePairs(family, old, new, points))
@@ -210,7 +210,7 @@ def align(
     if data.used < FEWEST:
         found = "; ".join(data.skipped.lines())
         raise UserError(
-            f"--align {images}: {data.used} readable images are too few, {FEWEST} at least are needed; {found}"
+            f"`images={images}`: {data.used} readable images are too few, {FEWEST} at least are needed; {found}"
         )
     tensors, fits = _solve(data, connector_layers, old, plan, target)
     return Alignment(
@@ -242,7 +242,7 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         here = torch.accelerator.current_accelerator(check_available=True)
         known = f"cpu or {here.type}" if here else "cpu"
-        raise UserError(f"--align-device {name}: no such device here: take auto, {known}") from None
+        raise UserError(f"`device={name}`: no such device here: take auto, {known}") from None
     return device
 
 

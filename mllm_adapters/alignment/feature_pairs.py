@@ -117,17 +117,17 @@ def find_images(images: Path, most: int) -> list[Path]:
         where = f"{images} has {len(files)} images to train on"
     else:
         what = "is neither a folder nor a manifest or bench (.jsonl)" if images.exists() else "does not exist"
-        raise UserError(f"--align {images} {what}: give a folder of images; they need no labels")
+        raise UserError(f"`images={images}` {what}: give a folder of images; they need no labels")
     if min(len(files), most) < FEWEST:
-        asked = f", and --align-samples is {most}" if most < FEWEST <= len(files) else ""
-        raise UserError(f"--align: {where}{asked}: at least {FEWEST} are needed, some hundreds are better")
+        asked = f", and `samples` is {most}" if most < FEWEST <= len(files) else ""
+        raise UserError(f"`images`: {where}{asked}: at least {FEWEST} are needed, some hundreds are better")
     random.Random(0).shuffle(files)
     return files[:most]
 
 
 def _listed(file: Path) -> set[Path]:
     """The images of a manifest's training split, or of all questions of a bench."""
-    lines = read_text(file, "--align").split("\n")  # not splitlines(): texts may hold U+2028
+    lines = read_text(file, "`images`").split("\n")  # not splitlines(): texts may hold U+2028
     first = parse_json(lines[0], f"{file} line 1")
     if not (isinstance(first, dict) and first.get("schema") == BENCH_SCHEMA):
         folder = image_folder(file, read_header(file))

@@ -161,7 +161,7 @@ class Checkpoint:
         if part not in self._given:
             return next((path for name in names if (path := find_part(name, self.folder))), None)
         if not (given := at_hand(self._given[part])).exists():
-            raise NotFoundError(f"--part {part}={given}: this file or folder does not exist")
+            raise NotFoundError(f"`parts['{part}']={given}`: this file or folder does not exist")
         return given
 
     def attach(self, part: str, path: Path) -> dict[str, TensorHeader]:

@@ -104,7 +104,7 @@ def check_space(folder: Path, needed: int) -> None:
     if needed > free:
         raise UserError(
             f"{folder.parent} has {decimal(free)} free, but {decimal(needed)} are to be written: free "
-            f"{decimal(needed - free)}, or choose an --out on another disk"
+            f"{decimal(needed - free)}, or choose an `out` on another disk"
         )
 
 

@@ -57,7 +57,7 @@ def check_swapped(folder: Path) -> None:
     """
     if not is_swapped(folder):
         refuse_delta(folder)
-        raise NotFoundError(f"{folder} has no {PROVENANCE}: expected a checkpoint written by swap-encoder")
+        raise NotFoundError(f"{folder} has no {PROVENANCE}: expected a checkpoint written by `plan_swap()`")
 
 
 def check_delta(folder: Path) -> None:
@@ -68,7 +68,7 @@ def check_delta(folder: Path) -> None:
     """
     if not (folder / DELTA).is_file():
         raise NotFoundError(
-            f"{folder} is not a delta: expected a folder with {DELTA}, as swap-encoder --delta writes"
+            f"{folder} is not a delta: expected a folder with {DELTA}, as `write_delta()` writes"
         )
 
 
@@ -80,8 +80,8 @@ def refuse_delta(folder: Path) -> None:
     """
     if (folder / DELTA).is_file():
         raise UnsupportedCheckpointError(
-            f"{folder} is a delta (it holds {DELTA}), not a whole checkpoint: `swap-encoder compose --delta {folder} "
-            f"--out {folder.name}-whole` makes one from it; load_mllm and eval-mcq run accept a delta"
+            f"{folder} is a delta (it holds {DELTA}), not a whole checkpoint: `compose(delta={folder}, "
+            f"out={folder.name}-whole)` makes one from it; load_mllm and `run()` accept a delta"
         )
 
 

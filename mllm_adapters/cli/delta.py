@@ -28,7 +28,7 @@ def compose(
             "and hash."
         ),
     ] = None,
-    part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
+    parts: Annotated[list[str] | None, typer.Option("--part", help=PART_HELP)] = None,
     copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
@@ -47,8 +47,8 @@ def compose(
     from mllm_adapters.swap.report import total_bytes
 
     check_output(out, force, [delta])
-    parts = parts_of(part) | ({ENCODER_PART: encoder} if encoder else {})
-    opened = open_delta(delta, resolve(mllm) if mllm else None, parts)
+    given = parts_of(parts) | ({ENCODER_PART: encoder} if encoder else {})
+    opened = open_delta(delta, resolve(mllm) if mllm else None, given)
     with progress_bar("writing", total_bytes(opened.plan)) as advance:
         delta_files.compose(opened, out, force=force, copy=copy, progress=advance)
     cli.stdout.print(f"Written: {out}", markup=False, soft_wrap=True)
@@ -66,7 +66,7 @@ def extract(
             help="Refer to the tower by the encoder's hashes instead of storing it (unless it was trained).",
         ),
     ] = False,
-    part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
+    parts: Annotated[list[str] | None, typer.Option("--part", help=PART_HELP)] = None,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
     """Extract a delta from a swapped checkpoint, retrained or not.
@@ -89,7 +89,7 @@ def extract(
             folder,
             resolve(mllm),
             target,
-            parts=parts_of(part),
+            parts=parts_of(parts),
             reference_tower=reference_tower,
             force=force,
             progress=advance,

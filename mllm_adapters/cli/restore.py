@@ -41,11 +41,13 @@ def verify(
 
     checks = api.verify(folder, encoder=encoder, source=source, quick=quick)
     if as_json:
-        cli.stdout.print_json(data=[asdict(check) for check in checks])
+        cli.stdout.print_json(
+            data=[asdict(check) | {"detail": cli.spelled(check.detail)} for check in checks]
+        )
     else:
         table = Table("", "check", "what was found")
         for check in checks:
-            table.add_row(MARKS[check.passed], check.name, check.detail)
+            table.add_row(MARKS[check.passed], check.name, cli.spelled(check.detail))
         cli.stdout.print(table)
     if failed := [check for check in checks if check.passed is False]:
         found = "; ".join(f"{check.name} ({check.detail})" for check in failed)
@@ -64,9 +66,11 @@ def restore(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: <folder>-restored, or <folder>-encoder.")
     ] = None,
-    part: Annotated[
+    parts: Annotated[
         list[str] | None,
-        typer.Option(help="Path of a part of the original that is not next to it: NAME=PATH. Repeatable."),
+        typer.Option(
+            "--part", help="Path of a part of the original that is not next to it: NAME=PATH. Repeatable."
+        ),
     ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy unchanged files instead of hard-linking them.")
@@ -81,19 +85,19 @@ def restore(
     """
     if (original is None) == (not to_encoder):
         raise UserError("pass either --original ORIG or --to-encoder: swap-encoder restore --help")
-    if to_encoder and (part or copy):
+    if to_encoder and (parts or copy):
         raise UserError(
             "--part and --copy go with --original: with --to-encoder nothing of the original is read"
         )
     name = folder.absolute().name
     target = out or Path(f"{name}-{'encoder' if to_encoder else 'restored'}")
 
-    parts = parts_of(part)
+    given = parts_of(parts)
     check_swapped(folder)
     following = f"mgll-encoder inspect {target}"
     if original is not None:
         cli.note(f"restoring {folder} from {original} ...")
         following = f"eval-mcq run --model {target} --bench test.jsonl --out runs/{target.name}"
-    api.restore(folder, target, original=original, parts=parts, force=force, copy=copy)
+    api.restore(folder, target, original=original, parts=given, force=force, copy=copy)
     cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
     cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)

@@ -59,25 +59,28 @@ def swap(
         str | None,
         typer.Option(help="raw or ema, for towers that also contain a moving average of the weights."),
     ] = None,
-    part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
+    parts: Annotated[list[str] | None, typer.Option("--part", help=PART_HELP)] = None,
     layout: Annotated[
         str,
         typer.Option(
             help="Output layout: own, or llava (loads with stock transformers) for families that support it."
         ),
     ] = "own",
-    align: Annotated[
+    images: Annotated[
         Path | None,
         typer.Option(
+            "--align",
             help="Folder of images, manifest or bench; labels play no part: fit what reads the tower to them, in "
-            "closed form."
+            "closed form.",
         ),
     ] = None,
-    align_samples: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of images for --align. Default: 500.")
+    samples: Annotated[
+        int | None,
+        typer.Option("--align-samples", min=1, help="Maximum number of images for --align. Default: 500."),
     ] = None,
-    align_device: Annotated[
-        str | None, typer.Option(help="Device of the towers in --align: cpu, cuda ... Default: auto.")
+    device: Annotated[
+        str | None,
+        typer.Option("--align-device", help="Device of the towers in --align: cpu, cuda ... Default: auto."),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -126,7 +129,7 @@ def swap(
     if copy and delta:
         raise UserError("--copy goes without --delta: a delta holds no file of the checkpoint")
 
-    fitting = _fitting(align, align_samples, align_device)
+    fitting = _fitting(images, samples, device)
     with cli.importing():
         if push_to_hub is not None and not dry_run:
             from mllm_adapters.swap.hub import check_push
@@ -134,7 +137,7 @@ def swap(
             check_push(push_to_hub)
         plan = api.plan_swap(
             mllm, encoder, image_size=image_size, tokens=tokens, layout=layout, activation=activation,
-            weights=weights, dtype=dtype, parts=parts_of(part),
+            weights=weights, dtype=dtype, parts=parts_of(parts),
         )  # fmt: skip
     for warning in plan.warnings:
         cli.warn(warning)
@@ -167,7 +170,7 @@ def swap(
 def convert(
     mllm: Annotated[str, typer.Option(help=MLLM_HELP)],
     out: Annotated[Path, typer.Option(help=OUT_HELP)],
-    part: Annotated[list[str] | None, typer.Option(help=PART_HELP)] = None,
+    parts: Annotated[list[str] | None, typer.Option("--part", help=PART_HELP)] = None,
     copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
@@ -177,7 +180,7 @@ def convert(
 
     Example: swap-encoder convert --mllm llava-v1.5-7b --out llava-v1.5-7b-hf
     """
-    plan = api.plan_conversion(mllm, parts=parts_of(part))
+    plan = api.plan_conversion(mllm, parts=parts_of(parts))
     _show(plan, out, as_json=as_json, force=force, copy=copy)
     if dry_run:
         return

@@ -77,7 +77,7 @@ _JANUS = "take Janus-Pro (deepseek-ai/Janus-Pro-1B or -7B)"
 _INSTRUCTBLIP = "take an InstructBLIP such as Salesforce/instructblip-vicuna-7b"
 _FLAMINGO = "take Med-Flamingo's model.pt or OpenFlamingo-9B's checkpoint.pt next to its LLaMA folder"
 _MGM = "expected LLaMA with the vicuna_v1 prompt; take MGM-7B or MGM-13B, with or without -HD"
-_TOWER = "a tower belongs to --encoder, --mllm takes the multimodal model"
+_TOWER = "a tower belongs to `encoder`, `mllm` takes the multimodal model"
 _PRESENT = r"."
 """A pattern that matches every value."""
 
@@ -201,8 +201,8 @@ NOT_READ: tuple[NotRead, ...] = (
     # Parts of a multimodal model
     NotRead("a language model", r"qwen[23]|(Llama|Mistral|Qwen[23]|Gemma2?|Phi3?|Mixtral)ForCausalLM",
             "this is a language model, without vision tower and projector",
-            "pass a multimodal model made of it; beside LLaVA's projector-only and LoRA folders it is --part "
-            "base=PATH"),
+            "pass a multimodal model made of it; beside LLaVA's projector-only and LoRA folders it is "
+            "`parts['base']=PATH`"),
     NotRead("a tower or a text encoder", r"clip(_(vision|text)_model)?|siglip2?(_vision_model)?|dinov[23].*|vit",
             "this is a tower or a text encoder alone", _TOWER),
     # Relatives of the families

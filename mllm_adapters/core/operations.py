@@ -155,7 +155,7 @@ ONES = Operation("ones", "set to one", _ones)
 """Scale of a normalization next to a re-initialized layer."""
 
 IDENTITY = Operation("identity", "set to the identity", _identity)
-FIT = Operation("fit", "fitted on images (--align)", None)
+FIT = Operation("fit", "fitted on images", None)
 """See `mllm_adapters.alignment.align`."""
 
 SLICE = Operation(

@@ -109,12 +109,12 @@ def external_tower(
     found = _known_geometry(named, checkpoint, replaced, image_size)
     if found is None:
         way_out = (
-            " Its geometry alone would do for a swap: give --image-size." if replaced and named.width else ""
+            " Its geometry alone would do for a swap: give `image_size`." if replaced and named.width else ""
         )
         raise NotFoundError(
             f"{checkpoint.folder}: its vision tower '{named.name}' is neither in the checkpoint folder, nor beside it, "
             f"nor in the Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / named.name}, or say "
-            f"where it is with --part {TOWER_PART}=PATH.{way_out}"
+            f"where it is with `parts['{TOWER_PART}']=PATH`.{way_out}"
         )
     spec, source = found
     fitted = spec.model_copy(update={"resize": named.resize})
@@ -153,7 +153,7 @@ def _known_geometry(
         if replaced or fits:
             return spec, f"that of {published}, by its name"
     if replaced and named.width and image_size:
-        source = f"taken as {named.width} wide (config.json) at --image-size {image_size}"
+        source = f"taken as {named.width} wide (config.json) at {image_size} px"
         return assumed_geometry(named.width, image_size), source
     return None
 
@@ -211,13 +211,13 @@ def after_swap(
     most = max(LARGEST_STRETCH * spec.image_size // unit, 1) * unit
     if image_size is not None and image_size > most:
         raise IncompatibleTowerError(
-            f"--image-size {image_size} is more than {LARGEST_STRETCH} times the tower's own {spec.image_size}: "
+            f"`image_size={image_size}` is more than {LARGEST_STRETCH} times the tower's own {spec.image_size}: "
             f"take {most} at most, or leave it out to keep the host's number of tokens"
         )
     if size % unit or size <= 0:
         near = max(1, round(size / unit)) * unit
         by = f"patch size {spec.patch_size}" + (f" times {multiple}" if multiple > 1 else "")
-        raise IncompatibleTowerError(f"--image-size {size} is no multiple of the tower's {by}: try {near}")
+        raise IncompatibleTowerError(f"`image_size={size}` is no multiple of the tower's {by}: try {near}")
     resized = spec.model_copy(update={"image_size": size, "mean": before.mean, "std": before.std})
     after = contract_of(resized, before.feature_layer, before.class_token)
     return after if tokens is None else after.model_copy(update={"tokens": tokens(after.grid)})
@@ -300,7 +300,7 @@ def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
         return plan
     steps = [s.model_copy(update={"dtype": dtype}) if s.kind.from_tower else s for s in plan.steps]
     note = (
-        f"the tower is written in {dtype} (--dtype), the host's own dtype is {' and '.join(hosts)}; what loads the "
+        f"the tower is written in {dtype} (`dtype`), the host's own dtype is {' and '.join(hosts)}; what loads the "
         "model in one dtype, as transformers does by default, converts the tower to that"
     )
     return plan.model_copy(update={"steps": tuple(steps), "notes": (*plan.notes, note)})

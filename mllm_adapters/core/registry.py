@@ -100,10 +100,10 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
     for part in given or {}:
         if not found.spec.parts:
             raise UserError(
-                f"--part {part}: a checkpoint of {found.spec.title} has no parts outside its folder"
+                f"`parts['{part}']`: a checkpoint of {found.spec.title} has no parts outside its folder"
             )
         if part not in found.spec.parts:
-            raise unknown_name(f"--part for {found.spec.title}", part, found.spec.parts)
+            raise unknown_name(f"`parts` for {found.spec.title}", part, found.spec.parts)
     return Checkpoint(inner, found.spec.extra_weights, given=given, loose=loose, config=config), found, layout
 
 

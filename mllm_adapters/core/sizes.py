@@ -63,7 +63,7 @@ def plan_at_size(
         return family.plan(checkpoint, tower, size, target)
 
     if tokens is not None and image_size is not None:
-        raise UserError(f"--tokens {tokens} and --image-size {image_size}: give one, it decides the other")
+        raise UserError(f"`tokens={tokens}` and `image_size={image_size}`: give one, it decides the other")
     if tokens is not None:
         return _with_tokens(plan_at, tokens, family.spec.title), None
     plan = plan_at(image_size)
@@ -82,14 +82,14 @@ def _with_tokens(plan_at: PlanAt, tokens: int, title: str) -> Plan:
         near = (max(root, 1) ** 2 + join.extra, (root + 1) ** 2 + join.extra)
         besides = " and the class token" if join.extra else ""
         raise UserError(
-            f"--tokens {tokens}: {title} makes a square of tokens{besides} of an image: try "
+            f"`tokens={tokens}`: {title} makes a square of tokens{besides} of an image: try "
             f"{' or '.join(str(n) for n in sorted(set(near)))}"
         )
     size = root * join.side * usual.after.patch_size
     try:
         return plan_at(size)
     except UserError as error:
-        raise UserError(f"--tokens {tokens} takes images of {size} px, which cannot be: {error}") from None
+        raise UserError(f"`tokens={tokens}` takes images of {size} px, which cannot be: {error}") from None
 
 
 def _is_fixed(usual: Plan, plan_at: PlanAt, join: Join) -> bool:
@@ -103,8 +103,8 @@ def _is_fixed(usual: Plan, plan_at: PlanAt, join: Join) -> bool:
 
 def _fixed(tokens: int, title: str, usual: Plan) -> UserError:
     return UserError(
-        f"--tokens {tokens}: {title} reads an image into {usual.after.tokens} tokens whatever its size: leave --tokens "
-        "out, or choose the size in pixels with --image-size"
+        f"`tokens={tokens}`: {title} reads an image into {usual.after.tokens} tokens whatever its size: leave `tokens` "
+        "out, or choose the size in pixels with `image_size`"
     )
 
 
@@ -128,9 +128,9 @@ def _warning(plan: Plan, plan_at: PlanAt, tower: TowerHeader) -> str | None:
     try:
         proposed = plan_at(size).after.tokens
     except UserError:
-        return _told(tower.source, own, plan, "choose another size with --image-size or --tokens")
-    way_out = f"--image-size {size} keeps the tower's own ({proposed} tokens)"
-    return _told(tower.source, own, plan, f"{way_out}; --tokens N or another --image-size decides otherwise")
+        return _told(tower.source, own, plan, "choose another size with `image_size` or `tokens`")
+    way_out = f"`image_size={size}` keeps the tower's own ({proposed} tokens)"
+    return _told(tower.source, own, plan, f"{way_out}; `tokens=N` or another `image_size` decides otherwise")
 
 
 def _told(source: Path, own: int, plan: Plan, way_out: str) -> str:

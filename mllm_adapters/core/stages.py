@@ -237,6 +237,6 @@ def _check_not_quantized(model: nn.Module, stage: str, names: Iterable[str]) -> 
     for name in names:
         if not model.get_parameter(name).is_floating_point():
             raise UserError(
-                f"stage '{stage}' trains {name}, which is frozen in 4-bit: use a lora stage with --qlora, or load the "
-                "model without it"
+                f"stage '{stage}' trains {name}, which is frozen in 4-bit: use a lora stage with `qlora=True`, or load "
+                "the model without it"
             )

@@ -67,9 +67,7 @@ class Support(BaseModel):
             name = LAYER.sub(".*.", reader)  # the same module of several layers
             names = by_fate.setdefault(fate.partition(":")[0], [])
             names += [name] if name not in names else []
-        loads = [
-            how if target == "own" else f"--layout {target}: {how}" for target, how in self.loads.items()
-        ]
+        loads = [how if target == "own" else f"layout {target}: {how}" for target, how in self.loads.items()]
         return (
             self.family,
             "; ".join(self.reads),

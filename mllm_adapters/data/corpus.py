@@ -72,7 +72,7 @@ def read_corpus(
     rows, other_split = read_table(files, options)
     names = dict.fromkeys(name for images in rows.table.select_columns("images") for name in images["images"])
     if folder is None and (relative := next((name for name in names if not Path(name).is_absolute()), None)):
-        raise BadDataError(f"{files[0]} names images without their folder ({relative}): pass it as --images")
+        raise BadDataError(f"{files[0]} names images without their folder ({relative}): pass it as `images`")
     start = folder or files[0].parent
     facts = image_facts(names, start)
     damaged = {name: fact.fault for name, fact in facts.items() if fact.fault}

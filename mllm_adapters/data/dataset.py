@@ -155,7 +155,7 @@ def prepare_examples(
         unreadable = f", {counts.damaged} show images that cannot be read" if counts.damaged else ""
         raise BadDataError(
             f"{corpus.path}: none of {counts.rows} rows can be trained on: {counts.text_only} have no image, "
-            f"{counts.too_long} are longer than {max_length} tokens (--max-length){unreadable}"
+            f"{counts.too_long} are longer than {max_length} tokens (`max_length`){unreadable}"
         )
     examples = ExampleTable(rendered, kept, key)
     _try_several_images(examples, columns["shown"][kept], corpus, processor)

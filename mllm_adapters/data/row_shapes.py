@@ -69,7 +69,9 @@ def _of_pair(record: Mapping[str, Any]) -> Any:
     if pair is None:
         return record
     if "options" in record:
-        raise ValueError("a multiple-choice row: convert it with eval-mcq import, and pass the benchmark")
+        raise ValueError(
+            "a multiple-choice row: convert it with `import_benchmark()`, and pass the benchmark"
+        )
     asked, answered = (
         {"role": role, "content": record[key]} for role, key in zip(("user", "assistant"), pair, strict=True)
     )

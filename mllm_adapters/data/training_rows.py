@@ -73,7 +73,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if self.answer not in ANSWERS:
-            raise unknown_name("--answer", self.answer, ANSWERS)
+            raise unknown_name("`answer`", self.answer, ANSWERS)
 
 
 class Row(TypedDict):
@@ -202,7 +202,7 @@ def detect(path: Path) -> Reader:
         if head["schema"] != BENCH_SCHEMA:
             raise BadDataError(
                 f"{path} line 1 has schema '{head['schema']}', expected '{BENCH_SCHEMA}': rebuild it with "
-                "eval-mcq build"
+                "`build_benchmark()`"
             )
         return _questions
     return _dataset if is_dataset(path) else _conversations
@@ -267,7 +267,7 @@ def _questions(path: Path, options: DataOptions) -> Iterator[Row]:
 def _captions(path: Path, options: DataOptions) -> Iterator[Row]:
     header = read_header(path)
     if options.caption not in (ALL, *header.granularities):
-        raise unknown_name(f"--caption for {path}", options.caption, [ALL, *header.granularities])
+        raise unknown_name(f"`caption` for {path}", options.caption, [ALL, *header.granularities])
     folder = image_folder(path.resolve(), header)
     for number, _, row in read_manifest(path):
         said = caption(row.texts, header.granularities, options.caption)

@@ -182,7 +182,7 @@ def _questions(corpus: Corpus) -> list[Question]:
     if not readable:
         raise UserError(
             f"{corpus.path}: none of {len(corpus.rows)} conversations is a multiple-choice question answered "
-            "by a letter: make some with `eval-mcq build`"
+            "by a letter: make some with `build_benchmark()`"
         )
     return readable
 

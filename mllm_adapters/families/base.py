@@ -145,7 +145,7 @@ class PlannedFamily(Family):
             UserError: there is nothing to do, or the family does not support the target.
         """
         if request.target not in self.spec.targets and self.spec.not_llava:
-            raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use --layout own")
+            raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use `layout=own`")
         if request.tower is not None:
             self._check_tower(request.tower)
             return
@@ -153,7 +153,7 @@ class PlannedFamily(Family):
             raise UserError(f"{checkpoint.folder} is already in the transformers layout: nothing to convert")
         if request.target != "own" and request.target in self.spec.targets:
             raise UserError(
-                f"{checkpoint.folder}: the layout llava is for a checkpoint with a new tower, give one with --encoder "
+                f"{checkpoint.folder}: the layout llava is for a checkpoint with a new tower, give one with `encoder` "
                 "(a LLaVA has a CLIP tower)"
             )
 

@@ -202,7 +202,7 @@ def _verify(
     if not (far <= tolerance and apart <= tolerance):
         raise UserError(
             f"the feature cache does not fit this model: features differ by {far:.1e} of the largest, the loss by "
-            f"{apart:.1e} (allowed {tolerance:.0e}): add --no-feature-cache, and report the model"
+            f"{apart:.1e} (allowed {tolerance:.0e}): add `feature_cache=False`, and report the model"
         )
 
 

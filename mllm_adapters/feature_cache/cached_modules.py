@@ -295,7 +295,7 @@ def seen_of_images(seen: Seen, plan: OutputSpec, count: int) -> list[tuple[list[
         if tensor.shape[1:] != leaf.trailing or tensor.shape[0] % count:
             raise UserError(
                 f"this model's tower returned {tuple(tensor.shape)} for {count} images, and {leaf.trailing} per row "
-                "for another: its features cannot be cached; add --no-feature-cache"
+                "for another: its features cannot be cached; add `feature_cache=False`"
             )
     found = []
     for index in range(count):

@@ -109,7 +109,7 @@ class FeatureStore:
         if size > free:
             raise UserError(
                 f"the feature cache needs {readable(size)} in {self.folder.parent}, where {readable(free)} are free: "
-                "set MGLL_CACHE_DIR to a larger disk, or add --no-feature-cache"
+                "set MGLL_CACHE_DIR to a larger disk, or add `feature_cache=False`"
             )
 
 

@@ -181,9 +181,7 @@ def open_delta(folder: Path, base: Path | None = None, parts: Mapping[str, Path]
     if encoder is not None and not record.reference_tower:
         raise UserError(f"{folder} contains its tower: leave the encoder out")
     source = record.inputs.source
-    place = base or _found(
-        source, folder, "base", "swap-encoder compose --mllm, or load_mllm(BASE, delta=...)"
-    )
+    place = base or _found(source, folder, "base", "`compose(mllm=...)`, or load_mllm(BASE, delta=...)")
     checkpoint, _, _ = open_checkpoint(place, given)
     check_base(record, checkpoint, folder)
     attach_parts(checkpoint, record, folder)
@@ -197,7 +195,7 @@ def open_delta(folder: Path, base: Path | None = None, parts: Mapping[str, Path]
                 named,
                 folder,
                 ENCODER_PART,
-                'swap-encoder compose --encoder, or load_mllm(..., parts={"encoder": ...})',
+                '`compose(encoder=...)`, or load_mllm(..., parts={"encoder": ...})',
             )
         )
         if wrong := mismatch(named, tower):
@@ -242,7 +240,7 @@ def attach_parts(base: Checkpoint, record: SwapRecord, folder: Path) -> None:
         if path is None:
             raise UserError(
                 f"{folder} needs a part of its base, {part} ({known.name}), which lies neither beside it, nor here, "
-                f"nor in the Hugging Face cache: say where it is with --part {part}=PATH"
+                f"nor in the Hugging Face cache: say where it is with `parts['{part}']=PATH`"
             )
         if wrong := mismatch(known, path, sample=True):
             raise UserError(f"{path} is not the {part} that {folder} was made with ({known.name}): {wrong}")

@@ -211,7 +211,7 @@ def check_output(out: Path, force: bool, inputs: Iterable[Path]) -> None:
     for given in inputs:
         if given.resolve().is_relative_to(out.resolve()):
             what = "is" if given.resolve() == out.resolve() else "holds"
-            raise OutputTakenError(f"output {out} {what} the input {given}: choose another --out")
+            raise OutputTakenError(f"output {out} {what} the input {given}: choose another `out`")
     check_free(out, force)
 
 

@@ -125,7 +125,7 @@ def extract(
     """
     record = read_record(folder)
     if reference_tower and record.inputs.tower is None:
-        raise UserError(f"{folder} has no encoder to refer to: leave --reference-tower out")
+        raise UserError(f"{folder} has no encoder to refer to: leave `reference_tower` out")
     whole = Checkpoint(folder)
     _check_headers(whole, record)
     source, _, _ = open_checkpoint(base, parts)

@@ -19,11 +19,11 @@ def check_push(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"--push-to-hub {repo}: {hub_reason(error)}") from None
+        raise UserError(f"`push_to_hub={repo}`: {hub_reason(error)}") from None
     if "/" not in repo:
-        raise UserError(f"--push-to-hub {repo}: expected OWNER/NAME, such as my-lab/llava-med-mgll")
+        raise UserError(f"`push_to_hub={repo}`: expected OWNER/NAME, such as my-lab/llava-med-mgll")
     if get_token() is None:
-        raise UserError("--push-to-hub: nobody is logged in: run `hf auth login`, or set HF_TOKEN")
+        raise UserError("`push_to_hub`: nobody is logged in: run `hf auth login`, or set HF_TOKEN")
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:

@@ -32,7 +32,7 @@ ORIGINAL = "original/"
 _REPLACED = {TOWER, "projector"}
 """Parts of a model of which an undone swap leaves nothing."""
 
-_NO_TOWER = "{folder} has no tower that swap-encoder put in: it was converted, not swapped"
+_NO_TOWER = "{folder} has no tower that a swap put in: it was converted, not swapped"
 
 
 def restore(

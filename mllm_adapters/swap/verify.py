@@ -126,7 +126,7 @@ class Verification:
                 "tower",
                 self._changed(steps),
                 f"{len(steps)} tensors by their hashes; {named.name} is not at hand, so they were not made again from "
-                "it: --encoder says where it is",
+                "it: `encoder` says where it is",
             )
         plan = self.record.plan_with(self._checkpoint.config, source=self.folder, tower=self._encoder)
         tower = FittedTower(plan)
@@ -157,7 +157,7 @@ class Verification:
         if self._source is None:
             name = self.record.inputs.source.name
             said.append(
-                f"{len(taken)} taken over by samples of their files only: {name} is not at hand, --source says where "
+                f"{len(taken)} taken over by samples of their files only: {name} is not at hand, `source` says where "
                 "it is"
             )
             return _result("plan", wrong, "; ".join(said))
@@ -189,10 +189,10 @@ class Verification:
         if quick:
             try:
                 check_complete(self.record.plan_with(read_json(self.folder / CONFIG), source=self.folder))
-                yield Check("loading", True, "the report is empty (headers only: --quick)")
+                yield Check("loading", True, "the report is empty (headers only: `quick=True`)")
             except UserError as error:
                 yield Check("loading", False, str(error))
-            yield Check("image", None, "not looked at: --quick loads no model")
+            yield Check("image", None, "not looked at: `quick=True` loads no model")
             return
         try:
             model, processor = load_mllm(self.folder)

@@ -132,7 +132,7 @@ class Watchdog(TrainerCallback):
             if state.is_world_process_zero:
                 _logger.warning(
                     f"the loss is {loss:.4g} at step {state.global_step}, after {low:.4g} at step {step}: "
-                    "it may be diverging; a lower --learning-rate is the first thing to try"
+                    "it may be diverging; a lower `learning_rate` is the first thing to try"
                 )
         self.lowest = min(self.lowest, (loss, state.global_step))
 
@@ -141,14 +141,14 @@ def diverged(what: str, step: int, work: Path) -> str:
     """Return the message for a diverged run, with the step to continue from."""
     saved = last_checkpoint(work)
     again = (
-        f"; if the data or the machine was at fault, mend that, and --resume goes on from step {step_of(saved)}, "
+        f"; if the data or the machine was at fault, mend that, and `resume=True` goes on from step {step_of(saved)}, "
         "whose weights are sound"
         if saved
         else ""
     )
     return (
-        f"{what} at step {step}: start anew with a lower --learning-rate "
-        f"(and --force, to replace this run's checkpoints){again}"
+        f"{what} at step {step}: start anew with a lower `learning_rate` "
+        f"(and `force=True`, to replace this run's checkpoints){again}"
     )
 
 
@@ -266,11 +266,11 @@ def find_evaluator(bench: Path) -> Evaluator:
     """
     from importlib.metadata import entry_points
 
-    require("eval", f"--eval-bench {bench}")
+    require("eval", f"`eval_bench={bench}`")
     found = list(entry_points(group="mgll_mllm.evaluators"))
     if not found:
         raise UserError(
-            "--eval-bench: no evaluator is installed: install this project again (pip install -e .)"
+            "`eval_bench`: no evaluator is installed: install this project again (pip install -e .)"
         )
     evaluator: Evaluator = found[0].load()(bench)
     return evaluator

@@ -49,7 +49,7 @@ def check_control(
     """
     if model.resolve() == control.resolve():
         raise UserError(
-            f"--control {control} is the model itself: pass the checkpoint that the tower was swapped in"
+            f"`control={control}` is the model itself: pass the checkpoint that the tower was swapped in"
         )
     corpus = read_corpus(data, images, recipe.rows)
     kept = []
@@ -61,6 +61,6 @@ def check_control(
         kept.append([(example.images, len(example.answers)) for example in examples])
     if kept[0] != kept[1]:
         raise UserError(
-            f"--control: the arms would see different data: of {counts.rows} rows {len(kept[0])} are short enough for "
-            f"{model} and {len(kept[1])} for {control}; raise --max-length, or leave the long rows out of {corpus.path}"
+            f"`control`: the arms would see different data: of {counts.rows} rows {len(kept[0])} are short enough for "
+            f"{model} and {len(kept[1])} for {control}; raise `max_length`, or leave the long rows out of {corpus.path}"
         )

@@ -49,9 +49,9 @@ PLOT = "loss.png"
 """The loss over the steps, in the output folder."""
 
 OUT_OF_MEMORY = (
-    "memory is full at --batch-size {batch}: halve it and double --gradient-accumulation, or add "
-    "--gradient-checkpointing; a GPU that it still does not fit wants --deepspeed with ZeRO-3, or --qlora; "
-    "--estimate says what each takes"
+    "memory is full at `batch_size={batch}`: halve it and double `gradient_accumulation`, or add "
+    "`gradient_checkpointing=True`; a GPU that it still does not fit wants `deepspeed` with ZeRO-3, or `qlora=True`; "
+    "`estimate_memory()` says what each takes"
 )
 
 
@@ -146,14 +146,14 @@ def check_run(
     if resume and (saved := last_checkpoint(work_folder(out))):
         check_states(saved, weights=WEIGHTS, ranks=ranks(), deepspeed=bool(options.deepspeed))
     if merge and not STAGES[recipe.stage].lora:
-        raise UserError(f"--merge: stage '{recipe.stage}' has no adapters to merge: leave it out")
+        raise UserError(f"`merge=True`: stage '{recipe.stage}' has no adapters to merge: leave it out")
     if merge:
         check_free(merged_folder(out), force)
     if options.deepspeed:
         zero = read_deepspeed(options.deepspeed).zero_optimization
         if recipe.qlora and zero.stage == 3:
             raise UserError(
-                f"deepspeed: {options.deepspeed}: ZeRO-3 cannot shard 4-bit weights: use ZeRO-2 with --qlora"
+                f"deepspeed: {options.deepspeed}: ZeRO-3 cannot shard 4-bit weights: use ZeRO-2 with `qlora=True`"
             )
 
 
@@ -282,7 +282,7 @@ def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool, *, save_on_
         # A data loader's worker wraps the message in a traceback.
         cause = str(error).rpartition(f"{type(error).__name__}: ")[2]
         saved = last_checkpoint(work)
-        hint = f"; once mended, --resume continues from {saved.name}" if saved else ""
+        hint = f"; once mended, `resume=True` continues from {saved.name}" if saved else ""
         raise UserError(f"{cause} (training stopped at step {trainer.state.global_step}{hint})") from None
     except (ValueError, ValidationError) as error:
         if trainer.is_deepspeed_enabled and trainer.state.global_step == 0:

@@ -155,20 +155,20 @@ def check_source(source: Path) -> Checkpoint:
     """
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
         raise UserError(
-            f"{source} is an adapter: train from its base, or merge it first (finetune-lora --merge writes a full "
-            "checkpoint beside it)"
+            f"{source} is an adapter: train from its base, or merge it first (`finetune_lora(merge=True)` writes a "
+            "full checkpoint beside it)"
         )
     checkpoint, _, layout = open_checkpoint(source)
     if layout != "transformers":
         raise UserError(
             f"{source} is in its original layout: first "
-            f"`swap-encoder convert --mllm {source} --out {source.name}-hf`, then retrain that"
+            f"`convert(mllm={source}, out={source.name}-hf)`, then retrain that"
         )
     text = build_config(checkpoint.config, f"{source}/config.json").get_text_config()
     if text.is_encoder_decoder:
         raise UserError(
             f"{source}: its language model ({text.model_type}) reads the prompt with an encoder, and "
-            "retrain-projector trains only decoder models: take one on a decoder, such as Vicuna"
+            "`retrain_projector()` trains only decoder models: take one on a decoder, such as Vicuna"
         )
     return checkpoint
 

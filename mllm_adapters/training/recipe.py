@@ -77,8 +77,8 @@ class Recipe:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", STAGES[self.stage].learning_rate)
         if self.qlora and not STAGES[self.stage].lora:
-            raise UserError(f"--qlora keeps the language model in 4 bits, but stage '{self.stage}' has no adapters: "
-                            "use stage lora or lora-vision")  # fmt: skip
+            raise UserError(f"`qlora=True` keeps the language model in 4 bits, but stage '{self.stage}' has no "
+                            "adapters: use stage lora or lora-vision")  # fmt: skip
 
     @property
     def rows(self) -> DataOptions:
@@ -121,11 +121,11 @@ class RunOptions:
     def __post_init__(self) -> None:
         _check_fields(self)
         if self.feature_dtype not in ("auto", *DTYPES):
-            raise unknown_name("--feature-dtype", self.feature_dtype, ("auto", *DTYPES))
+            raise unknown_name("`feature_dtype`", self.feature_dtype, ("auto", *DTYPES))
         known = get_available_reporting_integrations()
         for name in self.report_to:
             if name not in known:
-                raise unknown_name("--report-to (or its package is not installed)", name, known)
+                raise unknown_name("`report_to` (or its package is not installed)", name, known)
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,6 @@ def check_value(kind: Any, value: Any, where: str) -> Any:
 def _check_fields(options: Any) -> None:
     kinds = get_type_hints(type(options), include_extras=True)
     for entry in fields(options):
-        option = f"--{entry.name.replace('_', '-')}"
+        option = f"`{entry.name}`"
         value = check_value(kinds[entry.name], getattr(options, entry.name), option)
         object.__setattr__(options, entry.name, value)

@@ -29,9 +29,9 @@ PATHS = ("deepspeed", "eval_bench")
 """Keys that are paths; in a recipe file they are relative to its folder."""
 
 OURS_TO_SET: Mapping[str, str] = {
-    "output_dir": "it follows from --out",
-    "run_name": "it follows from --out",
-    "resume_from_checkpoint": "use --resume",
+    "output_dir": "it follows from `out`",
+    "run_name": "it follows from `out`",
+    "resume_from_checkpoint": "use `resume=True`",
     "enable_jit_checkpoint": "use save_on_signal",
     "warmup_steps": "use warmup_ratio",
     "bf16": "use precision",
@@ -136,7 +136,7 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
             raise UserError(f"{key} is given twice: '{text}' and {given[key].where}")
         given[key] = _Given(parse_yaml(value, f"'{text}'"), f"{key}= on the command line", here)
     for field, value in flags.items():
-        key, flag = THEIR_NAMES.get(field, field), f"--{field.replace('_', '-')}"
+        key, flag = THEIR_NAMES.get(field, field), f"`{field}`"
         if value is None:
             continue
         _check_key(key, known, flag)

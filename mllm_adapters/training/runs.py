@@ -82,7 +82,7 @@ def check_early(request: TrainingRequest) -> None:
         UserError: one is missing.
     """
     if request.flags.get("qlora"):
-        require("qlora", "--qlora")
+        require("qlora", "`qlora=True`")
     if deepspeed := request.flags.get("deepspeed"):
         read_deepspeed(deepspeed)
     for model in filter(None, (request.model, request.control)):
@@ -125,7 +125,7 @@ def carry_out(
 
     watcher = watcher or Watcher()
     if resolved.recipe.qlora:
-        require("qlora", "--qlora")
+        require("qlora", "`qlora=True`")
     arms = [request]
     if request.control:
         arms.append(replace(request, model=request.control, out=control_folder(request.out)))

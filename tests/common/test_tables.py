@@ -31,7 +31,7 @@ def read(path: Path, **reading: str) -> Table:
 def refusal(path: Path, **reading: str) -> str:
     with pytest.raises(UserError) as caught:
         read(path, **reading)
-    assert str(path.name) in str(caught.value) or "--encoding" in str(caught.value)
+    assert str(path.name) in str(caught.value) or "`encoding`" in str(caught.value)
     return str(caught.value)
 
 
@@ -61,10 +61,10 @@ def test_unicode_is_read_with_or_without_its_mark(tmp_path: Path, encoding: str)
 
 def test_other_encodings_are_asked_for_and_given_by_name(tmp_path: Path) -> None:
     path = write(tmp_path, text().encode("cp1252"))
-    assert "line 2 is not UTF-8 text (byte 0xFC): give its --encoding, such as cp1252" in refusal(path)
+    assert "line 2 is not UTF-8 text (byte 0xFC): give its `encoding`, such as cp1252" in refusal(path)
     assert [cells for _, cells in read(path, encoding="cp1252").rows] == CELLS
-    assert "--encoding is 'cp-nonsense'" in refusal(path, encoding="cp-nonsense")
-    assert "--encoding is 'zip'" in refusal(path, encoding="zip")
+    assert "`encoding` is 'cp-nonsense'" in refusal(path, encoding="cp-nonsense")
+    assert "`encoding` is 'zip'" in refusal(path, encoding="zip")
     bare = write(tmp_path, text().encode("utf-16-le"))
     assert "line 1 contains a NUL character" in refusal(bare)
     assert [cells for _, cells in read(bare, encoding="utf-16-le").rows] == CELLS
@@ -90,8 +90,8 @@ def test_what_is_no_table_is_refused_in_one_line(
 
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
     table = read(write(tmp_path, "file,label\n1.png,a\n"))
-    with pytest.raises(UserError, match=r"no column 'labels' \(--labels-column\): did you mean 'label'\?"):
-        table.check_columns([("--image-column", "file"), ("--x", None), ("--labels-column", "labels")])
+    with pytest.raises(UserError, match=r"no column 'labels' \(`labels_column`\): did you mean 'label'\?"):
+        table.check_columns([("`image_column`", "file"), ("`x`", None), ("`labels_column`", "labels")])
 
 
 def test_a_row_that_does_not_fit_its_header_is_left_out_and_counted_or_stops_a_strict_reading(
@@ -129,8 +129,8 @@ def test_a_workbook_gives_its_first_sheet_and_names_the_others(
     path = excel(tmp_path, {"README": [["About"], ["legend"]], "Data": data})
     about = read(path)
     assert (about.sheet, about.others) == ("README", ("Data",))
-    assert "sheet 'README' is read, not 'Data' (--sheet chooses)" in "\n".join(caplog.messages)
-    with pytest.raises(UserError, match=r"that is sheet 'README', --sheet chooses another: Data"):
+    assert "sheet 'README' is read, not 'Data' (`sheet` chooses)" in "\n".join(caplog.messages)
+    with pytest.raises(UserError, match=r"that is sheet 'README', `sheet` chooses another: Data"):
         about.check_columns([("--image-column", "file")])
     table = read(path, sheet="Data")
     assert table.rows == [
@@ -138,8 +138,8 @@ def test_a_workbook_gives_its_first_sheet_and_names_the_others(
         (3, {"file": "2.png", "dr": "", "patient": "True"}),
     ]
     assert "did you mean 'Data'" in refusal(path, sheet="data")
-    assert "--encoding has no effect" in refusal(path, encoding="cp1252")
-    assert "--sheet has no effect" in refusal(write(tmp_path, text()), sheet="Data")
+    assert "`encoding` has no effect" in refusal(path, encoding="cp1252")
+    assert "`sheet` has no effect" in refusal(write(tmp_path, text()), sheet="Data")
     renamed = path.rename(tmp_path / "labels.csv")
     assert read(renamed, sheet="Data").rows == table.rows, "told by content, not by name"
 

@@ -161,9 +161,7 @@ def test_an_unfinished_run_of_a_version_that_hashed_its_source_is_shown_but_not_
     old = record.model_copy(update={"code": "4c9ba6f92d02, torch 2.14.1, transformers 5.23.0"})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(old.model_dump_json())
-    with pytest.raises(
-        UserError, match=r"earlier version of eval-mcq.*4c9ba6f92d02.*eval-mcq table .*run.*--force"
-    ):
+    with pytest.raises(UserError, match=r"earlier version.*4c9ba6f92d02.*`load_run.*run.*`force=True`"):
         run_bench(asked, lambda: pytest.fail("not to be loaded"), record, tmp_path / "run")
 
 

@@ -72,7 +72,7 @@ def test_a_training_starts_from_the_set_of_weights_that_is_asked_for(tmp_path):
     name = "embeddings.patch_embedding.weight"
     assert torch.equal(first["raw"][name], first[None][name])
     assert torch.equal(first["ema"][name], first["raw"][name] * 1.5)
-    with pytest.raises(UserError, match="--weights is for --init"):
+    with pytest.raises(UserError, match="`init_weights` is for `init`"):
         PretrainOptions(init_weights="ema")
     with pytest.raises(UserError, match="weights"):
         PretrainOptions(init=file, init_weights="average")
@@ -98,5 +98,5 @@ def test_openai_without_a_connection_is_one_line(monkeypatch):
         raise FileNotFoundError("Failed to download file (open_clip_model.safetensors)\nmore")
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
-    with pytest.raises(UserError, match=r"--init openai: .* cannot be downloaded .*connect to the internet"):
+    with pytest.raises(UserError, match=r"`init=openai`: .* cannot be downloaded .*connect to the internet"):
         starting_towers(PRESETS["tiny"], "openai", None, "auto", SplitRows, Alphas())

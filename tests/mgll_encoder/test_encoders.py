@@ -108,7 +108,7 @@ def test_a_tower_is_refitted_to_other_sizes_as_transformers_does_at_run_time(
         pixels = torch.nn.functional.interpolate(PIXELS, side)
         torch.testing.assert_close(hidden(fitted.model, pixels), hidden(model, pixels), rtol=0, atol=0)
     with pytest.raises(
-        UserError, match=r"--image-size 50 is no multiple of the tower's patch size 14: try 56"
+        UserError, match=r"`image_size=50` is no multiple of the tower's patch size 14: try 56"
     ):
         load_tower(tmp_path, image_size=50)
 
@@ -214,7 +214,7 @@ def test_what_is_no_such_tower_is_refused(tmp_path: Path) -> None:
         inspect_tower(tmp_path / "mixed")
 
     path = write(state_of(timm_dinov2()), tmp_path / "tower.pth")
-    with pytest.raises(UserError, match=r"--activation quick_gelu: a DINOv2 has gelu: leave the option out"):
+    with pytest.raises(UserError, match=r"`activation=quick_gelu`: a DINOv2 has gelu: leave the option out"):
         inspect_tower(path, activation="quick_gelu")
     with pytest.raises(UserError, match=r"unknown pooling of a DINOv2 'max': .*known are class, mean"):
         load_tower(path, pooling="max")

@@ -112,7 +112,7 @@ def test_the_validation_part_is_made_of_training_patients(eyes: LabeledImages) -
 
 def test_too_few_patients_to_choose_by_is_said(tower: Tower, eyes: LabeledImages, tmp_path: Path) -> None:
     few = eyes.subset(np.arange(COUNT) < 24)
-    with pytest.raises(UserError, match=r"validation part .* give a larger --validation"):
+    with pytest.raises(UserError, match=r"validation part .* give a larger `validation`"):
         finetune(tower, few, replace(QUICK, validation=0.001), tmp_path)
 
 

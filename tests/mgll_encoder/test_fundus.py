@@ -106,9 +106,9 @@ def test_what_is_unknown_contradictory_or_broken_is_left_out_and_counted(tmp_pat
 
 def test_a_missing_column_names_those_that_are_there(tmp_path):
     path = table(tmp_path, [row[:2] for row in GOOD], ("name", "labels"))
-    with pytest.raises(UserError, match=r"no column 'file' \(--image-column\): its columns are name, labels"):
+    with pytest.raises(UserError, match=r"no column 'file' \(`image_column`\): its columns are name, labels"):
         build_fundus(FundusTable(path), tmp_path, tmp_path / "m.jsonl")
-    with pytest.raises(UserError, match=r"no column 'words' \(--keywords-column\)"):
+    with pytest.raises(UserError, match=r"no column 'words' \(`keywords_column`\)"):
         build_fundus(
             FundusTable(path, image="name", patient="name", keywords="words"), tmp_path, tmp_path / "m.jsonl"
         )

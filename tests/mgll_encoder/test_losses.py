@@ -225,5 +225,5 @@ def test_features_are_normalised_and_the_total_is_the_weighted_sum(batch):
 
 @pytest.mark.parametrize("values", [(0, 0, 0), (1, -1, 0), (math.nan, 1, 1)])
 def test_useless_weights_are_refused(values):
-    with pytest.raises(UserError, match="--alpha"):
+    with pytest.raises(UserError, match="`alphas`"):
         Alphas(*values)

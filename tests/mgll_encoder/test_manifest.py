@@ -168,7 +168,7 @@ def test_a_file_that_is_no_manifest_says_so(tmp_path, first):
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path):
-    with pytest.raises(UserError, match="mgll-encoder data fundus"):
+    with pytest.raises(UserError, match=r"`build_fundus\(\)`"):
         read_header(tmp_path / "none.jsonl")
 
 

@@ -285,7 +285,7 @@ def test_a_trained_tower_can_learn_more_slowly_than_a_new_text_tower(manifest, t
     torch.testing.assert_close(weights(tmp_path / "second"), weights(tmp_path / "first"), atol=1e-6, rtol=0)
     projections = [load_tower(tmp_path / name).projection for name in ("first", "second")]
     assert not torch.allclose(*projections, atol=1e-4, rtol=0), "the projection learns at --lr"
-    with pytest.raises(UserError, match="--tower-lr is 0"):
+    with pytest.raises(UserError, match="`tower_lr` is 0"):
         options(tower_lr=0.0)
 
 
@@ -407,7 +407,7 @@ def test_a_text_tower_that_lacks_words_is_not_trained_on(manifest, tmp_path):
         tmp_path / "m.jsonl",
         lambda rows: [{**r, "texts": {"status": [f"Zebra {i % 2}"]}} for i, r in enumerate(rows)],
     )
-    with pytest.raises(UserError, match=r"no embedding for .*'Zebra 0'.*--text-tower new"):
+    with pytest.raises(UserError, match=r"no embedding for .*'Zebra 0'.*`text_tower=new`"):
         pretrain(other, tmp_path / "second", options(epochs=1, init=tmp_path / "first"), workers=0)
     pretrain(
         other, tmp_path / "third", options(epochs=1, init=tmp_path / "first", text_tower="new"), workers=0
@@ -458,7 +458,7 @@ def test_a_bert_can_be_the_text_tower_frozen_with_checkpointing_and_bf16(manifes
         (["--preset", "large"], "unknown preset 'large'"),
         (["--alpha", "1,2"], "give three numbers"),
         (["--alpha", "0,0,0"], "at least one above 0"),
-        (["--epochs", "0"], "--epochs is 0"),
+        (["--epochs", "0"], "`epochs` is 0"),
         (["--images", "nowhere"], "image folder nowhere"),
         (["--init", "nowhere.pt"], "nowhere.pt"),
         (["--text-tower", "./nowhere"], "text tower ./nowhere cannot be read"),

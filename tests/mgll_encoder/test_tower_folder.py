@@ -94,7 +94,7 @@ def test_a_model_trained_here_is_saved_with_its_contract(tmp_path: Path) -> None
 
 def test_a_taken_folder_is_left_alone_without_force(source: Path, folder: Path) -> None:
     tower = load_tower(source, activation="gelu")
-    with pytest.raises(UserError, match="exists: choose another --out, or replace it with --force"):
+    with pytest.raises(UserError, match="exists: choose another `out`, or replace it with `force=True`"):
         save_tower(tower, folder)
     assert inspect_tower(folder).spec.activation == "quick_gelu"
     save_tower(tower, folder, force=True)
@@ -112,7 +112,7 @@ def test_a_model_that_is_not_its_contract_is_not_written(tmp_path: Path) -> None
 def test_the_stored_activation_cannot_be_contradicted(folder: Path) -> None:
     assert inspect_tower(folder, activation="quick_gelu").activation_source == "stored"
     with pytest.raises(
-        UserError, match=r"--activation gelu contradicts 'quick_gelu', stored in .*mgll_tower.json"
+        UserError, match=r"`activation=gelu` contradicts 'quick_gelu', stored in .*mgll_tower.json"
     ):
         inspect_tower(folder, activation="gelu")
 
@@ -149,7 +149,7 @@ def test_a_guess_is_remembered_after_conversion(source: Path, tmp_path: Path) ->
     save_tower(load_tower(source), tmp_path / "guessed")
     (said,) = inspect_tower(tmp_path / "guessed").warnings
     assert "gelu was a mere default for mgll-fundus.pt" in said
-    assert "convert again with --activation" in said
+    assert "convert again with `activation`" in said
 
 
 def test_a_loaded_tower_does_not_hang_on_its_file(source: Path) -> None:

@@ -98,7 +98,7 @@ def test_the_default_activation_is_said_with_its_consequence(checkpoint: Path) -
     (said,) = [w for w in header.warnings if "activation" in w]
     assert "taken as gelu" in said
     assert "about 1 % off" in said
-    assert "--activation quick_gelu" in said
+    assert "`activation=quick_gelu`" in said
     chosen = inspect_tower(checkpoint, activation="gelu")
     assert chosen.activation_source == "option"
     assert not [w for w in chosen.warnings if "activation" in w]

@@ -80,7 +80,7 @@ def test_openai_constants_call_for_quick_gelu(tmp_path: Path) -> None:
     assert openai.dropped["OpenAI constants"] == 3
     for header in (plain, openai):
         assert (header.spec.mean, header.spec.std, header.spec.resize) == (CLIP_MEAN, CLIP_STD, "crop")
-        assert [w for w in header.warnings if "--activation" in w]
+        assert [w for w in header.warnings if "`activation=" in w]
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -189,7 +189,7 @@ def test_a_bare_transformers_file_is_read_with_warnings(tmp_path: Path) -> None:
     assert header.layout == "transformers state dict"
     assert header.spec.activation == "quick_gelu"
     assert [w for w in header.warnings if "config.json is not read: pass the folder" in w]
-    assert [w for w in header.warnings if "--activation gelu" in w]
+    assert [w for w in header.warnings if "`activation=gelu`" in w]
 
 
 PREPROCESSORS = {

@@ -345,7 +345,7 @@ def test_a_cache_that_does_not_fit_is_never_used(loud, own_cache, monkeypatch):
     save_file({n: v + 1 if v.is_floating_point() else v for n, v in load_file(shard).items()}, shard)
     feature_store._opened.cache_clear()
     ready = prepared(loud.model, loud)
-    with pytest.raises(UserError, match=r"does not fit this model: features differ .*--no-feature-cache"):
+    with pytest.raises(UserError, match=r"does not fit this model: features differ .*`feature_cache=False`"):
         cached(ready)
     assert ready.model.model.vision_tower.config.model_type == "clip_vision_model", "the tower is back"
 

@@ -277,10 +277,10 @@ def test_a_damaged_checkpoint_is_refused(
 
 def test_options_that_would_do_nothing_are_refused(stock: Path, eyes: Path, swapped: SimpleNamespace) -> None:
     for part in ("language-model", "vision-tower", "config"):
-        with pytest.raises(UserError, match=f"--part {part} is for LAVIS' files"):
+        with pytest.raises(UserError, match=rf"`parts\['{part}'\]` is for LAVIS' files"):
             swap(stock, eyes, parts={part: stock})
     checkpoint, family, _ = open_checkpoint(stock, {"qformer": stock})
-    with pytest.raises(UserError, match="--part qformer goes with a new tower"):
+    with pytest.raises(UserError, match=r"`parts\['qformer'\]` goes with a new tower"):
         family.plan(checkpoint)
     checkpoint, family, _ = open_checkpoint(swapped.out)
     with pytest.raises(UserError, match="nothing to convert"):
@@ -290,7 +290,7 @@ def test_options_that_would_do_nothing_are_refused(stock: Path, eyes: Path, swap
 def test_a_folder_without_the_qformers_tokenizer_says_so(stock: Path, eyes: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stock, tmp_path / "incomplete"))
     shutil.move(folder / "qformer_tokenizer", tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="--part qformer-tokenizer=PATH"):
+    with pytest.raises(UserError, match=r"`parts\['qformer-tokenizer'\]=PATH`"):
         swap(folder, eyes)
     swap(folder, eyes, tmp_path / "out", {"qformer-tokenizer": tmp_path / "elsewhere"})
     assert load_mllm(tmp_path / "out")[1] is not None

@@ -72,7 +72,7 @@ def test_heads_of_another_model_are_refused(golden: Path, tmp_path: Path) -> Non
         golden / "instructblip_lavis", {"config": tiny_instructblip(tmp_path / "other")}
     )
     with pytest.raises(
-        UserError, match=r"--part config: its .* describes a width of .* do not belong together"
+        UserError, match=r"`parts\['config'\]`: its .* describes a width of .* do not belong together"
     ):
         family.plan(checkpoint)
 
@@ -85,7 +85,7 @@ def test_a_part_that_lies_elsewhere_is_asked_for_and_taken(
 ) -> None:
     folder = lavis_folder(golden, tmp_path / "lavis" / "inner", (missing,))
     checkpoint, family, _ = open_checkpoint(folder, heads(golden))
-    with pytest.raises(UserError, match=f"--part {part}=PATH"):
+    with pytest.raises(UserError, match=rf"`parts\['{part}'\]=PATH`"):
         family.plan(checkpoint)
     given = heads(golden) | {part: lavis_folder(golden, tmp_path / "whole") / missing}
     model, _ = load_mllm(folder, dtype=torch.float32, parts=given)
@@ -107,7 +107,9 @@ def test_a_language_model_of_another_size_is_refused(golden: Path, tmp_path: Pat
     config = json.loads((folder / "vicuna-7b" / "config.json").read_text())
     (folder / "vicuna-7b" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
     checkpoint, family, _ = open_checkpoint(folder, heads(golden))
-    with pytest.raises(UserError, match=r"vicuna-7b is a llama of width 64.*--part language-model=PATH"):
+    with pytest.raises(
+        UserError, match=r"vicuna-7b is a llama of width 64.*`parts\['language-model'\]=PATH`"
+    ):
         family.plan(checkpoint)
 
 
@@ -170,7 +172,7 @@ def test_lavis_tokenizers_are_prepared_as_lavis_prepares_them(golden: Path, tmp_
     folder = lavis_folder(golden, tmp_path / "lavis")
     sentencepiece_tokenizer(folder / "vicuna-7b")
     checkpoint, family, _ = open_checkpoint(folder, heads(golden))
-    with pytest.raises(UserError, match=r"none for the Q-Former.*--part qformer-tokenizer=PATH"):
+    with pytest.raises(UserError, match=r"none for the Q-Former.*`parts\['qformer-tokenizer'\]=PATH`"):
         family.plan(checkpoint)
     bert_tokenizer().save_pretrained(folder / "bert-base-uncased")
     model, processor = load_mllm(folder, dtype=torch.float32, parts=heads(golden))

@@ -253,7 +253,7 @@ def test_a_deeper_aligner_is_no_llava(tmp_path, encoder):
     plan, folder = swap(host, encoder, tmp_path / "own")
     assert len(load(folder)[0].model.aligner.hidden_layers) == 2
     assert plan.config["aligner_depth"] == 3
-    with pytest.raises(UserError, match=r"aligner has 3 layers with gelu.*take --layout own"):
+    with pytest.raises(UserError, match=r"aligner has 3 layers with gelu.*take `layout=own`"):
         swap(host, encoder, tmp_path / "llava", layout="llava")
 
 

@@ -435,9 +435,9 @@ def test_a_missing_part_is_named_with_the_option_that_supplies_it(parts: Parts, 
     alone = tmp_path / "around" / "alone"
     alone.mkdir(parents=True)
     torch.save(without(parts.state, "vision_encoder"), alone / "model.pt")
-    with pytest.raises(UserError, match="--part language-model=FOLDER"):
+    with pytest.raises(UserError, match=r"`parts\['language-model'\]=FOLDER`"):
         load_mllm(alone)
-    with pytest.raises(UserError, match="--part vision-tower=PATH"):
+    with pytest.raises(UserError, match=r"`parts\['vision-tower'\]=PATH`"):
         load_mllm(alone, parts={"language-model": parts.language})
     with pytest.raises(UserError, match="is no LLaMA"):
         load_mllm(alone, parts={"language-model": tmp_path})

@@ -137,7 +137,7 @@ def test_a_question_and_its_answer_make_a_row(tmp_path, keys):
     row = {"image": "a.png", **dict(zip(keys, (ASKED, SAID), strict=True))}
     (read,) = read_conversations(write_json(tmp_path / "a.json", [row]))
     assert [turn.value for turn in read.turns] == [f"<image>\n{ASKED}", SAID]
-    with pytest.raises(UserError, match="eval-mcq import"):
+    with pytest.raises(UserError, match="`import_benchmark"):
         read_conversations(write_json(tmp_path / "b.json", [{**row, "options": ["x", "y"]}]))
 
 

@@ -73,7 +73,7 @@ def test_tokens_choose_the_image_size_or_are_refused_by_the_family(
     plan, warning = plan_at_size(family, checkpoint, mgll, tokens=asked.tokens)
     assert (plan.after.tokens, plan.after.image_size) == (asked.tokens, asked.image_size)
     assert warning is None
-    with pytest.raises(UserError, match=f"^--tokens {asked.wrong}") as refusal:
+    with pytest.raises(UserError, match=f"^`tokens={asked.wrong}`") as refusal:
         plan_at_size(family, checkpoint, mgll, tokens=asked.wrong)
     assert asked.words in str(refusal.value)
     assert plan_at_size(family, checkpoint, mgll)[1] is None, "MGLL's tower suits every family as it is"
@@ -87,7 +87,7 @@ def test_a_vit_b_32_would_run_at_768_px_which_is_said_with_its_own_size(
     assert warning is not None
     assert "trained on 7x7 patches; to keep the host's 24x24 it runs at 768 px" in warning
     assert "stretched 3.4 times" in warning
-    assert "--image-size 224 keeps the tower's own (49 tokens)" in warning
+    assert "`image_size=224` keeps the tower's own (49 tokens)" in warning
     for asked in ({"image_size": 224}, {"tokens": 49}):
         plan, warning = planned("llava", tmp_path / str(asked), base, **asked)
         assert (plan.after.image_size, plan.after.tokens, warning) == (224, 49, None)
@@ -97,7 +97,7 @@ def test_the_proposal_is_one_that_the_family_takes(base: TowerHeader, tmp_path: 
     """Qwen2-VL joins 2x2 patches: 7x7 of them cannot be joined, 8x8 can."""
     warning = planned("qwen2-vl", tmp_path, base)[1]
     assert warning is not None
-    assert "--image-size 256 keeps the tower's own (16 tokens)" in warning
+    assert "`image_size=256` keeps the tower's own (16 tokens)" in warning
 
 
 def test_at_the_terminal(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ def test_data_without_a_question_says_how_to_make_some(place, tmp_path):
         json.loads(json.dumps(r)) for r in json.loads((place / "train.json").read_text()) if r["id"] == "c"
     ]
     data = write_json(tmp_path / "captions.json", only_captions)
-    with pytest.raises(UserError, match=r"captions\.json: none of 1 conversations .*eval-mcq build"):
+    with pytest.raises(UserError, match=r"captions\.json: none of 1 conversations .*`build_benchmark\(\)`"):
         build_smol_llava(place / "tower", data, place / "images", tmp_path / "out", language_model="tiny")
     assert not (tmp_path / "out").exists()
 
@@ -215,7 +215,7 @@ def test_an_existing_output_an_unknown_model_and_a_negative_count_are_refused(pl
         build(place, model_folder)
     with pytest.raises(UserError, match="did you mean 'smollm2'"):
         build(place, tmp_path / "x", language_model="smolm2")
-    with pytest.raises(UserError, match="--words is -1"):
+    with pytest.raises(UserError, match="`words` is -1"):
         build(place, tmp_path / "x", words=-1)
 
 

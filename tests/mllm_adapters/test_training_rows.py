@@ -130,7 +130,7 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, text, complaint):
 
 def test_images_without_a_folder_ask_for_it(tmp_path):
     path = lines(tmp_path / "a.jsonl", talk(0))
-    with pytest.raises(UserError, match=r"names images without their folder \(0\.png\): pass it as --images"):
+    with pytest.raises(UserError, match=r"names images without their folder \(0\.png\): pass it as `images`"):
         read_corpus(path)
 
 

@@ -88,9 +88,9 @@ def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, fo
         UserError: a number is out of range, or ``out`` exists.
     """
     if per_disease < 1:
-        raise UserError(f"--images-per-disease is {per_disease}: give at least 1")
+        raise UserError(f"`images_per_disease` is {per_disease}: give at least 1")
     if not 16 <= size <= 1024:
-        raise UserError(f"--size is {size}: give a side between 16 and 1024 pixels")
+        raise UserError(f"`size` is {size}: give a side between 16 and 1024 pixels")
     eyes = list(phantom_eyes(per_disease, seed))
     with new_folder(out, force) as folder:
         (folder / "images").mkdir()

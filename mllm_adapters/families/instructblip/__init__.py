@@ -117,7 +117,9 @@ class InstructBlip(PlannedFamily):
         tokenizers = _tokenizers(tokenizer, checkpoint)
         before, notes = _contract(config, fields, checkpoint.folder, where)
         if not swapped and checkpoint.find(QFORMER_PART) is not None:
-            raise UserError(f"--part {QFORMER_PART} goes with a new tower: give --encoder, or leave it out")
+            raise UserError(
+                f"`parts['{QFORMER_PART}']` goes with a new tower: give `encoder`, or leave it out"
+            )
         steps = (
             extended(found.steps, VOCABULARY, config["text_config"]["vocab_size"]) if note else found.steps
         )
@@ -189,7 +191,7 @@ def _as_stock(checkpoint: Checkpoint) -> AsStock:
     """Describe a checkpoint in the transformers layout, whose tensors stay unchanged."""
     for part in (lavis.LANGUAGE_PART, lavis.CONFIG_PART, TOWER_PART):
         if checkpoint.find(part) is not None:
-            raise UserError(f"--part {part} is for LAVIS' files: {checkpoint.folder} holds its own")
+            raise UserError(f"`parts['{part}']` is for LAVIS' files: {checkpoint.folder} holds its own")
     headers = checkpoint.tensors.values()
     reason = "a table that is recomputed"
     return AsStock(
@@ -278,7 +280,7 @@ def _tokenizers(tokenizer: Path, checkpoint: Checkpoint) -> dict[str, Path]:
         looked = f" (nor in {found[0]})" if found else ""
         raise UserError(
             f"{tokenizer} holds a tokenizer, but there is none for the Q-Former{looked}: put that of {BERT[0]} at "
-            f"{inside}, or say where it is with --part {QFORMER_TOKENIZER_PART}=PATH"
+            f"{inside}, or say where it is with `parts['{QFORMER_TOKENIZER_PART}']=PATH`"
         )
     return {QFORMER_TOKENIZER_PART: folder}
 

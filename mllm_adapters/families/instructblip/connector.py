@@ -82,13 +82,13 @@ def _trained_readers(
         header = trained.get(lavis.original_name(step.name))
         if header is None:
             raise UserError(
-                f"--part {QFORMER_PART}={path} has no {lavis.original_name(step.name)}: take a Q-Former of LAVIS"
+                f"`parts['{QFORMER_PART}']={path}` has no {lavis.original_name(step.name)}: take a Q-Former of LAVIS"
             )
         side = after.width if step.name.endswith(".weight") or step.name.startswith(NORM) else step.shape[-1]
         shape = (*step.shape[:-1], side)
         if header.shape != shape:
             raise UserError(
-                f"--part {QFORMER_PART}={path}: {lavis.original_name(step.name)} has shape {list(header.shape)}, "
+                f"`parts['{QFORMER_PART}']={path}`: {lavis.original_name(step.name)} has shape {list(header.shape)}, "
                 f"expected {list(shape)}: take a Q-Former trained on a tower of width {after.width} (for CLIP ViT-L "
                 "LAVIS' blip2_pretrained_vitL.pth), or leave it out"
             )

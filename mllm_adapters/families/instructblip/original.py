@@ -131,7 +131,7 @@ def read(checkpoint: Checkpoint, *, swapped: bool, image_size: int | None = None
     given = checkpoint.find(TOWER_PART, *([] if tower or swapped else [TOWER_FILE]))
     if given is not None:
         dropped += [
-            Dropped(name=h.name, reason=f"--part {TOWER_PART} is taken instead") for h in tower.values()
+            Dropped(name=h.name, reason="the tower that was given is taken instead") for h in tower.values()
         ]
         attached = checkpoint.attach(TOWER_PART, given)
         tower = {n.removeprefix("visual_encoder."): h for n, h in attached.items()}
@@ -194,7 +194,7 @@ def _kind(checkpoint: Checkpoint) -> str:
     if len(kinds) != 1:
         raise UserError(
             f"{checkpoint.folder} holds a Q-Former without projection to a language model (expected llm_proj or "
-            "t5_proj): take an InstructBLIP; a Q-Former alone can be given as --part qformer=PATH"
+            "t5_proj): take an InstructBLIP; a Q-Former alone can be given as `parts['qformer']=PATH`"
         )
     return kinds[0]
 
@@ -223,15 +223,15 @@ def _heads(section: str, width: int, folder: Path, sections: Mapping[str, Any]) 
     if isinstance(given, dict) and {"hidden_size", "num_attention_heads"} <= given.keys():
         if given["hidden_size"] != width:
             raise UserError(
-                f"--part {CONFIG_PART}: its {section} describes a width of {given['hidden_size']}, but the weights in "
-                f"{folder} are {width} wide: they do not belong together"
+                f"`parts['{CONFIG_PART}']`: its {section} describes a width of {given['hidden_size']}, but the weights "
+                f"in {folder} are {width} wide: they do not belong together"
             )
         return int(given["num_attention_heads"])
     if width not in HEADS[section]:
         raise UserError(
             f"{folder}: how many attention heads a {section.removesuffix('_config')} tower of width {width} has is in "
             f"no weight file (known: width {next(iter(HEADS[section]))}): give a config.json of this model in the "
-            f"transformers layout with --part {CONFIG_PART}=PATH"
+            f"transformers layout with `parts['{CONFIG_PART}']=PATH`"
         )
     return HEADS[section][width]
 
@@ -254,7 +254,7 @@ def _language_model(
     raise UserError(
         f"{checkpoint.folder}: its language model, a {kind} of width {reads}, was not found "
         f"({'; '.join(dict.fromkeys(found)) or 'nothing there'}): put its folder at "
-        f"{checkpoint.folder / LANGUAGE_FOLDERS[kind][0]}, or say where it is with --part {LANGUAGE_PART}=PATH"
+        f"{checkpoint.folder / LANGUAGE_FOLDERS[kind][0]}, or say where it is with `parts['{LANGUAGE_PART}']=PATH`"
     )
 
 
@@ -320,7 +320,7 @@ def _vision_config(
     if not tower:
         raise UserError(
             f"{folder}: its vision tower {TOWER_FILE} is neither there nor beside it: put it there, or say where it is "
-            f"with --part {TOWER_PART}=PATH"
+            f"with `parts['{TOWER_PART}']=PATH`"
         )
     shapes = {name: header.shape for name, header in tower.items()}
     found = _shape(shapes, "cls_token", folder)[-1]
@@ -350,11 +350,11 @@ def _replaced_tower(width: int, folder: Path, image_size: int | None) -> tuple[d
     if image_size is None:
         raise UserError(
             f"{folder}: its vision tower {TOWER_FILE} is neither there nor beside it, and ln_vision reads a width of "
-            f"{width}, which LAVIS' EVA-CLIP-g does not have: a swap needs the old tower's size, give --image-size; or "
-            f"say where the tower is with --part {TOWER_PART}=PATH"
+            f"{width}, which LAVIS' EVA-CLIP-g does not have: a swap needs the old tower's size, give `image_size`; or "
+            f"say where the tower is with `parts['{TOWER_PART}']=PATH`"
         )
     sizes = {"hidden_size": width, "num_attention_heads": 1, "image_size": image_size}
-    return {**EVA_CONFIG, **EVA, **sizes}, f"taken as {width} wide (ln_vision) at --image-size {image_size}"
+    return {**EVA_CONFIG, **EVA, **sizes}, f"taken as {width} wide (ln_vision) at {image_size} px"
 
 
 def _tower_steps(

@@ -190,7 +190,7 @@ def _as_llava(host: Host, checkpoint: Checkpoint) -> Host:
     if (depth, activation) != (2, "gelu"):
         raise UserError(
             f"{checkpoint.folder}: its aligner has {depth} layers with {activation}, but a LLaVA's projector two with "
-            "gelu: take --layout own"
+            "gelu: take `layout=own`"
         )
     generation = [step for step in host.steps if step.name.startswith(GENERATION)]
     names = dict.fromkeys(name for step in generation for name in step.sources)

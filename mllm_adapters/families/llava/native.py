@@ -32,7 +32,7 @@ def native_host(family: str, checkpoint: Checkpoint) -> Host:
     """
     config = checkpoint.config
     if given := [part for part in (TOWER_PART, BASE_PART) if checkpoint.find(part)]:
-        raise UserError(f"{checkpoint.folder} is whole: no --part {given[0]} belongs to it")
+        raise UserError(f"{checkpoint.folder} is whole: no `parts['{given[0]}']` belongs to it")
     fields = read_fields(NativeFields, config, f"{checkpoint.folder}/config.json")
     prefix = _tower_prefix(checkpoint)
     tower = _native_tower(checkpoint, prefix)

@@ -123,7 +123,7 @@ def find_weights(checkpoint: Checkpoint) -> Weights:
             )
         if checkpoint.find(BASE_PART):
             raise UserError(
-                f"{folder} holds a whole model: --part {BASE_PART} is for projector-only and LoRA folders"
+                f"{folder} holds a whole model: `parts['{BASE_PART}']` is for projector-only and LoRA folders"
             )
         return Weights("original", {name: name for name in checkpoint.tensors})
     if not adapted:
@@ -260,18 +260,19 @@ def _base_folder(checkpoint: Checkpoint, layout: str, name: str) -> Path:
     if found is None or found.resolve() == folder.resolve():
         named = f" '{name}', which is neither beside it nor in the Hugging Face cache" if name else ""
         raise UserError(
-            f"{folder} holds {what} without its language model{named}: say where that is with --part {BASE_PART}=PATH"
+            f"{folder} holds {what} without its language model{named}: say where that is with "
+            f"`parts['{BASE_PART}']=PATH`"
         )
     if not (found / "config.json").is_file():
         raise UserError(
-            f"{found} (--part {BASE_PART}): expected a model folder with a config.json and weights"
+            f"{found} (`parts['{BASE_PART}']`): expected a model folder with a config.json and weights"
         )
     config, expected = read_json(found / "config.json"), text_model(checkpoint.config)
     kind = text_model(config) or str(config.get("model_type"))
     if kind != expected:
         raise UserError(
             f"{found} (model_type {config.get('model_type')!r}) is not what {folder} was trained on: expected a "
-            f"{expected} language model{f', {name}' if name else ''}; pass it with --part {BASE_PART}=PATH"
+            f"{expected} language model{f', {name}' if name else ''}; pass it with `parts['{BASE_PART}']=PATH`"
         )
     return found
 

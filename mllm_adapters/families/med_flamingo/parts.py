@@ -48,7 +48,7 @@ def language_model(checkpoint: Checkpoint) -> Path:
         configs = sorted(place.glob("*/config.json"))
         nearby = nearby or [config.parent for config in configs if _model_type(config.parent) == "llama"]
     found = checkpoint.find(LANGUAGE_PART, *map(str, nearby), *LANGUAGE_HUB_IDS)
-    option = f"--part {LANGUAGE_PART}=FOLDER"
+    option = f"`parts['{LANGUAGE_PART}']=FOLDER`"
     if found is None:
         raise UserError(
             f"{checkpoint.files[0]} holds what was trained on top of a LLaMA, but no folder with a LLaMA's config.json "
@@ -80,7 +80,7 @@ def check_language_model(geometry: Geometry, fields: LlamaFields, folder: Path, 
         raise UserError(
             f"{where} was trained on a LLaMA of width {geometry.text_width} with {geometry.rows} tokens, three of "
             f"them added, but {folder} has width {width} and {vocabulary} tokens: give the right one with "
-            f"--part {LANGUAGE_PART}=FOLDER"
+            f"`parts['{LANGUAGE_PART}']=FOLDER`"
         )
 
 
@@ -146,12 +146,12 @@ def _external_host(
         _name_damaged(checkpoint)
         raise UserError(
             f"{checkpoint.files[0]} holds no vision tower, and no CLIP file lies beside it: say where OpenAI's "
-            f"ViT-L/14 is, as state dict or transformers folder, with --part {TOWER_PART}=PATH"
+            f"ViT-L/14 is, as state dict or transformers folder, with `parts['{TOWER_PART}']=PATH`"
         )
     if found in nearby[:1] and len(nearby) > 1:
         listed = " and ".join(path.name for path in nearby)
         raise UserError(
-            f"{checkpoint.folder}: {listed} are CLIP towers: say which one it is with --part {TOWER_PART}=PATH"
+            f"{checkpoint.folder}: {listed} are CLIP towers: say which one it is with `parts['{TOWER_PART}']=PATH`"
         )
     header = clip_tower(found)
     if header.activation_source == "default":
@@ -170,10 +170,10 @@ def _replaced_host(checkpoint: Checkpoint, width: int, image_size: int | None) -
         _name_damaged(checkpoint)
         raise UserError(
             f"{checkpoint.files[0]} holds no vision tower, and its perceiver reads features of width {width}, which "
-            f"{HOST_TOWER} does not give: a swap needs the old tower's size, give --image-size; or say where the tower "
-            f"is with --part {TOWER_PART}=PATH"
+            f"{HOST_TOWER} does not give: a swap needs the old tower's size, give `image_size`; or say where the tower "
+            f"is with `parts['{TOWER_PART}']=PATH`"
         )
-    source = f"taken as {width} wide (perceiver) at --image-size {image_size}"
+    source = f"taken as {width} wide (perceiver) at {image_size} px"
     return HostTower("CLIP", assumed_geometry(width, image_size), None, (gone("CLIP", source),))
 
 

@@ -100,7 +100,7 @@ class MiniGemini(PlannedFamily):
             )[:2]
             sizes = " or ".join(str(g * after.patch_size) for g in sorted(near))
             raise UserError(
-                f"--image-size {after.image_size} makes {after.grid}x{after.grid} patches, among which the "
+                f"`image_size={after.image_size}` makes {after.grid}x{after.grid} patches, among which the "
                 f"{cells}x{cells} high-resolution cells do not divide: try {sizes}"
             )
         return after

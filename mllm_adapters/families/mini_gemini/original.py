@@ -247,7 +247,7 @@ def aux_tower(checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[st
             raise UserError(
                 f"{checkpoint.folder}: its high-resolution tower '{name}' is neither in its shards, nor in the "
                 f"checkpoint folder, nor beside it: put its folder at {checkpoint.folder.parent / name}, or say where "
-                f"it is with --part {AUX_PART}=PATH"
+                f"it is with `parts['{AUX_PART}']=PATH`"
             )
         other = () if trained else (f"{name} is not on this machine: its copy in the shards is used",)
         return AuxTower(held, str(checkpoint.folder), other)
