@@ -135,7 +135,8 @@ def build_benchmark(
         Draw(seed, hard_distractors, min_negatives), strict,
     )  # fmt: skip
     write_bench(target, header, items, force)
-    sheet_of(target, items, sheet, force)
+    report.images = len({image for item in items for image in item.images})
+    report.on_sheet = sheet_of(target, items, sheet, force)
     return report
 
 

@@ -134,6 +134,9 @@ def build(
         split_seed=split_seed, seed=seed, layout=layout, hard_distractors=hard_distractors,
         min_negatives=min_negatives, contact_sheet=contact_sheet, strict=strict, force=force,
     )  # fmt: skip
+    if contact_sheet is not None:
+        shown = f"{report.on_sheet} of {report.images} images to look at"
+        stdout.print(f"{contact_sheet}: {shown}", soft_wrap=True, highlight=False)
     _show_report(report, out)
 
 

@@ -56,6 +56,8 @@ class BuildReport:
         negatives: Images asked that do not have the disease, per disease.
         patients: Per disease.
         positions: How often each position holds the true option.
+        images: Images that the questions show.
+        on_sheet: How many of them the contact sheet shows.
         unasked: Labels outside the preset, with their number of rows.
         without_patient: Rows that name no patient: each its own patient.
         skipped: Rows left out, by reason.
@@ -66,6 +68,8 @@ class BuildReport:
     negatives: Counter[str] = field(default_factory=Counter)
     patients: Counter[str] = field(default_factory=Counter)
     positions: Counter[int] = field(default_factory=Counter)
+    images: int = 0
+    on_sheet: int = 0
     unasked: Counter[str] = field(default_factory=Counter)
     without_patient: int = 0
     skipped: Skipped = field(default_factory=Skipped)

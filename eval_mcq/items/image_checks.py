@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from eval_mcq.items.schema import Bench, MCQItem
-from mgll_encoder.common.cli import stdout
 from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import hash_image, open_image
@@ -91,20 +90,22 @@ def content_name(data: bytes, suffix: str) -> str:
     return f"{hashlib.sha256(data).hexdigest()[:32]}.{suffix}"
 
 
-def sheet_of(bench: Path, items: Sequence[MCQItem], out: Path | None, force: bool) -> None:
+def sheet_of(bench: Path, items: Sequence[MCQItem], out: Path | None, force: bool) -> int:
     """Write a contact sheet of a bench's images, where one is asked for; captions are the first question of each.
+
+    Returns:
+        The number of pictures on the sheet.
 
     Raises:
         UserError: an image cannot be read.
     """
     if out is None:
-        return
+        return 0
     folder, shown = bench.resolve().parent, dict[Path, str]()
     for number, item in enumerate(items, start=1):
         for image in item.images:
             shown.setdefault(folder / image, f"question {number}: {item.category}")
-    count = write_contact_sheet([(caption, path) for path, caption in shown.items()], out, force)
-    stdout.print(f"{out}: {count} of {len(shown)} images to look at", soft_wrap=True, highlight=False)
+    return write_contact_sheet([(caption, path) for path, caption in shown.items()], out, force)
 
 
 def _each(first_use: Mapping[Path, str], work: Callable[[Path], str], what: str) -> dict[Path, str]:

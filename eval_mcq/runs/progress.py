@@ -5,47 +5,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
-from mgll_encoder.common.cli import stderr
+from mgll_encoder.common.progress import counter
 
 _logger = logging.getLogger(__name__)
 
 EVERY = 30.0
-"""Seconds between two lines where stderr is no terminal."""
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+"""Seconds between two lines where no bar is shown."""
 
 
 @contextmanager
 def rate(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show progress within; yields a function to call with the number of rows that were done.
 
-    On a terminal a bar with speed and time left; elsewhere a line every half minute.
+    A bar where the program shows bars; elsewhere a log record every half minute.
     """
-    if stderr.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Speed(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=stderr, transient=True) as bar:
-            task = bar.add_task(description, total=total)
-            yield lambda done: bar.advance(task, done)
+    if bar := counter():
+        with bar(description, total) as step:
+            yield step
         return
     _logger.info(f"{description} ({total}) ...")
     start = said = time.monotonic()

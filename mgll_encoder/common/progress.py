@@ -1,6 +1,8 @@
 """Progress of long operations. Nothing is shown by default; the commands show bars."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -8,20 +10,40 @@ T = TypeVar("T")
 Tracker = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 """Iterates under a progress bar; arguments: items, description, number of items if they have no length."""
 
-_trackers: list[Tracker] = []
+Counter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Opens a progress bar that advances by several at a time; arguments: description, total."""
+
+
+@dataclass
+class _Display:
+    tracker: Tracker | None = None
+    counter: Counter | None = None
+
+
+_display = _Display()
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate, showing progress with the tracker set by `show_with`."""
-    return iter(_trackers[-1](items, description, total) if _trackers else items)
+    return iter(_display.tracker(items, description, total) if _display.tracker else items)
 
 
-def show_with(tracker: Tracker | None) -> None:
-    """Set the tracker that shows progress in the whole process; None shows nothing.
+def counter() -> Counter | None:
+    """The counter set by `show_with`: where there is one, bars are watched, those of other libraries too."""
+    return _display.counter
+
+
+def show_with(tracker: Tracker | None, counter: Counter | None = None) -> None:
+    """Set what shows progress in the whole process; None shows nothing.
+
+    Args:
+        tracker: Shows an iteration.
+        counter: Shows a bar that is advanced by hand. It also turns on the bars of transformers and datasets, so pass
+            one only where somebody watches.
 
     Example:
         >>> from tqdm import tqdm
         >>> show_with(lambda items, description, total: tqdm(items, description, total))
         >>> show_with(None)
     """
-    _trackers[:] = [tracker] if tracker else []
+    _display.tracker, _display.counter = tracker, counter

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
-from mgll_encoder.common.cli import stderr
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.progress import counter
 from mgll_encoder.pretraining.options import PretrainOptions
 
 
@@ -54,7 +54,7 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
         save_total_limit=1,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        disable_tqdm=not stderr.is_terminal,
+        disable_tqdm=counter() is None,
         report_to=[],
     )
     if arguments.n_gpu > 1:

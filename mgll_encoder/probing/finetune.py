@@ -31,11 +31,11 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mgll_encoder.common.cli import stderr
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.locks import locked
+from mgll_encoder.common.progress import counter
 from mgll_encoder.common.resuming import SoundStates, check_states, last_checkpoint
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.batches import jitter, shrink
@@ -290,7 +290,7 @@ def _trainer(
         metric_for_best_model=CHOSEN_BY,
         greater_is_better=True,
         remove_unused_columns=False,
-        disable_tqdm=not stderr.is_terminal,
+        disable_tqdm=counter() is None,
         report_to=[],
     )
 

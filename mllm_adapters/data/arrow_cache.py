@@ -19,8 +19,8 @@ from datasets import (
 )
 from joblib import cpu_count
 
-from mgll_encoder.common.cli import stderr
 from mgll_encoder.common.files import cache_folder, made_once
+from mgll_encoder.common.progress import counter
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def compute_table(
         def make(partial: Path) -> None:
             partial.mkdir()
             _logger.info(f"{description} ({len(source)}) ...")
-            if stderr.is_terminal:
+            if counter():
                 enable_progress_bars()
             source.map(
                 OneThread(work),

@@ -1,10 +1,13 @@
 """A library prints nothing: what it tells are log records, and progress is shown by whoever wants it."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from mgll_encoder.common.progress import show_with, track
+from eval_mcq.runs.progress import rate
+from mgll_encoder.common.progress import counter, show_with, track
 from mgll_encoder.common.tables import read_table
 from mllm_adapters import align, plan_swap
 from tests.builders import picture
@@ -40,3 +43,36 @@ def test_progress_is_shown_with_what_one_gives(
     assert "Noting the images" in seen
     assert "error" not in capfd.readouterr().err
     assert list(track([1, 2], "counting")) == [1, 2]
+
+
+def test_bars_of_other_libraries_follow_the_program(capfd: pytest.CaptureFixture[str]) -> None:
+    """The Trainer's and datasets' bars are shown where ours are, whether or not stderr is a terminal."""
+    counted: list[int] = []
+
+    @contextmanager
+    def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield counted.append
+
+    assert counter() is None
+    with rate("Answering", 5) as advance:
+        advance(2)
+    show_with(None, counting)
+    try:
+        assert counter() is counting
+        with rate("Answering", 5) as advance:
+            advance(3)
+    finally:
+        show_with(None)
+    assert counted == [3]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_library_module_uses_the_terminal() -> None:
+    root = Path(__file__).parents[2]
+    using = [
+        file.relative_to(root).as_posix()
+        for package in ("mgll_encoder", "mllm_adapters", "eval_mcq")
+        for file in (root / package).rglob("*.py")
+        if "cli" not in file.relative_to(root).parts and "common.cli" in file.read_text("utf-8")
+    ]
+    assert using == []
