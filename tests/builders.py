@@ -7,11 +7,13 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+import typer
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -32,6 +34,8 @@ CHAT_TEMPLATE = (
     "{{ ' ' if m['role'] == 'user' else '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+
+from mgll_encoder.common.spelling import Spelling
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -179,6 +183,13 @@ def invoke(main: Callable[[], None], *arguments: object) -> Outcome:
     if signal.getsignal(signal.SIGINT) != ctrl_c:  # a command leaves the process as it is to end
         signal.signal(signal.SIGINT, ctrl_c)
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def options_of(module: str) -> Spelling:
+    """How the command of a module spells arguments."""
+    spelling = Spelling()
+    spelling.learn(typer.main.get_command(import_module(module).app))
+    return spelling
 
 
 def refused(main: Callable[[], None], *arguments: object) -> str:

@@ -203,9 +203,9 @@ def families(
     if as_json:
         cli.stdout.print_json(data=[row.model_dump() for row in api.list_families()])
     elif markdown:
-        cli.stdout.print(support_markdown(), soft_wrap=True, markup=False, highlight=False)
+        cli.stdout.print(support_markdown(cli.spelled), soft_wrap=True, markup=False, highlight=False)
     else:
-        cli.stdout.print(support_tables())
+        cli.stdout.print(support_tables(cli.spelled))
 
 
 @app.command()

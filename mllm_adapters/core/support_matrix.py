@@ -6,7 +6,7 @@ them against the file.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict
@@ -67,7 +67,9 @@ class Support(BaseModel):
             name = LAYER.sub(".*.", reader)  # the same module of several layers
             names = by_fate.setdefault(fate.partition(":")[0], [])
             names += [name] if name not in names else []
-        loads = [how if target == "own" else f"layout {target}: {how}" for target, how in self.loads.items()]
+        loads = [
+            how if target == "own" else f"`layout={target}`: {how}" for target, how in self.loads.items()
+        ]
         return (
             self.family,
             "; ".join(self.reads),
@@ -92,9 +94,9 @@ def support() -> list[Support]:
     return [Support.model_validate(row) for row in rows]
 
 
-def support_tables() -> Group:
+def support_tables(spell: Callable[[str], str] = str) -> Group:
     """The matrix for the terminal, in two tables that fit 80 columns."""
-    rows = [dict(zip(COLUMNS, row.cells(), strict=True)) for row in support()]
+    rows = [dict(zip(COLUMNS, map(spell, row.cells()), strict=True)) for row in support()]
     figures = ("family", "figures of", "tokens before", "after (default)", "at 224 px", "at 336 px")
     words = ("family", "reads", "readers", "swapped, it loads with")
     return Group(_table("Tokens per image", figures, rows), "", _table("Layouts and readers", words, rows))
@@ -109,7 +111,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
     return table
 
 
-def support_markdown() -> str:
+def support_markdown(spell: Callable[[str], str] = str) -> str:
     """The matrix for the README."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*lines, *(f"| {' | '.join(row.cells())} |" for row in support())])
+    return "\n".join([*lines, *(f"| {' | '.join(map(spell, row.cells()))} |" for row in support())])

@@ -3,7 +3,6 @@
 import ast
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import typer
 from mgll_encoder.common.cli import new_app, run
 from mgll_encoder.common.errors import ARGUMENT, UserError
 from mgll_encoder.common.spelling import CALL, COMMANDS, Spelling
+from tests.builders import options_of
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("mgll_encoder", "mllm_adapters", "eval_mcq")
@@ -36,7 +36,7 @@ OTHER_PROGRAMS = ("torchrun", "deepspeed", "accelerate", "pip", "var(", "lmms_ev
 @pytest.fixture
 def swap() -> Spelling:
     """How swap-encoder spells arguments."""
-    return _learnt("mllm_adapters.cli.swap")
+    return options_of("mllm_adapters.cli.swap")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_arguments_become_options(swap: Spelling, python: str, terminal: str) ->
 
 
 def test_a_negation_has_an_option_of_its_own() -> None:
-    assert _learnt("mllm_adapters.cli.retrain").spell("`feature_cache=False`") == "--no-feature-cache"
+    assert options_of("mllm_adapters.cli.retrain").spell("`feature_cache=False`") == "--no-feature-cache"
 
 
 def test_the_command_that_runs_spells_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_no_message_of_the_library_names_an_option() -> None:
 
 
 def test_every_argument_in_a_message_is_an_option_of_some_command() -> None:
-    known = set().union(*(_learnt(app).options for app in APPS))
+    known = set().union(*(options_of(app).options for app in APPS))
     unknown = [
         f"{where}: {found[0]}"
         for where, text in _texts()
@@ -128,12 +128,6 @@ def _texts() -> Iterator[tuple[str, str]]:
                 elif isinstance(node, ast.JoinedStr):
                     parts = (str(p.value) if isinstance(p, ast.Constant) else "{}" for p in node.values)
                     yield f"{where}:{node.lineno}", "".join(parts)
-
-
-def _learnt(module: str) -> Spelling:
-    spelling = Spelling()
-    spelling.learn(typer.main.get_command(import_module(module).app))
-    return spelling
 
 
 def _ran(app: typer.Typer, *arguments: str) -> int:

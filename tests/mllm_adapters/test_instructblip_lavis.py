@@ -134,7 +134,7 @@ def resaved(folder: Path, **changes: Any) -> Path:
             "BLIP-2, whose Q-Former does not read the instruction",
         ),
         ({"llm_proj": "opt_proj"}, "BLIP-2"),
-        ({"llm_proj": None}, "Q-Former without projection.*--part qformer=PATH"),
+        ({"llm_proj": None}, r"Q-Former without projection.*`parts\['qformer'\]=PATH`"),
         ({"query_tokens": None}, "query_tokens is missing: is it complete"),
         ({"ln_vision": None}, "vision_model.post_layernorm.weight is missing"),
         ({"Qformer__bert__encoder__layer__0__crossattention": None}, "has cross-attention in layers"),

@@ -224,7 +224,8 @@ def test_published_configurations_of_what_is_read_are_no_row_of_the_table(name: 
 def listed() -> str:
     """The table for the documentation."""
     rows = (f"| {row.title} | {row.reason} | {row.take} |" for row in NOT_READ)
-    return "\n".join(["| model | reason | what would work |", "|---|---|---|", *rows])
+    table = "\n".join(["| model | reason | what would work |", "|---|---|---|", *rows])
+    return builders.options_of("mllm_adapters.cli.swap").spell(table)
 
 
 def test_the_documentation_lists_them() -> None:

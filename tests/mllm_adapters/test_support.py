@@ -127,7 +127,9 @@ def test_the_matrix_is_what_the_plans_of_published_checkpoints_say(name: str, tm
 def test_every_family_has_its_row_and_the_readme_shows_them() -> None:
     assert [found.family for found in support.support()] == list(FAMILIES)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert BEGIN + support.support_markdown() + END in readme
+    assert (
+        BEGIN + support.support_markdown(builders.options_of("mllm_adapters.cli.swap").spell) + END in readme
+    )
 
 
 def test_the_command_prints_it() -> None:
@@ -136,7 +138,10 @@ def test_the_command_prints_it() -> None:
     assert all(name in shown.out for name in FAMILIES)
     as_json = builders.invoke(swap_encoder, "families", "--json")
     assert [found["family"] for found in json.loads(as_json.out)] == list(FAMILIES)
-    assert builders.invoke(swap_encoder, "families", "--markdown").out.strip() == support.support_markdown()
+    spell = builders.options_of("mllm_adapters.cli.swap").spell
+    assert builders.invoke(swap_encoder, "families", "--markdown").out.strip() == support.support_markdown(
+        spell
+    )
 
 
 def write() -> None:
@@ -148,7 +153,14 @@ def write() -> None:
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(before + BEGIN + support.support_markdown() + END + after, encoding="utf-8")
+    readme.write_text(
+        before
+        + BEGIN
+        + support.support_markdown(builders.options_of("mllm_adapters.cli.swap").spell)
+        + END
+        + after,
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":
