@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mgll_encoder.common.spelling import Spelling
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -34,8 +36,6 @@ CHAT_TEMPLATE = (
     "{{ ' ' if m['role'] == 'user' else '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-
-from mgll_encoder.common.spelling import Spelling
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

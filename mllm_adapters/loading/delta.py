@@ -95,8 +95,8 @@ def read_delta(folder: Path) -> DeltaRecord:
             raise UserError(f"{folder}: {name} is missing: complete the download")
         if name != DELTA_WEIGHTS and not agrees(known, folder / name):
             raise UserError(
-                f"{folder}: {name} has been changed: restore it, or compose first "
-                "(swap-encoder compose) and edit the whole checkpoint"
+                f"{folder}: {name} has been changed: restore it, or `compose()` first "
+                "and edit the whole checkpoint"
             )
     return record
 
