@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from mgll_encoder.common.errors import OutputTakenError, UserError, unknown_name
-from mgll_encoder.common.progress import track
+from mgll_encoder.common.progress import Counter, no_bar, track
 from mgll_encoder.weights.locate import check_tower
-from mllm_adapters.checkpoints.locate import beside, check_swapped
+from mllm_adapters.checkpoints.locate import beside, check_delta, check_swapped
 from mllm_adapters.core.hub_resolve import check_name, resolve
-from mllm_adapters.training.runs import TrainingRequest, carry_out, settings_of
+from mllm_adapters.training.runs import TrainingRequest, carry_out, estimate, settings_of
 
 if TYPE_CHECKING:
     from mgll_encoder.tower.spec import Activation
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mllm_adapters.swap.planned import Fitting, Progress, SwapPlan
     from mllm_adapters.swap.verify import Check
     from mllm_adapters.training.engine import Outcome
+    from mllm_adapters.training.memory import MemoryEstimate
 
 Parts = Mapping[str, Path]
 
@@ -222,6 +223,87 @@ def restore(
     )
 
 
+def compose(
+    delta: str | Path,
+    out: str | Path,
+    *,
+    mllm: str | Path | None = None,
+    encoder: str | Path | None = None,
+    parts: Parts | None = None,
+    copy: bool = False,
+    force: bool = False,
+    bar: Counter = no_bar,
+) -> Path:
+    """Write the whole checkpoint that a delta and its base define.
+
+    Args:
+        delta: Folder of `SwapPlan.write_delta` or `extract`.
+        out: Folder to write.
+        mllm: The base (folder, hub id or family name); found by name and hash next to the delta if None.
+        encoder: The tower of a delta that only refers to it; found by name and hash if None.
+        parts: Paths of parts of the base that are not next to it, name -> path.
+        copy: Copy unchanged files instead of hard-linking them.
+        force: Replace ``out`` if it exists.
+        bar: Shows progress in bytes.
+
+    Raises:
+        UserError: the delta is damaged, its base or its encoder is missing or a different one, or ``out`` is taken.
+    """
+    check_delta(Path(delta))
+    if mllm is not None:
+        check_name(str(mllm))
+    from mllm_adapters.loading.delta import ENCODER_PART, open_delta
+    from mllm_adapters.swap import delta_files
+    from mllm_adapters.swap.apply import check_output
+    from mllm_adapters.swap.report import total_bytes
+
+    check_output(Path(out), force, [Path(delta)])
+    given = {**(parts or {}), **({} if encoder is None else {ENCODER_PART: Path(encoder)})}
+    opened = open_delta(Path(delta), None if mllm is None else resolve(str(mllm)), given)
+    with bar("writing", total_bytes(opened.plan)) as advance:
+        return delta_files.compose(opened, Path(out), force=force, copy=copy, progress=advance)
+
+
+def extract(
+    folder: str | Path,
+    mllm: str | Path,
+    out: str | Path,
+    *,
+    parts: Parts | None = None,
+    reference_tower: bool = False,
+    force: bool = False,
+    bar: Counter = no_bar,
+) -> Path:
+    """Extract a delta from a swapped checkpoint, retrained or not. All other tensors are compared with the base.
+
+    Args:
+        folder: The swapped checkpoint.
+        mllm: Its base (folder, hub id or family name).
+        out: Folder to write.
+        parts: Paths of parts of the base that are not next to it, name -> path.
+        reference_tower: Refer to the tower by its hashes instead of storing it, unless it was trained.
+        force: Replace ``out`` if it exists.
+        bar: Shows progress in bytes.
+
+    Raises:
+        UserError: ``mllm`` is not its base, other tensors than those of a swap or training differ from the base's, or
+            ``out`` is taken.
+    """
+    check_swapped(Path(folder))
+    check_name(str(mllm))
+    from mllm_adapters.core.provenance import read_record
+    from mllm_adapters.core.streaming import nbytes
+    from mllm_adapters.swap import delta_files
+    from mllm_adapters.swap.apply import check_output
+
+    check_output(Path(out), force, [Path(folder)])
+    with bar("comparing", sum(map(nbytes, read_record(Path(folder)).tensors))) as advance:
+        return delta_files.extract(
+            Path(folder), resolve(str(mllm)), Path(out), parts=parts, reference_tower=reference_tower, force=force,
+            progress=advance,
+        )  # fmt: skip
+
+
 def retrain_projector(
     model: str | Path,
     data: str | Path | Sequence[str | Path],
@@ -316,6 +398,31 @@ def finetune_lora(
         force=force,
     )
     return _trained(request)
+
+
+def estimate_memory(
+    model: str | Path, *, stage: str = "projector", recipe: str | Path | None = None, **settings: Any
+) -> "dict[str, MemoryEstimate]":
+    """Estimate a training's memory per device on several target machines. No weights are loaded and no data is read.
+
+    Args:
+        model: Checkpoint folder in the transformers layout.
+        stage: ``projector``, ``lora``, ``lora-vision`` or ``full``.
+        recipe: Recipe file (YAML).
+        **settings: As for `retrain_projector` and `finetune_lora`.
+
+    Returns:
+        Target machine -> bytes of weights, gradients, optimizer, activations and logits.
+
+    Raises:
+        UserError: a setting is unknown, or the model cannot be read.
+    """
+    request = TrainingRequest(
+        command="estimate_memory", model=Path(model), data=(), images=None, out=beside(Path(model), stage),
+        recipe=_maybe(recipe), flags=settings, defaults={"stage": stage},
+        stages=("projector", "lora", "lora-vision", "full"),
+    )  # fmt: skip
+    return estimate(request, settings_of(request))
 
 
 def _trained(request: TrainingRequest) -> "Outcome":

@@ -1,7 +1,7 @@
 """Progress of long operations. Nothing is shown by default; the commands show bars."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,12 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def counter() -> Counter | None:
     """The counter set by `show_with`: where there is one, bars are watched, those of other libraries too."""
     return _display.counter
+
+
+@contextmanager
+def no_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001 (of a Counter)
+    """A counter that shows nothing."""
+    yield lambda _: None
 
 
 def show_with(tracker: Tracker | None, counter: Counter | None = None) -> None:

@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from mgll_encoder.common import cli
-from mllm_adapters.checkpoints.locate import check_delta, check_swapped
+from mllm_adapters import api
 from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
-from mllm_adapters.core.hub_resolve import check_name, resolve
 
 MLLM_HELP = "The base: checkpoint folder, hub id, or family name."
 PART_HELP = "Path of a part of the base that is not next to it: NAME=PATH. Repeatable."
@@ -38,19 +37,16 @@ def compose(
 
     Example: swap-encoder compose --mllm llava-med --delta llava-med-mgll-delta --out llava-med-mgll
     """
-    check_delta(delta)
-    if mllm:
-        check_name(mllm)
-    from mllm_adapters.loading.delta import ENCODER_PART, open_delta
-    from mllm_adapters.swap import delta_files
-    from mllm_adapters.swap.apply import check_output
-    from mllm_adapters.swap.report import total_bytes
-
-    check_output(out, force, [delta])
-    given = parts_of(parts) | ({ENCODER_PART: encoder} if encoder else {})
-    opened = open_delta(delta, resolve(mllm) if mllm else None, given)
-    with progress_bar("writing", total_bytes(opened.plan)) as advance:
-        delta_files.compose(opened, out, force=force, copy=copy, progress=advance)
+    api.compose(
+        delta,
+        out,
+        mllm=mllm,
+        encoder=encoder,
+        parts=parts_of(parts),
+        copy=copy,
+        force=force,
+        bar=progress_bar,
+    )
     cli.stdout.print(f"Written: {out}", markup=False, soft_wrap=True)
     cli.stdout.print(f"Next: swap-encoder verify {out}", markup=False, soft_wrap=True)
 
@@ -75,25 +71,16 @@ def extract(
 
     Example: swap-encoder extract llava-med-mgll-aligned --mllm llava-med --out run-7-delta
     """
-    check_swapped(folder)
-    check_name(mllm)
-    from mllm_adapters.core.provenance import read_record
-    from mllm_adapters.core.streaming import nbytes
-    from mllm_adapters.swap import delta_files
-    from mllm_adapters.swap.apply import check_output
-
     target = out or Path(f"{folder.absolute().name}-delta")
-    check_output(target, force, [folder])
-    with progress_bar("comparing", sum(map(nbytes, read_record(folder).tensors))) as advance:
-        delta_files.extract(
-            folder,
-            resolve(mllm),
-            target,
-            parts=parts_of(parts),
-            reference_tower=reference_tower,
-            force=force,
-            progress=advance,
-        )
+    api.extract(
+        folder,
+        mllm,
+        target,
+        parts=parts_of(parts),
+        reference_tower=reference_tower,
+        force=force,
+        bar=progress_bar,
+    )
     cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
     following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {folder.absolute().name}-again"
     cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)

@@ -1,13 +1,13 @@
 """Runs the training commands after their options are parsed: plan, show, train, print the next command."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from mgll_encoder.common import cli
 from mllm_adapters.training.runs import TrainingRequest, Watcher, carry_out, settings_of
+from mllm_adapters.training.runs import estimate as estimate_memory
 
 if TYPE_CHECKING:
     from mllm_adapters.training.engine import Job, Outcome
@@ -27,7 +27,7 @@ def launch(request: TrainingRequest, *, estimate: bool = False) -> None:
     if rank():  # only rank 0 shows progress; all ranks report errors
         cli.stdout.quiet = True
     if estimate:
-        _estimate(request.model, resolved)
+        _print_estimate(request, resolved)
         return
 
     def planned(job: "Job") -> None:
@@ -46,10 +46,7 @@ def launch(request: TrainingRequest, *, estimate: bool = False) -> None:
     carry_out(request, resolved, watcher)
 
 
-def _estimate(model: Path, resolved: "Resolved") -> None:
-    from mllm_adapters.training.memory import estimates
-    from mllm_adapters.training.prepare import check_source
-
+def _print_estimate(request: TrainingRequest, resolved: "Resolved") -> None:
     recipe = resolved.recipe
     table = Table(
         title=f"Memory per device in GB: stage {recipe.stage}, "
@@ -59,7 +56,7 @@ def _estimate(model: Path, resolved: "Resolved") -> None:
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "device", "host")
     for heading in ("", *parts[:-2], "all", "host's"):
         table.add_column(heading, justify="right" if heading else "left")
-    for place, found in estimates(check_source(model).config, recipe, resolved.options).items():
+    for place, found in estimate_memory(request, resolved).items():
         table.add_row(place, *(f"{getattr(found, part) / 1e9:.2f}" for part in parts))
     cli.stdout.print(table)
     cli.stdout.print("Not included: the CUDA context (about 0.5 GB), buffers of collectives, fragmentation.")

@@ -13,6 +13,7 @@ from mllm_adapters.checkpoints.locate import check_checkpoint, check_image_folde
 
 if TYPE_CHECKING:
     from mllm_adapters.training.engine import Job, Outcome
+    from mllm_adapters.training.memory import MemoryEstimate
     from mllm_adapters.training.recipe_file import Resolved
 
 RECIPE = "recipe.yaml"
@@ -108,6 +109,18 @@ def settings_of(request: TrainingRequest) -> "Resolved":
     if resolved.recipe.stage not in request.stages:
         raise unknown_name(f"stage for {request.command}", resolved.recipe.stage, request.stages)
     return resolved
+
+
+def estimate(request: TrainingRequest, resolved: "Resolved") -> "dict[str, MemoryEstimate]":
+    """Memory per device of a training, by target machine.
+
+    Raises:
+        UserError: the model cannot be read or trained.
+    """
+    from mllm_adapters.training.memory import estimates
+    from mllm_adapters.training.prepare import check_source
+
+    return estimates(check_source(request.model).config, resolved.recipe, resolved.options)
 
 
 def carry_out(

@@ -1,6 +1,8 @@
 """The Python API of mllm_adapters as a user calls it: plan, look, write, load, check, undo, retrain."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, OutputTakenError, UserError
 from mllm_adapters import (
     align,
+    compose,
     convert,
+    estimate_memory,
+    extract,
     finetune_lora,
     list_families,
     load_mllm,
@@ -85,6 +90,39 @@ def test_what_the_api_writes_is_what_the_command_writes(
     reference = plan_swap(tiny_llava, tower, image_size=56).write_delta(tmp_path / "delta")
     assert builders.invoke(swap_encoder, *typed[:-1], tmp_path / "cli-delta", "--delta").code == 0
     assert contents(reference) == contents(tmp_path / "cli-delta")
+
+
+def test_a_delta_is_composed_and_extracted_again(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
+    plan = plan_swap(tiny_llava, tower, image_size=56)
+    whole, delta = plan.write(tmp_path / "whole"), plan.write_delta(tmp_path / "delta")
+    bars: list[tuple[str, int]] = []
+    done: list[int] = []
+
+    @contextmanager
+    def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+        bars.append((description, total))
+        yield done.append
+
+    composed = compose(delta, tmp_path / "composed", mllm=tiny_llava, bar=bar)
+    assert tensors(composed) == tensors(whole)
+    assert bars == [("writing", sum(done))]
+    extracted = extract(whole, tiny_llava, tmp_path / "extracted")
+    assert tensors(extracted) == tensors(delta)
+    with pytest.raises(OutputTakenError):
+        compose(delta, composed, mllm=tiny_llava)
+    with pytest.raises(NotFoundError):
+        compose(whole, tmp_path / "again")
+
+
+def test_memory_is_estimated_without_data(tiny_llava: Path) -> None:
+    found = estimate_memory(tiny_llava, stage="lora", batch_size=2, max_length=64)
+    assert found
+    assert all(place.device > 0 for place in found.values())
+    twice = estimate_memory(tiny_llava, stage="lora", batch_size=4, max_length=64)
+    assert all(twice[name].activations > place.activations for name, place in found.items())
+    with pytest.raises(UserError) as refused:
+        estimate_memory(tiny_llava, batch_size=0)
+    assert refused.value.arguments == ("batch_size",)
 
 
 @torch.no_grad()
