@@ -1,13 +1,27 @@
 """Join a vision tower and a language model to a LLaVA."""
 
+from collections.abc import Mapping
+
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from mgll_encoder import Tower, vision_config
+from mgll_encoder.tower.spec import Pooling, TowerSpec
+from mllm_adapters.core.contract import VisionContract
+from mllm_adapters.core.planning import contract_of
 from mllm_adapters.examples.language_models import Speech
 
-FEATURE_LAYER = -2
-"""The tower's second-to-last layer, as in LLaVA."""
+FEATURE_LAYERS: Mapping[Pooling, int] = {"class": -2, "mean": -1}
+"""Pooling of a tower -> hidden layer whose patch tokens are read.
+
+The second-to-last as in LLaVA, where only the class token of the last layer was trained; the last one if the mean of
+its patch tokens was.
+"""
+
+
+def tower_contract(spec: TowerSpec) -> VisionContract:
+    """The vision contract of a small LLaVA on this tower."""
+    return contract_of(spec, FEATURE_LAYERS[spec.pooling], class_token=False)
 
 
 def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGeneration:
@@ -22,7 +36,7 @@ def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGener
         text_config=text,
         image_token_index=speech.image_token_id,
         image_seq_length=eyes.spec.patches,
-        vision_feature_layer=FEATURE_LAYER,
+        vision_feature_layer=tower_contract(eyes.spec).feature_layer,
         vision_feature_select_strategy="default",
         tie_word_embeddings=text.tie_word_embeddings,
     )
@@ -31,8 +45,8 @@ def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGener
     model.model.vision_tower.load_state_dict(eyes.model.state_dict())
     model.model.language_model.load_state_dict(speech.model.model.state_dict())
     model.lm_head.load_state_dict(speech.model.lm_head.state_dict())
-    loudness = float(speech.model.model.embed_tokens.weight.detach().square().mean().sqrt())
+    word_rms = float(speech.model.model.embed_tokens.weight.detach().square().mean().sqrt())
     projector = model.model.multi_modal_projector
-    for layer, scale in ((projector.linear_1, 1.0), (projector.linear_2, loudness)):
+    for layer, scale in ((projector.linear_1, 1.0), (projector.linear_2, word_rms)):
         torch.nn.init.normal_(layer.weight, std=scale * layer.in_features**-0.5)
     return model

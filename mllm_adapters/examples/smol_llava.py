@@ -22,11 +22,10 @@ from mgll_encoder import load_tower
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import check_free, new_folder
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
-from mllm_adapters.core.planning import contract_of
 from mllm_adapters.core.processing import llava_processor
 from mllm_adapters.data.corpus import Conversation, Corpus, read_corpus
 from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset, prepare_examples
-from mllm_adapters.examples.assembly import FEATURE_LAYER, assemble
+from mllm_adapters.examples.assembly import assemble, tower_contract
 from mllm_adapters.examples.curriculum import (
     Question,
     caption_lesson,
@@ -147,7 +146,7 @@ def build_smol_llava(
     eyes = load_tower(tower)
     speech = _speech(language_model, corpus.rows, asked, seed)
     model = assemble(eyes, speech, seed)
-    processor = llava_processor(contract_of(eyes.spec, FEATURE_LAYER, False), speech.tokenizer, CHATML)
+    processor = llava_processor(tower_contract(eyes.spec), speech.tokenizer, CHATML)
     began = time.monotonic()
     losses = {
         name: _teach(model, processor, replace(corpus, rows=rows), rates, recipe, seed)

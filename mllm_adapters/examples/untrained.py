@@ -10,9 +10,8 @@ from mgll_encoder.common.files import new_folder
 from mgll_encoder.tower.load import Tower, build_model
 from mgll_encoder.tower.save import save_tower
 from mgll_encoder.tower.spec import TowerSpec
-from mllm_adapters.core.planning import contract_of
 from mllm_adapters.core.processing import llava_processor
-from mllm_adapters.examples.assembly import FEATURE_LAYER, assemble
+from mllm_adapters.examples.assembly import assemble, tower_contract
 from mllm_adapters.examples.language_models import CHATML, tiny
 
 PHOTOGRAPHS = 64
@@ -35,7 +34,7 @@ def write_example(out: Path, *, force: bool = False) -> Path:
     with new_folder(out, force) as folder:
         save_tower(_tower(width=96, seed=1), folder / "tower")
         eyes, speech = _tower(width=64, seed=0), tiny(TEXTS, ["glaucoma", "cataract"], seed=0)
-        processor = llava_processor(contract_of(eyes.spec, FEATURE_LAYER, False), speech.tokenizer, CHATML)
+        processor = llava_processor(tower_contract(eyes.spec), speech.tokenizer, CHATML)
         assemble(eyes, speech, seed=0).save_pretrained(folder / "llava")
         processor.save_pretrained(folder / "llava")
         (folder / "photographs").mkdir()

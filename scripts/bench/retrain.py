@@ -256,9 +256,8 @@ def _model(folder: Path, shape: Shape) -> Path:
     from mgll_encoder import Tower
     from mgll_encoder.tower.load import build_model
     from mgll_encoder.tower.spec import TowerSpec
-    from mllm_adapters.core.planning import contract_of
     from mllm_adapters.core.processing import llava_processor
-    from mllm_adapters.examples.assembly import FEATURE_LAYER, assemble
+    from mllm_adapters.examples.assembly import assemble, tower_contract
     from mllm_adapters.examples.language_models import CHATML, Speech, tiny
 
     torch.manual_seed(0)
@@ -277,7 +276,7 @@ def _model(folder: Path, shape: Shape) -> Path:
     )  # fmt: skip
     model = assemble(Tower.from_model(build_model(spec), spec), speech, 0)
     model.save_pretrained(folder)
-    llava_processor(contract_of(spec, FEATURE_LAYER, False), speech.tokenizer, CHATML).save_pretrained(folder)
+    llava_processor(tower_contract(spec), speech.tokenizer, CHATML).save_pretrained(folder)
     return folder
 
 

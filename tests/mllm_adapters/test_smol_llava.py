@@ -104,7 +104,7 @@ def test_a_rare_disease_is_practised_as_often_as_a_common_one(lesson):
     assert drawn != list(lesson([*common, rare], 400, seed=1))
 
 
-def test_image_tokens_begin_as_loud_as_words(place):
+def test_image_tokens_start_at_the_scale_of_word_embeddings(place):
     from mgll_encoder import load_tower
     from mllm_adapters.examples.language_models import tiny
     from mllm_adapters.examples.smol_llava import assemble
@@ -114,8 +114,8 @@ def test_image_tokens_begin_as_loud_as_words(place):
     features = torch.randn(500, eyes.spec.width, generator=torch.Generator().manual_seed(0))
     words = speech.model.model.embed_tokens.weight.square().mean().sqrt()
     with torch.no_grad():
-        loudness = projector(features).square().mean().sqrt() / words
-    assert 0.3 < loudness < 3  # 5 with the usual initial weights
+        ratio = projector(features).square().mean().sqrt() / words
+    assert 0.3 < ratio < 3  # 5 with the usual initialization
 
 
 def test_an_answer_that_is_not_among_the_options_is_refused():
