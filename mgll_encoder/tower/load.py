@@ -264,7 +264,7 @@ def load_tower(
         The tower in eval mode on the CPU.
 
     Raises:
-        UserError: as for ``inspect_tower``; the weights are not finite, the size is no multiple of the patch size, or
+        UserError: as for ``inspect_tower``; the weights are not finite, the size is not a multiple of the patch, or
             the architecture has no such pooling.
     """
     fitted = {"image_size": image_size, "pooling": pooling}
@@ -417,7 +417,7 @@ def _fitted(spec: TowerSpec, claims: Claims, changes: Mapping[str, Any], path: P
     near = spec.patch_size if asked is None else max(1, round(asked / spec.patch_size)) * spec.patch_size
     if asked not in (None, near):
         raise IncompatibleTowerError(
-            f"`image_size={asked}` is no multiple of the tower's patch size {spec.patch_size}: try {near}"
+            f"`image_size={asked}` is not a multiple of the tower's patch size {spec.patch_size}: try {near}"
         )
     size = asked or claims.input_size or spec.image_size
     return checked(TowerSpec, {**spec.model_dump(), "image_size": size, "pooling": pooling}, path)

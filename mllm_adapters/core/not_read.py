@@ -201,7 +201,7 @@ NOT_READ: tuple[NotRead, ...] = (
     # Parts of a multimodal model
     NotRead("a language model", r"qwen[23]|(Llama|Mistral|Qwen[23]|Gemma2?|Phi3?|Mixtral)ForCausalLM",
             "this is a language model, without vision tower and projector",
-            "pass a multimodal model made of it; beside LLaVA's projector-only and LoRA folders it is "
+            "pass a multimodal model made from it; for LLaVA's projector-only and LoRA folders it is "
             "`parts['base']=PATH`"),
     NotRead("a tower or a text encoder", r"clip(_(vision|text)_model)?|siglip2?(_vision_model)?|dinov[23].*|vit",
             "this is a tower or a text encoder alone", _TOWER),

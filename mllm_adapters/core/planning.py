@@ -108,13 +108,11 @@ def external_tower(
         )
     found = _known_geometry(named, checkpoint, replaced, image_size)
     if found is None:
-        way_out = (
-            " Its geometry alone would do for a swap: give `image_size`." if replaced and named.width else ""
-        )
+        way_out = " For a swap its geometry is enough: pass `image_size`." if replaced and named.width else ""
         raise NotFoundError(
-            f"{checkpoint.folder}: its vision tower '{named.name}' is neither in the checkpoint folder, nor beside it, "
-            f"nor in the Hugging Face cache: put the tower's folder at {checkpoint.folder.parent / named.name}, or say "
-            f"where it is with `parts['{TOWER_PART}']=PATH`.{way_out}"
+            f"{checkpoint.folder}: its vision tower '{named.name}' is not in the checkpoint folder, next to "
+            "it or in the Hugging Face cache: put the tower's folder at "
+            f"{checkpoint.folder.parent / named.name}, or pass `parts['{TOWER_PART}']=PATH`.{way_out}"
         )
     spec, source = found
     fitted = spec.model_copy(update={"resize": named.resize})
@@ -217,7 +215,7 @@ def after_swap(
     if size % unit or size <= 0:
         near = max(1, round(size / unit)) * unit
         by = f"patch size {spec.patch_size}" + (f" times {multiple}" if multiple > 1 else "")
-        raise IncompatibleTowerError(f"`image_size={size}` is no multiple of the tower's {by}: try {near}")
+        raise IncompatibleTowerError(f"`image_size={size}` is not a multiple of the tower's {by}: try {near}")
     resized = spec.model_copy(update={"image_size": size, "mean": before.mean, "std": before.std})
     after = contract_of(resized, before.feature_layer, before.class_token)
     return after if tokens is None else after.model_copy(update={"tokens": tokens(after.grid)})

@@ -130,12 +130,14 @@ def _warning(plan: Plan, plan_at: PlanAt, tower: TowerHeader) -> str | None:
     except UserError:
         return _told(tower.source, own, plan, "choose another size with `image_size` or `tokens`")
     way_out = f"`image_size={size}` keeps the tower's own ({proposed} tokens)"
-    return _told(tower.source, own, plan, f"{way_out}; `tokens=N` or another `image_size` decides otherwise")
+    return _told(
+        tower.source, own, plan, f"{way_out}; `tokens=N` or another `image_size` selects another size"
+    )
 
 
 def _told(source: Path, own: int, plan: Plan, way_out: str) -> str:
     grid, size = plan.after.grid, plan.after.image_size
     return (
-        f"{source.name} was trained on {own}x{own} patches; to keep the host's {grid}x{grid} it runs at {size} px, its "
-        f"positions stretched {grid / own:.1f} times, at which towers see little: {way_out}"
+        f"{source.name} was trained on {own}x{own} patches; to keep the host's {grid}x{grid} it runs at "
+        f"{size} px, with positions interpolated {grid / own:.1f} times, where features get poor: {way_out}"
     )

@@ -239,8 +239,8 @@ def attach_parts(base: Checkpoint, record: SwapRecord, folder: Path) -> None:
         path = path or find_input(known, base.folder) or find_input(known, folder)
         if path is None:
             raise UserError(
-                f"{folder} needs a part of its base, {part} ({known.name}), which lies neither beside it, nor here, "
-                f"nor in the Hugging Face cache: say where it is with `parts['{part}']=PATH`"
+                f"{folder} needs a part of its base, {part} ({known.name}), which is not next to it, in the "
+                f"working directory or in the Hugging Face cache: pass `parts['{part}']=PATH`"
             )
         if wrong := mismatch(known, path, sample=True):
             raise UserError(f"{path} is not the {part} that {folder} was made with ({known.name}): {wrong}")
@@ -259,6 +259,6 @@ def _found(record: InputRecord, folder: Path, what: str, how: str) -> Path:
     beside = folder.absolute().parent / record.name
     other = f" ({beside} is another one: {mismatch(record, beside)})" if beside.exists() else ""
     raise UserError(
-        f"{folder}: its {what} {record.name} is neither beside it, nor here, nor in the Hugging Face cache{other}: say "
-        f"where it is ({how})"
+        f"{folder}: its {what} {record.name} is not next to it, in the working directory or in the Hugging "
+        f"Face cache{other}: pass its path ({how})"
     )

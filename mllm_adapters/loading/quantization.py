@@ -35,7 +35,7 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
 
     if settings.get("quantization_config"):
         raise UserError(
-            f"{where}/config.json: the weights are quantised already: leave `qlora` or `load_in_4bit` out"
+            f"{where}/config.json: the weights are already quantized: leave `qlora` or `load_in_4bit` out"
         )
     config = build_config(settings, f"{where}/config.json")
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]

@@ -125,8 +125,8 @@ class Verification:
             return _result(
                 "tower",
                 self._changed(steps),
-                f"{len(steps)} tensors by their hashes; {named.name} is not at hand, so they were not made again from "
-                "it: `encoder` says where it is",
+                f"{len(steps)} tensors by their hashes; {named.name} was not found, so they were not "
+                "recomputed from it: pass `encoder`",
             )
         plan = self.record.plan_with(self._checkpoint.config, source=self.folder, tower=self._encoder)
         tower = FittedTower(plan)
@@ -152,13 +152,12 @@ class Verification:
         made = [t for t in self.record.tensors if t.sha256 and t not in trained and not t.kind.from_tower]
         wrong = self._changed([*made, *trained])
         taken = [t for t in self.record.tensors if not t.sha256 and t not in trained]
-        said = [f"{len(made)} made tensors by their hashes"] if made else []
-        said += [f"{len(trained)} trained since the swap, by the hashes recorded then"] if trained else []
+        said = [f"{len(made)} computed tensors by their hashes"] if made else []
+        said += [f"{len(trained)} trained after the swap, by the hashes recorded then"] if trained else []
         if self._source is None:
             name = self.record.inputs.source.name
             said.append(
-                f"{len(taken)} taken over by samples of their files only: {name} is not at hand, `source` says where "
-                "it is"
+                f"{len(taken)} copied, by samples of their files only: {name} was not found, pass `source`"
             )
             return _result("plan", wrong, "; ".join(said))
         original, _, _ = open_checkpoint(self._source)

@@ -141,13 +141,13 @@ def diverged(what: str, step: int, work: Path) -> str:
     """Return the message for a diverged run, with the step to continue from."""
     saved = last_checkpoint(work)
     again = (
-        f"; if the data or the machine was at fault, mend that, and `resume=True` goes on from step {step_of(saved)}, "
-        "whose weights are sound"
+        "; if the data or the machine was the cause, fix it, and `resume=True` continues from step "
+        f"{step_of(saved)}, whose weights are valid"
         if saved
         else ""
     )
     return (
-        f"{what} at step {step}: start anew with a lower `learning_rate` "
+        f"{what} at step {step}: start over with a lower `learning_rate` "
         f"(and `force=True`, to replace this run's checkpoints){again}"
     )
 

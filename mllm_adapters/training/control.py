@@ -48,9 +48,7 @@ def check_control(
         UserError: they are the same model, one of them cannot be trained, or a row is too long for only one.
     """
     if model.resolve() == control.resolve():
-        raise UserError(
-            f"`control={control}` is the model itself: pass the checkpoint that the tower was swapped in"
-        )
+        raise UserError(f"`control={control}` is the model itself: pass the unswapped checkpoint")
     corpus = read_corpus(data, images, recipe.rows)
     kept = []
     for source in (model, control):

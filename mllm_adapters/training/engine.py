@@ -49,9 +49,9 @@ PLOT = "loss.png"
 """The loss over the steps, in the output folder."""
 
 OUT_OF_MEMORY = (
-    "memory is full at `batch_size={batch}`: halve it and double `gradient_accumulation`, or add "
-    "`gradient_checkpointing=True`; a GPU that it still does not fit wants `deepspeed` with ZeRO-3, or `qlora=True`; "
-    "`estimate_memory()` says what each takes"
+    "out of memory at `batch_size={batch}`: halve it and double `gradient_accumulation`, or add "
+    "`gradient_checkpointing=True`; if that is not enough, use `deepspeed` with ZeRO-3, or `qlora=True`; "
+    "`estimate_memory()` estimates each"
 )
 
 
@@ -282,7 +282,7 @@ def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool, *, save_on_
         # A data loader's worker wraps the message in a traceback.
         cause = str(error).rpartition(f"{type(error).__name__}: ")[2]
         saved = last_checkpoint(work)
-        hint = f"; once mended, `resume=True` continues from {saved.name}" if saved else ""
+        hint = f"; after fixing this, `resume=True` continues from {saved.name}" if saved else ""
         raise UserError(f"{cause} (training stopped at step {trainer.state.global_step}{hint})") from None
     except (ValueError, ValidationError) as error:
         if trainer.is_deepspeed_enabled and trainer.state.global_step == 0:

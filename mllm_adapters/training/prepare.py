@@ -155,8 +155,8 @@ def check_source(source: Path) -> Checkpoint:
     """
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
         raise UserError(
-            f"{source} is an adapter: train from its base, or merge it first (`finetune_lora(merge=True)` writes a "
-            "full checkpoint beside it)"
+            f"{source} is an adapter: train from its base, or merge it first (`finetune_lora(merge=True)` "
+            "also writes a full checkpoint)"
         )
     checkpoint, _, layout = open_checkpoint(source)
     if layout != "transformers":

@@ -29,10 +29,11 @@ def check_work_folder(out: Path, *, resume: bool, force: bool) -> None:
     work = work_folder(out)
     saved = last_checkpoint(work)
     if resume and saved is None:
-        raise NotFoundError(f"{work} holds no checkpoint to resume from: start without `resume`")
+        raise NotFoundError(f"{work} has no checkpoint to resume from: start without `resume`")
     if saved and not (resume or force):
         raise UserError(
-            f"{work} holds {saved.name} of an earlier run: go on with `resume=True`, or start anew with `force=True`"
+            f"{work} has {saved.name} of an earlier run: continue with `resume=True`, or start over with "
+            "`force=True`"
         )
 
 
@@ -48,8 +49,8 @@ def claim(work: Path, identity: Mapping[str, Any], resume: bool) -> None:
         for field, value in identity.items():
             if began_with.get(field) != value:
                 raise UserError(
-                    f"{work} is of another run: its {field} is {began_with.get(field)}, now it is {value}: "
-                    "repeat the first command with `resume=True`, or start anew with `force=True`"
+                    f"{work} belongs to another run: its {field} was {began_with.get(field)}, now it is "
+                    f"{value}: repeat the first command with `resume=True`, or start over with `force=True`"
                 )
         clear_unfinished(work)
         return

@@ -82,7 +82,7 @@ def test_a_tower_that_is_not_that_of_its_provenance_is_caught(eval_mcq, tmp_path
     assert "recomputed from mgll (the file recorded at the swap), bit for bit" in eval_mcq.out
     shutil.rmtree(encoder)
     assert eval_mcq("check", model) == 0
-    assert "tensors by their hashes; mgll is not at hand" in eval_mcq.out
+    assert "tensors by their hashes; mgll was not found" in eval_mcq.out
 
     record = (model / "mgll_swap.json").read_text()
     width = json.loads(record)["plan"]["after"]["width"]

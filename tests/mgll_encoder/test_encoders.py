@@ -108,7 +108,7 @@ def test_a_tower_is_refitted_to_other_sizes_as_transformers_does_at_run_time(
         pixels = torch.nn.functional.interpolate(PIXELS, side)
         torch.testing.assert_close(hidden(fitted.model, pixels), hidden(model, pixels), rtol=0, atol=0)
     with pytest.raises(
-        UserError, match=r"`image_size=50` is no multiple of the tower's patch size 14: try 56"
+        UserError, match=r"`image_size=50` is not a multiple of the tower's patch size 14: try 56"
     ):
         load_tower(tmp_path, image_size=50)
 

@@ -93,7 +93,7 @@ def plan_of(source: Path, tower: Path, image_size: int | None = None):
 
 def test_a_conversion_needs_the_tower_itself(host: Path, tmp_path: Path) -> None:
     message = refused(main, "convert", "--mllm", host, "--out", tmp_path / "out")
-    assert "vision tower '/scratch/me/run7/vit' is neither in the checkpoint folder" in message
+    assert "vision tower '/scratch/me/run7/vit' is not in the checkpoint folder" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -273,7 +273,7 @@ def test_another_base_is_refused_with_what_was_found_and_expected(
     assert f"its config.json has {bytes_ + 1} bytes, expected {bytes_}" in message
     alone = Path(shutil.copytree(llava.delta, tmp_path / "alone"))
     message = refused(eval_mcq, "run", "--model", alone, "--bench", small_bench(tmp_path / "bench", 1))
-    assert "its base host is neither beside it, nor here" in message
+    assert "its base host is not next to it, in the working directory" in message
     assert "swap-encoder compose --mllm, or load_mllm(BASE, delta=...)" in message
 
 
@@ -287,7 +287,7 @@ def test_another_encoder_is_refused(llava: SimpleNamespace, tmp_path: Path) -> N
     assert "contains its tower: leave the encoder out" in refused(main, *options, "--delta", llava.delta)
     alone = Path(shutil.copytree(llava.folder / "referring", tmp_path / "alone"))
     message = refused(main, "compose", "--mllm", llava.base, "--delta", alone, "--out", tmp_path / "out")
-    assert "its encoder mgll is neither beside it" in message
+    assert "its encoder mgll is not next to it" in message
     assert "--encoder" in message
 
 

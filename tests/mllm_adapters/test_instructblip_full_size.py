@@ -213,7 +213,7 @@ def test_the_published_lavis_files_are_covered_tensor_by_tensor(tmp_path: Path) 
     check_full_size(plan, checkpoint, weights=rest + clip_weights() + qformer_weights(1024) + 2 * 1024)
     assert (plan.before.image_size, plan.before.width, plan.after.tokens) == (224, 1408, 32)
     with pytest.raises(
-        UserError, match=r"eva_vit_g.pth is neither there nor beside it.*`parts\['vision-tower'\]=PATH`"
+        UserError, match=r"eva_vit_g.pth is neither in it nor next to it.*`parts\['vision-tower'\]=PATH`"
     ):
         family.plan(checkpoint)
     eva: dict[str, tuple[int, ...]] = {

@@ -135,7 +135,7 @@ def test_chat_v1_0_is_a_llava_and_swapped_as_one(golden: Path, tmp_path: Path) -
 def test_an_image_size_with_an_odd_grid_is_refused(golden: Path, tmp_path: Path) -> None:
     checkpoint, internvl, _ = open_checkpoint(golden / "internvl_qwen2" / "checkpoint")
     with pytest.raises(
-        UserError, match=r"`image_size=42` is no multiple of the tower's patch size 14 times 2: try"
+        UserError, match=r"`image_size=42` is not a multiple of the tower's patch size 14 times 2: try"
     ):
         internvl.plan(checkpoint, inspect_tower(published_tower(tmp_path)), 42)
 

@@ -129,7 +129,7 @@ def test_base_and_tower_that_are_elsewhere_are_given_as_parts(
     torch.save(weights, base / "pytorch_model.bin")
     tokenizer.save_pretrained(base)
     lines = ["convert", "--mllm", source, "--out", tmp_path / "out", "--part", f"base={base}"]
-    assert "say where it is with --part vision-tower=PATH" in refused(main, *lines)
+    assert "pass --part vision-tower=PATH" in refused(main, *lines)
     outcome = invoke(main, *lines, "--part", f"vision-tower={tower}")
     assert outcome.code == 0, outcome.err
     assert "the language model is elsewhere" in outcome.err
@@ -219,7 +219,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused(fault: str, golden: Path, t
 def test_without_its_base_a_folder_says_how_to_give_it(kind: str, golden: Path, tmp_path: Path) -> None:
     source = KINDS[kind](golden, "llava", tmp_path, base="lmsys/vicuna-7b-v1.5")
     message = refused(main, "convert", "--mllm", source, "--out", tmp_path / "out")
-    assert "without its language model 'lmsys/vicuna-7b-v1.5', which is neither beside it" in message
+    assert "without its language model 'lmsys/vicuna-7b-v1.5', which is neither next to it" in message
     assert "--part base=PATH" in message
 
 

@@ -439,7 +439,7 @@ def test_a_missing_part_is_named_with_the_option_that_supplies_it(parts: Parts, 
         load_mllm(alone)
     with pytest.raises(UserError, match=r"`parts\['vision-tower'\]=PATH`"):
         load_mllm(alone, parts={"language-model": parts.language})
-    with pytest.raises(UserError, match="is no LLaMA"):
+    with pytest.raises(UserError, match="is not a LLaMA"):
         load_mllm(alone, parts={"language-model": tmp_path})
     for name in ("one", "two"):
         shutil.copytree(parts.language, alone / name, copy_function=shutil.copyfile)

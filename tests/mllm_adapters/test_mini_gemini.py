@@ -344,7 +344,7 @@ def test_the_high_resolution_cells_must_divide_among_the_new_patches(
     for size in advised:
         plan = family.plan(checkpoint, tower, size)
         assert plan.after.tokens == (size // patch) ** 2 == plan.config["image_seq_length"]
-    with pytest.raises(UserError, match="no multiple of the tower's patch size"):
+    with pytest.raises(UserError, match="not a multiple of the tower's patch size"):
         family.plan(checkpoint, tower, advised[0] + 1)
 
 

@@ -148,7 +148,7 @@ def write() -> None:
     """Write the matrix and the README's part of it."""
     with tempfile.TemporaryDirectory() as folder:
         rows = [row(name, Path(folder)).model_dump(mode="json") for name in FAMILIES]
-    target = ROOT / "mllm_adapters" / support.FILE
+    target = ROOT / "mllm_adapters" / "core" / support.FILE
     target.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)

@@ -282,7 +282,7 @@ def test_an_image_damaged_since_it_was_checked_stops_training_with_its_name_and_
 
 
 def test_a_loss_that_is_no_number_stops_training(run, tmp_path):
-    with pytest.raises(UserError, match=r"became nan.* at step \d: start anew with a lower `learning_rate`"):
+    with pytest.raises(UserError, match=r"became nan.* at step \d: start over with a lower `learning_rate`"):
         run(recipe=replace(RECIPE, learning_rate=1e38))
     assert not (tmp_path / "out").exists()
 

@@ -199,8 +199,10 @@ def test_without_encoder_and_source_the_hashes_speak_and_it_says_what_was_not_ch
     outcome = invoke(main, "verify", copy, "--quick", "--json")
     assert outcome.code == 0, outcome.err
     checks = {check["name"]: check for check in json.loads(outcome.out)}
-    assert "mgll is not at hand, so they were not made again from it: --encoder" in checks["tower"]["detail"]
-    assert "by samples of their files only: host is not at hand, --source" in checks["plan"]["detail"]
+    assert (
+        "mgll was not found, so they were not recomputed from it: pass --encoder" in checks["tower"]["detail"]
+    )
+    assert "by samples of their files only: host was not found, pass --source" in checks["plan"]["detail"]
     assert checks["image"]["passed"] is None
     name = flip(copy, "vision_tower.encoder.layers.1.mlp.fc1.weight")
     assert f"{name} has been changed" in refused(main, "verify", copy, "--quick")
@@ -236,7 +238,7 @@ def test_training_since_is_recorded_and_what_it_taught_the_language_model_is_kep
         c.name: c for c in Verification(tmp_path / "trained", llava.encoder, llava.source).checks(quick=True)
     }
     assert all(checks[name].passed for name in ("files", "tensors", "tower", "plan", "loading"))
-    assert "2 trained since the swap" in checks["plan"].detail
+    assert "2 trained after the swap" in checks["plan"].detail
     outcome = invoke(
         main, "restore", tmp_path / "trained", "--original", llava.source, "--out", tmp_path / "back"
     )

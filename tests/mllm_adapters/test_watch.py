@@ -148,7 +148,7 @@ def test_a_lost_run_says_from_which_step_it_could_go_on(place, tmp_path):
                 with torch.no_grad():
                     model.model.multi_modal_projector.linear_1.weight.fill_(torch.nan)
 
-    with pytest.raises(UserError, match=r"at step 4: start anew.*`resume=True` goes on from step 2"):
+    with pytest.raises(UserError, match=r"at step 4: start over.*`resume=True` continues from step 2"):
         run(place, tmp_path / "out", callbacks=[Poison()])
     assert last_checkpoint(tmp_path / "out.training").name == "checkpoint-2"
     assert run(place, tmp_path / "out", resume=True).steps == 4

@@ -279,8 +279,8 @@ def _tokenizers(tokenizer: Path, checkpoint: Checkpoint) -> dict[str, Path]:
     if folder is None:
         looked = f" (nor in {found[0]})" if found else ""
         raise UserError(
-            f"{tokenizer} holds a tokenizer, but there is none for the Q-Former{looked}: put that of {BERT[0]} at "
-            f"{inside}, or say where it is with `parts['{QFORMER_TOKENIZER_PART}']=PATH`"
+            f"{tokenizer} has a tokenizer, but there is none for the Q-Former{looked}: put that of "
+            f"{BERT[0]} at {inside}, or pass `parts['{QFORMER_TOKENIZER_PART}']=PATH`"
         )
     return {QFORMER_TOKENIZER_PART: folder}
 

@@ -319,8 +319,8 @@ def _vision_config(
     """Return the ``vision_config`` of the EVA tower, from its weights."""
     if not tower:
         raise UserError(
-            f"{folder}: its vision tower {TOWER_FILE} is neither there nor beside it: put it there, or say where it is "
-            f"with `parts['{TOWER_PART}']=PATH`"
+            f"{folder}: its vision tower {TOWER_FILE} is neither in it nor next to it: put it there, or "
+            f"pass `parts['{TOWER_PART}']=PATH`"
         )
     shapes = {name: header.shape for name, header in tower.items()}
     found = _shape(shapes, "cls_token", folder)[-1]
@@ -349,9 +349,9 @@ def _replaced_tower(width: int, folder: Path, image_size: int | None) -> tuple[d
         return {**EVA_CONFIG, **EVA}, f"that of LAVIS' EVA-CLIP-g, which is as wide as ln_vision ({width})"
     if image_size is None:
         raise UserError(
-            f"{folder}: its vision tower {TOWER_FILE} is neither there nor beside it, and ln_vision reads a width of "
-            f"{width}, which LAVIS' EVA-CLIP-g does not have: a swap needs the old tower's size, give `image_size`; or "
-            f"say where the tower is with `parts['{TOWER_PART}']=PATH`"
+            f"{folder}: its vision tower {TOWER_FILE} is neither in it nor next to it, and ln_vision has "
+            f"width {width}, unlike LAVIS' EVA-CLIP-g: a swap needs the old tower's size, pass "
+            f"`image_size`; or pass `parts['{TOWER_PART}']=PATH`"
         )
     sizes = {"hidden_size": width, "num_attention_heads": 1, "image_size": image_size}
     return {**EVA_CONFIG, **EVA, **sizes}, f"taken as {width} wide (ln_vision) at {image_size} px"

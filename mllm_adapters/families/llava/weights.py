@@ -258,10 +258,9 @@ def _base_folder(checkpoint: Checkpoint, layout: str, name: str) -> Path:
     folder, what = checkpoint.folder, {"projector": "a projector", "lora": "a LoRA adapter"}[layout]
     found = checkpoint.find(BASE_PART, *([name] if name else []))
     if found is None or found.resolve() == folder.resolve():
-        named = f" '{name}', which is neither beside it nor in the Hugging Face cache" if name else ""
+        named = f" '{name}', which is neither next to it nor in the Hugging Face cache" if name else ""
         raise UserError(
-            f"{folder} holds {what} without its language model{named}: say where that is with "
-            f"`parts['{BASE_PART}']=PATH`"
+            f"{folder} has {what} without its language model{named}: pass `parts['{BASE_PART}']=PATH`"
         )
     if not (found / "config.json").is_file():
         raise UserError(

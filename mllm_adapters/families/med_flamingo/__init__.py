@@ -287,7 +287,7 @@ MED_FLAMINGO = MedFlamingo(
         name="med-flamingo",
         title="Med-Flamingo",
         hub_id="med-flamingo/med-flamingo",
-        reads=("model.pt beside a LLaMA-7B and a CLIP, also as OpenFlamingo >= 2.0 saves it",),
+        reads=("model.pt next to a LLaMA-7B and a CLIP, also as saved by OpenFlamingo >= 2.0",),
         tower=r"vision_tower\.",
         # The original trains these two and the embedding; the gated blocks read latents of the features'
         # width.

@@ -51,16 +51,16 @@ def language_model(checkpoint: Checkpoint) -> Path:
     option = f"`parts['{LANGUAGE_PART}']=FOLDER`"
     if found is None:
         raise UserError(
-            f"{checkpoint.files[0]} holds what was trained on top of a LLaMA, but no folder with a LLaMA's config.json "
-            f"lies beside it, nor is {LANGUAGE_HUB_IDS[-1]} in the Hugging Face cache: say where LLaMA-7B is with "
-            f"{option}"
+            f"{checkpoint.files[0]} has only the weights trained on top of a LLaMA, but no folder with a "
+            f"LLaMA's config.json is next to it, nor is {LANGUAGE_HUB_IDS[-1]} in the Hugging Face cache: "
+            f"pass LLaMA-7B as {option}"
         )
     if found in nearby[:1] and len(nearby) > 1:
         names = " and ".join(folder.name for folder in nearby)
         raise UserError(f"{found.parent}: {names} are LLaMAs: say which one it is with {option}")
     if not (found / "config.json").is_file() or _model_type(found) != "llama":
         raise UserError(
-            f"{found} is no LLaMA: expected a folder with a config.json of model_type 'llama' ({option})"
+            f"{found} is not a LLaMA: expected a folder with a config.json of model_type 'llama' ({option})"
         )
     return found
 
@@ -145,8 +145,8 @@ def _external_host(
             return _replaced_host(checkpoint, geometry.width, image_size)
         _name_damaged(checkpoint)
         raise UserError(
-            f"{checkpoint.files[0]} holds no vision tower, and no CLIP file lies beside it: say where OpenAI's "
-            f"ViT-L/14 is, as state dict or transformers folder, with `parts['{TOWER_PART}']=PATH`"
+            f"{checkpoint.files[0]} has no vision tower, and no CLIP file is next to it: pass OpenAI's "
+            f"ViT-L/14, as state dict or transformers folder, as `parts['{TOWER_PART}']=PATH`"
         )
     if found in nearby[:1] and len(nearby) > 1:
         listed = " and ".join(path.name for path in nearby)

@@ -132,9 +132,9 @@ class MiniGemini(PlannedFamily):
         notes = []
         if swap.request.tower is not None:
             notes.append(
-                f"the high-resolution tower is kept; both see the same {host.config['image_size_aux']} px picture, "
-                f"made by the new tower's rule, and the new one a {after.image_size} px view of it (bicubic with "
-                "antialiasing)"
+                f"the high-resolution tower is kept; it reads the {host.config['image_size_aux']} px image "
+                f"made by the new tower's rule, and the new tower a {after.image_size} px view of it "
+                "(bicubic with antialiasing)"
             )
         if views > 1:
             notes.append(
@@ -302,7 +302,7 @@ MINI_GEMINI = MiniGemini(
         tower=r"vision_tower\.",
         projector=r"mm_projector\.|vlm_uni_\w+_projector\.",
         language_model=r"language_model\.|lm_head\.",
-        not_llava="Mini-Gemini cannot be written as a LLaVA: it sees each image through a second tower, too",
+        not_llava="Mini-Gemini cannot be written as a LLaVA: it also encodes each image with a second tower",
         other=r"vision_tower_aux\.",
         parts={
             TOWER_PART: "the low-resolution tower that mm_vision_tower names",

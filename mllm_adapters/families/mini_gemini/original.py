@@ -245,9 +245,9 @@ def aux_tower(checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[st
     if found is None:
         if not held:
             raise UserError(
-                f"{checkpoint.folder}: its high-resolution tower '{name}' is neither in its shards, nor in the "
-                f"checkpoint folder, nor beside it: put its folder at {checkpoint.folder.parent / name}, or say where "
-                f"it is with `parts['{AUX_PART}']=PATH`"
+                f"{checkpoint.folder}: its high-resolution tower '{name}' is not in its shards, in the "
+                f"checkpoint folder or next to it: put its folder at {checkpoint.folder.parent / name}, or "
+                f"pass `parts['{AUX_PART}']=PATH`"
             )
         other = () if trained else (f"{name} is not on this machine: its copy in the shards is used",)
         return AuxTower(held, str(checkpoint.folder), other)
