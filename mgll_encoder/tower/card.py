@@ -25,9 +25,9 @@ mean {spec.mean}, std {spec.std}.
 {text}
 ## Intended use
 
-Research on medical images: as the eyes of a multimodal LLM, for probing, and for retrieval. Not a medical device:
-no diagnosis, no decision about a patient may rest on it. It has been judged on nothing but what stands below; images of
-other devices, populations or findings than those it was trained on are outside of what is known about it.
+Research on medical images: as the vision encoder of a multimodal LLM, for probing, and for retrieval. Not a medical
+device: not for diagnosis or any decision about a patient. It has been evaluated only as described below, and not on
+other devices, populations or findings than those of its training.
 {training}
 The licence and terms of use are those of the weights and the images it was made from.
 

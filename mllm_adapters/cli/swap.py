@@ -123,11 +123,11 @@ def swap(
         raise UserError(f"{missing} is missing: swap-encoder --mllm llava-med --encoder mgll-fundus.pt")
 
     if private and push_to_hub is None:
-        raise UserError("--private goes with --push-to-hub OWNER/NAME")
+        raise UserError("--private requires --push-to-hub OWNER/NAME")
     if reference_tower and not delta:
-        raise UserError("--reference-tower goes with --delta")
+        raise UserError("--reference-tower requires --delta")
     if copy and delta:
-        raise UserError("--copy goes without --delta: a delta holds no file of the checkpoint")
+        raise UserError("--copy cannot be combined with --delta: a delta contains no file of the checkpoint")
 
     fitting = _fitting(images, samples, device)
     with cli.importing():
@@ -214,14 +214,14 @@ def example(
     out: Annotated[Path, typer.Option(help=OUT_HELP)] = Path("example"),
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
-    """Write a LLaVA, a tower and pictures of toy size, to try a first swap on. Random weights: it knows nothing.
+    """Write a LLaVA, a tower and images of toy size with random weights, to try a first swap.
 
     Example: swap-encoder example
     """
     from mllm_adapters.examples.untrained import write_example
 
     write_example(out, force=force)
-    cli.stdout.print(f"Written: {out} (a LLaVA and a tower of toy size with random weights, and pictures)")
+    cli.stdout.print(f"Written: {out} (a LLaVA and a tower of toy size with random weights, and images)")
     following = f"--mllm {out}/llava --encoder {out}/tower --align {out}/photographs --out {out}/swapped"
     cli.stdout.print(f"Next: swap-encoder {following}", soft_wrap=True, highlight=False)
 
@@ -261,7 +261,7 @@ def _fitting(images: Path | None, samples: int | None, device: str | None) -> "F
         return api.fitting(images, samples, device)
     for option, value in (("--align-samples", samples), ("--align-device", device)):
         if value is not None:
-            raise UserError(f"{option} {value} is about the images to align on: give --align IMAGES too")
+            raise UserError(f"{option} {value} requires --align IMAGES")
     return None
 
 

@@ -1,4 +1,4 @@
-"""Join a vision tower and a language model to a LLaVA."""
+"""Joins a vision tower and a language model to a LLaVA."""
 
 from collections.abc import Mapping
 
@@ -20,11 +20,11 @@ its patch tokens was.
 
 
 def tower_contract(spec: TowerSpec) -> VisionContract:
-    """The vision contract of a small LLaVA on this tower."""
+    """Return the vision contract of a small LLaVA with this tower."""
     return contract_of(spec, FEATURE_LAYERS[spec.pooling], class_token=False)
 
 
-def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGeneration:
+def assemble(tower: Tower, speech: Speech, seed: int) -> LlavaForConditionalGeneration:
     """Join a tower and a language model by a new projector, whose tokens have about the norm of word embeddings.
 
     With the usual initialization their norm is an order of magnitude larger, and dominates the residual
@@ -32,17 +32,17 @@ def assemble(eyes: Tower, speech: Speech, seed: int) -> LlavaForConditionalGener
     """
     text = speech.model.config
     config = LlavaConfig(
-        vision_config=vision_config(eyes.spec),
+        vision_config=vision_config(tower.spec),
         text_config=text,
         image_token_index=speech.image_token_id,
-        image_seq_length=eyes.spec.patches,
-        vision_feature_layer=tower_contract(eyes.spec).feature_layer,
+        image_seq_length=tower.spec.patches,
+        vision_feature_layer=tower_contract(tower.spec).feature_layer,
         vision_feature_select_strategy="default",
         tie_word_embeddings=text.tie_word_embeddings,
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(eyes.model.state_dict())
+    model.model.vision_tower.load_state_dict(tower.model.state_dict())
     model.model.language_model.load_state_dict(speech.model.model.state_dict())
     model.lm_head.load_state_dict(speech.model.lm_head.state_dict())
     word_rms = float(speech.model.model.embed_tokens.weight.detach().square().mean().sqrt())

@@ -143,10 +143,10 @@ def build_smol_llava(
     recipe = replace(RECIPES[language_model], **counts)
     corpus = read_corpus(data, images)
     asked = _questions(corpus)
-    eyes = load_tower(tower)
+    loaded = load_tower(tower)
     speech = _speech(language_model, corpus.rows, asked, seed)
-    model = assemble(eyes, speech, seed)
-    processor = llava_processor(tower_contract(eyes.spec), speech.tokenizer, CHATML)
+    model = assemble(loaded, speech, seed)
+    processor = llava_processor(tower_contract(loaded.spec), speech.tokenizer, CHATML)
     began = time.monotonic()
     losses = {
         name: _teach(model, processor, replace(corpus, rows=rows), rates, recipe, seed)
@@ -171,7 +171,7 @@ def build_smol_llava(
         taught = Training.of(
             ("projector", "language_model"), "build_smol_llava.py", corpus.digests.values(), corpus.splits()
         )
-        write_trainings(folder, [*trainings_of(eyes.header.source), taught])
+        write_trainings(folder, [*trainings_of(loaded.header.source), taught])
     return out
 
 

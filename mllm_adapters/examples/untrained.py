@@ -1,4 +1,4 @@
-"""A LLaVA and a tower of toy size with random weights: something to try a first swap on, made in a second."""
+"""A LLaVA and a tower of toy size with random weights, for a first swap; made in a second."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def write_example(out: Path, *, force: bool = False) -> Path:
 
     Args:
         out: Folder to write.
-        force: Replace it.
+        force: Replace ``out`` if it exists.
 
     Returns:
         ``out``.
@@ -33,9 +33,9 @@ def write_example(out: Path, *, force: bool = False) -> Path:
     """
     with new_folder(out, force) as folder:
         save_tower(_tower(width=96, seed=1), folder / "tower")
-        eyes, speech = _tower(width=64, seed=0), tiny(TEXTS, ["glaucoma", "cataract"], seed=0)
-        processor = llava_processor(tower_contract(eyes.spec), speech.tokenizer, CHATML)
-        assemble(eyes, speech, seed=0).save_pretrained(folder / "llava")
+        tower, speech = _tower(width=64, seed=0), tiny(TEXTS, ["glaucoma", "cataract"], seed=0)
+        processor = llava_processor(tower_contract(tower.spec), speech.tokenizer, CHATML)
+        assemble(tower, speech, seed=0).save_pretrained(folder / "llava")
         processor.save_pretrained(folder / "llava")
         (folder / "photographs").mkdir()
         draw = np.random.default_rng(0)

@@ -346,8 +346,8 @@ def test_a_damaged_delta_is_one_line(
 
 def test_options_and_outputs_that_cannot_be(llava: SimpleNamespace, tmp_path: Path) -> None:
     swap = ("--mllm", llava.base, "--encoder", llava.encoder, "--out", tmp_path / "out")
-    assert "--reference-tower goes with --delta" in refused(main, *swap, "--reference-tower")
-    assert "--copy goes without --delta" in refused(main, *swap, "--delta", "--copy")
+    assert "--reference-tower requires --delta" in refused(main, *swap, "--reference-tower")
+    assert "--copy cannot be combined with --delta" in refused(main, *swap, "--delta", "--copy")
     (taken := tmp_path / "taken").mkdir()
     for command in (
         ("--mllm", llava.base, "--encoder", llava.encoder, "--delta"),

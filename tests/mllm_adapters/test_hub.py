@@ -191,7 +191,7 @@ def test_what_cannot_be_pushed_is_told_before_the_work(
     hub: FakeHub, tower: Path, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ("--mllm", tiny_llava, "--encoder", tower, "--out", tmp_path / "out")
-    assert "--private goes with --push-to-hub" in refused(main, *given, "--private")
+    assert "--private requires --push-to-hub" in refused(main, *given, "--private")
     assert "--push-to-hub a/b/c" in refused(main, *given, "--push-to-hub", "a/b/c")
     assert "expected OWNER/NAME" in refused(main, *given, "--push-to-hub", "model")
     monkeypatch.delenv("HF_TOKEN")

@@ -263,19 +263,19 @@ def _contract(
     """Return the vision contract before the swap, and notes for the user."""
     vision = settings.vision_config
     if settings.model_type.startswith(OWN):
-        eyes, width, layer = vision.tower_config, vision.tower_config.hidden_size, vision.feature_layer
-        pixels, notes = host_pixels(checkpoint.folder, eyes.image_size)
+        tower, width, layer = vision.tower_config, vision.tower_config.hidden_size, vision.feature_layer
+        pixels, notes = host_pixels(checkpoint.folder, tower.image_size)
     else:
-        eyes, width, layer = vision, getattr(vision, generation.width), -1
-        pixels, notes = _dynamic_pixels(checkpoint.folder, USUAL_GRID * eyes.patch_size, generation)
+        tower, width, layer = vision, getattr(vision, generation.width), -1
+        pixels, notes = _dynamic_pixels(checkpoint.folder, USUAL_GRID * tower.patch_size, generation)
     fields = {
         **pixels.model_dump(),
         "width": width,
-        "patch_size": eyes.patch_size,
-        "tokens": (pixels.image_size // eyes.patch_size // vision.spatial_merge_size) ** 2,
+        "patch_size": tower.patch_size,
+        "tokens": (pixels.image_size // tower.patch_size // vision.spatial_merge_size) ** 2,
         "feature_layer": layer,
         "class_token": False,
-        "activation": eyes.hidden_act,
+        "activation": tower.hidden_act,
     }
     return checked(VisionContract, fields, checkpoint.folder / "config.json"), notes
 
