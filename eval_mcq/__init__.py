@@ -5,10 +5,28 @@ from typing import TYPE_CHECKING
 from mgll_encoder.common.lazy import lazy
 
 if TYPE_CHECKING:
-    from eval_mcq.api import build_benchmark, compare, load_benchmark, report, run
+    from eval_mcq.api import (
+        build_benchmark,
+        compare,
+        export_benchmark,
+        import_benchmark,
+        load_benchmark,
+        report,
+        run,
+    )
+    from eval_mcq.runs.model_check import check_model
 
     __version__: str
 
-__all__ = ["build_benchmark", "compare", "load_benchmark", "report", "run"]
+__all__ = [
+    "build_benchmark",
+    "check_model",
+    "compare",
+    "export_benchmark",
+    "import_benchmark",
+    "load_benchmark",
+    "report",
+    "run",
+]
 
-__getattr__, __dir__ = lazy(__name__, dict.fromkeys(__all__, "api"))
+__getattr__, __dir__ = lazy(__name__, dict.fromkeys(__all__, "api") | {"check_model": "runs.model_check"})

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from eval_mcq.runs.loading import Dtype, WayName, answer, loading
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import NotFoundError, UserError, unknown_name
 from mgll_encoder.common.files import check_free
+from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.tables import TableOptions, listed
 
 if TYPE_CHECKING:
+    from eval_mcq.formats.importing import ImportReport, OptionLetters
     from eval_mcq.items.build import BuildReport
     from eval_mcq.items.schema import Bench
     from eval_mcq.records.batching import Shard
@@ -149,6 +151,96 @@ def load_benchmark(path: str | Path) -> "Bench":
     from eval_mcq.items.schema import load_bench
 
     return load_bench(Path(path))
+
+
+def import_benchmark(
+    source: str | Path,
+    out: str | Path,
+    format: str,
+    *,
+    images: str | Path | None = None,
+    maps: Sequence[str] = (),
+    split: str | None = None,
+    name: str = "",
+    skip_bad: bool = False,
+    option_letters: "OptionLetters" = "auto",
+    force: bool = False,
+) -> "ImportReport":
+    """Import questions from another tool's file, and write them as a benchmark.
+
+    Args:
+        source: File, folder of .json files, or hub id (``hf``).
+        out: Benchmark file to write (.jsonl or .parquet).
+        format: ``vlmevalkit``, ``gmai``, ``omnimedvqa``, ``llava``, ``scienceqa``, ``hf`` or ``parquet``.
+        images: Folder that image paths are relative to; that of ``source`` if not given.
+        maps: ``field=column`` where the file names a field otherwise.
+        split: Which split (``hf``, ``scienceqa``).
+        name: Name of the benchmark in tables; the file's if not given.
+        skip_bad: Leave out wrong questions instead of stopping; they are counted by reason.
+        option_letters: Options with letters of their own: ``strip`` or ``keep`` these, or ``auto``: strip them where
+            all questions have them.
+        force: Replace existing outputs.
+
+    Raises:
+        UserError: the file is not of the format, a question or its image is unusable, or ``out`` is taken.
+    """
+    from eval_mcq.formats.importing import FORMATS, ImportSource, import_questions
+    from eval_mcq.items.schema import write_bench
+
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    target = Path(out)
+    check_free(target, force)
+    skipped = Skipped(strict=not skip_bad, unit="questions")
+    folder = None if images is None else Path(images)
+    given = ImportSource(str(source), folder, split, maps, option_letters, skipped)
+    header, items, report = import_questions(format, given, target, name, force)
+    write_bench(target, header, items, force)
+    return report
+
+
+def export_benchmark(
+    bench: str | Path,
+    out: str | Path,
+    format: str = "llava",
+    *,
+    images: str | Path | None = None,
+    run: "Run | str | Path | None" = None,
+    force: bool = False,
+) -> int:
+    """Write questions, or a run's answers, in another tool's format.
+
+    Args:
+        bench: Benchmark file.
+        out: File (for ``lmms-eval``: folder) to write.
+        format: ``llava``, ``messages``, ``vlmevalkit``, ``lmms-eval``, ``parquet`` or ``jsonl``.
+        images: ``llava``, ``messages``: folder to write image paths relative to; that of ``out`` if not given.
+        run: ``vlmevalkit``: write the answers of this run instead, to be scored there.
+        force: Replace an existing output.
+
+    Returns:
+        Number of questions or answers.
+
+    Raises:
+        UserError: an option does not apply to the format, an image cannot be read, or ``out`` is taken.
+    """
+    from eval_mcq.formats.export import EXPORTERS, write_predictions
+
+    if format not in EXPORTERS:
+        raise unknown_name("format", format, EXPORTERS)
+    target = Path(out)
+    check_free(target, force)
+    if images is not None and format not in ("llava", "messages"):
+        raise UserError(
+            f"`images` has no meaning for format '{format}': only llava and messages refer to images by path"
+        )
+    if run is not None and format != "vlmevalkit":
+        raise UserError(f"`run` has no meaning for format '{format}': predictions are written for vlmevalkit")
+    questions = load_benchmark(bench)
+    if run is not None:
+        return write_predictions(questions, _arms({"": run})[""], target, force)
+    EXPORTERS[format](questions, target, Path(images or target.absolute().parent), force)
+    return len(questions.items)
 
 
 def run(

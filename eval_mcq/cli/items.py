@@ -6,11 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from eval_mcq import api
 from mgll_encoder.common.cli import note, stdout
-from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
-from mgll_encoder.common.skipped import Skipped
 
 Format = Literal["rich", "markdown", "csv", "latex"]
 ImportFormat = Literal["vlmevalkit", "gmai", "omnimedvqa", "llava", "scienceqa", "hf", "parquet"]
@@ -60,15 +59,11 @@ def import_command(
 
     Example: eval-mcq import GMAI_mm_bench_VAL.tsv --format gmai --out gmai.jsonl
     """
-    from eval_mcq.formats.importing import ImportSource, import_questions
-    from eval_mcq.items.schema import write_bench
-
-    check_free(out, force)
-    skipped = Skipped(strict=not skip_bad, unit="questions")
-    given = ImportSource(source, images, split, maps or (), option_letters, skipped)
-    header, items, report = import_questions(format_, given, out, name, force)
-    write_bench(out, header, items, force)
-    stdout.print(f"{out}: {len(items)} questions", soft_wrap=True, highlight=False)
+    report = api.import_benchmark(
+        source, out, format_, images=images, maps=maps or (), split=split, name=name, skip_bad=skip_bad,
+        option_letters=option_letters, force=force,
+    )  # fmt: skip
+    stdout.print(f"{out}: {report.questions.total()} questions", soft_wrap=True, highlight=False)
     for category, count in report.questions.most_common():
         stdout.print(f"  {count:6d}  {category}", soft_wrap=True, highlight=False, markup=False)
     if report.pictures:
@@ -82,7 +77,7 @@ def import_command(
             f"the options of {report.unlettered} questions carried letters or numbers of their own: taken off "
             "(--option-letters keep leaves them)"
         )
-    skipped.say()
+    report.skipped.say()
     stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
 
 
@@ -105,7 +100,7 @@ def export(
             help="llava, messages: folder to write image paths relative to; the folder of --out if not given."
         ),
     ] = None,
-    run_folder: Annotated[
+    run: Annotated[
         Path | None,
         typer.Option("--run", help="vlmevalkit: write the answers of this run, to be scored there."),
     ] = None,
@@ -115,26 +110,13 @@ def export(
 
     Example: eval-mcq export train.jsonl --format llava --out train.json
     """
-    from eval_mcq.formats.export import EXPORTERS, write_predictions
-    from eval_mcq.items.schema import load_bench
-    from eval_mcq.records.run_record import load_run
-
-    check_free(out, force)
-    if images is not None and to not in ("llava", "messages"):
-        raise UserError(
-            f"--images has no meaning for format '{to}': only llava and messages refer to images by path"
-        )
-    if run_folder is not None and to != "vlmevalkit":
-        raise UserError(f"--run has no meaning for format '{to}': predictions are written for vlmevalkit")
-    questions = load_bench(bench)
-    if run_folder is not None:
-        count = write_predictions(questions, load_run(run_folder), out, force)
+    count = api.export_benchmark(bench, out, to, images=images, run=run, force=force)
+    if run is not None:
         stdout.print(f"{out}: {count} predictions", soft_wrap=True, highlight=False)
         return
-    folder = images or out.absolute().parent
-    EXPORTERS[to](questions, out, folder, force)
-    stdout.print(f"{out}: {len(questions.items)} questions", soft_wrap=True, highlight=False)
-    stdout.print(f"Next: {_after_export(to, out, folder)}", soft_wrap=True, highlight=False)
+    stdout.print(f"{out}: {count} questions", soft_wrap=True, highlight=False)
+    following = _after_export(to, out, images or out.absolute().parent)
+    stdout.print(f"Next: {following}", soft_wrap=True, highlight=False)
 
 
 def _after_export(format_: str, out: Path, images: Path) -> str:

@@ -4,16 +4,21 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from eval_mcq.cli.items import Force
-from eval_mcq.runs.loading import Dtype, loading
+from eval_mcq.runs.loading import Dtype
 from mgll_encoder.common.cli import stdout, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs, require
 from mgll_encoder.common.files import check_free, write_text
+
+if TYPE_CHECKING:
+    from eval_mcq.runs.image_sensitivity import ImageSensitivity
+    from eval_mcq.runs.model_check import SwappedTower
+    from eval_mcq.tables.intervals import Estimate
 
 ModeName = Literal["letters", "options", "options-mean", "generate"]
 
@@ -75,66 +80,51 @@ def check(
 
     Example: eval-mcq check llava-med-mgll --bench test.jsonl
     """
-    from eval_mcq.items.schema import MCQItem, load_bench
-    from eval_mcq.records.leaks import find_leak, trainings_of_model
-    from eval_mcq.runs.fingerprint import model_fingerprint
-    from eval_mcq.runs.image_sensitivity import contradictions, image_sensitivity
-    from mllm_adapters import is_swapped
+    from eval_mcq.items.schema import load_bench
+    from eval_mcq.runs.model_check import check_model
 
     if out is not None:
         if bench is None:
             raise UserError("--out writes what the questions of --bench show: add --bench")
         check_free(out, force)
     asked = load_bench(bench) if bench else None
-    fingerprint = model_fingerprint(model)
-    from mllm_adapters import Verification  # torch, which a wrong path need not wait for
-
-    swap = Verification(model) if is_swapped(model) else None
-    scorer = loading(model, device, dtype, load_in_4bit).scorer()
-    example = MCQItem(
-        id="example", images=["x"], question="Which finding does this fundus photograph show?",
-        options=["glaucoma", "cataract"], answer=0, category="x",
-    )  # fmt: skip
-    item = asked.items[0] if asked else example
-    stdout.print(f"model: {model} ({fingerprint[:12]})", soft_wrap=True, highlight=False)
+    found = check_model(
+        model, asked, questions=questions, device=device, dtype=dtype, load_in_4bit=load_in_4bit
+    )
+    stdout.print(f"model: {model} ({found.fingerprint[:12]})", soft_wrap=True, highlight=False)
     stdout.print("prompt:", highlight=False)
-    typer.echo(scorer.prompt(item))
-    wrong = []
-    if swap:
-        plan, tower = swap.record.plan, swap.tower()
-        stdout.print(f"tower by provenance: {plan['tower'] or 'its own'} in {plan['source']}", soft_wrap=True)
-        equal = {True: "yes", False: "NO", None: "not checked"}[tower.passed]
-        stdout.print(f"tower equals provenance: {equal} ({tower.detail})", soft_wrap=True, highlight=False)
-        wrong = contradictions(scorer.model, scorer.processor, plan["after"])
-        wrong += [f"the tower is not that of its provenance: {tower.detail}"] if tower.passed is False else []
-    else:
-        stdout.print("tower: no mgll_swap.json, so nothing is known of a swap", highlight=False)
-    for training in trainings_of_model(model):
+    typer.echo(found.prompt)
+    _show_tower(found.tower)
+    for training in found.trainings:
         stdout.print(f"trained on: {len(training.images)} images, {training.title}", highlight=False)
-    if asked and (leak := find_leak(model, asked)):
-        warn(f"bench {asked.path}: {leak.text}; eval-mcq run refuses it without --allow-leak")
-    if asked:
-        found = image_sensitivity(scorer, asked, questions)
-        _show_look(found)
+    if asked and found.leak:
+        warn(f"bench {asked.path}: {found.leak.text}; eval-mcq run refuses it without --allow-leak")
+    if found.sensitivity:
+        _show_sensitivity(found.sensitivity)
         if out is not None:
-            write_text(
-                out,
-                json.dumps({"model": str(model), "bench": str(bench), **asdict(found)}, indent=2) + "\n",
-                force,
-            )
-        for warning in found.warnings:
+            seen = {"model": str(model), "bench": str(bench), **asdict(found.sensitivity)}
+            write_text(out, json.dumps(seen, indent=2) + "\n", force)
+        for warning in found.sensitivity.warnings:
             warn(warning)
-        wrong += [] if found.sees else found.warnings[:1]
-    if wrong:
-        raise UserError(f"{model}: {'; '.join(wrong)}")
+    if found.faults:
+        raise UserError(f"{model}: {'; '.join(found.faults)}")
 
 
-def _in_percent(estimate: Any) -> tuple[str, str]:
+def _show_tower(tower: "SwappedTower | None") -> None:
+    if tower is None:
+        stdout.print("tower: no mgll_swap.json, so nothing is known of a swap", highlight=False)
+        return
+    stdout.print(f"tower by provenance: {tower.name or 'its own'} in {tower.source}", soft_wrap=True)
+    equal = {True: "yes", False: "NO", None: "not checked"}[tower.passed]
+    stdout.print(f"tower equals provenance: {equal} ({tower.detail})", soft_wrap=True, highlight=False)
+
+
+def _in_percent(estimate: "Estimate") -> tuple[str, str]:
     low, high = estimate.interval.low, estimate.interval.high
     return f"{100 * estimate.value:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def _show_look(found: Any) -> None:
+def _show_sensitivity(found: "ImageSensitivity") -> None:
     from rich.table import Table
 
     from eval_mcq.items.schema import LETTERS

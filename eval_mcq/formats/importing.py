@@ -84,12 +84,14 @@ class ImportReport:
         folded: Circular copies that were put back into their questions.
         unlettered: Questions whose options carried letters or numbers, which were taken off.
         pictures: Embedded pictures that were kept.
+        skipped: Questions that were left out, by reason.
     """
 
     questions: Counter[str] = field(default_factory=Counter)
     folded: int = 0
     unlettered: int = 0
     pictures: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 Found = Sequence[tuple[RawQuestion, MCQItem]]
@@ -108,8 +110,8 @@ class QuestionFormat:
     Attributes:
         read: Source to questions.
         finish: What is done to all of them at the end.
-        maps_columns: Whether ``--map`` has a meaning.
-        splits: Whether ``--split`` has one.
+        maps_columns: Whether ``maps`` has a meaning.
+        splits: Whether ``split`` has one.
     """
 
     read: Callable[[ImportSource], Iterator[RawQuestion]]
@@ -147,7 +149,7 @@ def import_questions(
         items = _sound(finished, found, source, bench, pictures.kept)
         pictures.keep_only({image for item in items for image in item.images})
         report = ImportReport(
-            Counter(item.category for item in items), folded, unlettered, len(pictures.kept)
+            Counter(item.category for item in items), folded, unlettered, len(pictures.kept), source.skipped
         )
     built = {"imported": format_, "from": Path(source.path).name, **source.skipped.record()}
     categories = list(dict.fromkeys(item.category for item in items))

@@ -2,8 +2,17 @@
 
 import pytest
 
-from eval_mcq import build_benchmark, compare, load_benchmark, report, run
-from mgll_encoder.common.errors import UserError
+from eval_mcq import (
+    build_benchmark,
+    check_model,
+    compare,
+    export_benchmark,
+    import_benchmark,
+    load_benchmark,
+    report,
+    run,
+)
+from mgll_encoder.common.errors import OutputTakenError, UnknownNameError, UserError
 from tests.builders import tiny_llava as write_tiny_llava
 from tests.eval_mcq.helpers import write_labels
 
@@ -39,3 +48,33 @@ def test_mistakes_are_exceptions(tiny_llava, tmp_path):
         run(tiny_llava, tmp_path / "nope")
     with pytest.raises(UserError, match="is not a run"):
         compare({"base": tmp_path})
+
+
+def test_questions_go_to_another_tool_and_come_back(tmp_path):
+    labels, bench = write_labels(tmp_path, ROWS), tmp_path / "bench.jsonl"
+    build_benchmark(labels, tmp_path / "photos", bench, diseases=FOUR, patient_column="patient")
+    assert export_benchmark(bench, tmp_path / "b.tsv", "vlmevalkit") == 16
+    back = import_benchmark(tmp_path / "b.tsv", tmp_path / "back.jsonl", "vlmevalkit")
+    assert (back.questions.total(), back.skipped.total) == (16, 0)
+    assert back.pictures == 1, "the photographs are equal, and kept once"
+    asked = [(item.question, item.options, item.answer) for item in load_benchmark(bench).items]
+    assert [(i.question, i.options, i.answer) for i in load_benchmark(tmp_path / "back.jsonl").items] == asked
+    with pytest.raises(OutputTakenError):
+        export_benchmark(bench, tmp_path / "b.tsv", "vlmevalkit")
+    for argument, value in (("images", tmp_path), ("run", tmp_path)):
+        with pytest.raises(UserError) as refused:
+            export_benchmark(bench, tmp_path / "b.parquet", "parquet", **{argument: value})
+        assert refused.value.arguments == (argument,)
+    with pytest.raises(UnknownNameError):
+        import_benchmark(tmp_path / "b.tsv", tmp_path / "c.jsonl", "vlmevalkitt")
+
+
+def test_a_model_is_checked_before_it_is_run(tiny_llava, tmp_path):
+    labels, bench = write_labels(tmp_path, ROWS), tmp_path / "bench.jsonl"
+    build_benchmark(labels, tmp_path / "photos", bench, diseases=FOUR, patient_column="patient")
+    found = check_model(tiny_llava, load_benchmark(bench), questions=4)
+    assert load_benchmark(bench).items[0].question in found.prompt
+    assert (found.tower, found.trainings, found.leak) == (None, (), None)
+    assert found.sensitivity.questions == 4
+    assert set(found.sensitivity.moved) == {"blank", "shuffled"}
+    assert check_model(tiny_llava).sensitivity is None

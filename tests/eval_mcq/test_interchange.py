@@ -392,7 +392,7 @@ def test_a_parquet_bench_is_run_as_it_is_and_an_exported_one_is_unpacked_first(e
     error = eval_mcq.refuses(
         "export", tmp_path / "far" / "b.parquet", "--format", "jsonl", "--out", tmp_path / "x"
     )
-    assert "is only inside the file: unpack it with eval-mcq import" in error
+    assert "is only inside the file: unpack it with `eval-mcq import" in error
     assert "no header of eval-mcq" in eval_mcq.refuses("export", foreign(tmp_path), "--out", tmp_path / "x")
 
 

@@ -1,0 +1,112 @@
+"""Checks of a model before a run: its prompt, its tower, its training images, and whether it uses the image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval_mcq.items.schema import Bench, MCQItem
+from eval_mcq.records.leaks import Leak, find_leak, trainings_of_model
+from eval_mcq.runs.fingerprint import model_fingerprint
+from eval_mcq.runs.loading import Dtype, loading
+from mgll_encoder.common.trained_on import Training
+
+if TYPE_CHECKING:
+    from eval_mcq.runs.image_sensitivity import ImageSensitivity
+
+EXAMPLE = MCQItem(
+    id="example", images=["x"], question="Which finding does this fundus photograph show?",
+    options=["glaucoma", "cataract"], answer=0, category="x",
+)  # fmt: skip
+"""Shows the prompt where there is no benchmark."""
+
+
+@dataclass(frozen=True)
+class SwappedTower:
+    """The tower that a swap's record names.
+
+    Attributes:
+        name: The tower; None for the model's own, as after a conversion.
+        source: The model that it was put into.
+        passed: Whether the model's tower is this one; None where that could not be checked.
+        detail: What was compared.
+    """
+
+    name: str | None
+    source: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What was found out about a model.
+
+    Attributes:
+        fingerprint: Hash of the model's files.
+        prompt: The text of a question as the model gets it.
+        tower: The tower by the record of a swap; None for a model without such a record.
+        trainings: What it was trained on, as far as records tell.
+        leak: Images of the benchmark among them.
+        sensitivity: Answers with real, blank and exchanged images; None without a benchmark.
+        faults: Why the model is unfit, one sentence each: its tower is another one, or the image has no effect.
+    """
+
+    fingerprint: str
+    prompt: str
+    tower: SwappedTower | None
+    trainings: tuple[Training, ...]
+    leak: Leak | None
+    sensitivity: "ImageSensitivity | None"
+    faults: tuple[str, ...]
+
+
+def check_model(
+    model: str | Path,
+    bench: Bench | None = None,
+    *,
+    questions: int = 100,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    load_in_4bit: bool = False,
+) -> ModelCheck:
+    """Check a model: prompt, provenance and, with a benchmark, whether its answers depend on the image.
+
+    Args:
+        model: Model folder.
+        bench: Benchmark of `eval_mcq.load_benchmark`.
+        questions: Number of its questions to put, each with its image, a blank one and another question's.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
+        dtype: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+        load_in_4bit: NF4 weights (bitsandbytes).
+
+    Raises:
+        UserError: the model cannot be read, or an image of the benchmark is missing.
+    """
+    from mllm_adapters import is_swapped
+
+    folder = Path(model)
+    fingerprint = model_fingerprint(folder)
+    from eval_mcq.runs.image_sensitivity import contradictions, image_sensitivity
+    from mllm_adapters import Verification  # imports torch, which is not needed to report a wrong path
+
+    swap = Verification(folder) if is_swapped(folder) else None
+    scorer = loading(folder, device, dtype, load_in_4bit).scorer()
+    tower, faults = None, []
+    if swap:
+        plan, found = swap.record.plan, swap.tower()
+        tower = SwappedTower(plan["tower"], plan["source"], found.passed, found.detail)
+        faults = contradictions(scorer.model, scorer.processor, plan["after"])
+        if tower.passed is False:
+            faults.append(f"the tower is not that of its provenance: {tower.detail}")
+    sensitivity = image_sensitivity(scorer, bench, questions) if bench else None
+    if sensitivity and not sensitivity.sees:
+        faults += sensitivity.warnings[:1]
+    return ModelCheck(
+        fingerprint=fingerprint,
+        prompt=scorer.prompt(bench.items[0] if bench else EXAMPLE),
+        tower=tower,
+        trainings=trainings_of_model(folder),
+        leak=find_leak(folder, bench) if bench else None,
+        sensitivity=sensitivity,
+        faults=tuple(faults),
+    )
