@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from mgll_encoder.tower.load import TowerHeader
 
 _SIZES = (224, 336, 448)
-_POOLED = {"class": "class token", "mean": "mean of the patch tokens"}
+_POOLED = {
+    "class": "class token",
+    "mean": "mean of the patch tokens",
+    "mean_norm": "LayerNorm of the mean of the patch tokens",
+    "attention": "pooling head",
+}
 
 PathArgument = Annotated[
     Path,

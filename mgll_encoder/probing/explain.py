@@ -87,9 +87,14 @@ def attention_maps(tower: Tower, pixels: Tensor) -> dict[str, NDArray[np.float32
     for mean in means:
         rolled = (0.5 * mean + 0.5 * torch.eye(mean.shape[-1])) @ rolled
     return {
-        name: found[:, 0, first:].reshape(-1, grid, grid).numpy()
+        name: _from_image(found, tower)[:, first:].reshape(-1, grid, grid).numpy()
         for name, found in ((ATTENTION, means[-1]), (ROLLOUT, rolled))
     }
+
+
+def _from_image(attention: Tensor, tower: Tower) -> Tensor:
+    """The row of the class token in attention [n, tokens, tokens]; the mean over patch tokens if there is none."""
+    return attention[:, 0] if tower.header.architecture.leading else attention.mean(dim=1)
 
 
 def target_maps(

@@ -18,7 +18,7 @@ patches of {spec.patch_size}, {spec.patches} patch tokens. Pixels: {spec.resize}
 mean {spec.mean}, std {spec.std}.
 
     from transformers import AutoImageProcessor, {architecture.model_class}
-    tower = {architecture.model_class}.from_pretrained(folder)
+    tower = {architecture.model_class}.from_pretrained(folder{options})
     features = tower(**AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt"))
 
     swap-encoder --mllm llava-med --encoder folder
@@ -74,6 +74,9 @@ def model_card(spec: TowerSpec, provenance: dict[str, Any], with_text: bool) -> 
         task="zero-shot-image-classification" if with_text else "image-feature-extraction",
         spec=spec,
         architecture=ARCHITECTURES[spec.architecture],
+        options="".join(
+            f", {name}={value}" for name, value in ARCHITECTURES[spec.architecture].options.items()
+        ),
         text=_TEXT if with_text else "",
         training=_training(provenance["pretraining"]) if "pretraining" in provenance else "",
         provenance=json.dumps(provenance, indent=2),

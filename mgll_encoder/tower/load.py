@@ -19,7 +19,7 @@ from mgll_encoder.common.hub import at_hand
 from mgll_encoder.tower.adapt import fit_positions
 from mgll_encoder.tower.architectures import ARCHITECTURES, first_patch
 from mgll_encoder.tower.architectures.base import Architecture
-from mgll_encoder.tower.architectures.clip import HF_STATE, OPEN_CLIP, PROJECTION
+from mgll_encoder.tower.architectures.clip import CLIP, HF_STATE, OPEN_CLIP, PROJECTION
 from mgll_encoder.tower.folder_metadata import HF_FOLDER, OPEN_CLIP_FOLDER, Claims, check_kind, read_claims
 from mgll_encoder.tower.keymap import KeyPlan, plan_keys
 from mgll_encoder.tower.spec import (
@@ -81,12 +81,13 @@ class _Stored:
     plan: KeyPlan
     grid: int
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, as_stored: bool) -> Tensor:
         """One tensor, by the name that it will have."""
         source = self._sources[name]
         (fused,) = self.checkpoint.read([source]).values()
         place = self.plan.taken[source]
-        return self._fitted(name, place.cut(fused)[place.targets.index(name)])
+        tensor = place.cut(fused)[place.targets.index(name)]
+        return tensor if as_stored else self._fitted(name, tensor)
 
     def read_all(self) -> dict[str, Tensor]:
         """All tensors, by the names that they will have."""
@@ -132,14 +133,18 @@ class TowerHeader:
     weights: WeightSet | None = None
     _stored: _Stored | None = field(default=None, repr=False, compare=False)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, as_stored: bool = False) -> Tensor:
         """The tensor of a name in the loaded model, in its stored dtype.
+
+        Args:
+            name: The name.
+            as_stored: Whether a position table is wanted for the grid that the source has it for.
 
         Raises:
             UserError: it is not finite, or the file has been cut short.
         """
         assert self._stored is not None, "a tower in memory is not read"
-        tensor = self._stored.read(name)
+        tensor = self._stored.read(name, as_stored=as_stored)
         _check_finite(name, tensor, self.source)
         return tensor
 
@@ -298,7 +303,7 @@ def pooled(model: "PreTrainedModel", spec: TowerSpec, pixels: Tensor) -> Tensor:
         pixels: [N, 3, S, S].
     """
     architecture = ARCHITECTURES[spec.architecture]
-    return architecture.poolings[spec.pooling](model(pixels), first_patch(spec))
+    return architecture.poolings[spec.pooling](model, pixels, first_patch(spec))
 
 
 def build_model(spec: TowerSpec) -> "PreTrainedModel":
@@ -306,7 +311,7 @@ def build_model(spec: TowerSpec) -> "PreTrainedModel":
     import transformers
 
     kind: type[PreTrainedModel] = getattr(transformers, ARCHITECTURES[spec.architecture].model_class)
-    return kind(vision_config(spec))
+    return kind(vision_config(spec), **ARCHITECTURES[spec.architecture].options)
 
 
 def vision_config(spec: TowerSpec) -> "PreTrainedConfig":
@@ -369,16 +374,20 @@ def _examine(
     pixels: dict[str, Any] = {}
     preprocessing_source: Origin = "stored"
     if "mean" not in claims.fields:
-        pixels = dict(_DEFAULTS[layout][1] if layout in _DEFAULTS else architecture.pixels)
-        preprocessing_source = "default"
-        what = f"an {layout}" if layout in _DEFAULTS else architecture.title
+        clip = architecture is CLIP
+        pixels, preprocessing_source = dict(_DEFAULTS[layout][1] if clip else architecture.pixels), "default"
+        what = f"an {layout}" if clip else f"a {architecture.title}"
         warnings.append(
             f"{path}: mean, std and resize rule are not stored; taken as those of {what}: "
             f"mean {_figures(pixels['mean'])}, std {_figures(pixels['std'])}, {pixels['resize']}"
         )
     measured = _measure(tensors, architecture, path)
     _compare(measured, claims, path)
-    kind = {"architecture": architecture.name, "layer_norm_eps": architecture.layer_norm_eps}
+    kind = {
+        "architecture": architecture.name,
+        "layer_norm_eps": plan.naming.layer_norm_eps or architecture.layer_norm_eps,
+        "pooling": plan.naming.pooling or next(iter(architecture.poolings)),
+    }
     fields = {"heads": max(1, measured["width"] // 64), **kind, **measured, **pixels, **claims.fields}
     spec = checked(TowerSpec, {**fields, "activation": chosen}, claims.file or path)
     _check_shapes(tensors, spec, path)
@@ -469,7 +478,7 @@ def _choose_activation(
 
 
 def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
-    other = next(name for name in get_args(Activation) if name != chosen)
+    other = next(name for name in CLIP.activations if name != chosen)
     return (
         f"{path}: the activation is not stored; taken as {chosen}, the default for an {layout}. If the tower "
         f"was trained with {other}, nothing fails, but its features are about 1 % off and answers silently worse: "

@@ -70,7 +70,7 @@ def save_tower(
         **without_local(provenance or {}),
     }
     weights = {
-        architecture.file_name(name): tensor.detach().cpu().contiguous()
+        architecture.inner + architecture.written_name(name): tensor.detach().cpu().contiguous()
         for name, tensor in tower.model.state_dict().items()
     }
     with new_folder(out, force) as folder:

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from mgll_encoder.common.errors import UserError
 
-Activation = Literal["gelu", "quick_gelu"]
-Pooling = Literal["class", "mean"]
+Activation = Literal["gelu", "quick_gelu", "gelu_pytorch_tanh"]
+Pooling = Literal["class", "mean", "mean_norm", "attention"]
 Resize = Literal["squash", "crop", "pad"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -47,12 +47,14 @@ class TowerSpec(PixelRule):
         heads: Attention heads.
         mlp_width: Hidden size of the MLP in each block.
         patch_size: Side of a patch in pixels.
-        activation: ``gelu`` (exact) or ``quick_gelu`` (x·sigmoid(1.702x)). The weights cannot tell.
+        activation: ``gelu`` (exact), ``quick_gelu`` (x·sigmoid(1.702x)) or ``gelu_pytorch_tanh``. The weights cannot
+            tell.
         projection_dim: Width of the shared image-text space, or None where the file has no projection.
         layer_norm_eps: Epsilon of every LayerNorm.
         registers: Register tokens between class token and patch tokens.
-        pooling: How the features of an image come about: ``class`` (the class token after the last LayerNorm) or
-            ``mean`` (the mean of the patch tokens after it).
+        pooling: How the features of an image come about: ``class`` (the class token after the last LayerNorm), ``mean``
+            (the mean of the patch tokens after it), ``mean_norm`` (the mean of the patch tokens, then the LayerNorm, as
+            MAE is fine-tuned with global pooling) or ``attention`` (SigLIP's pooling head).
     """
 
     architecture: str = Field(default="clip", exclude_if=lambda value: value == "clip")

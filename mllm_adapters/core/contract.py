@@ -89,6 +89,7 @@ class VisionContract(PixelRule):
         feature_layer: Index into the tower's hidden states.
         class_token: Whether the class token is among the features.
         activation: Activation in the tower's MLPs.
+        leading: Tokens before the patch tokens that the tower gives: 1 for a class token.
         tiles: Most tiles that an image may be cut into; ``tokens`` are those of one tile.
     """
 
@@ -98,12 +99,18 @@ class VisionContract(PixelRule):
     feature_layer: int
     class_token: bool
     activation: str
+    leading: int = Field(default=1, exclude_if=lambda value: value == 1)
     tiles: int = 1
 
     @property
     def grid(self) -> int:
         """Patches along one side of the tower's input."""
         return self.image_size // self.patch_size
+
+    @property
+    def select_strategy(self) -> Literal["default", "full"]:
+        """``vision_feature_select_strategy`` of a LLaVA: ``default`` takes a class token off."""
+        return "default" if self.leading and not self.class_token else "full"
 
 
 class Plan(_Data):

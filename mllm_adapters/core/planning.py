@@ -15,6 +15,7 @@ from mgll_encoder.common.errors import (
     UnsupportedCheckpointError,
     UserError,
 )
+from mgll_encoder.tower.architectures import ARCHITECTURES, first_patch
 from mgll_encoder.tower.architectures.clip import CLIP
 from mgll_encoder.tower.spec import Activation, Resize, TowerSpec
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
@@ -157,7 +158,9 @@ def _known_geometry(
 
 
 def contract_of(spec: TowerSpec, feature_layer: int, class_token: bool) -> VisionContract:
-    """The vision contract of a host with this tower."""
+    """The vision contract of a host with this tower, which reads its class token if it has one and ``class_token``."""
+    leading = first_patch(spec)
+    class_token = class_token and leading > 0
     return VisionContract(
         width=spec.width,
         image_size=spec.image_size,
@@ -166,6 +169,7 @@ def contract_of(spec: TowerSpec, feature_layer: int, class_token: bool) -> Visio
         feature_layer=feature_layer,
         class_token=class_token,
         activation=spec.activation,
+        leading=leading,
         mean=spec.mean,
         std=spec.std,
         resize=spec.resize,
@@ -229,13 +233,14 @@ def check_positions(
     Args:
         positions: The table.
         spec: The tower as it is described.
-        class_token: Whether it has a row for one.
+        class_token: Whether it has a row for one, if its architecture has one.
         by: What describes it.
 
     Raises:
         UserError: it is.
     """
-    if positions.shape[-2:] != (spec.patches + class_token, spec.width):
+    rows = spec.patches + (class_token and ARCHITECTURES[spec.architecture].leading)
+    if positions.shape[-2:] != (rows, spec.width):
         raise UserError(
             f"{positions.file.parent}: {by} describes a tower of {spec.grid}x{spec.grid} patches and width "
             f"{spec.width}, but {positions.name} has shape {list(positions.shape)}"
@@ -261,21 +266,36 @@ def swap_notes(tower: TowerHeader | None, after: VisionContract) -> tuple[str, .
 
 
 def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: torch.dtype) -> list[Step]:
-    """Steps that put a tower's tensors under ``prefix``, in the host's dtype.
+    """Steps that put a tower's tensors into a host, in the host's dtype.
+
+    Args:
+        tower: The tower.
+        prefix: What precedes the names of a CLIP's tensors in the host; towers of other architectures lack what is
+            CLIP's own in it.
+        after: The vision contract of the target.
+        dtype: The host's dtype.
 
     Raises:
         UserError: the host's tensors are quantised.
     """
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"the host's weights are {dtype_name(dtype)}: take its unquantised checkpoint")
-    positions = (after.image_size // after.patch_size) ** 2 + 1
-    steps = []
-    for key, (_, shape) in tower.tensors.items():
-        fitted = (positions, shape[1]) if key == "embeddings.position_embedding.weight" else shape
-        steps.append(
-            Step(name=prefix + key, dtype=dtype_name(dtype), shape=fitted, operation="tower", sources=(key,))
+    architecture = tower.architecture
+    fitted = architecture.shapes(tower.spec.model_copy(update={"image_size": after.image_size}))
+    root = prefix if architecture.inner else prefix.removesuffix(CLIP.inner)
+    steps = [
+        Step(
+            name=root + architecture.written_name(key), dtype=dtype_name(dtype), shape=fitted[key], operation="tower",
+            sources=(key,),
         )
-    return steps
+        for key in tower.tensors
+    ]  # fmt: skip
+    unread = architecture.unread(tower.spec)
+    zeros = [
+        Step(name=root + key, dtype=dtype_name(dtype), shape=shape, operation="zeros")
+        for key, shape in unread.items()
+    ]
+    return steps + zeros
 
 
 def tower_root(checkpoint: Checkpoint, tower: str) -> tuple[str, torch.dtype]:

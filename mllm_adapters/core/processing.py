@@ -7,6 +7,7 @@ from typing import Any
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import is_sentencepiece, load_pretrained, quiet
+from mgll_encoder.tower.architectures import described_by
 from mgll_encoder.tower.preprocess import image_processor, read_preprocessing
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.checkpoints.checkpoint import TOKENIZER_FILES
@@ -186,8 +187,8 @@ def _complete_llava(processor: Any, settings: Mapping[str, Any], where: Path) ->
         processor.patch_size = config.vision_config.patch_size
     if processor.vision_feature_select_strategy is None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    if config.vision_config.model_type == "clip_vision_model":
-        processor.num_additional_image_tokens = 1
+    if architecture := described_by(config.vision_config.model_type):
+        processor.num_additional_image_tokens = architecture.leading
 
 
 def text_side(folder: Path) -> tuple[Any, str | None, str] | None:
@@ -249,8 +250,8 @@ def llava_processor(
         image_processor=image_processor(contract),
         tokenizer=tokenizer,
         patch_size=contract.patch_size,
-        vision_feature_select_strategy="full" if contract.class_token else "default",
-        num_additional_image_tokens=1,  # CLIP's class token, which the strategy takes off again
+        vision_feature_select_strategy=contract.select_strategy,
+        num_additional_image_tokens=contract.leading,  # a class token, which the strategy takes off again
         image_token=image_token,
         chat_template=chat_template,
     )

@@ -7,13 +7,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mgll_encoder import TowerHeader, fold_normalization, inspect_tower, resample_positions
-from mgll_encoder.tower.spec import Activation, PixelRule
+from mgll_encoder import TowerHeader, fold_normalization, inspect_tower
+from mgll_encoder.tower.adapt import fit_positions
+from mgll_encoder.tower.architectures import ARCHITECTURES
+from mgll_encoder.tower.spec import Activation, TowerSpec
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Plan, Step, VisionContract
-
-POSITIONS = "embeddings.position_embedding.weight"
-PATCHES = "embeddings.patch_embedding.weight"
 
 
 def compute(
@@ -51,21 +50,23 @@ def open_tower(plan: Plan) -> TowerHeader | None:
     return inspect_tower(plan.tower, activation=activation, weights=plan.tower_weights)
 
 
-def fit(state: Mapping[str, Tensor], trained: PixelRule, contract: VisionContract) -> dict[str, Tensor]:
+def fit(state: Mapping[str, Tensor], trained: TowerSpec, contract: VisionContract) -> dict[str, Tensor]:
     """Fit a tower that was trained with the pixels of ``trained`` to the grid and pixels of a vision contract.
 
     What is computed comes out in float32 at least: the host's dtype may be finer than the tower's.
     """
-    fitted = dict(state)
-    for name in (POSITIONS, PATCHES):
+    fitted, kind = dict(state), ARCHITECTURES[trained.architecture]
+    for name in (kind.positions, kind.patches):
         fitted[name] = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
-    fitted[POSITIONS] = resample_positions(fitted[POSITIONS], contract.image_size // contract.patch_size)
-    fitted[PATCHES], fitted[POSITIONS] = fold_normalization(
-        fitted[PATCHES],
-        fitted[POSITIONS],
+    table = fit_positions(fitted[kind.positions], kind, contract.image_size // contract.patch_size)
+    fitted[kind.patches], rows = fold_normalization(
+        fitted[kind.patches],
+        table.reshape(-1, trained.width),
         trained=(trained.mean, trained.std),
         given=(contract.mean, contract.std),
+        leading=kind.leading,
     )
+    fitted[kind.positions] = rows.reshape(table.shape)
     return fitted
 
 
@@ -77,7 +78,8 @@ class FittedTower:
 
     def read(self, name: str) -> Tensor:
         """The tensor of a key without prefix."""
-        return self._input_side[name] if name in (POSITIONS, PATCHES) else self._tower.read(name)
+        kind = self._tower.architecture
+        return self._input_side[name] if name in (kind.positions, kind.patches) else self._tower.read(name)
 
     @cached_property
     def _tower(self) -> TowerHeader:
@@ -87,5 +89,6 @@ class FittedTower:
 
     @cached_property
     def _input_side(self) -> dict[str, Tensor]:
-        state = {name: self._tower.read(name) for name in (POSITIONS, PATCHES)}
+        kind = self._tower.architecture
+        state = {name: self._tower.read(name, as_stored=True) for name in (kind.positions, kind.patches)}
         return fit(state, self._tower.spec, self._plan.after)

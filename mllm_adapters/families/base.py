@@ -87,6 +87,8 @@ class PlannedFamily(Family):
         """
         if request.tower is None:
             return host.before
+        if not request.tower.architecture.leading:  # there is no class token to be read
+            host = host.updated(before=host.before.model_copy(update={"class_token": False}))
         after = after_swap(
             host.clip_contract, request.tower, request.image_size, tokens=host.tokens, multiple=host.merge
         )
@@ -158,9 +160,11 @@ class PlannedFamily(Family):
             )
 
     def _check_tower(self, tower: TowerHeader) -> None:
-        if tower.spec.architecture not in self.spec.encoders:
+        """Refuse a tower that what loads the target cannot have."""
+        kind = tower.architecture
+        if kind.name not in self.spec.encoders:
             titles = " or ".join(ARCHITECTURES[name].title for name in self.spec.encoders)
+            why = f", {kind.not_in_hosts}" if kind.not_in_hosts else ""
             raise IncompatibleTowerError(
-                f"{tower.source} is a {tower.architecture.title}: what loads a swapped {self.spec.title} has a "
-                f"{titles} as its tower"
+                f"{tower.source} is a {kind.title}{why}: a swapped {self.spec.title} can have a {titles} as its tower"
             )

@@ -34,7 +34,7 @@ def model_class(architecture: Architecture) -> type:
 def test_the_shapes_are_those_of_the_model(architecture: Architecture) -> None:
     spec = spec_of(architecture)
     with torch.device("meta"):
-        model = model_class(architecture)(vision_config(spec))
+        model = model_class(architecture)(vision_config(spec), **architecture.options)
     assert architecture.shapes(spec) == {
         name: tuple(value.shape) for name, value in model.state_dict().items()
     }

@@ -133,11 +133,14 @@ def resnet(folder: Path) -> Path:
 
 
 def siglip_timm(folder: Path) -> Path:
-    names = ("visual.trunk.patch_embed.proj.weight", "visual.trunk.blocks.0.norm1.weight", "text.logit_scale")
+    names = (
+        "visual.trunk.patch_embed.proj.weight", "visual.trunk.blocks.0.norm1.weight", "visual.trunk.attn_pool.latent",
+        "text.logit_scale",
+    )  # fmt: skip
     return towers.write({name: torch.zeros(2) for name in names}, folder / "tower.pt")
 
 
-def siglip_transformers(folder: Path) -> Path:
+def eva_transformers(folder: Path) -> Path:
     tensors = towers.state_of(towers.vision_model())
     tensors["embeddings.patch_embedding.bias"] = torch.zeros(32)
     return towers.write(tensors, folder / "tower.pt")
@@ -296,13 +299,13 @@ CASES: dict[Callable[[Path], Path], str] = {
     nothing_inside: "{path} holds no weights (found a dict with epoch, model): expected a dict of tensors, or one "
     "under 'model', 'state_dict', 'model_state_dict', 'module'",
     language_model: "{path}: no vision tower that is read here among 2 tensors, this looks like a language model: "
-    "expected a CLIP ViT, DINOv2 or DINOv2 with registers with keys such as 'visual.conv1.weight' or "
+    "expected a CLIP ViT, DINOv2, DINOv2 with registers, SigLIP or ViT with keys such as 'visual.conv1.weight' or "
     "'vision_model.embeddings.patch_embedding.weight'",
     resnet: "{path}: no vision tower that is read here among 3 tensors, this looks like a ResNet: expected a CLIP ViT",
-    siglip_timm: "{path}: no vision tower that is read here among 3 tensors, this looks like a timm, EVA or SigLIP "
-    "tower: expected",
-    siglip_transformers: "{path}: no vision tower that is read here among 56 tensors, this looks like a SigLIP or EVA "
-    "tower: expected",
+    siglip_timm: "{path}: no vision tower that is read here among 4 tensors, this looks like a SigLIP under timm's "
+    "names, of which the transformers folder is read: expected",
+    eva_transformers: "{path}: the vision tower has 'embeddings.class_embedding', 'pre_layrnorm.weight' and 1 more, "
+    "which a SigLIP does not have: expected a plain SigLIP (transformers)",
     no_class_token: "{path}: the vision tower lacks 'visual.class_embedding': expected every tensor of a CLIP ViT "
     "with a class token; save the whole tower again",
     no_first_layer: "{path}: the vision tower lacks 'visual.transformer.resblocks.0.attn.in_proj_bias', "
@@ -324,8 +327,9 @@ CASES: dict[Callable[[Path], Path], str] = {
     other_patch: "{path}/config.json: field 'patch_size' is 7, but the weights in {path} have 14: expected",
     other_image_size: "{path}/config.json: field 'image_size' is 56, but the weights in {path} have 28: expected",
     other_depth: "{path}/config.json: field 'num_hidden_layers' is 24, but the weights in {path} have 3: expected",
-    whole_mllm: "{path}/config.json: field 'model_type' is 'llava': expected 'clip_vision_model', 'clip', 'dinov2' or "
-    "'dinov2_with_registers', the folder of a vision tower (a whole MLLM belongs to --mllm)",
+    whole_mllm: "{path}/config.json: field 'model_type' is 'llava': expected 'clip_vision_model', 'clip', 'dinov2', "
+    "'dinov2_with_registers', 'siglip_vision_model', 'siglip' or 'vit', the folder of a vision tower (a whole MLLM "
+    "belongs to --mllm)",
     no_json: "{path}/config.json is not JSON: ",
     wrong_type: "{path}/config.json is no valid config of a CLIP ViT: ",
     no_weights: "folder {path} holds no weights (found: config.json): expected one of model.safetensors.index.json, ",

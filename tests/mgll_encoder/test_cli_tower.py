@@ -72,9 +72,9 @@ def test_convert_writes_a_folder_and_says_what_is_next(typed, source: Path, tmp_
 def test_an_unknown_activation_is_answered_with_the_nearest(typed, source: Path) -> None:
     code, _, err = typed("inspect", source, "--activation", "quickgelu")
     assert code == 2
-    assert (
-        err.strip()
-        == "error: unknown activation 'quickgelu': did you mean 'quick_gelu'? known are gelu, quick_gelu"
+    assert err.strip() == (
+        "error: unknown activation 'quickgelu': did you mean 'quick_gelu'? known are gelu, gelu_pytorch_tanh, "
+        "quick_gelu"
     )
 
 

@@ -1,28 +1,38 @@
 """Encoders other than CLIP: read from the files that people have, and equal to the library that defines them."""
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from open_clip import CustomTextCLIP
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import (
-    AutoModel,
     BitImageProcessor,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     PreTrainedModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from mgll_encoder import UserError, inspect_tower, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.phantom.dataset import write_phantom
+from mgll_encoder.tower.architectures import ARCHITECTURES
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN
 from tests.builders import invoke, refused
 from tests.mgll_encoder.towers import scramble, state_of, write
 
@@ -46,11 +56,26 @@ def with_registers(**changes: object) -> Dinov2WithRegistersModel:
     return scramble(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**{**SIZES, **changes})))
 
 
+def siglip(**changes: object) -> SiglipVisionModel:
+    return scramble(SiglipVisionModel(SiglipVisionConfig(**{**SIZES, "intermediate_size": 64, **changes})))
+
+
+def vit(**changes: object) -> ViTModel:
+    config = ViTConfig(**{**SIZES, "intermediate_size": 64, **changes})
+    return scramble(ViTModel(config, add_pooling_layer=False))
+
+
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
-    "dinov2": dinov2,
-    "dinov2_with_registers": with_registers,
+    "dinov2": dinov2, "dinov2_with_registers": with_registers, "siglip": siglip, "vit": vit,
+}  # fmt: skip
+USUAL_FEATURES: dict[str, Callable[[Any], Tensor]] = {
+    "dinov2": lambda output: output.pooler_output,
+    "dinov2_with_registers": lambda output: output.pooler_output,
+    "siglip": lambda output: output.pooler_output,
+    "vit": lambda output: output.last_hidden_state[:, 0],
 }
 every = pytest.mark.parametrize("name", MODELS)
+resampled = pytest.mark.parametrize("name", [row.name for row in ARCHITECTURES.values() if row.resampled])
 
 
 def saved(name: str, folder: Path, processor_size: int | None = None) -> PreTrainedModel:
@@ -65,10 +90,10 @@ def saved(name: str, folder: Path, processor_size: int | None = None) -> PreTrai
     return model
 
 
-def hidden(model: nn.Module, pixels: Tensor) -> Tensor:
+def hidden(model: nn.Module, pixels: Tensor, **options: object) -> Tensor:
     """All hidden states, [layers + 1, N, tokens, C]."""
     with torch.inference_mode():
-        return torch.stack(model(pixels, output_hidden_states=True).hidden_states)
+        return torch.stack(model(pixels, output_hidden_states=True, **options).hidden_states)
 
 
 @every
@@ -77,15 +102,17 @@ def test_a_published_folder_is_read_as_transformers_reads_it(name: str, tmp_path
     tower = load_tower(tmp_path)
     assert tower.spec.architecture == name
     assert (tower.spec.width, tower.spec.depth, tower.spec.heads, tower.spec.image_size) == (32, 3, 4, 56)
-    assert (tower.spec.activation, tower.spec.resize, tower.spec.layer_norm_eps) == ("gelu", "crop", 1e-6)
+    config = model.config
+    assert (tower.spec.activation, tower.spec.layer_norm_eps) == (config.hidden_act, config.layer_norm_eps)
+    assert (tower.header.activation_source, tower.header.preprocessing_source) == ("stored", "stored")
     torch.testing.assert_close(hidden(tower.model, PIXELS), hidden(model, PIXELS), rtol=0, atol=0)
-    torch.testing.assert_close(tower.pooled(PIXELS), model(PIXELS).pooler_output, rtol=0, atol=0)
+    torch.testing.assert_close(tower.pooled(PIXELS), USUAL_FEATURES[name](model(PIXELS)), rtol=0, atol=0)
     by_name = {key: inspect_tower(tmp_path).read(key) for key in tower.header.tensors}
     assert all(torch.equal(value, tower.model.state_dict()[key]) for key, value in by_name.items())
     assert by_name.keys() == tower.model.state_dict().keys()
 
 
-@every
+@resampled
 def test_images_of_another_size_than_the_position_table_are_taken_as_transformers_takes_them(
     name: str, tmp_path: Path
 ) -> None:
@@ -106,7 +133,9 @@ def test_a_tower_is_refitted_to_other_sizes_as_transformers_does_at_run_time(
     for side in (28, 42, 84):
         fitted = load_tower(tmp_path, image_size=side)
         pixels = torch.nn.functional.interpolate(PIXELS, side)
-        torch.testing.assert_close(hidden(fitted.model, pixels), hidden(model, pixels), rtol=0, atol=0)
+        options = {} if fitted.header.architecture.resampled else {"interpolate_pos_encoding": True}
+        expected = hidden(model, pixels, **options)
+        torch.testing.assert_close(hidden(fitted.model, pixels), expected, rtol=0, atol=0)
     with pytest.raises(
         UserError, match=r"`image_size=50` is not a multiple of the tower's patch size 14: try 56"
     ):
@@ -117,16 +146,28 @@ def test_a_tower_is_refitted_to_other_sizes_as_transformers_does_at_run_time(
 def test_what_is_saved_is_an_ordinary_folder(name: str, tmp_path: Path) -> None:
     model = saved(name, tmp_path / "source")
     folder = save_tower(load_tower(tmp_path / "source"), tmp_path / "saved")
-    again, report = AutoModel.from_pretrained(folder, output_loading_info=True)
-    assert type(again) is type(model)
+    again, report = type(model).from_pretrained(
+        folder, output_loading_info=True, **ARCHITECTURES[name].options
+    )
     assert not any(report.values())
     torch.testing.assert_close(hidden(again, PIXELS), hidden(model, PIXELS), rtol=0, atol=0)
     assert load_tower(folder).spec == load_tower(tmp_path / "source").spec
     assert model.config.architectures[0] in (folder / "README.md").read_text(encoding="utf-8")
-    published = load_file(tmp_path / "source" / "model.safetensors").keys()
-    assert load_file(folder / "model.safetensors").keys() == published - {"embeddings.mask_token"} | {
-        key for key in published if name != "dinov2" and "mask_token" in key
+    optional = {"embeddings.mask_token"} if name == "dinov2" else set()
+    published = {
+        key.removeprefix("vision_model.") for key in load_file(tmp_path / "source" / "model.safetensors")
     }
+    written = {key.removeprefix("vision_model.") for key in load_file(folder / "model.safetensors")}
+    assert written == published - optional
+
+
+@every
+def test_without_an_image_processor_the_architecture_tells(name: str, tmp_path: Path) -> None:
+    saved(name, tmp_path)
+    header = inspect_tower(tmp_path)
+    assert header.preprocessing_source == "default"
+    assert header.spec.mean == ((0.5,) * 3 if name == "siglip" else IMAGENET_MEAN)
+    assert f"taken as those of a {header.architecture.title}: " in header.warnings[0]
 
 
 def timm_dinov2() -> VisionTransformer:
@@ -220,6 +261,105 @@ def test_what_is_no_such_tower_is_refused(tmp_path: Path) -> None:
         load_tower(path, pooling="max")
 
 
+def mae(pool: str = "token", depth: int = 3) -> VisionTransformer:
+    """A ViT by timm's code, as MAE and RETFound build it."""
+    return scramble(
+        VisionTransformer(
+            img_size=56, patch_size=14, embed_dim=128, depth=depth, num_heads=2, num_classes=5, global_pool=pool,
+        )
+    )  # fmt: skip
+
+
+def timm_features(model: VisionTransformer, pixels: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model.forward_head(model.forward_features(pixels), pre_logits=True)
+
+
+@pytest.mark.parametrize(("pool", "pooling"), [("token", "class"), ("avg", "mean_norm")])
+def test_a_fine_tuned_retfound_gives_the_features_of_timm(tmp_path: Path, pool: str, pooling: str) -> None:
+    """RETFound's .pth: the model under 'model', beside epoch and arguments; its class token or its mean is pooled."""
+    model = mae(pool)
+    torch.save(
+        {"model": state_of(model), "epoch": 3, "args": Namespace(lr=1e-3)}, tmp_path / "checkpoint-best.pth"
+    )
+    tower = load_tower(tmp_path / "checkpoint-best.pth")
+    assert (tower.spec.architecture, tower.spec.pooling) == ("vit", pooling)
+    assert tower.header.dropped == {"classifier": 2}
+    states, _ = timm_hidden(model, PIXELS)
+    torch.testing.assert_close(hidden(tower.model, PIXELS)[1:], states, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(tower.pooled(PIXELS), timm_features(model, PIXELS), rtol=0, atol=TOLERANCE)
+    other = load_tower(tmp_path / "checkpoint-best.pth", pooling="class" if pool == "avg" else "mean_norm")
+    assert (other.pooled(PIXELS) - timm_features(model, PIXELS)).abs().max() > 100 * TOLERANCE
+    again = load_tower(save_tower(tower, tmp_path / "saved"))
+    torch.testing.assert_close(again.pooled(PIXELS), tower.pooled(PIXELS), rtol=0, atol=0)
+
+
+def test_a_retfound_before_fine_tuning_is_the_encoder_of_an_mae(tmp_path: Path) -> None:
+    model = mae()
+    encoder = {name: value for name, value in state_of(model).items() if not name.startswith("head.")}
+    decoder = {
+        "mask_token": torch.zeros(1, 1, 64), "decoder_pos_embed": torch.zeros(1, 17, 64),
+        "decoder_embed.weight": torch.zeros(64, 128), "decoder_blocks.0.norm1.weight": torch.zeros(64),
+    }  # fmt: skip
+    torch.save({"model": {**encoder, **decoder}}, tmp_path / "RETFound_mae.pth")
+    tower = load_tower(tmp_path / "RETFound_mae.pth")
+    assert tower.header.dropped == {"MAE decoder": 3, "mask token": 1}
+    torch.testing.assert_close(tower.pooled(PIXELS), timm_features(model, PIXELS), rtol=0, atol=TOLERANCE)
+
+
+def test_biomedclip_gives_the_image_features_of_open_clip(tmp_path: Path) -> None:
+    """An open_clip model around timm's ViT, with a linear layer into the shared space."""
+    vision = {
+        "timm_model_name": "vit_tiny_patch16_224",
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 224,
+    }
+    text = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+    whole = scramble(CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text))
+    config = {
+        "model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {"mean": CLIP_MEAN, "std": CLIP_STD, "resize_mode": "shortest"},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(state_of(whole), tmp_path / "open_clip_pytorch_model.bin")
+    tower = load_tower(tmp_path)
+    assert (tower.spec.architecture, tower.spec.projection_dim, tower.spec.mean) == ("vit", 24, CLIP_MEAN)
+    assert tower.projection is not None
+    pixels = torch.nn.functional.interpolate(PIXELS, 224)
+    with torch.inference_mode():
+        expected = whole.encode_image(pixels)
+        torch.testing.assert_close(
+            tower.pooled(pixels) @ tower.projection.T, expected, rtol=0, atol=TOLERANCE
+        )
+    wrong = load_tower(tmp_path, pooling="mean")
+    assert (wrong.pooled(pixels) @ tower.projection.T - expected).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["siglip", "vit"])
+def test_another_activation_or_epsilon_would_show(name: str, tmp_path: Path) -> None:
+    model = saved(name, tmp_path)
+    expected = USUAL_FEATURES[name](model(PIXELS))
+    for setting, value in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-3)):
+        config = type(model.config)(**{**model.config.to_dict(), setting: value})
+        spoilt = type(model)(config, **ARCHITECTURES[name].options).eval()
+        spoilt.load_state_dict(load_tower(tmp_path).model.state_dict())
+        assert (USUAL_FEATURES[name](spoilt(PIXELS)) - expected).abs().max() > 10 * TOLERANCE
+
+
+def test_a_whole_siglip_is_read_for_its_image_tower(tmp_path: Path) -> None:
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**SIZES, "intermediate_size": 64}
+    whole = scramble(SiglipModel(SiglipConfig(vision_config=vision, text_config={**text, "vocab_size": 20})))
+    whole.save_pretrained(tmp_path)
+    tower = load_tower(tmp_path)
+    with torch.inference_mode():
+        expected = whole.get_image_features(PIXELS).pooler_output
+    torch.testing.assert_close(tower.pooled(PIXELS), expected, rtol=0, atol=0)
+    assert tower.header.dropped["text tower"] > 10
+    assert not any("outside the tower" in line for line in tower.header.warnings)
+
+
 @every
 def test_a_general_tower_learns_from_texts(name: str, tmp_path: Path) -> None:
     """A general tower, at a smaller size than it has, is trained with MGLL, probed, and compared with prompts."""
@@ -237,8 +377,8 @@ def test_a_general_tower_learns_from_texts(name: str, tmp_path: Path) -> None:
     tuned = load_tower(out)
     assert (tuned.spec.architecture, tuned.spec.image_size, tuned.spec.pooling) == (name, 28, "mean")
     assert tuned.spec.projection_dim == 32
-    before, after = (model.encoder.layer[0].mlp.fc1.weight for model in (general, tuned.model))
-    assert (before != after).any()
+    layer = f"{tuned.header.architecture.blocks}.0.mlp.fc1.weight"
+    assert (general.get_parameter(layer) != tuned.model.get_parameter(layer)).any()
 
     for words in (("probe",), ("zero-shot", "--all")):
         judged = invoke(

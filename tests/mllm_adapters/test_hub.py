@@ -152,13 +152,13 @@ def test_a_tower_that_is_neither_here_nor_reachable_says_what_to_do(
 def test_another_kind_of_tower_is_refused_before_its_weights_are_downloaded(
     hub: FakeHub, tmp_path: Path
 ) -> None:
-    hub.files["config.json"] = b'{"model_type": "siglip"}'
-    assert "field 'model_type' is 'siglip'" in refused(mgll_encoder, "inspect", "org/siglip")
+    hub.files["config.json"] = b'{"model_type": "siglip2"}'
+    assert "field 'model_type' is 'siglip2'" in refused(mgll_encoder, "inspect", "org/siglip")
     write_phantom(tmp_path / "set", 2, size=32)
     manifest = tmp_path / "manifest.jsonl"
     build_fundus(FundusTable(tmp_path / "set" / "labels.csv"), tmp_path / "set", manifest)
     training = ("pretrain", "--data", manifest, "--init", "org/siglip", "--out", tmp_path / "tower")
-    assert "field 'model_type' is 'siglip'" in refused(mgll_encoder, *training)
+    assert "field 'model_type' is 'siglip2'" in refused(mgll_encoder, *training)
     assert set(hub.asked) == {"config.json"}
 
 

@@ -5,9 +5,13 @@ from collections.abc import Mapping
 from mgll_encoder.tower.architectures.base import Architecture
 from mgll_encoder.tower.architectures.clip import CLIP
 from mgll_encoder.tower.architectures.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from mgll_encoder.tower.architectures.siglip import SIGLIP
+from mgll_encoder.tower.architectures.vit import VIT
 from mgll_encoder.tower.spec import TowerSpec
 
-ARCHITECTURES: Mapping[str, Architecture] = {row.name: row for row in (CLIP, DINOV2, DINOV2_WITH_REGISTERS)}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    row.name: row for row in (CLIP, DINOV2, DINOV2_WITH_REGISTERS, SIGLIP, VIT)
+}
 """All architectures by name; CLIP, what MGLL trains, comes first."""
 
 

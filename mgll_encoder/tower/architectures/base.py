@@ -54,6 +54,14 @@ class ConfigFields(BaseModel):
         return {ours: getattr(self, theirs) for ours, theirs in self.names.items()}
 
 
+Pool = Callable[[Any, "Tensor", int], "Tensor"]
+
+
+def from_output(pool: "Callable[[Any, int], Tensor]") -> Pool:
+    """A pooling of what the model gives of itself: (output, first patch token) -> [N, C]."""
+    return lambda model, pixels, first: pool(model(pixels), first)
+
+
 @dataclass(frozen=True)
 class Naming:
     """A scheme by which files name the tensors of an architecture.
@@ -67,6 +75,8 @@ class Naming:
         absent: Keys that must not: they tell another architecture of the same names.
         projection: Key of the projection relative to a prefix *around* the tower, where it lies outside.
         optional: Keys that a tower can do without.
+        layer_norm_eps: Epsilon of every LayerNorm where no config states it; None for that of the architecture.
+        pooling: How image features come about in files with these names; None for the architecture's usual way.
     """
 
     name: str
@@ -77,6 +87,8 @@ class Naming:
     absent: tuple[str, ...] = ()
     projection: str | None = None
     optional: frozenset[str] = frozenset()
+    layer_norm_eps: float | None = None
+    pooling: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +101,12 @@ class Architecture:
         model_type: ``model_type`` of a config.json that describes such a tower.
         around: ``model_type`` of a config.json that describes one in its ``vision_config``, if there is such a model.
         model_class: The class in transformers.
+        options: What its constructor is given besides the configuration.
         fields: What its config.json says.
         settings: A contract -> what config.json says besides ``model_type`` and the fields of the same name.
         shapes: A contract -> shapes of the tensors, by the names that the loaded model has.
+        unread: A contract -> shapes, by name in files, of tensors that a host's class has and no feature depends on.
+        not_in_hosts: Why no host can have such a tower; empty where some can.
         written: Loaded model's names -> the names of files, where they differ.
         inner: What precedes these in a file of a tower alone or inside of a host.
         namings: Schemes by which files name them.
@@ -106,8 +121,8 @@ class Architecture:
         position_ids: Whether the model counts positions in a buffer that no file holds.
         blocks: Attribute of the model under which its transformer blocks stand.
         activations: Those that occur; the first one is taken where nothing is stored.
-        poolings: How features of an image come about, name -> (output of the model, first patch token) -> [N, C]. The
-            first one is taken unless the contract says otherwise.
+        poolings: How features of images come about, name -> (model, pixels, first patch token) -> [N, C]. The first one
+            is taken unless the contract says otherwise.
         pixels: Preprocessing where nothing is stored.
     """
 
@@ -122,11 +137,14 @@ class Architecture:
     patches: str
     positions: str
     activations: tuple[str, ...]
-    poolings: "Mapping[str, Callable[[Any, int], Tensor]]"
+    poolings: "Mapping[str, Pool]"
     pixels: Mapping[str, Any]
     blocks: str
+    options: Mapping[str, Any] = field(default_factory=dict)
     around: str | None = None
     inner: str = ""
+    unread: "Callable[[TowerSpec], Shapes]" = lambda _: {}
+    not_in_hosts: str = ""
     written: KeyTable = field(default_factory=lambda: KeyTable({}))
     positions_ndim: int = 2
     registers: str | None = None
@@ -164,7 +182,7 @@ class Architecture:
             **self.settings(spec),
         }
 
-    def file_name(self, name: str) -> str:
-        """What a file of a tower alone, or of a host (after the host's prefix), calls a tensor of the loaded model."""
+    def written_name(self, name: str) -> str:
+        """What files call a tensor of the loaded model, after `inner` or what a host has in its place."""
         found = self.written.find(name)
-        return self.inner + (found.targets[0] if found else name)
+        return found.targets[0] if found else name

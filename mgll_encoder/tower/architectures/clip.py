@@ -5,7 +5,14 @@ from typing import Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
 
-from mgll_encoder.tower.architectures.base import CHANNELS, Architecture, ConfigFields, Naming, Shapes
+from mgll_encoder.tower.architectures.base import (
+    CHANNELS,
+    Architecture,
+    ConfigFields,
+    Naming,
+    Shapes,
+    from_output,
+)
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, TowerSpec
 from mgll_encoder.weights.keytable import KeyTable, Rule, Split, Transpose, targets
 
@@ -120,6 +127,6 @@ CLIP = Architecture(
     position_ids=True,
     blocks="encoder.layers",
     activations=("quick_gelu", "gelu"),
-    poolings={"class": lambda output, _: output.pooler_output},
+    poolings={"class": from_output(lambda output, _: output.pooler_output)},
     pixels={"mean": CLIP_MEAN, "std": CLIP_STD, "resize": "crop"},
 )  # fmt: skip

@@ -12,7 +12,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from mgll_encoder.tower.architectures.base import CHANNELS, Architecture, ConfigFields, Naming, Shapes
+from mgll_encoder.tower.architectures.base import (
+    CHANNELS,
+    Architecture,
+    ConfigFields,
+    Naming,
+    Shapes,
+    from_output,
+)
 from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD, TowerSpec
 from mgll_encoder.weights.keytable import Drop, KeyTable, Rule, Split, renames
 
@@ -157,8 +164,8 @@ DINOV2 = Architecture(
     blocks="encoder.layer",
     activations=("gelu",),
     poolings={
-        "class": lambda output, _: output.pooler_output,
-        "mean": lambda output, first: output.last_hidden_state[:, first:].mean(dim=1),
+        "class": from_output(lambda output, _: output.pooler_output),
+        "mean": from_output(lambda output, first: output.last_hidden_state[:, first:].mean(dim=1)),
     },
     pixels={"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "crop"},
 )
@@ -174,5 +181,7 @@ DINOV2_WITH_REGISTERS = replace(
     shapes=partial(_shapes, registers=True),
     namings=_namings({_MASK: _MASK, _REGISTERS: _REGISTERS}, (_REGISTERS,), ()),
     registers=_REGISTERS,
+    not_in_hosts="its register tokens stand between class token and patch tokens, and what reads a tower takes off the "
+    "class token alone",
     antialias=True,
 )

@@ -71,7 +71,9 @@ class Llava(PlannedFamily):
 
     def adapted(self, swap: Swap) -> Mapping[str, Any]:
         """See `PlannedFamily.adapted`."""
-        return {"image_seq_length": swap.after.tokens}
+        before, after = swap.host.before.select_strategy, swap.after.select_strategy
+        changed = {} if before == after else {"vision_feature_select_strategy": after}
+        return {"image_seq_length": swap.after.tokens, **changed}
 
     def processor(self, plan: Plan) -> Any | None:
         """Return the LlavaProcessor of the planned checkpoint; None if the source has no tokenizer."""
@@ -118,6 +120,7 @@ LLAVA = Llava(
         tower=r"vision_tower\.",
         projector=r"multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",
+        encoders=("clip", "dinov2", "siglip", "vit"),
         extra_weights=PARTIAL_WEIGHTS,
         parts={
             TOWER_PART: "the tower that mm_vision_tower names",

@@ -119,7 +119,7 @@ def original_host(
             "vision_config": tower_config(tower.spec, before),
             "text_config": text_config(str(text_model(config)), config, image.rows, where),
             "vision_feature_layer": before.feature_layer,
-            "vision_feature_select_strategy": "full" if before.class_token else "default",
+            "vision_feature_select_strategy": before.select_strategy,
             "projector_hidden_act": ACTIVATIONS[found.projector],
             "multimodal_projector_bias": True,
             "image_token_index": image.id,

@@ -36,10 +36,10 @@ def processor_files(plan: Plan) -> dict[str, str] | None:
     settings = {
         "image_processor": images,
         "image_token": image_token,
-        "num_additional_image_tokens": 1,  # CLIP's class token, which the strategy removes
+        "num_additional_image_tokens": plan.after.leading,  # a class token, which the strategy removes
         "patch_size": plan.after.patch_size,
         "processor_class": "LlavaProcessor",
-        "vision_feature_select_strategy": "full" if plan.after.class_token else "default",
+        "vision_feature_select_strategy": plan.after.select_strategy,
     }
     templates = {name: (source / name) for name in TEMPLATES if (source / name).is_file()}
     texts = {name: read_text(file, "chat template") for name, file in templates.items()}

@@ -1,0 +1,177 @@
+"""Encoders other than CLIP in multimodal models: an ordinary checkpoint, which computes what its parts compute."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mgll_encoder import UserError, load_tower
+from mgll_encoder.tower.architectures import ARCHITECTURES
+from mllm_adapters import load_mllm, plan_swap
+from mllm_adapters.cli.swap import main
+from mllm_adapters.core.contract import Plan
+from tests.builders import invoke, refused
+from tests.mgll_encoder.test_encoders import saved
+from tests.mllm_adapters.llava_checkpoints import a_tower, original_llava, swap
+
+HOSTED = [row.name for row in ARCHITECTURES.values() if not row.not_in_hosts and row.name != "clip"]
+hosted = pytest.mark.parametrize("name", HOSTED)
+TOLERANCE = 1e-5
+
+
+def a_general_tower(name: str, folder: Path) -> Path:
+    saved(name, folder, 56)
+    return folder
+
+
+def asked(out: Path) -> dict[str, Tensor]:
+    processor = AutoProcessor.from_pretrained(out)
+    pictures = [Image.effect_noise((60, 40), 90).convert("RGB")]
+    return processor(text=["<image>Which disease?"], images=pictures, return_tensors="pt")
+
+
+def by_hand(out: Path, tower: Path, plan: Plan, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of tower, projector and language model put one after another, with the tower's own pixels."""
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    alone = load_tower(tower, image_size=plan.after.image_size)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (plan.after.mean, plan.after.std))
+    own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in (alone.spec.mean, alone.spec.std))
+    pixels = (batch["pixel_values"] * std + mean - own_mean) / own_std
+    with torch.inference_mode():
+        states = alone.model(pixels, output_hidden_states=True).hidden_states
+        leading = alone.header.architecture.leading
+        tokens = model.model.multi_modal_projector(states[plan.after.feature_layer][:, leading:])
+        words = model.get_input_embeddings()(batch["input_ids"])
+        places = batch["input_ids"] == model.config.image_token_index
+        assert places.sum() == tokens.shape[0] * tokens.shape[1] == plan.after.tokens
+        words[places] = tokens.flatten(0, 1)
+        states = model.model.language_model(inputs_embeds=words, attention_mask=batch["attention_mask"])
+        return model.lm_head(states.last_hidden_state)
+
+
+@hosted
+def test_a_swapped_llava_is_an_ordinary_checkpoint(name: str, tiny_llava: Path, tmp_path: Path) -> None:
+    tower, out = a_general_tower(name, tmp_path / "tower"), tmp_path / "out"
+    plan = swap(tiny_llava, tower, out)
+    model, report = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())
+    config = json.loads((out / "config.json").read_text())
+    assert config["vision_config"]["model_type"] == ARCHITECTURES[name].model_type
+    assert config["vision_feature_layer"] == -2
+    assert config["vision_feature_select_strategy"] == ("full" if name == "siglip" else "default")
+    assert (config["image_seq_length"], plan.after.tokens) == (4, 4)
+
+    batch = asked(out)
+    with torch.inference_mode():
+        found = model(**batch).logits
+    torch.testing.assert_close(found, by_hand(out, tower, plan, batch), rtol=0, atol=TOLERANCE)
+    one_layer_on = plan.model_copy(update={"after": plan.after.model_copy(update={"feature_layer": -1})})
+    assert (found - by_hand(out, tower, one_layer_on, batch)).abs().max() > 10 * TOLERANCE
+
+
+@hosted
+def test_an_original_llava_takes_it_too(name: str, golden: Path, tmp_path: Path) -> None:
+    source = original_llava(golden, "llava", tmp_path / "source")
+    tower, out = a_general_tower(name, tmp_path / "tower"), tmp_path / "out"
+    plan = swap(source, tower, out)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        out, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values())
+    batch = asked(out)
+    with torch.inference_mode():
+        found = model(**batch).logits
+    torch.testing.assert_close(found, by_hand(out, tower, plan, batch), rtol=0, atol=TOLERANCE)
+
+
+@hosted
+def test_towers_of_any_kind_replace_each_other(name: str, tiny_llava: Path, tmp_path: Path) -> None:
+    """CLIP -> another -> itself, trained -> CLIP again: the model's vision tower is exactly the last one."""
+    swap(tiny_llava, a_general_tower(name, tmp_path / "one"), tmp_path / "first")
+    for number, other in enumerate((name, *HOSTED)):
+        tower = a_general_tower(other, tmp_path / f"{number}")
+        plan = swap(tmp_path / "first", tower, tmp_path / f"out {number}")
+        assert plan.after.tokens == plan.before.tokens == 4
+        batch = asked(tmp_path / f"out {number}")
+        model, _ = load_mllm(tmp_path / f"out {number}")
+        with torch.inference_mode():
+            found = model(**batch).logits
+        expected = by_hand(tmp_path / f"out {number}", tower, plan, batch)
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    swap(tmp_path / "first", a_tower(tmp_path / "clip"), tmp_path / "back")
+    model, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(report.values())
+    assert model.config.vision_config.model_type == "clip_vision_model"
+    assert model.config.vision_feature_select_strategy == "default"
+
+
+@hosted
+def test_a_swap_verifies_and_can_be_undone(name: str, tiny_llava: Path, tmp_path: Path) -> None:
+    tower, out = a_general_tower(name, tmp_path / "tower"), tmp_path / "out"
+    done = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out)
+    assert done.code == 0, done.err
+    verified = invoke(main, "verify", out)
+    assert verified.code == 0, verified.err
+    restored = invoke(main, "restore", out, "--original", tiny_llava, "--out", tmp_path / "restored")
+    assert restored.code == 0, restored.err
+    before, after = load_mllm(tiny_llava)[0], load_mllm(tmp_path / "restored")[0]
+    assert all(torch.equal(value, after.state_dict()[key]) for key, value in before.state_dict().items())
+    taken = invoke(main, "restore", out, "--to-encoder", "--out", tmp_path / "taken")
+    assert taken.code == 0, taken.err
+    again = load_tower(tmp_path / "taken")
+    assert again.spec.architecture == name
+    inside = load_mllm(out)[0].model.vision_tower.state_dict()
+    assert all(torch.equal(value, inside[key]) for key, value in again.model.state_dict().items())
+
+
+@hosted
+def test_it_is_written_as_a_delta(name: str, tiny_llava: Path, tmp_path: Path) -> None:
+    tower, out = a_general_tower(name, tmp_path / "tower"), tmp_path / "delta"
+    done = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--delta")
+    assert done.code == 0, done.err
+    swap(tiny_llava, tower, tmp_path / "whole")
+    expected, found = (
+        load_mllm(tmp_path / "whole")[0].state_dict(),
+        load_mllm(tiny_llava, delta=out)[0].state_dict(),
+    )
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+def test_registers_are_refused_before_anything_is_read(tiny_llava: Path, tmp_path: Path) -> None:
+    tower = a_general_tower("dinov2_with_registers", tmp_path / "tower")
+    line = refused(main, "--mllm", tiny_llava, "--encoder", tower, "--out", tmp_path / "out")
+    assert (
+        "is a DINOv2 with registers, its register tokens stand between class token and patch tokens" in line
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_for_larger_images_is_resampled_once(tiny_llava: Path, tmp_path: Path) -> None:
+    """A DINOv2 whose processor says 224 px has its positions for 518 px: the host's grid is made of those."""
+    saved("dinov2", tmp_path / "tower", 42)
+    plan = swap(tiny_llava, tmp_path / "tower", tmp_path / "out")
+    found = load_mllm(tmp_path / "out")[0].model.vision_tower.embeddings.position_embeddings[0, 0]
+    once = load_tower(tmp_path / "tower", image_size=28).model.embeddings.position_embeddings[0]
+    table = load_mllm(tmp_path / "out")[0].model.vision_tower.embeddings.position_embeddings[0]
+    assert torch.equal(found, once[0])
+    shift = table[1:] - once[1:]  # that of the host's normalisation, the same for all patches
+    assert (shift - shift[:1]).abs().max() < TOLERANCE
+    assert plan.after.image_size == 28
+
+
+def test_a_plan_says_what_is_wrong_with_a_host(tiny_llava: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_llava / "config.json").read_text())
+    config["vision_config"]["model_type"] = "pixtral"
+    (tmp_path / "host").mkdir()
+    for file in tiny_llava.iterdir():
+        (tmp_path / "host" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "host" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"vision_config: field 'model_type' is 'pixtral': expected clip_vision_model or"
+    ):
+        plan_swap(tmp_path / "host", a_tower(tmp_path / "tower"))
