@@ -136,7 +136,7 @@ def align(
         device: Device of the towers: ``auto``, or a torch device.
 
     Returns:
-        The plan with fitted readers; ``alignment`` says how well each was fitted.
+        The plan with fitted connectors; ``alignment`` says how well each was fitted.
 
     Raises:
         UserError: too few images, or the old tower is not found.
@@ -145,7 +145,7 @@ def align(
 
 
 def fitting(images: str | Path, samples: int | None = None, device: str | None = None) -> "Fitting":
-    """How to fit readers on images, with the defaults of `align`."""
+    """How to fit connectors on images, with the defaults of `align`."""
     from mllm_adapters.alignment.align import SAMPLES
     from mllm_adapters.swap.planned import Fitting
 
@@ -190,7 +190,7 @@ def restore(
     force: bool = False,
     progress: "Progress" = lambda _: None,
 ) -> Path:
-    """Undo a swap: put the original tower and its readers back, or take the new tower out.
+    """Undo a swap: put the original tower and its connectors back, or take the new tower out.
 
     Args:
         folder: The swapped checkpoint.
@@ -442,7 +442,7 @@ def _maybe(path: str | Path | None) -> Path | None:
 
 
 def list_families() -> "list[Support]":
-    """What is supported: one row per family, with layouts read, tokens per image, readers, and how results load."""
+    """What is supported: one row per family, with layouts read, tokens per image, connectors, and how results load."""
     from mllm_adapters.core.support_matrix import support
 
     return support()

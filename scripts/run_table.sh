@@ -12,7 +12,7 @@
 #   OUT       folder of everything          (default: tables)
 #   PRESET    diseases asked about          (default: fundus10)
 #   BUILD     further options of eval-mcq build, such as "--patient-column patient"
-#   ALIGN     images to align readers on; empty for none   (default: those of the training questions)
+#   ALIGN     images to align connectors on; empty for none   (default: those of the training questions)
 #   RECIPE    of the retraining             (default: scripts/recipes/FAMILY/projector.yaml)
 #   TRAIN     further options or key=value of retrain-projector
 #   LAUNCH    put before retrain-projector, such as "torchrun --nproc-per-node 8 --no-python"

@@ -1,1 +1,1 @@
-"""Fitting the readers of a swapped tower in closed form."""
+"""Fitting the connectors of a swapped tower in closed form."""

@@ -1,9 +1,9 @@
-"""Alignment in closed form: readers fitted on unlabelled images, to do with the new tower what they did with the old.
+"""Alignment in closed form: connectors fitted on unlabelled images, to do with the new tower what they did before.
 
 Both towers see the same images. For every linear layer that reads vision features, ridge regression finds the layer
 that gives, on the new features, the pre-activations that the old one gave on the old features
 (`mllm_adapters.alignment.ridge`).
-Normalisations before a reader stay as the plan has them: the regression is on what comes out of them, so it is exact
+Normalisations before a connector stay as the plan has them: the regression is on what comes out of them, so it is exact
 for both together. Nothing is trained, and no language model is loaded.
 
 Tokens are matched by place. Old features are read off between patch centres (bilinear) where the new tower has
@@ -28,10 +28,11 @@ from mgll_encoder.common.progress import track
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.trained_on import Training
 from mllm_adapters.alignment.feature_pairs import FEWEST, FeaturePairs, find_images
-from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_readers
+from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_connectors
 from mllm_adapters.alignment.vision_model import VisionModel, planned_vision_model, source_vision_model
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import ConnectorLayer, Family, Plan, Step
+from mllm_adapters.core.fates import Fitted
 from mllm_adapters.core.operations import REINIT
 
 SAMPLES = 500
@@ -54,21 +55,21 @@ FEATURES = 1e-6
 
 
 @dataclass(frozen=True)
-class ReaderFit:
-    """What became of a reader.
+class ConnectorFit:
+    """What became of a connector.
 
     Attributes:
-        reader: Its name in the checkpoint.
+        connector: Its name in the checkpoint.
         r2: Share of the variance of its pre-activations on held-out images that the fit explains.
         relative_error: Root mean square error there, relative to the root mean square of the pre-activations.
-        r2_unaligned: The same share for the reader as a swap would have left it; None where it would be drawn anew.
+        r2_unaligned: The same share for the connector as a swap would have left it; None where it would be drawn anew.
         strength: Ridge strength, relative to the mean variance of the features.
-        towards: What the ridge pulls towards: ``zero`` or ``kept``, the reader as a swap would have left it.
-        intercept: Whether an intercept was fitted; a reader without bias has none.
+        towards: What the ridge pulls towards: ``zero`` or ``kept``, the connector as a swap would have left it.
+        intercept: Whether an intercept was fitted; a connector without bias has none.
         seconds: Time to solve for it and those that read the same features.
     """
 
-    reader: str
+    connector: str
     r2: float
     relative_error: float
     r2_unaligned: float | None
@@ -80,7 +81,7 @@ class ReaderFit:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Fitted readers.
+    """Fitted connectors.
 
     Attributes:
         tensors: Their values, float32, by names in the checkpoint.
@@ -88,7 +89,7 @@ class Alignment:
         images: Folder or manifest that the images come from.
         used: Images that were used.
         held_out: How many of these chose the ridge strength.
-        tokens: Tokens that the readers were fitted on.
+        tokens: Tokens that the connectors were fitted on.
         unreadable: Images that were left out.
         skipped: Why, in words.
         seconds: Time for everything.
@@ -97,7 +98,7 @@ class Alignment:
     """
 
     tensors: Mapping[str, Tensor]
-    fits: tuple[ReaderFit, ...]
+    fits: tuple[ConnectorFit, ...]
     images: Path
     used: int
     held_out: int
@@ -109,7 +110,7 @@ class Alignment:
     digests: tuple[str, ...] = ()
 
     def training(self) -> Training:
-        """The record of what the readers were fitted on."""
+        """The record of what the connectors were fitted on."""
         return Training.of(("projector",), "swap-encoder --align", self.digests)
 
     def record(self) -> dict[str, Any]:
@@ -119,14 +120,14 @@ class Alignment:
         return {
             "images": self.images.absolute().name,
             **fields,
-            "readers": [asdict(fit) for fit in self.fits],
+            "connectors": [asdict(fit) for fit in self.fits],
         }
 
     def apply_to(self, plan: Plan) -> Plan:
-        """The plan with what became of its readers, for provenance and model card."""
-        fates = {fit.reader: f"fitted on {self.used} images, held-out R² {fit.r2:.3f}" for fit in self.fits}
-        readers = {**plan.readers, **fates}
-        return plan.model_copy(update={"readers": readers, "alignment": self.record()})
+        """The plan with what became of its connectors, for provenance and model card."""
+        fates = {fit.connector: Fitted(images=self.used, r2=fit.r2) for fit in self.fits}
+        connectors = {**plan.connectors, **fates}
+        return plan.model_copy(update={"connectors": connectors, "alignment": self.record()})
 
     def warnings(self) -> list[str]:
         """What the user should know before relying on it."""
@@ -134,8 +135,8 @@ class Alignment:
         for fit in self.fits:
             if fit.r2 < POOR:
                 found.append(
-                    f"alignment did not work for {fit.reader}: on held-out images it explains {fit.r2:.0%} of what the "
-                    f"old tower's features gave; add images (`samples`, now {self.used}) of the kind that the "
+                    f"alignment did not work for {fit.connector}: on held-out images it explains {fit.r2:.0%} of what "
+                    f"the old tower's features gave; add images (`samples`, now {self.used}) of the kind that the "
                     "model is to see, and retrain the projector before use"
                 )
         widest = max(value.shape[-1] for value in self.tensors.values() if value.ndim == 2)
@@ -147,7 +148,7 @@ class Alignment:
 
 
 def fitted_plan(plan: Plan, family: Family, checkpoint: Checkpoint) -> Plan:
-    """A swap's plan with its readers to be fitted on images.
+    """A swap's plan with its connectors to be fitted on images.
 
     Raises:
         UserError: it swaps nothing, or has no linear layer that reads features.
@@ -158,13 +159,13 @@ def fitted_plan(plan: Plan, family: Family, checkpoint: Checkpoint) -> Plan:
     connector_layers = family.connector_layers(plan)
     if not connector_layers:
         raise UserError(
-            f"{plan.source}: no linear layer of its own reads the tower's features ({', '.join(plan.readers)}), so "
+            f"{plan.source}: no linear layer of its own reads the tower's features ({', '.join(plan.connectors)}), so "
             "there is nothing to align: leave out `images` and retrain the projector"
         )
     linears = {name for reading in connector_layers for name in (reading.linear, reading.adds) if name}
     steps = [_to_fit(step) if step.name.rpartition(".")[0] in linears else step for step in plan.steps]
-    fates = {name: "fitted on images" if name in linears else fate for name, fate in plan.readers.items()}
-    return plan.model_copy(update={"steps": tuple(steps), "readers": fates})
+    fates = {name: Fitted() if name in linears else fate for name, fate in plan.connectors.items()}
+    return plan.model_copy(update={"steps": tuple(steps), "connectors": fates})
 
 
 def _to_fit(step: Step) -> Step:
@@ -182,7 +183,7 @@ def align(
     samples: int = SAMPLES,
     device: str = "auto",
 ) -> Alignment:
-    """Fit the readers of a swap on images.
+    """Fit the connectors of a swap on images.
 
     Args:
         plan: What the swap will write, as planned without alignment.
@@ -292,12 +293,12 @@ class _Data:
 
 def _solve(
     data: _Data, connector_layers: Sequence[ConnectorLayer], old: VisionModel, plan: Plan, target: Plan
-) -> tuple[dict[str, Tensor], list[ReaderFit]]:
+) -> tuple[dict[str, Tensor], list[ConnectorFit]]:
     """Values of the fitted tensors, and how good they are."""
     biased = {step.name.removesuffix(".bias") for step in target.steps if step.name.endswith(".bias")}
     drawn = {step.name.removesuffix(".weight") for step in plan.steps if step.kind is REINIT}
     tensors: dict[str, Tensor] = {}
-    fits: dict[str, ReaderFit] = {}
+    fits: dict[str, ConnectorFit] = {}
     for point in data.fitted:
         began, group = time.monotonic(), [r for r in connector_layers if _point(r) == point]
         fitted, held_out = data.fitted[point], data.held_out[point]
@@ -306,7 +307,7 @@ def _solve(
         starts = [
             one if stays and r.linear not in drawn else None for r, one in zip(group, targets, strict=True)
         ]
-        found = fit_readers(fitted, held_out, targets, starts)
+        found = fit_connectors(fitted, held_out, targets, starts)
         seconds = round(time.monotonic() - began, 2)
         for reading, one in zip(group, found, strict=True):
             fits[reading.linear] = _described(reading.linear, one, seconds)
@@ -317,7 +318,7 @@ def _solve(
 
 
 def _target(old: VisionModel, reading: ConnectorLayer, width: int, *, bias: bool) -> Linear:
-    """What the old model does with its features at a reader: a layer, or nothing."""
+    """What the old model does with its features at a connector: a layer, or nothing."""
     module = old.module(reading.host or reading.linear)
     if isinstance(module, nn.Linear):
         given = module.bias if module.bias is not None else module.weight.new_zeros(module.out_features)
@@ -325,9 +326,9 @@ def _target(old: VisionModel, reading: ConnectorLayer, width: int, *, bias: bool
     return Linear(torch.eye(width), torch.zeros(width) if bias else None)
 
 
-def _described(reader: str, fit: Fit, seconds: float) -> ReaderFit:
-    return ReaderFit(
-        reader=reader,
+def _described(connector: str, fit: Fit, seconds: float) -> ConnectorFit:
+    return ConnectorFit(
+        connector=connector,
         r2=round(fit.r2, 4),
         relative_error=round(fit.error, 4),
         r2_unaligned=None if fit.r2_start is None else round(fit.r2_start, 4),
@@ -344,7 +345,7 @@ def _tensors(name: str, layer: Linear) -> dict[str, Tensor]:
 
 
 def _writer(old: VisionModel, reading: ConnectorLayer, layer: Linear) -> Linear:
-    """The layer that adds to the features, such that the fitted reader makes of it what the old one made.
+    """The layer that adds to the features, such that the fitted connector makes of it what the old one made.
 
     Least squares again, V' of W' V' = W V, with a small ridge where W' has fewer columns than W.
     """

@@ -57,7 +57,7 @@ class Pairs:
 
 
 class FeaturePairs:
-    """Shows pictures to two models and catches what their readers read.
+    """Shows pictures to two models and catches what their connectors read.
 
     Args:
         family: Knows how its models are looked through.
@@ -78,7 +78,7 @@ class FeaturePairs:
             self._old_rule = self._old_rule.model_copy(update={"resize": self._new_rule.resize})
 
     def look(self, pictures: Sequence[Image.Image]) -> dict[str, Pairs]:
-        """What the readers read of some pictures, by point."""
+        """What the connectors read of some pictures, by point."""
         new = self._catch(self._new, self._new_rule, self._new_points, pictures)
         old = self._catch(self._old, self._old_rule, self._old_points, pictures)
         shown = [

@@ -101,7 +101,7 @@ class Fit:
     r2_start: float | None
 
 
-def fit_readers(
+def fit_connectors(
     fitted: Moments, held_out: Moments, targets: Sequence[Linear], starts: Sequence[Linear | None]
 ) -> list[Fit]:
     """Fit layers on new features to what old layers gave on old ones.

@@ -1,4 +1,4 @@
-"""The seeing half of a model: tower and readers with their values, everything else without memory.
+"""The seeing half of a model: tower and connectors with their values, everything else without memory.
 
 The model is loaded whole, by the library, with an empty loading report. What is not needed to see, above all the
 language model, is given as a single zero that is expanded to each tensor's shape: it takes no memory, and the
@@ -30,7 +30,7 @@ class VisionModel:
         model: The model, in float32; its language model is all zeros.
         contract: Its vision contract.
         config: Its config.json.
-        device: Where tower and readers are.
+        device: Where tower and connectors are.
     """
 
     model: nn.Module

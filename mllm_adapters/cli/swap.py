@@ -194,7 +194,7 @@ def families(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show what is supported: layouts read, tokens per image, readers, how the result loads.
+    """Show what is supported: layouts read, tokens per image, connectors, how the result loads.
 
     Example: swap-encoder families
     """
@@ -266,7 +266,7 @@ def _fitting(images: Path | None, samples: int | None, device: str | None) -> "F
 
 
 def _fitted(plan: "SwapPlan", as_json: bool) -> "SwapPlan":
-    """Fit the readers and say how well that went."""
+    """Fit the connectors and say how well that went."""
     from mllm_adapters.swap.report import alignment_table
 
     plan = plan.fit()

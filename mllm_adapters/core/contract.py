@@ -20,6 +20,7 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.tower.spec import PixelRule
 from mgll_encoder.weights.torch_file import WeightSet
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.core.fates import ConnectorFate, ProcessorFate, Recorded
 from mllm_adapters.core.operations import OPERATIONS, Operation, OperationName
 
 Target = Literal["own", "llava"]
@@ -83,7 +84,7 @@ class VisionContract(PixelRule):
     """What happens between an image file and the tokens that the language model sees.
 
     Attributes:
-        width: Width of the features that the reader gets.
+        width: Width of the features that the connector gets.
         patch_size: Patch side in pixels.
         tokens: Visual tokens per image.
         feature_layer: Index into the tower's hidden states.
@@ -133,10 +134,10 @@ class Plan(_Data):
         before: Vision contract of the source.
         after: Vision contract of the target.
         image_token_id: Id of the image placeholder in the target.
-        processor: How the processor comes about, or why none is written.
-        readers: Modules that read vision features, and what becomes of them.
+        processor: How the processor comes about; None where the source has no tokenizer, so that none is written.
+        connectors: Modules that read vision features, and what becomes of them.
         notes: What the user should know.
-        alignment: How the readers were fitted, where they were (`mllm_adapters.alignment.align.Alignment.record`).
+        alignment: How the connectors were fitted, where they were (`mllm_adapters.alignment.align.Alignment.record`).
     """
 
     family: str
@@ -154,8 +155,8 @@ class Plan(_Data):
     before: VisionContract
     after: VisionContract
     image_token_id: int
-    processor: str | None = None
-    readers: dict[str, str] = Field(default_factory=dict)
+    processor: ProcessorFate | Recorded | None = None
+    connectors: dict[str, ConnectorFate] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     alignment: dict[str, Any] | None = None
 
@@ -276,10 +277,10 @@ class Family(ABC):
     def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:
         """The linear layers that alignment fits; normalisations before them stay as planned."""
         linear = {step.name for step in plan.steps if len(step.shape) == 2}
-        return tuple(ConnectorLayer(name) for name in plan.readers if f"{name}.weight" in linear)
+        return tuple(ConnectorLayer(name) for name in plan.connectors if f"{name}.weight" in linear)
 
     def for_alignment(self, plan: Plan, checkpoint: Checkpoint) -> Plan:  # noqa: ARG002 (what overrides it reads it)
-        """The plan of a swap whose readers will be fitted: of another one, where they need a layer of their own."""
+        """The plan of a swap whose connectors will be fitted: of another one, where they need a layer of their own."""
         return plan
 
     def pixel_rule(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:  # noqa: ARG002 (likewise)
@@ -287,9 +288,9 @@ class Family(ABC):
         return contract
 
     def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (likewise)
-        """Let a model see pictures [n, 3, S, S] made as `picture` says, up to its readers at least."""
+        """Let a model see pictures [n, 3, S, S] made as `picture` says, up to its connectors at least."""
         model.get_image_features(pixel_values=pixels)
 
     def token_order(self, model: Any, contract: VisionContract) -> Tensor | None:  # noqa: ARG002 (likewise)
-        """Indices that put the features of one picture, as its readers get them, row by row; None if they are."""
+        """Indices that put the features of one picture, as its connectors get them, row by row; None if they are."""
         return None

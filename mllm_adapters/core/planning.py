@@ -20,6 +20,7 @@ from mgll_encoder.tower.architectures.clip import CLIP
 from mgll_encoder.tower.spec import Activation, Resize, TowerSpec
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.contract import Dropped, Plan, Step, VisionContract
+from mllm_adapters.core.fates import ConnectorFate, Kept, Reinitialized
 from mllm_adapters.core.known_towers import (
     PUBLISHED_TOWERS,
     assumed_geometry,
@@ -371,47 +372,47 @@ def growth(vocabulary: int, rows: int) -> str:
     )
 
 
-def refit_reader(
-    steps: Iterable[Step], reader: str, before: VisionContract, after: VisionContract, where: Path
-) -> tuple[list[Step], dict[str, str]]:
+def refit_connector(
+    steps: Iterable[Step], connector: str, before: VisionContract, after: VisionContract, where: Path
+) -> tuple[list[Step], dict[str, ConnectorFate]]:
     """Re-initialise a Linear or a normalisation that reads vision features if the features' width changes.
 
     Args:
         steps: Steps so far.
-        reader: Target name of the module, without ``.weight``. It may read several features side by side.
+        connector: Target name of the module, without ``.weight``. It may read several features side by side.
         before: Vision contract of the source.
         after: Vision contract of the target.
         where: How error messages call the checkpoint.
 
     Returns:
-        The steps, and what becomes of the reader in words.
+        The steps, and what becomes of the connector.
 
     Raises:
-        UserError: the reader is missing, or reads features of another width than the host's tower gives.
+        UserError: the connector is missing, or reads features of another width than the host's tower gives.
     """
     steps = list(steps)
-    reads = next((step.shape[-1] for step in steps if step.name == f"{reader}.weight"), None)
+    reads = next((step.shape[-1] for step in steps if step.name == f"{connector}.weight"), None)
     if reads is None:
-        raise UserError(f"{where}: tensor {reader}.weight is missing: is this the language model only?")
+        raise UserError(f"{where}: tensor {connector}.weight is missing: is this the language model only?")
     if reads % before.width:
         raise UserError(
-            f"{where}: {reader}.weight reads features of width {reads}, but the host's tower gives {before.width}: "
+            f"{where}: {connector}.weight reads features of width {reads}, but the host's tower gives {before.width}: "
             "tower and projector do not belong together"
         )
-    normalization = any(step.name == f"{reader}.weight" and len(step.shape) == 1 for step in steps)
+    normalization = any(step.name == f"{connector}.weight" and len(step.shape) == 1 for step in steps)
     if before.width == after.width:
-        return steps, {reader: f"kept ({after.width} wide)"}
+        return steps, {connector: Kept(width=after.width)}
     changed = []
     for step in steps:
-        if step.name == f"{reader}.weight":
+        if step.name == f"{connector}.weight":
             step = reinitialized(step, (*step.shape[:-1], step.shape[-1] // before.width * after.width))
-        elif step.name == f"{reader}.bias":
+        elif step.name == f"{connector}.bias":
             # A normalisation's bias is as wide as what it reads, a Linear's as what it gives.
             step = reinitialized(
                 step, (reads // before.width * after.width,) if normalization else step.shape
             )
         changed.append(step)
-    return changed, {reader: f"re-initialised ({before.width} -> {after.width} wide): retrain the projector"}
+    return changed, {connector: Reinitialized(before=before.width, after=after.width)}
 
 
 def image_row(tokenizer: Any | None, vocabulary: int, image_token: str = IMAGE_TOKEN) -> tuple[int, int]:

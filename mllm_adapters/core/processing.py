@@ -14,6 +14,7 @@ from mllm_adapters.checkpoints.checkpoint import TOKENIZER_FILES
 from mllm_adapters.core.architectures import MODEL_TYPES, register_models
 from mllm_adapters.core.configs import build_config
 from mllm_adapters.core.contract import VisionContract
+from mllm_adapters.core.fates import ProcessorFate
 from mllm_adapters.core.planning import IMAGE_TOKEN
 
 _PROBE = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
@@ -64,9 +65,9 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def own_processor(folder: Path) -> str | None:
-    """What a plan says of a processor that is the source's own but for the pixels; None where there is no tokenizer."""
-    return "the source's, with the new preprocessing" if has_tokenizer(folder) else None
+def processor_fate(folder: Path, **fields: Any) -> ProcessorFate | None:
+    """What a plan says of a processor (fields of a `ProcessorFate`); None where the folder holds no tokenizer."""
+    return ProcessorFate(**fields) if has_tokenizer(folder) else None
 
 
 def load_tokenizer(folder: Path) -> Any | None:

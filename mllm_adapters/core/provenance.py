@@ -71,15 +71,15 @@ class SwapRecord(_Data):
         versions: Packages.
         inputs: What the checkpoint was made of.
         tower_spec: The tower's own contract, before it was fitted to the host.
-        plan: The plan without its tensors: family, layouts, vision contract before and after, readers and how each was
-            initialised, notes.
+        plan: The plan without its tensors: family, layouts, vision contract before and after, what becomes of the
+            connectors, notes.
         files: The files of the checkpoint as they were written, but for the card and this one.
         dropped: Source tensors that were left out.
         trained: SHA-256 of tensors that were trained since the swap, by name.
         tensors: The tensors one by one, with the operation that made each.
     """
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     versions: dict[str, str]
     inputs: Inputs
     tower_spec: TowerSpec | None = None
@@ -119,9 +119,9 @@ class SwapRecord(_Data):
 
 
 def has_record(folder: Path) -> bool:
-    """Whether a folder holds a record of this version."""
+    """Whether a folder holds a record that this version reads."""
     file = folder / PROVENANCE
-    return file.is_file() and read_json(file).get("format") == 2
+    return file.is_file() and read_json(file).get("format") in (2, 3)
 
 
 def read_record(folder: Path) -> SwapRecord:
@@ -144,9 +144,11 @@ def read_as(kind: type[Record], file: Path) -> Record:
         UserError: it is of another version, or cannot be read.
     """
     content = read_json(file)
-    if content.get("format") != 2:
+    if content.get("format") == 2:
+        content = _in_format_3(content)
+    if content.get("format") != 3:
         raise UserError(
-            f"{file}: field 'format' is {content.get('format')!r}, expected 2: swap again with this version"
+            f"{file}: field 'format' is {content.get('format')!r}, expected 2 or 3: swap again with this version"
         )
     advice = "the file was edited or damaged"
     record = checked(kind, content, str(file), advice)
@@ -155,6 +157,21 @@ def read_as(kind: type[Record], file: Path) -> Record:
     except ValidationError as error:
         raise UserError(f"{file}: {first_fault(error, 'plan')}; {advice}") from None
     return record
+
+
+def _in_format_3(content: dict[str, Any]) -> dict[str, Any]:
+    """A record of format 2, which calls connectors readers and says in phrases what becomes of them."""
+    text = json.dumps(content.get("plan"))
+    for old, new in (("readers", "connectors"), ("reader", "connector")):
+        text = text.replace(f'"{old}": ', f'"{new}": ')
+    plan = json.loads(text)
+    if isinstance(plan, dict):
+        fates = plan.get("connectors")
+        if isinstance(fates, dict):
+            plan["connectors"] = {name: {"fate": "recorded", "words": words} for name, words in fates.items()}
+        if plan.get("processor") is not None:
+            plan["processor"] = {"fate": "recorded", "words": plan["processor"]}
+    return {**content, "format": 3, "plan": plan}
 
 
 def record_of(

@@ -41,7 +41,7 @@ class Stage:
 
 STAGES: Mapping[str, Stage] = {
     "projector": Stage(
-        ("projector",), learns_from_text=False, learning_rate=1e-3, about="the readers and the bridge only"
+        ("projector",), learns_from_text=False, learning_rate=1e-3, about="the connector only"
     ),
     "lora": Stage(
         ("projector",),

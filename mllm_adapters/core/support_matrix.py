@@ -14,6 +14,9 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from mllm_adapters.core.fates import ConnectorFate
+from mllm_adapters.core.wording import connector_words
+
 FILE = "support.json"
 
 LAYER = re.compile(r"\.\d+\.")
@@ -43,7 +46,7 @@ class Support(BaseModel):
         default: Those of the swapped model, without ``--image-size``.
         at_224: Likewise with ``--image-size 224``, MGLL's own; None where the family cannot.
         at_336: Likewise with ``--image-size 336``.
-        readers: Module that reads vision features -> what becomes of it.
+        connectors: Module that reads vision features -> what becomes of it.
         loads: How the swapped checkpoint loads, by layout written.
     """
 
@@ -57,15 +60,15 @@ class Support(BaseModel):
     default: Size
     at_224: Size | None
     at_336: Size | None
-    readers: dict[str, str]
+    connectors: dict[str, ConnectorFate]
     loads: dict[str, str]
 
     def cells(self) -> tuple[str, ...]:
         """The row in words."""
         by_fate: dict[str, list[str]] = {}
-        for reader, fate in self.readers.items():
-            name = LAYER.sub(".*.", reader)  # the same module of several layers
-            names = by_fate.setdefault(fate.partition(":")[0], [])
+        for connector, fate in self.connectors.items():
+            name = LAYER.sub(".*.", connector)  # the same module of several layers
+            names = by_fate.setdefault(connector_words(fate, advice=False), [])
             names += [name] if name not in names else []
         loads = [
             how if target == "own" else f"`layout={target}`: {how}" for target, how in self.loads.items()
@@ -83,7 +86,7 @@ class Support(BaseModel):
 
 
 COLUMNS = (
-    "family", "reads", "figures of", "tokens before", "after (default)", "at 224 px", "at 336 px", "readers",
+    "family", "reads", "figures of", "tokens before", "after (default)", "at 224 px", "at 336 px", "connectors",
     "swapped, it loads with",
 )  # fmt: skip
 
@@ -98,8 +101,8 @@ def support_tables(spell: Callable[[str], str] = str) -> Group:
     """The matrix for the terminal, in two tables that fit 80 columns."""
     rows = [dict(zip(COLUMNS, map(spell, row.cells()), strict=True)) for row in support()]
     figures = ("family", "figures of", "tokens before", "after (default)", "at 224 px", "at 336 px")
-    words = ("family", "reads", "readers", "swapped, it loads with")
-    return Group(_table("Tokens per image", figures, rows), "", _table("Layouts and readers", words, rows))
+    words = ("family", "reads", "connectors", "swapped, it loads with")
+    return Group(_table("Tokens per image", figures, rows), "", _table("Layouts and connectors", words, rows))
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:

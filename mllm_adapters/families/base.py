@@ -15,7 +15,8 @@ from mgll_encoder.tower.architectures import ARCHITECTURES
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import tower_config
 from mllm_adapters.core.contract import Dropped, Family, Plan, Step, Target, VisionContract
-from mllm_adapters.core.planning import REPLACED, after_swap, refit_reader, swap_notes, tower_steps
+from mllm_adapters.core.fates import ConnectorFate
+from mllm_adapters.core.planning import REPLACED, after_swap, refit_connector, swap_notes, tower_steps
 from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
 
 
@@ -61,7 +62,7 @@ class PlannedFamily(Family):
             after=after,
             image_token_id=host.image_token_id,
             processor=host.processor,
-            readers=dict(connected.readers),
+            connectors=dict(connected.connectors),
             notes=(
                 *host.notes,
                 *connected.notes,
@@ -98,14 +99,14 @@ class PlannedFamily(Family):
         """Fit what reads the tower's features to the width that they will have.
 
         Raises:
-            UserError: a reader is missing, or does not belong to the host's tower.
+            UserError: a connector is missing, or does not belong to the host's tower.
         """
-        steps, readers = swap.steps, dict[str, str]()
-        for reader in swap.host.connector:
+        steps, connectors = swap.steps, dict[str, ConnectorFate]()
+        for name in swap.host.connector:
             where = swap.checkpoint.folder
-            steps, fate = refit_reader(steps, reader, swap.host.before, swap.after, where)
-            readers |= fate
-        return Connected(steps, readers)
+            steps, fate = refit_connector(steps, name, swap.host.before, swap.after, where)
+            connectors |= fate
+        return Connected(steps, connectors)
 
     def vision_config(self, swap: Swap, tower: TowerHeader) -> dict[str, Any]:
         """Return the ``vision_config`` of a target with this tower."""

@@ -10,6 +10,7 @@ import torch
 from mgll_encoder import TowerHeader
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Dropped, Step, Target, VisionContract
+from mllm_adapters.core.fates import ConnectorFate, ProcessorFate
 from mllm_adapters.core.planning import HostTower
 
 
@@ -73,7 +74,7 @@ class Host:
     dropped: list[Dropped] = field(default_factory=list)
     parts: Mapping[str, Path] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
-    processor: str | None = None
+    processor: ProcessorFate | None = None
     notes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -121,12 +122,12 @@ class Connected:
 
     Attributes:
         steps: They.
-        readers: Modules that read vision features, and what becomes of them.
+        connectors: Modules that read vision features, and what becomes of them.
         config: Fields of config.json that change accordingly.
         notes: Notes for the user.
     """
 
     steps: list[Step]
-    readers: Mapping[str, str] = field(default_factory=dict)
+    connectors: Mapping[str, ConnectorFate] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ import yaml
 from mllm_adapters.core.contract import Plan, VisionContract
 from mllm_adapters.core.provenance import InputRecord, SwapRecord, without_paths
 from mllm_adapters.core.registry import family
+from mllm_adapters.core.wording import connector_words
 
 CARD = "README.md"
 
@@ -25,7 +26,7 @@ _CARD = """---
 
 - Source: `{source}` ({family}, {layout} layout)
 - Vision tower: {tower}
-{readers}
+{connectors}
 
 | | before | after |
 |---|---|---|
@@ -73,8 +74,8 @@ def model_card(plan: Plan, record: SwapRecord) -> str:
         family=plan.family,
         layout=plan.layout,
         tower=f"`{inputs.tower.name}`" if inputs.tower else "the source's own",
-        readers="\n".join(
-            f"- Reader of its features: `{name}`, {fate}" for name, fate in plan.readers.items()
+        connectors="\n".join(
+            f"- Connector: `{name}`, {connector_words(fate)}" for name, fate in plan.connectors.items()
         ),
         rows="\n".join(f"| {name} | {b} | {a} |" for name, b, a in contract_rows(plan.before, plan.after)),
         notes="\n".join(f"- {note}" for note in without_paths(plan.notes, plan)),

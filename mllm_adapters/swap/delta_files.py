@@ -42,7 +42,7 @@ from mllm_adapters.swap.apply import (
 )
 from mllm_adapters.swap.card import CARD
 from mllm_adapters.swap.replace_tensors import copy_sides
-from mllm_adapters.swap.restore import readers
+from mllm_adapters.swap.restore import vision_tensors
 
 Progress = Callable[[int], None]
 
@@ -120,8 +120,8 @@ def extract(
         progress: Called with the number of bytes compared, tensor by tensor.
 
     Raises:
-        UserError: ``base`` is not what it was made of, tensors outside tower, readers and what was trained are not the
-            base's, or ``out`` cannot be written.
+        UserError: ``base`` is not what it was made of, tensors outside tower, connectors and what was trained are not
+            the base's, or ``out`` cannot be written.
     """
     record = read_record(folder)
     if reference_tower and record.inputs.tower is None:
@@ -257,7 +257,7 @@ def _with_changes(
     """The record with the hashes of all tensors that have other values than the swap gave them.
 
     Raises:
-        UserError: one of them belongs neither to the tower nor to its readers, and no recorded training changed it.
+        UserError: one of them belongs neither to the tower nor to its connectors, and no recorded training changed it.
     """
     plan = record.plan_with(checkpoint.config, source=base.folder)
     changed: dict[str, str] = {}
@@ -270,7 +270,7 @@ def _with_changes(
         progress(nbytes(tensor))
     follows = {t.name for t in record.tensors if t.kind.from_base} - record.trained.keys()
     if foreign := follows & changed.keys():
-        foreign -= readers(checkpoint, record)
+        foreign -= vision_tensors(checkpoint, record)
     if foreign:
         first = next(t.name for t in record.tensors if t.name in foreign)
         raise UserError(

@@ -27,7 +27,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Fitting:
-    """How readers are to be fitted on images: see `mllm_adapters.align`."""
+    """How connectors are to be fitted on images: see `mllm_adapters.align`."""
 
     images: Path
     samples: int
@@ -44,9 +44,9 @@ class SwapPlan:
         checkpoint: The plan's source.
         name: How the result is called unless its folder is given.
         warnings: What the user should know of the tower.
-        fitting: How readers are to be fitted before anything is written; None for a plain swap.
+        fitting: How connectors are to be fitted before anything is written; None for a plain swap.
         unfitted: The plan without that.
-        alignment: The fitted readers.
+        alignment: The fitted connectors.
     """
 
     plan: Plan
@@ -77,7 +77,7 @@ class SwapPlan:
         return plan_table(self.plan, self.checkpoint, copy=copy, held=held)
 
     def report(self) -> str:
-        """What changes, as text: vision contract, tensors, readers, how it loads, notes and warnings."""
+        """What changes, as text: vision contract, tensors, connectors, how it loads, notes and warnings."""
         text = io.StringIO()
         console = Console(file=text, width=WIDTH, highlight=False)
         console.print(self.table())
@@ -99,7 +99,7 @@ class SwapPlan:
             self._complete = True
 
     def to_fit(self, fitting: Fitting) -> "SwapPlan":
-        """The plan with its readers to be fitted on images, which are looked for and not opened.
+        """The plan with its connectors to be fitted on images, which are looked for and not opened.
 
         Raises:
             UserError: too few images, no such device, or nothing that could be fitted.
@@ -113,7 +113,7 @@ class SwapPlan:
         return replace(self, plan=plan, unfitted=self.plan, fitting=fitting, _complete=False)
 
     def fit(self) -> "SwapPlan":
-        """The plan with its readers fitted; itself where none is to be, or all are.
+        """The plan with its connectors fitted; itself where none is to be, or all are.
 
         Raises:
             UserError: the images or the old tower cannot be read.

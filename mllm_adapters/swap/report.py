@@ -14,6 +14,7 @@ from mllm_adapters.core.architectures import MODEL_TYPES
 from mllm_adapters.core.contract import Plan
 from mllm_adapters.core.operations import OPERATIONS
 from mllm_adapters.core.streaming import nbytes
+from mllm_adapters.core.wording import connector_words, processor_words
 from mllm_adapters.swap.apply import bytes_linked
 from mllm_adapters.swap.card import contract_rows
 
@@ -22,18 +23,28 @@ if TYPE_CHECKING:
 
 
 def alignment_table(alignment: "Alignment") -> RenderableType:
-    """How well each reader was fitted, as a table for the terminal."""
+    """How well each connector was fitted, as a table for the terminal."""
     table = Table(
-        title=f"Readers fitted on {alignment.used} images ({alignment.held_out} of them held out), "
+        title=f"Connectors fitted on {alignment.used} images ({alignment.held_out} of them held out), "
         f"{alignment.tokens} tokens, in {alignment.seconds:.0f} s",
         title_justify="left",
     )
-    for column in ("reader", "R² held out", "R² unaligned", "relative error", "ridge", "towards", "seconds"):
-        table.add_column(column, justify="left" if column in ("reader", "towards") else "right")
+    for column in (
+        "connector",
+        "R² held out",
+        "R² unaligned",
+        "relative error",
+        "ridge",
+        "towards",
+        "seconds",
+    ):
+        table.add_column(column, justify="left" if column in ("connector", "towards") else "right")
     for fit in alignment.fits:
         unaligned = "drawn anew" if fit.r2_unaligned is None else f"{fit.r2_unaligned:.3f}"
         error, ridge = f"{fit.relative_error:.3f}", f"{fit.strength:.1e}"
-        table.add_row(fit.reader, f"{fit.r2:.3f}", unaligned, error, ridge, fit.towards, f"{fit.seconds:.1f}")
+        table.add_row(
+            fit.connector, f"{fit.r2:.3f}", unaligned, error, ridge, fit.towards, f"{fit.seconds:.1f}"
+        )
     return table
 
 
@@ -84,11 +95,9 @@ def plan_table(
     facts.add_column(overflow="fold")
     facts.add_row("checkpoint", f"{plan.source} ({plan.family}, {plan.layout} layout)")
     facts.add_row("tower", str(plan.tower or "the checkpoint's own"))
-    for reader, fate in plan.readers.items():
-        facts.add_row("reader", f"{reader}: {fate}")
-    facts.add_row(
-        "processor", plan.processor or "none is written, for want of a tokenizer; only its image processor is"
-    )
+    for connector, fate in plan.connectors.items():
+        facts.add_row("connector", f"{connector}: {connector_words(fate)}")
+    facts.add_row("processor", processor_words(plan.processor))
     loads = f"{loads_with(plan)}: AutoModelForImageTextToText.from_pretrained"
     facts.add_row("loads with", loads if held is None else "mllm_adapters.load_mllm, with its base")
     return Group(facts, "", vision, tensors)

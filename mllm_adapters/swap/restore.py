@@ -1,4 +1,4 @@
-"""Undoing a swap: the original tower and readers back in, or the tower out again as a folder of its own."""
+"""Undoing a swap: the original tower and connectors back in, or the tower out again as a folder of its own."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -77,7 +77,7 @@ def restore(
     if plan is not None:
         check_complete(plan)
     both = _Both(swapped, source)
-    merged = list(_merged(steps, record, readers(swapped, record)))
+    merged = list(_merged(steps, record, vision_tensors(swapped, record)))
     own = {step.name: step for step in steps}
 
     def values(group: list[Step]) -> Iterable[tuple[Step, Tensor]]:
@@ -163,9 +163,9 @@ class _Both:
         self._original.release(file)
 
 
-def _merged(steps: Iterable[Step], record: SwapRecord, readers: set[str]) -> Iterator[Step]:
+def _merged(steps: Iterable[Step], record: SwapRecord, vision: set[str]) -> Iterator[Step]:
     """The steps, each taken from the swapped checkpoint where that has the very tensor."""
-    same = {_origin(t): t.name for t in record.tensors if t.sources and t.name not in readers}
+    same = {_origin(t): t.name for t in record.tensors if t.sources and t.name not in vision}
     for step in steps:
         name = same.get(_origin(step)) if step.sources and not step.kind.from_tower else None
         if name is not None:
@@ -194,7 +194,7 @@ def _originals(steps: list[Step], plan: Plan | None, source: Checkpoint) -> Iter
     return (value for _, value in compute(plan, source, steps))
 
 
-def readers(swapped: Checkpoint, record: SwapRecord) -> set[str]:
+def vision_tensors(swapped: Checkpoint, record: SwapRecord) -> set[str]:
     """Names on disk of the tower and of everything that reads its features."""
     parts = components(empty_model(record.plan_with(swapped.config)))
     wanted = [name for name, part in parts.items() if part in ("tower", "projector")]

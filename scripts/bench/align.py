@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LETTERS = "ABCD"
 
-KEPT = "swapped, reader kept"
+KEPT = "swapped, connector kept"
 
 app = cli.new_app("Measure alignment in closed form.")
 
@@ -76,7 +76,7 @@ def bench(
             return lambda: swapped(mllm, encoder, Path(scratch) / arm.replace(" ", "-"), **how)
 
         arms: dict[str, Maker] = {"base": lambda: (mllm, None), KEPT: made(KEPT)}
-        arms["swapped, reader drawn anew"] = made("anew", anew=True)
+        arms["swapped, connector drawn anew"] = made("anew", anew=True)
         for number in samples or [500]:
             arms[f"aligned on {number}"] = made(f"aligned on {number}", images=align, samples=number)
         for arm in [name for name in arms if name not in results]:
@@ -111,7 +111,7 @@ def swapped(
     samples: int = 0,
     anew: bool = False,
 ) -> "tuple[Path, Alignment | None]":
-    """A swap: as it is, its readers drawn anew, or aligned on images."""
+    """A swap: as it is, its connectors drawn anew, or aligned on images."""
     from mgll_encoder import inspect_tower
     from mllm_adapters.alignment.align import align, fitted_plan
     from mllm_adapters.core.registry import open_checkpoint
@@ -120,18 +120,18 @@ def swapped(
     checkpoint, family, _ = open_checkpoint(mllm)
     plan = family.plan(checkpoint, inspect_tower(encoder))
     if images is None:
-        return apply_plan(readers_anew(plan, family) if anew else plan, family, checkpoint, out), None
+        return apply_plan(connectors_anew(plan, family) if anew else plan, family, checkpoint, out), None
     found = align(plan, family, checkpoint, images, samples=samples)
     fitted = found.apply_to(fitted_plan(plan, family, checkpoint))
     return apply_plan(fitted, family, checkpoint, out, fitted=found.tensors), found
 
 
-def readers_anew(plan: "Plan", family: "Family") -> "Plan":
-    """The plan of a swap that draws its readers anew, as if the width had changed."""
+def connectors_anew(plan: "Plan", family: "Family") -> "Plan":
+    """The plan of a swap that draws its connectors anew, as if the width had changed."""
     from mllm_adapters.core.planning import reinitialized
 
-    readers = {reading.linear for reading in family.connector_layers(plan)}
-    steps = [reinitialized(s, s.shape) if s.name.rpartition(".")[0] in readers else s for s in plan.steps]
+    connectors = {reading.linear for reading in family.connector_layers(plan)}
+    steps = [reinitialized(s, s.shape) if s.name.rpartition(".")[0] in connectors else s for s in plan.steps]
     return plan.model_copy(update={"steps": tuple(steps)})
 
 
@@ -198,7 +198,7 @@ def _show_arms(results: dict[str, dict[str, Any]]) -> None:
     base = results["base"]
     own = base["accuracy"] - base["chance"]
     for arm, found in results.items():
-        fits = [fit["r2"] for fit in found["alignment"].get("readers", [])]
+        fits = [fit["r2"] for fit in found["alignment"].get("connectors", [])]
         above = f"{(found['accuracy'] - found['chance']) / own:.0%}" if own > 0 else "base guesses"
         table.add_row(
             arm,

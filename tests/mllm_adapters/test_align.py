@@ -31,7 +31,7 @@ from mllm_adapters.swap.apply import apply_plan
 from tests.builders import invoke, picture, refused, sparse_checkpoint, tower_config
 from tests.eval_mcq.helpers import small_bench
 
-READER = "multi_modal_projector.linear_1"
+CONNECTOR = "multi_modal_projector.linear_1"
 
 
 def drawn_pictures(folder: Path, number: int) -> Path:
@@ -119,16 +119,16 @@ def swap(
     return Swap(alignment, out)
 
 
-def test_the_same_tower_gives_the_same_reader(tiny_llava: Path, images: Path, tmp_path: Path) -> None:
+def test_the_same_tower_gives_the_same_connector(tiny_llava: Path, images: Path, tmp_path: Path) -> None:
     tower = written_tower(tmp_path / "tower", own_tower(tiny_llava))
     found = swap(tiny_llava, tower, images, tmp_path / "out")
     (fit,) = found.alignment.fits
     assert fit.r2 == pytest.approx(1, abs=1e-4)
     stored = load_file(tiny_llava / "model.safetensors")
     for kind in ("weight", "bias"):
-        before = next(value for name, value in stored.items() if name.endswith(f"{READER}.{kind}"))
+        before = next(value for name, value in stored.items() if name.endswith(f"{CONNECTOR}.{kind}"))
         after = next(
-            value for name, value in found.alignment.tensors.items() if name.endswith(f"{READER}.{kind}")
+            value for name, value in found.alignment.tensors.items() if name.endswith(f"{CONNECTOR}.{kind}")
         )
         torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
     torch.testing.assert_close(logits(found.folder), logits(tiny_llava), atol=1e-3, rtol=0)
@@ -167,7 +167,7 @@ def test_other_pictures_explain_nothing_and_it_says_so(
     assert found.fits[0].r2 < 0.1
     assert any("alignment did not work" in line for line in found.warnings())
     assert right.fits[0].r2 > found.fits[0].r2 + 0.2
-    assert right.fits[0].r2_unaligned is None, "the reader's width changes: it would be drawn anew"
+    assert right.fits[0].r2_unaligned is None, "the connector's width changes: it would be drawn anew"
 
 
 def test_the_images_of_a_bench_serve_as_well_as_a_folder(tmp_path: Path) -> None:
@@ -272,14 +272,14 @@ class TestCommand:
         finally:
             broken.unlink()
         assert outcome.code == 0, outcome.err
-        assert "Readers fitted on 120 images (24 of them held out), 384 tokens" in " ".join(
+        assert "Connectors fitted on 120 images (24 of them held out), 384 tokens" in " ".join(
             outcome.out.split()
         )
         assert "left out 1 of 121 images: 1 image unreadable" in outcome.err
         record = json.loads((out / "mgll_swap.json").read_text())
-        (reader,) = record["plan"]["alignment"]["readers"]
-        assert reader["reader"].endswith(READER)
-        assert 0 < reader["r2"] <= 1
+        (connector,) = record["plan"]["alignment"]["connectors"]
+        assert connector["connector"].endswith(CONNECTOR)
+        assert 0 < connector["r2"] <= 1
         assert record["plan"]["alignment"]["used"] == 120
         assert record["plan"]["alignment"]["unreadable"] == 1
         assert "fitted on 120 images, held-out R²" in (out / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Readers of every family, fitted on images: the new tower tells them what the old one did, as far as it knows it."""
+"""Connectors of every family, fitted on images: the new tower tells them what the old one did, where it can."""
 
 import random
 from dataclasses import replace
@@ -50,7 +50,7 @@ def planned(case: Case, golden: Path, checkpoint: Checkpoint, family: Family) ->
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
-def test_its_readers_are_fitted_and_nothing_else(
+def test_its_connectors_are_fitted_and_nothing_else(
     case: Case, golden: Path, pictures: Path, tmp_path: Path
 ) -> None:
     checkpoint, family = opened(case, golden, tmp_path)

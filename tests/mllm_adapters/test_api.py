@@ -139,7 +139,7 @@ def test_a_plan_loads_without_being_written(tiny_llava: Path, tower: Path, tmp_p
     assert loaded.generation_config.to_dict() == written.generation_config.to_dict()
 
 
-def test_readers_are_fitted_on_images_before_writing(
+def test_connectors_are_fitted_on_images_before_writing(
     tiny_llava: Path, tower: Path, photographs_of_noise: Path, tmp_path: Path
 ) -> None:
     plan = align(plan_swap(tiny_llava, tower), photographs_of_noise, device="cpu")

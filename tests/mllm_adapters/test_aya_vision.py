@@ -10,6 +10,7 @@ from transformers import AutoProcessor, AyaVisionProcessor, GotOcr2ImageProcesso
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
+from mllm_adapters.core.fates import Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.data.corpus import Conversation, Corpus
 from mllm_adapters.data.dataset import AnswerCollator, encode, prepare_examples
@@ -156,7 +157,7 @@ def test_a_published_checkpoint_of_full_size(
     projector = 2 * 4096 + 28672 * (4096 + 1) + 4096 * (14336 + 1)
     tower = 303_179_776 + ((side // 14) ** 2 - 256) * 1024
     check_full_size(plan, checkpoint, weights=language_model + projector + tower)
-    assert all("re-initialised (1152 -> 1024 wide)" in fate for fate in plan.readers.values())
+    assert set(plan.connectors.values()) == {Reinitialized(before=1152, after=1024)}
 
 
 def test_a_file_without_its_tower_is_refused(source: Path, golden: Path) -> None:

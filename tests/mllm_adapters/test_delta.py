@@ -32,11 +32,11 @@ from tests.mllm_adapters.llava_checkpoints import a_tower
 from tests.mllm_adapters.retraining import color_rows, write_json
 
 QUICK = ("llava", "instructblip", "med-flamingo")
-"""Rows of the default run: a .bin layout that is converted, readers that begin anew, loose weights and a part."""
+"""Rows of the default run: a .bin layout that is converted, connectors that begin anew, loose weights and a part."""
 
 ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in complete.BUILDERS]
 
-READER = "multi_modal_projector.linear_1.weight"
+CONNECTOR = "multi_modal_projector.linear_1.weight"
 
 
 def done(*arguments: object) -> str:
@@ -109,14 +109,14 @@ def test_a_delta_with_its_base_answers_as_the_whole_checkpoint(row: SimpleNamesp
     assert answers_alike(load_mllm(row.folder / "referring"), whole), "base and encoder are found beside it"
 
 
-def test_a_delta_holds_tower_and_readers_and_no_more(row: SimpleNamespace) -> None:
+def test_a_delta_holds_tower_and_connectors_and_no_more(row: SimpleNamespace) -> None:
     record = read_record(row.whole)
     own = {t.name: nbytes(t) for t in record.tensors if not t.kind.from_base}
     assert weights(row.delta).keys() == own.keys()
     assert (row.delta / DELTA_WEIGHTS).stat().st_size <= sum(own.values()) + 300 * len(own)
-    readers = {t.name for t in record.tensors if t.name in own and t.operation != "tower"}
-    assert readers, "the width changed"
-    assert weights(row.folder / "referring").keys() == readers
+    connectors = {t.name for t in record.tensors if t.name in own and t.operation != "tower"}
+    assert connectors, "the width changed"
+    assert weights(row.folder / "referring").keys() == connectors
     assert size(row.delta) < size(row.whole)
 
 
@@ -211,7 +211,7 @@ def test_a_retraining_fits_into_a_delta_too(llava: SimpleNamespace, tmp_path: Pa
         "--max-steps", 2, "--batch-size", 2, "--workers", 0, "--report-to", "none",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert not torch.equal(weights(trained)[READER], weights(llava.whole)[READER])
+    assert not torch.equal(weights(trained)[CONNECTOR], weights(llava.whole)[CONNECTOR])
     small = llava.folder / "small"
     done("extract", trained, "--mllm", llava.base, "--out", small, "--reference-tower")
     names = {name for name in weights(trained) if "multi_modal_projector" in name}
@@ -234,7 +234,7 @@ def with_tensor(source: Path, out: Path, part: str) -> tuple[Path, str]:
     return out, name
 
 
-def test_what_another_tool_did_to_readers_is_taken_along_and_to_the_language_model_refused(
+def test_what_another_tool_did_to_connectors_is_taken_along_and_to_the_language_model_refused(
     llava: SimpleNamespace, tmp_path: Path
 ) -> None:
     tuned, _ = with_tensor(llava.whole, tmp_path / "tuned", "linear_2.weight")
@@ -294,9 +294,9 @@ def test_another_encoder_is_refused(llava: SimpleNamespace, tmp_path: Path) -> N
 def flipped(folder: Path) -> str:
     file = folder / DELTA_WEIGHTS
     data = bytearray(file.read_bytes())
-    data[spans(file)[READER].start + 40] ^= 1
+    data[spans(file)[CONNECTOR].start + 40] ^= 1
     file.write_bytes(data)
-    return f"{READER} has been changed"
+    return f"{CONNECTOR} has been changed"
 
 
 def truncated(folder: Path) -> str:
@@ -371,7 +371,7 @@ def test_a_dry_run_says_what_the_delta_will_hold(llava: SimpleNamespace, tmp_pat
 
 
 def test_of_a_referring_delta_nothing_of_the_width_is_stored(llava: SimpleNamespace, tmp_path: Path) -> None:
-    """Where the readers are kept, there is no tensor at all, and the folder still loads."""
+    """Where the connectors are kept, there is no tensor at all, and the folder still loads."""
     encoder = a_tower(llava.folder / "same-width")
     options = ("--mllm", llava.base, "--encoder", encoder, "--dtype", "float32")
     out = llava.folder / "tiny"

@@ -16,6 +16,7 @@ from transformers import (
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
+from mllm_adapters.core.fates import Kept, Taken
 from mllm_adapters.core.registry import detect, open_checkpoint
 from mllm_adapters.core.stages import apply_stage
 from tests.mllm_adapters.families.case import Golden
@@ -121,18 +122,18 @@ def test_tables_of_older_files_are_left_out(stock: Path, tmp_path: Path) -> None
     assert model.config.image_token_id == len(text_tokenizer("llama"))
 
 
-def test_readers_of_another_width_are_made_anew_and_their_biases_kept(
+def test_connectors_of_another_width_are_made_anew_and_their_biases_kept(
     stock: Path, swapped: SimpleNamespace
 ) -> None:
     before, after = load_file(stock / "model.safetensors"), swapped.model.state_dict()
     assert swapped.plan.before.width == 24
     assert swapped.plan.after.width == 32
-    readers = [name for name in swapped.plan.readers if name.startswith("qformer.")]
-    assert len(readers) == 4, "key and value in layers 0 and 2"
-    for reader in readers:
-        assert after[f"{reader}.weight"].shape == (36, 32)
-        assert torch.equal(after[f"{reader}.bias"], before[f"{reader}.bias"])
-    first, second, *_ = (after[f"{reader}.weight"] for reader in readers)
+    connectors = [name for name in swapped.plan.connectors if name.startswith("qformer.")]
+    assert len(connectors) == 4, "key and value in layers 0 and 2"
+    for connector in connectors:
+        assert after[f"{connector}.weight"].shape == (36, 32)
+        assert torch.equal(after[f"{connector}.bias"], before[f"{connector}.bias"])
+    first, second, *_ = (after[f"{connector}.weight"] for connector in connectors)
     assert not torch.equal(first, second), "each drawn for itself"
     assert torch.equal(after["vision_model.ln_vision.weight"], torch.ones(32))
     assert torch.equal(after["vision_model.ln_vision.bias"], torch.zeros(32))
@@ -141,9 +142,9 @@ def test_readers_of_another_width_are_made_anew_and_their_biases_kept(
     assert swapped.plan.before.tokens == swapped.plan.after.tokens == 5
 
 
-def test_readers_of_the_same_width_stay_with_their_norm(stock: Path, tmp_path: Path) -> None:
+def test_connectors_of_the_same_width_stay_with_their_norm(stock: Path, tmp_path: Path) -> None:
     plan = swap(stock, a_tower(tmp_path / "tower", width=24), tmp_path / "out")
-    assert set(plan.readers.values()) == {"kept (24 wide)"}
+    assert set(plan.connectors.values()) == {Kept(width=24)}
     before = load_file(stock / "model.safetensors")
     model, _ = load_mllm(tmp_path / "out", dtype=torch.float32)
     found = model.get_submodule("vision_model.ln_vision")
@@ -176,11 +177,11 @@ def trained_qformer(path: Path, width: int, layers: tuple[int, ...] = (0, 2)) ->
     return state
 
 
-def test_readers_can_come_from_a_qformer_trained_on_clip(stock: Path, eyes: Path, tmp_path: Path) -> None:
+def test_connectors_can_come_from_a_qformer_trained_on_clip(stock: Path, eyes: Path, tmp_path: Path) -> None:
     state = trained_qformer(tmp_path / "blip2_pretrained_vitL.pth", 32)
     plan = swap(stock, eyes, tmp_path / "out", {"qformer": tmp_path / "blip2_pretrained_vitL.pth"})
-    assert set(plan.readers.values()) == {"taken from blip2_pretrained_vitL.pth (32 wide)"}
-    assert len(plan.readers) == 5
+    assert set(plan.connectors.values()) == {Taken(source="blip2_pretrained_vitL.pth", width=32)}
+    assert len(plan.connectors) == 5
     model, _ = load_mllm(tmp_path / "out", dtype=torch.float32)
     found = model.get_submodule("qformer.encoder.layer.2.crossattention.attention.value")
     name = "Qformer.bert.encoder.layer.2.crossattention.self.value"

@@ -174,7 +174,7 @@ def test_the_published_checkpoint_is_covered_tensor_by_tensor(
     assert plan.after.image_size == 224
     made_anew = [step for step in plan.steps if step.operation == "reinit"]
     assert [step.shape for step in made_anew] == [(768, 1024)] * 12
-    assert len(plan.readers) == 13
+    assert len(plan.connectors) == 13
     for size in (224, 336, 448):
         assert family.plan(checkpoint, tower, size).after.tokens == 32
 

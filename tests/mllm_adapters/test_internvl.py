@@ -20,6 +20,7 @@ import mllm_adapters.auto  # noqa: F401
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.tower.preprocess import image_processor
 from mllm_adapters import load_mllm
+from mllm_adapters.core.fates import Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
 from tests.mllm_adapters.families.internvl_folders import edited, swap, talking
 from tests.mllm_adapters.llava_checkpoints import a_tower
@@ -75,9 +76,9 @@ def test_a_tower_of_another_width_gets_a_new_norm_and_first_layer(golden: Path, 
     source = golden / "internvl" / "checkpoint"
     tower = a_tower(tmp_path / "tower", width=24)
     plan = swap(source, tmp_path / "swapped", tower)
-    fates = {name.rpartition(".")[2]: fate for name, fate in plan.readers.items()}
+    fates = {name.rpartition(".")[2]: fate for name, fate in plan.connectors.items()}
     assert fates.keys() == {"layer_norm", "linear_1"}
-    assert all("re-initialised" in fate for fate in fates.values())
+    assert set(fates.values()) == {Reinitialized(before=plan.before.width, after=plan.after.width)}
     model, _ = load_mllm(tmp_path / "swapped", dtype=torch.float32)
     projector, (checkpoint, _, _) = model.model.multi_modal_projector, open_checkpoint(source)
     assert torch.equal(projector.layer_norm.weight, torch.ones(4 * 24))
@@ -165,7 +166,8 @@ def test_a_llava_has_as_many_tokens_and_says_that_its_projector_is_new(golden: P
     plan = swap(source, tmp_path / "llava", a_tower(tmp_path / "tower"), "llava")
     assert plan.after.tokens == plan.before.tokens
     assert plan.after.image_size == int(plan.before.tokens**0.5) * plan.after.patch_size
-    assert "re-initialised" in plan.readers["multi_modal_projector.linear_1"]
+    fate = plan.connectors["multi_modal_projector.linear_1"]
+    assert fate == Reinitialized(before=plan.before.width, after=plan.after.width, because="patches")
     checkpoint, family, _ = open_checkpoint(source)
     with pytest.raises(UserError, match="a LLaVA has a CLIP tower"):
         family.plan(checkpoint, target="llava")

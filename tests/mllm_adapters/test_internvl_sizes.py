@@ -14,6 +14,7 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Plan, Target
+from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import detect, family, open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
@@ -85,7 +86,7 @@ def test_internvl_2_5_8b_takes_the_tower_and_keeps_its_projector(tmp_path: Path)
     plan, checkpoint = swapped(INTERNVL2_5_8B, tmp_path)
     new_rows = 2 * (92608 - 92553) * 4096
     check_full_size(plan, checkpoint, weights=CLIP_448 + projector(4096, 4096) + INTERNLM2_7B + new_rows)
-    assert set(plan.readers.values()) == {"kept (1024 wide)"}
+    assert set(plan.connectors.values()) == {Kept(width=1024)}
 
 
 def test_internvl_3_8b_takes_the_tower_too(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_chat_v1_2_gives_up_6b_of_tower_and_gets_a_new_first_layer(tmp_path: Pat
     plan, checkpoint = swapped(CHAT_V1_2, tmp_path, shards=16)
     new_rows = 2 * 64 * 7168
     check_full_size(plan, checkpoint, weights=CLIP_448 + projector(4096, 7168) + YI_34B + new_rows)
-    assert all("3200 -> 1024 wide" in fate for fate in plan.readers.values())
+    assert set(plan.connectors.values()) == {Reinitialized(before=3200, after=1024)}
     assert plan.config["ps_version"] == "v1"
 
 
@@ -126,7 +127,7 @@ def test_chat_v1_0_is_a_llava_and_swapped_as_one(golden: Path, tmp_path: Path) -
     checkpoint, llava, _ = open_checkpoint(source)
     plan = llava.plan(checkpoint, inspect_tower(published_tower(tmp_path / "tower")))
     assert (plan.family, plan.before.width, plan.after.tokens) == ("llava", 3200, 256)
-    assert "3200 -> 1024" in plan.readers["multi_modal_projector.linear_1"]
+    assert plan.connectors["multi_modal_projector.linear_1"] == Reinitialized(before=3200, after=1024)
 
 
 # --- refused ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_conversion, plan_swap
 from mllm_adapters.cli.swap import main as swap_encoder
+from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.stages import components
 from mllm_adapters.data.corpus import Conversation, Corpus
@@ -269,13 +270,13 @@ def test_no_stage_trains_the_generator(made, request):
     assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
-def test_a_wider_tower_means_a_new_reader(host, tmp_path):
+def test_a_wider_tower_means_a_new_connector(host, tmp_path):
     wide = tmp_path / "wide"
     CLIPVisionModel(builders.tower_config(hidden_size=48)).save_pretrained(wide)
     plan, _ = swap(host, wide, tmp_path / "own")
-    assert plan.readers["model.aligner.fc1"].startswith("re-initialised (64 -> 48 wide)")
+    assert plan.connectors["model.aligner.fc1"] == Reinitialized(before=64, after=48)
     plan, _ = swap(host, wide, tmp_path / "llava", layout="llava")
-    assert plan.readers["multi_modal_projector.linear_1"].startswith("re-initialised (64 -> 48 wide)")
+    assert plan.connectors["multi_modal_projector.linear_1"] == Reinitialized(before=64, after=48)
 
 
 # --- processor and prompt ---------------------------------------------------------------------------------------
@@ -443,7 +444,7 @@ def test_the_published_checkpoint_is_planned_to_the_last_tensor(sizes, tmp_path)
         assert plan.config["vq_config"]["num_patches"] == 24
     assert (plan.before.tokens, plan.before.image_size) == (576, 384)
     assert (plan.image_token_id, plan.config["text_config"]["vocab_size"]) == (100581, 102400)
-    assert set(plan.readers.values()) == {"kept (1024 wide)"}
+    assert set(plan.connectors.values()) == {Kept(width=1024)}
     check_full_size(plan, checkpoint, weights=text + CLIP + aligner(sizes.hidden) + drawing)
 
     converted = text + SIGLIP + aligner(sizes.hidden) + drawing

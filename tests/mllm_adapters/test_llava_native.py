@@ -150,8 +150,8 @@ def test_key_names_of_all_years_are_kept(years: str, tiny_llava: Path, tmp_path:
     save_file(weights, file, metadata={"format": "pt"})
     plan = swap(source, a_tower(tmp_path / "tower"), tmp_path / "out")
     assert {step.name for step in plan.steps} == set(weights)
-    (reader,) = plan.readers
-    assert f"{reader}.weight" in weights
+    (connector,) = plan.connectors
+    assert f"{connector}.weight" in weights
     swap(tiny_llava, tmp_path / "tower", tmp_path / "direct")
     found, expected = load_mllm(tmp_path / "out")[0], load_mllm(tmp_path / "direct")[0]
     for name, value in expected.named_parameters():

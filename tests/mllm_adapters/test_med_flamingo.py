@@ -24,6 +24,7 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
+from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import detect, open_checkpoint
 from mllm_adapters.data.corpus import Conversation, Corpus
 from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
@@ -482,7 +483,7 @@ def test_the_swapped_model_keeps_grid_and_normalisation_of_its_host(host: Path, 
     assert (plan.before.image_size, plan.after.image_size) == (28, 28)
     assert (plan.after.mean, plan.after.std, plan.after.resize) == (CLIP_MEAN, CLIP_STD, "squash")
     assert plan.before.resize == "crop"
-    assert plan.readers == {"model.perceiver": "kept (64 wide)"}
+    assert plan.connectors == {"model.perceiver": Kept(width=64)}
     assert plan.config["model_type"] == "mgll_flamingo"
     assert any("lm_head has no trained rows" in note for note in plan.notes)
 
@@ -506,8 +507,8 @@ def test_a_llama_that_has_its_own_padding_gets_two_tokens(host: Path, tmp_path: 
 
 def test_a_tower_of_another_width_renews_what_reads_it(host: Path, tmp_path: Path) -> None:
     plan = swap(host, an_encoder(tmp_path / "mgll", width=32), tmp_path / "out", image_size=42)
-    assert "64 -> 32 wide" in plan.readers["model.perceiver"]
-    assert "64 -> 32 wide" in plan.readers["model.cross_attention.*.attn.to_kv"]
+    assert plan.connectors["model.perceiver"] == Reinitialized(before=64, after=32, because="latents")
+    assert plan.connectors["model.cross_attention.*.attn.to_kv"] == Reinitialized(before=64, after=32)
     renewed = {step.name for step in plan.steps if step.operation in ("reinit", "ones", "zeros")}
     kept = {step.name for step in plan.steps} - renewed
     assert {name for name in kept if "perceiver" in name} == set()

@@ -24,6 +24,7 @@ from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
 from mllm_adapters.checkpoints.locate import find_part
 from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.data.corpus import Conversation, Corpus
 from mllm_adapters.data.dataset import AnswerCollator, encode, prepare_examples
@@ -297,7 +298,7 @@ def test_the_hosts_own_tower_put_in_changes_nothing(reference: Golden, tmp_path:
     """The strictest control there is: the logits stay those of the original code."""
     source = write(reference, tmp_path / "source")
     plan = swap(source, part(reference, "mm_vision_tower"), tmp_path / "same")
-    assert set(plan.readers.values()) == {f"kept ({plan.after.width} wide)"}
+    assert set(plan.connectors.values()) == {Kept(width=plan.after.width)}
     assert {step.operation for step in plan.steps} <= {"keep", "rename", "tower", "extend_rows"}
     check_logits(load_mllm(tmp_path / "same", dtype=torch.float32)[0], reference)
 
@@ -310,13 +311,13 @@ def test_with_a_tower_of_another_width_the_plan_says_what_must_be_learnt_again(
     old, new = plan.before.width, plan.after.width
     if old == new:
         pytest.skip("this draw's tower is as wide as the encoder")
-    assert set(plan.readers) == {
+    assert set(plan.connectors) == {
         "model.vlm_uni_query_projector.0", "model.vlm_uni_query_projector.1", "model.mm_projector.0"
     }  # fmt: skip
-    assert all("re-initialised" in fate for fate in plan.readers.values())
+    assert set(plan.connectors.values()) == {Reinitialized(before=plan.before.width, after=plan.after.width)}
     assert any("vlm_uni_val_projector.1 is re-initialized, too" in note for note in plan.notes)
     fresh = {step.name for step in plan.steps if step.operation in ("reinit", "zeros", "ones")}
-    changed = [*plan.readers, "model.vlm_uni_val_projector.1"]
+    changed = [*plan.connectors, "model.vlm_uni_val_projector.1"]
     assert fresh == {f"{name}.{kind}" for name in changed for kind in ("weight", "bias")}
     model = load_mllm(tmp_path / "out")[0].model
     own = tensors(reference.folder / "checkpoint")
@@ -580,7 +581,7 @@ def test_a_published_mgm_is_planned_in_full(views: int, tmp_path: Path) -> None:
         plan = family.plan(checkpoint, tower, size)
         assert (plan.before.tokens, plan.after.tokens, plan.after.tiles) == (576, tokens, views)
         assert plan.config["image_seq_length"] == tokens * views
-        assert set(plan.readers.values()) == {"kept (1024 wide)"}
+        assert set(plan.connectors.values()) == {Kept(width=1024)}
     plan = family.plan(checkpoint, tower, 224)
     full_size.check_full_size(plan, checkpoint, weights=weights + TOWERS[224])
     with pytest.raises(UserError, match="192x192 high-resolution cells do not divide: try 168 or 224"):

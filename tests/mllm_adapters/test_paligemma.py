@@ -20,6 +20,7 @@ from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
+from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.data.chat_template import render
 from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode_with
@@ -256,15 +257,13 @@ def test_a_published_checkpoint_of_full_size(
     )
     tower = 303_179_776 + ((side // 14) ** 2 - 256) * 1024
     check_full_size(plan, checkpoint, weights=language_model + 2048 * 1025 + tower)
-    assert plan.readers == {
-        "multi_modal_projector.linear": "re-initialised (1152 -> 1024 wide): retrain the projector"
-    }
+    assert plan.connectors == {"multi_modal_projector.linear": Reinitialized(before=1152, after=1024)}
 
 
 def test_a_projector_of_the_towers_width_is_kept(published: Path, tmp_path: Path) -> None:
     checkpoint, family, _ = open_checkpoint(published)
     plan = family.plan(checkpoint, inspect_tower(a_tower(tmp_path / "mgll", width=40)))
-    assert plan.readers == {"multi_modal_projector.linear": "kept (40 wide)"}
+    assert plan.connectors == {"multi_modal_projector.linear": Kept(width=40)}
 
 
 def test_a_file_without_its_tower_is_refused(tmp_path: Path, mgll: Path) -> None:

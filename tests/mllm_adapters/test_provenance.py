@@ -48,7 +48,7 @@ def test_everything_that_was_read_and_written_is_known_by_its_hash(tiny_llava: P
     assert len(towers) == 55
     for tensor in towers:
         assert tensor.sha256 == sha256(raw_bytes(written[tensor.name])).hexdigest()
-    assert record.plan["readers"] == {"multi_modal_projector.linear_1": "kept (32 wide)"}
+    assert record.plan["connectors"] == {"multi_modal_projector.linear_1": {"fate": "kept", "width": 32}}
     assert record.plan["before"]["resize"] == "squash"
     assert record.tower_spec is not None
     assert (record.tower_spec.mean, record.plan["after"]["mean"]) != (None, None)

@@ -26,6 +26,7 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
 from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import detect, open_checkpoint
 from mllm_adapters.data.corpus import Conversation, Corpus
 from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
@@ -159,7 +160,7 @@ def test_only_what_reads_the_tower_is_made_anew(generation: str, encoder: Path, 
         },
     }[generation]  # fmt: skip
     assert made == {merger + name: operation for name, operation in expected.items()}
-    assert all("re-initialised" in fate for fate in plan.readers.values())
+    assert set(plan.connectors.values()) == {Reinitialized(before=plan.before.width, after=plan.after.width)}
     gone = {tensor.name for tensor in plan.dropped if "deepstack" in tensor.name}
     assert len(gone) == (12 if generation == "qwen3_vl" else 0)
     assert any("deepstack is left out: 2 mergers" in note for note in plan.notes) == (
@@ -172,7 +173,7 @@ def test_a_merger_whose_width_fits_is_kept_whole(encoder: Path, tmp_path: Path) 
     tiny.write_checkpoint(tmp_path / "model", "qwen2_vl", vision_config=vision)
     plan = plan_of(tmp_path / "model", encoder)
     assert {step.operation for step in plan.steps} == {"keep", "tower"}
-    assert set(plan.readers.values()) == {"kept (32 wide)"}
+    assert set(plan.connectors.values()) == {Kept(width=32)}
 
 
 @pytest.mark.parametrize("prefixes", PREFIXES)

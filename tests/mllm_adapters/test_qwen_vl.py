@@ -23,6 +23,7 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main as swap
 from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.fates import Added, ConnectorFate, Kept, Reinitialized, Unneeded
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.data.corpus import Conversation, Corpus
 from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
@@ -201,21 +202,23 @@ def test_one_safetensors_file_gives_what_bin_shards_give(qwen: Golden, model: An
 @pytest.mark.parametrize(
     ("width", "tower_width", "fate"),
     [
-        (32, 64, "re-initialised"),
-        (32, 32, "kept"),
-        (128, 32, "added"),
-        (128, 128, "none"),
-        (64, 128, "re-init"),
+        (32, 64, Reinitialized(before=32, after=64)),
+        (32, 32, Kept(width=32)),
+        (128, 32, Added(before=128, after=32)),
+        (128, 128, Unneeded(width=128)),
+        (64, 128, Reinitialized(before=64, after=128)),
     ],
 )
-def test_the_reader_follows_the_widths(tmp_path: Path, width: int, tower_width: int, fate: str) -> None:
+def test_the_connector_follows_the_widths(
+    tmp_path: Path, width: int, tower_width: int, fate: ConnectorFate
+) -> None:
     """The original has no kv_proj where its tower is as wide as its language model."""
     source = write_tiny(tmp_path / "original", tiny_config(width=width))
     assert ("kv_proj" in str(load_mllm(source)[0].state_dict().keys())) == (width != 128)
     tower = clip_tower(tmp_path / "tower", hidden_size=tower_width)
     first = written(source, tmp_path / "first", tower)
-    readers = plan_for(source, tower).readers
-    assert readers["attn_pool.kv_proj"].startswith(fate)
+    connectors = plan_for(source, tower).connectors
+    assert connectors["attn_pool.kv_proj"] == fate
     swapped, _ = load_mllm(first)
     ids = torch.tensor([[1, 477, *[479] * 16, 478, 2]])
     pixels = torch.randn(1, 3, 28, 28)
@@ -548,7 +551,7 @@ def test_the_published_checkpoint_takes_the_published_tower(
     assert (plan.before.grid, plan.before.width, plan.before.tokens) == (32, 1664, 256)
     assert (plan.after.grid, plan.after.width, plan.after.tokens) == (grid, 1024, 256)
     assert plan.image_token_id == 151859
-    assert plan.readers["attn_pool.kv_proj"].startswith("re-initialised (1664 -> 1024 wide)")
+    assert plan.connectors["attn_pool.kv_proj"] == Reinitialized(before=1664, after=1024)
     if image_size is None:
         weights = LANGUAGE_MODEL + RESAMPLER + 4096 * 1024 + NEW_TOWER
         check_full_size(plan, checkpoint, weights=weights)

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from mllm_adapters.alignment.ridge import STRENGTHS, Linear, Moments, fit_readers
+from mllm_adapters.alignment.ridge import STRENGTHS, Linear, Moments, fit_connectors
 
 NEW, OLD, OUT = 7, 5, 4
 
@@ -56,7 +56,7 @@ def sklearn_path(data: SimpleNamespace, layer: Linear) -> tuple[Ridge, float, fl
 def test_it_is_scikit_learns_ridge(data: SimpleNamespace, bias: bool) -> None:
     layer = data.layer if bias else Linear(data.layer.weight)
     fitted = moments(data.new[: data.cut], data.old[: data.cut])
-    (found,) = fit_readers(fitted, moments(data.new[data.cut :], data.old[data.cut :]), [layer], [None])
+    (found,) = fit_connectors(fitted, moments(data.new[data.cut :], data.old[data.cut :]), [layer], [None])
     whole, strength, r2, relative = sklearn_path(data, layer)
     assert found.strength == pytest.approx(strength)
     np.testing.assert_allclose(found.layer.weight, whole.coef_, atol=1e-6)
@@ -72,7 +72,7 @@ def test_a_rotation_is_undone(data: SimpleNamespace) -> None:
     turn = torch.linalg.qr(torch.randn(NEW, OLD, dtype=torch.float64)).Q
     new = data.old @ turn.T
     both = moments(new[: data.cut], data.old[: data.cut]), moments(new[data.cut :], data.old[data.cut :])
-    (found,) = fit_readers(*both, [data.layer], [None])
+    (found,) = fit_connectors(*both, [data.layer], [None])
     assert found.r2 == pytest.approx(1, abs=1e-9)
     np.testing.assert_allclose(found.layer.weight @ turn, data.layer.weight, atol=1e-6)
 
@@ -80,7 +80,7 @@ def test_a_rotation_is_undone(data: SimpleNamespace) -> None:
 def test_features_of_other_images_explain_nothing(data: SimpleNamespace) -> None:
     new = data.new[torch.randperm(len(data.new))]
     both = moments(new[: data.cut], data.old[: data.cut]), moments(new[data.cut :], data.old[data.cut :])
-    (found,) = fit_readers(*both, [data.layer], [None])
+    (found,) = fit_connectors(*both, [data.layer], [None])
     assert abs(found.r2) < 0.05
 
 
@@ -92,7 +92,7 @@ def test_with_few_tokens_the_ridge_keeps_to_the_layer_that_is_nearly_right() -> 
     nearly = Linear(torch.cat([layer.weight, 0.01 * torch.randn(OUT, NEW - OLD)], dim=1), layer.bias)
     noisy = new + 0.5 * torch.randn_like(new)
     few, others = moments(noisy[:20], old[:20]), moments(noisy[20:], old[20:])
-    free, kept = fit_readers(few, others, [layer, layer], [None, nearly])
+    free, kept = fit_connectors(few, others, [layer, layer], [None, nearly])
     assert kept.shrunk_to_start
     assert kept.r2_start is not None
     assert kept.r2 >= max(free.r2, kept.r2_start)

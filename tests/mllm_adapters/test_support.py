@@ -113,7 +113,7 @@ def row(name: str, folder: Path) -> Support:
         default=Size(image_size=usual.after.image_size, tokens=usual.after.tokens),
         at_224=at(224),
         at_336=at(336),
-        readers=usual.readers,
+        connectors=usual.connectors,
         loads={target: loads_with(found.plan(checkpoint, tower, None, target)) for target in spec.targets},
     )
 

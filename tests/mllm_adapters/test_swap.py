@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from mgll_encoder import load_tower
 from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD
 from mllm_adapters import load_mllm
+from mllm_adapters.core.fates import Kept
 from mllm_adapters.core.registry import open_checkpoint
 from tests.mllm_adapters.families.llava import expand
 from tests.mllm_adapters.llava_checkpoints import (
@@ -132,7 +133,7 @@ def test_putting_the_hosts_own_tower_in_changes_nothing(host: str, golden: Path,
     if host == "llava" and config.get("unfreeze_mm_vision_tower"):
         tower = the_tower_inside(source, tower, tmp_path / "inside")
     plan = swap(source, tower, tmp_path / "same")
-    assert plan.readers == {"multi_modal_projector.linear_1": f"kept ({plan.after.width} wide)"}
+    assert plan.connectors == {"multi_modal_projector.linear_1": Kept(width=plan.after.width)}
     model, _ = load_mllm(tmp_path / "same", dtype=torch.float32)
     expected = load_file(golden / host / "expected.safetensors")
     ids = expand(expected["seq0.input_ids"][0], plan.image_token_id, plan.after.tokens)

@@ -18,7 +18,7 @@ PRETRAINED = Training.of(("tower",), "pretrain", [hashlib.sha256(b"a photograph"
 
 @pytest.fixture(scope="module")
 def place(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A swap with a tower of ours, its readers aligned, then retrained, then fine-tuned."""
+    """A swap with a tower of ours, its connectors aligned, then retrained, then fine-tuned."""
     folder = tmp_path_factory.mktemp("travels")
     write_trainings(written_tower(folder / "tower"), [PRETRAINED])
     drawn_pictures(folder / "pictures", 20)

@@ -41,17 +41,17 @@ def test_the_bench_of_alignment_measures_each_arm_once(tiny_llava: Path, tmp_pat
     shown = bench()
     found = json.loads(out.read_text())
     assert "Chance: 50.0%" in shown
-    assert found["aligned on 12"]["alignment"]["readers"]
+    assert found["aligned on 12"]["alignment"]["connectors"]
     losses = {found[arm]["loss"] for arm in found if arm != "retrained"}
-    assert len(losses) == 3, "the width changes: both swaps that are not aligned have a new reader"
+    assert len(losses) == 3, "the width changes: both swaps that are not aligned have a new connector"
     assert set(found["retrained"]) == {"0"}
 
-    del found["swapped, reader kept"], found["aligned on 12"]["alignment"]
+    del found["swapped, connector kept"], found["aligned on 12"]["alignment"]
     found["base"]["loss"] = 77.0
-    found["aligned on 12"]["alignment"] = {"readers": [], "seconds": 1}
+    found["aligned on 12"]["alignment"] = {"connectors": [], "seconds": 1}
     out.write_text(json.dumps(found))
     assert "77.0000" in bench("--seeds", "2")
     again = json.loads(out.read_text())
-    assert again["swapped, reader kept"]["loss"] in losses
+    assert again["swapped, connector kept"]["loss"] in losses
     assert again["retrained"]["0"] == found["retrained"]["0"]
     assert set(again["retrained"]) == {"0", "1"}

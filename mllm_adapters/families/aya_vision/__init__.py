@@ -13,12 +13,12 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
 from mllm_adapters.core.planning import copied, tower_root
-from mllm_adapters.core.processing import host_pixels, image_settings, load_processor, own_processor
+from mllm_adapters.core.processing import host_pixels, image_settings, load_processor, processor_fate
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, PlanRequest, Swap
 
 TOWER = "vision_tower."
-READERS = ("multi_modal_projector.layernorm", "multi_modal_projector.linear_1")
+CONNECTORS = ("multi_modal_projector.layernorm", "multi_modal_projector.linear_1")
 
 FEATURE_LAYER = -2
 """Hidden layer at which a new tower is read; the host's own SigLIP is read at its end."""
@@ -74,11 +74,11 @@ class AyaVision(PlannedFamily):
             dtype=dtype,
             config={**checkpoint.config, FAMILY_KEY: self.spec.name},
             image_token_id=fields.image_token_index,
-            connector=tuple(root + reader for reader in READERS),
+            connector=tuple(root + name for name in CONNECTORS),
             read_at=FEATURE_LAYER,
             merge=fields.downsample_factor,
             tiles=before.tiles,
-            processor=own_processor(checkpoint.folder),
+            processor=processor_fate(checkpoint.folder),
             notes=notes,
         )
 

@@ -26,6 +26,7 @@ from mllm_adapters.core.contract import (
     Plan,
     VisionContract,
 )
+from mllm_adapters.core.fates import ProcessorFate
 from mllm_adapters.core.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
@@ -135,7 +136,9 @@ class InstructBlip(PlannedFamily):
             queries=before.tokens,
             dropped=found.dropped,
             parts=tokenizers,
-            processor="InstructBLIP's two tokenizers, with a chat template" if tokenizers else None,
+            processor=ProcessorFate(name="MgllInstructBlipProcessor", tokenizers=2, template=True)
+            if tokenizers
+            else None,
             notes=(*found.notes, *notes),
             remarks=note,
         )
@@ -311,7 +314,7 @@ INSTRUCTBLIP = InstructBlip(
             TOWER_PART: f"the EVA tower, {lavis.TOWER_FILE} (LAVIS)",
             lavis.CONFIG_PART: "a config.json in the transformers layout: numbers of heads (LAVIS of unpublished size)",
             QFORMER_TOKENIZER_PART: f"the tokenizer of {BERT[0]}, which the Q-Former has",
-            QFORMER_PART: "a Q-Former trained on towers of the new width, whose readers are taken",
+            QFORMER_PART: "a Q-Former trained on towers of the new width, whose connectors are taken",
         },
     )
 )

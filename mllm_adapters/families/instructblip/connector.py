@@ -8,7 +8,8 @@ from typing import Any
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Step, VisionContract
-from mllm_adapters.core.planning import copied, refit_reader
+from mllm_adapters.core.fates import ConnectorFate, Taken
+from mllm_adapters.core.planning import copied, refit_connector
 from mllm_adapters.families.host import Connected, Swap
 from mllm_adapters.families.instructblip import original as lavis
 
@@ -19,7 +20,7 @@ NORM = "vision_model.ln_vision"
 
 STOCK_NORM = re.compile(r"vision_model\.post_layernorm\.(weight|bias)")
 TOWER = re.compile(r"vision_model\.(?!post_layernorm\.|ln_vision\.)")
-READERS = re.compile(r"(qformer\.encoder\.layer\.\d+\.crossattention\.attention\.(?:key|value))\.weight")
+CONNECTORS = re.compile(r"(qformer\.encoder\.layer\.\d+\.crossattention\.attention\.(?:key|value))\.weight")
 
 
 def refitted(swap: Swap) -> Connected:
@@ -34,16 +35,16 @@ def refitted(swap: Swap) -> Connected:
     steps = [_own_name(step) for step in swap.steps]
     path = checkpoint.find(QFORMER_PART)
     if path is not None:
-        return _trained_readers(steps, checkpoint, path, after)
-    biases = {f"{match[1]}.bias" for step in steps if (match := READERS.fullmatch(step.name))}
+        return _trained_connectors(steps, checkpoint, path, after)
+    biases = {f"{match[1]}.bias" for step in steps if (match := CONNECTORS.fullmatch(step.name))}
     kept_biases = {step.name: step for step in steps if step.name in biases}
-    readers: dict[str, str] = {}
-    for reader in _reader_names(steps):
-        steps, fate = refit_reader(steps, reader, host.before, after, checkpoint.folder)
-        readers |= fate
+    connectors: dict[str, ConnectorFate] = {}
+    for name in _connector_names(steps):
+        steps, fate = refit_connector(steps, name, host.before, after, checkpoint.folder)
+        connectors |= fate
     epsilon = lavis.NORM_EPSILON if host.layout == "lavis" else _norm_epsilon(host.config)
     made = [kept_biases.get(step.name, step) for step in steps]
-    return Connected(made, readers, {"vision_layer_norm_eps": epsilon})
+    return Connected(made, connectors, {"vision_layer_norm_eps": epsilon})
 
 
 def _norm_epsilon(config: Mapping[str, Any]) -> float:
@@ -59,11 +60,11 @@ def _own_name(step: Step) -> Step:
     return step.model_copy(update={"name": f"{NORM}.{match[1]}", "operation": "rename"})
 
 
-def _reader_names(steps: Iterable[Step]) -> list[str]:
-    return [NORM, *(match[1] for step in steps if (match := READERS.fullmatch(step.name)))]
+def _connector_names(steps: Iterable[Step]) -> list[str]:
+    return [NORM, *(match[1] for step in steps if (match := CONNECTORS.fullmatch(step.name)))]
 
 
-def _trained_readers(
+def _trained_connectors(
     steps: list[Step], checkpoint: Checkpoint, path: Path, after: VisionContract
 ) -> Connected:
     """Take the connector layers of a Q-Former trained on features of the new tower's width.
@@ -72,7 +73,7 @@ def _trained_readers(
         UserError: it lacks one, or was trained on another width.
     """
     trained = checkpoint.attach(QFORMER_PART, path)
-    names = _reader_names(steps)
+    names = _connector_names(steps)
     taken = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
     changed = []
     for step in steps:
@@ -93,5 +94,5 @@ def _trained_readers(
                 "LAVIS' blip2_pretrained_vitL.pth), or leave it out"
             )
         changed.append(copied(header, step.name).model_copy(update={"dtype": step.dtype}))
-    readers = dict.fromkeys(names, f"taken from {path.name} ({after.width} wide)")
-    return Connected(changed, readers, {"vision_layer_norm_eps": lavis.NORM_EPSILON})
+    connectors = dict.fromkeys(names, Taken(source=path.name, width=after.width))
+    return Connected(changed, connectors, {"vision_layer_norm_eps": lavis.NORM_EPSILON})

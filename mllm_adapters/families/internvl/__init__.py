@@ -16,6 +16,7 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Target, VisionContract
+from mllm_adapters.core.fates import Reinitialized
 from mllm_adapters.core.planning import after_swap, reinitialized
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
@@ -80,9 +81,8 @@ class InternVL(PlannedFamily):
             for step in swap.steps
             if not step.name.startswith(f"{norm}.")
         ]
-        return Connected(
-            made, {first: "re-initialised (reads single patches, not joined ones): retrain the projector"}
-        )
+        before, after = swap.host.before.width, swap.after.width
+        return Connected(made, {first: Reinitialized(before=before, after=after, because="patches")})
 
     def adapted(self, swap: Swap) -> Mapping[str, Any]:
         """See `PlannedFamily.adapted`."""

@@ -18,7 +18,7 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_geometry
 from mllm_adapters.core.contract import FAMILY_KEY, Step, VisionContract
 from mllm_adapters.core.planning import contract_of, copied, extended, image_row
-from mllm_adapters.core.processing import host_pixels
+from mllm_adapters.core.processing import host_pixels, processor_fate
 from mllm_adapters.families.host import Host, PlanRequest
 from mllm_adapters.families.internvl import text as internvl_text
 from mllm_adapters.families.internvl.names import (
@@ -163,7 +163,7 @@ def original_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
         read_at=NEW_LAYER,
         merge=merge,
         dropped=dropped,
-        processor=internvl_text.described(checkpoint.folder, kind),
+        processor=processor_fate(checkpoint.folder, name=internvl_text.PROCESSORS[kind]),
         notes=_original_notes(fields, vocabulary, rows, image_token_id),
         **_places("", kind, request),
     )
@@ -240,7 +240,7 @@ def native_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
         image_token_id=fields.image_token_id,
         read_at=NEW_LAYER,
         merge=merge,
-        processor=internvl_text.described(checkpoint.folder, kind),
+        processor=processor_fate(checkpoint.folder, name=internvl_text.PROCESSORS[kind]),
         notes=notes,
         **_places(root, kind, request),
     )

@@ -127,11 +127,6 @@ def conversation(folder: Path, template: str | None, vocabulary: int) -> TextSet
     return TextSettings(vocab[IMAGE], tuple(dict.fromkeys(i for i in ends if i is not None)))
 
 
-def described(folder: Path, model_type: str) -> str | None:
-    """Describe the result of `processor`."""
-    return f"{PROCESSORS[model_type]} with the source's tokenizer" if has_tokenizer(folder) else None
-
-
 def processor(plan: Plan, image_processor: Any) -> Any | None:
     """Return the processor of a planned checkpoint; None if the source has no tokenizer.
 

@@ -33,13 +33,13 @@ from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Host, PlanRequest, Swap
 from mllm_adapters.families.janus_pro.original import read_original
 from mllm_adapters.families.janus_pro.source import (
+    CONNECTOR,
     GENERATION,
     IMAGE_BEGIN,
     IMAGE_END,
     NAME,
     OWN_TYPE,
     PLACEHOLDER,
-    READER,
     janus_pixels,
     janus_tokenizer,
     read_converted,
@@ -170,7 +170,7 @@ class JanusPro(PlannedFamily):
         """Return the aligner's first layer, under its name in either layout."""
         (reading,) = super().connector_layers(plan)
         was_llava = read_json(plan.source / "config.json").get("model_type") == "llava"
-        return (reading if was_llava else replace(reading, host=READER),)
+        return (reading if was_llava else replace(reading, host=CONNECTOR),)
 
     def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (none is needed)
         """See `Family.encode_images`; Janus' outer class has no ``get_image_features``."""

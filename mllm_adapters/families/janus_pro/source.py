@@ -15,6 +15,7 @@ from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, c
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, Step
+from mllm_adapters.core.fates import ProcessorFate
 from mllm_adapters.core.planning import check_positions, contract_of, copied, growth, image_row
 from mllm_adapters.core.processing import host_pixels, image_settings, load_tokenizer
 from mllm_adapters.families.host import Host, PlanRequest
@@ -32,7 +33,7 @@ PUBLISHED_IDS = {"placeholder": 100581, "boi": 100003, "bos": 100000, "eos": 100
 """Ids of the published tokenizer, used for a checkpoint without tokenizer but with its number of embedding rows."""
 
 TOWER = "model.vision_model."
-READER = "model.aligner.fc1"
+CONNECTOR = "model.aligner.fc1"
 POSITIONS = f"{TOWER}embeddings.position_embedding.weight"
 GENERATION = ("model.vqmodel.", "model.generation_")
 EMBEDDINGS, LM_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -79,13 +80,13 @@ def janus_host(
     layer, strategy = config.get("vision_feature_layer"), config.get("vision_feature_select_strategy")
     dtypes = {step.name: step.dtype for step in steps}
     kind = "LlavaProcessor" if request.target == "llava" else "JanusProcessor"
-    named = f"{kind} with the source's {type(tokenizer).__name__} and Janus-Pro's published chat template"
+    processor = ProcessorFate(name=kind, tokenizer=type(tokenizer).__name__, template=True)
     return Host(
         layout=layout,
         before=contract_of(spec, -1 if layer is None else layer, class_token=strategy == "full"),
         steps=steps,
         prefix=TOWER,
-        dtype=getattr(torch, dtypes[f"{READER}.weight"]),
+        dtype=getattr(torch, dtypes[f"{CONNECTOR}.weight"]),
         config={
             "architectures": ["MgllJanusForConditionalGeneration"],
             "model_type": OWN_TYPE,
@@ -97,9 +98,9 @@ def janus_host(
             "tie_word_embeddings": tied,
         },
         image_token_id=config["image_token_id"],
-        connector=(READER,),
+        connector=(CONNECTOR,),
         read_at=CLIP_LAYER if layer is None else None,
-        processor=None if tokenizer is None else named,
+        processor=None if tokenizer is None else processor,
         **more,
     )
 
@@ -113,7 +114,7 @@ def read_converted(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     where = f"{checkpoint.folder}/config.json"
     read_fields(Quantizable, checkpoint.config, where)
     built = build_config(checkpoint.config, where)
-    for name in (f"{READER}.weight", EMBEDDINGS, POSITIONS):
+    for name in (f"{CONNECTOR}.weight", EMBEDDINGS, POSITIONS):
         shape_of(checkpoint, name)
     vision, clip = built.vision_config, built.model_type != "janus"
     pixels, _, notes = janus_pixels(checkpoint.folder, vision.image_size)

@@ -13,10 +13,10 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.configs import read_fields
 from mllm_adapters.core.contract import FAMILY_KEY
 from mllm_adapters.core.planning import TOWER_PART, HostTower, check_positions, contract_of, copied
-from mllm_adapters.core.processing import host_pixels, own_processor
+from mllm_adapters.core.processing import host_pixels, processor_fate
 from mllm_adapters.families.host import Host
 from mllm_adapters.families.llava.fields import NativeFields
-from mllm_adapters.families.llava.weights import BASE_PART, READER
+from mllm_adapters.families.llava.weights import BASE_PART, CONNECTOR
 
 CLASS_TOKEN = {"default": False, "full": True}
 """``vision_feature_select_strategy`` -> class token among the features."""
@@ -39,7 +39,7 @@ def native_host(family: str, checkpoint: Checkpoint) -> Host:
     architecture = _architecture(config, checkpoint.folder / "config.json")
     positions = _position_table(checkpoint, architecture)
     tower = _native_tower(checkpoint, architecture, positions)
-    names = (n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(f"{READER}.weight"))
+    names = (n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(f"{CONNECTOR}.weight"))
     return Host(
         layout="transformers",
         before=contract_of(
@@ -50,8 +50,8 @@ def native_host(family: str, checkpoint: Checkpoint) -> Host:
         dtype=positions.dtype,
         config={**{key: value for key, value in config.items() if key != "auto_map"}, FAMILY_KEY: family},
         image_token_id=fields.placeholder,
-        connector=(next(names, READER),),
-        processor=own_processor(checkpoint.folder),
+        connector=(next(names, CONNECTOR),),
+        processor=processor_fate(checkpoint.folder),
         notes=tower.notes,
     )
 

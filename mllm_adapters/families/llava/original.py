@@ -12,6 +12,7 @@ from mgll_encoder.tower.spec import Resize
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import text_config, tower_config
 from mllm_adapters.core.contract import FAMILY_KEY
+from mllm_adapters.core.fates import ProcessorFate
 from mllm_adapters.core.planning import (
     IMAGE_TOKEN,
     HostTower,
@@ -35,8 +36,8 @@ from mllm_adapters.families.llava.fields import (
 from mllm_adapters.families.llava.prompts import prompt_note
 from mllm_adapters.families.llava.weights import (
     BASE_PART,
+    CONNECTOR,
     PROJECTORS,
-    READER,
     VOCABULARY_TENSORS,
     Sorted,
     Weights,
@@ -100,10 +101,10 @@ def original_host(
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint.folder, checkpoint.parts))
     image = _placeholder(checkpoint, fields, tokenizer, max(h.shape[0] for h in embeddings))
     steps = original_steps(checkpoint, weights, found.names, image.rows)
-    reader = next((step for step in steps if step.name == f"{READER}.weight"), None)
-    dtype = getattr(torch, reader.dtype) if reader else embeddings[0].dtype
-    if len(PROJECTORS[found.projector]) == 1 and reader is not None:
-        steps += identity_layer(reader.dtype, reader.shape[0])
+    connector = next((step for step in steps if step.name == f"{CONNECTOR}.weight"), None)
+    dtype = getattr(torch, connector.dtype) if connector else embeddings[0].dtype
+    if len(PROJECTORS[found.projector]) == 1 and connector is not None:
+        steps += identity_layer(connector.dtype, connector.shape[0])
     own = {TOWER_PREFIX + key: weights.sources[name] for key, name in found.inside.items()}
     return Host(
         layout=weights.layout,
@@ -127,10 +128,12 @@ def original_host(
             "tie_word_embeddings": fields.tie_word_embeddings,
         },
         image_token_id=image.id,
-        connector=(READER,),
+        connector=(CONNECTOR,),
         outside=tower,
         dropped=[*weights.dropped, *found.dropped],
-        processor=f"LlavaProcessor with the source's {type(tokenizer).__name__}" if tokenizer else None,
+        processor=ProcessorFate(name="LlavaProcessor", tokenizer=type(tokenizer).__name__)
+        if tokenizer
+        else None,
         notes=(*weights.notes, *tower.notes),
         remarks=(image.note, *prompt_note(config, tokenizer)),
     )

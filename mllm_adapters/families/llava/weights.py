@@ -20,7 +20,7 @@ from mllm_adapters.core.planning import copied, dtype_name, extended
 from mllm_adapters.families.keytable import OriginalLayout
 from mllm_adapters.families.llava.fields import AdapterFields, text_model
 
-READER = "multi_modal_projector.linear_1"
+CONNECTOR = "multi_modal_projector.linear_1"
 SECOND = "multi_modal_projector.linear_2"
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"

@@ -19,6 +19,7 @@ from mgll_encoder.tower.spec import TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_config, tower_geometry
 from mllm_adapters.core.contract import FAMILY_KEY, ConnectorLayer, FamilySpec, Plan, Step
+from mllm_adapters.core.fates import Added, Kept, ProcessorFate
 from mllm_adapters.core.operations import EXTEND_ROWS
 from mllm_adapters.core.planning import (
     IMAGE_TOKEN,
@@ -31,7 +32,7 @@ from mllm_adapters.core.processing import (
     has_tokenizer,
     host_pixels,
     load_tokenizer,
-    own_processor,
+    processor_fate,
     text_side,
 )
 from mllm_adapters.families import read_template
@@ -97,11 +98,11 @@ class MedFlamingo(PlannedFamily):
     def connect(self, swap: Swap) -> Connected:
         """See `PlannedFamily.connect`; the ratio of the perceiver's MLP width to the feature width is kept."""
         old, new = swap.host.before, swap.after
-        made, readers = rewidened(swap.steps, old, new, swap.checkpoint.folder)
+        made, connectors = rewidened(swap.steps, old, new, swap.checkpoint.folder)
         if any(step.name == f"{BRIDGE}.weight" for step in made):
-            return Connected(made, readers)
+            return Connected(made, connectors)
         inner = swap.host.config["perceiver_intermediate_size"] // old.width * new.width
-        return Connected(made, readers, {"perceiver_intermediate_size": inner})
+        return Connected(made, connectors, {"perceiver_intermediate_size": inner})
 
     def processor(self, plan: Plan) -> Any | None:
         """Return the FlamingoProcessor of the planned checkpoint; None if the source has no tokenizer."""
@@ -148,7 +149,7 @@ class MedFlamingo(PlannedFamily):
             update={
                 "steps": (*steps, *added),
                 "config": {**plan.config, "perceiver_width": old, "perceiver_intermediate_size": inner},
-                "readers": {BRIDGE: f"added ({new} -> {old} wide)", PERCEIVER[:-1]: f"kept ({old} wide)"},
+                "connectors": {BRIDGE: Added(before=old, after=new), PERCEIVER[:-1]: Kept(width=old)},
             }
         )
 
@@ -193,7 +194,7 @@ class MedFlamingo(PlannedFamily):
             outside=tower,
             dropped=[*names.dropped, *left],
             parts={LANGUAGE_PART: language},
-            processor="FlamingoProcessor with the LLaMA folder's tokenizer" if has_text else None,
+            processor=ProcessorFate(name="FlamingoProcessor", origin="language_model") if has_text else None,
             notes=tower.notes,
             remarks=tuple(_notes(geometry, vocabulary, steps)),
         )
@@ -219,7 +220,7 @@ class MedFlamingo(PlannedFamily):
             },
             image_token_id=fields.image_token_id,
             queries=fields.perceiver_latents,
-            processor=own_processor(checkpoint.folder),
+            processor=processor_fate(checkpoint.folder),
             notes=notes,
         )
 

@@ -14,7 +14,8 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.weights.keytable import Destination
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.contract import Dropped, Step, VisionContract
-from mllm_adapters.core.planning import copied, dtype_name, refit_reader, reinitialized
+from mllm_adapters.core.fates import ConnectorFate, Kept, Reinitialized
+from mllm_adapters.core.planning import copied, dtype_name, refit_connector, reinitialized
 from mllm_adapters.families.keytable import OriginalLayout
 
 PERCEIVER = "model.perceiver."
@@ -182,20 +183,19 @@ def measure(steps: Mapping[str, Step], depth: int, where: str) -> Geometry:
 
 def rewidened(
     steps: list[Step], before: VisionContract, after: VisionContract, where: Path
-) -> tuple[list[Step], dict[str, str]]:
+) -> tuple[list[Step], dict[str, ConnectorFate]]:
     """Re-initialize the connector if the features' width changes, because latents have the same width.
 
     If there is a bridge, only the bridge reads the features.
 
     Returns:
-        The steps, and what becomes of each reader in words.
+        The steps, and what becomes of each connector.
     """
     old, new = before.width, after.width
     if any(step.name == f"{BRIDGE}.weight" for step in steps):
-        return refit_reader(steps, BRIDGE, before, after, where)
+        return refit_connector(steps, BRIDGE, before, after, where)
     if old == new:
-        return steps, {PERCEIVER[:-1]: f"kept ({new} wide)"}
-    fate = f"re-initialised ({old} -> {new} wide): retrain the projector"
+        return steps, {PERCEIVER[:-1]: Kept(width=new)}
     changed = []
     for step in steps:
         for pattern, reshape in _WIDENED:
@@ -204,8 +204,8 @@ def rewidened(
                 break
         changed.append(step)
     return changed, {
-        PERCEIVER[:-1]: f"{fate}, all of it, because its latents are as wide as the features",
-        f"{BLOCKS}*.attn.to_kv": fate,
+        PERCEIVER[:-1]: Reinitialized(before=old, after=new, because="latents"),
+        f"{BLOCKS}*.attn.to_kv": Reinitialized(before=old, after=new),
     }
 
 

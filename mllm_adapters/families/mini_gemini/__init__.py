@@ -14,6 +14,7 @@ from mgll_encoder.tower.spec import PixelRule
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields, text_config, tower_config
 from mllm_adapters.core.contract import ConnectorLayer, FamilySpec, Plan, VisionContract
+from mllm_adapters.core.fates import ProcessorFate
 from mllm_adapters.core.planning import (
     IMAGE_TOKEN,
     TOWER_PART,
@@ -29,7 +30,7 @@ from mllm_adapters.core.planning import (
 from mllm_adapters.core.processing import (
     check_placeholder,
     load_tokenizer,
-    own_processor,
+    processor_fate,
     text_side,
     with_placeholder,
 )
@@ -57,7 +58,7 @@ MODEL_TYPE = "mgll_mini_gemini"
 ARCHITECTURES = ("MGMLlamaForCausalLM", "MiniGeminiLlamaForCausalLM")
 MODEL_TYPES = ("mgm", "mini_gemini")
 
-READERS = ("model.vlm_uni_query_projector.0", "model.vlm_uni_query_projector.1", "model.mm_projector.0")
+CONNECTORS = ("model.vlm_uni_query_projector.0", "model.vlm_uni_query_projector.1", "model.mm_projector.0")
 """The connector layers of the low-resolution tower: the queries of the mining and, after it, the projector."""
 
 MINED = "model.vlm_uni_val_projector.1"
@@ -178,7 +179,7 @@ class MiniGemini(PlannedFamily):
 
     def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:  # noqa: ARG002 (always the same)
         """Return the queries of the mining, and the projector, which reads the sum of features and mined features."""
-        norm, queries, projector = READERS
+        norm, queries, projector = CONNECTORS
         return ConnectorLayer(queries, at=norm), ConnectorLayer(projector, at=norm, adds=MINED)
 
     def pixel_rule(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:
@@ -206,7 +207,7 @@ class MiniGemini(PlannedFamily):
         image_token_id, rows = image_row(tokenizer, vocabulary)
         sources = {**names.kept, **{TOWER_PREFIX + key: source for key, source in names.tower.items()}}
         steps = [copied(checkpoint.tensors[source], name) for name, source in sources.items()]
-        dtype = checkpoint.tensors[names.kept[f"{READERS[-1]}.weight"]].dtype
+        dtype = checkpoint.tensors[names.kept[f"{CONNECTORS[-1]}.weight"]].dtype
         mining = checkpoint.tensors["model.vlm_uni_aux_projector.1.weight"].shape
         return Host(
             layout="original",
@@ -232,12 +233,12 @@ class MiniGemini(PlannedFamily):
                 "tie_word_embeddings": fields.tie_word_embeddings,
             },
             image_token_id=image_token_id,
-            connector=READERS,
+            connector=CONNECTORS,
             last=(AUX_PREFIX,),
             tiles=fields.views,
             outside=tower,
             dropped=[*names.dropped, *aux.unused(names.aux.values(), fields.mm_vision_tower_aux)],
-            processor=f"MiniGeminiProcessor with the source's {type(tokenizer).__name__}"
+            processor=ProcessorFate(name="MiniGeminiProcessor", tokenizer=type(tokenizer).__name__)
             if tokenizer
             else None,
             notes=(*tower.notes, *aux.notes),
@@ -260,9 +261,9 @@ def _own(checkpoint: Checkpoint) -> Host:
         dtype=checkpoint.tensors[prefix + CLASS_EMBEDDING].dtype,
         config=checkpoint.config,
         image_token_id=fields.image_token_id,
-        connector=READERS,
+        connector=CONNECTORS,
         tiles=fields.views,
-        processor=own_processor(checkpoint.folder),
+        processor=processor_fate(checkpoint.folder),
         notes=tower.notes,
     )
 

@@ -19,11 +19,11 @@ from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionCont
 from mllm_adapters.core.planning import copied, tower_root
 from mllm_adapters.core.processing import (
     check_placeholder,
-    has_tokenizer,
     host_pixels,
     llava_processor,
     load_processor,
     load_tokenizer,
+    processor_fate,
 )
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
@@ -86,9 +86,7 @@ class PaliGemma(PlannedFamily):
             config={**checkpoint.config, FAMILY_KEY: self.spec.name},
             image_token_id=fields.image_token_index,
             connector=(f"{root}multi_modal_projector.linear",),
-            processor="the source's tokenizer, with a chat template"
-            if has_tokenizer(checkpoint.folder)
-            else None,
+            processor=processor_fate(checkpoint.folder, name="LlavaProcessor", template=True),
             notes=notes,
         )
 

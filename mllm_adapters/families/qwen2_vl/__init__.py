@@ -29,9 +29,9 @@ from mllm_adapters.core.contract import FAMILY_KEY, Dropped, FamilySpec, Plan, V
 from mllm_adapters.core.planning import copied
 from mllm_adapters.core.processing import (
     check_placeholder,
-    has_tokenizer,
     host_pixels,
     image_settings,
+    processor_fate,
     text_side,
 )
 from mllm_adapters.families import read_template
@@ -164,9 +164,7 @@ class Qwen2VL(PlannedFamily):
             read_at=NEW_LAYER,
             merge=vision["spatial_merge_size"],
             dropped=[Dropped(name=name, reason=NOTHING_TO_READ) for name in deepstack],
-            processor="the source's tokenizer and chat template, with the new preprocessing"
-            if has_tokenizer(checkpoint.folder)
-            else None,
+            processor=processor_fate(checkpoint.folder),
             notes=notes,
             remarks=_deepstack_notes(deepstack),
         )

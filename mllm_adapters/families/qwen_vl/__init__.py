@@ -13,8 +13,9 @@ from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Step, VisionContract
+from mllm_adapters.core.fates import Added, Unneeded
 from mllm_adapters.core.planning import copied, dtype_name
-from mllm_adapters.core.processing import check_placeholder, host_pixels, own_processor, text_side
+from mllm_adapters.core.processing import check_placeholder, host_pixels, processor_fate, text_side
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily
 from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
@@ -30,10 +31,10 @@ from mllm_adapters.families.qwen_vl.original import (
     original_steps,
     original_vision,
 )
-from mllm_adapters.families.qwen_vl.tokenization import IMAGE_TOKEN, end_tokens, tokenizer, tokenizer_note
+from mllm_adapters.families.qwen_vl.tokenization import IMAGE_TOKEN, end_tokens, new_processor, tokenizer
 
 MODEL_TYPE = "mgll_qwen_vl"
-READER = "attn_pool.kv_proj"
+CONNECTOR = "attn_pool.kv_proj"
 
 SWAPPED_LAYER = -2
 """Hidden layer of a CLIP tower for the resampler; the original tower is read at its end."""
@@ -69,18 +70,18 @@ class QwenVL(PlannedFamily):
         """See `PlannedFamily.connect`: a projection is added if the original needed none."""
         host, steps, query = swap.host, swap.steps, swap.host.step(QUERY)
         width = query.shape[1]
-        if any(step.name == f"{READER}.weight" for step in steps):
+        if any(step.name == f"{CONNECTOR}.weight" for step in steps):
             found = super().connect(swap)
         elif host.before.width != width:
             raise UserError(
-                f"{swap.checkpoint.folder}: tensor {READER}.weight is missing, but the tower's features "
+                f"{swap.checkpoint.folder}: tensor {CONNECTOR}.weight is missing, but the tower's features "
                 f"have width {host.before.width} and the resampler needs {width}: is it complete?"
             )
         elif swap.after.width == width:
-            found = Connected(steps, {READER: f"none: features and language model are both {width} wide"})
+            found = Connected(steps, {CONNECTOR: Unneeded(width=width)})
         else:
-            found = _with_reader(steps, query, swap.after.width)
-        reads = any(step.name == f"{READER}.weight" for step in found.steps)
+            found = _with_connector(steps, query, swap.after.width)
+        reads = any(step.name == f"{CONNECTOR}.weight" for step in found.steps)
         return replace(found, config={"kv_projection": reads})
 
     def adapted(self, swap: Swap) -> Mapping[str, Any]:
@@ -143,12 +144,12 @@ class QwenVL(PlannedFamily):
                 "tie_word_embeddings": fields.tie_word_embeddings,
             },
             image_token_id=visual.image_token_id,
-            connector=(READER,),
+            connector=(CONNECTOR,),
             read_at=SWAPPED_LAYER,
             queries=visual.n_queries,
             dropped=dropped,
             generation=end_tokens(checkpoint.folder, visual.image_token_id),
-            processor=tokenizer_note(checkpoint.folder),
+            processor=new_processor(checkpoint.folder),
             remarks=(
                 f"sequences of more than {fields.context} tokens are refused: beyond them the original stretches its "
                 "rotary base and scales its attention, which transformers' Qwen2 does not",
@@ -172,10 +173,10 @@ class QwenVL(PlannedFamily):
             dtype=checkpoint.tensors[QUERY].dtype,
             config={**checkpoint.config, FAMILY_KEY: self.spec.name},
             image_token_id=fields.image_token_id,
-            connector=(READER,),
+            connector=(CONNECTOR,),
             read_at=SWAPPED_LAYER,
             queries=fields.image_seq_length,
-            processor=own_processor(checkpoint.folder),
+            processor=processor_fate(checkpoint.folder),
             notes=notes,
         )
 
@@ -196,12 +197,11 @@ def _own_contract(checkpoint: Checkpoint, fields: OwnFields) -> tuple[VisionCont
     return contract, notes
 
 
-def _with_reader(steps: list[Step], query: Step, width: int) -> Connected:
+def _with_connector(steps: list[Step], query: Step, width: int) -> Connected:
     """Add a projection from features of this width to the resampler's width."""
     own = query.shape[1]
-    added = Step(name=f"{READER}.weight", dtype=query.dtype, shape=(own, width), operation="reinit")
-    text = f"added, at random: the original needs none ({own} -> {width} wide): retrain the projector"
-    return Connected([*steps, added], {READER: text})
+    added = Step(name=f"{CONNECTOR}.weight", dtype=query.dtype, shape=(own, width), operation="reinit")
+    return Connected([*steps, added], {CONNECTOR: Added(before=own, after=width)})
 
 
 def _embeddings(checkpoint: Checkpoint, steps: list[Step], image_token_id: int) -> tuple[int, Any]:

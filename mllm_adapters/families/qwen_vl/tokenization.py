@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.core.processing import has_tokenizer, load_tokenizer
+from mllm_adapters.core.fates import ProcessorFate
+from mllm_adapters.core.processing import load_tokenizer, processor_fate
 
 RANK_FILE = "qwen.tiktoken"
 IMAGE_TOKEN = "<imgpad>"
@@ -15,11 +16,11 @@ AFTER = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</
 """Special tokens before and after the extras."""
 
 
-def tokenizer_note(folder: Path) -> str | None:
-    """Describe the processor's tokenizer; None if the folder has none."""
+def new_processor(folder: Path) -> ProcessorFate | None:
+    """Describe the processor of a plan; None if the folder has no tokenizer."""
     if (folder / RANK_FILE).is_file():
-        return f"QwenVLProcessor with a fast tokenizer made from {RANK_FILE}"
-    return "QwenVLProcessor with the source's tokenizer" if has_tokenizer(folder) else None
+        return ProcessorFate(name="QwenVLProcessor", made_of=RANK_FILE)
+    return processor_fate(folder, name="QwenVLProcessor")
 
 
 def read_tokens(folder: Path, image_token_id: int) -> tuple[dict[bytes, int], list[str]] | None:
