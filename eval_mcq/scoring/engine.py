@@ -36,6 +36,7 @@ from eval_mcq.scoring.packing import (
 from eval_mcq.scoring.prefix_tree import Tree
 from eval_mcq.scoring.requests import Prepared, PromptTokenizer, TokenizedRequest
 from mgll_encoder.common.chat import PREFIX_TYPES
+from mgll_encoder.common.hooks import hooked
 
 _logger = logging.getLogger(__name__)
 
@@ -275,7 +276,7 @@ class Engine:
         head = self.model.get_output_embeddings()
         exact: list[Tensor] = []
 
-        def before(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def before(_: str, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden, *rest = given
             index = places.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, index)
@@ -284,20 +285,14 @@ class Engine:
                 exact.append(linear(hidden.float(), head.weight[wanted].float(), bias))
             return (hidden, *rest)
 
-        def after(_: Any, __: Any, logits: Tensor) -> Tensor:
+        def after(_: str, logits: Tensor) -> Tensor:
             logits = logits.float()
             logits[..., wanted] = exact.pop()
             return logits
 
         refined = wanted is not None and type(head) is nn.Linear and head.weight.dtype in _HALF
-        handles = [head.register_forward_pre_hook(before)]
-        if refined:
-            handles.append(head.register_forward_hook(after))
-        try:
+        with hooked({"head": head}, before=before, after=after if refined else None):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _images(self, batch: Sequence[Prepared]) -> dict[str, Tensor]:
         return {

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hooks import hooked
 from mgll_encoder.common.texts import checked, parse_json, read_text
 from mgll_encoder.data.manifest import image_folder, read_header, read_rows
 from mgll_encoder.tower.preprocess import image_processor
@@ -197,19 +198,10 @@ def _inputs(model: Any, points: Mapping[str, str]) -> Iterator[dict[str, Tensor]
     """Catch the first inputs of modules; the forward pass is broken off when all are there."""
     caught: dict[str, Tensor] = {}
 
-    def hook(name: str, value: Tensor) -> None:
-        caught.setdefault(name, value)
+    def note(name: str, given: tuple[Any, ...]) -> None:
+        caught.setdefault(name, given[0])
         if len(caught) == len(points):
             raise _AllSeen
 
-    handles = [
-        model.get_submodule(module).register_forward_pre_hook(
-            lambda _, given, name=name: hook(name, given[0])
-        )
-        for name, module in points.items()
-    ]
-    try:
+    with hooked({name: model.get_submodule(module) for name, module in points.items()}, before=note):
         yield caught
-    finally:
-        for handle in handles:
-            handle.remove()

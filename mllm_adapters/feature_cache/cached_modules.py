@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.hooks import hooked
 from mllm_adapters.core.stages import components
 
 FROZEN = ("tower", "other")
@@ -156,25 +157,18 @@ def watched(modules: Mapping[str, nn.Module], tracked: bool = False) -> Iterator
     """
     seen: Seen = {}
 
-    def hook(name: str) -> Any:
-        def note(_: nn.Module, __: Any, output: Any) -> Any:
-            if name in seen:
-                raise NotCacheableError(f"{name} is called more than once for a batch")
-            leaves, spec = pytree.tree_flatten(output)
-            kept = [_root(leaf) if tracked else leaf for leaf in leaves]
-            seen[name] = spec, kept
-            # Not the leaf tensors themselves: the model may modify its inputs in place.
-            given = [leaf.clone() if tracked and isinstance(leaf, Tensor) else leaf for leaf in kept]
-            return pytree.tree_unflatten(given, spec)
+    def note(name: str, output: Any) -> Any:
+        if name in seen:
+            raise NotCacheableError(f"{name} is called more than once for a batch")
+        leaves, spec = pytree.tree_flatten(output)
+        kept = [_root(leaf) if tracked else leaf for leaf in leaves]
+        seen[name] = spec, kept
+        # Not the leaf tensors themselves: the model may modify its inputs in place.
+        given = [leaf.clone() if tracked and isinstance(leaf, Tensor) else leaf for leaf in kept]
+        return pytree.tree_unflatten(given, spec)
 
-        return note
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
+    with hooked(modules, after=note):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _root(leaf: Any) -> Any:
