@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mllm_adapters.core.contract import Family, Target
     from mllm_adapters.core.planning import TowerDtype
     from mllm_adapters.core.support_matrix import Support
-    from mllm_adapters.swap.planned import Fitting, Progress, SwapPlan
+    from mllm_adapters.swap.planned import Fitting, SwapPlan
     from mllm_adapters.swap.verify import Check
     from mllm_adapters.training.engine import Outcome
     from mllm_adapters.training.memory import MemoryEstimate
@@ -254,8 +254,8 @@ def compose(
         check_name(str(mllm))
     from mllm_adapters.loading.delta import ENCODER_PART, open_delta
     from mllm_adapters.swap import delta_files
-    from mllm_adapters.swap.apply import check_output
     from mllm_adapters.swap.report import total_bytes
+    from mllm_adapters.swap.writer import check_output
 
     check_output(Path(out), force, [Path(delta)])
     given = {**(parts or {}), **({} if encoder is None else {ENCODER_PART: Path(encoder)})}
@@ -294,7 +294,7 @@ def extract(
     from mllm_adapters.core.provenance import read_record
     from mllm_adapters.core.streaming import nbytes
     from mllm_adapters.swap import delta_files
-    from mllm_adapters.swap.apply import check_output
+    from mllm_adapters.swap.writer import check_output
 
     check_output(Path(out), force, [Path(folder)])
     with bar("comparing", sum(map(nbytes, read_record(Path(folder)).tensors))) as advance:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.local_paths import without_local
@@ -97,7 +98,12 @@ def remove_paths(folder: Path) -> None:
             continue
         content = read_json(file)
         if (cleaned := without_local(content)) != content:
-            file.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            file.write_bytes(json_bytes(cleaned))
+
+
+def json_bytes(content: Any) -> bytes:
+    """A configuration as a file holds it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def is_published(file: Path) -> bool:

@@ -2,7 +2,8 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.file_copy import check_space
 from mllm_adapters.checkpoints.fingerprint import FileRecord, sampled
 from mllm_adapters.checkpoints.locate import DELTA, PROVENANCE
-from mllm_adapters.checkpoints.side_files import is_published, remove_paths
+from mllm_adapters.checkpoints.side_files import is_published
 from mllm_adapters.core.contract import Family, Plan, Step
 from mllm_adapters.core.planning import dtype_name
 from mllm_adapters.core.provenance import SwapRecord, read_record
@@ -31,20 +32,19 @@ from mllm_adapters.loading.delta import (
     stored_names,
 )
 from mllm_adapters.loading.load import check_complete
-from mllm_adapters.swap.apply import (
+from mllm_adapters.swap.apply import write_planned
+from mllm_adapters.swap.card import CARD
+from mllm_adapters.swap.restore import vision_tensors
+from mllm_adapters.swap.writer import (
+    CONFIG,
+    Progress,
     Written,
-    complete_folder,
-    inputs,
-    new_checkpoint,
+    config_of,
+    copy_sides,
     reporting,
-    side_records,
+    write_checkpoint,
     write_weights,
 )
-from mllm_adapters.swap.card import CARD
-from mllm_adapters.swap.replace_tensors import copy_sides
-from mllm_adapters.swap.restore import vision_tensors
-
-Progress = Callable[[int], None]
 
 NOTICE = """
 > **A delta, not a whole checkpoint.** It holds {held} of the model described below; all else comes from its base,
@@ -88,14 +88,13 @@ def write_delta(
         check_complete(plan)
     names = stored_names(plan.steps, reference_tower=reference_tower)
     steps = [step for step in plan.steps if step.name in names]
-
-    def write(partial: Path) -> Written:
-        return _write_stored(partial, steps, compute(plan, checkpoint, steps, fitted), progress)
-
-    with new_checkpoint(out, force, inputs(plan)) as partial:
-        complete_folder(partial, plan, family, checkpoint, write, trainings)
-        _make_delta(partial, read_record(partial), reference_tower)
-    return out
+    weights = partial(
+        _write_stored, steps=steps, values=compute(plan, checkpoint, steps, fitted), progress=progress
+    )
+    records = partial(_records, reference_tower=reference_tower)
+    return write_planned(
+        out, plan, family, checkpoint, weights, trainings=trainings, force=force, records=records
+    )
 
 
 def extract(
@@ -134,11 +133,20 @@ def extract(
     record = _with_changes(record, whole, source, progress)
     names = stored_names(record.tensors, record.trained, reference_tower=reference_tower)
     steps = [step for step in record.tensors if step.name in names]
-    with new_checkpoint(out, force, [folder, base, *source.parts.values()]) as partial:
-        _write_stored(partial, steps, ((step, whole.read(step.name)) for step in steps))
-        copy_sides(whole, partial)
-        _make_delta(partial, record, reference_tower)
-    return out
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    values = ((step, whole.read(step.name)) for step in steps)
+    return write_checkpoint(
+        out,
+        config=config_of(whole.folder, whole.config),
+        weights=partial(_write_stored, steps=steps, values=values),
+        sides=partial(copy_sides, whole, without=(PROVENANCE, CARD)),
+        records=lambda written: _records(
+            record.model_copy(update={"files": written.files}), text, reference_tower=reference_tower
+        ),
+        force=force,
+        inputs=[folder, base, *source.parts.values()],
+    )
 
 
 def compose(
@@ -165,21 +173,28 @@ def compose(
     check_complete(plan)
     steps = [_given(step) if step.name in delta.stored else step for step in plan.steps]
     tower = [plan.tower] if record.reference_tower and plan.tower else []
-    with new_checkpoint(
-        out, force, [delta.folder, delta.base.folder, *tower, *delta.base.parts.values()]
-    ) as partial:
-        written = write_weights(partial, delta.base, steps, delta.values, progress, copy=copy)
-        for name in record.files.keys() - {DELTA_WEIGHTS}:
+
+    def sides(folder: Path) -> None:
+        for name in record.files.keys() - {DELTA_WEIGHTS, CONFIG}:
             if is_published(delta.folder / name):
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(delta.folder / name, partial / name)
-        remove_paths(partial)
-        files = {**side_records(partial, written.files), **written.files}
-        text = _whole_record(record, files, written.hashes).dump()
-        (partial / PROVENANCE).write_text(text, encoding="utf-8")
-        if record.card:
-            (partial / CARD).write_text(record.card, encoding="utf-8")
-    return out
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(delta.folder / name, folder / name)
+
+    def records(written: Written) -> dict[str, str]:
+        card = {CARD: record.card} if record.card else {}
+        return {PROVENANCE: _whole_record(record, written.files, written.hashes).dump(), **card}
+
+    return write_checkpoint(
+        out,
+        config=config_of(delta.folder, plan.config),
+        weights=partial(
+            write_weights, source=delta.base, steps=steps, compute=delta.values, progress=progress, copy=copy
+        ),
+        sides=sides,
+        records=records,
+        force=force,
+        inputs=[delta.folder, delta.base.folder, *tower, *delta.base.parts.values()],
+    )
 
 
 def _write_stored(
@@ -195,18 +210,11 @@ def _write_stored(
     return Written({DELTA_WEIGHTS: sampled(file)}, hashes)
 
 
-def _make_delta(folder: Path, record: SwapRecord, reference_tower: bool) -> None:
-    """Turn a folder with a delta's weights and a whole checkpoint's other files into a delta."""
-    (folder / PROVENANCE).unlink()
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    card.unlink(missing_ok=True)
-    weights = {DELTA_WEIGHTS: sampled(folder / DELTA_WEIGHTS)}
+def _records(record: SwapRecord, card: str, *, reference_tower: bool) -> dict[str, str]:
+    """The record and the card of a delta, made of those of the whole checkpoint."""
     fields = {name: getattr(record, name) for name in SwapRecord.model_fields}
-    fields["files"] = {**side_records(folder, weights), **weights}
-    delta = DeltaRecord(**fields, reference_tower=reference_tower, card=text)
-    (folder / DELTA).write_text(delta.dump(), encoding="utf-8")
-    card.write_text(_delta_card(delta), encoding="utf-8")
+    delta = DeltaRecord(**fields, reference_tower=reference_tower, card=card)
+    return {DELTA: delta.dump(), CARD: _delta_card(delta)}
 
 
 def _whole_record(

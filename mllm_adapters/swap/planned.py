@@ -1,7 +1,7 @@
 """A swap or conversion that is planned and not done: look at it, write it, or load it."""
 
 import io
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,15 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Family, Plan
 from mllm_adapters.loading.delta import stored_names
 from mllm_adapters.loading.load import check_complete, load_plan
-from mllm_adapters.swap.apply import apply_plan, check_output, inputs
+from mllm_adapters.swap.apply import apply_plan, inputs
 from mllm_adapters.swap.report import plan_table, total_bytes
+from mllm_adapters.swap.writer import Progress, check_output
 
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
 
 WIDTH = 120
 """Columns of a report as text."""
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes written, tensor by tensor."""
 
 
 @dataclass(frozen=True)

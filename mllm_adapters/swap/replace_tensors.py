@@ -1,21 +1,25 @@
 """Writes a copy of a checkpoint with some tensors replaced."""
 
-import filecmp
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
 from mllm_adapters.checkpoints.checkpoint import WEIGHT_SUFFIXES, Checkpoint
-from mllm_adapters.checkpoints.file_copy import copy_files
 from mllm_adapters.checkpoints.fingerprint import FileRecord, whole
 from mllm_adapters.checkpoints.locate import PROVENANCE
-from mllm_adapters.checkpoints.side_files import published, remove_paths
 from mllm_adapters.core.contract import Step
 from mllm_adapters.core.planning import copied
-from mllm_adapters.core.provenance import SwapRecord, has_record, read_record
-from mllm_adapters.swap.apply import new_checkpoint, tell_left_behind, write_weights
+from mllm_adapters.core.provenance import has_record, read_record
+from mllm_adapters.swap.writer import (
+    Written,
+    config_of,
+    copy_sides,
+    write_checkpoint,
+    write_weights,
+)
 
 
 def replace_tensors(
@@ -57,35 +61,32 @@ def replace_tensors(
             value = tensors[step.name] if step.name in tensors else checkpoint.read(step.name)
             yield step, value.to(checkpoint.tensors[step.name].dtype)
 
-    with new_checkpoint(out, force, [source]) as partial:
-        written = write_weights(partial, checkpoint, steps, compute)
-        copy_sides(checkpoint, partial)
-        for name, contents in (extra_files or {}).items():
-            (partial / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
-        if has_record(source):
-            record = read_record(source)
-            sides = _side_records(record, source, partial)
-            record = record.trained_since({n: written.hashes[n] for n in tensors}, {**sides, **written.files})
-            (partial / PROVENANCE).write_text(record.dump(), encoding="utf-8")
-    return out
+    return write_checkpoint(
+        out,
+        config=config_of(source, checkpoint.config),
+        weights=partial(write_weights, source=checkpoint, steps=steps, compute=compute),
+        sides=partial(copy_sides, checkpoint),
+        files=extra_files,
+        records=partial(_records, source, tensors) if has_record(source) else None,
+        force=force,
+        inputs=[source],
+    )
 
 
-def _side_records(record: SwapRecord, source: Path, folder: Path) -> dict[str, FileRecord]:
-    """Return records of the recorded side files: the old ones if the files are unchanged, else new ones."""
-    records = {}
-    for name, known in record.files.items():
-        file, before = folder / name, source / name
-        if file.is_file() and not name.endswith(WEIGHT_SUFFIXES):
-            same = before.is_file() and filecmp.cmp(before, file, shallow=False)
-            records[name] = known if same else whole(file)
-    return records
+def _records(source: Path, trained: Iterable[str], written: Written) -> dict[str, str]:
+    """The record of a checkpoint with the hashes of what was trained.
+
+    A side file keeps its own where it still is the source's: what was edited before is told by it.
+    """
+    record, found = read_record(source), written.files
+    kept = {name for name in record.files.keys() & found.keys() if not name.endswith(WEIGHT_SUFFIXES)}
+    sides = {
+        n: known if _is(source / n, found[n]) else found[n] for n, known in record.files.items() if n in kept
+    }
+    weights = {name: file for name, file in found.items() if name.endswith(WEIGHT_SUFFIXES)}
+    hashes = {name: written.hashes[name] for name in trained}
+    return {PROVENANCE: record.trained_since(hashes, {**sides, **weights}).dump()}
 
 
-def copy_sides(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy a checkpoint's side files without local paths, and list the files that are not copied."""
-    copy_files(checkpoint.side_files, folder)
-    for inner in checkpoint.side_folders:
-        (folder / inner.name).mkdir()
-        copy_files(published(inner), folder / inner.name)
-    remove_paths(folder)
-    tell_left_behind(checkpoint)
+def _is(file: Path, record: FileRecord) -> bool:
+    return file.is_file() and whole(file) == record

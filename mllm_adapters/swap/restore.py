@@ -1,6 +1,7 @@
 """Undoing a swap: the original tower and connectors back in, or the tower out again as a folder of its own."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -17,14 +18,8 @@ from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.stages import components
 from mllm_adapters.core.values import compute
 from mllm_adapters.loading.load import check_complete, empty_model
-from mllm_adapters.swap.apply import (
-    Written,
-    complete_folder,
-    inputs,
-    new_checkpoint,
-    write_weights,
-)
-from mllm_adapters.swap.replace_tensors import copy_sides
+from mllm_adapters.swap.apply import write_planned
+from mllm_adapters.swap.writer import Progress, config_of, copy_sides, write_checkpoint, write_weights
 
 ORIGINAL = "original/"
 """What the names of the original checkpoint's tensors begin with where both checkpoints are read."""
@@ -43,7 +38,7 @@ def restore(
     parts: Mapping[str, Path] | None = None,
     force: bool = False,
     copy: bool = False,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> Path:
     """Write the checkpoint as it was before the swap, in the layout that loads.
 
@@ -85,19 +80,24 @@ def restore(
         for step in group:
             yield step, next(theirs) if _is_original(step) else swapped.read(step.sources[0])
 
-    def write(partial: Path) -> Written:
-        return write_weights(partial, both, merged, values, progress, copy=copy)
-
+    weights = partial(write_weights, source=both, steps=merged, compute=values, progress=progress, copy=copy)
     since = [training for training in trainings_of(folder) if set(training.parts) - _REPLACED]
-    read = [folder, original, *(inputs(plan) if plan else ())]
-    with new_checkpoint(out, force, read) as partial:
-        if plan is None:
-            write(partial)
-            copy_sides(source, partial)
-            write_trainings(partial, [*trainings_of(source.folder), *since])
-        else:
-            complete_folder(partial, plan, family, source, write, since)
-    return out
+    read = [folder, original]
+    if plan is not None:
+        return write_planned(out, plan, family, source, weights, trainings=since, read=read, force=force)
+
+    def sides(written: Path) -> None:
+        copy_sides(source, written)
+        write_trainings(written, [*trainings_of(source.folder), *since])
+
+    return write_checkpoint(
+        out,
+        config=config_of(source.folder, source.config),
+        weights=weights,
+        sides=sides,
+        force=force,
+        inputs=read,
+    )
 
 
 def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:

@@ -26,7 +26,7 @@ from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.streaming import raw_bytes
 from mllm_adapters.core.values import FittedTower
 from mllm_adapters.loading.load import check_complete, load_mllm
-from mllm_adapters.swap.apply import CONFIG
+from mllm_adapters.swap.writer import CONFIG
 
 QUESTION = "What does this image show?"
 

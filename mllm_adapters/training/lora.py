@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mgll_encoder.weights.foreign import ADAPTER_CONFIG
 from mllm_adapters.core.stages import LoraSettings, is_adapter, lora_config, outermost_modules
 from mllm_adapters.loading.adapters import ADAPTER, ADAPTER_WEIGHTS, PREFIX, base_name
-from mllm_adapters.swap.apply import new_checkpoint
+from mllm_adapters.swap.writer import Written, write_checkpoint
 
 
 def write_adapter(
@@ -56,12 +56,20 @@ def write_adapter(
         PREFIX + name.replace(ADAPTER, "."): value.detach().cpu().contiguous()
         for name, value in {**buffers, **trained}.items()
     }
-    with new_checkpoint(out, force, [base]) as partial:
-        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        for name, contents in (extra_files or {}).items():
-            (partial / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
-        (partial / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-    return out
+
+    def weights(folder: Path) -> Written:
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        return Written()
+
+    return write_checkpoint(
+        out,
+        config=(json.dumps(plain, indent=2) + "\n").encode(),
+        config_name=ADAPTER_CONFIG,
+        weights=weights,
+        files=extra_files,
+        force=force,
+        inputs=[base],
+    )
 
 
 def merged(

@@ -1,0 +1,308 @@
+"""Writing checkpoint folders, whatever they are made of: weights, what lies beside them, and records of both.
+
+A folder is written under a hidden name and renamed at the end. Weights are written shard by shard, tensor by tensor;
+source files of which nothing changes are hard-linked.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mgll_encoder.common.errors import OutputTakenError, UserError
+from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
+from mgll_encoder.common.local_paths import without_local
+from mgll_encoder.weights.spans import Span, spans, truncated
+from mgll_encoder.weights.weight_file import is_safetensors
+from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.checkpoints.file_copy import best_way, check_space, copy_files, transfer
+from mllm_adapters.checkpoints.fingerprint import FileRecord, sampled, whole
+from mllm_adapters.checkpoints.side_files import json_bytes, published, remove_paths
+from mllm_adapters.core.contract import Step
+from mllm_adapters.core.planning import dtype_name
+from mllm_adapters.core.streaming import DTYPE_CODES, nbytes, write_safetensors
+
+_logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes written, tensor by tensor."""
+
+_NAMED = 12
+"""Maximum number of names of left-behind files in a message."""
+
+
+class TensorSource(Protocol):
+    """The interface of a source of kept tensors, such as a `Checkpoint`."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorHeader]:
+        """Return the headers of all tensors by name."""
+
+    def header(self, name: str) -> TensorHeader:
+        """Return the header of one tensor."""
+
+    def release(self, file: Path) -> None:
+        """Release the memory held for a weight file."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The result of `write_weights`.
+
+    Attributes:
+        files: Records of the weight files by name.
+        hashes: SHA-256 of every computed tensor, by name.
+    """
+
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+def write_checkpoint(
+    out: Path,
+    *,
+    config: bytes,
+    weights: Callable[[Path], Written],
+    sides: Callable[[Path], None] = lambda _: None,
+    files: Mapping[str, str | bytes] | None = None,
+    records: Callable[[Written], Mapping[str, str]] | None = None,
+    force: bool = False,
+    inputs: Iterable[Path] = (),
+    config_name: str = CONFIG,
+) -> Path:
+    """Write a checkpoint folder, which appears when everything in it has been written.
+
+    Args:
+        out: Folder to write.
+        config: Contents of its config.json.
+        weights: Writes the weight files into a folder.
+        sides: Writes what lies beside them into a folder; paths of this machine are taken out afterwards.
+        files: Further files, contents by name.
+        records: Names and texts of the files that say how the others came about, made of the records of these.
+        force: Replace ``out`` if it exists.
+        inputs: What the checkpoint is made of; ``out`` must not be or hold any of it.
+        config_name: Name of the file without which the folder would not load.
+
+    Raises:
+        UserError: ``out`` is taken, is or holds an input, or cannot be written; or what the arguments raise.
+    """
+    with _new_checkpoint(out, force, inputs) as folder:
+        written = weights(folder)
+        sides(folder)
+        remove_paths(folder)
+        _write_files(folder, files or {})
+        if records is not None:
+            found = {**_side_records(folder, written.files), CONFIG: _record_of(config), **written.files}
+            _write_files(folder, records(Written(found, written.hashes)))
+        # Last and at once, so that a folder left behind by a kill is no checkpoint; `new_folder` waits for the disk.
+        with appearing(folder / config_name) as file:
+            file.write_bytes(config)
+    return out
+
+
+def config_of(folder: Path, content: Mapping[str, Any]) -> bytes:
+    """The config.json of a folder, of which the content is known, without paths of this machine."""
+    cleaned = without_local(content)
+    return (folder / CONFIG).read_bytes() if cleaned == content else json_bytes(cleaned)
+
+
+def copy_sides(checkpoint: Checkpoint, folder: Path, *, without: Iterable[str] = ()) -> None:
+    """Copy what belongs to a checkpoint beside its weights and its config.json; name what is left behind.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: Where to.
+        without: Names of files that are not wanted.
+    """
+    unwanted = {CONFIG, *without}
+    copy_files((file for file in checkpoint.side_files if file.name not in unwanted), folder)
+    for inner in checkpoint.side_folders:
+        (folder / inner.name).mkdir()
+        copy_files(published(inner), folder / inner.name)
+    tell_left_behind(checkpoint)
+
+
+def tell_left_behind(checkpoint: Checkpoint) -> None:
+    """List the files of a checkpoint's folder that are not copied to the output."""
+    if names := checkpoint.left_behind:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        _logger.info(
+            f"not copied from {checkpoint.folder}, because not part of a model: "
+            f"{', '.join(names[:_NAMED])}{more}"
+        )
+
+
+def check_output(out: Path, force: bool, inputs: Iterable[Path]) -> None:
+    """Refuse an output path that exists, or (even with ``force``) that is or contains an input.
+
+    Raises:
+        UserError: it exists, or is or contains an input.
+    """
+    for given in inputs:
+        if given.resolve().is_relative_to(out.resolve()):
+            what = "is" if given.resolve() == out.resolve() else "holds"
+            raise OutputTakenError(f"output {out} {what} the input {given}: choose another `out`")
+    check_free(out, force)
+
+
+@contextmanager
+def _new_checkpoint(out: Path, force: bool, inputs: Iterable[Path]) -> Iterator[Path]:
+    """`new_folder` for a checkpoint made of others, which it never replaces.
+
+    Raises:
+        UserError: ``out`` is taken, is or holds an input, or cannot be written.
+    """
+    check_output(out, force, inputs)
+    try:
+        with new_folder(out, force) as partial:
+            yield partial
+    except OSError as error:
+        where = error.filename or out
+        raise UserError(f"{out} cannot be written ({where}: {error.strerror or error})") from error
+
+
+def write_weights(
+    folder: Path,
+    source: TensorSource,
+    steps: Iterable[Step],
+    compute: Callable[[list[Step]], Iterable[tuple[Step, Tensor]]],
+    progress: Progress = lambda _: None,
+    *,
+    copy: bool = False,
+) -> Written:
+    """Write shards and their index; unchanged source files are hard-linked.
+
+    Args:
+        folder: Existing folder to write into.
+        source: Checkpoint that kept tensors come from.
+        steps: Every tensor of the target.
+        compute: Computes the values of the given steps.
+        progress: Called with the number of bytes written, tensor by tensor.
+        copy: Copy such files instead (see `mllm_adapters.checkpoints.file_copy.best_way`).
+
+    Raises:
+        UserError: there is not enough disk space.
+    """
+    groups: dict[Path | None, list[Step]] = {}
+    for step in steps:
+        groups.setdefault(_home(step, source), []).append(step)
+    whole_files = [file for file, group in groups.items() if file and untouched(file, group, source)]
+    ways = {file: best_way(file, folder, copy=copy) for file in whole_files}
+    shared = {file for file, way in ways.items() if way != "copy"}
+    check_space(folder, sum(sum(map(nbytes, group)) for file, group in groups.items() if file not in shared))
+    weight_map: dict[str, str] = {}
+    files: dict[str, FileRecord] = {}
+    hashes: dict[str, str] = {}
+    with ThreadPoolExecutor(1) as aside:
+        syncing = []
+        for number, (file, group) in enumerate(groups.items(), start=1):
+            single = len(groups) == 1
+            name = "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            if file in ways:
+                transfer(file, folder / name, ways[file])
+                progress(sum(map(nbytes, group)))
+                files[name] = sampled(file)
+            else:
+                values = _values(group, source, compute)
+                hashes |= write_safetensors(folder / name, group, reporting(values, progress))
+                syncing.append(aside.submit(sync_file, folder / name))  # while the next one is written
+                files[name] = sampled(folder / name)
+                if file:
+                    source.release(file)
+            _check_written(folder / name, group, file)
+            weight_map |= dict.fromkeys((step.name for step in group), name)
+        for waiting in syncing:
+            waiting.result()
+    if len(groups) > 1:
+        total = sum(nbytes(step) for group in groups.values() for step in group)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / INDEX).write_text(text, encoding="utf-8")
+        files[INDEX] = _record_of(text.encode())
+    return Written(files, hashes)
+
+
+def _write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    for name, contents in files.items():
+        (folder / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
+
+
+def _side_records(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Record all files in and below a folder that are not yet known, by their names relative to it."""
+    found = {
+        file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
+    }
+    return {name: whole(file) for name, file in found.items() if name not in known}
+
+
+def _record_of(contents: bytes) -> FileRecord:
+    return FileRecord(size=len(contents), sha256=sha256(contents).hexdigest())
+
+
+def untouched(file: Path, group: list[Step], source: TensorSource) -> bool:
+    """Whether a weight file can stay as it is: the steps whose tensors go in its place keep all of them."""
+    held = {header.name for header in source.tensors.values() if header.file == file}
+    kept = {step.name for step in group if step.kind.in_place}
+    return bool(held) and kept == held and is_safetensors(file)
+
+
+def _home(step: Step, source: TensorSource) -> Path | None:
+    """Return the source file that a tensor's file replaces; None for the tower and for tensors without source."""
+    stays = step.sources and not step.kind.from_tower
+    return source.header(step.sources[0]).file if stays else None
+
+
+def _values(
+    group: list[Step], source: TensorSource, compute: Callable[[list[Step]], Iterable[tuple[Step, Tensor]]]
+) -> Iterator[tuple[Step, Tensor | Span]]:
+    """Yield the values of steps in order; for an unchanged tensor, its location in its file."""
+    known: dict[Path, dict[str, Span]] = {}
+    taken: dict[str, Span] = {}
+    for step in group:
+        header = source.header(step.sources[0]) if step.kind.copies_bytes else None
+        if header is None or dtype_name(header.dtype) != step.dtype:
+            continue
+        if header.file not in known:
+            known[header.file] = spans(header.file) if is_safetensors(header.file) else {}
+        held, own = known[header.file], step.sources[0]
+        while held and own not in held:  # PART/KEY
+            own = own.partition("/")[2]
+        if held:
+            taken[step.name] = held[own]
+    computed = iter(compute([step for step in group if step.name not in taken]))
+    for step in group:
+        yield (step, taken[step.name]) if step.name in taken else next(computed)
+
+
+def reporting(
+    tensors: Iterable[tuple[Step, Tensor | Span]], progress: Callable[[int], None]
+) -> Iterator[tuple[Step, Tensor | Span]]:
+    """Yield the tensors, and call ``progress`` with the number of bytes of each."""
+    for step, tensor in tensors:
+        yield step, tensor
+        progress(nbytes(step))
+
+
+def _check_written(path: Path, steps: list[Step], source: Path | None) -> None:
+    """Read the header back: names, dtypes and shapes must be those of the plan."""
+    try:
+        weights = safe_open(path, "np")  # not for torch, see mgll_encoder.weights.weight_file
+    except SafetensorError:
+        raise truncated(source or path) from None
+    with weights:
+        views = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
+    found = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+    planned = {step.name: (DTYPE_CODES[step.dtype], step.shape) for step in steps}
+    if found != planned:
+        raise ValueError(f"{path.name} differs from the plan: {sorted(set(found) ^ set(planned))[:3]}")
