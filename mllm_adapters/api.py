@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mllm_adapters.core.support_matrix import Support
     from mllm_adapters.swap.planned import Fitting, SwapPlan
     from mllm_adapters.swap.verify import Check
+    from mllm_adapters.swap.writer import Progress
     from mllm_adapters.training.engine import Outcome
     from mllm_adapters.training.memory import MemoryEstimate
 

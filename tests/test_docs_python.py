@@ -57,6 +57,9 @@ def test_the_examples_of_the_page_run(place: Path, monkeypatch: pytest.MonkeyPat
         "llava-mgll",
         "llava-mgll-fitted",
         "llava-again",
+        "llava-mgll-delta",
+        "llava-mgll-whole",
+        "llava-mgll-extracted",
         "llava-mgll-aligned",
         "report.html",
     ):
