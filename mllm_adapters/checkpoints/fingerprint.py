@@ -10,18 +10,17 @@ import re
 from hashlib import sha256
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from mgll_encoder.common import files
 from mgll_encoder.weights.spans import Span, spans
 from mgll_encoder.weights.weight_file import is_safetensors
+from mllm_adapters.checkpoints.data import Data
 
 _EDGE = 4096
 _BLOCK = 16 << 20
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-class FileRecord(BaseModel):
+class FileRecord(Data):
     """The record of a file.
 
     Attributes:
@@ -29,8 +28,6 @@ class FileRecord(BaseModel):
         sha256: Of the whole file, if it was read anyway or its hash is known without reading.
         sample: SHA-256 of a safetensors file's header and of both ends of its tensors.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int
     sha256: str | None = None

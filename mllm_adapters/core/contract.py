@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, model_validator
+from pydantic import AfterValidator, Field, InstanceOf, model_validator
 from torch import Tensor
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.tower.spec import PixelRule
 from mgll_encoder.weights.torch_file import WeightSet
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
+from mllm_adapters.checkpoints.data import Data
 from mllm_adapters.core.fates import ConnectorFate, ProcessorFate, Recorded
 from mllm_adapters.core.operations import OPERATIONS, Operation, OperationName
 
@@ -30,17 +31,13 @@ FAMILY_KEY = "mgll_family"
 """Key in the config.json of what this project writes: a LLaVA-shaped result of any family knows its origin."""
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 def _known_dtype(name: str) -> str:
     if not isinstance(getattr(torch, name, None), torch.dtype):
         raise ValueError(f"'{name}' is no dtype of torch")
     return name
 
 
-class Step(_Data):
+class Step(Data):
     """One target tensor.
 
     Attributes:
@@ -73,7 +70,7 @@ class Step(_Data):
         return self
 
 
-class Dropped(_Data):
+class Dropped(Data):
     """A source tensor that the target does not have, and why."""
 
     name: str
@@ -114,7 +111,7 @@ class VisionContract(PixelRule):
         return "default" if self.leading and not self.class_token else "full"
 
 
-class Plan(_Data):
+class Plan(Data):
     """Everything that will be true of the target checkpoint, before a byte of it is written.
 
     Attributes:

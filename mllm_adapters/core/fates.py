@@ -2,21 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from mllm_adapters.checkpoints.data import Data
 
 
-class _Fate(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Kept(_Fate):
+class Kept(Data):
     """A connector that stays as it is; it reads features of this width."""
 
     fate: Literal["kept"] = "kept"
     width: int
 
 
-class Reinitialized(_Fate):
+class Reinitialized(Data):
     """A connector that is drawn at random.
 
     Attributes:
@@ -32,7 +30,7 @@ class Reinitialized(_Fate):
     because: Literal["width", "latents", "patches"] = "width"
 
 
-class Added(_Fate):
+class Added(Data):
     """A connector that the source does without, drawn at random.
 
     Attributes:
@@ -45,14 +43,14 @@ class Added(_Fate):
     after: int
 
 
-class Unneeded(_Fate):
+class Unneeded(Data):
     """A connector that source and target do without: features and language model have the same width."""
 
     fate: Literal["unneeded"] = "unneeded"
     width: int
 
 
-class Taken(_Fate):
+class Taken(Data):
     """A connector that was trained on features of this width, taken from another file of this name."""
 
     fate: Literal["taken"] = "taken"
@@ -60,7 +58,7 @@ class Taken(_Fate):
     width: int
 
 
-class Fitted(_Fate):
+class Fitted(Data):
     """A connector that is fitted on images; how many and how well (R² held out) once that is done."""
 
     fate: Literal["fitted"] = "fitted"
@@ -68,7 +66,7 @@ class Fitted(_Fate):
     r2: float | None = None
 
 
-class Recorded(_Fate):
+class Recorded(Data):
     """A fate as a record of format 2 has it: as a phrase."""
 
     fate: Literal["recorded"] = "recorded"
@@ -81,7 +79,7 @@ ConnectorFate = Annotated[
 """What becomes of a module that reads vision features."""
 
 
-class ProcessorFate(_Fate):
+class ProcessorFate(Data):
     """How the target's processor comes about.
 
     Attributes:

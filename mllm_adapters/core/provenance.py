@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.hub import cached, hub_id_of
@@ -18,6 +18,7 @@ from mgll_encoder.common.texts import checked, first_fault, read_json
 from mgll_encoder.tower.spec import TowerSpec
 from mgll_encoder.weights.weight_file import FOLDER_FILES
 from mllm_adapters.checkpoints.checkpoint import WEIGHTS, Checkpoint
+from mllm_adapters.checkpoints.data import Data
 from mllm_adapters.checkpoints.fingerprint import FileRecord, agrees, sample_hash, sampled, whole
 from mllm_adapters.checkpoints.locate import PROVENANCE, check_swapped
 from mllm_adapters.core.contract import Dropped, Plan, Step
@@ -25,11 +26,7 @@ from mllm_adapters.core.contract import Dropped, Plan, Step
 _PACKAGES = ("mgll-mllm", "torch", "transformers", "safetensors")
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class InputRecord(_Data):
+class InputRecord(Data):
     """A file or folder that the checkpoint was made of.
 
     Attributes:
@@ -55,15 +52,15 @@ class TensorRecord(Step):
     sha256: str | None = None
 
 
-class Inputs(_Data):
+class Inputs(Data):
     """Everything that was read."""
 
     source: InputRecord
     tower: InputRecord | None = None
-    parts: dict[str, InputRecord] = {}
+    parts: dict[str, InputRecord] = Field(default_factory=dict)
 
 
-class SwapRecord(_Data):
+class SwapRecord(Data):
     """Contents of ``mgll_swap.json``.
 
     Attributes:
@@ -86,7 +83,7 @@ class SwapRecord(_Data):
     plan: dict[str, Any]
     files: dict[str, FileRecord]
     dropped: tuple[Dropped, ...] = ()
-    trained: dict[str, str] = {}
+    trained: dict[str, str] = Field(default_factory=dict)
     tensors: tuple[TensorRecord, ...]
 
     def plan_with(self, config: Mapping[str, Any], **places: Path | None) -> Plan:

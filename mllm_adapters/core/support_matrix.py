@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 
-from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from mllm_adapters.checkpoints.data import Data
 from mllm_adapters.core.fates import ConnectorFate
 from mllm_adapters.core.wording import connector_words
 
@@ -22,10 +22,8 @@ FILE = "support.json"
 LAYER = re.compile(r"\.\d+\.")
 
 
-class Size(BaseModel):
+class Size(Data):
     """Input side in pixels, and the visual tokens per image (or tile) that it gives."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_size: int
     tokens: int
@@ -34,7 +32,7 @@ class Size(BaseModel):
         return f"{self.tokens} at {self.image_size} px"
 
 
-class Support(BaseModel):
+class Support(Data):
     """A row of the matrix.
 
     Attributes:
@@ -49,8 +47,6 @@ class Support(BaseModel):
         connectors: Module that reads vision features -> what becomes of it.
         loads: How the swapped checkpoint loads, by layout written.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: str
     title: str

@@ -31,6 +31,8 @@ class PlannedFamily(Family):
         target: Target = "own",
     ) -> Plan:
         """Plan a swap (``tower`` given) or a conversion to the transformers layout; see `Family.plan`."""
+        if self.as_llava is not None and checkpoint.config.get("model_type") == "llava":
+            return self.as_llava.plan(checkpoint, tower, image_size, target)
         request = PlanRequest(tower, image_size, target)
         self._check(checkpoint, request)
         host = self.host(checkpoint, request)
@@ -71,6 +73,11 @@ class PlannedFamily(Family):
                 *host.remarks,
             ),
         )
+
+    @property
+    def as_llava(self) -> Family | None:
+        """Return the LLaVA family under this family's name, which plans checkpoints in the LLaVA layout, if there is one."""
+        return None
 
     @abstractmethod
     def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:

@@ -64,8 +64,11 @@ def apply_plan(
     progress: Progress = lambda _: None,
     fitted: Mapping[str, Tensor] | None = None,
     trainings: Sequence[Training] = (),
+    weights: Callable[[Path], Written] | None = None,
+    records: Callable[[SwapRecord, str], Mapping[str, str]] | None = None,
+    read: Iterable[Path] = (),
 ) -> Path:
-    """Write the planned checkpoint.
+    """Write the planned checkpoint, or a delta of it.
 
     Args:
         plan: The plan.
@@ -77,7 +80,10 @@ def apply_plan(
         checked: The plan has already passed `check_complete`.
         progress: Called with the number of bytes written, tensor by tensor.
         fitted: Values of the fitted tensors, by name (`mllm_adapters.alignment.align`).
-        trainings: Records of the images that they were fitted on.
+        trainings: Records of the images that they were fitted on, or of other trainings.
+        weights: Writes other weights than those of the whole plan into a folder.
+        records: Makes other files than record and card, by name, from both.
+        read: Further inputs, in addition to those of the plan.
 
     Raises:
         UserError: ``out`` cannot be written, the source cannot be read, or the planned tensors are not those
@@ -85,8 +91,7 @@ def apply_plan(
     """
     if not checked:
         check_complete(plan)
-
-    weights = partial(
+    weights = weights or partial(
         write_weights,
         source=checkpoint,
         steps=plan.steps,
@@ -94,42 +99,6 @@ def apply_plan(
         progress=progress,
         copy=copy,
     )
-    return write_planned(out, plan, family, checkpoint, weights, trainings=trainings, force=force)
-
-
-def whole_records(record: SwapRecord, card: str) -> dict[str, str]:
-    """The files that say how a whole checkpoint came about, by name."""
-    return {PROVENANCE: record.dump(), CARD: card}
-
-
-def write_planned(
-    out: Path,
-    plan: Plan,
-    family: Family,
-    checkpoint: Checkpoint,
-    weights: Callable[[Path], Written],
-    *,
-    trainings: Sequence[Training] = (),
-    read: Iterable[Path] = (),
-    force: bool = False,
-    records: Callable[[SwapRecord, str], Mapping[str, str]] = whole_records,
-) -> Path:
-    """Write the folder of a planned checkpoint.
-
-    Args:
-        out: Folder to write.
-        plan: What it will hold.
-        family: The family that made the plan.
-        checkpoint: The plan's source.
-        weights: Writes the weights into a folder.
-        trainings: What it was trained on beyond what its source and its tower were.
-        read: What it is made of besides what the plan reads.
-        force: Replace ``out`` if it exists.
-        records: Files, by name, made of the record and the card of the whole checkpoint.
-
-    Raises:
-        UserError: the processor cannot be made, or see `write_checkpoint`.
-    """
     given = (*read, *inputs(plan))
     check_output(out, force, given)
     write_processor = family.processor_writer(plan)
@@ -149,7 +118,8 @@ def write_planned(
             made_of = hashing.result() if hashing else None
             spec = tower.spec if tower else None
             record = record_of(plan, checkpoint, made_of, spec, written.files, written.hashes)
-            return records(record, model_card(plan, record))
+            card = model_card(plan, record)
+            return records(record, card) if records else {PROVENANCE: record.dump(), CARD: card}
 
         config = (json.dumps(without_local(plan.config), indent=2) + "\n").encode()
         return write_checkpoint(

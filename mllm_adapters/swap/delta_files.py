@@ -32,7 +32,7 @@ from mllm_adapters.loading.delta import (
     stored_names,
 )
 from mllm_adapters.loading.load import check_complete
-from mllm_adapters.swap.apply import write_planned
+from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.swap.card import CARD
 from mllm_adapters.swap.restore import vision_tensors
 from mllm_adapters.swap.writer import (
@@ -84,17 +84,15 @@ def write_delta(
     Raises:
         UserError: ``out`` cannot be written, or something that is needed cannot be read.
     """
-    if not checked:
-        check_complete(plan)
     names = stored_names(plan.steps, reference_tower=reference_tower)
     steps = [step for step in plan.steps if step.name in names]
-    weights = partial(
-        _write_stored, steps=steps, values=compute(plan, checkpoint, steps, fitted), progress=progress
-    )
-    records = partial(_records, reference_tower=reference_tower)
-    return write_planned(
-        out, plan, family, checkpoint, weights, trainings=trainings, force=force, records=records
-    )
+    values = compute(plan, checkpoint, steps, fitted)
+    return apply_plan(
+        plan, family, checkpoint, out,
+        force=force, checked=checked, trainings=trainings,
+        weights=partial(_write_stored, steps=steps, values=values, progress=progress),
+        records=partial(_records, reference_tower=reference_tower),
+    )  # fmt: skip
 
 
 def extract(

@@ -18,7 +18,7 @@ from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.stages import components
 from mllm_adapters.core.values import compute
 from mllm_adapters.loading.load import check_complete, empty_model
-from mllm_adapters.swap.apply import write_planned
+from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.swap.writer import Progress, config_of, copy_sides, write_checkpoint, write_weights
 
 ORIGINAL = "original/"
@@ -84,7 +84,9 @@ def restore(
     since = [training for training in trainings_of(folder) if set(training.parts) - _REPLACED]
     read = [folder, original]
     if plan is not None:
-        return write_planned(out, plan, family, source, weights, trainings=since, read=read, force=force)
+        return apply_plan(
+            plan, family, source, out, weights=weights, trainings=since, read=read, force=force, checked=True
+        )
 
     def sides(written: Path) -> None:
         copy_sides(source, written)

@@ -97,37 +97,6 @@ class Outcome:
     merged: Path | None = None
 
 
-def retrain_projector(
-    source: Path,
-    data: Path,
-    images: Path,
-    out: Path,
-    recipe: Recipe | None = None,
-    options: RunOptions | None = None,
-    *,
-    resume: bool = False,
-    force: bool = False,
-) -> Outcome:
-    """Retrain a model's projector on conversations about images: `prepare_training`, then `train`.
-
-    Args:
-        source: Checkpoint folder in the transformers layout.
-        data: LLaVA-format conversations.
-        images: Folder that image paths are relative to.
-        out: Checkpoint folder to write.
-        recipe: Settings that affect the result.
-        options: Settings that do not.
-        resume: Continue the interrupted run of the same ``out``.
-        force: Replace ``out``, and discard an interrupted run.
-
-    Raises:
-        UserError: see `prepare_training` and `train`.
-    """
-    check_work_folder(out, resume=resume, force=force)
-    job = prepare_training(source, data, images, recipe or Recipe())
-    return train(job, out, options or RunOptions(), resume=resume, force=force)
-
-
 def merged_folder(out: Path) -> Path:
     """Return the folder of the full checkpoint of an adapter folder."""
     return out.with_name(f"{out.name}-merged")
@@ -398,7 +367,6 @@ __all__ = [
     "merged_folder",
     "names_on_disk",
     "prepare_training",
-    "retrain_projector",
     "train",
     "work_folder",
 ]

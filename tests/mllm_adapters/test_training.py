@@ -16,7 +16,6 @@ from mllm_adapters.training.engine import (
     RunOptions,
     names_on_disk,
     prepare_training,
-    retrain_projector,
     train,
     work_folder,
 )
@@ -300,7 +299,9 @@ def test_a_checkpoint_in_its_original_layout_is_sent_to_convert(data, tmp_path):
     config = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "mm_vision_tower": "x"}
     write_json(tmp_path / "llava" / "config.json", config)
     with pytest.raises(UserError, match=r"`convert\(mllm="):
-        retrain_projector(tmp_path / "llava", data, data.parent / "images", tmp_path / "out", RECIPE, FAST)
+        train(
+            prepare_training(tmp_path / "llava", data, data.parent / "images", RECIPE), tmp_path / "out", FAST
+        )
 
 
 def test_a_model_without_a_tokenizer_is_refused(model, data, tmp_path):

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgll_encoder import TowerHeader
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Target, VisionContract
+from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
 from mllm_adapters.core.fates import Reinitialized
 from mllm_adapters.core.planning import after_swap, reinitialized
 from mllm_adapters.families.base import PlannedFamily
@@ -42,18 +41,6 @@ class InternVL(PlannedFamily):
         native = kind in CLASSES and "vision_config" in config and "text_config" in config
         mine = kind != "llava" or config.get(FAMILY_KEY) == self.spec.name
         return "transformers" if native and mine else None
-
-    def plan(
-        self,
-        checkpoint: Checkpoint,
-        tower: TowerHeader | None = None,
-        image_size: int | None = None,
-        target: Target = "own",
-    ) -> Plan:
-        """See `Family.plan`; a checkpoint in the LLaVA layout is planned as a LLaVA."""
-        as_llava = checkpoint.config.get("model_type") == "llava"
-        plan = self._as_llava.plan if as_llava else super().plan
-        return plan(checkpoint, tower, image_size, target)
 
     def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         """See `PlannedFamily.host`."""
@@ -104,7 +91,7 @@ class InternVL(PlannedFamily):
     def processor(self, plan: Plan) -> Any | None:
         """Return the planned checkpoint's processor; None if the source has no tokenizer."""
         if read_json(plan.source / "config.json").get("model_type") == "llava":
-            return self._as_llava.processor(plan)
+            return self.as_llava.processor(plan)
         return internvl_text.processor(plan, self.image_processor(plan))
 
     def image_processor(self, plan: Plan) -> Any:
@@ -119,8 +106,8 @@ class InternVL(PlannedFamily):
         return torch.arange(contract.tokens).view(side, side).T.flatten()
 
     @property
-    def _as_llava(self) -> Llava:
-        """Return the LLaVA family under this family's name."""
+    def as_llava(self) -> Llava:
+        """See `PlannedFamily.as_llava`."""
         return replace(LLAVA, spec=self.spec)
 
 

@@ -6,13 +6,13 @@ layout after transformers (models/janus). Janus-1.3B is the same architecture.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rich.filesize import decimal
 from torch import Tensor
 
-from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -23,7 +23,6 @@ from mllm_adapters.core.contract import (
     FamilySpec,
     Plan,
     Step,
-    Target,
     VisionContract,
 )
 from mllm_adapters.core.processing import check_placeholder, llava_processor
@@ -64,38 +63,21 @@ OWN_FIELDS = (
 
 @dataclass(frozen=True)
 class JanusPro(PlannedFamily):
-    """Janus-Pro and Janus.
-
-    Attributes:
-        spec: Names and module patterns, of both targets.
-        llava: Reads checkpoints in the layout ``llava``.
-    """
+    """Janus-Pro and Janus."""
 
     spec: FamilySpec
-    llava: Llava = field(init=False)
 
-    def __post_init__(self) -> None:
-        shaped = Llava(spec=self.spec, chat_template=_template(llava=True))
-        object.__setattr__(self, "llava", shaped)
+    @cached_property
+    def as_llava(self) -> Llava:
+        """See `PlannedFamily.as_llava`."""
+        return Llava(spec=self.spec, chat_template=_template(llava=True))
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
         """Return ``original``, ``transformers`` or None. DeepSeek-VL shares the model_type of the original layout."""
         kind = config.get("model_type")
         if kind == "multi_modality":
             return "original" if "gen_head_config" in config else None
-        return "transformers" if kind in ("janus", OWN_TYPE) else self.llava.layout(config)
-
-    def plan(
-        self,
-        checkpoint: Checkpoint,
-        tower: TowerHeader | None = None,
-        image_size: int | None = None,
-        target: Target = "own",
-    ) -> Plan:
-        """See `Family.plan`; a checkpoint in the LLaVA layout is planned as a LLaVA."""
-        as_llava = checkpoint.config.get("model_type") == "llava"
-        plan = self.llava.plan if as_llava else super().plan
-        return plan(checkpoint, tower, image_size, target)
+        return "transformers" if kind in ("janus", OWN_TYPE) else self.as_llava.layout(config)
 
     def host(self, checkpoint: Checkpoint, request: PlanRequest) -> Host:
         """See `PlannedFamily.host`."""
@@ -132,13 +114,13 @@ class JanusPro(PlannedFamily):
     def processor(self, plan: Plan) -> Any | None:
         """Return a JanusProcessor or, for the layout llava, a LlavaProcessor; None if the source has no tokenizer."""
         if read_json(plan.source / "config.json").get("model_type") == "llava":
-            return self.llava.processor(plan)
+            return self.as_llava.processor(plan)
         tokenizer = janus_tokenizer(plan.source)
         if tokenizer is None:
             return None
         check_placeholder(tokenizer, PLACEHOLDER, plan.image_token_id)
         if plan.config["model_type"] == "llava":
-            return llava_processor(plan.after, tokenizer, self.llava.chat_template, PLACEHOLDER)
+            return llava_processor(plan.after, tokenizer, self.as_llava.chat_template, PLACEHOLDER)
         from transformers import JanusProcessor
 
         from mllm_adapters.families.janus_pro.modeling import MgllJanusProcessor
