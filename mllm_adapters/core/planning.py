@@ -1,6 +1,6 @@
 """What planning a swap has in common across families."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -428,6 +428,20 @@ def image_row(tokenizer: Any | None, vocabulary: int, image_token: str = IMAGE_T
     if image_token_id < vocabulary:
         return image_token_id, vocabulary
     return image_token_id, ceil((image_token_id + 1) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def differences(headers: Mapping[str, Any], steps: Iterable[Step]) -> Iterator[tuple[str, str, str]]:
+    """Tensors that are not as planned: name, what is found and what is expected, in words.
+
+    Args:
+        headers: Name -> what has the ``dtype`` and the ``shape`` of a tensor that is there.
+        steps: The planned tensors.
+    """
+    found = {name: f"{dtype_name(header.dtype)} {list(header.shape)}" for name, header in headers.items()}
+    planned = {step.name: f"{step.dtype} {list(step.shape)}" for step in steps}
+    for name in sorted(found.keys() | planned.keys()):
+        if found.get(name) != planned.get(name):
+            yield name, found.get(name, "absent"), planned.get(name, "absent")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -23,7 +23,7 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.fingerprint import agrees
 from mllm_adapters.checkpoints.locate import DELTA, check_delta
 from mllm_adapters.core.contract import Plan, Step
-from mllm_adapters.core.planning import dtype_name
+from mllm_adapters.core.planning import differences
 from mllm_adapters.core.provenance import (
     InputRecord,
     SwapRecord,
@@ -149,17 +149,10 @@ class Delta:
         Raises:
             UserError: they differ, or the file is damaged.
         """
-        found = {
-            name: (dtype_name(header.dtype), tuple(header.shape))
-            for name, header in self._weights.headers.items()
-        }
-        expected = {t.name: (t.dtype, t.shape) for t in self.record.stored}
-        for name in sorted(found.keys() | expected.keys()):
-            if found.get(name) != expected.get(name):
-                raise UserError(
-                    f"{self.folder / DELTA_WEIGHTS}: {name} is {found.get(name, 'absent')}, expected "
-                    f"{expected.get(name, 'absent')}: copy it again"
-                )
+        for name, found, expected in differences(self._weights.headers, self.record.stored):
+            raise UserError(
+                f"{self.folder / DELTA_WEIGHTS}: {name} is {found}, expected {expected}: copy it again"
+            )
 
 
 def open_delta(folder: Path, base: Path | None = None, parts: Mapping[str, Path] | None = None) -> Delta:

@@ -6,19 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from rich.filesize import decimal
 from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.trained_on import Training
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.file_copy import check_space
 from mllm_adapters.checkpoints.fingerprint import FileRecord, sampled
 from mllm_adapters.checkpoints.locate import DELTA, PROVENANCE
 from mllm_adapters.checkpoints.side_files import is_published
-from mllm_adapters.core.contract import Family, Plan, Step
-from mllm_adapters.core.planning import dtype_name
+from mllm_adapters.core.contract import Plan, Step
+from mllm_adapters.core.planning import differences
 from mllm_adapters.core.provenance import SwapRecord, read_record
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.streaming import nbytes, raw_bytes, write_safetensors
@@ -32,7 +32,6 @@ from mllm_adapters.loading.delta import (
     stored_names,
 )
 from mllm_adapters.loading.load import check_complete
-from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.swap.card import CARD
 from mllm_adapters.swap.restore import vision_tensors
 from mllm_adapters.swap.writer import (
@@ -54,45 +53,30 @@ NOTICE = """
 """
 
 
-def write_delta(
+def stored_alone(
     plan: Plan,
-    family: Family,
     checkpoint: Checkpoint,
-    out: Path,
+    fitted: Mapping[str, Tensor] | None = None,
+    progress: Progress = lambda _: None,
     *,
     reference_tower: bool = False,
-    force: bool = False,
-    checked: bool = False,
-    progress: Progress = lambda _: None,
-    fitted: Mapping[str, Tensor] | None = None,
-    trainings: Sequence[Training] = (),
-) -> Path:
-    """Write the planned checkpoint as a delta of the plan's source.
+) -> dict[str, Any]:
+    """What `apply_plan` is given besides to write a delta in the place of a whole checkpoint.
 
     Args:
         plan: What the checkpoint would be.
-        family: The family that made the plan; it makes the processor.
         checkpoint: The plan's source.
-        out: Folder to write.
-        reference_tower: Leave out the tower too, and name it by its hashes.
-        force: Replace ``out`` if it exists.
-        checked: The plan has passed `check_complete` already.
+        fitted: See `apply_plan`.
         progress: Called with the number of bytes written, tensor by tensor.
-        fitted: Values of the tensors that the plan has fitted, by name (`mllm_adapters.alignment.align`).
-        trainings: What they were fitted on.
-
-    Raises:
-        UserError: ``out`` cannot be written, or something that is needed cannot be read.
+        reference_tower: Leave out the tower too, and name it by its hashes.
     """
     names = stored_names(plan.steps, reference_tower=reference_tower)
     steps = [step for step in plan.steps if step.name in names]
     values = compute(plan, checkpoint, steps, fitted)
-    return apply_plan(
-        plan, family, checkpoint, out,
-        force=force, checked=checked, trainings=trainings,
-        weights=partial(_write_stored, steps=steps, values=values, progress=progress),
-        records=partial(_records, reference_tower=reference_tower),
-    )  # fmt: skip
+    return {
+        "weights": partial(_write_stored, steps=steps, values=values, progress=progress),
+        "records": partial(_records, reference_tower=reference_tower),
+    }
 
 
 def extract(
@@ -124,7 +108,10 @@ def extract(
     if reference_tower and record.inputs.tower is None:
         raise UserError(f"{folder} has no encoder to refer to: leave `reference_tower` out")
     whole = Checkpoint(folder)
-    _check_headers(whole, record)
+    for name, found, planned in differences(whole.tensors, record.tensors):
+        raise UserError(
+            f"{folder}: {name} is {found}, but the swap wrote {planned}: a delta keeps names, dtypes and shapes"
+        )
     source, _, _ = open_checkpoint(base, parts)
     check_base(record, source, folder)
     attach_parts(source, record, folder)
@@ -244,17 +231,6 @@ def _delta_card(record: DeltaRecord) -> str:
 def _given(step: Step) -> Step:
     """A step whose value comes from the delta: no bytes of the base are taken over."""
     return step.model_copy(update={"operation": "trained"}) if step.kind.copies_bytes else step
-
-
-def _check_headers(checkpoint: Checkpoint, record: SwapRecord) -> None:
-    found = {name: (dtype_name(h.dtype), h.shape) for name, h in checkpoint.tensors.items()}
-    planned = {t.name: (t.dtype, t.shape) for t in record.tensors}
-    for name in sorted(found.keys() | planned.keys()):
-        if found.get(name) != planned.get(name):
-            raise UserError(
-                f"{checkpoint.folder}: {name} is {found.get(name, 'absent')}, but the swap wrote "
-                f"{planned.get(name, 'no such tensor')}: a delta keeps names, dtypes and shapes"
-            )
 
 
 def _with_changes(

@@ -1,12 +1,13 @@
 """A swap or conversion that is planned and not done: look at it, write it, or load it."""
 
 import io
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
+from torch import Tensor
 
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Family, Plan
@@ -145,10 +146,7 @@ class SwapPlan:
             UserError: ``out`` is taken or cannot be written, or something in the source cannot be read.
         """
         ready = self._ready(Path(out), force)
-        return apply_plan(
-            ready.plan, self.family, self.checkpoint, Path(out),
-            force=force, copy=copy, checked=True, progress=progress, **ready._fitted(),
-        )  # fmt: skip
+        return ready._write(Path(out), force=force, copy=copy, progress=progress)
 
     def write_delta(
         self,
@@ -169,13 +167,13 @@ class SwapPlan:
         Raises:
             UserError: as `write`.
         """
-        from mllm_adapters.swap.delta_files import write_delta
+        from mllm_adapters.swap.delta_files import stored_alone
 
         ready = self._ready(Path(out), force)
-        return write_delta(
-            ready.plan, self.family, self.checkpoint, Path(out),
-            reference_tower=reference_tower, force=force, checked=True, progress=progress, **ready._fitted(),
-        )  # fmt: skip
+        delta = stored_alone(
+            ready.plan, self.checkpoint, ready._fitted, progress, reference_tower=reference_tower
+        )
+        return ready._write(Path(out), force=force, **delta)
 
     def load(self, dtype: Any = "auto") -> tuple[Any, Any | None]:
         """The model in evaluation mode and its processor, as `load_mllm` loads what `write` writes.
@@ -187,14 +185,19 @@ class SwapPlan:
             UserError: something in the source cannot be read.
         """
         ready = self.fit()
-        fitted = ready.alignment.tensors if ready.alignment else None
-        return load_plan(ready.plan, self.family, self.checkpoint, dtype=dtype, fitted=fitted)
+        return load_plan(ready.plan, self.family, self.checkpoint, dtype=dtype, fitted=ready._fitted)
 
     def _ready(self, out: Path, force: bool) -> "SwapPlan":
         self.check(out, force=force)
         return self.fit()
 
-    def _fitted(self) -> dict[str, Any]:
-        if self.alignment is None:
-            return {}
-        return {"fitted": self.alignment.tensors, "trainings": [self.alignment.training()]}
+    @property
+    def _fitted(self) -> Mapping[str, Tensor] | None:
+        return self.alignment.tensors if self.alignment else None
+
+    def _write(self, out: Path, **options: Any) -> Path:
+        trainings = [self.alignment.training()] if self.alignment else []
+        return apply_plan(
+            self.plan, self.family, self.checkpoint, out,
+            checked=True, fitted=self._fitted, trainings=trainings, **options,
+        )  # fmt: skip

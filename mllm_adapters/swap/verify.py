@@ -18,9 +18,9 @@ from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import library_errors
 from mgll_encoder.weights.spans import Span, spans
 from mgll_encoder.weights.weight_file import is_safetensors
-from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
+from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.fingerprint import agrees, span_hash
-from mllm_adapters.core.planning import dtype_name
+from mllm_adapters.core.planning import differences
 from mllm_adapters.core.provenance import TensorRecord, find_input, is_input, read_record
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.streaming import raw_bytes
@@ -105,15 +105,16 @@ class Verification:
 
     def _tensors(self) -> Check:
         try:
-            found = {name: _describe(header) for name, header in self._checkpoint.tensors.items()}
+            found = self._checkpoint.tensors
         except UserError as error:
             return Check("tensors", False, str(error))
-        planned = {t.name: (t.dtype, t.shape) for t in self.record.tensors}
-        wrong = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
         return _result(
             "tensors",
-            [f"{name} is {_said(found.get(name))}, planned was {_said(planned.get(name))}" for name in wrong],
-            f"{len(planned)} with the names, shapes and dtypes of the plan",
+            [
+                f"{n} is {is_}, planned was {planned}"
+                for n, is_, planned in differences(found, self.record.tensors)
+            ],
+            f"{len(self.record.tensors)} with the names, shapes and dtypes of the plan",
         )
 
     def _tower(self) -> Check:
@@ -260,14 +261,6 @@ def _result(name: str, wrong: list[str], detail: str) -> Check:
         return Check(name, True, detail)
     more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
     return Check(name, False, "; ".join(wrong[:3]) + more)
-
-
-def _describe(header: TensorHeader) -> tuple[str, tuple[int, ...]]:
-    return dtype_name(header.dtype), header.shape
-
-
-def _said(described: tuple[str, tuple[int, ...]] | None) -> str:
-    return "absent" if described is None else f"{described[0]} {list(described[1])}"
 
 
 def _equal(one: Span, other: Span) -> bool:

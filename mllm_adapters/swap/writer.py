@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -97,17 +96,22 @@ def write_checkpoint(
     Raises:
         UserError: ``out`` is taken, is or holds an input, or cannot be written; or what the arguments raise.
     """
-    with _new_checkpoint(out, force, inputs) as folder:
-        written = weights(folder)
-        sides(folder)
-        remove_paths(folder)
-        _write_files(folder, files or {})
-        if records is not None:
-            found = {**_side_records(folder, written.files), CONFIG: _record_of(config), **written.files}
-            _write_files(folder, records(Written(found, written.hashes)))
-        # Last and at once, so that a folder left behind by a kill is no checkpoint; `new_folder` waits for the disk.
-        with appearing(folder / config_name) as file:
-            file.write_bytes(config)
+    check_output(out, force, inputs)
+    try:
+        with new_folder(out, force) as folder:
+            written = weights(folder)
+            sides(folder)
+            remove_paths(folder)
+            _write_files(folder, files or {})
+            if records is not None:
+                found = {**_side_records(folder, written.files), CONFIG: _record_of(config), **written.files}
+                _write_files(folder, records(Written(found, written.hashes)))
+            # Last and at once, so that what a kill leaves is no checkpoint; `new_folder` waits for the disk.
+            with appearing(folder / config_name) as file:
+                file.write_bytes(config)
+    except OSError as error:
+        where = error.filename or out
+        raise UserError(f"{out} cannot be written ({where}: {error.strerror or error})") from error
     return out
 
 
@@ -154,22 +158,6 @@ def check_output(out: Path, force: bool, inputs: Iterable[Path]) -> None:
             what = "is" if given.resolve() == out.resolve() else "holds"
             raise OutputTakenError(f"output {out} {what} the input {given}: choose another `out`")
     check_free(out, force)
-
-
-@contextmanager
-def _new_checkpoint(out: Path, force: bool, inputs: Iterable[Path]) -> Iterator[Path]:
-    """`new_folder` for a checkpoint made of others, which it never replaces.
-
-    Raises:
-        UserError: ``out`` is taken, is or holds an input, or cannot be written.
-    """
-    check_output(out, force, inputs)
-    try:
-        with new_folder(out, force) as partial:
-            yield partial
-    except OSError as error:
-        where = error.filename or out
-        raise UserError(f"{out} cannot be written ({where}: {error.strerror or error})") from error
 
 
 def write_weights(
