@@ -18,9 +18,9 @@ ENCODER = 3
 CONFIG = 2
 """To read it, and to hash what was read."""
 
-TRAINED_CONFIG = 5
-"""To read it; to hash it as it is, by which an interrupted run is known again; to copy it; and twice by transformers,
-which reads it for the tokenizer and the image processor, whatever it is given."""
+TRAINED_CONFIG = 4
+"""To read it; once more for its bytes, which are hashed (an interrupted run is known again by them) and copied; and
+twice by transformers, which reads it for the tokenizer and the image processor, whatever it is given."""
 
 PICTURE = 2
 """To decode and hash it before the model is loaded, so that a damaged one costs nothing; and, as not all fit into

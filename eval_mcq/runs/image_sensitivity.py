@@ -77,6 +77,7 @@ class ImageSensitivity:
 def image_sensitivity(scorer: "Scorer", bench: Bench, questions: int) -> ImageSensitivity:
     """Put some questions of a bench, spread evenly over it, with real, blank and exchanged images."""
     items = _some(bench, questions)
+    # Opened a second time when they are scored: which batch has them is not known here, and few are looked at.
     real = [[open_image(path) for path in bench.image_paths(item)] for item in items]
     blank = [[_blank(image) for image in images] for images in real]
     kinds = {"real": real, "blank": blank, "shuffled": _exchanged(items, real)}

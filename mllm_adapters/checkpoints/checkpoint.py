@@ -84,6 +84,11 @@ class Checkpoint:
         self.config = config
 
     @cached_property
+    def config_bytes(self) -> bytes:
+        """The file config.json as it is: to hash, and to copy."""
+        return (self.folder / "config.json").read_bytes()
+
+    @cached_property
     def partial(self) -> bool:
         """Whether the folder holds only extra weights (an adapter, a projector), and the rest is stored elsewhere."""
         whole = self._loose or any((self.folder / name).is_file() for name in WEIGHTS)

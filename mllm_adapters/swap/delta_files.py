@@ -38,8 +38,8 @@ from mllm_adapters.swap.writer import (
     CONFIG,
     Progress,
     Written,
-    config_of,
     copy_sides,
+    published_config,
     reporting,
     write_checkpoint,
     write_weights,
@@ -123,7 +123,7 @@ def extract(
     values = ((step, whole.read(step.name)) for step in steps)
     return write_checkpoint(
         out,
-        config=config_of(whole.folder, whole.config),
+        config=published_config(whole.config, whole.config_bytes),
         weights=partial(_write_stored, steps=steps, values=values),
         sides=partial(copy_sides, whole, without=(PROVENANCE, CARD)),
         records=lambda written: _records(
@@ -171,7 +171,7 @@ def compose(
 
     return write_checkpoint(
         out,
-        config=config_of(delta.folder, plan.config),
+        config=published_config(plan.config, (delta.folder / CONFIG).read_bytes()),
         weights=partial(
             write_weights, source=delta.base, steps=steps, compute=delta.values, progress=progress, copy=copy
         ),

@@ -15,8 +15,8 @@ from mllm_adapters.core.planning import copied
 from mllm_adapters.core.provenance import has_record, read_record
 from mllm_adapters.swap.writer import (
     Written,
-    config_of,
     copy_sides,
+    published_config,
     write_checkpoint,
     write_weights,
 )
@@ -63,7 +63,7 @@ def replace_tensors(
 
     return write_checkpoint(
         out,
-        config=config_of(source, checkpoint.config),
+        config=published_config(checkpoint.config, checkpoint.config_bytes),
         weights=partial(write_weights, source=checkpoint, steps=steps, compute=compute),
         sides=partial(copy_sides, checkpoint),
         files=extra_files,

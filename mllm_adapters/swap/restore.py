@@ -19,7 +19,7 @@ from mllm_adapters.core.stages import components
 from mllm_adapters.core.values import compute
 from mllm_adapters.loading.load import check_complete, empty_model
 from mllm_adapters.swap.apply import apply_plan
-from mllm_adapters.swap.writer import Progress, config_of, copy_sides, write_checkpoint, write_weights
+from mllm_adapters.swap.writer import Progress, copy_sides, published_config, write_checkpoint, write_weights
 
 ORIGINAL = "original/"
 """What the names of the original checkpoint's tensors begin with where both checkpoints are read."""
@@ -94,7 +94,7 @@ def restore(
 
     return write_checkpoint(
         out,
-        config=config_of(source.folder, source.config),
+        config=published_config(source.config, source.config_bytes),
         weights=weights,
         sides=sides,
         force=force,

@@ -115,10 +115,10 @@ def write_checkpoint(
     return out
 
 
-def config_of(folder: Path, content: Mapping[str, Any]) -> bytes:
-    """The config.json of a folder, of which the content is known, without paths of this machine."""
+def published_config(content: Mapping[str, Any], raw: bytes) -> bytes:
+    """A config.json, read and as it is, without paths of this machine."""
     cleaned = without_local(content)
-    return (folder / CONFIG).read_bytes() if cleaned == content else json_bytes(cleaned)
+    return raw if cleaned == content else json_bytes(cleaned)
 
 
 def copy_sides(checkpoint: Checkpoint, folder: Path, *, without: Iterable[str] = ()) -> None:

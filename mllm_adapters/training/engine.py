@@ -27,7 +27,6 @@ from mgll_encoder.common.resuming import (
     saving_on_signal,
 )
 from mgll_encoder.common.trained_on import TRAINED_ON, trainings_of, trainings_text
-from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.provenance import named
 from mllm_adapters.core.stages import STAGES
 from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset
@@ -286,7 +285,7 @@ def _write(
         )
     full = outcome.merged if adapted else outcome.out
     if full:
-        source = Checkpoint(job.source, config=dict(job.config))
+        source = job.checkpoint
         tensors = merged(values, job.recipe.lora, adapted, lambda name: source.read(job.disk_names[name]))
         stored = {job.disk_names[name]: value for name, value in tensors.items()}
         replace_tensors(source, full, stored, force=force, extra_files=files)

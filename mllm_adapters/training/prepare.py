@@ -29,8 +29,7 @@ class Job:
     """A prepared training that has not been started.
 
     Attributes:
-        source: Checkpoint folder of the model.
-        config: Its config.json.
+        checkpoint: The model's checkpoint.
         corpus: The conversations.
         recipe: See `Recipe`.
         model: The model, frozen except for the stage's parameters.
@@ -38,15 +37,14 @@ class Job:
         stage: The trained components.
         examples: The training examples.
         counts: Counts of used and skipped rows.
-        disk_names: Parameter name -> its tensor's name in ``source``, for all parameters that change in a
+        disk_names: Parameter name -> its tensor's name in the checkpoint, for all parameters that change in a
             full checkpoint: fully trained ones, and the layers that have adapters.
         max_length: Longest example in tokens: the recipe's, or the language model's context if that is
             shorter.
         precision: Of the forward pass; trained parameters are always float32.
     """
 
-    source: Path
-    config: Mapping[str, Any]
+    checkpoint: Checkpoint
     corpus: Corpus
     recipe: Recipe
     model: Any
@@ -57,6 +55,11 @@ class Job:
     disk_names: Mapping[str, str]
     max_length: int
     precision: str
+
+    @property
+    def source(self) -> Path:
+        """Return the checkpoint's folder."""
+        return self.checkpoint.folder
 
     @property
     def steps(self) -> int:
@@ -75,7 +78,7 @@ class Job:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Return what must be equal for a run to be continued: recipe, data, precision, tower and projector."""
-        digest = hashlib.sha256((self.source / "config.json").read_bytes())
+        digest = hashlib.sha256(self.checkpoint.config_bytes)
         parts = components(self.model)
         for name, parameter in self.model.named_parameters():
             if parts[name] != "language_model" and not is_adapter(name):
@@ -132,8 +135,7 @@ def prepare_training(source: Path, data: Path | Sequence[Path], images: Path | N
     max_length = min(recipe.max_length, context)
     examples, counts = prepare_examples(corpus, processor, max_length, STAGES[recipe.stage].learns_from_text)
     return Job(
-        source=source,
-        config=checkpoint.config,
+        checkpoint=checkpoint,
         corpus=corpus,
         recipe=recipe,
         model=model,
