@@ -76,7 +76,7 @@ class PlannedFamily(Family):
 
     @property
     def as_llava(self) -> Family | None:
-        """Return the LLaVA family under this family's name, which plans checkpoints in the LLaVA layout, if there is one."""
+        """Return the LLaVA family under this family's name, if it plans checkpoints in the LLaVA layout."""
         return None
 
     @abstractmethod

@@ -129,7 +129,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_nothing(
     host: Path, tower: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else writes at the same time: the check has passed, and yet there is no room."""
-    monkeypatch.setattr("mllm_adapters.swap.apply.check_space", lambda *_: None)
+    monkeypatch.setattr("mllm_adapters.swap.writer.check_space", lambda *_: None)
     message = refused(*swap(host, tower, small_disk / "out"))
     assert "cannot be written" in message
     assert "No space left on device" in message
