@@ -328,7 +328,8 @@ CASES: dict[Callable[[Path], Path], str] = {
     other_image_size: "{path}/config.json: field 'image_size' is 56, but the weights in {path} have 28: expected",
     other_depth: "{path}/config.json: field 'num_hidden_layers' is 24, but the weights in {path} have 3: expected",
     whole_mllm: "{path}/config.json: field 'model_type' is 'llava': expected 'clip_vision_model', 'clip', 'dinov2', "
-    "'dinov2_with_registers', 'siglip_vision_model', 'siglip' or 'vit', the folder of a vision tower (a whole MLLM belongs to ",
+    "'dinov2_with_registers', 'siglip_vision_model', 'siglip' or 'vit', the folder of a vision tower (a whole "
+    "MLLM belongs to ",
     no_json: "{path}/config.json is not JSON: ",
     wrong_type: "{path}/config.json is no valid config of a CLIP ViT: ",
     no_weights: "folder {path} holds no weights (found: config.json): expected one of model.safetensors.index.json, ",
