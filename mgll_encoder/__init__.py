@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mgll_encoder.common.lazy import lazy
 
 if TYPE_CHECKING:
-    from mgll_encoder.api import linear_probe, pretrain, zero_shot
+    from mgll_encoder.api import explain, finetune_probe, linear_probe, pretrain, retrieval, zero_shot
     from mgll_encoder.common.errors import (
         BadDataError,
         IncompatibleTowerError,
@@ -48,6 +48,8 @@ __all__ = [
     "UnsupportedCheckpointError",
     "UserError",
     "build_model",
+    "explain",
+    "finetune_probe",
     "fold_normalization",
     "image_processor",
     "image_transform",
@@ -56,6 +58,7 @@ __all__ = [
     "load_tower",
     "pretrain",
     "resample_positions",
+    "retrieval",
     "save_tower",
     "tower_state_dict",
     "vision_config",
@@ -80,6 +83,8 @@ __getattr__, __dir__ = lazy(
         "UnsupportedCheckpointError": "common.errors",
         "UserError": "common.errors",
         "build_model": "tower.load",
+        "explain": "api",
+        "finetune_probe": "api",
         "fold_normalization": "tower.adapt",
         "image_processor": "tower.preprocess",
         "image_transform": "tower.preprocess",
@@ -88,6 +93,7 @@ __getattr__, __dir__ = lazy(
         "load_tower": "tower.load",
         "pretrain": "api",
         "resample_positions": "tower.adapt",
+        "retrieval": "api",
         "save_tower": "tower.save",
         "tower_state_dict": "tower.load",
         "vision_config": "tower.load",

@@ -1,49 +1,25 @@
 """The public functions to train and evaluate towers. Paths are checked before anything heavy is imported."""
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgll_encoder.common.errors import UserError
-from mgll_encoder.common.files import cache_folder
-from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.common.files import check_free
+from mgll_encoder.probing.evaluation import (
+    Evaluation,
+    evaluate_trained,
+    evaluate_zero_shot,
+    finetuned,
+    linear,
+)
 from mgll_encoder.probing.labeled_set import LabeledSet
-from mgll_encoder.weights.locate import check_manifest, check_tower
+from mgll_encoder.weights.locate import check_manifest
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from mgll_encoder.data.label_table import LabeledImages
     from mgll_encoder.pretraining.pretrain import PretrainResult
-    from mgll_encoder.probing.linear import ProbeResult
-    from mgll_encoder.tower.load import Tower
-
-    Scored = tuple[NDArray[np.float64], list[int], LabeledImages, dict[str, Any]]
-    """Scores [images, kept labels], the kept labels, the images that could be read, and a record."""
-
-    Score = Callable[[Tower, LabeledImages, Skipped], Scored]
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well a tower's features predict some labels.
-
-    Attributes:
-        result: AUC, mAP and accuracy with their intervals, macro and by label.
-        skipped: What was skipped, by reason.
-        names: Label -> its name in words, for known benchmarks.
-        record: Other settings that determine the results, for a file.
-    """
-
-    result: "ProbeResult"
-    skipped: Skipped
-    names: Mapping[str, str] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
+    from mgll_encoder.probing.explained import Sheet
+    from mgll_encoder.probing.search import Search
 
 
 def pretrain(
@@ -121,54 +97,6 @@ def linear_probe(
     )  # fmt: skip
 
 
-def linear(min_positives: int = 10, workers: int | None = None) -> "Score":
-    """Return a linear classifier on frozen features, for `evaluate_trained`."""
-
-    def score(tower: "Tower", labels: "LabeledImages", skipped: Skipped) -> "Scored":
-        from mgll_encoder.probing.features import readable_features
-        from mgll_encoder.probing.linear import linear_scores
-
-        features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
-        scores, kept = linear_scores(features, labels, positives=min_positives)
-        need_kept(kept, min_positives)
-        return scores, kept, labels, {}
-
-    return score
-
-
-def evaluate_trained(
-    encoder: Path,
-    question: LabeledSet,
-    score: "Score",
-    *,
-    activation: str | None = None,
-    weights: str | None = None,
-    strict: bool = False,
-) -> Evaluation:
-    """Train a classifier, and evaluate it on the test split of labeled images.
-
-    Args:
-        encoder: The tower.
-        question: The images and labels.
-        score: Trains on the training split and scores the test split.
-        activation: For towers that do not specify it.
-        weights: For towers stored with a moving average of their weights.
-        strict: Stop at the first row or image that would be skipped.
-
-    Raises:
-        UserError: see `LabeledSet.read` and ``load_tower``.
-    """
-    skipped = Skipped(strict)
-    check_tower(encoder)
-    labels = question.read(skipped)
-    from mgll_encoder.probing.linear import evaluate
-
-    scores, kept, labels, record = score(open_tower(encoder, activation, weights), labels, skipped)
-    result = evaluate(scores, kept, labels, seed=question.seed)
-    question.warn_of_leaks(labels)
-    return Evaluation(result, skipped, question.names, record)
-
-
 def zero_shot(
     encoder: str | Path,
     data: str | Path | None,
@@ -210,89 +138,140 @@ def zero_shot(
     )  # fmt: skip
 
 
-def evaluate_zero_shot(
-    encoder: Path,
-    question: LabeledSet,
+def finetune_probe(
+    encoder: str | Path,
+    data: str | Path | None,
+    images: str | Path,
     *,
-    prompts: str | None,
-    every: bool,
-    activation: str | None,
-    weights: str | None,
-    min_positives: int,
-    strict: bool,
-    workers: int | None,
+    trainings: int = 1,
+    tower_out: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    activation: str | None = None,
+    weights: str | None = None,
+    min_positives: int = 10,
+    strict: bool = False,
+    workers: int | None = None,
+    force: bool = False,
+    **question: Any,
 ) -> Evaluation:
-    """Run `zero_shot` on a `LabeledSet`."""
-    from mgll_encoder.probing.benchmarks import benchmark as described
+    """Train the tower together with a linear head, and evaluate both on other patients.
 
-    known = described(question.benchmark) if question.benchmark else None
-    skipped = Skipped(strict)
-    check_tower(encoder)
-    labels = question.read(skipped, both_sides=False)
-    labels = (labels if every else labels.subset(labels.test)).all_for_test
-    if not labels.images:
-        raise UserError("no image is in the test split: give a larger `test`, or `every=True`")
-    from mgll_encoder.probing.features import readable_features
-    from mgll_encoder.probing.linear import evaluate, kept_labels
-    from mgll_encoder.probing.zero_shot import (
-        class_directions,
-        projected,
-        read_prompts,
-        text_tower_of,
-        unknown_pieces,
-        zero_shot_scores,
+    An interrupted call continues from the last complete epoch when it is repeated.
+
+    Args:
+        encoder: As for `linear_probe`.
+        data: As for `linear_probe`.
+        images: As for `linear_probe`.
+        trainings: Number of trainings, with seeds from ``seed`` on; results are their means.
+        tower_out: New folder for the tower that is best on the validation part.
+        settings: Fields of `mgll_encoder.probing.finetune.FinetuneOptions`: ``epochs``, ``batch_size``, ``lr`` ...
+        activation: As for `linear_probe`.
+        weights: As for `linear_probe`.
+        min_positives: As for `linear_probe`.
+        strict: As for `linear_probe`.
+        workers: As for `linear_probe`.
+        force: Replace ``tower_out``.
+        **question: As for `linear_probe`.
+
+    Raises:
+        UserError: as `linear_probe`; or ``tower_out`` is taken.
+    """
+    target = None if tower_out is None else Path(tower_out)
+    if target:
+        check_free(target, force)
+    labeled = asked(data, images, question)
+    score = finetuned(
+        {"seed": labeled.seed, **(settings or {})}, min_positives=min_positives, workers=workers,
+        trainings=trainings, tower_out=target, force=force,
+    )  # fmt: skip
+    return evaluate_trained(
+        Path(encoder), labeled, score, activation=activation, weights=weights, strict=strict
+    )
+
+
+def retrieval(
+    encoder: str | Path,
+    data: str | Path,
+    *,
+    images: str | Path | None = None,
+    split: str = "test",
+    granularities: Sequence[str] = (),
+    activation: str | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    workers: int | None = None,
+) -> "Search":
+    """Measure retrieval of texts for images and images for texts: recall among the nearest 1, 5 and 10.
+
+    Args:
+        encoder: A tower with its text tower: a folder written by `pretrain`, or a full CLIP.
+        data: Manifest (.jsonl or .parquet).
+        images: Image folder; the one named in the manifest if not given.
+        split: ``train``, ``val`` or ``test``.
+        granularities: Which to use; each alone and all together if not given.
+        activation: As for `linear_probe`.
+        weights: As for `linear_probe`.
+        seed: Seed of the bootstrap.
+        strict: As for `linear_probe`.
+        workers: As for `linear_probe`.
+
+    Raises:
+        UserError: manifest, images or tower cannot be read, or no granularity has two texts.
+    """
+    from mgll_encoder.probing.search import search
+
+    return search(
+        Path(encoder), Path(data), images=None if images is None else Path(images), split=split,
+        granularities=granularities, activation=activation, weights=weights, seed=seed, strict=strict, workers=workers,
     )  # fmt: skip
 
-    used = read_prompts(prompts or (known.prompts if known else "generic"))
-    tower = open_tower(encoder, activation, weights)
-    text = text_tower_of(tower.header.source, tower)
-    positive = [used.positive(label, question.names) for label in labels.names]
-    negative = [used.negative(label, question.names) for label in labels.names]
-    for prompt, pieces in unknown_pieces(text, positive if labels.exclusive else positive + negative).items():
-        _logger.warning(
-            f"prompt '{prompt}': the text tower has no embedding for {', '.join(pieces)}, which are ignored"
-        )
-    features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
-    scores = zero_shot_scores(
-        projected(tower, features),
-        class_directions(text, positive),
-        class_directions(text, negative),
-        text.temperature,
-        labels.exclusive,
-    )
-    kept = kept_labels(labels, min_positives, trained=False)
-    need_kept(kept, min_positives)
-    said = {
-        label: {"positive": p} if labels.exclusive else {"positive": p, "negative": n}
-        for label, p, n in zip(labels.names, positive, negative, strict=True)
-    }
-    result = evaluate(scores[:, kept], kept, labels, seed=question.seed)
-    return Evaluation(result, skipped, question.names, {"prompts": said})
+
+def explain(
+    encoder: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    texts: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    data: str | Path | None = None,
+    limit: int = 6,
+    activation: str | None = None,
+    weights: str | None = None,
+    strict: bool = False,
+    force: bool = False,
+    **question: Any,
+) -> "Sheet":
+    """Overlay attention and attribution maps on images, and write a contact sheet.
+
+    Args:
+        encoder: The tower.
+        images: An image, a folder of images, or the folder that the image column of ``data`` is relative to.
+        out: Contact sheet to write (.png).
+        texts: Attribute the similarity to these texts; needs the text tower.
+        labels: Attribute these classes of a linear probe, fitted on the training split of ``data``; the images are
+            then test images, those of the classes first.
+        data: Table of images and labels.
+        limit: Maximum number of images.
+        activation: As for `linear_probe`.
+        weights: As for `linear_probe`.
+        strict: As for `linear_probe`.
+        force: Replace ``out``.
+        **question: As for `linear_probe`.
+
+    Raises:
+        UserError: images, table or tower cannot be read, a label is unknown, or ``out`` is taken.
+    """
+    if labels and data is None and "benchmark" not in question:
+        raise UserError("`labels` needs `data` with labels to fit a probe on")
+    from mgll_encoder.probing.explained import explain_images
+
+    return explain_images(
+        Path(encoder), Path(images), Path(out), texts=texts, labels=labels, question=asked(data, images, question),
+        limit=limit, activation=activation, weights=weights, strict=strict, force=force,
+    )  # fmt: skip
 
 
 def asked(data: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> LabeledSet:
     """Build a `LabeledSet` from keyword arguments."""
     return LabeledSet(data=None if data is None else Path(data), images=Path(images), **question)
-
-
-def open_tower(encoder: Path, activation: str | None, weights: str | None = None) -> "Tower":
-    """Load a tower and log its warnings."""
-    from mgll_encoder.tower.load import load_tower
-
-    choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked by load_tower
-    tower = load_tower(encoder, **choices)
-    for message in tower.header.warnings:
-        _logger.warning(message)
-    return tower
-
-
-def need_kept(kept: list[int], min_positives: int) -> None:
-    """Refuse a set without a label that can be evaluated.
-
-    Raises:
-        UserError: no label is kept.
-    """
-    if not kept:
-        raise UserError(
-            f"no label has negative and {min_positives} positive test images, and both to train on: see `min_positives`"
-        )

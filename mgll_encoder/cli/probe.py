@@ -1,28 +1,20 @@
 """``mgll-encoder probe``: classification with a tower, frozen or fine-tuned."""
 
 import json
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mgll_encoder import api
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import print_result, said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.probing.evaluation import evaluate_trained, finetuned, linear
 from mgll_encoder.probing.labeled_set import LabeledSet
-
-if TYPE_CHECKING:
-    from mgll_encoder.api import Scored
-    from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.data.label_table import LabeledImages
-    from mgll_encoder.tower.load import Tower
-
 
 MODES = ("linear", "finetune")
 _TITLES = {"linear": "Linear probe of {}, in %", "finetune": "Fine-tuned {}, in %"}
@@ -120,16 +112,13 @@ def probe(
         test_data, test_images, test_list, only, test, seed,
         tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
-    score = api.linear(min_positives, workers)
+    score = linear(min_positives, workers)
     if mode == "finetune":
-        settings["seed"] = seed
-        score = partial(
-            _finetuned, positives=min_positives, workers=workers, settings=settings, trainings=trainings or 1,
-            tower_out=tower_out, force=force,
+        score = finetuned(
+            {**settings, "seed": seed}, min_positives=min_positives, workers=workers,
+            trainings=trainings or 1, tower_out=tower_out, force=force,
         )  # fmt: skip
-    found = api.evaluate_trained(
-        encoder, question, score, activation=activation, weights=weights, strict=strict
-    )
+    found = evaluate_trained(encoder, question, score, activation=activation, weights=weights, strict=strict)
     print_result(found.result, _TITLES[mode].format(encoder), published, found.names)
     if out:
         content = {
@@ -141,53 +130,3 @@ def probe(
     if tower_out:
         said(f"tower: {tower_out}")
     found.skipped.say()
-
-
-def _finetuned(
-    tower: "Tower",
-    labels: "LabeledImages",
-    skipped: "Skipped",
-    *,
-    positives: int,
-    workers: int | None,
-    settings: dict[str, Any],
-    trainings: int,
-    tower_out: Path | None,
-    force: bool,
-) -> "Scored":
-    import numpy as np
-
-    from mgll_encoder.common.files import cache_folder
-    from mgll_encoder.common.picture_bytes import picture_digests
-    from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
-    from mgll_encoder.probing.features import open_every_image
-    from mgll_encoder.probing.finetune import CHOSEN_BY, FinetuneOptions, finetune
-    from mgll_encoder.probing.linear import kept_labels
-    from mgll_encoder.tower.save import save_tower
-
-    options = FinetuneOptions(**settings)
-    labels = open_every_image(labels, skipped)
-    api.need_kept(kept_labels(labels, positives), positives)
-    cache = cache_folder("finetune")
-    runs = [
-        finetune(
-            tower,
-            labels,
-            replace(options, seed=options.seed + i),
-            cache,
-            positives=positives,
-            workers=workers,
-        )
-        for i in range(trainings)
-    ]
-    best = max(runs, key=lambda run: run.validation)
-    if tower_out:
-        digests = picture_digests(best.trained_on, "Hashing the training images").values()
-        trained = [
-            *trainings_of(tower.header.source),
-            Training.of((TOWER,), "probe --mode finetune", digests),
-        ]
-        provenance = {"finetuning": {**best.record, CHOSEN_BY: best.validation, **skipped.record()}}
-        save_tower(best.tower, tower_out, force, provenance, trainings=trained)
-    record = {"finetuning": [{**run.record, f"validation_{CHOSEN_BY}": run.validation} for run in runs]}
-    return np.stack([run.scores for run in runs]), runs[0].kept, labels, record

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgll_encoder import api
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import print_result, said
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import stdout
-from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.common.tables import listed
+from mgll_encoder.probing.evaluation import evaluate_zero_shot
 from mgll_encoder.probing.labeled_set import LabeledSet
-from mgll_encoder.weights.locate import check_tower
+from mgll_encoder.probing.search import search
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,7 +77,7 @@ def zero_shot(
         test_data, test_images, test_list, only, test, seed,
         tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
-    found = api.evaluate_zero_shot(
+    found = evaluate_zero_shot(
         encoder, question, prompts=prompts, every=every, activation=activation, weights=weights,
         min_positives=min_positives, strict=strict, workers=workers,
     )  # fmt: skip
@@ -124,52 +124,21 @@ def retrieval(
 
     Example: mgll-encoder retrieval --encoder mgll-fundus --data manifest.jsonl
     """
-    import numpy as np
-
-    from mgll_encoder.common.files import cache_folder
-    from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.data.caption_dataset import described_images
-
     if out:
         check_free(out, force)
-    skipped = Skipped(strict)
-    wanted = [name.strip() for name in granularities.split(",") if name.strip()]
-    check_tower(encoder)
-    found = described_images(data, images, split, wanted, skipped)
-    from mgll_encoder.probing.features import readable_features
-    from mgll_encoder.probing.retrieval import retrieval as recall
-    from mgll_encoder.probing.zero_shot import class_directions, projected, text_tower_of
-
-    tower = api.open_tower(encoder, activation, weights)
-    text = text_tower_of(tower.header.source, tower)
-    features, readable = readable_features(tower, found.labels, cache_folder("features"), skipped, workers)
-    projections = projected(tower, features)
-    directions = class_directions(text, [[name] for name in readable.names])
-    levels = {**found.levels, "all": list(readable.names)} if len(found.levels) > 1 else found.levels
-    results: dict[str, tuple[Retrieval, Retrieval]] = {}
-    for level, texts in levels.items():
-        places = [readable.names.index(name) for name in texts]
-        truth = readable.truth[:, places]
-        rows, used = np.asarray(truth.any(axis=1)), np.asarray(truth.any(axis=0))
-        if used.sum() < 2:
-            continue
-        owners = [owner for owner, kept in zip(readable.patients, rows, strict=True) if kept]
-        results[level] = recall(
-            projections[rows], directions[places][used], truth[rows][:, used], owners, seed=seed
-        )
-    if not results:
-        raise UserError(
-            f"manifest {data}: no granularity has two texts in the {split} split: nothing to retrieve"
-        )
-    _print_retrieval(results, encoder, len(set(readable.patients)))
+    found = search(
+        encoder, data, images=images, split=split, granularities=listed(granularities),
+        activation=activation, weights=weights, seed=seed, strict=strict, workers=workers,
+    )  # fmt: skip
+    _print_retrieval(found.levels, encoder, found.patients)
     if out:
         content = {
-            "encoder": str(encoder), "data": str(data), "split": split, "seed": seed, **skipped.record(),
-            "granularities": {level: [asdict(way) for way in both] for level, both in results.items()},
+            "encoder": str(encoder), "data": str(data), "split": split, "seed": seed, **found.skipped.record(),
+            "granularities": {level: [asdict(way) for way in both] for level, both in found.levels.items()},
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
         said(f"written: {out}")
-    skipped.say()
+    found.skipped.say()
 
 
 def _print_retrieval(

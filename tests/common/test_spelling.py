@@ -22,9 +22,11 @@ APPS = (
 
 DOCUMENTS = {
     "mgll_encoder/tower/card.py", "mllm_adapters/swap/card.py", "mllm_adapters/swap/delta_files.py",
-    "mllm_adapters/alignment/align.py",
 }  # fmt: skip
-"""Model cards and records, which name the command that wrote them."""
+"""Model cards, which are read by users of both."""
+
+RECORDED = {"swap-encoder --align", "probe --mode finetune"}
+"""Names of trainings in records, which stay as they are in old ones."""
 
 TERMINAL = {f"mgll_encoder/common/{name}.py" for name in ("cli", "spelling", "table_options")}
 """Where options belong to."""
@@ -85,7 +87,9 @@ def test_no_message_of_the_library_names_an_option() -> None:
     named = [
         f"{where}: {text}"
         for where, text in _texts()
-        if re.search(r"(?<![\w-])--[a-z]", text) and not any(name in text for name in OTHER_PROGRAMS)
+        if re.search(r"(?<![\w-])--[a-z]", text)
+        and text not in RECORDED
+        and not any(name in text for name in OTHER_PROGRAMS)
     ]
     assert not named
 

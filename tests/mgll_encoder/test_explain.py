@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mgll_encoder import Tower, TowerSpec, build_model, save_tower
+import mgll_encoder
+from mgll_encoder import NotFoundError, Tower, TowerSpec, UserError, build_model, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.probing import explain as explaining
 from mgll_encoder.probing.explain import (
@@ -217,3 +218,19 @@ def test_a_class_is_shown_on_test_images_that_have_it(place: Path, tmp_path: Pat
 def test_bad_input_is_one_line(explain, tmp_path: Path, arguments: list[str], complaint: str) -> None:
     assert complaint in refused(*explain(*arguments))
     assert not (tmp_path / "look.png").exists()
+
+
+def test_from_python(place: Path, explain, tmp_path: Path) -> None:
+    table = ("--data", place / "labels.csv", "--images", place / "images", "--patient-column", "patient")
+    assert invoke(*explain(*table, "--label", "lesion", "--limit", 2)).code == 0
+    sheet = mgll_encoder.explain(
+        place / "tower", place / "images", tmp_path / "again.png", labels=["lesion"], data=place / "labels.csv",
+        patient_column="patient", limit=2,
+    )  # fmt: skip
+    assert sheet.images == 2
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "look.png").read_bytes()
+    with pytest.raises(UserError) as refused_:
+        mgll_encoder.explain(place / "tower", place / "images", tmp_path / "b.png", labels=["lesion"])
+    assert set(refused_.value.arguments) == {"labels", "data"}
+    with pytest.raises(NotFoundError):
+        mgll_encoder.explain(place / "tower", place / "nowhere", tmp_path / "b.png")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mgll_encoder import Tower, TowerSpec, build_model, load_tower, save_tower
+from mgll_encoder import Tower, TowerSpec, build_model, finetune_probe, load_tower, save_tower
 from mgll_encoder.cli import main
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import OutputTakenError, UserError
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.data.phantom.photographs import render
 from mgll_encoder.probing.finetune import FinetuneOptions, finetune, validation_part
@@ -148,6 +148,13 @@ def test_the_command_writes_the_table_and_the_tower(
     assert [run["seed"] for run in result["finetuning"]] == [0, 1]
     assert "training 2" in done.out
     assert load_tower(tmp_path / "learnt").spec.projection_dim is None
+    once = finetune_probe(
+        tmp_path / "tower", table, images, patient_column="patient", settings={"epochs": 2, "lr": 1e-3},
+        min_positives=3, workers=0,
+    )  # fmt: skip
+    assert once.result.macro["AUC"].value == pytest.approx(result["runs"][0]["AUC"], abs=0.1)
+    with pytest.raises(OutputTakenError):
+        finetune_probe(tmp_path / "tower", table, images, tower_out=tmp_path / "learnt")
     record = json.loads((tmp_path / "learnt" / "mgll_tower.json").read_text())
     assert record["provenance"]["finetuning"]["skipped"] == result["skipped"]
     assert "row 2: column 'labels' is blank" in refused(*command, "--strict")

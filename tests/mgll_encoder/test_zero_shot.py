@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +14,7 @@ from PIL import Image
 from scipy.special import softmax
 from transformers import CLIPConfig, CLIPModel
 
-from mgll_encoder import load_tower, save_tower
+from mgll_encoder import load_tower, retrieval, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.splits import assign_split
@@ -158,6 +159,11 @@ def test_retrieval_finds_the_texts_of_pictures_and_the_pictures_of_texts(
     assert to_text["recall"]["1"]["value"] > 80
     assert (to_text["candidates"], to_text["chance"]["1"]) == (2, pytest.approx(50))
     assert to_image["recall"]["1"]["value"] == 100
+    again = retrieval(place / "tower", place / "manifest.jsonl")
+    assert {level: [asdict(way)["queries"] for way in both] for level, both in again.levels.items()} == {
+        level: [way["queries"] for way in both] for level, both in found.items()
+    }
+    assert again.levels["shade"][0].recall[1].value == to_text["recall"]["1"]["value"]
     assert "does not exist: give it with --images" in refused(
         *command, "--encoder", place / "tower", "--images", "nowhere"
     )

@@ -1,0 +1,161 @@
+"""Contact sheets of explanation maps, from images and a tower to the file."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mgll_encoder.common.errors import NotFoundError, UserError, unknown_name
+from mgll_encoder.common.files import check_free, new_file
+from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.probing.evaluation import open_tower
+from mgll_encoder.probing.labeled_set import LabeledSet
+from mgll_encoder.weights.locate import check_tower
+
+if TYPE_CHECKING:
+    from mgll_encoder.probing.explain import Target
+    from mgll_encoder.tower.load import Tower
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A written contact sheet.
+
+    Attributes:
+        images: Number of images on it.
+        skipped: What was skipped, by reason.
+    """
+
+    images: int
+    skipped: Skipped
+
+
+def explain_images(
+    encoder: Path,
+    images: Path,
+    out: Path,
+    *,
+    texts: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    question: LabeledSet | None = None,
+    limit: int = 6,
+    activation: str | None = None,
+    weights: str | None = None,
+    strict: bool = False,
+    force: bool = False,
+) -> Sheet:
+    """See `mgll_encoder.explain`; ``question`` are the labeled images that the probe of ``labels`` is fitted on."""
+    check_free(out, force)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"`out` is {out}: expected a name that ends in .png")
+    check_tower(encoder)
+    if not (images.is_file() or images.is_dir()):
+        raise NotFoundError(
+            f"`images` is {images}, which does not exist: expected an image or a folder of images"
+        )
+    import torch
+
+    from mgll_encoder.common.images import open_image
+    from mgll_encoder.probing.explain import attention_maps, contact_sheet, target_maps
+    from mgll_encoder.tower.preprocess import image_transform
+
+    skipped, tower = Skipped(strict, "rows" if labels else "images"), open_tower(encoder, activation, weights)
+    targets = _texts(tower, texts)
+    if labels and question is not None:
+        classes, paths, captions = _classes(tower, question, labels, limit, skipped)
+        targets += classes
+    else:
+        numbered = _pictures(images, limit, skipped)
+        paths, captions = list(numbered), [f"image {number}" for number in numbered.values()]
+    pictures = [open_image(path) for path in paths]
+    transform = image_transform(tower.spec)
+    pixels = torch.stack([transform(picture) for picture in pictures])
+    columns = attention_maps(tower, pixels)
+    notes: dict[str, list[str]] = {}
+    for target in targets:
+        maps, scores = target_maps(tower, pixels, target)
+        columns[target.name] = maps
+        notes[target.name] = [f"{target.unit} {score:.2f}" for score in scores]
+    with new_file(out, force) as partial:
+        contact_sheet(pictures, captions, columns, notes, tower, partial)
+    return Sheet(len(paths), skipped)
+
+
+def _texts(tower: "Tower", texts: Sequence[str]) -> "list[Target]":
+    from mgll_encoder.probing.explain import text_target
+    from mgll_encoder.probing.zero_shot import class_directions, text_tower_of
+
+    if not texts:
+        return []
+    if blank := [text for text in texts if not text.strip()]:
+        raise UserError(f"`texts` has '{blank[0]}': expected some words")
+    directions = class_directions(text_tower_of(tower.header.source, tower), [[text] for text in texts])
+    return [text_target(tower, text, feature) for text, feature in zip(texts, directions, strict=True)]
+
+
+def _classes(
+    tower: "Tower", question: LabeledSet, labels: Sequence[str], limit: int, skipped: Skipped
+) -> "tuple[list[Target], list[Path], list[str]]":
+    """Return targets of the classes, test images to show (those of the classes first), and their captions."""
+    import numpy as np
+
+    from mgll_encoder.common.files import cache_folder
+    from mgll_encoder.probing.explain import class_target
+    from mgll_encoder.probing.features import readable_features
+    from mgll_encoder.probing.linear import fit_linear
+
+    found = question.read(skipped)
+    features, found = readable_features(tower, found, cache_folder("features"), skipped)
+    targets, places = [], []
+    for label in labels:
+        name = next((known for known in found.names if known.casefold() == label.strip().casefold()), None)
+        if name is None:
+            raise unknown_name("label", label, found.names)
+        place = found.names.index(name)
+        train = ~found.test & (found.truth | found.false)[:, place]
+        truth = found.truth[train, place]
+        if truth.all() or not truth.any():
+            raise UserError(
+                f"label '{label}' has no positive, or no negative, training image: nothing to fit"
+            )
+        targets.append(class_target(name, fit_linear(features[train], truth)))
+        places.append(place)
+    asked = np.flatnonzero(found.test)
+    having = found.truth[asked][:, places].any(axis=1)
+    chosen = asked[np.argsort(~having, kind="stable")][:limit]
+    captions = [
+        f"{_place(found.rows[i])}\n{', '.join(np.array(found.names)[found.truth[i]]) or 'no label'}"
+        for i in chosen
+    ]
+    return targets, [found.images[i] for i in chosen], captions
+
+
+def _place(where: str) -> str:
+    """Return the row or number of an image, without file names, which may identify a patient."""
+    place: str = re.findall(r"\b(?:row|image) \d+", where)[-1]
+    return place
+
+
+def _pictures(images: Path, limit: int, skipped: Skipped) -> dict[Path, int]:
+    """Return readable images, and their numbers when sorted by name."""
+    from mgll_encoder.common.skipped import UNREADABLE
+    from mgll_encoder.probing.features import unreadable
+
+    found = [images] if images.is_file() else sorted(images.rglob("*"))
+    candidates = [path for path in found if path == images or path.suffix.lower() in _PICTURES]
+    chosen: dict[Path, int] = {}
+    for number, path in enumerate(candidates, start=1):
+        if len(chosen) == limit:
+            break
+        skipped.read += 1
+        if trouble := unreadable(path):
+            skipped.add(UNREADABLE, f"image {number} (sorted by name) of {images} {trouble}")
+        else:
+            chosen[path] = number
+    if not chosen:
+        reasons = "; ".join(skipped.lines()) or f"it contains no {', '.join(_PICTURES)}"
+        raise UserError(f"{images} has no usable image: {reasons}")
+    return chosen
