@@ -128,7 +128,7 @@ def align(
     samples: int | None = None,
     device: str = "auto",
 ) -> "SwapPlan":
-    """Fit what reads the tower's features on unlabelled images, in closed form.
+    """Fit the connector on unlabeled images, in closed form.
 
     Args:
         plan: A planned swap.
@@ -146,7 +146,7 @@ def align(
 
 
 def fitting(images: str | Path, samples: int | None = None, device: str | None = None) -> "Fitting":
-    """How to fit connectors on images, with the defaults of `align`."""
+    """Return settings for fitting the connector on images, with the defaults of `align`."""
     from mllm_adapters.alignment.align import SAMPLES
     from mllm_adapters.swap.planned import Fitting
 
@@ -191,7 +191,7 @@ def restore(
     force: bool = False,
     progress: "Progress" = lambda _: None,
 ) -> Path:
-    """Undo a swap: put the original tower and its connectors back, or take the new tower out.
+    """Undo a swap: restore the original tower and connector, or extract the new tower.
 
     Args:
         folder: The swapped checkpoint.
@@ -443,7 +443,7 @@ def _maybe(path: str | Path | None) -> Path | None:
 
 
 def list_families() -> "list[Support]":
-    """What is supported: one row per family, with layouts read, tokens per image, connectors, and how results load."""
+    """Return the supported families: layouts, tokens per image, connectors, and how results load."""
     from mllm_adapters.core.support_matrix import support
 
     return support()

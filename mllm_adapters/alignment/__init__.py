@@ -1,1 +1,1 @@
-"""Fitting the connectors of a swapped tower in closed form."""
+"""Fits the connector of a swapped tower in closed form."""

@@ -1,14 +1,14 @@
-"""Alignment in closed form: connectors fitted on unlabelled images, to do with the new tower what they did before.
+"""Alignment in closed form: fits the connector on unlabeled images, to reproduce its outputs on the old tower.
 
-Both towers see the same images. For every linear layer that reads vision features, ridge regression finds the layer
-that gives, on the new features, the pre-activations that the old one gave on the old features
+Both towers encode the same images. For every linear layer that reads vision features, ridge regression finds
+the layer whose pre-activations on the new features match those of the old layer on the old features
 (`mllm_adapters.alignment.ridge`).
-Normalisations before a connector stay as the plan has them: the regression is on what comes out of them, so it is exact
-for both together. Nothing is trained, and no language model is loaded.
+Normalisations before a connector stay as planned: the regression uses their outputs, so it is exact for both
+together. Nothing is trained, and no language model is loaded.
 
-Tokens are matched by place. Old features are read off between patch centres (bilinear) where the new tower has
-another grid, or where old and new preprocessing show another part of the picture: what a centre crop leaves out has
-no old features, and counts for nothing. The class token is matched with the class token.
+Tokens are matched by position. If the grids or the fields of view differ, old features are interpolated
+bilinearly between patch centers; positions outside the old tower's field of view (center crop) are ignored.
+The class token is matched with the class token.
 """
 
 import time
@@ -36,16 +36,16 @@ from mllm_adapters.core.fates import Fitted
 from mllm_adapters.core.operations import REINIT
 
 SAMPLES = 500
-"""Images that are used, unless told otherwise."""
+"""Default number of images."""
 
 BATCH = 8
-"""Images that pass through the towers together."""
+"""Images per batch."""
 
 HELD_OUT = 5
-"""Every so-many-th image is held out."""
+"""One in this many images is held out."""
 
 POOR = 0.5
-"""Held-out R² below which the fit has failed; docs/alignment.md has what was measured."""
+"""Held-out R² below which the fit has failed; see the measurements in docs/alignment.md."""
 
 SCARCE = 5
 """Tokens per feature below which more images would help."""
@@ -56,17 +56,17 @@ FEATURES = 1e-6
 
 @dataclass(frozen=True)
 class ConnectorFit:
-    """What became of a connector.
+    """The fit of a connector layer.
 
     Attributes:
         connector: Its name in the checkpoint.
         r2: Share of the variance of its pre-activations on held-out images that the fit explains.
         relative_error: Root mean square error there, relative to the root mean square of the pre-activations.
-        r2_unaligned: The same share for the connector as a swap would have left it; None where it would be drawn anew.
+        r2_unaligned: The same share for the layer after a plain swap; None if that would re-initialize it.
         strength: Ridge strength, relative to the mean variance of the features.
-        towards: What the ridge pulls towards: ``zero`` or ``kept``, the connector as a swap would have left it.
-        intercept: Whether an intercept was fitted; a connector without bias has none.
-        seconds: Time to solve for it and those that read the same features.
+        towards: What the ridge shrinks towards: ``zero``, or ``kept``, the layer after a plain swap.
+        intercept: Whether an intercept was fitted; a layer without bias has none.
+        seconds: Time to solve for it and the layers with the same input.
     """
 
     connector: str
@@ -81,19 +81,19 @@ class ConnectorFit:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Fitted connectors.
+    """The fitted connector layers.
 
     Attributes:
         tensors: Their values, float32, by names in the checkpoint.
-        fits: What became of each.
-        images: Folder or manifest that the images come from.
-        used: Images that were used.
-        held_out: How many of these chose the ridge strength.
-        tokens: Tokens that the connectors were fitted on.
-        unreadable: Images that were left out.
-        skipped: Why, in words.
-        seconds: Time for everything.
-        device: Where the towers ran.
+        fits: The fit of each layer.
+        images: Folder or manifest of the images.
+        used: Number of images used.
+        held_out: Number of these that chose the ridge strength.
+        tokens: Number of tokens in the fit.
+        unreadable: Number of images that were left out.
+        skipped: Description of the reasons.
+        seconds: Total time.
+        device: Device of the towers.
         digests: Hashes of the images (`picture_digest`).
     """
 
@@ -110,11 +110,11 @@ class Alignment:
     digests: tuple[str, ...] = ()
 
     def training(self) -> Training:
-        """The record of what the connectors were fitted on."""
+        """Return the record of the images used for the fit."""
         return Training.of(("projector",), "swap-encoder --align", self.digests)
 
     def record(self) -> dict[str, Any]:
-        """For ``mgll_swap.json``: without values, and without paths, which may name patients."""
+        """Return the record for ``mgll_swap.json``, without values, and without paths, which may name patients."""
         kept = ("used", "unreadable", "held_out", "tokens", "seconds", "device")
         fields = {name: getattr(self, name) for name in kept}
         return {
@@ -124,34 +124,35 @@ class Alignment:
         }
 
     def apply_to(self, plan: Plan) -> Plan:
-        """The plan with what became of its connectors, for provenance and model card."""
+        """Return the plan with the fates of its connector layers, for provenance and model card."""
         fates = {fit.connector: Fitted(images=self.used, r2=fit.r2) for fit in self.fits}
         connectors = {**plan.connectors, **fates}
         return plan.model_copy(update={"connectors": connectors, "alignment": self.record()})
 
     def warnings(self) -> list[str]:
-        """What the user should know before relying on it."""
+        """Return warnings for the user."""
         found = list(self.skipped)
         for fit in self.fits:
             if fit.r2 < POOR:
                 found.append(
                     f"alignment did not work for {fit.connector}: on held-out images it explains {fit.r2:.0%} of what "
-                    f"the old tower's features gave; add images (`samples`, now {self.used}) of the kind that the "
-                    "model is to see, and retrain the projector before use"
+                    f"the old tower's features gave; add images (`samples`, now {self.used}) of the kind "
+                    "that the model will be used on, and retrain the projector before use"
                 )
         widest = max(value.shape[-1] for value in self.tensors.values() if value.ndim == 2)
         if self.tokens < SCARCE * widest:
             found.append(
-                f"{self.used} images gave {self.tokens} tokens for features {widest} wide: more images will fit better"
+                f"{self.used} images gave {self.tokens} tokens for features {widest} wide: more images "
+                "would improve the fit"
             )
         return found
 
 
 def fitted_plan(plan: Plan, family: Family, checkpoint: Checkpoint) -> Plan:
-    """A swap's plan with its connectors to be fitted on images.
+    """Return a swap's plan with its connector to be fitted on images.
 
     Raises:
-        UserError: it swaps nothing, or has no linear layer that reads features.
+        UserError: it is not a swap, or has no linear layer that reads features.
     """
     if not plan.swapped:
         raise UserError("`images` goes with a new tower: give one with `encoder`")
@@ -183,15 +184,15 @@ def align(
     samples: int = SAMPLES,
     device: str = "auto",
 ) -> Alignment:
-    """Fit the connectors of a swap on images.
+    """Fit the connector of a swap on images.
 
     Args:
-        plan: What the swap will write, as planned without alignment.
+        plan: The swap's plan without alignment.
         family: The family that made it.
         checkpoint: Its source.
         images: Folder of images, searched recursively, or an MGLL manifest.
-        samples: Most images to use; which ones is drawn, always the same.
-        device: Where the towers run: ``auto``, or what torch calls it.
+        samples: Maximum number of images, sampled with a fixed seed.
+        device: Device of the towers: ``auto``, or a torch device.
 
     Raises:
         UserError: there are too few images, the old tower cannot be found, or there is no such device.
@@ -206,7 +207,7 @@ def align(
     new = planned_vision_model(target, family, checkpoint, place)
     points = {_point(r): (_point(r), r.at or r.host or r.linear) for r in connector_layers}
     data = _Data(FeaturePairs(family, old, new, points))
-    for start in track(range(0, len(files), BATCH), "looking at images", -(-len(files) // BATCH)):
+    for start in track(range(0, len(files), BATCH), "encoding images", -(-len(files) // BATCH)):
         data.add(files[start : start + BATCH])
     if data.used < FEWEST:
         found = "; ".join(data.skipped.lines())
@@ -230,10 +231,10 @@ def align(
 
 
 def find_device(name: str) -> torch.device:
-    """The torch device of this name; ``auto`` for an accelerator if there is one.
+    """Return the torch device of this name; ``auto`` for an accelerator if there is one.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: this machine has no such device.
     """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -252,10 +253,10 @@ def _point(reading: ConnectorLayer) -> str:
 
 
 class _Data:
-    """Moments of what two towers see, to fit on and to choose the ridge strength with.
+    """Moments of two towers' features, for fitting and for choosing the ridge strength.
 
     Args:
-        watch: Shows them pictures.
+        watch: Runs the models on images.
     """
 
     def __init__(self, watch: FeaturePairs) -> None:
@@ -266,7 +267,7 @@ class _Data:
         self.used = 0
 
     def add(self, files: Sequence[Path]) -> None:
-        """Look at a batch of images; those that cannot be opened are left out and counted."""
+        """Add a batch of images; those that cannot be opened are left out and counted."""
         pictures: list[Image.Image] = []
         for file in files:
             self.skipped.read += 1
@@ -274,7 +275,7 @@ class _Data:
                 pictures.append(open_image(file))
             except UserError as error:
                 self.skipped.add(
-                    UNREADABLE, f"image {self.skipped.read} of those drawn {unnamed(error, file)}"
+                    UNREADABLE, f"image {self.skipped.read} of the sample {unnamed(error, file)}"
                 )
         if not pictures:
             return
@@ -294,9 +295,9 @@ class _Data:
 def _solve(
     data: _Data, connector_layers: Sequence[ConnectorLayer], old: VisionModel, plan: Plan, target: Plan
 ) -> tuple[dict[str, Tensor], list[ConnectorFit]]:
-    """Values of the fitted tensors, and how good they are."""
+    """Return the values of the fitted tensors, and the quality of the fits."""
     biased = {step.name.removesuffix(".bias") for step in target.steps if step.name.endswith(".bias")}
-    drawn = {step.name.removesuffix(".weight") for step in plan.steps if step.kind is REINIT}
+    reinitialized = {step.name.removesuffix(".weight") for step in plan.steps if step.kind is REINIT}
     tensors: dict[str, Tensor] = {}
     fits: dict[str, ConnectorFit] = {}
     for point in data.fitted:
@@ -305,7 +306,8 @@ def _solve(
         targets = [_target(old, r, fitted.old, bias=r.linear in biased) for r in group]
         stays = fitted.new == fitted.old
         starts = [
-            one if stays and r.linear not in drawn else None for r, one in zip(group, targets, strict=True)
+            one if stays and r.linear not in reinitialized else None
+            for r, one in zip(group, targets, strict=True)
         ]
         found = fit_connectors(fitted, held_out, targets, starts)
         seconds = round(time.monotonic() - began, 2)
@@ -318,7 +320,7 @@ def _solve(
 
 
 def _target(old: VisionModel, reading: ConnectorLayer, width: int, *, bias: bool) -> Linear:
-    """What the old model does with its features at a connector: a layer, or nothing."""
+    """Return the old model's layer at a connector layer, or the identity."""
     module = old.module(reading.host or reading.linear)
     if isinstance(module, nn.Linear):
         given = module.bias if module.bias is not None else module.weight.new_zeros(module.out_features)
@@ -345,9 +347,9 @@ def _tensors(name: str, layer: Linear) -> dict[str, Tensor]:
 
 
 def _writer(old: VisionModel, reading: ConnectorLayer, layer: Linear) -> Linear:
-    """The layer that adds to the features, such that the fitted connector makes of it what the old one made.
+    """Adapt the layer that adds to the features, so that its effect on the fitted connector layer is unchanged.
 
-    Least squares again, V' of W' V' = W V, with a small ridge where W' has fewer columns than W.
+    Least squares again: V' of W' V' = W V, with a small ridge if W' has fewer columns than W.
     """
     reader, writer = old.module(reading.linear), old.module(str(reading.adds))
     assert isinstance(reader, nn.Linear)

@@ -1,4 +1,4 @@
-"""Features of two towers for the same places of the same pictures."""
+"""Pairs the features of two towers at the same positions of the same images."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,24 +24,24 @@ from mllm_adapters.core.contract import Family
 from mllm_adapters.data.mcq_rows import BENCH_SCHEMA, BenchQuestion
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Files in a folder that count as images, whatever the case of their letters."""
+"""Suffixes of image files in a folder, in any case."""
 
 FEWEST = 10
-"""Images without which there is no point in fitting and holding out."""
+"""Minimum number of images for a fit with held-out images."""
 
 
 class _AllSeen(Exception):
-    """Everything that was to be caught has been: the rest of the model need not run."""
+    """Raised to stop the forward pass once all inputs are captured."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Features at one place of the model.
+    """Features at one point of the model.
 
     Attributes:
-        new: Of the new tower [pictures, tokens, width].
-        old: Of the old tower, for the same tokens [pictures, tokens, width].
-        seen: Whether the old tower saw that part of the picture [pictures, tokens].
+        new: Features of the new tower [images, tokens, width].
+        old: Features of the old tower, for the same tokens [images, tokens, width].
+        seen: Whether that part of the image is in the old tower's field of view [images, tokens].
     """
 
     new: Tensor
@@ -49,7 +49,7 @@ class Pairs:
     seen: Tensor
 
     def rows(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """New and old features [n, width] of some pictures' tokens; a mask [pictures], which views repeat."""
+        """Return new and old features [n, width] of selected images' tokens, by a mask [images] that views repeat."""
         chosen = (
             self.seen
             & pictures.to(self.seen.device).repeat_interleave(len(self.seen) // len(pictures))[:, None]
@@ -58,13 +58,13 @@ class Pairs:
 
 
 class FeaturePairs:
-    """Shows pictures to two models and catches what their connectors read.
+    """Runs two models on images and captures the inputs of their connectors.
 
     Args:
-        family: Knows how its models are looked through.
+        family: The family, which runs its models' vision part.
         old: The model before the swap.
         new: The model after it.
-        points: Name -> (module of the new model, module of the old one) whose input is caught.
+        points: Name -> (module of the new model, module of the old one) whose input is captured.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class FeaturePairs:
         self._old_points = {name: old.module_name(pair[1]) for name, pair in points.items()}
         self._new_rule = family.pixel_rule(new.contract, new.config)
         self._old_rule = family.pixel_rule(old.contract, old.config)
-        if old.contract.tiles > 1:  # what a tile shows cannot be told from the picture's shape
+        if old.contract.tiles > 1:  # the content of a tile does not follow from the image's shape
             self._old_rule = self._old_rule.model_copy(update={"resize": self._new_rule.resize})
 
     def look(self, pictures: Sequence[Image.Image]) -> dict[str, Pairs]:
-        """What the connectors read of some pictures, by point."""
+        """Return the connectors' inputs for images, by point."""
         new = self._catch(self._new, self._new_rule, self._new_points, pictures)
         old = self._catch(self._old, self._old_rule, self._old_points, pictures)
         shown = [
@@ -100,12 +100,12 @@ class FeaturePairs:
 
 
 def find_images(images: Path, most: int) -> list[Path]:
-    """Image files, in an order that is drawn, always the same for the same files.
+    """Find image files, in a random order that is always the same for the same files.
 
     Args:
-        images: Folder, searched recursively; or an MGLL manifest (``.jsonl``), of which the training split is taken;
-            or an eval-mcq bench (``.jsonl``).
-        most: How many at most.
+        images: Folder, searched recursively; or the training split of an MGLL manifest (``.jsonl``); or an
+            eval-mcq benchmark (``.jsonl``).
+        most: Maximum number of images.
 
     Raises:
         UserError: there is no such folder or manifest, or it has too few images.
@@ -127,8 +127,8 @@ def find_images(images: Path, most: int) -> list[Path]:
 
 
 def _listed(file: Path) -> set[Path]:
-    """The images of a manifest's training split, or of all questions of a bench."""
-    lines = read_text(file, "`images`").split("\n")  # not splitlines(): texts may hold U+2028
+    """Return the images of a manifest's training split, or of all questions of a benchmark."""
+    lines = read_text(file, "`images`").split("\n")  # not splitlines(): texts may contain U+2028
     first = parse_json(lines[0], f"{file} line 1")
     if not (isinstance(first, dict) and first.get("schema") == BENCH_SCHEMA):
         folder = image_folder(file, read_header(file))
@@ -141,12 +141,12 @@ def _listed(file: Path) -> set[Path]:
 
 
 def match(new: Tensor, old: Tensor, shown: Tensor) -> Pairs:
-    """Pair each new token with what the old tower has at its place.
+    """Pair each new token with the old tower's features at its position.
 
     Args:
-        new: New features [n, tokens, width], a class token first or none.
+        new: New features [n, tokens, width], with or without a class token first.
         old: Old features, likewise, on any grid.
-        shown: How much of the picture's width and height the new tower is shown, relative to the old one [pictures, 2].
+        shown: Width and height of the new tower's field of view, relative to the old one's [images, 2].
     """
     (new_class, new_grid), (old_class, old_grid) = _split(new), _split(old)
     placed, seen = _sample(
@@ -159,17 +159,17 @@ def match(new: Tensor, old: Tensor, shown: Tensor) -> Pairs:
 
 
 def _split(tokens: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Class token, if the others make a square and all do not, and the others."""
+    """Split off the class token, if only the other tokens form a square."""
     number = tokens.shape[1]
     if isqrt(number) ** 2 == number:
         return None, tokens
     if isqrt(number - 1) ** 2 == number - 1:
         return tokens[:, :1], tokens[:, 1:]
-    raise LookupError(f"{number} tokens are no square grid, with or without class token")
+    raise LookupError(f"{number} tokens do not form a square grid, with or without class token")
 
 
 def _sample(old: Tensor, shown: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Features [n, number, width] at the new tokens' places, and which of these the old tower saw."""
+    """Interpolate features [n, number, width] at the new tokens' positions, with a mask of the old field of view."""
     side, old_side = isqrt(number), isqrt(old.shape[1])
     if side == old_side and bool((shown == 1).all()):
         return old, torch.ones(old.shape[:2], dtype=torch.bool, device=old.device)
@@ -182,20 +182,20 @@ def _sample(old: Tensor, shown: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 
 def _extent(rule: PixelRule, picture: Image.Image) -> tuple[float, float]:
-    """Width and height of what a tower is shown, relative to the picture's."""
+    """Return width and height of a tower's field of view, relative to the image's."""
     width, height = picture.size
     side = {"crop": min(width, height), "pad": max(width, height), "squash": None}[rule.resize]
     return (1.0, 1.0) if side is None else (side / width, side / height)
 
 
 def _by_picture(value: Tensor, pictures: int) -> Tensor:
-    """[tokens of all pictures, width], [n, tokens, width] or [n, rows, columns, width] -> [n, tokens, width]."""
+    """Reshape [tokens of all images, width], [n, tokens, width] or [n, rows, columns, width] to [n, tokens, width]."""
     return value.unflatten(0, (pictures, -1)) if value.ndim == 2 else value.flatten(1, -2)
 
 
 @contextmanager
 def _inputs(model: Any, points: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
-    """Catch the first inputs of modules; the forward pass is broken off when all are there."""
+    """Capture the first inputs of modules; the forward pass is stopped when all are captured."""
     caught: dict[str, Tensor] = {}
 
     def note(name: str, given: tuple[Any, ...]) -> None:

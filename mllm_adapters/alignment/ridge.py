@@ -1,8 +1,8 @@
-"""Ridge regression from second moments: one pass over the data, memory of the widths squared, every strength at once.
+"""Ridge regression from second moments: one pass over the data, memory quadratic in the widths, all strengths at once.
 
-The problem: a linear layer y = W h + b read the features h of one tower; find the layer y = V g + c that comes nearest
-on the features g of another tower. All that the least-squares solution, the ridge path and the error on held-out
-images need of the data are the second moments of (1, g, h), which are summed in float64, batch by batch.
+The problem: a linear layer y = W h + b reads the features h of one tower; find the closest layer y = V g + c
+on the features g of another tower. The least-squares solution, the ridge path and the error on held-out
+images need only the second moments of (1, g, h), which are summed in float64, batch by batch.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 STRENGTHS = torch.logspace(-10, 2, 49, dtype=torch.float64)
-"""Ridge strengths that are tried, as multiples of the mean variance of the new features."""
+"""Candidate ridge strengths, as multiples of the mean variance of the new features."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Linear:
 
     Attributes:
         weight: [out, in].
-        bias: [out], or None where the layer has none.
+        bias: [out], or None if the layer has none.
     """
 
     weight: Tensor
     bias: Tensor | None = None
 
     def double(self, device: torch.device) -> "Linear":
-        """The same layer in float64."""
+        """Return the layer in float64."""
         bias = None if self.bias is None else self.bias.detach().to(device, torch.float64)
         return Linear(self.weight.detach().to(device, torch.float64), bias)
 
@@ -40,7 +40,7 @@ class Moments:
     Attributes:
         new: Width of g, the new tower's features.
         old: Width of h, the old tower's features.
-        device: Where they are summed; it must know float64.
+        device: Device of the sums; it must support float64.
         total: Their sum [1 + new + old, 1 + new + old], float64.
     """
 
@@ -54,7 +54,7 @@ class Moments:
         self.total = torch.zeros(side, side, dtype=torch.float64, device=self.device)
 
     def add(self, new: Tensor, old: Tensor) -> None:
-        """Count tokens: g [n, new] with the h [n, old] that belong to them."""
+        """Add tokens: g [n, new] and the corresponding h [n, old]."""
         ones = new.new_ones(len(new), 1, dtype=torch.float64)
         joined = torch.cat([ones, new.double(), old.double()], dim=1).to(self.device)
         self.total.addmm_(joined.T, joined)
@@ -66,31 +66,31 @@ class Moments:
 
     @property
     def tokens(self) -> int:
-        """How many tokens were counted."""
+        """Return the number of tokens."""
         return int(self.total[0, 0])
 
     @property
     def mean(self) -> Tensor:
-        """Mean of (g, h)."""
+        """Return the mean of (g, h)."""
         return self.total[0, 1:] / self.total[0, 0]
 
     def about(self, center: Tensor) -> Tensor:
-        """Mean product of (g, h) - centre with itself [new + old, new + old]."""
+        """Return the mean outer product of (g, h) - center with itself [new + old, new + old]."""
         cross = torch.outer(self.mean, center)
         return self.total[1:, 1:] / self.total[0, 0] - cross - cross.T + torch.outer(center, center)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted layer, and how well it does on what it was not fitted on.
+    """A fitted layer, and its quality on held-out data.
 
     Attributes:
-        layer: The layer, fitted on everything, held-out tokens included.
+        layer: The layer, fitted on all tokens, including held-out ones.
         r2: Share of the pre-activations' variance on held-out tokens that the fit on the others explains.
-        error: Root mean square of what is left there, relative to the pre-activations' root mean square.
+        error: Root mean square residual there, relative to the pre-activations' root mean square.
         strength: Ridge strength, as a multiple of the mean variance of the new features.
-        shrunk_to_start: Whether the ridge pulls towards ``start`` (otherwise towards zero).
-        r2_start: What ``start`` explains by itself; None where there is none.
+        shrunk_to_start: Whether the ridge shrinks towards ``start`` (otherwise towards zero).
+        r2_start: R² of ``start``; None if there is none.
     """
 
     layer: Linear
@@ -104,17 +104,17 @@ class Fit:
 def fit_connectors(
     fitted: Moments, held_out: Moments, targets: Sequence[Linear], starts: Sequence[Linear | None]
 ) -> list[Fit]:
-    """Fit layers on new features to what old layers gave on old ones.
+    """Fit layers on new features to the outputs of old layers on old ones.
 
-    The ridge pulls the new weights towards zero or, where there is a layer to start from, towards that one, whichever
-    leaves less error on the held-out tokens. The intercept is not penalised; layers without bias have none, and their
-    moments are then taken about zero instead of about the mean.
+    The ridge shrinks the new weights towards zero or, if there is a start layer, towards that one, whichever
+    has less error on the held-out tokens. The intercept is not penalized; layers without bias have none, and
+    their moments are then about zero instead of the mean.
 
     Args:
         fitted: Moments of the tokens to fit on.
         held_out: Moments of the tokens that choose the strength.
         targets: The old layers, which read h.
-        starts: For each, the layer that would stay in place on g, or None.
+        starts: For each, the layer that a plain swap would keep on g, or None.
     """
     paths: dict[bool, _Path] = {}
     found = []
@@ -127,7 +127,7 @@ def fit_connectors(
 
 
 class _Path:
-    """What the fits of layers that read the same features share: two eigen-decompositions, and moments."""
+    """Shared data of the fits with the same input features: two eigendecompositions, and moments."""
 
     def __init__(self, fitted: Moments, held_out: Moments, centered: bool) -> None:
         self.new, self.centered = fitted.new, centered
@@ -141,7 +141,7 @@ class _Path:
         self.all_values, self.all_vectors = _eigen(self.all[: self.new, : self.new])
 
     def errors(self, target: Tensor, start: Tensor) -> Tensor:
-        """Mean squared error on the held-out tokens, summed over outputs, for each of `STRENGTHS`."""
+        """Return the mean squared error on the held-out tokens, summed over outputs, for each of `STRENGTHS`."""
         n = self.new
         given = self.vectors.T @ (self.fit[:n, n:] @ target.T - self.fit[:n, :n] @ start.T)
         wanted = self.vectors.T @ (self.test[:n, n:] @ target.T - self.test[:n, :n] @ start.T)
@@ -151,17 +151,17 @@ class _Path:
         return left - 2 * linear @ shrink + (shrink * (square @ shrink)).sum(0)
 
     def residual(self, moments: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        """Mean squared difference of ``weight`` on g and ``target`` on h under centred moments, summed over outputs."""
+        """Return the mean squared difference of ``weight`` on g and ``target`` on h, centered, summed over outputs."""
         joined = torch.cat([weight, -target], dim=1)
         return ((joined @ moments) * joined).sum()
 
     @property
     def scale(self) -> Tensor:
-        """Mean variance of the new features."""
+        """Return the mean variance of the new features."""
         return self.values.mean().clamp_min(torch.finfo(torch.float64).tiny)
 
     def solve(self, target: Tensor, start: Tensor, strength: float) -> Tensor:
-        """Weights of this strength on all tokens."""
+        """Solve for the weights of this strength on all tokens."""
         n = self.new
         given = self.all_vectors.T @ (self.all[:n, n:] @ target.T - self.all[:n, :n] @ start.T)
         shrunk = given / (self.all_values + strength * self.scale)[:, None]
@@ -178,7 +178,7 @@ def _fit(path: _Path, target: Linear, start: Linear | None) -> Fit:
     zero = weight.new_zeros(len(weight), path.new)
     begin = [zero] if start is None else [zero, start.weight.to(zero)]
     errors = torch.stack([path.errors(weight, one) for one in begin])
-    # What the outputs vary by on the held-out tokens, and their mean square.
+    # Variance of the outputs on the held-out tokens, and their mean square.
     spread = path.residual(path.held_out.about(path.held_out.mean), zero, weight)
     best = int(errors.argmin())
     chosen, strength = begin[best // len(STRENGTHS)], float(STRENGTHS[best % len(STRENGTHS)])
@@ -202,7 +202,7 @@ def _fit(path: _Path, target: Linear, start: Linear | None) -> Fit:
 
 
 def _squared(moments: Moments, layer: Linear, target: Linear) -> Tensor:
-    """Mean squared difference of ``layer`` on g and ``target`` on h, biases included, summed over outputs."""
+    """Return the mean squared difference of ``layer`` on g and ``target`` on h with biases, summed over outputs."""
     biases = [
         one.bias if one.bias is not None else one.weight.new_zeros(len(one.weight)) for one in (layer, target)
     ]

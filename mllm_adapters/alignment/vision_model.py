@@ -1,7 +1,7 @@
-"""The seeing half of a model: tower and connectors with their values, everything else without memory.
+"""The vision part of a model: tower and connector with their values, everything else without memory.
 
-The model is loaded whole, by the library, with an empty loading report. What is not needed to see, above all the
-language model, is given as a single zero that is expanded to each tensor's shape: it takes no memory, and the
+The library loads the complete model, with an empty loading report. Tensors outside the vision part, mainly
+the language model, are a single zero expanded to each tensor's shape: they take no memory, and the
 checkpoint's values are never read.
 """
 
@@ -24,13 +24,13 @@ from mllm_adapters.loading.load import check_depths, load_state
 
 @dataclass(frozen=True)
 class VisionModel:
-    """A model that can see, and how it does.
+    """A model with a working vision part.
 
     Attributes:
         model: The model, in float32; its language model is all zeros.
         contract: Its vision contract.
         config: Its config.json.
-        device: Where tower and connectors are.
+        device: Device of tower and connector.
     """
 
     model: nn.Module
@@ -39,11 +39,11 @@ class VisionModel:
     device: torch.device
 
     def module(self, name: str) -> nn.Module:
-        """The module whose tensors a checkpoint has under this name, whatever prefix either of them lacks."""
+        """Return the module whose tensors have this name in a checkpoint, up to a prefix."""
         return self.model.get_submodule(self.module_name(name))
 
     def module_name(self, name: str) -> str:
-        """The full name of that module."""
+        """Return the full name of that module."""
         found: list[str] = [n for n, _ in self.model.named_modules() if n and _same_end(n, name)]
         if len(found) != 1:
             raise LookupError(f"{len(found)} modules of {type(self.model).__name__} are called {name}")
@@ -53,7 +53,7 @@ class VisionModel:
 def source_vision_model(
     plan: Plan, family: Family, checkpoint: Checkpoint, device: torch.device
 ) -> VisionModel:
-    """The model that a swap starts from.
+    """Load the vision part of a swap's source model.
 
     Raises:
         UserError: its tower cannot be found or read.
@@ -73,7 +73,7 @@ def source_vision_model(
 def planned_vision_model(
     plan: Plan, family: Family, checkpoint: Checkpoint, device: torch.device
 ) -> VisionModel:
-    """The model that a swap will write, as it would be without alignment; what is to be fitted is zero."""
+    """Load the vision part of a swap's result without alignment; layers to be fitted are zero."""
     wanted = [step for step in _needed(family, plan.steps) if step.kind is not FIT]
     values = compute(plan, checkpoint, wanted)
     return VisionModel(
@@ -97,7 +97,7 @@ def _load(
     state = {step.name: given.get(step.name, _nothing(step)) for step in steps}
     model = load_state(state, config, folder, dtype=torch.float32).eval().requires_grad_(False)
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.untyped_storage().nbytes() >= tensor.nbytes:  # not one of the expanded zeros
+        if tensor.untyped_storage().nbytes() >= tensor.nbytes:  # not an expanded zero
             tensor.data = tensor.data.to(device)
     return model
 
@@ -107,7 +107,7 @@ def _nothing(step: Step) -> Tensor:
 
 
 def _memory(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that loading asks for: with another one the library would copy, and the copy takes memory."""
+    """Return the dtype for loading: with another one the library would make a copy, which takes memory."""
     return torch.float32 if dtype.is_floating_point else dtype
 
 

@@ -85,7 +85,7 @@ class Checkpoint:
 
     @cached_property
     def config_bytes(self) -> bytes:
-        """The file config.json as it is: to hash, and to copy."""
+        """Return the bytes of config.json, for hashing and copying."""
         return (self.folder / "config.json").read_bytes()
 
     @cached_property

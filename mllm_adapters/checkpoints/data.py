@@ -1,9 +1,9 @@
-"""Pure data, checked when it is made."""
+"""Immutable data, validated on construction."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Data(BaseModel):
-    """Data that does not change and has no field but its own."""
+    """Immutable data without additional fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

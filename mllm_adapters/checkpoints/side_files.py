@@ -102,7 +102,7 @@ def remove_paths(folder: Path) -> None:
 
 
 def json_bytes(content: Any) -> bytes:
-    """A configuration as a file holds it."""
+    """Format a configuration as in a file."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 

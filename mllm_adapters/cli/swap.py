@@ -70,7 +70,7 @@ def swap(
         Path | None,
         typer.Option(
             "--align",
-            help="Folder of images, manifest or bench; labels play no part: fit what reads the tower to them, in "
+            help="Folder of images, manifest or bench; labels are ignored: fit the connector to them, in "
             "closed form.",
         ),
     ] = None,
@@ -194,7 +194,7 @@ def families(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show what is supported: layouts read, tokens per image, connectors, how the result loads.
+    """Show the supported families: layouts, tokens per image, connectors, how the result loads.
 
     Example: swap-encoder families
     """
@@ -266,7 +266,7 @@ def _fitting(images: Path | None, samples: int | None, device: str | None) -> "F
 
 
 def _fitted(plan: "SwapPlan", as_json: bool) -> "SwapPlan":
-    """Fit the connectors and say how well that went."""
+    """Fit the connector and print how well it fits."""
     from mllm_adapters.swap.report import alignment_table
 
     plan = plan.fit()

@@ -1,9 +1,8 @@
-"""What a family of multimodal LLMs must tell about itself, and what a swap plan says. Pure data.
+"""The interface of a family of multimodal LLMs, and the plan of a swap, as pure data.
 
-A family reads a checkpoint's headers and answers with a `Plan`: the target tensors one by one (each with the
-operation that makes it and the source tensors it is made of), the configuration and the vision contract before
-and after. Whoever executes the plan (`mllm_adapters.swap.apply` on disk, `mllm_adapters.loading.load` in memory) needs
-to know nothing about families.
+A family reads a checkpoint's headers and returns a `Plan`: every target tensor with its operation and its
+source tensors, the configuration, and the vision contract before and after. The code that executes a plan
+(`mllm_adapters.swap.apply` on disk, `mllm_adapters.loading.load` in memory) is independent of families.
 """
 
 from abc import ABC, abstractmethod
@@ -25,15 +24,15 @@ from mllm_adapters.core.fates import ConnectorFate, ProcessorFate, Recorded
 from mllm_adapters.core.operations import OPERATIONS, Operation, OperationName
 
 Target = Literal["own", "llava"]
-"""What a swap writes: the family's own architecture, or a LLaVA that equals its understanding path."""
+"""Target of a swap: the family's own architecture, or a LLaVA that equals its understanding path."""
 
 FAMILY_KEY = "mgll_family"
-"""Key in the config.json of what this project writes: a LLaVA-shaped result of any family knows its origin."""
+"""Key in config.json that records the family of a result, which may be in the LLaVA layout."""
 
 
 def _known_dtype(name: str) -> str:
     if not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"'{name}' is no dtype of torch")
+        raise ValueError(f"'{name}' is not a torch dtype")
     return name
 
 
@@ -45,10 +44,10 @@ class Step(Data):
         dtype: Torch dtype name, such as ``float16``.
         shape: Target shape.
         operation: Name of the operation that makes it, see `mllm_adapters.core.operations`.
-        sources: Keys in the source checkpoint (``PART/KEY`` in an attached part) or, for ``tower``, in the tower;
-            empty where nothing is read.
-        replaces: Key of the source tensor whose place it takes without its values, if there is one.
-        arguments: What the operation needs besides, see `Operation`.
+        sources: Keys in the source checkpoint (``PART/KEY`` in an attached part) or, for ``tower``, in the
+            tower; empty if nothing is read.
+        replaces: Key of the source tensor that it replaces without using its values, if any.
+        arguments: Further inputs of the operation, see `Operation`.
     """
 
     name: str
@@ -61,7 +60,7 @@ class Step(Data):
 
     @property
     def kind(self) -> Operation:
-        """The operation itself."""
+        """Return the operation object."""
         return OPERATIONS[self.operation]
 
     @model_validator(mode="after")
@@ -71,24 +70,24 @@ class Step(Data):
 
 
 class Dropped(Data):
-    """A source tensor that the target does not have, and why."""
+    """A source tensor that the target does not have, with the reason."""
 
     name: str
     reason: str
 
 
 class VisionContract(PixelRule):
-    """What happens between an image file and the tokens that the language model sees.
+    """The processing from an image file to the language model's visual tokens.
 
     Attributes:
-        width: Width of the features that the connector gets.
+        width: Width of the features that the connector reads.
         patch_size: Patch side in pixels.
         tokens: Visual tokens per image.
         feature_layer: Index into the tower's hidden states.
         class_token: Whether the class token is among the features.
         activation: Activation in the tower's MLPs.
         leading: Tokens before the patch tokens that the tower gives: 1 for a class token.
-        tiles: Most tiles that an image may be cut into; ``tokens`` are those of one tile.
+        tiles: Maximum number of tiles per image; ``tokens`` are those of one tile.
     """
 
     width: int
@@ -102,7 +101,7 @@ class VisionContract(PixelRule):
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the tower's input."""
+        """Return the number of patches along one side of the tower's input."""
         return self.image_size // self.patch_size
 
     @property
@@ -112,29 +111,30 @@ class VisionContract(PixelRule):
 
 
 class Plan(Data):
-    """Everything that will be true of the target checkpoint, before a byte of it is written.
+    """Complete description of the target checkpoint, before anything is written.
 
     Attributes:
         family: Registry name of the family.
-        layout: Layout of the source checkpoint, as the family calls it.
+        layout: The family's name of the source checkpoint's layout.
         source: Source checkpoint folder.
-        tower: File or folder of the tower that the target gets: the new one, or the source's own where it
-            lies outside the checkpoint; None where the tower's tensors come from the checkpoint itself.
-        opened: That tower, where it is opened already; it is no part of the record of a plan.
-        tower_weights: Which of two sets of weights in ``tower`` is meant; None where it holds one.
+        tower: File or folder of the target's tower: the new one, or the source's own if it is stored outside
+            the checkpoint; None if the tower's tensors come from the checkpoint itself.
+        opened: That tower, if it is already open; not part of a plan's record.
+        tower_weights: Which of two sets of weights in ``tower`` to use; None if there is only one.
         swapped: Whether ``tower`` is a new one.
-        parts: Further files and folders that the plan reads, by the name that ``--part`` gives them.
+        parts: Other files and folders that the plan reads, by part name.
         steps: The target tensors, in source order.
-        dropped: Source tensors left out.
+        dropped: Dropped source tensors.
         config: The target's config.json.
-        generation: Fields of generation_config.json that are not those of the source.
+        generation: Fields of generation_config.json that differ from the source.
         before: Vision contract of the source.
         after: Vision contract of the target.
         image_token_id: Id of the image placeholder in the target.
-        processor: How the processor comes about; None where the source has no tokenizer, so that none is written.
-        connectors: Modules that read vision features, and what becomes of them.
-        notes: What the user should know.
-        alignment: How the connectors were fitted, where they were (`mllm_adapters.alignment.align.Alignment.record`).
+        processor: How the processor is made; None without a tokenizer in the source.
+        connectors: Modules that read vision features, with their fates.
+        notes: Notes for the user.
+        alignment: How the connectors were fitted, if they were
+            (`mllm_adapters.alignment.align.Alignment.record`).
     """
 
     family: str
@@ -160,15 +160,15 @@ class Plan(Data):
 
 @dataclass(frozen=True)
 class ConnectorLayer:
-    """A linear layer that reads vision features, and where alignment finds these.
+    """A linear layer that reads vision features, and where alignment captures them.
 
     Attributes:
         linear: Name of the layer in the plan's tensors, without ``.weight``.
         at: Module whose input are the features; None for the layer itself.
-        host: The layer's name in the source model, where it is another one. A host that has no such layer has an
-            ``Identity`` in its place: then the features themselves are what is fitted to.
-        adds: Linear layer whose output is added to the features before they are read; what it gives is brought to
-            the new features' space.
+        host: The layer's name in the source model, if it differs. A host without this layer has an
+            ``Identity`` instead: the target of the fit is then the features themselves.
+        adds: Linear layer whose output is added to the features before they are read; its output is mapped
+            to the new features' space.
     """
 
     linear: str
@@ -179,26 +179,27 @@ class ConnectorLayer:
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """What is the same for every checkpoint of a family.
+    """The properties that all checkpoints of a family share.
 
     Attributes:
-        name: Registry key, as typed after ``--mllm``.
-        title: The name people write.
-        hub_id: The published checkpoint that the bare family name stands for.
-        reads: The checkpoints that are read, in words.
+        name: Registry key, as used in ``--mllm``.
+        title: Common name.
+        hub_id: The published checkpoint that the family name stands for.
+        reads: Descriptions of the supported checkpoints.
         tower: Regular expression over parameter names of the loaded model: the vision tower.
-        projector: Likewise: what reads the tower's features (trained by the projector stage).
+        projector: Likewise: the connector (trained by the projector stage).
         language_model: Likewise: the language model.
-        sees: Likewise over tensor names: what `Family.encode_images` needs; empty for tower and projector.
-        other: Likewise: what no stage trains (an image generator, a second tower).
-        extra_weights: Files of the checkpoint folder that may hold tensors its shards lack.
-        loose_weights: Regular expressions over tensor names, for checkpoints that are weight files without a
-            config.json: a file with a tensor that matches the first one tells the family; the files that match any
-            of them are read.
-        parts: Parts that may lie outside the checkpoint, name -> what it is; each can be given as ``--part NAME=PATH``.
+        vision_parameters: Likewise over tensor names: what `Family.encode_images` needs; empty for tower and projector.
+        other: Likewise: parts that no stage trains (an image generator, a second tower).
+        extra_weights: Files of the checkpoint folder that may contain tensors missing in its shards.
+        bare_weights: Regular expressions over tensor names, for checkpoints that are weight files without a
+            config.json: a file with a tensor that matches the first one identifies the family; the files
+            that match any of them are read.
+        parts: Parts that may be stored outside the checkpoint, name -> description; each can be given by
+            path.
         encoders: Architectures of vision encoders that a swap can put in, by name.
-        targets: Layouts that a swap can write: ``own`` and, where the understanding path is a LLaVA, ``llava``.
-        not_llava: Why it is none, where it is none; empty where ``own`` is a LLaVA already.
+        targets: Layouts that a swap can write: ``own`` and, if the understanding path is a LLaVA, ``llava``.
+        not_llava: Why ``llava`` is not possible; empty if ``own`` is already a LLaVA.
     """
 
     name: str
@@ -219,16 +220,16 @@ class FamilySpec:
 
 
 class Family(ABC):
-    """The contract: detect a checkpoint by its configuration, plan, and write its processor."""
+    """The interface: detect a checkpoint by its configuration, plan, and write its processor."""
 
     spec: FamilySpec
 
     @abstractmethod
     def layout(self, config: Mapping[str, Any]) -> str | None:
-        """The layout that this configuration describes, or None if it is not of this family.
+        """Return the layout of this configuration, or None if it is not of this family.
 
-        ``transformers`` is the layout that loads as it is, with stock classes or with ours; of the others, conversion
-        is up to `plan`. An empty configuration stands for loose weight files (`FamilySpec.bare_weights`).
+        ``transformers`` is the layout that loads directly, with stock classes or with ours; `plan` converts
+        the others. An empty configuration means loose weight files (`FamilySpec.bare_weights`).
         """
 
     @abstractmethod
@@ -239,18 +240,18 @@ class Family(ABC):
         image_size: int | None = None,
         target: Target = "own",
     ) -> Plan:
-        """Plan the conversion to a checkpoint that loads as it is, with ``tower`` in place if given.
+        """Plan the conversion to the transformers layout, with ``tower`` swapped in if given.
 
         Raises:
-            UserError: the checkpoint is of a variant that is not supported, or lacks something.
+            UserError: the checkpoint is an unsupported variant, or incomplete.
         """
 
     @abstractmethod
     def processor(self, plan: Plan) -> Any | None:
-        """The processor of the planned checkpoint, or None where the source has no tokenizer."""
+        """Return the processor of the planned checkpoint, or None if the source has no tokenizer."""
 
     def processor_writer(self, plan: Plan) -> Callable[[Path], None]:
-        """Make the processor; what comes back writes everything of it into the folder of the planned checkpoint.
+        """Make the processor, and return a function that writes it into the folder of the planned checkpoint.
 
         Raises:
             UserError: it cannot be made.
@@ -260,34 +261,34 @@ class Family(ABC):
         def write(folder: Path) -> None:
             if processor is not None:
                 processor.save_pretrained(folder)
-            # The file that releases before 5.0 read; without a tokenizer, all that says how to prepare images.
+            # The file for releases before 5.0; without a tokenizer, the only one about image preprocessing.
             images.save_pretrained(folder)
 
         return write
 
     def image_processor(self, plan: Plan) -> Any:
-        """The image processor of the planned checkpoint, which is written even where there is no tokenizer."""
+        """Return the image processor of the planned checkpoint, which is written even without a tokenizer."""
         from mgll_encoder.tower.preprocess import image_processor
 
         return image_processor(plan.after)
 
     def connector_layers(self, plan: Plan) -> tuple[ConnectorLayer, ...]:
-        """The linear layers that alignment fits; normalisations before them stay as planned."""
+        """Return the linear layers that alignment fits; normalizations before them stay as planned."""
         linear = {step.name for step in plan.steps if len(step.shape) == 2}
         return tuple(ConnectorLayer(name) for name in plan.connectors if f"{name}.weight" in linear)
 
-    def for_alignment(self, plan: Plan, checkpoint: Checkpoint) -> Plan:  # noqa: ARG002 (what overrides it reads it)
-        """The plan of a swap whose connectors will be fitted: of another one, where they need a layer of their own."""
+    def for_alignment(self, plan: Plan, checkpoint: Checkpoint) -> Plan:  # noqa: ARG002 (used by overrides)
+        """Return the plan of a swap whose connector will be fitted; it may have an additional layer."""
         return plan
 
     def pixel_rule(self, contract: VisionContract, config: Mapping[str, Any]) -> PixelRule:  # noqa: ARG002 (likewise)
-        """How pictures are prepared for `look`, given a model's vision contract and config.json."""
+        """Return the pixel rule for `encode_images`, given a model's vision contract and config.json."""
         return contract
 
     def encode_images(self, model: Any, pixels: Tensor, contract: VisionContract) -> None:  # noqa: ARG002 (likewise)
-        """Let a model see pictures [n, 3, S, S] made as `picture` says, up to its connectors at least."""
+        """Run a model on images [n, 3, S, S] prepared by `pixel_rule`, at least up to its connector."""
         model.get_image_features(pixel_values=pixels)
 
     def token_order(self, model: Any, contract: VisionContract) -> Tensor | None:  # noqa: ARG002 (likewise)
-        """Indices that put the features of one picture, as its connectors get them, row by row; None if they are."""
+        """Return indices that reorder an image's features at the connector row by row; None if they already are."""
         return None

@@ -1,4 +1,4 @@
-"""What becomes of a host's connectors and of its processor, as data; `mllm_adapters.core.wording` has the words."""
+"""The fates of a host's connectors and its processor, as data; `mllm_adapters.core.wording` words them."""
 
 from typing import Annotated, Literal
 
@@ -8,20 +8,21 @@ from mllm_adapters.checkpoints.data import Data
 
 
 class Kept(Data):
-    """A connector that stays as it is; it reads features of this width."""
+    """A connector that is kept, and reads features of this width."""
 
     fate: Literal["kept"] = "kept"
     width: int
 
 
 class Reinitialized(Data):
-    """A connector that is drawn at random.
+    """A connector that is re-initialized.
 
     Attributes:
         before: Width of the features in the source.
         after: Width of the features in the target.
-        because: ``width``: that differs; ``latents``: likewise, and so does that of the latents beside the features, so
-            that nothing of the module stays; ``patches``: it reads single patches, where it read several side by side.
+        because: ``width``: the width differs; ``latents``: likewise, and so does that of the latents, so
+            that nothing of the module is kept; ``patches``: it reads single patches instead of several
+            concatenated ones.
     """
 
     fate: Literal["reinitialized"] = "reinitialized"
@@ -31,7 +32,7 @@ class Reinitialized(Data):
 
 
 class Added(Data):
-    """A connector that the source does without, drawn at random.
+    """A randomly initialized connector that the source does not have.
 
     Attributes:
         before: Width of the features in the source.
@@ -44,14 +45,14 @@ class Added(Data):
 
 
 class Unneeded(Data):
-    """A connector that source and target do without: features and language model have the same width."""
+    """No connector in source and target, because features and language model have the same width."""
 
     fate: Literal["unneeded"] = "unneeded"
     width: int
 
 
 class Taken(Data):
-    """A connector that was trained on features of this width, taken from another file of this name."""
+    """A connector trained on features of this width, taken from the file of this name."""
 
     fate: Literal["taken"] = "taken"
     source: str
@@ -59,7 +60,7 @@ class Taken(Data):
 
 
 class Fitted(Data):
-    """A connector that is fitted on images; how many and how well (R² held out) once that is done."""
+    """A connector that is fitted on images; their number and the held-out R² once that is done."""
 
     fate: Literal["fitted"] = "fitted"
     images: int | None = None
@@ -67,7 +68,7 @@ class Fitted(Data):
 
 
 class Recorded(Data):
-    """A fate as a record of format 2 has it: as a phrase."""
+    """A fate in a record of format 2, which is a phrase."""
 
     fate: Literal["recorded"] = "recorded"
     words: str
@@ -76,19 +77,19 @@ class Recorded(Data):
 ConnectorFate = Annotated[
     Kept | Reinitialized | Added | Unneeded | Taken | Fitted | Recorded, Field(discriminator="fate")
 ]
-"""What becomes of a module that reads vision features."""
+"""The fate of a module that reads vision features."""
 
 
 class ProcessorFate(Data):
-    """How the target's processor comes about.
+    """How the target's processor is made.
 
     Attributes:
-        name: Class of the processor that is made around the tokenizer; None where the source's own stays, but for the
-            pixels.
-        tokenizer: Class of the tokenizer, where it is known.
-        origin: Where the tokenizer comes from: the ``source``, or the folder of its ``language_model``.
-        made_of: Vocabulary file that the tokenizer is converted from, if it is.
-        tokenizers: How many there are.
+        name: Class of a new processor around the tokenizer; None if the source's own is kept, except for its
+            pixel rule.
+        tokenizer: Class of the tokenizer, if known.
+        origin: Origin of the tokenizer: the ``source``, or the folder of its ``language_model``.
+        made_of: Vocabulary file that the tokenizer is converted from, if any.
+        tokenizers: Number of tokenizers.
         template: Whether a chat template is added that the source does not have.
     """
 

@@ -147,7 +147,7 @@ EXTEND_ROWS = Operation(
     from_base=True,
     sources=_ONE,
 )
-REINIT = Operation("reinit", "re-initialised", _reinit)
+REINIT = Operation("reinit", "re-initialized", _reinit)
 """Random values, because the width of the input has changed."""
 
 ZEROS = Operation("zeros", "set to zero", _zeros)

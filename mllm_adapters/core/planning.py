@@ -1,4 +1,4 @@
-"""What planning a swap has in common across families."""
+"""Shared parts of planning a swap."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,16 +32,16 @@ from mllm_adapters.core.known_towers import (
 from mllm_adapters.core.operations import OperationName
 
 TowerDtype = Literal["float32", "float16", "bfloat16"]
-"""What a tower can be written in."""
+"""Dtypes of a written tower."""
 
 IMAGE_TOKEN = "<image>"
 """Placeholder that the processor expands to one id per visual token."""
 
 TOWER_PART = "vision-tower"
-"""Name of the vision tower in ``--part``."""
+"""Part name of the vision tower."""
 
 LARGEST_STRETCH = 16
-"""How many times its own side a tower's input may be asked to have; beyond, the number is a slip of the keyboard."""
+"""Maximum factor of a requested image size over the tower's own; a larger number is assumed to be a typo."""
 
 REPLACED = "replaced by the new tower"
 """Why a swap drops the tensors of the old tower."""
@@ -57,8 +57,8 @@ class HostTower:
     Attributes:
         name: What the checkpoint calls it.
         spec: Its geometry and preprocessing.
-        header: Its tensors, where it lies outside the checkpoint and is at hand.
-        notes: What the user should know about where it was found.
+        header: Its tensors, if it is stored outside the checkpoint and was found.
+        notes: Notes for the user about its source.
     """
 
     name: str
@@ -69,13 +69,13 @@ class HostTower:
 
 @dataclass(frozen=True)
 class NamedTower:
-    """A tower as a checkpoint names it.
+    """A tower as named in a checkpoint.
 
     Attributes:
         name: Path or hub id, as in the checkpoint's configuration.
-        resize: The resize rule that the checkpoint prescribes, whatever the tower's own.
-        inside: Names of its tensors, without prefix, to their shapes, where the shards hold them.
-        width: Its width as the checkpoint's configuration says it, if it does.
+        resize: The checkpoint's resize rule, which overrides the tower's own.
+        inside: Names of its tensors, without prefix -> their shapes, if the shards contain them.
+        width: Its width in the checkpoint's configuration, if given.
     """
 
     name: str
@@ -87,16 +87,16 @@ class NamedTower:
 def external_tower(
     named: NamedTower, checkpoint: Checkpoint, *, replaced: bool, image_size: int | None = None
 ) -> HostTower:
-    """The tower that a checkpoint names by path or hub id.
+    """Find the tower that a checkpoint names by path or hub id.
 
-    Of a tower that is to be replaced only the geometry is needed. It is taken from the tower's files, else from the
-    tensors in the shards, else from a published tower of this name, else ``image_size`` will do.
+    If the tower will be replaced, only its geometry is needed. It is taken from the tower's files, else from
+    the tensors in the shards, else from a published tower of this name, else from ``image_size``.
 
     Args:
         named: The tower.
         checkpoint: The checkpoint that names it.
-        replaced: Whether another tower takes its place.
-        image_size: Input side in pixels that the user asks for.
+        replaced: Whether another tower replaces it.
+        image_size: Requested input side in pixels.
 
     Raises:
         UserError: it is not on this machine, and is needed or unknown.
@@ -122,7 +122,7 @@ def external_tower(
 
 
 def clip_tower(path: Path, activation: Activation | None = None) -> TowerHeader:
-    """The header of a host's own tower, which must be a CLIP ViT; see `mgll_encoder.inspect_tower`.
+    """Read the header of a host's own tower, which must be a CLIP ViT; see `mgll_encoder.inspect_tower`.
 
     Raises:
         UserError: it is of another architecture, or cannot be read.
@@ -138,7 +138,7 @@ def clip_tower(path: Path, activation: Activation | None = None) -> TowerHeader:
 def _known_geometry(
     named: NamedTower, checkpoint: Checkpoint, replaced: bool, image_size: int | None
 ) -> tuple[TowerSpec, str] | None:
-    """Geometry of a tower that is not at hand, and where it is from; None if nothing tells it."""
+    """Return the geometry of a missing tower, and its source; None if it is unknown."""
     published = published_name(named.name)
     held = geometry_of(named.inside, str(checkpoint.folder)) if named.inside else None
     if held and replaced:
@@ -159,7 +159,7 @@ def _known_geometry(
 
 
 def contract_of(spec: TowerSpec, feature_layer: int, class_token: bool) -> VisionContract:
-    """The vision contract of a host with this tower, which reads its class token if it has one and ``class_token``."""
+    """Return a host's vision contract with this tower; a class token is read if it exists and ``class_token``."""
     leading = first_patch(spec)
     class_token = class_token and leading > 0
     return VisionContract(
@@ -185,21 +185,23 @@ def after_swap(
     tokens: Callable[[int], int] | None = None,
     multiple: int = 1,
 ) -> VisionContract:
-    """The vision contract with the new tower in place.
+    """Return the vision contract with the new tower.
 
-    The host keeps its normalisation (the difference is folded into the tower) and, unless ``image_size`` says
-    otherwise, its patch grid. The resize rule is the new tower's.
+    The host keeps its normalization (the difference is folded into the tower) and, unless ``image_size`` is
+    given, its patch grid. The resize rule is the new tower's.
 
     Args:
-        before: The host's contract; its ``feature_layer`` and ``class_token`` are those that the new tower is read
-            with, so a family whose new tower is read elsewhere passes a copy.
+        before: The host's contract; its ``feature_layer`` and ``class_token`` also apply to the new tower,
+            so a family that reads the new tower elsewhere passes a modified copy.
         tower: The new tower.
-        image_size: Input side in pixels that the user asks for.
-        tokens: Patches along one side -> visual tokens; None for one per patch, and the class token if it is read.
-        multiple: What the number of patches along one side must be divisible by.
+        image_size: Requested input side in pixels.
+        tokens: Patches along one side -> visual tokens; None for one per patch, plus the class token if it
+            is read.
+        multiple: Required divisor of the number of patches along one side.
 
     Raises:
-        UserError: ``image_size`` does not give such a grid, or the tower lacks the layer that the host reads.
+        UserError: ``image_size`` does not give a valid grid, or the tower lacks the layer that the host
+            reads.
     """
     if tower is None:
         return before
@@ -229,7 +231,7 @@ def after_swap(
 def check_positions(
     positions: TensorHeader, spec: TowerSpec, *, class_token: bool = True, by: str = "config.json"
 ) -> None:
-    """Refuse a tower whose position table [..., tokens, width] is of another shape than is said of it.
+    """Refuse a tower whose position table [..., tokens, width] does not have the described shape.
 
     Args:
         positions: The table.
@@ -249,7 +251,7 @@ def check_positions(
 
 
 def swap_notes(tower: TowerHeader | None, after: VisionContract) -> tuple[str, ...]:
-    """What a swap changes in the tower itself, in words."""
+    """Return notes about what a swap changes in the tower itself."""
     if tower is None:
         return ()
     notes = []
@@ -260,14 +262,14 @@ def swap_notes(tower: TowerHeader | None, after: VisionContract) -> tuple[str, .
         )
     if (tower.spec.mean, tower.spec.std) != (after.mean, after.std):
         notes.append(
-            "the tower was trained under another mean and std than the host's image processor applies: the difference "
-            "is folded into the tower's patch convolution and position embedding (exact)"
+            "the tower was trained with another mean and std than the host's image processor uses: the "
+            "difference is folded into the tower's patch convolution and position embedding (exact)"
         )
     return tuple(notes)
 
 
 def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: torch.dtype) -> list[Step]:
-    """Steps that put a tower's tensors into a host, in the host's dtype.
+    """Return steps for a tower's tensors in a host, in the host's dtype.
 
     Args:
         tower: The tower.
@@ -280,7 +282,7 @@ def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: t
         UserError: the host's tensors are quantised.
     """
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise UserError(f"the host's weights are {dtype_name(dtype)}: take its unquantised checkpoint")
+        raise UserError(f"the host's weights are {dtype_name(dtype)}: use its unquantized checkpoint")
     architecture = tower.architecture
     fitted = architecture.shapes(tower.spec.model_copy(update={"image_size": after.image_size}))
     root = prefix if architecture.inner else prefix.removesuffix(CLIP.inner)
@@ -300,19 +302,19 @@ def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: t
 
 
 def tower_root(checkpoint: Checkpoint, tower: str) -> tuple[str, torch.dtype]:
-    """What precedes ``tower`` in the names of a checkpoint's tensors (it depends on the release), and their dtype.
+    """Return what precedes ``tower`` in a checkpoint's tensor names (it depends on the release), and their dtype.
 
     Raises:
-        UserError: no name has it.
+        UserError: no name contains it.
     """
     first = next((header for header in checkpoint.tensors.values() if tower in header.name), None)
     if first is None:
-        raise UserError(f"{checkpoint.folder} holds no tensor of {tower.rstrip('.')}: is it complete?")
+        raise UserError(f"{checkpoint.folder} has no tensor of {tower.rstrip('.')}: is it complete?")
     return first.name.partition(tower)[0], first.dtype
 
 
 def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
-    """A plan whose tower is written in another dtype than the host's weights."""
+    """Return a plan whose tower is written in a dtype other than the host's."""
     tower = [step for step in plan.steps if step.kind.from_tower]
     hosts = sorted({step.dtype for step in tower})
     if hosts == [dtype]:
@@ -326,7 +328,7 @@ def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
 
 
 def copied(header: TensorHeader, name: str | None = None) -> Step:
-    """A step that takes a source tensor as it is, perhaps under another name."""
+    """Return a step that copies a source tensor, optionally under another name."""
     name = name or header.name
     return Step(
         name=name,
@@ -338,7 +340,7 @@ def copied(header: TensorHeader, name: str | None = None) -> Step:
 
 
 def extended(steps: Iterable[Step], names: Collection[str], rows: int) -> list[Step]:
-    """The steps, with rows added to the tensors of these names; each new row is the mean of the old ones."""
+    """Return the steps, with rows added to the tensors of these names; each new row is the mean of the old ones."""
     more: dict[str, Any] = {"operation": "extend_rows"}
     return [
         step.model_copy(update={**more, "shape": (rows, *step.shape[1:])})
@@ -349,7 +351,7 @@ def extended(steps: Iterable[Step], names: Collection[str], rows: int) -> list[S
 
 
 def reinitialized(step: Step, shape: tuple[int, ...]) -> Step:
-    """The same tensor in another shape, without the source's values: drawn, or as a new normalisation or bias is."""
+    """Return a step for a tensor in another shape: random init; ones for norm weights, zeros for biases."""
     flat: OperationName = "zeros" if step.name.endswith(".bias") else "ones"
     operation = flat if len(shape) == 1 else "reinit"
     replaces = next(iter(step.sources), None)
@@ -359,12 +361,12 @@ def reinitialized(step: Step, shape: tuple[int, ...]) -> Step:
 
 
 def replaced(names: Iterable[str]) -> tuple[Dropped, ...]:
-    """Tensors of the old tower that a swap leaves out."""
+    """Return the tensors of the old tower that a swap drops."""
     return tuple(Dropped(name=name, reason=REPLACED) for name in names)
 
 
 def growth(vocabulary: int, rows: int) -> str:
-    """What to say before the id of a placeholder that may need new rows; empty where it needs none."""
+    """Return a note about new vocabulary rows, to precede the placeholder's id; empty if there are none."""
     if rows == vocabulary:
         return ""
     return (
@@ -375,14 +377,14 @@ def growth(vocabulary: int, rows: int) -> str:
 def refit_connector(
     steps: Iterable[Step], connector: str, before: VisionContract, after: VisionContract, where: Path
 ) -> tuple[list[Step], dict[str, ConnectorFate]]:
-    """Re-initialise a Linear or a normalisation that reads vision features if the features' width changes.
+    """Re-initialize a linear layer or normalization that reads vision features if the features' width changes.
 
     Args:
         steps: Steps so far.
-        connector: Target name of the module, without ``.weight``. It may read several features side by side.
+        connector: Target name of the module, without ``.weight``. It may read several concatenated features.
         before: Vision contract of the source.
         after: Vision contract of the target.
-        where: How error messages call the checkpoint.
+        where: Name of the checkpoint in error messages.
 
     Returns:
         The steps, and what becomes of the connector.
@@ -396,8 +398,8 @@ def refit_connector(
         raise UserError(f"{where}: tensor {connector}.weight is missing: is this the language model only?")
     if reads % before.width:
         raise UserError(
-            f"{where}: {connector}.weight reads features of width {reads}, but the host's tower gives {before.width}: "
-            "tower and projector do not belong together"
+            f"{where}: {connector}.weight reads features of width {reads}, but the host's tower has width "
+            f"{before.width}: tower and projector do not belong together"
         )
     normalization = any(step.name == f"{connector}.weight" and len(step.shape) == 1 for step in steps)
     if before.width == after.width:
@@ -407,7 +409,7 @@ def refit_connector(
         if step.name == f"{connector}.weight":
             step = reinitialized(step, (*step.shape[:-1], step.shape[-1] // before.width * after.width))
         elif step.name == f"{connector}.bias":
-            # A normalisation's bias is as wide as what it reads, a Linear's as what it gives.
+            # A normalization's bias has its input's width, a linear layer's its output's.
             step = reinitialized(
                 step, (reads // before.width * after.width,) if normalization else step.shape
             )
@@ -416,7 +418,7 @@ def refit_connector(
 
 
 def image_row(tokenizer: Any | None, vocabulary: int, image_token: str = IMAGE_TOKEN) -> tuple[int, int]:
-    """Id of the image placeholder, and the vocabulary size that has room for it.
+    """Return the id of the image placeholder, and the vocabulary size that includes it.
 
     Args:
         tokenizer: The checkpoint's tokenizer, or None.
@@ -431,7 +433,7 @@ def image_row(tokenizer: Any | None, vocabulary: int, image_token: str = IMAGE_T
 
 
 def differences(headers: Mapping[str, Any], steps: Iterable[Step]) -> Iterator[tuple[str, str, str]]:
-    """Tensors that are not as planned: name, what is found and what is expected, in words.
+    """Yield tensors that differ from the plan: name, and descriptions of what was found and expected.
 
     Args:
         headers: Name -> what has the ``dtype`` and the ``shape`` of a tensor that is there.
@@ -445,5 +447,5 @@ def differences(headers: Mapping[str, Any], steps: Iterable[Step]) -> Iterator[t
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float16`` for ``torch.float16``."""
+    """Return ``float16`` for ``torch.float16``."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Processors: what the source says about preprocessing, and the processor that the target needs."""
+"""Processors: reads the source's preprocessing, and makes the target's processor."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,33 +23,34 @@ _PROBE = "USER: Which disease does this image show?\nA. Glaucoma\nB. Myopia"
 def host_pixels(
     folder: Path, image_size: int, assumed: PixelRule | None = None
 ) -> tuple[PixelRule, tuple[str, ...]]:
-    """How a model folder prepares images, and what had to be assumed.
+    """Return a model folder's pixel rule, and notes on assumptions.
 
     Args:
         folder: A model folder in the transformers layout.
         image_size: Input side of its tower.
-        assumed: What is taken where it does not say so; None for CLIP's rule.
+        assumed: Rule for a folder without image processor; None for CLIP's.
 
     Raises:
-        UserError: its image processor makes pictures of another size, or none that are square.
+        UserError: its image processor makes images of another size, or that are not square.
     """
     settings, where = image_settings(folder)
     if settings is None:
         if assumed is not None:
             return assumed, (f"{folder} has no image processor: that of its published models is assumed",)
         clip = PixelRule(image_size=image_size, mean=CLIP_MEAN, std=CLIP_STD, resize="crop")
-        return clip, (f"{folder} has no image processor: CLIP's normalisation and centre crop are assumed",)
+        return clip, (f"{folder} has no image processor: CLIP's normalization and center crop are assumed",)
     fields, notes = read_preprocessing(settings, where)
     rule = PixelRule(**fields)
     if rule.image_size != image_size:
         raise UserError(
-            f"{where}: images are made {rule.image_size} px wide, but config.json's tower takes {image_size} px"
+            f"{where}: images are resized to {rule.image_size} px, but config.json's tower takes "
+            f"{image_size} px"
         )
     return rule, notes
 
 
 def image_settings(folder: Path) -> tuple[dict[str, Any] | None, Path]:
-    """What a model folder says of its image processor (None if nothing), and the file that says it.
+    """Return the image processor settings of a model folder (None if there are none), and their file.
 
     Raises:
         UserError: that file cannot be read.
@@ -61,20 +62,20 @@ def image_settings(folder: Path) -> tuple[dict[str, Any] | None, Path]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder holds a tokenizer."""
+    """Whether a model folder has a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def processor_fate(folder: Path, **fields: Any) -> ProcessorFate | None:
-    """What a plan says of a processor (fields of a `ProcessorFate`); None where the folder holds no tokenizer."""
+    """Describe the processor of a plan (fields of a `ProcessorFate`); None if the folder has no tokenizer."""
     return ProcessorFate(**fields) if has_tokenizer(folder) else None
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer saved in a model folder, or None where it holds none.
+    """Load the tokenizer of a model folder; None if it has none.
 
     Raises:
-        UserError: it cannot be read, or cuts text in another way than the SentencePiece model beside it.
+        UserError: it cannot be read, or tokenizes differently from the SentencePiece model in the folder.
     """
     import transformers
 
@@ -89,11 +90,11 @@ def load_tokenizer(folder: Path) -> Any | None:
         raise UserError(f"{settings}: tokenizer_class is {named!r:.60}: expected the name of a class")
     named = named.replace(
         "LLaMA", "Llama"
-    )  # as the first conversions of LLaMA spell it, which nothing can load
+    )  # the spelling of the first LLaMA conversions, which cannot be loaded
     sentencepiece = folder / "tokenizer.model"
     expected = _sentencepiece_ids(sentencepiece) if sentencepiece.is_file() else None
-    # For a SentencePiece model, AutoTokenizer goes by the model_type of config.json and cuts text in another way
-    # where that is not the language model's; the class that the tokenizer itself names is right.
+    # For a SentencePiece model, AutoTokenizer uses the model_type of config.json and tokenizes differently
+    # if that is not the language model's; the class named by the tokenizer itself is correct.
     own = getattr(transformers, named.removesuffix("Fast"), None) if expected else None
     tokenizer = load_pretrained(own or transformers.AutoTokenizer, folder, f"the tokenizer in {folder}")
     if expected:
@@ -102,15 +103,15 @@ def load_tokenizer(folder: Path) -> Any | None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The contents of config.json; empty where there is none."""
+    """Read config.json; empty if there is none."""
     file = folder / "config.json"
     return read_json(file) if file.is_file() else {}
 
 
 def _register(folder: Path, config: Mapping[str, Any]) -> None:
-    """The Auto classes go by the model_type in config.json, or by the name of the processor.
+    """Register our classes for the model_type in config.json, or for the named processor.
 
-    A native model can have a processor of ours: a converted InstructBLIP has.
+    A native model can have our processor, as a converted InstructBLIP does.
     """
     register_models([str(config.get("model_type"))])
     if (folder / "processor_config.json").is_file():
@@ -119,10 +120,10 @@ def _register(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_sentencepiece(tokenizer: Any, folder: Path) -> None:
-    """Refuse a tokenizer that cuts text in another way than the SentencePiece model in its folder.
+    """Refuse a tokenizer that tokenizes differently from the SentencePiece model in its folder.
 
     Raises:
-        UserError: it does, or the model cannot be read.
+        UserError: it differs, or the model cannot be read.
     """
     _check_against(_sentencepiece_ids(folder / "tokenizer.model"), tokenizer, folder)
 
@@ -131,7 +132,7 @@ def _sentencepiece_ids(model: Path) -> list[int]:
     from sentencepiece import SentencePieceProcessor
 
     if not is_sentencepiece(model):
-        raise UserError(f"{model} is no SentencePiece model: copy or download it again")
+        raise UserError(f"{model} is not a SentencePiece model: copy or download it again")
     with quiet():
         ids: list[int] = SentencePieceProcessor(model_file=str(model)).encode(_PROBE)
     return ids
@@ -141,8 +142,8 @@ def _check_against(expected: list[int], tokenizer: Any, folder: Path) -> None:
     found = tokenizer(_PROBE, add_special_tokens=False).input_ids
     if found != expected:
         raise UserError(
-            f"{folder}: {type(tokenizer).__name__} reads the tokenizer in another way than its "
-            f"SentencePiece model (ids {found[:5]} ..., expected {expected[:5]} ...): check tokenizer_class in "
+            f"{folder}: {type(tokenizer).__name__} tokenizes differently from its SentencePiece model (ids "
+            f"{found[:5]} ..., expected {expected[:5]} ...): check tokenizer_class in "
             "tokenizer_config.json"
         )
 
@@ -150,12 +151,12 @@ def _check_against(expected: list[int], tokenizer: Any, folder: Path) -> None:
 def load_processor(
     folder: Path, config: Mapping[str, Any] | None = None, *, checked: bool = False
 ) -> Any | None:
-    """The processor saved in a model folder of the transformers layout, or None where it holds no tokenizer.
+    """Load the processor of a model folder in the transformers layout; None if it has no tokenizer.
 
     Args:
         folder: The folder.
-        config: The contents of its config.json, where they have been read already.
-        checked: The folder has passed `mgll_encoder.text.pretrained.check_configs` already.
+        config: The contents of its config.json, if they have already been read.
+        checked: The folder has already passed `mgll_encoder.text.pretrained.check_configs`.
 
     Raises:
         UserError: it cannot be read.
@@ -167,7 +168,7 @@ def load_processor(
     config = config or _config(folder)
     _register(folder, config)
     processor = load_pretrained(AutoProcessor, folder, f"the processor in {folder}", checked=checked)
-    if not hasattr(processor, "tokenizer"):  # what transformers makes of files that name no processor
+    if not hasattr(processor, "tokenizer"):  # the result of transformers if the files name no processor
         raise UserError(
             f"{folder}: its files make up a {type(processor).__name__}, expected a processor of images and text: check "
             "processor_class in processor_config.json and preprocessor_config.json"
@@ -179,7 +180,7 @@ def load_processor(
 
 
 def _complete_llava(processor: Any, settings: Mapping[str, Any], where: Path) -> None:
-    """Tell a LlavaProcessor what older folders leave out: without it, images become none, or one token too few.
+    """Complete a LlavaProcessor from an older folder: otherwise images become no tokens, or one too few.
 
     See issues 34447 and 36002 of huggingface/transformers.
     """
@@ -193,9 +194,9 @@ def _complete_llava(processor: Any, settings: Mapping[str, Any], where: Path) ->
 
 
 def text_side(folder: Path) -> tuple[Any, str | None, str] | None:
-    """Tokenizer, chat template and image placeholder of a model folder in the transformers layout.
+    """Return tokenizer, chat template and image placeholder of a model folder in the transformers layout.
 
-    A folder that has a tokenizer but no image processor will do. None where there is no tokenizer.
+    An image processor is not required. None if there is no tokenizer.
 
     Raises:
         UserError: they cannot be read.
@@ -214,7 +215,7 @@ def text_side(folder: Path) -> tuple[Any, str | None, str] | None:
 
 
 def with_placeholder(tokenizer: Any, image_token_id: int, image_token: str = IMAGE_TOKEN) -> None:
-    """Give a tokenizer the image placeholder, and a padding token if it has none.
+    """Add the image placeholder to a tokenizer, and a padding token if it has none.
 
     Raises:
         UserError: the placeholder would not get the planned id.
@@ -228,10 +229,10 @@ def with_placeholder(tokenizer: Any, image_token_id: int, image_token: str = IMA
 
 
 def check_placeholder(tokenizer: Any, image_token: str, image_token_id: int) -> None:
-    """Refuse a tokenizer and a config.json that mean different ids by the image placeholder.
+    """Refuse a tokenizer and a config.json with different ids of the image placeholder.
 
     Raises:
-        UserError: they do.
+        UserError: they differ.
     """
     found = tokenizer.convert_tokens_to_ids(image_token)
     if found != image_token_id:
@@ -244,7 +245,7 @@ def check_placeholder(tokenizer: Any, image_token: str, image_token_id: int) -> 
 def llava_processor(
     contract: VisionContract, tokenizer: Any, chat_template: str | None, image_token: str = IMAGE_TOKEN
 ) -> Any:
-    """A LlavaProcessor that expands the placeholder to ``contract.tokens`` and prepares images as it says."""
+    """Make a LlavaProcessor that expands the placeholder to ``contract.tokens`` and uses its pixel rule."""
     from transformers import LlavaProcessor
 
     return LlavaProcessor(
@@ -252,7 +253,7 @@ def llava_processor(
         tokenizer=tokenizer,
         patch_size=contract.patch_size,
         vision_feature_select_strategy=contract.select_strategy,
-        num_additional_image_tokens=contract.leading,  # a class token, which the strategy takes off again
+        num_additional_image_tokens=contract.leading,  # a class token, which the strategy removes
         image_token=image_token,
         chat_template=chat_template,
     )

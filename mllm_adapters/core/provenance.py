@@ -1,6 +1,6 @@
-"""``mgll_swap.json``: of what a checkpoint was made, how, and by what its tensors are known again.
+"""``mgll_swap.json``: the inputs of a checkpoint, how it was made, and hashes of its tensors.
 
-It is published with the checkpoint, so it holds names and hashes and never a path of the machine that wrote it.
+It is published with the checkpoint, so it contains names and hashes, but no local paths.
 """
 
 import json
@@ -27,16 +27,16 @@ _PACKAGES = ("mgll-mllm", "torch", "transformers", "safetensors")
 
 
 class InputRecord(Data):
-    """A file or folder that the checkpoint was made of.
+    """A file or folder that the checkpoint was made from.
 
     Attributes:
-        name: Its name, without the folder in which it lay.
-        hub_id: Where on the hub it comes from, if it lay in a Hugging Face cache.
+        name: Its name, without its parent folder.
+        hub_id: Its hub id, if it was in a Hugging Face cache.
         revision: The commit there.
-        files: Its files that were read, by name: of the tower and of configurations the whole hash, of a language
-            model's shards a sample (`mllm_adapters.checkpoints.fingerprint`).
-        place: Of a part, where it lay seen from the source's folder or, where that is not around it, from the one
-            around that.
+        files: Its files that were read, by name: full hashes for the tower and configurations, samples for a
+            language model's shards (`mllm_adapters.checkpoints.fingerprint`).
+        place: For a part, its path relative to the source's folder or, if it is outside, to that folder's
+            parent.
     """
 
     name: str
@@ -47,13 +47,13 @@ class InputRecord(Data):
 
 
 class TensorRecord(Step):
-    """A step of the plan with the SHA-256 of what was written; None where bytes were taken over unread."""
+    """A step of the plan with the SHA-256 of the written tensor; None if its bytes were copied without reading."""
 
     sha256: str | None = None
 
 
 class Inputs(Data):
-    """Everything that was read."""
+    """All inputs."""
 
     source: InputRecord
     tower: InputRecord | None = None
@@ -64,16 +64,16 @@ class SwapRecord(Data):
     """Contents of ``mgll_swap.json``.
 
     Attributes:
-        format: Version of this form.
-        versions: Packages.
-        inputs: What the checkpoint was made of.
-        tower_spec: The tower's own contract, before it was fitted to the host.
+        format: Version of this format.
+        versions: Package versions.
+        inputs: What the checkpoint was made from.
+        tower_spec: The tower's own contract, before it was adapted to the host.
         plan: The plan without its tensors: family, layouts, vision contract before and after, what becomes of the
             connectors, notes.
-        files: The files of the checkpoint as they were written, but for the card and this one.
-        dropped: Source tensors that were left out.
-        trained: SHA-256 of tensors that were trained since the swap, by name.
-        tensors: The tensors one by one, with the operation that made each.
+        files: The written files of the checkpoint, except the card and this file.
+        dropped: Dropped source tensors.
+        trained: SHA-256 of tensors that were trained after the swap, by name.
+        tensors: All tensors, with the operation that made each.
     """
 
     format: Literal[3] = 3
@@ -87,26 +87,26 @@ class SwapRecord(Data):
     tensors: tuple[TensorRecord, ...]
 
     def plan_with(self, config: Mapping[str, Any], **places: Path | None) -> Plan:
-        """The plan again.
+        """Reconstruct the plan.
 
         Args:
             config: The checkpoint's config.json.
-            places: Where ``source`` and ``tower`` lie; by name only where they are not given.
+            places: Paths of ``source`` and ``tower``; only their names if not given.
         """
         steps = tuple(Step(**tensor.model_dump(exclude={"sha256"})) for tensor in self.tensors)
         return Plan(**{**self.plan, **places}, steps=steps, dropped=self.dropped, config=dict(config))
 
     def trained_since(self, hashes: Mapping[str, str], files: Mapping[str, FileRecord]) -> "SwapRecord":
-        """The record of the same checkpoint after training.
+        """Return the record of the same checkpoint after training.
 
         Args:
-            hashes: SHA-256 of the tensors that were trained, by name.
-            files: Records of its files as they are now.
+            hashes: SHA-256 of the trained tensors, by name.
+            files: Records of its current files.
         """
         return self.model_copy(update={"trained": {**self.trained, **hashes}, "files": dict(files)})
 
     def dump(self) -> str:
-        """The text of the file: one tensor a line."""
+        """Return the text of the file, with one tensor per line."""
         fields = self.model_dump(mode="json", exclude={"tensors", "dropped"})
         body = json.dumps(fields, indent=2, ensure_ascii=False).removesuffix("\n}")
         for name in ("dropped", "tensors"):
@@ -116,13 +116,13 @@ class SwapRecord(Data):
 
 
 def has_record(folder: Path) -> bool:
-    """Whether a folder holds a record that this version reads."""
+    """Whether a folder has a record that this version reads."""
     file = folder / PROVENANCE
     return file.is_file() and read_json(file).get("format") in (2, 3)
 
 
 def read_record(folder: Path) -> SwapRecord:
-    """The record of a checkpoint that ``swap-encoder`` wrote.
+    """Read the record of a checkpoint written by ``swap-encoder``.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -135,7 +135,7 @@ Record = TypeVar("Record", bound=SwapRecord)
 
 
 def read_as(kind: type[Record], file: Path) -> Record:
-    """A record of this kind in a file that exists.
+    """Read a record of this kind from a file that exists.
 
     Raises:
         UserError: it is of another version, or cannot be read.
@@ -157,7 +157,7 @@ def read_as(kind: type[Record], file: Path) -> Record:
 
 
 def _in_format_3(content: dict[str, Any]) -> dict[str, Any]:
-    """A record of format 2, which calls connectors readers and says in phrases what becomes of them."""
+    """A record of format 2, which calls connectors readers and gives their fates as phrases."""
     text = json.dumps(content.get("plan"))
     for old, new in (("readers", "connectors"), ("reader", "connector")):
         text = text.replace(f'"{old}": ', f'"{new}": ')
@@ -179,15 +179,15 @@ def record_of(
     files: Mapping[str, FileRecord],
     hashes: Mapping[str, str],
 ) -> SwapRecord:
-    """What will stand in ``mgll_swap.json``.
+    """Make the contents of ``mgll_swap.json``.
 
     Args:
         plan: The plan that was executed.
         checkpoint: Its source.
         tower: Record of the tower's files.
         tower_spec: The tower's own contract.
-        files: What was written.
-        hashes: SHA-256 of the tensors that were made, by name.
+        files: Records of the written files.
+        hashes: SHA-256 of the computed tensors, by name.
     """
     summary = plan.model_dump(mode="json", exclude={"steps", "dropped", "config"})
     return SwapRecord(
@@ -206,7 +206,7 @@ def record_of(
 
 
 def checkpoint_record(checkpoint: Checkpoint) -> InputRecord:
-    """Record of a source checkpoint: its configuration read whole, its weights sampled."""
+    """Record a source checkpoint: its configuration by full hashes, its weights by samples."""
     folder = checkpoint.folder
     texts = [folder / name for name in ("config.json", *WEIGHTS) if name.endswith(".json")]
     extra = [folder / name for name in checkpoint.extra_weights]
@@ -216,11 +216,11 @@ def checkpoint_record(checkpoint: Checkpoint) -> InputRecord:
 
 
 def input_record(path: Path, files: Iterable[Path] | None = None) -> InputRecord:
-    """Record of a tower or of another part.
+    """Record a tower or another part.
 
     Args:
         path: The file or folder.
-        files: What to hash whole; by default, weight files are sampled.
+        files: Files to hash completely; by default, weight files are sampled.
     """
     if files is not None:
         return named(path, {file.name: whole(file) for file in files})
@@ -230,9 +230,9 @@ def input_record(path: Path, files: Iterable[Path] | None = None) -> InputRecord
 
 
 def find_input(record: InputRecord, folder: Path) -> Path | None:
-    """Something that a checkpoint was made of, if it lies beside it, here, or in the Hugging Face cache.
+    """Find an input of a checkpoint next to it, in the working directory, or in the Hugging Face cache.
 
-    What has the name but not the hashes is not it.
+    Name and hashes must match.
     """
     places = [folder.absolute().parent / record.name, Path.cwd() / record.name]
     if record.hub_id and (found := cached(record.hub_id)):
@@ -241,17 +241,17 @@ def find_input(record: InputRecord, folder: Path) -> Path | None:
 
 
 def is_input(record: InputRecord, path: Path) -> bool:
-    """Whether a file or folder has everything that was recorded, by hash."""
+    """Whether a file or folder matches a record, by hash."""
     return mismatch(record, path) is None
 
 
 def mismatch(record: InputRecord, path: Path, *, sample: bool = False) -> str | None:
-    """In what a file or folder differs from what was recorded, in words; None where it has everything, by hash.
+    """Describe how a file or folder differs from a record; None if it matches, by hash.
 
     Args:
-        record: What was recorded.
+        record: The record.
         path: The file or folder.
-        sample: Be content with the samples of files of which there are samples.
+        sample: Compare only samples of files that have samples.
     """
     for name, known in record.files.items():
         file = path / name if path.is_dir() else path
@@ -270,7 +270,7 @@ def mismatch(record: InputRecord, path: Path, *, sample: bool = False) -> str | 
 
 
 def _part_record(path: Path, source: Path) -> InputRecord:
-    """Record of a part of a source, with its place if that tells nothing of the machine's paths."""
+    """Record a part of a source, with its relative path if that reveals no local paths."""
     folder, own = (Path(os.path.abspath(p)) for p in (source, path))  # noqa: PTH100 - without ".."
     around = next((place for place in (folder, folder.parent) if own.is_relative_to(place)), None)
     place = own.relative_to(around).as_posix() if around else None
@@ -278,7 +278,7 @@ def _part_record(path: Path, source: Path) -> InputRecord:
 
 
 def named(path: Path, files: Mapping[str, FileRecord]) -> InputRecord:
-    """A record under the name by which others know the thing: its own, or its id on the hub."""
+    """Make a record with a public name: the file's own, or its hub id."""
     found = hub_id_of(path)
     if found is None:
         return InputRecord(name=path.absolute().name, files=dict(files))
@@ -287,7 +287,7 @@ def named(path: Path, files: Mapping[str, FileRecord]) -> InputRecord:
 
 
 def without_paths(value: Any, plan: Plan) -> Any:
-    """``value`` (of JSON) with the names of a plan's inputs in the place of their paths."""
+    """Return ``value`` (JSON) with the paths of a plan's inputs replaced by their names."""
     inputs = [plan.source, *([plan.tower] if plan.tower else []), *plan.parts.values()]
     spelt = {str(p): named(p, {}).name for i in inputs for p in (i.resolve(), i.absolute(), i)}
     around = (plan.source.resolve().parent, plan.source.absolute().parent, Path.cwd(), Path.home())

@@ -1,4 +1,4 @@
-"""What a training stage trains: every parameter of the model is set, counted and named."""
+"""Training stages: freezes, counts and names the parameters of a model."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Component = Literal["tower", "projector", "language_model", "other"]
 
 COMPONENTS: tuple[Component, ...] = ("tower", "projector", "language_model", "other")
-"""The parts of a model, in the order in which an image passes through them; fields of `FamilySpec`."""
+"""The components of a model, in the order of an image's processing; fields of `FamilySpec`."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Stage:
     """A row of the table of stages.
 
     Attributes:
-        trains: The components that learn whole.
-        lora: The components that learn through low-rank adapters; all that is in neither is frozen.
-        learns_from_text: Whether rows without an image teach these components anything.
-        learning_rate: Peak, where the recipe names none.
-        about: The stage in words.
+        trains: The components that are fully trained.
+        lora: The components trained through low-rank adapters; all others are frozen.
+        learns_from_text: Whether rows without an image train these components.
+        learning_rate: Peak learning rate, if the recipe sets none.
+        about: Description of the stage.
     """
 
     trains: tuple[Component, ...]
@@ -67,9 +67,9 @@ class LoraSettings:
     """Size and strength of the adapters.
 
     Attributes:
-        rank: Inner width; an adapter of a layer of ``in`` by ``out`` has ``rank * (in + out)`` parameters.
+        rank: Rank; an adapter of a layer of ``in`` by ``out`` has ``rank * (in + out)`` parameters.
         alpha: Adapters are scaled by ``alpha / rank``.
-        dropout: Of the adapters' inputs.
+        dropout: Dropout of the adapters' inputs.
     """
 
     rank: int = 16
@@ -88,12 +88,12 @@ class ComponentReport:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What `apply_stage` has set.
+    """The result of `apply_stage`.
 
     Attributes:
         stage: Name of the stage.
-        components: Counts, component by component.
-        names: Names of the parameters that train.
+        components: Counts by component.
+        names: Names of the trained parameters.
         adapted: Names of the linear layers that have an adapter.
     """
 
@@ -104,31 +104,31 @@ class StageReport:
 
     @property
     def trainable(self) -> int:
-        """Parameters that train."""
+        """Return the number of trained parameters."""
         return sum(component.trainable for component in self.components)
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Return the number of all parameters."""
         return self.trainable + sum(component.frozen for component in self.components)
 
     @property
     def share(self) -> float:
-        """Share of parameters that train, in [0, 1]."""
+        """Return the share of trained parameters, in [0, 1]."""
         return self.trainable / self.total
 
 
 def apply_stage(model: nn.Module, stage: str = "projector", lora: LoraSettings | None = None) -> StageReport:
-    """Set ``requires_grad`` of every parameter as the stage says, and put adapters in where it has any.
+    """Set ``requires_grad`` of every parameter for a stage, and add its adapters.
 
     Args:
         model: A loaded model of a known family.
         stage: A key of `STAGES`.
-        lora: Of the adapters; the defaults if None.
+        lora: Settings of the adapters; the defaults if None.
 
     Raises:
-        UserError: no such stage, a parameter belongs to no component or to two, nothing would train, or what would
-            train is quantised; nothing has been set then.
+        UserError: no such stage, a parameter belongs to no component or to two, nothing would be trained, or
+            a trained parameter is quantized; the model is then unchanged.
     """
     if stage not in STAGES:
         raise unknown_name("stage", stage, STAGES)
@@ -157,9 +157,9 @@ def apply_stage(model: nn.Module, stage: str = "projector", lora: LoraSettings |
 
 
 def lora_targets(model: nn.Module, component: Component) -> list[str]:
-    """The linear layers of a component's attention and MLP blocks, by full name.
+    """Return the linear layers of a component's attention and MLP blocks, by full name.
 
-    Those are the ones inside numbered layers: embeddings, the output head and pooling heads are not.
+    These are the ones inside numbered layers, without embeddings, the output head and pooling heads.
     """
     pattern = re.compile(getattr(family_of_model(model).spec, component))
     return [
@@ -170,12 +170,12 @@ def lora_targets(model: nn.Module, component: Component) -> list[str]:
 
 
 def lora_config(targets: Iterable[str], settings: LoraSettings, **more: Any) -> "LoraConfig":
-    """The settings as PEFT has them, for layers given by name and no others."""
+    """Return the settings for PEFT, for exactly the given layers."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=settings.rank,
-        lora_alpha=cast(int, settings.alpha),  # an int by its annotation, a factor by its use
+        lora_alpha=cast(int, settings.alpha),  # annotated as int, but used as a factor
         lora_dropout=settings.dropout,
         target_modules=list(targets),
         **more,
@@ -183,18 +183,18 @@ def lora_config(targets: Iterable[str], settings: LoraSettings, **more: Any) -> 
 
 
 def is_adapter(parameter: str) -> bool:
-    """Whether a parameter, by its name, is one of an adapter."""
+    """Whether a parameter's name is that of an adapter."""
     return ".lora_" in parameter
 
 
 def weights_in(parameter: nn.Parameter) -> int:
-    """Number of weights; those of a 4-bit parameter are packed two to a byte."""
+    """Return the number of weights; a 4-bit parameter has two per byte."""
     packed = getattr(parameter, "quant_state", None)
     return packed.shape.numel() if packed is not None else parameter.numel()
 
 
 def components(model: nn.Module) -> dict[str, Component]:
-    """The component that each parameter belongs to.
+    """Return the component of each parameter.
 
     Raises:
         UserError: a parameter belongs to none, or to more than one.
@@ -213,14 +213,14 @@ def components(model: nn.Module) -> dict[str, Component]:
 
 
 def outermost_modules(model: nn.Module, component: Component) -> list[nn.Module]:
-    """The modules that make up a component, without the modules inside them."""
+    """Return the outermost modules of a component."""
     pattern = re.compile(getattr(family_of_model(model).spec, component))
     inside = [name for name, _ in model.named_modules() if name and pattern.search(f"{name}.")]
     return [model.get_submodule(name) for name in inside if name.rpartition(".")[0] not in inside]
 
 
 def describe(names: Iterable[str]) -> list[str]:
-    """Names with their numbers as ranges, so that 32 layers take one line: ``layers.{0-31}.q_proj``."""
+    """Abbreviate names with number ranges, so that 32 layers take one line: ``layers.{0-31}.q_proj``."""
     groups: dict[str, list[list[int]]] = {}
     for name in names:
         numbers = [int(number) for number in re.findall(r"\d+", name)]

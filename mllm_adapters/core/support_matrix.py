@@ -1,7 +1,7 @@
-"""The support matrix: what becomes of each family's published checkpoint when it gets an MGLL ViT-L/14.
+"""The support matrix: each family's published checkpoint before and after a swap to an MGLL ViT-L/14.
 
-The figures are those of plans made from checkpoints of full size (headers only); a test makes them again and holds
-them against the file.
+The figures come from plans of full-size checkpoints (headers only); a test recomputes them and compares them
+with the file.
 """
 
 import json
@@ -37,14 +37,14 @@ class Support(Data):
 
     Attributes:
         family: Registry name.
-        title: The name people write.
-        checkpoint: The published checkpoint that the figures are of.
-        reads: Layouts that are read.
-        before: The checkpoint's own input and tokens.
-        default: Those of the swapped model, without ``--image-size``.
-        at_224: Likewise with ``--image-size 224``, MGLL's own; None where the family cannot.
-        at_336: Likewise with ``--image-size 336``.
-        connectors: Module that reads vision features -> what becomes of it.
+        title: Common name.
+        checkpoint: The published checkpoint of the figures.
+        reads: Supported layouts.
+        before: The checkpoint's own image size and tokens.
+        default: Those of the swapped model at the default image size.
+        at_224: Likewise at 224 px, MGLL's own size; None if the family does not support it.
+        at_336: Likewise at 336 px.
+        connectors: Module that reads vision features -> its fate.
         loads: How the swapped checkpoint loads, by layout written.
     """
 
@@ -60,7 +60,7 @@ class Support(Data):
     loads: dict[str, str]
 
     def cells(self) -> tuple[str, ...]:
-        """The row in words."""
+        """Return the cells of the row."""
         by_fate: dict[str, list[str]] = {}
         for connector, fate in self.connectors.items():
             name = LAYER.sub(".*.", connector)  # the same module of several layers
@@ -88,13 +88,13 @@ COLUMNS = (
 
 
 def support() -> list[Support]:
-    """The rows, in the order of the registry."""
+    """Return the rows, in the order of the registry."""
     rows = json.loads(files(__package__).joinpath(FILE).read_text(encoding="utf-8"))
     return [Support.model_validate(row) for row in rows]
 
 
 def support_tables(spell: Callable[[str], str] = str) -> Group:
-    """The matrix for the terminal, in two tables that fit 80 columns."""
+    """Return the matrix for the terminal, in two tables that fit 80 columns."""
     rows = [dict(zip(COLUMNS, map(spell, row.cells()), strict=True)) for row in support()]
     figures = ("family", "figures of", "tokens before", "after (default)", "at 224 px", "at 336 px")
     words = ("family", "reads", "connectors", "swapped, it loads with")
@@ -111,6 +111,6 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
 
 
 def support_markdown(spell: Callable[[str], str] = str) -> str:
-    """The matrix for the README."""
+    """Return the matrix for the README."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     return "\n".join([*lines, *(f"| {' | '.join(map(spell, row.cells()))} |" for row in support())])

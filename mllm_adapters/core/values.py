@@ -1,4 +1,4 @@
-"""The values of a plan's tensors: each is computed by its operation, of the source checkpoint and the tower."""
+"""Computes the values of a plan's tensors from the source checkpoint and the tower."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -18,13 +18,13 @@ from mllm_adapters.core.contract import Plan, Step, VisionContract
 def compute(
     plan: Plan, checkpoint: Checkpoint, steps: Sequence[Step], fitted: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[Step, Tensor]]:
-    """The values of target tensors, one at a time.
+    """Yield the values of target tensors.
 
     Args:
         plan: The plan that the steps belong to.
         checkpoint: Its source.
-        steps: Those steps whose values are wanted, in the order in which they come.
-        fitted: Values of the steps whose operation computes nothing (``fit``), by name.
+        steps: The steps to compute, in order.
+        fitted: Values of the steps without computation (``fit``), by name.
     """
     tower = FittedTower(plan)
     for step in steps:
@@ -39,7 +39,7 @@ def compute(
 
 
 def open_tower(plan: Plan) -> TowerHeader | None:
-    """The tower of a plan, opened now unless the plan holds it opened; None where it has none.
+    """Return the tower of a plan, opened if it is not already open; None if it has none.
 
     Raises:
         UserError: it cannot be read.
@@ -51,9 +51,9 @@ def open_tower(plan: Plan) -> TowerHeader | None:
 
 
 def fit(state: Mapping[str, Tensor], trained: TowerSpec, contract: VisionContract) -> dict[str, Tensor]:
-    """Fit a tower that was trained with the pixels of ``trained`` to the grid and pixels of a vision contract.
+    """Adapt a tower that was trained with the pixel rule ``trained`` to the grid and pixels of a vision contract.
 
-    What is computed comes out in float32 at least: the host's dtype may be finer than the tower's.
+    Results are at least float32, because the host's dtype may be finer than the tower's.
     """
     fitted, kind = dict(state), ARCHITECTURES[trained.architecture]
     for name in (kind.positions, kind.patches):
@@ -71,13 +71,13 @@ def fit(state: Mapping[str, Tensor], trained: TowerSpec, contract: VisionContrac
 
 
 class FittedTower:
-    """A plan's tower as `fit` makes it, one tensor at a time; it is opened when the first is read."""
+    """A plan's tower after `fit`, one tensor at a time; it is opened on first use."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
     def read(self, name: str) -> Tensor:
-        """The tensor of a key without prefix."""
+        """Return the tensor of a key without prefix."""
         kind = self._tower.architecture
         return self._input_side[name] if name in (kind.positions, kind.patches) else self._tower.read(name)
 

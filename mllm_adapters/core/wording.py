@@ -1,4 +1,4 @@
-"""The words of plan reports, model cards and the support matrix for what becomes of connectors and processors."""
+"""Words the fates of connectors and processors, for plan reports, model cards and the support matrix."""
 
 from mllm_adapters.core.fates import (
     Added,
@@ -14,14 +14,14 @@ from mllm_adapters.core.fates import (
 
 
 def connector_words(fate: ConnectorFate, *, advice: bool = True) -> str:
-    """What becomes of a connector, and with ``advice`` what the user should do about it."""
+    """Describe the fate of a connector and, with ``advice``, what the user should do about it."""
     match fate:
         case Kept():
             return f"kept ({fate.width} wide)"
         case Reinitialized():
-            return f"re-initialised {_reinitialized(fate)}{': retrain the projector' if advice else ''}"
+            return f"re-initialized {_reinitialized(fate)}{': retrain the projector' if advice else ''}"
         case Added():
-            found = f"added at random, the original needs none ({fate.before} -> {fate.after} wide)"
+            found = f"added with random weights, the original needs none ({fate.before} -> {fate.after} wide)"
             return f"{found}: retrain the projector" if advice else found
         case Unneeded():
             return f"none: features and language model are both {fate.width} wide"
@@ -37,13 +37,13 @@ def connector_words(fate: ConnectorFate, *, advice: bool = True) -> str:
 
 def _reinitialized(fate: Reinitialized) -> str:
     if fate.because == "patches":
-        return "(reads single patches, not joined ones)"
-    latents = ", all of it, because its latents are as wide as the features"
+        return "(reads single patches, not merged ones)"
+    latents = ", completely, because its latents have the width of the features"
     return f"({fate.before} -> {fate.after} wide){latents if fate.because == 'latents' else ''}"
 
 
 def processor_words(fate: ProcessorFate | Recorded | None) -> str:
-    """How a processor comes about."""
+    """Describe how a processor is made."""
     if fate is None:
         return "not written: no tokenizer found (image processor only)"
     if isinstance(fate, Recorded):
@@ -51,7 +51,7 @@ def processor_words(fate: ProcessorFate | Recorded | None) -> str:
     if fate.name is None:
         return "the source's, with the new preprocessing"
     whose = {"source": "the source's", "language_model": "the language model's"}[fate.origin]
-    tokenizer = f"a fast tokenizer made of {fate.made_of}" if fate.made_of else f"{whose} {_tokenizers(fate)}"
+    tokenizer = f"a fast tokenizer from {fate.made_of}" if fate.made_of else f"{whose} {_tokenizers(fate)}"
     return f"{fate.name} with {tokenizer}{' and a chat template' if fate.template else ''}"
 
 

@@ -122,7 +122,7 @@ class Connected:
 
     Attributes:
         steps: They.
-        connectors: Modules that read vision features, and what becomes of them.
+        connectors: Modules that read vision features, with their fates.
         config: Fields of config.json that change accordingly.
         notes: Notes for the user.
     """

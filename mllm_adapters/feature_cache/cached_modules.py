@@ -207,7 +207,7 @@ class OutputSpec:
 
 
 class ModelWithCache:
-    """A model whose towers are replaced by cached modules; see `replace_towers`."""
+    """A model whose towers are replaced by cached modules; see `cache_features`."""
 
     def __init__(self, model: nn.Module, plan: OutputSpec) -> None:
         self.model, self.plan = model, plan

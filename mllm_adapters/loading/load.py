@@ -46,9 +46,10 @@ def load_mllm(
             family name; or a delta, whose base is searched for next to it, in the working directory and in
             the Hugging Face cache.
         dtype: Torch dtype of the weights, or ``auto`` for the checkpoint's own.
-        parts: Where parts lie that are not found by themselves, name -> path (``--part``); ``encoder`` is that of a
-            delta without its tower.
-        quantization: A quantisation of transformers' for checkpoints in its layout, see `quantisation.nf4`.
+        parts: Paths of parts that are not found automatically, name -> path (``--part``); ``encoder`` is
+            that of a delta without its tower.
+        quantization: A transformers quantization config for checkpoints in its layout, see
+            `quantization.nf4`.
         delta: A delta (folder or hub id) of which ``path`` is the base.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Writing the folder of a plan: a whole checkpoint, or what stands in for one."""
+"""Writes the folder of a plan: a whole checkpoint, or a delta."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The model card: what a written checkpoint is made of, in the form that the hub reads."""
+"""The model card of a written checkpoint, in the hub's format."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from mllm_adapters.core.wording import connector_words
 CARD = "README.md"
 
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\n---[ \t]*(\r?\n|$)", re.DOTALL)
-"""The fields of a card, as huggingface_hub cuts them out."""
+"""The fields of a card, as parsed by huggingface_hub."""
 
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 
@@ -50,16 +50,16 @@ What was done, tensor by tensor, with hashes of everything that was read and wri
 """
 
 _UNTRAINED = (
-    "A swap trains nothing: until the projector is retrained to the new tower (`retrain-projector`, whose record lies "
-    "beside this card if it was), answers about images are worse than the source's."
+    "A swap trains nothing: until the projector is retrained for the new tower (`retrain-projector`, which "
+    "adds its record to this folder), answers about images are worse than the source's."
 )
 
 
 def model_card(plan: Plan, record: SwapRecord) -> str:
-    """README.md of the planned checkpoint.
+    """Make the README.md of the planned checkpoint.
 
     Args:
-        plan: What was done.
+        plan: The executed plan.
         record: Its provenance.
     """
     title = family(plan.family).spec.title
@@ -85,14 +85,14 @@ def model_card(plan: Plan, record: SwapRecord) -> str:
 
 
 def license_of(path: Path) -> dict[str, str]:
-    """What a model folder says of its licence: the fields ``license...`` of its card, and a file of terms."""
+    """Read the license of a model folder: the fields ``license...`` of its card, and a file of terms."""
     found: dict[str, str] = {}
     card = path / CARD
     if card.is_file():
         matter = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
         try:
             fields = yaml.safe_load(matter[1]) if matter else None
-        except yaml.YAMLError:  # a card without fields that can be read
+        except yaml.YAMLError:  # a card without readable fields
             fields = None
         wanted = ("license", "license_name", "license_link")
         values = fields if isinstance(fields, dict) else {}
@@ -102,7 +102,7 @@ def license_of(path: Path) -> dict[str, str]:
 
 
 def _metadata(source: InputRecord, license: dict[str, str], plan: Plan) -> str:
-    """The fields that the hub reads, see huggingface.co/docs/hub/model-cards."""
+    """Return the hub's fields, see huggingface.co/docs/hub/model-cards."""
     fields: dict[str, Any] = {"base_model": source.hub_id} if source.hub_id else {}
     fields |= {"library_name": "transformers"}
     fields |= {name: value for name, value in license.items() if name != "terms"}
@@ -122,7 +122,7 @@ def _license_line(name: str, license: dict[str, str]) -> str:
 
 
 def contract_rows(before: VisionContract, after: VisionContract) -> list[tuple[str, str, str]]:
-    """Name, before and after of everything in a vision contract, in words."""
+    """Return name, before and after of every property of a vision contract, as text."""
 
     def words(c: VisionContract) -> list[tuple[str, str]]:
         one_each = c.tokens == c.grid**2 + c.class_token

@@ -1,4 +1,4 @@
-"""Writing deltas: of a plan, or out of a whole checkpoint; and whole checkpoints out of deltas."""
+"""Writes deltas, from a plan or a whole checkpoint, and merges deltas into whole checkpoints."""
 
 import re
 import shutil
@@ -61,14 +61,14 @@ def stored_alone(
     *,
     reference_tower: bool = False,
 ) -> dict[str, Any]:
-    """What `apply_plan` is given besides to write a delta in the place of a whole checkpoint.
+    """Return the arguments of `apply_plan` for writing a delta instead of a whole checkpoint.
 
     Args:
-        plan: What the checkpoint would be.
+        plan: Plan of the whole checkpoint.
         checkpoint: The plan's source.
         fitted: See `apply_plan`.
         progress: Called with the number of bytes written, tensor by tensor.
-        reference_tower: Leave out the tower too, and name it by its hashes.
+        reference_tower: Reference the tower by its hashes instead of storing it.
     """
     names = stored_names(plan.steps, reference_tower=reference_tower)
     steps = [step for step in plan.steps if step.name in names]
@@ -89,20 +89,20 @@ def extract(
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> Path:
-    """Write what of a whole checkpoint does not follow from its base, after a training too.
+    """Extract a delta from a whole checkpoint, retrained or not.
 
     Args:
-        folder: A checkpoint that ``swap-encoder`` wrote, or one that ``retrain-projector`` made of such a one.
-        base: The checkpoint that it was made of.
+        folder: A checkpoint of ``swap-encoder``, retrained with ``retrain-projector`` or not.
+        base: Its base checkpoint.
         out: Folder to write.
-        parts: Where parts of the base lie, as for a swap.
-        reference_tower: Leave out the tower, unless it was trained, and name it by its hashes.
+        parts: Paths of parts of the base, as for a swap.
+        reference_tower: Reference the tower by its hashes instead of storing it, unless it was trained.
         force: Replace ``out`` if it exists.
         progress: Called with the number of bytes compared, tensor by tensor.
 
     Raises:
-        UserError: ``base`` is not what it was made of, tensors outside tower, connectors and what was trained are not
-            the base's, or ``out`` cannot be written.
+        UserError: ``base`` is another checkpoint, tensors other than tower, connector and trained ones
+            differ from the base, or ``out`` cannot be written.
     """
     record = read_record(folder)
     if reference_tower and record.inputs.tower is None:
@@ -142,7 +142,7 @@ def compose(
     copy: bool = False,
     progress: Progress = lambda _: None,
 ) -> Path:
-    """Write the whole checkpoint that a delta and its base make up.
+    """Merge a delta into its base, and write the whole checkpoint.
 
     Args:
         delta: The delta, opened with its base.
@@ -196,7 +196,7 @@ def _write_stored(
 
 
 def _records(record: SwapRecord, card: str, *, reference_tower: bool) -> dict[str, str]:
-    """The record and the card of a delta, made of those of the whole checkpoint."""
+    """Make the record and the card of a delta from those of the whole checkpoint."""
     fields = {name: getattr(record, name) for name in SwapRecord.model_fields}
     delta = DeltaRecord(**fields, reference_tower=reference_tower, card=card)
     return {DELTA: delta.dump(), CARD: _delta_card(delta)}
@@ -205,7 +205,7 @@ def _records(record: SwapRecord, card: str, *, reference_tower: bool) -> dict[st
 def _whole_record(
     record: DeltaRecord, files: Mapping[str, FileRecord], hashes: Mapping[str, str]
 ) -> SwapRecord:
-    """The record that the whole checkpoint would have."""
+    """Return the record of the whole checkpoint."""
     fields = {name: getattr(record, name) for name in SwapRecord.model_fields}
     tensors = [
         t if t.sha256 or t.name in record.trained else t.model_copy(update={"sha256": hashes.get(t.name)})
@@ -215,7 +215,7 @@ def _whole_record(
 
 
 def _delta_card(record: DeltaRecord) -> str:
-    """README.md of a delta: that of the whole checkpoint, with another library and a notice in front."""
+    """Make a delta's README.md: that of the whole checkpoint, with another library and a notice."""
     inputs = record.inputs
     notice = NOTICE.format(
         held=f"{len(record.stored)} tensors ({decimal(sum(map(nbytes, record.stored)))})",
@@ -229,17 +229,17 @@ def _delta_card(record: DeltaRecord) -> str:
 
 
 def _given(step: Step) -> Step:
-    """A step whose value comes from the delta: no bytes of the base are taken over."""
+    """Return a step whose value comes from the delta, without bytes of the base."""
     return step.model_copy(update={"operation": "trained"}) if step.kind.copies_bytes else step
 
 
 def _with_changes(
     record: SwapRecord, checkpoint: Checkpoint, base: Checkpoint, progress: Progress
 ) -> SwapRecord:
-    """The record with the hashes of all tensors that have other values than the swap gave them.
+    """Return the record with the hashes of all tensors that changed after the swap.
 
     Raises:
-        UserError: one of them belongs neither to the tower nor to its connectors, and no recorded training changed it.
+        UserError: one of them is not part of tower or connector, and no recorded training changed it.
     """
     plan = record.plan_with(checkpoint.config, source=base.folder)
     changed: dict[str, str] = {}
@@ -256,15 +256,15 @@ def _with_changes(
     if foreign:
         first = next(t.name for t in record.tensors if t.name in foreign)
         raise UserError(
-            f"{checkpoint.folder}: {len(foreign)} tensors differ from {base.folder} though they belong neither to the "
-            f"tower nor to what reads it and no training is recorded that changed them, first {first}: this cannot be "
-            "a delta; keep the whole checkpoint"
+            f"{checkpoint.folder}: {len(foreign)} tensors differ from {base.folder}, although they are not "
+            f"part of tower or connector and no recorded training changed them, first {first}: this cannot "
+            "be a delta; keep the whole checkpoint"
         )
     return record.model_copy(update={"trained": {**record.trained, **changed}})
 
 
 def _one_file(tensor: Step, checkpoint: Checkpoint, base: Checkpoint) -> bool:
-    """Whether a tensor lies in a file that a checkpoint shares with its base."""
+    """Whether a tensor is in a file that a checkpoint shares with its base."""
     return base.header(tensor.sources[0]).file.samefile(checkpoint.header(tensor.name).file)
 
 

@@ -1,4 +1,4 @@
-"""A swap or conversion that is planned and not done: look at it, write it, or load it."""
+"""A planned swap or conversion: show it, write it, or load it."""
 
 import io
 from collections.abc import Collection, Mapping
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
 
 WIDTH = 120
-"""Columns of a report as text."""
+"""Width of a text report in columns."""
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """How connectors are to be fitted on images: see `mllm_adapters.align`."""
+    """Settings for fitting the connector on images: see `mllm_adapters.align`."""
 
     images: Path
     samples: int
@@ -38,14 +38,14 @@ class SwapPlan:
     """A planned swap, or conversion; see `mllm_adapters.plan_swap`.
 
     Attributes:
-        plan: The target's tensors one by one, its configuration, and the vision contract before and after.
+        plan: The target's tensors, its configuration, and the vision contract before and after.
         family: The family that made the plan.
         checkpoint: The plan's source.
-        name: How the result is called unless its folder is given.
-        warnings: What the user should know of the tower.
-        fitting: How connectors are to be fitted before anything is written; None for a plain swap.
-        unfitted: The plan without that.
-        alignment: The fitted connectors.
+        name: Default name of the result's folder.
+        warnings: Warnings about the tower.
+        fitting: Settings for fitting the connector before anything is written; None for a plain swap.
+        unfitted: The plan without fitting.
+        alignment: The fitted connector layers.
     """
 
     plan: Plan
@@ -60,23 +60,23 @@ class SwapPlan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was assumed or changed, one sentence each."""
+        """Return notes about assumptions and changes, one sentence each."""
         return self.plan.notes
 
     def held_by_delta(self, *, reference_tower: bool = False) -> set[str]:
-        """Names of the tensors that `write_delta` stores."""
+        """Return the names of the tensors that `write_delta` stores."""
         return stored_names(self.plan.steps, reference_tower=reference_tower)
 
     def total_bytes(self, names: Collection[str] | None = None) -> int:
-        """Bytes of all tensors of the target, or of those with these names."""
+        """Return the bytes of all tensors of the target, or of those with these names."""
         return total_bytes(self.plan, names)
 
     def table(self, *, copy: bool = False, held: Collection[str] | None = None) -> RenderableType:
-        """What changes, for a rich console; arguments as of `plan_table`."""
+        """Return the changes, for a rich console; arguments as in `plan_table`."""
         return plan_table(self.plan, self.checkpoint, copy=copy, held=held)
 
     def report(self) -> str:
-        """What changes, as text: vision contract, tensors, connectors, how it loads, notes and warnings."""
+        """Return the changes as text: vision contract, tensors, connector, how it loads, notes and warnings."""
         text = io.StringIO()
         console = Console(file=text, width=WIDTH, highlight=False)
         console.print(self.table())
@@ -86,10 +86,10 @@ class SwapPlan:
         return text.getvalue()
 
     def check(self, out: Path | None = None, *, force: bool = False) -> None:
-        """Hold the planned tensors against the planned model's, once, and see whether ``out`` is free.
+        """Compare the planned tensors with the planned model's, once, and check that ``out`` is free.
 
         Raises:
-            UserError: a tensor would be missing, left over or of another shape; or ``out`` is taken.
+            UserError: a tensor would be missing, unexpected or of another shape; or ``out`` exists.
         """
         if out is not None:
             check_output(out, force, inputs(self.plan))
@@ -98,10 +98,10 @@ class SwapPlan:
             self._complete = True
 
     def to_fit(self, fitting: Fitting) -> "SwapPlan":
-        """The plan with its connectors to be fitted on images, which are looked for and not opened.
+        """Return the plan with its connector to be fitted on images, which are found but not opened.
 
         Raises:
-            UserError: too few images, no such device, or nothing that could be fitted.
+            UserError: too few images, no such device, or nothing to fit.
         """
         from mllm_adapters.alignment.align import find_device, fitted_plan
         from mllm_adapters.alignment.feature_pairs import find_images
@@ -112,7 +112,7 @@ class SwapPlan:
         return replace(self, plan=plan, unfitted=self.plan, fitting=fitting, _complete=False)
 
     def fit(self) -> "SwapPlan":
-        """The plan with its connectors fitted; itself where none is to be, or all are.
+        """Return the plan with its connector fitted; itself if nothing remains to be fitted.
 
         Raises:
             UserError: the images or the old tower cannot be read.
@@ -143,7 +143,7 @@ class SwapPlan:
             progress: See `Progress`.
 
         Raises:
-            UserError: ``out`` is taken or cannot be written, or something in the source cannot be read.
+            UserError: ``out`` exists or cannot be written, or the source cannot be read.
         """
         ready = self._ready(Path(out), force)
         return ready._write(Path(out), force=force, copy=copy, progress=progress)
@@ -160,12 +160,12 @@ class SwapPlan:
 
         Args:
             out: Folder to write.
-            reference_tower: Leave out the tower too, and name it by its hashes.
+            reference_tower: Reference the tower by its hashes instead of storing it.
             force: Replace ``out`` if it exists.
             progress: See `Progress`.
 
         Raises:
-            UserError: as `write`.
+            UserError: as in `write`.
         """
         from mllm_adapters.swap.delta_files import stored_alone
 
@@ -176,13 +176,13 @@ class SwapPlan:
         return ready._write(Path(out), force=force, **delta)
 
     def load(self, dtype: Any = "auto") -> tuple[Any, Any | None]:
-        """The model in evaluation mode and its processor, as `load_mllm` loads what `write` writes.
+        """Load the model in evaluation mode and its processor, as `load_mllm` does after `write`.
 
         Args:
             dtype: Torch dtype of the weights, or ``auto`` for the planned one.
 
         Raises:
-            UserError: something in the source cannot be read.
+            UserError: the source cannot be read.
         """
         ready = self.fit()
         return load_plan(ready.plan, self.family, self.checkpoint, dtype=dtype, fitted=ready._fitted)

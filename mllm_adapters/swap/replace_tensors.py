@@ -74,7 +74,7 @@ def replace_tensors(
 
 
 def _records(source: Path, trained: Iterable[str], written: Written) -> dict[str, str]:
-    """The record of a checkpoint with the hashes of what was trained.
+    """Return the record of a checkpoint with the hashes of the trained tensors.
 
     A side file keeps its own where it still is the source's: what was edited before is told by it.
     """

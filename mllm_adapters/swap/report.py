@@ -1,4 +1,4 @@
-"""A plan for the eye."""
+"""Formats plans and alignments for the terminal."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def alignment_table(alignment: "Alignment") -> RenderableType:
-    """How well each connector was fitted, as a table for the terminal."""
+    """Return a table of how well each connector layer was fitted, for the terminal."""
     table = Table(
         title=f"Connectors fitted on {alignment.used} images ({alignment.held_out} of them held out), "
         f"{alignment.tokens} tokens, in {alignment.seconds:.0f} s",
@@ -40,7 +40,7 @@ def alignment_table(alignment: "Alignment") -> RenderableType:
     ):
         table.add_column(column, justify="left" if column in ("connector", "towards") else "right")
     for fit in alignment.fits:
-        unaligned = "drawn anew" if fit.r2_unaligned is None else f"{fit.r2_unaligned:.3f}"
+        unaligned = "re-initialized" if fit.r2_unaligned is None else f"{fit.r2_unaligned:.3f}"
         error, ridge = f"{fit.relative_error:.3f}", f"{fit.strength:.1e}"
         table.add_row(
             fit.connector, f"{fit.r2:.3f}", unaligned, error, ridge, fit.towards, f"{fit.seconds:.1f}"
@@ -49,27 +49,27 @@ def alignment_table(alignment: "Alignment") -> RenderableType:
 
 
 def total_bytes(plan: Plan, names: Collection[str] | None = None) -> int:
-    """Bytes of all target tensors, or of those with these names."""
+    """Return the bytes of all target tensors, or of those with these names."""
     return sum(nbytes(step) for step in plan.steps if names is None or step.name in names)
 
 
 def loads_with(plan: Plan) -> str:
-    """What ``AutoModelForImageTextToText.from_pretrained`` needs to load the target."""
+    """Return what ``AutoModelForImageTextToText.from_pretrained`` needs to load the target."""
     return "import mllm_adapters.auto" if plan.config["model_type"] in MODEL_TYPES else "stock transformers"
 
 
 def plan_table(
     plan: Plan, checkpoint: Checkpoint, *, copy: bool = False, held: Collection[str] | None = None
 ) -> RenderableType:
-    """What a plan will change, as tables for the terminal.
+    """Return tables of what a plan will change, for the terminal.
 
     Args:
         plan: The plan.
         checkpoint: Its source.
         copy: Whether unchanged files will be copied instead of linked.
-        held: Of a delta, the names of the tensors that it will hold.
+        held: For a delta, the names of its tensors.
     """
-    vision = Table(title="What the language model will see", title_justify="left")
+    vision = Table(title="Input of the language model", title_justify="left")
     for column in ("", "before", "after"):
         vision.add_column(column)
     for name, before, after in contract_rows(plan.before, plan.after):

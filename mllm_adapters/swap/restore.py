@@ -1,4 +1,4 @@
-"""Undoing a swap: the original tower and connectors back in, or the tower out again as a folder of its own."""
+"""Undoes a swap: restores the original tower and connector, or extracts the tower as a folder."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -22,12 +22,12 @@ from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.swap.writer import Progress, copy_sides, published_config, write_checkpoint, write_weights
 
 ORIGINAL = "original/"
-"""What the names of the original checkpoint's tensors begin with where both checkpoints are read."""
+"""Prefix of the original checkpoint's tensor names when both checkpoints are read."""
 
 _REPLACED = {TOWER, "projector"}
-"""Parts of a model of which an undone swap leaves nothing."""
+"""Components that are replaced when undoing a swap."""
 
-_NO_TOWER = "{folder} has no tower that a swap put in: it was converted, not swapped"
+_NO_TOWER = "{folder} has no swapped tower: it was converted, not swapped"
 
 
 def restore(
@@ -40,22 +40,23 @@ def restore(
     copy: bool = False,
     progress: Progress = lambda _: None,
 ) -> Path:
-    """Write the checkpoint as it was before the swap, in the layout that loads.
+    """Write the checkpoint as it was before the swap, in the transformers layout.
 
-    Tower and everything that reads it come from ``original``, likewise configuration and processor; what the swap left
-    as it was comes from ``folder``, with what a training has made of it since.
+    Tower, connector, configuration and processor come from ``original``; tensors that the swap did not
+    change come from ``folder``, including later training.
 
     Args:
         folder: A swapped checkpoint.
-        original: The checkpoint that it was made of.
+        original: Its original checkpoint.
         out: Folder to write.
-        parts: Where parts of ``original`` lie, as for a swap.
+        parts: Paths of parts of ``original``, as for a swap.
         force: Replace ``out`` if it exists.
         copy: Copy unchanged files instead of hard-linking them.
         progress: Called with the number of bytes written, tensor by tensor.
 
     Raises:
-        UserError: ``folder`` was not swapped, ``original`` is not what it was made of, or ``out`` cannot be written.
+        UserError: ``folder`` was not swapped, ``original`` is another checkpoint, or ``out`` cannot be
+            written.
     """
     record = read_record(folder)
     if not record.plan["swapped"]:
@@ -63,8 +64,8 @@ def restore(
     source, family, layout = open_checkpoint(original, parts)
     if not is_input(record.inputs.source, source.folder):
         raise UserError(
-            f"{original} is not what {folder} was made of ({record.inputs.source.name}): its config.json or weights "
-            "have other hashes than those in mgll_swap.json"
+            f"{original} is not the original of {folder} ({record.inputs.source.name}): its config.json or "
+            "weights have other hashes than those in mgll_swap.json"
         )
     swapped = Checkpoint(folder)
     plan = None if layout == "transformers" else family.plan(source)
@@ -105,7 +106,7 @@ def restore(
 def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
     """Write the tower of a swapped checkpoint as an ordinary tower folder.
 
-    It has the grid and the normalisation that it has in the checkpoint, so that its features are those.
+    It keeps the checkpoint's grid and normalization, so its features are the same.
 
     Args:
         folder: A swapped checkpoint.
@@ -148,7 +149,7 @@ def _check_tower(folder: Path, expected: Mapping[str, tuple[int, ...]], found: M
 
 
 class _Both:
-    """Two checkpoints as one: names of the second begin with `ORIGINAL`."""
+    """Two checkpoints as one: names of the second have the prefix `ORIGINAL`."""
 
     def __init__(self, swapped: Checkpoint, original: Checkpoint) -> None:
         self._swapped = swapped
@@ -166,7 +167,7 @@ class _Both:
 
 
 def _merged(steps: Iterable[Step], record: SwapRecord, vision: set[str]) -> Iterator[Step]:
-    """The steps, each taken from the swapped checkpoint where that has the very tensor."""
+    """Yield the steps, each from the swapped checkpoint if that has the same tensor."""
     same = {_origin(t): t.name for t in record.tensors if t.sources and t.name not in vision}
     for step in steps:
         name = same.get(_origin(step)) if step.sources and not step.kind.from_tower else None
@@ -180,13 +181,13 @@ def _merged(steps: Iterable[Step], record: SwapRecord, vision: set[str]) -> Iter
 
 
 def _origin(step: Step) -> tuple[object, ...]:
-    """What a tensor is made of and how: two of one origin are equal, whatever their names."""
+    """Return how a tensor is made and from what: tensors with the same recipe are equal."""
     operation = "copy" if step.kind.copies_bytes else step.operation
     return operation, step.sources, tuple(sorted(step.arguments.items())), step.dtype, step.shape
 
 
 def _is_original(step: Step) -> bool:
-    """Whether the value of a merged step comes from the original checkpoint, or from nothing."""
+    """Whether the value of a merged step comes from the original checkpoint, or has no source."""
     return step.kind.from_tower or not step.sources or step.sources[0].startswith(ORIGINAL)
 
 
@@ -197,7 +198,7 @@ def _originals(steps: list[Step], plan: Plan | None, source: Checkpoint) -> Iter
 
 
 def vision_tensors(swapped: Checkpoint, record: SwapRecord) -> set[str]:
-    """Names on disk of the tower and of everything that reads its features."""
+    """Return the names on disk of the tower and the connector."""
     parts = components(empty_model(record.plan_with(swapped.config)))
     wanted = [name for name, part in parts.items() if part in ("tower", "projector")]
     return {t.name for t in record.tensors if any(f".{name}".endswith(f".{t.name}") for name in wanted)}

@@ -1,7 +1,7 @@
-"""Writing checkpoint folders, whatever they are made of: weights, what lies beside them, and records of both.
+"""Writes checkpoint folders from any source: weights, side files, and records of both.
 
-A folder is written under a hidden name and renamed at the end. Weights are written shard by shard, tensor by tensor;
-source files of which nothing changes are hard-linked.
+A folder is written under a hidden name and renamed at the end. Weights are written shard by shard, tensor by
+tensor; unchanged source files are hard-linked.
 """
 
 import json
@@ -80,21 +80,21 @@ def write_checkpoint(
     inputs: Iterable[Path] = (),
     config_name: str = CONFIG,
 ) -> Path:
-    """Write a checkpoint folder, which appears when everything in it has been written.
+    """Write a checkpoint folder that appears when it is complete.
 
     Args:
         out: Folder to write.
         config: Contents of its config.json.
         weights: Writes the weight files into a folder.
-        sides: Writes what lies beside them into a folder; paths of this machine are taken out afterwards.
-        files: Further files, contents by name.
-        records: Names and texts of the files that say how the others came about, made of the records of these.
+        sides: Writes the side files into a folder; local paths are then removed from them.
+        files: Additional files, contents by name.
+        records: Makes names and texts of the provenance files from the records of the other files.
         force: Replace ``out`` if it exists.
-        inputs: What the checkpoint is made of; ``out`` must not be or hold any of it.
-        config_name: Name of the file without which the folder would not load.
+        inputs: The checkpoint's inputs; ``out`` must not be or contain any of them.
+        config_name: Name of the file without which the folder does not load.
 
     Raises:
-        UserError: ``out`` is taken, is or holds an input, or cannot be written; or what the arguments raise.
+        UserError: ``out`` exists, is or contains an input, or cannot be written; or an argument raises it.
     """
     check_output(out, force, inputs)
     try:
@@ -106,7 +106,7 @@ def write_checkpoint(
             if records is not None:
                 found = {**_side_records(folder, written.files), CONFIG: _record_of(config), **written.files}
                 _write_files(folder, records(Written(found, written.hashes)))
-            # Last and at once, so that what a kill leaves is no checkpoint; `new_folder` waits for the disk.
+            # Last, so that a folder left behind by a kill is not a checkpoint; `new_folder` syncs to disk.
             with appearing(folder / config_name) as file:
                 file.write_bytes(config)
     except OSError as error:
@@ -116,18 +116,18 @@ def write_checkpoint(
 
 
 def published_config(content: Mapping[str, Any], raw: bytes) -> bytes:
-    """A config.json, read and as it is, without paths of this machine."""
+    """Return a config.json (parsed and raw) without local paths."""
     cleaned = without_local(content)
     return raw if cleaned == content else json_bytes(cleaned)
 
 
 def copy_sides(checkpoint: Checkpoint, folder: Path, *, without: Iterable[str] = ()) -> None:
-    """Copy what belongs to a checkpoint beside its weights and its config.json; name what is left behind.
+    """Copy a checkpoint's side files except config.json, and list the files that are not copied.
 
     Args:
         checkpoint: The checkpoint.
-        folder: Where to.
-        without: Names of files that are not wanted.
+        folder: Target folder.
+        without: Names of files to skip.
     """
     unwanted = {CONFIG, *without}
     copy_files((file for file in checkpoint.side_files if file.name not in unwanted), folder)
@@ -239,7 +239,7 @@ def _record_of(contents: bytes) -> FileRecord:
 
 
 def untouched(file: Path, group: list[Step], source: TensorSource) -> bool:
-    """Whether a weight file can stay as it is: the steps whose tensors go in its place keep all of them."""
+    """Whether a weight file is unchanged: its steps keep all of its tensors."""
     held = {header.name for header in source.tensors.values() if header.file == file}
     kept = {step.name for step in group if step.kind.in_place}
     return bool(held) and kept == held and is_safetensors(file)

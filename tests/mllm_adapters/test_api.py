@@ -73,7 +73,7 @@ def conversations(photographs_of_noise: Path) -> Path:
 def test_a_plan_is_read_before_anything_is_written(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
     plan = plan_swap(tiny_llava, tower)
     said = plan.report()
-    assert "What the language model will see" in said
+    assert "Input of the language model" in said
     assert "multi_modal_projector.linear_1: kept" in said
     assert plan.name == "tiny-llava-mgll-fundus"
     assert plan.plan.after.tokens == 4

@@ -249,7 +249,7 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(
             "cannot be read: 'junk' is missing from it, or is not known to transformers",
         ),
         ({"architectures": "LlavaLlamaForCausalLM"}, "field 'architectures' is 'LlavaLlamaForCausalLM'"),
-        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "but the host's tower gives 1024"),
+        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "but the host's tower has width 1024"),
         (
             {"mm_vision_tower": "google/siglip"},
             "mm_vision_tower is 'google/siglip': checkpoints with a siglip tower are not supported",

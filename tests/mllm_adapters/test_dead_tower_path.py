@@ -99,7 +99,7 @@ def test_a_conversion_needs_the_tower_itself(host: Path, tmp_path: Path) -> None
 
 def test_a_known_name_that_the_projector_contradicts_is_refused(without_tower: Path, tmp_path: Path) -> None:
     edit_config(without_tower, mm_vision_tower="/scratch/me/clip_vit_large_patch14_336")
-    with pytest.raises(UserError, match="reads features of width 32, but the host's tower gives 1024"):
+    with pytest.raises(UserError, match="reads features of width 32, but the host's tower has width 1024"):
         plan_of(without_tower, a_tower(tmp_path / "mgll", width=64))
 
 

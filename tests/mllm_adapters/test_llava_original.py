@@ -138,5 +138,5 @@ def test_text_is_cut_as_the_sentencepiece_model_cuts_it(host: str, golden: Path,
 def test_a_tokenizer_that_would_be_misread_is_refused(golden: Path, tmp_path: Path) -> None:
     """Under a foreign class the first word loses its space, silently; transformers' AutoTokenizer does so."""
     source = with_sentencepiece(golden, "llava", tmp_path / "original", tokenizer_class="")
-    with pytest.raises(UserError, match="in another way than its SentencePiece model"):
+    with pytest.raises(UserError, match="tokenizes differently from its SentencePiece model"):
         load_mllm(source)

@@ -273,5 +273,5 @@ def test_a_file_without_its_tower_is_refused(tmp_path: Path, mgll: Path) -> None
         {k: v for k, v in load_file(weights).items() if "vision_tower" not in k}, weights, {"format": "pt"}
     )
     checkpoint, family, _ = open_checkpoint(folder)
-    with pytest.raises(UserError, match="holds no tensor of vision_tower: is it complete"):
+    with pytest.raises(UserError, match="has no tensor of vision_tower: is it complete"):
         family.plan(checkpoint, inspect_tower(mgll))

@@ -144,7 +144,7 @@ def test_what_a_sample_tells(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "found"),
     [
-        (("tensors", 0, "dtype"), "float17", "'float17' is no dtype of torch"),
+        (("tensors", 0, "dtype"), "float17", "'float17' is not a torch dtype"),
         (("tensors", 0, "shape"), [-1], "greater than or equal to 0"),
         (("plan", "before", "mean"), [0.5], "field 'plan.before.mean.1': Field required"),
     ],

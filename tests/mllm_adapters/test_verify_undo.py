@@ -260,7 +260,7 @@ def test_undoing_what_was_not_done_is_refused(
     other = Path(shutil.copytree(llava.source, tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     message = refused(main, "restore", llava.out, "--original", other, *out)
-    assert "is not what" in message
+    assert "is not the original of" in message
     assert "other hashes" in message
     damaged = Path(shutil.copytree(llava.out, tmp_path / "damaged"))
     (damaged / "mgll_swap.json").write_text('{"format": 1}')

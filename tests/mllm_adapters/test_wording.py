@@ -22,20 +22,20 @@ RETRAIN = ": retrain the projector"
     ("fate", "words", "advice"),
     [
         (Kept(width=1024), "kept (1024 wide)", ""),
-        (Reinitialized(before=1664, after=1024), "re-initialised (1664 -> 1024 wide)", RETRAIN),
+        (Reinitialized(before=1664, after=1024), "re-initialized (1664 -> 1024 wide)", RETRAIN),
         (
             Reinitialized(before=64, after=32, because="latents"),
-            "re-initialised (64 -> 32 wide), all of it, because its latents are as wide as the features",
+            "re-initialized (64 -> 32 wide), completely, because its latents have the width of the features",
             RETRAIN,
         ),
         (
             Reinitialized(before=32, after=48, because="patches"),
-            "re-initialised (reads single patches, not joined ones)",
+            "re-initialized (reads single patches, not merged ones)",
             RETRAIN,
         ),
         (
             Added(before=128, after=32),
-            "added at random, the original needs none (128 -> 32 wide)",
+            "added with random weights, the original needs none (128 -> 32 wide)",
             RETRAIN,
         ),
         (Unneeded(width=128), "none: features and language model are both 128 wide", ""),
@@ -65,7 +65,7 @@ def test_what_becomes_of_a_connector(fate: ConnectorFate, words: str, advice: st
         ),
         (
             ProcessorFate(name="QwenVLProcessor", made_of="qwen.tiktoken"),
-            "QwenVLProcessor with a fast tokenizer made of qwen.tiktoken",
+            "QwenVLProcessor with a fast tokenizer from qwen.tiktoken",
         ),
         (
             ProcessorFate(name="InstructBlipProcessor", tokenizers=2, template=True),

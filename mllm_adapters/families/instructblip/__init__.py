@@ -314,7 +314,7 @@ INSTRUCTBLIP = InstructBlip(
             TOWER_PART: f"the EVA tower, {lavis.TOWER_FILE} (LAVIS)",
             lavis.CONFIG_PART: "a config.json in the transformers layout: numbers of heads (LAVIS of unpublished size)",
             QFORMER_TOKENIZER_PART: f"the tokenizer of {BERT[0]}, which the Q-Former has",
-            QFORMER_PART: "a Q-Former trained on towers of the new width, whose connectors are taken",
+            QFORMER_PART: "a Q-Former trained on towers of the new width, whose connector layers are used",
         },
     )
 )

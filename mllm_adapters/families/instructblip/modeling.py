@@ -30,7 +30,7 @@ class MgllInstructBlipConfig(InstructBlipConfig):
 
     Attributes:
         vision_feature_layer: Index of the tower's hidden state that the Q-Former reads.
-        vision_layer_norm_eps: Epsilon of the normalisation between tower and Q-Former.
+        vision_layer_norm_eps: Epsilon of the normalization between tower and Q-Former.
     """
 
     model_type = "mgll_instructblip"
@@ -44,7 +44,7 @@ class MgllInstructBlipConfig(InstructBlipConfig):
 
 
 class ClipWithNorm(nn.Module):
-    """A CLIP tower and the normalisation of its tokens, class token included, that the Q-Former attends to.
+    """A CLIP tower and the normalization of its tokens, class token included, that the Q-Former attends to.
 
     LAVIS uses CLIP ViT-L in this way (salesforce/LAVIS, lavis/models/clip_vit.py: all blocks but the last,
     no final norm of CLIP's own; lavis/models/blip2_models/blip2.py: ``ln_vision``).

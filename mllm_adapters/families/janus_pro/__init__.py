@@ -88,8 +88,8 @@ class JanusPro(PlannedFamily):
         if request.target == "llava":
             return _as_llava(host, checkpoint)
         side = host.config["vq_config"]["num_patches"]
-        drawn = f"{side}x{side} = {side**2} tokens per image, for any grid of the tower"
-        return host.updated(remarks=(f"image generation is kept: it generates {drawn}",))
+        generated = f"{side}x{side} = {side**2} tokens per image, for any grid of the tower"
+        return host.updated(remarks=(f"image generation is kept: it generates {generated}",))
 
     def adapted(self, swap: Swap) -> Mapping[str, Any]:
         """See `PlannedFamily.adapted`."""

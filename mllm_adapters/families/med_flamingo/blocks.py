@@ -125,10 +125,10 @@ class MediaAttention(CrossAttention):
 
         Zero for tokens that attend to nothing.
         """
-        sees = visible.any(dim=-1, keepdim=True)
+        attends = visible.any(dim=-1, keepdim=True)
         # A row without any key has no softmax: let it attend to everything, and discard the result.
-        found = self.attend(self.norm(hidden), media, (visible | ~sees)[:, None])
-        return torch.where(sees, found, 0)
+        found = self.attend(self.norm(hidden), media, (visible | ~attends)[:, None])
+        return torch.where(attends, found, 0)
 
 
 def feed_forward(width: int, inner: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Qwen-VL and Qwen-VL-Chat (2023): the original layout (`qwen_vl_original`), and ours.
+"""Qwen-VL and Qwen-VL-Chat (2023): the original layout (see `original`), and ours.
 
 The prompt is that of qwen_generation_utils.py of Qwen/Qwen-VL-Chat.
 """
