@@ -279,7 +279,7 @@ def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: t
         dtype: The host's dtype.
 
     Raises:
-        UserError: the host's tensors are quantised.
+        UserError: the host's tensors are quantized.
     """
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"the host's weights are {dtype_name(dtype)}: use its unquantized checkpoint")
@@ -387,7 +387,7 @@ def refit_connector(
         where: Name of the checkpoint in error messages.
 
     Returns:
-        The steps, and what becomes of the connector.
+        The steps, and the connector's fate.
 
     Raises:
         UserError: the connector is missing, or reads features of another width than the host's tower gives.

@@ -68,7 +68,7 @@ class SwapRecord(Data):
         versions: Package versions.
         inputs: What the checkpoint was made from.
         tower_spec: The tower's own contract, before it was adapted to the host.
-        plan: The plan without its tensors: family, layouts, vision contract before and after, what becomes of the
+        plan: The plan without its tensors: family, layouts, vision contract before and after, fates of the
             connectors, notes.
         files: The written files of the checkpoint, except the card and this file.
         dropped: Dropped source tensors.

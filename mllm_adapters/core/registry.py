@@ -82,7 +82,7 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
 
     Args:
         folder: The checkpoint's folder, or one that contains it and its parts.
-        given: Where parts of it lie (``--part``), name -> path.
+        given: Paths of its parts, name -> path.
 
     Raises:
         UserError: there is no checkpoint, one of an unknown family, or several; or the family has no such

@@ -59,7 +59,7 @@ TOKEN_TYPES = "mm_token_type_ids"
 """Token type that some processors return per position: text (0), image, video; Qwen's models need it for positions."""
 
 PER_TOKEN = (TOKEN_TYPES, PREFIX_TYPES)
-"""What processors may return for each position in addition to ids and mask."""
+"""Optional outputs of processors per position, in addition to ids and mask."""
 
 
 class ExampleTable(Sequence[Example]):

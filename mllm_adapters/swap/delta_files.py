@@ -46,10 +46,10 @@ from mllm_adapters.swap.writer import (
 )
 
 NOTICE = """
-> **A delta, not a whole checkpoint.** It holds {held} of the model described below; all else comes from its base,
-> `{base}`{encoder}. `from mllm_adapters import load_mllm; load_mllm(BASE, delta=THIS_FOLDER)` puts the two together in
-> memory, `swap-encoder compose --mllm BASE --delta THIS_FOLDER --out FOLDER` on disk. What is held, and by which hashes
-> base and encoder are told: `{record}`.
+> **A delta, not a whole checkpoint.** It contains {held} of the model described below; everything else comes from its
+> base, `{base}`{encoder}. `from mllm_adapters import load_mllm; load_mllm(BASE, delta=THIS_FOLDER)` merges the two in
+> memory, `swap-encoder compose --mllm BASE --delta THIS_FOLDER --out FOLDER` on disk. Its contents, and the hashes of
+> base and encoder: `{record}`.
 """
 
 

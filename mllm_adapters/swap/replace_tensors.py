@@ -76,7 +76,7 @@ def replace_tensors(
 def _records(source: Path, trained: Iterable[str], written: Written) -> dict[str, str]:
     """Return the record of a checkpoint with the hashes of the trained tensors.
 
-    A side file keeps its own where it still is the source's: what was edited before is told by it.
+    An unchanged side file keeps its old record, so that earlier edits remain detectable.
     """
     record, found = read_record(source), written.files
     kept = {name for name in record.files.keys() & found.keys() if not name.endswith(WEIGHT_SUFFIXES)}

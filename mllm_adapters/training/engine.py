@@ -56,7 +56,7 @@ OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class Extras:
-    """What a run does in addition to training.
+    """Additional tasks of a training run.
 
     Attributes:
         evaluate: Scores the model, to keep the best weights.

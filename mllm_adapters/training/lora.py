@@ -26,8 +26,8 @@ def write_adapter(
 ) -> Path:
     """Write a folder that ``PeftModel.from_pretrained(base, out)`` and `load_mllm` read.
 
-    The projector goes into PEFT's file under the names of ``modules_to_save``; a parameter that is no module's (the
-    query tokens of a Q-Former) goes there under its own name, which PEFT puts in place as well.
+    The projector goes into PEFT's file under the names of ``modules_to_save``; a parameter without a module
+    (the query tokens of a Q-Former) goes there under its own name, which PEFT puts in place as well.
 
     Args:
         base: Checkpoint folder that the adapter belongs to.

@@ -26,7 +26,7 @@ MOMENTS = 8
 """AdamW's two moments per trained parameter, in 32 bits."""
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Per weight in NF4 with double quantisation: 4 bits, and per block of 64 a scale in 8 bits, per 256 such one in 32
+"""Per weight in NF4 with double quantization: 4 bits, and per block of 64 a scale in 8 bits, per 256 such one in 32
 (Dettmers et al. 2023, section 3)."""
 
 ATTENTION = "mgll_counted"

@@ -189,7 +189,7 @@ def rewidened(
     If there is a bridge, only the bridge reads the features.
 
     Returns:
-        The steps, and what becomes of each connector.
+        The steps, and the fate of each connector.
     """
     old, new = before.width, after.width
     if any(step.name == f"{BRIDGE}.weight" for step in steps):

@@ -109,7 +109,7 @@ class MiniGeminiPreTrainedModel(PreTrainedModel):
 
 
 class MiniGeminiModel(MiniGeminiPreTrainedModel):
-    """Towers, mining, projector and language model, without the language modelling head."""
+    """Towers, mining, projector and language model, without the language modeling head."""
 
     def __init__(self, config: MiniGeminiConfig) -> None:
         super().__init__(config)
