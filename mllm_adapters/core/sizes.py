@@ -139,5 +139,5 @@ def _told(source: Path, own: int, plan: Plan, way_out: str) -> str:
     grid, size = plan.after.grid, plan.after.image_size
     return (
         f"{source.name} was trained on {own}x{own} patches; to keep the host's {grid}x{grid} it runs at "
-        f"{size} px, with positions interpolated {grid / own:.1f} times, where features get poor: {way_out}"
+        f"{size} px, with positions stretched {grid / own:.1f} times, where features get poor: {way_out}"
     )

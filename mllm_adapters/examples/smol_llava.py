@@ -139,7 +139,7 @@ def build_smol_llava(
     counts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name, value in counts.items():
         if value < 0:
-            raise UserError(f"--{name} is {value}: it must be 0 or greater")
+            raise UserError(f"`{name}` is {value}: it must be 0 or greater")
     recipe = replace(RECIPES[language_model], **counts)
     corpus = read_corpus(data, images)
     asked = _questions(corpus)

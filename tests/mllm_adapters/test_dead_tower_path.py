@@ -108,7 +108,7 @@ def test_an_unknown_tower_asks_for_the_image_size_and_takes_it(without_tower: Pa
     width = 32
     edit_config(without_tower, mm_hidden_size=width)
     command = ("--mllm", without_tower, "--encoder", tower, "--out", tmp_path / "out")
-    assert "give `image_size`" in refused(main, *command)
+    assert "pass --image-size" in refused(main, *command)
     plan = plan_of(without_tower, tower, 28)
     assert (plan.before.width, plan.after.image_size) == (width, 28)
     outcome = invoke(main, *command, "--image-size", 28)
@@ -142,7 +142,7 @@ class TestOtherFamilies:
         reference, tower = Golden(golden / "mini_gemini"), a_tower(tmp_path / "mgll")
         config = {"mm_vision_tower": "/scratch/me/run7/vit", "mm_hidden_size": 32}
         source = test_mini_gemini.write(reference, tmp_path / "host", config=config)
-        with pytest.raises(UserError, match="give `image_size`"):
+        with pytest.raises(UserError, match="pass `image_size`"):
             plan_of(source, tower)
         plan = plan_of(source, tower, 28)
         assert note(
@@ -169,7 +169,7 @@ class TestOtherFamilies:
         tower = a_tower(tmp_path / "mgll")
         source = test_med_flamingo.write_host(tmp_path / "host")
         shutil.rmtree(source / "clip-vit")
-        with pytest.raises(UserError, match="give `image_size`"):
+        with pytest.raises(UserError, match="pass `image_size`"):
             plan_of(source, tower)
         plan = plan_of(source, tower, 28)
         assert "(perceiver) at 28 px" in note(plan)
@@ -185,7 +185,7 @@ class TestOtherFamilies:
         tower = a_tower(tmp_path / "mgll")
         source = test_instructblip_lavis.lavis_folder(golden, tmp_path / "host", ("eva_vit_g.pth",))
         checkpoint, family, _ = open_checkpoint(source, test_instructblip_lavis.heads(golden))
-        with pytest.raises(UserError, match="give `image_size`"):
+        with pytest.raises(UserError, match="pass `image_size`"):
             family.plan(checkpoint, inspect_tower(tower))
         plan = family.plan(checkpoint, inspect_tower(tower), 28)
         assert "(ln_vision) at 28 px" in note(plan)

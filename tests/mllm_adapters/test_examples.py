@@ -127,7 +127,7 @@ def test_a_template_that_rewrites_history_is_refused(processor):
 
 def test_a_template_that_forgets_the_image_is_refused(processor):
     processor.chat_template = builders.CHAT_TEMPLATE.replace("<image>", "")
-    with pytest.raises(UserError, match="has 1 images, its rendered text 0 <image>"):
+    with pytest.raises(UserError, match="has 1 images, but its rendered text has 0 <image>"):
         render(conversation(*TALK), processor)
 
 

@@ -400,7 +400,7 @@ SPOILT: dict[str, tuple[Callable[[State], object], str]] = {
     "edited": (edit_one_alias, "two names of one tensor, but hold different values"),
     "edited shape": (widen_one_alias, "two names of one tensor, but differ"),
     "incomplete": (lose_a_block, "the file is incomplete, or this is not the LLaMA"),
-    "other LLaMA": (lose_rows, "give the right one with --part language-model"),
+    "other LLaMA": (lose_rows, "give the right one with `parts\\['language-model'\\]=FOLDER`"),
     "untrained": (lose("perceiver."), "has no perceiver: expected the trained weights"),
     "no blocks": (lose("gated_cross_attn"), "has no gated cross-attention blocks"),
     "truncated": (lose("perceiver.layers.0.0.to_q"), "perceiver.layers.0.0.to_q.weight is missing"),

@@ -79,10 +79,10 @@ def test_the_resolved_recipe_is_a_recipe(recipe):
         ("learning_rate: nan", r"learning_rate is nan: it must be a finite number"),
         ("bf16: true", r"bf16 is not for recipes: use precision"),
         ("do_eval: true", r"do_eval has no effect"),
-        ("output_dir: x", r"output_dir is not for recipes: it follows from --out"),
+        ("output_dir: x", r"output_dir is not for recipes: it follows from `out`"),
         ("stage: lorra\n", r"unknown stage 'lorra': did you mean 'lora'"),
         ("rank: 8", r"recipe\.yaml: rank has no effect: stage 'projector' has no adapters"),
-        ("qlora: true", r"--qlora .* stage 'projector' has no adapters"),
+        ("qlora: true", r"`qlora=True` .* stage 'projector' has no adapters"),
         ("a: b: c", r"recipe\.yaml is not YAML"),
         ("just words", r"recipe\.yaml has no keys"),
         ("report_to: tensorbord", r"did you mean 'tensorboard'"),
@@ -101,8 +101,8 @@ def test_bad_recipes_are_refused_in_one_line_with_file_and_key(recipe, text, com
         (["sead=1"], {}, "did you mean 'seed'"),
         (["seed=x"], {}, "seed= on the command line is x"),
         (["seed=1", "seed=2"], {}, "seed is given twice"),
-        (["per_device_train_batch_size=1"], {"batch_size": 2}, "given twice: as --batch-size"),
-        ([], {"batch_size": 0}, "--batch-size is 0"),
+        (["per_device_train_batch_size=1"], {"batch_size": 2}, "given twice: as `batch_size`"),
+        ([], {"batch_size": 0}, "`batch_size` is 0"),
     ],
 )
 def test_bad_overrides_are_refused(overrides, flags, complaint):

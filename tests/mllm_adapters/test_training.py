@@ -243,7 +243,7 @@ def test_resuming_nothing_or_another_run_is_refused(run, data):
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         run(resume=True)
     shutil.rmtree(run().out)
-    with pytest.raises(UserError, match=r"another run: its learning_rate is 0\.01, now it is 0\.5"):
+    with pytest.raises(UserError, match=r"another run: its learning_rate was 0\.01, now it is 0\.5"):
         run(recipe=replace(RECIPE, learning_rate=0.5), resume=True)
     rows = json.loads(data.read_text())
     with pytest.raises(UserError, match="another run: its data_sha256"):
@@ -316,9 +316,9 @@ def test_a_model_without_a_tokenizer_is_refused(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"batch_size": 0}, "--batch-size is 0"),
-        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
-        ({"max_steps": -1}, "--max-steps is -1"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` is nan"),
+        ({"max_steps": -1}, "`max_steps` is -1"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(change, complaint):

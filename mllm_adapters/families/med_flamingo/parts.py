@@ -169,9 +169,9 @@ def _replaced_host(checkpoint: Checkpoint, width: int, image_size: int | None) -
     if image_size is None:
         _name_damaged(checkpoint)
         raise UserError(
-            f"{checkpoint.files[0]} holds no vision tower, and its perceiver reads features of width {width}, which "
-            f"{HOST_TOWER} does not give: a swap needs the old tower's size, give `image_size`; or say where the tower "
-            f"is with `parts['{TOWER_PART}']=PATH`"
+            f"{checkpoint.files[0]} has no vision tower, and its perceiver has width {width}, unlike "
+            f"{HOST_TOWER}: a swap needs the old tower's size, pass `image_size`; or pass "
+            f"`parts['{TOWER_PART}']=PATH`"
         )
     source = f"taken as {width} wide (perceiver) at {image_size} px"
     return HostTower("CLIP", assumed_geometry(width, image_size), None, (gone("CLIP", source),))
