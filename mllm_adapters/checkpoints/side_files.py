@@ -19,7 +19,7 @@ PUBLISHED = (
     # the model
     "config.json",
     "generation_config.json",
-    # pictures
+    # images
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",

@@ -14,7 +14,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 MediaMask = Literal["preceding", "legacy"]
-"""Which picture a token attends to.
+"""Which image a token attends to.
 
 - ``preceding``: the last one before it, none before the first (open_flamingo from 2.0 on).
 - ``legacy``: a placeholder its own, any other token the *next* one, and none after the last placeholder
@@ -30,12 +30,12 @@ class FlamingoConfig(PreTrainedConfig):
     Attributes:
         vision_config: The CLIP tower.
         text_config: The LLaMA, its vocabulary with the added tokens.
-        image_token_id: Id of the placeholder, one per picture.
+        image_token_id: Id of the placeholder, one per image.
         media_mask: See `MediaMask`.
         cross_attention_interval: A gated block precedes every n-th layer.
         cross_attention_heads: Heads of each gated block.
         cross_attention_intermediate_size: Width of each gated block's MLP.
-        perceiver_latents: Latents per picture.
+        perceiver_latents: Latents per image.
         perceiver_width: Width of the latents, if a linear layer, the bridge, projects features to it; None
             if it equals the features' width and there is no bridge.
         perceiver_depth: Layers of the perceiver.
@@ -100,7 +100,7 @@ class CrossAttention(nn.Module):
 
 
 class PerceiverAttention(CrossAttention):
-    """Latents attend to the features of a picture and to each other."""
+    """Latents attend to the features of an image and to each other."""
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__(width, width, heads, head_dim)
@@ -114,7 +114,7 @@ class PerceiverAttention(CrossAttention):
 
 
 class MediaAttention(CrossAttention):
-    """Text attends to the latents of pictures."""
+    """Text attends to the latents of images."""
 
     def __init__(self, width: int, read_width: int, heads: int, head_dim: int) -> None:
         super().__init__(width, read_width, heads, head_dim)

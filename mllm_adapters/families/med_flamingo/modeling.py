@@ -105,7 +105,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
         self.post_init()
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pictures [n, 3, S, S] -> patch features [n, patches, width].
+        """Encode images [n, 3, S, S] to patch features [n, patches, width].
 
         They come from the last block, before the final LayerNorm and without class token: open_clip up to
         2.22 returned these, and the published weights were trained on them.
@@ -114,22 +114,22 @@ class FlamingoModel(FlamingoPreTrainedModel):
         return patches
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """Pictures [n, 3, S, S] -> `image_features` (``last_hidden_state``) and latents (``pooler_output``)."""
+        """Encode images [n, 3, S, S] to `image_features` (``last_hidden_state``) and latents (``pooler_output``)."""
         features = self.image_features(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.resample(features))
 
     def resample(self, features: Tensor) -> Tensor:
-        """Patch features [n, patches, width] -> latents [n, latents, latent width]."""
+        """Resample patch features [n, patches, width] to latents [n, latents, latent width]."""
         latents: Tensor = self.perceiver(self.bridge(features))
         return latents
 
     def place_images(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
-        """Latents of pictures [n, 3, S, S], row by row of ``input_ids``: [B, most pictures, latents, width].
+        """Compute latents of images [n, 3, S, S] by row of ``input_ids``: [B, maximum images per row, latents, width].
 
-        Pictures belong to placeholders in reading order: those of the first row, then those of the second.
+        Images belong to placeholders in reading order: those of the first row, then those of the second.
 
         Raises:
-            ValueError: there are more or fewer placeholders than pictures.
+            ValueError: there are more or fewer placeholders than images.
         """
         per_row = (input_ids == self.config.image_token_id).sum(dim=-1)
         if len(pixel_values) != per_row.sum():
@@ -265,13 +265,14 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         """Compute logits, and the loss if there are labels.
 
         Args:
-            input_ids: [B, T], one placeholder per picture.
-            pixel_values: Pictures of all rows [n, 3, S, S], in the order of their placeholders.
+            input_ids: [B, T], one placeholder per image.
+            pixel_values: Images of all rows [n, 3, S, S], in the order of their placeholders.
             attention_mask: [B, T], 0 on padding, which may be on either side.
             position_ids: [B, T].
             past_key_values: Cache of the preceding tokens.
             inputs_embeds: Instead of ``input_ids``; needs ``attended_images``.
-            visual_tokens: Latents by row [B, most pictures, latents, width], instead of ``pixel_values``.
+            visual_tokens: Latents by row [B, maximum images per row, latents, width], instead of
+                ``pixel_values``.
             attended_images: [B, T], see `attended_image`; required when continuing a cache.
             labels: [B, T], -100 where there is no loss.
             use_cache: Whether to return a cache.

@@ -32,10 +32,10 @@ class MiniGeminiConfig(PreTrainedConfig):
         vision_config_aux: The high-resolution tower, a ``convnext``.
         text_config: The language model.
         image_token_id: Id of the image placeholder.
-        image_seq_length: Placeholders per picture, views taken together.
+        image_seq_length: Placeholders per image, views taken together.
         vision_feature_layer: Index into the low-resolution tower's hidden states.
-        image_size_aux: Side of the high-resolution picture in pixels.
-        image_grid: The picture is cut into image_grid x image_grid tiles (HD: 2), each with its own tokens.
+        image_size_aux: Side of the high-resolution image in pixels.
+        image_grid: The image is cut into image_grid x image_grid tiles (HD: 2), each with its own tokens.
         image_global: Whether the whole image is a view in addition to its tiles.
         mining_width: Width in which queries and high-resolution cells are compared; differs from the tower's
             if the tower was replaced by one of another width.

@@ -19,7 +19,7 @@ def low_resolution(pixels: Tensor, side: int, *, grid: int, whole: bool, antiali
         pixels: Normalized pixels [n, 3, A, A].
         side: Side of a view in pixels.
         grid: Number of tiles along one side.
-        whole: Whether the whole picture is the last view; only with ``grid`` above 1.
+        whole: Whether the whole image is the last view; only with ``grid`` above 1.
         antialias: Bicubic with antialiasing instead of plain bilinear.
 
     Returns:
@@ -58,7 +58,7 @@ class MiniGeminiProcessor(ProcessorMixin):
         image_processor: Returns the high-resolution images.
         tokenizer: Has the placeholder.
         image_size: Side of a low-resolution view in pixels.
-        image_seq_length: Placeholders per picture.
+        image_seq_length: Placeholders per image.
         image_grid: As in `MiniGeminiConfig`.
         image_global: As in `MiniGeminiConfig`.
         low_resolution_antialias: As in `MiniGeminiConfig`.

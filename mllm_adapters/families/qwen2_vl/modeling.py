@@ -54,7 +54,7 @@ class ClipVisualConfig(PreTrainedConfig):
     """The vision part: a CLIP tower and the connector to the language model.
 
     Attributes:
-        tower_config: The tower, a ``clip_vision_model``; its image_size fixes the size of all pictures.
+        tower_config: The tower, a ``clip_vision_model``; its image_size fixes the size of all images.
         feature_layer: Index into the tower's hidden states.
         merger_width: Width between the two layers of the merger, as in the language model's checkpoint.
         out_hidden_size: Width of the language model.
