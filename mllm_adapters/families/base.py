@@ -11,13 +11,16 @@ from typing import Any
 
 from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import IncompatibleTowerError, UserError
-from mgll_encoder.tower.architectures import ARCHITECTURES
+from mgll_encoder.tower.architectures import ARCHITECTURES, HOSTED
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import tower_config
 from mllm_adapters.core.contract import Dropped, Family, Plan, Step, Target, VisionContract
 from mllm_adapters.core.fates import ConnectorFate
 from mllm_adapters.core.planning import REPLACED, after_swap, refit_connector, swap_notes, tower_steps
 from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
+
+LLAVA: Target = "llava"
+STRATEGY = "vision_feature_select_strategy"
 
 
 class PlannedFamily(Family):
@@ -47,6 +50,8 @@ class PlannedFamily(Family):
             config["vision_config"] = self.vision_config(swap, new)
         if tower is not None:
             config |= self.adapted(swap)
+            if config["model_type"] == LLAVA and config.get(STRATEGY, "default") != after.select_strategy:
+                config[STRATEGY] = after.select_strategy
         return Plan(
             family=self.spec.name,
             layout=host.layout,
@@ -157,7 +162,7 @@ class PlannedFamily(Family):
         if request.target not in self.spec.targets and self.spec.not_llava:
             raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use `layout=own`")
         if request.tower is not None:
-            self._check_tower(request.tower)
+            self._check_tower(request.tower, HOSTED if request.target == LLAVA else self.spec.encoders)
             return
         if self.layout(checkpoint.config) == "transformers":
             raise UserError(f"{checkpoint.folder} is already in the transformers layout: nothing to convert")
@@ -167,11 +172,11 @@ class PlannedFamily(Family):
                 "(a LLaVA has a CLIP tower)"
             )
 
-    def _check_tower(self, tower: TowerHeader) -> None:
+    def _check_tower(self, tower: TowerHeader, encoders: tuple[str, ...]) -> None:
         """Refuse a tower that what loads the target cannot have."""
         kind = tower.architecture
-        if kind.name not in self.spec.encoders:
-            titles = " or ".join(ARCHITECTURES[name].title for name in self.spec.encoders)
+        if kind.name not in encoders:
+            titles = " or ".join(ARCHITECTURES[name].title for name in encoders)
             why = f", {kind.not_in_hosts}" if kind.not_in_hosts else ""
             raise IncompatibleTowerError(
                 f"{tower.source} is a {kind.title}{why}: a swapped {self.spec.title} can have a {titles} as its tower"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mgll_encoder.common.errors import UserError
-from mllm_adapters.core.configs import build_config, tower_geometry
+from mllm_adapters.core.configs import build_config
 from mllm_adapters.core.stages import LoraSettings, apply_stage, components, lora_targets
 from mllm_adapters.training.recipe import Recipe, RunOptions
 
@@ -251,9 +251,8 @@ def _activations(model: Any, setting: Setting) -> float:
 
 def _tower_activations(vision: Any, setting: Setting) -> float:
     """Estimate the tower's activations for one image per example."""
-    geometry = tower_geometry(vision)
-    tokens = (vision.image_size // geometry["patch_size"]) ** 2 + 1
-    per_block = VIT_BYTES * setting.precision.itemsize / 2 * tokens * geometry["width"]
-    blocks = 1 if setting.gradient_checkpointing else geometry["depth"]
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    per_block = VIT_BYTES * setting.precision.itemsize / 2 * tokens * vision.hidden_size
+    blocks = 1 if setting.gradient_checkpointing else vision.num_hidden_layers
     total: float = setting.batch_size * per_block * blocks
     return total

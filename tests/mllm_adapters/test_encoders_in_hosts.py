@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mgll_encoder import UserError, load_tower
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mllm_adapters import load_mllm, plan_swap
+from mllm_adapters.cli import retrain
 from mllm_adapters.cli.swap import main
 from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.provenance import read_record
+from mllm_adapters.training.memory import Setting, estimate
 from tests.builders import invoke, refused
 from tests.mgll_encoder.test_encoders import saved
+from tests.mllm_adapters import complete
 from tests.mllm_adapters.llava_checkpoints import a_tower, original_llava, swap
+from tests.mllm_adapters.retraining import color_rows, write_json
+from tests.mllm_adapters.test_feature_cache import check_equal, prepared
 
 HOSTED = [row.name for row in ARCHITECTURES.values() if not row.not_in_hosts and row.name != "clip"]
 hosted = pytest.mark.parametrize("name", HOSTED)
@@ -175,3 +182,124 @@ def test_a_plan_says_what_is_wrong_with_a_host(tiny_llava: Path, tmp_path: Path)
         UserError, match=r"vision_config: field 'model_type' is 'pixtral': expected clip_vision_model or"
     ):
         plan_swap(tmp_path / "host", a_tower(tmp_path / "tower"))
+
+
+@hosted
+def test_it_is_aligned_estimated_and_retrained_from_a_cache(
+    name: str, tiny_llava: Path, tmp_path: Path
+) -> None:
+    """The projector is fitted to images, memory is told beforehand, and the frozen tower is run once per image."""
+    tower, out, images = a_general_tower(name, tmp_path / "tower"), tmp_path / "aligned", tmp_path / "images"
+    rows = color_rows(images)
+    for place in range(12):
+        Image.effect_noise((60, 40), 40 + 10 * place).convert("RGB").save(images / f"noise {place}.png")
+    done = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--align", images)
+    assert done.code == 0, done.err
+    verified = invoke(main, "verify", out)
+    assert verified.code == 0, verified.err
+    record = json.loads((out / "mgll_swap.json").read_text())
+    assert record["plan"]["alignment"]
+
+    for stage in ("projector", "full"):
+        told = estimate(
+            json.loads((out / "config.json").read_text()), stage, Setting(2, 48, precision=torch.float32)
+        )
+        model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+        assert told.weights == sum(parameter.nbytes for parameter in model.parameters())
+
+    data = write_json(tmp_path / "train.json", rows)
+    trained = invoke(
+        retrain.main, "--model", out, "--data", data, "--images", images, "--epochs", 1, "--learning-rate", 0.1,
+        "--batch-size", 2, "--workers", 0, "--report-to", "none", "--out", tmp_path / "trained",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    assert "cache" in trained.err
+    before, after = (load_mllm(folder)[0].state_dict() for folder in (out, tmp_path / "trained"))
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed
+    assert all("multi_modal_projector" in key for key in changed)
+
+
+@hosted
+def test_cached_features_give_the_same_loss_and_gradients(
+    name: str, tiny_llava: Path, tmp_path: Path
+) -> None:
+    swap(tiny_llava, a_general_tower(name, tmp_path / "tower"), tmp_path / "out")
+    place = SimpleNamespace(
+        data=write_json(tmp_path / "train.json", color_rows(tmp_path / "images")), images=tmp_path / "images"
+    )
+    check_equal(prepared(tmp_path / "out", place))
+
+
+@hosted
+@pytest.mark.parametrize("host", ["aya-vision", "paligemma"])
+def test_hosts_whose_class_builds_any_tower_take_it(name: str, host: str, tmp_path: Path) -> None:
+    """Aya Vision reads one hidden state, PaliGemma a tower's end; both with the tower that config.json names."""
+    source = complete.BUILDERS[host](tmp_path / "host", lambda: pytest.fail("needs no golden folder"))
+    tower, out = a_general_tower(name, tmp_path / "tower"), tmp_path / "out"
+    done = invoke(main, "--mllm", source, "--encoder", tower, "--out", out)
+    assert done.code == 0, done.err
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        out, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values())
+    assert invoke(main, "verify", out).code == 0
+
+    plan = read_record(out).plan_with(json.loads((out / "config.json").read_text()))
+    alone = load_tower(tower, image_size=plan.after.image_size)
+    pixels = torch.randn(2, 3, plan.after.image_size, plan.after.image_size)
+    host_mean, host_std, mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (plan.after.mean, plan.after.std, alone.spec.mean, alone.spec.std)
+    )
+    with torch.inference_mode():
+        output = alone.model((pixels * host_std + host_mean - mean) / std, output_hidden_states=True)
+        leading = alone.header.architecture.leading
+        read = {"aya-vision": output.hidden_states[-2][:, leading:], "paligemma": output.last_hidden_state}
+        expected = model.model.multi_modal_projector(read[host])
+        found = model.model.get_image_features(pixels).pooler_output
+    found = torch.stack(list(found)) if isinstance(found, list) else found
+    torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=1e-4, atol=TOLERANCE)
+    assert plan.after.tokens == found[0].shape[0]
+
+
+def test_other_hosts_refuse_it_before_anything_is_read(golden: Path, tmp_path: Path) -> None:
+    tower = a_general_tower("dinov2", tmp_path / "tower")
+    for host in (
+        "qwen-vl",
+        "instructblip",
+        "internvl",
+        "janus-pro",
+        "mini-gemini",
+        "med-flamingo",
+        "qwen2-vl",
+    ):
+        source = complete.BUILDERS[host](tmp_path / host, lambda: golden)
+        line = refused(main, "--mllm", source, "--encoder", tower, "--out", tmp_path / "out")
+        assert "is a DINOv2: a swapped " in line, line
+        assert line.endswith("can have a CLIP ViT as its tower")
+
+
+@hosted
+@pytest.mark.parametrize("host", ["internvl", "janus-pro"])
+def test_a_family_that_is_written_as_a_llava_takes_it_there(
+    name: str, host: str, golden: Path, tmp_path: Path
+) -> None:
+    source = complete.BUILDERS[host](tmp_path / "host", lambda: golden)
+    tower, out = a_general_tower(name, tmp_path / "tower"), tmp_path / "out"
+    done = invoke(main, "--mllm", source, "--encoder", tower, "--out", out, "--layout", "llava")
+    assert done.code == 0, done.err
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        out, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values())
+    plan = read_record(out).plan_with(json.loads((out / "config.json").read_text()))
+    assert model.config.vision_feature_select_strategy == plan.after.select_strategy
+    processor = AutoProcessor.from_pretrained(out)
+    picture = Image.effect_noise((60, 40), 90).convert("RGB")
+    batch = processor(text=[processor.image_token + "Which?"], images=[picture], return_tensors="pt")
+    with torch.inference_mode():
+        found = model(**batch).logits
+    torch.testing.assert_close(found, by_hand(out, tower, plan, batch), rtol=0, atol=10 * TOLERANCE)
+    again = invoke(main, "--mllm", out, "--encoder", tower, "--out", tmp_path / "again")
+    assert again.code == 0, again.err

@@ -14,6 +14,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 """All architectures by name; CLIP, what MGLL trains, comes first."""
 
+HOSTED = tuple(row.name for row in ARCHITECTURES.values() if not row.not_in_hosts)
+"""Those that a host whose class builds any tower of transformers can have."""
+
 
 def described_by(model_type: object) -> Architecture | None:
     """The architecture of a config.json of this ``model_type``, or of the ``vision_config`` in it; None for others."""

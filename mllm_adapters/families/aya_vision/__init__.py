@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
+from mgll_encoder.tower.architectures import HOSTED, described_by
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
@@ -29,6 +30,7 @@ class VisionFields(BaseModel):
 
     hidden_size: PositiveInt = 1152
     image_size: PositiveInt = 384
+    model_type: str = "siglip_vision_model"
     patch_size: PositiveInt = 14
     hidden_act: str = "gelu_pytorch_tanh"
 
@@ -54,6 +56,7 @@ class AyaVision(PlannedFamily):
         tower=r"vision_tower\.",
         projector=r"multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",
+        encoders=HOSTED,
         not_llava="Aya Vision cannot be written as a LLaVA: its projector merges 2 x 2 patches and gates them",
     )
 
@@ -86,7 +89,7 @@ class AyaVision(PlannedFamily):
         """See `PlannedFamily.adapted`."""
         return {
             "vision_feature_layer": swap.after.feature_layer,
-            "vision_feature_select_strategy": "default",
+            "vision_feature_select_strategy": swap.after.select_strategy,
         }
 
     def processor(self, plan: Plan) -> Any | None:
@@ -122,6 +125,7 @@ class AyaVision(PlannedFamily):
 def _contract(checkpoint: Checkpoint, fields: Fields) -> tuple[VisionContract, tuple[str, ...]]:
     """Return the vision contract of the source, and notes on assumptions."""
     vision = fields.vision_config
+    architecture = described_by(vision.model_type)
     pixels, notes = host_pixels(checkpoint.folder, vision.image_size)
     contract = VisionContract(
         **pixels.model_dump(),
@@ -130,6 +134,7 @@ def _contract(checkpoint: Checkpoint, fields: Fields) -> tuple[VisionContract, t
         tokens=(vision.image_size // vision.patch_size // fields.downsample_factor) ** 2,
         feature_layer=fields.vision_feature_layer,
         class_token=False,
+        leading=architecture.leading if architecture else 0,
         activation=vision.hidden_act,
         tiles=_tiles(checkpoint),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.tower.architectures import HOSTED
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
 from mllm_adapters.core.fates import Reinitialized
@@ -108,7 +109,7 @@ class InternVL(PlannedFamily):
     @property
     def as_llava(self) -> Llava:
         """See `PlannedFamily.as_llava`."""
-        return replace(LLAVA, spec=self.spec)
+        return replace(LLAVA, spec=replace(self.spec, encoders=HOSTED))
 
 
 INTERNVL = InternVL(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.tower.architectures import HOSTED
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import (
     FAMILY_KEY,
@@ -70,7 +71,7 @@ class JanusPro(PlannedFamily):
     @cached_property
     def as_llava(self) -> Llava:
         """See `PlannedFamily.as_llava`."""
-        return Llava(spec=self.spec, chat_template=_template(llava=True))
+        return Llava(spec=replace(self.spec, encoders=HOSTED), chat_template=_template(llava=True))
 
     def layout(self, config: Mapping[str, Any]) -> str | None:
         """Return ``original``, ``transformers`` or None. DeepSeek-VL shares the model_type of the original layout."""

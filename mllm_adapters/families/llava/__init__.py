@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.tower.architectures import HOSTED
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan
 from mllm_adapters.core.planning import IMAGE_TOKEN, TOWER_PART
@@ -71,9 +72,7 @@ class Llava(PlannedFamily):
 
     def adapted(self, swap: Swap) -> Mapping[str, Any]:
         """See `PlannedFamily.adapted`."""
-        before, after = swap.host.before.select_strategy, swap.after.select_strategy
-        changed = {} if before == after else {"vision_feature_select_strategy": after}
-        return {"image_seq_length": swap.after.tokens, **changed}
+        return {"image_seq_length": swap.after.tokens}
 
     def processor(self, plan: Plan) -> Any | None:
         """Return the LlavaProcessor of the planned checkpoint; None if the source has no tokenizer."""
@@ -120,7 +119,7 @@ LLAVA = Llava(
         tower=r"vision_tower\.",
         projector=r"multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",
-        encoders=("clip", "dinov2", "siglip", "vit"),
+        encoders=HOSTED,
         extra_weights=PARTIAL_WEIGHTS,
         parts={
             TOWER_PART: "the tower that mm_vision_tower names",

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, PositiveInt
 
+from mgll_encoder.tower.architectures import HOSTED, described_by
 from mgll_encoder.tower.spec import PixelRule
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields
@@ -63,6 +64,7 @@ class PaliGemma(PlannedFamily):
         tower=r"vision_tower\.",
         projector=r"multi_modal_projector\.",
         language_model=r"language_model\.|lm_head\.",
+        encoders=HOSTED,
         not_llava="PaliGemma cannot be written as a LLaVA: its image and its prompt attend to each other",
     )
 
@@ -91,7 +93,7 @@ class PaliGemma(PlannedFamily):
         )
 
     def after(self, host: Host, request: PlanRequest) -> VisionContract:
-        """See `PlannedFamily.after`; the class token of a new tower is read."""
+        """See `PlannedFamily.after`; the class token of a new tower, if it has one, is read."""
         if request.tower is not None:
             host = host.updated(before=host.before.model_copy(update={"class_token": True}))
         return super().after(host, request)
@@ -100,10 +102,13 @@ class PaliGemma(PlannedFamily):
         """See `PlannedFamily.remarks`."""
         if swap.request.tower is None:
             return ()
-        return (
-            "PaliGemma reads a tower at its end (LLaVA: one block before it), and the new tower's class "
-            "token is an additional visual token",
+        end = "PaliGemma reads a tower at its end (LLaVA: one block before it)"
+        more = (
+            ", and the new tower's class token is an additional visual token"
+            if swap.after.class_token
+            else ""
         )
+        return (end + more,)
 
     def processor(self, plan: Plan) -> Any | None:
         """Return a LlavaProcessor with PaliGemma's prompt as chat template; None if the source has no tokenizer."""
@@ -122,7 +127,8 @@ def _contract(checkpoint: Checkpoint, vision: VisionFields) -> tuple[VisionContr
     """Return the vision contract of the source, and notes on assumptions."""
     assumed = PixelRule(image_size=vision.image_size, mean=(0.5,) * 3, std=(0.5,) * 3, resize="squash")
     pixels, notes = host_pixels(checkpoint.folder, vision.image_size, assumed)
-    class_token = vision.model_type == "clip_vision_model"
+    architecture = described_by(vision.model_type)
+    class_token = architecture is not None and architecture.leading > 0
     contract = VisionContract(
         **pixels.model_dump(),
         width=vision.hidden_size,
@@ -130,6 +136,7 @@ def _contract(checkpoint: Checkpoint, vision: VisionFields) -> tuple[VisionContr
         tokens=(vision.image_size // vision.patch_size) ** 2 + class_token,
         feature_layer=-1,
         class_token=class_token,
+        leading=int(class_token),
         activation=vision.hidden_act,
     )
     return contract, notes
