@@ -106,7 +106,7 @@ class VisionContract(PixelRule):
 
     @property
     def select_strategy(self) -> Literal["default", "full"]:
-        """``vision_feature_select_strategy`` of a LLaVA: ``default`` takes a class token off."""
+        """Return the ``vision_feature_select_strategy`` of a LLaVA: ``default`` removes a class token."""
         return "default" if self.leading and not self.class_token else "full"
 
 

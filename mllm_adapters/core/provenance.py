@@ -157,7 +157,7 @@ def read_as(kind: type[Record], file: Path) -> Record:
 
 
 def _in_format_3(content: dict[str, Any]) -> dict[str, Any]:
-    """A record of format 2, which calls connectors readers and gives their fates as phrases."""
+    """Convert a record of format 2, which calls connectors readers and gives their fates as phrases."""
     text = json.dumps(content.get("plan"))
     for old, new in (("readers", "connectors"), ("reader", "connector")):
         text = text.replace(f'"{old}": ', f'"{new}": ')

@@ -44,7 +44,7 @@ class Corpus:
     options: DataOptions = field(default_factory=DataOptions)
 
     def splits(self) -> list[dict[str, Any]]:
-        """How each file was split, for those that record it: manifests and benchmarks."""
+        """Return how each file was split, for those that record it: manifests and benchmarks."""
         return [split for file in self.files or (self.path,) if (split := split_of(built_of(file)))]
 
     def digest(self) -> str:

@@ -112,7 +112,7 @@ def settings_of(request: TrainingRequest) -> "Resolved":
 
 
 def estimate(request: TrainingRequest, resolved: "Resolved") -> "dict[str, MemoryEstimate]":
-    """Memory per device of a training, by target machine.
+    """Estimate the memory per device of a training, by target machine.
 
     Raises:
         UserError: the model cannot be read or trained.

@@ -63,7 +63,7 @@ class ClipWithNorm(nn.Module):
         interpolate_pos_encoding: bool | None = False,
         **_: Any,
     ) -> BaseModelOutputWithPooling:
-        """Pixels [n, 3, S, S] -> ``last_hidden_state`` [n, 1 + patches, C]."""
+        """Map pixels [n, 3, S, S] to ``last_hidden_state`` [n, 1 + patches, C]."""
         output = self.tower(
             pixel_values, output_hidden_states=True, interpolate_pos_encoding=bool(interpolate_pos_encoding)
         )

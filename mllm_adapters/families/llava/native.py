@@ -70,7 +70,7 @@ def _architecture(config: Mapping[str, Any], where: Path) -> Architecture:
 
 
 def _position_table(checkpoint: Checkpoint, architecture: Architecture) -> TensorHeader:
-    """The tower's position table, by which its names are known."""
+    """Find the tower's position table, which identifies its names."""
     ending = f".{architecture.written_name(architecture.positions)}"
     found = [header for name, header in checkpoint.tensors.items() if name.endswith(ending)]
     if len(found) != 1 or "vision_tower." not in found[0].name:

@@ -89,7 +89,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def attend(self, asks: Tensor, read: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``asks`` [B, T, width] and ``read`` [B, S, read_width] -> [B, T, width]; ``mask`` [B, 1, T, S]."""
+        """Attend from ``asks`` [B, T, width] to ``read`` [B, S, read_width], with ``mask`` [B, 1, T, S]; gives [B, T, width]."""
         query, key, value = (
             states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for states in (self.to_q(asks), *self.to_kv(read).chunk(2, dim=-1))
@@ -108,7 +108,7 @@ class PerceiverAttention(CrossAttention):
         self.norm_latents = nn.LayerNorm(width)
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
-        """``features`` [n, patches, width] and ``latents`` [n, L, width] -> [n, L, width]."""
+        """Map ``features`` [n, patches, width] and ``latents`` [n, L, width] to [n, L, width]."""
         latents = self.norm_latents(latents)
         return self.attend(latents, torch.cat([self.norm_media(features), latents], dim=1))
 
@@ -121,7 +121,7 @@ class MediaAttention(CrossAttention):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, hidden: Tensor, media: Tensor, visible: Tensor) -> Tensor:
-        """``hidden`` [B, T, width], ``media`` [B, S, read_width], ``visible`` [B, T, S] -> [B, T, width].
+        """Map ``hidden`` [B, T, width], ``media`` [B, S, read_width] and ``visible`` [B, T, S] to [B, T, width].
 
         Zero for tokens that attend to nothing.
         """
@@ -147,7 +147,7 @@ class PerceiverLayer(nn.ModuleList, GradientCheckpointingLayer):
         super().__init__((attention, feed_forward(width, config.perceiver_intermediate_size)))
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
-        """``latents`` [n, L, width] and ``features`` [n, patches, width] -> [n, L, width]."""
+        """Map ``latents`` [n, L, width] and ``features`` [n, patches, width] to [n, L, width]."""
         attention, mlp = self
         latents = latents + attention(features, latents)
         read: Tensor = latents + mlp(latents)
@@ -165,7 +165,7 @@ class Perceiver(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[n, patches, width] -> [n, latents, width]."""
+        """Map [n, patches, width] to [n, latents, width]."""
         latents = self.latents.expand(len(features), -1, -1)
         for layer in self.layers:
             latents = layer(latents, features)

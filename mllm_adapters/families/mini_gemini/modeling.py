@@ -77,7 +77,7 @@ class HighResolutionTower(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels [n, 3, A, A] -> features [n, sum of the stages' widths, A / 4, A / 4]."""
+        """Map pixels [n, 3, A, A] to features [n, sum of the stages' widths, A / 4, A / 4]."""
         features, given = [], self.embeddings(pixels)
         for stage in self.stages:
             given = stage(given)
@@ -168,7 +168,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         return hidden[:, 1:]
 
     def mine(self, queries: Tensor, cells: Tensor) -> Tensor:
-        """Patch-info mining: each low-resolution token attends to the high-resolution cells of its own patch.
+        """Apply patch-info mining: each low-resolution token attends to the high-resolution cells of its own patch.
 
         Args:
             queries: Low-resolution features [views, patches, width].
