@@ -21,6 +21,7 @@ from mgll_encoder.common.trained_on import (
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.file_copy import copy_files
 from mllm_adapters.checkpoints.locate import PROVENANCE
+from mllm_adapters.checkpoints.older_releases import rewrite_for_older_releases, with_rope_theta
 from mllm_adapters.core.contract import Family, Plan, Step
 from mllm_adapters.core.provenance import SwapRecord, input_record, record_of
 from mllm_adapters.core.streaming import nbytes
@@ -111,6 +112,7 @@ def apply_plan(
             copy_files((f for f in checkpoint.side_files if f.name not in REWRITTEN), folder)
             _update_generation(folder / GENERATION, plan)
             write_processor(folder)
+            rewrite_for_older_releases(folder)
             write_trainings(folder, [*_inherited(plan, checkpoint), *trainings])
             tell_left_behind(checkpoint)
 
@@ -121,7 +123,7 @@ def apply_plan(
             card = model_card(plan, record)
             return records(record, card) if records else {PROVENANCE: record.dump(), CARD: card}
 
-        config = (json.dumps(without_local(plan.config), indent=2) + "\n").encode()
+        config = (json.dumps(with_rope_theta(without_local(plan.config)), indent=2) + "\n").encode()
         return write_checkpoint(
             out, config=config, weights=weights, sides=sides, records=texts, force=force, inputs=given
         )

@@ -82,9 +82,12 @@ def _position_table(checkpoint: Checkpoint, architecture: Architecture) -> Tenso
 
 
 def _prefix(positions: TensorHeader, architecture: Architecture) -> str:
-    """Return what precedes the names of a CLIP's tensors."""
-    prefix = positions.name.removesuffix(architecture.written_name(architecture.positions))
-    return prefix if architecture.inner else prefix + CLIP.inner
+    """Return what precedes the names of a CLIP's tensors.
+
+    transformers 5 saves them without `CLIP.inner` and reads both; transformers 4 reads them only with it.
+    """
+    root = positions.name.removesuffix(architecture.written_name(architecture.positions))
+    return root.removesuffix(CLIP.inner) + CLIP.inner
 
 
 def _native_tower(checkpoint: Checkpoint, architecture: Architecture, positions: TensorHeader) -> HostTower:
