@@ -2,6 +2,7 @@
 # make test          the test suite, with the versions of requirements/lock.txt
 # make test-latest   the same with the newest versions that pyproject.toml allows, in .venv-latest
 # make test-lowest   the same with the lowest, requirements/lowest.txt, in .venv-lowest
+# make test-clients  swapped folders in other releases of transformers, each in .venv-clients; writes docs/clients.md
 # Each does all its set-up; a fresh machine needs Python 3.11 (with pip) and gcc. Tried on Linux x86-64.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -51,6 +52,18 @@ test-lowest: .venv-lowest/installed
 test-latest: .venv-latest/made
 	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[all,test]'
 	.venv-latest/bin/python $(SUITE)
+
+# The clients take torch from .venv, which is larger than all the rest.
+CLIENTS := 4.49.0 4.57.6 5.24.0
+.venv-clients/transformers-%/installed: .venv/installed
+	$(PYTHON) -m venv $(@D)
+	$(PIP) install transformers==$* sentencepiece protobuf jinja2
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/torch_of_venv.pth
+	touch $@
+
+test-clients: $(CLIENTS:%=.venv-clients/transformers-%/installed)
+	MGLL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m "" tests/clients
+	$(BIN)/python -m tests.clients.test_transformers
 
 # make fuzz N=10000 [READERS=runs,recipes] [SEED=1]: damaged inputs for every reader, and a summary
 N ?= 1000

@@ -50,9 +50,15 @@ def older_processor(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_rope_theta(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json`` with ``rope_theta`` next to ``rope_parameters``; transformers 4 reads the first, else 10000."""
-    own = {key: with_rope_theta(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    own = {
+        key: with_rope_theta(value) if isinstance(value, Mapping) else value for key, value in config.items()
+    }
     rope = config.get("rope_parameters")
-    return {"rope_theta": rope["rope_theta"], **own} if isinstance(rope, Mapping) and "rope_theta" in rope else own
+    return (
+        {"rope_theta": rope["rope_theta"], **own}
+        if isinstance(rope, Mapping) and "rope_theta" in rope
+        else own
+    )
 
 
 def _rewrite(file: Path, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
