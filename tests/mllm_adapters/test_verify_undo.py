@@ -166,7 +166,7 @@ def recast(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("change", "check"),
     [
-        (lambda folder: flip(folder, "vision_tower.encoder.layers.1.mlp.fc1.weight"), "tower"),
+        (lambda folder: flip(folder, "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"), "tower"),
         (lambda folder: flip(folder, "layers.0.mlp.up_proj.weight"), "plan"),
         (lambda folder: flip(folder, "linear_2.weight"), "plan"),
         (reprocessed, "files"),
@@ -204,7 +204,7 @@ def test_without_encoder_and_source_the_hashes_speak_and_it_says_what_was_not_ch
     )
     assert "by samples of their files only: host was not found, pass --source" in checks["plan"]["detail"]
     assert checks["image"]["passed"] is None
-    name = flip(copy, "vision_tower.encoder.layers.1.mlp.fc1.weight")
+    name = flip(copy, "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight")
     assert f"{name} has been changed" in refused(main, "verify", copy, "--quick")
 
 
@@ -215,7 +215,10 @@ def test_another_encoder_is_told_apart(llava: SimpleNamespace, tmp_path: Path) -
 
     save_tower(other, tmp_path / "other")
     message = refused(main, "verify", llava.out, "--encoder", tmp_path / "other", "--quick")
-    assert "tower (vision_tower.embeddings.class_embedding differs from the encoder other)" in message
+    assert (
+        "tower (vision_tower.vision_model.embeddings.class_embedding differs from the encoder other)"
+        in message
+    )
 
 
 def test_a_model_that_does_not_look_fails(llava: SimpleNamespace, tmp_path: Path) -> None:
