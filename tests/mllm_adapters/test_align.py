@@ -334,7 +334,7 @@ class TestCommand:
         tower = written_tower(tmp_path / "tower")
         line = refused(swap_encoder, "--mllm", tiny_llava, "--encoder", tower, "--align-samples", 50)
         assert "--align-samples" in line
-        assert "give --align IMAGES too" in line
+        assert "requires --align IMAGES" in line
 
     def test_images_that_cannot_be_read_are_no_images(self, tiny_llava: Path, tmp_path: Path) -> None:
         folder = tmp_path / "images"
