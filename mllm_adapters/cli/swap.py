@@ -70,8 +70,8 @@ def swap(
         Path | None,
         typer.Option(
             "--align",
-            help="Folder of images, manifest or bench; labels are ignored: fit the connector to them, in "
-            "closed form.",
+            help="Fit the connector on these images in closed form: folder, manifest or benchmark; labels "
+            "are ignored.",
         ),
     ] = None,
     samples: Annotated[

@@ -89,7 +89,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def attend(self, asks: Tensor, read: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend from ``asks`` [B, T, width] to ``read`` [B, S, read_width], with ``mask`` [B, 1, T, S]; gives [B, T, width]."""
+        """Attend from ``asks`` [B, T, width] to ``read`` [B, S, read_width]; ``mask`` is [B, 1, T, S]."""
         query, key, value = (
             states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for states in (self.to_q(asks), *self.to_kv(read).chunk(2, dim=-1))
