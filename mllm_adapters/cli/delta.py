@@ -23,7 +23,7 @@ def compose(
     encoder: Annotated[
         Path | None,
         typer.Option(
-            help="The tower of a delta with --reference-tower (file, folder or hub id). Default: looked for by name "
+            help="The tower of a delta with --reference-tower (file, folder or hub id). Default: searched for by name "
             "and hash."
         ),
     ] = None,

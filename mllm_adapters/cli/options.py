@@ -66,7 +66,7 @@ Accumulation = Annotated[int | None, typer.Option(help="Forward passes per step.
 LearningRate = Annotated[
     float | None, typer.Option(help="Peak learning rate. Default: LLaVA's for the stage.")
 ]
-MaxSteps = Annotated[int | None, typer.Option(help="Stop after so many steps instead of epochs.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Stop after this number of steps instead of epochs.")]
 MaxLength = Annotated[
     int | None,
     typer.Option(

@@ -32,7 +32,7 @@ class Recipe:
         batch_size: Examples per device and forward pass.
         gradient_accumulation: Forward passes per step.
         learning_rate: Peak of the schedule; the stage's own if None.
-        max_steps: Stop after so many steps, regardless of ``epochs``.
+        max_steps: Stop after this number of steps, regardless of ``epochs``.
         seed: Seed of the order of the examples, and of new adapters.
         max_length: Longest example in tokens, image tokens included.
         warmup_ratio: Share of the steps with a rising learning rate.
