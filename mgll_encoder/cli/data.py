@@ -64,14 +64,6 @@ def fundus(
         raise UserError(
             "--labels is missing: expected the label file; only data sets labeled by folders need none"
         )
-    if classes and binary_columns:
-        raise UserError(
-            "--classes has no effect on --binary-columns, whose names are the labels: leave one out"
-        )
-    if binary_columns and layout != GENERIC:
-        raise UserError(f"--binary-columns has no effect on layout '{layout}', which defines its columns")
-    if classes and layout != GENERIC:
-        raise UserError(f"--classes has no effect on layout '{layout}', which defines its classes")
     table = FundusTable(
         labels or images,
         image_column,

@@ -86,6 +86,18 @@ class FundusTable:
     binary: tuple[str, ...] = ()
     reading: TableOptions = field(default_factory=TableOptions)
 
+    def __post_init__(self) -> None:
+        if self.classes and self.binary:
+            raise UserError(
+                "`classes` has no effect on `binary_columns`, whose names are the labels: leave one out"
+            )
+        for argument, value in (("binary_columns", self.binary), ("classes", self.classes)):
+            if value and self.layout != GENERIC:
+                defined = argument.removeprefix("binary_")
+                raise UserError(
+                    f"`{argument}` has no effect on layout '{self.layout}', which defines its {defined}"
+                )
+
     @property
     def title(self) -> str:
         """Its name in error messages."""
