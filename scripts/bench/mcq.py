@@ -6,16 +6,15 @@ layers on as many tokens as have to be computed (each beginning once), measured 
 
 import json
 import os
-import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from timing import Seconds, Spread, Stopwatch, interleaved
 
 if TYPE_CHECKING:
     from eval_mcq.items.schema import Bench
@@ -26,25 +25,6 @@ app = typer.Typer(add_completion=False)
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
          "num_key_value_heads": 4, "head_dim": 64}  # fmt: skip
 """Language model of the small size."""
-
-
-@dataclass
-class Spent:
-    """Seconds of one turn."""
-
-    wall: float
-    cpu: float
-
-
-class Watch:
-    """Reads both clocks."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def spent(self) -> Spent:
-        """Since it was made."""
-        return Spent(time.perf_counter() - self._wall, time.process_time() - self._cpu)
 
 
 @dataclass
@@ -157,7 +137,7 @@ class _Contenders:
     def measure(self, case: Case, repeats: int) -> Iterator[dict[str, Any]]:
         """Times of all contenders, in turns."""
         bench = _asked(self.bench, case)
-        runs: dict[str, Callable[[], tuple[Spent, list[int | None]]]] = {
+        runs: dict[str, Callable[[], tuple[Seconds, list[int | None]]]] = {
             "eval-mcq": lambda: self._ours(bench, case),
             "generate, one by one": lambda: self._generate(bench, case),
             "limit (linear layers alone)": lambda: self._limit(bench, case),
@@ -165,12 +145,9 @@ class _Contenders:
         if self.worker:
             runs["lmms-eval llava_hf"] = lambda: self._lmms(bench, case)
         self._ours(bench, case)  # the first time ways are tried
-        times: dict[str, list[Spent]] = {name: [] for name in runs}
-        letters: dict[str, list[int | None]] = {}
-        for _ in range(repeats):
-            for name, run in runs.items():
-                spent, letters[name] = run()
-                times[name].append(spent)
+        rounds = interleaved(runs, repeats)
+        times = {name: [spent for spent, _ in of] for name, of in rounds.items()}
+        letters = {name: of[-1][1] for name, of in rounds.items()}
         ours = times["eval-mcq"]
         for name, turns in times.items():
             pairs = [(a, b) for a, b in zip(letters["eval-mcq"], letters[name], strict=True) if b is not None]
@@ -191,25 +168,25 @@ class _Contenders:
             self.worker.stdin.close()
             self.worker.wait()
 
-    def _ours(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
+    def _ours(self, bench: "Bench", case: Case) -> tuple[Seconds, list[int | None]]:
         from eval_mcq.runs.run import ROWS, scored
 
-        watch = Watch()
+        watch = Stopwatch()
         found = [
             score.choice
             for _, scores in scored(bench, self.scorer, _batches(bench, case, ROWS))
             for of_group in scores
             for score in of_group
         ]
-        return watch.spent(), found
+        return watch.seconds(), found
 
-    def _generate(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
+    def _generate(self, bench: "Bench", case: Case) -> tuple[Seconds, list[int | None]]:
         import torch
 
         from eval_mcq.records.batching import asks_of
         from mgll_encoder.common.images import open_image
 
-        watch, found = Watch(), []
+        watch, found = Stopwatch(), []
         for group in _groups(bench, case):
             for ask in asks_of(group, bench.items):
                 images = [open_image(path) for path in bench.image_paths(ask.item)]
@@ -223,9 +200,9 @@ class _Contenders:
                     written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True
                 )
                 found.append(_read(reply, ask))
-        return watch.spent(), found
+        return watch.seconds(), found
 
-    def _lmms(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
+    def _lmms(self, bench: "Bench", case: Case) -> tuple[Seconds, list[int | None]]:
         from eval_mcq.records.batching import asks_of
         from eval_mcq.scoring.prompt import render
 
@@ -237,11 +214,11 @@ class _Contenders:
         self.worker.stdin.write(json.dumps(lines) + "\n")
         self.worker.stdin.flush()
         made = json.loads(self.worker.stdout.readline())
-        return Spent(made["wall"], made["cpu"]), [
+        return Seconds(made["wall"], made["cpu"]), [
             _read(reply, ask) for reply, ask in zip(made["replies"], asks, strict=True)
         ]
 
-    def _limit(self, bench: "Bench", case: Case) -> tuple[Spent, list[int | None]]:
+    def _limit(self, bench: "Bench", case: Case) -> tuple[Seconds, list[int | None]]:
         """Linear layers on the tokens that must be computed: tower once per image, each beginning of a text once."""
         import torch
         from torch import nn
@@ -253,7 +230,7 @@ class _Contenders:
 
         config, head = self.model.config.vision_config, self.model.get_output_embeddings()
         patches = (config.image_size // config.patch_size) ** 2
-        spent = Spent(0.0, 0.0)
+        spent = Seconds(0.0, 0.0)
         for batch in _batches(bench, case, 32):
             tokens, rows = 0, 0
             for group in batch:
@@ -266,16 +243,14 @@ class _Contenders:
                     count = rows if layer is head else patches * len(batch) if image_part else tokens
                     given = torch.randn(count, layer.in_features)
                     with torch.inference_mode():
-                        watch = Watch()
+                        watch = Stopwatch()
                         linear(given, layer.weight)
-                        one = watch.spent()
-                    spent = Spent(spent.wall + one.wall, spent.cpu + one.cpu)
+                        spent += watch.seconds()
         return spent, [None] * case.rows
 
 
-def _middle(spent: list[Spent], clock: str) -> float:
-    seconds: list[float] = [getattr(one, clock) for one in spent]
-    return statistics.median(seconds)
+def _middle(spent: list[Seconds], clock: str) -> float:
+    return Spread.of(getattr(one, clock) for one in spent).median
 
 
 def _asked(bench: "Bench", case: Case) -> "Bench":

@@ -4,15 +4,15 @@ Until 2026-11 a batch stayed within a block of min(32, images/64 rounded up) ima
 by one. Both are timed in turns in one run, with decoding and preparation, and the answers are compared.
 """
 
-import statistics
 import tempfile
-import time
 from collections.abc import Sequence
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from timing import Seconds, Spread, Stopwatch, interleaved, paired_ratios
 
 if TYPE_CHECKING:
     from eval_mcq.items.schema import Bench
@@ -59,29 +59,31 @@ def bench(
             all_groups = groups(asked.items, rotations)
             plans = {"before": _in_blocks(all_groups, batch_size), "now": batches(all_groups, batch_size)}
             _answered(scorer, asked, plans["before"][:1])  # the first time ways are tried
-            wall: dict[str, list[float]] = {name: [] for name in plans}
-            cpu: dict[str, list[float]] = {name: [] for name in plans}
-            found = {}
-            for _ in range(turns):
-                for name, plan in plans.items():
-                    start, begun = time.perf_counter(), time.process_time()
-                    found[name] = _answered(scorer, asked, plan)
-                    wall[name].append(time.perf_counter() - start)
-                    cpu[name].append(time.process_time() - begun)
-            pairs = list(zip(*found.values(), strict=True))
+            rounds = interleaved(
+                {name: partial(_timed, scorer, asked, plan) for name, plan in plans.items()}, turns
+            )
+            wall = {name: [one.wall for one, _ in of] for name, of in rounds.items()}
+            cpu = {name: [one.cpu for one, _ in of] for name, of in rounds.items()}
+            pairs = list(zip(*(of[-1][1] for of in rounds.values()), strict=True))
             choices = sum(a.index(max(a)) == b.index(max(b)) for a, b in pairs)
             change = max(abs(p - q) for a, b in pairs for p, q in zip(a, b, strict=True))
             table.add_row(
                 str(count), *(str(max(sum(len(g.asks) for g in b) for b in plan)) for plan in plans.values()),
-                *(f"{len(pairs) / statistics.median(of):.1f}" for of in wall.values()), _gain(wall), _gain(cpu),
+                *(f"{len(pairs) / Spread.of(of).median:.1f}" for of in wall.values()), _gain(wall), _gain(cpu),
                 f"{choices}/{len(pairs)}", f"{change:.1e}",
             )  # fmt: skip
     Console(width=160).print(table)
 
 
+def _timed(scorer: "Scorer", asked: "Bench", plan: "list[list[Group]]") -> tuple[Seconds, list[list[float]]]:
+    watch = Stopwatch()
+    found = _answered(scorer, asked, plan)
+    return watch.seconds(), found
+
+
 def _gain(seconds: dict[str, list[float]]) -> str:
-    ratios = [before / now for before, now in zip(*seconds.values(), strict=True)]
-    return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
+    ratios = paired_ratios(*seconds.values())
+    return f"{ratios.median:.2f}x ({ratios.least:.2f}-{ratios.most:.2f})"
 
 
 def _in_blocks(all_groups: "Sequence[Group]", rows: int) -> "list[list[Group]]":

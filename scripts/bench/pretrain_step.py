@@ -9,17 +9,18 @@ the machine disturbs less than it does wall time.
 """
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
 from rich.table import Table
+from timing import Spread, interleaved, seconds_of
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError, unknown_name
@@ -45,14 +46,6 @@ GEOMETRIES = {
     ),
 }  # fmt: skip
 """The text tower of CLIP ViT-L/14 has 12 blocks of width 768, in heads of 64; heads of 32 cost the same."""
-
-
-class Spread(NamedTuple):
-    """Seconds."""
-
-    median: float
-    least: float
-    most: float
 
 
 def main(
@@ -141,7 +134,7 @@ def measure(
         text.zero_grad()
         text.features(given).sum().backward()
 
-    times = interleaved(
+    times = timed(
         {
             "CLIP step": lambda: step(PLAIN_CLIP, True),
             "MGLL step": lambda: step(Alphas(), False),
@@ -167,28 +160,15 @@ def measure(
     }
 
 
-def _nothing() -> None:
-    """Nothing runs behind the CPU's back."""
-
-
-def interleaved(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, Spread]:
-    """Seconds of each variant; a round runs all of them once, and the first round does not count."""
-    clock: Callable[[], float] = time.process_time
-    wait: Callable[[], None] = _nothing
-    if torch.cuda.is_available():
-        clock, wait = time.perf_counter, torch.cuda.synchronize
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in cli.track(range(repeats + 1), "Rounds"):
-        for name, run in variants.items():
-            wait()
-            start = clock()
-            run()
-            wait()
-            if turn:
-                taken[name].append(clock() - start)
-    return {
-        name: Spread(statistics.median(values), min(values), max(values)) for name, values in taken.items()
+def timed(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, Spread]:
+    """Seconds of each variant; the first round does not count. On a CPU processor time, on a GPU the wall clock."""
+    measured: dict[str, Callable[[], float]] = {
+        name: partial(seconds_of, run, time.perf_counter, torch.cuda.synchronize)
+        if torch.cuda.is_available()
+        else partial(seconds_of, run, time.process_time)
+        for name, run in variants.items()
     }
+    return {name: Spread.of(found) for name, found in interleaved(measured, repeats, rehearsals=1).items()}
 
 
 def show(found: dict[str, dict[str, object]]) -> None:

@@ -4,14 +4,14 @@ python scripts/bench/probe.py --images 25000 --labels 14
 """
 
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from timing import Spread, interleaved, seconds_of
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.files import write_text
@@ -36,10 +36,10 @@ def bench(
     """
     from rich.table import Table
 
-    table = Table(title="Seconds: median (least to most)", title_justify="left")
+    table = Table(title="Seconds: median [least, most]", title_justify="left")
     for heading in ("task", "before", "now", "before / now"):
         table.add_column(heading)
-    record = {}
+    record: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder:
         tasks = {
             f"{draws} draws over {images} images x {labels} labels": _bootstrap(images, labels, draws),
@@ -48,24 +48,17 @@ def bench(
             ),
         }
         for name, ways in tasks.items():
-            times = _interleaved(ways, repeats)
-            ratio = statistics.median(times[0]) / statistics.median(times[1])
-            cells = (f"{statistics.median(t):.3f} ({min(t):.3f} to {max(t):.3f})" for t in times)
-            table.add_row(name, *cells, f"{ratio:.1f}")
-            record[name] = {"before": times[0], "now": times[1], "ratio": ratio}
+            variants = {
+                when: partial(seconds_of, way) for when, way in zip(("before", "now"), ways, strict=True)
+            }
+            times = interleaved(variants, repeats)
+            before, now = (Spread.of(times[when]) for when in variants)
+            ratio = before.median / now.median
+            table.add_row(name, before.text(3), now.text(3), f"{ratio:.1f}")
+            record[name] = {**times, "ratio": ratio}
     cli.stdout.print(table)
     if out:
         write_text(out, json.dumps(record, indent=2) + "\n", force=True)
-
-
-def _interleaved(ways: tuple[Callable[[], object], Callable[[], object]], repeats: int) -> list[list[float]]:
-    times: list[list[float]] = [[], []]
-    for _ in range(repeats):
-        for place, way in enumerate(ways):
-            start = time.perf_counter()
-            way()
-            times[place].append(time.perf_counter() - start)
-    return times
 
 
 def _bootstrap(images: int, labels: int, draws: int) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -5,7 +5,6 @@ python scripts/bench/retrain.py --shape llava-7b --out retrain.json
 
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from timing import Spread, interleaved, paired_ratios
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import unknown_name
@@ -86,11 +86,8 @@ def bench(
     with tempfile.TemporaryDirectory() as work:
         os.environ[CACHE] = f"{work}/cache"
         arms = _arms(Path(work), SHAPES[shape], batch_size, steps, clocks[clock])
-        seconds: dict[str, list[float]] = {name: [] for name in arms}
-        for _ in range(repeats + 1):  # the first is a rehearsal
-            for name, arm in arms.items():
-                seconds[name].append(arm())
-    rates = {name: [batch_size * steps / value for value in values[1:]] for name, values in seconds.items()}
+        seconds = interleaved(arms, repeats, rehearsals=1)
+    rates = {name: [batch_size * steps / value for value in values] for name, values in seconds.items()}
     _show(rates, shape, clock)
     if out:
         record = {
@@ -108,11 +105,8 @@ def _show(rates: Mapping[str, list[float]], shape: str, clock: str) -> None:
     for column in ("arm", "median", "min", "max", "of the limit", "of the bare loop"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for name, values in rates.items():
-        ratios = [
-            f"{statistics.median(v / r for v, r in zip(values, rates[other], strict=True)):.3f}"
-            for other in ("limit", "bare")
-        ]
-        figures = [f"{value:.2f}" for value in (statistics.median(values), min(values), max(values))]
+        ratios = [f"{paired_ratios(values, rates[other]).median:.3f}" for other in ("limit", "bare")]
+        figures = [f"{value:.2f}" for value in Spread.of(values)]
         table.add_row(name, *figures, *ratios)
     cli.stdout.print(table)
 

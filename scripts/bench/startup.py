@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
+from timing import seconds_of
 
 from mgll_encoder.common import cli
 
@@ -30,13 +31,9 @@ MISTAKES: Mapping[str, str] = {
 
 def fastest(command: Sequence[str | Path], repeats: int) -> float:
     """Seconds of the fastest of several runs: what else the machine does only adds to it."""
-    return min(_seconds(command) for _ in range(repeats))
-
-
-def _seconds(command: Sequence[str | Path]) -> float:
-    began = time.perf_counter()
-    subprocess.run(command, capture_output=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    return time.perf_counter() - began
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = partial(subprocess.run, command, capture_output=True, check=False, env=environment)
+    return min(seconds_of(run) for _ in range(repeats))
 
 
 @app.command()

@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import typer
+from timing import Spread, paired_ratios
 
 from mgll_encoder.common import cli
 
@@ -262,12 +262,12 @@ def _show_table(runs: Mapping[str, list[dict[str, float]]]) -> None:
         phases = [key for key in columns if key not in ("wall", "work", "cpu", "peak RSS", "written")]
         table.add_row(
             name,
-            _figure(columns["wall"]),
-            _figure(columns["work"]),
-            _figure(columns["cpu"]),
-            ", ".join(f"{key} {median(columns[key]):.2f}" for key in phases),
-            _figure(columns["peak RSS"]),
-            f"{median(columns['written']):.3f}",
+            Spread.of(columns["wall"]).text(),
+            Spread.of(columns["work"]).text(),
+            Spread.of(columns["cpu"]).text(),
+            ", ".join(f"{key} {Spread.of(columns[key]).median:.2f}" for key in phases),
+            Spread.of(columns["peak RSS"]).text(),
+            f"{Spread.of(columns['written']).median:.3f}",
         )
     cli.stdout.print(table)
 
@@ -281,12 +281,8 @@ def _show_ratios(runs: Mapping[str, list[dict[str, float]]]) -> None:
         "apply alone, of cp without": (swap, "apply", copied, "cp"),
     }
     for words, (above, one, below, other) in ratios.items():
-        ratio = [a[one] / b[other] for a, b in zip(above, below, strict=True)]
-        cli.stdout.print(f"{words}: {_figure(ratio)} times")
-
-
-def _figure(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+        ratio = paired_ratios([row[one] for row in above], [row[other] for row in below])
+        cli.stdout.print(f"{words}: {ratio.text()} times")
 
 
 if __name__ == "__main__":
