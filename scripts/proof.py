@@ -90,7 +90,7 @@ def proof(
     chosen = [name.strip() for name in arms.split(";") if name.strip()] or list(ARMS)
     if unknown := [name for name in chosen if name not in ARMS]:
         raise unknown_name("arm", unknown[0], ARMS)
-    labeled, sources = _images(data)
+    labeled, sources = images_and_sources(data)
     found: dict[str, dict[str, list[list[float]]]] = {}
     for seed in range(seeds):
         for arm in chosen:
@@ -101,7 +101,7 @@ def proof(
                 "--preset", "tiny", "--epochs", str(epochs), "--batch-size", "32", "--lr", "1e-3",
                 "--precision", "bf16", "--seed", str(seed), "--out", out / "towers" / name,
             )  # fmt: skip
-            texts = _texts(manifest, data, labeled.names, ARMS[arm])
+            texts = texts_of_labels(manifest, data, labeled.names, ARMS[arm])
             for source, values in _judged(out, name, labeled, sources, texts).items():
                 found.setdefault(source, {}).setdefault(arm, []).append(values)
     lines = [line for source, by_arm in found.items() for line in _table(source, by_arm)]
@@ -109,14 +109,15 @@ def proof(
     cli.stdout.print(f"\nDone in {way.seconds:.0f} s. Table: {out / 'proof.md'}", soft_wrap=True)
 
 
-def _images(data: Path) -> tuple[LabeledImages, list[str]]:
+def images_and_sources(data: Path) -> tuple[LabeledImages, list[str]]:
+    """Labels and sides of all photographs, and the data set that each comes from."""
     with (data / "manifest.csv").open(encoding="utf-8-sig", newline="") as stream:
         of = {data / row["file"]: row["dataset"] for row in csv.DictReader(stream)}
     labeled = read_labels(data / "manifest.csv", data, COLUMNS, skipped=Skipped())
     return labeled, [of[path] for path in labeled.images]
 
 
-def _texts(manifest: Path, data: Path, names: Sequence[str], arm: Arm) -> list[list[str]]:
+def texts_of_labels(manifest: Path, data: Path, names: Sequence[str], arm: Arm) -> list[list[str]]:
     """Texts of the training images that have a label and no other; where there are none, of all that have it."""
     granularities = [arm.granularities] if arm.granularities else []
     plan = plan_rows(manifest, data, granularities, "train", arm.loss == "clip", Skipped(strict=False))
