@@ -95,7 +95,7 @@ NOT_READ: tuple[NotRead, ...] = (
     ),
     NotRead(
         "MAIRA-2", r"maira.*",
-        "MAIRA-2 is not supported, its classes are Python files of its repository, and its tower is a DINOv2", _MEDICAL,
+        "MAIRA-2 is not supported, its classes are Python files of its repository, which are never run", _MEDICAL,
     ),
     # Close to LLaVA
     NotRead(

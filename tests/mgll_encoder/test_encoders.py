@@ -31,6 +31,7 @@ from mgll_encoder import UserError, inspect_tower, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.phantom.dataset import write_phantom
+from mgll_encoder.probing.explain import ATTENTION, Target, attention_maps, target_maps
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN
 from tests.builders import invoke, refused
@@ -393,3 +394,25 @@ def test_options_of_a_start_need_one(tmp_path: Path) -> None:
     (tmp_path / "manifest.jsonl").touch()
     for option, value in (("--image-size", 112), ("--pooling", "mean")):
         assert f"{option} is for --init: a new tower has the" in refused(main, *words, option, value)
+
+
+@every
+def test_maps_of_attention_and_of_a_target_are_those_of_the_patches(name: str, tmp_path: Path) -> None:
+    """A patch that alone is changed is where the class token's attention moves, and the score is the tower's own."""
+    saved(name, tmp_path)
+    tower = load_tower(tmp_path, pooling="mean")
+    weight = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    maps, scores = target_maps(tower, PIXELS, Target("findings", "log-odds", lambda pooled: pooled @ weight))
+    assert maps.shape == (2, 4, 4)
+    torch.testing.assert_close(
+        torch.from_numpy(scores), (tower.pooled(PIXELS) @ weight).detach(), rtol=1e-4, atol=1e-5
+    )
+    against, _ = target_maps(tower, PIXELS, Target("findings", "log-odds", lambda pooled: pooled @ -weight))
+    assert ((maps > 0) != (against > 0)).all()  # every patch speaks for it or against it
+    tower.model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        last = tower.model(PIXELS, output_attentions=True).attentions[-1].mean(dim=1)
+    leading = {"dinov2": 1, "dinov2_with_registers": 5, "siglip": 0, "vit": 1}[name]
+    asking = last[:, 0] if leading else last.mean(dim=1)
+    found = attention_maps(tower, PIXELS)[ATTENTION]
+    torch.testing.assert_close(torch.from_numpy(found).flatten(1), asking[:, leading:], rtol=1e-4, atol=1e-6)

@@ -98,6 +98,8 @@ class Architecture:
     Attributes:
         name: Its name in a contract (`TowerSpec.architecture`).
         title: What people call it.
+        examples: Published towers of this kind.
+        reads: The files that are read.
         model_type: ``model_type`` of a config.json that describes such a tower.
         around: ``model_type`` of a config.json that describes one in its ``vision_config``, if there is such a model.
         model_class: The class in transformers.
@@ -138,6 +140,8 @@ class Architecture:
     positions: str
     activations: tuple[str, ...]
     poolings: "Mapping[str, Pool]"
+    examples: str
+    reads: str
     pixels: Mapping[str, Any]
     blocks: str
     options: Mapping[str, Any] = field(default_factory=dict)

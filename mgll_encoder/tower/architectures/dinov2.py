@@ -150,6 +150,8 @@ def _namings(
 DINOV2 = Architecture(
     name="dinov2",
     title="DINOv2",
+    examples="facebook/dinov2-small to -large, RAD-DINO",
+    reads="folders of transformers, Meta's and timm's `.pth`",
     model_type="dinov2",
     model_class="Dinov2Model",
     fields=Dinov2Fields,
@@ -174,6 +176,8 @@ DINOV2_WITH_REGISTERS = replace(
     DINOV2,
     name="dinov2_with_registers",
     title="DINOv2 with registers",
+    examples="facebook/dinov2-with-registers-base",
+    reads="folders of transformers, Meta's `.pth`",
     model_type="dinov2_with_registers",
     model_class="Dinov2WithRegistersModel",
     fields=Dinov2WithRegistersFields,

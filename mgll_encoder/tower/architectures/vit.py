@@ -111,6 +111,9 @@ def _normed_mean(model: Any, pixels: Any, first: int) -> Any:
 VIT = Architecture(
     name="vit",
     title="ViT",
+    examples="RETFound, BiomedCLIP's image tower, MAE, google/vit-base-patch16-224",
+    reads="RETFound's and MAE's `.pth` before and after fine-tuning, timm state dicts, open_clip folders around timm's "
+    "ViT, folders of transformers",
     model_type="vit",
     model_class="ViTModel",
     options={"add_pooling_layer": False},
