@@ -1,4 +1,4 @@
-"""What users call. Paths are checked before anything heavy is imported."""
+"""The public functions. Paths are checked before anything heavy is imported."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,30 +25,30 @@ Layout = Literal["diseases", "paper", "long"]
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """A table of figures, to be rendered.
+    """A table of results that can be rendered.
 
     Attributes:
-        grid: Its cells, for figures by name.
+        grid: Its cells.
     """
 
     grid: "Grid"
 
     def render(self, format_: str) -> str:
-        """As text: ``markdown``, ``csv``, ``latex`` or ``rich`` (for terminals)."""
+        """Render as text: ``markdown``, ``csv``, ``latex`` or ``rich`` (for terminals)."""
         from eval_mcq.tables.render import RENDERERS
 
         return RENDERERS[format_](self.grid)
 
     def to_markdown(self) -> str:
-        """As Markdown."""
+        """Render as Markdown."""
         return self.render("markdown")
 
     def to_csv(self) -> str:
-        """As CSV."""
+        """Render as CSV."""
         return self.render("csv")
 
     def to_latex(self) -> str:
-        """As LaTeX."""
+        """Render as LaTeX."""
         return self.render("latex")
 
 
@@ -77,37 +77,37 @@ def build_benchmark(
     strict: bool = False,
     force: bool = False,
 ) -> "BuildReport":
-    """Make multiple-choice questions from a table of labels, and write them.
+    """Build multiple-choice questions from a table of labels, and write them.
 
     Args:
-        labels: Table (CSV, TSV, Excel, Parquet) with a row per image.
+        labels: Table (CSV, TSV, Excel, Parquet) with one row per image.
         images: Folder that the image column is relative to.
         out: Benchmark file to write (.jsonl).
         preset: Preset by name, or a .json file of the same form.
-        diseases: Ask only these diseases of the preset.
+        diseases: Use only these diseases of the preset.
         options: Options per question; the preset's if not given.
         image_column: Column with the image path.
         labels_column: Column with a list of labels.
-        binary_columns: Columns that are labels themselves, instead.
-        reading: Encoding, sheet, separator and uncertain cells, where the file does not say.
-        patient_column: Column with the patient; splits never divide one.
+        binary_columns: Columns that each represent one label, instead of ``labels_column``.
+        reading: Encoding, sheet, separator and uncertain cells, if the file does not specify them.
+        patient_column: Column with the patient; splits are by patient.
         source_column: Column with the name of the data set.
-        split: Which patients to ask.
+        split: Which patients to use.
         test_share: Share of patients in the test split.
         split_seed: Seed of the split.
         seed: Seed of distractors and positions.
         layout: Published layout of the label file (``rfmid``, ``odir``) or ``generic``; the preset's if not given.
         hard_distractors: Prefer diseases that are easily confused with the true one.
-        min_negatives: Refuse a disease that fewer images do not have.
-        contact_sheet: Also write a page of images (.png) as they are read.
-        strict: Stop at the first row that would be left out.
+        min_negatives: Refuse a disease if fewer images are without it.
+        contact_sheet: Also write a contact sheet (.png) of the images.
+        strict: Stop at the first row that would be skipped.
         force: Replace existing outputs.
 
     Returns:
-        Counts of questions, patients and labels, and what was left out.
+        Counts of questions, patients and labels, and what was skipped.
 
     Raises:
-        UserError: table, images or preset cannot be read, or an output is taken.
+        UserError: table, images or preset cannot be read, or an output exists.
     """
     from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
     from eval_mcq.items.image_checks import check_sheet, sheet_of
@@ -129,9 +129,7 @@ def build_benchmark(
         reading,
     )  # fmt: skip
     if table.layout != "generic" and table != LabelTable(Path(labels), layout=table.layout, reading=reading):
-        raise UserError(
-            f"layout '{table.layout}' says itself what the columns are: leave the --*-column options out"
-        )
+        raise UserError(f"layout '{table.layout}' defines the columns: leave the --*-column options out")
     header, items, report = build(
         table, Path(images), target, chosen, SplitRule(split, test_share, split_seed),
         Draw(seed, hard_distractors, min_negatives), strict,
@@ -143,10 +141,10 @@ def build_benchmark(
 
 
 def load_benchmark(path: str | Path) -> "Bench":
-    """Read and check a benchmark file.
+    """Read and validate a benchmark file.
 
     Raises:
-        UserError: no such file, or a line that is no valid question (named by line, id and field).
+        UserError: there is no such file, or a line is not a valid question (named by line, id and field).
     """
     from eval_mcq.items.schema import load_bench
 
@@ -260,7 +258,7 @@ def run(
     allow_leak: bool = False,
     force: bool = False,
 ) -> "Run | None":
-    """Put the questions of a benchmark to a model. A run that was interrupted is continued.
+    """Run a benchmark on a model. An interrupted run is continued.
 
     Args:
         model: Model folder.
@@ -268,19 +266,19 @@ def run(
         out: Run folder; ``runs/<model>`` if not given.
         mode: ``letters`` (probability of the option letters), ``options`` or ``options-mean`` (likelihood of the option
             texts) or ``generate`` (a written reply).
-        rotations: Put each question in so many rotations of its options.
+        rotations: Number of rotations of the options per question.
         shard: ``i/n``: answer only this part.
         batch_size: Questions times rotations per step.
-        limit: Only the first so many questions.
-        device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` takes the GPU if there is one.
+        limit: Use only this many questions from the beginning.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
         dtype: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
-        load_in_4bit: NF4 weights (bitsandbytes).
-        engine: What is shared between questions; ``plain`` is nothing.
-        allow_leak: Run although the model was trained on images of the benchmark; the run says how many.
-        force: Replace a run of something else.
+        load_in_4bit: Load NF4 weights (bitsandbytes).
+        engine: What is shared between questions; ``plain`` shares nothing.
+        allow_leak: Run even if the model was trained on images of the benchmark; the run records how many.
+        force: Replace a different run.
 
     Returns:
-        The run; None in processes of a distributed launch but the first.
+        The run; None in all processes of a distributed launch but the first.
 
     Raises:
         UserError: model or benchmark cannot be read, the model was trained on its images, or ``out`` is another run.
@@ -302,7 +300,7 @@ def run(
 
 
 def shard_of(text: str | None) -> "Shard":
-    """The part that ``i/n`` means; the whole if not given."""
+    """Parse ``i/n``; the whole benchmark if not given."""
     from eval_mcq.records.batching import Shard
 
     return Shard.parse(text) if text else Shard()
@@ -322,13 +320,12 @@ def compare(
         runs: Arm -> run or run folder, the first is the base; or model -> such arms. A single run gives its own table.
         control: Arm with the same training and the old tower: gains of the others are against it, its own against the
             first arm. None for the arm called ``control``; without one all gains are against the first arm.
-        layout: ``paper``: diseases as columns; ``diseases``: as rows, for one model; ``long``: every figure in a row of
-            its own.
-        paper_rounding: Round as the published table: Average of rounded cells, gain of rounded Averages.
-        published: Set the published rows of the MGLL paper beside.
+        layout: ``paper``: diseases as columns; ``diseases``: as rows, for one model; ``long``: one value per row.
+        paper_rounding: Round like the published table: Average of rounded cells, gain of rounded Averages.
+        published: Add the published rows of the MGLL paper.
 
     Raises:
-        UserError: a folder is no run, the runs cannot be compared, no arm has the name of the control, or the layout
+        UserError: a folder is not a run, the runs cannot be compared, no arm has the name of the control, or the layout
             cannot show them.
     """
     models = _models(runs)
@@ -365,13 +362,13 @@ def report(
     images: bool = True,
     force: bool = False,
 ) -> int:
-    """Write a page to look at: table, plots, and every question with its image and each arm's answer.
+    """Write an HTML report: table, plots, and every question with its image and each arm's answer.
 
     Args:
         runs: Arm -> run or run folder.
         html: Page to write.
         control: As for `compare`.
-        bench: Benchmark file, if it is no longer where it was.
+        bench: Benchmark file, if it was moved.
         assets: Folder for the thumbnails, instead of inside the page.
         plots: Folder for the plots as PNG and SVG files.
         thumbnail: Longer side of a thumbnail in pixels.
@@ -382,7 +379,7 @@ def report(
         Number of thumbnails.
 
     Raises:
-        UserError: a run or the benchmark cannot be read, or an output is taken.
+        UserError: a run or the benchmark cannot be read, or an output exists.
     """
     named = _arms(runs)
     asked = Path(bench or next(iter(named.values())).record.bench)

@@ -1,4 +1,4 @@
-"""What a printed table of percentages can and cannot support, from the numbers of questions behind it."""
+"""Audit of a printed table of percentages: which claims its numbers of questions can support."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Misfit:
-    """A cell that is no share of its number of questions, with the printable neighbours."""
+    """A cell that is not a fraction of its number of questions, with the nearest possible values."""
 
     row: PublishedRow
     disease: str
@@ -25,14 +25,14 @@ class Misfit:
 
 @dataclass(frozen=True)
 class Change:
-    """A row against its model's base in one disease, or in all together.
+    """A row compared with its model's base in one disease, or in all together.
 
-    The printed table does not say which questions changed, so the exact McNemar test lies between two cases: no
+    The printed table does not say which questions changed, so the exact McNemar test is bounded by two cases: no
     question lost (best), and as many lost and regained as the counts allow (worst).
 
     Attributes:
         row: The row.
-        net: Questions gained less questions lost.
+        net: Questions gained minus questions lost.
         best: Smallest p-value of any pairing.
         worst: Largest p-value of any pairing.
     """
@@ -45,17 +45,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Audit:
-    """The findings.
+    """Results of an audit.
 
     Attributes:
-        table: What was audited.
-        misfits: Cells that are no share of their number of questions.
-        averages: Number of rows whose average is the mean of their printed cells, half up.
+        table: The audited table.
+        misfits: Cells that are not a fraction of their number of questions.
+        averages: Number of rows whose average is the mean of their printed cells, rounded half up.
         gains: Number of gains that are the difference of the printed averages.
-        changes: Disease to the changes of all rows that are no base.
+        changes: Disease -> changes of all rows except the base rows.
         pooled: The same over all diseases together.
         guessing: Cells of base rows that guessing reaches with a probability of 5 % or more.
-        macro_error: Row to the standard error of its average in points, questions taken as independent.
+        macro_error: Row -> standard error of its average in points, for independent questions.
     """
 
     table: Published
@@ -69,7 +69,7 @@ class Audit:
 
     @property
     def compared(self) -> int:
-        """Number of cells that stand against a base."""
+        """Number of cells that are compared with a base."""
         return sum(map(len, self.changes.values()))
 
     @property
@@ -79,7 +79,7 @@ class Audit:
 
 
 def audit(table: Published) -> Audit:
-    """Work out what the printed figures can support."""
+    """Audit a printed table."""
     pairs = [(rows[0], row) for rows in table.models.values() for row in rows[1:]]
     bases = [rows[0] for rows in table.models.values()]
     cells = [(row, disease) for row in table.rows for disease in table.diseases]
@@ -116,7 +116,7 @@ def _change(table: Published, base: PublishedRow, row: PublishedRow, diseases: S
     after = [table.count(row, d) for d in diseases]
     missed = [table.questions[d] - k for d, k in zip(diseases, after, strict=True)]
     net = sum(after) - sum(before)
-    # Questions that were right before and are wrong after, at the least and at the most.
+    # Bounds of the number of questions that changed from right to wrong.
     least = sum(max(0, b - a) for b, a in zip(before, after, strict=True))
     most = sum(min(b, m) for b, m in zip(before, missed, strict=True))
     p_values = [exact_mcnemar(net + lost, lost) for lost in range(least, most + 1)]
@@ -128,7 +128,7 @@ def _guess(table: Published, row: PublishedRow, disease: str) -> float:
 
 
 def _macro_error(table: Published, row: PublishedRow) -> float:
-    """Standard error of the average in points; shares are drawn one question to the middle, so that 0 % has one."""
+    """Compute the standard error of the average in points; shares are shrunk by one question, so that 0 % has one."""
     variance = 0.0
     for disease, n in table.questions.items():
         share = (table.count(row, disease) + 0.5) / (n + 1)
@@ -137,7 +137,7 @@ def _macro_error(table: Published, row: PublishedRow) -> float:
 
 
 def by_column(findings: Audit) -> Grid:
-    """What each disease's number of questions allows, with the findings on the whole table as notes."""
+    """Build the table of what each disease's number of questions allows, with the findings on the whole as notes."""
     table = findings.table
     rows = []
     for disease, n in table.questions.items():
@@ -163,7 +163,7 @@ def by_column(findings: Audit) -> Grid:
 
 
 def by_model(findings: Audit) -> Grid:
-    """What each model's counts say of its gain over all questions, whatever the pairing."""
+    """Build the table of each model's gain over all questions, for the best and worst pairing."""
     table = findings.table
     rows = []
     for change in findings.pooled:
@@ -188,7 +188,7 @@ def by_model(findings: Audit) -> Grid:
 
 
 def _reached_by_luck(n: int, options: int) -> float:
-    """The highest share that guessing reaches with a probability of 5 % or more."""
+    """Return the highest share that guessing reaches with a probability of 5 % or more."""
     return max(k for k in range(n + 1) if p_of_guessing(k, {options: n}) >= ALPHA) / n
 
 

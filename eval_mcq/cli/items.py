@@ -1,4 +1,4 @@
-"""Commands of ``eval-mcq`` that need no model: questions from and to other tools, the audit of a printed table."""
+"""Commands of ``eval-mcq`` that need no model: import and export of questions, audit of a printed table."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,33 +24,35 @@ OutFile = Annotated[
 @needs("eval")
 def import_command(
     source: Annotated[str, typer.Argument(help="File, folder of .json files, or hub id (format hf).")],
-    out: Annotated[Path, typer.Option(help="Bench file to write (.jsonl or .parquet).")],
-    format_: Annotated[ImportFormat, typer.Option("--format", help="Whose format it is.")],
+    out: Annotated[Path, typer.Option(help="Benchmark file to write (.jsonl or .parquet).")],
+    format_: Annotated[ImportFormat, typer.Option("--format", help="Format of SOURCE.")],
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder that image paths are relative to; that of SOURCE if not given."),
+        typer.Option(help="Folder that image paths are relative to (default: the folder of SOURCE)."),
     ] = None,
     maps: Annotated[
         list[str] | None,
         typer.Option(
-            "--map", help="FIELD=COLUMN where the file calls it otherwise, such as answer=label; repeatable."
+            "--map", help="FIELD=COLUMN for a column with a different name, such as answer=label; repeatable."
         ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Which split (hf, scienceqa).")] = None,
-    name: Annotated[str, typer.Option(help="Name of the bench in tables; the file's if not given.")] = "",
+    split: Annotated[str | None, typer.Option(help="The split (hf, scienceqa).")] = None,
+    name: Annotated[
+        str, typer.Option(help="Name of the benchmark in tables (default: that of the file).")
+    ] = "",
     skip_bad: Annotated[
         bool,
         typer.Option(
             "--skip-bad",
-            help="Leave out questions that are wrong instead of stopping; they are counted by reason, here and in "
-            "every table of the bench.",
+            help="Skip invalid questions instead of stopping; they are counted by reason, here and in every table of "
+            "the benchmark.",
         ),
     ] = False,
     option_letters: Annotated[
         Literal["auto", "strip", "keep"],
         typer.Option(
-            help="Options that carry letters of their own ('A. glaucoma'): strip them, keep them, or strip where "
-            "all questions of the file have them."
+            help="Letters in the options ('A. glaucoma'): strip them, keep them, or (auto) strip them if all "
+            "questions of the file have them."
         ),
     ] = "auto",
     force: Force = False,
@@ -67,15 +69,15 @@ def import_command(
     for category, count in report.questions.most_common():
         stdout.print(f"  {count:6d}  {category}", soft_wrap=True, highlight=False, markup=False)
     if report.pictures:
-        note(f"{report.pictures} embedded images are in {out.stem}_images beside it")
+        note(f"{report.pictures} embedded images are in {out.stem}_images next to it")
     if report.folded:
         note(
-            f"{report.folded} circular copies were put back into their questions (eval-mcq run rotates by itself)"
+            f"{report.folded} circular copies were merged into their questions (eval-mcq run --rotations does the same)"
         )
     if report.unlettered:
         note(
-            f"the options of {report.unlettered} questions carried letters or numbers of their own: taken off "
-            "(--option-letters keep leaves them)"
+            f"letters or numbers were removed from the options of {report.unlettered} questions "
+            "(--option-letters keep keeps them)"
         )
     report.skipped.say()
     stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
@@ -83,26 +85,26 @@ def import_command(
 
 @needs("eval")
 def export(
-    bench: Annotated[Path, typer.Argument(help="Bench file.")],
+    bench: Annotated[Path, typer.Argument(help="Benchmark file.")],
     out: Annotated[Path, typer.Option(help="File (for lmms-eval: folder) to write.")],
     to: Annotated[
         Literal["llava", "messages", "vlmevalkit", "lmms-eval", "parquet", "jsonl"],
         typer.Option(
             "--format",
-            help="llava: conversations JSON, as retrain-projector reads; messages: the same as messages and images, "
+            help="llava: conversations JSON, for retrain-projector; messages: the same as messages and images, "
             "for TRL, LLaMA-Factory and ms-swift; vlmevalkit: TSV with images, or with --run "
-            "its prediction table; lmms-eval: task folder; parquet: the bench with its images in one file.",
+            "its prediction table; lmms-eval: task folder; parquet: the benchmark with its images in one file.",
         ),
     ] = "llava",
     images: Annotated[
         Path | None,
         typer.Option(
-            help="llava, messages: folder to write image paths relative to; the folder of --out if not given."
+            help="llava, messages: folder that image paths are relative to (default: the folder of --out)."
         ),
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option("--run", help="vlmevalkit: write the answers of this run, to be scored there."),
+        typer.Option("--run", help="vlmevalkit: write the answers of this run, for scoring there."),
     ] = None,
     force: Force = False,
 ) -> None:
@@ -141,12 +143,12 @@ def audit(
         Path | None,
         typer.Option(
             "--table",
-            help="A printed table as JSON, of the form of the shipped one; the MGLL paper's if not given.",
+            help="A printed table as JSON, in the form of the packaged one (default: that of the MGLL paper).",
         ),
     ] = None,
     force: Force = False,
 ) -> None:
-    """Say what a published table can and cannot support, from the numbers of questions behind it.
+    """Check which claims a published table can support, given its numbers of questions.
 
     Example: eval-mcq audit --format markdown --out audit.md
     """
@@ -173,4 +175,4 @@ def audit(
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {"import": import_command, "export": export, "audit": audit}
-"""Name of the command to its function."""
+"""Command name -> function."""

@@ -34,8 +34,8 @@ LayoutOption = Annotated[
     Layout,
     typer.Option(
         "--layout",
-        help="Diseases as rows, or as columns like the paper, or long: every figure in a row of its own; auto: rows "
-        "in the terminal if there is one model, else columns.",
+        help="diseases: diseases as rows; paper: as columns; long: one value per row; auto: rows in the terminal if "
+        "there is one model, else columns.",
     ),
 ]
 ControlOption = Annotated[
@@ -51,7 +51,7 @@ PaperRounding = Annotated[
     bool,
     typer.Option(
         "--paper-rounding",
-        help="Round as the published table: Average of rounded cells, gain of rounded Averages.",
+        help="Round like the published table: Average of rounded cells, gain of rounded Averages.",
     ),
 ]
 
@@ -60,24 +60,25 @@ PaperRounding = Annotated[
 @needs("eval")
 def build(
     labels: Annotated[
-        Path, typer.Option(help="Table (CSV, TSV, Excel, Parquet) with a row per image; see docs/tables.md.")
+        Path,
+        typer.Option(help="Table (CSV, TSV, Excel, Parquet) with one row per image; see docs/tables.md."),
     ],
     images: Annotated[Path, typer.Option(help="Folder that the image column is relative to.")],
-    out: Annotated[Path, typer.Option(help="Bench file to write (.jsonl).")],
+    out: Annotated[Path, typer.Option(help="Benchmark file to write (.jsonl).")],
     preset: Annotated[
         str, typer.Option(help="Preset by name, or a .json file of the same form.")
     ] = "fundus10",
     diseases: Annotated[
-        str | None, typer.Option(help="Ask only these diseases of the preset, separated by commas.")
+        str | None, typer.Option(help="Use only these diseases of the preset, separated by commas.")
     ] = None,
     options: Annotated[
-        int | None, typer.Option(help="Options per question; the preset's if not given.", min=2, max=26)
+        int | None, typer.Option(help="Options per question (default: the preset's).", min=2, max=26)
     ] = None,
     image_column: Annotated[str, typer.Option(help="Column with the image path.")] = "file",
     labels_column: Annotated[
         str,
         typer.Option(
-            help="Column with a list of labels; several with commas between are --binary-columns: DR,AMD,CSR."
+            help="Column with a list of labels; comma-separated names are read as --binary-columns: DR,AMD,CSR."
         ),
     ] = "labels",
     binary_columns: tables.BinaryColumns = "",
@@ -90,16 +91,17 @@ def build(
         typer.Option(help=PATIENT_HELP),
     ] = None,
     source_column: Annotated[str | None, typer.Option(help="Column with the name of the data set.")] = None,
-    split: Annotated[Literal["train", "test", "all"], typer.Option(help="Which patients to ask.")] = "all",
+    split: Annotated[Literal["train", "test", "all"], typer.Option(help="Which patients to use.")] = "all",
     test_share: Annotated[float, typer.Option(help="Share of patients in the test split.")] = 0.3,
     split_seed: Annotated[
-        int, typer.Option(help="Seed of the split, apart from --seed: test stays test.")
+        int,
+        typer.Option(help="Seed of the split, separate from --seed, so that the test split stays the same."),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of distractors and positions.")] = 0,
     layout: Annotated[
         str | None,
         typer.Option(
-            help="Published layout of the label file (rfmid, odir) or generic; the preset's if not given."
+            help="Published layout of the label file (rfmid, odir) or generic (default: the preset's)."
         ),
     ] = None,
     hard_distractors: Annotated[
@@ -109,18 +111,18 @@ def build(
         ),
     ] = False,
     min_negatives: Annotated[
-        int, typer.Option(help="Refuse a disease that fewer images do not have.", min=1)
+        int, typer.Option(help="Refuse a disease if fewer images are without it.", min=1)
     ] = 5,
     contact_sheet: Annotated[
         Path | None,
-        typer.Option(help="Also write a page of images (.png) as they are read and as a tower sees them."),
+        typer.Option(help="Also write a contact sheet (.png) of images as read and as the tower's input."),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first row that would be left out.")
+        bool, typer.Option("--strict", help="Stop at the first row that would be skipped.")
     ] = False,
     force: Force = False,
 ) -> None:
-    """Make questions from a table of labels.
+    """Build questions from a table of labels.
 
     Example: eval-mcq build --labels labels.csv --images photos --patient-column patient --split test --out b.jsonl
     """
@@ -144,49 +146,52 @@ def build(
 @needs("eval")
 def run_command(
     model: Annotated[Path, typer.Option(help="Model folder.")],
-    bench: Annotated[Path, typer.Option(help="Bench file.")],
+    bench: Annotated[Path, typer.Option(help="Benchmark file.")],
     out: Annotated[
-        Path | None, typer.Option(help="Run folder, continued if it is this run; runs/<model> if not given.")
+        Path | None, typer.Option(help="Run folder, continued if it is the same run (default: runs/<model>).")
     ] = None,
     mode: Annotated[
         ModeName,
         typer.Option(
             help="letters: probability of the option letters; options: likelihood of the option texts, summed over "
-            "their tokens (options-mean: per token); generate: a written reply, strictly read."
+            "their tokens (options-mean: per token); generate: a written reply, parsed strictly."
         ),
     ] = "letters",
     rotations: Annotated[
-        int, typer.Option(help="Put each question in so many rotations of its options.", min=1, max=26)
+        int, typer.Option(help="Number of rotations of the options per question.", min=1, max=26)
     ] = 1,
     shard: Annotated[
-        str | None, typer.Option(help="i/n: answer only this part, from 0/n to n-1/n; see eval-mcq merge.")
+        str | None, typer.Option(help="Answer only part i/n, from 0/n to n-1/n; see eval-mcq merge.")
     ] = None,
     batch_size: Annotated[
         int,
         typer.Option(
-            help="Questions times rotations per step, those on one image together; halved where memory is short. "
-            "The same for all shards.",
+            help="Questions times rotations per step, grouped by image; halved if out of memory. Must be the same for "
+            "all shards.",
             min=1,
         ),
     ] = 32,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only this many questions from the beginning.", min=1)
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     load_in_4bit: FourBit = False,
     engine: Annotated[
-        WayName, typer.Option(help="What is shared between questions, for debugging; plain: nothing.")
+        WayName,
+        typer.Option(help="How computation is shared between questions, for debugging; plain: not at all."),
     ] = "auto",
     allow_leak: Annotated[
         bool,
         typer.Option(
             "--allow-leak",
-            help="Run the bench although the model was trained on images of it; the run, its tables and the report say "
-            "how many.",
+            help="Run even if the model was trained on images of the benchmark; the run, its tables and the report "
+            "say how many.",
         ),
     ] = False,
     force: Force = False,
 ) -> None:
-    """Put the questions to a model. Stopped or killed, the same command continues.
+    """Run a benchmark on a model. Resumable: re-run the same command to continue.
 
     Example: eval-mcq run --model llava-med-mgll --bench test.jsonl --rotations 4 --out runs/llava-med-mgll
     """
@@ -212,7 +217,7 @@ def run_command(
         return
     if not done.complete:
         stdout.print(
-            f"Next, for the rest: the same command without --limit ({folder} is continued)", soft_wrap=True
+            f"Next, for the rest: the same command without --limit (continues {folder})", soft_wrap=True
         )
     stdout.print(f"Next: eval-mcq compare base=OTHER_RUN {folder.name}={folder}", soft_wrap=True)
 
@@ -254,11 +259,11 @@ def compare(
     paper_rounding: PaperRounding = False,
     published: Annotated[
         Literal["paper"] | None,
-        typer.Option("--compare", help="paper: set the published rows of the MGLL paper beside."),
+        typer.Option("--compare", help="paper: add the published rows of the MGLL paper."),
     ] = None,
     force: Force = False,
 ) -> None:
-    """Compare runs of one bench, paired question by question; of one model or of several.
+    """Compare runs of one benchmark, paired question by question, for one model or several.
 
     Example: eval-mcq compare base=runs/llava-med control=runs/llava-med-ft mgll=runs/llava-med-mgll
 
@@ -272,15 +277,15 @@ def compare(
         model, colon, arm = name.rpartition(":")
         if not (arm and equals and folder and bool(model) == bool(colon)):
             raise UserError(
-                f"arm '{given}' is not of the form NAME=RUN, such as base=runs/llava-med, nor MODEL:NAME=RUN"
+                f"arm '{given}' does not have the form NAME=RUN, such as base=runs/llava-med, or MODEL:NAME=RUN"
             )
         arms = models.setdefault(model, {})
         if arm in arms:
-            raise UserError(f"two arms are called '{name}': give each its own name")
+            raise UserError(f"two arms are named '{name}': use different names")
         arms[arm] = load_run(Path(folder))
     if "" in models and len(models) > 1:
         raise UserError(
-            "some arms name a model (MODEL:NAME=RUN) and some do not: give all of them one, or none"
+            "some arms name a model (MODEL:NAME=RUN) and some do not: name one for all of them, or for none"
         )
     if sum(map(len, models.values())) < 2:
         raise UserError("compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN")
@@ -299,18 +304,18 @@ def report(
     ],
     html: Annotated[Path, typer.Option(help="Page to write.")],
     control: ControlOption = None,
-    bench: Annotated[Path | None, typer.Option(help="Bench file, if it is no longer where it was.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="Benchmark file, if it was moved.")] = None,
     assets: Annotated[
         Path | None, typer.Option(help="Folder for the thumbnails, instead of inside the page.")
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the plots as PNG and SVG files.")] = None,
     thumbnail: Annotated[int, typer.Option(help="Longer side of a thumbnail in pixels.", min=16)] = 256,
-    images: Annotated[bool, typer.Option("--images/--no-images", help="Whether to show the images.")] = True,
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Show the images.")] = True,
     force: Force = False,
 ) -> None:
-    """Write a page to look at: table, plots, and every question with its image and each arm's answer.
+    """Write an HTML report: table, plots, and every question with its image and each arm's answer.
 
-    The page needs no network and no other file; filters and keys in it find what the swap has flipped.
+    The page needs no network and no other file; its filters and keys find the answers that the swap changed.
 
     Example: eval-mcq report base=runs/llava-med mgll=runs/llava-med-mgll --html report.html --plots plots
     """
@@ -322,7 +327,7 @@ def report(
         path = Path(folder)
         name = name if equals else path.resolve().name
         if name in named:
-            raise UserError(f"two arms are called '{name}': give each its own name, as NAME=RUN")
+            raise UserError(f"two arms are named '{name}': use different names, as NAME=RUN")
         named[name] = load_run(path)
     count = api.report(
         named,
@@ -386,13 +391,13 @@ def _show_report(report: "BuildReport", out: Path) -> None:
     positions = ", ".join(f"{LETTERS[i]} {n}" for i, n in sorted(report.positions.items()))
     stdout.print(f"true option: {positions}", highlight=False)
     if report.without_patient:
-        note(f"{report.without_patient} rows without a patient id: each counts as a patient of its own")
+        note(f"{report.without_patient} rows without a patient id: each counts as a separate patient")
     if report.unasked:
         unasked = ", ".join(f"{label} ({n})" for label, n in report.unasked.most_common())
-        note(f"labels that the preset does not ask about: {unasked}")
+        note(f"labels that are not in the preset: {unasked}")
     small = [f"{c} ({report.questions[c]})" for c in report.categories if report.questions[c] < SMALL]
     if small:
-        warn(f"fewer than {SMALL} questions, so wide intervals: {', '.join(small)}")
+        warn(f"fewer than {SMALL} questions, so intervals are wide: {', '.join(small)}")
     report.skipped.say()
     stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
 

@@ -1,4 +1,4 @@
-"""Commands of ``eval-mcq`` that work on runs of a model: merge and check; and options of ``run``."""
+"""The commands ``eval-mcq merge`` and ``check``, and options of ``run``."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ModeName = Literal["letters", "options", "options-mean", "generate"]
 
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes the GPU if there is one.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto uses the GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 elsewhere.")]
 
 
@@ -36,7 +36,7 @@ FourBit = Annotated[
     bool,
     typer.Option(
         "--load-in-4bit",
-        help="NF4 weights (bitsandbytes); computes in --dtype.",
+        help="Load NF4 weights (bitsandbytes); computes in --dtype.",
         callback=_check_four_bit,
     ),
 ]
@@ -46,11 +46,11 @@ def merge_command(
     shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Run folders of all shards.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     bench: Annotated[
-        Path | None, typer.Option(help="Bench file, if it is not where the shards found it.")
+        Path | None, typer.Option(help="Benchmark file, if it is not where the shards found it.")
     ] = None,
     force: Force = False,
 ) -> None:
-    """Put the shards of a run together; refuses missing, doubled and foreign answers.
+    """Merge the shards of a run; refuses missing, duplicate and foreign answers.
 
     Example: eval-mcq merge runs/s0 runs/s1 runs/s2 --out runs/llava-med
     """
@@ -65,18 +65,18 @@ def merge_command(
 def check(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     bench: Annotated[
-        Path | None, typer.Option(help="Bench file; without it only prompt and provenance are shown.")
+        Path | None, typer.Option(help="Benchmark file; without it only prompt and provenance are shown.")
     ] = None,
-    questions: Annotated[int, typer.Option(help="Questions to put.", min=2)] = 100,
+    questions: Annotated[int, typer.Option(help="Number of questions.", min=2)] = 100,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     load_in_4bit: FourBit = False,
-    out: Annotated[Path | None, typer.Option(help="Write what was seen as JSON; needs --bench.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON; needs --bench.")] = None,
     force: Force = False,
 ) -> None:
-    """See whether a model looks at the picture: real, blank and exchanged images; letter prior; provenance; prompt.
+    """Check if a model uses the image: real, blank and exchanged images; letter prior; provenance; prompt.
 
-    Exits with 2 where the answers do not depend on the image, or where the tower is not the one that was put in.
+    Exits with 2 if the answers do not depend on the image, or if the tower is not the one that was swapped in.
 
     Example: eval-mcq check llava-med-mgll --bench test.jsonl
     """
@@ -145,4 +145,4 @@ def _show_sensitivity(found: "ImageSensitivity") -> None:
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {"merge": merge_command, "check": check}
-"""Name of the command to its function."""
+"""Command name -> function."""

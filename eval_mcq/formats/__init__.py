@@ -1,1 +1,1 @@
-"""Questions from and for other tools: their files in, ours out, and back."""
+"""Import and export of questions in other tools' formats."""

@@ -1,4 +1,4 @@
-"""Which column of a row means what: the map of a format, and what the user overrides of it."""
+"""Meaning of the columns of a row: the map of a format, and the user's overrides."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ from eval_mcq.items.schema import LETTERS
 from mgll_encoder.common.errors import UserError, unknown_name
 
 FIELDS = ("id", "image", "question", "hint", "options", "answer", "category", "source", "patient", "tags")
-"""Fields that a column map may name."""
+"""Fields of a column map."""
 
 REQUIRED = ("image", "question", "options", "answer")
 
@@ -34,9 +34,9 @@ class ColumnMap:
     """Columns of a format.
 
     Attributes:
-        columns: Field to the columns that may hold it; the first one that a row has counts. In ``options`` a
-            name with ``{}`` stands for one column per letter (``option_{}``), several names with commas between
-            for one column per option, another name for a column that holds a list.
+        columns: Field -> columns that may contain it; the first one that a row has counts. In ``options``, a name with
+            ``{}`` means one column per letter (``option_{}``), comma-separated names mean one column per option, and
+            any other name means a column with a list.
         tagged: Columns that become tags ``column=value``.
     """
 
@@ -44,10 +44,10 @@ class ColumnMap:
     tagged: Sequence[str] = ()
 
     def overridden(self, pairs: Sequence[str]) -> "ColumnMap":
-        """With the user's ``FIELD=COLUMN`` pairs in the place of this format's columns.
+        """Return the map with the user's ``FIELD=COLUMN`` pairs instead of this format's columns.
 
         Raises:
-            UserError: a pair is not of that form, or names an unknown field.
+            UserError: a pair does not have that form, or names an unknown field.
         """
         columns = dict(self.columns)
         for pair in pairs:
@@ -60,10 +60,10 @@ class ColumnMap:
         return ColumnMap(columns, self.tagged)
 
     def cell(self, row: SourceRow, name: str) -> Any:
-        """The first filled cell of a field (else a blank one), None where the row has no such column.
+        """Return the first filled cell of a field (else a blank one); None if the row has no such column.
 
         Raises:
-            UserError: the field is required, and no column of the row holds it.
+            UserError: the field is required, and the row has no column for it.
         """
         cells = [row.cells[column] for column in self.columns.get(name, ()) if column in row.cells]
         if cells:
@@ -73,14 +73,14 @@ class ColumnMap:
         return None
 
     def text(self, row: SourceRow, name: str) -> str:
-        """The cell of a field as text, empty where there is none."""
+        """Return the cell of a field as text, empty if there is none."""
         return as_text(self.cell(row, name))
 
     def options(self, row: SourceRow) -> list[str]:
-        """Option texts in order.
+        """Return the option texts in order.
 
         Raises:
-            UserError: no column holds options, an option is blank before a filled one, or a list is none.
+            UserError: there is no column for options, an option is blank before a filled one, or a list is invalid.
         """
         for column in self.columns["options"]:
             names = _option_columns(column)
@@ -91,7 +91,7 @@ class ColumnMap:
         raise self._missing(row, "options")
 
     def tags(self, row: SourceRow) -> list[str]:
-        """Words of the tag column (a list, or JSON of one), and ``column=value`` of the tagged columns."""
+        """Return the tags of the tag column (a list, or JSON of one), and ``column=value`` of the tagged columns."""
         cell = self.cell(row, "tags")
         words = _tag_list(row, cell) if cell not in (None, "") else []
         for column in self.tagged:
@@ -114,18 +114,18 @@ class ColumnMap:
 
 @dataclass(frozen=True)
 class RawQuestion:
-    """A question as a reader gives it, before it is checked.
+    """A question as read from a file, before validation.
 
     Attributes:
         where: File and row, for errors.
         id: Unique id.
-        images: Bytes of a picture, a path, or ``Same`` as another question's.
+        images: For each image its bytes, a path, or ``Same`` for another question's.
         question: The question.
         options: Option texts.
         answer: Index, letter or text of the true option.
-        category: Disease or whatever the table has as rows.
+        category: The disease, or another category.
         kind: How the answer is written.
-        index: What other rows refer to this one by; None where the format has no such thing.
+        index: The index by which other rows refer to this one; None if the format has no index.
     """
 
     where: str
@@ -144,22 +144,22 @@ class RawQuestion:
 
 @dataclass(frozen=True)
 class Same:
-    """The images of the row of this index."""
+    """Refers to the images of the row with this index."""
 
     index: str
 
 
 def true_option(where: str, options: Sequence[str], answer: Any, kind: AnswerKind = "any") -> int:
-    """Index of the true option.
+    """Find the index of the true option.
 
     Args:
         where: File and row, for errors.
         options: Option texts, with or without a letter or number before each.
-        answer: What the file says.
-        kind: What it may be: a letter, the text of an option, or any of these and an index (from 0).
+        answer: The answer in the file.
+        kind: Its form: a letter, the text of an option, or any of these or an index (from 0).
 
     Raises:
-        BadQuestionError: it fits no option, or fits one as a letter and another as a text.
+        BadQuestionError: it matches no option, or one as a letter and another as a text.
     """
     if kind == "any" and isinstance(answer, int) and not isinstance(answer, bool):
         return answer  # the item itself checks the range
@@ -175,14 +175,14 @@ def true_option(where: str, options: Sequence[str], answer: Any, kind: AnswerKin
     if fits:
         raise BadQuestionError(
             FOREIGN_ANSWER,
-            f"{where}: answer '{text}' fits several options; give the letter or the full text of one",
+            f"{where}: answer '{text}' matches several options; give the letter or the full text of one",
         )
     offered = ", ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     raise BadQuestionError(FOREIGN_ANSWER, f"{where}: answer '{text}' is not among the options ({offered})")
 
 
 def _fitting(text: str, options: Sequence[str], kind: AnswerKind) -> set[int]:
-    """The options that an answer may mean."""
+    """Return the options that an answer may mean."""
     bare = [plain(without_label(option)) for option in options] if is_enumerated(options) else []
     texts = [plain(option) for option in options]
     fits: set[int] = set()
@@ -203,7 +203,7 @@ def _fitting(text: str, options: Sequence[str], kind: AnswerKind) -> set[int]:
 
 
 def as_text(cell: Any) -> str:
-    """A cell as text; None and NaN are blank, in a list too; a whole number has no decimal point."""
+    """Convert a cell to text; None and NaN are blank, also in a list; a whole number has no decimal point."""
     if isinstance(cell, list):
         cell = [part for part in cell if as_text(part)] or None
     if cell is None or (isinstance(cell, float) and cell != cell):
@@ -214,7 +214,7 @@ def as_text(cell: Any) -> str:
 
 
 def literal_list(text: str) -> list[Any] | None:
-    """The list that a text spells in JSON or Python, None if it spells none."""
+    """Parse a list in JSON or Python notation; None if the text is not a list."""
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
@@ -247,7 +247,7 @@ def _as_list(row: SourceRow, column: str) -> list[str]:
     value = literal_list(cell) if isinstance(cell, str) else cell
     if not isinstance(value, list | tuple):
         raise BadQuestionError(
-            MALFORMED, f"{row.where}: column '{column}' must hold a list of options, found '{cell}'"
+            MALFORMED, f"{row.where}: column '{column}' must contain a list of options, found '{cell}'"
         )
     return [as_text(option) for option in value]
 

@@ -1,4 +1,4 @@
-"""LLaVA's conversations and ScienceQA's problems, as far as they are multiple choice."""
+"""Multiple-choice questions in LLaVA's conversations and ScienceQA's problems."""
 
 import re
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ LETTER_AND_TEXT = re.compile(r"^\(?([A-Z])\)?[.):]\s+(.+)$", re.DOTALL)
 
 
 def read_conversations(path: Path, skipped: Skipped) -> Iterator[RawQuestion]:
-    """Questions of a conversations file; turns without options or images are counted in ``skipped``.
+    """Read the questions of a conversations file; turns without options or images are counted in ``skipped``.
 
     Raises:
-        UserError: an entry is not of the format, or its answer is none of its options.
+        UserError: an entry does not have the format, or its answer is not one of its options.
     """
     for row in read_rows(path):
         with leaving_out(skipped):
@@ -33,7 +33,7 @@ def read_conversations(path: Path, skipped: Skipped) -> Iterator[RawQuestion]:
 
 
 def _asked(row: SourceRow, skipped: Skipped) -> Iterator[RawQuestion]:
-    """The questions of one conversation."""
+    """Yield the questions of one conversation."""
     turns, images = row.cells.get("conversations"), row.cells.get("image")
     if not isinstance(turns, list):
         raise BadQuestionError(MALFORMED, f"{row.where} has no list 'conversations': is it LLaVA's format?")
@@ -43,7 +43,7 @@ def _asked(row: SourceRow, skipped: Skipped) -> Iterator[RawQuestion]:
         where = row.where if len(turns) == 2 else f"{row.where} turn {number}"
         parsed = parse_prompt(_said(human, "human", where))
         if parsed is None or not paths:
-            skipped.add(NO_CHOICE, f"{where} offers no options or shows no image", trouble=False)
+            skipped.add(NO_CHOICE, f"{where} has no options or no image", trouble=False)
             continue
         question, options = parsed
         yield RawQuestion(
@@ -55,14 +55,16 @@ def _asked(row: SourceRow, skipped: Skipped) -> Iterator[RawQuestion]:
 
 
 def read_scienceqa(path: Path, split: str | None, images: Path, skipped: Skipped) -> Iterator[RawQuestion]:
-    """Questions of ScienceQA's ``problems.json``; those without an image are counted in ``skipped``.
+    """Read the questions of ScienceQA's ``problems.json``; those without an image are counted in ``skipped``.
 
     Raises:
-        UserError: the file is not of the format.
+        UserError: the file does not have the format.
     """
     problems = load_json(path)
     if not (isinstance(problems, dict) and all(isinstance(p, dict) for p in problems.values())):
-        raise BadDataError(f"file {path} must hold an object of problems by id, as ScienceQA's problems.json")
+        raise BadDataError(
+            f"file {path} must contain an object of problems by id, like ScienceQA's problems.json"
+        )
     for key, problem in problems.items():
         part = as_text(problem.get("split"))
         if split is not None and part != split:
@@ -75,7 +77,7 @@ def read_scienceqa(path: Path, split: str | None, images: Path, skipped: Skipped
 def _problem(
     where: str, key: str, problem: dict[str, Any], images: Path, skipped: Skipped
 ) -> RawQuestion | None:
-    """A problem as a question; None, and counted, if it has no image."""
+    """Convert a problem to a question; None, and counted, if it has no image."""
     for field in ("question", "choices", "answer"):
         if field not in problem:
             raise BadQuestionError(
@@ -86,7 +88,7 @@ def _problem(
             MALFORMED, f"{where}: choices must be a list, found {problem['choices']!r:.60}"
         )
     if not problem.get("image"):
-        skipped.add(NO_CHOICE, f"{where} shows no image", trouble=False)
+        skipped.add(NO_CHOICE, f"{where} has no image", trouble=False)
         return None
     inner = f"{as_text(problem.get('split'))}/{key}/{as_text(problem['image'])}"
     outer = f"{key}/{as_text(problem['image'])}"
@@ -100,14 +102,14 @@ def _problem(
 
 
 def with_hint(hint: str, question: str) -> str:
-    """The question with what must be read before it."""
+    """Prepend the hint to the question."""
     return f"{hint}\n{question}" if hint.strip() else question
 
 
 def parse_prompt(text: str) -> tuple[str, list[str]] | None:
-    """Question and options of a prompt, None if it offers no options.
+    """Split a prompt into question and options; None if it has no options.
 
-    Options stand one per line ("A. text"), or in one line ("Options: (A) text (B) text").
+    Options are one per line ("A. text"), or all in one line ("Options: (A) text (B) text").
     """
     text = text.replace("<image>\n", "").replace("\n<image>", "").replace("<image>", "")
     inline = INLINE.search(text)
@@ -124,7 +126,7 @@ def parse_prompt(text: str) -> tuple[str, list[str]] | None:
 
 
 def _run_of_letters(marks: list[re.Match[str]]) -> list[re.Match[str]]:
-    """The last run of marks that counts A, B, C ... (the question itself may hold an "A. ")."""
+    """Return the last run of marks A, B, C ... (the question itself may contain an "A. ")."""
     starts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
     if not starts:
         return []
@@ -145,7 +147,7 @@ def _without_instruction(text: str) -> str:
 
 
 def parse_reply(text: str) -> str:
-    """The letter or the option text of a reply such as "B", "B. drusen" or "The answer is B."."""
+    """Return the letter or the option text of a reply such as "B", "B. drusen" or "The answer is B."."""
     text = ANSWER.sub("", text.strip())
     both = LETTER_AND_TEXT.match(text)
     return both[1] if both else text

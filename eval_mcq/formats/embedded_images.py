@@ -1,4 +1,4 @@
-"""Pictures that other tools embed in their files, kept once each under the name of their content."""
+"""Pictures embedded in other tools' files, saved once each and named by a hash of their content."""
 
 import base64
 import binascii
@@ -22,11 +22,11 @@ SUFFIXES = {
     "GIF": "gif",
     "MPO": "jpg",
 }
-"""File suffix per format name of Pillow; others get the format name in lower case."""
+"""Pillow's format name -> file suffix; others get the format name in lowercase."""
 
 
 class PictureFolder:
-    """A folder of embedded pictures that appears whole when the block ends, and only if there are any.
+    """A folder of embedded pictures that appears complete when the block ends, and only if there are any.
 
     Args:
         path: The folder.
@@ -50,11 +50,11 @@ class PictureFolder:
 
     @property
     def kept(self) -> set[str]:
-        """Paths of the pictures kept, relative to the folder's parent."""
+        """Paths of the saved pictures, relative to the folder's parent."""
         return set(self._names.values())
 
     def add(self, data: bytes, where: str) -> str:
-        """Keep a picture; its path relative to the folder's parent.
+        """Save a picture, and return its path relative to the folder's parent.
 
         Raises:
             BadQuestionError: it cannot be decoded or is so large that it may be an attack (names ``where``).
@@ -74,7 +74,7 @@ class PictureFolder:
         return self._names[digest]
 
     def keep_only(self, used: set[str]) -> None:
-        """Remove pictures that no question shows, because it was left out."""
+        """Remove the pictures of skipped questions."""
         for digest, path in list(self._names.items()):
             if path not in used and self._partial is not None:
                 (self._partial / Path(path).name).unlink()
@@ -82,10 +82,10 @@ class PictureFolder:
 
 
 def from_base64(text: str, where: str) -> bytes:
-    """The bytes of a base64 text, wrapped into lines or not, with or without the head of a data URI.
+    """Decode a base64 text, with or without line breaks and the prefix of a data URI.
 
     Raises:
-        BadQuestionError: it is no base64.
+        BadQuestionError: it is not base64.
     """
     payload = text.partition(",")[2] if text.startswith("data:") else text
     try:

@@ -1,4 +1,4 @@
-"""Options that carry their own letters or numbers ("A. glaucoma"): recognized for a whole file, and taken off."""
+"""Options with their own letters or numbers ("A. glaucoma"): detected per file, and removed."""
 
 import re
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ LABEL = re.compile(r"\s*[(\[]?\s*([A-Za-z]|\d{1,2})\s*[.):\]]\s+(?=\S)")
 
 
 def is_enumerated(options: Sequence[str]) -> bool:
-    """Whether every option begins with its own letter, or every one with its own number (from 1)."""
+    """Return whether every option begins with its letter, or every one with its number (from 1)."""
     labels = [found[1].upper() if (found := LABEL.match(option)) else "" for option in options]
     numbers = [str(place) for place in range(1, len(options) + 1)]
     return labels in (list(LETTERS[: len(options)]), numbers)
 
 
 def without_label(text: str) -> str:
-    """An option's text without the letter or number before it, and without blanks around it."""
+    """Remove the letter or number before an option's text, and surrounding whitespace."""
     return text[found.end() :].strip() if (found := LABEL.match(text)) else text
 
 
 def labeled(text: str) -> tuple[str, str] | None:
-    """Letter or number, and text, of an answer such as "B. drusen"; None for any other."""
+    """Split an answer such as "B. drusen" into letter or number and text; None for any other form."""
     found = LABEL.match(text)
     return (found[1].upper(), text[found.end() :]) if found else None

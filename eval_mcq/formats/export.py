@@ -1,4 +1,4 @@
-"""Questions, and the answers of a run, in other tools' formats."""
+"""Export of questions, and of a run's answers, to other tools' formats."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mgll_encoder.common.files import new_file, write_text
 
 
 def llava_conversations(bench: Bench, images: Path) -> str:
-    """The bench as LLaVA conversations JSON: the prompt that the scorer uses, answered by the true letter.
+    """Convert a benchmark to LLaVA conversations JSON: the scorer's prompt, answered by the true letter.
 
     Args:
         bench: The questions.
@@ -27,7 +27,7 @@ def llava_conversations(bench: Bench, images: Path) -> str:
 
 
 def chat_messages(bench: Bench, images: Path) -> str:
-    """The bench as rows of ``messages`` and ``images``, as TRL, LLaMA-Factory and ms-swift read them.
+    """Convert a benchmark to rows of ``messages`` and ``images``, as read by TRL, LLaMA-Factory and ms-swift.
 
     Args:
         bench: The questions.
@@ -37,7 +37,7 @@ def chat_messages(bench: Bench, images: Path) -> str:
 
 
 def _listed(bench: Bench, images: Path, row: Callable[[MCQItem, list[str]], dict[str, object]]) -> str:
-    """A JSON list with a row per question; image paths are relative to a folder."""
+    """Build a JSON list with one row per question; image paths are relative to a folder."""
     start = images.resolve()
     rows = [
         row(
@@ -110,12 +110,12 @@ def _embedded(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _named(bench: Bench, item: MCQItem) -> MCQItem:
-    """The question with what outputs call its patient."""
+    """Return the question with the patient's name for outputs."""
     return item.model_copy(update={"patient": bench.patients[item.id]})
 
 
 def _moved(bench: Bench, item: MCQItem, out: Path) -> MCQItem:
-    """The question with its image paths relative to the folder of another file."""
+    """Return the question with image paths relative to the folder of another file."""
     folder = out.absolute().parent
     paths = [Path(os.path.relpath(path.absolute(), folder)).as_posix() for path in bench.image_paths(item)]
     return item.model_copy(update={"images": paths})
@@ -133,13 +133,13 @@ EXPORTERS: Mapping[str, Callable[[Bench, Path, Path, bool], None]] = {
 
 
 def write_predictions(bench: Bench, run: Run, out: Path, force: bool = False) -> int:
-    """Write a run's answers as the table that VLMEvalKit scores.
+    """Write a run's answers as a table for VLMEvalKit to score.
 
     Returns:
         Number of predictions.
 
     Raises:
-        UserError: the run is of another bench.
+        UserError: the run used a different benchmark.
     """
     if run.record.bench_sha256 != bench.digest:
         raise BadDataError(

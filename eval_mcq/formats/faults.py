@@ -1,4 +1,4 @@
-"""What can be wrong with one question of a file: refused, or left out and counted by its reason."""
+"""Errors of a single question in a file: refused, or skipped and counted by reason."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +21,10 @@ MALFORMED = "not of the format"
 
 
 class BadQuestionError(UserError):
-    """One question is wrong; the file may go on without it.
+    """One question is invalid; the rest of the file is usable.
 
     Attributes:
-        reason: The kind of fault, one of this module's constants.
+        reason: The kind of error, one of this module's constants.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -34,10 +34,10 @@ class BadQuestionError(UserError):
 
 @contextmanager
 def leaving_out(skipped: Skipped) -> Iterator[None]:
-    """Count a question that turns out to be wrong within the block.
+    """Count a question that turns out to be invalid within the block.
 
     Raises:
-        UserError: it does, and ``skipped`` is strict.
+        UserError: the question is invalid, and ``skipped`` is strict.
     """
     try:
         yield

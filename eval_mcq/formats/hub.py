@@ -1,4 +1,4 @@
-"""Data sets of the library ``datasets``: a hub id, a folder, or Parquet files, row by row."""
+"""Data sets read with ``datasets``: a hub id, a folder, or Parquet files, row by row."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +18,15 @@ COLUMNS = ColumnMap(
 
 
 def read_dataset(name: str, split: str | None) -> Iterator[SourceRow]:
-    """Rows of a data set, images as bytes and not decoded.
+    """Read the rows of a data set; images are bytes, not decoded.
 
     Args:
-        name: A folder that ``save_to_disk`` wrote, a folder of Parquet or image files, a .parquet, .json,
-            .jsonl, .csv or .tsv file, or the id of a data set on the hub.
-        split: Which split to read; may be left out where there is only one.
+        name: A folder written by ``save_to_disk``, a folder of Parquet or image files, a .parquet, .json, .jsonl, .csv
+            or .tsv file, or the hub id of a data set.
+        split: The split to read; optional if there is only one.
 
     Raises:
-        UserError: no such data set or split.
+        UserError: there is no such data set or split.
     """
     path = Path(name)
     if path.suffix.lower() in READERS and path.is_file():

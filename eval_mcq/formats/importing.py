@@ -1,4 +1,4 @@
-"""Importing questions: read rows of a format, check every question, keep its pictures, write nothing half."""
+"""Import of questions: reads the rows of a format, validates every question, and saves embedded pictures."""
 
 import os
 from collections import Counter
@@ -44,8 +44,8 @@ OMNIMEDVQA = ColumnMap(
 
 
 OptionLetters = Literal["auto", "strip", "keep"]
-"""What is done with letters that options carry themselves: taken off where all questions of the file have them (refused
-where only some do), taken off wherever they are, or left."""
+"""How to treat options with their own letters: ``auto`` removes them if all questions of the file have them (refused if
+only some do), ``strip`` removes them wherever they occur, ``keep`` keeps them."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class ImportSource:
 
     Attributes:
         path: File, folder or hub id.
-        images: Folder that image paths are relative to; that of the file if not given.
-        split: Which split, for formats that have any.
+        images: Folder that image paths are relative to; the file's folder if not given.
+        split: The split, for formats with splits.
         maps: The user's ``FIELD=COLUMN`` pairs.
         option_letters: See `OptionLetters`.
-        skipped: Counts questions that are left out; strict where a bad one stops the import.
+        skipped: Counts skipped questions; strict if an invalid one stops the import.
     """
 
     path: str
@@ -77,13 +77,13 @@ class ImportSource:
 
 @dataclass
 class ImportReport:
-    """What came in.
+    """Summary of an import.
 
     Attributes:
         questions: Questions per category.
-        folded: Circular copies that were put back into their questions.
-        unlettered: Questions whose options carried letters or numbers, which were taken off.
-        pictures: Embedded pictures that were kept.
+        folded: Circular copies that were merged into their questions.
+        unlettered: Questions whose options had letters or numbers, which were removed.
+        pictures: Embedded pictures that were saved.
         skipped: Questions that were left out, by reason.
     """
 
@@ -105,11 +105,11 @@ def _as_they_are(found: Found, skipped: Skipped) -> list[MCQItem]:  # noqa: ARG0
 
 @dataclass(frozen=True)
 class QuestionFormat:
-    """How one tool writes questions.
+    """The question format of a tool.
 
     Attributes:
-        read: Source to questions.
-        finish: What is done to all of them at the end.
+        read: Reads the questions of a source.
+        finish: Postprocesses all questions.
         maps_columns: Whether ``maps`` has a meaning.
         splits: Whether ``split`` has one.
     """
@@ -123,19 +123,19 @@ class QuestionFormat:
 def import_questions(
     format_: str, source: ImportSource, bench: Path, name: str = "", force: bool = False
 ) -> tuple[BenchHeader, list[MCQItem], ImportReport]:
-    """Read questions of another tool. Embedded pictures go to ``<bench>_images``; the bench itself is not written.
+    """Read questions of another tool. Embedded pictures go to ``<bench>_images``; the benchmark file is not written.
 
     Args:
-        format_: A name of :data:`FORMATS`.
+        format_: A key of :data:`FORMATS`.
         source: What to read.
-        bench: Where the bench file will lie; image paths are written relative to its folder.
-        name: Name of the bench for tables; the file's if not given.
+        bench: Path of the benchmark file to be written; image paths are relative to its folder.
+        name: Name of the benchmark in tables; that of the file if not given.
         force: Replace the picture folder.
 
     Raises:
-        UserError: the file is not of the format, or nothing is found; if ``source.skipped`` is strict, also: a
-            question makes no sense, its image is missing or unreadable or too large, or its id is used before.
-            The message names file, row and field.
+        UserError: the file does not have the format, or no question is found; if ``source.skipped`` is strict, also if
+            a question is invalid, its image is missing, unreadable or too large, or its id is a duplicate. The message
+            names file, row and field.
     """
     chosen = FORMATS[format_]
     if source.maps and not chosen.maps_columns:
@@ -159,11 +159,11 @@ def import_questions(
 def _read(
     chosen: QuestionFormat, source: ImportSource, bench: Path, pictures: PictureFolder
 ) -> list[tuple[RawQuestion, MCQItem]]:
-    """All questions of the source that make sense by themselves, their embedded pictures kept."""
+    """Return all individually valid questions of the source, and save their embedded pictures."""
     found: list[tuple[RawQuestion, MCQItem]] = []
     pseudonyms = Pseudonyms(Path(source.path))
     taken: dict[str, list[str]] = {}
-    waiting: dict[int, str] = {}  # place in `found` to the index of the row that has the images
+    waiting: dict[int, str] = {}  # position in `found` -> index of the row with the images
     for raw in chosen.read(source):
         with leaving_out(source.skipped):
             if isinstance(raw.images[0], Same):
@@ -175,7 +175,7 @@ def _read(
             item = _item(raw, images, bench, pseudonyms)
             if other:
                 waiting[len(found)] = other
-            found.append((replace(raw, images=[]), item))  # a file may hold more pictures than memory does
+            found.append((replace(raw, images=[]), item))  # the pictures of a file may not fit into memory
     kept = []
     for place, (raw, item) in enumerate(found):
         with leaving_out(source.skipped):
@@ -186,16 +186,16 @@ def _read(
 
 
 def _without_letters(found: list[tuple[RawQuestion, MCQItem]], source: ImportSource) -> tuple[Found, int]:
-    """The questions with options that carry no letters of their own, and how many had such."""
+    """Return the questions with the letters of their options removed, and how many had any."""
     lettered = [is_enumerated(item.options) for _, item in found]
     if source.option_letters == "keep" or not any(lettered):
         return found, 0
     if source.option_letters == "auto" and not all(lettered):
         raw, item = found[lettered.index(True)]
         raise BadDataError(
-            f"{raw.where}: its options carry letters or numbers of their own ('{item.options[0]}'), as in "
+            f"{raw.where}: its options have their own letters or numbers ('{item.options[0]}'), as in "
             f"{sum(lettered)} of {len(found)} questions, not in all: take them off with `option_letters=strip`, or "
-            "leave them with keep"
+            "keep them with --option-letters keep"
         )
     kept: list[tuple[RawQuestion, MCQItem]] = []
     for (raw, item), strip in zip(found, lettered, strict=True):
@@ -231,7 +231,8 @@ def _place(
 ) -> str:
     if isinstance(image, Same):
         raise BadQuestionError(
-            NO_FILE, f"{raw.where}: the image refers to row '{image.index}' beside images of its own"
+            NO_FILE,
+            f"{raw.where}: the image refers to row '{image.index}', but the row has images of its own",
         )
     if isinstance(image, bytes):
         return pictures.add(image, f"{raw.where} (id '{raw.id}')")
@@ -245,7 +246,7 @@ def _borrow(raw: RawQuestion, index: str, taken: Mapping[str, list[str]]) -> lis
     if index not in taken:
         raise BadQuestionError(
             NO_FILE,
-            f"{raw.where}: its image cell '{index}' is too short for base64 and no row of this index has an image",
+            f"{raw.where}: its image cell '{index}' is too short for base64, and no row with this index has an image",
         )
     return taken[index]
 
@@ -253,7 +254,7 @@ def _borrow(raw: RawQuestion, index: str, taken: Mapping[str, list[str]]) -> lis
 def _sound(
     items: Sequence[MCQItem], found: Found, source: ImportSource, bench: Path, embedded: set[str]
 ) -> list[MCQItem]:
-    """The questions whose id is their own and whose images can be read."""
+    """Return the questions with a unique id and readable images."""
     where = {id(item): raw.where for raw, item in found}
     first: dict[str, MCQItem] = {}
     for item in items:
@@ -270,7 +271,7 @@ def _sound(
         (folder / image).resolve()
         for item in first.values()
         for image in item.images
-        if image not in embedded  # those were decoded when they were kept
+        if image not in embedded  # embedded images were decoded when they were saved
     }
     faults = unreadable_images(sorted(paths))
     sound = []
@@ -284,7 +285,7 @@ def _sound(
     source.skipped.read = len(sound) + source.skipped.total
     if not sound:
         raise BadDataError(
-            f"{source.path} gives no multiple-choice question: "
+            f"{source.path} has no usable multiple-choice question: "
             f"{source.skipped.summary() or 'it holds none'}; check `format` and `images`"
         )
     return sound
@@ -296,7 +297,7 @@ Cells = Callable[[SourceRow, Any], list[bytes | str | Same]]
 def _rows(
     columns: ColumnMap, cells: Cells, kind: AnswerKind
 ) -> Callable[[ImportSource], Iterator[RawQuestion]]:
-    """A reader of files with a row per question."""
+    """Return a reader of files with one row per question."""
 
     def read(source: ImportSource) -> Iterator[RawQuestion]:
         rows = read_rows(Path(source.path))
@@ -308,7 +309,7 @@ def _rows(
 def questions(
     rows: Iterable[SourceRow], columns: ColumnMap, cells: Cells, kind: AnswerKind, skipped: Skipped
 ) -> Iterator[RawQuestion]:
-    """Rows as questions, by a map of columns; rows that are none are left out or refused."""
+    """Convert rows to questions by a column map; invalid rows are skipped or refused."""
     for number, row in enumerate(rows):
         with leaving_out(skipped):
             yield _question(number, row, columns, cells, kind)
@@ -325,7 +326,7 @@ def _question(number: int, row: SourceRow, columns: ColumnMap, cells: Cells, kin
 
 
 def any_images(row: SourceRow, cell: Any) -> list[bytes | str | Same]:
-    """Images as ``datasets`` gives them (bytes and path), bytes, data URIs, or paths; one or a list."""
+    """Return the images of a cell: a ``datasets`` image (bytes and path), bytes, data URI, or path; one or a list."""
     cells = cell if isinstance(cell, list) else [cell]
     images: list[bytes | str | Same] = []
     for one in cells:
@@ -376,4 +377,4 @@ FORMATS: Mapping[str, QuestionFormat] = {
     "hf": QuestionFormat(_hub, splits=True),
     "parquet": QuestionFormat(_parquet, maps_columns=False),
 }
-"""Format name to its reader."""
+"""Format name -> format."""

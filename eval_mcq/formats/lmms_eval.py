@@ -1,7 +1,7 @@
 """A task folder for lmms-eval: a YAML and a Parquet file, no code.
 
-Facts of the format: EvolvingLMMs-Lab/lmms-eval 0.7.3, lmms_eval/api/task.py (a ``doc_to_*`` that names a column
-gives that column).
+Source of the format: EvolvingLMMs-Lab/lmms-eval 0.7.3, lmms_eval/api/task.py (a ``doc_to_*`` that names a column
+returns that column).
 """
 
 import re
@@ -35,7 +35,7 @@ def write_task(bench: Bench, out: Path, force: bool = False) -> None:
     several = next((item for item in bench.items if len(item.images) > 1), None)
     if several:
         raise BadDataError(
-            f"question '{several.id}' has {len(several.images)} images: a task of lmms-eval without code has one; "
+            f"question '{several.id}' has {len(several.images)} images: a task of lmms-eval without code supports one; "
             "export to vlmevalkit"
         )
     task = task_name(out)

@@ -12,22 +12,24 @@ from mgll_encoder.common.texts import parse_json, read_text
 
 
 class SourceRow(NamedTuple):
-    """One row of a file, and where it stands, for errors."""
+    """One row of a file, and its location for error messages."""
 
     where: str
     cells: dict[str, Any]
 
 
 def read_rows(path: Path) -> Iterator[SourceRow]:
-    """Rows of a file, or of all JSON files of a folder in the order of their names.
+    """Read the rows of a file, or of all JSON files in a folder, sorted by name.
 
     Raises:
-        UserError: no such file, a suffix that is not known, or a file that is damaged; names file and row.
+        UserError: there is no such file, its suffix is unknown, or it is damaged; names file and row.
     """
     if path.is_dir():
         files = sorted(path.glob("*.json"))
         if not files:
-            raise BadDataError(f"folder {path} holds no .json file: give the folder with the question files")
+            raise BadDataError(
+                f"folder {path} contains no .json file: give the folder with the question files"
+            )
         for file in files:
             yield from _json(file)
         return
@@ -41,10 +43,10 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
 
 
 def load_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        UserError: no such file, or no JSON.
+        UserError: there is no such file, or it is not JSON.
     """
     return parse_json(read_text(path, "file"), f"file {path}", nan=True)
 
@@ -76,7 +78,7 @@ def _json(path: Path) -> Iterator[SourceRow]:
 
 
 def _json_lines(path: Path) -> Iterator[SourceRow]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    # Not splitlines(): JSON strings may contain U+2028 and similar characters unescaped.
     for number, line in enumerate(read_text(path, "file").split("\n"), start=1):
         if not line.strip():
             continue
@@ -92,4 +94,4 @@ READERS: Mapping[str, Callable[[Path], Iterator[SourceRow]]] = {
     ".json": _json,
     ".jsonl": _json_lines,
 }
-"""File suffix to reader."""
+"""File suffix -> reader."""

@@ -1,6 +1,6 @@
-"""VLMEvalKit's TSV: base64 or path images, images that refer to another row, circular rows.
+"""VLMEvalKit's TSV: images as base64 or paths, references to another row's images, circular copies.
 
-Facts of the format: open-compass/VLMEvalKit, vlmeval/dataset/image_base.py and image_mcq.py, smp/file.py.
+Sources of the format: open-compass/VLMEvalKit, vlmeval/dataset/image_base.py and image_mcq.py, smp/file.py.
 """
 
 import base64
@@ -21,10 +21,10 @@ from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.skipped import Skipped
 
 CIRCLE = 10**6
-"""Circular copies of a question stand at its index plus multiples of this."""
+"""Circular copies of a question have its index plus multiples of this."""
 
 REFERENCE = 64
-"""An image cell of at most so many characters is the index of the row that has the image."""
+"""An image cell of at most this many characters is the index of the row with the image."""
 
 COLUMNS = ColumnMap(
     {
@@ -42,17 +42,17 @@ GMAI_COLUMNS = ColumnMap(
 """GMAI-MMBench adds the clinical task, the department and the granularity."""
 
 UNREAD = "Z"
-"""VLMEvalKit's sign for a reply that names no option; it counts as wrong."""
+"""VLMEvalKit's mark for a reply that names no option; it counts as wrong."""
 
 READ_AS_BLANK = {
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
     "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
 }  # fmt: skip
-"""Texts that pandas, and so VLMEvalKit, takes for a missing cell."""
+"""Texts that pandas, and therefore VLMEvalKit, reads as a missing cell."""
 
 
 def image_cells(row: SourceRow, cell: Any) -> list[bytes | str | Same]:
-    """The images of a row: base64, a list of base64 or of paths, a path, or the index of another row."""
+    """Return the images of a row: base64, a list of base64 or of paths, a path, or the index of another row."""
     text = as_text(cell)
     if not text:
         raise BadQuestionError(NO_IMAGE, f"{row.where}: the image is blank")
@@ -67,10 +67,10 @@ def _image(text: str, where: str) -> bytes | str:
 
 
 def fold_circular(found: Sequence[tuple[RawQuestion, MCQItem]], skipped: Skipped) -> list[MCQItem]:
-    """Put circular copies back into the question they come from.
+    """Merge circular copies into their original question.
 
-    A row is a copy if the row ``k * 10**6`` before it asks the same of the same options in another order. A
-    question whose copies call another option true is left out with them.
+    A row is a copy if the row ``k * 10**6`` before it has the same question and the same options in another order. A
+    question whose copies have a different true option is skipped with them.
 
     Raises:
         UserError: there is such a question, and ``skipped`` is strict.
@@ -85,8 +85,8 @@ def fold_circular(found: Sequence[tuple[RawQuestion, MCQItem]], skipped: Skipped
         elif item.options[item.answer] != base.options[base.answer]:
             skipped.add(
                 COPIES_DISAGREE,
-                f"{raw.where}: circular copy {raw.index} of question '{base.id}' calls "
-                f"'{item.options[item.answer]}' true, the question itself '{base.options[base.answer]}'",
+                f"{raw.where}: circular copy {raw.index} of question '{base.id}' has the answer "
+                f"'{item.options[item.answer]}', the question itself '{base.options[base.answer]}'",
             )
             disputed.append(base)
     return [item for item in kept if not any(item is base for base in disputed)]
@@ -104,12 +104,12 @@ def _base(
 
 
 def to_tsv(bench: Bench) -> Iterator[str]:
-    """The bench in pieces of VLMEvalKit's TSV: images in base64, once each; ids and clusters in columns of their own.
+    """Yield a benchmark as lines of VLMEvalKit's TSV: each image once in base64, ids and patients in extra columns.
 
-    VLMEvalKit takes only indices that count, so ``index`` is the place in the bench and ``id`` the id.
+    VLMEvalKit requires consecutive indices, so ``index`` is the position in the benchmark and ``id`` the id.
 
     Raises:
-        UserError: an option's text is one that VLMEvalKit would read as missing.
+        UserError: VLMEvalKit would read an option's text as missing.
     """
     letters = LETTERS[: max(len(item.options) for item in bench.items)]
     columns = [
@@ -138,11 +138,11 @@ def to_tsv(bench: Bench) -> Iterator[str]:
 
 
 def predictions(bench: Bench, chosen: Mapping[str, str]) -> Iterator[str]:
-    """The table that VLMEvalKit scores with ``--mode eval``: the questions, and the chosen letter as prediction.
+    """Yield the table that VLMEvalKit scores with ``--mode eval``: the questions, with the chosen letter as prediction.
 
     Args:
         bench: The questions.
-        chosen: Question id to chosen letter; questions without one are left out.
+        chosen: Question id -> chosen letter; questions without one are omitted.
     """
     letters = LETTERS[: max(len(item.options) for item in bench.items)]
     yield _line(["index", "question", *letters, "answer", "category", "prediction"])

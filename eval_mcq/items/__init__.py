@@ -1,1 +1,1 @@
-"""Questions: their schema, where they come from and go to."""
+"""Questions: their schema, how they are built, read and written."""

@@ -1,4 +1,4 @@
-"""The label table of a bench: its rows as questions see them, and which of them can be asked about."""
+"""The label table of a benchmark: its rows, and which of them can become questions."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,23 +15,22 @@ from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, P
 from mgll_encoder.data.label_rows import Columns, agreeing, label_rows, with_files
 
 TYPO_CUTOFF = 0.85
-"""difflib ratio from which a label outside the preset counts as a misspelt disease."""
+"""difflib ratio from which a label outside the preset counts as a misspelled disease."""
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Which columns of a label file mean what.
+    """A label file and the meaning of its columns.
 
     Attributes:
         path: The label file (`mgll_encoder.common.tables`).
         image: Column with the image path below the image folder.
         labels: Column with a list of labels.
-        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None for the one that
-            is recognized.
+        patient: Column with the patient or source id, see `mgll_encoder.common.patient_column`; None to detect it.
         source: Column with the name of the data set.
         layout: Published layout of the file instead of these columns, or ``generic``.
-        binary: Columns that stand for one label each, instead of ``labels``.
-        reading: What else the user says about the file.
+        binary: Columns that each represent one label, instead of ``labels``.
+        reading: What else the user specified about the file.
     """
 
     path: Path
@@ -46,18 +45,18 @@ class LabelTable:
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row of the label file, as questions see it.
+    """A row of the label file, with the fields that questions need.
 
     Attributes:
-        where: How messages call it.
-        image: The image, as the table names it.
-        labels: Labels that are true, plain.
-        uncertain: Labels that the row leaves open, plain.
-        patient: Patient or source; empty where the table does not say.
+        where: Location of the row, for messages.
+        image: The image, as named in the table.
+        labels: True labels, normalized by `plain`.
+        uncertain: Uncertain labels, normalized.
+        patient: Patient or source; empty if the table does not name it.
         source: Data set.
-        words: What the annotators wrote, plain.
-        columns: All of the row.
-        path: The image's file.
+        words: The annotators' words, normalized.
+        columns: All cells of the row.
+        path: The image file.
     """
 
     where: str
@@ -71,21 +70,21 @@ class AskedRow:
     path: Path
 
     def leaves_open(self, disease: Disease) -> bool:
-        """Whether the image may have the disease, for all that the table says."""
+        """Return whether it is uncertain if the image has the disease."""
         return not disease.is_true_of(set(self.labels)) and disease.is_true_of(set(self.uncertain))
 
     @property
     def split_by(self) -> str:
-        """What the side of a split is drawn by: the patient, or the image where there is none."""
+        """What determines the split: the patient, or the image if the patient is unknown."""
         return self.patient or self.image
 
     def is_asked(self, disease: Disease, preset: Preset) -> bool:
-        """Whether the row has the column values that the preset wants for a disease."""
+        """Return whether the row has the column values that the preset requires for a disease."""
         where = preset.where if disease.where is None else disease.where
         return all(self.columns[column] == value for column, value in where.items())
 
     def distractors(self, disease: Disease, preset: Preset) -> list[Disease]:
-        """What may be offered as wrong beside a disease of the image."""
+        """Return the diseases that may be distractors for a disease of the image."""
         return [
             other
             for other in preset.against(disease)
@@ -99,17 +98,17 @@ class AskedRow:
 def read_rows(
     table: LabelTable, images: Path, preset: Preset, skipped: Skipped, drawn: bool
 ) -> list[AskedRow]:
-    """The rows whose image is there, each image once.
+    """Read the rows whose image exists, each image once.
 
     Args:
         table: The label file.
         images: Folder of the images.
-        preset: Its labels are known, and its filters name columns.
-        skipped: Takes the other rows.
-        drawn: Whether sides are drawn by patient.
+        preset: Provides the known labels and the column filters.
+        skipped: Collects the other rows.
+        drawn: Whether images are assigned to splits, so that the patients must be known.
 
     Raises:
-        UserError: the file or a column is missing, nothing is left, or ``skipped`` is strict and a row is left out.
+        UserError: the file or a column is missing, no row is left, or ``skipped`` is strict and a row is skipped.
     """
     known = {plain(label) for d in preset.diseases for label in d.labels} | set(
         map(plain, preset.other_labels)
@@ -141,7 +140,7 @@ def read_rows(
     ]
     if not rows:
         reasons = "; ".join(skipped.lines()) or "it has a header but no rows"
-        raise BadDataError(f"label file {table.path} gives no image: {reasons}")
+        raise BadDataError(f"label file {table.path} has no usable image: {reasons}")
     return rows
 
 
@@ -149,7 +148,7 @@ def check_labels(table: LabelTable, rows: list[AskedRow], preset: Preset) -> Cou
     """Count the labels that are outside the preset.
 
     Raises:
-        UserError: one of them is a near miss of a label inside it.
+        UserError: one of them looks like a misspelling of a label in the preset.
     """
     known = {plain(label) for disease in preset.diseases for label in disease.labels}
     passed = known | {plain(label) for label in preset.other_labels}
@@ -158,18 +157,18 @@ def check_labels(table: LabelTable, rows: list[AskedRow], preset: Preset) -> Cou
         for label in sorted(row.labels - known):
             unasked[label] += 1
             if (
-                table.layout == GENERIC  # a published layout has labels of its own, not typed ones
+                table.layout == GENERIC  # labels of a published layout are not typed by hand
                 and unasked[label] == 1
                 and label not in passed
                 and get_close_matches(label, known, 1, TYPO_CUTOFF)
             ):
                 error = unknown_name("disease", label, known)
-                raise BadDataError(f"{row.where}: {error} (if it is right, a preset must list it)")
+                raise BadDataError(f"{row.where}: {error} (if it is correct, add it to the preset)")
     return unasked
 
 
 def askable(rows: list[AskedRow], preset: Preset, skipped: Skipped) -> list[AskedRow]:
-    """The rows that can be asked about: one true choice, enough distractors, an image that can be decoded."""
+    """Return the rows that can become questions: one true choice, enough distractors, a readable image."""
     found = []
     for row in rows:
         if trouble := _unaskable(row, preset):
@@ -185,13 +184,16 @@ def askable(rows: list[AskedRow], preset: Preset, skipped: Skipped) -> list[Aske
 
 
 def _unaskable(row: AskedRow, preset: Preset) -> tuple[str, str] | None:
-    """Why a row gives no fair question, and where."""
+    """Return why a row cannot become a fair question (reason and detail); None if it can."""
     for disease in preset.diseases:
         if not row.is_asked(disease, preset):
             continue
         fitting = disease.fitting(row.labels)
         if len(fitting) > 1:
-            return "two true choices", f"{row.where}: '{fitting[0]}' and '{fitting[1]}' both fit the image"
+            return (
+                "two true choices",
+                f"{row.where}: '{fitting[0]}' and '{fitting[1]}' are both true of the image",
+            )
         if not disease.choices and disease.is_true_of(set(row.labels)):
             pool = len(row.distractors(disease, preset))
             if pool < preset.options - 1:

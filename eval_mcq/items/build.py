@@ -1,4 +1,4 @@
-"""From a table of labels to multiple-choice questions: one true option each, the others not true."""
+"""Build multiple-choice questions from a table of labels: one true option each, the others false."""
 
 import os
 import random
@@ -23,13 +23,13 @@ Split = Literal["train", "test", "all"]
 
 @dataclass(frozen=True)
 class Draw:
-    """How distractors and positions are drawn.
+    """How distractors and positions are sampled.
 
     Attributes:
-        seed: Of distractors and positions (not of the split).
-        hard: Prefer distractors from the groups of confusable diseases that the preset lists.
-        min_negatives: A disease is refused if fewer images do not have it: its name would be the answer
-            whenever it is offered.
+        seed: Seed of distractors and positions (not of the split).
+        hard: Prefer distractors from the preset's groups of confusable diseases.
+        min_negatives: Minimum number of images without a disease; with fewer, its name would be the answer whenever
+            it is offered, so the disease is refused.
     """
 
     seed: int = 0
@@ -39,7 +39,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Which patients are asked: those that ``assign_split`` puts on one side, or all."""
+    """Which patients to use: those that ``assign_split`` puts into one split, or all."""
 
     side: Split = "all"
     test: float = 0.3
@@ -48,19 +48,19 @@ class SplitRule:
 
 @dataclass
 class BuildReport:
-    """What went into a bench.
+    """Contents of a benchmark that was built.
 
     Attributes:
         categories: Diseases of the preset, in its order.
-        questions: Per disease.
-        negatives: Images asked that do not have the disease, per disease.
-        patients: Per disease.
-        positions: How often each position holds the true option.
+        questions: Questions per disease.
+        negatives: Images in use without the disease, per disease.
+        patients: Patients per disease.
+        positions: Number of questions per position of the true option.
         images: Images that the questions show.
         on_sheet: How many of them the contact sheet shows.
         unasked: Labels outside the preset, with their number of rows.
-        without_patient: Rows that name no patient: each its own patient.
-        skipped: Rows left out, by reason.
+        without_patient: Rows without a patient id: each counts as its own patient.
+        skipped: Skipped rows, by reason.
     """
 
     categories: list[str]
@@ -84,7 +84,7 @@ class _Draft:
 
     @property
     def id(self) -> str:
-        """What draws are seeded by; the question's own id holds a pseudonym in the image's place."""
+        """Seed of the random choices; the question's own id contains a pseudonym instead of the image."""
         return f"{self.row.image}#{self.disease.name}"
 
 
@@ -97,24 +97,24 @@ def build(
     draw: Draw | None = None,
     strict: bool = False,
 ) -> tuple[BenchHeader, list[MCQItem], BuildReport]:
-    """Make questions from labels. Nothing is written.
+    """Build questions from labels. Nothing is written.
 
-    An image with several diseases of the preset gives one question for each of them; the others never stand
-    among its distractors. Distractors depend on the seed and the question alone, so new rows change no old
-    question's; the true options are dealt evenly over the positions within each disease.
+    An image with several diseases of the preset gives one question for each of them; the others are never among its
+    distractors. Distractors depend only on the seed and the question, so new rows do not change existing questions; the
+    true options are distributed evenly over the positions within each disease.
 
     Args:
         table: The label file.
         images: Folder that the image column is relative to.
-        bench: Where the bench file will lie; image paths are written relative to its folder.
+        bench: Path of the benchmark file to be written; image paths are relative to its folder.
         preset: Diseases, question and options.
-        split: Which patients to ask; all by default.
-        draw: How distractors and positions are drawn.
-        strict: Stop at the first row that would be left out.
+        split: Which patients to use; all by default.
+        draw: How distractors and positions are sampled.
+        strict: Stop at the first row that would be skipped.
 
     Raises:
-        UserError: the file or a column is missing, a label looks like a misspelt disease, a disease has no image, too
-            few distractors or too few negatives; or ``strict`` is set and a row is left out.
+        UserError: the file or a column is missing, a label looks like a misspelled disease, a disease has no image, too
+            few distractors or too few negatives; or ``strict`` is set and a row is skipped.
     """
     split, draw = split or SplitRule(), draw or Draw()
     if draw.hard and not any(len(group) > 1 for group in preset.confusable):
@@ -213,7 +213,7 @@ def _drafts(
         where = preset.where if disease.where is None else disease.where
         among = f" where {', '.join(f'{c}={v}' for c, v in where.items())}" if where else ""
         raise BadDataError(
-            f"disease '{disease.name}' has no image labelled '{min(missing)}' among the {len(here)} rows "
+            f"disease '{disease.name}' has no image labeled '{min(missing)}' among the {len(here)} rows "
             f"of {table.path}{among} (split: {split.side}): leave it out with `diseases`, or check `labels_column`"
         )
     return drafts
@@ -226,7 +226,9 @@ def _label_draft(row: AskedRow, disease: Disease, preset: Preset, draw: Draw) ->
     if draw.hard:
         near = preset.confused_with(disease)
         chosen = sorted(chosen, key=lambda other: other.name not in near)[: preset.options - 1]
-        _random(draw.seed, f"hard:{draft.id}").shuffle(chosen)  # the near ones do not always stand first
+        _random(draw.seed, f"hard:{draft.id}").shuffle(
+            chosen
+        )  # so that the confusable ones are not always first
     return replace(draft, others=[other.option for other in chosen])
 
 
@@ -246,7 +248,7 @@ def _choice_drafts(rows: list[AskedRow], disease: Disease, seed: int) -> list[_D
 
 
 def _deal_positions(drafts: list[_Draft], seed: int) -> dict[str, int]:
-    """Position of the true option per question: even within each disease and over all."""
+    """Assign positions of the true option to questions, evenly within each disease and over all."""
     positions: dict[str, int] = {}
     dealt: Counter[int] = Counter()
     groups: dict[tuple[str, str], list[_Draft]] = defaultdict(list)

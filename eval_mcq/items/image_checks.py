@@ -1,4 +1,4 @@
-"""Checking the images of questions before any work is done."""
+"""Checks of the images of questions before any work is done."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,13 +28,13 @@ THREADS = 4
 
 
 def check_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
-    """Decode every image and hash its bytes, which are read once for both.
+    """Decode every image and hash its bytes; the file is read once for both.
 
     Args:
-        first_use: Image path to the id of the first question that shows it, for the error.
+        first_use: Image path -> id of the first question that uses it, for the error.
 
     Returns:
-        Image path to the SHA-256 of its bytes.
+        Image path -> SHA-256 of its bytes.
 
     Raises:
         UserError: an image is missing or cannot be decoded; names the question and the file.
@@ -43,7 +43,7 @@ def check_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
 
 
 def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
-    """Decode every image once; those that are missing or cannot be decoded, each with its error."""
+    """Decode every image once, and return the missing or unreadable ones with their errors."""
 
     def tried(path: Path) -> tuple[Path, UserError | None]:
         try:
@@ -60,7 +60,7 @@ def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
 
 
 def hash_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
-    """Hash the bytes of images that have been shown before, as `check_images` without decoding."""
+    """Hash the bytes of images that were checked before: `check_images` without decoding."""
 
     def hashed(path: Path) -> str:
         if not path.is_file():
@@ -71,12 +71,12 @@ def hash_images(first_use: Mapping[Path, str]) -> dict[Path, str]:
 
 
 def with_pictures(bench: Bench) -> Iterator[tuple[MCQItem, list[tuple[bytes, str]]]]:
-    """Questions with what is handed out of their pictures: bytes without metadata, and the format's suffix.
+    """Yield questions with their pictures for export: bytes without metadata, and the format's suffix.
 
     Raises:
         UserError: an image is missing or cannot be decoded; names the question.
     """
-    clean = lru_cache(maxsize=16)(clean_copy)  # questions about one image stand together
+    clean = lru_cache(maxsize=16)(clean_copy)  # questions about one image are consecutive
     for item in track(bench.items, "Copying images"):
         try:
             pictures = [clean(path) for path in bench.image_paths(item)]
@@ -86,12 +86,12 @@ def with_pictures(bench: Bench) -> Iterator[tuple[MCQItem, list[tuple[bytes, str
 
 
 def content_name(data: bytes, suffix: str) -> str:
-    """What a picture that is handed out is called: by its content, whatever its file was called."""
+    """Return the file name of an exported picture: a hash of its content, not its original name."""
     return f"{hashlib.sha256(data).hexdigest()[:32]}.{suffix}"
 
 
 def sheet_of(bench: Path, items: Sequence[MCQItem], out: Path | None, force: bool) -> int:
-    """Write a contact sheet of a bench's images, where one is asked for; captions are the first question of each.
+    """Write a contact sheet of a benchmark's images, if requested; the caption is the first question of each.
 
     Returns:
         The number of pictures on the sheet.

@@ -1,4 +1,4 @@
-"""The bench as Parquet: the fields of the JSON Lines, the header as metadata, on wish the bytes of the images."""
+"""Benchmarks as Parquet: the fields of the JSON Lines, the header as metadata, optionally the bytes of the images."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 SUFFIX = ".parquet"
 HEADER = b"eval_mcq_header"
-"""Key of the file's metadata that holds the header line."""
+"""Metadata key of the header line."""
 
 EMBEDDED = "image_bytes"
 """Column with the bytes of each image, in the order of the paths; not part of a question."""
 
 BATCH = 256
-"""Rows per row group: some 100 MB of photographs at most."""
+"""Rows per row group: at most about 100 MB of photographs."""
 
 
 def _schema(header: str, embed: bool) -> "pyarrow.Schema":
@@ -35,13 +35,13 @@ def _schema(header: str, embed: bool) -> "pyarrow.Schema":
 
 
 def write_rows(path: Path, header: str, rows: Iterable[Mapping[str, Any]], embed: bool = False) -> None:
-    """Write a bench, a row group at a time.
+    """Write a benchmark, one row group at a time.
 
     Args:
         path: File to write.
         header: The header line, JSON.
         rows: Questions as plain data; with ``embed`` also their ``image_bytes``.
-        embed: Whether the file holds the images.
+        embed: Whether to store the images in the file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -59,10 +59,10 @@ def write_rows(path: Path, header: str, rows: Iterable[Mapping[str, Any]], embed
 
 
 def parquet_lines(path: Path) -> list[str]:
-    """The lines that the same bench has as JSON Lines; embedded images are left where they are.
+    """Read a benchmark as its JSON Lines; embedded images are ignored.
 
     Raises:
-        UserError: no such file, no Parquet, or one that is not a bench.
+        UserError: there is no such file, or it is not Parquet, or not a benchmark.
     """
     with _opened(path) as file:
         header = _header(path, file)
@@ -72,7 +72,7 @@ def parquet_lines(path: Path) -> list[str]:
 
 
 def embedded_images(path: Path) -> Iterator[list[bytes] | None]:
-    """The image bytes of each question in the order of the file, None where it holds none.
+    """Yield the image bytes of each question in the order of the file; None if it has none.
 
     Raises:
         UserError: as :func:`parquet_lines`.
@@ -85,14 +85,14 @@ def embedded_images(path: Path) -> Iterator[list[bytes] | None]:
             kind = schema.field(EMBEDDED).type
             if kind not in (pa.list_(pa.binary()), pa.large_list(pa.large_binary())):
                 raise BadDataError(
-                    f"bench {path}: column '{EMBEDDED}' holds {kind}, expected {pa.list_(pa.binary())}"
+                    f"bench {path}: column '{EMBEDDED}' has type {kind}, expected {pa.list_(pa.binary())}"
                 )
         for part in file.iter_batches(batch_size=BATCH, columns=[EMBEDDED] if has else ["id"]):
             yield from part.column(EMBEDDED).to_pylist() if has else [None] * len(part)
 
 
 def has_embedded(path: Path) -> bool:
-    """Whether the file holds images.
+    """Return whether the file contains images.
 
     Raises:
         UserError: as :func:`parquet_lines`.
@@ -103,7 +103,7 @@ def has_embedded(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator["pyarrow.parquet.ParquetFile"]:
-    """The open file; what the library finds wrong with it within the block is said in one line."""
+    """Open the file; errors of the library within the block are reported in one line."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -117,7 +117,9 @@ def _opened(path: Path) -> Iterator["pyarrow.parquet.ParquetFile"]:
 
 
 def _foreign(value: Any) -> Any:
-    raise ValueError(f"it holds a {type(value).__name__}, where a bench has text, numbers and lists of them")
+    raise ValueError(
+        f"it contains a {type(value).__name__}, but a bench has only text, numbers and lists of them"
+    )
 
 
 def _header(path: Path, file: "pyarrow.parquet.ParquetFile") -> str:

@@ -1,4 +1,4 @@
-"""Presets: which diseases a bench asks for, under which names, from which labels. Data files, not code."""
+"""Presets: the diseases of a benchmark, their names and labels. They are data files, not code."""
 
 import re
 from collections import Counter
@@ -16,16 +16,16 @@ FOLDER = Path(__file__).parents[1] / "presets"
 
 
 def plain(label: str) -> str:
-    """A label as it is compared: lower case, single spaces."""
+    """Normalize a label for comparison: lowercase, single spaces."""
     return " ".join(label.casefold().split())
 
 
 class Choice(BaseModel):
-    """An option of a disease that is asked with options of its own.
+    """An option of a disease with its own options.
 
     Attributes:
-        text: The option as it is shown.
-        labels: True of images that carry all of these labels ...
+        text: The text of the option.
+        labels: The option is true of images with all of these labels ...
         without: ... and none of these.
     """
 
@@ -36,27 +36,27 @@ class Choice(BaseModel):
     without: list[Text] = []
 
     def fits(self, labels: set[str]) -> bool:
-        """Whether the option is true of an image with these (plain) labels."""
+        """Return whether the option is true of an image with these (normalized) labels."""
         return {plain(w) for w in self.labels} <= labels and not {plain(w) for w in self.without} & labels
 
 
 class Disease(BaseModel):
-    """One row of the table.
+    """A disease, which is one category of the benchmark.
 
     Attributes:
         name: Column name in tables.
         option: Full name, used as option text.
         labels: Spellings of the label in label files, compared without case.
-        not_against: Names of diseases that never stand as distractors for this one, nor this one for them:
-            what one implies, or what label files commonly leave unsaid (a cataract is a media opacity).
-        left_open_by: Labels of an image that leave open whether it has this disease too: there it is not offered as
-            wrong (a chorioretinitis is not labelled retinitis, but "retinitis" is no wrong answer).
-        where: Column values that a row must have to be asked for this disease; replaces the preset's.
-        choices: Options of its own instead of the names of other diseases; at most one may be true of an
-            image. Such a disease is not offered as a distractor for others.
-        question: Question of its own.
-        balance: Keep as many questions of each true choice as the rarest one has (seeded draw), so that a
-            model that always gives one answer scores at chance.
+        not_against: Names of diseases that are never distractors for this one, nor this one for them: one implies the
+            other, or label files commonly omit it (a cataract is a media opacity).
+        left_open_by: Labels that leave it open whether an image also has this disease, which is then not a distractor
+            (a chorioretinitis is not labeled retinitis, but "retinitis" is not a wrong answer).
+        where: Column values that a row must have for questions about this disease; replaces the preset's.
+        choices: The disease's own options instead of the names of other diseases; at most one may be true of an image.
+            Such a disease is not a distractor for others.
+        question: The disease's own question.
+        balance: Keep as many questions of each true choice as the rarest one has (random, seeded), so that a model that
+            always gives the same answer scores at chance.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,23 +76,23 @@ class Disease(BaseModel):
         if len(self.choices) == 1:
             raise ValueError(f"'{self.name}' has a single choice: give two or more, or none")
         if self.balance and not self.choices:
-            raise ValueError(f"'{self.name}' has balance without choices of its own")
+            raise ValueError(f"'{self.name}' has balance, but no choices")
         return self
 
     def is_true_of(self, labels: set[str]) -> bool:
-        """Whether an image with these (plain) labels has the disease."""
+        """Return whether an image with these (normalized) labels has the disease."""
         return any(plain(label) in labels for label in self.labels)
 
     def fitting(self, labels: Collection[str]) -> list[str]:
-        """The choices that are true of an image with these (plain) labels."""
+        """Return the choices that are true of an image with these (normalized) labels."""
         return [choice.text for choice in self.choices if choice.fits(set(labels))]
 
     def is_left_open_by(self, labels: set[str]) -> bool:
-        """Whether (plain) labels of an image forbid to call this disease absent."""
+        """Return whether (normalized) labels of an image leave it open if this disease is present."""
         return any(plain(label) in labels for label in self.left_open_by)
 
     def is_mentioned_in(self, words: str) -> bool:
-        """Whether the annotators' (plain) words name the disease, be it as a mere suspicion."""
+        """Return whether the annotators' (normalized) words mention the disease, even as a suspicion."""
         return any(re.search(rf"\b{re.escape(plain(name))}\b", words) for name in [self.option, *self.labels])
 
 
@@ -100,16 +100,16 @@ class Preset(BaseModel):
     """A set of diseases with the question that is asked about them.
 
     Attributes:
-        name: What ``--preset`` calls it; also the name of the bench.
-        version: Raised whenever a word of the question, an option or a rule changes; recorded in the bench.
-        about: Where it comes from and what to mind, for the reader.
+        name: Its name for ``--preset``; also the name of the benchmark.
+        version: Incremented whenever the question, an option or a rule changes; recorded in the benchmark.
+        about: Origin and caveats, for the reader.
         question: The question of every item.
         options: Number of options per question.
         where: Column values that a row of the label file must have.
         diseases: In the order of the table.
-        other_labels: Labels of such files that are not asked about, exempt from the check for misspellings.
+        other_labels: Labels of such files without questions, exempt from the check for misspellings.
         layout: Published layout of the label file (`mgll_encoder.data.fundus_layouts`), or ``generic``.
-        confusable: Groups of diseases that are easily taken for each other: hard distractors.
+        confusable: Groups of diseases that are easily confused, for hard distractors.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -136,19 +136,19 @@ class Preset(BaseModel):
         for group in self.confusable:
             for name in group:
                 if name not in names:
-                    raise ValueError(f"confusable has '{name}', which is no disease of the preset")
+                    raise ValueError(f"confusable has '{name}', which is not a disease of the preset")
         if self.layout != GENERIC and self.layout not in layouts():
-            raise ValueError(f"layout '{self.layout}' is none of {', '.join([GENERIC, *layouts()])}")
+            raise ValueError(f"layout '{self.layout}' is not one of {', '.join([GENERIC, *layouts()])}")
         for disease in self.diseases:
             for other in disease.not_against:
                 if other not in names:
                     raise ValueError(
-                        f"'{disease.name}' is not_against '{other}', which is no disease of the preset"
+                        f"'{disease.name}' is not_against '{other}', which is not a disease of the preset"
                     )
         return self
 
     def against(self, disease: Disease) -> list[Disease]:
-        """Diseases that may stand as distractors for one; those with choices are asked within their own source only."""
+        """Return the possible distractors for a disease; diseases with their own choices are excluded."""
         return [
             other
             for other in self.diseases
@@ -159,7 +159,7 @@ class Preset(BaseModel):
         ]
 
     def check_options(self) -> None:
-        """Refuse more options than there are diseases to offer.
+        """Refuse more options than there are diseases.
 
         Raises:
             UserError: a disease has too few distractors, whatever the image.
@@ -172,13 +172,13 @@ class Preset(BaseModel):
                 )
 
     def confused_with(self, disease: Disease) -> set[str]:
-        """Names of the diseases that stand in a group of confusable ones with this one."""
+        """Return the names of the diseases that are confusable with this one."""
         return {name for group in self.confusable if disease.name in group for name in group} - {disease.name}
 
     def only(self, names: list[str]) -> "Preset":
-        """The preset with some of its diseases, still in its own order.
+        """Return the preset with some of its diseases, in the same order.
 
-        All stay known as labels; those left out are neither asked nor offered.
+        The labels of all diseases stay known; excluded diseases are neither answers nor distractors.
 
         Raises:
             UserError: a name is unknown, or fewer than two remain.
@@ -208,15 +208,15 @@ class Preset(BaseModel):
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that come with the package."""
+    """Return the names of the packaged presets."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def load_preset(name_or_file: str) -> Preset:
-    """A preset by name, or from a JSON file of the same form.
+    """Load a preset by name, or from a JSON file of the same form.
 
     Raises:
-        UserError: unknown name, no such file, or a file that is not a preset.
+        UserError: the name is unknown, there is no such file, or the file is not a preset.
     """
     path = Path(name_or_file)
     if path.suffix != ".json":

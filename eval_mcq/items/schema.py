@@ -1,4 +1,4 @@
-"""The bench file: a header with the schema version, then one question per line (JSON Lines) or row (Parquet)."""
+"""The benchmark file: a header with the schema version, then one question per line (JSON Lines) or row (Parquet)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from mgll_encoder.common.pseudonyms import is_pseudonym
 from mgll_encoder.common.texts import parse_json, read_text
 
 SCHEMA = "eval-mcq/1"
-"""Version of the bench file; a file of another version is refused, never guessed at."""
+"""Version of the benchmark file; other versions are refused."""
 
 LETTERS = ascii_uppercase
-"""Option letters in order; a question has at most 26 options."""
+"""Option letters; a question has at most 26 options."""
 
 LONG = 1e18
-"""Numbers that are not smaller are not repeated in a message."""
+"""Numbers from this size on are not repeated in messages."""
 
 Text = Annotated[str, Field(min_length=1)]
 M = TypeVar("M", bound=BaseModel)
@@ -32,15 +32,15 @@ class MCQItem(BaseModel):
     """One multiple-choice question about one or more images.
 
     Attributes:
-        id: Unique within the bench.
-        images: Image paths, absolute or relative to the folder of the bench file.
+        id: Unique within the benchmark.
+        images: Image paths, absolute or relative to the folder of the benchmark file.
         question: The question, without options and without instructions on how to answer.
-        options: 2 to 26 different option texts, in the order in which they are offered.
-        answer: Index of the true option. Files give it as a letter or as an index, and get it as a letter.
-        category: The disease that the question counts for: a row of the table.
-        source: Data set the image comes from.
-        patient: Patient id within the source; answers of a patient are one cluster for the intervals.
-        tags: Free words to filter by.
+        options: 2 to 26 different option texts, in the order in which they are shown.
+        answer: Index of the true option. Files may give it as a letter or an index; it is written as a letter.
+        category: The disease that the question counts for.
+        source: Data set of the image.
+        patient: Patient id within the source; answers of a patient form one cluster for the intervals.
+        tags: Free-form tags for filtering.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,23 +84,23 @@ class MCQItem(BaseModel):
 
     @property
     def letter(self) -> str:
-        """Letter of the true option."""
+        """The letter of the true option."""
         return LETTERS[self.answer]
 
     @property
     def cluster(self) -> str:
-        """What the answers are clustered by: the patient where known, else the first image."""
+        """The cluster of the answer: the patient if known, else the first image."""
         return f"{self.source}/{self.patient}" if self.patient else self.images[0]
 
 
 class BenchHeader(BaseModel):
-    """First line of a bench file.
+    """First line of a benchmark file.
 
     Attributes:
         schema_version: Must be :data:`SCHEMA`; written as ``schema``.
-        name: What the bench is called in tables.
-        categories: Diseases in the order of the table; empty means order of appearance.
-        built: How the file came about (preset, seed, split, label file), for the reader.
+        name: Name of the benchmark in tables.
+        categories: Diseases in table order; empty means order of appearance.
+        built: How the file was built (preset, seed, split, label file), for the reader.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -113,12 +113,12 @@ class BenchHeader(BaseModel):
 
 @dataclass(frozen=True)
 class Bench:
-    """A checked bench file: unique ids, every category known.
+    """A validated benchmark file: unique ids, every category known.
 
     Attributes:
         path: The file.
         digest: SHA-256 of its bytes.
-        header: First line.
+        header: Its first line.
         items: Questions in the order of the file.
     """
 
@@ -139,9 +139,9 @@ class Bench:
 
     @cached_property
     def patients(self) -> dict[str, str]:
-        """Question id -> what outputs call its patient, empty where none is known.
+        """Question id -> name of its patient in outputs, empty if unknown.
 
-        A pseudonym as it is; anything else may tell who it is, and becomes the patient's number in the bench.
+        Pseudonyms are kept; any other id may identify the patient, and becomes the patient's number in the benchmark.
         """
         known = [item for item in self.items if item.patient]
         numbers: dict[tuple[str, str], int] = {}
@@ -157,7 +157,7 @@ class Bench:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """What it was made without, by reason, as its maker recorded it."""
+        """Number of skipped inputs by reason, as recorded when it was built."""
         skipped = self.header.built.get("skipped")
         counts = skipped if isinstance(skipped, dict) else {}
         return {
@@ -165,24 +165,24 @@ class Bench:
         }
 
     def image_paths(self, item: MCQItem) -> list[Path]:
-        """Where the images of an item lie."""
+        """Return the image paths of an item."""
         folder = self.path.resolve().parent
         return [folder / image for image in item.images]
 
 
 def bench_text(header: BenchHeader, items: Sequence[MCQItem]) -> str:
-    """The bench file as text."""
+    """Return the benchmark file as text."""
     lines = [header.model_dump_json(by_alias=True), *(item.model_dump_json() for item in items)]
     return "\n".join(lines) + "\n"
 
 
 def load_bench(path: Path) -> Bench:
-    """Read and check a bench file.
+    """Read and validate a benchmark file.
 
     Raises:
-        UserError: no such file, another schema version, a line that is not a valid question (named by line,
-            id and field), two questions with one id, a category that the header does not list, no question,
-            or images that are only inside a Parquet file.
+        UserError: there is no such file, it has a different schema version, an invalid question (named by line, id and
+            field), a duplicate id, a category that the header does not list, no question, or images that are only
+            inside a Parquet file.
     """
     header, items = read_bench(path)
     if path.suffix == SUFFIX and has_embedded(path):
@@ -191,10 +191,10 @@ def load_bench(path: Path) -> Bench:
 
 
 def read_bench(path: Path) -> tuple[BenchHeader, list[MCQItem]]:
-    """Header and questions of a bench file, wherever its images are.
+    """Read header and questions of a benchmark file, wherever its images are.
 
     Raises:
-        UserError: as :func:`load_bench`, but for the images.
+        UserError: as :func:`load_bench`, except for the images.
     """
     parquet = path.suffix == SUFFIX
     lines = parquet_lines(path) if parquet else read_lines(path, "bench")
@@ -222,7 +222,7 @@ def read_bench(path: Path) -> tuple[BenchHeader, list[MCQItem]]:
 
 
 def write_bench(path: Path, header: BenchHeader, items: Sequence[MCQItem], force: bool = False) -> None:
-    """Write a bench whole or not at all: Parquet if the file is called so, else JSON Lines.
+    """Write a benchmark completely or not at all: as Parquet if so named, else as JSON Lines.
 
     Raises:
         UserError: ``path`` exists and ``force`` is not set.
@@ -245,12 +245,12 @@ def _check_unpacked(path: Path, items: Sequence[MCQItem]) -> None:
 
 
 def read_lines(path: Path, kind: str) -> list[str]:
-    """Lines of a UTF-8 text file.
+    """Read the lines of a UTF-8 text file.
 
     Raises:
         UserError: the file is missing or is not text.
     """
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    # Not splitlines(): JSON strings may contain U+2028 and similar characters unescaped.
     return read_text(path, kind).rstrip("\n").split("\n")
 
 
@@ -258,7 +258,7 @@ def parse(model: type[M], line: str, where: str) -> M:
     """Validate one JSON text, turning pydantic's report into one line.
 
     Raises:
-        UserError: not JSON, or a field is missing, unknown or wrong; the first fault is named.
+        UserError: it is not JSON, or a field is missing, unknown or wrong; the first error is named.
     """
     try:
         return model.model_validate_json(line)
@@ -267,7 +267,7 @@ def parse(model: type[M], line: str, where: str) -> M:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first fault of a pydantic report: field, message, and the number that was found if it is one."""
+    """Describe the first error of a pydantic report: field, message, and the value if it is a number."""
     fault = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")

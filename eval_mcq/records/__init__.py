@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and in what order a benchmark is asked."""
+"""The files of a run, and the batches of a benchmark."""

@@ -1,4 +1,4 @@
-"""The answers file: one JSON object per line, appended to, and put in order when a run is complete."""
+"""The answers file: one JSON object per line, appended during a run and sorted when it is complete."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,18 +15,18 @@ class HasLine(Protocol):
     """A row of the file."""
 
     def line(self) -> str:
-        """Its line."""
+        """Return its line."""
 
 
 def lock_run(out: Path, wait: bool = False) -> AbstractContextManager[bool]:
-    """Hold the only right to write a run folder; a killed process gives it up.
+    """Hold the exclusive right to write a run folder; it is released when the process ends.
 
     Args:
-        out: The folder, there or not yet.
-        wait: Wait for another process that has the right.
+        out: The folder, which need not exist yet.
+        wait: Wait for another process that is writing it.
 
     Raises:
-        UserError: another process has it, and it is not to be waited for.
+        UserError: another process is writing it, and ``wait`` is not set.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def lock_run(out: Path, wait: bool = False) -> AbstractContextManager[bool]:
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of an answers file with their numbers, without what a killed run left of its last line.
+    """Yield the complete lines of an answers file with their numbers, without a truncated last line.
 
     Raises:
         UserError: the file is not UTF-8 text.
@@ -53,17 +53,17 @@ def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def append_answers(path: Path, answers: Iterable[HasLine]) -> None:
-    """Add answers and hand them to the operating system, so that a killed process loses none."""
+    """Append answers and flush them to the operating system, so that a killed process loses none."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write("".join(answer.line() for answer in answers))
 
 
 def sort_answers(path: Path, order: Mapping[str, int]) -> None:
-    """Put the rows of an answers file in the order of the bench, rotations of a question together, each row once.
+    """Sort the rows of an answers file by question and rotation, and remove duplicates.
 
     Args:
-        path: The file, whole and checked; replaced whole or not at all.
-        order: Question id to place in the bench.
+        path: The file, complete and validated; replaced completely or not at all.
+        order: Question id -> position in the benchmark.
     """
     places: list[tuple[int, int]] = []
     starts: dict[tuple[int, int], int] = {}
@@ -81,7 +81,7 @@ def sort_answers(path: Path, order: Mapping[str, int]) -> None:
 
 
 def drop_unfinished_line(path: Path) -> None:
-    """Cut off what a killed run left of its last line, so that appending stays sound."""
+    """Remove a truncated last line of a killed run, so that answers can be appended."""
     if not path.is_file():
         return
     with path.open("rb+") as stream:

@@ -1,7 +1,7 @@
-"""In what order a bench is asked: questions on one image together, in batches that do not depend on who asks them.
+"""Batches of a benchmark: questions on one image together, the same batches in every run.
 
-A sum's last digit depends on what else is in its batch. So batches are made of the whole bench, and a shard takes whole
-ones: whether a run is new, resumed or one of several shards, the same machine gives the same bytes.
+The last digit of a sum depends on the rest of its batch. So batches are formed over the whole benchmark, and a shard
+gets whole batches: a new, resumed or sharded run gives the same bytes on the same machine.
 """
 
 import re
@@ -13,52 +13,54 @@ from eval_mcq.scoring.prompt import Ask, rotations_of
 from mgll_encoder.common.errors import UserError
 
 GROUP_ROWS = 256
-"""Most rows on one image that are asked at a time, and written down together."""
+"""Maximum rows on one image that are scored and written together."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Questions on the same images, as places in the bench, with their rotations."""
+    """Questions on the same images, as positions in the benchmark, with their rotations."""
 
     asks: tuple[tuple[int, int], ...]
 
     @property
     def first(self) -> int:
-        """Place of its first question."""
+        """Position of its first question."""
         return self.asks[0][0]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One of several runs that answer a bench together: number ``index`` of ``count``, from 0."""
+    """One of several runs that answer a benchmark together: number ``index`` of ``count``, from 0."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
-        """Read ``i/n``.
+        """Parse ``i/n``.
 
         Raises:
-            UserError: it is not of that form, or i is not below n.
+            UserError: it does not have that form, or i is not below n.
         """
         found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text)
         if found is None or not int(found[1]) < int(found[2]):
-            raise UserError(f"shard '{text[:40]}' is not of the form i/n with i from 0 to n-1, such as 0/4")
+            raise UserError(
+                f"shard '{text[:40]}' does not have the form i/n with i from 0 to n-1, such as 0/4"
+            )
         return cls(int(found[1]), int(found[2]))
 
     def of(self, all_batches: Sequence[list[Group]]) -> list[list[Group]]:
-        """Its share of the batches of a bench."""
+        """Return this shard's batches."""
         return list(all_batches[self.index :: self.count])
 
     @property
     def name(self) -> str | None:
-        """``i/n``; None where there is one shard only."""
+        """``i/n``; None if there is only one shard."""
         return f"{self.index}/{self.count}" if self.count > 1 else None
 
 
 def groups(items: Sequence[MCQItem], rotations: int) -> list[Group]:
-    """Questions by their images, in order of first appearance."""
+    """Group questions by their images, in order of first appearance."""
     by_images: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for place, item in enumerate(items):
         asks = by_images.setdefault(tuple(item.images), [])
@@ -71,10 +73,10 @@ def groups(items: Sequence[MCQItem], rotations: int) -> list[Group]:
 
 
 def batches(all_groups: Sequence[Group], rows: int) -> list[list[Group]]:
-    """Batches of at most ``rows`` rows, of whole groups; a larger group is a batch by itself.
+    """Form batches of whole groups with at most ``rows`` rows; a larger group is a batch of its own.
 
     Args:
-        all_groups: Of the whole bench.
+        all_groups: Groups of the whole benchmark.
         rows: Rows of a full batch.
     """
     made: list[list[Group]] = []
@@ -89,5 +91,5 @@ def batches(all_groups: Sequence[Group], rows: int) -> list[list[Group]]:
 
 
 def asks_of(group: Group, items: Sequence[MCQItem]) -> list[Ask]:
-    """The questions themselves."""
+    """Return the questions of a group."""
     return [Ask(items[place], rotation) for place, rotation in group.asks]

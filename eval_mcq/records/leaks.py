@@ -1,4 +1,4 @@
-"""Test images that the model under test has seen in training: found by hash, refused unless asked for."""
+"""Test images that the model was trained on: found by hash, and refused unless allowed."""
 
 import logging
 from pathlib import Path
@@ -17,12 +17,12 @@ _logger = logging.getLogger(__name__)
 
 
 class Leak(BaseModel):
-    """How much of a bench its model was trained on.
+    """How many images of a benchmark its model was trained on.
 
     Attributes:
-        images: Different images of the bench.
-        seen: How many of them were trained on.
-        by: The trainings that saw any -> how many each.
+        images: Distinct images of the benchmark.
+        seen: How many of them were used in training.
+        by: Training run -> how many images it used; only runs with any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,18 +33,18 @@ class Leak(BaseModel):
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The leak in words."""
         parts = ", ".join(f"{count} by {title}" for title, count in self.by.items())
         return f"{self.seen} of {self.images} images were seen in training: {parts}"
 
 
 def find_leak(model: Path, bench: Bench) -> Leak | None:
-    """Hold the images of a bench against what a model, and the base of an adapter, say that they were trained on.
+    """Compare the images of a benchmark with the training records of a model and of an adapter's base.
 
-    Images are the same if what decides their pixels is; a model without such a record has nothing to be held against.
+    Images are equal if the data that determine their pixels are; a model without a record cannot be checked.
 
     Returns:
-        What was seen; None where nothing was.
+        The leak; None if there is none.
 
     Raises:
         UserError: an image is missing, or the model's record is damaged.
@@ -53,7 +53,7 @@ def find_leak(model: Path, bench: Bench) -> Leak | None:
     if not trainings:
         return None
     paths = (path for item in bench.items for path in bench.image_paths(item))
-    shown = np.unique(as_numbers(picture_digests(paths, "Looking for training images in the bench").values()))
+    shown = np.unique(as_numbers(picture_digests(paths, "Comparing with the training images").values()))
     seen: dict[str, NDArray[np.bool_]] = {}
     for training in trainings:
         found = np.isin(shown, training.images)
@@ -63,18 +63,18 @@ def find_leak(model: Path, bench: Bench) -> Leak | None:
 
 
 def check_leak(model: Path, bench: Bench, *, allow: bool) -> Leak | None:
-    """Refuse a bench whose images the model was trained on.
+    """Refuse a benchmark with images that the model was trained on.
 
     Args:
         model: Model folder.
         bench: The questions.
-        allow: Go on all the same, with a warning.
+        allow: Only warn.
 
     Returns:
-        What was seen, for the record of the run.
+        The leak, for the record of the run.
 
     Raises:
-        UserError: an image was seen and ``allow`` is not set; see also `find_leak`.
+        UserError: there is a leak and ``allow`` is not set; see also `find_leak`.
     """
     leak = find_leak(model, bench)
     if leak is None:
@@ -85,15 +85,15 @@ def check_leak(model: Path, bench: Bench, *, allow: bool) -> Leak | None:
             "(`build_benchmark(split=test)`, with the same `patient_column`, `test_share` and `split_seed`), or add "
             "`allow_leak=True` to run it and have that said in every table"
         )
-    _logger.warning(f"bench {bench.path}: {leak.text}; its figures are flattered")
+    _logger.warning(f"bench {bench.path}: {leak.text}; its results are too optimistic")
     return leak
 
 
 def trainings_of_model(folder: Path) -> tuple[Training, ...]:
-    """What a model was trained on; for an adapter, its base too.
+    """Return the training records of a model; for an adapter, also those of its base.
 
     Raises:
-        UserError: a record is damaged, or the base of an adapter is not there.
+        UserError: a record is damaged, or the base of an adapter is missing.
     """
     base = base_of_adapter(folder)
     return (*(trainings_of(base) if base else ()), *trainings_of(folder))

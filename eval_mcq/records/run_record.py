@@ -1,4 +1,4 @@
-"""What a run leaves on disk: ``run.json`` (what was asked of whom), ``answers.jsonl`` (the answers)."""
+"""The files of a run: ``run.json`` (model, benchmark and settings) and ``answers.jsonl`` (the answers)."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ ANSWERS_FILE = "answers.jsonl"
 SUMMARY_FILE = "summary.json"
 
 RUN_FORMAT: Final = "eval-mcq-run/2"
-"""Version of the run folder; one of another version is refused."""
+"""Version of the run folder; other versions are refused."""
 
 OPTIONAL = ("letter_mass", "log_likelihoods", "tokens", "reply")
-"""Fields of an answer that only some scoring modes fill; left out of the file where empty."""
+"""Fields of an answer that only some scoring modes set; omitted from the file if empty."""
 
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -39,29 +39,30 @@ Texts = Annotated[list[Text], Field(min_length=1)]
 
 
 class RunRecord(BaseModel):
-    """What identifies a run; answers are reused only while all of ``identity`` is the same.
+    """What identifies a run; answers are reused only if the whole ``identity`` is the same.
 
     Attributes:
         format: Version of the run folder.
         model: Model folder as given.
-        model_sha256: Hash over the bytes of weights, config, processor and tokenizer, sub-folders included.
-        bench: Bench file as given.
+        model_sha256: Hash over the bytes of weights, config, processor and tokenizer, including subfolders.
+        bench: Benchmark file as given.
         bench_name: Its name for tables.
         bench_sha256: Hash of its bytes.
         categories: Diseases in table order.
-        questions: Number of questions in the bench.
+        questions: Number of questions in the benchmark.
         mode: Scoring mode.
-        rotations: Most rotations of the options that each question is put in; a question of n options has n.
-        prompt: Version of the prompt, and of the parser of replies where there is one.
-        dtype: Number format of the model, and its quantisation if any.
-        code: Versions of scoring, reader of pictures, torch and transformers. Runs of before 2026-12 have a hash of
-            source files there.
-        shard: ``i/n`` of a run that holds only a part of the answers; None of a whole one.
-        batch_size: Rows of a batch; shards are made of whole batches. None of runs before it was recorded.
-        example: The prompt of the bench's first question in full, for the reader.
+        rotations: Maximum number of rotations of the options per question; a question with n options has at most n.
+        prompt: Version of the prompt, and of the answer parser if there is one.
+        dtype: Number format of the model, and its quantization if any.
+        code: Versions of scoring, image reader, torch and transformers. Runs from before 2026-12 have a hash of source
+            files instead.
+        shard: ``i/n`` for a run with only part of the answers; None for a whole run.
+        batch_size: Rows of a batch; shards consist of whole batches. None for runs from before it was recorded.
+        example: The full prompt of the benchmark's first question, for the reader.
         versions: Package versions, for the reader.
-        leak: How much of the bench its model was trained on, where that was allowed; None of a clean run.
-        left_out: What the bench was made without, by reason: rows of the label table, or questions of another tool.
+        leak: Test images that the model was trained on, if allowed; None for a clean run.
+        left_out: What was skipped when the benchmark was built, by reason: rows of the label table, or questions of
+            another tool.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -96,7 +97,7 @@ class RunRecord(BaseModel):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What must agree for an answer to be this run's, in the words of an error message."""
+        """What must agree for an answer to belong to this run, named as in error messages."""
         return {
             "model": self.model_sha256, "bench": self.bench_sha256, "scoring mode": self.mode,
             "number of rotations": str(self.rotations), "prompt": self.prompt, "dtype": self.dtype,
@@ -117,7 +118,7 @@ class RunRecord(BaseModel):
         return bool(self.code) and not self.code.startswith("scoring-")
 
     def difference(self, other: "RunRecord") -> str | None:
-        """The first thing in which another run's identity differs, with both values; None if in nothing."""
+        """Return the first difference to another run's identity, with both values; None if there is none."""
         for what, value in self.identity.items():
             if (theirs := other.identity[what]) != value:
                 at = next((i for i, (a, b) in enumerate(zip(value, theirs, strict=False)) if a != b), 0)
@@ -129,22 +130,22 @@ class RunRecord(BaseModel):
 class Answer(BaseModel):
     """One line of ``answers.jsonl``: a question in one rotation of its options.
 
-    Letters and probabilities are of the options in their *original* order, as in the bench, whatever the rotation.
+    Letters and probabilities refer to the options in their *original* order, as in the benchmark, in any rotation.
 
     Attributes:
         id: The question.
-        rotation: The option shown at place p is number ``(p + rotation) % options``.
+        rotation: The option shown at position p is number ``(p + rotation) % options``.
         category: Its disease.
-        cluster: Patient (or image) that its answers are clustered by.
-        images_sha256: Bytes of its images.
+        cluster: Patient (or image) by which answers are clustered.
+        images_sha256: Hashes of its images.
         gold: True letter.
-        chosen: Chosen letter; None where a reply could not be read.
-        probabilities: Of the options; of a reply that was read 1 for its option, of one that was not 0 for all.
-        shown: The letter under which each option was shown, as one string.
+        chosen: Chosen letter; None if a reply could not be parsed.
+        probabilities: Probabilities of the options; for a parsed reply 1 for its option, for an unparsed one all 0.
+        shown: The letter shown for each option, as one string.
         letter_mass: Probability of the offered letters within the whole vocabulary.
-        log_likelihoods: Of the option texts, summed over their tokens.
+        log_likelihoods: Log-likelihoods of the option texts, summed over their tokens.
         tokens: Number of those tokens.
-        reply: What the model wrote.
+        reply: The model's reply.
         run: Fingerprint of the run.
     """
 
@@ -179,14 +180,14 @@ class Answer(BaseModel):
     def _letters_fit(self) -> "Answer":
         options = len(self.probabilities)
         if self.rotation >= options:
-            raise ValueError(f"field 'rotation' is {self.rotation}, of {options} options")
+            raise ValueError(f"field 'rotation' is {self.rotation}, but there are {options} options")
         shown = shown_letters(options, self.rotation)
         if self.shown != shown:
-            raise ValueError(f"field 'shown' is not '{shown}', as it is in rotation {self.rotation}")
+            raise ValueError(f"field 'shown' is not '{shown}', as expected for rotation {self.rotation}")
         for field, letter in (("gold", self.gold), ("chosen", self.chosen)):
             if letter is not None and not (len(letter) == 1 and letter in shown):
                 raise ValueError(
-                    f"field '{field}' is none of the letters {LETTERS[0]}-{LETTERS[options - 1]}"
+                    f"field '{field}' is not one of the letters {LETTERS[0]}-{LETTERS[options - 1]}"
                 )
         for field, of_options in (("log_likelihoods", self.log_likelihoods), ("tokens", self.tokens)):
             if of_options is not None and len(of_options) != options:
@@ -195,12 +196,12 @@ class Answer(BaseModel):
 
     @property
     def key(self) -> tuple[str, int]:
-        """What is answered once in a run."""
+        """Question and rotation, which are unique in a run."""
         return self.id, self.rotation
 
     @property
     def about(self) -> int:
-        """A hash of what all rotations of a question have in common."""
+        """Hash of the fields that are equal in all rotations of a question."""
         return hash((self.category, self.cluster, self.gold, len(self.probabilities), *self.images_sha256))
 
     @property
@@ -210,34 +211,34 @@ class Answer(BaseModel):
 
     @property
     def chance(self) -> float:
-        """Share that guessing gets right."""
+        """Accuracy of random guessing."""
         return 1 / len(self.probabilities)
 
     def answers_item(self, item: MCQItem) -> bool:
-        """Whether it is about a question as it stands in the bench."""
+        """Return whether it matches a question of the benchmark."""
         return (self.category, self.gold, len(self.probabilities)) == (
             item.category, item.letter, len(item.options)
         )  # fmt: skip
 
     def as_shown(self, letter: str) -> str:
-        """The letter under which an option was shown, of its letter in the bench."""
+        """Return the letter shown for an option, given its letter in the benchmark."""
         return self.shown[LETTERS.index(letter)]
 
     def line(self) -> str:
-        """The line of the answers file."""
+        """Return the line of the answers file."""
         empty = {name for name in OPTIONAL if getattr(self, name) is None}
         return self.model_dump_json(exclude=empty) + "\n"
 
 
 @dataclass(frozen=True)
 class ItemAnswer:
-    """A question with the answers of all its rotations; reads like an `Answer`.
+    """A question with the answers of all its rotations; has the fields of an `Answer`.
 
     Attributes:
-        chosen: The option with the highest mean probability over rotations, or the most read replies; of equal ones
-            that of the earliest rotation; None where no reply could be read.
+        chosen: The option with the highest mean probability over rotations, or the most parsed replies; on ties that of
+            the earliest rotation; None if no reply could be parsed.
         probabilities: Means over rotations.
-        letter_mass: Mean over rotations; None where the scoring mode has none.
+        letter_mass: Mean over rotations; None if the scoring mode has none.
         rows: The answers, by rotation.
     """
 
@@ -253,7 +254,7 @@ class ItemAnswer:
 
     @classmethod
     def of(cls, rows: Sequence[Answer]) -> "ItemAnswer":
-        """Put the rotations of one question together."""
+        """Combine the rotations of one question."""
         first = rows[0]
         mean = np.mean([row.probabilities for row in rows], axis=0)
         masses = [row.letter_mass for row in rows if row.letter_mass is not None]
@@ -286,12 +287,12 @@ class ItemAnswer:
 
     @property
     def unparsed(self) -> int:
-        """Number of rotations whose reply could not be read."""
+        """Number of rotations whose reply could not be parsed."""
         return sum(row.chosen is None for row in self.rows)
 
     @property
     def chance(self) -> float:
-        """Share that guessing gets right."""
+        """Accuracy of random guessing."""
         return 1 / len(self.probabilities)
 
 
@@ -308,7 +309,7 @@ class Run:
     """A run as read from disk.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         record: What identifies it.
         rows: One answer per question and rotation, in the order of the file.
     """
@@ -319,7 +320,7 @@ class Run:
 
     @cached_property
     def answers(self) -> list[ItemAnswer]:
-        """One answer per question all of whose rotations are answered, in the order of the file."""
+        """One answer per question with all rotations answered, in the order of the file."""
         by_item: dict[str, list[Answer]] = {}
         for row in self.rows:
             by_item.setdefault(row.id, []).append(row)
@@ -331,22 +332,22 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether every question of the bench is answered, in every rotation."""
+        """Whether every question of the benchmark is answered in every rotation."""
         return len(self.answers) == self.record.questions
 
     @property
     def rotation_accuracy(self) -> float:
-        """Accuracy of a single rotation, on average: mean over questions of the share of right rotations."""
+        """Average accuracy of a single rotation: mean over questions of the share of correct rotations."""
         return float(np.mean([answer.share_right for answer in self.answers]))
 
     @property
     def all_right_accuracy(self) -> float:
-        """Share of questions that are right in every rotation."""
+        """Share of questions answered correctly in every rotation."""
         return float(np.mean([answer.all_right for answer in self.answers]))
 
     @property
     def unparsed(self) -> int:
-        """Number of rows whose reply could not be read."""
+        """Number of rows whose reply could not be parsed."""
         return sum(row.chosen is None for row in self.rows)
 
 
@@ -354,7 +355,7 @@ def load_run(folder: Path) -> Run:
     """Read a run, finished or not.
 
     Raises:
-        UserError: not a run folder, one of another format, no question is answered, or a line of it is damaged.
+        UserError: it is not a run folder, has a different format, has no answered question, or a line is damaged.
     """
     run = read_run(folder)
     if not run.answers:
@@ -364,10 +365,10 @@ def load_run(folder: Path) -> Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run that may hold no answers yet.
+    """Read a run that may have no answers yet.
 
     Raises:
-        UserError: not a run folder, one of another format, or a line of it is damaged.
+        UserError: it is not a run folder, has a different format, or a line is damaged.
     """
     record = read_run_record(folder)
     return Run(folder, record, list(read_answers(folder / ANSWERS_FILE, record)))
@@ -377,7 +378,7 @@ def read_run_record(folder: Path) -> RunRecord:
     """Read ``run.json``.
 
     Raises:
-        UserError: it is missing, damaged, or of another format.
+        UserError: it is missing, damaged, or has a different format.
     """
     path = folder / RUN_FILE
     if not path.is_file():
@@ -385,7 +386,7 @@ def read_run_record(folder: Path) -> RunRecord:
     text = read_text(path, "run")
     found = parse_json(text, f"run {path}")
     if not isinstance(found, dict) or found.get("format") != RUN_FORMAT:
-        was = str(found.get("format", "eval-mcq-run/1"))[:40] if isinstance(found, dict) else "no run"
+        was = str(found.get("format", "eval-mcq-run/1"))[:40] if isinstance(found, dict) else "none"
         raise BadDataError(
             f"run {path} has format '{was}', expected '{RUN_FORMAT}': start the run anew with `force=True`"
         )
@@ -393,17 +394,15 @@ def read_run_record(folder: Path) -> RunRecord:
 
 
 def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer]:
-    """Read the answers file line by line; a last line that a killed run left unfinished is passed over.
-
-    A line that stands there a second time, as it is, is passed over as well.
+    """Read the answers file line by line; a truncated last line of a killed run is ignored, and so are duplicate lines.
 
     Args:
-        path: The file; one that is missing holds no answers.
-        record: Of the run that the rows must be of, if they say of which they are.
+        path: The file; a missing one has no answers.
+        record: The run that the rows must belong to, if they name one.
 
     Raises:
-        UserError: another line is damaged, is of another run, answers a question a second time and otherwise, or
-            is about another question than the other rotations of it.
+        UserError: another line is damaged, belongs to another run, contradicts an earlier answer, or does not match the
+            other rotations of its question.
     """
     lines: dict[tuple[str, int], int] = {}
     questions: dict[str, int] = {}
@@ -414,7 +413,7 @@ def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer
             _check_of(answer, record, where)
         if questions.setdefault(answer.id, answer.about) != answer.about:
             raise BadDataError(
-                f"{where} has another category, patient, true letter, image or number of options than another "
+                f"{where} differs from another rotation of its question in category, patient, true letter, image or "
                 "rotation of its question: start the run anew with `force=True`"
             )
         if (before := lines.get(answer.key)) is None:
@@ -422,7 +421,7 @@ def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer
             yield answer
         elif before != hash(line):
             raise BadDataError(
-                f"{path} line {number} answers question '{answer.id}' twice (rotation {answer.rotation}), and not as "
+                f"{path} line {number} answers question '{answer.id}' a second time (rotation {answer.rotation}), and "
                 "the first time: start the run anew with `force=True`"
             )
 
@@ -434,13 +433,13 @@ def _check_of(answer: Answer, record: RunRecord, where: str) -> None:
             "anew with `force=True`"
         )
     if answer.category not in record.categories:
-        raise BadDataError(f"{where} has category '{answer.category}', which is none of {RUN_FILE}")
+        raise BadDataError(f"{where} has category '{answer.category}', which is not in {RUN_FILE}")
     if answer.rotation >= record.rotations:
-        raise BadDataError(f"{where} is rotation {answer.rotation}, of {record.rotations} of the run")
+        raise BadDataError(f"{where} is rotation {answer.rotation}, but the run has {record.rotations}")
 
 
 def letter_counts(answers: Iterable[ItemAnswer]) -> dict[str, tuple[int, int]]:
-    """Per letter *as shown*: in how many rows it was true, in how many it was chosen."""
+    """Return, for each letter *as shown*, the number of rows in which it was true and in which it was chosen."""
     rows = [row for answer in answers for row in answer.rows]
     used = max(len(row.probabilities) for row in rows)
     true = [row.as_shown(row.gold) for row in rows]

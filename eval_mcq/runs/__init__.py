@@ -1,1 +1,1 @@
-"""Runs of a bench: resumable, divisible, never mixed."""
+"""Runs of a benchmark: resumable and sharded."""

@@ -1,4 +1,4 @@
-"""What a run's answers depend on, as hashes."""
+"""Hashes and versions that identify what a run's answers depend on."""
 
 import hashlib
 from importlib.metadata import version
@@ -16,12 +16,12 @@ MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".mo
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hash over the bytes of a model folder: weights, config, processor and tokenizer, sub-folders included.
+    """Hash the bytes of a model folder: weights, config, processor and tokenizer, including subfolders.
 
-    That of an adapter covers its base model's, too.
+    The hash of an adapter includes that of its base model.
 
     Raises:
-        UserError: not a folder with a ``config.json``, and no adapter whose base is one.
+        UserError: the folder has no ``config.json``, and is not an adapter whose base has one.
     """
     base = base_of_adapter(folder)
     before = [f"base {model_fingerprint(base)}\n"] if base else []
@@ -35,9 +35,9 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def code_version() -> str:
-    """Versions of what the numbers of an answer come from.
+    """Return the versions that determine the numbers of an answer.
 
-    A build of torch for another device counts as the same.
+    Builds of torch for different devices count as the same version.
     """
     return (
         f"{SCORING_VERSION}, pictures-{READER_VERSION}, torch {version('torch').split('+')[0]}, "

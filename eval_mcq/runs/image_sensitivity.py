@@ -1,4 +1,4 @@
-"""Does a model look at the picture, and does it answer with letters? What a broken swap would show."""
+"""Checks for a broken swap: do the answers depend on the image, and does the model answer with letters?"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from eval_mcq.scoring.score import Scorer
 
 QUICK = 8
-"""Questions that a run looks at before it starts."""
+"""Questions that are checked before a run starts."""
 
 UNMOVED = 1e-4
-"""Where no probability changes by as much when the image is exchanged, the model does not see it."""
+"""If no probability changes by more than this when the image is exchanged, the model ignores the image."""
 
 LOW_MASS = 0.5
-"""Mean probability on the letters below which a model is said not to answer with letters."""
+"""Mean probability of the letters below which a model is reported not to answer with letters."""
 
 Pictures = list[Image.Image]
 Bools = NDArray[np.bool_]
@@ -34,14 +34,14 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class ImageSensitivity:
-    """What a model answers with the images as they are, blank, and exchanged.
+    """A model's answers with real, blank, and exchanged images.
 
     Attributes:
         questions: Number of questions.
-        average: Macro average of the accuracy over diseases: real, blank and shuffled images.
-        drop: What of it is lost with blank and with shuffled images; None where too few patients are asked about.
-        moved: Largest change of a probability with blank and with shuffled images.
-        mass: Mean probability on the letters; None where the scoring mode has none.
+        average: Macro average of the accuracy over diseases, with real, blank and shuffled images.
+        drop: Its loss with blank and with shuffled images; None with too few patients.
+        moved: Maximum change of a probability with blank and with shuffled images.
+        mass: Mean probability of the letters; None if the scoring mode has none.
         prior: Probability of each letter for a blank image and a question without content.
     """
 
@@ -53,36 +53,36 @@ class ImageSensitivity:
     prior: list[float]
 
     @property
-    def sees(self) -> bool:
-        """Whether any image makes a difference."""
+    def sensitive(self) -> bool:
+        """Whether the answers depend on the image."""
         return max(self.moved.values()) > UNMOVED
 
     @property
     def warnings(self) -> list[str]:
-        """What is wrong, in one sentence each."""
+        """The problems found, one sentence each."""
         found = []
-        if not self.sees:
+        if not self.sensitive:
             found.append(
                 f"the answers do not depend on the image: blank and exchanged images change no probability by more "
                 f"than {UNMOVED:g} in {self.questions} questions; tower, projector or image tokens are broken"
             )
         if self.mass is not None and self.mass < LOW_MASS:
             found.append(
-                f"the model hardly answers with letters: all of them together have probability {self.mass:.2f} in "
+                f"the model rarely answers with letters: their total probability is {self.mass:.2f} in "
                 f"{self.questions} questions; consider `mode=options`"
             )
         return found
 
 
 def image_sensitivity(scorer: "Scorer", bench: Bench, questions: int) -> ImageSensitivity:
-    """Put some questions of a bench, spread evenly over it, with real, blank and exchanged images."""
+    """Score some questions of a benchmark, evenly spaced, with real, blank and exchanged images."""
     items = _some(bench, questions)
     # Opened a second time when they are scored: which batch has them is not known here, and few are looked at.
     real = [[open_image(path) for path in bench.image_paths(item)] for item in items]
     blank = [[_blank(image) for image in images] for images in real]
     kinds = {"real": real, "blank": blank, "shuffled": _exchanged(items, real)}
     scores: dict[str, list[Score]] = {kind: [] for kind in kinds}
-    for start in track(range(0, len(items), QUICK), f"Looking at {len(items)} questions"):
+    for start in track(range(0, len(items), QUICK), f"Checking {len(items)} questions"):
         some = slice(start, start + QUICK)
         for kind, images in kinds.items():
             scores[kind] += scorer.score(items[some], images[some])
@@ -118,19 +118,19 @@ def _drop(items: Sequence[MCQItem], without: Bools, real: Bools) -> Estimate | N
 
 
 def _groups(items: Sequence[MCQItem]) -> tuple[list[Bools], intervals.Ids]:
-    """Which questions are of each disease, and the patient of each question."""
+    """Return the questions of each disease as masks, and the patient of each question."""
     places = np.array([item.category for item in items])
     _, patients = np.unique([item.cluster for item in items], return_inverse=True)
     return [places == category for category in dict.fromkeys(places.tolist())], patients
 
 
 def contradictions(model: Any, processor: Any, after: Mapping[str, Any]) -> list[str]:
-    """Where the loaded model is not what its provenance says: the tower's geometry, and how pixels are prepared.
+    """Compare the loaded model with its provenance: the tower's geometry, and the preprocessing of pixels.
 
     Args:
         model: The model.
         processor: Its processor.
-        after: The vision contract after the swap, as recorded.
+        after: The vision specification after the swap, as recorded.
     """
     towers = {(c.image_size, c.patch_size, c.hidden_size) for c in _vision_configs(model)}
     expected = (after["image_size"], after["patch_size"], after["width"])
@@ -141,7 +141,7 @@ def contradictions(model: Any, processor: Any, after: Mapping[str, Any]) -> list
     for field in ("mean", "std"):
         value = getattr(images, f"image_{field}", None)
         if value is not None and [round(v, 4) for v in value] != [round(v, 4) for v in after[field]]:
-            found.append(f"pixels are normalised with {field} {list(value)}, not {after[field]}")
+            found.append(f"pixels are normalized with {field} {list(value)}, not {after[field]}")
     return found
 
 
@@ -154,7 +154,7 @@ def _vision_configs(model: Any) -> list[Any]:
 
 
 def _some(bench: Bench, count: int) -> list[MCQItem]:
-    """Questions on as many different images as there are, evenly spread."""
+    """Select evenly spaced questions, on different images if possible."""
     by_image = {tuple(item.images): item for item in reversed(bench.items)}
     different = list(by_image.values())[::-1]
     pool = different if len(different) >= min(count, 2) else bench.items
@@ -163,7 +163,7 @@ def _some(bench: Bench, count: int) -> list[MCQItem]:
 
 
 def _exchanged(items: Sequence[MCQItem], images: Sequence[Pictures]) -> list[Pictures]:
-    """Each question with the images of another one on other images, if there is one with as many."""
+    """Assign to each question the images of another one, if there is one with as many images."""
     exchanged = []
     for i, item in enumerate(items):
         others = [*range(i + 1, len(items)), *range(i)]
@@ -187,7 +187,7 @@ def _moved(real: Sequence["Score"], other: Sequence["Score"]) -> float:
 
 
 def _prior(scorer: "Scorer", options: int, blank: Image.Image) -> list[float]:
-    """After contextual calibration (Zhao et al. 2021): a prompt without content."""
+    """Compute the letter prior with a prompt without content (contextual calibration, Zhao et al. 2021)."""
     empty = MCQItem.model_construct(
         id="prior", images=["blank"], question="N/A", options=["N/A"] * options, answer=0, category="", source="",
         patient="", tags=[],

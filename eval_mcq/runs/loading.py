@@ -1,4 +1,4 @@
-"""Loading a model for a run, and running a bench in one process or in several that were launched together."""
+"""Loading a model for a run, and running a benchmark in one process or in several launched together."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 WayName = Literal["auto", "prefix", "tree", "plain"]
 
 WAIT = 2.0
-"""Seconds between two looks at whether the other processes are done."""
+"""Seconds between checks whether the other processes are done."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Loading:
 
     @property
     def number_format(self) -> str:
-        """For the record of a run."""
+        """Number format, for the record of a run."""
         return str(self.dtype).removeprefix("torch.") + (", nf4" if self.four_bit else "")
 
     def scorer(self, mode: "Mode" = "letters", way: WayName = "auto") -> "Scorer":
@@ -55,7 +55,7 @@ class Loading:
         model, processor = load_mllm(self.model, dtype=self.dtype, quantization=self._quantization())
         if self.four_bit and not getattr(model, "is_quantized", False):
             raise UserError(
-                f"{self.model} is not in the transformers layout, so that it cannot be loaded in 4 bit: convert it "
+                f"{self.model} is not in the transformers layout, so it cannot be loaded in 4 bit: convert it "
                 "first with `convert()`"
             )
         return Scorer(model, processor, self.device, self.dtype, mode, way)
@@ -71,7 +71,7 @@ class Loading:
 
 
 def loading(model: Path, device: str, dtype: Dtype, four_bit: bool) -> Loading:
-    """Settle device and number format.
+    """Choose device and number format.
 
     Raises:
         UserError: there is no such device.
@@ -96,16 +96,16 @@ def loading(model: Path, device: str, dtype: Dtype, four_bit: bool) -> Loading:
 def answer(
     bench: "Bench", load: Callable[[], "Scorer"], record: "RunRecord", out: Path, settings: "Settings"
 ) -> "Run | None":
-    """Run a bench here, or, under ``accelerate launch`` and its like, together with the other processes.
+    """Run a benchmark in this process, or under ``accelerate launch`` or similar in all processes together.
 
-    Each process answers a shard in a folder of its own; the first one waits for the others and merges. They share
-    nothing but the file system.
+    Each process answers a shard in its own folder; the first one waits for the others and merges. They share only the
+    file system.
 
     Returns:
         The run; None in all processes but the first.
 
     Raises:
-        UserError: see `run_bench`; or processes were launched although a shard was named.
+        UserError: see `run_bench`; or a shard was given with several processes.
     """
     from eval_mcq.records.answers_file import lock_run
     from eval_mcq.records.batching import Shard
@@ -140,7 +140,7 @@ def answer(
 def _merged(
     folders: list[Path], record: "RunRecord", bench: "Bench", out: Path, settings: "Settings"
 ) -> "Run":
-    """The first process's last duty: wait for all shards, merge them, clear them away."""
+    """Wait for all shards, merge them, and remove them (in the first process)."""
     import shutil
 
     from eval_mcq.records.answers_file import lock_run
@@ -152,7 +152,7 @@ def _merged(
     while any(answered(f) < n for f, n in zip(folders, expected, strict=True)):
         time.sleep(WAIT)
     for folder in folders:
-        with lock_run(folder, wait=True):  # its process has still to put them in order
+        with lock_run(folder, wait=True):  # its process still has to sort the answers
             pass
     run = merge_held(folders, out, bench.path, force=True)
     shutil.rmtree(folders[0].parent)

@@ -1,4 +1,4 @@
-"""Putting the shards of a run together; nothing missing, nothing twice, nothing of another run."""
+"""Merging the shards of a run, with checks for missing, duplicate and foreign answers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,17 +21,18 @@ from mgll_encoder.common.files import check_free, new_folder, write_text
 
 
 def merge(shards: Sequence[Path], out: Path, bench: Path | None = None, force: bool = False) -> Run:
-    """Write the run that the shards make up; its bytes are those of a run that was never sharded.
+    """Merge shards into a run; its bytes are those of a run without shards.
 
     Args:
         shards: Run folders made with ``--shard``.
         out: Run folder to write.
-        bench: Where the bench lies, if not where the shards found it.
+        bench: The benchmark file, if it is not where the shards found it.
         force: Replace ``out``.
 
     Raises:
-        UserError: ``out`` exists or is written by another process, a shard is of another run, given twice or left
-            out, the bench is not theirs, or a row is missing, there twice, or of another run; names question and file.
+        UserError: ``out`` exists or is being written by another process, a shard belongs to another run, is given twice
+            or is missing, the benchmark is a different one, or a row is missing, duplicate, or of another run; names
+            question and file.
     """
     check_free(out, force)
     with lock_run(out):
@@ -39,11 +40,11 @@ def merge(shards: Sequence[Path], out: Path, bench: Path | None = None, force: b
 
 
 def merge_held(shards: Sequence[Path], out: Path, bench: Path | None = None, force: bool = False) -> Run:
-    """As `merge`, by who holds the right to write ``out`` already."""
+    """Run `merge` while already holding the lock of ``out``."""
     records = [read_run_record(folder) for folder in shards]
     first = records[0]
     _check_shards(shards, records)
-    from eval_mcq.runs.run import finish  # statistics, which a wrong path need not wait for
+    from eval_mcq.runs.run import finish  # imported late: statistics are slow to import
 
     questions = _bench(first, bench)
     with new_folder(out, force) as partial:
@@ -63,12 +64,12 @@ def _check_shards(folders: Sequence[Path], records: Sequence[RunRecord]) -> None
             raise BadDataError(f"{folder} is no shard: it was made without `shard`")
         if differs := record.difference(first):
             raise BadDataError(
-                f"shard {folder} is of another run than {folders[0]}: it has another {differs}"
+                f"shard {folder} and {folders[0]} are of different runs: they differ in {differs}"
             )
         if record.batch_size != first.batch_size:
             raise BadDataError(
                 f"shard {folder} was made with `batch_size={record.batch_size}`, and {folders[0]} with "
-                f"{first.batch_size}: they are parts of different wholes; run one of them again"
+                f"{first.batch_size}: their batches differ; run one of them again"
             )
         if record.shard in seen:
             raise BadDataError(
@@ -81,7 +82,7 @@ def _check_shards(folders: Sequence[Path], records: Sequence[RunRecord]) -> None
             raise BadDataError(f"{folder} is shard {record.shard}, but {folders[0]} is shard {first.shard}")
     missing = [name for name in (f"{i}/{count}" for i in range(int(count))) if name not in seen]
     if missing:
-        raise BadDataError(f"shard {missing[0]} is missing: run it, or give its folder too")
+        raise BadDataError(f"shard {missing[0]} is missing: run it, or also give its folder")
 
 
 def _bench(record: RunRecord, given: Path | None) -> Bench:
@@ -116,21 +117,19 @@ def _gather(shards: Sequence[Path], record: RunRecord, bench: Bench, out: Path) 
             if (item_id, rotation) not in origin:
                 raise BadDataError(
                     f"no answer to question '{item_id}' (rotation {rotation}) in any of "
-                    f"{', '.join(str(folder / ANSWERS_FILE) for folder in shards)}: finish the shards by starting them "
-                    "again"
+                    f"{', '.join(str(folder / ANSWERS_FILE) for folder in shards)}: finish the shards by re-running "
+                    "them"
                 )
 
 
 def _check_row(answer: Answer, path: Path, items: Mapping[str, MCQItem], record: RunRecord) -> None:
     if answer.run != record.fingerprint:
-        raise BadDataError(
-            f"{path}: the answer to question '{answer.id}' does not say that it is of this run"
-        )
+        raise BadDataError(f"{path}: the answer to question '{answer.id}' is not marked as one of this run")
     if answer.id not in items:
         raise BadDataError(f"{path}: question '{answer.id}' (rotation {answer.rotation}) is not in the bench")
     if not answer.answers_item(items[answer.id]):
         raise BadDataError(
-            f"{path}: question '{answer.id}' has another category, true letter or number of options in the bench"
+            f"{path}: question '{answer.id}' has a different category, true letter or number of options in the bench"
         )
 
 

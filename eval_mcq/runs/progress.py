@@ -15,7 +15,7 @@ EVERY = 30.0
 
 @contextmanager
 def rate(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress within; yields a function to call with the number of rows that were done.
+    """Show progress within the block; yields a function to call with the number of rows just completed.
 
     A bar where the program shows bars; elsewhere a log record every half minute.
     """

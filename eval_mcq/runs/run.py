@@ -1,4 +1,4 @@
-"""Running a bench: answers are flushed per batch, and a killed run continues where it stopped."""
+"""Running a benchmark: answers are flushed per batch, and a killed run continues where it stopped."""
 
 import json
 import logging
@@ -47,23 +47,23 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 ROWS = 32
-"""Rows of a batch where nothing else is asked for."""
+"""Default rows of a batch."""
 
 AHEAD = 1
-"""Batches that are decoded and prepared while the model works on one; their pictures are held in full."""
+"""Batches that are decoded and prepared while the model scores one; their images are held in memory."""
 
 Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is made; none of it changes an answer.
+    """Settings of a run that do not change its answers.
 
     Attributes:
         batch_size: Rows (questions times rotations) of a batch, see `eval_mcq.records.batching.batches`.
-        limit: Only the first so many questions of the bench.
-        force: Start anew although the output exists.
-        shard: Which part of the bench.
+        limit: Use only this many questions from the beginning of the benchmark.
+        force: Start over if the output exists.
+        shard: The part of the benchmark to run.
     """
 
     batch_size: int = ROWS
@@ -76,7 +76,7 @@ def describe_run(
     model: Path, fingerprint: str, bench: Bench, dtype: str, mode: Mode = "letters", rotations: int = 1,
     shard: Shard | None = None, leak: Leak | None = None,
 ) -> RunRecord:  # fmt: skip
-    """The record of a run, before its first answer."""
+    """Create the record of a run, before its first answer."""
     most = max(len(item.options) for item in bench.items)
     return RunRecord(
         model=str(model), model_sha256=fingerprint,
@@ -90,10 +90,10 @@ def describe_run(
 
 
 def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
-    """Refuse an output folder that holds something else than this very run.
+    """Refuse an output folder that is anything but this run.
 
     Raises:
-        UserError: the folder is no run, or a run of another model, bench, prompt, number format or shard.
+        UserError: the folder is not a run, or has a different model, benchmark, prompt, number format or shard.
     """
     if not out.exists() or force:
         return
@@ -105,7 +105,7 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
     if old.hashed_source:
         raise UserError(
             f"run {out} was begun by an earlier version, which recorded a hash of its source "
-            f"({old.code[:12]}): whether this version gives the same numbers cannot be told, so its answers are shown "
+            f"({old.code[:12]}): this version may give different numbers, so its answers can be shown and compared "
             f"and compared (`load_run({out})`), but not continued; choose another `out`, or replace it with "
             "`force=True`"
         )
@@ -125,21 +125,20 @@ def run_bench(
     bench: Bench, load_scorer: Callable[[], "Scorer"], record: RunRecord, out: Path,
     settings: Settings = Settings(),
 ) -> Run:  # fmt: skip
-    """Answer the questions of a bench that ``out`` does not answer yet.
+    """Answer the questions of a benchmark that are not yet answered in ``out``.
 
-    All images that are still to be shown are decoded before the model is loaded, so that a bad one stops the run
-    before it writes.
+    All remaining images are decoded before the model is loaded, so that a damaged one stops the run before it writes.
 
     Args:
         bench: The questions.
         load_scorer: Loads the model; not called if nothing is left to answer.
         record: What identifies the run, see :func:`describe_run`.
-        out: Run folder; made if missing, continued if it is this run.
-        settings: How it is made.
+        out: Run folder; created if missing, continued if it is this run.
+        settings: Settings of the run.
 
     Raises:
-        UserError: ``out`` is taken by something else or written by another process, an image is missing or unreadable
-            or has changed since its question was answered, or an option letter is not a single token for this model.
+        UserError: ``out`` is something else or is being written by another process, an image is missing, unreadable or
+            has changed since its question was answered, or an option letter is not a single token for this model.
     """
     record = record.model_copy(update={"batch_size": settings.batch_size})
     with lock_run(out), writing(out):
@@ -193,7 +192,7 @@ def _run(
 
 
 def finish(out: Path, record: RunRecord) -> Run:
-    """Read the answers back and write their figures; a shard that no question falls to has none."""
+    """Read the answers back and write the summary; a shard without questions has none."""
     run = Run(out, record, list(read_answers(out / ANSWERS_FILE, record)))
     if run.answers:
         figures = as_json(compare({Path(record.model).name: run}))
@@ -202,7 +201,7 @@ def finish(out: Path, record: RunRecord) -> Run:
 
 
 def planned_rows(bench: Bench, record: RunRecord, settings: Settings, shards: int) -> list[int]:
-    """How many rows each of so many shards answers."""
+    """Return the number of rows of each shard."""
     planned = batches(groups(bench.items, record.rotations), settings.batch_size)
     return [
         sum(len(group.asks) for batch in Shard(i, shards).of(planned) for group in batch)
@@ -211,17 +210,17 @@ def planned_rows(bench: Bench, record: RunRecord, settings: Settings, shards: in
 
 
 def answered(folder: Path) -> int:
-    """Number of whole rows in a run folder, 0 where there is none yet."""
+    """Return the number of complete rows in a run folder, 0 if there are none yet."""
     path = folder / ANSWERS_FILE
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def _planned(bench: Bench, record: RunRecord, settings: Settings) -> list[list[Group]]:
-    """The batches of this run; those that reach beyond the limit are cut short."""
+    """Return the batches of this run, truncated at the limit."""
     whole = batches(groups(bench.items, record.rotations), settings.batch_size)
     if settings.shard.index >= len(whole):
         _logger.info(
-            f"shard {settings.shard.name} has nothing to do: the bench is {len(whole)} batches of up to "
+            f"shard {settings.shard.name} has nothing to do: the bench has {len(whole)} batches of up to "
             f"{settings.batch_size} rows; a smaller `batch_size`, the same for all shards, makes more of them"
         )
     planned = settings.shard.of(whole)
@@ -265,7 +264,7 @@ def _check_options(scorer: "Scorer", bench: Bench, shown: set[int]) -> None:
 
 
 def _first_use(bench: Bench, places: set[int]) -> dict[Path, str]:
-    """Image path to the id of the first question that shows it."""
+    """Return image path -> id of the first question that uses it."""
     items = [bench.items[place] for place in sorted(places, reverse=True)]
     return {path: item.id for item in items for path in bench.image_paths(item)}
 
@@ -273,7 +272,7 @@ def _first_use(bench: Bench, places: set[int]) -> dict[Path, str]:
 def scored(
     bench: Bench, scorer: "Scorer", todo: Sequence[Sequence[Group]]
 ) -> Iterator[tuple[Sequence[Group], list[list[Score]]]]:
-    """Scores batch by batch; the next ones are decoded and prepared meanwhile."""
+    """Yield scores batch by batch; the next batches are prepared in parallel."""
 
     def prepare(batch: Sequence[Group]) -> "list[Prepared]":
         return [
@@ -281,7 +280,7 @@ def scored(
             for group in batch
         ]
 
-    with ThreadPoolExecutor(1, initializer=_by_itself) as worker:
+    with ThreadPoolExecutor(1, initializer=_single_threaded) as worker:
         waiting: list[tuple[Sequence[Group], Future[list[Prepared]]]] = []
         coming = iter(todo)
         try:
@@ -296,11 +295,11 @@ def scored(
             worker.shutdown(wait=False, cancel_futures=True)
 
 
-def _by_itself() -> None:
-    """Let this thread compute without helpers: beside a second team of them, the model's own is a quarter slower."""
+def _single_threaded() -> None:
+    """Disable OpenMP threads in this thread: next to a second thread team, the model is a quarter slower."""
     import torch
 
-    torch.get_num_threads()  # the first call of a thread sets its number, which would undo what follows
+    torch.get_num_threads()  # the first call in a thread sets its number of threads, which would undo the limit
     threadpool_limits(1, user_api="openmp")
 
 
@@ -312,7 +311,7 @@ def _opened(bench: Bench, item: MCQItem) -> list["Image"]:
 
 
 def _cluster(bench: Bench, item: MCQItem, image: str) -> str:
-    """What a row calls its patient or, where none is known, its image: no id and no path, which may hold a name."""
+    """Return a row's name of its patient or, if unknown, its image: not an id or path, which may contain a name."""
     patient = bench.patients[item.id]
     return f"{item.source}/{patient}" if patient else image[:16]
 
@@ -325,7 +324,7 @@ def _rows(
         for ask, score in zip(asks_of(group, bench.items), of_group, strict=True):
             if not all(map(isfinite, score.probabilities)):
                 raise UserError(
-                    f"question '{ask.item.id}': the model's probabilities are no numbers (NaN): its weights are "
+                    f"question '{ask.item.id}': the model's probabilities are not numbers (NaN): its weights are "
                     "damaged or overflow; try `dtype=float32`"
                 )
             yield Answer(

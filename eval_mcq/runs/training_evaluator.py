@@ -1,4 +1,4 @@
-"""The benchmark as a judge of a model in training: what ``--eval-bench`` of the training commands calls."""
+"""Evaluation of a model during training: used by ``--eval-bench`` of the training commands."""
 
 import logging
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ BATCH = 8
 
 
 class BenchEvaluator:
-    """The macro average of a model on a bench: accuracy per disease, then the mean over diseases.
+    """Computes a model's macro average on a benchmark: accuracy per disease, then the mean over diseases.
 
     Args:
-        path: A bench file on a validation split.
+        path: A benchmark file on a validation split.
 
     Raises:
-        UserError: the bench or one of its images cannot be read.
+        UserError: the benchmark or one of its images cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,7 +34,7 @@ class BenchEvaluator:
         if self.bench.header.built.get("split") == "test":
             _logger.warning(
                 f"`eval_bench={path}` was built on the test split: weights that are chosen by it are no longer tested "
-                "by it; take patients that are in neither training nor test"
+                "test set; use patients that are in neither training nor test"
             )
         check_images(
             {image: item.id for item in reversed(self.bench.items) for image in self.bench.image_paths(item)}
@@ -42,11 +42,11 @@ class BenchEvaluator:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The hash of the bench."""
+        """The hash of the benchmark."""
         return {"eval_bench_sha256": self.bench.digest}
 
     def __call__(self, model: Any, processor: Any) -> float:
-        """The macro average, 0-1. The model's weights and their number formats stay as they are."""
+        """Compute the macro average, 0-1. The model's weights and number formats are not changed."""
         right: dict[str, list[bool]] = {}
         first = next(model.parameters())
         half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())

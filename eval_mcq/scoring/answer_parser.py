@@ -1,8 +1,8 @@
-"""Reading a written reply: strict, anchored, and never a guess.
+"""Parsing of a written reply: strict and anchored, never a guess.
 
-A letter counts only where it stands as an answer ("B", "B. cataract", "The answer is (B)"); a disease name only where
-it is the whole reply or the end of its sentence ("The image shows cataract.") and equals one option exactly. Everything
-else is unread: "The answer is cataract" is never C.
+A letter counts only as an explicit answer ("B", "B. cataract", "The answer is (B)"); a disease name only if it is the
+whole reply or the end of its sentence ("The image shows cataract.") and equals one option exactly. Everything else is
+unparsed: "The answer is cataract" is never C.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from eval_mcq.items.schema import LETTERS
 
 PARSER_VERSION = "parser-1"
-"""Recorded in every run of mode ``generate``; a change of what is read needs a new one."""
+"""Recorded in every run of mode ``generate``; incremented whenever the parsing changes."""
 
 _MARKS = re.compile(r"[*_`\"“”]+|</?\w+>")
 _END = r"(?=\s*(?:$|[.,;:)\]!\n]|\b(?:because|since|as|due)\b))"
@@ -34,14 +34,14 @@ _ARTICLE = re.compile(r"^(?:an?|the)\s+", re.I)
 
 
 def parse_reply(reply: str, options: Sequence[str]) -> int | None:
-    """The place of the option that a reply names.
+    """Return the position of the option that a reply names.
 
     Args:
-        reply: What the model wrote.
+        reply: The model's reply.
         options: Option texts in the order in which they were shown.
 
     Returns:
-        The place, or None where the reply names none, several, or none clearly.
+        The position, or None if the reply names no option, several, or none clearly.
     """
     text = _MARKS.sub("", reply).strip()
     names = [_plain(option) for option in options]
@@ -59,7 +59,7 @@ def parse_reply(reply: str, options: Sequence[str]) -> int | None:
 
 
 def _checked(match: re.Match[str], text: str, names: Sequence[str]) -> int | None:
-    """A letter's place, unless another letter, another option's name or the rest of a name follows at once."""
+    """Return a letter's position, unless another letter, another option's name or the rest of a name follows."""
     after = text[match.end() :]
     if _LISTED.match(after):
         return None
@@ -72,7 +72,7 @@ def _checked(match: re.Match[str], text: str, names: Sequence[str]) -> int | Non
 
 
 def _at_the_end(text: str, names: Sequence[str]) -> int | None:
-    """A name that ends a reply of one sentence, if nothing before it denies it or names another option."""
+    """Return the option whose name ends a one-sentence reply, unless it is negated or another option is named."""
     body = text.rstrip(" .!")
     lead = _LEAD.match(body)
     if lead is None or re.search(r"[.!?;\n]\s", body):

@@ -1,15 +1,15 @@
-"""Forward passes: what questions on one image have in common is computed once.
+"""Forward passes that compute the common part of all questions on an image once.
 
-Three ways, the first that a model allows is taken:
+There are three strategies; the first that a model supports is used:
 
-* ``prefix``: keys and values of the common beginning (system prompt, image, first words) are computed once per image;
-  the rest of each question, all its rotations in one tree, continues them.
-* ``tree``: everything about an image is one tree, one forward pass.
-* ``plain``: each prompt by itself, in padded batches. For models that read the text with the image (a Q-Former that
-  sees the instruction) or that take no masks of ours.
+* ``prefix``: keys and values of the common prefix (system prompt, image, first words) are computed once per image; the
+  rest of each question, with all its rotations in one tree, continues them.
+* ``tree``: all questions on an image form one tree and one forward pass.
+* ``plain``: prompts in padded batches, without sharing. For models that combine text and image early (a Q-Former with
+  the instruction as input) or that do not accept custom masks.
 
-Before a way is used it is held against ``plain`` on the first image; a model that gives other numbers is not trusted
-with it, and the user is told.
+A strategy is first compared with ``plain`` on the first image; if the model gives different numbers, it is not used,
+which is logged.
 """
 
 import inspect
@@ -43,28 +43,28 @@ _logger = logging.getLogger(__name__)
 Way = Literal["prefix", "tree", "plain"]
 
 Found = list[list[Tensor]]
-"""Of one row: for each continuation and each of its positions, the log-probabilities that were wanted."""
+"""Result of one row: for each continuation and each of its positions, the requested log-probabilities."""
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
-"""How far log-probabilities may lie from those of the plain way, by the model's number format."""
+"""Maximum difference of log-probabilities from those of the plain strategy, by the model's number format."""
 
 _HALF = (torch.bfloat16, torch.float16)
 
 PLAIN_ROWS = 8
-"""Prompts of a padded batch where nothing can be shared."""
+"""Prompts per padded batch if nothing can be shared."""
 
 REFUSALS = (ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError, RuntimeError)
-"""How models say that they do not take a mask, a cache or positions of the caller's."""
+"""Exceptions of models that do not accept a custom mask, cache or positions."""
 
 
 class Engine:
-    """Computes log-probabilities of wanted tokens after prompts.
+    """Computes log-probabilities of requested tokens after prompts.
 
     Args:
-        model: A transformers image-text model on a decoder, on its device.
-        writer: Makes its inputs.
-        dtype: Number format of what the model is given; log-probabilities are computed in float32 whatever it is.
-        way: The only way that may be taken, or ``auto``.
+        model: A decoder-only transformers image-text model, on its device.
+        writer: Builds its inputs.
+        dtype: Number format of the model's inputs; log-probabilities are always computed in float32.
+        way: The only strategy to use besides ``plain``, or ``auto``.
     """
 
     def __init__(
@@ -83,18 +83,18 @@ class Engine:
         self._inner = getattr(model, "model", model)
         text = model.config.get_text_config()
         self._window = getattr(text, "sliding_window", None)
-        # A layer has some 12 width² weights, of which each takes a product per token, and attention takes two times
-        # width per pair of tokens, at about two thirds of the speed.
-        self._bearable = 4.0 * text.hidden_size
+        # A layer has about 12 width² weights, each of which costs one product per token, and attention costs 2 width
+        # products per pair of tokens, at about two thirds of the speed.
+        self._attention_budget = 4.0 * text.hidden_size
 
-    @torch.no_grad()  # and not inference_mode, in which DeepSpeed cannot gather shared weights
+    @torch.no_grad()  # not inference_mode, in which DeepSpeed cannot gather sharded weights
     def run(self, batch: Sequence[Prepared]) -> list[list[Found]]:
-        """Log-probabilities for every row of every image of a batch."""
+        """Compute log-probabilities for every row of every image of a batch."""
         ways = [self._way(prepared) for prepared in batch]
         found: list[list[Found]] = [[] for _ in batch]
         for way in dict.fromkeys(ways):
             chosen = [i for i, of_image in enumerate(ways) if of_image == way]
-            for some in _alike([batch[i] for i in chosen]):
+            for some in _joinable([batch[i] for i in chosen]):
                 members = [chosen[i] for i in some]
                 for i, of_image in zip(members, self._run(way, [batch[i] for i in members]), strict=True):
                     found[i] = of_image
@@ -108,7 +108,7 @@ class Engine:
         return [found for some in passes(batch, self._tokens) for found in self._prefix(some)]
 
     def _way(self, prepared: Prepared) -> Way:
-        """The first way that shares something and that the model is known to take."""
+        """Return the first strategy that shares something and that the model supports."""
         longest = max(
             (len(row.tokens) + max(map(len, row.continuations)) for row in prepared.rows), default=0
         )
@@ -125,7 +125,7 @@ class Engine:
         return "plain"
 
     def _agrees(self, way: Way, prepared: Prepared) -> bool:
-        """Whether a way gives the numbers of the plain one, on the first and the last row of an image."""
+        """Return whether a strategy gives the same numbers as the plain one, on the first and last row of an image."""
         ends = [prepared.rows[0], prepared.rows[-1]][: len(prepared.rows)]
         few = Prepared(ends, prepared.images, prepared.inputs, prepared.per_token, prepared.image_end, True)
         try:
@@ -134,7 +134,7 @@ class Engine:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             _logger.info(
-                f"This model cannot share {_SHARED[way]} between questions ({error}): each is put by itself."
+                f"This model cannot share {_SHARED[way]} between questions ({error}): falling back to plain scoring."
             )
             return False
         off = max(
@@ -147,12 +147,12 @@ class Engine:
             return True
         _logger.info(
             f"Sharing {_SHARED[way]} between questions changes this model's answers (log-probabilities by {off:.2g}): "
-            "each is put by itself."
+            "falling back to plain scoring."
         )
         return False
 
     def _tree(self, batch: Sequence[Prepared]) -> list[list[Found]]:
-        """One forward pass for all images; images with too many questions are seen several times."""
+        """Run one forward pass for all images; images with too many questions are processed several times."""
         parts = [
             part_of(source, prepared, 0, some)
             for source, prepared in enumerate(batch)
@@ -173,7 +173,7 @@ class Engine:
         return found
 
     def _prefix(self, batch: Sequence[Prepared]) -> list[list[Found]]:
-        """One forward pass for the beginnings of all images, then some for what follows, one tree per question."""
+        """Run one forward pass for the prefixes of all images, then others for the rest, as trees."""
         lengths = [common(prepared) for prepared in batch]
         chains = [Tree() for _ in batch]
         for chain, prepared, length in zip(chains, batch, lengths, strict=True):
@@ -191,7 +191,7 @@ class Engine:
         parts = [
             part_of(source, prepared, lengths[source], rows)
             for source, prepared in enumerate(batch)
-            for rows in branches(prepared, lengths[source], self._bearable)
+            for rows in branches(prepared, lengths[source], self._attention_budget)
         ]
         found: list[list[Found]] = [[[] for _ in prepared.rows] for prepared in batch]
         for some in fitting(parts, longest, self._tokens):
@@ -215,7 +215,7 @@ class Engine:
         given: Mapping[str, Any],
         found: list[list[Found]],
     ) -> None:
-        """One forward pass; what the rows wanted goes into ``found``."""
+        """Run one forward pass, and store the requested log-probabilities in ``found``."""
         needed = [sorted({n for row in part.nodes for of in row for n in of}) for part in parts]
         widest = max(map(len, needed))
         places = torch.tensor([nodes + nodes[-1:] * (widest - len(nodes)) for nodes in needed])
@@ -233,7 +233,7 @@ class Engine:
                 ]
 
     def _plain(self, prepared: Prepared, rows: int) -> list[Found]:
-        """Prompts as the processor writes them, so many at a time; one at a time it is the reference for the rest."""
+        """Score prompts as the processor writes them, ``rows`` at a time; with one at a time it is the reference."""
         return [
             found
             for start in range(0, len(prepared.rows), rows)
@@ -241,7 +241,7 @@ class Engine:
         ]
 
     def _padded(self, rows: Sequence[TokenizedRequest], images: Sequence[Any]) -> list[Found]:
-        """Rows in one padded batch, each with its images and each continuation by itself."""
+        """Score rows in one padded batch, with one sequence per continuation, each with its images."""
         many = [(row, tail) for row in rows for tail in row.continuations]
         made = self.writer.batch([row.prompt for row, _ in many], [images] * len(many))
         batch = {name: self.moved(value) for name, value in made.items()}
@@ -268,10 +268,10 @@ class Engine:
 
     @contextmanager
     def _reading(self, places: Tensor, wanted: Tensor | None = None) -> Iterator[None]:
-        """Within, the head computes logits of the given positions of each sequence [n, k] only.
+        """Compute logits only at the given positions of each sequence [n, k], within the block.
 
-        In half precision it rounds them to steps of an eighth and more, so that options tie; those of the ``wanted``
-        tokens are computed in float32 then.
+        Half precision rounds logits to steps of an eighth or more, so that options tie; those of the ``wanted`` tokens
+        are therefore computed in float32.
         """
         head = self.model.get_output_embeddings()
         exact: list[Tensor] = []
@@ -280,7 +280,7 @@ class Engine:
             hidden, *rest = given
             index = places.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, index)
-            if refined:  # here, and not after it, where DeepSpeed has put away the weights
+            if refined:  # here and not after the call, when DeepSpeed has released the weights
                 bias = None if head.bias is None else head.bias[wanted].float()
                 exact.append(linear(hidden.float(), head.weight[wanted].float(), bias))
             return (hidden, *rest)
@@ -301,37 +301,39 @@ class Engine:
         }
 
     def _ids(self, trees: Sequence[Tree], batch: Sequence[Prepared]) -> Tensor:
-        """Ids, padded on the right with a token of text: nothing reads what stands there."""
+        """Return ids, right-padded with a text token, which has no effect."""
         longest, padding = max(map(len, trees)), batch[0].rows[0].tokens[-1]
         rows = [tree.tokens + [padding] * (longest - len(tree)) for tree in trees]
         return torch.tensor(rows, device=self.device)
 
     def _mask(self, trees: Sequence[Tree], before: Sequence[int] | None, longest: int) -> Tensor:
-        """What each node sees [n, 1, nodes, longest + nodes]: the beginning of its image, its ancestors and itself."""
+        """Build the mask [n, 1, nodes, longest + nodes]: each node attends to the prefix, its ancestors and itself."""
         size = max(map(len, trees))
-        seen = torch.zeros(len(trees), size, longest + size, dtype=torch.bool)
+        visible = torch.zeros(len(trees), size, longest + size, dtype=torch.bool)
         for i, tree in enumerate(trees):
-            seen[i, :, longest:].fill_diagonal_(True)
-            seen[i, : len(tree), longest : longest + len(tree)] = tree.visible()
+            visible[i, :, longest:].fill_diagonal_(True)
+            visible[i, : len(tree), longest : longest + len(tree)] = tree.visible()
             if before:
-                seen[i, :, : before[i]] = True
-        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
+                visible[i, :, : before[i]] = True
+        mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill(~visible, torch.finfo(self.dtype).min)
         return mask[:, None].to(self.device)
 
     def _positions(self, sources: Sequence[Prepared], trees: Sequence[Tree], starts: Sequence[int]) -> Tensor:
-        """Positions of all nodes, [n, nodes], or [axes, n, nodes] for a model with several axes."""
+        """Return the positions of all nodes, [n, nodes], or [axes, n, nodes] for a model with several axes."""
         size = max(map(len, trees))
         rows = []
         for prepared, tree, start in zip(sources, trees, starts, strict=True):
             table = self._along(prepared)
             depths = torch.tensor(tree.depths + [0] * (size - len(tree))) + start
-            beyond = (depths - (table.shape[1] - 1)).clamp(min=0)  # text goes on one by one, on every axis
+            beyond = (depths - (table.shape[1] - 1)).clamp(
+                min=0
+            )  # text positions increase by one, on every axis
             rows.append(table[:, depths.clamp(max=table.shape[1] - 1)] + beyond)
         positions = torch.stack(rows, dim=1).to(self.device)
         return positions[0] if positions.shape[0] == 1 else positions
 
     def _along(self, prepared: Prepared) -> Tensor:
-        """Positions along the first row [axes, length], as the model itself numbers them."""
+        """Return the model's own positions along the first row, [axes, length]."""
         index = getattr(self._inner, "get_rope_index", None)
         length = len(prepared.rows[0].tokens)
         if index is None:
@@ -342,7 +344,7 @@ class Engine:
         return positions[:, 0].cpu()[:, :length]
 
     def moved(self, value: Any) -> Any:
-        """A tensor where and as the model wants it."""
+        """Move a tensor to the model's device and number format."""
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
@@ -352,12 +354,12 @@ _SHARED: Mapping[Way, str] = {"prefix": "the keys and values of an image", "tree
 
 
 def _tokens(rows: Sequence[TokenizedRequest]) -> Tensor:
-    """The ids that any of the rows wants."""
+    """Return the ids that any of the rows requests."""
     return torch.tensor(sorted({i for row in rows for of in row.wanted for ids in of for i in ids}))
 
 
-def _alike(batch: Sequence[Prepared]) -> list[list[int]]:
-    """Images whose inputs can be joined: the same names, and shapes that differ in the first dimension only."""
+def _joinable(batch: Sequence[Prepared]) -> list[list[int]]:
+    """Group images whose inputs can be concatenated: equal names, and shapes equal except in the first dimension."""
     kinds: dict[Any, list[int]] = {}
     for i, prepared in enumerate(batch):
         kind = tuple((name, value.shape[1:]) for name, value in sorted(prepared.inputs.items()))
@@ -366,14 +368,14 @@ def _alike(batch: Sequence[Prepared]) -> list[list[int]]:
 
 
 def _repeated(cache: Any, rows: Tensor) -> Any:
-    """A cache of its own with the given rows of another."""
+    """Return a new cache with the given rows of another."""
     from transformers import DynamicCache
 
     return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in cache.layers])
 
 
 def _lengthened(batch: Mapping[str, Any], tails: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """A batch with more tokens at the end of each row, padded on the right."""
+    """Append tokens to each row of a batch, right-padded."""
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     lengthened = dict(batch)
     width = max(int(real.sum()) + len(tail) for real, tail in zip(mask, tails, strict=True))

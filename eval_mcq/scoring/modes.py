@@ -1,4 +1,4 @@
-"""Scoring modes: what is wanted of a model after a prompt, and how an option is chosen from it."""
+"""Scoring modes: the outputs that are needed after a prompt, and how an option is chosen from them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     Found = list[list[torch.Tensor]]
 
 SCORING_VERSION = "scoring-1"
-"""Recorded in every run: a change of the numbers that a model, a picture and a prompt give needs a new one.
+"""Recorded in every run; incremented whenever the scores of a given model, image and prompt change.
 
-Prompts, the parser of replies and the reader of pictures have versions of their own. What the numbers of this version
-are is kept in ``tests/eval_mcq/golden_scoring.json``.
+Prompts, answer parser and image reader have their own versions. The scores of this version are in
+``tests/eval_mcq/golden_scoring.json``.
 """
 
 
@@ -30,12 +30,12 @@ class Score:
     """The answer to one question in one rotation; everything in the options' original order.
 
     Attributes:
-        probabilities: Of the options.
-        letter_mass: Probability of all offered letters together within the whole vocabulary; near zero means that the
-            model does not answer with letters at all, and the choice among them says little.
-        log_likelihoods: Of the option texts, summed over tokens.
+        probabilities: Probabilities of the options.
+        letter_mass: Total probability of the offered letters within the whole vocabulary; near zero, the model does not
+            answer with letters, and the choice among them means little.
+        log_likelihoods: Log-likelihoods of the option texts, summed over tokens.
         tokens: Number of these tokens.
-        reply: What the model wrote.
+        reply: The model's reply.
     """
 
     probabilities: list[float]
@@ -46,18 +46,18 @@ class Score:
 
     @property
     def choice(self) -> int | None:
-        """Index of the chosen option; of exactly equal ones the first; None where a reply could not be read."""
+        """Index of the chosen option, the first on exact ties; None if a reply could not be parsed."""
         best = max(self.probabilities)
         return self.probabilities.index(best) if best > 0 else None
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A mode that reads probabilities and writes nothing.
+    """A mode that computes probabilities and generates nothing.
 
     Attributes:
-        continuations: What is wanted after a prompt.
-        score: The answer, from what was found.
+        continuations: Returns what is needed after a prompt.
+        score: Computes the score from the results.
     """
 
     continuations: "Continuations"
@@ -67,16 +67,16 @@ class Likelihood:
 def _want_letters(
     writer: "PromptTokenizer", ask: Ask, prompt: str
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """All tokens of all offered letters, letter by letter, right after the prompt."""
+    """Request all tokens of all offered letters, letter by letter, directly after the prompt."""
     with _naming(ask):
         ids = writer.letter_ids(prompt, len(ask.item.options))
     return [[]], [[[token for of_letter in ids[: len(ask.item.options)] for token in of_letter]]]
 
 
 def _score_letters(ask: Ask, found: "Found") -> Score:
-    """Softmax over letters; each letter is the sum of the tokens that write it."""
+    """Compute a softmax over letters; the probability of a letter is summed over its tokens."""
     ((log_probabilities,),) = found
-    # Every letter is written in the same number of ways, see `Writer.letter_ids`.
+    # Every letter has the same number of tokens, see `PromptTokenizer.letter_ids`.
     letters = log_probabilities.reshape(len(ask.item.options), -1).logsumexp(dim=1)
     shown = letters.softmax(dim=0).tolist()
     places = [LETTERS.index(letter) for letter in ask.letters]
@@ -86,14 +86,14 @@ def _score_letters(ask: Ask, found: "Found") -> Score:
 def _want_texts(
     writer: "PromptTokenizer", ask: Ask, prompt: str
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Each token of each option's text."""
+    """Request each token of each option's text."""
     with _naming(ask):
         tails = [writer.continuation(prompt, text) for text in ask.item.options]
     return tails, [[[token] for token in tail] for tail in tails]
 
 
 def _score_texts(per_token: bool) -> "Callable[[Ask, Found], Score]":
-    def score(ask: Ask, found: "Found") -> Score:  # noqa: ARG001 - texts come in their original order
+    def score(ask: Ask, found: "Found") -> Score:  # noqa: ARG001 - texts are in their original order
         import torch
 
         sums = torch.stack([torch.cat(of_option).sum() for of_option in found])
@@ -106,7 +106,7 @@ def _score_texts(per_token: bool) -> "Callable[[Ask, Found], Score]":
 
 @contextmanager
 def _naming(ask: Ask) -> Iterator[None]:
-    """Say in an error which question it is about."""
+    """Name the question in an error."""
     try:
         yield
     except UserError as error:
@@ -118,20 +118,20 @@ LIKELIHOODS: Mapping[Mode, Likelihood] = {
     "options": Likelihood(_want_texts, _score_texts(per_token=False)),
     "options-mean": Likelihood(_want_texts, _score_texts(per_token=True)),
 }
-"""Modes that read probabilities; ``generate`` writes instead."""
+"""Modes that compute probabilities; ``generate`` writes a reply instead."""
 
 
 def prompt_version(mode: Mode) -> str:
-    """Version of a mode's prompt, and of the parser where it has one."""
+    """Return the version of a mode's prompt, and of its answer parser if it has one."""
     version = PROMPTS[mode].version
     return version if mode in LIKELIHOODS else f"{version}, {PARSER_VERSION}"
 
 
 def chosen_letter(score: Score) -> str | None:
-    """The chosen option's letter in the bench."""
+    """Return the chosen option's letter in the benchmark."""
     return None if score.choice is None else LETTERS[score.choice]
 
 
 def rounded(values: Sequence[float], digits: int = 6) -> list[float]:
-    """Values as they are stored."""
+    """Round values for storage."""
     return [round(value, digits) for value in values]

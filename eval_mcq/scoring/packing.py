@@ -1,4 +1,4 @@
-"""Questions on one image as trees of tokens, cut and packed so that a forward pass holds them."""
+"""Packing of the questions on an image into token trees that fit into a forward pass."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,30 +9,31 @@ from eval_mcq.scoring.prefix_tree import Tree, common_length
 from eval_mcq.scoring.requests import Prepared
 
 TOKENS = 8192
-"""Tokens of one forward pass, cache included, beyond which a batch is put in several."""
+"""Maximum tokens of one forward pass, including the cache; larger batches are split."""
 
 CPU_TOKENS = 2048
-"""The same on a CPU: what is computed of more does not stay in its caches, which costs a fifth of the time."""
+"""The same for a CPU: more does not fit into its caches, which costs a fifth of the time."""
 
 LARGEST = 2048
-"""Tokens of the largest tree, unless one row has more."""
+"""Maximum tokens of a tree, unless one row has more."""
 
 SMALLEST = 32
-"""Tokens below which no tree is cut further."""
+"""Trees with fewer tokens are not split further."""
 
 PADDING = 1 / 4
-"""Share of padding in a tree that is worth another forward pass."""
+"""Share of padding in a tree above which another forward pass is cheaper."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows on one image as one tree below a common beginning.
+    """Some rows on one image as one tree below a common prefix.
 
     Attributes:
-        source: Which image of the batch.
-        tree: What is computed, without the beginning.
-        rows: Which rows of the image.
-        nodes: For each of these rows, continuation and position: the node whose output is read; see `Row.wanted`.
+        source: Index of the image in the batch.
+        tree: The tokens to compute, without the prefix.
+        rows: Indices of the rows of the image.
+        nodes: For each of these rows, continuation and position: the node whose output is read; see
+            `TokenizedRequest.wanted`.
     """
 
     source: int
@@ -42,18 +43,18 @@ class Part:
 
 
 def token_tree(prepared: Prepared) -> Tree:
-    """All questions on an image as one tree: what must be computed at least."""
+    """Build one tree of all questions on an image: the minimum that must be computed."""
     return part_of(0, prepared, 0, range(len(prepared.rows))).tree
 
 
 def common(prepared: Prepared) -> int:
-    """Length of what all rows begin with, less what a row must keep for itself."""
+    """Return the length of the common prefix of all rows, leaving at least one token per row."""
     sequences = [row.tokens for row in prepared.rows]
     return min(common_length(sequences), *(len(tokens) - 1 for tokens in sequences))
 
 
 def part_of(source: int, prepared: Prepared, start: int, rows: Sequence[int]) -> Part:
-    """Some rows of an image as one tree, without their first ``start`` tokens."""
+    """Build one tree of some rows of an image, without their first ``start`` tokens."""
     tree, nodes = Tree(), []
     for number in rows:
         row = prepared.rows[number]
@@ -68,20 +69,20 @@ def part_of(source: int, prepared: Prepared, start: int, rows: Sequence[int]) ->
     return Part(source, tree, list(rows), nodes)
 
 
-def branches(prepared: Prepared, start: int, bearable: float) -> list[list[int]]:
-    """Rows of one image, those that begin alike together, in the cheapest number of trees below a common beginning.
+def branches(prepared: Prepared, start: int, attention_budget: float) -> list[list[int]]:
+    """Split the rows of an image, sorted by tokens, into the cheapest number of trees below a common prefix.
 
-    Rotations of a question share its words, and questions share options. But in a tree every token is held against
-    every other one, so that large ones cost more than they save.
+    Rotations of a question share its words, and questions share options. But in a tree attention is computed between
+    all pairs of tokens, so large trees cost more than they save.
 
     Args:
         prepared: The image's questions.
-        start: Length of the beginning.
-        bearable: How many tokens another one can be held against at the price of computing one more.
+        start: Length of the prefix.
+        attention_budget: Number of context tokens whose attention costs as much as computing one more token.
     """
     order = sorted(range(len(prepared.rows)), key=lambda number: prepared.rows[number].tokens)
-    known: list[int] = [start]  # how many of a row's tokens the one before it has, too
-    own: list[int] = []  # how many are new with it
+    known: list[int] = [start]  # number of tokens that a row shares with the one before it
+    own: list[int] = []  # number of new tokens
     for before, number in pairwise([order[0], *order]):
         row = prepared.rows[number]
         if own:
@@ -97,14 +98,14 @@ def branches(prepared: Prepared, start: int, bearable: float) -> list[list[int]]
             cut.setdefault(int((end - own[place] / 2) * count / whole), []).append(place)
         sizes = [known[places[0]] - start + sum(own[place] for place in places) for places in cut.values()]
         widest = max(sizes)
-        price = (widest > LARGEST, len(sizes) * widest * (1 + (start + widest) / bearable))
+        price = (widest > LARGEST, len(sizes) * widest * (1 + (start + widest) / attention_budget))
         if price < least:
             best, least = [[order[place] for place in places] for places in cut.values()], price
     return best
 
 
 def pieces(prepared: Prepared, rows: Sequence[int]) -> list[list[int]]:
-    """Rows of one image in as few trees as fit."""
+    """Split the rows of an image into as few trees as possible."""
     pieces: list[list[int]] = [[]]
     tokens = 0
     for number in rows:
@@ -119,7 +120,7 @@ def pieces(prepared: Prepared, rows: Sequence[int]) -> list[list[int]]:
 
 
 def fitting(parts: Sequence[Part], before: int, tokens: int = TOKENS) -> Iterator[list[Part]]:
-    """Parts in as few forward passes of so many tokens as fit, those of like size together, to pad little."""
+    """Group parts into as few forward passes as possible, with parts of similar size together to limit padding."""
     chosen: list[Part] = []
     widest = 0
     for part in sorted(parts, key=lambda part: -len(part.tree)):
@@ -135,7 +136,7 @@ def fitting(parts: Sequence[Part], before: int, tokens: int = TOKENS) -> Iterato
 
 
 def passes(batch: Sequence[Prepared], tokens: int) -> Iterator[list[Prepared]]:
-    """Images in as few passes of so many tokens as hold their common beginnings, in order."""
+    """Group images, in order, into as few passes as their common prefixes allow."""
     chosen: list[Prepared] = []
     widest = 0
     for prepared in batch:

@@ -1,4 +1,4 @@
-"""Token sequences with common beginnings as one tree, so that a model computes each beginning once."""
+"""Token sequences with common prefixes as a tree, so that a model computes each prefix once."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class Tree:
-    """A tree of tokens, nodes numbered so that a parent comes before its children.
+    """A tree of tokens, with parents numbered before their children.
 
-    Laid out as one sequence, with a mask that lets each node see its ancestors and itself only and with its depth as
+    As one sequence, with a mask by which each node attends only to its ancestors and itself, and with its depth as
     position, it gives a causal language model's results for every path at once.
     """
 
@@ -23,7 +23,7 @@ class Tree:
         return len(self.tokens)
 
     def add(self, tokens: Sequence[int], parent: int = -1) -> int:
-        """Add a path below a node (-1: the root) and give its last node; what is there already is not added twice."""
+        """Add a path below a node (-1: the root) and return its last node; existing nodes are reused."""
         for token in tokens:
             node = self._children.get((parent, token))
             if node is None:
@@ -35,16 +35,16 @@ class Tree:
         return parent
 
     def visible(self) -> Tensor:
-        """Whether the node of a row sees the node of a column, bool [n, n]."""
-        seen = torch.eye(len(self), dtype=torch.bool)
+        """Return whether the node of a row attends to the node of a column, bool [n, n]."""
+        mask = torch.eye(len(self), dtype=torch.bool)
         for node, parent in enumerate(self._parents):
             if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
+                mask[node] |= mask[parent]
+        return mask
 
 
 def common_length(sequences: Sequence[list[int]]) -> int:
-    """Length of the longest common beginning."""
+    """Return the length of the longest common prefix."""
     first, last = min(sequences), max(sequences)
     for i, (a, b) in enumerate(zip(first, last, strict=False)):
         if a != b:

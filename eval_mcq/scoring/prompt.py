@@ -1,4 +1,4 @@
-"""The exact text a model is asked. Frozen: a change of one character needs a new version of the prompt."""
+"""The exact prompt text. Frozen: a change of one character needs a new prompt version."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ INSTRUCTION = "Answer with the option's letter from the given choices directly."
 """The instruction of LLaVA-1.5's multiple-choice training data (haotian-liu/LLaVA, docs/Evaluation.md)."""
 
 TEXT_INSTRUCTION = "Answer with the text of one of the given choices directly."
-"""Its counterpart where the likelihood of option texts is compared."""
+"""Its counterpart for comparing the likelihoods of option texts."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a question is put.
+    """A prompt format.
 
     Attributes:
         version: Recorded in every run; runs with different prompts are never compared.
-        option: How one option is written; formatted with ``letter`` and ``text``.
-        instruction: What stands below the options.
+        option: Template of one option; formatted with ``letter`` and ``text``.
+        instruction: The line below the options.
     """
 
     version: str
@@ -43,23 +43,23 @@ PROMPTS: Mapping[Mode, Prompt] = {
 
 
 def order(options: int, rotation: int) -> list[int]:
-    """Number of the option that is shown at each place: everything moves up by ``rotation`` places."""
+    """Return the index of the option shown at each position: options are shifted by ``rotation`` positions."""
     return [(place + rotation) % options for place in range(options)]
 
 
 def rotations_of(options: int, rotations: int) -> int:
-    """In how many different rotations a question is put when ``rotations`` are asked for."""
+    """Return the number of distinct rotations of a question if ``rotations`` are requested."""
     return min(rotations, options)
 
 
 def shown_letters(options: int, rotation: int) -> str:
-    """The letter under which each option is shown, options in their original order."""
+    """Return the letter shown for each option, with options in their original order."""
     places = order(options, rotation)
     return "".join(LETTERS[places.index(option)] for option in range(options))
 
 
 def render(item: MCQItem, rotation: int = 0, prompt: Prompt = LETTER_PROMPT) -> str:
-    """The user's turn for a question, without image placeholders and without a chat template."""
+    """Render the user's turn for a question, without image placeholders and chat template."""
     shown = [item.options[option] for option in order(len(item.options), rotation)]
     lines = [
         prompt.option.format(letter=letter, text=text) for letter, text in zip(LETTERS, shown, strict=False)
@@ -76,5 +76,5 @@ class Ask:
 
     @property
     def letters(self) -> str:
-        """The letter under which each option is shown."""
+        """The letter shown for each option."""
         return shown_letters(len(self.item.options), self.rotation)

@@ -1,4 +1,4 @@
-"""From questions to token ids: chat template, image placeholders, and how a model's tokenizer writes an answer."""
+"""Conversion of questions to token ids: chat template, image placeholders, and tokens of the answers."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -18,15 +18,15 @@ from mgll_encoder.common.errors import UserError
 
 @dataclass(frozen=True)
 class TokenizedRequest:
-    """An ask as token ids.
+    """A question in one rotation as token ids.
 
     Attributes:
         ask: The question.
-        prompt: Text before the answer, one placeholder per image.
-        tokens: Ids of it, image tokens included; empty where they are not made of a common beginning.
-        continuations: Ids of texts whose likelihood after it is wanted; one empty one where a letter is.
-        wanted: For each continuation and each of its positions (one of an empty one): the ids whose probability is
-            wanted there.
+        prompt: Text before the answer, with one placeholder per image.
+        tokens: Ids of the prompt, including image tokens; empty if the prompts have no common prefix with the images.
+        continuations: Ids of the texts whose likelihood after the prompt is needed; a single empty one for letters.
+        wanted: For each continuation and each of its positions (one for an empty one): the ids whose probability is
+            needed.
     """
 
     ask: Ask
@@ -42,12 +42,11 @@ class Prepared:
 
     Attributes:
         rows: The questions.
-        images: The images, decoded.
-        inputs: What the processor made of the images.
-        per_token: What it made of the first prompt, ids included; each [1, length].
-        image_end: Number of tokens up to the last one that stands for a part of an image.
-        sharable: Whether the tokens of all rows were made of a common beginning with the images in it, which no model
-            reads otherwise for what follows.
+        images: The decoded images.
+        inputs: The processor's outputs for the images.
+        per_token: The processor's outputs for the first prompt, including ids; each [1, length].
+        image_end: Number of tokens up to the last image token.
+        sharable: Whether all rows have a common prefix that contains the images and does not depend on what follows.
     """
 
     rows: list[TokenizedRequest]
@@ -59,15 +58,15 @@ class Prepared:
 
 
 Continuations = Callable[["PromptTokenizer", Ask, str], tuple[list[list[int]], list[list[list[int]]]]]
-"""What a scoring mode wants to know after a prompt; see `TokenizedRequest`."""
+"""Returns the continuations and wanted ids of a scoring mode; see `TokenizedRequest`."""
 
 
 class PromptTokenizer:
-    """Writes prompts as one model's processor wants them. Safe to use from two threads.
+    """Renders and tokenizes prompts with a model's processor. Thread-safe.
 
     Args:
-        processor: Renders the chat template, cuts text into tokens and prepares images.
-        prompt: How questions are put.
+        processor: Renders the chat template, tokenizes text and prepares images.
+        prompt: The prompt format.
 
     Raises:
         UserError: the processor is missing, or has no chat template.
@@ -84,24 +83,24 @@ class PromptTokenizer:
             )
         self.processor = processor
         self._prompt = prompt
-        self._lock = threading.RLock()  # fast tokenizers cannot be borrowed twice at a time
+        self._lock = threading.RLock()  # fast tokenizers are not thread-safe
         self._letter_ids: list[list[int]] = []
         self._lead: str | None = None
-        self._reads_text: bool | None = None  # whether the image part of the model reads the question, too
+        self._reads_text: bool | None = None  # whether the image inputs depend on the question
 
     def prompt(self, item: MCQItem, rotation: int = 0) -> str:
-        """The text before the answer, chat template and image placeholders included."""
+        """Return the text before the answer, including chat template and image placeholders."""
         return self._template([self._user(item, rotation)], add_generation_prompt=True)
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, without what a tokenizer puts around it."""
+        """Return the ids of a text, without special tokens."""
         with self._lock:
             return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def batch(
         self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **kwargs: Any
     ) -> dict[str, Any]:
-        """What the processor makes of prompts and their images, padded."""
+        """Process prompts and their images into a padded batch."""
         with self._lock:
             made = self.processor(
                 text=list(prompts),
@@ -116,7 +115,7 @@ class PromptTokenizer:
     def prepare(
         self, asks: Sequence[Ask], images: list[Image.Image], continuations: Continuations
     ) -> Prepared:
-        """Token ids of all questions on an image; the image itself is prepared once."""
+        """Tokenize all questions on an image; the image itself is processed once."""
         prompts = [self.prompt(ask.item, ask.rotation) for ask in asks]
         batch = self.batch(prompts[:1], [images])
         first = batch.pop("input_ids")
@@ -146,7 +145,7 @@ class PromptTokenizer:
         )
 
     def letter_ids(self, prompt: str, count: int) -> list[list[int]]:
-        """Token ids of each letter as the tokenizer writes it right after a prompt: "A", " A" or both.
+        """Return the token ids of each letter directly after a prompt: of "A", " A" or both.
 
         Raises:
             UserError: a letter is not a single token.
@@ -171,7 +170,7 @@ class PromptTokenizer:
 
     @property
     def lead(self) -> str:
-        """What the model's chat template writes between the prompt and an answer: a space, a line break, nothing."""
+        """Text that the chat template writes between prompt and answer: a space, a line break, or nothing."""
         if self._lead is None:
             answer = "drusen"
             item = MCQItem(id="x", images=["x"], question="?", options=[answer, "x"], answer=0, category="x")
@@ -184,15 +183,15 @@ class PromptTokenizer:
         return self._lead
 
     def continuation(self, prompt: str, text: str) -> list[int]:
-        """Ids of a text as an answer to a prompt.
+        """Return the ids of a text as an answer to a prompt.
 
         Raises:
-            UserError: the tokenizer joins it with the end of the prompt.
+            UserError: the tokenizer merges it with the end of the prompt.
         """
         before, after = self.tokenize(prompt), self.tokenize(prompt + self.lead + text)
         if after[: len(before)] != before or len(after) == len(before):
             raise UserError(
-                f"the tokenizer joins the answer '{text}' with the end of the prompt, so that its likelihood cannot be "
+                f"the tokenizer merges the answer '{text}' with the end of the prompt, so its likelihood cannot be "
                 "told: use `mode=letters` or `mode=generate`"
             )
         return after[len(before) :]
@@ -230,9 +229,9 @@ class _Spread:
 
 
 def _spread(plain: list[list[int]], expanded: list[int], placeholder: int | None) -> _Spread:
-    """Put the image tokens that the processor gave the first prompt into all of them.
+    """Insert the image tokens of the first processed prompt into all prompts.
 
-    Placeholders are tokens of their own, so what follows them is cut in the same way whatever they become.
+    Placeholders are separate tokens, so the tokenization of what follows does not depend on their expansion.
     """
     first = plain[0]
     if first == expanded:  # one token per image

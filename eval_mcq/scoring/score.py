@@ -1,4 +1,4 @@
-"""Scoring questions with a model, in any mode."""
+"""Scoring of questions with a model, in any mode."""
 
 import logging
 from collections.abc import Sequence
@@ -20,20 +20,19 @@ _logger = logging.getLogger(__name__)
 __all__ = ["Score", "Scorer"]
 
 NEW_TOKENS = 32
-"""Longest reply in mode ``generate``; a letter or a name is far shorter."""
+"""Maximum tokens of a reply in mode ``generate``; a letter or a name is far shorter."""
 
 
 class Scorer:
     """Scores questions with a transformers image-text model.
 
     Args:
-        model: The model; moved to the device unless it is quantised, which fixes where it lies.
-        processor: Renders the chat template and makes the batch.
-        device: Where to compute.
-        dtype: Number format of the model, None for the one it has; probabilities are computed in float32 whatever it
-            is.
+        model: The model; moved to the device unless it is quantized, which fixes its device.
+        processor: Renders the chat template and builds the batches.
+        device: Device for the computation.
+        dtype: Number format of the model, None to keep it; probabilities are always computed in float32.
         mode: Scoring mode.
-        way: Way of computing that is allowed, see `eval_mcq.scoring.engine`.
+        way: Computation strategy to use, see `eval_mcq.scoring.engine`.
 
     Raises:
         UserError: the processor is missing, or has no chat template; or the language model has an encoder.
@@ -51,8 +50,8 @@ class Scorer:
         self.writer = PromptTokenizer(processor, PROMPTS[mode])
         if _has_encoder(model):
             raise UserError(
-                "the model's language model reads the prompt with an encoder, and letters are scored by a model that "
-                "writes the answer after the prompt: take one on a decoder, such as Vicuna"
+                "the model's language model encodes the prompt with an encoder, but scoring needs a decoder-only model "
+                "that continues the prompt: use one such as Vicuna"
             )
         quantized = getattr(model, "is_quantized", False)
         self.model = (model if quantized else model.to(device=device, dtype=dtype)).eval()
@@ -62,22 +61,22 @@ class Scorer:
         self._most_rows: int | None = None
 
     def prompt(self, item: MCQItem, rotation: int = 0) -> str:
-        """The text before the answer, chat template and image placeholders included."""
+        """Return the text before the answer, including chat template and image placeholders."""
         return self.writer.prompt(item, rotation)
 
     def check_options(self, items: Sequence[MCQItem]) -> None:
-        """See to it, before any question is put, that the options of the one with the most can be scored.
+        """Check, before any scoring, that the options of the question with the most options can be scored.
 
         Raises:
-            UserError: an option letter is not a single token for this tokenizer, or an option's text cannot be told
-                from the prompt; names the question.
+            UserError: an option letter is not a single token for this tokenizer, or the tokenizer merges an option's
+                text with the prompt; names the question.
         """
         if self.mode in LIKELIHOODS:
             widest = Ask(max(items, key=lambda item: len(item.options)))
             LIKELIHOODS[self.mode].continuations(self.writer, widest, self.prompt(widest.item))
 
     def prepare(self, asks: Sequence[Ask], images: list[Image.Image]) -> Prepared:
-        """Everything but the model's part, for questions on the same images; may run in another thread."""
+        """Do everything before the forward pass, for questions on the same images; may run in another thread."""
         if self.mode in LIKELIHOODS:
             return self.writer.prepare(asks, images, LIKELIHOODS[self.mode].continuations)
         rows = [TokenizedRequest(ask, self.prompt(ask.item, ask.rotation), [], [[]], [[[]]]) for ask in asks]
@@ -94,7 +93,7 @@ class Scorer:
             if rows == 1:
                 raise
             self._most_rows = rows // 2
-        _logger.info(f"Out of memory with {rows} questions at a time: going on with at most {rows // 2}.")
+        _logger.info(f"Out of memory with {rows} questions at a time: continuing with at most {rows // 2}.")
         torch.cuda.empty_cache()
         return self._halves(batch)
 
@@ -136,14 +135,14 @@ class Scorer:
 
     @torch.no_grad()
     def _write(self, prepared: Prepared) -> list[Score]:
-        """Let the model reply, greedily, and read the replies."""
+        """Generate replies greedily and parse them."""
         images = [prepared.images] * len(prepared.rows)
         made = self.writer.batch([row.prompt for row in prepared.rows], images, padding_side="left")
         batch = {name: self.engine.moved(value) for name, value in made.items()}
         written = self.model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
         ids = batch["input_ids"]
         if written.shape[1] >= ids.shape[1] and torch.equal(written[:, : ids.shape[1]], ids):
-            written = written[:, ids.shape[1] :]  # some models give the prompt back, some do not
+            written = written[:, ids.shape[1] :]  # some models return the prompt, too
         replies = self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [self._read(row.ask, reply) for row, reply in zip(prepared.rows, replies, strict=True)]
 

@@ -181,7 +181,7 @@ def test_a_preset_of_ones_own_is_checked(tmp_path):
     assert load_preset(str(path)).options == 2
     preset["diseases"][1]["not_against"] = ["C"]
     path.write_text(json.dumps(preset))
-    with pytest.raises(UserError, match="'B' is not_against 'C', which is no disease of the preset"):
+    with pytest.raises(UserError, match="'B' is not_against 'C', which is not a disease of the preset"):
         load_preset(str(path))
 
 

@@ -158,7 +158,7 @@ def test_a_model_that_changed_since_does_not_reuse_answers(eval_mcq, tmp_path):
     call = ("run", "--model", write_tiny_llava(model), "--bench", bench, "--out", tmp_path / "run")
     assert eval_mcq(*call) == 0
     write_tiny_llava(model, seed=1)
-    assert "was made with another model" in eval_mcq.refuses(*call)
+    assert "was made with a different model" in eval_mcq.refuses(*call)
     assert eval_mcq(*call, "--force") == 0
 
 
@@ -166,8 +166,8 @@ def test_compare_refuses_what_cannot_be_compared(eval_mcq, tmp_path):
     a = save_run(run_of_counts({"DR": (1, 2)}), tmp_path / "a")
     b = save_run(run_of_counts({"DR": (1, 2)}, bench="c" * 64), tmp_path / "b")
     assert "differ in their bench" in eval_mcq.refuses("compare", f"base={a}", f"mgll={b}")
-    assert "not of the form NAME=RUN" in eval_mcq.refuses("compare", a, b)
-    assert "two arms are called 'x'" in eval_mcq.refuses("compare", f"x={a}", f"x={a}")
+    assert "does not have the form NAME=RUN" in eval_mcq.refuses("compare", a, b)
+    assert "two arms are named 'x'" in eval_mcq.refuses("compare", f"x={a}", f"x={a}")
     assert "two or more" in eval_mcq.refuses("compare", f"x={a}")
     assert "is not a run" in eval_mcq.refuses("compare", f"x={a}", f"y={tmp_path}")
     (tmp_path / "t.md").write_text("mine")

@@ -196,14 +196,16 @@ def test_trees_hold_every_row_once_compute_less_than_row_by_row_and_are_of_like_
     scorer, (image,) = Scorer(*load_mllm(tiny_llava, dtype=torch.float32), mode=mode), pictures(1)
     prepared = scorer.prepare(asks(questions(12), 4), [image])
     start = common(prepared)
-    cut = branches(prepared, start, bearable=1000.0)
+    cut = branches(prepared, start, attention_budget=1000.0)
     assert sorted(number for rows in cut for number in rows) == list(range(len(prepared.rows)))
     parts = [part_of(0, prepared, start, rows) for rows in cut]
     alone = sum(len(part_of(0, prepared, start, [number]).tree) for number in range(len(prepared.rows)))
     assert sum(len(part.tree) for part in parts) < 0.95 * alone
     padded = sum(len(some) * max(len(part.tree) for part in some) for some in fitting(parts, start))
     assert padded <= 1.25 * sum(len(part.tree) for part in parts)
-    assert len(branches(prepared, start, bearable=1.0)) > len(cut), "where attention is dear, trees are small"
+    assert len(branches(prepared, start, attention_budget=1.0)) > len(cut), (
+        "where attention is dear, trees are small"
+    )
 
 
 def test_short_trees_are_not_padded_to_long_ones(tiny_llava):

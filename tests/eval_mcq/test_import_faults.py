@@ -54,7 +54,7 @@ def test_letters_that_options_carry_are_taken_off_and_that_is_said(eval_mcq, tmp
     carried = form != "A. {1}"  # the same letter before every option is no enumeration
     wanted = list(OPTIONS) if carried else options
     assert [item.options for item in load_bench(tmp_path / "b.jsonl").items] == [wanted] * 2
-    assert ("the options of 2 questions carried letters" in eval_mcq.err) == carried
+    assert ("were removed from the options of 2 questions" in eval_mcq.err) == carried
 
 
 def test_numbers_that_options_carry_are_taken_off_but_measures_are_kept(eval_mcq, tmp_path, picture):

@@ -175,7 +175,8 @@ def test_images_that_refer_to_another_row_and_circular_copies(eval_mcq, tmp_path
         "import", write_tsv(table, rows), "--format", "vlmevalkit", "--out", tmp_path / "c.jsonl"
     )
     assert (
-        "circular copy 1000003 of question '3' calls 'drusen' true, the question itself 'cataract'" in error
+        "circular copy 1000003 of question '3' has the answer 'drusen', the question itself 'cataract'"
+        in error
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.jsonl", "b_images", "circ.tsv"]
 
@@ -238,7 +239,7 @@ def test_omnimedvqa_names_the_answer_by_its_text(eval_mcq, tmp_path):
         ({"gt_answer": ""}, "the answer is blank"),
         ({"gt_answer": None, "gt_anwser": "x"}, "did you mean 'gt_anwser'?"),
         ({"option_B": "", "option_C": "cataract"}, "option 'option_B' is blank, but 'option_C' is not"),
-        ({"option_A": "Cataract "}, "answer 'Cataract' fits several options"),
+        ({"option_A": "Cataract "}, "answer 'Cataract' matches several options"),
         ({"image_path": "b.png"}, "image"),
         ({"question": ""}, "field 'question'"),
     ],

@@ -59,7 +59,7 @@ def test_a_row_that_makes_no_sense_is_named_by_line_and_field(run, fields):
 
 def test_a_row_that_does_not_belong_to_its_run_is_named(run):
     for fields, said in (
-        ({"category": "Cataract"}, "category 'Cataract', which is none of run.json"),
+        ({"category": "Cataract"}, "category 'Cataract', which is not in run.json"),
         ({"rotation": 1, "shown": "DABC"}, "is rotation 1, of 1 of the run"),
         ({"run": "0" * 16}, "is an answer of another run"),
     ):

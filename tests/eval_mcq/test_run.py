@@ -328,8 +328,8 @@ def test_merge_refuses_what_is_missing_twice_or_foreign_and_writes_nothing(put, 
 
     refused(s0, s1, said="shard 2/3 is missing")
     refused(s0, s1, s1, s2, said="are both shard 1/3")
-    refused(s0, s1, other, said="other is of another run than .*s0: it has another model")
-    refused(s0, s1, whole, said="is no shard")
+    refused(s0, s1, other, said="other and .*s0 are of different runs: they differ in model")
+    refused(s0, s1, whole, said="is not a shard")
     answers = s2 / "answers.jsonl"
     kept = answers.read_text()
     lines = kept.splitlines(keepends=True)
@@ -372,7 +372,7 @@ def test_a_model_that_does_not_see_is_warned_about(tiny_llava, bench, tmp_path, 
 def test_a_model_that_computes_no_numbers_stops_the_run_by_name(tiny_llava, bench, tmp_path):
     broken = scorer(tiny_llava)
     broken.model.get_output_embeddings().weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"question 'q\d': the model's probabilities are no numbers .NaN."):
+    with pytest.raises(UserError, match=r"question 'q\d': the model's probabilities are not numbers .NaN."):
         run_bench(bench, lambda: broken, describe_run(tiny_llava, "f", bench, "float32"), tmp_path / "run")
 
 

@@ -1,6 +1,6 @@
 """What `SCORING_VERSION` stands for: the numbers of a small model, stored. Other numbers need another version.
 
-After a change that is meant: raise `SCORING_VERSION`, then write the numbers anew with
+After an intended change: increment `SCORING_VERSION`, then update the numbers with
 
     python -m tests.eval_mcq.test_scoring_version
 """
@@ -122,7 +122,7 @@ def golden() -> Mapping[str, Any]:
 
 
 def test_the_stored_numbers_are_those_of_this_version(golden):
-    assert golden["version"] == SCORING_VERSION, f"write them anew: python -m {__name__}"
+    assert golden["version"] == SCORING_VERSION, f"update them: python -m {__name__}"
     assert code_version().startswith(f"{SCORING_VERSION}, pictures-")
 
 
