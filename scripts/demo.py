@@ -12,18 +12,18 @@ from three_arms import Settings, Way, three_arms
 
 from mgll_encoder.common import cli
 
-app = cli.new_app("The whole way, on phantom images.")
+app = cli.new_app("Run the whole pipeline on phantom images.")
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of all outputs; a finished step is not run again.")],
+    out: Annotated[Path, typer.Option(help="Output folder; finished steps are skipped.")],
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="The same steps at sizes that teach nothing.")
+        bool, typer.Option("--quick", help="Run the same steps at tiny sizes, without useful training.")
     ] = False,
 ) -> None:
-    """Draw phantom fundus photographs, train two towers, swap, retrain, evaluate.
+    """Render phantom fundus photographs, train two towers, swap, retrain, evaluate.
 
     Example: python scripts/demo.py --out demo
     """
@@ -51,8 +51,8 @@ def demo(
     )  # fmt: skip
     three_arms(way, settings)
     cli.stdout.print(
-        f"\nDone in {way.seconds:.0f} s. This is a phantom: drawn pictures, models of toy size. The table "
-        "shows that the path works, and says nothing about patients or about the method.\n"
+        f"\nDone in {way.seconds:.0f} s. This is a phantom: synthetic pictures, toy models. The table "
+        "shows that the pipeline works, and says nothing about patients or about the method.\n"
         f"Pictures: {data / 'contact_sheet.png'}; table: {out / 'table.md'}; towers, models and runs: {out}/",
         soft_wrap=True,
         highlight=False,

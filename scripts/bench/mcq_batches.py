@@ -1,7 +1,7 @@
-"""What full batches gain where a bench has few images: batches of `eval-mcq run` beside those it made before.
+"""Speedup by full batches for benchmarks with few images: current batches of `eval-mcq run` against the former ones.
 
-Until 2026-11 a batch stayed within a block of min(32, images/64 rounded up) images, so that 60 images were asked one
-by one. Both are timed in turns in one run, with decoding and preparation, and the answers are compared.
+Until 2026-11 a batch stayed within a block of min(32, images/64 rounded up) images, so 60 images were scored one by
+one. Both are timed in turns in one run, with decoding and preparation, and the answers are compared.
 """
 
 import tempfile
@@ -23,20 +23,20 @@ app = typer.Typer(add_completion=False)
 
 OPTIONS = ["cataract", "glaucoma", "drusen", "normal fundus"]
 SIDE = 256
-"""Pixels of a picture's side."""
+"""Side of a picture in pixels."""
 
 
 @app.command()
 def bench(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     images: Annotated[
-        str, typer.Option(help="Numbers of images, by commas; one question each.")
+        str, typer.Option(help="Numbers of images, separated by commas; one question each.")
     ] = "60,300,600",
-    rotations: Annotated[int, typer.Option(help="Rotations of each question.", min=1, max=4)] = 1,
+    rotations: Annotated[int, typer.Option(help="Rotations per question.", min=1, max=4)] = 1,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 32,
-    turns: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 3,
+    turns: Annotated[int, typer.Option(help="Number of repeats.", min=1)] = 3,
 ) -> None:
-    """Measure.
+    """Measure the speedup.
 
     Example: python scripts/bench/mcq_batches.py --model smol-llava --images 60,300,600
     """
@@ -58,7 +58,7 @@ def bench(
             asked = _synthetic(Path(work), count)
             all_groups = groups(asked.items, rotations)
             plans = {"before": _in_blocks(all_groups, batch_size), "now": batches(all_groups, batch_size)}
-            _answered(scorer, asked, plans["before"][:1])  # the first time ways are tried
+            _answered(scorer, asked, plans["before"][:1])  # the first run tries the strategies
             rounds = interleaved(
                 {name: partial(_timed, scorer, asked, plan) for name, plan in plans.items()}, turns
             )
@@ -87,7 +87,7 @@ def _gain(seconds: dict[str, list[float]]) -> str:
 
 
 def _in_blocks(all_groups: "Sequence[Group]", rows: int) -> "list[list[Group]]":
-    """Batches that stay within blocks, as they were made before."""
+    """Return the former batches, which stay within blocks."""
     from eval_mcq.records.batching import batches
 
     size = min(32, max(1, ceil(len(all_groups) / 64)))
@@ -107,7 +107,7 @@ def _answered(scorer: "Scorer", asked: "Bench", plan: "Sequence[Sequence[Group]]
 
 
 def _synthetic(folder: Path, count: int) -> "Bench":
-    """A question about each of so many pictures of noise."""
+    """Build one question about each of ``count`` noise pictures."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Memory of a long run: many synthetic questions, a tiny model, resident memory as the answers come in."""
+"""Memory of a long run: resident memory over many synthetic questions with a tiny model."""
 
 import tempfile
 import time
@@ -18,12 +18,13 @@ def bench(
         Path, typer.Option(help="LLaVA folder in the transformers layout; its processor is used.")
     ],
     questions: Annotated[int, typer.Option(help="Number of questions.", min=10)] = 100_000,
-    images: Annotated[int, typer.Option(help="Number of images that they are about.", min=1)] = 1000,
+    images: Annotated[int, typer.Option(help="Number of distinct images.", min=1)] = 1000,
     out: Annotated[
-        Path | None, typer.Option(help="Folder that is kept: the same command goes on with a killed run.")
+        Path | None,
+        typer.Option(help="Output folder to keep, so that the same command continues a killed run."),
     ] = None,
 ) -> None:
-    """Run the questions and print resident memory at each tenth of them.
+    """Run the questions and print the resident memory after each tenth of them.
 
     Example: python scripts/bench/mcq_memory.py --model smol-llava --questions 100000
     """
@@ -70,7 +71,7 @@ def bench(
 
 
 def _synthetic(file: Path, questions: int, images: int) -> None:
-    """A bench about plain pictures; four options each."""
+    """Write a benchmark about uniform pictures, with four options per question."""
     from PIL import Image
 
     from eval_mcq.items.schema import BenchHeader, MCQItem, write_bench
@@ -88,7 +89,7 @@ def _synthetic(file: Path, questions: int, images: int) -> None:
 
 
 def _tiny(model: Path, folder: Path) -> None:
-    """One layer of width 32, four visual tokens."""
+    """Write a model with one layer of width 32 and four visual tokens."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

@@ -1,11 +1,11 @@
-"""What MGLL costs over plain CLIP per step, and what encoding each distinct text once saves.
+"""Cost of an MGLL step relative to plain CLIP, and the savings of encoding each distinct text once.
 
     python scripts/bench/pretrain_step.py --data ../shared/data/fundus --geometry tiny --geometry vit-l-14
 
-The data folder holds manifest.csv (columns file, labels, patient_or_source_id, dataset), as for scripts/proof.py; only
-its labels are used, pixels are noise. All variants run in turn, several times over; the figures are medians with
-the least and the greatest value. Without a GPU the clock is the processor time of this process, which other work on
-the machine disturbs less than it does wall time.
+The data folder contains manifest.csv (columns file, labels, patient_or_source_id, dataset), as for scripts/proof.py;
+only its labels are used, pixels are noise. All variants run in turn, several times; results are medians with minimum
+and maximum. Without a GPU the clock is the CPU time of this process, which other load on the machine affects less than
+wall time.
 """
 
 import json
@@ -51,16 +51,16 @@ GEOMETRIES = {
 def main(
     data: Annotated[Path, typer.Option(envvar="MGLL_DATA_DIR", help="Folder with manifest.csv.")],
     geometry: Annotated[
-        list[str] | None, typer.Option(help="Towers: tiny, small, vit-l-14 (several allowed).")
+        list[str] | None, typer.Option(help="Towers: tiny, small, vit-l-14; repeatable.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 32,
-    large_batch_size: Annotated[int, typer.Option(help="The same for vit-l-14.")] = 4,
+    large_batch_size: Annotated[int, typer.Option(help="Images per step for vit-l-14.")] = 4,
     repeats: Annotated[int, typer.Option(help="Rounds over all variants.")] = 7,
-    seed: Annotated[int, typer.Option(help="Draws the batch.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the batch.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out.")] = False,
 ) -> None:
-    """Step time of the MGLL loss over plain CLIP, and encoding distinct texts over encoding every text.
+    """Measure the step time of MGLL relative to plain CLIP, and of encoding every text relative to distinct texts.
 
     Example: python scripts/bench/pretrain_step.py --data data/fundus --geometry tiny --repeats 11
     """
@@ -92,7 +92,7 @@ def main(
 def measure(
     preset: Preset, plans: dict[bool, SplitRows], batch_size: int, repeats: int, seed: int
 ) -> dict[str, object]:
-    """All figures of one geometry."""
+    """Measure one geometry."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     vision = new_tower(preset)
@@ -172,7 +172,7 @@ def timed(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, Sp
 
 
 def show(found: dict[str, dict[str, object]]) -> None:
-    """One table per geometry."""
+    """Print one table per geometry."""
     for name, figures in found.items():
         table = Table("", "median ms", "least", "most", title=f"{name}: {figures['images']} images")
         for variant, spread in dict(figures["seconds"]).items():  # type: ignore[call-overload]  # made above
@@ -184,6 +184,6 @@ def show(found: dict[str, dict[str, object]]) -> None:
 
 
 if __name__ == "__main__":
-    app = cli.new_app("MGLL's cost per step.")
+    app = cli.new_app("Measure MGLL's cost per step.")
     app.command()(main)
     cli.run(app)

@@ -1,9 +1,9 @@
-"""Memory and time that a manifest of many rows costs before and during training: it streams, or it does not.
+"""Memory and time of reading a long manifest before and during training, to verify that it is streamed.
 
     python scripts/bench/pretrain_stream.py --rows 10000 --rows 250000
 
-A few phantom photographs stand behind all names (hard links). Each manifest is read in a process of its own; the
-growth of its resident memory is what reading the rows, and then a number of images in random order, added.
+All image names are hard links to a few phantom photographs. Each manifest is read in a separate process; the growth of
+its resident memory is measured after reading the rows, and after reading some images in random order.
 """
 
 import json
@@ -31,14 +31,12 @@ FORMATS = ("jsonl", "parquet")
 
 
 def main(
-    rows: Annotated[
-        list[int] | None, typer.Option(help="Lengths of the manifests (several allowed).")
-    ] = None,
-    images: Annotated[int, typer.Option(help="Images that are read in random order.")] = 500,
-    out: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Lengths of the manifests; repeatable.")] = None,
+    images: Annotated[int, typer.Option(help="Number of images to read in random order.")] = 500,
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out.")] = False,
 ) -> None:
-    """Memory and time of manifests of several lengths, as JSON lines and as Parquet.
+    """Measure memory and time of manifests of several lengths, as JSON lines and as Parquet.
 
     Example: python scripts/bench/pretrain_stream.py --rows 10000 --rows 250000 --out stream.json
     """
@@ -70,7 +68,7 @@ def main(
 
 
 def made_up(length: int) -> Iterator[ManifestRow]:
-    """Rows with a label, a class out of twenty, and a report of their own."""
+    """Yield rows with a label, one of twenty classes, and a unique report."""
     for i in range(length):
         texts = {
             "status": ["normal fundus" if i % 2 else "abnormal fundus"],
@@ -83,12 +81,12 @@ def made_up(length: int) -> Iterator[ManifestRow]:
 
 
 def image_name(i: int) -> str:
-    """A thousand to a folder."""
+    """Return an image path, with a thousand images per folder."""
     return f"{i // 1000:04d}/{i:07d}.png"
 
 
 def link(folder: Path, pictures: list[Path], length: int) -> None:
-    """Give the pictures as many names as there are rows."""
+    """Create one hard link to a picture per row."""
     for i in range(length):
         name = folder / image_name(i)
         if not name.exists():
@@ -97,7 +95,7 @@ def link(folder: Path, pictures: list[Path], length: int) -> None:
 
 
 def read(manifest: Path, images: int) -> dict[str, float]:
-    """What reading the rows and some images costs, in this process."""
+    """Measure reading the rows and some images, in this process."""
     from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.batches import ManifestImages, plan_rows
     from mgll_encoder.pretraining.dual_encoder import PRESETS
@@ -126,6 +124,6 @@ def read(manifest: Path, images: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    app = cli.new_app("Manifests of many rows.")
+    app = cli.new_app("Measure reading of long manifests.")
     app.command()(main)
     cli.run(app)

@@ -1,4 +1,4 @@
-"""What a probe costs on a big set: the bootstrap against scikit-learn's metrics draw by draw, and reading in workers.
+"""Cost of a probe on a large data set: the bootstrap against scikit-learn's metrics, and reading in workers.
 
 python scripts/bench/probe.py --images 25000 --labels 14
 """
@@ -23,14 +23,14 @@ app = cli.new_app("Time the probe's bootstrap and its reading of images.")
 def bench(
     images: Annotated[int, typer.Option(min=10, help="Test images of the bootstrap.")] = 25_000,
     labels: Annotated[int, typer.Option(min=1, help="Labels of the bootstrap.")] = 14,
-    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws per repeat.")] = 5,
+    draws: Annotated[int, typer.Option(min=1, help="Bootstrap replicates per repeat.")] = 5,
     photographs: Annotated[int, typer.Option(min=2, help="Photographs to read.")] = 64,
-    side: Annotated[int, typer.Option(min=32, help="Their side in pixels.")] = 1024,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that read, against none.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of each way.")] = 5,
+    side: Annotated[int, typer.Option(min=32, help="Side of the photographs in pixels.")] = 1024,
+    workers: Annotated[int, typer.Option(min=1, help="Reader processes, compared with none.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of each variant.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Write the times as JSON.")] = None,
 ) -> None:
-    """Run both ways of each task in turn, and print medians, spread and ratio.
+    """Run both variants of each task in turn, and print medians, spread and ratio.
 
     Example: python scripts/bench/probe.py --repeats 5 --out probe-bench.json
     """
@@ -42,7 +42,7 @@ def bench(
     record: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder:
         tasks = {
-            f"{draws} draws over {images} images x {labels} labels": _bootstrap(images, labels, draws),
+            f"{draws} replicates over {images} images x {labels} labels": _bootstrap(images, labels, draws),
             f"features of {photographs} photographs of {side} px": _reading(
                 Path(folder), photographs, side, workers
             ),

@@ -1,4 +1,4 @@
-"""How fast the projector is retrained, with and without the feature cache, against what no program could do without.
+"""Speed of projector retraining, with and without the feature cache, compared with a bare training loop.
 
 python scripts/bench/retrain.py --shape llava-7b --out retrain.json
 """
@@ -21,7 +21,7 @@ from mgll_encoder.common.errors import unknown_name
 from mgll_encoder.common.faults import CACHE
 from mgll_encoder.common.files import write_text
 
-app = cli.new_app("Samples per second of projector retraining, side by side in one run.")
+app = cli.new_app("Measure samples per second of projector retraining, with and without the feature cache.")
 
 TEXT = "what does this photograph of the retina show and which vessels or lesions can be seen in it"
 
@@ -31,12 +31,12 @@ class Shape:
     """Sizes of a LLaVA.
 
     Attributes:
-        width: Of the tower.
-        depth: Its layers.
-        side: Its input in patches of 14 px.
+        width: Width of the tower.
+        depth: Layers of the tower.
+        side: Side of its input in patches of 14 px.
         hidden: Width of the language model.
-        layers: Its layers.
-        words: Words of an answer.
+        layers: Layers of the language model.
+        words: Words per answer.
     """
 
     width: int
@@ -65,17 +65,17 @@ def bench(
     ] = "llava-7b",
     steps: Annotated[int, typer.Option(min=2, help="Timed steps per repeat.")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="How often each arm runs, in turn.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of interleaved repeats.")] = 5,
     clock: Annotated[
-        str, typer.Option(help="wall, or cpu: time of this process, where others share the machine.")
+        str, typer.Option(help="wall, or cpu: time of this process, for a shared machine.")
     ] = "wall",
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
 ) -> None:
-    """Time projector retraining in four ways, interleaved.
+    """Time four variants of projector retraining, interleaved.
 
-    limit: a bare loop over batches that lie in memory, features and all. bare: the same loop over a data loader on the
-    cache. cached: the Trainer with our callbacks, as retrain-projector runs it. uncached: likewise without the cache.
+    limit: a bare loop over batches in memory, including features. bare: the same loop over a data loader on the cache.
+    cached: the Trainer with our callbacks, as in retrain-projector. uncached: the same without the cache.
 
     Example: python scripts/bench/retrain.py --shape llava-7b --clock cpu
     """
@@ -114,7 +114,7 @@ def _show(rates: Mapping[str, list[float]], shape: str, clock: str) -> None:
 def _arms(
     work: Path, shape: Shape, batch_size: int, steps: int, clock: Clock
 ) -> dict[str, Callable[[], float]]:
-    """Name -> what runs the arm once and gives the seconds of its steps but the first."""
+    """Return name -> function that runs the arm once and returns the seconds of all steps but the first."""
     from mllm_adapters.core.stages import apply_stage
     from mllm_adapters.data.corpus import Corpus, read_corpus
     from mllm_adapters.data.dataset import ConversationDataset, prepare_examples
@@ -134,7 +134,7 @@ def _arms(
         examples, _ = prepare_examples(corpus, processor, 2048, False)
         return model, processor, examples
 
-    seeing, processor, examples = ready()
+    uncached, processor, examples = ready()
     model, _, _ = ready()
     device = next(model.parameters()).device
     cached = cache_features(model, examples, corpus, processor, ComputeSettings(device))
@@ -148,7 +148,7 @@ def _arms(
         "limit": lambda: _bare(model, in_memory, clock),
         "bare": lambda: _bare(model, _loader(cached.dataset, cached.collator, batch_size), clock),
         "cached": lambda: _trainer(model, cached.dataset, cached.collator, batch_size, clock, work),
-        "uncached": lambda: _trainer(seeing, opened, AnswerCollator(pad), batch_size, clock, work),
+        "uncached": lambda: _trainer(uncached, opened, AnswerCollator(pad), batch_size, clock, work),
     }
 
 
@@ -159,7 +159,7 @@ def _loader(dataset: Any, collator: Any, batch_size: int) -> Any:
 
 
 def _bare(model: Any, batches: Iterable[Any], clock: Clock) -> float:
-    """Forward, backward, clipping and optimizer, and nothing else."""
+    """Run only forward, backward, clipping and optimizer."""
     import torch
     from transformers import get_cosine_schedule_with_warmup
 
@@ -182,14 +182,14 @@ def _bare(model: Any, batches: Iterable[Any], clock: Clock) -> float:
 
 
 def _trainer(model: Any, dataset: Any, collator: Any, batch_size: int, clock: Clock, work: Path) -> float:
-    """The Trainer as `mllm_adapters.training.engine.train` sets it up."""
+    """Run the Trainer as set up by `mllm_adapters.training.engine.train`."""
     from transformers import TrainerCallback, TrainingArguments
 
     from mllm_adapters.training.callbacks import Watchdog
     from mllm_adapters.training.trainer import FrozenTrainer
 
     class Timer(TrainerCallback):
-        """Notes when steps end."""
+        """Records when steps end."""
 
         ends: list[float] = []  # noqa: RUF012 (of one run)
 
@@ -216,7 +216,7 @@ def _trainer(model: Any, dataset: Any, collator: Any, batch_size: int, clock: Cl
 
 
 def _data(work: Path, shape: Shape, count: int) -> Path:
-    """Noise photographs with a question and an answer each."""
+    """Write noise photographs with a question and an answer each."""
     import numpy as np
     from PIL import Image
 
@@ -243,7 +243,7 @@ def _data(work: Path, shape: Shape, count: int) -> Path:
 
 
 def _model(folder: Path, shape: Shape) -> Path:
-    """A LLaVA of this shape with random weights."""
+    """Write a LLaVA of this shape with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""Measure how soon commands answer what needs no model, as ratios to ``python -c "import torch"``."""
+"""Measure the startup time of commands that need no model, relative to ``python -c "import torch"``."""
 
 import os
 import subprocess
@@ -14,10 +14,10 @@ from timing import seconds_of
 
 from mgll_encoder.common import cli
 
-app = cli.new_app("Measure how soon commands answer what needs no model.")
+app = cli.new_app("Measure the startup time of commands that need no model.")
 
 LIMIT = 0.3
-"""A command should answer within this share of the time that importing torch takes."""
+"""A command should answer within this fraction of the time for importing torch."""
 
 MISTAKES: Mapping[str, str] = {
     "mgll-encoder": "inspect nope",
@@ -30,7 +30,7 @@ MISTAKES: Mapping[str, str] = {
 
 
 def fastest(command: Sequence[str | Path], repeats: int) -> float:
-    """Seconds of the fastest of several runs: what else the machine does only adds to it."""
+    """Return the seconds of the fastest of several runs: other load on the machine only adds time."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = partial(subprocess.run, command, capture_output=True, check=False, env=environment)
     return min(seconds_of(run) for _ in range(repeats))
@@ -40,7 +40,7 @@ def fastest(command: Sequence[str | Path], repeats: int) -> float:
 def startup(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each command; the fastest counts.")] = 5,
 ) -> None:
-    """Measure how soon commands answer what needs no model.
+    """Measure the startup time of commands that need no model.
 
     Example: python scripts/bench/startup.py --repeats 5
     """
@@ -55,7 +55,7 @@ def startup(
         worst = max(worst, *ratios)
     cli.stdout.print(table)
     cli.stdout.print(
-        f'Times as shares of python -c "import torch" ({torch:.2f} s); worst {worst:.2f}, limit {LIMIT}'
+        f'Times relative to python -c "import torch" ({torch:.2f} s); worst {worst:.2f}, limit {LIMIT}'
     )
 
 

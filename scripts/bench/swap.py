@@ -1,8 +1,8 @@
 """Measure a swap against load -> replace -> save_pretrained, and against ``cp`` of the bytes that it writes.
 
 Hosts are LLaVA-1.5-7B in the transformers layout with fewer layers: real shapes, random bfloat16. Every repeat runs
-each contender once, in a process of its own; wall times are of the whole process, imports included, and of the work
-alone. CPU seconds are there too: on a busy machine they are what can be compared.
+each contender once, in a separate process; wall times are of the whole process including imports, and of the work
+alone. On a busy machine compare the CPU seconds.
 """
 
 import json
@@ -30,10 +30,10 @@ def report(**phases):
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(json.dumps({**phases, "peak RSS": int(peak.split()[1]) * 1024 / 1e9}))
 """
-"""Beginning of every contender: it says itself what its peak was, because that of a child counts its parent's."""
+"""Prefix of every contender: it reports its own peak memory, because that of a child includes its parent's."""
 
 NO_WORK = ("imports", "of which torch", "cp", "peak RSS")
-"""What contenders say of themselves that is not, or not once more, time of their work."""
+"""Reported values that are not work time, or are already included in it."""
 
 SWAP = """
 began = time.monotonic()
@@ -95,12 +95,14 @@ report(**{"cp": copied - began, "cp and fsync": time.monotonic() - began})
 @app.command()
 def bench(
     scratch: Annotated[Path, typer.Option(help="Folder for checkpoints; needs about four times the size.")],
-    size: Annotated[float, typer.Option(help="Host in GB, for the comparison.")] = 4.0,
-    growth: Annotated[str, typer.Option(help="Hosts in GB, for the growth; empty for none.")] = "1,2,4,8",
+    size: Annotated[float, typer.Option(help="Size of the host in GB, for the comparison.")] = 4.0,
+    growth: Annotated[
+        str, typer.Option(help="Sizes of hosts in GB, for the scaling; empty for none.")
+    ] = "1,2,4,8",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats.")] = 3,
-    shard: Annotated[float, typer.Option(help="Largest shard in GB.")] = 1.0,
+    shard: Annotated[float, typer.Option(help="Maximum shard size in GB.")] = 1.0,
     shrink: Annotated[int, typer.Option(min=1, help="Divide all widths by this, for a trial run.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
 ) -> None:
     """Measure wall time, peak memory and bytes written.
 
@@ -138,7 +140,7 @@ def bench(
 
 
 def write_encoder(folder: Path, shrink: int) -> Path:
-    """A random CLIP ViT-L/14 at 224 px in bfloat16, as a tower folder."""
+    """Write a random CLIP ViT-L/14 at 224 px in bfloat16, as a tower folder."""
     from mgll_encoder import Tower, TowerSpec, build_model, save_tower
 
     spec = TowerSpec(
@@ -154,7 +156,7 @@ def write_encoder(folder: Path, shrink: int) -> Path:
 
 
 def write_host(folder: Path, gigabytes: float, shard: float, shrink: int) -> Path:
-    """LLaVA-1.5-7B of so many GB: real shapes, fewer layers; shard by shard, tower first."""
+    """Write a LLaVA-1.5-7B of the given size: real shapes, fewer layers; shard by shard, tower first."""
     import torch
     from safetensors.torch import save_file
 
@@ -233,7 +235,7 @@ def _shapes(gigabytes: float, shrink: int) -> tuple[dict[str, Sequence[int]], Ma
 
 
 def _run(runs: dict[str, list[dict[str, float]]], name: str, script: str, *arguments: object) -> None:
-    """Run a contender; what it says of itself, its wall time, peak memory and bytes written are kept."""
+    """Run a contender, and store its report, wall time, peak memory and bytes written."""
     began = time.monotonic()
     command = [sys.executable, "-c", REPORT + script, *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
