@@ -72,7 +72,7 @@ def _separated(separator: str) -> Callable[[Path], Iterator[SourceRow]]:
 def _json(path: Path) -> Iterator[SourceRow]:
     data = load_json(path)
     if not (isinstance(data, list) and all(isinstance(entry, dict) for entry in data)):
-        raise BadDataError(f"file {path} must hold a list of objects, one per question")
+        raise BadDataError(f"file {path} must contain a list of objects, one per question")
     for number, cells in enumerate(data, start=1):
         yield SourceRow(f"{path} entry {number}", cells)
 

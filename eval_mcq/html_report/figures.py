@@ -1,4 +1,4 @@
-"""The plots of a report, drawn with matplotlib: SVG that follows the page's colours, and files for papers."""
+"""The plots of a report, with matplotlib: SVG that follows the page's colors, and files for papers."""
 
 import io
 from collections import Counter
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = ("#7a7a7a", "#0072b2", "#d55e00", "#009e73", "#a3578a", "#8c6d1f")
-"""Colours of the arms in order, told apart by the colour-blind (after Okabe and Ito) and legible on white and black."""
+"""Colors of the arms in order, safe for color-blind readers (after Okabe and Ito) and legible on white and black."""
 
 
 @dataclass(frozen=True)
 class Ink:
-    """Colours of text and lines."""
+    """Colors of text and lines."""
 
     text: str
     line: str
@@ -31,23 +31,23 @@ class Ink:
 
 ON_WHITE = Ink("#1a1a1a", "#c8c8c8")
 IN_PAGE = Ink("#010203", "#040506")
-"""Stand-ins: `page_svg` puts the page's own colours in their place, so that a plot follows its dark mode."""
+"""Placeholders: `page_svg` replaces them by the page's own colors, so that a plot follows its dark mode."""
 
 MOST_CONFUSED = 12
-"""Options in the confusion plot; rarer ones are gathered under OTHER."""
+"""Maximum number of options in the confusion plot; rarer ones are collected under OTHER."""
 OTHER = "(other)"
 UNPARSED = "(unparsed)"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn plot.
+    """A plot.
 
     Attributes:
         name: File name without suffix.
         title: Heading.
-        caption: What it shows, for those who see it and those who hear it.
-        figure: The drawing.
+        caption: What it shows, also as text for screen readers.
+        figure: The matplotlib figure.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Plot:
     figure: "Figure"
 
     def svg(self) -> str:
-        """The drawing as an ``svg`` element, with real text."""
+        """Render as an ``svg`` element, with real text."""
         import matplotlib
 
         stream = io.StringIO()
@@ -66,19 +66,19 @@ class Plot:
         return text[text.index("<svg") :]
 
     def png(self) -> bytes:
-        """The drawing as a PNG file on white."""
+        """Render as a PNG file on white."""
         stream = io.BytesIO()
         self.figure.savefig(stream, format="png", dpi=200, facecolor="white")
         return stream.getvalue()
 
 
 def page_svg(plot: Plot) -> str:
-    """A plot drawn with `IN_PAGE`, in the colours of the page around it."""
+    """Render a plot made with `IN_PAGE` in the page's colors."""
     return plot.svg().replace(IN_PAGE.text, "var(--ink)").replace(IN_PAGE.line, "var(--line)")
 
 
 def plots(content: Content, comparison: Comparison, ink: Ink) -> list[Plot]:
-    """All plots of a report, in the given ink."""
+    """Create all plots of a report, in the given colors."""
     import matplotlib
 
     settings: dict[Any, Any] = {

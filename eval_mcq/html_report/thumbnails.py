@@ -17,7 +17,7 @@ QUALITY = 80
 
 
 def thumbnail(path: Path, side: int) -> bytes:
-    """An image as JPEG, its longer side at most ``side`` pixels.
+    """Encode an image as JPEG, with its longer side at most ``side`` pixels.
 
     Raises:
         UserError: the image cannot be read.
@@ -30,12 +30,12 @@ def thumbnail(path: Path, side: int) -> bytes:
 
 
 def inlined(paths: Sequence[Path], side: int) -> list[str]:
-    """Data URIs of thumbnails, in the order given."""
+    """Return data URIs of thumbnails, in the given order."""
     return [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in _all(paths, side)]
 
 
 def as_files(paths: Sequence[Path], side: int, folder: Path) -> list[str]:
-    """Names of thumbnails written to an existing folder, in the order given; named after their content."""
+    """Write thumbnails to an existing folder, named by their content, and return their names in the given order."""
     names = []
     for image in _all(paths, side):
         name = f"{hashlib.sha256(image).hexdigest()[:20]}.jpg"

@@ -1,1 +1,1 @@
-"""From answers to figures, and from figures to tables."""
+"""Statistics of answers, and tables."""

@@ -1,4 +1,4 @@
-"""How far a model's probabilities can be believed: expected calibration error, Brier score, reliability bins."""
+"""Calibration of a model's probabilities: expected calibration error, Brier score, reliability bins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Bin:
-    """Questions whose chosen option has a probability in ``(low, high]``.
+    """A bin of questions whose chosen option has a probability in ``(low, high]``.
 
     Attributes:
         low: Lower bound.
@@ -38,7 +38,7 @@ class Calibration:
             probable option.
         brier: Multi-class Brier score (Brier 1950): mean over questions of the summed squared differences between
             the probabilities and 1 for the true, 0 for the other options; 0 is perfect, 2 the worst.
-        bins: For a reliability diagram.
+        bins: Bins of a reliability diagram.
     """
 
     ece: float
@@ -49,10 +49,10 @@ class Calibration:
 def calibration(
     probabilities: Sequence[Sequence[float]], true: Sequence[int], bins: int = BINS
 ) -> Calibration:
-    """Calibration over questions.
+    """Compute the calibration over questions.
 
     Args:
-        probabilities: Of the options of each question, in order; questions may differ in their number.
+        probabilities: Probabilities of each question's options, in order; their number may differ between questions.
         true: Index of the true option of each question.
         bins: Number of bins.
     """

@@ -1,8 +1,8 @@
-"""95 % intervals of shares, gains and averages that hold with few questions, and with several questions per patient.
+"""95 % intervals of shares, gains and averages that are valid for few questions, and for several questions per patient.
 
-All are score intervals: unlike a bootstrap or a normal approximation they do not shrink to a point where every answer
-is right, or where no answer has changed. Questions that share a patient (or an image) count as fewer: their number is
-divided by the design effect, estimated between patients.
+All are score intervals: unlike a bootstrap or a normal approximation they do not shrink to a point if every answer is
+right, or no answer has changed. Questions on the same patient (or image) count less: their number is divided by the
+design effect, estimated between patients.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from scipy.stats import norm
 CONFIDENCE = 0.95
 
 FEWEST = 6
-"""Patients below which no gain is told: if all answers of five change for the better, exact McNemar gives p = 0.06."""
+"""Minimum number of patients for a gain: if all answers of five change for the better, exact McNemar gives p = 0.06."""
 
 _Z = float(norm.isf((1 - CONFIDENCE) / 2))
 
@@ -42,10 +42,10 @@ class Estimate:
 
 
 def wilson(right: float, n: float) -> Interval:
-    """Wilson score interval of a share, sensible at small n and at 0 % and 100 % (Wilson 1927, JASA 22, 209-212).
+    """Compute the Wilson score interval of a share, valid at small n, 0 % and 100 % (Wilson 1927, JASA 22, 209-212).
 
     Args:
-        right: Number of right answers; need not be whole.
+        right: Number of right answers; need not be an integer.
         n: Number of questions.
     """
     square = _Z**2
@@ -57,19 +57,19 @@ def wilson(right: float, n: float) -> Interval:
 
 
 def tango(gained: float, lost: float, n: float) -> Interval:
-    """Score interval of the difference of two shares on the same questions (Tango 1998, Stat Med 17, 891-908).
+    """Compute the score interval of a paired difference of two shares (Tango 1998, Stat Med 17, 891-908).
 
-    All differences that the score test (equation 6 there, McNemar's for a difference of 0) does not reject.
+    It contains all differences that the score test (equation 6 there, McNemar's for a difference of 0) does not reject.
 
     Args:
-        gained: Number of questions that only the second model gets right; need not be whole.
+        gained: Number of questions that only the second model gets right; need not be an integer.
         lost: Number that only the first one gets right.
         n: Number of questions.
     """
     found = (gained - lost) / n
 
     def score(difference: float) -> float:
-        # The most likely share of lost questions, given the difference.
+        # Maximum-likelihood share of lost questions, given the difference.
         b = (2 * n - gained + lost) * difference - gained - lost
         c = -lost * difference * (1 - difference)
         lost_share = (sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
@@ -83,14 +83,14 @@ def tango(gained: float, lost: float, n: float) -> Interval:
 
 
 def design_effect(residuals: Floats, sizes: Floats, groups: Ids) -> float:
-    """How many times the variance of a sum is what it would be if its terms were independent (Kish 1965).
+    """Estimate the design effect: the variance of a sum relative to independent terms (Kish 1965).
 
-    Estimated as between-group over independent variance (Rao and Scott 1992, Biometrics 48, 577-585), and kept between
-    1 and what it is if all terms of a group are the same. That upper end is taken where nothing can be estimated:
-    where no term differs from the mean, and with fewer than `FEWEST` groups.
+    Estimated as between-group over independent variance (Rao and Scott 1992, Biometrics 48, 577-585), and clipped
+    between 1 and its value if all terms of a group are equal. This upper bound is used if nothing can be estimated: if
+    no term differs from the mean, or with fewer than `FEWEST` groups.
 
     Args:
-        residuals: Terms less their mean, shape ``(n,)``.
+        residuals: Terms minus their mean, shape ``(n,)``.
         sizes: Weight of each term, shape ``(n,)``.
         groups: Group of each term, shape ``(n,)``; any numbers.
     """
@@ -105,7 +105,7 @@ def design_effect(residuals: Floats, sizes: Floats, groups: Ids) -> float:
 
 
 def share(right: NDArray[np.bool_], patients: Ids) -> Estimate:
-    """Share of right answers, shape ``(n,)``, with the patient of each question: Wilson at the effective number."""
+    """Estimate the share of right answers, shape ``(n,)``: Wilson with the effective number of questions."""
     values = right.astype(float)
     effective = _effective(values, patients)
     value = float(values.mean())
@@ -113,7 +113,7 @@ def share(right: NDArray[np.bool_], patients: Ids) -> Estimate:
 
 
 def gain(before: NDArray[np.bool_], after: NDArray[np.bool_], patients: Ids) -> Estimate:
-    """Difference of two shares on the same questions, each ``(n,)``: Tango at the effective number."""
+    """Estimate the paired difference of two shares, each ``(n,)``: Tango with the effective number of questions."""
     change = after.astype(float) - before
     effective = _effective(change, patients)
     scale = effective / len(change)
@@ -122,15 +122,15 @@ def gain(before: NDArray[np.bool_], after: NDArray[np.bool_], patients: Ids) -> 
 
 
 def mean(parts: Sequence[Estimate], values: Sequence[Floats], patients: Sequence[Ids]) -> Estimate:
-    """Unweighted mean of shares or gains of several diseases, from their intervals (square-and-add).
+    """Estimate the unweighted mean of shares or gains over diseases, from their intervals (square-and-add).
 
-    The squared distances of the limits add up as variances do (Newcombe 1998, Stat Med 17, 873-890; Zou, Huang and
-    Zhang 2009, Comput Stat Data Anal 53, 1080-1085). Patients with several diseases widen it by the design effect.
+    The squared distances of the limits add up like variances (Newcombe 1998, Stat Med 17, 873-890; Zou, Huang and Zhang
+    2009, Comput Stat Data Anal 53, 1080-1085). Patients with several diseases widen it by the design effect.
 
     Args:
-        parts: Of each disease.
-        values: The answers behind each of them (1 right, 0 wrong, or their difference), shape ``(n,)``.
-        patients: The patients of these.
+        parts: The estimate of each disease.
+        values: The answers of each disease (1 right, 0 wrong, or their difference), shape ``(n,)``.
+        patients: The patients of these answers.
     """
     value = float(np.mean([part.value for part in parts]))
     totals, sizes, groups = [], [], []
@@ -146,10 +146,10 @@ def mean(parts: Sequence[Estimate], values: Sequence[Floats], patients: Sequence
 
 
 def _added(distances: Sequence[float], widened: float) -> float:
-    """Distance of the mean's limit; at most what it is if all diseases rise and fall together."""
+    """Return the distance of the mean's limit; at most that for perfectly correlated diseases."""
     return min(widened * sqrt(sum(d * d for d in distances)), sum(distances)) / len(distances)
 
 
 def _effective(values: Floats, patients: Ids) -> float:
-    """Number of independent questions that say as much as these."""
+    """Return the number of independent questions with the same information."""
     return len(values) / design_effect(values - values.mean(), np.ones(len(values)), patients)

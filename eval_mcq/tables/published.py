@@ -1,4 +1,4 @@
-"""Tables that others published, as data: the printed figures, and the numbers of questions inferred from them."""
+"""Published tables as data: the printed values, and the numbers of questions inferred from them."""
 
 import re
 from decimal import Decimal
@@ -18,24 +18,24 @@ _POINTS = re.compile(r"-?[0-9]{1,3}(\.[0-9]{1,4})?")
 
 def _percent(printed: str) -> str:
     if not _PERCENT.fullmatch(printed):
-        raise ValueError(f"'{printed[:40]}' is no printed percentage, such as 80.17")
+        raise ValueError(f"'{printed[:40]}' is not a printed percentage, such as 80.17")
     return printed
 
 
 def _points(printed: str) -> str:
     if printed and not _POINTS.fullmatch(printed):
-        raise ValueError(f"'{printed[:40]}' is no printed difference, such as 10.9 or -0.4")
+        raise ValueError(f"'{printed[:40]}' is not a printed difference, such as 10.9 or -0.4")
     return printed
 
 
 Percent = Annotated[str, AfterValidator(_percent)]
-"""A printed percentage with its digits."""
+"""A percentage as printed."""
 
 Points = Annotated[str, AfterValidator(_points)]
-"""A printed difference of percentages, or nothing."""
+"""A difference of percentages as printed, or empty."""
 
 MOST = 10_000
-"""Most questions of a disease: every number of right answers among them is looked at."""
+"""Maximum number of questions per disease, because all possible counts are checked."""
 
 PAPER = Path(__file__).parents[1] / "data" / "mgll_table2.json"
 """The multiple-choice table of the MGLL paper."""
@@ -46,10 +46,10 @@ class PublishedRow(BaseModel):
 
     Attributes:
         model: The model.
-        arm: ``base``, or what was done to it.
-        cells: Disease to printed percentage, digits as printed.
+        arm: ``base``, or the method.
+        cells: Disease -> percentage as printed.
         average: Printed macro average.
-        gain: Printed difference to the model's base row; empty in that row itself.
+        gain: Printed difference to the model's base row; empty in the base row.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,11 +65,11 @@ class Published(BaseModel):
     """A printed table.
 
     Attributes:
-        source: Where it was printed.
+        source: Its publication.
         about: What is printed and what is inferred.
         options: Number of options per question.
-        questions: Disease to number of questions, in the order of the columns.
-        rows: Rows of a model stand together, its base first.
+        questions: Disease -> number of questions, in the order of the columns.
+        rows: Rows grouped by model, the base first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,7 +84,7 @@ class Published(BaseModel):
     def _complete(self) -> "Published":
         for row in self.rows:
             if list(row.cells) != list(self.questions):
-                raise ValueError(f"row '{row.model} {row.arm}' has other diseases than 'questions'")
+                raise ValueError(f"row '{row.model} {row.arm}' has different diseases than 'questions'")
         return self
 
     @property
@@ -101,13 +101,13 @@ class Published(BaseModel):
         return models
 
     def count(self, row: PublishedRow, disease: str) -> int:
-        """Number of right answers behind a cell; the nearest one where none fits."""
+        """Return the number of right answers behind a cell; the nearest one if none matches."""
         n = self.questions[disease]
         fitting = counts_behind(row.cells[disease], n)
         return fitting[0] if fitting else round(float(row.cells[disease]) * n / 100)
 
     def fits(self, row: PublishedRow, disease: str) -> bool:
-        """Whether some number of right answers prints as the cell."""
+        """Return whether some number of right answers prints as the cell."""
         return bool(counts_behind(row.cells[disease], self.questions[disease]))
 
 
@@ -115,16 +115,16 @@ def load_published(path: Path = PAPER) -> Published:
     """Read a printed table.
 
     Raises:
-        UserError: no such file, or not of the form.
+        UserError: there is no such file, or it is invalid.
     """
     return parse(Published, read_text(path, "table"), f"table {path}")
 
 
 def counts_behind(printed: str, n: int) -> list[int]:
-    """All numbers of right answers of ``n`` whose percentage prints as this, however halves were rounded.
+    """Return all numbers of right answers of ``n`` whose percentage prints as given, with any rounding of halves.
 
     Args:
-        printed: Percentage with its digits, such as ``"80.17"``.
+        printed: Percentage as printed, such as ``"80.17"``.
         n: Number of questions.
     """
     value = Decimal(printed)

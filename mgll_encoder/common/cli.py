@@ -62,7 +62,7 @@ _spelling = Spelling()
 
 
 def new_app(help_text: str) -> typer.Typer:
-    """A Typer application with this project's settings."""
+    """Create a Typer application with this project's settings."""
     return typer.Typer(
         help=help_text,
         no_args_is_help=True,

@@ -1,4 +1,4 @@
-"""Locks of the operating system (flock): only one process can hold a lock, and it is released however that ends."""
+"""Locks of the operating system (flock): only one process can hold a lock, which is released when the process ends."""
 
 import errno
 import fcntl

@@ -156,7 +156,7 @@ def _take(table: Table, number: int, cells: list[str] | str, skipped: Skipped) -
         skipped.add(
             f"row with {more} cells than columns",
             f"{table.where(number)} has {len(cells)} cells, expected {len(table.columns)} as in the header: "
-            "quote cells that hold a separator",
+            "quote cells that contain a separator",
         )
     else:
         table.rows.append((number, dict(zip(table.columns, cells, strict=True))))

@@ -70,7 +70,7 @@ def read_json(path: Path, what: str = "file") -> dict[str, Any]:
     refuse_pointer(path, text[: len(POINTER)].encode())
     content = parse_json(text, f"{what} {path}" if what != "file" else str(path))
     if not isinstance(content, dict):
-        raise BadDataError(f"{path} holds a JSON {kind_of(content)}: expected an object")
+        raise BadDataError(f"{path} contains a JSON {kind_of(content)}: expected an object")
     return content
 
 

@@ -38,7 +38,7 @@ class PretrainOptions:
         epochs: Passes over the training rows.
         batch_size: Images per step and process.
         lr: Peak learning rate, after 5 % of warm-up; cosine decay to 0.
-        tower_lr: That of the image tower, where it is another: a trained one wants less than a new text tower.
+        tower_lr: Peak learning rate of the image tower if different: a trained one needs less than a new text tower.
         weight_decay: Weight decay of weight matrices; none for norms, biases, embeddings and the temperature.
         select: ``best``: keep the epoch with the highest mAP on the ``val`` rows; ``last``; ``auto``: best if there are
             such rows.

@@ -130,14 +130,14 @@ class TowerTrainer(SoundStates):
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The library's, with a learning rate of its own for the image tower where one was given."""
+        """Create the optimizer, with the image tower's own learning rate if one was given."""
         if self.optimizer is None and self._tower_lr is not None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(self._groups(self._tower_lr), **settings)
         return super().create_optimizer(model)
 
     def _groups(self, tower_lr: float) -> list[dict[str, Any]]:
-        """Parameters by learning rate and weight decay."""
+        """Group parameters by learning rate and weight decay."""
         decaying = set(self.get_decay_parameter_names(self.towers))
         found: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.towers.named_parameters():

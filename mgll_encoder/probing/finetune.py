@@ -184,7 +184,7 @@ def finetune(
 ) -> Finetuned:
     """Train a copy of a tower with a linear head, and score the test images.
 
-    Checkpoints lie in ``cache`` until the end; the same call after a kill goes on with the last whole epoch.
+    Checkpoints are in ``cache`` until the end; after a kill, the same call continues from the last complete epoch.
 
     Args:
         tower: The initial tower; it is not changed.

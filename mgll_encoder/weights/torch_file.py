@@ -200,7 +200,7 @@ def _check_held(
         )
     if weights == "ema" and not found:
         raise BadDataError(
-            f"{path} holds one set of weights and no moving average beside it: expected one under "
+            f"{path} contains one set of weights and no moving average: expected one under "
             f"{', '.join(map(repr, EMA_SETS))}; leave `weights` out"
         )
     if not state:
@@ -208,7 +208,7 @@ def _check_held(
         if isinstance(content, Mapping):
             kind += f" with {', '.join(str(key) for key in list(content)[:5]) or 'nothing'}"
         raise BadDataError(
-            f"{path} holds no weights (found a {kind}): expected a dict of tensors, or one under "
+            f"{path} contains no weights (found a {kind}): expected a dict of tensors, or one under "
             f"{', '.join(repr(name) for name in RAW_SETS)}"
         )
 

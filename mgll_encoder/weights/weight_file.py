@@ -80,11 +80,11 @@ def open_weights(path: Path, weights: WeightSet | None = None) -> WeightFile:
     refuse_adapter(path, "AutoModel", "AutoImageProcessor")
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
     if file is None and (other := other_format(path)):
-        raise BadDataError(f"folder {path} holds no weights: {other}")
+        raise BadDataError(f"folder {path} contains no weights: {other}")
     if file is None:
         present = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise BadDataError(
-            f"folder {path} holds no weights (found: {present}): expected one of {', '.join(FOLDER_FILES)}; "
+            f"folder {path} contains no weights (found: {present}): expected one of {', '.join(FOLDER_FILES)}; "
             "or pass the weight file itself"
         )
     if file.suffix == ".json":

@@ -97,7 +97,7 @@ def test_a_form_names_its_first_fault(tmp_path: Path) -> None:
 
 def test_an_object_is_expected(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[1]")
-    with pytest.raises(UserError, match="holds a JSON list: expected an object"):
+    with pytest.raises(UserError, match="contains a JSON list: expected an object"):
         read_json(tmp_path / "x.json")
     with pytest.raises(UserError, match="does not exist"):
         read_json(tmp_path / "y.json")

@@ -129,7 +129,7 @@ def test_a_table_of_ones_own_is_checked(eval_mcq, tmp_path):
     assert "4 of 10 cells cannot reach" in eval_mcq.out
     del data["rows"][0]["cells"]["CSR"]
     path.write_text(json.dumps(data))
-    assert "row 'InstructBLIP base' has other diseases than 'questions'" in eval_mcq.refuses(
+    assert "row 'InstructBLIP base' has different diseases than 'questions'" in eval_mcq.refuses(
         "audit", "--table", path
     )
 
@@ -137,11 +137,11 @@ def test_a_table_of_ones_own_is_checked(eval_mcq, tmp_path):
 @pytest.mark.parametrize(
     ("row", "field", "value", "said"),
     [
-        (0, "cells", "n/a", "'n/a' is no printed percentage, such as 80.17"),
-        (0, "cells", "101", "is no printed percentage"),
-        (0, "cells", "1e5", "is no printed percentage"),
-        (0, "average", "NaN", "is no printed percentage"),
-        (1, "gain", "much", "is no printed difference"),
+        (0, "cells", "n/a", "'n/a' is not a printed percentage, such as 80.17"),
+        (0, "cells", "101", "is not a printed percentage"),
+        (0, "cells", "1e5", "is not a printed percentage"),
+        (0, "average", "NaN", "is not a printed percentage"),
+        (1, "gain", "much", "is not a printed difference"),
         (None, "questions", 0, "greater than or equal to 1 .found 0."),
         (None, "questions", 10**12, "less than or equal to"),
         (None, "questions", "n", "should be a valid integer"),

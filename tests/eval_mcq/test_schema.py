@@ -125,5 +125,5 @@ def test_a_damaged_or_foreign_parquet_bench_is_refused(tmp_path):
         {HEADER: bench.header.model_dump_json(by_alias=True)}
     )
     pyarrow.parquet.write_table(table, path)
-    with pytest.raises(UserError, match="holds a bytes, where a bench has text"):
+    with pytest.raises(UserError, match="contains a bytes, but a bench has only text"):
         load_bench(path)

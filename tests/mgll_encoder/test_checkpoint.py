@@ -294,9 +294,9 @@ CASES: dict[Callable[[Path], Path], str] = {
     malicious_pickle: "{path} would create objects other than tensors on loading (",
     malicious_legacy: "{path} would create objects other than tensors on loading (",
     torchscript: "{path} is damaged or not a checkpoint (no module in it has a tensor): copy or download it again",
-    a_list: "{path} holds no weights (found a list): expected a dict of tensors, or one under 'model', 'state_dict', "
-    "'model_state_dict', 'module'",
-    nothing_inside: "{path} holds no weights (found a dict with epoch, model): expected a dict of tensors, or one "
+    a_list: "{path} contains no weights (found a list): expected a dict of tensors, or one under 'model', "
+    "'state_dict', 'model_state_dict', 'module'",
+    nothing_inside: "{path} contains no weights (found a dict with epoch, model): expected a dict of tensors, or one "
     "under 'model', 'state_dict', 'model_state_dict', 'module'",
     language_model: "{path}: no vision tower that is read here among 2 tensors, this looks like a language model: "
     "expected a CLIP ViT, DINOv2, DINOv2 with registers, SigLIP or ViT with keys such as 'visual.conv1.weight' or "
@@ -332,7 +332,7 @@ CASES: dict[Callable[[Path], Path], str] = {
     "MLLM belongs to ",
     no_json: "{path}/config.json is not JSON: ",
     wrong_type: "{path}/config.json is no valid config of a CLIP ViT: ",
-    no_weights: "folder {path} holds no weights (found: config.json): expected one of model.safetensors.index.json, ",
+    no_weights: "folder {path} contains no weights (found: config.json): expected one of model.safetensors.index.json",
     lost_shard: "{path}/model.safetensors.index.json names the shard 'model-00002-of-00007.safetensors', which is not "
     "in {path}: complete the download",
     mixed_index: "{path}/model.safetensors.index.json: field 'weight_map' is missing or empty: expected tensor names",

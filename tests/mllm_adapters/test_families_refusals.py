@@ -49,7 +49,7 @@ def cut(folder: Path) -> None:
 
 DAMAGES: Mapping[str, tuple[Change, tuple[str, ...]]] = {
     "no JSON": (lambda f: config_of(f).write_text("{"), ("config.json is not JSON",)),
-    "a list": (lambda f: config_of(f).write_text("[1]"), ("config.json holds a JSON list",)),
+    "a list": (lambda f: config_of(f).write_text("[1]"), ("config.json contains a JSON list",)),
     "quantised": (
         lambda f: edited(f, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         ("quanti", "unquantized"),

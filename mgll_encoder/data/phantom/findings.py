@@ -17,7 +17,7 @@ PIGMENT: Color = (0.10, 0.05, 0.04)
 
 @dataclass
 class Anatomy:
-    """What is drawn before any lesion; lengths in units of the field's radius.
+    """The anatomy without lesions; lengths in units of the field's radius.
 
     Attributes:
         temporal: +1 where the temple is to the right of the picture (left eye), -1 for a right eye.

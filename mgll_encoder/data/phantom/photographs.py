@@ -97,8 +97,8 @@ def _paint_retina(canvas: Canvas, eye: Anatomy) -> None:
 
 def _paint_disc(canvas: Canvas, eye: Anatomy) -> None:
     if eye.crescent:
-        beside = (eye.disc[0] + eye.temporal * eye.disc_radius * eye.crescent * 0.5, eye.disc[1])
-        atrophy = canvas.distance(beside, 0.85) / (eye.disc_radius * (1 + 0.35 * eye.crescent))
+        adjacent = (eye.disc[0] + eye.temporal * eye.disc_radius * eye.crescent * 0.5, eye.disc[1])
+        atrophy = canvas.distance(adjacent, 0.85) / (eye.disc_radius * (1 + 0.35 * eye.crescent))
         canvas.blend(0.85 * edge(atrophy, 0.05), (0.98, 0.88, 0.70))
     distance = canvas.distance(eye.disc, eye.disc_ratio) / eye.disc_radius
     canvas.blend(0.30 * np.exp(-((distance / 1.6) ** 2)), (0.98, 0.66, 0.36))
