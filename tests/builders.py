@@ -87,7 +87,7 @@ def tiny_llava(folder: Path, seed: int = 0) -> Path:
 
 
 def picture(folder: Path, name: str, color: tuple[int, int, int] = (200, 80, 40), size: int = 40) -> Path:
-    """Write a plain-coloured PNG."""
+    """Write a uniformly colored PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     Image.new("RGB", (size, size), color).save(path)
@@ -97,7 +97,7 @@ def picture(folder: Path, name: str, color: tuple[int, int, int] = (200, 80, 40)
 def sparse_checkpoint(
     folder: Path, config: Mapping[str, object], tensors: Mapping[str, Sequence[int]], dtype: str = "F16"
 ) -> Path:
-    """Write a checkpoint of full size whose tensors are a hole in the file: headers are real, bytes take no space."""
+    """Write a full-size checkpoint whose tensors are a hole in a sparse file: real headers, no disk space."""
     folder.mkdir(parents=True, exist_ok=True)
     sparse_file(folder / "model.safetensors", {name: (dtype, shape) for name, shape in tensors.items()})
     (folder / "config.json").write_text(json.dumps(config))
@@ -109,7 +109,7 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def sparse_file(file: Path, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> Path:
-    """Write a weight file of full size, tensor name -> (dtype, shape), whose values are a hole in it.
+    """Write a full-size weight file, tensor name -> (dtype, shape), whose values are a hole in a sparse file.
 
     A ``.bin`` file is torch.save's own, which leaves out the bytes of storages that are none
     (`torch.serialization.skip_data`).
@@ -143,7 +143,7 @@ def sparse_shards(
     weight_map: Mapping[str, str],
     total_size: int | None = None,
 ) -> Path:
-    """Write a checkpoint of full size in the shards of an index, likewise without values."""
+    """Write a full-size sharded checkpoint with an index, also without values."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: dict[str, dict[str, tuple[str, Sequence[int]]]] = {}
     for name, shard in weight_map.items():

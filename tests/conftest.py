@@ -1,4 +1,4 @@
-"""Fixtures: tiny real models, made once per session; the golden reference vectors and real photographs."""
+"""Fixtures: tiny real models, built once per session; the golden reference vectors and real photographs."""
 
 import os
 from pathlib import Path
@@ -67,7 +67,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The key of patients' pseudonyms, the same in all tests but those that are about keys."""
+    """The key of patients' pseudonyms, the same in all tests except those about keys."""
     file = tmp_path_factory.mktemp("key") / "key"
     file.write_text("5e" * 32 + "\n")
     os.environ["MGLL_KEY_FILE"] = str(file)

@@ -1,4 +1,4 @@
-"""Environments with a part of the packages only: links to those that are installed here."""
+"""Environments with only some of the packages, as links to the installed ones."""
 
 import os
 import re
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def requirements(distribution: str, extra: str = "") -> list[Requirement]:
-    """What a distribution asks for, with one of its extras."""
+    """Requirements of a distribution with one of its extras."""
     found = map(Requirement, installed_distribution(distribution).requires or ())
     return [one for one in found if one.marker is None or one.marker.evaluate({"extra": extra})]
 
@@ -68,7 +68,7 @@ def environment(folder: Path, *extras: str, wheel: Path | None = None) -> Path:
 
 
 def installed(folder: Path, name: str, version: str, text: str = "") -> None:
-    """Make a distribution look as if it were installed in a folder on the path; its code is another's."""
+    """Make a distribution look as if it were installed in a folder on the path, with other code."""
     place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     place.mkdir(parents=True)
     text = text or f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"

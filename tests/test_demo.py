@@ -1,4 +1,4 @@
-"""`make demo` at sizes that teach nothing: every command of the way from pictures to the table runs."""
+"""`make demo` at tiny sizes: every command from pictures to the table runs."""
 
 import subprocess
 import sys

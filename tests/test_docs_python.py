@@ -1,4 +1,4 @@
-"""The examples of docs/python.md run as they stand, one after the other, in a folder with what they name."""
+"""The examples of docs/python.md run unchanged, in order, in a folder with the files that they name."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Nothing of a folder that somebody else made is run, and nobody is asked whether it may be."""
+"""No code of a foreign folder is run, and the user is not prompted."""
 
 import ast
 import io
@@ -64,7 +64,7 @@ def _is_told(call: ast.Call) -> bool:
 
 
 class Terminal(io.StringIO):
-    """Somebody who says yes to everything, and whether anybody asked."""
+    """A terminal that answers yes to every prompt, and records whether there was one."""
 
     asked = False
 
@@ -75,7 +75,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the code of hostile folders would write; it must not have, and nobody may have been asked."""
+    """The file that the code of hostile folders would write; fails if it exists or if there was a prompt."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdin", terminal)
     yield tmp_path / "marker"
@@ -84,7 +84,7 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def hostile(source: Path, file: str, marker: Path) -> Path:
-    """A copy of a model folder that comes with code and asks for it in one of its configurations."""
+    """A copy of a model folder that contains code and names it in one of its configurations."""
     folder = Path(shutil.copytree(source, marker.parent / "hostile"))
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
     settings = json.loads((folder / file).read_text()) | HOSTILE[file]

@@ -1,4 +1,4 @@
-"""How often a swap, a retraining and an evaluation open what they read. Each limit says what the opens are for."""
+"""How often a swap, a retraining and an evaluation open their inputs. Each limit is explained."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Words about patients are planted in all that goes in, and looked for in all that comes out.
+"""Words about patients are planted in all inputs, and searched in all outputs.
 
 ``pytest tests/test_privacy.py -s -m ''`` prints the table of what was planted and where it was looked for: every file
 that the commands wrote (raw bytes; what is inside archives, Parquet and base64; the metadata of every picture), what
@@ -55,7 +55,7 @@ DISEASES = {"AMD": "age-related macular degeneration", "DR": "diabetic retinopat
 
 @pytest.fixture
 def hospital(tmp_path: Path, photographs: Path) -> Path:
-    """A folder of photographs, their table and radiographs, with words about patients in every corner."""
+    """A folder of photographs, their table and radiographs, with words about patients everywhere."""
     folder = tmp_path / "hospital"
     sources = sorted(photographs.rglob("*.jpg"))
     rows = []
@@ -86,7 +86,7 @@ def hospital(tmp_path: Path, photographs: Path) -> Path:
 
 
 def marked(source: Path, target: Path, number: int) -> None:
-    """A copy of a photograph, a little darker with its number, with words where a format has room for them."""
+    """A copy of a photograph, slightly darker with its number, with words in all metadata of its format."""
     target.parent.mkdir(parents=True, exist_ok=True)
     image = Image.open(source).convert("RGB").resize((64, 64)).point(lambda value: max(0, value - number))
     words, chunk = PLANTED["EXIF, XMP and comment of a JPEG"], PLANTED["text chunks of a PNG"]
@@ -118,7 +118,7 @@ class Ward:
 
 
 def everything(path: Path) -> Iterator[tuple[str, bytes]]:
-    """A file's bytes, and all that is packed into it: of which kind, and its bytes."""
+    """A file's bytes and everything packed into it, as (kind, bytes)."""
     data = path.read_bytes()
     yield "raw", data
     if zipfile.is_zipfile(path):
@@ -146,7 +146,7 @@ def bytes_in(value: object) -> Iterator[bytes]:
 
 
 def words_of(picture: bytes) -> bytes | None:
-    """All that a picture says besides its pixels; None for what is none."""
+    """All metadata of a picture; None if the file is not a picture."""
     try:
         with Image.open(io.BytesIO(picture)) as image:
             image.load()
@@ -156,7 +156,7 @@ def words_of(picture: bytes) -> bytes | None:
 
 
 def found_in(files: list[Path], top: Path) -> tuple[dict[str, set[str]], int]:
-    """Planted string -> where it is; and the number of pictures that were looked at."""
+    """Planted string -> its locations; and the number of pictures searched."""
     found: dict[str, set[str]] = {word: set() for word in PLANTED.values()}
     pictures = 0
     for file in files:
@@ -174,7 +174,7 @@ def found_in(files: list[Path], top: Path) -> tuple[dict[str, set[str]], int]:
 
 
 def look_everywhere(ward: Ward, cache: Path) -> None:
-    """Nothing that was planted is anywhere; prints the table."""
+    """Check that no planted string occurs anywhere, and print the table."""
     grid = Table(
         "planted in", "string", "outputs", "printed", "cache", title="Planted strings, and where they are"
     )
@@ -208,7 +208,7 @@ def look_everywhere(ward: Ward, cache: Path) -> None:
 
 @pytest.fixture
 def ward(hospital: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ward:
-    """Data sets and benches, made of the hospital's files."""
+    """Data sets and benchmarks built from the hospital's files."""
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What every command does alike: exit codes, one-line errors, outputs whole or not at all."""
+"""Behavior shared by all commands: exit codes, one-line errors, outputs complete or not at all."""
 
 from pathlib import Path
 

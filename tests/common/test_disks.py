@@ -1,4 +1,4 @@
-"""What the operating system refuses is the user's to mend: exit code 2, one line, nothing half-written."""
+"""Errors of the operating system are the user's to fix: exit code 2, one line, nothing half-written."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ def command(action) -> object:
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """A limit of 60 kB a file, as a full disk without the rights to mount one."""
+    """A limit of 60 kB per file, which acts like a full disk and needs no rights to mount one."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, old[1]))
     yield

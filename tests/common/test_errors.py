@@ -1,4 +1,4 @@
-"""Mistakes are exceptions by cause, all of one kind."""
+"""User errors are exceptions by cause, all with the same base class."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Parts that are not installed, and versions that cannot work together: told in one line before work begins."""
+"""Missing optional packages and incompatible versions: reported in one line before work begins."""
 
 import ast
 import re
@@ -117,7 +117,7 @@ def test_a_first_swap_needs_nothing_but_the_core(core: Path, tmp_path: Path) -> 
 
 
 def test_every_package_that_is_imported_is_asked_for() -> None:
-    """By the core or by an extra; what is installed only because others need it may be gone tomorrow."""
+    """By the core or by an extra; a package that is only an indirect dependency may disappear."""
     asked = {
         re.sub(r"[-_.]+", "-", one.name).lower()
         for extra in (metadata.metadata(environments.PACKAGE).get_all("Provides-Extra") or ())
@@ -145,7 +145,7 @@ def test_every_package_that_is_imported_is_asked_for() -> None:
 
 @pytest.fixture
 def versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Installs packages in other versions, as far as their metadata goes; everything else is what is here."""
+    """Fakes installed versions of packages through their metadata; everything else is real."""
 
     def install(requires: str = "", **found: str) -> None:
         for name, version in found.items():
@@ -209,7 +209,7 @@ def test_a_torch_that_torchvision_was_not_built_for_stops_a_swap_before_it_begin
 
 
 def test_a_pair_within_our_ranges_is_mended_by_the_version_that_is_asked_for(versions) -> None:
-    """Where both are what we ask for, installing this package again would change nothing."""
+    """If both versions satisfy our ranges, reinstalling this package would change nothing."""
     versions("Requires-Dist: accelerate>=1.99\n", peft=metadata.version("peft"))
     mended = r"peft \S+ needs accelerate>=1\.99, but \S+ is installed: pip install 'accelerate>=1\.99'$"
     with pytest.raises(UserError, match=mended):

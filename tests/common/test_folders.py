@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all: locks, what killed processes leave behind, what comes back."""
+"""Outputs that appear complete or not at all: locks, leftovers of killed processes, restored outputs."""
 
 import os
 import signal
@@ -95,7 +95,7 @@ def test_a_folder_that_was_about_to_be_replaced_comes_back(tmp_path: Path) -> No
 def test_what_a_kill_left_is_cleared_away_from_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed once more while clearing, a complete leftover must not keep its config.json and lose its weights."""
+    """If the cleanup is killed, too, a complete leftover must not keep its config.json without its weights."""
     left = tmp_path / ".out.partial-abcdefgh"
     (left / "text").mkdir(parents=True)
     for written, name in enumerate(("model.safetensors", "text/a.json", "README.md", "config.json")):

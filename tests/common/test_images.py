@@ -1,4 +1,4 @@
-"""Pictures as people have them, read alike by every command."""
+"""Pictures in common formats, read alike by every command."""
 
 import os
 from collections.abc import Callable

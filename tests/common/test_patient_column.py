@@ -1,4 +1,4 @@
-"""Somebody forgets --patient-column, in one command or in the other: both split alike, or none goes on."""
+"""A user forgets --patient-column in one of two commands: both make the same split, or stop."""
 
 import csv
 import json

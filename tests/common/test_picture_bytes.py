@@ -1,4 +1,4 @@
-"""Pictures are handed out without what people and cameras wrote into them, and are told again afterwards."""
+"""Exported pictures have no metadata, and are still recognized as the same pictures."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""A library prints nothing: what it tells are log records, and progress is shown by whoever wants it."""
+"""The library prints nothing: messages are log records, and progress is shown only on request."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

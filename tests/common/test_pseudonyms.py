@@ -1,4 +1,4 @@
-"""Somebody shares a manifest, and nobody who gets it can tell a patient by guessing ids."""
+"""A manifest is shared, and no recipient can identify a patient by guessing ids."""
 
 import hashlib
 import re

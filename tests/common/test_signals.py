@@ -1,4 +1,4 @@
-"""What ends a command from outside: its temporary files go, and the exit code says which signal it was."""
+"""A command ended by a signal removes its temporary files, and its exit code names the signal."""
 
 import signal
 import subprocess
@@ -32,7 +32,7 @@ WAIT = "print('ready', flush=True); time.sleep(60)"
 
 
 def as_in_the_foreground() -> None:
-    """Shells let what they start in the background ignore these; the tests may have been started so."""
+    """Shells make background processes ignore these signals; the tests may run in the background."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -64,7 +64,7 @@ def test_a_command_that_is_told_to_end_clears_away(number: int, code: int, tmp_p
 
 
 def test_told_twice_it_still_clears_away(tmp_path: Path) -> None:
-    """Slurm tells every process, and torchrun its own once more."""
+    """Slurm signals every process, and torchrun signals its own again."""
     slow = """
         try:
             print('ready', flush=True); time.sleep(60)
@@ -80,7 +80,7 @@ def test_told_twice_it_still_clears_away(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("module", "step"), [("locks", "_acquire"), ("files", "_new_sibling")])
 def test_a_signal_between_making_and_holding_leaves_nothing(tmp_path: Path, module: str, step: str) -> None:
-    """It arrives between any two steps: here when the lock or the folder has been made and nobody knows yet."""
+    """A signal may arrive anywhere: here just after the lock or the folder was created, before it is registered."""
     program = textwrap.dedent(PROGRAM).replace("{action}", "pass") + textwrap.dedent(
         f"""
         from mgll_encoder.common import {module}
@@ -134,7 +134,7 @@ def test_an_error_that_the_signal_caused_is_not_told_as_ours(tmp_path: Path) -> 
 
 
 def test_a_signal_that_comes_while_something_is_destroyed_is_not_lost(tmp_path: Path) -> None:
-    """Python lets no exception out of a destructor, or of what is called around a fork."""
+    """Python drops exceptions in destructors and fork callbacks."""
     destroyed = """
         class Slow:
             def __del__(self):
@@ -150,7 +150,7 @@ def test_a_signal_that_comes_while_something_is_destroyed_is_not_lost(tmp_path: 
 
 
 def test_workers_end_when_their_pool_does(tmp_path: Path) -> None:
-    """A pool ends its workers with SIGTERM: no tracebacks of theirs."""
+    """A pool ends its workers with SIGTERM; they print no tracebacks."""
     pool = """
         with multiprocessing.get_context('fork').Pool(2) as pool:
             pool.map(abs, [1, 2])

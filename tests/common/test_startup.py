@@ -1,4 +1,4 @@
-"""What needs neither torch nor transformers does not wait for them: imports, help, versions, mistakes in paths."""
+"""What needs neither torch nor transformers does not import them: imports, help, versions, wrong paths."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ print(json.dumps(told))
 
 
 def fresh(program: str, *arguments: str) -> str:
-    """What a program prints that nothing has been imported for."""
+    """Return what a program prints in a fresh process."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

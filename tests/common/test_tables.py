@@ -1,4 +1,4 @@
-"""Somebody brings a label table as it came out of Excel, R, pandas or a colleague's mail."""
+"""Label tables as exported by Excel, R or pandas, or received by mail."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Settings that cannot be meant are refused in one line: JSON and YAML are read strictly."""
+"""Invalid or ambiguous settings are refused in one line: JSON and YAML are read strictly."""
 
 from pathlib import Path
 

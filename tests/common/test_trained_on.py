@@ -1,4 +1,4 @@
-"""Weights carry what they were trained on, so that nobody tests on it by mistake."""
+"""Weights carry a record of their training images, so that nobody tests on these by mistake."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Work in processes that may be killed by what they work on."""
+"""Work in processes that may be killed by their input."""
 
 import os
 import signal

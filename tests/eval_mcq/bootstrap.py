@@ -1,4 +1,4 @@
-"""A percentile bootstrap over patients: what intervals are held against where there are hundreds of patients."""
+"""A percentile bootstrap over patients: the reference for intervals with hundreds of patients."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the published counts can and cannot support, worked out and not copied."""
+"""What the published counts can and cannot support, computed rather than copied."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Questions from the label files that people have; and what must hold for any table of labels."""
+"""Questions from published label files, and invariants for any table of labels."""
 
 import csv
 import hashlib
@@ -193,7 +193,7 @@ def test_hard_distractors_come_from_the_group_first(tmp_path):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_what_holds_for_any_table_of_labels(tmp_path, seed):
-    """Random multi-label tables: one true option, no true distractor, even positions, whole patients, same again."""
+    """Random multi-label tables: one true option, no true distractor, even positions, splits by patient, repeatable."""
     generator = np.random.default_rng(seed)
     preset = load_preset("fundus10").model_copy(update={"options": int(generator.integers(2, 5))})
     diseases = preset.diseases

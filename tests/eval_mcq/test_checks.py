@@ -22,7 +22,7 @@ def bench(tmp_path):
 
 
 def blind(folder):
-    """A model whose projector gives nothing, as after a swap that lost it."""
+    """A model whose projector outputs zeros, as after a broken swap."""
     write_tiny_llava(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_what_was_seen_is_written_with_intervals(eval_mcq, tiny_llava, bench, tm
 
 
 def edited(file, **after):
-    """A provenance with other figures of the tower."""
+    """A provenance with a different tower geometry."""
     made = json.loads(file.read_text())
     made["plan"]["after"] |= after
     file.write_text(json.dumps(made))

@@ -1,4 +1,4 @@
-"""The user's path: labels, bench, run, table, comparison; and what happens when something is wrong."""
+"""The user's workflow: labels, benchmark, run, table, comparison; and its errors."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What is shared between questions changes no answer, in any family; and what cannot be shared is not."""
+"""Sharing computation between questions changes no answer, in any family; if it would, it is not used."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def asks(items: list[MCQItem], rotations: int) -> list[Ask]:
 
 @torch.no_grad()
 def by_definition(scorer: Scorer, ask: Ask, image: Image.Image) -> list[float]:
-    """One question by itself, the whole forward pass: logits of the letters at the end, in the original order."""
+    """A full forward pass of a single question: logits of the letters at the end, in the original order."""
     prompt, tokenizer = scorer.prompt(ask.item, ask.rotation), scorer.processor.tokenizer
     starts = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
     batch = scorer.processor(text=prompt, images=[image], return_tensors="pt", add_special_tokens=not starts)
@@ -146,7 +146,7 @@ def test_an_image_passes_the_tower_once_whatever_is_asked_about_it(tiny_llava):
 
 
 def test_a_model_that_another_mask_would_mislead_is_asked_plainly(tiny_llava, caplog, monkeypatch):
-    """Negative control of the check at the start: a way with wrong positions is found out."""
+    """Negative control of the initial check: a strategy with wrong positions is detected."""
     right = Engine._positions
     monkeypatch.setattr(Engine, "_positions", lambda *given: right(*given) * 2)
     scorer, (image,) = Scorer(*load_mllm(tiny_llava, dtype=torch.float32)), pictures(1)

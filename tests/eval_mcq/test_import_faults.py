@@ -1,4 +1,4 @@
-"""Question files as labs have them: options with letters of their own, wrapped base64, and bad rows among good ones."""
+"""Question files in use: options with their own letters, wrapped base64, and invalid rows among valid ones."""
 
 import base64
 import csv

@@ -1,4 +1,4 @@
-"""Questions from other tools and back: nothing lost, nothing guessed, nothing half."""
+"""Round trips of questions to other tools: nothing is lost, guessed, or half-written."""
 
 import base64
 import csv
@@ -51,7 +51,7 @@ def tsv_row(index, image, **changes):
 
 @pytest.fixture
 def odd_bench(tmp_path):
-    """Questions full of tabs, quotes, line breaks and signs; three share an image, one has two."""
+    """Questions full of tabs, quotes, line breaks and symbols; three share an image, one has two."""
     for i in range(3):
         picture(tmp_path / "pix", f"ä {i}.png", (i, 90, 20 * i))
     questions = [
@@ -268,7 +268,7 @@ def test_two_questions_with_one_id_are_refused(eval_mcq, tmp_path):
 
 
 def bomb() -> bytes:
-    """A PNG of a few bytes that says it has 20000 x 20000 pixels."""
+    """A PNG of a few bytes that claims to have 20000 x 20000 pixels."""
     data = bytearray(png())
     data[16:24] = (20000).to_bytes(4, "big") * 2
     import zlib

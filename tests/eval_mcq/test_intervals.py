@@ -1,4 +1,4 @@
-"""Intervals with few questions and with several questions per patient: they hold, and never claim certainty."""
+"""Intervals with few questions and with several questions per patient: their coverage is right, and never 100 %."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def test_without_any_change_tango_has_a_closed_form(n):
     "counts", [(3, 0, 9), (5, 2, 13), (1, 7, 21), (0, 4, 40), (30, 22, 90), (2.4, 0.6, 5.5)]
 )
 def test_the_limits_of_tango_are_where_the_score_test_rejects(counts):
-    """The most likely trinomial with a given difference, found by search; the score there is the quantile."""
+    """The maximum-likelihood trinomial with a given difference, found by search; its score is the quantile."""
     gained, lost, n = counts
     for limit, sign in zip(bounds(tango(*counts)), (1, -1), strict=True):
 
@@ -82,7 +82,7 @@ def test_tango_says_zero_is_possible_where_mcnemar_does():
 
 @pytest.mark.parametrize("n", [6, 10, 20])
 def test_tango_covers_the_truth_with_few_questions(n):
-    """Every outcome of n questions, weighted; a percentile bootstrap covers a tenth of that where little changes."""
+    """All outcomes of n questions, weighted; a percentile bootstrap covers only a tenth if few answers change."""
     outcomes = [(g, k) for g in range(n + 1) for k in range(n + 1 - g)]
     limits = {outcome: bounds(tango(*outcome, n)) for outcome in outcomes}
     coverage = []
@@ -129,7 +129,7 @@ def test_copies_of_an_answer_add_nothing():
 @pytest.mark.parametrize("eyes", [1, 2])
 @pytest.mark.parametrize("shared", [False, True])
 def test_with_hundreds_of_patients_they_are_those_of_a_bootstrap_over_patients(eyes, shared):
-    """Two arms, three diseases; both eyes of a patient much alike, patients with one disease or with all three."""
+    """Two arms, three diseases; correlated eyes of a patient, patients with one disease or all three."""
     draw = np.random.default_rng(5)
     n = 300
     patients = np.repeat(np.arange(n), eyes)
@@ -190,7 +190,7 @@ def test_an_average_of_perfect_answers_is_not_certain():
 
 @pytest.fixture
 def few():
-    """Four questions of one disease and eight of another; nothing changes but two answers of the first."""
+    """Four questions of one disease and eight of another; only two answers of the first change."""
     return compare(
         {
             "base": run_of_counts({"CSR": (2, 4), "DR": (8, 8)}),

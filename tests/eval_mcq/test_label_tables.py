@@ -1,4 +1,4 @@
-"""Somebody has one label table: probe, data fundus and eval-mcq build read it alike, whatever it looks like."""
+"""A label table of any supported form is read alike by probe, data fundus and eval-mcq build."""
 
 import json
 from collections import Counter
@@ -28,10 +28,10 @@ class Kind:
 
     Attributes:
         content: Its text or bytes.
-        options: What must be said to read it.
+        options: Options needed to read it.
         left_out: Row counts by reason.
         labels: How often each label is then true.
-        uncertain: Cells that are left open.
+        uncertain: Uncertain cells.
     """
 
     content: str | bytes
@@ -176,7 +176,7 @@ def test_three_commands_read_a_table_alike(eval_mcq, images: Path, tmp_path: Pat
 
 
 def test_all_three_refuse_alike(eval_mcq, images: Path, tmp_path: Path) -> None:
-    """A class made of two others, two columns of one name, columns of another sheet."""
+    """A class that consists of two others, duplicate columns, columns of another sheet."""
     table, out = tmp_path / "labels.csv", tmp_path / "x.jsonl"
     probe = ("probe", "--encoder", tmp_path, "--data", table, "--images", images)
     fundus = (

@@ -1,4 +1,4 @@
-"""Somebody tests a model on images that it was trained on: refused, or said wherever its figures stand."""
+"""A model is tested on its training images: refused, or noted wherever its results are shown."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def bench(tmp_path):
 
 @pytest.fixture
 def model(tiny_llava, bench, tmp_path):
-    """A model whose tower saw five images of the bench, and whose projector saw three, two of them others."""
+    """A model whose tower was trained on five of the images, and its projector on three, two of them others."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_llava, folder)
     seen = [picture_digest(bench.parent / f"{i}.png") for i in range(7)]

@@ -1,4 +1,4 @@
-"""Run folders that were damaged on disk: one line that names file and field, never a table of nonsense."""
+"""Damaged run folders: one line that names file and field, never a wrong table."""
 
 import json
 

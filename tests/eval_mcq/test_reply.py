@@ -1,4 +1,4 @@
-"""The parser of written replies: letters where they answer, names where they are exact, and nothing else."""
+"""The answer parser: explicit letters, exact names, and nothing else."""
 
 from itertools import product
 
@@ -65,7 +65,7 @@ def test_a_disease_is_read_by_its_name_and_never_by_its_initial(template):
 
 @pytest.mark.parametrize("template", NAME_REPLIES)
 def test_a_disease_that_is_not_offered_is_nothing(template):
-    """Negative control: whatever its initial, none of A-D is chosen."""
+    """Negative control: none of A-D is chosen, whatever the initial."""
     options = ["drusen", "papilledema", "epiretinal membrane", "normal fundus"]
     for name in (*DISEASES, *FULL):
         assert parse_reply(template.format(name), options) is None

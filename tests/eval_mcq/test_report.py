@@ -1,4 +1,4 @@
-"""eval-mcq report, looked at with a real browser."""
+"""eval-mcq report in a real browser."""
 
 import html
 import json
@@ -174,7 +174,7 @@ def test_scrolling_brings_the_other_questions(page):
 
 
 def test_a_window_that_shows_all_of_the_list_is_filled_without_scrolling(page):
-    """The end of the list never leaves it, so that no scrolling tells of it."""
+    """The end of the list stays in view, so that no scroll event occurs."""
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": 3000, "height": 60_000, "deviceScaleFactor": 0.1, "mobile": False},
@@ -216,7 +216,7 @@ def test_text_has_enough_contrast_in_both_colour_schemes(page, scheme):
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2 contrast ratio of two #rrggbb colours."""
+    """WCAG 2 contrast ratio of two #rrggbb colors."""
 
     def luminance(color: str) -> float:
         parts = [int(color.strip()[i : i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -39,7 +39,7 @@ def model_scorer(tiny_llava):
 
 @pytest.fixture
 def asked(model_scorer, monkeypatch) -> list[int]:
-    """How many rows the model was asked, batch by batch."""
+    """Number of rows per batch that the model scored."""
     counts, answer = [], model_scorer.answer
     monkeypatch.setattr(
         model_scorer, "answer", lambda batch: counts.append(sum(len(p.rows) for p in batch)) or answer(batch)
@@ -49,7 +49,7 @@ def asked(model_scorer, monkeypatch) -> list[int]:
 
 @pytest.fixture
 def put(bench, tiny_llava, model_scorer, tmp_path):
-    """Put the questions to the tiny model; ``put.loads`` counts how often it was loaded."""
+    """Run the benchmark on the tiny model; ``put.loads`` counts how often it was loaded."""
 
     def load():
         run.loads += 1
@@ -80,7 +80,7 @@ def files(folder) -> dict[str, bytes]:
 
 
 def killed_while_writing(run, batches: int) -> None:
-    """Run in a process of its own that is killed, by SIGKILL, halfway through writing a batch."""
+    """Run in a separate process that is killed by SIGKILL halfway through writing a batch."""
     if child := os.fork():
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         return
@@ -172,7 +172,7 @@ def test_a_row_that_was_written_twice_is_dropped(put, tmp_path):
 
 @pytest.fixture
 def writing_process(put, model_scorer, tmp_path):
-    """A process of its own that has begun the run "run" and goes on when ``tmp_path/go`` is there; its exit code."""
+    """Start the run "run" in a separate process that continues when ``tmp_path/go`` exists; yield its exit code."""
     child = os.fork()
     if child == 0:
         code, answer = 1, model_scorer.answer

@@ -17,7 +17,7 @@ def questions(tmp_path):
 
 
 def one_by_one(model_scorer: Scorer, items, images) -> list[list[float]]:
-    """The definition, without batch, padding or shortcut: logits of the letters at the end of the prompt."""
+    """The definition without batching, padding or shortcuts: logits of the letters at the end of the prompt."""
     found = []
     for item, of_item in zip(items, images, strict=True):
         batch = model_scorer.processor(text=model_scorer.prompt(item), images=of_item, return_tensors="pt")

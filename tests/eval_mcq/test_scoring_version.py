@@ -1,4 +1,4 @@
-"""What `SCORING_VERSION` stands for: the numbers of a small model, stored. Other numbers need another version.
+"""The stored scores of a small model for this `SCORING_VERSION`. Changed scores need a new version.
 
 After an intended change: increment `SCORING_VERSION`, then update the numbers with
 
@@ -46,7 +46,7 @@ FIELDS = ("id", "rotation", "chosen", "probabilities", "letter_mass", "log_likel
 
 
 def fixed_model(folder: Path) -> Path:
-    """A tiny LLaVA whose weights depend on nothing but their names, large enough that its answers differ."""
+    """A tiny LLaVA whose weights depend only on their names, large enough that its answers differ."""
     tiny_llava(folder)
     weights = folder / "model.safetensors"
     drawn = {name: _drawn(name, value) for name, value in sorted(load_file(weights).items())}
@@ -65,7 +65,7 @@ def _drawn(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def fixed_bench(folder: Path) -> Path:
-    """Several questions on a picture, two pictures in a question, a turned and a deep one; two to four options."""
+    """Several questions per picture, two pictures in a question, a rotated and a 16-bit one; two to four options."""
     folder.mkdir()
     y, x = np.mgrid[0:40, 0:56]
     Image.fromarray(np.stack([4 * x, 6 * y, 3 * (x + y) % 256], axis=2).astype(np.uint8)).save(
@@ -97,7 +97,7 @@ def numbers(model: Path, bench: Path, out: Path, mode: Mode, way: Way) -> list[d
 
 
 def differences(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
-    """Where two runs have other numbers, in words."""
+    """Describe the differences between two runs."""
     return [
         f"{row['id']} rotation {row['rotation']} {field}: {row.get(field)}, was {before.get(field)}"
         for row, before in zip(found, expected, strict=True)

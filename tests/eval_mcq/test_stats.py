@@ -119,7 +119,7 @@ def test_guessing_among_equal_questions_is_binomial(right):
 
 
 def test_guessing_among_unequal_questions_is_counted_out():
-    """Every pattern of right and wrong of eight questions with 2, 3 and 5 options."""
+    """All patterns of right and wrong answers to eight questions with 2, 3 and 5 options."""
     options = [2, 2, 2, 3, 3, 5, 5, 5]
     exact = np.zeros(9)
     for pattern in itertools.product((0, 1), repeat=8):
@@ -137,7 +137,7 @@ def test_guessing_stays_exact_at_a_hundred_thousand_questions():
 
 
 def test_bootstrapping_patterns_of_patients_is_bootstrapping_patients():
-    """Against drawing the patients themselves, one by one."""
+    """Compared with sampling the patients themselves, one by one."""
     generator = np.random.default_rng(3)
     clusters = np.repeat(np.arange(60), 2)
     right = generator.random((120, 2)) < 0.6
@@ -196,7 +196,7 @@ def averages_of(comparison):
 
 
 def run_of_rotations(choose):
-    """Twelve questions in four rotations; ``choose`` gets the letter under which the true option is shown."""
+    """Twelve questions in four rotations; ``choose`` gets the letter shown for the true option."""
     run = run_of_counts({"DR": (12, 12)})
     rows = []
     for row in run.rows:

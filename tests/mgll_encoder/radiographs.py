@@ -48,5 +48,5 @@ def ramp(high: int = 4095) -> np.ndarray:
 
 
 def gray(path: Path) -> np.ndarray:
-    """What a file looks like."""
+    """Decode a file to gray values."""
     return read_radiograph(path, Wanted(("CR", "DX")))[0]

@@ -1,4 +1,4 @@
-"""Somebody has a published set on their disk, laid out as it is published, and names it."""
+"""A user has a published data set in its published layout, and selects it by name."""
 
 import csv
 from pathlib import Path

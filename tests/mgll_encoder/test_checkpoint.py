@@ -415,7 +415,7 @@ def test_shards_are_read_as_one(tmp_path: Path) -> None:
 
 
 def tied_and_turned() -> dict[str, torch.Tensor]:
-    """Tensors as files hold them: whole, a part of another's storage, turned, of other dtypes, without elements."""
+    """Tensors as they occur in files: contiguous, views of a storage, transposed, various dtypes, empty."""
     whole = torch.arange(5000.0)
     return {
         "whole": whole, "part": whole[100:300], "turned": torch.arange(6000.0).reshape(60, 100).T,
@@ -465,7 +465,7 @@ def test_a_torch_file_that_cannot_be_mapped_is_not_called_damaged(tmp_path: Path
 def test_a_file_that_is_cut_short_after_it_was_opened_is_told(
     write: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    """Mapped, it would end the process with SIGBUS."""
+    """With a memory map, the process would be killed by SIGBUS."""
     path = tmp_path / "x.bin"
     write(path)
     opened = open_weights(path)

@@ -1,4 +1,4 @@
-"""One look at what a model will see, before hours are spent on it."""
+"""Contact sheets: a look at the model's input before a long run."""
 
 from pathlib import Path
 

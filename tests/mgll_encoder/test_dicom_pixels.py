@@ -1,4 +1,4 @@
-"""A DICOM radiograph comes out as a workstation shows it, or is left out by name."""
+"""A DICOM radiograph is converted as a workstation shows it, or skipped with a reason."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What people type into a DICOM description names people; what is kept of it does not."""
+"""DICOM descriptions may name people; the texts that are kept do not."""
 
 import time
 
@@ -20,7 +20,7 @@ def header(study: str, **fields: object) -> Dataset:
 
 
 def study(text: str, **fields: object) -> str:
-    """What is left of a study description."""
+    """Return what is kept of a study description."""
     texts, cut = safe_texts(header(text, **fields))
     left = " ".join(texts.get("study", [""]))
     assert cut == (left != text)

@@ -1,4 +1,4 @@
-"""Somebody wants to see where a tower looks."""
+"""A user looks at attention and attribution maps of a tower."""
 
 import csv
 import re
@@ -34,7 +34,7 @@ CHANNEL = Target("brightness", "value", lambda pooled: pooled[:, 0])
 
 
 def planted(attends: bool = True) -> Tower:
-    """A tower whose class token attends to bright patches, and takes their brightness into channel 0."""
+    """A tower whose class token attends to bright patches, and copies their brightness to channel 0."""
     model = build_model(SPEC)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -55,7 +55,7 @@ def planted(attends: bool = True) -> Tower:
 
 
 def photographs(count: int = 12) -> tuple[torch.Tensor, np.ndarray]:
-    """Grey noise with one bright patch each, and which patch that is."""
+    """Gray noise with one bright patch each, and the index of that patch."""
     rng = np.random.default_rng(0)
     places = rng.integers(25, size=count)
     pixels = rng.uniform(0, 0.2, (count, 3, 40, 40)).astype(np.float32)
@@ -80,7 +80,7 @@ def test_every_map_peaks_on_the_planted_patch() -> None:
 
 
 def test_a_tower_that_does_not_look_there_shows_no_peak_there() -> None:
-    """Negative controls: attention alike everywhere; another question; random weights."""
+    """Negative controls: uniform attention, a different target, random weights."""
     pixels, places = photographs()
     even = attention_maps(planted(attends=False), pixels)
     np.testing.assert_allclose(even[ATTENTION], 1 / 26, atol=1e-6)
@@ -135,7 +135,7 @@ def test_a_flat_map_stays_flat() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures with and without a bright patch, a table of them, a broken picture, and the tower that looks there."""
+    """Pictures with and without a bright patch, their table, a broken picture, and a tower attending to the patch."""
     folder = tmp_path_factory.mktemp("explain")
     save_tower(planted(), folder / "tower")
     rng, rows = np.random.default_rng(0), []
@@ -167,7 +167,7 @@ def explain(
 
 
 def test_captions_hold_no_file_names(place: Path, explain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sheet is for others to look at, and a file may be called after a patient."""
+    """The sheet may be shown to others, and a file may be named after a patient."""
     seen: list[str] = []
     original = explaining.contact_sheet
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Somebody fine-tunes a whole tower on their labels, and wants figures that nothing of the test side has seen."""
+"""A user fine-tunes a whole tower on labels, and evaluates it on a test split that was not used in training."""
 
 import json
 from dataclasses import replace
@@ -68,7 +68,7 @@ def test_it_learns_what_frozen_random_features_do_not_show(
 
 
 def test_labels_that_mean_nothing_stay_at_chance(tower: Tower, eyes: LabeledImages, tmp_path: Path) -> None:
-    """Negative control: the same images, labels dealt out anew to patients."""
+    """Negative control: the same images, with labels permuted between patients."""
     dealt = np.random.default_rng(5).permutation(COUNT // 2)
     truth = eyes.truth.reshape(COUNT // 2, 2, 2)[dealt].reshape(COUNT, 2)
     shuffled = replace(eyes, truth=truth)

@@ -1,4 +1,4 @@
-"""Somebody has the label file of a published set, as it is published."""
+"""A user has the label file of a published data set in its published form."""
 
 from collections import Counter
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_rfmid_is_read_as_published(real_data: Path) -> None:
 
 
 def test_odirs_keywords_give_the_labels_of_one_eye(real_data: Path) -> None:
-    """Against the labels of the photographs at hand, which somebody else derived from the same keywords."""
+    """Compared with labels that were derived independently from the same keywords."""
     path = real_data / "labels" / "ODIR-5K_full_df.csv"
     skipped = Skipped()
     rows = {row.image: row for row in as_generic("odir", read_table(path, "--labels", skipped), skipped)}

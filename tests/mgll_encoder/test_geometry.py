@@ -1,4 +1,4 @@
-"""Another image size and another normalisation change nothing that they should not."""
+"""Changing the image size and the normalization changes only what it should."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a cell of a label table may hold, and what becomes of the cells that leave a label open."""
+"""What a cell of a label table may contain, and how uncertain cells count."""
 
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def test_a_word_for_unknown_is_no_label() -> None:
 
 @pytest.fixture
 def half_open() -> tuple[np.ndarray, LabeledImages]:
-    """Features, and 300 images of which one label is open for a third."""
+    """Features of 300 images, with one label uncertain for a third of them."""
     rng = np.random.default_rng(0)
     truth = rng.random((300, 2)) < 0.4
     features = (truth @ rng.normal(size=(2, 8)) + rng.normal(size=(300, 8))).astype(np.float32)
@@ -127,7 +127,7 @@ def test_a_label_that_is_never_denied_cannot_be_judged(half_open: tuple[np.ndarr
 
 
 def test_open_labels_do_not_move_a_fine_tuned_head() -> None:
-    """The gradient of the head's row is that of a batch without the open image."""
+    """The gradient of the head's row equals that of a batch without the uncertain image."""
     from transformers import CLIPVisionModel
 
     from mgll_encoder import TowerSpec

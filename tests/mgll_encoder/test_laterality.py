@@ -1,4 +1,4 @@
-"""A picture is mirrored only where somebody asks for it and no text becomes untrue by it."""
+"""A picture is mirrored only on request, and only if none of its texts becomes wrong."""
 
 from pathlib import Path
 

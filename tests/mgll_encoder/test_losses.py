@@ -1,4 +1,4 @@
-"""The losses against the paper's sums written out, open_clip, and their own properties."""
+"""The losses against explicit sums from the paper, against open_clip, and their own properties."""
 
 import math
 
@@ -38,7 +38,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def soft_clip_written_out(images, texts, truth, scale, repeats=True) -> float:
-    """The paper's double sums, one term at a time, over the texts as they are listed, repeats included."""
+    """The paper's double sums, term by term, over the listed texts including repeats."""
     listed = [
         [
             (u, float(truth[g, i, u]))

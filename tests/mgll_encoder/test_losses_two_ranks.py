@@ -1,4 +1,4 @@
-"""The losses over several ranks. A file of its own: its imports are paid again in every spawned process."""
+"""The losses over several ranks. In a separate file, because every spawned process repeats its imports."""
 
 import os
 from pathlib import Path

@@ -178,7 +178,7 @@ def test_the_content_tells_a_table_from_lines_whatever_the_name(tmp_path):
 
 
 def test_a_table_damaged_anywhere_is_one_line(tmp_path):
-    """A byte changed at every place in turn: read, or refused as what it is."""
+    """One byte is changed at every position in turn: the file is read, or refused in one line."""
     whole, path = (
         parquet_of(tmp_path, *({**ROW, "image": f"{i}.png"} for i in range(50))),
         tmp_path / "d.parquet",

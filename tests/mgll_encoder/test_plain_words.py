@@ -1,4 +1,4 @@
-"""What a library says of a damaged folder reaches the user as one line that names the folder and the cause."""
+"""A library's error about a damaged folder is reported in one line that names the folder and the cause."""
 
 import json
 import shutil

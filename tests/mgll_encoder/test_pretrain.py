@@ -44,7 +44,7 @@ NANO = Preset(
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Small sums, the same on every machine, with a tower of two thin blocks."""
+    """One thread and a tower of two thin blocks, so that results are the same on every machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setitem(PRESETS, "nano", NANO)
@@ -290,7 +290,7 @@ def test_a_trained_tower_can_learn_more_slowly_than_a_new_text_tower(manifest, t
 
 
 def spoilt(manifest: Path, out: Path) -> Path:
-    """The training rows, with a damaged image, a missing one, two that disagree, and a line that is no row."""
+    """The training rows, with a damaged image, a missing one, two that disagree, and an invalid line."""
 
     def change(rows):
         kept = [row for row in rows if row["split"] == "train"]

@@ -1,4 +1,4 @@
-"""The whole command on two processes: the same epochs, augmentation and all, as one with the double batch."""
+"""Pretraining on two processes gives the same epochs, including augmentation, as one with twice the batch size."""
 
 import json
 import os

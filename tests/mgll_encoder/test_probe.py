@@ -1,4 +1,4 @@
-"""Somebody asks what a tower's frozen features know about their images."""
+"""A user probes a tower's frozen features on labeled images."""
 
 import csv
 import json
@@ -88,7 +88,7 @@ def test_rare_labels_are_left_out(
 
 
 def test_random_labels_are_not_found() -> None:
-    """Negative control: features that know nothing of the labels."""
+    """Negative control: features that are independent of the labels."""
     rng = np.random.default_rng(1)
     names, test = ("a", "b"), np.arange(400) % 2 == 0
     data = LabeledImages((), names, rng.random((400, 2)) < 0.5, tuple(map(str, range(400))), test)
@@ -153,7 +153,7 @@ def test_features_are_those_of_any_batch_size_and_are_computed_once(
 
 
 def test_metrics_are_scikit_learns_under_any_weights_and_ties() -> None:
-    """The bootstrap sorts once for all draws; scikit-learn, draw by draw, is the reference."""
+    """The bootstrap sorts once for all replicates; scikit-learn, one replicate at a time, is the reference."""
     rng = np.random.default_rng(0)
     truth = rng.random((80, 3)) < 0.4
     scores = np.round(np.clip(truth * 0.2 + rng.random((80, 3)) * 0.8, 0, 1), 1)  # many ties

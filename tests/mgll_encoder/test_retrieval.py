@@ -1,4 +1,4 @@
-"""Somebody asks whether a tower finds an image's texts, and a text's images."""
+"""A user measures retrieval of texts for images, and of images for texts."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def problem(seed: int = 0, n: int = 60, u: int = 15) -> tuple[np.ndarray, np.nda
 
 
 def by_hand(similar: np.ndarray, truth: np.ndarray, k: int) -> float:
-    """Queries in rows; the k nearest are looked at one by one, wrong ones first among equals."""
+    """Check the k nearest of each query (rows) one by one, with wrong candidates first on ties."""
     hits = 0
     for scores, right in zip(similar.tolist(), truth.tolist(), strict=True):
         ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], right[i]))
@@ -55,7 +55,7 @@ def test_random_features_find_what_chance_finds_and_a_collapsed_tower_nothing() 
 
 
 def test_the_interval_is_that_of_drawn_patients() -> None:
-    """Against a bootstrap that really copies the drawn rows."""
+    """Compared with a bootstrap that copies the sampled rows."""
     images, texts, truth, patients = problem(n=24, u=6)
     found = retrieval(images, texts, truth, patients, replicates=300, seed=3)
     names, place = np.unique(patients, return_inverse=True)

@@ -1,4 +1,4 @@
-"""An official MGLL training checkpoint gives what the original code gave."""
+"""An official MGLL training checkpoint gives the outputs of the original code."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""A tower saved in any known layout gives what its own library gives."""
+"""A tower saved in any known layout gives the outputs of its own library."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The pixels are those of the rule, by independent code."""
+"""The pixels agree with an independent implementation of the rule."""
 
 from pathlib import Path
 

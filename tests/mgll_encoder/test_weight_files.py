@@ -1,4 +1,4 @@
-"""Weight files as people have them: told by content, with numbers beside the weights, averaged, sharded, scripted."""
+"""Weight files in use: detected by content, with extra objects, averaged, sharded, or TorchScript."""
 
 import argparse
 import datetime
@@ -73,7 +73,7 @@ def test_what_training_scripts_keep_beside_the_weights_is_skipped(tmp_path: Path
 
 
 def test_what_is_skipped_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even the harmless functions that the pickle names are called."""
+    """Not even the harmless functions named in the pickle are called."""
     path = tmp_path / "tower.pt"
     torch.save({"state_dict": state(), "when": datetime.timedelta(seconds=3), "best": np.float64(1)}, path)
 
@@ -162,7 +162,7 @@ def test_two_sets_of_weights_are_said_until_one_is_chosen(tmp_path: Path) -> Non
 
 
 def scripted(path: Path) -> dict[str, torch.Tensor]:
-    """A CLIP as OpenAI publishes it: a TorchScript archive, fp16, with a constant beside the weights."""
+    """A CLIP as published by OpenAI: a TorchScript archive, fp16, with a constant next to the weights."""
     model = towers.open_clip_model()
     model.register_buffer("input_resolution", torch.tensor(42))
     model.half()

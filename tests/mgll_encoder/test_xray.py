@@ -1,4 +1,4 @@
-"""Somebody has a folder of DICOM radiographs and wants to train on them, without a word about their patients."""
+"""A user trains on a folder of DICOM radiographs, without revealing anything about the patients."""
 
 import json
 import os
@@ -141,7 +141,7 @@ def test_what_cannot_be_used_is_counted_and_strict_stops(tmp_path: Path) -> None
 
 
 def test_one_file_never_stops_a_folder(tmp_path: Path) -> None:
-    """A pipe that nobody writes to, links that lead nowhere, pixels beyond any memory, a header that ends early."""
+    """A pipe without a writer, dangling links, pixels larger than memory, a truncated header."""
     source = tmp_path / "in"
     good = radiograph(source / "good.dcm", ramp())
     os.mkfifo(source / "pipe.dcm")
@@ -160,7 +160,7 @@ def test_one_file_never_stops_a_folder(tmp_path: Path) -> None:
 
 
 def test_damaged_bytes_anywhere_are_counted_and_say_nothing_raw(tmp_path: Path) -> None:
-    """150 files of which a few bytes were changed, cut out or doubled."""
+    """150 files with a few bytes changed, removed or duplicated."""
     draw = random.Random(0)
     whole = bytearray(
         radiograph(tmp_path / "whole.dcm", ramp(), WindowCenter=2048, WindowWidth=4000).read_bytes()

@@ -1,4 +1,4 @@
-"""Somebody asks a tower about classes that it was never trained to tell apart, and searches images by text."""
+"""A user classifies without training, and searches images by text."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ COLORS = {"crimson": (200, 30, 40), "navy": (30, 40, 160), "olive": (120, 130, 3
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Coloured pictures of 60 patients, a manifest and a table of them, and a tower pretrained on the training side."""
+    """Colored pictures of 60 patients, their manifest and table, and a tower pretrained on the training split."""
     folder = tmp_path_factory.mktemp("zero-shot")
     (folder / "images").mkdir()
     rng, rows, table = np.random.default_rng(0), [], []

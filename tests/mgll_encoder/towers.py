@@ -1,4 +1,4 @@
-"""Tiny CLIP towers of open_clip and transformers, with every weight drawn anew so that no mix-up cancels out."""
+"""Tiny CLIP towers of open_clip and transformers, with all weights random, so that no mix-up cancels out."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ TEXT = {
 
 
 def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every weight from a normal distribution (untrained LayerNorms and biases are all alike)."""
+    """Sample every weight from a normal distribution (untrained LayerNorms and biases are all equal)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -33,7 +33,7 @@ def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
 def open_clip_model(
     quick_gelu: bool = False, custom_text: bool = False, width: int = 64, depth: int = 3
 ) -> nn.Module:
-    """A whole open_clip CLIP, 42 px in 9 patches."""
+    """A full open_clip CLIP, 42 px in 9 patches."""
     vision = CLIPVisionCfg(layers=depth, width=width, head_width=64, patch_size=14, image_size=42)
     text = CLIPTextCfg(context_length=8, vocab_size=20, width=16, heads=2, layers=1)
     kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
@@ -57,7 +57,7 @@ def open_clip_features(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
 
 
 def clip_model(**changes: object) -> CLIPModel:
-    """A whole transformers CLIP, 28 px in 4 patches."""
+    """A full transformers CLIP, 28 px in 4 patches."""
     config = CLIPConfig(vision_config=tower_config(**changes).to_dict(), text_config=TEXT, projection_dim=16)
     return scramble(CLIPModel(config))
 

@@ -1,4 +1,4 @@
-"""Somebody measures what alignment is worth, and is interrupted."""
+"""A user measures the benefit of alignment, with an interruption."""
 
 import json
 import subprocess

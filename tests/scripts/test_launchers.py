@@ -1,4 +1,4 @@
-"""The launch lines in the recipes' headers, run as they stand but for sizes: two processes on the CPU."""
+"""The launch lines in the recipes' headers, run unchanged except for sizes: two processes on the CPU."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Plain CLIP against MGLL in one command, on a folder of the form that the real photographs have."""
+"""Plain CLIP against MGLL in one command, on a folder in the form of the real photographs."""
 
 import csv
 import subprocess
@@ -22,7 +22,7 @@ def proof(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def two_hospitals(tmp_path: Path) -> Path:
-    """Phantom photographs, every other one said to come from another place."""
+    """Phantom photographs, with every other one labeled as from another hospital."""
     folder = tmp_path / "data"
     write_phantom(folder, 60, 64, 0, False)
     with (folder / "labels.csv").open(newline="") as stream:

@@ -1,6 +1,6 @@
-"""Every shipped recipe is read, fits a checkpoint of its family, and says what it takes of memory.
+"""Every packaged recipe is valid, fits a checkpoint of its family, and states its memory requirement.
 
-``python -m tests.scripts.test_recipes`` writes the lines about memory anew.
+``python -m tests.scripts.test_recipes`` updates the lines about memory.
 """
 
 import re
@@ -146,7 +146,7 @@ def test_a_recipe_says_what_it_takes_of_memory(file: Path, tmp_path: Path) -> No
 
 
 def write() -> None:
-    """Write the lines about memory anew."""
+    """Update the lines about memory."""
     with tempfile.TemporaryDirectory() as folder:
         for file in RECIPES:
             before, _, after = parts(file)

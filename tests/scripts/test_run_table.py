@@ -1,4 +1,4 @@
-"""The table of a family in one command, stopped, killed and taken up again; and of all families."""
+"""The table of a family in one command, stopped, killed and resumed; and of all families."""
 
 import json
 import os
