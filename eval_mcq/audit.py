@@ -206,7 +206,7 @@ def _notes(findings: Audit) -> list[str]:
         f"{table.options} options with a probability of {ALPHA:.0%} or more.",
     ]
     notes += [
-        f"{m.row.model} {m.row.arm}, {m.disease}: {m.row.cells[m.disease]} is no k/{table.questions[m.disease]} "
+        f"{m.row.model} {m.row.arm}, {m.disease}: {m.row.cells[m.disease]} is not k/{table.questions[m.disease]} "
         f"(nearest: {', '.join(f'{k} = {printed}' for k, printed in m.neighbors)})."
         for m in findings.misfits
     ]

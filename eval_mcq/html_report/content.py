@@ -1,4 +1,4 @@
-"""What a report shows, as plain data: every question with every arm's answer, texts and images named once."""
+"""The contents of a report as plain data: every question with every arm's answer, without repeated texts and images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from mgll_encoder.common.files import sha256
 
 @dataclass(frozen=True)
 class Content:
-    """What a report shows.
+    """The contents of a report.
 
     Attributes:
         bench: The questions.
         arms: Arm name to run.
-        items: Answered questions in the order of the bench.
+        items: Answered questions in the order of the benchmark.
     """
 
     bench: Bench
@@ -27,11 +27,11 @@ class Content:
 
     @property
     def images(self) -> list[Path]:
-        """Images of the answered questions, each once."""
+        """Images of the answered questions, without duplicates."""
         return list(dict.fromkeys(path for item in self.items for path in self.bench.image_paths(item)))
 
     def data(self) -> dict[str, Any]:
-        """The item browser's data; ``texts`` and ``images`` are referred to by position."""
+        """Return the item browser's data; ``texts`` and ``images`` are referenced by index."""
         texts: dict[str, int] = {}
         images = {path: i for i, path in enumerate(self.images)}
         answers = [{answer.id: answer for answer in run.answers} for run in self.arms.values()]
@@ -66,19 +66,19 @@ class Content:
 
 
 def gather(arms: Mapping[str, Run], bench: Bench) -> Content:
-    """Put questions and answers together.
+    """Combine questions and answers.
 
     Args:
-        arms: Runs of the bench that answer the same questions (`eval_mcq.tables.summary.compare` sees to that).
-        bench: The bench that they were asked.
+        arms: Runs that answer the same questions (`eval_mcq.tables.summary.compare` checks this).
+        bench: The benchmark of the runs.
 
     Raises:
-        UserError: the bench file is not the one that the runs were asked, or an image has changed since.
+        UserError: the benchmark file is not that of the runs.
     """
     first = next(iter(arms.values()))
     if first.record.bench_sha256 != bench.digest:
         raise UserError(
-            f"bench {bench.path} is not what run {first.folder} was asked (SHA-256 {bench.digest[:12]}, "
+            f"bench {bench.path} is not the benchmark of run {first.folder} (SHA-256 {bench.digest[:12]}, "
             f"run {first.record.bench_sha256[:12]}): give the original file with `bench`"
         )
     answered = {answer.id: answer for answer in first.answers}
@@ -87,10 +87,10 @@ def gather(arms: Mapping[str, Run], bench: Bench) -> Content:
 
 
 def check_unchanged(content: Content) -> None:
-    """See to it that the images are those that the models saw.
+    """Check that the images are those used in the runs.
 
     Raises:
-        UserError: an image is missing, or its bytes are not those that were asked about; names item and file.
+        UserError: an image is missing or has changed; names item and file.
     """
     first = next(iter(content.arms.values()))
     hashes = {answer.id: answer.images_sha256 for answer in first.answers}
@@ -100,12 +100,12 @@ def check_unchanged(content: Content) -> None:
             if path not in known:
                 if not path.is_file():
                     raise NotFoundError(
-                        f"image {path} of question '{item.id}' does not exist: put it back, or leave pictures out "
+                        f"image {path} of question '{item.id}' does not exist: restore it, or omit the images "
                         "with `images=False`"
                     )
                 known[path] = sha256(path)
             if known[path] != expected:
                 raise UserError(
-                    f"image {path} of question '{item.id}' has changed since it was asked: run the bench again, "
+                    f"image {path} of question '{item.id}' has changed since the run: run the benchmark again, "
                     "or leave pictures out with `images=False`"
                 )

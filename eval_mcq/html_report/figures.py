@@ -122,7 +122,7 @@ def _accuracy(comparison: Comparison, ink: Ink) -> Plot:
         "accuracy",
         "Accuracy by disease",
         "Accuracy of every arm on every disease (number of questions in brackets) with 95 % score intervals; a "
-        "dotted line marks what guessing gets right. The same figures stand in the table.",
+        "dotted line marks the accuracy of guessing. The table has the same values.",
         figure,
     )
 
@@ -147,8 +147,8 @@ def _dots(comparison: Comparison, ink: Ink) -> Plot:
     return Plot(
         "dots",
         "From arm to arm",
-        "The same accuracies as dots on one line per disease, so that the way from the first arm to the others is "
-        "seen; below the line the macro average.",
+        "The same accuracies as dots on one line per disease, which shows the change between arms; the last line is "
+        "the macro average.",
         figure,
     )
 
@@ -174,9 +174,9 @@ def _reliability(comparison: Comparison, ink: Ink) -> Plot:
     return Plot(
         "reliability",
         "Reliability",
-        f"How often an answer is right against how probable the model said it was, in {BINS} bins; the area of a dot "
-        "is the number of answers in its bin. On the diagonal a model is as sure as it is right; the expected "
-        "calibration error (ECE, in %) is the mean distance from it.",
+        f"Accuracy of the answers against their predicted probability, in {BINS} bins; the area of a dot is the "
+        "number of answers in its bin. A calibrated model is on the diagonal; the expected calibration error (ECE, "
+        "in %) is the mean distance from it.",
         figure,
     )
 
@@ -214,8 +214,8 @@ def _confusion(content: Content, arm: str, ink: Ink) -> Plot:
     return Plot(
         f"confusion-{''.join(c if c.isalnum() else '-' for c in arm)}",
         f"Confusion: {arm}",
-        f"What {arm} chose (columns) where an option was true (rows), in questions; the darker, the larger the "
-        "share of its row. Only options that stood beside each other can be confused.",
+        f"Number of questions by the option that {arm} chose (columns) and the true option (rows); darker cells have "
+        "a larger share of their row. Only options offered together can be confused.",
         figure,
     )
 

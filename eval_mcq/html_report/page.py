@@ -1,4 +1,4 @@
-"""Writing a report: an HTML page that needs nothing else, and the plots as files."""
+"""Writing of a report: a self-contained HTML page, and the plots as files."""
 
 import json
 from collections.abc import Mapping
@@ -23,13 +23,13 @@ from mgll_encoder.common.files import check_free, new_folder, write_text
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """How a report is written.
+    """Options of a report.
 
     Attributes:
         assets: Folder for the thumbnails, instead of inside the page; next to the page or below its folder.
         plots: Folder for the plots as PNG and SVG files; None for none.
         thumbnail: Longer side of a thumbnail in pixels.
-        images: Whether there are thumbnails at all.
+        images: Whether to show thumbnails.
         control: Arm that the others are compared with, see `eval_mcq.tables.summary.compare`.
     """
 
@@ -47,17 +47,17 @@ def write_report(
 
     Args:
         arms: Arm name to run.
-        bench: The bench that they were asked.
+        bench: The benchmark of the runs.
         out: The page.
         options: See `ReportOptions`.
-        force: Replace what is there.
+        force: Replace existing outputs.
 
     Returns:
         Number of thumbnails.
 
     Raises:
-        UserError: an output is taken, the runs cannot be compared, the bench is another one, or an image is
-            missing or not the one that was asked about.
+        UserError: an output exists, the runs cannot be compared, the benchmark is a different one, or an image is
+            missing or has changed.
     """
     check_free(out, force)
     for folder in (options.assets, options.plots):
@@ -65,7 +65,7 @@ def write_report(
             check_free(folder, force)
     if options.assets and not options.assets.resolve().is_relative_to(out.resolve().parent):
         raise UserError(
-            f"assets folder {options.assets} is not below {out.parent}: the page could not refer to it"
+            f"assets folder {options.assets} is not below {out.parent}: the page cannot refer to it"
         )
     comparison = compare(arms, options.control)
     content = gather(arms, bench)
@@ -81,7 +81,7 @@ def write_report(
 
 
 def _references(comparison: Comparison) -> dict[str, object]:
-    """For each arm the place of the one that it is compared with, for the browser's flips; -1 for the first."""
+    """Return the index of each arm's reference, for the browser's flips; -1 for the first arm."""
     names = [arm.name for arm in comparison.arms]
     return {"against": [names.index(arm.against) if arm.against else -1 for arm in comparison.arms]}
 
@@ -116,6 +116,6 @@ def _page(content: Content, comparison: Comparison, data: Mapping[str, object]) 
         models={name: Path(run.record.model).name for name, run in content.arms.items()},
         style=Markup(part.joinpath("report.css").read_text(encoding="utf-8")),
         script=Markup(part.joinpath("report.js").read_text(encoding="utf-8")),
-        # "<" would end the script element that holds the data
+        # "<" could end the script element with the data
         data=Markup(json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")),
     )

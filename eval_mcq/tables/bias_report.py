@@ -1,4 +1,4 @@
-"""How a model chose, beside how often it was right: position bias, calibration, unread replies."""
+"""How a model chose: position bias, calibration, unparsed replies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from eval_mcq.tables.calibration import Calibration, calibration
 
 @dataclass(frozen=True)
 class Position:
-    """One place among the options, over all rotations.
+    """One position among the options, over all rotations.
 
     Attributes:
-        true: How often the true option stood there.
+        true: How often the true option was there.
         chosen: How often the option there was chosen.
         right: How often both.
     """
@@ -26,7 +26,7 @@ class Position:
 
     @property
     def recall(self) -> float | None:
-        """Share of right answers where the true option stood there; None if it never did."""
+        """Share of right answers if the true option was there; None if it never was."""
         return self.right / self.true if self.true else None
 
 
@@ -35,10 +35,10 @@ class Diagnosis:
     """How an arm chose.
 
     Attributes:
-        positions: Letter to what became of it.
-        unread: Replies that could not be read; they count as wrong.
-        rows: Replies in all: questions times rotations.
-        calibration: Of the probabilities averaged over rotations; None where replies were read instead.
+        positions: Letter -> its counts.
+        unread: Replies that could not be parsed; they count as wrong.
+        rows: Total number of replies: questions times rotations.
+        calibration: Calibration of the probabilities averaged over rotations; None for written replies.
     """
 
     positions: dict[str, Position]
@@ -48,12 +48,12 @@ class Diagnosis:
 
     @property
     def recalls(self) -> dict[str, float]:
-        """Recall per letter under which a true option ever stood."""
+        """Recall per letter at which a true option ever was."""
         return {letter: p.recall for letter, p in self.positions.items() if p.recall is not None}
 
 
 def diagnose(run: Run) -> Diagnosis:
-    """How the model of a run chose."""
+    """Compute the bias report of a run."""
     answers = run.answers
     rows = [row for answer in answers for row in answer.rows]
     soft = run.record.mode != "generate"

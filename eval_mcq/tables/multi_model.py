@@ -1,4 +1,4 @@
-"""Tables of many models in the layout of the paper: a model's rows together, gains as arrows, published rows beside."""
+"""Tables of several models in the paper's layout: rows grouped by model, gains as arrows, published rows included."""
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -27,13 +27,13 @@ UP, DOWN, SAME = "↑", "↓", "="
 def like_paper_pairs(
     models: Mapping[str, Comparison], paper_rounding: bool = False, published: Published | None = None
 ) -> Grid:
-    """Diseases as columns, the Average with the gain over the arm compared with last.
+    """Build a table with diseases as columns, the Average with its gain last.
 
     Args:
-        models: Model name to its figures; all on one bench. A single model may have the name "".
-        paper_rounding: Round as the published table.
-        published: A printed table whose rows are set below the model of the same name; all of them at the end
-            where no model is in it.
+        models: Model name -> comparison; all on one benchmark. A single model may have the name "".
+        paper_rounding: Round like the published table.
+        published: A printed table whose rows are added below the model of the same name; all of them at the end if it
+            contains none of the models.
     """
     rounding = PaperRounding() if paper_rounding else Rounding()
     first = next(iter(models.values()))
@@ -69,7 +69,7 @@ def like_paper_pairs(
 
 
 def long_table(models: Mapping[str, Comparison]) -> Grid:
-    """One row per model, arm and disease with every figure unrounded, for further work; shares, 0-1."""
+    """Build a table with one row per model, arm and disease and unrounded values, for further analysis; shares, 0-1."""
     columns = [
         "model", "arm", "against", "disease", "n", "patients", "right", "unread", "accuracy", "low", "high", "chance",
         "p_guess", "gain", "gain_low", "gain_high", "p", "p_holm",
@@ -81,7 +81,7 @@ def long_table(models: Mapping[str, Comparison]) -> Grid:
         for disease in [*comparison.categories, "macro", "micro", *_orders(comparison)]
     ]
     bench = next(iter(models.values())).bench
-    note = f"Gains and p are left out with fewer than {FEWEST} patients (or images)."
+    note = f"Gains and p are omitted with fewer than {FEWEST} patients (or images)."
     return Grid(f"{bench}: all figures", columns, rows, [], [note], [], fixed=3)
 
 
@@ -100,7 +100,7 @@ def _long_row(model: str, arm: Arm, comparison: Comparison, disease: str) -> lis
         gain, right, p_guess, of = arm.macro_gain, None, None, None
     elif disease in (ONE_ORDER, EVERY_ORDER):
         average = arm.one_order if disease == ONE_ORDER else arm.every_order
-        assert average is not None  # there are such rows only then
+        assert average is not None  # these rows exist only with several orders
         interval, share, gain = average.estimate.interval, average.estimate.value, average.gain
         chance = comparison.macro_chance if disease == ONE_ORDER else comparison.chance_every_order
         right, p_guess, of = None, None, None
@@ -111,7 +111,7 @@ def _long_row(model: str, arm: Arm, comparison: Comparison, disease: str) -> lis
         n, right, unread, share, interval = cell.n, cell.right, cell.unread, cell.share, cell.interval
         patients, chance, p_guess = cell.patients, comparison.chance[disease], cell.p_guess
         gain, p_holm = (of.estimate, of.p_holm) if of else (None, None)
-    told = of if of and of.estimate else None  # with too few patients, p is no more to be read than the gain
+    told = of if of and of.estimate else None  # with too few patients, p is not reported either
     figures = [
         share, interval.low, interval.high, chance, p_guess, gain.value if gain else None,
         gain.interval.low if gain else None, gain.interval.high if gain else None,
@@ -150,7 +150,7 @@ def _heading(model: str, arm: str, place: int) -> str:
 
 
 def arrow(gain: Decimal) -> str:
-    """A gain in points as the paper prints it: an arrow and its size."""
+    """Format a gain in points as in the paper: an arrow and its size."""
     sign = UP if gain > 0 else DOWN if gain < 0 else SAME
     return f"{sign}{abs(gain)}"
 
@@ -165,7 +165,7 @@ def _model_notes(model: str, comparison: Comparison, rounding: Rounding, common:
     for a, arm in enumerate(comparison.arms):
         name = f"{model} {arm.name}".strip()
         of_all, average = micro.figures[a], macro.figures[a]
-        note = f"{name}, all questions alike (micro): {of_all.value} {of_all.interval}"
+        note = f"{name}, all questions (micro): {of_all.value} {of_all.interval}"
         if a > 0:
             note += (
                 f", gain {of_all.gain} {of_all.gain_interval}".rstrip()
@@ -211,10 +211,10 @@ def _same_diseases(published: Published, shown: Comparison) -> bool:
 def _published_notes(published: Published, shown: Comparison) -> list[str]:
     notes = [
         f"Published rows: {published.source}. {published.about}",
-        "Published rows are of other questions and have no answers to pair: set beside, not compared.",
+        "Published rows are of other questions and have no answers to pair: shown for reference, not compared.",
     ]
     if not _same_diseases(published, shown):
-        notes.append("Published Averages are over other diseases than these and are left out.")
+        notes.append("Published Averages are over other diseases and are omitted.")
     odd = [
         f"{row.model} {row.arm} {d} {cell}"
         for row in published.rows

@@ -1,4 +1,4 @@
-"""Drawing a table: terminal, Markdown, CSV, LaTeX."""
+"""Rendering of tables: terminal, Markdown, CSV, LaTeX."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from rich.text import Text
 from eval_mcq.tables.table_layout import MARKS, Grid
 
 PLAIN_WIDTH = 200
-"""Width of a terminal table that goes into a file."""
+"""Width of a terminal table written to a file."""
 
 LATEX_SPECIAL = str.maketrans(
     {
@@ -39,10 +39,10 @@ UNMARKED = str.maketrans("", "", MARKS)
 
 
 def rich_tables(grid: Grid, console: Console) -> list[Table]:
-    """The table for a terminal, without its notes.
+    """Render the table for a terminal, without its notes.
 
-    Where it is too wide, intervals go below their values; where that is not enough, it is cut into several tables
-    that repeat its first columns.
+    If it is too wide, intervals are put below their values; if that is not enough, it is split into several tables that
+    repeat its first columns.
     """
     whole = _table(grid, range(len(grid.columns)), " ")
     if _width(whole, console) <= console.width:
@@ -59,9 +59,9 @@ def rich_tables(grid: Grid, console: Console) -> list[Table]:
 
 
 def _table(grid: Grid, columns: Sequence[int], gap: str) -> Table:
-    # As `Text`: a name with brackets is no markup.
+    # As `Text`: brackets in names are not markup.
     table = Table(title=Text(grid.title), title_justify="left", header_style="bold")
-    if gap != " ":  # every column counts
+    if gap != " ":  # save width
         table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
     for i in columns:
         table.add_column(Text(grid.columns[i]), justify="left" if i == 0 else "right")
@@ -90,7 +90,7 @@ def show(grid: Grid, console: Console) -> None:
 
 
 def as_text(grid: Grid) -> str:
-    """The terminal table as plain text."""
+    """Render the terminal table as plain text."""
     console = Console(file=io.StringIO(), width=PLAIN_WIDTH, color_system=None)
     show(grid, console)
     text = console.file.getvalue() if isinstance(console.file, io.StringIO) else ""
@@ -98,7 +98,7 @@ def as_text(grid: Grid) -> str:
 
 
 def as_markdown(grid: Grid) -> str:
-    """A GitHub table with headline and notes as a list."""
+    """Render a GitHub table, with headline and notes as a list."""
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
@@ -110,7 +110,7 @@ def as_markdown(grid: Grid) -> str:
 
 
 def as_csv(grid: Grid) -> str:
-    """Headings and rows without marks; notes have no place in a CSV and stay in the other formats."""
+    """Render headings and rows as CSV, without marks and notes."""
     stream = io.StringIO()
     rows = [[row[0], *(cell.translate(UNMARKED) for cell in row[1:])] for row in grid.rows]
     csv.writer(stream, lineterminator="\n").writerows([grid.columns, *rows])
@@ -118,7 +118,7 @@ def as_csv(grid: Grid) -> str:
 
 
 def as_latex(grid: Grid) -> str:
-    """A table for the package booktabs, with the notes in the caption and the checks as comments."""
+    """Render a LaTeX table (booktabs), with the notes in the caption and the checks as comments."""
 
     def line(cells: list[str]) -> str:
         return " & ".join(cell.translate(LATEX_SPECIAL) for cell in cells) + r" \\"

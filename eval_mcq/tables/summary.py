@@ -1,4 +1,4 @@
-"""From the answers of one or more runs to the figures of a table: per disease, macro, micro, and gains."""
+"""Statistics of one or more runs for a table: per disease, macro, micro, and gains."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +19,12 @@ class Cell:
     """Right answers of an arm on a disease, with the interval of their share.
 
     Attributes:
-        right: Number of questions answered right.
+        right: Number of questions answered correctly.
         n: Number of questions.
-        interval: Of the share, see `eval_mcq.tables.intervals`.
-        p_guess: Probability that guessing gets as many right, or more.
-        patients: Number of patients (or images) that the questions are about.
-        unread: Replies that could not be read.
+        interval: Interval of the share, see `eval_mcq.tables.intervals`.
+        p_guess: Probability that guessing gets at least as many right.
+        patients: Number of patients (or images) of the questions.
+        unread: Replies that could not be parsed.
     """
 
     right: int
@@ -42,11 +42,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Gain:
-    """An arm against another one on the same questions.
+    """An arm compared with another one on the same questions.
 
     Attributes:
-        estimate: Difference of the shares; None where there are too few patients to tell one.
-        p: Exact McNemar.
+        estimate: Difference of the shares; None with too few patients.
+        p: Exact McNemar p-value.
         p_holm: The same, Holm-adjusted over the diseases of this arm.
         patients: Number of patients (or images) of the questions.
     """
@@ -63,7 +63,7 @@ class Average:
 
     Attributes:
         estimate: The mean.
-        gain: Difference to the arm that it is compared with; None for the first arm, and with too few patients.
+        gain: Difference to the reference arm; None for the first arm, and with too few patients.
     """
 
     estimate: Estimate
@@ -76,8 +76,8 @@ class Contrast:
 
     Attributes:
         name: The arm.
-        against: The arm it is compared with.
-        macro: Difference of the macro averages; None where there are too few patients.
+        against: The arm that it is compared with.
+        macro: Difference of the macro averages; None with too few patients.
         micro: Difference of the micro averages, with McNemar over all questions.
     """
 
@@ -93,20 +93,20 @@ class Arm:
 
     Attributes:
         name: Row or column heading.
-        against: The arm that its gains are against: the control, for the control itself the first; empty for the first.
-        cells: Per disease.
+        against: Reference arm of its gains: the control, for the control itself the first arm; empty for the first arm.
+        cells: Results per disease.
         macro: Unweighted mean over diseases: the "Average" of the table.
         micro: Mean over all questions.
-        gains: Per disease against that arm; empty for the first arm itself.
-        macro_gain: Difference of the macro averages; None where there are too few patients.
+        gains: Gains per disease against the reference; empty for the first arm.
+        macro_gain: Difference of the macro averages; None with too few patients.
         micro_gain: Difference of the micro averages, with McNemar over all questions.
-        one_order: Average with every order of the options marked by itself; None where there is one order only.
-        every_order: Average where a question counts as right if it is in every order (CircularEval); None likewise.
-        letter_mass: Mean probability on the option letters; None where the scoring mode has none.
+        one_order: Average with every order of the options scored separately; None with a single order.
+        every_order: Average of questions that are right in every order (CircularEval); None with a single order.
+        letter_mass: Mean probability of the option letters; None if the scoring mode has none.
         letters: Per letter: how often true, how often chosen.
-        p_guess: Probability that guessing gets as many questions right, over all diseases.
-        diagnosis: How it chose.
-        leak: How much of the bench the model was trained on, in words; empty where nothing is known of that.
+        p_guess: Probability that guessing gets at least as many questions right, over all diseases.
+        diagnosis: Bias and calibration.
+        leak: Test images that the model was trained on, in words; empty if unknown.
     """
 
     name: str
@@ -128,23 +128,23 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All figures of a table.
+    """All values of a table.
 
     Attributes:
-        bench: Name of the bench.
+        bench: Name of the benchmark.
         mode: Scoring mode.
         prompt: Prompt version.
         categories: Diseases with answers, in table order.
-        unanswered: Diseases of the bench without a single answer.
+        unanswered: Diseases of the benchmark without an answer.
         answered: Number of questions answered.
-        questions: Number of questions in the bench.
+        questions: Number of questions in the benchmark.
         clusters: Number of patients (or images).
-        orders: Orders that each question's options were put in, at most.
-        chance: Share that guessing gets right, per disease.
+        orders: Maximum number of orders of each question's options.
+        chance: Accuracy of guessing, per disease.
         chance_every_order: Share that guessing gets right in every order, averaged over diseases.
-        arms: In the order given.
-        contrasts: Of all pairs of arms that no gain is about.
-        left_out: What the bench was made without, by reason.
+        arms: The arms in the given order.
+        contrasts: All pairs of arms without a gain.
+        left_out: What was skipped when the benchmark was built, by reason.
     """
 
     bench: str
@@ -164,28 +164,28 @@ class Comparison:
 
     @property
     def macro_chance(self) -> float:
-        """Share that guessing gets right, averaged over diseases."""
+        """Accuracy of guessing, averaged over diseases."""
         return float(np.mean(list(self.chance.values())))
 
     @property
     def micro_chance(self) -> float:
-        """Share that guessing gets right, averaged over questions."""
+        """Accuracy of guessing, averaged over questions."""
         cells = self.arms[0].cells
         return sum(self.chance[c] * cells[c].n for c in self.categories) / self.answered
 
 
 def compare(runs: Mapping[str, Run], control: str | None = None) -> Comparison:
-    """Figures of runs of the same bench, paired question by question.
+    """Compare runs of the same benchmark, paired question by question.
 
     Args:
-        runs: Arm name to run.
-        control: Name of the arm with the same training as the others, without what they test: their gains are against
-            it, its own against the first arm. None for the arm called `CONTROL`; without one all gains are against
-            the first arm.
+        runs: Arm name -> run.
+        control: Name of the arm with the same training as the others, but without what they test: their gains are
+            against it, its own against the first arm. None for the arm named `CONTROL`; without one all gains are
+            against the first arm.
 
     Raises:
-        UserError: the runs are of different benches, prompts or scoring modes, or answer different questions, or no
-            arm is called ``control``.
+        UserError: the runs have different benchmarks, prompts or scoring modes, or answer different questions, or no
+            arm is named ``control``.
     """
     first_name, first = next(iter(runs.items()))
     for name, run in runs.items():
@@ -233,13 +233,13 @@ def compare(runs: Mapping[str, Run], control: str | None = None) -> Comparison:
 
 
 CONTROL = "control"
-"""An arm of this name is the control, unless another one is named."""
+"""An arm with this name is the control, unless another one is given."""
 
 
 def _references(names: Sequence[str], control: str | None) -> list[int | None]:
-    """For each arm the one that its gains are against; None for the first."""
+    """Return the index of each arm's reference; None for the first arm."""
     if control is not None and control not in names:
-        raise UserError(f"no arm is called '{control}', to be the control: the arms are {', '.join(names)}")
+        raise UserError(f"no arm is named '{control}' (the control): the arms are {', '.join(names)}")
     name = control or CONTROL
     reference = names.index(name) if name in names else 0
     return [None, *(0 if arm == reference else reference for arm in range(1, len(names)))]
@@ -248,10 +248,10 @@ def _references(names: Sequence[str], control: str | None) -> list[int | None]:
 def compare_models(
     models: Mapping[str, Mapping[str, Run]], control: str | None = None
 ) -> dict[str, Comparison]:
-    """Figures of several models, each with its own arms, all on the same bench.
+    """Compare the arms of several models, all on the same benchmark.
 
     Args:
-        models: Model name to its arms.
+        models: Model name -> its arms.
         control: As for :func:`compare`, in each model.
 
     Raises:
@@ -276,7 +276,7 @@ class _Scores:
     def of(
         cls, asked: Sequence[ItemAnswer | Answer], right: Sequence[Sequence[bool]], categories: Sequence[str]
     ) -> "_Scores":
-        """Of questions, or of questions in one order each; ``right`` is of shape ``(arms, questions)``."""
+        """Build from questions, or from questions in one order each; ``right`` has shape ``(arms, questions)``."""
         places = np.array([answer.category for answer in asked])
         _, patients = np.unique([answer.cluster for answer in asked], return_inverse=True)
         options = np.array([len(answer.probabilities) for answer in asked])
@@ -291,7 +291,7 @@ class _Scores:
         return intervals.share(self.right[mask, arm], self.patients[mask])
 
     def macro_of(self, values: Floats) -> float:
-        """Mean over diseases of a value of each question."""
+        """Average a value per question over diseases."""
         return float(np.mean([values[mask].mean() for mask in self.masks.values()]))
 
     def average(self, arm: int, against: int | None) -> Average:
@@ -302,7 +302,7 @@ class _Scores:
         return self._mean(parts, self.right[:, arm].astype(float))
 
     def gain(self, arm: int, against: int, mask: NDArray[np.bool_]) -> Gain:
-        """Of an arm over another. The p-value is not adjusted yet."""
+        """Compute the gain of an arm over another; the p-value is not adjusted yet."""
         before, after = self.right[mask, against], self.right[mask, arm]
         p, patients = mcnemar(before, after), len(np.unique(self.patients[mask]))
         estimate = intervals.gain(before, after, self.patients[mask]) if patients >= FEWEST else None
@@ -381,7 +381,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def as_json(comparison: Comparison) -> dict[str, object]:
-    """The figures as plain data for ``summary.json``; shares, 0-1."""
+    """Return all values as plain data for ``summary.json``; shares, 0-1."""
     return asdict(comparison)
 
 
@@ -402,9 +402,9 @@ def _check_comparable(first_name: str, first: Run, name: str, run: Run) -> None:
     if missing:
         raise UserError(
             f"runs '{first_name}' and '{name}' answer different questions ({len(first.answers)} and "
-            f"{len(run.answers)} answers; only one has '{min(missing)}'): finish both by starting them again"
+            f"{len(run.answers)} answers; only one has '{min(missing)}'): finish both by re-running them"
         )
     images = {answer.id: answer.images_sha256 for answer in first.answers}
     changed = [answer.id for answer in run.answers if images[answer.id] != answer.images_sha256]
     if changed:
-        raise UserError(f"runs '{first_name}' and '{name}' saw different images for question '{changed[0]}'")
+        raise UserError(f"runs '{first_name}' and '{name}' used different images for question '{changed[0]}'")

@@ -9,29 +9,29 @@ from eval_mcq.tables.rounding import PaperRounding, Rounding
 from eval_mcq.tables.summary import Arm, Average, Comparison, Gain
 
 SMALL = 20
-"""Below so many questions a disease is pointed out as too small to read by its value."""
+"""Diseases with fewer questions are marked as too small to interpret."""
 
 LOW_MASS = 0.5
-"""Below this mean probability on the letters, a model is said not to answer with letters."""
+"""Below this mean probability of the letters, a model is reported not to answer with letters."""
 
 AVERAGE = "Average"
 POOLED = "All questions"
 NONE = "–"
 
 TOO_FEW = "too few"
-"""Stands where a gain would, with fewer than `FEWEST` patients."""
+"""Shown instead of a gain with fewer than `FEWEST` patients."""
 
 FEW = "†"
-"""Marks a figure of fewer than :data:`SMALL` questions."""
+"""Marks a value from fewer than :data:`SMALL` questions."""
 
 LUCK = "°"
-"""Marks a figure that guessing reaches with a probability of :data:`ALPHA` or more."""
+"""Marks a value that guessing reaches with a probability of :data:`ALPHA` or more."""
 
 ODD = "‡"
-"""Marks a printed percentage that is no share of its number of questions."""
+"""Marks a printed percentage that is not a fraction of its number of questions."""
 
 SURE = "*"
-"""Marks a figure that differs from that of the arm compared with, Holm-adjusted exact McNemar below :data:`ALPHA`."""
+"""Marks a value that differs from that of the reference arm: Holm-adjusted exact McNemar below :data:`ALPHA`."""
 
 MARKS = FEW + LUCK + ODD + SURE
 
@@ -40,18 +40,18 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Grid:
-    """A table before it is drawn.
+    """A table before rendering.
 
     Attributes:
-        title: Above it.
+        title: Its title.
         columns: Headings.
         rows: Cells, one per heading.
-        breaks: Numbers of the rows that begin a new block.
-        notes: Below it: what the figures mean.
-        checks: Below those: how the models chose their letters. Not part of a table that is published.
-        fixed: Leading columns that stand in every part when the table is cut to fit a narrow terminal.
-        group: Columns after those that are not parted from each other.
-        headline: Above the notes: what the arms add to those that they are compared with.
+        breaks: Indices of the rows that begin a new block.
+        notes: Notes on the values.
+        checks: Notes on how the models chose their letters, which are not meant for publication.
+        fixed: Number of leading columns, repeated in every part if the table is split for a narrow terminal.
+        group: Number of following columns that are kept together.
+        headline: Lines above the notes: the gains of the arms over their references.
     """
 
     title: str
@@ -67,7 +67,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class TableCell:
-    """What one arm shows for one disease or average, ready to print."""
+    """The cell of one arm for one disease or average, ready to print."""
 
     value: str
     interval: str
@@ -85,7 +85,7 @@ class TableCell:
 
 @dataclass(frozen=True)
 class Entry:
-    """A disease or an average, with a figure per arm."""
+    """A disease or an average, with one cell per arm."""
 
     heading: str
     n: int
@@ -94,9 +94,9 @@ class Entry:
 
 
 def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
-    """One row per disease; per arm its accuracy with interval, and gain and p-value against its reference.
+    """Build a table with one row per disease: per arm accuracy with interval, gain over its reference, and p-value.
 
-    Where options were put in several orders, the Average of single orders and of all orders stands below.
+    If options were shown in several orders, the Averages of single orders and of all orders follow.
     """
     rounding = PaperRounding() if paper_rounding else Rounding()
     base, *others = comparison.arms
@@ -130,12 +130,12 @@ def by_disease(comparison: Comparison, paper_rounding: bool = False) -> Grid:
 
 
 def gain_heading(arm: Arm) -> str:
-    """Heading of the column of an arm's gains."""
+    """Return the heading of an arm's gain column."""
     return f"{arm.name} over {arm.against}"
 
 
 def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
-    """Diseases as columns and the Average last; per arm its accuracy, interval, gain and p-value as rows."""
+    """Build a table with diseases as columns, Average last; accuracy, interval, gain and p-value per arm as rows."""
     rounding = PaperRounding() if paper_rounding else Rounding()
     *shown, pooled = entries_of(comparison, rounding)
     rows = [["n", *(str(e.n) for e in shown)], ["chance", *(e.chance for e in shown)]]
@@ -149,7 +149,7 @@ def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
         if arm.diagnosis.unread:
             rows.append([f"{arm.name}: unread", *(str(f.unread) for f in figures)])
         of_all = pooled.figures[a]
-        note = f"{arm.name}, all questions alike (micro): {of_all.value} {of_all.interval}"
+        note = f"{arm.name}, all questions (micro): {of_all.value} {of_all.interval}"
         if a > 0:
             heading = gain_heading(arm)
             rows.append([heading, *(f.gain for f in figures)])
@@ -172,7 +172,7 @@ def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
 
 
 def entries_of(comparison: Comparison, rounding: Rounding) -> list[Entry]:
-    """The diseases in order, then the macro, then the micro average, ready to print."""
+    """Return the diseases in order, then the macro and the micro average, ready to print."""
     base, reference = comparison.arms[0], {arm.name: arm for arm in comparison.arms}
     entries = []
     for category in comparison.categories:
@@ -197,7 +197,7 @@ def entries_of(comparison: Comparison, rounding: Rounding) -> list[Entry]:
 
 
 def order_entries(comparison: Comparison, rounding: Rounding) -> list[Entry]:
-    """The Average with each order of the options marked by itself, and with all orders right; none of one order."""
+    """Return the Average of single orders of the options, and of all orders; empty with a single order."""
     if comparison.orders == 1:
         return []
     base = comparison.arms[0]
@@ -228,7 +228,7 @@ def _average_figure(average: Average, arm: Arm, rounding: Rounding) -> TableCell
 
 
 def order_notes(comparison: Comparison, rounding: Rounding) -> list[str]:
-    """The same in words, for layouts whose columns are diseases."""
+    """Return the same in words, for layouts with diseases as columns."""
     if not (orders := order_entries(comparison, rounding)):
         return []
     headline, one, every = entries_of(comparison, rounding)[-2], *orders
@@ -240,7 +240,7 @@ def order_notes(comparison: Comparison, rounding: Rounding) -> list[str]:
 
 
 def headline_of(comparison: Comparison, rounding: Rounding) -> list[str]:
-    """What each arm adds to the one that it is compared with, on average over diseases; the control's gain last."""
+    """Return each arm's average gain over its reference, in words; the control's gain last."""
     average = entries_of(comparison, rounding)[-2]
     figures = dict(zip((arm.name for arm in comparison.arms), average.figures, strict=True))
     base = comparison.arms[0].name
@@ -288,11 +288,11 @@ def _micro_figure(arm: Arm, base: Arm, rounding: Rounding) -> TableCell:
 
 
 def notes_of(comparison: Comparison) -> list[str]:
-    """What the figures mean."""
+    """Return the notes on the values."""
     base, *others = comparison.arms
     answered = f"{comparison.answered} questions"
     if comparison.answered < comparison.questions:
-        answered = f"Only {comparison.answered} of the bench's {comparison.questions} questions"
+        answered = f"Only {comparison.answered} of the benchmark's {comparison.questions} questions"
     notes = [
         f"{answered} on {comparison.clusters} patients (or images, where no patient is "
         f"known); scored by {comparison.mode}, prompt {comparison.prompt}.",
@@ -301,16 +301,20 @@ def notes_of(comparison: Comparison) -> list[str]:
     ]
     if comparison.orders > 1:
         notes.append(
-            f"Every question is put in up to {comparison.orders} orders of its options. {AVERAGE}: the answer is the "
-            "option that is most probable over all orders together. One order: each order is marked by itself. All "
-            f"{comparison.orders} orders: a question is right only if it is in each of them. A model that leans "
-            "towards a letter loses little in the first, more in the second and most in the third."
+            f"Every question is asked in up to {comparison.orders} orders of its options. {AVERAGE}: the answer is the "
+            "most probable option over all orders together. One order: each order is scored separately. All "
+            f"{comparison.orders} orders: a question is right only if it is right in each of them. A model that "
+            "prefers a letter loses little in the first, more in the second and most in the third."
         )
     if comparison.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in comparison.left_out.items())
-        notes.append(f"The bench was made without {sum(comparison.left_out.values())} entries: {reasons}.")
+        notes.append(
+            f"The benchmark was built without {sum(comparison.left_out.values())} entries: {reasons}."
+        )
     notes += [
-        f"LEAK: of {arm.name}, {arm.leak}; its figures are flattered." for arm in comparison.arms if arm.leak
+        f"LEAK: of {arm.name}, {arm.leak}; its results are too optimistic."
+        for arm in comparison.arms
+        if arm.leak
     ]
     if others:
         against: dict[str, list[str]] = {arm.against: [] for arm in others}
@@ -325,10 +329,10 @@ def notes_of(comparison: Comparison) -> list[str]:
         notes += _too_few(others[0])
     small = [f"{c} ({base.cells[c].n})" for c in comparison.categories if base.cells[c].n < SMALL]
     if small:
-        notes.append(f"{FEW} Fewer than {SMALL} questions, read the interval: {', '.join(small)}.")
+        notes.append(f"{FEW} Fewer than {SMALL} questions, see the interval: {', '.join(small)}.")
     lucky = [c.p_guess >= ALPHA for arm in comparison.arms for c in arm.cells.values()]
     if any(lucky) or any(arm.p_guess >= ALPHA for arm in comparison.arms):
-        notes.append(f"{LUCK} Guessing reaches the figure with a probability of {ALPHA:.0%} or more (exact).")
+        notes.append(f"{LUCK} Guessing reaches the value with a probability of {ALPHA:.0%} or more (exact).")
     notes += [
         f"{c.name} against {c.against}: Average {_points(c.macro)}, all questions {_points(c.micro.estimate)}, "
         f"p = {_p(c.micro.p)}."
@@ -345,24 +349,24 @@ def _too_few(arm: Arm) -> list[str]:
         return []
     few += [AVERAGE, POOLED] if arm.macro_gain is None else []
     return [
-        f"{TOO_FEW}: with fewer than {FEWEST} patients (or images) no gain can reach p < {ALPHA} by that test, so that "
-        f"none is told: {', '.join(few)}."
+        f"{TOO_FEW}: with fewer than {FEWEST} patients (or images) no gain can reach p < {ALPHA} by that test, so "
+        f"none is reported: {', '.join(few)}."
     ]
 
 
 def checks_of(comparison: Comparison) -> list[str]:
-    """How the arms chose."""
+    """Return notes on how the arms chose."""
     checks = []
     for arm in comparison.arms:
         letters = ", ".join(
             f"{letter} {p.chosen} ({p.true}{'' if p.recall is None else f', {p.recall:.0%} right'})"
             for letter, p in arm.diagnosis.positions.items()
         )
-        mass = "" if arm.letter_mass is None else f"; probability on the letters {arm.letter_mass:.2f}"
+        mass = "" if arm.letter_mass is None else f"; probability of the letters {arm.letter_mass:.2f}"
         checks.append(f"{arm.name}: letters chosen (true, of these right): {letters}{mass}.")
         checks += _more_checks(arm)
         if arm.letter_mass is not None and arm.letter_mass < LOW_MASS:
-            checks.append(f"{arm.name} hardly answers with letters: its choice among them says little.")
+            checks.append(f"{arm.name} rarely answers with letters, so its choice among them means little.")
     return checks
 
 
@@ -374,7 +378,9 @@ def _more_checks(arm: Arm) -> list[str]:
             f"Brier score {how.calibration.brier:.3f}."
         )
     if how.unread:
-        checks.append(f"{arm.name}: {how.unread} of {how.rows} replies could not be read and count as wrong.")
+        checks.append(
+            f"{arm.name}: {how.unread} of {how.rows} replies could not be parsed and count as wrong."
+        )
     return checks
 
 

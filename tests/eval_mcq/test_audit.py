@@ -116,7 +116,7 @@ def test_the_command_says_so(eval_mcq, tmp_path):
     assert eval_mcq("audit", "--format", "markdown", "--out", tmp_path / "a.md") == 0
     text = (tmp_path / "a.md").read_text()
     assert "46 of 80 cells cannot reach p < 0.05" in text
-    assert "80.17 is no k/171 (nearest: 137 = 80.12, 138 = 80.70)" in text
+    assert "80.17 is not k/171 (nearest: 137 = 80.12, 138 = 80.70)" in text
     assert "--force" in eval_mcq.refuses("audit", "--out", tmp_path / "a.md")
 
 

@@ -130,7 +130,7 @@ def test_replies_that_were_not_read_have_a_column(comparison):
     unread = type(run)(run.folder, run.record.model_copy(update={"mode": "generate"}), rows)
     grid = by_disease(compare({"x": unread}))
     assert column(grid, "unread") == {"DR": "0", "CSR": "1", "Average": "1", "All questions": "1"}
-    assert any("1 of 47 replies could not be read and count as wrong" in check for check in grid.checks)
+    assert any("1 of 47 replies could not be parsed and count as wrong" in check for check in grid.checks)
     assert not any("calibration" in check for check in grid.checks)
     assert ["x: unread", "0", "1", "1"] in like_paper(compare({"x": unread})).rows
 
@@ -184,7 +184,7 @@ def test_the_layout_of_the_paper_has_the_average_last(comparison):
     ]  # fmt: skip
     assert grid.rows[9] == ["mgll", "50.0*", "14.3†°", "32.1"]
     assert any("CSR (7)" in note for note in grid.notes)
-    assert any(note.startswith("base, all questions alike (micro): 21.3 ") for note in grid.notes)
+    assert any(note.startswith("base, all questions (micro): 21.3 ") for note in grid.notes)
 
 
 def test_every_format_shows_the_same_figures(comparison):
@@ -245,7 +245,7 @@ def test_a_model_that_does_not_answer_with_letters_is_pointed_out(comparison):
         silent.folder, silent.record, [a.model_copy(update={"letter_mass": 0.01}) for a in silent.rows]
     )
     assert any(
-        "silent hardly answers with letters" in check
+        "silent rarely answers with letters" in check
         for check in like_paper(compare({"silent": silent})).checks
     )
     assert not any("hardly" in check for check in like_paper(comparison).checks)
@@ -273,5 +273,5 @@ def test_a_partial_run_says_so():
     run = run_of_counts({"DR": (1, 2)})
     record = run.record.model_copy(update={"questions": 5, "categories": ["DR", "AMD"]})
     notes = by_disease(compare({"x": type(run)(run.folder, record, run.rows)})).notes
-    assert any("Only 2 of the bench's 5 questions" in note for note in notes)
+    assert any("Only 2 of the benchmark's 5 questions" in note for note in notes)
     assert any("not in the Average: AMD" in note for note in notes)
