@@ -40,12 +40,12 @@ ActivationOption = Annotated[
 
 ImageSizeOption = Annotated[
     int | None,
-    typer.Option(help="Side in pixels of the images that it shall take: its position table is resampled."),
+    typer.Option(help="Input size in pixels of the tower; its position table is resampled to it."),
 ]
 PoolingOption = Annotated[
     str | None,
     typer.Option(
-        help="Image features: 'class' (class token) or 'mean' (mean of the patch tokens, not of a CLIP)."
+        help="Image features: 'class' (class token) or 'mean' (mean of the patch tokens; not for a CLIP)."
     ),
 ]
 WeightsOption = Annotated[

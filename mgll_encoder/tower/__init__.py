@@ -1,1 +1,1 @@
-"""The vision tower: its contract, and reading, adapting and saving it."""
+"""The vision tower: its specification, and reading, adapting and saving it."""

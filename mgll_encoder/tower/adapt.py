@@ -1,4 +1,4 @@
-"""Exact changes of a tower's input side: another image size, another normalisation of the pixels."""
+"""Changes to the input of a tower: another image size, another normalization of the pixels."""
 
 from math import isqrt
 
@@ -15,21 +15,21 @@ Channels = tuple[float, float, float]
 def resample_positions(pos: Tensor, grid: int, *, leading: int = 1, antialias: bool = False) -> Tensor:
     """Resample a position table to another patch grid.
 
-    Bicubic, ``align_corners=False``; the rows before the grid stay as they are. Bit for bit what
-    ``CLIPVisionEmbeddings.interpolate_pos_encoding`` of transformers does at run time (with ``antialias``, that of
+    Bicubic, ``align_corners=False``; the rows before the grid are unchanged. Bit-identical to
+    ``CLIPVisionEmbeddings.interpolate_pos_encoding`` of transformers (with ``antialias``, to that of
     ``Dinov2WithRegistersEmbeddings``).
 
     Args:
         pos: Position table [leading + g·g, C], class token first.
         grid: Patches along one side of the new grid.
         leading: Rows before the grid: 1 for a class token, 0 for none.
-        antialias: Whether to smooth before a table is made smaller.
+        antialias: Whether to smooth a table before it is made smaller.
 
     Returns:
         Table [leading + grid·grid, C] in the dtype of ``pos`` (computed in float32, or float64 if ``pos`` is).
 
     Raises:
-        UserError: ``pos`` is no such table, or ``grid`` is not positive.
+        UserError: ``pos`` is not such a table, or ``grid`` is not positive.
     """
     old = isqrt(max(pos.shape[0] - leading, 0))
     if old < 1 or leading + old * old != pos.shape[0] or grid < 1:
@@ -49,7 +49,7 @@ def resample_positions(pos: Tensor, grid: int, *, leading: int = 1, antialias: b
 
 
 def fit_positions(table: Tensor, architecture: Architecture, grid: int) -> Tensor:
-    """A position table [..., leading + g·g, C] of an architecture for another grid, as its library resamples it."""
+    """Resample a position table [..., leading + g·g, C] to another grid, as the architecture's library does."""
     rows = table.reshape(-1, table.shape[-1])
     fitted = resample_positions(rows, grid, leading=architecture.leading, antialias=architecture.antialias)
     return fitted.reshape(*table.shape[:-2], *fitted.shape)
@@ -63,19 +63,19 @@ def fold_normalization(
     given: tuple[Channels, Channels],
     leading: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Teach a tower to expect pixels that are normalised in another way.
+    """Change the weights so that the tower expects pixels with another normalization.
 
-    With x = s_g·x_g + m_g, the pixel that the tower was trained on is
+    With x = s_g·x_g + m_g, the input that the tower was trained on is
     (x - m_t)/s_t = (s_g/s_t)·x_g + (m_g - m_t)/s_t.
     The scale goes into the patch convolution, the shift into the positions of all patches (not of the class
     token). Exact, because the convolution has stride = kernel and no padding, so every patch gets the same
-    shift; it may come before or after ``resample_positions``, which preserves constants.
+    shift. It can be applied before or after ``resample_positions``, which preserves constants.
 
     Args:
-        patch_weight: Patch convolution [C, 3, p, p]; a bias stays as it is.
+        patch_weight: Patch convolution [C, 3, p, p]; a bias does not change.
         pos: Position table [leading + g·g, C].
         trained: Mean and standard deviation that the tower was trained with (0-1 scale).
-        given: Mean and standard deviation that the pixels will have been normalised with.
+        given: Mean and standard deviation that the pixels will be normalized with.
         leading: Rows of the table before the patches.
 
     Returns:

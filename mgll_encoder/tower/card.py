@@ -29,7 +29,7 @@ Research on medical images: as the vision encoder of a multimodal LLM, for probi
 device: not for diagnosis or any decision about a patient. It has been evaluated only as described below, and not on
 other devices, populations or findings than those of its training.
 {training}
-The licence and terms of use are those of the weights and the images it was made from.
+The license and terms of use are those of the weights and the images it was made from.
 
 ## Provenance
 
@@ -39,7 +39,7 @@ The licence and terms of use are those of the weights and the images it was made
 """
 
 _TEXT = """
-The text tower that was trained with it lies in `text/`:
+The text tower that was trained with it is in `text/`:
 
     from mgll_encoder.text.text_tower import load_text_tower
     texts = load_text_tower(folder).features(["severe glaucoma"])  # to be compared with projected image features
@@ -63,12 +63,12 @@ _TRAINING = """
 
 
 def model_card(spec: TowerSpec, provenance: dict[str, Any], with_text: bool) -> str:
-    """A model card in Markdown.
+    """Write a model card in Markdown.
 
     Args:
-        spec: The vision contract.
-        provenance: What is recorded about the tower; its ``pretraining``, where there is one, gets a table.
-        with_text: Whether the folder holds a text tower.
+        spec: The tower's specification.
+        provenance: What is recorded about the tower; its ``pretraining``, if there is one, gets a table.
+        with_text: Whether the folder contains a text tower.
     """
     return _CARD.format(
         task="zero-shot-image-classification" if with_text else "image-feature-extraction",

@@ -1,4 +1,4 @@
-"""What the JSON files of a tower's folder claim about it, whoever wrote them."""
+"""Reads the JSON files of a tower's folder: transformers, open_clip, or our own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,15 +27,15 @@ _OPEN_CLIP_RESIZE = {"shortest": "crop", "squash": "squash"}
 
 @dataclass(frozen=True)
 class Claims:
-    """Fields of a contract that a folder states.
+    """Fields of ``TowerSpec`` that a folder states.
 
     Attributes:
-        layout: What the folder is, or None for a bare weight file.
+        layout: Kind of folder, or None for a bare weight file.
         file: The file that states them.
         fields: ``TowerSpec`` field -> value.
-        names: ``TowerSpec`` field -> what the file calls it.
-        notes: What had to be simplified.
-        input_size: Side in pixels of the images that are made for it, where that is another one than the config's.
+        names: ``TowerSpec`` field -> its name in the file.
+        notes: Settings of the file that are simplified here.
+        input_size: Image size of the image processor, if it may differ from that of the config.
     """
 
     layout: str | None = None
@@ -47,15 +47,15 @@ class Claims:
 
 
 def read_claims(path: Path) -> Claims:
-    """Read the configs of a tower's folder; a bare file claims nothing.
+    """Read the configs of a tower's folder; a bare file has none.
 
     Raises:
-        UserError: a config is unreadable, of another model type, or contradicts its neighbour.
+        UserError: a config is unreadable, of another model type, or contradicts another config of the folder.
     """
     if not path.is_dir():
-        beside = [name for name in ("config.json", TOWER_FILE) if (path.parent / name).is_file()]
+        unread = [name for name in ("config.json", TOWER_FILE) if (path.parent / name).is_file()]
         return Claims(
-            notes=tuple(f"{path.parent / name} is not read: pass the folder" for name in beside[:1])
+            notes=tuple(f"{path.parent / name} is not read: pass the folder" for name in unread[:1])
         )
     if (path / TOWER_FILE).is_file():
         return _ours(path)
@@ -65,10 +65,10 @@ def read_claims(path: Path) -> Claims:
 
 
 def check_kind(file: Path) -> dict[str, Any]:
-    """The config.json of a transformers folder that holds a vision tower.
+    """Read the config.json of a transformers folder that contains a vision tower.
 
     Raises:
-        UserError: it is unreadable, or of another kind of model.
+        UserError: it is unreadable, or describes another kind of model.
     """
     content = read_json(file)
     kind = content.get("model_type")
@@ -91,7 +91,7 @@ def _ours(folder: Path) -> Claims:
         )
     if not isinstance(content.get("spec"), dict):
         raise UnsupportedCheckpointError(
-            f"{file}: field 'spec' is missing: expected the vision contract; write the tower again"
+            f"{file}: field 'spec' is missing: expected the tower specification; write the tower again"
         )
     spec = checked(TowerSpec, content["spec"], file)
     if spec.architecture not in ARCHITECTURES:
@@ -99,18 +99,18 @@ def _ours(folder: Path) -> Claims:
             f"{file}: field 'architecture' is {spec.architecture!r}: expected {' or '.join(ARCHITECTURES)}; the folder "
             "was written by another version of mgll-mllm: upgrade"
         )
-    beside = folder / "config.json"
-    act = read_json(beside).get("hidden_act") if beside.is_file() else spec.activation
+    config = folder / "config.json"
+    act = read_json(config).get("hidden_act") if config.is_file() else spec.activation
     if act != spec.activation:
         raise UnsupportedCheckpointError(
-            f"{file}: field 'activation' is {spec.activation}, but {beside} has hidden_act {act!r}: "
+            f"{file}: field 'activation' is {spec.activation}, but {config} has hidden_act {act!r}: "
             "expected both to agree; write the tower again"
         )
     record = content.get("provenance") or {}
     notes = []
     if record.get("activation_source") == "default":
         notes.append(
-            f"{file}: {spec.activation} was a mere default for {record.get('source')} when this folder was written; "
+            f"{file}: {spec.activation} was only the default for {record.get('source')} when this folder was written; "
             "if you know the right activation, convert again with `activation`"
         )
     return Claims(OURS, file, spec.model_dump(exclude_none=True), notes=tuple(notes))
@@ -139,17 +139,17 @@ def _transformers(folder: Path) -> Claims:
     file = folder / "config.json"
     content = check_kind(file)
     architecture = described_by(content["model_type"])
-    assert architecture is not None, "its kind has just been checked"
+    assert architecture is not None, "check_kind accepted it"
     vision = content
     if content["model_type"] == architecture.around:
-        # where a file of old holds it twice, transformers goes by the second
-        twice = (content.get(name) for name in ("vision_config_dict", "vision_config"))
-        vision = next((part for part in twice if part is not None), {})
+        # old files contain it twice; transformers uses vision_config_dict then
+        parts = (content.get(name) for name in ("vision_config_dict", "vision_config"))
+        vision = next((part for part in parts if part is not None), {})
     try:
         fields = architecture.spec_fields(vision)
     except ValueError as error:
         raise UnsupportedCheckpointError(
-            f"{file} is no valid config of a {architecture.title}: {error}"
+            f"{file} is not a valid config of a {architecture.title}: {error}"
         ) from None
     pixels, notes = _pixels(folder, None if architecture.resampled else fields["image_size"])
     size = pixels.pop("image_size", None)
@@ -166,7 +166,7 @@ def _pixels(folder: Path, image_size: int | None) -> tuple[dict[str, Any], tuple
     pixels, notes = read_preprocessing(content, file)
     if image_size is not None and (side := pixels["image_size"]) != image_size:
         raise UnsupportedCheckpointError(
-            f"{file}: images become {side} px, but config.json beside it says image_size {image_size}: "
+            f"{file}: images are resized to {side} px, but image_size in config.json is {image_size}: "
             "expected both to agree; take both from the same folder"
         )
     return pixels, notes

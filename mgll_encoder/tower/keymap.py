@@ -1,7 +1,7 @@
-"""Key tables applied: the tensors of a foreign checkpoint, and their names in the transformers model of their kind.
+"""Applies key tables: from the tensor names of a checkpoint to those of the transformers model.
 
-State dict in, state dict out; no file is touched here. A key of the tower that is in no table of its architecture is an
-error, never a skip.
+State dict in, state dict out; no files are read. A key of the tower that the table of its architecture does not cover
+is an error; it is never skipped.
 """
 
 import re
@@ -26,7 +26,7 @@ DROPPED: dict[str, tuple[str, ...]] = {
     "MGLL cross-attention": ("text2visual.", "visual2text."),
     "OpenAI constants": ("input_resolution", "context_length", "vocab_size"),
 }  # fmt: skip
-"""Parts of a CLIP around its vision tower, known and left out: group -> beginnings of keys."""
+"""Parts of a CLIP outside its vision tower that are left out: group -> key prefixes."""
 
 _FOREIGN = {
     r"\.lora_[AB]\.": "a PEFT adapter without the tower that it was trained on, into which it is to be merged first",
@@ -35,19 +35,19 @@ _FOREIGN = {
     r"(^|\.)(patch_embed\.proj|trunk\.[a-z_0-9.]+)\.(weight|bias)$": "a timm tower that is no plain ViT",
     r"(^|\.)(embed_tokens|tok_embeddings|wte)\.weight$": "a language model",
 }
-"""What else a file may hold, by a key that tells."""
+"""What else a file may contain: regular expression for a key that identifies it -> what it is."""
 
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
 class KeyPlan:
-    """What becomes of every key of a checkpoint.
+    """Where each key of a checkpoint goes.
 
     Attributes:
         architecture: The architecture found.
         naming: The naming scheme found.
-        prefix: What stands before the tower's keys, e.g. ``module.clip.visual.``.
+        prefix: Prefix of the tower's keys, e.g. ``module.clip.visual.``.
         taken: Source key -> where it goes.
         dropped: Tensors left out, counted per group.
         unknown: Keys outside the tower that are in no group (also counted in ``dropped``).
@@ -61,13 +61,13 @@ class KeyPlan:
     unknown: tuple[str, ...]
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert a state dict (on any device, ``meta`` too) to Hugging Face names.
+        """Convert a state dict (on any device, including ``meta``) to Hugging Face names.
 
         Args:
-            state: Tensors by source key; must hold all of ``taken``.
+            state: Tensors by source key; must contain all of ``taken``.
 
         Returns:
-            Tensors by the names that the loaded model has, and ``PROJECTION`` if there is one.
+            Tensors by their names in the loaded model, and ``PROJECTION`` if there is one.
         """
         return {
             target: part
@@ -145,7 +145,7 @@ def _locate(keys: Collection[str], where: str) -> tuple[Architecture, Naming, st
         what = f"this looks like {foreign}" if foreign else f"its keys are {_quote(sorted(present), 3)}"
         titles = _either(architecture.title for architecture in ARCHITECTURES.values())
         raise UnsupportedCheckpointError(
-            f"{where}: no vision tower that is read here among {len(present)} tensors, {what}: expected a {titles} "
+            f"{where}: no supported vision tower among {len(present)} tensors, {what}: expected a {titles} "
             "with keys such as 'visual.conv1.weight' or 'vision_model.embeddings.patch_embedding.weight'"
         )
     return found[0]

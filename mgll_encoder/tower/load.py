@@ -1,7 +1,7 @@
-"""Reading a vision tower from whatever it was saved as: the transformers model of its architecture, and a contract.
+"""Reads a vision tower from any supported format, as the transformers model of its architecture and a ``TowerSpec``.
 
-What a file is, is told by its keys. What the weights cannot tell (activation, preprocessing) comes from the
-folder's config, from the caller, or from a default of the layout, which the header reports with what may follow.
+The format is detected from the keys. Activation and preprocessing cannot be detected from the weights: they come from
+the folder's config, from the caller, or from a default of the layout, which the header reports with a warning.
 """
 
 from collections.abc import Mapping
@@ -56,25 +56,25 @@ _DEFAULTS: dict[str, tuple[Activation, dict[str, Any]]] = {
     HF_FOLDER: ("quick_gelu", _CLIP_PIXELS),
     OPEN_CLIP_FOLDER: ("gelu", _CLIP_PIXELS),
 }
-"""Layout of a CLIP -> activation and preprocessing where the source says nothing; of the others, their architecture
-tells. Why:
+"""Layout of a CLIP -> activation and preprocessing if the source does not state them; for other architectures, see
+`Architecture`. Why:
 
-- official MGLL: its code builds ``ViT-L-14`` with open_clip >= 2.29 (older ones crash on its ``clip.text``),
-  which gives exact GELU even around OpenAI's weights; its data pipeline is a squash with ImageNet mean and std;
-- OpenAI (told by the constants ``input_resolution`` ... in the file): trained with QuickGELU;
-- other open_clip files: what open_clip's own ``ViT-L-14`` config gives;
+- official MGLL: its code builds ``ViT-L-14`` with open_clip >= 2.29 (older releases crash on its ``clip.text``),
+  which gives exact GELU even with OpenAI's weights; its data pipeline squashes, with ImageNet mean and std;
+- OpenAI (detected from the constants ``input_resolution`` ... in the file): trained with QuickGELU;
+- other open_clip files: as in open_clip's own ``ViT-L-14`` config;
 - transformers: the default of ``CLIPVisionConfig``.
 """
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """The opened files of a tower, and how their tensors become those of a transformers model.
+    """The opened files of a tower, and how their tensors map to those of a transformers model.
 
     Attributes:
         checkpoint: The files.
-        plan: What becomes of their keys.
-        grid: Patches along one side of the position table that the model gets.
+        plan: Where their keys go.
+        grid: Patches along one side of the model's position table.
     """
 
     checkpoint: WeightFile
@@ -82,7 +82,7 @@ class _Stored:
     grid: int
 
     def read(self, name: str, *, as_stored: bool) -> Tensor:
-        """One tensor, by the name that it will have."""
+        """Read one tensor, by its name in the model."""
         source = self._sources[name]
         (fused,) = self.checkpoint.read([source]).values()
         place = self.plan.taken[source]
@@ -90,7 +90,7 @@ class _Stored:
         return tensor if as_stored else self._fitted(name, tensor)
 
     def read_all(self) -> dict[str, Tensor]:
-        """All tensors, by the names that they will have."""
+        """Read all tensors, by their names in the model."""
         state = self.plan.apply(self.checkpoint.read(self.plan.taken))
         return {name: self._fitted(name, tensor) for name, tensor in state.items()}
 
@@ -106,19 +106,19 @@ class _Stored:
 
 @dataclass(frozen=True)
 class TowerHeader:
-    """An opened tower: what is known of it without reading its weights, and its tensors one at a time.
+    """An opened tower: what is known without reading its weights, and its tensors one at a time.
 
     Attributes:
-        spec: The vision contract.
+        spec: The tower's specification.
         tensors: Name in the loaded model -> dtype and shape as stored.
         dropped: Tensors of the source that are left out, counted per group.
-        layout: What the source is, in words.
+        layout: Format of the source, in words.
         source: The file or folder.
         files: Its weight files.
         activation_source: Where the activation comes from.
         preprocessing_source: Where mean, std and resize rule come from.
-        warnings: What the user should know, one sentence each; empty where nothing was assumed.
-        weights: Which of two sets of weights in the source these are; None where there is one.
+        warnings: What the user should know, one sentence each; empty if nothing was assumed.
+        weights: Which of two sets of weights in the source these are; None if there is only one.
     """
 
     spec: TowerSpec
@@ -134,23 +134,23 @@ class TowerHeader:
     _stored: _Stored | None = field(default=None, repr=False, compare=False)
 
     def read(self, name: str, *, as_stored: bool = False) -> Tensor:
-        """The tensor of a name in the loaded model, in its stored dtype.
+        """Read one tensor by its name in the loaded model, in its stored dtype.
 
         Args:
             name: The name.
             as_stored: Whether a position table is wanted for the grid that the source has it for.
 
         Raises:
-            UserError: it is not finite, or the file has been cut short.
+            UserError: it is not finite, or the file has been truncated.
         """
-        assert self._stored is not None, "a tower in memory is not read"
+        assert self._stored is not None, "a tower in memory has no file"
         tensor = self._stored.read(name, as_stored=as_stored)
         _check_finite(name, tensor, self.source)
         return tensor
 
     @property
     def architecture(self) -> Architecture:
-        """What describes towers of this kind."""
+        """Architecture of the tower."""
         return ARCHITECTURES[self.spec.architecture]
 
     @property
@@ -169,7 +169,7 @@ class Tower:
     """A tower in memory.
 
     Attributes:
-        header: Where it comes from and its contract.
+        header: Its source and specification.
         model: The transformers model of its architecture, in eval mode: ``CLIPVisionModel``, ``Dinov2Model`` ...
         projection: Weight of the projection into the image-text space [projection_dim, width], or None.
             Image features are ``pooled(pixels) @ projection.T`` (not normalised).
@@ -181,22 +181,22 @@ class Tower:
 
     @property
     def spec(self) -> TowerSpec:
-        """The vision contract."""
+        """Specification of the tower."""
         return self.header.spec
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """Features [N, width] of pixels [N, 3, S, S], pooled as the contract says; see `pooled`."""
+        """Compute features [N, width] of pixels [N, 3, S, S]; see `pooled`."""
         return pooled(self.model, self.spec, pixels)
 
     @classmethod
     def from_model(
         cls, model: "PreTrainedModel", spec: TowerSpec, projection: Tensor | None = None
     ) -> "Tower":
-        """A tower around a model made in this process (by training, for example), ready for ``save_tower``.
+        """Wrap a model made in this process (for example by training) as a tower, for ``save_tower``.
 
         Args:
             model: A model of ``build_model(spec)``'s class and geometry.
-            spec: Its contract, with the preprocessing it was trained with.
+            spec: Its specification, with the preprocessing it was trained with.
             projection: Weight [projection_dim, width], if it has one.
         """
         if projection is not None:
@@ -225,7 +225,7 @@ def inspect_tower(
             Dinov2WithRegistersModel) or state dict, a folder written by ``save_tower``, or the hub id of any of these
             folders.
         activation: For sources that do not store it; must not contradict one that does. Attention heads are
-            width // 64 where no config says otherwise (OpenAI's rule; the default of open_clip and timm).
+            width // 64 unless a config says otherwise (OpenAI's rule; the default of open_clip and timm).
         weights: Of a training checkpoint with two sets of weights, ``ema`` for the moving average; None takes the raw
             ones, with a warning.
 
@@ -262,15 +262,15 @@ def load_tower(
         activation: As for ``inspect_tower``.
         dtype: Dtype of the model; float32 by default, whatever is stored.
         weights: As for ``inspect_tower``.
-        image_size: Side in pixels of the images that it shall take: its position table is resampled; None for its own.
-        pooling: How image features shall come about, see `TowerSpec`; None for its own way.
+        image_size: Input size in pixels, for which the position table is resampled; None for the stored one.
+        pooling: How image features are computed, see `TowerSpec`; None for the stored way.
 
     Returns:
         The tower in eval mode on the CPU.
 
     Raises:
-        UserError: as for ``inspect_tower``; the weights are not finite, the size is not a multiple of the patch, or
-            the architecture has no such pooling.
+        UserError: as for ``inspect_tower``; the weights are not finite, the size is not a multiple of the patch size,
+            or the architecture does not have this pooling.
     """
     fitted = {"image_size": image_size, "pooling": pooling}
     changes = {name: value for name, value in fitted.items() if value is not None}
@@ -282,8 +282,8 @@ def load_tower(
 
 
 def filled_model(spec: TowerSpec, state: Mapping[str, Tensor]) -> "PreTrainedModel":
-    """The transformers model of a contract around these tensors, in eval mode; none is copied, none drawn."""
-    with torch.device("meta"):  # no weights are drawn only to be replaced
+    """Build the transformers model of a specification from these tensors, without copying them, in eval mode."""
+    with torch.device("meta"):  # do not initialize weights that are replaced
         model = build_model(spec)
     model.load_state_dict(state, assign=True)
     if ARCHITECTURES[spec.architecture].position_ids:
@@ -295,11 +295,11 @@ def filled_model(spec: TowerSpec, state: Mapping[str, Tensor]) -> "PreTrainedMod
 
 
 def pooled(model: "PreTrainedModel", spec: TowerSpec, pixels: Tensor) -> Tensor:
-    """Features of images, [N, width], before any projection.
+    """Compute image features [N, width], before any projection.
 
     Args:
         model: A model of ``build_model(spec)``'s class.
-        spec: The contract, whose ``pooling`` counts.
+        spec: Its specification, which states the ``pooling``.
         pixels: [N, 3, S, S].
     """
     architecture = ARCHITECTURES[spec.architecture]
@@ -307,7 +307,7 @@ def pooled(model: "PreTrainedModel", spec: TowerSpec, pixels: Tensor) -> Tensor:
 
 
 def build_model(spec: TowerSpec) -> "PreTrainedModel":
-    """The transformers model of the contract's architecture and geometry, with random weights."""
+    """Build the transformers model of a specification, with random weights."""
     import transformers
 
     kind: type[PreTrainedModel] = getattr(transformers, ARCHITECTURES[spec.architecture].model_class)
@@ -315,7 +315,7 @@ def build_model(spec: TowerSpec) -> "PreTrainedModel":
 
 
 def vision_config(spec: TowerSpec) -> "PreTrainedConfig":
-    """The transformers config of a tower."""
+    """Build the transformers config of a tower."""
     import transformers
 
     architecture = ARCHITECTURES[spec.architecture]
@@ -327,10 +327,10 @@ def _read(
     path: Path, activation: Activation | None, weights: WeightSet | None, changes: Mapping[str, Any]
 ) -> tuple[TowerHeader, dict[str, Tensor], Tensor | None]:
     header = _examine(path, activation, weights, changes)
-    assert header._stored is not None, "it has just been opened"
+    assert header._stored is not None, "_examine opened it"
     tensors = header._stored.read_all()
-    if (aside := path / PROJECTION_FILE).is_file():
-        tensors |= open_weights(aside).read([PROJECTION])
+    if (projection := path / PROJECTION_FILE).is_file():
+        tensors |= open_weights(projection).read([PROJECTION])
     for name, tensor in tensors.items():
         _check_finite(name, tensor, path)
     return header, tensors, tensors.pop(PROJECTION, None)
@@ -339,8 +339,8 @@ def _read(
 def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
     if not all_finite(tensor):
         raise UnsupportedCheckpointError(
-            f"{path}: tensor '{name}' holds NaN or infinite values: expected finite weights; "
-            "take an earlier checkpoint of that training"
+            f"{path}: tensor '{name}' contains NaN or infinite values: expected finite weights; "
+            "use an earlier checkpoint of this training"
         )
 
 
@@ -358,8 +358,8 @@ def _examine(
     _compare_kind(architecture, claims, path)
     layout = claims.layout or _layout(plan)
     tensors = plan.apply(checkpoint.headers)
-    if (aside := path / PROJECTION_FILE).is_file():
-        tensors |= open_weights(aside).headers
+    if (projection := path / PROJECTION_FILE).is_file():
+        tensors |= open_weights(projection).headers
 
     warnings = list(claims.notes)
     if weights is None and "ema" in checkpoint.sets:
@@ -378,7 +378,7 @@ def _examine(
         pixels, preprocessing_source = dict(_DEFAULTS[layout][1] if clip else architecture.pixels), "default"
         what = f"an {layout}" if clip else f"a {architecture.title}"
         warnings.append(
-            f"{path}: mean, std and resize rule are not stored; taken as those of {what}: "
+            f"{path}: mean, std and resize rule are not stored; using those of {what}: "
             f"mean {_figures(pixels['mean'])}, std {_figures(pixels['std'])}, {pixels['resize']}"
         )
     measured = _measure(tensors, architecture, path)
@@ -394,8 +394,8 @@ def _examine(
     stored, spec = spec, _fitted(spec, claims, changes, path)
     if spec.grid != stored.grid and "image_size" not in changes:
         warnings.append(
-            f"{path}: its images are {spec.image_size} px wide, its position table is for {stored.image_size} px: the "
-            f"table is resampled to {spec.grid}x{spec.grid} patches, as {architecture.model_class} does"
+            f"{path}: its image size is {spec.image_size} px, but its position table is for {stored.image_size} px: "
+            f"the table is resampled to {spec.grid}x{spec.grid} patches, as {architecture.model_class} does"
         )
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items() if name != PROJECTION}
     table = architecture.positions
@@ -417,7 +417,7 @@ def _examine(
 
 
 def _fitted(spec: TowerSpec, claims: Claims, changes: Mapping[str, Any], path: Path) -> TowerSpec:
-    """The contract for the images that are made for the tower, with what the caller wants changed in it."""
+    """Return the specification for the image size of the image processor, with the changes of the caller."""
     architecture = ARCHITECTURES[spec.architecture]
     pooling = changes.get("pooling", spec.pooling)
     if pooling not in architecture.poolings:
@@ -433,7 +433,7 @@ def _fitted(spec: TowerSpec, claims: Claims, changes: Mapping[str, Any], path: P
 
 
 def _compare_kind(architecture: Architecture, claims: Claims, path: Path) -> None:
-    """Refuse a config of another architecture than the weights."""
+    """Reject a config of another architecture than that of the weights."""
     claimed = claims.fields.get("architecture", architecture.name)
     if claimed != architecture.name:
         raise UnsupportedCheckpointError(
@@ -445,7 +445,7 @@ def _compare_kind(architecture: Architecture, claims: Claims, path: Path) -> Non
 def _layout(plan: KeyPlan) -> str:
     if plan.naming.layout != OPEN_CLIP:
         return plan.naming.layout
-    if plan.prefix.endswith("clip.visual."):  # CLIPBaseline keeps open_clip's model as self.clip
+    if plan.prefix.endswith("clip.visual."):  # CLIPBaseline stores open_clip's model as self.clip
         return OFFICIAL
     return OPENAI if "OpenAI constants" in plan.dropped else OPEN_CLIP
 
@@ -480,8 +480,8 @@ def _choose_activation(
 def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
     other = next(name for name in CLIP.activations if name != chosen)
     return (
-        f"{path}: the activation is not stored; taken as {chosen}, the default for an {layout}. If the tower "
-        f"was trained with {other}, nothing fails, but its features are about 1 % off and answers silently worse: "
+        f"{path}: the activation is not stored; using {chosen}, the default for an {layout}. If the tower was "
+        f"trained with {other}, there is no error, but its features are about 1 % off and answers are worse: "
         f"then pass `activation={other}`; if {chosen} is right, say so with `activation={chosen}`"
     )
 
@@ -489,9 +489,7 @@ def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
 def _weights_warning(checkpoint: WeightFile) -> str:
     path, sets = checkpoint.path, checkpoint.sets
     if "raw" not in sets:
-        return (
-            f"{path} holds a moving average of the weights ('{sets['ema']}') and not the weights themselves"
-        )
+        return f"{path} contains a moving average of the weights ('{sets['ema']}') and not the weights themselves"
     return (
         f"{path} holds two sets of weights, raw ones ('{sets['raw']}') and their moving average ('{sets['ema']}'); "
         "the raw ones are taken: pass `weights=ema` for the average, which is often the better one, or `weights=raw` "
@@ -500,7 +498,7 @@ def _weights_warning(checkpoint: WeightFile) -> str:
 
 
 def _measure(tensors: Mapping[str, Tensor], architecture: Architecture, path: Path) -> dict[str, int]:
-    """What the weights tell of a contract."""
+    """Return the fields of ``TowerSpec`` that follow from the shapes of the weights."""
 
     def shape(name: str, dims: int) -> torch.Size:
         found = tensors[name].shape
@@ -532,10 +530,10 @@ def _measure(tensors: Mapping[str, Tensor], architecture: Architecture, path: Pa
 
 
 def _compare(measured: Mapping[str, int], claims: Claims, path: Path) -> None:
-    """Refuse a config that describes another tower than the weights."""
+    """Reject a config that describes another tower than the weights."""
     if claims.fields.get("projection_dim") and "projection_dim" not in measured:
         raise UnsupportedCheckpointError(
-            f"{path} lacks {PROJECTION_FILE}, which {claims.file} promises: copy the whole folder"
+            f"{path} lacks {PROJECTION_FILE}, which {claims.file} requires: copy the whole folder"
         )
     patch = measured["patch_size"]
     for name, found in measured.items():
@@ -561,7 +559,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], spec: TowerSpec, path: Path) ->
             )
         if tensor.dtype not in FLOATS:
             raise UnsupportedCheckpointError(
-                f"{path}: tensor '{name}' is {tensor.dtype}: expected floats, not quantised weights"
+                f"{path}: tensor '{name}' is {tensor.dtype}: expected floats, not quantized weights"
             )
 
 

@@ -1,4 +1,4 @@
-"""From picture to pixels, as a tower expects them: one rule, written as a transformers image processor."""
+"""Preprocessing of images for a tower, as a transformers image processor."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BaseImageProcessor
 
-_BICUBIC = 3  # PIL's number, as preprocessor_config.json has it
+_BICUBIC = 3  # PIL's number, as in preprocessor_config.json
 
 
 def image_processor(spec: PixelRule) -> "BaseImageProcessor":
-    """The transformers image processor of a tower (bicubic with antialias, then mean and standard deviation).
+    """Build the transformers image processor of a tower (bicubic with antialias, then mean and standard deviation).
 
     Args:
-        spec: The tower's contract, or that of a host.
+        spec: The pixel rule of a tower or a host.
 
     Returns:
         A ``CLIPImageProcessor``, or a ``LlavaImageProcessor`` for ``resize="pad"``; both give
@@ -34,7 +34,7 @@ def image_processor(spec: PixelRule) -> "BaseImageProcessor":
 
 
 def processor_settings(spec: PixelRule) -> dict[str, Any]:
-    """What ``image_processor(spec)`` saves as preprocessor_config.json; transformers need not be imported."""
+    """Return what ``image_processor(spec)`` saves as preprocessor_config.json, without importing transformers."""
     square = {"height": spec.image_size, "width": spec.image_size}
     return {
         "crop_size": square,
@@ -54,7 +54,7 @@ def processor_settings(spec: PixelRule) -> dict[str, Any]:
 
 
 def image_transform(spec: PixelRule) -> "Callable[[Image.Image], Tensor]":
-    """A picture-to-pixels function for data sets, the same pixels as ``image_processor(spec)``.
+    """Return a function from image to pixels for datasets, with the same pixels as ``image_processor(spec)``.
 
     Args:
         spec: The pixel rule; a ``TowerSpec`` is one.
@@ -72,17 +72,17 @@ def image_transform(spec: PixelRule) -> "Callable[[Image.Image], Tensor]":
 
 
 def read_preprocessing(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Read the contract's part of a ``preprocessor_config.json``, of old and of new transformers.
+    """Read the pixel rule of a ``preprocessor_config.json``, of old and of new transformers.
 
     Args:
         config: The JSON object.
         where: Its file, for error messages.
 
     Returns:
-        The fields of ``PixelRule``, and notes on what they cannot say.
+        The fields of ``PixelRule``, and notes on settings that these cannot express.
 
     Raises:
-        UserError: a step that the contract needs is switched off, or the image is not made square.
+        UserError: a required step is switched off, or the result is not square.
     """
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if config.get(step) is False:
@@ -94,7 +94,9 @@ def read_preprocessing(config: Mapping[str, Any], where: Path) -> tuple[dict[str
     final = _sides(crop) if crops else resized
     resize: Resize = "pad" if config.get("do_pad") else "crop" if by_edge else "squash"
     if len(final) != 1 or (resize == "crop" and not config.get("do_center_crop", True)):
-        raise UserError(f"{where}: size {size} with crop {crop} makes no square image: expected a square")
+        raise UserError(
+            f"{where}: size {size} with crop {crop} does not give a square image: expected a square"
+        )
     notes = []
     if resized != final:
         notes.append(f"{where.name} resizes to {size} and crops to {crop}; here it resizes to the crop")
@@ -110,6 +112,6 @@ def read_preprocessing(config: Mapping[str, Any], where: Path) -> tuple[dict[str
 
 
 def _sides(size: Any) -> set[int]:
-    """The lengths in a ``size`` or ``crop_size`` of any age; empty where there is none."""
+    """Return the lengths in a ``size`` or ``crop_size``, in any of its formats; empty if there is none."""
     values = size.values() if isinstance(size, Mapping) else [size]
     return {value for value in values if isinstance(value, int)}

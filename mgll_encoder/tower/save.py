@@ -1,4 +1,4 @@
-"""Writing a tower as a folder that transformers reads, old and new."""
+"""Writes a tower as a folder that transformers 4 and 5 can read."""
 
 import json
 from collections.abc import Sequence
@@ -30,25 +30,25 @@ def save_tower(
     text: TextTower | None = None,
     trainings: Sequence[Training] = (),
 ) -> Path:
-    """Write a tower's folder, whole or not at all.
+    """Write a tower's folder, completely or not at all.
 
-    The weights have the names that all releases of transformers read: those of a CLIP carry the prefix
+    The weights have names that all releases of transformers can read: those of a CLIP have the prefix
     ``vision_model.``, which ``CLIPVisionModel`` expects in transformers 4 and removes on loading in transformers 5.
-    The projection, for which there is no place, lies in a file of its own.
+    The projection is not part of that model and is written to a separate file.
 
     Args:
-        tower: The tower; its model must have the geometry of its contract.
+        tower: The tower; its model must have the geometry of its ``TowerSpec``.
         out: The folder to write.
         force: Replace ``out`` if it exists.
-        provenance: More to record (training data, command line ...), added to source, hashes and version.
-        text: The text tower that was trained with it, for the sub-folder ``text/``.
-        trainings: What it was trained on since it was read; what its source was trained on is taken over from there.
+        provenance: More facts to record (training data, command line ...), in addition to source, hashes and version.
+        text: The text tower that was trained with it, for the subfolder ``text/``.
+        trainings: What it was trained on since it was read; the trainings of its source are copied from there.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: ``out`` exists and ``force`` is not set, or the model is not what its contract says.
+        UserError: ``out`` exists and ``force`` is not set, or the model does not match its ``TowerSpec``.
     """
     spec, header = tower.spec, tower.header
     config = vision_config(spec)

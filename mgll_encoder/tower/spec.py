@@ -1,4 +1,4 @@
-"""The vision contract that travels with a tower."""
+"""The specification that is stored with a tower."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +19,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class PixelRule(BaseModel):
-    """From picture to pixels: always bicubic, always square.
+    """How an image becomes pixels: always bicubic, always square.
 
     Attributes:
         image_size: Side of the (square) input in pixels.
-        mean: Per-channel mean of the normalisation, on a 0-1 scale.
-        std: Per-channel standard deviation of the normalisation, on a 0-1 scale.
-        resize: ``squash`` (both sides to image_size), ``crop`` (shorter side, then centre crop) or
-            ``pad`` (to a square with the mean colour, then resize).
+        mean: Per-channel mean of the normalization, on a 0-1 scale.
+        std: Per-channel standard deviation of the normalization, on a 0-1 scale.
+        resize: ``squash`` (both sides to image_size), ``crop`` (shorter side, then center crop) or
+            ``pad`` (to a square with the mean color, then resize).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,7 +49,7 @@ class TowerSpec(PixelRule):
         patch_size: Side of a patch in pixels.
         activation: ``gelu`` (exact), ``quick_gelu`` (x·sigmoid(1.702x)) or ``gelu_pytorch_tanh``. The weights cannot
             tell.
-        projection_dim: Width of the shared image-text space, or None where the file has no projection.
+        projection_dim: Width of the shared image-text space, or None if the file has no projection.
         layer_norm_eps: Epsilon of every LayerNorm.
         registers: Register tokens between class token and patch tokens.
         pooling: How the features of an image come about: ``class`` (the class token after the last LayerNorm), ``mean``
@@ -90,15 +90,15 @@ Contract = TypeVar("Contract", bound=PixelRule)
 
 
 def checked(kind: type[Contract], fields: Mapping[str, Any], where: Path) -> Contract:
-    """Build a contract from fields that somebody else wrote.
+    """Build a specification from fields read from a file, and validate them.
 
     Args:
         kind: ``PixelRule`` or ``TowerSpec``.
         fields: Its fields.
-        where: The file that they come from, for the error message.
+        where: The file, for the error message.
 
     Raises:
-        UserError: a field is missing, unknown or of another type.
+        UserError: a field is missing, unknown or of the wrong type.
     """
     try:
         return kind(**fields)

@@ -118,15 +118,15 @@ class KeyTable:
 
 
 def renames(names: Mapping[str, str]) -> dict[str, Rule]:
-    """Rules of tensors that are taken as they are: pattern -> new name, with the fields of the pattern in their order.
+    """Return rules that only rename: pattern -> new name, which takes the fields of the pattern in order.
 
-    Both sides are patterns, so that a table can be turned around.
+    Both sides are patterns, so that a table can be inverted.
     """
     return {pattern: _FIELD.sub("{}", target) for pattern, target in names.items()}
 
 
 def spelt(pattern: str) -> list[str]:
-    """A pattern once for each of the words in its braces; ``{}`` and ``*`` stay."""
+    """Return a pattern once for each word in its braces; ``{}`` and ``*`` stay."""
     field = next((found for found in _FIELD.finditer(pattern) if found[1]), None)
     if field is None:
         return [pattern]

@@ -298,10 +298,10 @@ CASES: dict[Callable[[Path], Path], str] = {
     "'state_dict', 'model_state_dict', 'module'",
     nothing_inside: "{path} contains no weights (found a dict with epoch, model): expected a dict of tensors, or one "
     "under 'model', 'state_dict', 'model_state_dict', 'module'",
-    language_model: "{path}: no vision tower that is read here among 2 tensors, this looks like a language model: "
+    language_model: "{path}: no supported vision tower among 2 tensors, this looks like a language model: "
     "expected a CLIP ViT, DINOv2, DINOv2 with registers, SigLIP or ViT with keys such as 'visual.conv1.weight' or "
     "'vision_model.embeddings.patch_embedding.weight'",
-    resnet: "{path}: no vision tower that is read here among 3 tensors, this looks like a ResNet: expected a CLIP ViT",
+    resnet: "{path}: no supported vision tower among 3 tensors, this looks like a ResNet: expected a CLIP ViT",
     siglip_timm: "{path}: no vision tower that is read here among 4 tensors, this looks like a SigLIP under timm's "
     "names, of which the transformers folder is read: expected",
     eva_transformers: "{path}: the vision tower has 'embeddings.class_embedding', 'pre_layrnorm.weight' and 1 more, "
@@ -318,7 +318,7 @@ CASES: dict[Callable[[Path], Path], str] = {
     wrong_shape: "{path}: tensor 'encoder.layers.1.layer_norm2.weight' has shape [32]: expected [64] in a tower of "
     "width 64 and patch 14",
     quantized: "{path}: tensor 'embeddings.patch_embedding.weight' is torch.int8: expected floats, not "
-    "quantised weights",
+    "quantized weights",
     odd_positions: "{path}: the position table has 9 rows: expected a class token and a square grid",
     unknown_activation: "{path}/config.json: field 'hidden_act' is 'gelu_pytorch_tanh': expected gelu or quick_gelu; "
     "a tower with another activation is not supported",
@@ -331,16 +331,17 @@ CASES: dict[Callable[[Path], Path], str] = {
     "'dinov2_with_registers', 'siglip_vision_model', 'siglip' or 'vit', the folder of a vision tower (a whole "
     "MLLM belongs to ",
     no_json: "{path}/config.json is not JSON: ",
-    wrong_type: "{path}/config.json is no valid config of a CLIP ViT: ",
+    wrong_type: "{path}/config.json is not a valid config of a CLIP ViT: ",
     no_weights: "folder {path} contains no weights (found: config.json): expected one of model.safetensors.index.json",
     lost_shard: "{path}/model.safetensors.index.json names the shard 'model-00002-of-00007.safetensors', which is not "
     "in {path}: complete the download",
     mixed_index: "{path}/model.safetensors.index.json: field 'weight_map' is missing or empty: expected tensor names",
     no_normalization: "{path}/preprocessor_config.json: field 'do_normalize' is false: expected true, a tower needs "
     "all three steps",
-    oblong_pixels: "{path}/preprocessor_config.json: size {{'height': 28, 'width': 42}} with crop 28 makes no square "
-    "image: expected a square",
-    odd_size: "{path}/preprocessor_config.json: size None with crop None makes no square image: expected a square",
+    oblong_pixels: "{path}/preprocessor_config.json: size {{'height': 28, 'width': 42}} with crop 28 does not "
+    "give a square image: expected a square",
+    odd_size: "{path}/preprocessor_config.json: size None with crop None does not give a square image: "
+    "expected a square",
     gray_mean: "{path}/preprocessor_config.json: field 'mean.1' is [0.5]: Field required",
     shard_elsewhere: "{path}/model.safetensors.index.json names the shard '../secret.safetensors', which is not in "
     "{path}: complete the download",
@@ -381,7 +382,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     tensors["visual.transformer.resblocks.1.mlp.c_fc.bias"][3] = value
     path = towers.write(tensors, tmp_path / "tower.pt")
     with pytest.raises(
-        UserError, match=r"tensor 'encoder.layers.1.mlp.fc1.bias' holds NaN or infinite values"
+        UserError, match=r"tensor 'encoder.layers.1.mlp.fc1.bias' contains NaN or infinite values"
     ):
         load_tower(path)
 

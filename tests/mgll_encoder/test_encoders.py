@@ -244,7 +244,7 @@ def test_what_is_no_such_tower_is_refused(tmp_path: Path) -> None:
     saved("dinov2", tmp_path / "gated")
     config = json.loads((tmp_path / "gated" / "config.json").read_text())
     (tmp_path / "gated" / "config.json").write_text(json.dumps({**config, "use_swiglu_ffn": True}))
-    with pytest.raises(UserError, match=r"no valid config of a DINOv2: field 'use_swiglu_ffn' is True"):
+    with pytest.raises(UserError, match=r"not a valid config of a DINOv2: field 'use_swiglu_ffn' is True"):
         inspect_tower(tmp_path / "gated")
 
     saved("dinov2", tmp_path / "mixed")

@@ -148,7 +148,7 @@ def test_a_tampered_contract_is_refused(folder: Path, changes: dict, message: st
 def test_a_guess_is_remembered_after_conversion(source: Path, tmp_path: Path) -> None:
     save_tower(load_tower(source), tmp_path / "guessed")
     (said,) = inspect_tower(tmp_path / "guessed").warnings
-    assert "gelu was a mere default for mgll-fundus.pt" in said
+    assert "gelu was only the default for mgll-fundus.pt" in said
     assert "convert again with `activation`" in said
 
 
@@ -163,7 +163,7 @@ def test_a_loaded_tower_does_not_hang_on_its_file(source: Path) -> None:
 def test_a_lost_projection_is_noticed(folder: Path) -> None:
     (folder / "visual_projection.safetensors").unlink()
     with pytest.raises(
-        UserError, match=r"lacks visual_projection.safetensors, which .*mgll_tower.json promises"
+        UserError, match=r"lacks visual_projection.safetensors, which .*mgll_tower.json requires"
     ):
         load_tower(folder)
 

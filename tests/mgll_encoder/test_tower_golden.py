@@ -96,7 +96,7 @@ def test_the_default_activation_is_said_with_its_consequence(checkpoint: Path) -
     header = inspect_tower(checkpoint)
     assert header.activation_source == "default"
     (said,) = [w for w in header.warnings if "activation" in w]
-    assert "taken as gelu" in said
+    assert "using gelu" in said
     assert "about 1 % off" in said
     assert "`activation=quick_gelu`" in said
     chosen = inspect_tower(checkpoint, activation="gelu")

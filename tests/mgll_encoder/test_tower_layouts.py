@@ -226,7 +226,10 @@ def test_without_preprocessing_the_default_is_said(tmp_path: Path) -> None:
 def test_preprocessing_for_another_size_is_refused(tmp_path: Path) -> None:
     towers.vision_model().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 56, "crop_size": 56}))
-    with pytest.raises(UserError, match=r"preprocessor_config.json: images become 56 px, .* image_size 28"):
+    with pytest.raises(
+        UserError,
+        match=r"preprocessor_config.json: images are resized to 56 px, .* image_size in config.json is 28",
+    ):
         inspect_tower(tmp_path)
 
 

@@ -1,7 +1,7 @@
-"""What tells one architecture of vision encoders from another: one description, in figures and tables.
+"""The description of an architecture of vision encoders.
 
-Nothing here imports transformers: planning a swap and inspecting a tower need no more than this, and importing a class
-takes seconds. Tests hold every description against the library that defines the architecture.
+Nothing here imports transformers: planning a swap and inspecting a tower need only this description, and importing a
+class takes seconds. Tests compare every description with the library that defines the architecture.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,9 +23,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class ConfigFields(BaseModel):
-    """The fields of a tower's config.json that count here, with the defaults of its transformers configuration.
+    """The fields of a tower's config.json that are read, with the defaults of its transformers configuration.
 
-    A field with one value only (``Literal``) is what the architecture is read for; another value is refused.
+    A field with a single allowed value (``Literal``) restricts what is supported; other values are rejected.
     """
 
     model_config = ConfigDict(strict=True)
@@ -39,7 +39,7 @@ class ConfigFields(BaseModel):
         "activation": "hidden_act",
         "layer_norm_eps": "layer_norm_eps",
     }
-    """Field of ``TowerSpec`` -> what the configuration calls it."""
+    """Field of ``TowerSpec`` -> its name in the configuration."""
 
     hidden_size: PositiveInt = 768
     num_hidden_layers: PositiveInt = 12
@@ -50,7 +50,7 @@ class ConfigFields(BaseModel):
     layer_norm_eps: PositiveFloat = 1e-6
 
     def spec(self) -> dict[str, Any]:
-        """The fields of ``TowerSpec`` that they state."""
+        """Return the fields of ``TowerSpec`` that they state."""
         return {ours: getattr(self, theirs) for ours, theirs in self.names.items()}
 
 
@@ -67,14 +67,14 @@ class Naming:
     """A scheme by which files name the tensors of an architecture.
 
     Attributes:
-        name: What it is called, such as ``open_clip`` or ``transformers``.
-        layout: What a bare file with these names is, in words.
+        name: Its name, such as ``open_clip`` or ``transformers``.
+        layout: Format of a bare file with these names, in words.
         anchor: The key whose prefix is the tower's prefix.
-        present: Beginnings of keys that must be there too, under the same prefix.
+        present: Key prefixes that must be present too, under the tower's prefix.
         table: The table, keys relative to the tower's prefix.
-        absent: Keys that must not: they tell another architecture of the same names.
-        projection: Key of the projection relative to a prefix *around* the tower, where it lies outside.
-        optional: Keys that a tower can do without.
+        absent: Keys that must be absent: they belong to another architecture with the same names.
+        projection: Key of the projection relative to an *enclosing* prefix, if it is outside the tower.
+        optional: Keys that a tower may lack.
         layer_norm_eps: Epsilon of every LayerNorm where no config states it; None for that of the architecture.
         pooling: How image features come about in files with these names; None for the architecture's usual way.
     """
@@ -96,36 +96,36 @@ class Architecture:
     """An architecture of vision encoders.
 
     Attributes:
-        name: Its name in a contract (`TowerSpec.architecture`).
-        title: What people call it.
+        name: Its name in `TowerSpec.architecture`.
+        title: Its name in messages.
         examples: Published towers of this kind.
         reads: The files that are read.
         model_type: ``model_type`` of a config.json that describes such a tower.
         around: ``model_type`` of a config.json that describes one in its ``vision_config``, if there is such a model.
         model_class: The class in transformers.
         options: What its constructor is given besides the configuration.
-        fields: What its config.json says.
-        settings: A contract -> what config.json says besides ``model_type`` and the fields of the same name.
-        shapes: A contract -> shapes of the tensors, by the names that the loaded model has.
+        fields: The fields of its config.json.
+        settings: ``TowerSpec`` -> entries of config.json other than ``model_type`` and those of ``fields``.
+        shapes: ``TowerSpec`` -> shapes of the tensors, by their names in the loaded model.
         unread: A contract -> shapes, by name in files, of tensors that a host's class has and no feature depends on.
         not_in_hosts: Why no host can have such a tower; empty where some can.
-        written: Loaded model's names -> the names of files, where they differ.
-        inner: What precedes these in a file of a tower alone or inside of a host.
-        namings: Schemes by which files name them.
+        written: Names in the loaded model -> names in files, where they differ.
+        inner: Prefix of the latter in the file of a tower alone or in a host.
+        namings: Schemes by which files name the tensors.
         patches: Name of the patch convolution [C, 3, p, p].
         positions: Name of the position table.
-        positions_ndim: Dimensions of that: [leading + g·g, C], or with one before these.
-        registers: Name of the register tokens [1, registers, C]; None for an architecture without.
+        positions_ndim: Its number of dimensions: 2 for [leading + g·g, C], 3 for [1, leading + g·g, C].
+        registers: Name of the register tokens [1, registers, C]; None if there are none.
         leading: Rows of the position table before the patches: 1 for a class token.
         antialias: Whether the library resamples the position table with antialias.
-        resampled: Whether the library resamples the position table for other image sizes by itself, so that the image
-            processor beside the weights may make images of another size than the table's.
-        position_ids: Whether the model counts positions in a buffer that no file holds.
-        blocks: Attribute of the model under which its transformer blocks stand.
-        activations: Those that occur; the first one is taken where nothing is stored.
+        resampled: Whether the library resamples the position table for other image sizes, so that the folder's image
+            processor may have another image size than the table.
+        position_ids: Whether the model numbers the positions in a buffer that is not stored.
+        blocks: Attribute of the model that contains its transformer blocks.
+        activations: Allowed activations; the first one is the default.
         poolings: How features of images come about, name -> (model, pixels, first patch token) -> [N, C]. The first one
             is taken unless the contract says otherwise.
-        pixels: Preprocessing where nothing is stored.
+        pixels: Default preprocessing.
     """
 
     name: str
@@ -159,14 +159,14 @@ class Architecture:
 
     @property
     def layer_norm_eps(self) -> float:
-        """Epsilon of every LayerNorm where nothing is stored."""
+        """Default epsilon of every LayerNorm."""
         return float(self.fields.model_fields["layer_norm_eps"].default)
 
     def spec_fields(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of ``TowerSpec`` that the config.json of a tower states, defaults included.
+        """Return the fields of ``TowerSpec`` that the config.json of a tower states, including defaults.
 
         Raises:
-            ValueError: one of them has no such value; the message is one line.
+            ValueError: a field has an unsupported value; the message is one line.
         """
         try:
             found = self.fields.model_validate(settings)
@@ -178,7 +178,7 @@ class Architecture:
         return {"architecture": self.name, **found.spec()}
 
     def vision_settings(self, spec: "TowerSpec") -> dict[str, Any]:
-        """The config.json of a tower."""
+        """Return the config.json of a tower."""
         return {
             "model_type": self.model_type,
             **{theirs: getattr(spec, ours) for ours, theirs in self.fields.names.items()},

@@ -23,7 +23,7 @@ HF_STATE, OPEN_CLIP = "transformers state dict", "open_clip state dict"
 
 
 class ClipVisionFields(ConfigFields):
-    """The fields of a ``CLIPVisionConfig`` that count here, with its defaults."""
+    """The fields of a ``CLIPVisionConfig`` that are read, with its defaults."""
 
     names: ClassVar[Mapping[str, str]] = {
         "width": "hidden_size",
@@ -43,9 +43,8 @@ class ClipVisionFields(ConfigFields):
 
 
 def _settings(spec: TowerSpec) -> dict[str, Any]:
-    return {
-        "projection_dim": spec.projection_dim or 512
-    }  # the class default; CLIPVisionModel does not read it
+    default = 512  # of the class; CLIPVisionModel does not read it
+    return {"projection_dim": spec.projection_dim or default}
 
 
 def _shapes(spec: TowerSpec) -> Shapes:
@@ -73,7 +72,7 @@ _OPEN_CLIP: dict[str, Rule] = {
     "class_embedding": "embeddings.class_embedding",
     "conv1.weight": "embeddings.patch_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_pre.weight": "pre_layrnorm.weight",  # the spelling is Hugging Face's
+    "ln_pre.weight": "pre_layrnorm.weight",  # spelled so by Hugging Face
     "ln_pre.bias": "pre_layrnorm.bias",
     "transformer.resblocks.{}.ln_1.weight": "encoder.layers.{}.layer_norm1.weight",
     "transformer.resblocks.{}.ln_1.bias": "encoder.layers.{}.layer_norm1.bias",
@@ -93,7 +92,7 @@ _OPEN_CLIP: dict[str, Rule] = {
 }
 
 OPEN_CLIP_BLOCKS = KeyTable({name: rule for name, rule in _OPEN_CLIP.items() if "resblocks" in name})
-"""The transformer blocks, which are the same in the image and in the text tower."""
+"""The transformer blocks, named the same in the image and in the text tower."""
 
 _OUR_NAMES = [target for rule in _OPEN_CLIP.values() for target in targets(rule, ("{}",))]
 

@@ -1,8 +1,7 @@
-"""DINOv2's ViT: transformers' ``Dinov2Model`` and ``Dinov2WithRegistersModel``, timm's and Meta's own files.
+"""DINOv2's ViT: ``Dinov2Model`` and ``Dinov2WithRegistersModel`` of transformers, files of timm and Meta.
 
-A pre-norm ViT with a class token and a learnt scale after attention and MLP of each block. Patch tokens of hosts are
-read before the last LayerNorm, as transformers gives hidden states. With the gated MLP of the giant model it is none
-that is read here.
+A pre-norm ViT with a class token and a learned scale after attention and MLP of each block. Hosts read patch tokens
+before the last LayerNorm, as transformers returns hidden states. The gated MLP of the giant model is not supported.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,7 @@ from mgll_encoder.weights.keytable import Drop, KeyTable, Rule, Split, renames
 
 
 class Dinov2Fields(ConfigFields):
-    """The fields of a ``Dinov2Config`` that count here, with its defaults."""
+    """The fields of a ``Dinov2Config`` that are read, with its defaults."""
 
     mlp_ratio: PositiveInt = 4
     patch_size: PositiveInt = 14
@@ -33,12 +32,12 @@ class Dinov2Fields(ConfigFields):
     use_swiglu_ffn: Literal[False] = False
 
     def spec(self) -> dict[str, Any]:
-        """The fields of ``TowerSpec`` that they state."""
+        """Return the fields of ``TowerSpec`` that they state."""
         return {**super().spec(), "mlp_width": self.hidden_size * self.mlp_ratio}
 
 
 class Dinov2WithRegistersFields(Dinov2Fields):
-    """The fields of a ``Dinov2WithRegistersConfig`` that count here, with its defaults."""
+    """The fields of a ``Dinov2WithRegistersConfig`` that are read, with its defaults."""
 
     names: ClassVar[Mapping[str, str]] = {**Dinov2Fields.names, "registers": "num_register_tokens"}
 
@@ -90,7 +89,7 @@ _NAMES = (
     "encoder.layer.{}.mlp.fc{1,2}.{weight,bias}",
     "layernorm.{weight,bias}",
 )
-"""The names of a loaded model."""
+"""Names in a loaded model."""
 
 _ATTENTION, _PARTS = "encoder.layer.{}.attention.", ".{weight,bias}"
 _WRITTEN = {
@@ -99,7 +98,7 @@ _WRITTEN = {
         "q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "output.dense",
     }.items()
 }  # fmt: skip
-"""Loaded model's names -> the names that transformers gives them in files; the others are the same."""
+"""Names in a loaded model -> names in files of transformers; the others are the same."""
 
 _LOADED = renames({name: name for name in _NAMES})
 _FILES = {
@@ -118,7 +117,7 @@ _TIMM: dict[str, Rule] = {
     "blocks.{}.mlp.fc{1,2}.{weight,bias}": "encoder.layer.{}.mlp.fc{}.{}",
     "norm.{weight,bias}": "layernorm.{}",
 }
-"""Meta's own names, which are timm's too."""
+"""Names of Meta and of timm."""
 
 _MASK, _REGISTERS = "embeddings.mask_token", "embeddings.register_tokens"
 
