@@ -384,7 +384,7 @@ def report(
     named = _arms(runs)
     asked = Path(bench or next(iter(named.values())).record.bench)
     if bench is None and not asked.is_file():
-        raise NotFoundError(f"bench {asked}, which the runs name, is not there: say where it is with `bench`")
+        raise NotFoundError(f"bench {asked} of the runs does not exist: give it with `bench`")
     from eval_mcq.html_report import ReportOptions, write_report
 
     options = ReportOptions(assets, plots, thumbnail, images, control)

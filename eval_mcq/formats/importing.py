@@ -194,8 +194,8 @@ def _without_letters(found: list[tuple[RawQuestion, MCQItem]], source: ImportSou
         raw, item = found[lettered.index(True)]
         raise BadDataError(
             f"{raw.where}: its options have their own letters or numbers ('{item.options[0]}'), as in "
-            f"{sum(lettered)} of {len(found)} questions, not in all: take them off with `option_letters=strip`, or "
-            "keep them with --option-letters keep"
+            f"{sum(lettered)} of {len(found)} questions, but not in all: remove them with `option_letters=strip`, or "
+            "keep them with `option_letters=keep`"
         )
     kept: list[tuple[RawQuestion, MCQItem]] = []
     for (raw, item), strip in zip(found, lettered, strict=True):
@@ -262,7 +262,7 @@ def _sound(
             source.skipped.add(
                 SAME_ID,
                 f"{where[id(item)]}: id '{item.id}' is already used by {where[id(first[item.id])]}; "
-                "name a column with unique ids by `maps=id=COLUMN`",
+                "name a column with unique ids with `maps=id=COLUMN`",
             )
         else:
             first[item.id] = item
@@ -286,7 +286,7 @@ def _sound(
     if not sound:
         raise BadDataError(
             f"{source.path} has no usable multiple-choice question: "
-            f"{source.skipped.summary() or 'it holds none'}; check `format` and `images`"
+            f"{source.skipped.summary() or 'it contains none'}; check `format` and `images`"
         )
     return sound
 

@@ -19,12 +19,12 @@ DATA = "data"
 
 
 def task_name(out: Path) -> str:
-    """What lmms-eval calls the task of a folder."""
+    """Return the name of the task of a folder in lmms-eval."""
     return re.sub(r"\W+", "_", out.name.lower()).strip("_")
 
 
 def write_task(bench: Bench, out: Path, force: bool = False) -> None:
-    """Write the folder, whole or not at all. The questions are asked in the words that eval-mcq asks them.
+    """Write the folder, completely or not at all. The prompts are those of eval-mcq.
 
     Raises:
         UserError: ``out`` exists, a question has several images, or an image cannot be read.

@@ -107,5 +107,5 @@ def check_unchanged(content: Content) -> None:
             if known[path] != expected:
                 raise UserError(
                     f"image {path} of question '{item.id}' has changed since the run: run the benchmark again, "
-                    "or leave pictures out with `images=False`"
+                    "or omit the images with `images=False`"
                 )

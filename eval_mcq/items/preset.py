@@ -192,7 +192,7 @@ class Preset(BaseModel):
         dropped = [d for d in self.diseases if plain(d.name) not in wanted]
         if len(kept) < 2:
             raise UserError(
-                f"`diseases` names {len(kept)} disease: give at least two, for one offers the others"
+                f"`diseases` names {len(kept)} disease: give at least two, because the others are the distractors"
             )
         left = {d.name for d in kept}
         return self.model_copy(

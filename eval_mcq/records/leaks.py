@@ -81,9 +81,9 @@ def check_leak(model: Path, bench: Bench, *, allow: bool) -> Leak | None:
         return None
     if not allow:
         raise UserError(
-            f"bench {bench.path}: {leak.text}; build it on the other side of the training data's split "
+            f"bench {bench.path}: {leak.text}; build it on the test split of the training data "
             "(`build_benchmark(split=test)`, with the same `patient_column`, `test_share` and `split_seed`), or add "
-            "`allow_leak=True` to run it and have that said in every table"
+            "`allow_leak=True` to run it with a note in every table"
         )
     _logger.warning(f"bench {bench.path}: {leak.text}; its results are too optimistic")
     return leak

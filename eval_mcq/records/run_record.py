@@ -360,7 +360,7 @@ def load_run(folder: Path) -> Run:
     run = read_run(folder)
     if not run.answers:
         found = "no question in all its rotations" if run.rows else "no question"
-        raise BadDataError(f"run {folder} answers {found} yet: the same `run()` again resumes it")
+        raise BadDataError(f"run {folder} answers {found} yet: call the same `run()` again to resume it")
     return run
 
 
@@ -388,7 +388,7 @@ def read_run_record(folder: Path) -> RunRecord:
     if not isinstance(found, dict) or found.get("format") != RUN_FORMAT:
         was = str(found.get("format", "eval-mcq-run/1"))[:40] if isinstance(found, dict) else "none"
         raise BadDataError(
-            f"run {path} has format '{was}', expected '{RUN_FORMAT}': start the run anew with `force=True`"
+            f"run {path} has format '{was}', expected '{RUN_FORMAT}': start the run over with `force=True`"
         )
     return parse(RunRecord, text, f"run {path}")
 
@@ -414,7 +414,7 @@ def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer
         if questions.setdefault(answer.id, answer.about) != answer.about:
             raise BadDataError(
                 f"{where} differs from another rotation of its question in category, patient, true letter, image or "
-                "rotation of its question: start the run anew with `force=True`"
+                "number of options: start the run over with `force=True`"
             )
         if (before := lines.get(answer.key)) is None:
             lines[answer.key] = hash(line)
@@ -422,7 +422,7 @@ def read_answers(path: Path, record: RunRecord | None = None) -> Iterator[Answer
         elif before != hash(line):
             raise BadDataError(
                 f"{path} line {number} answers question '{answer.id}' a second time (rotation {answer.rotation}), and "
-                "the first time: start the run anew with `force=True`"
+                "differently: start the run over with `force=True`"
             )
 
 
@@ -430,7 +430,7 @@ def _check_of(answer: Answer, record: RunRecord, where: str) -> None:
     if answer.run not in ("", record.fingerprint):
         raise BadDataError(
             f"{where} is an answer of another run ({answer.run[:16]}, this is {record.fingerprint}): start the run "
-            "anew with `force=True`"
+            "over with `force=True`"
         )
     if answer.category not in record.categories:
         raise BadDataError(f"{where} has category '{answer.category}', which is not in {RUN_FILE}")

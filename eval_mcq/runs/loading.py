@@ -86,7 +86,7 @@ def loading(model: Path, device: str, dtype: Dtype, four_bit: bool) -> Loading:
         raise unknown_name("device", device, ["auto", "cpu", "cuda", "cuda:1"]) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise NotFoundError(
-            f"device '{device}' is not there: this machine has no GPU that torch sees; use `device=cpu`"
+            f"device '{device}' is not available: torch finds no GPU on this machine; use `device=cpu`"
         )
     if dtype == "auto":
         return Loading(model, chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32, four_bit)
@@ -117,7 +117,7 @@ def answer(
         return run_bench(bench, load, record, out, settings)
     if settings.shard.count > 1 or settings.limit is not None:
         raise UserError(
-            "`shard` and `limit` are for a process on its own: leave them out under accelerate launch"
+            "`shard` and `limit` are for a single process: leave them out under accelerate launch"
         )
     check_resumable(out, record, settings.force)
     if out.exists() and not settings.force and (whole := read_run(out)).complete:

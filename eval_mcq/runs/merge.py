@@ -61,14 +61,14 @@ def _check_shards(folders: Sequence[Path], records: Sequence[RunRecord]) -> None
     seen: dict[str, Path] = {}
     for folder, record in zip(folders, records, strict=True):
         if record.shard is None:
-            raise BadDataError(f"{folder} is no shard: it was made without `shard`")
+            raise BadDataError(f"{folder} is not a shard: it was made without `shard`")
         if differs := record.difference(first):
             raise BadDataError(
                 f"shard {folder} and {folders[0]} are of different runs: they differ in {differs}"
             )
         if record.batch_size != first.batch_size:
             raise BadDataError(
-                f"shard {folder} was made with `batch_size={record.batch_size}`, and {folders[0]} with "
+                f"shard {folder} was made with `batch_size={record.batch_size}`, but {folders[0]} with "
                 f"{first.batch_size}: their batches differ; run one of them again"
             )
         if record.shard in seen:
@@ -88,11 +88,11 @@ def _check_shards(folders: Sequence[Path], records: Sequence[RunRecord]) -> None
 def _bench(record: RunRecord, given: Path | None) -> Bench:
     path = given or Path(record.bench)
     if given is None and not path.is_file():
-        raise NotFoundError(f"bench {path} of these shards is not here: say where it is with `bench`")
+        raise NotFoundError(f"bench {path} of these shards does not exist: give it with `bench`")
     bench = load_bench(path)
     if bench.digest != record.bench_sha256:
         raise BadDataError(
-            f"bench {path} is not the one that these shards answer: it has changed; give theirs by `bench`"
+            f"bench {path} is not the one that these shards answered: it has changed; give the original with `bench`"
         )
     return bench
 

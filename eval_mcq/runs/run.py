@@ -104,8 +104,8 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
     old = read_run_record(out)
     if old.hashed_source:
         raise UserError(
-            f"run {out} was begun by an earlier version, which recorded a hash of its source "
-            f"({old.code[:12]}): this version may give different numbers, so its answers can be shown and compared "
+            f"run {out} was started by an earlier version, which recorded a hash of its source "
+            f"({old.code[:12]}): this version may give different numbers, so its answers can be shown "
             f"and compared (`load_run({out})`), but not continued; choose another `out`, or replace it with "
             "`force=True`"
         )
@@ -113,10 +113,10 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
     if differs is None and old.shard != record.shard:
         differs = f"shard ({old.shard or 'none'}, now {record.shard or 'none'})"
     if differs is None and record.shard and record.batch_size and old.batch_size != record.batch_size:
-        differs = f"`batch_size`, which decides what a shard is ({old.batch_size}, now {record.batch_size})"
+        differs = f"`batch_size`, which determines the shards ({old.batch_size}, now {record.batch_size})"
     if differs:
         raise UserError(
-            f"run {out} was made with another {differs}: its answers cannot be continued; choose another `out`, or "
+            f"run {out} was made with a different {differs}: its answers cannot be continued; choose another `out`, or "
             "replace it with `force=True`"
         )
 
@@ -221,7 +221,7 @@ def _planned(bench: Bench, record: RunRecord, settings: Settings) -> list[list[G
     if settings.shard.index >= len(whole):
         _logger.info(
             f"shard {settings.shard.name} has nothing to do: the bench has {len(whole)} batches of up to "
-            f"{settings.batch_size} rows; a smaller `batch_size`, the same for all shards, makes more of them"
+            f"{settings.batch_size} rows; a smaller `batch_size`, the same for all shards, gives more batches"
         )
     planned = settings.shard.of(whole)
     if settings.limit is None:
@@ -241,7 +241,7 @@ def _done(out: Path, record: RunRecord, bench: Bench) -> set[Key]:
         if answer.id not in items or not answer.answers_item(items[answer.id]):
             raise UserError(
                 f"{out / ANSWERS_FILE} answers '{answer.id}' (true: {answer.gold}), which is not in {bench.path} or "
-                "otherwise: start the run anew with `force=True`"
+                "differs there: start the run over with `force=True`"
             )
         done.add(answer.key)
     return done
@@ -252,7 +252,7 @@ def _check_unchanged(out: Path, hashes: dict[str, list[str]]) -> None:
         if hashes.get(answer.id, answer.images_sha256) != answer.images_sha256:
             raise UserError(
                 f"run {out}: an image of question '{answer.id}' has changed since it was answered; "
-                "start anew with `force=True`"
+                "start over with `force=True`"
             )
 
 

@@ -33,7 +33,7 @@ class BenchEvaluator:
         self.bench = load_bench(path)
         if self.bench.header.built.get("split") == "test":
             _logger.warning(
-                f"`eval_bench={path}` was built on the test split: weights that are chosen by it are no longer tested "
+                f"`eval_bench={path}` was built on the test split: if it is used to choose weights, it is no longer a "
                 "test set; use patients that are in neither training nor test"
             )
         check_images(

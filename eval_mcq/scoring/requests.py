@@ -75,7 +75,7 @@ class PromptTokenizer:
     def __init__(self, processor: Any, prompt: Prompt) -> None:
         if processor is None:
             raise UserError(
-                "the model has no processor (no tokenizer in its folder): no question can be put to it"
+                "the model has no processor (no tokenizer in its folder): its prompts cannot be written"
             )
         if template_of(processor) is None:
             raise UserError(
@@ -192,7 +192,7 @@ class PromptTokenizer:
         if after[: len(before)] != before or len(after) == len(before):
             raise UserError(
                 f"the tokenizer merges the answer '{text}' with the end of the prompt, so its likelihood cannot be "
-                "told: use `mode=letters` or `mode=generate`"
+                "computed: use `mode=letters` or `mode=generate`"
             )
         return after[len(before) :]
 

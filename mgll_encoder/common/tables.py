@@ -125,7 +125,7 @@ def read_table(
         raise UserError(f"`encoding` has no effect on label file {path}, which is {book.name}: leave it out")
     if reading.sheet is not None and not (book and book.sheets):
         raise UserError(
-            f"`sheet` has no effect on label file {path}, which is no Excel workbook: leave it out"
+            f"`sheet` has no effect on label file {path}, which is not an Excel workbook: leave it out"
         )
     if book:
         sheet = book.read(path, reading.sheet)
@@ -212,7 +212,7 @@ def _decoded(path: Path, encoding: str | None) -> str:
         text = content.decode(codec).removeprefix("\ufeff")
     except LookupError:
         raise UserError(
-            f"`encoding` is '{encoding}', which is none: give one such as utf-8, cp1252, gb18030"
+            f"`encoding` is '{encoding}', which is not known: give one such as utf-8, cp1252, gb18030"
         ) from None
     except UnicodeDecodeError as error:
         if b"\0" not in content:

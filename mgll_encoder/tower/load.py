@@ -482,7 +482,7 @@ def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
     return (
         f"{path}: the activation is not stored; using {chosen}, the default for an {layout}. If the tower was "
         f"trained with {other}, there is no error, but its features are about 1 % off and answers are worse: "
-        f"then pass `activation={other}`; if {chosen} is right, say so with `activation={chosen}`"
+        f"then pass `activation={other}`; if {chosen} is right, pass `activation={chosen}`"
     )
 
 
@@ -491,9 +491,8 @@ def _weights_warning(checkpoint: WeightFile) -> str:
     if "raw" not in sets:
         return f"{path} contains a moving average of the weights ('{sets['ema']}') and not the weights themselves"
     return (
-        f"{path} holds two sets of weights, raw ones ('{sets['raw']}') and their moving average ('{sets['ema']}'); "
-        "the raw ones are taken: pass `weights=ema` for the average, which is often the better one, or `weights=raw` "
-        "to say so"
+        f"{path} contains two sets of weights, raw ones ('{sets['raw']}') and their moving average ('{sets['ema']}'); "
+        "using the raw ones: pass `weights=ema` for the average, which is often better, or `weights=raw` to confirm"
     )
 
 

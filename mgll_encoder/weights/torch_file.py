@@ -196,7 +196,7 @@ def _check_held(
     if weights is not None and found and weights not in found:
         (other,) = set(get_args(WeightSet)) - {weights}
         raise BadDataError(
-            f"{path} holds no {weights} weights, only {other} ones ('{found[other]}'): leave `weights` out"
+            f"{path} contains no {weights} weights, only {other} ones ('{found[other]}'): leave `weights` out"
         )
     if weights == "ema" and not found:
         raise BadDataError(

@@ -305,7 +305,7 @@ def test_the_model_is_asked_in_full_batches_and_shards_in_the_same_ones(put, tmp
 
 def test_shards_of_another_batch_size_are_not_continued_and_not_merged(put, tmp_path):
     put("s0", batch_size=4, shard=Shard(0, 2))
-    with pytest.raises(UserError, match=r"another `batch_size`, which decides what a shard is .4, now 2."):
+    with pytest.raises(UserError, match=r"different `batch_size`, which determines the shards .4, now 2."):
         put("s0", batch_size=2, shard=Shard(0, 2))
     put("s1", batch_size=2, shard=Shard(1, 2))
     with pytest.raises(UserError, match=r"s1 was made with `batch_size=2`, and .*s0 with 4"):
