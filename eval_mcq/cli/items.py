@@ -122,7 +122,7 @@ def export(
 
 
 def _after_export(format_: str, out: Path, images: Path) -> str:
-    """What to type next."""
+    """Return the next command to run."""
     from eval_mcq.formats.lmms_eval import task_name
 
     return {

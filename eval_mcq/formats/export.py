@@ -129,7 +129,7 @@ EXPORTERS: Mapping[str, Callable[[Bench, Path, Path, bool], None]] = {
     "parquet": _parquet,
     "jsonl": _jsonl,
 }
-"""Format name to a function of bench, output, image folder and force, that writes it."""
+"""Format name -> function of benchmark, output, image folder and force that writes it."""
 
 
 def write_predictions(bench: Bench, run: Run, out: Path, force: bool = False) -> int:

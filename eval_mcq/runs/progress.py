@@ -10,14 +10,14 @@ from mgll_encoder.common.progress import counter
 _logger = logging.getLogger(__name__)
 
 EVERY = 30.0
-"""Seconds between two lines where no bar is shown."""
+"""Seconds between two log lines if no bar is shown."""
 
 
 @contextmanager
 def rate(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show progress within the block; yields a function to call with the number of rows just completed.
 
-    A bar where the program shows bars; elsewhere a log record every half minute.
+    Shows a bar if the program shows bars; otherwise logs a line every half minute.
     """
     if bar := counter():
         with bar(description, total) as step:

@@ -197,7 +197,7 @@ def importing() -> Iterator[None]:
 
 
 def spelled(message: str) -> str:
-    """A message of the library with options in place of arguments: see `mgll_encoder.common.spelling`."""
+    """Replace arguments by options in a message of the library; see `mgll_encoder.common.spelling`."""
     return _spelling.spell(message)
 
 
@@ -232,7 +232,7 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar with speed and time left on stderr; yields a function that advances it."""
+    """Show a bar with speed and time left on stderr; yield a function that advances it."""
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as progress:

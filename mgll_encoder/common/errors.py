@@ -8,7 +8,7 @@ LONGEST = 2000
 """Maximum number of characters in a message."""
 
 ARGUMENT = re.compile(r"`(?P<name>[a-z]\w*)(?:\['(?P<key>[^'`]+)'\])?(?:=(?P<value>[^`]+))?`")
-"""An argument in a message: its name, the key in it and the value, both optional."""
+"""An argument in a message: its name, optionally a key and a value."""
 
 
 class UserError(Exception):
@@ -24,7 +24,7 @@ class UserError(Exception):
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """Names of the arguments that the message is about."""
+        """Names of the arguments in the message."""
         return tuple(found["name"] for found in ARGUMENT.finditer(str(self)))
 
 

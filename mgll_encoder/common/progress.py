@@ -29,7 +29,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 def counter() -> Counter | None:
-    """The counter set by `show_with`: where there is one, bars are watched, those of other libraries too."""
+    """Return the counter set by `show_with`; if there is one, other libraries show their bars, too."""
     return _display.counter
 
 
@@ -45,7 +45,7 @@ def show_with(tracker: Tracker | None, counter: Counter | None = None) -> None:
     Args:
         tracker: Shows an iteration.
         counter: Shows a bar that is advanced by hand. It also turns on the bars of transformers and datasets, so pass
-            one only where somebody watches.
+            one only for a terminal.
 
     Example:
         >>> from tqdm import tqdm

@@ -3,8 +3,8 @@
 A message names them as Python does, in backticks: ``layout=llava``, ``parts['tower']=PATH``, ``feature_cache=False``,
 ``pretrain()``, ``convert(mllm=FOLDER)``. A command prints its own options and the names of commands instead:
 ``--layout llava``, ``--part tower=PATH``, ``--no-feature-cache``, ``mgll-encoder pretrain``,
-`` `swap-encoder convert --mllm FOLDER` ``. For this the parameter behind an option has the name of the library's
-argument; what no command knows stays as it is.
+`` `swap-encoder convert --mllm FOLDER` ``. This requires that the parameter of an option has the name of the library's
+argument; unknown names are not translated.
 """
 
 import re
@@ -33,15 +33,15 @@ COMMANDS: Mapping[str, str] = {
     "run": "eval-mcq run",
     "write_delta": "swap-encoder --delta",
 }
-"""Function -> the command or option that does the same."""
+"""Function -> equivalent command or option."""
 
 
 @dataclass
 class Spelling:
-    """How a program spells arguments.
+    """The options of a program by argument.
 
     Attributes:
-        options: Argument -> option, as of all its commands.
+        options: Argument -> option, over all its commands.
         negations: Argument -> the option that switches it off.
     """
 
@@ -49,7 +49,7 @@ class Spelling:
     negations: dict[str, str] = field(default_factory=dict)
 
     def learn(self, command: Any) -> None:
-        """Take over the options of a program; those of a command take precedence while it runs."""
+        """Read the options of a program; those of a command take precedence while it runs."""
         self.options.clear()
         self.negations.clear()
         for one in _with_commands_below(command):
@@ -58,7 +58,7 @@ class Spelling:
                 one.callback = self._taking(one)
 
     def spell(self, message: str) -> str:
-        """A message with options and commands in place of arguments and functions."""
+        """Replace arguments and functions in a message by options and commands."""
         return CALL.sub(_command, ARGUMENT.sub(self._option, message))
 
     def _take(self, command: Any) -> None:

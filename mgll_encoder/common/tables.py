@@ -251,5 +251,5 @@ def _delimiter(text: str) -> str:
 
 
 def listed(columns: str) -> tuple[str, ...]:
-    """Names of columns in a text, where commas separate them."""
+    """Split a text into column names at its commas."""
     return tuple(name.strip() for name in columns.split(",") if name.strip())

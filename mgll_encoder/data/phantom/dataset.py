@@ -72,7 +72,7 @@ def phantom_eyes(per_disease: int, seed: int) -> Iterator[PhantomEye]:
 
 
 def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, force: bool = False) -> int:
-    """Write ``images/``, ``labels.csv``, ``contact_sheet.png``, and ``views.jsonl``: a manifest that names no disease.
+    """Write ``images/``, ``labels.csv``, ``contact_sheet.png``, and ``views.jsonl``, a manifest without diseases.
 
     Args:
         out: The new folder.

@@ -1,26 +1,26 @@
-"""What somebody who knows no disease says of a photograph: which eye, how light, of what colour.
+"""Descriptions of a photograph without medical content: side of the eye, brightness, color.
 
-Texts of this kind teach the general tower of the demo, which stands for a CLIP of everyday pictures.
+The general tower of the demo is trained on such texts; it plays the part of a CLIP trained on everyday pictures.
 """
 
 import numpy as np
 from PIL import Image
 
 LIGHT = ((0.34, "a dark"), (0.40, "an evenly lit"), (1.0, "a bright"))
-"""Upper bounds of the mean brightness within the field (about terciles of the phantom), and the word for it."""
+"""Upper bounds of the mean brightness within the field (about terciles of the phantom), and their words."""
 
 COLOR = ((1.95, "a pale"), (2.2, "an orange"), (float("inf"), "a red"))
-"""Upper bounds of red over green within the field, likewise."""
+"""Upper bounds of red over green within the field, and their words."""
 
 GRANULARITIES = ("eye", "light", "color")
 
 
 def view_texts(picture: Image.Image, left: bool) -> dict[str, list[str]]:
-    """The texts of a photograph, by granularity.
+    """Return the texts of a photograph by granularity.
 
     Args:
         picture: A square RGB photograph with a round field.
-        left: Whether it is of a left eye.
+        left: Whether it shows a left eye.
     """
     rgb = np.asarray(picture, np.float32) / 255
     axis = (np.arange(len(rgb)) + 0.5) / len(rgb) * 2 - 1
