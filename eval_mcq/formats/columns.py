@@ -17,9 +17,9 @@ from eval_mcq.formats.faults import (
     BadQuestionError,
 )
 from eval_mcq.formats.rows import SourceRow
-from eval_mcq.items.preset import plain
 from eval_mcq.items.schema import LETTERS
 from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.data.label_cells import plain
 
 FIELDS = ("id", "image", "question", "hint", "options", "answer", "category", "source", "patient", "tags")
 """Fields of a column map."""

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from eval_mcq.formats.faults import UNREADABLE, BadQuestionError
+from eval_mcq.formats.faults import BadQuestionError
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.files import new_folder
 from mgll_encoder.common.images import image_format
+from mgll_encoder.common.skipped import UNREADABLE
 
 SUFFIXES = {
     "JPEG": "jpg",

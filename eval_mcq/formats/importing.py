@@ -16,22 +16,19 @@ from eval_mcq.formats.embedded_images import PictureFolder, from_base64
 from eval_mcq.formats.enumeration import is_enumerated, without_label
 from eval_mcq.formats.faults import (
     MALFORMED,
-    NO_FILE,
-    NO_IMAGE,
     SAME_ID,
     SAME_OPTIONS,
-    UNREADABLE,
     BadQuestionError,
     leaving_out,
 )
 from eval_mcq.formats.rows import SourceRow, read_rows
 from eval_mcq.items.image_checks import unreadable_images
 from eval_mcq.items.parquet import embedded_images
-from eval_mcq.items.preset import plain
 from eval_mcq.items.schema import BenchHeader, MCQItem, first_fault, read_bench
 from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.pseudonyms import Pseudonyms
-from mgll_encoder.common.skipped import Skipped, unnamed
+from mgll_encoder.common.skipped import NO_FILE, NOT_NAMED, UNREADABLE, Skipped, unnamed
+from mgll_encoder.data.label_cells import plain
 
 OMNIMEDVQA = ColumnMap(
     {
@@ -335,11 +332,11 @@ def any_images(row: SourceRow, cell: Any) -> list[bytes | str | Same]:
             value = from_base64(value, row.where)
         if not value or not isinstance(value, bytes | str):
             raise BadQuestionError(
-                NO_IMAGE, f"{row.where}: the image is blank or not an image ({type(one).__name__})"
+                NOT_NAMED, f"{row.where}: the image is blank or not an image ({type(one).__name__})"
             )
         images.append(value)
     if not images:
-        raise BadQuestionError(NO_IMAGE, f"{row.where}: the list of images is empty")
+        raise BadQuestionError(NOT_NAMED, f"{row.where}: the list of images is empty")
     return images
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from eval_mcq.formats.columns import ColumnMap, RawQuestion, Same, as_text, literal_list
 from eval_mcq.formats.embedded_images import from_base64
-from eval_mcq.formats.faults import COPIES_DISAGREE, NO_IMAGE, BadQuestionError
+from eval_mcq.formats.faults import COPIES_DISAGREE, BadQuestionError
 from eval_mcq.formats.rows import SourceRow
 from eval_mcq.items.image_checks import with_pictures
 from eval_mcq.items.schema import LETTERS, Bench, MCQItem
 from mgll_encoder.common.errors import BadDataError
-from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.common.skipped import NOT_NAMED, Skipped
 
 CIRCLE = 10**6
 """Circular copies of a question have its index plus multiples of this."""
@@ -55,7 +55,7 @@ def image_cells(row: SourceRow, cell: Any) -> list[bytes | str | Same]:
     """Return the images of a row: base64, a list of base64 or of paths, a path, or the index of another row."""
     text = as_text(cell)
     if not text:
-        raise BadQuestionError(NO_IMAGE, f"{row.where}: the image is blank")
+        raise BadQuestionError(NOT_NAMED, f"{row.where}: the image is blank")
     many = literal_list(text) if text.startswith("[") else None
     if cell is row.cells.get("image") and len(text) <= REFERENCE and "." not in text:
         return [Same(text)]

@@ -7,11 +7,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from eval_mcq.items.image_checks import unreadable_images
-from eval_mcq.items.preset import Disease, Preset, plain
+from eval_mcq.items.preset import Disease, Preset
 from mgll_encoder.common.errors import BadDataError, unknown_name
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.tables import TableOptions, read_table
 from mgll_encoder.data.fundus_layouts import GENERIC, IMAGE, KEYWORDS, LABELS, PATIENT, SOURCE, as_generic
+from mgll_encoder.data.label_cells import plain
 from mgll_encoder.data.label_rows import Columns, agreeing, label_rows, with_files
 
 TYPO_CUTOFF = 0.85

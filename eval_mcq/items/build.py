@@ -10,13 +10,14 @@ from typing import Literal
 
 from eval_mcq.items.askable_rows import AskedRow, askable, check_labels, read_rows
 from eval_mcq.items.askable_rows import LabelTable as LabelTable
-from eval_mcq.items.preset import Disease, Preset, plain
+from eval_mcq.items.preset import Disease, Preset
 from eval_mcq.items.schema import BenchHeader, MCQItem
 from mgll_encoder.common.errors import BadDataError, NotFoundError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
+from mgll_encoder.data.label_cells import plain
 
 Split = Literal["train", "test", "all"]
 

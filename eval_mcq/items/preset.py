@@ -11,13 +11,9 @@ from eval_mcq.items.schema import Text, parse
 from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError, unknown_name
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus_layouts import GENERIC, layouts
+from mgll_encoder.data.label_cells import plain
 
 FOLDER = Path(__file__).parents[1] / "presets"
-
-
-def plain(label: str) -> str:
-    """Normalize a label for comparison: lowercase, single spaces."""
-    return " ".join(label.casefold().split())
 
 
 class Choice(BaseModel):

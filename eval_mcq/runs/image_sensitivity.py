@@ -12,6 +12,7 @@ from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.scoring.prompt import Ask
 from eval_mcq.tables import intervals
 from eval_mcq.tables.intervals import Estimate
+from eval_mcq.tables.table_layout import LOW_MASS
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.progress import track
 
@@ -25,8 +26,6 @@ QUICK = 8
 UNMOVED = 1e-4
 """If no probability changes by more than this when the image is exchanged, the model ignores the image."""
 
-LOW_MASS = 0.5
-"""Mean probability of the letters below which a model is reported not to answer with letters."""
 
 Pictures = list[Image.Image]
 Bools = NDArray[np.bool_]
