@@ -320,7 +320,7 @@ ROWS: tuple[Row, ...] = (
     Row("weights/zero_pp_rank_0_mp_rank_00_model_states.pt", ZERO, named("ZeRO-3", "zero_to_fp32.py")),
     Row("weights/lfs.pt", POINTER, named("git lfs pull")),
     Row("weights/np_scalar.pt", BESIDE, inspected),
-    Row("weights/jit.pt", ARCHIVE, named("no CLIP vision tower among")),
+    Row("weights/jit.pt", ARCHIVE, named("no supported vision tower among")),
     Row("weights/two sets in one file", SETS, two_sets),
 )
 

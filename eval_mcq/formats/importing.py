@@ -136,9 +136,9 @@ def import_questions(
     """
     chosen = FORMATS[format_]
     if source.maps and not chosen.maps_columns:
-        raise UserError(f"`maps` has no meaning for format '{format_}': its fields are fixed")
+        raise UserError(f"`maps` has no effect on format '{format_}': its fields are fixed")
     if source.split is not None and not chosen.splits:
-        raise UserError(f"`split` has no meaning for format '{format_}': it has no splits")
+        raise UserError(f"`split` has no effect on format '{format_}': it has no splits")
     with PictureFolder(bench.with_name(f"{bench.stem}_images"), force) as pictures:
         found, unlettered = _without_letters(_read(chosen, source, bench, pictures), source)
         finished = chosen.finish(found, source.skipped)

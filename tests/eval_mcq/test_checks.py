@@ -116,7 +116,7 @@ def test_shards_are_run_and_merged(eval_mcq, tiny_llava, bench, tmp_path):
     assert (tmp_path / "merged" / "answers.jsonl").read_bytes() == (
         tmp_path / "whole" / "answers.jsonl"
     ).read_bytes()
-    assert "another shard" in eval_mcq.refuses(*call, tmp_path / "s0", "--shard", "1/2")
+    assert "a different shard" in eval_mcq.refuses(*call, tmp_path / "s0", "--shard", "1/2")
     assert "exists" in eval_mcq.refuses(
         "merge", tmp_path / "s0", tmp_path / "s1", "--out", tmp_path / "merged"
     )
@@ -138,4 +138,4 @@ def test_other_modes_are_recorded_and_never_mixed(eval_mcq, tiny_llava, bench, t
     else:
         assert len(first.log_likelihoods) == len(first.tokens) == len(first.probabilities)
         assert first.letter_mass is None
-    assert "another scoring mode" in eval_mcq.refuses(*call)
+    assert "a different scoring mode" in eval_mcq.refuses(*call)

@@ -282,9 +282,9 @@ def bomb() -> bytes:
     [
         (b64(bomb()), "embedded image is too large to open safely"),
         (b64(png()[:60] + b"0" * 60), "embedded image cannot be decoded"),
-        (b64(b"no picture " * 9), "embedded image is not in a format"),
+        (b64(b"no picture " * 9), "embedded image is not in a supported format"),
         ("!" * 80, "the image is not base64"),
-        ("12", "no row of this index has an image"),
+        ("12", "no row with this index has an image"),
         ("", "the image is blank"),
     ],
 )
@@ -405,10 +405,10 @@ def foreign(folder):
 def test_options_that_would_have_no_effect_are_refused(eval_mcq, tmp_path):
     bench = small_bench(tmp_path)
     for options, said in (
-        (("export", bench, "--format", "parquet", "--images", tmp_path), "--images has no meaning"),
-        (("export", bench, "--format", "llava", "--run", tmp_path), "--run has no meaning"),
-        (("import", bench, "--format", "llava", "--map", "id=x"), "--map has no meaning"),
-        (("import", bench, "--format", "omnimedvqa", "--split", "x"), "--split has no meaning"),
+        (("export", bench, "--format", "parquet", "--images", tmp_path), "--images has no effect"),
+        (("export", bench, "--format", "llava", "--run", tmp_path), "--run has no effect"),
+        (("import", bench, "--format", "llava", "--map", "id=x"), "--map has no effect"),
+        (("import", bench, "--format", "omnimedvqa", "--split", "x"), "--split has no effect"),
     ):
         assert said in eval_mcq.refuses(*options, "--out", tmp_path / "out")
     assert "--force" in eval_mcq.refuses("import", bench, "--format", "llava", "--out", bench)

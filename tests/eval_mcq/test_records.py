@@ -60,7 +60,7 @@ def test_a_row_that_makes_no_sense_is_named_by_line_and_field(run, fields):
 def test_a_row_that_does_not_belong_to_its_run_is_named(run):
     for fields, said in (
         ({"category": "Cataract"}, "category 'Cataract', which is not in run.json"),
-        ({"rotation": 1, "shown": "DABC"}, "is rotation 1, of 1 of the run"),
+        ({"rotation": 1, "shown": "DABC"}, "is rotation 1, but the run has 1"),
         ({"run": "0" * 16}, "is an answer of another run"),
     ):
         before = (run / "answers.jsonl").read_text()
@@ -81,7 +81,9 @@ def test_rotations_that_disagree_about_their_question_are_refused(tmp_path):
     run = save_run(type(whole)(whole.folder, record, rows), tmp_path / "run")
     assert len(load_run(run).answers) == 2
     damage(run, 1, probabilities=[0.5, 0.5], shown="BA")
-    with pytest.raises(UserError, match=r"line 2 .* number of options than another rotation of its question"):
+    with pytest.raises(
+        UserError, match=r"line 2 .*differs from another rotation of its question .* number of options"
+    ):
         load_run(run)
 
 
@@ -112,7 +114,7 @@ def test_a_record_that_makes_no_sense_is_named_by_field(run, fields):
         (b"{", "not JSON"),
         (b'{"questions": ' + b"9" * 6000 + b"}", "a number of 6000 digits"),
         (b"[" * 5000, "nested too deeply"),
-        (b"[]", "format 'no run'"),
+        (b"[]", "format 'none'"),
     ],
 )
 def test_bytes_that_are_no_record_are_refused(run, content, said):

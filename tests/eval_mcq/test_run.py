@@ -308,7 +308,7 @@ def test_shards_of_another_batch_size_are_not_continued_and_not_merged(put, tmp_
     with pytest.raises(UserError, match=r"different `batch_size`, which determines the shards .4, now 2."):
         put("s0", batch_size=2, shard=Shard(0, 2))
     put("s1", batch_size=2, shard=Shard(1, 2))
-    with pytest.raises(UserError, match=r"s1 was made with `batch_size=2`, and .*s0 with 4"):
+    with pytest.raises(UserError, match=r"s1 was made with `batch_size=2`, but .*s0 with 4"):
         merge([tmp_path / "s0", tmp_path / "s1"], tmp_path / "merged")
 
 
@@ -341,7 +341,7 @@ def test_merge_refuses_what_is_missing_twice_or_foreign_and_writes_nothing(put, 
     answers.write_text(kept + (s0 / "answers.jsonl").read_text().splitlines()[0] + "\n")
     refused(s0, s1, s2, said=r"s2.answers.jsonl answers question 'q\d+' .rotation 0., and so does .*s0")
     answers.write_text(kept + changed(lines[0], letter_mass=0.5))
-    refused(s0, s1, s2, said="answers question 'q.*' twice")
+    refused(s0, s1, s2, said="answers question 'q.*' a second time")
     answers.write_text(kept.replace(gone["run"], "f" * 16, 1))
     refused(s0, s1, s2, said=r"s2.answers.jsonl line 1 .id 'q\d+'. is an answer of another run")
     answers.write_text(kept.replace(f'"id":"{gone["id"]}"', '"id":"stranger"'))
@@ -387,9 +387,9 @@ def test_answers_of_another_model_bench_or_dtype_are_never_continued(put, tmp_pa
     put(limit=2)
     other = load_bench(small_bench(tmp_path / "other", n=4))
     for change, named in (
-        ({"fingerprint": "0" * 64}, "another model"),
-        ({"bench": other}, "another bench"),
-        ({"dtype": "bfloat16"}, "another dtype"),
+        ({"fingerprint": "0" * 64}, "a different model"),
+        ({"bench": other}, "a different bench"),
+        ({"dtype": "bfloat16"}, "a different dtype"),
     ):
         with pytest.raises(UserError, match=named):
             put(**change)
@@ -447,7 +447,7 @@ def test_a_damaged_answers_file_is_named_by_line(put, tmp_path):
     with pytest.raises(UserError, match=r"answers\.jsonl line 2"):
         put()
     path.write_text("\n".join([lines[0], lines[2]]) + "\n" + changed(lines[0], letter_mass=0.5))
-    with pytest.raises(UserError, match=r"line 3 answers question 'q0' twice .* not as the first time"):
+    with pytest.raises(UserError, match=r"line 3 answers question 'q0' a second time .* differently"):
         put()
 
 
