@@ -164,23 +164,23 @@ def import_benchmark(
     option_letters: "OptionLetters" = "auto",
     force: bool = False,
 ) -> "ImportReport":
-    """Import questions from another tool's file, and write them as a benchmark.
+    """Import questions from another tool's file and write them as a benchmark.
 
     Args:
         source: File, folder of .json files, or hub id (``hf``).
         out: Benchmark file to write (.jsonl or .parquet).
         format: ``vlmevalkit``, ``gmai``, ``omnimedvqa``, ``llava``, ``scienceqa``, ``hf`` or ``parquet``.
         images: Folder that image paths are relative to; that of ``source`` if not given.
-        maps: ``field=column`` where the file names a field otherwise.
-        split: Which split (``hf``, ``scienceqa``).
+        maps: ``field=column`` for a column with a different name.
+        split: The split (``hf``, ``scienceqa``).
         name: Name of the benchmark in tables; the file's if not given.
-        skip_bad: Leave out wrong questions instead of stopping; they are counted by reason.
-        option_letters: Options with letters of their own: ``strip`` or ``keep`` these, or ``auto``: strip them where
-            all questions have them.
+        skip_bad: Skip invalid questions instead of stopping; they are counted by reason.
+        option_letters: Letters in the options: ``strip`` or ``keep`` them; ``auto`` strips them if all questions have
+            them.
         force: Replace existing outputs.
 
     Raises:
-        UserError: the file is not of the format, a question or its image is unusable, or ``out`` is taken.
+        UserError: the file does not have the format, a question or its image is unusable, or ``out`` exists.
     """
     from eval_mcq.formats.importing import FORMATS, ImportSource, import_questions
     from eval_mcq.items.schema import write_bench
@@ -220,7 +220,7 @@ def export_benchmark(
         Number of questions or answers.
 
     Raises:
-        UserError: an option does not apply to the format, an image cannot be read, or ``out`` is taken.
+        UserError: an argument does not apply to the format, an image cannot be read, or ``out`` exists.
     """
     from eval_mcq.formats.export import EXPORTERS, write_predictions
 
@@ -230,10 +230,10 @@ def export_benchmark(
     check_free(target, force)
     if images is not None and format not in ("llava", "messages"):
         raise UserError(
-            f"`images` has no meaning for format '{format}': only llava and messages refer to images by path"
+            f"`images` has no effect on format '{format}': only llava and messages refer to images by path"
         )
     if run is not None and format != "vlmevalkit":
-        raise UserError(f"`run` has no meaning for format '{format}': predictions are written for vlmevalkit")
+        raise UserError(f"`run` has no effect on format '{format}': predictions are written for vlmevalkit")
     questions = load_benchmark(bench)
     if run is not None:
         return write_predictions(questions, _arms({"": run})[""], target, force)

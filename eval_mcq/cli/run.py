@@ -85,7 +85,7 @@ def check(
 
     if out is not None:
         if bench is None:
-            raise UserError("--out writes what the questions of --bench show: add --bench")
+            raise UserError("--out writes the result on the questions of --bench: add --bench")
         check_free(out, force)
     asked = load_bench(bench) if bench else None
     found = check_model(
@@ -112,7 +112,7 @@ def check(
 
 def _show_tower(tower: "SwappedTower | None") -> None:
     if tower is None:
-        stdout.print("tower: no mgll_swap.json, so nothing is known of a swap", highlight=False)
+        stdout.print("tower: no mgll_swap.json, so a swap cannot be verified", highlight=False)
         return
     stdout.print(f"tower by provenance: {tower.name or 'its own'} in {tower.source}", soft_wrap=True)
     equal = {True: "yes", False: "NO", None: "not checked"}[tower.passed]

@@ -107,8 +107,8 @@ class QuestionFormat:
     Attributes:
         read: Reads the questions of a source.
         finish: Postprocesses all questions.
-        maps_columns: Whether ``maps`` has a meaning.
-        splits: Whether ``split`` has one.
+        maps_columns: Whether ``maps`` applies.
+        splits: Whether ``split`` applies.
     """
 
     read: Callable[[ImportSource], Iterator[RawQuestion]]

@@ -17,17 +17,17 @@ EXAMPLE = MCQItem(
     id="example", images=["x"], question="Which finding does this fundus photograph show?",
     options=["glaucoma", "cataract"], answer=0, category="x",
 )  # fmt: skip
-"""Shows the prompt where there is no benchmark."""
+"""Question whose prompt is shown if there is no benchmark."""
 
 
 @dataclass(frozen=True)
 class SwappedTower:
-    """The tower that a swap's record names.
+    """The tower recorded at a swap.
 
     Attributes:
         name: The tower; None for the model's own, as after a conversion.
-        source: The model that it was put into.
-        passed: Whether the model's tower is this one; None where that could not be checked.
+        source: The model whose tower was replaced.
+        passed: Whether the model's tower is this one; None if this could not be checked.
         detail: What was compared.
     """
 
@@ -39,16 +39,16 @@ class SwappedTower:
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What was found out about a model.
+    """The result of `check_model`.
 
     Attributes:
         fingerprint: Hash of the model's files.
-        prompt: The text of a question as the model gets it.
-        tower: The tower by the record of a swap; None for a model without such a record.
-        trainings: What it was trained on, as far as records tell.
-        leak: Images of the benchmark among them.
-        sensitivity: Answers with real, blank and exchanged images; None without a benchmark.
-        faults: Why the model is unfit, one sentence each: its tower is another one, or the image has no effect.
+        prompt: The full prompt of a question.
+        tower: The tower recorded at a swap; None for a model without such a record.
+        trainings: The recorded trainings of the model.
+        leak: Images of the benchmark that it was trained on.
+        sensitivity: Accuracy with real, blank and exchanged images; None without a benchmark.
+        faults: Why the model is unusable, one sentence each: it has a different tower, or the image has no effect.
     """
 
     fingerprint: str
@@ -74,7 +74,7 @@ def check_model(
     Args:
         model: Model folder.
         bench: Benchmark of `eval_mcq.load_benchmark`.
-        questions: Number of its questions to put, each with its image, a blank one and another question's.
+        questions: Number of questions, each asked with its image, a blank one and that of another question.
         device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
         dtype: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         load_in_4bit: NF4 weights (bitsandbytes).
@@ -97,9 +97,9 @@ def check_model(
         tower = SwappedTower(plan["tower"], plan["source"], found.passed, found.detail)
         faults = contradictions(scorer.model, scorer.processor, plan["after"])
         if tower.passed is False:
-            faults.append(f"the tower is not that of its provenance: {tower.detail}")
+            faults.append(f"the tower differs from its provenance: {tower.detail}")
     sensitivity = image_sensitivity(scorer, bench, questions) if bench else None
-    if sensitivity and not sensitivity.sees:
+    if sensitivity and not sensitivity.sensitive:
         faults += sensitivity.warnings[:1]
     return ModelCheck(
         fingerprint=fingerprint,

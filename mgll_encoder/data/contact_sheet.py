@@ -80,7 +80,7 @@ def _page(pairs: Sequence[tuple[str, Image.Image]], total: int, rule: PixelRule)
     page = Image.new("RGB", (across * wide + _GAP, -(-len(pairs) // across) * high + top), _PAPER)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
     pen.text((2 * _GAP, _GAP), f"{len(pairs)} of {total} pictures", _INK, ImageFont.load_default(size=14))
-    legend = f"left: as read; right: as a tower of {rule.image_size} px sees it ({_RESIZED[rule.resize]})"
+    legend = f"left: as read; right: input of a tower of {rule.image_size} px ({_RESIZED[rule.resize]})"
     pen.text((2 * _GAP, _GAP + _TEXT), legend, _FAINT, font)
     for place, (caption, picture) in enumerate(pairs):
         left, upper = place % across * wide + 2 * _GAP, place // across * high + top

@@ -31,8 +31,8 @@ DROPPED: dict[str, tuple[str, ...]] = {
 _FOREIGN = {
     r"\.lora_[AB]\.": "a PEFT adapter without the tower that it was trained on, into which it is to be merged first",
     r"(^|\.)layer1\.0\.conv1\.weight$": "a ResNet",
-    r"(^|\.)attn_pool\.latent$": "a SigLIP under timm's names, of which the transformers folder is read",
-    r"(^|\.)(patch_embed\.proj|trunk\.[a-z_0-9.]+)\.(weight|bias)$": "a timm tower that is no plain ViT",
+    r"(^|\.)attn_pool\.latent$": "a SigLIP with timm's names, which is supported only as a transformers folder",
+    r"(^|\.)(patch_embed\.proj|trunk\.[a-z_0-9.]+)\.(weight|bias)$": "a timm tower that is not a plain ViT",
     r"(^|\.)(embed_tokens|tok_embeddings|wte)\.weight$": "a language model",
 }
 """What else a file may contain: regular expression for a key that identifies it -> what it is."""

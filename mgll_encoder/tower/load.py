@@ -138,7 +138,7 @@ class TowerHeader:
 
         Args:
             name: The name.
-            as_stored: Whether a position table is wanted for the grid that the source has it for.
+            as_stored: Return a position table without resampling.
 
         Raises:
             UserError: it is not finite, or the file has been truncated.

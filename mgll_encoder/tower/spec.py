@@ -47,14 +47,14 @@ class TowerSpec(PixelRule):
         heads: Attention heads.
         mlp_width: Hidden size of the MLP in each block.
         patch_size: Side of a patch in pixels.
-        activation: ``gelu`` (exact), ``quick_gelu`` (x·sigmoid(1.702x)) or ``gelu_pytorch_tanh``. The weights cannot
-            tell.
+        activation: ``gelu`` (exact), ``quick_gelu`` (x·sigmoid(1.702x)) or ``gelu_pytorch_tanh``. It cannot be
+            detected from the weights.
         projection_dim: Width of the shared image-text space, or None if the file has no projection.
         layer_norm_eps: Epsilon of every LayerNorm.
         registers: Register tokens between class token and patch tokens.
-        pooling: How the features of an image come about: ``class`` (the class token after the last LayerNorm), ``mean``
-            (the mean of the patch tokens after it), ``mean_norm`` (the mean of the patch tokens, then the LayerNorm, as
-            MAE is fine-tuned with global pooling) or ``attention`` (SigLIP's pooling head).
+        pooling: How image features are computed: ``class`` (the class token after the last LayerNorm), ``mean`` (the
+            mean of the patch tokens after it), ``mean_norm`` (the mean of the patch tokens, then the LayerNorm, as in
+            fine-tuning an MAE with global pooling) or ``attention`` (SigLIP's pooling head).
     """
 
     architecture: str = Field(default="clip", exclude_if=lambda value: value == "clip")

@@ -58,7 +58,7 @@ Pool = Callable[[Any, "Tensor", int], "Tensor"]
 
 
 def from_output(pool: "Callable[[Any, int], Tensor]") -> Pool:
-    """A pooling of what the model gives of itself: (output, first patch token) -> [N, C]."""
+    """Make a pooling from a function of the model's output: (output, first patch token) -> [N, C]."""
     return lambda model, pixels, first: pool(model(pixels), first)
 
 
@@ -75,8 +75,8 @@ class Naming:
         absent: Keys that must be absent: they belong to another architecture with the same names.
         projection: Key of the projection relative to an *enclosing* prefix, if it is outside the tower.
         optional: Keys that a tower may lack.
-        layer_norm_eps: Epsilon of every LayerNorm where no config states it; None for that of the architecture.
-        pooling: How image features come about in files with these names; None for the architecture's usual way.
+        layer_norm_eps: Epsilon of every LayerNorm if no config states it; None for that of the architecture.
+        pooling: Pooling of files with these names; None for the default of the architecture.
     """
 
     name: str
@@ -103,12 +103,12 @@ class Architecture:
         model_type: ``model_type`` of a config.json that describes such a tower.
         around: ``model_type`` of a config.json that describes one in its ``vision_config``, if there is such a model.
         model_class: The class in transformers.
-        options: What its constructor is given besides the configuration.
+        options: Arguments of its constructor in addition to the configuration.
         fields: The fields of its config.json.
         settings: ``TowerSpec`` -> entries of config.json other than ``model_type`` and those of ``fields``.
         shapes: ``TowerSpec`` -> shapes of the tensors, by their names in the loaded model.
-        unread: A contract -> shapes, by name in files, of tensors that a host's class has and no feature depends on.
-        not_in_hosts: Why no host can have such a tower; empty where some can.
+        unread: ``TowerSpec`` -> shapes, by name in files, of tensors that a host's class has but does not use.
+        not_in_hosts: Why no host can have such a tower; empty if some can.
         written: Names in the loaded model -> names in files, where they differ.
         inner: Prefix of the latter in the file of a tower alone or in a host.
         namings: Schemes by which files name the tensors.
@@ -123,8 +123,8 @@ class Architecture:
         position_ids: Whether the model numbers the positions in a buffer that is not stored.
         blocks: Attribute of the model that contains its transformer blocks.
         activations: Allowed activations; the first one is the default.
-        poolings: How features of images come about, name -> (model, pixels, first patch token) -> [N, C]. The first one
-            is taken unless the contract says otherwise.
+        poolings: How image features are computed: name -> (model, pixels, first patch token) -> [N, C]. The first one
+            is the default.
         pixels: Default preprocessing.
     """
 
@@ -187,6 +187,6 @@ class Architecture:
         }
 
     def written_name(self, name: str) -> str:
-        """What files call a tensor of the loaded model, after `inner` or what a host has in its place."""
+        """Return the name of a tensor of the model in files, after `inner` or the host's prefix in its place."""
         found = self.written.find(name)
         return found.targets[0] if found else name

@@ -184,7 +184,6 @@ DINOV2_WITH_REGISTERS = replace(
     shapes=partial(_shapes, registers=True),
     namings=_namings({_MASK: _MASK, _REGISTERS: _REGISTERS}, (_REGISTERS,), ()),
     registers=_REGISTERS,
-    not_in_hosts="its register tokens stand between class token and patch tokens, and what reads a tower takes off the "
-    "class token alone",
+    not_in_hosts="its register tokens are between class token and patch tokens, but hosts remove only the class token",
     antialias=True,
 )

@@ -1,6 +1,6 @@
-"""SigLIP's ViT and SigLIP 2's of a fixed size: transformers' ``SiglipVisionModel``.
+"""The ViT of SigLIP, and of SigLIP 2 with a fixed image size: ``SiglipVisionModel`` of transformers.
 
-A pre-norm ViT without class token, pooled by a head that attends to all patch tokens. MedSigLIP is one.
+A pre-norm ViT without class token, pooled by a head that attends to all patch tokens. Includes MedSigLIP.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ _TABLE: dict[str, Rule] = {**renames({name: name for name in _NAMES}), "embeddin
 
 
 class SiglipFields(ConfigFields):
-    """The fields of a ``SiglipVisionConfig`` that count here, with its defaults."""
+    """The fields of a ``SiglipVisionConfig`` that are read, with its defaults."""
 
     names: ClassVar[Mapping[str, str]] = {**ConfigFields.names, "mlp_width": "intermediate_size"}
 

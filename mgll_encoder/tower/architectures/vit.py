@@ -1,7 +1,7 @@
-"""The plain ViT: transformers' ``ViTModel``, timm's ``VisionTransformer``, and the encoder of an MAE.
+"""The plain ViT: ``ViTModel`` of transformers, ``VisionTransformer`` of timm, and the encoder of an MAE.
 
-A pre-norm ViT with a class token. RETFound's ``.pth`` files are MAE's, whole or fine-tuned, and BiomedCLIP's image
-tower is timm's ViT-B/16 inside of an open_clip model, with a linear layer into the image-text space.
+A pre-norm ViT with a class token. RETFound's ``.pth`` files are MAEs, complete or fine-tuned. BiomedCLIP's image
+tower is timm's ViT-B/16 in an open_clip model, with a linear layer into the image-text space.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _NAMES = (
     "layers.{}.mlp.fc{1,2}.{weight,bias}",
     "layernorm.{weight,bias}",
 )
-"""The names of a loaded model."""
+"""Names in a loaded model."""
 
 _PARTS = ".{weight,bias}"
 _WRITTEN = {
@@ -41,7 +41,7 @@ _WRITTEN = {
         "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
     }.items()
 }  # fmt: skip
-"""Loaded model's names -> the names that transformers gives them in files; the others are the same."""
+"""Names in a loaded model -> names in files of transformers; the others are the same."""
 
 _POOLER: dict[str, Rule] = {"pooler.dense.{weight,bias}": Drop("pooler")}
 _LOADED = renames({name: name for name in _NAMES})
@@ -72,7 +72,7 @@ _TIMM_EPS = 1e-6
 
 
 class VitFields(ConfigFields):
-    """The fields of a ``ViTConfig`` that count here, with its defaults."""
+    """The fields of a ``ViTConfig`` that are read, with its defaults."""
 
     names: ClassVar[Mapping[str, str]] = {**ConfigFields.names, "mlp_width": "intermediate_size"}
 
