@@ -35,7 +35,7 @@ def counter() -> Counter | None:
 
 @contextmanager
 def no_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001 (of a Counter)
-    """A counter that shows nothing."""
+    """Count without showing anything."""
     yield lambda _: None
 
 

@@ -93,7 +93,7 @@ def attention_maps(tower: Tower, pixels: Tensor) -> dict[str, NDArray[np.float32
 
 
 def _from_image(attention: Tensor, tower: Tower) -> Tensor:
-    """The row of the class token in attention [n, tokens, tokens]; the mean over patch tokens if there is none."""
+    """Return the class token's row of attention [n, tokens, tokens]; without a class token, the mean over all rows."""
     return attention[:, 0] if tower.header.architecture.leading else attention.mean(dim=1)
 
 
