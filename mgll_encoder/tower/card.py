@@ -25,9 +25,9 @@ mean {spec.mean}, std {spec.std}.
 {text}
 ## Intended use
 
-Research on medical images: as the vision encoder of a multimodal LLM, for probing, and for retrieval. Not a medical
-device: not for diagnosis or any decision about a patient. It has been evaluated only as described below, and not on
-other devices, populations or findings than those of its training.
+Research on medical images: as the vision encoder of a multimodal LLM, for probing, and for retrieval.
+Not a medical device: not for diagnosis or any decision about a patient. It has been evaluated only as described below,
+and not on other devices, populations or findings than those of its training.
 {training}
 The license and terms of use are those of the weights and the images it was made from.
 

@@ -113,7 +113,7 @@ def test_the_page_says_the_same_first_in_the_same_figures(tmp_path, eval_mcq):
     assert eval_mcq("report", *folders, "--control", "base", "--html", again) == 0
     assert "mgll against base" in again.read_text().partition("</header>")[0]
     refusal = eval_mcq.refuses("report", *folders, "--control", "x", "--html", tmp_path / "no.html")
-    assert "no arm is called 'x'" in refusal
+    assert "no arm is named 'x'" in refusal
 
 
 def rotated(right: int, of: int = 40):

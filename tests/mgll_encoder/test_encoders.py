@@ -121,7 +121,7 @@ def test_images_of_another_size_than_the_position_table_are_taken_as_transformer
     model = saved(name, tmp_path, 28)
     tower = load_tower(tmp_path)
     assert tower.spec.image_size == 28
-    assert "its images are 28 px wide, its position table is for 56 px" in " ".join(tower.header.warnings)
+    assert "its image size is 28 px, but its position table is for 56 px" in " ".join(tower.header.warnings)
     small = PIXELS[..., :28, :28]
     torch.testing.assert_close(hidden(tower.model, small), hidden(model, small), rtol=0, atol=0)
 
@@ -168,7 +168,7 @@ def test_without_an_image_processor_the_architecture_tells(name: str, tmp_path: 
     header = inspect_tower(tmp_path)
     assert header.preprocessing_source == "default"
     assert header.spec.mean == ((0.5,) * 3 if name == "siglip" else IMAGENET_MEAN)
-    assert f"taken as those of a {header.architecture.title}: " in header.warnings[0]
+    assert f"using those of a {header.architecture.title}: " in header.warnings[0]
 
 
 def timm_dinov2() -> VisionTransformer:

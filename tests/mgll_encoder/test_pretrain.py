@@ -463,7 +463,7 @@ def test_a_bert_can_be_the_text_tower_frozen_with_checkpointing_and_bf16(manifes
         (["--init", "nowhere.pt"], "nowhere.pt"),
         (["--text-tower", "./nowhere"], "text tower ./nowhere cannot be read"),
         (["--freeze-text"], "must be trained"),
-        (["--activation", "gelu"], "--activation is for --init"),
+        (["--activation", "gelu"], "`activation` is for `init`"),
         (["--select", "first"], "unknown select 'first'"),
         (["--precision", "fp8"], "unknown precision 'fp8'"),
         (["--precision", "fp16"], "needs a GPU"),
