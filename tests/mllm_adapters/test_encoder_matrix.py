@@ -1,4 +1,4 @@
-"""The matrix of vision encoders: what is read, from which files, and which multimodal models can have it.
+"""The matrix of vision encoders: architectures, their files, and the multimodal models that can have them.
 
 ``python -m tests.mllm_adapters.test_encoder_matrix`` writes it into docs/encoders.md.
 """
@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 def hosts(architecture: Architecture) -> str:
-    """The families that can have such a tower."""
+    """Return the families that can have such a tower."""
     if architecture.not_in_hosts:
         return f"none: {architecture.not_in_hosts}"
     specs = [family.spec for family in families()]
@@ -34,7 +34,7 @@ def hosts(architecture: Architecture) -> str:
 
 
 def matrix() -> str:
-    """The table for the documentation."""
+    """Return the table for the documentation."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for row in ARCHITECTURES.values():
         usual, *others = row.poolings

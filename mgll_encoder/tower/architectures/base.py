@@ -98,8 +98,8 @@ class Architecture:
     Attributes:
         name: Its name in `TowerSpec.architecture`.
         title: Its name in messages.
-        examples: Published towers of this kind.
-        reads: The files that are read.
+        examples: Published towers with this architecture.
+        reads: The supported files.
         model_type: ``model_type`` of a config.json that describes such a tower.
         around: ``model_type`` of a config.json that describes one in its ``vision_config``, if there is such a model.
         model_class: The class in transformers.

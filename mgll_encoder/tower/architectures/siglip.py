@@ -73,7 +73,7 @@ def _shapes(spec: TowerSpec) -> Shapes:
 SIGLIP = Architecture(
     name="siglip",
     title="SigLIP",
-    examples="google/siglip-base-patch16-224, SigLIP 2 of a fixed size, MedSigLIP",
+    examples="google/siglip-base-patch16-224, SigLIP 2 with a fixed image size, MedSigLIP",
     reads="folders of transformers",
     model_type="siglip_vision_model",
     around="siglip",

@@ -112,7 +112,7 @@ VIT = Architecture(
     name="vit",
     title="ViT",
     examples="RETFound, BiomedCLIP's image tower, MAE, google/vit-base-patch16-224",
-    reads="RETFound's and MAE's `.pth` before and after fine-tuning, timm state dicts, open_clip folders around timm's "
+    reads="RETFound's and MAE's `.pth` before and after fine-tuning, timm state dicts, open_clip folders with timm's "
     "ViT, folders of transformers",
     model_type="vit",
     model_class="ViTModel",
