@@ -148,7 +148,7 @@ class TestOtherFamilies:
         assert note(
             plan
         ) == "the old tower 'vit' is not on this machine: its geometry is taken as 32 wide " + (
-            "(config.json) at --image-size 28"
+            "(config.json) at 28 px"
         )
         assert swap(source, tower, tmp_path / "out", 28).after.image_size == 28
         load_mllm(tmp_path / "out")
