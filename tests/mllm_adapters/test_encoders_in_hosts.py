@@ -10,13 +10,16 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mgll_encoder import UserError, load_tower
+from mgll_encoder import UserError, load_tower, save_tower
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mllm_adapters import load_mllm, plan_swap
 from mllm_adapters.cli import retrain
 from mllm_adapters.cli.swap import main
 from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.processing import llava_processor
 from mllm_adapters.core.provenance import read_record
+from mllm_adapters.examples.assembly import assemble, tower_contract
+from mllm_adapters.examples.language_models import CHATML, tiny
 from mllm_adapters.training.memory import Setting, estimate
 from tests.builders import invoke, refused
 from tests.mgll_encoder.test_encoders import saved
@@ -301,3 +304,34 @@ def test_a_family_that_is_written_as_a_llava_takes_it_there(
     torch.testing.assert_close(found, by_hand(out, tower, plan, batch), rtol=0, atol=10 * TOLERANCE)
     again = invoke(main, "--mllm", out, "--encoder", tower, "--out", tmp_path / "again")
     assert again.code == 0, again.err
+
+
+@hosted
+def test_a_small_llava_is_built_on_it_and_swapped(name: str, tmp_path: Path) -> None:
+    """As scripts/build_smol_llava.py joins a tower and a language model; then the same tower, trained, goes in."""
+    tower = load_tower(a_general_tower(name, tmp_path / "tower"), image_size=28)
+    speech = tiny(["Which disease?"], ["glaucoma", "cataract"], seed=0)
+    contract, host = tower_contract(tower.spec), tmp_path / "llava"
+    assemble(tower, speech, seed=0).save_pretrained(host)
+    llava_processor(contract, speech.tokenizer, CHATML).save_pretrained(host)
+    model, report = AutoModelForImageTextToText.from_pretrained(host, output_loading_info=True)
+    assert not any(report.values())
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.inference_mode():
+        states = tower.model(pixels, output_hidden_states=True).hidden_states[contract.feature_layer]
+        expected = model.model.multi_modal_projector(states[:, tower.header.architecture.leading :])
+        found = torch.stack(list(model.model.get_image_features(pixels).pooler_output))
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    assert found.shape[1] == 4
+
+    trained = save_tower(tower, tmp_path / "trained")
+    plan = swap(host, trained, tmp_path / "out")
+    assert (plan.before.feature_layer, plan.after.tokens) == (contract.feature_layer, 4)
+    before, after = (load_mllm(folder)[0].state_dict() for folder in (host, tmp_path / "out"))
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_no_small_llava_is_built_on_registers(tmp_path: Path) -> None:
+    tower = load_tower(a_general_tower("dinov2_with_registers", tmp_path / "tower"))
+    with pytest.raises(UserError, match="a DINOv2 with registers cannot be in a LLaVA: its register tokens"):
+        tower_contract(tower.spec)
