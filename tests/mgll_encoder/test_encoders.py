@@ -416,3 +416,17 @@ def test_maps_of_attention_and_of_a_target_are_those_of_the_patches(name: str, t
     asking = last[:, 0] if leading else last.mean(dim=1)
     found = attention_maps(tower, PIXELS)[ATTENTION]
     torch.testing.assert_close(torch.from_numpy(found).flatten(1), asking[:, leading:], rtol=1e-4, atol=1e-6)
+
+
+@every
+def test_convert_writes_it_for_another_size_and_pooling_and_inspect_says_so(
+    name: str, tmp_path: Path
+) -> None:
+    saved(name, tmp_path / "general")
+    out = tmp_path / "small"
+    words = ("convert", tmp_path / "general", "--image-size", 28, "--pooling", "mean", "--out", out)
+    assert invoke(main, *words).code == 0
+    told = json.loads(invoke(main, "inspect", out, "--json").out)
+    assert (told["architecture"], told["image_size"], told["pooling"]) == (name, 28, "mean")
+    assert told["registers"] == (4 if name == "dinov2_with_registers" else 0)
+    assert ARCHITECTURES[name].title in invoke(main, "inspect", out).out
