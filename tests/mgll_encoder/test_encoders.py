@@ -430,3 +430,41 @@ def test_convert_writes_it_for_another_size_and_pooling_and_inspect_says_so(
     assert (told["architecture"], told["image_size"], told["pooling"]) == (name, 28, "mean")
     assert told["registers"] == (4 if name == "dinov2_with_registers" else 0)
     assert ARCHITECTURES[name].title in invoke(main, "inspect", out).out
+
+
+@every
+def test_a_state_dict_of_the_loaded_model_is_read(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    tower = load_tower(write(state_of(model), tmp_path / "state.pt"))
+    assert (tower.spec.architecture, tower.header.layout) == (name, "transformers state dict")
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in tower.model.state_dict().items())
+
+
+def test_metas_file_with_registers_is_read(tmp_path: Path) -> None:
+    """Meta's names of a DINOv2 with registers, which timm gives another position table."""
+    model = with_registers(hidden_size=128, num_attention_heads=2)  # heads of 64, as no config says
+    held = state_of(model)
+    theirs = {
+        "cls_token": held["embeddings.cls_token"], "pos_embed": held["embeddings.position_embeddings"],
+        "register_tokens": held["embeddings.register_tokens"], "mask_token": held["embeddings.mask_token"],
+    }  # fmt: skip
+    for kind in ("weight", "bias"):
+        theirs[f"patch_embed.proj.{kind}"] = held[f"embeddings.patch_embeddings.projection.{kind}"]
+        theirs[f"norm.{kind}"] = held[f"layernorm.{kind}"]
+        for block in range(3):
+            ours, its = f"encoder.layer.{block}", f"blocks.{block}"
+            parts = [held[f"{ours}.attention.{part}_proj.{kind}"] for part in "qkv"]
+            theirs[f"{its}.attn.qkv.{kind}"] = torch.cat(parts)
+            theirs[f"{its}.attn.proj.{kind}"] = held[f"{ours}.attention.o_proj.{kind}"]
+            for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                theirs[f"{its}.{part}.{kind}"] = held[f"{ours}.{part}.{kind}"]
+            theirs |= {f"{its}.ls{n}.gamma": held[f"{ours}.layer_scale{n}.lambda1"] for n in (1, 2)}
+    tower = load_tower(write(theirs, tmp_path / "dinov2_vits14_reg4_pretrain.pth"))
+    assert tower.spec.registers == 4
+    torch.testing.assert_close(hidden(tower.model, PIXELS), hidden(model, PIXELS), rtol=0, atol=0)
+    spoilt = write({**theirs, "register_tokens": torch.zeros(1, 4, 128)}, tmp_path / "spoilt.pth")
+    assert (hidden(load_tower(spoilt).model, PIXELS) - hidden(model, PIXELS)).abs().max() > 100 * TOLERANCE
+    timms = {**theirs, "reg_token": theirs["register_tokens"]}
+    del timms["register_tokens"]
+    with pytest.raises(UserError, match=r"has 'reg_token', which a DINOv2 does not have"):
+        inspect_tower(write(timms, tmp_path / "timm.pth"))
