@@ -196,10 +196,13 @@ class OutputSpec:
         return tuple(leaf for call in self.calls for leaf in call.tensors)
 
     def described(self) -> dict[str, Any]:
-        """Describe the plan for a cache key."""
+        """Describe the plan for a cache key; the place of a tensor among the outputs tells which layer it is of."""
         return {
             "calls": {
-                call.name: [[leaf.read, str(leaf.dtype), leaf.trailing] for leaf in call.tensors]
+                call.name: [
+                    [leaf.read, str(leaf.dtype), leaf.trailing] if isinstance(leaf, Leaf) else None
+                    for leaf in call.leaves
+                ]
                 for call in self.calls
             },
             "pixels": {name: [str(dtype), shape] for name, (dtype, shape) in sorted(self.pixels.items())},

@@ -83,6 +83,19 @@ def cached(ready, place=CPU):
     return cache_features(ready.model, ready.examples, ready.corpus, ready.processor, place)
 
 
+def test_hosts_that_read_different_layers_of_one_tower_have_features_of_their_own(
+    tiny_llava, place, own_cache
+):
+    """The library returns only the layer that is asked for: which one it is, is its place among the outputs."""
+    stores = []
+    for layer in (-1, -2):
+        ready = prepared(tiny_llava, place)
+        ready.model.config.vision_feature_layer = layer
+        found = cached(ready)  # refuses features that are not what the tower gives
+        stores.append(found.dataset.store.folder)
+    assert len(set(stores)) == 2
+
+
 def fresh_batch(ready):
     rows = [encode(example, ready.corpus.folder, ready.processor) for example in ready.examples]
     return AnswerCollator(ready.processor.tokenizer.pad_token_id or 0)(rows)
