@@ -1,4 +1,4 @@
-# make demo          everything from phantom images to the table, in minutes, without downloads but packages
+# make demo          everything from phantom images to the table, without downloads but packages
 # make test          the test suite, with the versions of requirements/lock.txt
 # make test-latest   the same with the newest versions that pyproject.toml allows, in .venv-latest
 # make test-lowest   the same with the lowest, requirements/lowest.txt, in .venv-lowest
@@ -29,7 +29,8 @@ endef
 # What is built from source (DeepSpeed, this package) is built with the lock's setuptools.
 .venv/installed .venv-lowest/installed: pyproject.toml $(LOCK)
 	$(environment)
-	$(PIP) install --no-compile --build-constraint $(LOCK) --requirement $(VERSIONS)
+	@echo "Installing the $$(grep -c == $(VERSIONS)) packages of $(VERSIONS) into $(@D): 6.5 GB on disk, most of it PyTorch with CUDA"
+	$(@D)/bin/python -m pip install --no-compile --build-constraint $(LOCK) --requirement $(VERSIONS)
 	PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -19,7 +19,7 @@ def pretrain(
     out: Path = typer.Option(..., help="New folder for the tower."),
     images: Path | None = typer.Option(None, help="Image folder (default: the one named in the manifest)."),
     loss: str = typer.Option("mgll", help="mgll, or clip: the control, with all texts of an image joined."),
-    preset: str = typer.Option("small", help="Size of a new tower: tiny or small (64 px, for CPUs)."),
+    preset: str = typer.Option("small", help="Size of a new tower: nano, tiny or small (64 px, for CPUs)."),
     init: str | None = typer.Option(
         None,
         help="Initial weights: 'openai' (CLIP ViT-L/14), a tower's file, or its folder or hub id.",

@@ -41,6 +41,7 @@ def _vit(width: int, depth: int, size: int, patch: int) -> TowerSpec:
 
 
 PRESETS = {
+    "nano": Preset(_vit(width=128, depth=4, size=64, patch=16)),
     "tiny": Preset(_vit(width=128, depth=4, size=64, patch=8)),
     "small": Preset(_vit(width=192, depth=6, size=64, patch=8)),
 }

@@ -1,0 +1,117 @@
+"""`make demo` at sizes that teach nothing: every command of the way from pictures to the table runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from demo import FULL, MODELS, QUICK, until_the_answers  # noqa: E402
+from stages import Stage, Stages  # noqa: E402
+
+from mgll_encoder.common.errors import UserError  # noqa: E402
+
+
+def demo(out: Path) -> str:
+    command = [sys.executable, str(SCRIPTS / "demo.py"), "--out", str(out), "--quick"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=1200).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_ends_in_a_table_and_says_that_it_is_a_phantom(tmp_path: Path) -> None:
+    printed = demo(tmp_path / "demo")
+    for command in ("mgll-encoder pretrain", "swap-encoder --mllm", "retrain-projector", "eval-mcq run"):
+        assert f"$ {command}" in printed
+    assert "This is a phantom" in printed
+    assert re.search(r"mgll against control: [+-]?\d+\.\d \[", printed)
+    assert re.search(r"without a step of training: \d+\.\d % \[", printed)
+    assert printed.rstrip().splitlines()[-4].startswith("With your own files")
+    table = (tmp_path / "demo" / "table.md").read_text()
+    for word in ("base", "control", "mgll", "aligned", "Glaucoma", "Average"):
+        assert word in table
+    assert "mgll against control" in (tmp_path / "demo" / "report.html").read_text()
+    again = demo(tmp_path / "demo")
+    assert "$ mgll-encoder pretrain" not in again, "finished stages are kept"
+    assert "Glaucoma" in again
+
+
+def test_all_arms_come_from_the_same_base_and_both_retrainings_are_alike() -> None:
+    stages = until_the_answers(Path("demo"), FULL)
+    assert len({stage.output for stage in stages}) == len({stage.title for stage in stages}) == len(stages)
+    control, mgll = (
+        next(stage for stage in stages if stage.output.name == f"{model}-retrained")
+        for model in ("base", "mgll")
+    )
+    assert [str(word).replace("models/mgll", "models/base") for word in mgll.command] == [
+        str(word) for word in control.command
+    ]
+    swaps = [stage for stage in stages if stage.command[0] == "swap-encoder"]
+    assert {str(stage.command[2]) for stage in swaps} == {"demo/models/base"}
+    assert {stage.output.name for stage in stages} >= set(MODELS.values())
+    assert [stage.title for stage in until_the_answers(Path("demo"), QUICK)] == [
+        stage.title for stage in stages
+    ]
+
+
+def python(title: str, output: Path, code: str, *reads: Path) -> Stage:
+    return Stage(title, output, ["python", "-c", code, *reads])
+
+
+def test_a_stage_waits_for_what_it_reads_and_is_not_run_twice(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    copy = "import sys; from pathlib import Path; Path(sys.argv[-1]).write_text(Path(sys.argv[1]).read_text() + 'x')"
+    slow = f"import time; time.sleep(1); open(r'{first}', 'w').write('x')"
+    stages = [
+        python("third", third, copy, second, third),
+        python("second", second, copy, first, second),
+        python("first", first, slow),
+    ]
+    runner = Stages(tmp_path / "logs")
+    runner.run(stages)
+    assert third.read_text() == "xxx"
+    assert list(runner.seconds) == ["first", "second", "third"]
+    assert runner.seconds["first"] >= 1
+    third.unlink()
+    again = Stages(tmp_path / "logs")
+    again.run(stages)
+    assert list(again.seconds) == ["third"]
+
+
+def test_two_stages_run_at_the_same_time_and_their_bars_are_read(tmp_path: Path) -> None:
+    meet = (
+        "import sys, time; from pathlib import Path; mine, other = map(Path, sys.argv[1:3])\n"
+        "print(' 3/7 ', file=sys.stderr, flush=True); assert sys.stderr.isatty()\n"
+        "mine.write_text(''); end = time.time() + 60\n"
+        "while not other.exists(): assert time.time() < end; time.sleep(0.01)\n"
+    )
+    a, b = tmp_path / "a", tmp_path / "b"
+    # each names the other's marker, not its output: neither waits for the other
+    stages = [
+        python("one", tmp_path / "never-1", meet, a, b),
+        python("two", tmp_path / "never-2", meet, b, a),
+    ]
+    Stages(tmp_path / "logs").run(stages)
+    assert "3/7" in (tmp_path / "logs" / "one.txt").read_text()
+
+
+def test_a_stage_that_fails_shows_the_end_of_its_log_and_stops_the_rest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = "import sys; print('line\\n' * 40); sys.exit('error: the disk is full')"
+    stages = [
+        python("bad", tmp_path / "bad", bad),
+        python("after", tmp_path / "after", "raise SystemExit('not to be run')", tmp_path / "bad"),
+    ]
+    with pytest.raises(
+        UserError, match=r"python failed \(.*bad\.txt\): follow its message, then run this again"
+    ):
+        Stages(tmp_path / "logs").run(stages)
+    shown = capfd.readouterr().err
+    assert "error: the disk is full" in shown
+    assert shown.count("line") < 20
+    assert not (tmp_path / "logs" / "after.txt").exists()
