@@ -17,15 +17,9 @@ if TYPE_CHECKING:
         UserError,
     )
     from mgll_encoder.tower.adapt import fold_normalization, resample_positions
-    from mgll_encoder.tower.load import (
-        Tower,
-        TowerHeader,
-        build_model,
-        inspect_tower,
-        load_tower,
-        tower_state_dict,
-        vision_config,
-    )
+    from mgll_encoder.tower.header import TowerHeader
+    from mgll_encoder.tower.load import inspect_tower, load_tower, tower_state_dict
+    from mgll_encoder.tower.model import Tower, build_model, vision_config
     from mgll_encoder.tower.preprocess import image_processor, image_transform
     from mgll_encoder.tower.save import save_tower
     from mgll_encoder.tower.spec import Activation, PixelRule, Resize, TowerSpec
@@ -76,13 +70,13 @@ __getattr__, __dir__ = lazy(
         "OutputTakenError": "common.errors",
         "PixelRule": "tower.spec",
         "Resize": "tower.spec",
-        "Tower": "tower.load",
-        "TowerHeader": "tower.load",
+        "Tower": "tower.model",
+        "TowerHeader": "tower.header",
         "TowerSpec": "tower.spec",
         "UnknownNameError": "common.errors",
         "UnsupportedCheckpointError": "common.errors",
         "UserError": "common.errors",
-        "build_model": "tower.load",
+        "build_model": "tower.model",
         "explain": "api",
         "finetune_probe": "api",
         "fold_normalization": "tower.adapt",
@@ -96,7 +90,7 @@ __getattr__, __dir__ = lazy(
         "retrieval": "api",
         "save_tower": "tower.save",
         "tower_state_dict": "tower.load",
-        "vision_config": "tower.load",
+        "vision_config": "tower.model",
         "zero_shot": "api",
     },
 )

@@ -12,7 +12,7 @@ from mgll_encoder.common.files import check_free
 from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
-    from mgll_encoder.tower.load import TowerHeader
+    from mgll_encoder.tower.header import TowerHeader
 
 _SIZES = (224, 336, 448)
 _POOLED = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mgll_encoder.pretraining.losses import Alphas, MGLLLoss
 from mgll_encoder.text.text_tower import TextTower
-from mgll_encoder.tower.load import Tower, build_model, pooled
+from mgll_encoder.tower.model import Tower, build_model, pooled
 from mgll_encoder.tower.spec import TowerSpec
 
 

@@ -16,7 +16,8 @@ from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text.text_tower import TextTower, load_text_tower
 from mgll_encoder.tower.architectures.clip import CLIP, HF_STATE
 from mgll_encoder.tower.folder_metadata import HF_FOLDER, OURS
-from mgll_encoder.tower.load import Tower, load_tower
+from mgll_encoder.tower.load import load_tower
+from mgll_encoder.tower.model import Tower
 from mgll_encoder.tower.spec import Activation, Pooling
 from mgll_encoder.weights.torch_file import WeightSet
 

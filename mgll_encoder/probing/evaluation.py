@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mgll_encoder.data.label_table import LabeledImages
     from mgll_encoder.probing.finetune import Finetuned
     from mgll_encoder.probing.linear import ProbeResult
-    from mgll_encoder.tower.load import Tower
+    from mgll_encoder.tower.model import Tower
 
     Scored = tuple[NDArray[np.float64], list[int], LabeledImages, dict[str, Any]]
     """Scores [images, kept labels], the kept labels, the images that could be read, and a record."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mgll_encoder.tower.architectures import first_patch
-from mgll_encoder.tower.load import Tower
+from mgll_encoder.tower.model import Tower
 from mgll_encoder.tower.preprocess import image_transform
 
 ATTENTION, ROLLOUT = "attention of the last block", "attention rollout"

@@ -15,7 +15,7 @@ from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
     from mgll_encoder.probing.explain import Target
-    from mgll_encoder.tower.load import Tower
+    from mgll_encoder.tower.model import Tower
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 

@@ -19,7 +19,7 @@ from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.common.progress import track
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.data.label_table import LabeledImages
-from mgll_encoder.tower.load import Tower
+from mgll_encoder.tower.model import Tower
 from mgll_encoder.tower.preprocess import image_transform
 from mgll_encoder.tower.spec import PixelRule
 
@@ -39,7 +39,7 @@ def workers_for(images: int, asked: int | None) -> int:
 def pooled_features(
     tower: Tower, images: Sequence[Path], batch_size: int = 64, workers: int | None = None
 ) -> NDArray[np.float32]:
-    """Compute the tower's pooled features (see `mgll_encoder.tower.load.pooled`, no projection), [n, width].
+    """Compute the tower's pooled features (see `mgll_encoder.tower.model.pooled`, no projection), [n, width].
 
     Args:
         tower: The tower; its own preprocessing is used.

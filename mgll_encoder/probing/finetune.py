@@ -42,7 +42,7 @@ from mgll_encoder.data.batches import jitter, shrink
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.features import best_device, images_digest, tower_digest, workers_for
 from mgll_encoder.probing.linear import METRICS, kept_labels, metrics, mixed
-from mgll_encoder.tower.load import Tower, pooled
+from mgll_encoder.tower.model import Tower, pooled
 from mgll_encoder.tower.preprocess import image_transform
 from mgll_encoder.tower.spec import TowerSpec
 

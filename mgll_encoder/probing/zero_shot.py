@@ -19,7 +19,7 @@ from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus import read_explanations
 from mgll_encoder.pretraining.initialization import paired_text_tower
 from mgll_encoder.text.text_tower import TextTower
-from mgll_encoder.tower.load import Tower
+from mgll_encoder.tower.model import Tower
 
 
 class LabelPrompts(BaseModel):

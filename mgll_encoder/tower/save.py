@@ -17,8 +17,9 @@ from mgll_encoder.text.text_tower import TextTower
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mgll_encoder.tower.architectures.clip import PROJECTION
 from mgll_encoder.tower.card import model_card
+from mgll_encoder.tower.examine import PROJECTION_FILE
 from mgll_encoder.tower.folder_metadata import TOWER_FILE, TOWER_VERSION
-from mgll_encoder.tower.load import PROJECTION_FILE, Tower, vision_config
+from mgll_encoder.tower.model import Tower, vision_config
 from mgll_encoder.tower.preprocess import image_processor
 
 

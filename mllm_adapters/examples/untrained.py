@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mgll_encoder.common.files import new_folder
-from mgll_encoder.tower.load import Tower, build_model
+from mgll_encoder.tower.model import Tower, build_model
 from mgll_encoder.tower.save import save_tower
 from mgll_encoder.tower.spec import TowerSpec
 from mllm_adapters.core.processing import llava_processor

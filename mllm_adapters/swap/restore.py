@@ -117,7 +117,7 @@ def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
         UserError: ``folder`` was not swapped, or ``out`` cannot be written.
     """
     from mgll_encoder import Tower, save_tower
-    from mgll_encoder.tower.load import filled_model
+    from mgll_encoder.tower.model import filled_model
 
     record = read_record(folder)
     steps = {step.sources[0]: step for step in record.tensors if step.kind.from_tower}

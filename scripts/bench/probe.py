@@ -88,7 +88,7 @@ def _reading(
     from mgll_encoder.data.phantom.photographs import render
     from mgll_encoder.pretraining.dual_encoder import PRESETS
     from mgll_encoder.probing.features import pooled_features
-    from mgll_encoder.tower.load import Tower, build_model
+    from mgll_encoder.tower.model import Tower, build_model
 
     picture = render([], 0, min(side, 256)).resize((side, side))
     paths = [folder / f"{i}.jpg" for i in range(photographs)]

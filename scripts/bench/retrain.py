@@ -248,7 +248,7 @@ def _model(folder: Path, shape: Shape) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mgll_encoder import Tower
-    from mgll_encoder.tower.load import build_model
+    from mgll_encoder.tower.model import build_model
     from mgll_encoder.tower.spec import TowerSpec
     from mllm_adapters.core.processing import llava_processor
     from mllm_adapters.examples.assembly import assemble, tower_contract

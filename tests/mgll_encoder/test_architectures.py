@@ -11,7 +11,7 @@ from mgll_encoder import image_processor
 from mgll_encoder.tower.architectures import ARCHITECTURES, described_by
 from mgll_encoder.tower.architectures.base import Architecture
 from mgll_encoder.tower.architectures.clip import CLIP
-from mgll_encoder.tower.load import vision_config
+from mgll_encoder.tower.model import vision_config
 from mgll_encoder.tower.preprocess import processor_settings
 from mgll_encoder.tower.spec import PixelRule, Resize, TowerSpec
 

@@ -12,7 +12,7 @@ from mgll_encoder.data.label_cells import WORDS, LabelLists, truth_of
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.finetune import OPEN, TowerWithHead
 from mgll_encoder.probing.linear import evaluate, kept_labels, linear_scores
-from mgll_encoder.tower.load import Tower
+from mgll_encoder.tower.model import Tower
 from tests import builders
 
 

@@ -19,7 +19,8 @@ from mgll_encoder.common.errors import UserError
 from mgll_encoder.pretraining.dual_encoder import PRESETS
 from mgll_encoder.text.clip_tokenizer import clip_tokenizer, trimmed_tokenizer
 from mgll_encoder.text.text_tower import TextTower, load_text_tower
-from mgll_encoder.tower.load import Tower, build_model, load_tower
+from mgll_encoder.tower.load import load_tower
+from mgll_encoder.tower.model import Tower, build_model
 from mgll_encoder.tower.save import save_tower
 from tests.mgll_encoder.towers import clip_model, scramble
 

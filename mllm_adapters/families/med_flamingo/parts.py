@@ -8,8 +8,8 @@ from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.tower.architectures.clip import PROJECTION
+from mgll_encoder.tower.examine import OFFICIAL
 from mgll_encoder.tower.keymap import plan_keys
-from mgll_encoder.tower.load import OFFICIAL
 from mgll_encoder.weights.keytable import Destination
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Dropped, Step

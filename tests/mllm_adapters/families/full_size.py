@@ -50,7 +50,7 @@ def published_tower(folder: Path, image_size: int = 224, **geometry: int) -> Pat
     import torch
 
     from mgll_encoder import TowerSpec, vision_config
-    from mgll_encoder.tower.load import build_model
+    from mgll_encoder.tower.model import build_model
     from tests.builders import sparse_checkpoint
 
     sizes = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096, "patch_size": 14, **geometry}
