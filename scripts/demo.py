@@ -67,7 +67,7 @@ FULL = Sizes(
     epochs=6,
 )
 QUICK = Sizes(
-    general=8, pictures=20, general_epochs=1, mgll_epochs=1, words=32, captions=32, questions=32, epochs=1
+    general=8, pictures=40, general_epochs=1, mgll_epochs=1, words=32, captions=32, questions=32, epochs=1
 )
 
 
