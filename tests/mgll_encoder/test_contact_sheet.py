@@ -60,7 +60,7 @@ def test_radiographs_and_questions_come_with_a_sheet(tmp_path: Path) -> None:
         "--diseases", "DR,Glaucoma", "--options", 2, "--contact-sheet", tmp_path / "b.png",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "contact sheet of 12 of 12 images" in done.out
+    assert "12 of 12 images to look at" in done.out
     assert Image.open(tmp_path / "b.png").width > 1000
 
 
