@@ -162,14 +162,17 @@ def _some(bench: Bench, count: int) -> list[MCQItem]:
 
 
 def _exchanged(items: Sequence[MCQItem], images: Sequence[Pictures]) -> list[Pictures]:
-    """Assign to each question the images of another one, if there is one with as many images."""
+    """Return each question's images replaced by those of another patient, if there is one with as many.
+
+    The search starts half a benchmark away: neighbors are often the fellow eye, with the same disease.
+    """
     exchanged = []
     for i, item in enumerate(items):
-        others = [*range(i + 1, len(items)), *range(i)]
-        fitting = (
-            images[j] for j in others if items[j].images != item.images and len(images[j]) == len(item.images)
-        )
-        exchanged.append(next(fitting, images[i]))
+        start = i + len(items) // 2
+        others = [place % len(items) for place in range(start, start + len(items))]
+        fitting = [j for j in others if items[j].images != item.images and len(images[j]) == len(item.images)]
+        strangers = (j for j in fitting if items[j].cluster != item.cluster)
+        exchanged.append(images[next(strangers, fitting[0] if fitting else i)])
     return exchanged
 
 

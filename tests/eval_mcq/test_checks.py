@@ -65,6 +65,33 @@ def test_what_was_seen_is_written_with_intervals(eval_mcq, tiny_llava, bench, tm
     assert "add --bench" in eval_mcq.refuses("check", tiny_llava, "--out", tmp_path / "other.json")
 
 
+def test_images_are_exchanged_with_those_of_another_patient():
+    """The fellow eye often has the same disease: with its image the answer stays right, as if it did not matter."""
+    from eval_mcq.items.schema import MCQItem
+    from eval_mcq.runs.image_sensitivity import _exchanged
+
+    items = [
+        MCQItem(
+            id=f"{p}{eye}",
+            images=[f"{p}{eye}"],
+            question="?",
+            options=["a", "b"],
+            answer=0,
+            category="c",
+            patient=p,
+        )
+        for p in "xyz"
+        for eye in "LR"
+    ]
+    pictures = [[item.id] for item in items]  # names in place of images
+    for item, (given,) in zip(items, _exchanged(items, pictures), strict=True):
+        assert given[0] != item.patient
+    alone = items[:2]
+    assert _exchanged(alone, pictures[:2]) == [["xR"], ["xL"]], (
+        "where there is one patient only, another image"
+    )
+
+
 def edited(file, **after):
     """A provenance with a different tower geometry."""
     made = json.loads(file.read_text())
