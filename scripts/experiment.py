@@ -75,7 +75,9 @@ TOWERS = [
 
 SIZES = {
     "tiny": Sizes(
-        TOWERS, ["--lm", "tiny"], ["--epochs", "1", "--batch-size", "16", "--learning-rate", "1e-3"]
+        TOWERS,
+        ["--lm", "tiny", "--questions", "38400"],
+        ["--epochs", "1", "--batch-size", "16", "--learning-rate", "1e-3"],
     ),
     "smollm2": Sizes(
         TOWERS,
