@@ -19,7 +19,7 @@ from stages import Stage, Stages
 
 from mgll_encoder.common import cli
 
-app = cli.new_app("The whole way from pictures to a table, on phantom images.")
+app = cli.new_app("Everything from images to a table, on phantom images.")
 
 MODELS = {"base": "base", "control": "base-retrained", "mgll": "mgll-retrained", "aligned": "mgll-aligned"}
 """Arm of the table -> model."""

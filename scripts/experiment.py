@@ -21,7 +21,7 @@ import typer
 from experiment_figures import Answers, Bools, Figure, Floats, Sample, classified, markdown
 from numpy.typing import NDArray
 from proof import COLUMNS, POSITIVES, Arm, images_and_sources, texts_of_labels
-from three_arms import Way
+from steps import Steps
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import unknown_name
@@ -121,7 +121,7 @@ class Experiment:
     """What every stage needs.
 
     Attributes:
-        way: Runs commands and keeps their outputs.
+        steps: Runs commands and keeps their outputs.
         data: Folder with manifest.csv and images.
         general: The general tower.
         image_size: Side in pixels.
@@ -130,7 +130,7 @@ class Experiment:
         seeds: One whole chain of towers and models for each.
     """
 
-    way: Way
+    steps: Steps
     data: Path
     general: Path
     image_size: int
@@ -141,7 +141,7 @@ class Experiment:
     @property
     def out(self) -> Path:
         """Folder of all outputs."""
-        return self.way.out
+        return self.steps.out
 
     def tower(self, name: str, seed: int) -> Path:
         """A tower's folder; the general one has no seed."""
@@ -175,7 +175,7 @@ def experiment(
     """
     if lm not in SIZES:
         raise unknown_name("language model", lm, SIZES)
-    work = Experiment(Way(out), data, general, image_size, preset, SIZES[lm], range(seeds))
+    work = Experiment(Steps(out), data, general, image_size, preset, SIZES[lm], range(seeds))
     manifest = _manifest(work)
     _general(work)
     figures: dict[str, Any] = {"language_model": lm, "seeds": seeds, "image_size": image_size}
@@ -194,12 +194,12 @@ def experiment(
     write_text(out / "tables.md", "\n".join(lines), force=True)
     cli.stdout.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
     cli.stdout.print(
-        f"Done in {work.way.seconds:.0f} s: {out / 'tables.md'}, {out / 'figures.json'}", soft_wrap=True
+        f"Done in {work.steps.seconds:.0f} s: {out / 'tables.md'}, {out / 'figures.json'}", soft_wrap=True
     )
 
 
 def _manifest(work: Experiment) -> Path:
-    return work.way.step(
+    return work.steps.step(
         "Texts at several granularities", "manifest.jsonl",
         "mgll-encoder", "data", "fundus", "--labels", work.data / "manifest.csv", "--images", work.data,
         "--val", "0.1", "--out", work.out / "manifest.jsonl",
@@ -207,7 +207,7 @@ def _manifest(work: Experiment) -> Path:
 
 
 def _general(work: Experiment) -> None:
-    work.way.step(
+    work.steps.step(
         f"The general tower at {work.image_size} px", f"towers/{GENERAL}",
         "mgll-encoder", "convert", work.general, "--image-size", str(work.image_size), "--pooling", "mean",
         "--out", work.tower(GENERAL, 0),
@@ -217,7 +217,7 @@ def _general(work: Experiment) -> None:
 def _tune(work: Experiment, manifest: Path, name: str, seed: int) -> None:
     tower = work.tower(name, seed)
     resume = ["--resume"] if any((tower.parent / f".{tower.name}.training").glob("checkpoint-*")) else []
-    work.way.step(
+    work.steps.step(
         f"The general tower, tuned with {name}, seed {seed}", f"towers/{tower.name}",
         "mgll-encoder", "pretrain", "--data", manifest, "--images", work.data, "--init", work.tower(GENERAL, 0),
         *TUNED[name].options, *work.sizes.pretrain, "--workers", "0", "--seed", str(seed), *resume, "--out", tower,
@@ -230,12 +230,12 @@ def _benches(work: Experiment) -> list[Path]:
         "--labels", work.data / "manifest.csv", "--images", work.data, "--preset", work.preset,
         "--patient-column", COLUMNS.patient or "", "--source-column", "dataset",
     ]  # fmt: skip
-    work.way.step(
+    work.steps.step(
         "Questions about the test images", "test.jsonl",
         "eval-mcq", "build", *common, "--split", "test", "--out", work.out / "test.jsonl",
     )  # fmt: skip
     return [
-        work.way.step(
+        work.steps.step(
             f"Questions about the training images, {number + 1} of {BENCHES}", f"train-{number}.jsonl",
             "eval-mcq", "build", *common, "--split", "train", "--seed", str(number),
             "--out", work.out / f"train-{number}.jsonl",
@@ -247,7 +247,7 @@ def _benches(work: Experiment) -> list[Path]:
 def _models(work: Experiment, benches: Sequence[Path], seed: int) -> None:
     """The models of a seed, what they answer, and whether the base looks."""
     base = _base(work, benches, seed)
-    work.way.step(
+    work.steps.step(
         f"Does the base look? (seed {seed})", f"checks/base-{seed}.json",
         "eval-mcq", "check", base, "--bench", work.out / "test.jsonl", "--questions", "100000", *work.sizes.run,
         "--out", work.out / "checks" / f"base-{seed}.json",
@@ -258,7 +258,7 @@ def _models(work: Experiment, benches: Sequence[Path], seed: int) -> None:
     for start, end in {"base": "base", **{f"{name}-aligned": name for name in TUNED}}.items():
         _retrain(work, benches, start, f"{end}-retrained", seed)
     for name in ARMS.values():
-        work.way.step(
+        work.steps.step(
             f"Questions to {name}, seed {seed}", f"runs/{name}-{seed}/summary.json",
             "eval-mcq", "run", "--model", work.model(name, seed), "--bench", work.out / "test.jsonl",
             "--rotations", "4", *work.sizes.run, "--out", work.run(name, seed),
@@ -267,7 +267,7 @@ def _models(work: Experiment, benches: Sequence[Path], seed: int) -> None:
 
 def _base(work: Experiment, benches: Sequence[Path], seed: int) -> Path:
     data = [word for bench in benches for word in ("--data", bench)]
-    return work.way.step(
+    return work.steps.step(
         f"A small LLaVA on the general tower, seed {seed}", f"models/base-{seed}",
         str(SCRIPTS / "build_smol_llava.py"), "--tower", work.tower(GENERAL, 0), *data, "--images", work.data,
         *work.sizes.teach, "--seed", str(seed), "--out", work.model("base", seed),
@@ -276,7 +276,7 @@ def _base(work: Experiment, benches: Sequence[Path], seed: int) -> Path:
 
 def _swap(work: Experiment, base: Path, name: str, seed: int, options: Sequence[str | Path]) -> None:
     tower = work.tower(name.removesuffix("-aligned"), seed)
-    work.way.step(
+    work.steps.step(
         f"The swap: {name}, seed {seed}", f"models/{name}-{seed}",
         "swap-encoder", "--mllm", base, "--encoder", tower, *options, "--out", work.model(name, seed),
     )  # fmt: skip
@@ -286,7 +286,7 @@ def _retrain(work: Experiment, benches: Sequence[Path], start: str, end: str, se
     data = [word for bench in benches for word in ("--data", bench)]
     out = work.model(end, seed)
     resume = ["--resume"] if any(out.with_name(f"{out.name}.training").glob("checkpoint-*")) else []
-    work.way.step(
+    work.steps.step(
         f"Retraining the projector of {start}, seed {seed}", f"models/{end}-{seed}",
         "retrain-projector", "--model", work.model(start, seed), *data, "--images", work.data,
         *work.sizes.retrain, "--report-to", "none", "--seed", str(seed), *resume, "--out", out,

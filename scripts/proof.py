@@ -17,7 +17,7 @@ import numpy as np
 import typer
 from rich.table import Table
 from scipy import stats
-from three_arms import Way
+from steps import Steps
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import unknown_name
@@ -81,8 +81,8 @@ def proof(
 
     Example: python scripts/proof.py --data ../shared/data/fundus --out runs/proof
     """
-    way = Way(out)
-    manifest = way.step(
+    steps = Steps(out)
+    manifest = steps.step(
         "Texts at several granularities", "manifest.jsonl",
         "mgll-encoder", "data", "fundus", "--labels", data / "manifest.csv", "--images", data,
         "--out", out / "manifest.jsonl",
@@ -95,7 +95,7 @@ def proof(
     for seed in range(seeds):
         for arm in chosen:
             name = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-            way.step(
+            steps.step(
                 f"{arm}, seed {seed}", f"towers/{name}",
                 "mgll-encoder", "pretrain", "--data", manifest, "--images", data, *ARMS[arm].options,
                 "--preset", "tiny", "--epochs", str(epochs), "--batch-size", "32", "--lr", "1e-3",
@@ -106,7 +106,7 @@ def proof(
                 found.setdefault(source, {}).setdefault(arm, []).append(values)
     lines = [line for source, by_arm in found.items() for line in _table(source, by_arm)]
     write_text(out / "proof.md", "\n".join(lines) + "\n", force=True)
-    cli.stdout.print(f"\nDone in {way.seconds:.0f} s. Table: {out / 'proof.md'}", soft_wrap=True)
+    cli.stdout.print(f"\nDone in {steps.seconds:.0f} s. Table: {out / 'proof.md'}", soft_wrap=True)
 
 
 def images_and_sources(data: Path) -> tuple[LabeledImages, list[str]]:
