@@ -86,7 +86,7 @@ def load_tower(
 
 def _read(header: TowerHeader) -> tuple[dict[str, Tensor], Tensor | None]:
     """Read all tensors of a tower, and its projection."""
-    assert header.stored is not None, "`examine` opened it"
+    assert header.stored is not None, "a tower in memory has no file"
     tensors = header.stored.read_all()
     if (projection := header.source / PROJECTION_FILE).is_file():
         tensors |= open_weights(projection).read([PROJECTION])
