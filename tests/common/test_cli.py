@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from mgll_encoder.common.cli import new_app, run, stdout, warn
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import OutputTakenError, UserError, unknown_name
 from mgll_encoder.common.files import new_folder, write_text
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.splits import assign_split
@@ -91,7 +91,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (partial / "whole").write_text("x")
         assert not out.exists()
     assert (out / "whole").read_text() == "x"
-    with pytest.raises(UserError, match="exists"), new_folder(out):
+    with pytest.raises(OutputTakenError, match="exists"), new_folder(out):
         pass
     with new_folder(out, force=True) as partial:
         (partial / "new").write_text("y")
@@ -101,7 +101,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_text_file_is_not_replaced_unasked(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "1")
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(OutputTakenError, match="exists"):
         write_text(tmp_path / "a", "2")
     write_text(tmp_path / "a", "2", force=True)
     assert (tmp_path / "a").read_text() == "2"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from mgll_encoder.common.cli import new_app, run
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.faults import find_fault
 from mgll_encoder.common.files import (
     appearing,
@@ -167,7 +167,7 @@ def test_a_file_of_another_kind_is_refused_without_being_opened(tmp_path: Path) 
     write_text(tmp_path / "text", "\ufeffbom")
     assert read_text(tmp_path / "text", "text") == "bom"
     (tmp_path / "text").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(BadDataError, match="not UTF-8"):
         read_text(tmp_path / "text", "text")
 
 

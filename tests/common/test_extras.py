@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval_mcq.cli.main import main as eval_mcq
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MissingPackageError
 from mgll_encoder.common.extras import CORE, needs, require
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.cli.retrain import main as retrain_projector
@@ -212,7 +212,7 @@ def test_a_pair_within_our_ranges_is_mended_by_the_version_that_is_asked_for(ver
     """If both versions satisfy our ranges, reinstalling this package would change nothing."""
     versions("Requires-Dist: accelerate>=1.99\n", peft=metadata.version("peft"))
     mended = r"peft \S+ needs accelerate>=1\.99, but \S+ is installed: pip install 'accelerate>=1\.99'$"
-    with pytest.raises(UserError, match=mended):
+    with pytest.raises(MissingPackageError, match=mended):
         require("train", "training")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import OutputTakenError, UserError
 from mgll_encoder.common.files import new_folder
 
 
@@ -86,7 +86,7 @@ def test_a_folder_that_was_about_to_be_replaced_comes_back(tmp_path: Path) -> No
 
     killed_in(die_between_the_renames)
     assert not out.exists()
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(OutputTakenError, match="exists"):
         new_folder(out).__enter__()
     assert (out / "precious").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

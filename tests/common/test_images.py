@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 from transformers.image_utils import load_image
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.images import check_image_header, image_format, open_image
 
 WHITE_IS_ZERO = TiffImagePlugin.ImageFileDirectory_v2()
@@ -89,7 +89,7 @@ def test_a_tiff_whose_white_is_zero_is_inverted(tmp_path: Path) -> None:
 def test_values_that_are_no_brightness_are_refused(
     tmp_path: Path, name: str, values: np.ndarray, complaint: str
 ) -> None:
-    with pytest.raises(UserError, match=complaint) as error:
+    with pytest.raises(BadDataError, match=complaint) as error:
         open_image(saved(tmp_path / name, values))
     assert name in str(error.value)
     assert "8 or 16 bits" in str(error.value)
@@ -158,10 +158,10 @@ def test_a_file_with_several_frames_is_no_picture(tmp_path: Path, suffix: str) -
     first, *others = (Image.fromarray(np.roll(eight(), 3 * i, axis=0)).convert("RGB") for i in range(3))
     first.save(path, save_all=True, append_images=others)
     for look in (open_image, check_image_header):
-        with pytest.raises(UserError, match="3 frames") as error:
+        with pytest.raises(BadDataError, match="3 frames") as error:
             look(path)
         assert path.name in str(error.value)
-    with pytest.raises(UserError, match="row 7: embedded image has 3 frames"):
+    with pytest.raises(BadDataError, match="row 7: embedded image has 3 frames"):
         image_format(BytesIO(path.read_bytes()), "row 7: embedded image")
 
 

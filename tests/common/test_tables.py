@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.tables import Table, TableOptions, read_table
 
@@ -90,7 +90,7 @@ def test_what_is_no_table_is_refused_in_one_line(
 
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
     table = read(write(tmp_path, "file,label\n1.png,a\n"))
-    with pytest.raises(UserError, match=r"no column 'labels' \(`labels_column`\): did you mean 'label'\?"):
+    with pytest.raises(BadDataError, match=r"no column 'labels' \(`labels_column`\): did you mean 'label'\?"):
         table.check_columns([("`image_column`", "file"), ("`x`", None), ("`labels_column`", "labels")])
 
 
@@ -130,7 +130,7 @@ def test_a_workbook_gives_its_first_sheet_and_names_the_others(
     about = read(path)
     assert (about.sheet, about.others) == ("README", ("Data",))
     assert "sheet 'README' is read, not 'Data' (`sheet` chooses)" in "\n".join(caplog.messages)
-    with pytest.raises(UserError, match=r"that is sheet 'README', `sheet` chooses another: Data"):
+    with pytest.raises(BadDataError, match=r"that is sheet 'README', `sheet` chooses another: Data"):
         about.check_columns([("--image-column", "file")])
     table = read(path, sheet="Data")
     assert table.rows == [

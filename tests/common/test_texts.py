@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from mgll_encoder.common.errors import LONGEST, UserError
+from mgll_encoder.common.errors import LONGEST, BadDataError, NotFoundError, UserError
 from mgll_encoder.common.texts import DEPTH, parse_json, parse_yaml, read_as, read_json
 
 
@@ -38,7 +38,7 @@ def test_what_is_meant_is_read() -> None:
     ],
 )
 def test_json_that_cannot_be_meant(text: str, found: str) -> None:
-    with pytest.raises(UserError, match=r"^x\.json") as refused:
+    with pytest.raises(BadDataError, match=r"^x\.json") as refused:
         parse_json(text, "x.json")
     assert found in str(refused.value)
 
@@ -63,7 +63,7 @@ def test_json_that_cannot_be_meant(text: str, found: str) -> None:
     ],
 )
 def test_yaml_that_cannot_be_meant(text: str, found: str) -> None:
-    with pytest.raises(UserError, match=r"^x\.yaml") as refused:
+    with pytest.raises(BadDataError, match=r"^x\.yaml") as refused:
         parse_yaml(text, "x.yaml")
     assert found in str(refused.value)
 
@@ -88,7 +88,7 @@ def test_a_form_names_its_first_fault(tmp_path: Path) -> None:
         ("[]", "Input should be a valid dictionary"),
     ):
         file.write_text(text)
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(BadDataError) as refused:
             read_as(_Form, file, "form", "copy it again")
         assert found in str(refused.value)
         assert str(refused.value).startswith(f"form {file}: ")
@@ -97,9 +97,9 @@ def test_a_form_names_its_first_fault(tmp_path: Path) -> None:
 
 def test_an_object_is_expected(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[1]")
-    with pytest.raises(UserError, match="contains a JSON list: expected an object"):
+    with pytest.raises(BadDataError, match="contains a JSON list: expected an object"):
         read_json(tmp_path / "x.json")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(NotFoundError, match="does not exist"):
         read_json(tmp_path / "y.json")
 
 

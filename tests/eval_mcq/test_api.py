@@ -12,7 +12,7 @@ from eval_mcq import (
     report,
     run,
 )
-from mgll_encoder.common.errors import OutputTakenError, UnknownNameError, UserError
+from mgll_encoder.common.errors import NotFoundError, OutputTakenError, UnknownNameError, UserError
 from tests.builders import tiny_llava as write_tiny_llava
 from tests.eval_mcq.helpers import write_labels
 
@@ -44,9 +44,9 @@ def test_from_labels_to_a_comparison_and_a_page(tiny_llava, tmp_path, eval_mcq):
 
 
 def test_mistakes_are_exceptions(tiny_llava, tmp_path):
-    with pytest.raises(UserError, match="nope does not exist"):
+    with pytest.raises(NotFoundError, match="nope does not exist"):
         run(tiny_llava, tmp_path / "nope")
-    with pytest.raises(UserError, match="is not a run"):
+    with pytest.raises(NotFoundError, match="is not a run"):
         compare({"base": tmp_path})
 
 

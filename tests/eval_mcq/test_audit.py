@@ -10,7 +10,7 @@ from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
 from eval_mcq.audit import audit
 from eval_mcq.tables.published import PAPER, counts_behind, load_published
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 
 
 @pytest.fixture(scope="module")
@@ -155,5 +155,5 @@ def test_a_printed_table_that_makes_no_sense_is_named_by_field(tmp_path, row, fi
     place[field] = value
     path = tmp_path / "t.json"
     path.write_text(json.dumps(table))
-    with pytest.raises(UserError, match=rf"table .*t\.json: field '.*{field}.*{said}"):
+    with pytest.raises(BadDataError, match=rf"table .*t\.json: field '.*{field}.*{said}"):
         load_published(path)

@@ -6,7 +6,7 @@ import pytest
 from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
 from eval_mcq.items.preset import load_preset, preset_names
 from eval_mcq.items.schema import bench_text, load_bench
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnknownNameError, UserError
 from tests.eval_mcq.helpers import write_labels
 
 PAPER_ORDER = [
@@ -153,7 +153,7 @@ def test_a_bad_row_is_named(tmp_path, row, said):
 
 def test_a_disease_without_images_is_refused_unless_it_is_left_out(tmp_path):
     rows = [row for row in labels_of_all_ten() if "CSR" not in row["file"]]
-    with pytest.raises(UserError, match=r"disease 'CSR' has no image labeled.*`diseases`"):
+    with pytest.raises(BadDataError, match=r"disease 'CSR' has no image labeled.*`diseases`"):
         build_from(tmp_path, rows)
     names = [name for name in PAPER_ORDER if name != "CSR"]
     header, items, _ = build_from(tmp_path, rows, load_preset("fundus10").only(names))
@@ -162,9 +162,9 @@ def test_a_disease_without_images_is_refused_unless_it_is_left_out(tmp_path):
 
 
 def test_an_unknown_disease_or_preset_is_answered_with_a_suggestion():
-    with pytest.raises(UserError, match="did you mean 'Glaucoma'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'Glaucoma'"):
         load_preset("fundus10").only(["AMD", "glaukoma"])
-    with pytest.raises(UserError, match="did you mean 'fundus10'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'fundus10'"):
         load_preset("fundus-10")
 
 
@@ -181,7 +181,7 @@ def test_a_preset_of_ones_own_is_checked(tmp_path):
     assert load_preset(str(path)).options == 2
     preset["diseases"][1]["not_against"] = ["C"]
     path.write_text(json.dumps(preset))
-    with pytest.raises(UserError, match="'B' is not_against 'C', which is not a disease of the preset"):
+    with pytest.raises(BadDataError, match="'B' is not_against 'C', which is not a disease of the preset"):
         load_preset(str(path))
 
 

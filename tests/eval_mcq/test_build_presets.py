@@ -11,7 +11,7 @@ import pytest
 from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
 from eval_mcq.items.preset import FOLDER, load_preset, preset_names
 from eval_mcq.items.schema import load_bench
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from tests.builders import picture
 from tests.eval_mcq.helpers import write_labels
 
@@ -45,7 +45,7 @@ def test_the_shipped_presets_are_frozen():
 )
 def test_a_file_that_is_no_preset_is_refused(tmp_path, content, said):
     (tmp_path / "p.json").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(BadDataError, match=said):
         load_preset(str(tmp_path / "p.json"))
 
 
@@ -187,7 +187,7 @@ def test_hard_distractors_come_from_the_group_first(tmp_path):
     )  # two near, one more
     assert all(len(options) == 4 for options in haze)
     plainer = preset.model_copy(update={"confusable": []})
-    with pytest.raises(UserError, match="lists no confusable diseases"):
+    with pytest.raises(BadDataError, match="lists no confusable diseases"):
         build(table, tmp_path / "photos", tmp_path / "b.jsonl", plainer, draw=Draw(hard=True))
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval_mcq.records.run_record import load_run, read_run_record
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from tests.eval_mcq.helpers import run_of_counts, save_run
 
 
@@ -50,7 +50,7 @@ def damage(folder, place: int, **fields) -> None:
 )
 def test_a_row_that_makes_no_sense_is_named_by_line_and_field(run, fields):
     damage(run, 1, **fields)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(BadDataError) as error:
         load_run(run)
     assert "answers.jsonl line 2" in str(error.value)
     assert next(iter(fields)) in str(error.value)
@@ -65,7 +65,7 @@ def test_a_row_that_does_not_belong_to_its_run_is_named(run):
     ):
         before = (run / "answers.jsonl").read_text()
         damage(run, 1, **fields)
-        with pytest.raises(UserError, match=rf"answers.jsonl line 2 \(id 'DR-1'\) .*{said}"):
+        with pytest.raises(BadDataError, match=rf"answers.jsonl line 2 \(id 'DR-1'\) .*{said}"):
             load_run(run)
         (run / "answers.jsonl").write_text(before)
 
@@ -103,7 +103,7 @@ def test_rotations_that_disagree_about_their_question_are_refused(tmp_path):
 def test_a_record_that_makes_no_sense_is_named_by_field(run, fields):
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, **fields}))
-    with pytest.raises(UserError, match=rf"run .*run\.json: field '{next(iter(fields))}"):
+    with pytest.raises(BadDataError, match=rf"run .*run\.json: field '{next(iter(fields))}"):
         load_run(run)
 
 
@@ -119,7 +119,7 @@ def test_a_record_that_makes_no_sense_is_named_by_field(run, fields):
 )
 def test_bytes_that_are_no_record_are_refused(run, content, said):
     (run / "run.json").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(BadDataError, match=said):
         read_run_record(run)
 
 
@@ -135,5 +135,5 @@ def test_a_run_of_which_no_question_is_complete_is_no_table(tmp_path):
     whole = run_of_counts({"DR": (2, 2)})
     record = whole.record.model_copy(update={"rotations": 2})
     run = save_run(type(whole)(whole.folder, record, whole.rows), tmp_path / "run")
-    with pytest.raises(UserError, match="answers no question in all its rotations yet"):
+    with pytest.raises(BadDataError, match="answers no question in all its rotations yet"):
         load_run(run)

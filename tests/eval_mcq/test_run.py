@@ -20,7 +20,7 @@ from eval_mcq.runs.fingerprint import model_fingerprint
 from eval_mcq.runs.merge import merge
 from eval_mcq.runs.run import Settings, describe_run, run_bench
 from eval_mcq.scoring.prompt import shown_letters
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, OutputTakenError, UserError
 from tests.builders import picture
 from tests.eval_mcq.helpers import question, scorer, small_bench
 
@@ -308,7 +308,7 @@ def test_shards_of_another_batch_size_are_not_continued_and_not_merged(put, tmp_
     with pytest.raises(UserError, match=r"different `batch_size`, which determines the shards .4, now 2."):
         put("s0", batch_size=2, shard=Shard(0, 2))
     put("s1", batch_size=2, shard=Shard(1, 2))
-    with pytest.raises(UserError, match=r"s1 was made with `batch_size=2`, but .*s0 with 4"):
+    with pytest.raises(BadDataError, match=r"s1 was made with `batch_size=2`, but .*s0 with 4"):
         merge([tmp_path / "s0", tmp_path / "s1"], tmp_path / "merged")
 
 
@@ -322,7 +322,7 @@ def test_merge_refuses_what_is_missing_twice_or_foreign_and_writes_nothing(put, 
     out = tmp_path / "merged"
 
     def refused(*shards, said):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(BadDataError, match=said):
             merge(shards, out)
         assert not out.exists()
 
@@ -356,7 +356,7 @@ def test_a_run_of_the_first_format_is_refused_in_one_line(put, tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     del record["format"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="has format 'eval-mcq-run/1', expected 'eval-mcq-run/2'"):
+    with pytest.raises(BadDataError, match="has format 'eval-mcq-run/1', expected 'eval-mcq-run/2'"):
         put()
 
 
@@ -406,7 +406,7 @@ def test_an_image_that_changed_under_its_answer_is_noticed(put, bench, tmp_path)
 
 def test_a_folder_that_is_no_run_is_not_written_into(put, tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(UserError, match="exists and is not a run"):
+    with pytest.raises(OutputTakenError, match="exists and is not a run"):
         put()
     assert list((tmp_path / "run").iterdir()) == []
 
@@ -420,7 +420,7 @@ def test_a_bad_image_stops_the_run_before_the_model_is_loaded_and_anything_is_wr
     image.unlink()
     if damage == "truncated":
         image.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"question 'q7': image .*7\.png"):
+    with pytest.raises(BadDataError, match=r"question 'q7': image .*7\.png"):
         put()
     assert put.loads == 0
     assert not (tmp_path / "run").exists()
@@ -444,10 +444,10 @@ def test_a_damaged_answers_file_is_named_by_line(put, tmp_path):
     path = tmp_path / "run" / "answers.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:20], lines[2]]) + "\n")
-    with pytest.raises(UserError, match=r"answers\.jsonl line 2"):
+    with pytest.raises(BadDataError, match=r"answers\.jsonl line 2"):
         put()
     path.write_text("\n".join([lines[0], lines[2]]) + "\n" + changed(lines[0], letter_mass=0.5))
-    with pytest.raises(UserError, match=r"line 3 answers question 'q0' a second time .* differently"):
+    with pytest.raises(BadDataError, match=r"line 3 answers question 'q0' a second time .* differently"):
         put()
 
 

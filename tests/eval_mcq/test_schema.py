@@ -8,7 +8,7 @@ from eval_mcq.items.parquet import HEADER
 from eval_mcq.items.schema import LETTERS, MCQItem, bench_text, load_bench
 from eval_mcq.items.schema import write_bench as write_any_bench
 from eval_mcq.scoring.prompt import LETTER_PROMPT, render
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from tests.eval_mcq.helpers import question, write_bench
 
 
@@ -52,7 +52,7 @@ def test_a_question_that_makes_no_sense_is_named_by_line_and_id(tmp_path, change
     path = write_bench(
         tmp_path / "b.jsonl", [question("good"), question("bad", **change)], categories=["Cataract"]
     )
-    with pytest.raises(UserError) as error:
+    with pytest.raises(BadDataError) as error:
         load_bench(path)
     assert said in str(error.value)
     assert "line 3" in str(error.value)
@@ -61,7 +61,7 @@ def test_a_question_that_makes_no_sense_is_named_by_line_and_id(tmp_path, change
 
 
 def test_two_questions_with_one_id_are_refused(tmp_path):
-    with pytest.raises(UserError, match="id 'x' is already used on line 2"):
+    with pytest.raises(BadDataError, match="id 'x' is already used on line 2"):
         load_bench(write_bench(tmp_path / "b.jsonl", [question("x"), question("x")]))
 
 
@@ -78,7 +78,7 @@ def test_two_questions_with_one_id_are_refused(tmp_path):
 )
 def test_a_file_that_is_no_bench_is_refused(tmp_path, text, said):
     (tmp_path / "b.jsonl").write_text(text)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(BadDataError) as error:
         load_bench(tmp_path / "b.jsonl")
     assert said in str(error.value)
 
@@ -105,7 +105,7 @@ def test_the_prompt_is_frozen():
 )  # fmt: skip
 def test_bytes_that_are_no_bench_are_refused_in_one_line(tmp_path, content, said):
     (tmp_path / "b.jsonl").write_bytes(content)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(BadDataError) as error:
         load_bench(tmp_path / "b.jsonl")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
@@ -119,11 +119,11 @@ def test_a_damaged_or_foreign_parquet_bench_is_refused(tmp_path):
     whole = path.read_bytes()
     for content in (whole[:40], whole[:200] + bytes(300) + whole[500:], whole[:-300] + whole[-8:]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"bench .*b\.parquet"):
+        with pytest.raises(BadDataError, match=r"bench .*b\.parquet"):
             load_bench(path)
     table = pyarrow.table({"id": [b"1"]}).replace_schema_metadata(
         {HEADER: bench.header.model_dump_json(by_alias=True)}
     )
     pyarrow.parquet.write_table(table, path)
-    with pytest.raises(UserError, match="contains a bytes, but a bench has only text"):
+    with pytest.raises(BadDataError, match="contains a bytes, but a bench has only text"):
         load_bench(path)

@@ -30,7 +30,7 @@ from eval_mcq.scoring.engine import Way
 from eval_mcq.scoring.modes import SCORING_VERSION
 from eval_mcq.scoring.prompt import Mode
 from eval_mcq.scoring.score import Scorer
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mllm_adapters import load_mllm
 from tests.builders import tiny_llava
 from tests.eval_mcq.helpers import question, run_of_counts, save_run, write_bench
@@ -179,7 +179,7 @@ def test_the_answers_of_such_a_run_are_still_read_and_those_of_another_are_not(t
         load_run(save_run(type(run)(run.folder, record, rows), tmp_path / "old")).all_right_accuracy == 3 / 8
     )
     foreign = [row.model_copy(update={"run": "0" * 16}) for row in run.rows]
-    with pytest.raises(UserError, match="is an answer of another run"):
+    with pytest.raises(BadDataError, match="is an answer of another run"):
         load_run(save_run(type(run)(run.folder, record, foreign), tmp_path / "foreign"))
 
 

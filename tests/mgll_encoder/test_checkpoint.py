@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.cli import main
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.weights.weight_file import open_weights
 from tests import builders
 from tests.mgll_encoder import towers
@@ -458,7 +458,7 @@ def test_the_headers_of_a_safetensors_file_need_no_memory(tmp_path: Path) -> Non
 
 def test_a_torch_file_that_cannot_be_mapped_is_not_called_damaged(tmp_path: Path) -> None:
     file = builders.sparse_file(tmp_path / "x.bin", LARGER_THAN_ANY_MEMORY)
-    with pytest.raises(UserError, match=r"x\.bin \(8796\.1 GB\) is larger than the memory"):
+    with pytest.raises(BadDataError, match=r"x\.bin \(8796\.1 GB\) is larger than the memory"):
         open_weights(file)
 
 
@@ -473,5 +473,5 @@ def test_a_file_that_is_cut_short_after_it_was_opened_is_told(
     opened.read(["whole"])
     os.truncate(path, 4096)
     for name in ("whole", "turned"):
-        with pytest.raises(UserError, match=r"x\.bin was truncated while it was read"):
+        with pytest.raises(BadDataError, match=r"x\.bin was truncated while it was read"):
             opened.read([name])

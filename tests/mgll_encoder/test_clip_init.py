@@ -7,7 +7,7 @@ import pytest
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UnknownNameError, UserError
 from mgll_encoder.data.batches import SplitRows
 from mgll_encoder.pretraining.clip_text import clip_text_tower
 from mgll_encoder.pretraining.dual_encoder import PRESETS
@@ -74,7 +74,7 @@ def test_a_training_starts_from_the_set_of_weights_that_is_asked_for(tmp_path):
     assert torch.equal(first["ema"][name], first["raw"][name] * 1.5)
     with pytest.raises(UserError, match="`init_weights` is for `init`"):
         PretrainOptions(init_weights="ema")
-    with pytest.raises(UserError, match="weights"):
+    with pytest.raises(UnknownNameError, match="weights"):
         PretrainOptions(init=file, init_weights="average")
 
 
@@ -98,5 +98,7 @@ def test_openai_without_a_connection_is_one_line(monkeypatch):
         raise FileNotFoundError("Failed to download file (open_clip_model.safetensors)\nmore")
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
-    with pytest.raises(UserError, match=r"`init=openai`: .* cannot be downloaded .*connect to the internet"):
+    with pytest.raises(
+        NotFoundError, match=r"`init=openai`: .* cannot be downloaded .*connect to the internet"
+    ):
         starting_towers(PRESETS["tiny"], "openai", None, "auto", SplitRows, Alphas())

@@ -29,6 +29,7 @@ from transformers import (
 
 from mgll_encoder import UserError, inspect_tower, load_tower, save_tower
 from mgll_encoder.cli import main
+from mgll_encoder.common.errors import UnknownNameError, UnsupportedCheckpointError
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.phantom.dataset import write_phantom
 from mgll_encoder.probing.explain import ATTENTION, Target, attention_maps, target_maps
@@ -244,7 +245,9 @@ def test_what_is_no_such_tower_is_refused(tmp_path: Path) -> None:
     saved("dinov2", tmp_path / "gated")
     config = json.loads((tmp_path / "gated" / "config.json").read_text())
     (tmp_path / "gated" / "config.json").write_text(json.dumps({**config, "use_swiglu_ffn": True}))
-    with pytest.raises(UserError, match=r"not a valid config of a DINOv2: field 'use_swiglu_ffn' is True"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"not a valid config of a DINOv2: field 'use_swiglu_ffn' is True"
+    ):
         inspect_tower(tmp_path / "gated")
 
     saved("dinov2", tmp_path / "mixed")
@@ -256,9 +259,11 @@ def test_what_is_no_such_tower_is_refused(tmp_path: Path) -> None:
         inspect_tower(tmp_path / "mixed")
 
     path = write(state_of(timm_dinov2()), tmp_path / "tower.pth")
-    with pytest.raises(UserError, match=r"`activation=quick_gelu`: a DINOv2 has gelu: leave the option out"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"`activation=quick_gelu`: a DINOv2 has gelu: leave the option out"
+    ):
         inspect_tower(path, activation="quick_gelu")
-    with pytest.raises(UserError, match=r"unknown pooling of a DINOv2 'max': .*known are class, mean"):
+    with pytest.raises(UnknownNameError, match=r"unknown pooling of a DINOv2 'max': .*known are class, mean"):
         load_tower(path, pooling="max")
 
 
@@ -466,5 +471,5 @@ def test_metas_file_with_registers_is_read(tmp_path: Path) -> None:
     assert (hidden(load_tower(spoilt).model, PIXELS) - hidden(model, PIXELS)).abs().max() > 100 * TOLERANCE
     timms = {**theirs, "reg_token": theirs["register_tokens"]}
     del timms["register_tokens"]
-    with pytest.raises(UserError, match=r"has 'reg_token', which a DINOv2 does not have"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"has 'reg_token', which a DINOv2 does not have"):
         inspect_tower(write(timms, tmp_path / "timm.pth"))

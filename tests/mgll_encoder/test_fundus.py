@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mgll_encoder.cli.data import app
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.skipped import DISAGREE
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.fundus import EXPLANATIONS, FundusTable, build_fundus, read_explanations
@@ -106,9 +106,11 @@ def test_what_is_unknown_contradictory_or_broken_is_left_out_and_counted(tmp_pat
 
 def test_a_missing_column_names_those_that_are_there(tmp_path):
     path = table(tmp_path, [row[:2] for row in GOOD], ("name", "labels"))
-    with pytest.raises(UserError, match=r"no column 'file' \(`image_column`\): its columns are name, labels"):
+    with pytest.raises(
+        BadDataError, match=r"no column 'file' \(`image_column`\): its columns are name, labels"
+    ):
         build_fundus(FundusTable(path), tmp_path, tmp_path / "m.jsonl")
-    with pytest.raises(UserError, match=r"no column 'words' \(`keywords_column`\)"):
+    with pytest.raises(BadDataError, match=r"no column 'words' \(`keywords_column`\)"):
         build_fundus(
             FundusTable(path, image="name", patient="name", keywords="words"), tmp_path, tmp_path / "m.jsonl"
         )
@@ -116,7 +118,7 @@ def test_a_missing_column_names_those_that_are_there(tmp_path):
 
 def test_nothing_usable_is_an_error_with_the_reasons(tmp_path):
     path = table(tmp_path, [("1.png", "", "a", "", "X")])
-    with pytest.raises(UserError, match=r"has no usable image: .*left out 1 of 1 rows: 1 no label"):
+    with pytest.raises(BadDataError, match=r"has no usable image: .*left out 1 of 1 rows: 1 no label"):
         build_fundus(FundusTable(path), tmp_path, tmp_path / "m.jsonl")
     assert not (tmp_path / "m.jsonl").exists()
 
@@ -137,7 +139,7 @@ def test_your_own_explanations_are_used_and_checked(tmp_path):
     assert texts_of(tmp_path / "m.jsonl")["2.png"]["explanation"] == ["a big cup"]
     assert report.unexplained == {"diabetic retinopathy": 2, "normal": 1, "myopia": 1, "cataract": 1}
     own.write_text('{"version": 3}')
-    with pytest.raises(UserError, match="'sources': Field required"):
+    with pytest.raises(BadDataError, match="'sources': Field required"):
         read_explanations(own)
 
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.caption_dataset import described_images
 from mgll_encoder.data.manifest import (
@@ -148,10 +148,10 @@ def test_a_bad_row_of_a_table_is_named_and_can_be_skipped(tmp_path, row, complai
 
 def test_a_table_without_a_header_and_a_file_that_is_no_table_say_so(tmp_path):
     parquet.write_table(pa.Table.from_pylist([ROW]), tmp_path / "m.parquet")
-    with pytest.raises(UserError, match="metadata is not a manifest header"):
+    with pytest.raises(BadDataError, match="metadata is not a manifest header"):
         read_header(tmp_path / "m.parquet")
     (tmp_path / "x.parquet").write_text("{}")
-    with pytest.raises(UserError, match=r"x.parquet is not a Parquet file"):
+    with pytest.raises(BadDataError, match=r"x.parquet is not a Parquet file"):
         read_header(tmp_path / "x.parquet")
 
 
@@ -163,12 +163,12 @@ def test_blank_lines_are_allowed(tmp_path):
     "first", [ROW, "file,labels\n", {**HEADER, "version": 2}, {**HEADER, "granularities": []}]
 )
 def test_a_file_that_is_no_manifest_says_so(tmp_path, first):
-    with pytest.raises(UserError, match="line 1 is not a manifest header"):
+    with pytest.raises(BadDataError, match="line 1 is not a manifest header"):
         read_header(write(tmp_path, first, ROW))
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path):
-    with pytest.raises(UserError, match=r"`build_fundus\(\)`"):
+    with pytest.raises(NotFoundError, match=r"`build_fundus\(\)`"):
         read_header(tmp_path / "none.jsonl")
 
 
@@ -196,7 +196,7 @@ def test_a_table_damaged_anywhere_is_one_line(tmp_path):
 def test_a_file_name_that_no_file_can_have_is_no_file(tmp_path):
     path = write(tmp_path, HEADER, {**ROW, "image": "x" * 300 + ".png"}, {**ROW, "image": "a\0b.png"})
     skipped = Skipped()
-    with pytest.raises(UserError, match="has no usable image"):
+    with pytest.raises(BadDataError, match="has no usable image"):
         described_images(path, tmp_path, "train", (), skipped)
     assert skipped.counts == {"no image file": 2}
 

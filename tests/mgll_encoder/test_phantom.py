@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mgll_encoder.cli.data import app
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import OutputTakenError, UnknownNameError, UserError
 from mgll_encoder.data.manifest import read_header, read_rows
 from mgll_encoder.data.phantom.dataset import GRADES, write_phantom
 from mgll_encoder.data.phantom.findings import FINDINGS
@@ -53,7 +53,7 @@ def test_the_picture_is_round_on_black_at_any_size():
 
 
 def test_an_unknown_disease_is_suggested():
-    with pytest.raises(UserError, match="did you mean 'glaucoma'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'glaucoma'"):
         render(["glaucom"], 0)
 
 
@@ -97,7 +97,7 @@ def test_the_data_set_is_written_once_and_never_half(tmp_path: Path):
     write_phantom(tmp_path / "b", 1)
     for name in ("labels.csv", "images/phantom-00004_right.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(OutputTakenError, match="exists"):
         write_phantom(tmp_path / "a", 1)
     with pytest.raises(UserError, match="at least 1"):
         write_phantom(tmp_path / "c", 0)

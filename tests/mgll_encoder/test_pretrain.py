@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mgll_encoder.cli.pretrain import pretrain as pretrain_command
 from mgll_encoder.common import signals
 from mgll_encoder.common.cli import new_app
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.picture_bytes import picture_digest
 from mgll_encoder.common.resuming import only_run
@@ -247,7 +247,7 @@ def test_two_trainings_cannot_share_a_work_folder(manifest, tmp_path):
 
 
 def test_there_must_be_something_to_resume(manifest, tmp_path):
-    with pytest.raises(UserError, match="nothing to resume"):
+    with pytest.raises(NotFoundError, match="nothing to resume"):
         pretrain(manifest, tmp_path / "none", options(), workers=0, resume=True)
 
 

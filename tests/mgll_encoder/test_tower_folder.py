@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel
 
 from mgll_encoder import Tower, TowerSpec, build_model, image_transform, inspect_tower, load_tower, save_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import OutputTakenError, UserError
 from mgll_encoder.common.files import sha256
 from tests import builders
 from tests.mgll_encoder import towers
@@ -94,7 +94,9 @@ def test_a_model_trained_here_is_saved_with_its_contract(tmp_path: Path) -> None
 
 def test_a_taken_folder_is_left_alone_without_force(source: Path, folder: Path) -> None:
     tower = load_tower(source, activation="gelu")
-    with pytest.raises(UserError, match="exists: choose another `out`, or replace it with `force=True`"):
+    with pytest.raises(
+        OutputTakenError, match="exists: choose another `out`, or replace it with `force=True`"
+    ):
         save_tower(tower, folder)
     assert inspect_tower(folder).spec.activation == "quick_gelu"
     save_tower(tower, folder, force=True)

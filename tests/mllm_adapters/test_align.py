@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionModel
 
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.tower.spec import PixelRule
 from mllm_adapters import load_mllm
 from mllm_adapters.alignment.align import Alignment, align, fitted_plan
@@ -176,7 +176,7 @@ def test_the_images_of_a_bench_serve_as_well_as_a_folder(tmp_path: Path) -> None
     picture(tmp_path, "not asked about.png")
     assert {file.name for file in find_images(bench, 500)} == {f"{i}.png" for i in range(10)}
     bench.write_text(bench.read_text().replace('"question"', '"asked"'))
-    with pytest.raises(UserError, match=r"bench\.jsonl line 2: .*question"):
+    with pytest.raises(BadDataError, match=r"bench\.jsonl line 2: .*question"):
         find_images(bench, 500)
 
 

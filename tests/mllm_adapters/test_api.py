@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mgll_encoder.common.errors import NotFoundError, OutputTakenError, UserError
+from mgll_encoder.common.errors import NotFoundError, OutputTakenError, UnknownNameError, UserError
 from mllm_adapters import (
     align,
     compose,
@@ -200,12 +200,12 @@ def test_families_are_listed() -> None:
 
 
 def test_mistakes_are_exceptions_of_one_kind(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nope does not exist"):
+    with pytest.raises(NotFoundError, match="nope does not exist"):
         plan_swap(tiny_llava, "nope")
-    with pytest.raises(UserError, match=r"lava-med.*llava-med"):
+    with pytest.raises(UnknownNameError, match=r"lava-med.*llava-med"):
         plan_swap("lava-med", tower)
-    with pytest.raises(UserError, match="ovn"):
+    with pytest.raises(UnknownNameError, match="ovn"):
         plan_swap(tiny_llava, tower, layout="ovn")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(UserError, match="taken"):
+    with pytest.raises(OutputTakenError, match="taken"):
         plan_swap(tiny_llava, tower).write(tmp_path / "taken")

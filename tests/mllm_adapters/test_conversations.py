@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
 from mllm_adapters.data.corpus import Conversation, read_conversations, read_corpus
 from mllm_adapters.data.training_rows import DataOptions
 from tests import builders
@@ -56,7 +56,7 @@ def test_rows_may_have_no_image_or_several(tmp_path):
 )
 def test_a_bad_row_is_named_with_what_is_wrong(tmp_path, record, complaint):
     path = write_json(tmp_path / "train.json", [GOOD, record])
-    with pytest.raises(UserError, match=rf"train\.json: row 2.*{complaint}") as caught:
+    with pytest.raises(BadDataError, match=rf"train\.json: row 2.*{complaint}") as caught:
         read_conversations(path)
     if isinstance(record, dict):
         assert "(id 'a')" in str(caught.value)
@@ -82,17 +82,17 @@ def test_all_bad_rows_are_counted_and_the_first_is_shown(tmp_path):
 def test_an_empty_or_broken_file_is_refused(tmp_path, text, complaint):
     path = tmp_path / "a.json"
     path.write_text(text if "broken" not in text else f"{json.dumps(GOOD)}\n{{broken")
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(BadDataError, match=complaint):
         read_conversations(path)
 
 
 def test_a_missing_file_a_folder_and_binary_data_are_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(NotFoundError, match="does not exist"):
         read_conversations(tmp_path / "absent.json")
     with pytest.raises(UserError, match="is a folder"):
         read_conversations(tmp_path)
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(BadDataError, match="not UTF-8"):
         read_conversations(tmp_path / "a.json")
 
 
@@ -100,7 +100,7 @@ def test_missing_images_are_counted_before_anything_else_happens(tmp_path):
     builders.picture(tmp_path, "a.png")
     rows = [GOOD, *(row(id=i, image=f"sub/{i}.png") for i in range(3))]
     path = write_json(tmp_path / "a.json", rows)
-    with pytest.raises(UserError, match=r"3 of 4 images are missing in .*, first: sub/0\.png"):
+    with pytest.raises(BadDataError, match=r"3 of 4 images are missing in .*, first: sub/0\.png"):
         read_corpus(path, tmp_path)
 
 
@@ -109,12 +109,12 @@ def test_files_that_are_no_images_are_counted(tmp_path):
     (tmp_path / "b.png").write_text("no picture")
     path = write_json(tmp_path / "a.json", [GOOD, row(image="b.png")])
     assert list(read_corpus(path, tmp_path).damaged) == ["b.png"]
-    with pytest.raises(UserError, match=r"1 of 2 images cannot be read as images .*b\.png"):
+    with pytest.raises(BadDataError, match=r"1 of 2 images cannot be read as images .*b\.png"):
         read_corpus(path, tmp_path, DataOptions(strict=True))
 
 
 def test_a_missing_image_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"image folder .*absent does not exist"):
+    with pytest.raises(NotFoundError, match=r"image folder .*absent does not exist"):
         read_corpus(write_json(tmp_path / "a.json", [GOOD]), tmp_path / "absent")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
 from mllm_adapters.core.contract import Plan
@@ -142,7 +142,7 @@ class TestOtherFamilies:
         reference, tower = Golden(golden / "mini_gemini"), a_tower(tmp_path / "mgll")
         config = {"mm_vision_tower": "/scratch/me/run7/vit", "mm_hidden_size": 32}
         source = test_mini_gemini.write(reference, tmp_path / "host", config=config)
-        with pytest.raises(UserError, match="pass `image_size`"):
+        with pytest.raises(NotFoundError, match="pass `image_size`"):
             plan_of(source, tower)
         plan = plan_of(source, tower, 28)
         assert note(

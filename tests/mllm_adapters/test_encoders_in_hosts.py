@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mgll_encoder import UserError, load_tower, save_tower
+from mgll_encoder.common.errors import IncompatibleTowerError
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mllm_adapters import load_mllm, plan_swap
 from mllm_adapters.cli import retrain
@@ -333,5 +334,7 @@ def test_a_small_llava_is_built_on_it_and_swapped(name: str, tmp_path: Path) -> 
 
 def test_no_small_llava_is_built_on_registers(tmp_path: Path) -> None:
     tower = load_tower(a_general_tower("dinov2_with_registers", tmp_path / "tower"))
-    with pytest.raises(UserError, match="a DINOv2 with registers cannot be in a LLaVA: its register tokens"):
+    with pytest.raises(
+        IncompatibleTowerError, match="a DINOv2 with registers cannot be in a LLaVA: its register tokens"
+    ):
         tower_contract(tower.spec)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mllm_adapters.data.corpus import Conversation, Corpus
 from mllm_adapters.data.dataset import IGNORED, Collator, check_processor, encode, prepare_examples, render
 from tests import builders
@@ -121,21 +121,21 @@ def test_a_template_that_rewrites_history_is_refused(processor):
     )
     forgetful += "<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
     processor.chat_template = forgetful
-    with pytest.raises(UserError, match="chat template cannot be used for training"):
+    with pytest.raises(BadDataError, match="chat template cannot be used for training"):
         render(conversation(*TALK), processor)
 
 
 def test_a_template_that_forgets_the_image_is_refused(processor):
     processor.chat_template = builders.CHAT_TEMPLATE.replace("<image>", "")
-    with pytest.raises(UserError, match="has 1 images, but its rendered text has 0 <image>"):
+    with pytest.raises(BadDataError, match="has 1 images, but its rendered text has 0 <image>"):
         render(conversation(*TALK), processor)
 
 
 def test_a_processor_that_cannot_make_examples_is_refused(processor):
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(BadDataError, match="no tokenizer"):
         check_processor(None)
     processor.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(BadDataError, match="no chat template"):
         check_processor(processor)
 
 
@@ -145,7 +145,7 @@ def test_rows_that_are_too_long_are_counted_never_cut(processor, images):
     kept, counts = prepare_examples(corpus(images, short, long), processor, length, text_only=True)
     assert list(kept) == [render(short, processor)]
     assert (counts.rows, counts.kept, counts.too_long) == (2, 1, 1)
-    with pytest.raises(UserError, match=r"none of 2 rows.*2 are longer than"):
+    with pytest.raises(BadDataError, match=r"none of 2 rows.*2 are longer than"):
         prepare_examples(corpus(images, short, long), processor, length - 1, text_only=True)
 
 
@@ -159,7 +159,7 @@ def test_rows_without_an_image_are_kept_or_counted_as_asked(processor, images):
 def test_a_damaged_image_is_named_when_its_row_is_read(processor, images):
     whole = (images / "b.png").read_bytes()
     (images / "b.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"b\.png cannot be decoded"):
+    with pytest.raises(BadDataError, match=r"b\.png cannot be decoded"):
         encode(render(conversation("<image>", "x", image="b.png"), processor), images, processor)
 
 

@@ -14,7 +14,7 @@ from transformers import (
     InstructBlipForConditionalGeneration,
 )
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError, UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.core.fates import Kept, Taken
 from mllm_adapters.core.registry import detect, open_checkpoint
@@ -233,7 +233,7 @@ def test_with_t5_it_answers_about_the_image(eyes: Path, tmp_path: Path) -> None:
     ],
 )
 def test_close_relatives_are_refused_by_name(config: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UnsupportedCheckpointError, match=complaint):
         detect(config, "config.json")
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnknownNameError, UnsupportedCheckpointError, UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Plan, Target
@@ -187,7 +187,7 @@ def test_what_is_close_but_another_variant_is_refused_by_name(
     ],
 )
 def test_relatives_are_refused_by_name(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         detect(config, "config.json")
 
 
@@ -246,7 +246,7 @@ def test_a_tokenizer_longer_than_the_embedding_is_refused(golden: Path, tmp_path
 
 
 def test_an_unknown_conversation_format_is_refused_with_the_nearest(golden: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean 'internvl2_5'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'internvl2_5'"):
         load_mllm(talking(golden, "qwen2", tmp_path / "source", template="internvl2.5"))
 
 

@@ -13,7 +13,7 @@ import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError, UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_conversion, plan_swap
 from mllm_adapters.cli.swap import main as swap_encoder
@@ -364,7 +364,9 @@ def test_a_processor_that_hides_the_system_prompt_from_the_template_is_refused_f
     _, processor = load(converted[1])
     check_processor(processor)
     processor.use_default_system_prompt = True
-    with pytest.raises(UserError, match=r"set use_default_system_prompt to false in processor_config\.json"):
+    with pytest.raises(
+        BadDataError, match=r"set use_default_system_prompt to false in processor_config\.json"
+    ):
         check_processor(processor)
 
 
@@ -473,11 +475,13 @@ def test_deepseek_vl_shares_the_model_type_and_is_refused_by_name(tmp_path):
 
 def test_stock_deepseek_vl_and_janusflow_are_refused_by_name(tmp_path):
     host = files.changed(files.write(tmp_path / "other", SIZES), model_type="deepseek_vl")
-    with pytest.raises(UserError, match="DeepSeek-VL is another family: take Janus-Pro"):
+    with pytest.raises(UnsupportedCheckpointError, match="DeepSeek-VL is another family: take Janus-Pro"):
         detect(host)
     flow = {"cls": "ShallowUViTEncoder", "params": {}}
     files.changed(host, model_type="multi_modality", gen_head_config=None, vision_gen_enc_config=flow)
-    with pytest.raises(UserError, match="this is JanusFlow, which generates images by rectified flow"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match="this is JanusFlow, which generates images by rectified flow"
+    ):
         detect(host)
 
 

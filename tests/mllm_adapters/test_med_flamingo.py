@@ -20,7 +20,7 @@ import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError, UserError
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
@@ -471,7 +471,7 @@ def test_a_swapped_checkpoint_without_its_tower_or_blocks_is_refused(swapped: Pa
     ("model_type", "message"), [("idefics", "IDEFICS"), ("idefics2", "IDEFICS"), ("otter", "Otter")]
 )
 def test_other_flamingos_are_refused_by_name(model_type: str, message: str) -> None:
-    with pytest.raises(UserError, match=f"{message}.*Med-Flamingo's model.pt"):
+    with pytest.raises(UnsupportedCheckpointError, match=f"{message}.*Med-Flamingo's model.pt"):
         detect({"model_type": model_type}, "here/config.json")
 
 
@@ -529,7 +529,7 @@ def test_the_clip_file_of_a_host_is_not_needed_where_it_is_replaced(tmp_path: Pa
         archive.writestr("archive/constants.pkl", b"")
     checkpoint, med_flamingo, _ = open_checkpoint(source)
     assert med_flamingo.plan(checkpoint, inspect_tower(encoder)).before.image_size == 224
-    with pytest.raises(UserError, match=r"ViT-L-14\.pt is a zip file, not a checkpoint"):
+    with pytest.raises(BadDataError, match=r"ViT-L-14\.pt is a zip file, not a checkpoint"):
         med_flamingo.plan(checkpoint)
 
 

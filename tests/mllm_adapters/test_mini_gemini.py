@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import IncompatibleTowerError, NotFoundError, UserError
 from mgll_encoder.common.images import open_image
 from mgll_encoder.weights.weight_file import open_weights as open_checkpoint_file
 from mllm_adapters import load_mllm
@@ -247,7 +247,7 @@ def test_only_the_stages_that_were_trained_are_taken_from_the_shards(
 def test_towers_that_lie_elsewhere_are_given_as_parts(reference: Golden, tmp_path: Path) -> None:
     source = write(reference, tmp_path / "lonely", zoo=False)
     low, high = part(reference, "mm_vision_tower"), part(reference, "mm_vision_tower_aux")
-    with pytest.raises(UserError, match=r"`parts\['vision-tower'\]=PATH`"):
+    with pytest.raises(NotFoundError, match=r"`parts\['vision-tower'\]=PATH`"):
         load_mllm(source)
     with pytest.raises(UserError, match=r"`parts\['vision-tower-aux'\]=PATH`"):
         load_mllm(source, parts={"vision-tower": low})
@@ -345,7 +345,7 @@ def test_the_high_resolution_cells_must_divide_among_the_new_patches(
     for size in advised:
         plan = family.plan(checkpoint, tower, size)
         assert plan.after.tokens == (size // patch) ** 2 == plan.config["image_seq_length"]
-    with pytest.raises(UserError, match="not a multiple of the tower's patch size"):
+    with pytest.raises(IncompatibleTowerError, match="not a multiple of the tower's patch size"):
         family.plan(checkpoint, tower, advised[0] + 1)
 
 
@@ -575,7 +575,7 @@ def test_a_published_mgm_is_planned_in_full(views: int, tmp_path: Path) -> None:
     if views == 1:
         full_size.check_full_size(family.plan(checkpoint), checkpoint, weights=weights + TOWERS[336])
     else:
-        with pytest.raises(UserError, match=r"`parts\['vision-tower'\]=PATH`"):
+        with pytest.raises(NotFoundError, match=r"`parts\['vision-tower'\]=PATH`"):
             family.plan(checkpoint)
     for size, tokens in ((None, 576), (224, 256), (336, 576), (448, 1024)):
         plan = family.plan(checkpoint, tower, size)

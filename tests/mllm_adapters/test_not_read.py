@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError, UserError
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.core.not_read import NOT_READ, not_read
 from mllm_adapters.core.registry import detect
@@ -175,7 +175,7 @@ def test_each_is_refused_by_its_own_row_with_what_would_work(title: str) -> None
         row = not_read(config)
         assert row is not None
         assert row.title == title
-        with pytest.raises(UserError) as refusal:
+        with pytest.raises(UnsupportedCheckpointError) as refusal:
             detect(config, "model/config.json")
         assert str(refusal.value).startswith("model/config.json (model_type ")
         assert f"{row.reason}: {row.take}" in str(refusal.value)
@@ -192,7 +192,9 @@ def test_at_the_terminal_it_is_one_line_and_nothing_is_written(tmp_path: Path) -
 
 
 def test_the_field_that_decides_is_named() -> None:
-    with pytest.raises(UserError, match=r"text_config\.model_type is 'qwen3_moe': this InternVL"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"text_config\.model_type is 'qwen3_moe': this InternVL"
+    ):
         detect(CONFIGS["InternVL 3.5 MoE, transformers layout"][0], "config.json")
 
 

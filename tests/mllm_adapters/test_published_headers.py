@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from mgll_encoder import TowerHeader, inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Family, Plan
@@ -97,7 +97,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_read_is_refused_by_name(name: str, published: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UnsupportedCheckpointError) as refusal:
         open_and_plan(names_only(published / name, tmp_path / name), tmp_path)
     message = str(refusal.value)
     assert str(tmp_path / name) in message
@@ -124,7 +124,7 @@ def test_what_is_strict_refuses_nothing_that_is_published(published: Path) -> No
         try:
             expected = json.loads(file.read_text())
         except ValueError:
-            with pytest.raises(UserError, match="is not JSON"):
+            with pytest.raises(BadDataError, match="is not JSON"):
                 read_json(file)
         else:
             assert read_json(file) == expected

@@ -22,7 +22,7 @@ from transformers import (
 
 import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import image_transform, inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import IncompatibleTowerError, UnsupportedCheckpointError, UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
 from mllm_adapters.core.contract import Plan
@@ -545,7 +545,7 @@ def test_the_published_checkpoint_of_full_size(generation: str, tmp_path: Path) 
     assert plan.after.image_size == 448
     assert {step.dtype for step in plan.steps} == {"bfloat16"}
     assert [family.plan(checkpoint, tower, size).after.tokens for size in (224, 336, 448)] == [64, 144, 256]
-    with pytest.raises(UserError, match="try 224"):
+    with pytest.raises(IncompatibleTowerError, match="try 224"):
         family.plan(checkpoint, tower, 238)  # 17 patches: not an even number
 
 
@@ -583,7 +583,7 @@ def test_a_fine_tune_with_three_vision_fields_in_float32(tmp_path: Path) -> None
     ],
 )
 def test_relatives_are_refused_by_name(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         detect(config, "config.json")
 
 

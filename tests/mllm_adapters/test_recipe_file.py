@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mllm_adapters.training.recipe import Recipe
 from mllm_adapters.training.recipe_file import resolve
 
@@ -111,5 +111,5 @@ def test_bad_overrides_are_refused(overrides, flags, complaint):
 
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"none\.yaml does not exist"):
+    with pytest.raises(NotFoundError, match=r"none\.yaml does not exist"):
         resolve(tmp_path / "none.yaml")

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from eval_mcq.cli.main import main as eval_mcq
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.data.corpus import read_conversations, read_corpus
 from mllm_adapters.data.dataset import prepare_examples
@@ -74,7 +74,7 @@ def test_blanks_do_not_count_as_images_of_a_tag(tmp_path):
     row = {"image": ["a.png", ""], "conversations": turns("<image>\nWhich?", "x")}
     assert read_conversations(write_json(tmp_path / "a.json", [row]))[0].images == ("a.png",)
     row = {"image": "", "conversations": turns("<image>\nWhich?", "x")}
-    with pytest.raises(UserError, match="1 <image> tags for 0 images"):
+    with pytest.raises(BadDataError, match="1 <image> tags for 0 images"):
         read_conversations(write_json(tmp_path / "b.json", [row]))
 
 
@@ -119,9 +119,9 @@ def test_a_system_turn_is_written_by_a_template_that_has_one_and_refused_by_anot
     assert example.text == "Be brief. user: Hello\nassistant: Hi\n"
     ((start, end),) = example.answers
     assert example.text[start:end] == "Hi"
-    with pytest.raises(UserError, match="writes it as a turn of the assistant: take the system turns out"):
+    with pytest.raises(BadDataError, match="writes it as a turn of the assistant: take the system turns out"):
         rendered(path, tiny_llava, PLAIN)
-    with pytest.raises(UserError, match="does not write it: take the system turns out"):
+    with pytest.raises(BadDataError, match="does not write it: take the system turns out"):
         rendered(path, tiny_llava, WITH_SYSTEM.replace("m.content[0].text + ' '", "''"))
 
 
@@ -137,7 +137,7 @@ def test_a_question_and_its_answer_make_a_row(tmp_path, keys):
     row = {"image": "a.png", **dict(zip(keys, (ASKED, SAID), strict=True))}
     (read,) = read_conversations(write_json(tmp_path / "a.json", [row]))
     assert [turn.value for turn in read.turns] == [f"<image>\n{ASKED}", SAID]
-    with pytest.raises(UserError, match="`import_benchmark"):
+    with pytest.raises(BadDataError, match="`import_benchmark"):
         read_conversations(write_json(tmp_path / "b.json", [{**row, "options": ["x", "y"]}]))
 
 
@@ -193,10 +193,10 @@ def test_embedded_images_come_back_when_the_cache_has_lost_them(tmp_path, monkey
 
 def test_archives_and_damaged_data_sets_are_refused_by_name(tmp_path):
     (tmp_path / "shard-000.tar").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"shard-000\.tar is an archive .*unpack it"):
+    with pytest.raises(BadDataError, match=r"shard-000\.tar is an archive .*unpack it"):
         read_corpus(tmp_path / "shard-000.tar")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(UserError, match=r"rows\.parquet"):
+    with pytest.raises(BadDataError, match=r"rows\.parquet"):
         read_corpus(tmp_path / "rows.parquet")
 
 
@@ -219,7 +219,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_a_row_that_contradicts_itself_is_refused_by_name(tmp_path, what):
     record, complaint = BAD[what]
-    with pytest.raises(UserError, match=rf"train\.json: row 1.*({complaint})"):
+    with pytest.raises(BadDataError, match=rf"train\.json: row 1.*({complaint})"):
         read_conversations(write_json(tmp_path / "train.json", [record]))
 
 

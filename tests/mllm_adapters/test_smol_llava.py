@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mgll_encoder import Tower, TowerSpec, build_model, save_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import OutputTakenError, UnknownNameError, UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.data.captions import CAPTION_PROMPTS
 from mllm_adapters.data.corpus import Conversation, read_conversations
@@ -211,9 +211,9 @@ def test_data_without_a_question_says_how_to_make_some(place, tmp_path):
 
 
 def test_an_existing_output_an_unknown_model_and_a_negative_count_are_refused(place, model_folder, tmp_path):
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(OutputTakenError, match="exists"):
         build(place, model_folder)
-    with pytest.raises(UserError, match="did you mean 'smollm2'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'smollm2'"):
         build(place, tmp_path / "x", language_model="smolm2")
     with pytest.raises(UserError, match="`words` is -1"):
         build(place, tmp_path / "x", words=-1)

@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnknownNameError, UserError
 from mllm_adapters.core.stages import LoraSettings, apply_stage, components, outermost_modules
 
 
@@ -31,7 +31,7 @@ def test_the_report_counts_every_parameter_once(model):
 
 
 def test_an_unknown_stage_is_refused_with_a_suggestion(model):
-    with pytest.raises(UserError, match="did you mean 'projector'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'projector'"):
         apply_stage(model, "projektor")
 
 

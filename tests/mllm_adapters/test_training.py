@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, TrainerCallback
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    NotFoundError,
+    OutputTakenError,
+    UnknownNameError,
+    UserError,
+)
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.resuming import last_checkpoint
 from mllm_adapters.training.engine import (
@@ -231,7 +237,7 @@ def test_planned_steps_are_the_trainers(run, model, data, tmp_path):
 
 def test_an_output_that_exists_and_a_run_in_the_way_are_refused(run, tmp_path):
     outcome = run()
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(OutputTakenError, match="exists"):
         run()
     shutil.rmtree(outcome.out)
     with pytest.raises(UserError, match=r"checkpoint-6 of an earlier run.*`resume=True`.*`force=True`"):
@@ -240,7 +246,7 @@ def test_an_output_that_exists_and_a_run_in_the_way_are_refused(run, tmp_path):
 
 
 def test_resuming_nothing_or_another_run_is_refused(run, data):
-    with pytest.raises(UserError, match="no checkpoint to resume from"):
+    with pytest.raises(NotFoundError, match="no checkpoint to resume from"):
         run(resume=True)
     shutil.rmtree(run().out)
     with pytest.raises(UserError, match=r"another run: its learning_rate was 0\.01, now it is 0\.5"):
@@ -309,7 +315,7 @@ def test_a_model_without_a_tokenizer_is_refused(model, data, tmp_path):
     mute.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(model / name, mute)
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(BadDataError, match="no tokenizer"):
         prepare_training(mute, data, data.parent / "images", RECIPE)
 
 
@@ -327,7 +333,7 @@ def test_recipes_that_make_no_sense_are_refused(change, complaint):
 
 
 def test_an_unknown_logger_is_refused_with_a_suggestion():
-    with pytest.raises(UserError, match="did you mean 'tensorboard'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'tensorboard'"):
         RunOptions(report_to=("tensorbord",))
 
 

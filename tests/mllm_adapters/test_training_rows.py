@@ -7,7 +7,7 @@ import pytest
 
 from eval_mcq.items.schema import SCHEMA, load_bench
 from eval_mcq.scoring.prompt import render
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnknownNameError
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.data import arrow_cache as tables
 from mllm_adapters.data import captions, training_rows
@@ -75,7 +75,7 @@ def test_a_manifest_becomes_captions_of_its_training_side(tmp_path):
     assert asked == [captions.caption_prompt(f"{i}.png", 0) for i in range(2)]
     others = {captions.caption_prompt("0.png", seed) for seed in range(20)}
     assert len(others) > 3, "the seed chooses"
-    with pytest.raises(UserError, match="did you mean 'disease'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'disease'"):
         read_corpus(path, options=DataOptions(caption="diseases"))
 
 
@@ -124,13 +124,15 @@ def test_a_list_is_read_in_pieces_as_it_would_be_whole(tmp_path, monkeypatch, in
 def test_a_broken_file_is_refused_in_one_line(tmp_path, text, complaint):
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(BadDataError, match=complaint):
         read_corpus(path, tmp_path)
 
 
 def test_images_without_a_folder_ask_for_it(tmp_path):
     path = lines(tmp_path / "a.jsonl", talk(0))
-    with pytest.raises(UserError, match=r"names images without their folder \(0\.png\): pass it as `images`"):
+    with pytest.raises(
+        BadDataError, match=r"names images without their folder \(0\.png\): pass it as `images`"
+    ):
         read_corpus(path)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError, UserError
 from mllm_adapters.cli.swap import main
 from mllm_adapters.core.provenance import read_record
 from mllm_adapters.loading.delta import DELTA_WEIGHTS
@@ -153,7 +153,7 @@ def test_a_configuration_of_other_types_is_refused_by_its_field(
     folder = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | damage))
-    with pytest.raises(UserError, match=f"field '{next(iter(damage))}'"):
+    with pytest.raises(UnsupportedCheckpointError, match=f"field '{next(iter(damage))}'"):
         load_mllm(folder)
 
 
