@@ -22,6 +22,19 @@ CHANNELS = 3
 Shapes = dict[str, tuple[int, ...]]
 
 
+def affine(layers: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """Return the shapes of weights and biases of layers, from the shapes of their weights."""
+    return {
+        **{f"{name}.weight": shape for name, shape in layers.items()},
+        **{f"{name}.bias": shape[:1] for name, shape in layers.items()},
+    }
+
+
+def mlp(spec: "TowerSpec") -> Shapes:
+    """Return the shapes of the weights of an MLP."""
+    return {"mlp.fc1": (spec.mlp_width, spec.width), "mlp.fc2": (spec.width, spec.mlp_width)}
+
+
 class ConfigFields(BaseModel):
     """The fields of a tower's config.json that are read, with the defaults of its transformers configuration.
 

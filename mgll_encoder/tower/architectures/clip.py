@@ -11,7 +11,9 @@ from mgll_encoder.tower.architectures.base import (
     ConfigFields,
     Naming,
     Shapes,
+    affine,
     from_output,
+    mlp,
 )
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, TowerSpec
 from mgll_encoder.weights.keytable import KeyTable, Rule, Split, Transpose, targets
@@ -53,8 +55,7 @@ def _shapes(spec: TowerSpec) -> Shapes:
         "layer_norm1": (width,),
         "layer_norm2": (width,),
         **{f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")},
-        "mlp.fc1": (spec.mlp_width, width),
-        "mlp.fc2": (width, spec.mlp_width),
+        **mlp(spec),
     }
     layers: Shapes = {"pre_layrnorm": (width,), "post_layernorm": (width,)}
     for number in range(spec.depth):
@@ -63,8 +64,7 @@ def _shapes(spec: TowerSpec) -> Shapes:
         "embeddings.class_embedding": (width,),
         "embeddings.patch_embedding.weight": (width, CHANNELS, patch, patch),
         "embeddings.position_embedding.weight": (spec.patches + 1, width),
-        **{f"{name}.weight": shape for name, shape in layers.items()},
-        **{f"{name}.bias": shape[:1] for name, shape in layers.items()},
+        **affine(layers),
     }
 
 

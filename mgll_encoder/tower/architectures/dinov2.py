@@ -17,7 +17,9 @@ from mgll_encoder.tower.architectures.base import (
     ConfigFields,
     Naming,
     Shapes,
+    affine,
     from_output,
+    mlp,
 )
 from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD, TowerSpec
 from mgll_encoder.weights.keytable import Drop, KeyTable, Rule, Split, renames
@@ -55,8 +57,7 @@ def _shapes(spec: TowerSpec, registers: bool = False) -> Shapes:
         "norm1": (width,),
         "norm2": (width,),
         **{f"attention.{name}_proj": (width, width) for name in ("q", "k", "v", "o")},
-        "mlp.fc1": (spec.mlp_width, width),
-        "mlp.fc2": (width, spec.mlp_width),
+        **mlp(spec),
     }
     layers: Shapes = {"layernorm": (width,)}
     scales: Shapes = {}
@@ -69,8 +70,7 @@ def _shapes(spec: TowerSpec, registers: bool = False) -> Shapes:
         "embeddings.patch_embeddings.projection.weight": (width, CHANNELS, patch, patch),
         "embeddings.patch_embeddings.projection.bias": (width,),
         **scales,
-        **{f"{name}.weight": shape for name, shape in layers.items()},
-        **{f"{name}.bias": shape[:1] for name, shape in layers.items()},
+        **affine(layers),
         **(_register_shapes(spec) if registers else {}),
     }
 

@@ -14,7 +14,9 @@ from mgll_encoder.tower.architectures.base import (
     ConfigFields,
     Naming,
     Shapes,
+    affine,
     from_output,
+    mlp,
 )
 from mgll_encoder.tower.spec import TowerSpec
 from mgll_encoder.weights.keytable import KeyTable, Rule, renames
@@ -46,15 +48,14 @@ class SiglipFields(ConfigFields):
 
 def _shapes(spec: TowerSpec) -> Shapes:
     width, patch = spec.width, spec.patch_size
-    norms_and_mlp = {"mlp.fc1": (spec.mlp_width, width), "mlp.fc2": (width, spec.mlp_width)}
     block = {
         "layer_norm1": (width,),
         "layer_norm2": (width,),
         **{f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")},
-        **norms_and_mlp,
+        **mlp(spec),
     }
     layers: Shapes = {"post_layernorm": (width,), "head.layernorm": (width,)}
-    layers |= {f"head.{name}": shape for name, shape in norms_and_mlp.items()}
+    layers |= {f"head.{name}": shape for name, shape in mlp(spec).items()}
     layers["head.attention.out_proj"] = (width, width)
     for number in range(spec.depth):
         layers |= {f"encoder.layers.{number}.{name}": shape for name, shape in block.items()}
@@ -65,8 +66,7 @@ def _shapes(spec: TowerSpec) -> Shapes:
         "head.probe": (1, 1, width),
         "head.attention.in_proj_weight": (3 * width, width),
         "head.attention.in_proj_bias": (3 * width,),
-        **{f"{name}.weight": shape for name, shape in layers.items()},
-        **{f"{name}.bias": shape[:1] for name, shape in layers.items()},
+        **affine(layers),
     }
 
 

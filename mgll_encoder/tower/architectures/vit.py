@@ -15,7 +15,9 @@ from mgll_encoder.tower.architectures.base import (
     ConfigFields,
     Naming,
     Shapes,
+    affine,
     from_output,
+    mlp,
 )
 from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD, TowerSpec
 from mgll_encoder.weights.keytable import Drop, KeyTable, Rule, Split, renames
@@ -87,8 +89,7 @@ def _shapes(spec: TowerSpec) -> Shapes:
         "layernorm_before": (width,),
         "layernorm_after": (width,),
         **{f"attention.{name}_proj": (width, width) for name in ("q", "k", "v", "o")},
-        "mlp.fc1": (spec.mlp_width, width),
-        "mlp.fc2": (width, spec.mlp_width),
+        **mlp(spec),
     }
     layers: Shapes = {"layernorm": (width,)}
     for number in range(spec.depth):
@@ -98,8 +99,7 @@ def _shapes(spec: TowerSpec) -> Shapes:
         "embeddings.position_embeddings": (1, spec.patches + 1, width),
         "embeddings.patch_embeddings.projection.weight": (width, CHANNELS, patch, patch),
         "embeddings.patch_embeddings.projection.bias": (width,),
-        **{f"{name}.weight": shape for name, shape in layers.items()},
-        **{f"{name}.bias": shape[:1] for name, shape in layers.items()},
+        **affine(layers),
     }
 
 
