@@ -5,7 +5,6 @@ import queue
 import re
 import shlex
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from steps import program
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError
@@ -42,14 +42,6 @@ class Stage:
     def shown(self) -> str:
         """The command as one types it."""
         return shlex.join(map(str, self.command))
-
-    @property
-    def program(self) -> list[str]:
-        """The command with the interpreter that runs this script."""
-        name, *arguments = map(str, self.command)
-        if name.endswith(".py"):
-            return [sys.executable, str(Path(__file__).with_name(name)), *arguments]
-        return [str(Path(sys.executable).with_name(name)), *arguments]
 
     def needs(self, other: "Stage") -> bool:
         """Whether the command reads what another stage writes: a path below its output."""
@@ -125,7 +117,7 @@ class _Command:
         self.reading, writing = os.openpty()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                stage.program,
+                program(*map(str, stage.command)),
                 stdout=log,
                 stderr=writing,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), "TERM": "xterm", "COLUMNS": "200"},

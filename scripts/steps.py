@@ -10,6 +10,13 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.errors import UserError
 
 
+def program(command: str, *arguments: str) -> list[str]:
+    """Return what runs a console command of this project or a script of this folder, with this interpreter."""
+    if command.endswith(".py"):
+        return [sys.executable, str(Path(__file__).parent / command), *arguments]
+    return [str(Path(sys.executable).with_name(command)), *arguments]
+
+
 class Steps:
     """Runs commands in order, prints them, and skips finished ones.
 
@@ -44,9 +51,7 @@ class Steps:
         Raises:
             UserError: it failed.
         """
-        script = command.endswith(".py")
-        program = [sys.executable, command] if script else [str(Path(sys.executable).with_name(command))]
-        if subprocess.run([*program, *arguments], check=False).returncode:
+        if subprocess.run(program(command, *arguments), check=False).returncode:
             raise UserError(
                 f"{command} failed: fix the error above and run this again; finished steps are kept"
             )
