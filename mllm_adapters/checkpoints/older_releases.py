@@ -4,13 +4,12 @@ transformers 5 writes names and fields that earlier releases do not know: they r
 they should read (checked with 4.49 and 4.57, ``make test-clients``).
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.texts import read_json
-from mllm_adapters.checkpoints.side_files import TEMPLATES
+from mllm_adapters.checkpoints.side_files import TEMPLATES, json_bytes
 
 _NEW_CLASS, _OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 _JINJA, _JSON = "chat_template.jinja", "chat_template.json"
@@ -27,7 +26,7 @@ def rewrite_for_older_releases(folder: Path) -> None:
         _rewrite(folder / "processor_config.json", older_processor)
     if (folder / _JINJA).is_file() and not (folder / TEMPLATES).exists():
         template = (folder / _JINJA).read_text(encoding="utf-8")
-        _write(folder / _JSON, {"chat_template": template})
+        (folder / _JSON).write_bytes(json_bytes({"chat_template": template}))
 
 
 def older_tokenizer(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,17 +53,11 @@ def with_rope_theta(config: Mapping[str, Any]) -> dict[str, Any]:
         key: with_rope_theta(value) if isinstance(value, Mapping) else value for key, value in config.items()
     }
     rope = config.get("rope_parameters")
-    return (
-        {"rope_theta": rope["rope_theta"], **own}
-        if isinstance(rope, Mapping) and "rope_theta" in rope
-        else own
-    )
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        return {"rope_theta": rope["rope_theta"], **own}
+    return own
 
 
 def _rewrite(file: Path, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     if file.is_file() and (changed := change(content := read_json(file))) != content:
-        _write(file, changed)
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_bytes(json_bytes(changed))
