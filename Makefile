@@ -64,7 +64,7 @@ CLIENTS := 4.49.0 4.57.6 5.24.0
 
 test-clients: $(CLIENTS:%=.venv-clients/transformers-%/installed)
 	MGLL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m "" tests/clients
-	$(BIN)/python -m tests.clients.test_transformers
+	$(BIN)/python -m tests.clients.matrix
 
 # make fuzz N=10000 [READERS=runs,recipes] [SEED=1]: damaged inputs for every reader, and a summary
 N ?= 1000

@@ -1,13 +1,12 @@
 """Swapped folders in releases of transformers that other people have: same ids, same logits, nothing missing.
 
 ``make test-clients`` makes the environments (``.venv-clients/transformers-*``) and runs these tests;
-``python -m tests.clients.test_transformers`` runs them and writes the table of docs/clients.md.
+``python -m tests.clients.matrix transformers`` writes the table of docs/clients.md.
 """
 
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -195,11 +194,3 @@ def table() -> str:
         "4 tokens generated | pixels, largest difference |\n|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(rows) + "\n"
-
-
-if __name__ == "__main__":
-    page = ROOT / "docs" / "clients.md"
-    before, mark, _ = page.read_text().partition("<!-- python -m tests.clients.test_transformers -->\n")
-    if not mark:
-        sys.exit(f"{page}: the line that the table follows is missing")
-    page.write_text(before + mark + "\n" + table())
