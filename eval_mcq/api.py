@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from eval_mcq.runs.loading import Dtype, WayName, answer, loading
+from eval_mcq.backends.local import Dtype, LocalModel, WayName
+from eval_mcq.runs.processes import answer
 from mgll_encoder.common.errors import NotFoundError, UserError, unknown_name
 from mgll_encoder.common.files import check_free
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.tables import TableOptions, listed
 
 if TYPE_CHECKING:
+    from eval_mcq.backends.base import Backend
     from eval_mcq.formats.importing import ImportReport, OptionLetters
     from eval_mcq.items.build import BuildReport
     from eval_mcq.items.schema import Bench
@@ -284,19 +286,18 @@ def run(
         UserError: model or benchmark cannot be read, the model was trained on its images, or ``out`` is another run.
     """
     from eval_mcq.records.leaks import check_leak
-    from eval_mcq.runs.fingerprint import model_fingerprint
 
     folder = Path(out) if out is not None else Path("runs") / Path(model).resolve().name
     questions, part = load_benchmark(bench), shard_of(shard)
-    fingerprint = model_fingerprint(Path(model))
+    backend: Backend = LocalModel(Path(model), mode, device, dtype, load_in_4bit, engine)
+    identity = backend.identity
     from eval_mcq.runs.run import Settings, check_resumable, describe_run
 
-    how = loading(Path(model), device, dtype, load_in_4bit)
-    leak = check_leak(Path(model), questions, allow=allow_leak)
-    record = describe_run(Path(model), fingerprint, questions, how.number_format, mode, rotations, part, leak)
+    leak = check_leak(backend.folder, questions, allow=allow_leak) if backend.folder else None
+    record = describe_run(identity, questions, backend.mode, rotations, part, leak)
     check_resumable(folder, record, force)
     settings = Settings(batch_size, limit, force, part)
-    return answer(questions, lambda: how.scorer(mode, engine), record, folder, settings)
+    return answer(questions, backend.load, record, folder, settings)
 
 
 def shard_of(text: str | None) -> "Shard":

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from eval_mcq import api
+from eval_mcq.backends.local import WayName
 from eval_mcq.cli.items import COMMANDS as ITEM_COMMANDS
 from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
 from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
 from eval_mcq.cli.run import DeviceOption, DtypeOption, FourBit, ModeName
-from eval_mcq.runs.loading import WayName
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
 from mgll_encoder.common.errors import UserError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from eval_mcq.backends.local import Dtype
 from eval_mcq.cli.items import Force
-from eval_mcq.runs.loading import Dtype
 from mgll_encoder.common.cli import stdout, warn
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.extras import needs, require

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from eval_mcq.items.schema import LETTERS, MCQItem, Text, parse
 from eval_mcq.records.answers_file import whole_lines
+from eval_mcq.records.backend_record import BackendRecord
 from eval_mcq.records.batching import Shard
 from eval_mcq.records.leaks import Leak
 from eval_mcq.scoring.prompt import Mode, shown_letters
@@ -29,6 +30,8 @@ RUN_FORMAT: Final = "eval-mcq-run/2"
 OPTIONAL = ("letter_mass", "log_likelihoods", "tokens", "reply")
 """Fields of an answer that only some scoring modes set; omitted from the file if empty."""
 
+OWN_ENGINE = "eval-mcq"
+"""Stands in the identity of a run for this project's own engine."""
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 """A probability."""
@@ -43,8 +46,9 @@ class RunRecord(BaseModel):
 
     Attributes:
         format: Version of the run folder.
-        model: Model folder as given.
-        model_sha256: Hash over the bytes of weights, config, processor and tokenizer, including subfolders.
+        model: Model folder as given, or the model's name at a server.
+        model_sha256: Hash over the bytes of weights, config, processor and tokenizer, including subfolders; empty if
+            they are on a server.
         bench: Benchmark file as given.
         bench_name: Its name for tables.
         bench_sha256: Hash of its bytes.
@@ -63,6 +67,8 @@ class RunRecord(BaseModel):
         leak: Test images that the model was trained on, if allowed; None for a clean run.
         left_out: What was skipped when the benchmark was built, by reason: rows of the label table, or questions of
             another tool.
+        backend: The program that answered, and what it was sent; None for this project's engine, whose version is in
+            ``code``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -86,6 +92,7 @@ class RunRecord(BaseModel):
     versions: dict[str, str] = {}
     leak: Leak | None = None
     left_out: dict[str, Annotated[int, Field(ge=0)]] = {}
+    backend: BackendRecord | None = None
 
     @field_validator("shard")
     @classmethod
@@ -99,6 +106,7 @@ class RunRecord(BaseModel):
     def identity(self) -> dict[str, str]:
         """What must agree for an answer to belong to this run, named as in error messages."""
         return {
+            "backend": self.backend.text if self.backend else OWN_ENGINE,
             "model": self.model_sha256, "bench": self.bench_sha256, "scoring mode": self.mode,
             "number of rotations": str(self.rotations), "prompt": self.prompt, "dtype": self.dtype,
             "scoring version": self.code,
@@ -108,6 +116,8 @@ class RunRecord(BaseModel):
     def fingerprint(self) -> str:
         """Short hash of the identity, written into every row."""
         identity = self.identity
+        if self.backend is None:  # as before backends had a name
+            del identity["backend"]
         if self.hashed_source:  # the name that it had then
             identity["code version"] = identity.pop("scoring version")
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -17,8 +17,8 @@ from mgll_encoder.common.images import open_image
 from mgll_encoder.common.progress import track
 
 if TYPE_CHECKING:
+    from eval_mcq.scoring.answerer import Answerer
     from eval_mcq.scoring.modes import Score
-    from eval_mcq.scoring.score import Scorer
 
 QUICK = 8
 """Questions that are checked before a run starts."""
@@ -73,7 +73,7 @@ class ImageSensitivity:
         return found
 
 
-def image_sensitivity(scorer: "Scorer", bench: Bench, questions: int) -> ImageSensitivity:
+def image_sensitivity(scorer: "Answerer[Any]", bench: Bench, questions: int) -> ImageSensitivity:
     """Score some questions of a benchmark, evenly spaced, with real, blank and exchanged images."""
     items = _some(bench, questions)
     # Opened a second time when they are scored: which batch has them is not known here, and few are looked at.
@@ -188,7 +188,7 @@ def _moved(real: Sequence["Score"], other: Sequence["Score"]) -> float:
     )
 
 
-def _prior(scorer: "Scorer", options: int, blank: Image.Image) -> list[float]:
+def _prior(scorer: "Answerer[Any]", options: int, blank: Image.Image) -> list[float]:
     """Compute the letter prior with a prompt without content (contextual calibration, Zhao et al. 2021)."""
     empty = MCQItem.model_construct(
         id="prior", images=["blank"], question="N/A", options=["N/A"] * options, answer=0, category="", source="",

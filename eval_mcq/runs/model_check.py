@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eval_mcq.backends.fingerprint import model_fingerprint
+from eval_mcq.backends.local import Dtype, LocalModel
 from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.records.leaks import Leak, find_leak, trainings_of_model
-from eval_mcq.runs.fingerprint import model_fingerprint
-from eval_mcq.runs.loading import Dtype, loading
 from mgll_encoder.common.trained_on import Training
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def check_model(
     from mllm_adapters import Verification  # imports torch, which is not needed to report a wrong path
 
     swap = Verification(folder) if is_swapped(folder) else None
-    scorer = loading(folder, device, dtype, load_in_4bit).scorer()
+    scorer = LocalModel(folder, device=device, dtype=dtype, four_bit=load_in_4bit).load()
     tower, faults = None, []
     if swap:
         plan, found = swap.record.plan, swap.tower()

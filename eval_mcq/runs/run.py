@@ -2,13 +2,13 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
@@ -27,7 +27,6 @@ from eval_mcq.records.run_record import (
     read_answers,
     read_run_record,
 )
-from eval_mcq.runs.fingerprint import code_version
 from eval_mcq.runs.image_sensitivity import QUICK, image_sensitivity
 from eval_mcq.runs.progress import rate
 from eval_mcq.scoring.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
@@ -41,16 +40,13 @@ from mgll_encoder.common.images import open_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from eval_mcq.scoring.requests import Prepared
-    from eval_mcq.scoring.score import Scorer
+    from eval_mcq.backends.base import Identity
+    from eval_mcq.scoring.answerer import Answerer
 
 _logger = logging.getLogger(__name__)
 
 ROWS = 32
 """Default rows of a batch."""
-
-AHEAD = 1
-"""Batches that are decoded and prepared while the model scores one; their images are held in memory."""
 
 Key = tuple[str, int]
 
@@ -73,19 +69,18 @@ class Settings:
 
 
 def describe_run(
-    model: Path, fingerprint: str, bench: Bench, dtype: str, mode: Mode = "letters", rotations: int = 1,
-    shard: Shard | None = None, leak: Leak | None = None,
+    identity: "Identity", bench: Bench, mode: Mode = "letters", rotations: int = 1, shard: Shard | None = None,
+    leak: Leak | None = None,
 ) -> RunRecord:  # fmt: skip
     """Create the record of a run, before its first answer."""
     most = max(len(item.options) for item in bench.items)
     return RunRecord(
-        model=str(model), model_sha256=fingerprint,
+        model=identity.model, model_sha256=identity.model_sha256,
         bench=str(bench.path), bench_name=bench.name, bench_sha256=bench.digest,
         categories=bench.categories, questions=len(bench.items),
-        mode=mode, rotations=min(rotations, most), prompt=prompt_version(mode), dtype=dtype,
-        code=code_version(), shard=(shard or Shard()).name,
-        versions={package: version(package) for package in ("mgll-mllm", "torch", "transformers")}, leak=leak,
-        left_out=bench.left_out,
+        mode=mode, rotations=min(rotations, most), prompt=prompt_version(mode), dtype=identity.dtype,
+        code=identity.code, shard=(shard or Shard()).name, versions=dict(identity.versions), leak=leak,
+        left_out=bench.left_out, backend=identity.backend,
     )  # fmt: skip
 
 
@@ -122,7 +117,7 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
 
 
 def run_bench(
-    bench: Bench, load_scorer: Callable[[], "Scorer"], record: RunRecord, out: Path,
+    bench: Bench, load: "Callable[[], Answerer[Any]]", record: RunRecord, out: Path,
     settings: Settings = Settings(),
 ) -> Run:  # fmt: skip
     """Answer the questions of a benchmark that are not yet answered in ``out``.
@@ -131,7 +126,7 @@ def run_bench(
 
     Args:
         bench: The questions.
-        load_scorer: Loads the model; not called if nothing is left to answer.
+        load: Loads the model; not called if nothing is left to answer.
         record: What identifies the run, see :func:`describe_run`.
         out: Run folder; created if missing, continued if it is this run.
         settings: Settings of the run.
@@ -142,11 +137,11 @@ def run_bench(
     """
     record = record.model_copy(update={"batch_size": settings.batch_size})
     with lock_run(out), writing(out):
-        return _run(bench, load_scorer, record, out, settings)
+        return _run(bench, load, record, out, settings)
 
 
 def _run(
-    bench: Bench, load_scorer: Callable[[], "Scorer"], record: RunRecord, out: Path, settings: Settings
+    bench: Bench, load: "Callable[[], Answerer[Any]]", record: RunRecord, out: Path, settings: Settings
 ) -> Run:
     check_resumable(out, record, settings.force)
     planned = _planned(bench, record, settings)
@@ -164,7 +159,7 @@ def _run(
     }
     if not settings.force:
         _check_unchanged(out, hashes)
-    scorer = load_scorer() if todo else None
+    scorer = load() if todo else None
     if scorer:
         _check_options(scorer, bench, shown)
         if record.mode in LIKELIHOODS and not done:
@@ -256,7 +251,7 @@ def _check_unchanged(out: Path, hashes: dict[str, list[str]]) -> None:
             )
 
 
-def _check_options(scorer: "Scorer", bench: Bench, shown: set[int]) -> None:
+def _check_options(scorer: "Answerer[Any]", bench: Bench, shown: set[int]) -> None:
     try:
         scorer.check_options([bench.items[place] for place in sorted(shown)])
     except UserError as error:
@@ -270,22 +265,22 @@ def _first_use(bench: Bench, places: set[int]) -> dict[Path, str]:
 
 
 def scored(
-    bench: Bench, scorer: "Scorer", todo: Sequence[Sequence[Group]]
+    bench: Bench, scorer: "Answerer[Any]", todo: Sequence[Sequence[Group]]
 ) -> Iterator[tuple[Sequence[Group], list[list[Score]]]]:
     """Yield scores batch by batch; the next batches are prepared in parallel."""
 
-    def prepare(batch: Sequence[Group]) -> "list[Prepared]":
+    def prepare(batch: Sequence[Group]) -> list[Any]:
         return [
             scorer.prepare(asks_of(group, bench.items), _opened(bench, bench.items[group.first]))
             for group in batch
         ]
 
     with ThreadPoolExecutor(1, initializer=_single_threaded) as worker:
-        waiting: list[tuple[Sequence[Group], Future[list[Prepared]]]] = []
+        waiting: list[tuple[Sequence[Group], Future[list[Any]]]] = []
         coming = iter(todo)
         try:
             while True:
-                while len(waiting) <= AHEAD and (batch := next(coming, None)) is not None:
+                while len(waiting) <= scorer.ahead and (batch := next(coming, None)) is not None:
                     waiting.append((batch, worker.submit(prepare, batch)))
                 if not waiting:
                     return
@@ -297,9 +292,8 @@ def scored(
 
 def _single_threaded() -> None:
     """Disable OpenMP threads in this thread: next to a second thread team, the model is a quarter slower."""
-    import torch
-
-    torch.get_num_threads()  # the first call in a thread sets its number of threads, which would undo the limit
+    if torch := sys.modules.get("torch"):
+        torch.get_num_threads()  # the first call in a thread sets its number of threads, which would undo the limit
     threadpool_limits(1, user_api="openmp")
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.answer_parser import parse_reply
+from eval_mcq.scoring.answerer import Answerer
 from eval_mcq.scoring.engine import Engine, Way
 from eval_mcq.scoring.modes import LIKELIHOODS, Score
 from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode, order
@@ -23,7 +24,7 @@ NEW_TOKENS = 32
 """Maximum tokens of a reply in mode ``generate``; a letter or a name is far shorter."""
 
 
-class Scorer:
+class Scorer(Answerer[Prepared]):
     """Scores questions with a transformers image-text model.
 
     Args:
@@ -96,21 +97,6 @@ class Scorer:
         _logger.info(f"Out of memory with {rows} questions at a time: continuing with at most {rows // 2}.")
         torch.cuda.empty_cache()
         return self._halves(batch)
-
-    def score(self, items: Sequence[MCQItem], images: Sequence[Sequence[Image.Image]]) -> list[Score]:
-        """Answer some questions in their original rotation.
-
-        Args:
-            items: The questions.
-            images: The images of each question.
-
-        Raises:
-            UserError: an option letter is not a single token for this tokenizer.
-        """
-        prepared = [
-            self.prepare([Ask(item)], list(of_item)) for item, of_item in zip(items, images, strict=True)
-        ]
-        return [score for (score,) in self.answer(prepared)]
 
     def _halves(self, batch: Sequence[Prepared]) -> list[list[Score]]:
         if len(batch) > 1:

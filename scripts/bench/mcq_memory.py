@@ -32,6 +32,7 @@ def bench(
     import torch
     from rich.console import Console
 
+    from eval_mcq.backends.local import LocalModel
     from eval_mcq.items.schema import load_bench
     from eval_mcq.records.answers_file import append_answers
     from eval_mcq.runs import run as running
@@ -47,7 +48,7 @@ def bench(
             _synthetic(bench_file, questions, images)
         asked = load_bench(bench_file)
         scorer = Scorer(*load_mllm(folder, dtype=torch.float32))
-        record = running.describe_run(folder, "0" * 64, asked, "float32")
+        record = running.describe_run(LocalModel(folder, dtype="float32").identity, asked)
         done = running.answered(Path(work) / "run")
         rows, start = done, time.perf_counter()
         loaded = process.memory_info().rss

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from eval_mcq.backends.base import Identity
+from eval_mcq.backends.fingerprint import code_version, package_versions
 from eval_mcq.cli.main import main
 from eval_mcq.items.schema import SCHEMA
 from eval_mcq.records.run_record import Answer, Run, RunRecord
@@ -64,6 +66,11 @@ def write_labels(folder: Path, rows: list[dict[str, str]]) -> Path:
 def scorer(folder: Path) -> Scorer:
     """The stock model and processor of a folder, ready to score."""
     return Scorer(AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder))
+
+
+def identity(folder: Path, sha256: str = "f" * 64, dtype: str = "float32") -> Identity:
+    """What identifies the answers of a model folder, without hashing it."""
+    return Identity(str(folder), sha256, dtype, code_version(), package_versions())
 
 
 def run_of_counts(counts: dict[str, tuple[int, int]], bench: str = "b" * 64) -> Run:

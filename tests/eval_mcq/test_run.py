@@ -12,17 +12,17 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModelForImageTextToText
 
+from eval_mcq.backends.fingerprint import model_fingerprint
 from eval_mcq.items.schema import MCQItem, load_bench
 from eval_mcq.records.batching import Shard, batches, groups
 from eval_mcq.records.run_record import load_run
 from eval_mcq.runs import run as run_module
-from eval_mcq.runs.fingerprint import model_fingerprint
 from eval_mcq.runs.merge import merge
 from eval_mcq.runs.run import Settings, describe_run, run_bench
 from eval_mcq.scoring.prompt import shown_letters
 from mgll_encoder.common.errors import BadDataError, OutputTakenError, UserError
 from tests.builders import picture
-from tests.eval_mcq.helpers import question, scorer, small_bench
+from tests.eval_mcq.helpers import identity, question, scorer, small_bench
 
 WHOLE = Shard()
 
@@ -58,7 +58,9 @@ def put(bench, tiny_llava, model_scorer, tmp_path):
     def run(
         name="run", bench=bench, fingerprint="f" * 64, dtype="float32", rotations=1, shard=WHOLE, **settings
     ):
-        record = describe_run(tiny_llava, fingerprint, bench, dtype, rotations=rotations, shard=shard)
+        record = describe_run(
+            identity(tiny_llava, fingerprint, dtype), bench, rotations=rotations, shard=shard
+        )
         settings["shard"] = shard
         return run_bench(bench, load, record, tmp_path / name, Settings(**settings))
 
@@ -365,7 +367,7 @@ def test_a_model_that_does_not_see_is_warned_about(tiny_llava, bench, tmp_path, 
     projector = ready.model.model.multi_modal_projector
     for weight in projector.parameters():
         weight.data.zero_()
-    run_bench(bench, lambda: ready, describe_run(tiny_llava, "f", bench, "float32"), tmp_path / "run")
+    run_bench(bench, lambda: ready, describe_run(identity(tiny_llava), bench), tmp_path / "run")
     assert "the answers do not depend on the image" in "\n".join(caplog.messages)
 
 
@@ -373,7 +375,7 @@ def test_a_model_that_computes_no_numbers_stops_the_run_by_name(tiny_llava, benc
     broken = scorer(tiny_llava)
     broken.model.get_output_embeddings().weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match=r"question 'q\d': the model's probabilities are not numbers .NaN."):
-        run_bench(bench, lambda: broken, describe_run(tiny_llava, "f", bench, "float32"), tmp_path / "run")
+        run_bench(bench, lambda: broken, describe_run(identity(tiny_llava), bench), tmp_path / "run")
 
 
 def test_a_finished_run_does_not_load_the_model_again(put):
@@ -435,7 +437,7 @@ def test_a_letter_that_the_model_cannot_write_stops_the_run_before_anything_is_w
         return ready
 
     with pytest.raises(UserError, match="option letter 'C'"):
-        run_bench(bench, load, describe_run(tiny_llava, "f", bench, "float32"), tmp_path / "run")
+        run_bench(bench, load, describe_run(identity(tiny_llava), bench), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

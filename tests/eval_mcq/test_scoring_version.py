@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from eval_mcq.backends.fingerprint import code_version
 from eval_mcq.items.schema import load_bench
 from eval_mcq.records.run_record import load_run
-from eval_mcq.runs.fingerprint import code_version
 from eval_mcq.runs.run import Settings, describe_run, run_bench
 from eval_mcq.scoring import modes
 from eval_mcq.scoring.engine import Way
@@ -33,7 +33,7 @@ from eval_mcq.scoring.score import Scorer
 from mgll_encoder.common.errors import BadDataError, UserError
 from mllm_adapters import load_mllm
 from tests.builders import tiny_llava
-from tests.eval_mcq.helpers import question, run_of_counts, save_run, write_bench
+from tests.eval_mcq.helpers import identity, question, run_of_counts, save_run, write_bench
 
 GOLDEN = Path(__file__).with_name("golden_scoring.json")
 
@@ -91,7 +91,7 @@ def numbers(model: Path, bench: Path, out: Path, mode: Mode, way: Way) -> list[d
     """The rows of a run, without what identifies it."""
     asked = load_bench(bench)
     scorer = Scorer(*load_mllm(model, dtype=torch.float32), mode=mode, way=way)
-    record = describe_run(model, "f" * 64, asked, "float32", mode, 3)
+    record = describe_run(identity(model), asked, mode, 3)
     run = run_bench(asked, lambda: scorer, record, out, Settings(batch_size=8))
     return [{f: row for f, row in json.loads(row.line()).items() if f in FIELDS} for row in run.rows]
 
@@ -157,7 +157,7 @@ def test_a_small_change_of_the_numbers_is_noticed(made, golden, tmp_path, monkey
 def test_an_unfinished_run_of_a_version_that_hashed_its_source_is_shown_but_not_continued(made, tmp_path):
     model, bench = made
     asked = load_bench(bench)
-    record = describe_run(model, "f" * 64, asked, "float32")
+    record = describe_run(identity(model), asked)
     old = record.model_copy(update={"code": "4c9ba6f92d02, torch 2.14.1, transformers 5.23.0"})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(old.model_dump_json())
@@ -169,11 +169,11 @@ def test_the_answers_of_such_a_run_are_still_read_and_those_of_another_are_not(t
     # as written by the commit before f7827fb, whose identity was {..., "code version": ...}
     run = run_of_counts({"DR": (3, 8)})
     record = run.record.model_copy(update={"code": "4c9ba6f92d02, torch 2.14.1, transformers 5.23.0"})
-    identity = {
+    parts = {
         "model": "m" * 64, "bench": "b" * 64, "scoring mode": "letters", "number of rotations": "1",
         "prompt": "letters-1", "dtype": "float32", "code version": record.code,
     }  # fmt: skip
-    mark = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    mark = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     rows = [row.model_copy(update={"run": mark}) for row in run.rows]
     assert (
         load_run(save_run(type(run)(run.folder, record, rows), tmp_path / "old")).all_right_accuracy == 3 / 8

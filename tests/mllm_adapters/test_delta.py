@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from eval_mcq.backends.fingerprint import model_fingerprint
 from eval_mcq.cli.main import main as eval_mcq
-from eval_mcq.runs.fingerprint import model_fingerprint
 from mgll_encoder.weights.spans import spans
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.retrain import main as retrain_projector

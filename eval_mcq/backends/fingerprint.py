@@ -43,3 +43,8 @@ def code_version() -> str:
         f"{SCORING_VERSION}, pictures-{READER_VERSION}, torch {version('torch').split('+')[0]}, "
         f"transformers {version('transformers')}"
     )
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that compute an answer here, for the reader of a record."""
+    return {package: version(package) for package in ("mgll-mllm", "torch", "transformers")}
