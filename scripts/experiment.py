@@ -24,7 +24,7 @@ from proof import COLUMNS, POSITIVES, Arm, images_and_sources, texts_of_labels
 from steps import Steps
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import unknown_name
+from mgll_encoder.common.errors import UserError, unknown_name
 from mgll_encoder.common.files import write_text
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.linear import cached_features, kept_labels, linear_scores
@@ -60,17 +60,8 @@ class Sizes:
 
 
 TOWERS = [
-    "--epochs",
-    "6",
-    "--batch-size",
-    "32",
-    "--lr",
-    "1e-3",
-    "--tower-lr",
-    "5e-5",
-    "--precision",
-    "bf16",
-    "--flip",
+    *("--epochs", "3", "--batch-size", "32", "--lr", "1e-3", "--tower-lr", "1e-4"),
+    *("--train-blocks", "4", "--select", "last", "--precision", "fp32", "--flip"),
 ]
 
 SIZES = {
@@ -127,7 +118,8 @@ class Experiment:
         image_size: Side in pixels.
         preset: Diseases asked about.
         sizes: How much is trained and asked.
-        seeds: One whole chain of towers and models for each.
+        seeds: One tower of each kind for each.
+        model_seeds: One chain of models for each, on the towers of this seed.
     """
 
     steps: Steps
@@ -137,6 +129,7 @@ class Experiment:
     preset: str
     sizes: Sizes
     seeds: range
+    model_seeds: range
 
     @property
     def out(self) -> Path:
@@ -162,7 +155,11 @@ def experiment(
     general: Annotated[Path, typer.Option(help="The general tower, as general_tower.py writes it.")],
     out: Annotated[Path, typer.Option(help="Folder of all outputs; a finished stage is not run again.")],
     lm: Annotated[str, typer.Option(help=f"Language model: {', '.join(SIZES)}.")] = "tiny",
-    seeds: Annotated[int, typer.Option(help="Chains of towers and models, with seeds from 0 on.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Towers of each kind, with seeds from 0 on.", min=1)] = 3,
+    model_seeds: Annotated[
+        int | None,
+        typer.Option(help="Chains of models, on the towers of as many seeds (default: --seeds).", min=1),
+    ] = None,
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.", min=14)] = 112,
     preset: Annotated[
         str, typer.Option(help="Diseases asked about, as of `eval-mcq build`.")
@@ -175,10 +172,16 @@ def experiment(
     """
     if lm not in SIZES:
         raise unknown_name("language model", lm, SIZES)
-    work = Experiment(Steps(out), data, general, image_size, preset, SIZES[lm], range(seeds))
+    if model_seeds is not None and model_seeds > seeds:
+        raise UserError(f"--model-seeds is {model_seeds}: expected at most --seeds, {seeds}")
+    work = Experiment(
+        Steps(out), data, general, image_size, preset, SIZES[lm], range(seeds), range(model_seeds or seeds)
+    )
     manifest = _manifest(work)
     _general(work)
-    figures: dict[str, Any] = {"language_model": lm, "seeds": seeds, "image_size": image_size}
+    figures: dict[str, Any] = {
+        "language_model": lm, "seeds": seeds, "model_seeds": len(work.model_seeds), "image_size": image_size
+    }  # fmt: skip
     lines: list[str] = []
     for seed in work.seeds:
         for name in TUNED:
@@ -186,7 +189,7 @@ def experiment(
     figures["towers"] = _judge_towers(work, manifest, lines)
     if not towers_only:
         benches = _benches(work)
-        for seed in work.seeds:
+        for seed in work.model_seeds:
             _models(work, benches, seed)
         figures["looks"] = _looks(work, lines)
         figures["answers"] = _judge_answers(work, lines)
@@ -357,6 +360,7 @@ def _tower_table(
         {
             **{name: cells(name) for name in (GENERAL, *TUNED)},
             "MGLL-tuned over general": cells("mgll", GENERAL),
+            "CLIP-tuned over general": cells("clip", GENERAL),
             "MGLL-tuned over CLIP-tuned": cells("mgll", "clip"),
         },
     )
@@ -384,7 +388,7 @@ def _gain(of_tower: Mapping[str, Sample], name: str, over: str = "") -> str:
 
 def _looks(work: Experiment, lines: list[str]) -> list[dict[str, Any]]:
     """What ``eval-mcq check`` saw of each base."""
-    found = [json.loads((work.out / "checks" / f"base-{seed}.json").read_text()) for seed in work.seeds]
+    found = [json.loads((work.out / "checks" / f"base-{seed}.json").read_text()) for seed in work.model_seeds]
     rows = {
         f"seed {seed}": [
             *(str(_percent(seen["average"][kind])) for kind in ("real", "blank", "shuffled")),
@@ -393,7 +397,7 @@ def _looks(work: Experiment, lines: list[str]) -> list[dict[str, Any]]:
                 for kind in ("blank", "shuffled")
             ),
         ]
-        for seed, seen in zip(work.seeds, found, strict=True)
+        for seed, seen in zip(work.model_seeds, found, strict=True)
     }
     lines += ["**Does the base look? Average accuracy in % on patients that it never saw**", ""]
     lines += markdown(["base", "real", "blank", "exchanged", "real over blank", "real over exchanged"], rows)
@@ -406,11 +410,11 @@ def _percent(estimate: Mapping[str, Any]) -> Figure:
 
 
 def _judge_answers(work: Experiment, lines: list[str]) -> dict[str, Any]:
-    answers = Answers(work.out / "test.jsonl")
+    answers = Answers(work.out / "test.jsonl", work.out / "train-0.jsonl")
     found: dict[str, Any] = {}
     for group, mask in answers.groups().items():
         samples = {
-            model: answers.sample([work.run(model, seed) for seed in work.seeds], mask)
+            model: answers.sample([work.run(model, seed) for seed in work.model_seeds], mask)
             for model in ARMS.values()
         }
         found[group] = {

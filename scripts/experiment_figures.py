@@ -4,6 +4,7 @@ One bootstrap for everything: a draw takes patients with replacement, the same o
 replacement, so that a gain is paired by question, patient and seed.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,19 +88,26 @@ def weights_of(patients: Sequence[str], draws: int = REPLICATES) -> Floats:
     return np.concatenate(list(resampled(np.array(patients), draws, seed=0, chunk=draws)))
 
 
+RARE = 3
+"""Number of diseases that count as rare."""
+
+
 class Answers:
     """The answers of several models to one bench.
 
     Args:
         bench: The bench.
+        training: A training bench, which tells the rare diseases: those with the fewest questions.
     """
 
-    def __init__(self, bench: Path) -> None:
+    def __init__(self, bench: Path, training: Path) -> None:
         self.items = sorted(load_benchmark(bench).items, key=lambda item: item.id)
         self.weights = weights_of([item.cluster for item in self.items])
         self.chance = np.array([1 / len(item.options) for item in self.items])
         self.several = _several_labels(self.items)
         self._diseases = np.array([item.category for item in self.items])
+        learned = Counter(item.category for item in load_benchmark(training).items)
+        self.rare = sorted(self.diseases, key=lambda disease: learned[disease])[:RARE]
         self._sources = np.array([item.source for item in self.items])
 
     @property
@@ -108,8 +116,15 @@ class Answers:
         return list(dict.fromkeys(self._diseases.tolist()))
 
     def groups(self) -> dict[str, Bools]:
-        """Name -> questions: all, of images with several labels, of each source, of each disease; none is empty."""
-        every = {"all": np.ones(len(self.items), dtype=bool), "several labels": self.several}
+        """Name -> questions: all, of images with several labels, of rare diseases, of each source, of each disease.
+
+        None is empty.
+        """
+        every = {
+            "all": np.ones(len(self.items), dtype=bool),
+            "several labels": self.several,
+            "rare diseases": np.isin(self._diseases, self.rare),
+        }
         sources = {source: self._sources == source for source in sorted(set(self._sources.tolist()))}
         found = every | sources | {disease: self._diseases == disease for disease in self.diseases}
         return {name: mask for name, mask in found.items() if mask.any()}

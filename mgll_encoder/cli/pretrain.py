@@ -46,6 +46,9 @@ def pretrain(
     freeze_text: bool = typer.Option(
         False, "--freeze-text", help="Freeze the text tower except its projection."
     ),
+    train_blocks: int | None = typer.Option(
+        None, help="Train only this many of the last blocks of --init (default: the whole image tower)."
+    ),
     granularities: str = typer.Option("", help="Granularities to use, separated by commas (default: all)."),
     alphas: str = typer.Option(
         "1,0.02,0.1",
@@ -108,6 +111,7 @@ def pretrain(
         pooling=pooling,
         text_tower=text_tower,
         freeze_text=freeze_text,
+        train_blocks=train_blocks,
         granularities=tuple(name.strip() for name in granularities.split(",") if name.strip()),
         alphas=Alphas(soft_clip, pointwise, smooth_kl),
         epochs=epochs,

@@ -14,6 +14,7 @@ from mgll_encoder.pretraining.dual_encoder import Preset, TwoTowers, image_proje
 from mgll_encoder.pretraining.losses import Alphas
 from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text.text_tower import TextTower, load_text_tower
+from mgll_encoder.tower.architectures import ARCHITECTURES
 from mgll_encoder.tower.architectures.clip import CLIP, HF_STATE
 from mgll_encoder.tower.folder_metadata import HF_FOLDER, OURS
 from mgll_encoder.tower.load import load_tower
@@ -40,6 +41,7 @@ def starting_towers(
     weights: WeightSet | None = None,
     image_size: int | None = None,
     pooling: Pooling | None = None,
+    train_blocks: int | None = None,
 ) -> TwoTowers:
     """Create the towers as they are before the first step.
 
@@ -54,10 +56,11 @@ def starting_towers(
         weights: ``raw`` or ``ema``, if ``init`` has both.
         image_size: Image size in pixels that ``init`` is trained at; None for its own.
         pooling: Pooling of the image features of ``init``, see `TowerSpec`; None for its own.
+        train_blocks: Train only this many of the last blocks of the image tower, and what follows them; None for all.
 
     Raises:
-        UserError: a new text tower is to be frozen, weights cannot be read or downloaded, or the text tower of ``init``
-            lacks words of the texts.
+        UserError: a new text tower is to be frozen, ``train_blocks`` is not a number of blocks, weights cannot be read
+            or downloaded, or the text tower of ``init`` lacks words of the texts.
     """
     given, activation = _openai(activation) if init == OPENAI else (init, activation)
     vision = new_tower(preset)
@@ -65,6 +68,8 @@ def starting_towers(
         vision = load_tower(
             given, activation=activation, weights=weights, image_size=image_size, pooling=pooling
         )
+    if train_blocks is not None:
+        _freeze_first(vision, train_blocks)
     path = vision.header.source if given else None
     for line in vision.header.warnings:
         _logger.warning(line)
@@ -80,6 +85,24 @@ def starting_towers(
     if freeze_text:
         text.freeze()
     return TwoTowers(vision, projection, text, alphas)
+
+
+def _freeze_first(vision: Tower, trained: int) -> None:
+    """Freeze the embeddings and all blocks but the last ``trained`` ones; what follows the blocks is trained.
+
+    Raises:
+        UserError: the tower does not have as many blocks, or none is to be trained.
+    """
+    depth = vision.spec.depth
+    if not 1 <= trained <= depth:
+        raise UserError(
+            f"`train_blocks` is {trained}: the image tower has {depth} blocks: give a number from 1 to {depth}"
+        )
+    first = f"{ARCHITECTURES[vision.spec.architecture].blocks}.{depth - trained}."
+    for name, parameter in vision.model.named_parameters():  # in the order of the computation
+        if name.startswith(first):
+            break
+        parameter.requires_grad_(False)
 
 
 def _openai(activation: Activation | None) -> tuple[Path, Activation]:

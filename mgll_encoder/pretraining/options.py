@@ -33,6 +33,7 @@ class PretrainOptions:
         text_tower: ``auto`` (that of ``init`` if it has one, else a new one), ``new``, or a transformers folder or hub
             id.
         freeze_text: Train only the projection of the text tower.
+        train_blocks: Train only this many of the last blocks of ``init``; None for the whole image tower.
         granularities: Granularities to use; empty for all.
         alphas: Weights of the terms of ``mgll``.
         epochs: Passes over the training rows.
@@ -58,6 +59,7 @@ class PretrainOptions:
     init_weights: WeightSet | None = None
     text_tower: str = AUTO
     freeze_text: bool = False
+    train_blocks: int | None = None
     granularities: tuple[str, ...] = ()
     alphas: Alphas = field(default_factory=Alphas)
     epochs: int = 20
@@ -95,6 +97,8 @@ class PretrainOptions:
             if getattr(self, name) is not None and self.init is None:
                 what = name.replace("_", " ")
                 raise UserError(f"`{name}` is for `init`: a new tower has the {what} of its `preset`")
+        if self.train_blocks is not None and self.init is None:
+            raise UserError("`train_blocks` is for `init`: all blocks of a new tower have to be trained")
         if self.init_weights is not None and self.init is None:
             raise UserError("`init_weights` is for `init`: a new tower has one set of weights")
         if self.deepspeed is not None:

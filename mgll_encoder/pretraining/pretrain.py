@@ -138,6 +138,7 @@ def pretrain(
         options.init_weights,
         options.image_size,
         options.pooling,
+        options.train_blocks,
     )
     if arguments.process_index == 0:
         _report_truncation(model.text, plan)

@@ -478,3 +478,27 @@ def test_mistakes_are_one_line_and_nothing_is_written(manifest, tmp_path, argume
     assert isinstance(result.exception, UserError)
     assert complaint in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_last_blocks_of_a_tower_are_trained(manifest, tmp_path):
+    pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
+    pretrain(
+        manifest, tmp_path / "second", options(epochs=1, init=tmp_path / "first", train_blocks=1), workers=0
+    )
+    before, after = (load_tower(tmp_path / name).model.state_dict() for name in ("first", "second"))
+    changed = {
+        name.partition("layers.")[2][:1] for name in before if not torch.equal(before[name], after[name])
+    }
+    assert changed == {"1", ""}, "the last of two blocks, and the norm after it"
+    assert torch.equal(
+        before["embeddings.position_embedding.weight"], after["embeddings.position_embedding.weight"]
+    )
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_blocks_to_train_are_counted(manifest, tmp_path, blocks):
+    pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
+    with pytest.raises(UserError, match=f"`train_blocks` is {blocks}.* has 2 blocks"):
+        pretrain(manifest, tmp_path / "second", options(init=tmp_path / "first", train_blocks=blocks))
+    with pytest.raises(UserError, match="`train_blocks` is for `init`"):
+        options(train_blocks=1)
