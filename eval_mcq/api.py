@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from eval_mcq.backends.local import Dtype, LocalModel, WayName
 from eval_mcq.runs.processes import answer
-from mgll_encoder.common.errors import NotFoundError, UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, NotFoundError, unknown_name
 from mgll_encoder.common.files import check_free
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.tables import TableOptions, listed
@@ -131,7 +131,9 @@ def build_benchmark(
         reading,
     )  # fmt: skip
     if table.layout != "generic" and table != LabelTable(Path(labels), layout=table.layout, reading=reading):
-        raise UserError(f"layout '{table.layout}' defines the columns: leave the --*-column options out")
+        raise InvalidArgumentError(
+            f"layout '{table.layout}' defines the columns: leave the --*-column options out"
+        )
     header, items, report = build(
         table, Path(images), target, chosen, SplitRule(split, test_share, split_seed),
         Draw(seed, hard_distractors, min_negatives), strict,
@@ -231,11 +233,13 @@ def export_benchmark(
     target = Path(out)
     check_free(target, force)
     if images is not None and format not in ("llava", "messages"):
-        raise UserError(
+        raise InvalidArgumentError(
             f"`images` has no effect on format '{format}': only llava and messages refer to images by path"
         )
     if run is not None and format != "vlmevalkit":
-        raise UserError(f"`run` has no effect on format '{format}': predictions are written for vlmevalkit")
+        raise InvalidArgumentError(
+            f"`run` has no effect on format '{format}': predictions are written for vlmevalkit"
+        )
     questions = load_benchmark(bench)
     if run is not None:
         return write_predictions(questions, _arms({"": run})[""], target, force)
@@ -332,9 +336,13 @@ def compare(
     models = _models(runs)
     pairs = published or len(models) > 1
     if pairs and layout == "diseases":
-        raise UserError("`layout=diseases` shows one model and no published rows: use paper or long")
+        raise InvalidArgumentError(
+            "`layout=diseases` shows one model and no published rows: use paper or long"
+        )
     if published and layout == "long":
-        raise UserError("`layout=long` has no published rows: leave `published` out, or use `layout=paper`")
+        raise InvalidArgumentError(
+            "`layout=long` has no published rows: leave `published` out, or use `layout=paper`"
+        )
     from eval_mcq.tables.multi_model import like_paper_pairs, long_table
     from eval_mcq.tables.published import load_published
     from eval_mcq.tables.summary import compare_models

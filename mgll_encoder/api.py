@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import check_free
 from mgll_encoder.probing.evaluation import (
     Evaluation,
@@ -263,7 +263,7 @@ def explain(
         UserError: images, table or tower cannot be read, a label is unknown, or ``out`` is taken.
     """
     if labels and data is None and "benchmark" not in question:
-        raise UserError("`labels` needs `data` with labels to fit a probe on")
+        raise InvalidArgumentError("`labels` needs `data` with labels to fit a probe on")
     from mgll_encoder.probing.explained import explain_images
 
     return explain_images(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from mgll_encoder.common.errors import OutputTakenError, UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, OutputTakenError, unknown_name
 from mgll_encoder.common.progress import Counter, no_bar, track
 from mgll_encoder.weights.locate import check_tower
 from mllm_adapters.checkpoints.locate import beside, check_delta, check_swapped
@@ -462,7 +462,7 @@ def _target(layout: str, family: "Family") -> "Target":
     if layout in family.spec.targets:
         return layout
     if family.spec.not_llava:
-        raise UserError(f"`layout={layout}`: {family.spec.not_llava}; use `layout=own`")
+        raise InvalidArgumentError(f"`layout={layout}`: {family.spec.not_llava}; use `layout=own`")
     return "own"  # which is a LLaVA
 
 

@@ -24,7 +24,7 @@ from proof import COLUMNS, POSITIVES, Arm, images_and_sources, texts_of_labels
 from steps import Steps
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.common.files import write_text
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.linear import cached_features, kept_labels, linear_scores
@@ -173,7 +173,7 @@ def experiment(
     if lm not in SIZES:
         raise unknown_name("language model", lm, SIZES)
     if model_seeds is not None and model_seeds > seeds:
-        raise UserError(f"--model-seeds is {model_seeds}: expected at most --seeds, {seeds}")
+        raise InvalidArgumentError(f"--model-seeds is {model_seeds}: expected at most --seeds, {seeds}")
     work = Experiment(
         Steps(out), data, general, image_size, preset, SIZES[lm], range(seeds), range(model_seeds or seeds)
     )

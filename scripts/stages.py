@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from steps import program
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import TrainingError
 
 COUNTED = re.compile(rb"(?<![\d/])(\d+)/([1-9]\d*)(?![:/\d])")
 """How the bars of the commands count, such as ``12/126``."""
@@ -96,7 +96,7 @@ class Stages:
                 failed += [done] if done.process.returncode else []
         for command in failed:
             _show_end(command.log)
-            raise UserError(
+            raise TrainingError(
                 f"{command.stage.command[0]} failed ({command.log}): follow its message, then run this again; "
                 "finished stages are kept"
             )

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import TrainingError
 
 
 def program(command: str, *arguments: str) -> list[str]:
@@ -52,7 +52,7 @@ class Steps:
             UserError: it failed.
         """
         if subprocess.run(program(command, *arguments), check=False).returncode:
-            raise UserError(
+            raise TrainingError(
                 f"{command} failed: fix the error above and run this again; finished steps are kept"
             )
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from eval_mcq.scoring.modes import SCORING_VERSION
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import READER_VERSION
 from mgll_encoder.common.progress import track
@@ -26,7 +26,7 @@ def model_fingerprint(folder: Path) -> str:
     base = base_of_adapter(folder)
     before = [f"base {model_fingerprint(base)}\n"] if base else []
     if not base and not (folder / "config.json").is_file():
-        raise UserError(f"model {folder} is not a model folder: it has no config.json")
+        raise NotFoundError(f"model {folder} is not a model folder: it has no config.json")
     files = sorted(path for path in folder.rglob("*") if path.suffix in MODEL_SUFFIXES and path.is_file())
     shown = [(path.relative_to(folder).as_posix(), path) for path in files]
     visible = [(name, path) for name, path in shown if not any(p.startswith(".") for p in name.split("/"))]

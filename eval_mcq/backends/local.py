@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eval_mcq.backends.base import Identity
 from eval_mcq.backends.fingerprint import code_version, model_fingerprint, package_versions
-from mgll_encoder.common.errors import NotFoundError, UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, NotFoundError, unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +114,7 @@ class LocalModel:
         _logger.info(f"Loading {self.folder} on {where.device} ...")
         model, processor = load_mllm(self.folder, dtype=where.dtype, quantization=self._quantization())
         if where.four_bit and not getattr(model, "is_quantized", False):
-            raise UserError(
+            raise InvalidArgumentError(
                 f"{self.folder} is not in the transformers layout, so it cannot be loaded in 4 bit: convert it "
                 "first with `convert()`"
             )

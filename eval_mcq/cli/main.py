@@ -13,7 +13,7 @@ from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
 from eval_mcq.cli.run import DeviceOption, DtypeOption, FourBit, ModeName
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
@@ -276,19 +276,21 @@ def compare(
         name, equals, folder = given.partition("=")
         model, colon, arm = name.rpartition(":")
         if not (arm and equals and folder and bool(model) == bool(colon)):
-            raise UserError(
+            raise InvalidArgumentError(
                 f"arm '{given}' does not have the form NAME=RUN, such as base=runs/llava-med, or MODEL:NAME=RUN"
             )
         arms = models.setdefault(model, {})
         if arm in arms:
-            raise UserError(f"two arms are named '{name}': use different names")
+            raise InvalidArgumentError(f"two arms are named '{name}': use different names")
         arms[arm] = load_run(Path(folder))
     if "" in models and len(models) > 1:
-        raise UserError(
+        raise InvalidArgumentError(
             "some arms name a model (MODEL:NAME=RUN) and some do not: name one for all of them, or for none"
         )
     if sum(map(len, models.values())) < 2:
-        raise UserError("compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN")
+        raise InvalidArgumentError(
+            "compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN"
+        )
     _show_table(models, format_, layout, out, paper_rounding, force, published is not None, control)
 
 
@@ -327,7 +329,7 @@ def report(
         path = Path(folder)
         name = name if equals else path.resolve().name
         if name in named:
-            raise UserError(f"two arms are named '{name}': use different names, as NAME=RUN")
+            raise InvalidArgumentError(f"two arms are named '{name}': use different names, as NAME=RUN")
         named[name] = load_run(path)
     count = api.report(
         named,

@@ -11,7 +11,7 @@ import typer
 from eval_mcq.backends.local import Dtype
 from eval_mcq.cli.items import Force
 from mgll_encoder.common.cli import stdout, warn
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError
 from mgll_encoder.common.extras import needs, require
 from mgll_encoder.common.files import check_free, write_text
 
@@ -85,7 +85,7 @@ def check(
 
     if out is not None:
         if bench is None:
-            raise UserError("--out writes the result on the questions of --bench: add --bench")
+            raise InvalidArgumentError("--out writes the result on the questions of --bench: add --bench")
         check_free(out, force)
     asked = load_bench(bench) if bench else None
     found = check_model(
@@ -107,7 +107,7 @@ def check(
         for warning in found.sensitivity.warnings:
             warn(warning)
     if found.faults:
-        raise UserError(f"{model}: {'; '.join(found.faults)}")
+        raise BadDataError(f"{model}: {'; '.join(found.faults)}")
 
 
 def _show_tower(tower: "SwappedTower | None") -> None:

@@ -18,7 +18,7 @@ from eval_mcq.formats.faults import (
 )
 from eval_mcq.formats.rows import SourceRow
 from eval_mcq.items.schema import LETTERS
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, UserError, unknown_name
 from mgll_encoder.data.label_cells import plain
 
 FIELDS = ("id", "image", "question", "hint", "options", "answer", "category", "source", "patient", "tags")
@@ -53,7 +53,9 @@ class ColumnMap:
         for pair in pairs:
             name, equals, column = pair.partition("=")
             if not (name and equals and column):
-                raise UserError(f"`maps='{pair}'` is not of the form FIELD=COLUMN, such as answer=gt_answer")
+                raise InvalidArgumentError(
+                    f"`maps='{pair}'` is not of the form FIELD=COLUMN, such as answer=gt_answer"
+                )
             if name not in FIELDS:
                 raise unknown_name("field of `maps`", name, FIELDS)
             columns[name] = (column,)

@@ -25,7 +25,7 @@ from eval_mcq.formats.rows import SourceRow, read_rows
 from eval_mcq.items.image_checks import unreadable_images
 from eval_mcq.items.parquet import embedded_images
 from eval_mcq.items.schema import BenchHeader, MCQItem, first_fault, read_bench
-from mgll_encoder.common.errors import BadDataError, UserError
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError
 from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import NO_FILE, NOT_NAMED, UNREADABLE, Skipped, unnamed
 from mgll_encoder.data.label_cells import plain
@@ -136,9 +136,9 @@ def import_questions(
     """
     chosen = FORMATS[format_]
     if source.maps and not chosen.maps_columns:
-        raise UserError(f"`maps` has no effect on format '{format_}': its fields are fixed")
+        raise InvalidArgumentError(f"`maps` has no effect on format '{format_}': its fields are fixed")
     if source.split is not None and not chosen.splits:
-        raise UserError(f"`split` has no effect on format '{format_}': it has no splits")
+        raise InvalidArgumentError(f"`split` has no effect on format '{format_}': it has no splits")
     with PictureFolder(bench.with_name(f"{bench.stem}_images"), force) as pictures:
         found, unlettered = _without_letters(_read(chosen, source, bench, pictures), source)
         finished = chosen.finish(found, source.skipped)

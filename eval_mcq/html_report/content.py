@@ -7,7 +7,7 @@ from typing import Any
 
 from eval_mcq.items.schema import LETTERS, Bench, MCQItem
 from eval_mcq.records.run_record import Run
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import MismatchError, NotFoundError
 from mgll_encoder.common.files import sha256
 
 
@@ -77,7 +77,7 @@ def gather(arms: Mapping[str, Run], bench: Bench) -> Content:
     """
     first = next(iter(arms.values()))
     if first.record.bench_sha256 != bench.digest:
-        raise UserError(
+        raise MismatchError(
             f"bench {bench.path} is not the benchmark of run {first.folder} (SHA-256 {bench.digest[:12]}, "
             f"run {first.record.bench_sha256[:12]}): give the original file with `bench`"
         )
@@ -105,7 +105,7 @@ def check_unchanged(content: Content) -> None:
                     )
                 known[path] = sha256(path)
             if known[path] != expected:
-                raise UserError(
+                raise MismatchError(
                     f"image {path} of question '{item.id}' has changed since the run: run the benchmark again, "
                     "or omit the images with `images=False`"
                 )

@@ -17,7 +17,7 @@ from eval_mcq.records.run_record import Run
 from eval_mcq.tables.rounding import Rounding
 from eval_mcq.tables.summary import Comparison, compare
 from eval_mcq.tables.table_layout import by_disease, entries_of
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import check_free, new_folder, write_text
 
 
@@ -64,7 +64,7 @@ def write_report(
         if folder:
             check_free(folder, force)
     if options.assets and not options.assets.resolve().is_relative_to(out.resolve().parent):
-        raise UserError(
+        raise InvalidArgumentError(
             f"assets folder {options.assets} is not below {out.parent}: the page cannot refer to it"
         )
     comparison = compare(arms, options.control)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eval_mcq.items.schema import Text, parse
-from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, NotFoundError, unknown_name
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus_layouts import GENERIC, layouts
 from mgll_encoder.data.label_cells import plain
@@ -187,7 +187,7 @@ class Preset(BaseModel):
         kept = [d for d in self.diseases if plain(d.name) in wanted]
         dropped = [d for d in self.diseases if plain(d.name) not in wanted]
         if len(kept) < 2:
-            raise UserError(
+            raise InvalidArgumentError(
                 f"`diseases` names {len(kept)} disease: give at least two, because the others are the distractors"
             )
         left = {d.name for d in kept}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.prompt import Ask, rotations_of
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 
 GROUP_ROWS = 256
 """Maximum rows on one image that are scored and written together."""
@@ -44,7 +44,7 @@ class Shard:
         """
         found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text)
         if found is None or not int(found[1]) < int(found[2]):
-            raise UserError(
+            raise InvalidArgumentError(
                 f"shard '{text[:40]}' does not have the form i/n with i from 0 to n-1, such as 0/4"
             )
         return cls(int(found[1]), int(found[2]))

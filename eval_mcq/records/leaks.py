@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from eval_mcq.items.schema import Bench
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError
 from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.trained_on import Training, as_numbers, trainings_of
 from mllm_adapters import base_of_adapter
@@ -80,7 +80,7 @@ def check_leak(model: Path, bench: Bench, *, allow: bool) -> Leak | None:
     if leak is None:
         return None
     if not allow:
-        raise UserError(
+        raise MismatchError(
             f"bench {bench.path}: {leak.text}; build it on the test split of the training data "
             "(`build_benchmark(split=test)`, with the same `patient_column`, `test_share` and `split_seed`), or add "
             "`allow_leak=True` to run it with a note in every table"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from eval_mcq.items.schema import Bench
@@ -45,7 +45,7 @@ def answer(
     if world == 1:
         return run_bench(bench, load, record, out, settings)
     if settings.shard.count > 1 or settings.limit is not None:
-        raise UserError(
+        raise InvalidArgumentError(
             "`shard` and `limit` are for a single process: leave them out under accelerate launch"
         )
     check_resumable(out, record, settings.force)

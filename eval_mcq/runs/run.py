@@ -32,7 +32,7 @@ from eval_mcq.runs.progress import rate
 from eval_mcq.scoring.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
 from eval_mcq.scoring.prompt import Mode
 from eval_mcq.tables.summary import as_json, compare
-from mgll_encoder.common.errors import OutputTakenError, UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError, OutputTakenError, TrainingError, UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import new_folder, write_text
 from mgll_encoder.common.images import open_image
@@ -98,7 +98,7 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
         )
     old = read_run_record(out)
     if old.hashed_source:
-        raise UserError(
+        raise MismatchError(
             f"run {out} was started by an earlier version, which recorded a hash of its source "
             f"({old.code[:12]}): this version may give different numbers, so its answers can be shown "
             f"and compared (`load_run({out})`), but not continued; choose another `out`, or replace it with "
@@ -110,7 +110,7 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
     if differs is None and record.shard and record.batch_size and old.batch_size != record.batch_size:
         differs = f"`batch_size`, which determines the shards ({old.batch_size}, now {record.batch_size})"
     if differs:
-        raise UserError(
+        raise MismatchError(
             f"run {out} was made with a different {differs}: its answers cannot be continued; choose another `out`, or "
             "replace it with `force=True`"
         )
@@ -234,7 +234,7 @@ def _done(out: Path, record: RunRecord, bench: Bench) -> set[Key]:
     done = set()
     for answer in read_answers(out / ANSWERS_FILE, record):
         if answer.id not in items or not answer.answers_item(items[answer.id]):
-            raise UserError(
+            raise MismatchError(
                 f"{out / ANSWERS_FILE} answers '{answer.id}' (true: {answer.gold}), which is not in {bench.path} or "
                 "differs there: start the run over with `force=True`"
             )
@@ -245,7 +245,7 @@ def _done(out: Path, record: RunRecord, bench: Bench) -> set[Key]:
 def _check_unchanged(out: Path, hashes: dict[str, list[str]]) -> None:
     for answer in read_answers(out / ANSWERS_FILE):
         if hashes.get(answer.id, answer.images_sha256) != answer.images_sha256:
-            raise UserError(
+            raise MismatchError(
                 f"run {out}: an image of question '{answer.id}' has changed since it was answered; "
                 "start over with `force=True`"
             )
@@ -255,7 +255,7 @@ def _check_options(scorer: "Answerer[Any]", bench: Bench, shown: set[int]) -> No
     try:
         scorer.check_options([bench.items[place] for place in sorted(shown)])
     except UserError as error:
-        raise UserError(f"bench {bench.path}: {error}") from None
+        raise BadDataError(f"bench {bench.path}: {error}") from None
 
 
 def _first_use(bench: Bench, places: set[int]) -> dict[Path, str]:
@@ -301,7 +301,7 @@ def _opened(bench: Bench, item: MCQItem) -> list["Image"]:
     try:
         return [open_image(path) for path in bench.image_paths(item)]
     except UserError as error:
-        raise UserError(f"question '{item.id}': {error}") from None
+        raise BadDataError(f"question '{item.id}': {error}") from None
 
 
 def _cluster(bench: Bench, item: MCQItem, image: str) -> str:
@@ -317,7 +317,7 @@ def _rows(
     for group, of_group in zip(batch, scores, strict=True):
         for ask, score in zip(asks_of(group, bench.items), of_group, strict=True):
             if not all(map(isfinite, score.probabilities)):
-                raise UserError(
+                raise TrainingError(
                     f"question '{ask.item.id}': the model's probabilities are not numbers (NaN): its weights are "
                     "damaged or overflow; try `dtype=float32`"
                 )

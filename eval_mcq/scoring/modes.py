@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from eval_mcq.items.schema import LETTERS
 from eval_mcq.scoring.answer_parser import PARSER_VERSION
 from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def _naming(ask: Ask) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"question '{ask.item.id}': {error}") from None
+        raise BadDataError(f"question '{ask.item.id}': {error}") from None
 
 
 LIKELIHOODS: Mapping[Mode, Likelihood] = {

@@ -13,7 +13,7 @@ from eval_mcq.items.schema import LETTERS, MCQItem
 from eval_mcq.scoring.prefix_tree import common_length
 from eval_mcq.scoring.prompt import Ask, Prompt, render
 from mgll_encoder.common.chat import PREFIX_TYPES, render_chat, template_of
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UnsupportedCheckpointError
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class PromptTokenizer:
 
     def __init__(self, processor: Any, prompt: Prompt) -> None:
         if processor is None:
-            raise UserError(
+            raise NotFoundError(
                 "the model has no processor (no tokenizer in its folder): its prompts cannot be written"
             )
         if template_of(processor) is None:
-            raise UserError(
+            raise NotFoundError(
                 "the model's processor has no chat template: add chat_template.jinja to the model folder"
             )
         self.processor = processor
@@ -161,7 +161,7 @@ class PromptTokenizer:
             usable = [[i for i in ids if i is not None] for ids in per_variant if None not in ids]
             if not usable:
                 nearest = min(per_variant, key=lambda ids: ids.count(None))
-                raise UserError(
+                raise UnsupportedCheckpointError(
                     f"option letter '{LETTERS[nearest.index(None)]}' is not a single token after the prompt for "
                     "this model's tokenizer: build the bench with fewer `options`, or use `mode=options`"
                 )
@@ -190,7 +190,7 @@ class PromptTokenizer:
         """
         before, after = self.tokenize(prompt), self.tokenize(prompt + self.lead + text)
         if after[: len(before)] != before or len(after) == len(before):
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 f"the tokenizer merges the answer '{text}' with the end of the prompt, so its likelihood cannot be "
                 "computed: use `mode=letters` or `mode=generate`"
             )

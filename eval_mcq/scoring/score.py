@@ -14,7 +14,7 @@ from eval_mcq.scoring.engine import Engine, Way
 from eval_mcq.scoring.modes import LIKELIHOODS, Score
 from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode, order
 from eval_mcq.scoring.requests import Prepared, PromptTokenizer, TokenizedRequest
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Scorer(Answerer[Prepared]):
     ) -> None:
         self.writer = PromptTokenizer(processor, PROMPTS[mode])
         if _has_encoder(model):
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 "the model's language model encodes the prompt with an encoder, but scoring needs a decoder-only model "
                 "that continues the prompt: use one such as Vicuna"
             )

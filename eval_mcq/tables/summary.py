@@ -11,7 +11,7 @@ from eval_mcq.tables import intervals
 from eval_mcq.tables.bias_report import Diagnosis, diagnose
 from eval_mcq.tables.intervals import FEWEST, Estimate, Floats, Ids, Interval
 from eval_mcq.tables.stats import holm, mcnemar, p_of_guessing
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, MismatchError
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,9 @@ CONTROL = "control"
 def _references(names: Sequence[str], control: str | None) -> list[int | None]:
     """Return the index of each arm's reference; None for the first arm."""
     if control is not None and control not in names:
-        raise UserError(f"no arm is named '{control}' (the control): the arms are {', '.join(names)}")
+        raise InvalidArgumentError(
+            f"no arm is named '{control}' (the control): the arms are {', '.join(names)}"
+        )
     name = control or CONTROL
     reference = names.index(name) if name in names else 0
     return [None, *(0 if arm == reference else reference for arm in range(1, len(names)))]
@@ -394,17 +396,19 @@ def _check_comparable(first_name: str, first: Run, name: str, run: Run) -> None:
         ("number of rotations", str(ours.rotations), str(theirs.rotations)),
     ):
         if a != b:
-            raise UserError(
+            raise MismatchError(
                 f"runs '{first_name}' ({first.folder}) and '{name}' ({run.folder}) differ in their {what} "
                 f"({a[:12]}, {b[:12]}; bench files {ours.bench}, {theirs.bench}): run both on the same"
             )
     missing = {answer.id for answer in first.answers} ^ {answer.id for answer in run.answers}
     if missing:
-        raise UserError(
+        raise MismatchError(
             f"runs '{first_name}' and '{name}' answer different questions ({len(first.answers)} and "
             f"{len(run.answers)} answers; only one has '{min(missing)}'): finish both by re-running them"
         )
     images = {answer.id: answer.images_sha256 for answer in first.answers}
     changed = [answer.id for answer in run.answers if images[answer.id] != answer.images_sha256]
     if changed:
-        raise UserError(f"runs '{first_name}' and '{name}' used different images for question '{changed[0]}'")
+        raise MismatchError(
+            f"runs '{first_name}' and '{name}' used different images for question '{changed[0]}'"
+        )

@@ -6,7 +6,7 @@ import typer
 
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, stdout, warn
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 from mgll_encoder.common.tables import listed
@@ -61,7 +61,7 @@ def fundus(
     from mgll_encoder.data.fundus_layouts import GENERIC
 
     if labels is None and layout == GENERIC:
-        raise UserError(
+        raise InvalidArgumentError(
             "--labels is missing: expected the label file; only data sets labeled by folders need none"
         )
     table = FundusTable(
@@ -97,7 +97,7 @@ def _classes(option: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in option.split(",") if part.strip()]
     for value, equals, name in pairs:
         if not (equals and value.strip() and name.strip()):
-            raise UserError(
+            raise InvalidArgumentError(
                 f"--classes is '{option}': expected VALUE=LABEL pairs, such as 0=normal,1=glaucoma"
             )
     return {value.strip(): name.strip() for value, _, name in pairs}

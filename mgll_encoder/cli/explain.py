@@ -8,7 +8,7 @@ import typer
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import said
 from mgll_encoder.common import table_options as tables
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.probing.explained import explain_images
 from mgll_encoder.probing.labeled_set import LabeledSet
@@ -60,11 +60,11 @@ def explain(
     Example: mgll-encoder explain --encoder mgll-fundus --images photos --text glaucoma --out sheet.png
     """
     if labels and not (data or benchmark):
-        raise UserError(
+        raise InvalidArgumentError(
             "--label needs --data with labels to fit a probe on (and its columns, as for 'probe')"
         )
     if (data or benchmark) and not labels:
-        raise UserError("--data has no effect without --label: name a class, or leave it out")
+        raise InvalidArgumentError("--data has no effect without --label: name a class, or leave it out")
     question = LabeledSet(
         data, images, benchmark, image_column, labels_column, binary_columns, patient_column, seed=seed,
         reading=tables.reading(encoding, sheet, label_separator, uncertain),

@@ -6,7 +6,7 @@ import typer
 
 from mgll_encoder import api
 from mgll_encoder.common.cli import stdout
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.weights.locate import check_manifest
 
@@ -98,7 +98,7 @@ def pretrain(
     try:
         soft_clip, pointwise, smooth_kl = (float(part) for part in alphas.split(","))
     except ValueError:
-        raise UserError(f"--alpha is '{alphas}': give three numbers, such as 1,0.02,0.1") from None
+        raise InvalidArgumentError(f"--alpha is '{alphas}': give three numbers, such as 1,0.02,0.1") from None
     result = api.pretrain(
         data,
         out,

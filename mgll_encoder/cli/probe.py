@@ -10,7 +10,7 @@ import typer
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import print_result, said
 from mgll_encoder.common import table_options as tables
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.probing.evaluation import evaluate_trained, finetuned, linear
@@ -99,7 +99,7 @@ def probe(
         name for name, value in {**given, "trainings": trainings, "tower_out": tower_out}.items() if value
     ]
     if mode != "finetune" and beyond:
-        raise UserError(
+        raise InvalidArgumentError(
             f"--{beyond[0].replace('_', '-')} has no effect on a linear probe: add --mode finetune"
         )
     if compare not in (None, "paper"):

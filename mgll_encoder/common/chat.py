@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common import chat_worker
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 
 SECONDS = 5.0
 """CPU time limit of one rendering; a long conversation takes milliseconds."""
@@ -60,7 +60,9 @@ def render_chat(
     """
     template = template_of(processor)
     if template is None:
-        raise UserError("the model's processor has no chat template: add chat_template.jinja to its folder")
+        raise NotFoundError(
+            "the model's processor has no chat template: add chat_template.jinja to its folder"
+        )
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
     named = processor.tokenizer.special_tokens_map.items()
     special = {

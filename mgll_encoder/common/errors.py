@@ -56,6 +56,22 @@ class UnknownNameError(UserError):
     """A name (of a family, a label, a mode ...) is not known."""
 
 
+class InvalidArgumentError(UserError):
+    """An argument has an invalid value, has no effect here, or contradicts another one."""
+
+
+class MismatchError(UserError):
+    """Two inputs do not belong together: weights and configuration, delta and base, a run and its benchmark."""
+
+
+class StorageError(UserError):
+    """A disk is full or read-only, or the hub refuses an upload."""
+
+
+class TrainingError(UserError):
+    """Training or scoring cannot go on: values are not finite, memory is short, or a step of a script failed."""
+
+
 def unknown_name(kind: str, found: str, known: Iterable[str]) -> UnknownNameError:
     """Return an error for an unknown name, with the closest known name as a suggestion."""
     names = sorted(known)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import StorageError, UserError
 
 CACHE = "MGLL_CACHE_DIR"
 """Environment variable that names the cache folder."""
@@ -123,7 +123,7 @@ def writing(path: Path) -> Iterator[None]:
         fault = find_fault(error)
         if fault is None or not (fault.number in _WRITING or _is_of(path, fault)):
             raise
-        raise UserError(f"{path} cannot be written: {Fault(fault.number, str(path)).reason()}") from error
+        raise StorageError(f"{path} cannot be written: {Fault(fault.number, str(path)).reason()}") from error
 
 
 def _is_of(path: Path, fault: Fault) -> bool:

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mgll_encoder.common.errors import NotFoundError, OutputTakenError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    NotFoundError,
+    OutputTakenError,
+    UserError,
+)
 from mgll_encoder.common.faults import CACHE, find_fault, writing
 from mgll_encoder.common.locks import let_go, locked
 
@@ -53,14 +59,14 @@ def regular_file(path: Path, what: str = "file") -> Path:
         raise NotFoundError(f"{what} {path}{leads} does not exist: check the path") from None
     except OSError as error:
         fault = find_fault(error)
-        raise UserError(f"{what} {fault.line() if fault else error}") from None
+        raise BadDataError(f"{what} {fault.line() if fault else error}") from None
     except ValueError:
-        raise UserError(
+        raise InvalidArgumentError(
             f"{what} {str(path)!r} is not a file name: it contains characters that file names cannot have"
         ) from None
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "not a file")
-        raise UserError(f"{what} {path} is {kind}, expected an ordinary file: check the path")
+        raise BadDataError(f"{what} {path} is {kind}, expected an ordinary file: check the path")
     return path
 
 
@@ -249,7 +255,9 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise UserError(f"{error.filename} is a file, expected a folder: choose another location") from None
+        raise InvalidArgumentError(
+            f"{error.filename} is a file, expected a folder: choose another location"
+        ) from None
 
 
 def _lock_of(path: Path) -> Path:

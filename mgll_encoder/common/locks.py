@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 
 _logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _flock(descriptor: int, file: Path, otherwise: str | None) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # some network disks raise the latter
         if otherwise is not None:
-            raise UserError(otherwise) from None
+            raise BadDataError(otherwise) from None
 
         _logger.info(f"waiting for another process (it holds the lock {file}) ...")
         fcntl.flock(descriptor, fcntl.LOCK_EX)

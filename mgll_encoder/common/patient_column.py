@@ -3,7 +3,7 @@
 import logging
 import re
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.tables import Table
 
 _logger = logging.getLogger(__name__)
@@ -52,12 +52,12 @@ def patient_column(table: Table, named: str | None, *, drawn: bool) -> str | Non
         )
         return known[0]
     if known:
-        raise UserError(
+        raise InvalidArgumentError(
             f"label file {table.path}: columns {', '.join(map(repr, known))} may all identify the patient: choose with "
             "`patient_column`"
         )
     if drawn:
-        raise UserError(
+        raise InvalidArgumentError(
             f"label file {table.path}: no column is known to identify the patient, and images of one patient must not "
             f"be in different splits: give `patient_column=COLUMN`, or `patient_column={NONE}` if each image is from a "
             f"different patient; its columns are {', '.join(table.columns)}"

@@ -14,7 +14,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, StorageError
 
 _logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _write_new_key(path: Path) -> None:
         finally:
             Path(name).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(
+        raise StorageError(
             f"the key of the patients' pseudonyms cannot be written to {path} ({error.strerror}): name a file of your "
             f"own with {KEY_VARIABLE}=FILE"
         ) from None
@@ -134,14 +134,14 @@ def _read_key(path: Path) -> bytes:
         text = path.read_text(encoding="ascii").strip() if path.is_file() else ""
         key = bytes.fromhex(text)
     except PermissionError:
-        raise UserError(
+        raise StorageError(
             f"key {path} of the patients' pseudonyms is not readable by this user: ask its owner for a copy, and name "
             f"that with {KEY_VARIABLE}=FILE"
         ) from None
     except ValueError:
         key = b""
     if len(key) != KEY_BYTES:
-        raise UserError(
+        raise BadDataError(
             f"key {path} of the patients' pseudonyms is damaged: expected a file of {2 * KEY_BYTES} hexadecimal "
             f"digits; restore it, or name another with {KEY_VARIABLE}=FILE"
         )

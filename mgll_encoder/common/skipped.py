@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Skipped:
             UserError: in strict mode, with the detail.
         """
         if self._strict and trouble:
-            raise UserError(detail)
+            raise BadDataError(detail)
         self.counts[reason] += 1
         self.first.setdefault(reason, detail)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 
 
 def assign_split(patient: str, test: float = 0.3, val: float = 0.0, seed: int = 0) -> str:
@@ -21,7 +21,7 @@ def assign_split(patient: str, test: float = 0.3, val: float = 0.0, seed: int = 
         UserError: the shares leave nothing for the training split.
     """
     if not (test >= 0 and val >= 0 and test + val < 1):
-        raise UserError(
+        raise InvalidArgumentError(
             f"split shares test={test} and val={val} must be at least 0 and add up to less than 1"
         )
     digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()

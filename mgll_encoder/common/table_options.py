@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.tables import TableOptions, Uncertain
 
 Encoding = Annotated[
@@ -55,7 +55,7 @@ def reading(
         UserError: the separator is empty.
     """
     if label_separator == "":
-        raise UserError(
+        raise InvalidArgumentError(
             "--label-separator is empty: expected a character such as ',', or none if a cell is one label"
         )
     return TableOptions(encoding, sheet, label_separator, uncertain)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from mgll_encoder.common import workbooks
-from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError, did_you_mean
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, NotFoundError, did_you_mean
 from mgll_encoder.common.skipped import Skipped
 
 _logger = logging.getLogger(__name__)
@@ -122,9 +122,11 @@ def read_table(
     skipped, reading = skipped or Skipped(strict=True), reading or TableOptions()
     book = workbooks.kind_of(path)
     if book and reading.encoding:
-        raise UserError(f"`encoding` has no effect on label file {path}, which is {book.name}: leave it out")
+        raise InvalidArgumentError(
+            f"`encoding` has no effect on label file {path}, which is {book.name}: leave it out"
+        )
     if reading.sheet is not None and not (book and book.sheets):
-        raise UserError(
+        raise InvalidArgumentError(
             f"`sheet` has no effect on label file {path}, which is not an Excel workbook: leave it out"
         )
     if book:
@@ -211,7 +213,7 @@ def _decoded(path: Path, encoding: str | None) -> str:
     try:
         text = content.decode(codec).removeprefix("\ufeff")
     except LookupError:
-        raise UserError(
+        raise InvalidArgumentError(
             f"`encoding` is '{encoding}', which is not known: give one such as utf-8, cp1252, gb18030"
         ) from None
     except UnicodeDecodeError as error:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 
 TRAINED_ON = "mgll_trained_on.json"
 """File name, in the folder of a tower, a model or an adapter."""
@@ -104,7 +104,7 @@ def trainings_of(folder: Path) -> tuple[Training, ...]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        raise UserError(
+        raise BadDataError(
             f"{file}: '{where}': {first['msg']}: restore the record of what the weights were trained on, or remove it"
         ) from None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import check_free, new_file
 from mgll_encoder.common.images import open_image
 from mgll_encoder.tower.preprocess import image_transform
@@ -35,7 +35,7 @@ def check_sheet(path: Path | None, force: bool) -> None:
     if path is None:
         return
     if path.suffix.lower() != ".png":
-        raise UserError(f"`contact_sheet` is {path}: expected a name that ends in .png")
+        raise InvalidArgumentError(f"`contact_sheet` is {path}: expected a name that ends in .png")
     check_free(path, force)
 
 
@@ -57,7 +57,7 @@ def write_contact_sheet(
         UserError: there are none, one cannot be read, or ``out`` exists.
     """
     if not pictures:
-        raise UserError("no picture for the contact sheet")
+        raise InvalidArgumentError("no picture for the contact sheet")
     chosen = np.unique(np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int))
     pairs = [(pictures[place][0], open_image(pictures[place][1])) for place in chosen]
     page = _page(pairs, len(pictures), rule)

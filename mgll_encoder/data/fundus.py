@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, NotFoundError, UserError
 from mgll_encoder.common.files import check_free, sha256
 from mgll_encoder.common.images import check_image_header
 from mgll_encoder.common.progress import track
@@ -88,13 +88,13 @@ class FundusTable:
 
     def __post_init__(self) -> None:
         if self.classes and self.binary:
-            raise UserError(
+            raise InvalidArgumentError(
                 "`classes` has no effect on `binary_columns`, whose names are the labels: leave one out"
             )
         for argument, value in (("binary_columns", self.binary), ("classes", self.classes)):
             if value and self.layout != GENERIC:
                 defined = argument.removeprefix("binary_")
-                raise UserError(
+                raise InvalidArgumentError(
                     f"`{argument}` has no effect on layout '{self.layout}', which defines its {defined}"
                 )
 

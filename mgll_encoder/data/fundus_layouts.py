@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mgll_encoder.common.errors import BadDataError, UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, unknown_name
 from mgll_encoder.common.skipped import NO_LABEL, NO_TRUTH, Skipped
 from mgll_encoder.common.tables import Table, TableOptions, Uncertain
 from mgll_encoder.data.label_rows import LabelRow, UnusableError, settled, truths
@@ -134,7 +134,7 @@ def from_folders(name: str, images: Path, skipped: Skipped) -> list[LabelRow]:
     """
     layout = _layout(name)
     if not layout.folders:
-        raise UserError(f"`labels` is missing: layout '{name}' needs its label file")
+        raise InvalidArgumentError(f"`labels` is missing: layout '{name}' needs its label file")
     rows: list[LabelRow] = []
     for pattern, found in layout.folders.items():
         files = sorted(images.rglob(pattern))

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import is_file
 from mgll_encoder.common.patient_column import patient_column
 from mgll_encoder.common.skipped import (
@@ -142,7 +142,9 @@ def label_rows(
     """
     reading = reading or TableOptions()
     if reading.separator and (columns.binary or columns.classes):
-        raise UserError("`label_separator` has no effect on `binary_columns` and `classes`: leave it out")
+        raise InvalidArgumentError(
+            "`label_separator` has no effect on `binary_columns` and `classes`: leave it out"
+        )
     listed = columns.labels and not (columns.binary or columns.classes)
     column = [record[columns.labels or ""] for _, record in table.rows] if listed else []
     lists = LabelLists(reading.separator, column, known, f"label file {table.path} column '{columns.labels}'")

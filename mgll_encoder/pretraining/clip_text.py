@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.clip_tokenizer import clip_tokenizer
 from mgll_encoder.text.text_tower import TextTower
@@ -63,10 +63,10 @@ def clip_text_tower(
         mlp = len(tensors["encoder.layers.0.mlp.fc1.weight"])
         projection = state[_PROJECTION]
     except KeyError as error:
-        raise UserError(f"{path}: the text tower lacks {error}: expected that of a full CLIP") from None
+        raise BadDataError(f"{path}: the text tower lacks {error}: expected that of a full CLIP") from None
     tokenizer = clip_tokenizer()
     if rows != len(tokenizer) or projection.shape != (width, shared):
-        raise UserError(
+        raise BadDataError(
             f"{path}: the text tower has {rows} tokens and a projection of shape {list(projection.shape)}: expected "
             f"CLIP's {len(tokenizer)} and [{width}, {shared}]; train another one with `text_tower=new`"
         )
@@ -114,7 +114,7 @@ def _renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         elif name.startswith(_BLOCK):
             place = OPEN_CLIP_BLOCKS.find(name)
             if place is None:
-                raise UserError(f"{where}: the text tower has '{name}', which is not in a CLIP text tower")
+                raise BadDataError(f"{where}: the text tower has '{name}', which is not in a CLIP text tower")
             tensors |= dict(zip(place.targets, place.cut(tensor), strict=True))
     return tensors
 
@@ -129,9 +129,9 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     for name, tensor in own.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: tensor '{name}' of the text tower contains NaN or infinite values")
+            raise BadDataError(f"{path}: tensor '{name}' of the text tower contains NaN or infinite values")
     try:
         model.load_state_dict(own)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: the text tower is not that of a CLIP: {first}") from None
+        raise UnsupportedCheckpointError(f"{path}: the text tower is not that of a CLIP: {first}") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import InvalidArgumentError, MismatchError, NotFoundError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.data.batches import SplitRows
 from mgll_encoder.pretraining.clip_text import clip_text_tower
@@ -76,7 +76,7 @@ def starting_towers(
     projection = image_projection(vision)
     text = _text(text_tower, path, vision, projection.out_features, plan)
     if text is None and freeze_text:
-        raise UserError(
+        raise InvalidArgumentError(
             "`freeze_text=True`: the text tower is new and must be trained; leave it out, or name a trained one with "
             "`text_tower`"
         )
@@ -95,7 +95,7 @@ def _freeze_first(vision: Tower, trained: int) -> None:
     """
     depth = vision.spec.depth
     if not 1 <= trained <= depth:
-        raise UserError(
+        raise InvalidArgumentError(
             f"`train_blocks` is {trained}: the image tower has {depth} blocks: give a number from 1 to {depth}"
         )
     first = f"{ARCHITECTURES[vision.spec.architecture].blocks}.{depth - trained}."
@@ -167,7 +167,7 @@ def _check_known(text: TextTower, plan: SplitRows) -> None:
     unknown = lru_cache(maxsize=2**16)(lambda sentence: tuple(text.unknown(sentence)))
     for sentence in plan.all_texts():
         if pieces := unknown(sentence):
-            raise UserError(
+            raise MismatchError(
                 f"the text tower of `init` has no embedding for {', '.join(pieces[:5])} in '{sentence[:80]}', a text "
                 f"of {plan.path}: train another one with `text_tower={NEW}`"
             )

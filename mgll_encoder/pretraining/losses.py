@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.pretraining.distributed import gather_batch
 
 MAX_LOG_SCALE = math.log(100)
@@ -44,7 +44,7 @@ class Alphas:
     def __post_init__(self) -> None:
         values = (self.soft_clip, self.pointwise, self.smooth_kl)
         if min(values) < 0 or max(values) <= 0 or not all(map(math.isfinite, values)):
-            raise UserError(
+            raise InvalidArgumentError(
                 f"`alphas` is {values}: give three finite weights, none negative, at least one above 0"
             )
 

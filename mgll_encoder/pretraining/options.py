@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from mgll_encoder.common.deepspeed import read_deepspeed
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, unknown_name
 from mgll_encoder.pretraining.dual_encoder import PRESETS
 from mgll_encoder.pretraining.initialization import AUTO
 from mgll_encoder.pretraining.losses import PLAIN_CLIP, Alphas
@@ -92,15 +92,19 @@ class PretrainOptions:
             ("`tower_lr`", self.lr if self.tower_lr is None else self.tower_lr),
         ):
             if number <= 0 or not math.isfinite(number):
-                raise UserError(f"{option} is {number}: it must be greater than 0")
+                raise InvalidArgumentError(f"{option} is {number}: it must be greater than 0")
         for name in ("activation", "image_size", "pooling"):
             if getattr(self, name) is not None and self.init is None:
                 what = name.replace("_", " ")
-                raise UserError(f"`{name}` is for `init`: a new tower has the {what} of its `preset`")
+                raise InvalidArgumentError(
+                    f"`{name}` is for `init`: a new tower has the {what} of its `preset`"
+                )
         if self.train_blocks is not None and self.init is None:
-            raise UserError("`train_blocks` is for `init`: all blocks of a new tower have to be trained")
+            raise InvalidArgumentError(
+                "`train_blocks` is for `init`: all blocks of a new tower have to be trained"
+            )
         if self.init_weights is not None and self.init is None:
-            raise UserError("`init_weights` is for `init`: a new tower has one set of weights")
+            raise InvalidArgumentError("`init_weights` is for `init`: a new tower has one set of weights")
         if self.deepspeed is not None:
             _check_deepspeed(self.deepspeed)
 
@@ -118,13 +122,13 @@ def _check_deepspeed(path: Path) -> None:
     """
     content = read_deepspeed(path)
     if content.zero_optimization.stage == 3:
-        raise UserError(
+        raise BadDataError(
             f"{path}: field 'zero_optimization.stage' is 3: expected 0, 1 or 2; both towers fit on one GPU, "
             "from which they are saved"
         )
     steps = content.gradient_accumulation_steps
     if steps not in (1, "auto"):
-        raise UserError(
+        raise BadDataError(
             f"{path}: field 'gradient_accumulation_steps' is {steps}: expected 1; negatives are not shared across "
             "accumulation steps; raise `batch_size` or the number of processes, with `gradient_checkpointing=True`"
         )

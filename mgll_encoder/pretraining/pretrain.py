@@ -15,7 +15,13 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    MismatchError,
+    NotFoundError,
+    TrainingError,
+)
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free, sha256, write_text
 from mgll_encoder.common.hub import at_hand
@@ -122,7 +128,7 @@ def pretrain(
     plan = plans["train"]
     if len(plan) < 2:
         reasons = "; ".join(skipped.lines()) or "no other row has split 'train'"
-        raise UserError(
+        raise BadDataError(
             f"manifest {manifest} has {len(plan)} train images: contrastive training needs at least 2; {reasons}"
         )
     arguments = training_arguments(checkpoint_folder(out), options, len(plan), workers)
@@ -183,7 +189,7 @@ def _run(
             f"{trainer.args.num_train_epochs:.0f}): remove {folder} to start over"
         )
     if not all(map(math.isfinite, (outcome.training_loss, *trainer.epoch_losses))):
-        raise UserError(f"the loss is not finite after {outcome.global_step} steps: use a smaller `lr`")
+        raise TrainingError(f"the loss is not finite after {outcome.global_step} steps: use a smaller `lr`")
     return outcome.global_step
 
 
@@ -250,7 +256,7 @@ def _validation(plan: SplitRows | None, select: Select, model: TwoTowers, worker
         return validation
     found = f"manifest {plan.path} has {len(plan)} usable val images, and no text that is true of only some of them"
     if select == "best":
-        raise UserError(
+        raise InvalidArgumentError(
             f"`select=best`: {found}; set some aside with `build_fundus(val=0.1)`, or leave `select` out"
         )
     if len(plan):
@@ -303,7 +309,7 @@ def _last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path:
     changed = [name for name in identity if before.get(name) != identity[name]]
     if changed:
         name = changed[0]
-        raise UserError(
+        raise MismatchError(
             f"cannot resume: '{name}' was {before.get(name)} in the interrupted run and is {identity[name]} now; "
             "give the same options, or run again without `resume`"
         )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, TrainingError
 from mgll_encoder.common.resuming import SoundStates
 from mgll_encoder.common.skipped import UNREADABLE, Skipped
 from mgll_encoder.data.batches import ManifestImages, SplitRows
@@ -77,11 +77,11 @@ class Validation:
                     batch = torch.stack(pixels).to(weight.device, weight.dtype)
                     images.append(F.normalize(towers.image_features(batch).float(), dim=-1))
             if not images:
-                raise UserError(f"no validation image can be read; first: {troubles[0]}")
+                raise BadDataError(f"no validation image can be read; first: {troubles[0]}")
             texts = F.normalize(towers.text.features(self.texts).float(), dim=-1)
         scores = (torch.cat(images) @ texts.T).cpu().numpy()
         if not np.isfinite(scores).all():
-            raise UserError("the towers' features are no longer finite: use a smaller `lr`")
+            raise TrainingError("the towers' features are no longer finite: use a smaller `lr`")
         return ranking_metrics(scores, self.truth[:, np.array(readable)], self.names), troubles
 
 
@@ -161,7 +161,7 @@ class TowerTrainer(SoundStates):
         troubles = inputs.pop("troubles")
         self._count(troubles)
         if not inputs:
-            raise UserError(
+            raise BadDataError(
                 f"none of the {len(troubles)} images of a batch can be read; first: {troubles[0]}; fix them or "
                 "remove them from the manifest"
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.progress import counter
 from mgll_encoder.pretraining.options import PretrainOptions
 
@@ -27,7 +27,7 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
-        raise UserError("`precision=fp16` needs a GPU: use bf16 or fp32")
+        raise InvalidArgumentError("`precision=fp16` needs a GPU: use bf16 or fp32")
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
@@ -58,7 +58,7 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
         report_to=[],
     )
     if arguments.n_gpu > 1:
-        raise UserError(
+        raise InvalidArgumentError(
             f"{arguments.n_gpu} GPUs are visible to one process: start one process per GPU with "
             f"torchrun --nproc-per-node {arguments.n_gpu} --no-python COMMAND ..."
         )

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.data.fundus_layouts import layouts
 from mgll_encoder.data.label_table import Columns
 
@@ -130,7 +130,7 @@ def published_rows(name: str | None, protocol: str) -> Mapping[str, Mapping[str,
     paper = benchmark(name).paper if name else None
     found = published_figures(paper, protocol) if paper else {}
     if not found:
-        raise UserError(
+        raise InvalidArgumentError(
             f"`compare=paper` needs `benchmark` with published results of a {protocol}: {', '.join(having)}"
         )
     return found

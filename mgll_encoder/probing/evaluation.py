@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.probing.labeled_set import LabeledSet
@@ -178,7 +178,7 @@ def evaluate_zero_shot(
     labels = question.read(skipped, both_sides=False)
     labels = (labels if every else labels.subset(labels.test)).all_for_test
     if not labels.images:
-        raise UserError("no image is in the test split: give a larger `test`, or `every=True`")
+        raise InvalidArgumentError("no image is in the test split: give a larger `test`, or `every=True`")
     from mgll_encoder.probing.features import readable_features
     from mgll_encoder.probing.linear import evaluate, kept_labels
     from mgll_encoder.probing.zero_shot import (
@@ -235,6 +235,6 @@ def need_kept(kept: list[int], min_positives: int) -> None:
         UserError: no label is kept.
     """
     if not kept:
-        raise UserError(
+        raise InvalidArgumentError(
             f"no label has negative and {min_positives} positive test images, and both to train on: see `min_positives`"
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgll_encoder.common.errors import NotFoundError, UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, NotFoundError, unknown_name
 from mgll_encoder.common.files import check_free, new_file
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.probing.evaluation import open_tower
@@ -50,7 +50,7 @@ def explain_images(
     """See `mgll_encoder.explain`; ``question`` are the labeled images that the probe of ``labels`` is fitted on."""
     check_free(out, force)
     if out.suffix.lower() != ".png":
-        raise UserError(f"`out` is {out}: expected a name that ends in .png")
+        raise InvalidArgumentError(f"`out` is {out}: expected a name that ends in .png")
     check_tower(encoder)
     if not (images.is_file() or images.is_dir()):
         raise NotFoundError(
@@ -91,7 +91,7 @@ def _texts(tower: "Tower", texts: Sequence[str]) -> "list[Target]":
     if not texts:
         return []
     if blank := [text for text in texts if not text.strip()]:
-        raise UserError(f"`texts` has '{blank[0]}': expected some words")
+        raise InvalidArgumentError(f"`texts` has '{blank[0]}': expected some words")
     directions = class_directions(text_tower_of(tower.header.source, tower), [[text] for text in texts])
     return [text_target(tower, text, feature) for text, feature in zip(texts, directions, strict=True)]
 
@@ -118,7 +118,7 @@ def _classes(
         train = ~found.test & (found.truth | found.false)[:, place]
         truth = found.truth[train, place]
         if truth.all() or not truth.any():
-            raise UserError(
+            raise BadDataError(
                 f"label '{label}' has no positive, or no negative, training image: nothing to fit"
             )
         targets.append(class_target(name, fit_linear(features[train], truth)))
@@ -157,5 +157,5 @@ def _pictures(images: Path, limit: int, skipped: Skipped) -> dict[Path, int]:
             chosen[path] = number
     if not chosen:
         reasons = "; ".join(skipped.lines()) or f"it contains no {', '.join(_PICTURES)}"
-        raise UserError(f"{images} has no usable image: {reasons}")
+        raise BadDataError(f"{images} has no usable image: {reasons}")
     return chosen

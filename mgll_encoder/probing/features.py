@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.files import appearing
 from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.common.progress import track
@@ -121,7 +121,7 @@ def without_unreadable(data: LabeledImages, kept: NDArray[np.bool_], skipped: Sk
         where = data.rows[place] if data.rows else f"image {place + 1}"
         skipped.add(UNREADABLE, f"{where}: the image {unreadable(data.images[place]) or _NOT_FINITE}")
     if not kept.any():
-        raise UserError(f"none of {len(kept)} images can be read: {'; '.join(skipped.lines())}")
+        raise BadDataError(f"none of {len(kept)} images can be read: {'; '.join(skipped.lines())}")
     return data.subset(kept)
 
 
@@ -213,5 +213,5 @@ def _all_readable(images: Sequence[Path], features: NDArray[np.float32]) -> NDAr
     """Return the features if none of them is NaN."""
     if (bad := np.isnan(features).any(axis=1)).any():
         path = images[int(bad.argmax())]
-        raise UserError(f"image {path} {unreadable(path) or _NOT_FINITE}")
+        raise BadDataError(f"image {path} {unreadable(path) or _NOT_FINITE}")
     return features

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, TrainingError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.locks import locked
@@ -80,9 +80,9 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         for name, value in (("`epochs`", self.epochs), ("`batch_size`", self.batch_size), ("`lr`", self.lr)):
             if value <= 0 or not math.isfinite(value):
-                raise UserError(f"{name} is {value}: it must be greater than 0")
+                raise InvalidArgumentError(f"{name} is {value}: it must be greater than 0")
         if not 0 < self.validation < 1:
-            raise UserError(f"`validation` is {self.validation}: it must be between 0 and 1")
+            raise InvalidArgumentError(f"`validation` is {self.validation}: it must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def finetune(
     learn = data.subset(~data.test & ~val)
     choose, asked = data.subset(val), data.subset(data.test)
     if not len(learn.images) or not mixed(choose).any():
-        raise UserError(
+        raise BadDataError(
             f"the validation part ({len(choose.images)} of {len(learn.images) + len(choose.images)} training images) "
             "has no label with positive and negative images: give a larger `validation`, or more patients"
         )
@@ -234,7 +234,9 @@ def finetune(
             check_states(last, weights=SAFE_WEIGHTS_NAME)
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
         if not math.isfinite(outcome.training_loss):
-            raise UserError(f"the loss is not finite after {outcome.global_step} steps: use a smaller `lr`")
+            raise TrainingError(
+                f"the loss is not finite after {outcome.global_step} steps: use a smaller `lr`"
+            )
         logits = trainer.predict(LabeledPixels(asked, tower.spec, False, options.seed)).predictions
         best = math.nan if trainer.state.best_metric is None else float(trainer.state.best_metric)
         shutil.rmtree(folder, ignore_errors=True)

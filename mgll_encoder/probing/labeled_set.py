@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgll_encoder.common.errors import BadDataError, UserError
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError
 from mgll_encoder.common.tables import TableOptions, listed
 from mgll_encoder.common.texts import read_text
 
@@ -51,21 +51,25 @@ class LabeledSet:
         from mgll_encoder.probing.benchmarks import benchmark as described
 
         if self.test_images and not self.test_data:
-            raise UserError("`test_images` is given without `test_data`: expected both, or neither")
+            raise InvalidArgumentError(
+                "`test_images` is given without `test_data`: expected both, or neither"
+            )
         if sum(map(bool, (self.test_data, self.test_list, self.split_column))) > 1:
-            raise UserError(
+            raise InvalidArgumentError(
                 "`test_data`, `test_list` and `split_column` exclude each other: give one of them"
             )
         sides = Sides(
             self.test, self.seed, _listed(self.test_list), self.test_data, self.test_images, both_sides
         )
         if self.benchmark and (self.image_column, self.labels_column, self.binary_columns) != _COLUMNS:
-            raise UserError(f"`benchmark={self.benchmark}` defines the columns: leave their options out")
+            raise InvalidArgumentError(
+                f"`benchmark={self.benchmark}` defines the columns: leave their options out"
+            )
         only = tuple(name.strip().casefold() for name in self.only.split(";") if name.strip())
         known = described(self.benchmark) if self.benchmark else None
         if known and not self.data and known.folders:
             if self.patient_column or self.split_column:
-                raise UserError(
+                raise InvalidArgumentError(
                     "`patient_column` and `split_column` need a label table: give `data`, or leave them out"
                 )
             columns = known.columns if known.tabled else None
@@ -81,7 +85,7 @@ class LabeledSet:
                 reading=self.reading,
             )
         if not self.data:
-            raise UserError(
+            raise InvalidArgumentError(
                 "`data` is missing: expected the label file; only data sets labeled by folders need none"
             )
         if known and not known.tabled:

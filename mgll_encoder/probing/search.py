@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.probing.evaluation import open_tower
@@ -73,7 +73,7 @@ def search(
             projections[rows], directions[places][used], truth[rows][:, used], owners, seed=seed
         )
     if not results:
-        raise UserError(
+        raise BadDataError(
             f"manifest {data}: no granularity has two texts in the {split} split: nothing to retrieve"
         )
     return Search(results, len(set(readable.patients)), skipped)

@@ -14,7 +14,7 @@ from scipy.special import expit, softmax
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, MismatchError, UnsupportedCheckpointError, unknown_name
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus import read_explanations
 from mgll_encoder.pretraining.initialization import paired_text_tower
@@ -79,7 +79,7 @@ class Prompts(BaseModel):
                 t.format_map(words) for t in templates if "{explanation}" not in t or words["explanation"]
             ]
         if not filled:
-            raise UserError(
+            raise BadDataError(
                 f"label '{label}' has no prompt: every template needs an explanation, and it has none"
             )
         return list(dict.fromkeys(filled))
@@ -110,12 +110,12 @@ def read_prompts(name: str) -> Prompts:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(
+        raise BadDataError(
             f"prompts file {path}: '{where}': {first['msg']}; expected one set, such as "
             '{"templates": ["{label}"], "negatives": ["no {label}"]}'
         ) from None
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(
+        raise BadDataError(
             f"prompts file {path}: a template has a placeholder {error}: expected {{label}} or {{explanation}}"
         ) from None
     return prompts
@@ -132,19 +132,19 @@ def text_tower_of(path: Path, tower: Tower) -> TextTower:
         UserError: there is none, it is damaged, or the image tower has no projection into the shared space.
     """
     if tower.projection is None:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"tower {path} has no projection into the image-text space: expected one written by "
             "`pretrain()`, or a full CLIP"
         )
     text = paired_text_tower(path, tower, tower.projection.shape[0])
     if text is None:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"tower {path} has no text tower: expected a folder written by `pretrain()`, or a full CLIP; "
             "an image tower alone cannot compare images with texts"
         )
     end = text.tokenizer.eos_token_id
     if end is not None and end >= text.rows:
-        raise UserError(
+        raise MismatchError(
             f"{path}: the text tower has {text.rows} pieces, its tokenizer {len(text.tokenizer)}: expected "
             "those of one CLIP; use both from the same folder"
         )
@@ -158,7 +158,9 @@ def projected(tower: Tower, features: NDArray[np.floating]) -> NDArray[np.float3
         UserError: the tower has no projection.
     """
     if tower.projection is None:
-        raise UserError(f"tower {tower.header.source} has no projection into the image-text space")
+        raise UnsupportedCheckpointError(
+            f"tower {tower.header.source} has no projection into the image-text space"
+        )
     with torch.inference_mode():
         return normalize(torch.from_numpy(features) @ tower.projection.float().T, dim=1).numpy()
 

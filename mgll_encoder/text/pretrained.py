@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError, UserError
 from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.common.texts import read_json
 
@@ -102,13 +102,13 @@ def check_configs(folder: Path, config: Mapping[str, Any] | None = None) -> None
             continue
         settings = config if config and name == CONFIGS[0] else read_json(folder / name)
         if settings.get(_LOADS_ANOTHER) is not None:
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 f"{folder / name}: field '{_LOADS_ANOTHER}' names another model to load; nothing was loaded: remove "
                 "the field, audio is not supported"
             )
         code = settings.get(CODE_FIELD)
         if code is not None and not isinstance(code, dict | list):
-            raise UserError(
+            raise BadDataError(
                 f"{folder / name}: field '{CODE_FIELD}' is {code!r}: expected an object; remove it"
             )
 
@@ -118,18 +118,18 @@ def _unreadable(what: str, folder: Path | None, error: Exception, advice: str) -
     asking = _asks_for_code(folder) if folder and needs_code else None
     if asking is not None:
         file, code = asking
-        return UserError(
+        return UnsupportedCheckpointError(
             f"{what} cannot be read without running Python code of its folder; none of it was run: {file} names it "
             f"in field '{CODE_FIELD}' ({code!s:.120}), and no transformers class instead: expected files that "
             "transformers can read itself"
         )
     if needs_code and "trust_remote_code" in str(error):
-        return UserError(
+        return UnsupportedCheckpointError(
             f"{what} cannot be read without running Python code of its repository (field '{CODE_FIELD}'); none of "
             "it was run: expected a model that transformers can read itself"
         )
     reason = (folder and _damaged(folder)) or library_reason(error)
-    return UserError(f"{what} cannot be read: {reason}{advice and f'; {advice}'}")
+    return BadDataError(f"{what} cannot be read: {reason}{advice and f'; {advice}'}")
 
 
 def _damaged(folder: Path) -> str | None:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError, NotFoundError, UnsupportedCheckpointError
 from mgll_encoder.text.clip_tokenizer import CONTEXT, trimmed_tokenizer
 from mgll_encoder.text.pretrained import load_pretrained
 from mgll_encoder.weights.weight_file import open_weights
@@ -179,17 +179,17 @@ class TextTower(nn.Module):
         """
         file = folder / TEXT_TOWER_FILE
         if not file.is_file():
-            raise UserError(f"folder {folder} has no text tower: expected {TEXT_TOWER_FILE} in it")
+            raise NotFoundError(f"folder {folder} has no text tower: expected {TEXT_TOWER_FILE} in it")
         try:
             spec = TextSpec.model_validate_json(file.read_text(encoding="utf-8"))
         except (ValidationError, ValueError, OSError) as error:
-            raise UserError(f"{file} does not describe a text tower ({error}): copy it again") from None
+            raise BadDataError(f"{file} does not describe a text tower ({error}): copy it again") from None
         model, tokenizer = _pretrained(AutoModel, str(folder)), _tokenizer(str(folder))
         _check_padding(model, tokenizer, str(folder))
         weights = open_weights(folder / TEXT_PROJECTION_FILE)
         shape = weights.headers[TEXT_PROJECTION].shape if TEXT_PROJECTION in weights.headers else None
         if shape is None or len(shape) != 2 or shape[1] != model.config.hidden_size:
-            raise UserError(
+            raise MismatchError(
                 f"{folder / TEXT_PROJECTION_FILE}: '{TEXT_PROJECTION}' has shape {list(shape or ())}: expected "
                 f"[features, {model.config.hidden_size}], the width of the encoder next to it; copy the whole folder"
             )
@@ -272,7 +272,7 @@ def load_text_tower(tower_folder: Path) -> TextTower:
     """
     folder = tower_folder / FOLDER
     if not folder.is_dir():
-        raise UserError(
+        raise NotFoundError(
             f"tower {tower_folder} has no text tower (no subfolder '{FOLDER}'): expected a folder written by "
             "`pretrain()`; a converted image tower alone cannot compare images with texts"
         )
@@ -285,14 +285,16 @@ def _pretrained(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
         model, report = _load(kind, source, dtype=torch.float32, output_loading_info=True, **settings)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing or report["mismatched_keys"]:
-        raise UserError(
+        raise BadDataError(
             f"text tower {source} lacks weights, such as '{(missing or report['mismatched_keys'])[0]}': "
             "expected a complete text encoder"
         )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     if model.get_input_embeddings() is None or not hasattr(model.config, "max_position_embeddings"):
-        raise UserError(f"text tower {source} is a '{model.config.model_type}': expected a text encoder")
+        raise UnsupportedCheckpointError(
+            f"text tower {source} is a '{model.config.model_type}': expected a text encoder"
+        )
     encoder: PreTrainedModel = model
     return encoder
 
@@ -300,7 +302,7 @@ def _pretrained(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, source)
     if tokenizer.pad_token_id is None:
-        raise UserError(
+        raise BadDataError(
             f"text tower {source}: its tokenizer has no padding token: expected one, as in BERT's"
         )
     return tokenizer
@@ -308,7 +310,7 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def _check_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     if int(tokenizer.pad_token_id) >= _rows(model):
-        raise UserError(
+        raise MismatchError(
             f"text tower {source}: its padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, but "
             f"the encoder knows {_rows(model)}: take both from the same folder"
         )

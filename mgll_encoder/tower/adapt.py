@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import IncompatibleTowerError
 from mgll_encoder.tower.architectures.base import Architecture
 
 Channels = tuple[float, float, float]
@@ -33,7 +33,7 @@ def resample_positions(pos: Tensor, grid: int, *, leading: int = 1, antialias: b
     """
     old = isqrt(max(pos.shape[0] - leading, 0))
     if old < 1 or leading + old * old != pos.shape[0] or grid < 1:
-        raise UserError(
+        raise IncompatibleTowerError(
             f"cannot resample {pos.shape[0]} positions to a {grid}x{grid} grid: "
             f"expected {leading} + g*g rows, and a grid of at least 1x1"
         )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule, Resize, checked
 
 if TYPE_CHECKING:
@@ -86,7 +86,9 @@ def read_preprocessing(config: Mapping[str, Any], where: Path) -> tuple[dict[str
     """
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if config.get(step) is False:
-            raise UserError(f"{where}: field '{step}' is false: expected true, a tower needs all three steps")
+            raise BadDataError(
+                f"{where}: field '{step}' is false: expected true, a tower needs all three steps"
+            )
     crops = config.get("do_center_crop", True) and config.get("crop_size") is not None
     size, crop = config.get("size", 224), config.get("crop_size")
     by_edge = isinstance(size, int) or (isinstance(size, Mapping) and "shortest_edge" in size)
@@ -94,7 +96,7 @@ def read_preprocessing(config: Mapping[str, Any], where: Path) -> tuple[dict[str
     final = _sides(crop) if crops else resized
     resize: Resize = "pad" if config.get("do_pad") else "crop" if by_edge else "squash"
     if len(final) != 1 or (resize == "crop" and not config.get("do_center_crop", True)):
-        raise UserError(
+        raise BadDataError(
             f"{where}: size {size} with crop {crop} does not give a square image: expected a square"
         )
     notes = []

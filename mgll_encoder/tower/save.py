@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError
 from mgll_encoder.common.files import new_folder, sha256
 from mgll_encoder.common.local_paths import without_local
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
@@ -57,7 +57,7 @@ def save_tower(
     for name in architecture.fields.names.values():
         found, expected = getattr(tower.model.config, name, None), getattr(config, name)
         if found != expected:
-            raise UserError(f"the model's {name} is {found}: expected {expected} as in its TowerSpec")
+            raise MismatchError(f"the model's {name} is {found}: expected {expected} as in its TowerSpec")
     config.architectures = [architecture.model_class]
     config.dtype = tower.model.dtype
     record: dict[str, Any] = {

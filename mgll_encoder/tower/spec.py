@@ -6,7 +6,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 
 Activation = Literal["gelu", "quick_gelu", "gelu_pytorch_tanh"]
 Pooling = Literal["class", "mean", "mean_norm", "attention"]
@@ -106,4 +106,4 @@ def checked(kind: type[Contract], fields: Mapping[str, Any], where: Path) -> Con
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         found = f"field '{name}' is {first['input']!r}: " if name else ""
-        raise UserError(f"{where}: {found}{first['msg']}") from None
+        raise BadDataError(f"{where}: {found}{first['msg']}") from None

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -74,7 +74,7 @@ def refuse_adapter(folder: Path, model: str, processor: str) -> None:
     base = read_json(file).get("base_model_name_or_path") or "BASE"
     command = shlex.join(["python", "-c", _MERGE.format(model=model, processor=processor)])
     names = shlex.join([str(base), str(folder), f"{folder.name}-merged"])
-    raise UserError(
+    raise UnsupportedCheckpointError(
         f"{folder} contains a PEFT adapter ({ADAPTER_CONFIG}), not full weights: merge it into its base model, "
         f"and pass the merged folder: {command} {names}"
     )

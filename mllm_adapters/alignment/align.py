@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, UnsupportedCheckpointError, UserError
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.picture_bytes import picture_digests
 from mgll_encoder.common.progress import track
@@ -155,11 +155,11 @@ def fitted_plan(plan: Plan, family: Family, checkpoint: Checkpoint) -> Plan:
         UserError: it is not a swap, or has no linear layer that reads features.
     """
     if not plan.swapped:
-        raise UserError("`images` goes with a new tower: give one with `encoder`")
+        raise InvalidArgumentError("`images` goes with a new tower: give one with `encoder`")
     plan = family.for_alignment(plan, checkpoint)
     connector_layers = family.connector_layers(plan)
     if not connector_layers:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{plan.source}: no linear layer of its own reads the tower's features ({', '.join(plan.connectors)}), so "
             "there is nothing to align: leave out `images` and retrain the projector"
         )
@@ -203,7 +203,7 @@ def align(
     try:
         old = source_vision_model(target, family, checkpoint, place)
     except UserError as error:
-        raise UserError(f"`images` needs the model as it was, tower and all: {error}") from error
+        raise InvalidArgumentError(f"`images` needs the model as it was, tower and all: {error}") from error
     new = planned_vision_model(target, family, checkpoint, place)
     points = {_point(r): (_point(r), r.at or r.host or r.linear) for r in connector_layers}
     data = _Data(FeaturePairs(family, old, new, points))
@@ -211,7 +211,7 @@ def align(
         data.add(files[start : start + BATCH])
     if data.used < FEWEST:
         found = "; ".join(data.skipped.lines())
-        raise UserError(
+        raise InvalidArgumentError(
             f"`images={images}`: {data.used} readable images are too few, {FEWEST} at least are needed; {found}"
         )
     tensors, fits = _solve(data, connector_layers, old, plan, target)
@@ -244,7 +244,7 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         here = torch.accelerator.current_accelerator(check_available=True)
         known = f"cpu or {here.type}" if here else "cpu"
-        raise UserError(f"`device={name}`: no such device here: take auto, {known}") from None
+        raise InvalidArgumentError(f"`device={name}`: no such device here: take auto, {known}") from None
     return device
 
 

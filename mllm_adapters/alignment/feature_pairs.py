@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.hooks import hooked
 from mgll_encoder.common.texts import checked, parse_json, read_text
 from mgll_encoder.data.manifest import image_folder, read_header, read_rows
@@ -118,10 +118,12 @@ def find_images(images: Path, most: int) -> list[Path]:
         where = f"{images} has {len(files)} images to train on"
     else:
         what = "is neither a folder nor a manifest or bench (.jsonl)" if images.exists() else "does not exist"
-        raise UserError(f"`images={images}` {what}: give a folder of images; they need no labels")
+        raise InvalidArgumentError(f"`images={images}` {what}: give a folder of images; they need no labels")
     if min(len(files), most) < FEWEST:
         asked = f", and `samples` is {most}" if most < FEWEST <= len(files) else ""
-        raise UserError(f"`images`: {where}{asked}: at least {FEWEST} are needed, some hundreds are better")
+        raise InvalidArgumentError(
+            f"`images`: {where}{asked}: at least {FEWEST} are needed, some hundreds are better"
+        )
     random.Random(0).shuffle(files)
     return files[:most]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.weights.foreign import other_format
@@ -78,7 +78,7 @@ class Checkpoint:
         self._attached: dict[str, TensorHeader] = {}
         refuse_delta(folder)
         if not loose and not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is not a checkpoint folder: expected a folder with a config.json")
+            raise NotFoundError(f"{folder} is not a checkpoint folder: expected a folder with a config.json")
         if config is None:
             config = {} if loose else read_json(folder / "config.json")
         self.config = config
@@ -110,7 +110,7 @@ class Checkpoint:
         shards = sorted(set(self._weight_map.values()))
         for name in shards:
             if Path(name).name != name or not (self.folder / name).is_file():
-                raise UserError(f"{self.folder}: shard {name} is missing: complete the download")
+                raise NotFoundError(f"{self.folder}: shard {name} is missing: complete the download")
         return [self.folder / name for name in shards]
 
     @cached_property
@@ -125,10 +125,12 @@ class Checkpoint:
             for header in self._headers(file):
                 if header.name in found:
                     other = found[header.name].file.name
-                    raise UserError(f"{self.folder}: tensor {header.name} is in both {other} and {file.name}")
+                    raise BadDataError(
+                        f"{self.folder}: tensor {header.name} is in both {other} and {file.name}"
+                    )
                 found[header.name] = header
         if absent := sorted(set(self._weight_map) - set(found)):
-            raise UserError(
+            raise BadDataError(
                 f"{self.folder}: the index names {absent[0]}, which no shard holds: download it again"
             )
         for extra in self.extra_weights:
@@ -194,7 +196,9 @@ class Checkpoint:
         """
         found = self._attached.get(name) or self.tensors.get(name)
         if found is None:
-            raise UserError(f"{self.folder} has no tensor {name}: complete the checkpoint, or write it again")
+            raise BadDataError(
+                f"{self.folder} has no tensor {name}: complete the checkpoint, or write it again"
+            )
         return found
 
     def read(self, name: str) -> Tensor:
@@ -222,7 +226,7 @@ class Checkpoint:
         if file is None:
             found = other_format(self.folder)
             expected = f"{found}; expected" if found else "expected"
-            raise UserError(
+            raise NotFoundError(
                 f"{self.folder} holds a config.json but no weights: {expected} one of {', '.join(WEIGHTS)}"
             )
         return file
@@ -240,7 +244,7 @@ class Checkpoint:
             or not weight_map
             or not all(isinstance(shard, str) for shard in weight_map.values())
         ):
-            raise UserError(
+            raise BadDataError(
                 f"{self._weights_file}: field 'weight_map' is missing or damaged: download it again"
             )
         return weight_map

@@ -10,7 +10,7 @@ from typing import BinaryIO, Literal
 
 from rich.filesize import decimal
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import StorageError
 from mgll_encoder.weights.spans import truncated
 
 Way = Literal["link", "clone", "copy"]
@@ -102,7 +102,7 @@ def check_space(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
+        raise StorageError(
             f"{folder.parent} has {decimal(free)} free, but {decimal(needed)} are to be written: free "
             f"{decimal(needed - free)}, or choose an `out` on another disk"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 
 OUT_HELP = "Folder to write."
 COPY_HELP = "Copy unchanged files instead of hard-linking them (sharing blocks where the file system can)."
@@ -24,7 +24,9 @@ def parts_of(options: list[str] | None) -> dict[str, Path]:
     for option in options or []:
         name, equals, path = option.partition("=")
         if not (name and equals and path):
-            raise UserError(f"--part {option}: expected NAME=PATH, such as --part vision-tower=openai/clip")
+            raise InvalidArgumentError(
+                f"--part {option}: expected NAME=PATH, such as --part vision-tower=openai/clip"
+            )
         parts[name] = Path(path)
     return parts
 

@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, MismatchError
 from mllm_adapters import api
 from mllm_adapters.checkpoints.locate import check_swapped
 from mllm_adapters.cli.common_options import FORCE_HELP, parts_of
@@ -51,7 +51,7 @@ def verify(
         cli.stdout.print(table)
     if failed := [check for check in checks if check.passed is False]:
         found = "; ".join(f"{check.name} ({check.detail})" for check in failed)
-        raise UserError(f"{folder}: {len(failed)} of {len(checks)} checks failed: {found}")
+        raise MismatchError(f"{folder}: {len(failed)} of {len(checks)} checks failed: {found}")
 
 
 def restore(
@@ -84,9 +84,9 @@ def restore(
     Example: swap-encoder restore llava-med-mgll-fundus --original llava-med --out llava-med-again
     """
     if (original is None) == (not to_encoder):
-        raise UserError("pass either --original ORIG or --to-encoder: swap-encoder restore --help")
+        raise InvalidArgumentError("pass either --original ORIG or --to-encoder: swap-encoder restore --help")
     if to_encoder and (parts or copy):
-        raise UserError(
+        raise InvalidArgumentError(
             "--part and --copy go with --original: with --to-encoder nothing of the original is read"
         )
     name = folder.absolute().name

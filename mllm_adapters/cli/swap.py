@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import CORE, needs
 from mllm_adapters import api
 from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
@@ -120,14 +120,18 @@ def swap(
         return
     if mllm is None or encoder is None:
         missing = "--mllm" if mllm is None else "--encoder"
-        raise UserError(f"{missing} is missing: swap-encoder --mllm llava-med --encoder mgll-fundus.pt")
+        raise InvalidArgumentError(
+            f"{missing} is missing: swap-encoder --mllm llava-med --encoder mgll-fundus.pt"
+        )
 
     if private and push_to_hub is None:
-        raise UserError("--private requires --push-to-hub OWNER/NAME")
+        raise InvalidArgumentError("--private requires --push-to-hub OWNER/NAME")
     if reference_tower and not delta:
-        raise UserError("--reference-tower requires --delta")
+        raise InvalidArgumentError("--reference-tower requires --delta")
     if copy and delta:
-        raise UserError("--copy cannot be combined with --delta: a delta contains no file of the checkpoint")
+        raise InvalidArgumentError(
+            "--copy cannot be combined with --delta: a delta contains no file of the checkpoint"
+        )
 
     fitting = _fitting(images, samples, device)
     with cli.importing():
@@ -261,7 +265,7 @@ def _fitting(images: Path | None, samples: int | None, device: str | None) -> "F
         return api.fitting(images, samples, device)
     for option, value in (("--align-samples", samples), ("--align-device", device)):
         if value is not None:
-            raise UserError(f"{option} {value} requires --align IMAGES")
+            raise InvalidArgumentError(f"{option} {value} requires --align IMAGES")
     return None
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.text.pretrained import library_errors, quiet
 from mgll_encoder.tower.architectures import ARCHITECTURES
@@ -37,7 +37,9 @@ def read_fields(kind: type[Fields], config: Mapping[str, Any], where: str) -> Fi
         first = error.errors()[0]
         field = str(first["loc"][0])
         found = f"{field} is {config[field]!r}" if field in config else f"{field} is missing"
-        raise UserError(f"{where}: {found}: {first['msg']}; this variant is not supported") from None
+        raise UnsupportedCheckpointError(
+            f"{where}: {found}: {first['msg']}; this variant is not supported"
+        ) from None
 
 
 def build_config(settings: Mapping[str, Any], where: str) -> Any:
@@ -54,7 +56,7 @@ def build_config(settings: Mapping[str, Any], where: str) -> Any:
         with quiet():
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except library_errors() as error:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: transformers cannot use this configuration: {library_reason(error)}"
         ) from None
 

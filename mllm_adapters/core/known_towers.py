@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import PureWindowsPath
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, TowerSpec
 
 _OPENAI_VIT_L = TowerSpec(
@@ -101,7 +101,7 @@ def geometry_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> TowerSpec:
     patches, positions = shapes.get(PATCHES, ()), shapes.get(POSITIONS, ())
     grid = round((positions[0] - 1) ** 0.5) if len(positions) == 2 else 0
     if len(patches) != 4 or grid < 1 or grid**2 + 1 != positions[0]:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: the vision tower in the shards is not a CLIP ViT: {PATCHES} has shape "
             f"{list(patches)}, "
             f"{POSITIONS} {list(positions)}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder import resample_positions
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError
 
 if TYPE_CHECKING:
     from mllm_adapters.core.contract import Step
@@ -74,7 +74,7 @@ def _copy(_: "Step", value: Tensor) -> Tensor:
 def _same(step: "Step", value: Tensor, *aliases: Tensor) -> Tensor:
     for name, alias in zip(step.sources[1:], aliases, strict=True):
         if not torch.equal(value, alias):
-            raise UserError(
+            raise MismatchError(
                 f"{step.sources[0]} and {name} are two names of one tensor, but hold different values: the file is "
                 "damaged or was edited; download it again"
             )

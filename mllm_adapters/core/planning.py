@@ -10,10 +10,11 @@ import torch
 
 from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import (
+    BadDataError,
     IncompatibleTowerError,
+    MismatchError,
     NotFoundError,
     UnsupportedCheckpointError,
-    UserError,
 )
 from mgll_encoder.tower.architectures import ARCHITECTURES, first_patch
 from mgll_encoder.tower.architectures.clip import CLIP
@@ -244,7 +245,7 @@ def check_positions(
     """
     rows = spec.patches + (class_token and ARCHITECTURES[spec.architecture].leading)
     if positions.shape[-2:] != (rows, spec.width):
-        raise UserError(
+        raise MismatchError(
             f"{positions.file.parent}: {by} describes a tower of {spec.grid}x{spec.grid} patches and width "
             f"{spec.width}, but {positions.name} has shape {list(positions.shape)}"
         )
@@ -282,7 +283,9 @@ def tower_steps(tower: TowerHeader, prefix: str, after: VisionContract, dtype: t
         UserError: the host's tensors are quantized.
     """
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise UserError(f"the host's weights are {dtype_name(dtype)}: use its unquantized checkpoint")
+        raise UnsupportedCheckpointError(
+            f"the host's weights are {dtype_name(dtype)}: use its unquantized checkpoint"
+        )
     architecture = tower.architecture
     fitted = architecture.shapes(tower.spec.model_copy(update={"image_size": after.image_size}))
     root = prefix if architecture.inner else prefix.removesuffix(CLIP.inner)
@@ -309,7 +312,7 @@ def tower_root(checkpoint: Checkpoint, tower: str) -> tuple[str, torch.dtype]:
     """
     first = next((header for header in checkpoint.tensors.values() if tower in header.name), None)
     if first is None:
-        raise UserError(f"{checkpoint.folder} has no tensor of {tower.rstrip('.')}: is it complete?")
+        raise BadDataError(f"{checkpoint.folder} has no tensor of {tower.rstrip('.')}: is it complete?")
     return first.name.partition(tower)[0], first.dtype
 
 
@@ -395,9 +398,9 @@ def refit_connector(
     steps = list(steps)
     reads = next((step.shape[-1] for step in steps if step.name == f"{connector}.weight"), None)
     if reads is None:
-        raise UserError(f"{where}: tensor {connector}.weight is missing: is this the language model only?")
+        raise BadDataError(f"{where}: tensor {connector}.weight is missing: is this the language model only?")
     if reads % before.width:
-        raise UserError(
+        raise MismatchError(
             f"{where}: {connector}.weight reads features of width {reads}, but the host's tower has width "
             f"{before.width}: tower and projector do not belong together"
         )

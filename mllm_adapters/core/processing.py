@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import is_sentencepiece, load_pretrained, quiet
 from mgll_encoder.tower.architectures import described_by
@@ -42,7 +42,7 @@ def host_pixels(
     fields, notes = read_preprocessing(settings, where)
     rule = PixelRule(**fields)
     if rule.image_size != image_size:
-        raise UserError(
+        raise MismatchError(
             f"{where}: images are resized to {rule.image_size} px, but config.json's tower takes "
             f"{image_size} px"
         )
@@ -87,7 +87,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     settings = folder / "tokenizer_config.json"
     named = read_json(settings).get("tokenizer_class") or "" if settings.is_file() else ""
     if not isinstance(named, str):
-        raise UserError(f"{settings}: tokenizer_class is {named!r:.60}: expected the name of a class")
+        raise BadDataError(f"{settings}: tokenizer_class is {named!r:.60}: expected the name of a class")
     named = named.replace(
         "LLaMA", "Llama"
     )  # the spelling of the first LLaMA conversions, which cannot be loaded
@@ -132,7 +132,7 @@ def _sentencepiece_ids(model: Path) -> list[int]:
     from sentencepiece import SentencePieceProcessor
 
     if not is_sentencepiece(model):
-        raise UserError(f"{model} is not a SentencePiece model: copy or download it again")
+        raise BadDataError(f"{model} is not a SentencePiece model: copy or download it again")
     with quiet():
         ids: list[int] = SentencePieceProcessor(model_file=str(model)).encode(_PROBE)
     return ids
@@ -141,7 +141,7 @@ def _sentencepiece_ids(model: Path) -> list[int]:
 def _check_against(expected: list[int], tokenizer: Any, folder: Path) -> None:
     found = tokenizer(_PROBE, add_special_tokens=False).input_ids
     if found != expected:
-        raise UserError(
+        raise BadDataError(
             f"{folder}: {type(tokenizer).__name__} tokenizes differently from its SentencePiece model (ids "
             f"{found[:5]} ..., expected {expected[:5]} ...): check tokenizer_class in "
             "tokenizer_config.json"
@@ -169,7 +169,7 @@ def load_processor(
     _register(folder, config)
     processor = load_pretrained(AutoProcessor, folder, f"the processor in {folder}", checked=checked)
     if not hasattr(processor, "tokenizer"):  # the result of transformers if the files name no processor
-        raise UserError(
+        raise BadDataError(
             f"{folder}: its files make up a {type(processor).__name__}, expected a processor of images and text: check "
             "processor_class in processor_config.json and preprocessor_config.json"
         )
@@ -236,7 +236,7 @@ def check_placeholder(tokenizer: Any, image_token: str, image_token_id: int) -> 
     """
     found = tokenizer.convert_tokens_to_ids(image_token)
     if found != image_token_id:
-        raise UserError(
+        raise MismatchError(
             f"{tokenizer.name_or_path}: the tokenizer gives {image_token} the id {found}, expected {image_token_id}: "
             "tokenizer and config.json do not belong together"
         )

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.hub import cached, hub_id_of
 from mgll_encoder.common.texts import checked, first_fault, read_json
 from mgll_encoder.tower.spec import TowerSpec
@@ -144,7 +144,7 @@ def read_as(kind: type[Record], file: Path) -> Record:
     if content.get("format") == 2:
         content = _in_format_3(content)
     if content.get("format") != 3:
-        raise UserError(
+        raise BadDataError(
             f"{file}: field 'format' is {content.get('format')!r}, expected 2 or 3: swap again with this version"
         )
     advice = "the file was edited or damaged"
@@ -152,7 +152,7 @@ def read_as(kind: type[Record], file: Path) -> Record:
     try:
         record.plan_with({})
     except ValidationError as error:
-        raise UserError(f"{file}: {first_fault(error, 'plan')}; {advice}") from None
+        raise BadDataError(f"{file}: {first_fault(error, 'plan')}; {advice}") from None
     return record
 
 

@@ -6,7 +6,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from mgll_encoder.common.errors import UnsupportedCheckpointError, UserError, unknown_name
+from mgll_encoder.common.errors import (
+    InvalidArgumentError,
+    UnsupportedCheckpointError,
+    UserError,
+    unknown_name,
+)
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.weights.foreign import other_format, refuse_adapter
 from mgll_encoder.weights.weight_file import open_weights
@@ -99,7 +104,7 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
         found, layout, loose = _loose(inner, matches)
     for part in given or {}:
         if not found.spec.parts:
-            raise UserError(
+            raise InvalidArgumentError(
                 f"`parts['{part}']`: a checkpoint of {found.spec.title} has no parts outside its folder"
             )
         if part not in found.spec.parts:

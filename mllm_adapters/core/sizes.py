@@ -10,7 +10,7 @@ from math import ceil, isqrt
 from pathlib import Path
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, UserError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Family, Plan, Target
 
@@ -63,7 +63,9 @@ def plan_at_size(
         return family.plan(checkpoint, tower, size, target)
 
     if tokens is not None and image_size is not None:
-        raise UserError(f"`tokens={tokens}` and `image_size={image_size}`: give one, it decides the other")
+        raise InvalidArgumentError(
+            f"`tokens={tokens}` and `image_size={image_size}`: give one, it decides the other"
+        )
     if tokens is not None:
         return _with_tokens(plan_at, tokens, family.spec.title), None
     plan = plan_at(image_size)
@@ -81,7 +83,7 @@ def _with_tokens(plan_at: PlanAt, tokens: int, title: str) -> Plan:
     if root < 1 or root**2 + join.extra != tokens:
         near = (max(root, 1) ** 2 + join.extra, (root + 1) ** 2 + join.extra)
         besides = " and the class token" if join.extra else ""
-        raise UserError(
+        raise InvalidArgumentError(
             f"`tokens={tokens}`: {title} makes a square of tokens{besides} of an image: try "
             f"{' or '.join(str(n) for n in sorted(set(near)))}"
         )
@@ -89,7 +91,9 @@ def _with_tokens(plan_at: PlanAt, tokens: int, title: str) -> Plan:
     try:
         return plan_at(size)
     except UserError as error:
-        raise UserError(f"`tokens={tokens}` takes images of {size} px, which cannot be: {error}") from None
+        raise InvalidArgumentError(
+            f"`tokens={tokens}` takes images of {size} px, which cannot be: {error}"
+        ) from None
 
 
 def _is_fixed(usual: Plan, plan_at: PlanAt, join: Join) -> bool:
@@ -102,7 +106,7 @@ def _is_fixed(usual: Plan, plan_at: PlanAt, join: Join) -> bool:
 
 
 def _fixed(tokens: int, title: str, usual: Plan) -> UserError:
-    return UserError(
+    return InvalidArgumentError(
         f"`tokens={tokens}`: {title} reads an image into {usual.after.tokens} tokens whatever its size: leave `tokens` "
         "out, or choose the size in pixels with `image_size`"
     )

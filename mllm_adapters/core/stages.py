@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import nn
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, unknown_name
 from mllm_adapters.core.contract import FamilySpec
 from mllm_adapters.core.registry import family_of_model
 
@@ -136,7 +136,9 @@ def apply_stage(model: nn.Module, stage: str = "projector", lora: LoraSettings |
     whole = {name for name, part in components(model).items() if part in row.trains}
     adapted = [name for part in row.lora for name in lora_targets(model, part)]
     if not whole or (row.lora and not adapted):
-        raise UserError(f"stage '{stage}' trains nothing: this {type(model).__name__} has no such parameters")
+        raise InvalidArgumentError(
+            f"stage '{stage}' trains nothing: this {type(model).__name__} has no such parameters"
+        )
     _check_not_quantized(model, stage, whole)
     if adapted:
         cast(Any, model).add_adapter(lora_config(adapted, lora or LoraSettings()))
@@ -205,7 +207,7 @@ def components(model: nn.Module) -> dict[str, Component]:
         matches = [part for part in COMPONENTS if re.search(getattr(spec, part), name)]
         if len(matches) != 1:
             belongs = " and ".join(matches) or "nothing known"
-            raise UserError(
+            raise BadDataError(
                 f"parameter {name} belongs to {belongs}: family '{spec.name}' must name it exactly once"
             )
         found[name] = matches[0]
@@ -236,7 +238,7 @@ def describe(names: Iterable[str]) -> list[str]:
 def _check_not_quantized(model: nn.Module, stage: str, names: Iterable[str]) -> None:
     for name in names:
         if not model.get_parameter(name).is_floating_point():
-            raise UserError(
+            raise InvalidArgumentError(
                 f"stage '{stage}' trains {name}, which is frozen in 4-bit: use a lora stage with `qlora=True`, or load "
                 "the model without it"
             )

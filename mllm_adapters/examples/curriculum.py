@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mllm_adapters.data.captions import CAPTION_PROMPTS
 from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.data.row_shapes import IMAGE_TAG
@@ -88,7 +88,7 @@ def read_question(row: Conversation) -> Question | None:
         return None
     letter = row.turns[1].value.strip().rstrip(".")
     if letter not in [match[1] for match in options]:
-        raise UserError(
+        raise BadDataError(
             f"id {row.id!r}: the answer is '{row.turns[1].value}', expected a letter from A to {options[-1][1]}, "
             "one of its options"
         )

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MissingPackageError
 from mgll_encoder.common.extras import require
 from mllm_adapters.core.operations import mean_rows
 from mllm_adapters.core.planning import IMAGE_TOKEN, image_row
@@ -139,7 +139,9 @@ def _gguf_file() -> Path:
     try:
         found = [file for file in files(PACKAGE) or [] if file.suffix == ".gguf"]
     except PackageNotFoundError:
-        raise UserError(f"package {PACKAGE} (SmolLM2-135M-Instruct) is not installed: {hint}") from None
+        raise MissingPackageError(
+            f"package {PACKAGE} (SmolLM2-135M-Instruct) is not installed: {hint}"
+        ) from None
     if not found:
-        raise UserError(f"package {PACKAGE} has no .gguf file: {hint}")
+        raise MissingPackageError(f"package {PACKAGE} has no .gguf file: {hint}")
     return Path(str(found[0].locate()))

@@ -19,7 +19,7 @@ import transformers
 from transformers import TrainingArguments
 
 from mgll_encoder import load_tower
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, unknown_name
 from mgll_encoder.common.files import check_free, new_folder
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
 from mllm_adapters.core.processing import llava_processor
@@ -139,7 +139,7 @@ def build_smol_llava(
     counts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name, value in counts.items():
         if value < 0:
-            raise UserError(f"`{name}` is {value}: it must be 0 or greater")
+            raise InvalidArgumentError(f"`{name}` is {value}: it must be 0 or greater")
     recipe = replace(RECIPES[language_model], **counts)
     corpus = read_corpus(data, images)
     asked = _questions(corpus)
@@ -179,7 +179,7 @@ def _questions(corpus: Corpus) -> list[Question]:
     found = [question for row in corpus.rows if (question := read_question(row))]
     readable = [question for question in found if corpus.damaged.keys().isdisjoint(question.images)]
     if not readable:
-        raise UserError(
+        raise BadDataError(
             f"{corpus.path}: none of {len(corpus.rows)} conversations is a multiple-choice question answered "
             "by a letter: make some with `build_benchmark()`"
         )

@@ -10,7 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.common.errors import IncompatibleTowerError, UserError
+from mgll_encoder.common.errors import (
+    IncompatibleTowerError,
+    InvalidArgumentError,
+    UnsupportedCheckpointError,
+)
 from mgll_encoder.tower.architectures import ARCHITECTURES, HOSTED
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import tower_config
@@ -160,14 +164,16 @@ class PlannedFamily(Family):
             UserError: there is nothing to do, or the family does not support the target.
         """
         if request.target not in self.spec.targets and self.spec.not_llava:
-            raise UserError(f"{checkpoint.folder}: {self.spec.not_llava}; use `layout=own`")
+            raise InvalidArgumentError(f"{checkpoint.folder}: {self.spec.not_llava}; use `layout=own`")
         if request.tower is not None:
             self._check_tower(request.tower, HOSTED if request.target == LLAVA else self.spec.encoders)
             return
         if self.layout(checkpoint.config) == "transformers":
-            raise UserError(f"{checkpoint.folder} is already in the transformers layout: nothing to convert")
+            raise UnsupportedCheckpointError(
+                f"{checkpoint.folder} is already in the transformers layout: nothing to convert"
+            )
         if request.target != "own" and request.target in self.spec.targets:
-            raise UserError(
+            raise InvalidArgumentError(
                 f"{checkpoint.folder}: the layout llava is for a checkpoint with a new tower, give one with `encoder` "
                 "(a LLaVA has a CLIP tower)"
             )

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.weights.keytable import Destination, Drop, KeyTable, Reshape, Split
 from mllm_adapters.checkpoints.checkpoint import TensorHeader
 from mllm_adapters.core.contract import Dropped, Step
@@ -35,7 +35,7 @@ class OriginalLayout(KeyTable):
         if place is None:
             lora = "these are LoRA weights, merge them into their model first" if "lora_" in name else ""
             hint = self.hint or lora
-            raise UserError(
+            raise BadDataError(
                 f"{where}: tensor {name} is not part of {self.of}" + (f": {hint}" if hint else "")
             )
         return place
@@ -84,7 +84,7 @@ def slices(header: TensorHeader, units: dict[str, int], groups: int) -> list[Ste
     """
     total, rows = sum(units.values()), header.shape[0]
     if rows % (groups * total):
-        raise UserError(
+        raise MismatchError(
             f"{header.file.parent}: {header.name} has {rows} rows, expected a multiple of {groups * total}: "
             "config.json and weights do not belong together"
         )

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError, UserError
 from mllm_adapters.data.arrow_cache import compute_table
 from mllm_adapters.data.chat_template import Example
 from mllm_adapters.data.corpus import Corpus
@@ -200,7 +200,7 @@ def _verify(
         replayed = cast.model(**batch).loss
     apart = float((replayed - loss).abs() / loss.abs().clamp(min=1.0))
     if not (far <= tolerance and apart <= tolerance):
-        raise UserError(
+        raise MismatchError(
             f"the feature cache does not fit this model: features differ by {far:.1e} of the largest, the loss by "
             f"{apart:.1e} (allowed {tolerance:.0e}): add `feature_cache=False`, and report the model"
         )

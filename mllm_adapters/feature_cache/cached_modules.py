@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.hooks import hooked
 from mllm_adapters.core.stages import components
 
@@ -290,7 +290,7 @@ def seen_of_images(seen: Seen, plan: OutputSpec, count: int) -> list[tuple[list[
     tensors = [leaf for call in plan.calls for leaf in seen[call.name][1] if isinstance(leaf, Tensor)]
     for leaf, tensor in zip(plan.leaves, tensors, strict=True):
         if tensor.shape[1:] != leaf.trailing or tensor.shape[0] % count:
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 f"this model's tower returned {tuple(tensor.shape)} for {count} images, and {leaf.trailing} per row "
                 "for another: its features cannot be cached; add `feature_cache=False`"
             )

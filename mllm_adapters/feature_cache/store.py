@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError, StorageError
 from mgll_encoder.common.files import appearing
 
 ABOUT = "store.json"
@@ -48,7 +48,7 @@ class FeatureStore:
             with appearing(note) as partial:
                 partial.write_text(said, encoding="utf-8")
         if note.read_text(encoding="utf-8") != said:
-            raise UserError(f"{note} does not match the name of its folder: remove {self.folder}")
+            raise MismatchError(f"{note} does not match the name of its folder: remove {self.folder}")
         self.shards: dict[str, Path] = {}
         self._looked_at: set[Path] = set()
         self.refresh()
@@ -107,7 +107,7 @@ class FeatureStore:
         """
         free = shutil.disk_usage(self.folder).free
         if size > free:
-            raise UserError(
+            raise StorageError(
                 f"the feature cache needs {readable(size)} in {self.folder.parent}, where {readable(free)} are free: "
                 "set MGLL_CACHE_DIR to a larger disk, or add `feature_cache=False`"
             )

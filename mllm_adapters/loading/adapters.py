@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError, NotFoundError, UnsupportedCheckpointError
 from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import library_errors
@@ -56,18 +56,20 @@ def attach(model: Any, folder: Path) -> Any:
 
     config = _lora_config(folder / ADAPTER_CONFIG)
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: complete the folder, or train the adapter again")
+        raise NotFoundError(
+            f"{folder} has no {ADAPTER_WEIGHTS}: complete the folder, or train the adapter again"
+        )
     weights = open_weights(folder / ADAPTER_WEIGHTS)
     try:
         wrapped: Any = PeftModel(model, config)
         set_peft_model_state_dict(wrapped, weights.read(weights.headers))
     except library_errors() as error:
-        raise UserError(f"{folder} does not fit its base model: {library_reason(error)}") from error
+        raise MismatchError(f"{folder} does not fit its base model: {library_reason(error)}") from error
     stored = {key.removeprefix(PREFIX) for key in weights.headers}
     present = {_stored_name(name) for name in wrapped.get_base_model().state_dict()}
     expected = {name for name in present if is_adapter(name)}
     if astray := sorted((stored - present) | (expected - stored)):
-        raise UserError(
+        raise MismatchError(
             f"{folder} does not fit its base model: {len(astray)} tensors differ, first {astray[0]}"
         )
     return wrapped.merge_and_unload()
@@ -83,18 +85,22 @@ def _lora_config(file: Path) -> "LoraConfig":
 
     settings = read_json(file)
     if settings.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}: only LORA is merged")
+        raise UnsupportedCheckpointError(
+            f"{file}: peft_type is {settings.get('peft_type')!r}: only LORA is merged"
+        )
     known = {name: settings[name] for name in _ADAPTER_FIELDS if name in settings}
     for name in settings.keys() - known.keys() - _NO_EFFECT:
         if settings[name] not in (None, False, [], {}):
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 f"{file}: field '{name}' is {settings[name]!r:.80}, which changes the adapter's method: "
                 "merge it with the program that made it, and pass the merged model"
             )
     try:
         return LoraConfig(**known, inference_mode=True)
     except library_errors() as error:
-        raise UserError(f"{file}: PEFT cannot use these settings: {library_reason(error)}") from None
+        raise UnsupportedCheckpointError(
+            f"{file}: PEFT cannot use these settings: {library_reason(error)}"
+        ) from None
 
 
 def _stored_name(parameter: str) -> str:

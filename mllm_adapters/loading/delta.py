@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, MismatchError, NotFoundError
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.weights.weight_file import WeightFile as Weights
@@ -90,11 +90,11 @@ def read_delta(folder: Path) -> DeltaRecord:
     record = read_as(DeltaRecord, folder / DELTA)
     for name, known in record.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{folder / DELTA}: field 'files' names {name}, which is outside the folder")
+            raise BadDataError(f"{folder / DELTA}: field 'files' names {name}, which is outside the folder")
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: {name} is missing: complete the download")
+            raise NotFoundError(f"{folder}: {name} is missing: complete the download")
         if name != DELTA_WEIGHTS and not agrees(known, folder / name):
-            raise UserError(
+            raise MismatchError(
                 f"{folder}: {name} has been changed: restore it, or `compose()` first "
                 "and edit the whole checkpoint"
             )
@@ -140,7 +140,7 @@ class Delta:
     def _read(self, name: str) -> Tensor:
         value = self._weights.read([name])[name]
         if sha256(raw_bytes(value)).hexdigest() != self.stored[name]:
-            raise UserError(f"{self.folder / DELTA_WEIGHTS}: {name} has been changed: copy it again")
+            raise MismatchError(f"{self.folder / DELTA_WEIGHTS}: {name} has been changed: copy it again")
         return value
 
     def check_weights(self) -> None:
@@ -150,7 +150,7 @@ class Delta:
             UserError: they differ, or the file is damaged.
         """
         for name, found, expected in differences(self._weights.headers, self.record.stored):
-            raise UserError(
+            raise MismatchError(
                 f"{self.folder / DELTA_WEIGHTS}: {name} is {found}, expected {expected}: copy it again"
             )
 
@@ -172,7 +172,7 @@ def open_delta(folder: Path, base: Path | None = None, parts: Mapping[str, Path]
     given = dict(parts or {})
     encoder = given.pop(ENCODER_PART, None)
     if encoder is not None and not record.reference_tower:
-        raise UserError(f"{folder} contains its tower: leave the encoder out")
+        raise InvalidArgumentError(f"{folder} contains its tower: leave the encoder out")
     source = record.inputs.source
     place = base or _found(source, folder, "base", "`compose(mllm=...)`, or load_mllm(BASE, delta=...)")
     checkpoint, _, _ = open_checkpoint(place, given)
@@ -192,7 +192,9 @@ def open_delta(folder: Path, base: Path | None = None, parts: Mapping[str, Path]
             )
         )
         if wrong := mismatch(named, tower):
-            raise UserError(f"{tower} is not the encoder that {folder} was made with ({named.name}): {wrong}")
+            raise MismatchError(
+                f"{tower} is not the encoder that {folder} was made with ({named.name}): {wrong}"
+            )
     config = read_json(folder / "config.json")
     places = {"source": checkpoint.folder, **({"tower": tower} if tower else {})}
     opened = Delta(folder, record, checkpoint, record.plan_with(config, **places))
@@ -207,7 +209,7 @@ def check_base(record: SwapRecord, base: Checkpoint, folder: Path) -> None:
         UserError: it is another one.
     """
     if wrong := mismatch(record.inputs.source, base.folder, sample=True):
-        raise UserError(
+        raise MismatchError(
             f"{base.folder} is not the checkpoint that {folder} was made from "
             f"({record.inputs.source.name}): {wrong}"
         )
@@ -231,12 +233,14 @@ def attach_parts(base: Checkpoint, record: SwapRecord, folder: Path) -> None:
         path = base.find(part) or _recorded_place(base, known.place)
         path = path or find_input(known, base.folder) or find_input(known, folder)
         if path is None:
-            raise UserError(
+            raise NotFoundError(
                 f"{folder} needs a part of its base, {part} ({known.name}), which is not next to it, in the "
                 f"working directory or in the Hugging Face cache: pass `parts['{part}']=PATH`"
             )
         if wrong := mismatch(known, path, sample=True):
-            raise UserError(f"{path} is not the {part} that {folder} was made with ({known.name}): {wrong}")
+            raise MismatchError(
+                f"{path} is not the {part} that {folder} was made with ({known.name}): {wrong}"
+            )
         base.attach(part, path)
 
 
@@ -251,7 +255,7 @@ def _found(record: InputRecord, folder: Path, what: str, how: str) -> Path:
         return found
     beside = folder.absolute().parent / record.name
     other = f" ({beside} is another one: {mismatch(record, beside)})" if beside.exists() else ""
-    raise UserError(
+    raise NotFoundError(
         f"{folder}: its {what} {record.name} is not next to it, in the working directory or in the Hugging "
         f"Face cache{other}: pass its path ({how})"
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError, UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import check_configs, load_pretrained
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -71,7 +71,7 @@ def load_mllm(
     if layout == "transformers":
         return load_folder(checkpoint, dtype=dtype, quantization=quantization)
     if quantization is not None:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{checkpoint.folder} is in its original layout, which cannot be quantized: convert it first"
         )
     return load_plan(family.plan(checkpoint), family, checkpoint, dtype=dtype)
@@ -196,7 +196,7 @@ def check_depths(settings: Mapping[str, Any], tensors: int, where: str) -> None:
         if isinstance(value, Mapping):
             check_depths(value, tensors, f"{where}: {field}")
         elif field in DEPTHS and isinstance(value, int) and value > tensors:
-            raise UserError(
+            raise MismatchError(
                 f"{where}: {field} is {value}, but the weights have {tensors} tensors in all: they do not belong "
                 "together; take the config.json that the weights came with"
             )
@@ -229,7 +229,7 @@ def check_report(report: Any, folder: Path) -> None:
     """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(report[kind], key=str):
-            raise UserError(
+            raise MismatchError(
                 f"{folder}: {len(keys)} {kind.removesuffix('_keys')} tensors, first {_with_shapes(keys[0])}: "
                 "config.json and weights do not belong together, and loading would leave random weights"
             )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.extras import require
 from mllm_adapters.core.configs import build_config
 from mllm_adapters.core.stages import lora_targets
@@ -34,7 +34,7 @@ def nf4(settings: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if settings.get("quantization_config"):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}/config.json: the weights are already quantized: leave `qlora` or `load_in_4bit` out"
         )
     config = build_config(settings, f"{where}/config.json")

@@ -11,7 +11,7 @@ from typing import Any
 from rich.filesize import decimal
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, MismatchError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.file_copy import check_space
 from mllm_adapters.checkpoints.fingerprint import FileRecord, sampled
@@ -106,10 +106,10 @@ def extract(
     """
     record = read_record(folder)
     if reference_tower and record.inputs.tower is None:
-        raise UserError(f"{folder} has no encoder to refer to: leave `reference_tower` out")
+        raise InvalidArgumentError(f"{folder} has no encoder to refer to: leave `reference_tower` out")
     whole = Checkpoint(folder)
     for name, found, planned in differences(whole.tensors, record.tensors):
-        raise UserError(
+        raise MismatchError(
             f"{folder}: {name} is {found}, but the swap wrote {planned}: a delta keeps names, dtypes and shapes"
         )
     source, _, _ = open_checkpoint(base, parts)
@@ -255,7 +255,7 @@ def _with_changes(
         foreign -= vision_tensors(checkpoint, record)
     if foreign:
         first = next(t.name for t in record.tensors if t.name in foreign)
-        raise UserError(
+        raise MismatchError(
             f"{checkpoint.folder}: {len(foreign)} tensors differ from {base.folder}, although they are not "
             f"part of tower or connector and no recorded training changed them, first {first}: this cannot "
             "be a delta; keep the whole checkpoint"

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, StorageError
 from mgll_encoder.common.hub import hub_errors, hub_reason
 
 
@@ -19,11 +19,13 @@ def check_push(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"`push_to_hub={repo}`: {hub_reason(error)}") from None
+        raise StorageError(f"`push_to_hub={repo}`: {hub_reason(error)}") from None
     if "/" not in repo:
-        raise UserError(f"`push_to_hub={repo}`: expected OWNER/NAME, such as my-lab/llava-med-mgll")
+        raise InvalidArgumentError(
+            f"`push_to_hub={repo}`: expected OWNER/NAME, such as my-lab/llava-med-mgll"
+        )
     if get_token() is None:
-        raise UserError("`push_to_hub`: nobody is logged in: run `hf auth login`, or set HF_TOKEN")
+        raise StorageError("`push_to_hub`: nobody is logged in: run `hf auth login`, or set HF_TOKEN")
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
@@ -45,7 +47,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload {folder.name}")
     except hub_errors() as error:
-        raise UserError(
+        raise StorageError(
             f"{folder} is complete, but could not be pushed to {repo} ({hub_reason(error)}): after fixing "
             "this, run "
             f"`hf upload {repo} {folder}`"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mllm_adapters.checkpoints.checkpoint import WEIGHT_SUFFIXES, Checkpoint
 from mllm_adapters.checkpoints.fingerprint import FileRecord, whole
 from mllm_adapters.checkpoints.locate import PROVENANCE
@@ -49,10 +49,10 @@ def replace_tensors(
     source = checkpoint.folder
     for name, value in tensors.items():
         if name not in checkpoint.tensors:
-            raise UserError(f"{source} has no tensor {name}")
+            raise BadDataError(f"{source} has no tensor {name}")
         if tuple(value.shape) != checkpoint.tensors[name].shape:
             found, expected = list(value.shape), list(checkpoint.tensors[name].shape)
-            raise UserError(f"{source}: the new {name} has shape {found}, expected {expected}")
+            raise MismatchError(f"{source}: the new {name} has shape {found}, expected {expected}")
     steps = [copied(header) for header in checkpoint.tensors.values()]
     steps = [s.model_copy(update={"operation": "trained"}) if s.name in tensors else s for s in steps]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.common.trained_on import TOWER, trainings_of, write_trainings
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
@@ -60,10 +60,10 @@ def restore(
     """
     record = read_record(folder)
     if not record.plan["swapped"]:
-        raise UserError(_NO_TOWER.format(folder=folder))
+        raise BadDataError(_NO_TOWER.format(folder=folder))
     source, family, layout = open_checkpoint(original, parts)
     if not is_input(record.inputs.source, source.folder):
-        raise UserError(
+        raise MismatchError(
             f"{original} is not the original of {folder} ({record.inputs.source.name}): its config.json or "
             "weights have other hashes than those in mgll_swap.json"
         )
@@ -122,7 +122,7 @@ def to_encoder(folder: Path, out: Path, *, force: bool = False) -> Path:
     record = read_record(folder)
     steps = {step.sources[0]: step for step in record.tensors if step.kind.from_tower}
     if record.tower_spec is None or not steps or not record.plan["swapped"]:
-        raise UserError(_NO_TOWER.format(folder=folder))
+        raise BadDataError(_NO_TOWER.format(folder=folder))
     checkpoint = Checkpoint(folder)
     after = record.plan_with(checkpoint.config).after
     fitted = {name: getattr(after, name) for name in ("mean", "std", "resize")}
@@ -142,7 +142,7 @@ def _check_tower(folder: Path, expected: Mapping[str, tuple[int, ...]], found: M
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         wanted, given = (state.get(name, "none") for state in shapes)
         if wanted != given:
-            raise UserError(
+            raise BadDataError(
                 f"{folder / PROVENANCE}: the tower's tensor {name} has shape {given}, expected {wanted}: the record is "
                 "damaged: swap again"
             )

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mgll_encoder.common.errors import OutputTakenError, UserError
+from mgll_encoder.common.errors import OutputTakenError, StorageError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
 from mgll_encoder.common.local_paths import without_local
 from mgll_encoder.weights.spans import Span, spans, truncated
@@ -111,7 +111,7 @@ def write_checkpoint(
                 file.write_bytes(config)
     except OSError as error:
         where = error.filename or out
-        raise UserError(f"{out} cannot be written ({where}: {error.strerror or error})") from error
+        raise StorageError(f"{out} cannot be written ({where}: {error.strerror or error})") from error
     return out
 
 

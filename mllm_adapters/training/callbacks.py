@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MissingPackageError, UserError
 from mgll_encoder.common.extras import require
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.resuming import last_checkpoint, step_of
@@ -269,7 +269,7 @@ def find_evaluator(bench: Path) -> Evaluator:
     require("eval", f"`eval_bench={bench}`")
     found = list(entry_points(group="mgll_mllm.evaluators"))
     if not found:
-        raise UserError(
+        raise MissingPackageError(
             "`eval_bench`: no evaluator is installed: install this project again (pip install -e .)"
         )
     evaluator: Evaluator = found[0].load()(bench)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, MismatchError
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.core.configs import build_config
 from mllm_adapters.core.processing import load_processor
@@ -48,7 +48,7 @@ def check_control(
         UserError: they are the same model, one of them cannot be trained, or a row is too long for only one.
     """
     if model.resolve() == control.resolve():
-        raise UserError(f"`control={control}` is the model itself: pass the unswapped checkpoint")
+        raise InvalidArgumentError(f"`control={control}` is the model itself: pass the unswapped checkpoint")
     corpus = read_corpus(data, images, recipe.rows)
     kept = []
     for source in (model, control):
@@ -58,7 +58,7 @@ def check_control(
         examples, counts = prepare_examples(corpus, load_processor(source), longest, text_only=True)
         kept.append([(example.images, len(example.answers)) for example in examples])
     if kept[0] != kept[1]:
-        raise UserError(
+        raise MismatchError(
             f"`control`: the arms would see different data: of {counts.rows} rows {len(kept[0])} are short enough for "
             f"{model} and {len(kept[1])} for {control}; raise `max_length`, or leave the long rows out of {corpus.path}"
         )

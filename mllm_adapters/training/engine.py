@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from mgll_encoder.common.deepspeed import read_deepspeed
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, TrainingError, UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free
 from mgll_encoder.common.resuming import (
@@ -114,13 +114,15 @@ def check_run(
     if resume and (saved := last_checkpoint(work_folder(out))):
         check_states(saved, weights=WEIGHTS, ranks=ranks(), deepspeed=bool(options.deepspeed))
     if merge and not STAGES[recipe.stage].lora:
-        raise UserError(f"`merge=True`: stage '{recipe.stage}' has no adapters to merge: leave it out")
+        raise InvalidArgumentError(
+            f"`merge=True`: stage '{recipe.stage}' has no adapters to merge: leave it out"
+        )
     if merge:
         check_free(merged_folder(out), force)
     if options.deepspeed:
         zero = read_deepspeed(options.deepspeed).zero_optimization
         if recipe.qlora and zero.stage == 3:
-            raise UserError(
+            raise InvalidArgumentError(
                 f"deepspeed: {options.deepspeed}: ZeRO-3 cannot shard 4-bit weights: use ZeRO-2 with `qlora=True`"
             )
 
@@ -132,7 +134,7 @@ def check_launcher(options: RunOptions) -> None:
         UserError: the process was not started by a launcher.
     """
     if options.deepspeed and "RANK" not in os.environ:
-        raise UserError(
+        raise InvalidArgumentError(
             f"deepspeed: {options.deepspeed} needs a launcher: start with torchrun, deepspeed "
             "--no_local_rank or accelerate launch --multi_gpu, or add deepspeed=null to train on one device"
         )
@@ -243,7 +245,7 @@ def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool, *, save_on_
         with writing(work), saving_on_signal(trainer, wanted=save_on_signal):
             trainer.train(resume_from_checkpoint=begin)
     except torch.OutOfMemoryError:
-        raise UserError(OUT_OF_MEMORY.format(batch=job.recipe.batch_size)) from None
+        raise TrainingError(OUT_OF_MEMORY.format(batch=job.recipe.batch_size)) from None
     except (DivergedError, ResumeError):
         raise
     except UserError as error:
@@ -251,10 +253,10 @@ def _run(trainer: FrozenTrainer, job: Job, work: Path, resume: bool, *, save_on_
         cause = str(error).rpartition(f"{type(error).__name__}: ")[2]
         saved = last_checkpoint(work)
         hint = f"; after fixing this, `resume=True` continues from {saved.name}" if saved else ""
-        raise UserError(f"{cause} (training stopped at step {trainer.state.global_step}{hint})") from None
+        raise TrainingError(f"{cause} (training stopped at step {trainer.state.global_step}{hint})") from None
     except (ValueError, ValidationError) as error:
         if trainer.is_deepspeed_enabled and trainer.state.global_step == 0:
-            raise UserError(f"DeepSpeed refuses its configuration: {error}") from error
+            raise InvalidArgumentError(f"DeepSpeed refuses its configuration: {error}") from error
         raise
 
 
@@ -328,7 +330,7 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
     try:
         return TrainingArguments(**{**settings, **recipe.arguments, **fixed})
     except (ValueError, ImportError) as error:
-        raise UserError(f"transformers refuses the recipe: {error}") from error
+        raise InvalidArgumentError(f"transformers refuses the recipe: {error}") from error
 
 
 def _record(job: Job, identity: Mapping[str, Any], outcome: Outcome, seconds: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mllm_adapters.core.configs import build_config
 from mllm_adapters.core.stages import LoraSettings, apply_stage, components, lora_targets
 from mllm_adapters.training.recipe import Recipe, RunOptions
@@ -61,7 +61,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.zero not in (None, 0, 2, 3):
-            raise UserError(f"ZeRO stage {self.zero} is not estimated: 0, 2 and 3 are")
+            raise UnsupportedCheckpointError(f"ZeRO stage {self.zero} is not estimated: 0, 2 and 3 are")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError
 from mgll_encoder.common.trained_on import Training
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config
@@ -156,19 +156,19 @@ def check_source(source: Path) -> Checkpoint:
         UserError: it is in its original layout, an adapter, or its language model has an encoder.
     """
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{source} is an adapter: train from its base, or merge it first (`finetune_lora(merge=True)` "
             "also writes a full checkpoint)"
         )
     checkpoint, _, layout = open_checkpoint(source)
     if layout != "transformers":
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{source} is in its original layout: first "
             f"`convert(mllm={source}, out={source.name}-hf)`, then retrain that"
         )
     text = build_config(checkpoint.config, f"{source}/config.json").get_text_config()
     if text.is_encoder_decoder:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{source}: its language model ({text.model_type}) reads the prompt with an encoder, and "
             "`retrain_projector()` trains only decoder models: take one on a decoder, such as Vicuna"
         )
@@ -200,7 +200,7 @@ def names_on_disk(
         suffixes = (".".join(parts[start:]) for start in range(len(parts)))
         matches = [tensor for suffix in suffixes for tensor in stored.get(suffix, [])]
         if len(matches) != 1:
-            raise UserError(
+            raise BadDataError(
                 f"{len(matches)} stored tensors for parameter {name}, expected 1: {', '.join(matches)}"
             )
         found[name] = matches[0]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 from transformers.integrations import get_available_reporting_integrations
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mllm_adapters.core.stages import STAGES, LoraSettings
 from mllm_adapters.data.captions import ALL
 from mllm_adapters.data.training_rows import DataOptions
@@ -77,8 +77,10 @@ class Recipe:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", STAGES[self.stage].learning_rate)
         if self.qlora and not STAGES[self.stage].lora:
-            raise UserError(f"`qlora=True` keeps the language model in 4 bits, but stage '{self.stage}' has no "
-                            "adapters: use stage lora or lora-vision")  # fmt: skip
+            raise InvalidArgumentError(
+                f"`qlora=True` keeps the language model in 4 bits, but stage '{self.stage}' has no "
+                "adapters: use stage lora or lora-vision"
+            )
 
     @property
     def rows(self) -> DataOptions:
@@ -154,7 +156,7 @@ def check_value(kind: Any, value: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].replace("Input should", "it must")
-        raise UserError(f"{where} is {value}: {reason}") from None
+        raise InvalidArgumentError(f"{where} is {value}: {reason}") from None
 
 
 def _check_fields(options: Any) -> None:

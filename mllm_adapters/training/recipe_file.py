@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, unknown_name
 from mgll_encoder.common.texts import parse_yaml, read_text
 from mllm_adapters.core.stages import STAGES
 from mllm_adapters.training.recipe import EvalOptions, Recipe, RunOptions, check_value
@@ -130,10 +130,12 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator:
-            raise UserError(f"'{text}' is not an override: write key=value, such as learning_rate=1e-4")
+            raise InvalidArgumentError(
+                f"'{text}' is not an override: write key=value, such as learning_rate=1e-4"
+            )
         _check_key(key, known, "the command line")
         if key in given:
-            raise UserError(f"{key} is given twice: '{text}' and {given[key].where}")
+            raise InvalidArgumentError(f"{key} is given twice: '{text}' and {given[key].where}")
         given[key] = _Given(parse_yaml(value, f"'{text}'"), f"{key}= on the command line", here)
     for field, value in flags.items():
         key, flag = THEIR_NAMES.get(field, field), f"`{field}`"
@@ -141,7 +143,9 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
             continue
         _check_key(key, known, flag)
         if key in given:
-            raise UserError(f"{key} is given twice: as {flag} and as {key}=; leave one of them out")
+            raise InvalidArgumentError(
+                f"{key} is given twice: as {flag} and as {key}=; leave one of them out"
+            )
         given[key] = _Given(value, flag, here)
     return given
 
@@ -149,26 +153,26 @@ def _typed(overrides: Iterable[str], flags: Mapping[str, Any], known: Mapping[st
 def _read(file: Path) -> dict[str, Any]:
     found = parse_yaml(read_text(file, "recipe"), f"recipe {file}")
     if not isinstance(found, dict):
-        raise UserError(f"recipe {file} has no keys: expected lines such as 'learning_rate: 1e-3'")
+        raise BadDataError(f"recipe {file} has no keys: expected lines such as 'learning_rate: 1e-3'")
     return {str(key): value for key, value in found.items()}
 
 
 def _check_key(key: str, known: Mapping[str, Any], where: str) -> None:
     if key in OURS_TO_SET:
-        raise UserError(f"{where}: {key} is not for recipes: {OURS_TO_SET[key]}")
+        raise InvalidArgumentError(f"{where}: {key} is not for recipes: {OURS_TO_SET[key]}")
     if key in THEIR_NAMES:
-        raise UserError(f"{where}: unknown recipe key '{key}': did you mean '{THEIR_NAMES[key]}'?")
+        raise BadDataError(f"{where}: unknown recipe key '{key}': did you mean '{THEIR_NAMES[key]}'?")
     if key not in known and key.startswith(NO_EFFECT):
-        raise UserError(f"{where}: {key} has no effect in these trainings: leave it out")
+        raise InvalidArgumentError(f"{where}: {key} has no effect in these trainings: leave it out")
     if key not in known:
         nearest = unknown_name("recipe key", key, known)
-        raise UserError(f"{where}: {str(nearest).partition('known are')[0].strip(' :')} "
+        raise BadDataError(f"{where}: {str(nearest).partition('known are')[0].strip(' :')} "
                         "(keys are those of transformers' TrainingArguments, and ours: docs/training.md)")  # fmt: skip
 
 
 def _no_surprises(key: str, entry: _Given) -> None:
     if entry.value is None and key not in (*PATHS, "max_steps"):
-        raise UserError(f"{entry.where} has no value: write one, or leave the key out")
+        raise InvalidArgumentError(f"{entry.where} has no value: write one, or leave the key out")
 
 
 def _prepared(key: str, entry: _Given) -> Any:
@@ -185,7 +189,7 @@ def _check_adapters(recipe: Recipe, given: Mapping[str, _Given]) -> None:
     if not STAGES[recipe.stage].lora:
         for key in ("rank", "lora_alpha", "lora_dropout"):
             if key in given:
-                raise UserError(
+                raise InvalidArgumentError(
                     f"{given[key].where} has no effect: stage '{recipe.stage}' has no adapters; leave it out, or "
                     "use stage lora or lora-vision"
                 )

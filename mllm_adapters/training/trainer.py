@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainingArguments
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError
 from mgll_encoder.common.resuming import SoundStates, telling_damage
 from mllm_adapters.core.stages import outermost_modules
 from mllm_adapters.training.callbacks import DivergedError, LossBar, diverged
@@ -104,7 +104,7 @@ class FrozenTrainer(SoundStates):
         with telling_damage(resume_from_checkpoint, "state of DeepSpeed"):
             loaded, _ = engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         if loaded is None:
-            raise UserError(
+            raise MismatchError(
                 f"{resume_from_checkpoint} is not a checkpoint of this DeepSpeed configuration: resume with "
                 "the original configuration"
             )
@@ -117,7 +117,7 @@ class FrozenTrainer(SoundStates):
             saved: Mapping[str, Tensor] = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         if saved.keys() != self.trained.keys():
             differing = sorted(saved.keys() ^ self.trained.keys())
-            raise UserError(
+            raise MismatchError(
                 f"{resume_from_checkpoint} belongs to another run: only one of the two trains {differing[0]}"
             )
         with torch.no_grad():

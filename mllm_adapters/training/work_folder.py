@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import MismatchError, NotFoundError
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.common.resuming import clear_unfinished, forget, last_checkpoint
 from mgll_encoder.common.texts import read_json
@@ -31,7 +31,7 @@ def check_work_folder(out: Path, *, resume: bool, force: bool) -> None:
     if resume and saved is None:
         raise NotFoundError(f"{work} has no checkpoint to resume from: start without `resume`")
     if saved and not (resume or force):
-        raise UserError(
+        raise MismatchError(
             f"{work} has {saved.name} of an earlier run: continue with `resume=True`, or start over with "
             "`force=True`"
         )
@@ -48,7 +48,7 @@ def claim(work: Path, identity: Mapping[str, Any], resume: bool) -> None:
         began_with = read_json(note)
         for field, value in identity.items():
             if began_with.get(field) != value:
-                raise UserError(
+                raise MismatchError(
                     f"{work} belongs to another run: its {field} was {began_with.get(field)}, now it is "
                     f"{value}: repeat the first command with `resume=True`, or start over with `force=True`"
                 )

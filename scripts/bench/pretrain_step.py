@@ -23,7 +23,7 @@ from rich.table import Table
 from timing import Spread, interleaved, seconds_of
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.batches import ManifestCollator, SplitRows, plan_rows
@@ -69,7 +69,7 @@ def main(
         if name not in GEOMETRIES:
             raise unknown_name("geometry", name, GEOMETRIES)
     if repeats < 1 or min(batch_size, large_batch_size) < 2:
-        raise UserError("--repeats must be at least 1, batch sizes at least 2")
+        raise InvalidArgumentError("--repeats must be at least 1, batch sizes at least 2")
     table = data / "manifest.csv" if data.is_dir() else data
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "manifest.jsonl"

@@ -21,7 +21,7 @@ import typer
 from rich.table import Table
 
 from mgll_encoder.common import cli
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import write_text
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.data.phantom.dataset import write_phantom
@@ -42,7 +42,7 @@ def main(
     """
     lengths = rows or [10_000, 250_000]
     if min(lengths) < 2 or images < 1:
-        raise UserError("--rows must be at least 2 and --images at least 1")
+        raise InvalidArgumentError("--rows must be at least 2 and --images at least 1")
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,14 +1,22 @@
 """User errors are exceptions by cause, all with the same base class."""
 
+import ast
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+import eval_mcq
+import mgll_encoder
+import mllm_adapters
 from eval_mcq import compare, load_benchmark
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import (
     BadDataError,
     IncompatibleTowerError,
+    InvalidArgumentError,
+    MismatchError,
     MissingPackageError,
     NotFoundError,
     OutputTakenError,
@@ -71,10 +79,24 @@ def test_a_package_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         require("train", "this", "peft")
 
 
-def test_all_are_of_one_kind() -> None:
-    for kind in (
-        BadDataError, IncompatibleTowerError, MissingPackageError, NotFoundError, OutputTakenError, UnknownNameError,
-        UnsupportedCheckpointError,
-    ):  # fmt: skip
-        assert issubclass(kind, UserError)
-        assert kind.__doc__
+def test_arguments_that_contradict_each_other_and_inputs_that_do_not_belong_together(
+    tiny_llava: Path, tower: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="image_size"):
+        plan_swap(tiny_llava, tower, tokens=16, image_size=28)
+    config = json.loads((tiny_llava / "config.json").read_text())
+    shutil.copytree(tiny_llava, tmp_path / "mixed")
+    config["vision_config"]["hidden_size"] *= 2
+    (tmp_path / "mixed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MismatchError, match="mixed"):
+        plan_swap(tmp_path / "mixed", tower)
+
+
+def test_every_refusal_names_its_cause() -> None:
+    """All raise a subclass: the base class says only that the user can fix it."""
+    for package in (eval_mcq, mgll_encoder, mllm_adapters):
+        for file in Path(package.__path__[0]).rglob("*.py"):
+            calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            bare = [call.lineno for call in calls if getattr(call.func, "id", "") == "UserError"]
+            assert not bare, (file, bare)
+    assert all(kind.__doc__ for kind in UserError.__subclasses__())

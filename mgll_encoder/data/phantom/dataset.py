@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import new_folder
 from mgll_encoder.common.progress import track
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
@@ -88,9 +88,9 @@ def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, fo
         UserError: a number is out of range, or ``out`` exists.
     """
     if per_disease < 1:
-        raise UserError(f"`images_per_disease` is {per_disease}: give at least 1")
+        raise InvalidArgumentError(f"`images_per_disease` is {per_disease}: give at least 1")
     if not 16 <= size <= 1024:
-        raise UserError(f"`size` is {size}: give a side between 16 and 1024 pixels")
+        raise InvalidArgumentError(f"`size` is {size}: give a side between 16 and 1024 pixels")
     eyes = list(phantom_eyes(per_disease, seed))
     with new_folder(out, force) as folder:
         (folder / "images").mkdir()

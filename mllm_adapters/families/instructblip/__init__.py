@@ -13,7 +13,13 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    MismatchError,
+    NotFoundError,
+    UnsupportedCheckpointError,
+)
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -118,7 +124,7 @@ class InstructBlip(PlannedFamily):
         tokenizers = _tokenizers(tokenizer, checkpoint)
         before, notes = _contract(config, fields, checkpoint.folder, where)
         if not swapped and checkpoint.find(QFORMER_PART) is not None:
-            raise UserError(
+            raise InvalidArgumentError(
                 f"`parts['{QFORMER_PART}']` goes with a new tower: give `encoder`, or leave it out"
             )
         steps = (
@@ -194,7 +200,9 @@ def _as_stock(checkpoint: Checkpoint) -> AsStock:
     """Describe a checkpoint in the transformers layout, whose tensors stay unchanged."""
     for part in (lavis.LANGUAGE_PART, lavis.CONFIG_PART, TOWER_PART):
         if checkpoint.find(part) is not None:
-            raise UserError(f"`parts['{part}']` is for LAVIS' files: {checkpoint.folder} holds its own")
+            raise InvalidArgumentError(
+                f"`parts['{part}']` is for LAVIS' files: {checkpoint.folder} holds its own"
+            )
     headers = checkpoint.tensors.values()
     reason = "a table that is recomputed"
     return AsStock(
@@ -207,15 +215,15 @@ def _as_stock(checkpoint: Checkpoint) -> AsStock:
 def _check_language_model(found: AsStock, fields: Fields, where: str) -> None:
     kind = fields.text_config.get("model_type")
     if kind not in LANGUAGE_MODELS:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: its language model is {kind!r}: supported are {' and '.join(LANGUAGE_MODELS)} (Vicuna, Flan-T5)"
         )
     names = {step.name for step in found.steps}
     for needed in (PROJECTION, "query_tokens"):
         if needed not in names:
-            raise UserError(f"{where}: tensor {needed} is not in the weights next to it: is it complete?")
+            raise NotFoundError(f"{where}: tensor {needed} is not in the weights next to it: is it complete?")
     if not names & set(VOCABULARY):
-        raise UserError(f"{where}: the weights next to it have no token embeddings: are they complete?")
+        raise BadDataError(f"{where}: the weights next to it have no token embeddings: are they complete?")
 
 
 def _with_placeholder(
@@ -225,7 +233,7 @@ def _with_placeholder(
     vocabulary = max(step.shape[0] for step in found.steps if step.name in VOCABULARY)
     if fields.placeholder is not None:
         if fields.placeholder >= vocabulary:
-            raise UserError(
+            raise MismatchError(
                 f"{checkpoint.folder}: image_token_index is {fields.placeholder}, but the vocabulary has only "
                 f"{vocabulary} rows: config.json and weights do not belong together"
             )
@@ -281,7 +289,7 @@ def _tokenizers(tokenizer: Path, checkpoint: Checkpoint) -> dict[str, Path]:
     folder = next((path for path in found if has_tokenizer(path)), None)
     if folder is None:
         looked = f" (nor in {found[0]})" if found else ""
-        raise UserError(
+        raise NotFoundError(
             f"{tokenizer} has a tokenizer, but there is none for the Q-Former{looked}: put that of "
             f"{BERT[0]} at {inside}, or pass `parts['{QFORMER_TOKENIZER_PART}']=PATH`"
         )

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Step, VisionContract
 from mllm_adapters.core.fates import ConnectorFate, Taken
@@ -82,13 +82,13 @@ def _trained_connectors(
             continue
         header = trained.get(lavis.original_name(step.name))
         if header is None:
-            raise UserError(
+            raise InvalidArgumentError(
                 f"`parts['{QFORMER_PART}']={path}` has no {lavis.original_name(step.name)}: take a Q-Former of LAVIS"
             )
         side = after.width if step.name.endswith(".weight") or step.name.startswith(NORM) else step.shape[-1]
         shape = (*step.shape[:-1], side)
         if header.shape != shape:
-            raise UserError(
+            raise InvalidArgumentError(
                 f"`parts['{QFORMER_PART}']={path}`: {lavis.original_name(step.name)} has shape {list(header.shape)}, "
                 f"expected {list(shape)}: take a Q-Former trained on a tower of width {after.width} (for CLIP ViT-L "
                 "LAVIS' blip2_pretrained_vitL.pth), or leave it out"

@@ -11,7 +11,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError, NotFoundError, UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.configs import build_config, text_config
@@ -186,13 +186,13 @@ def _kind(checkpoint: Checkpoint) -> str:
     if "opt_proj" in found or (
         kinds and "Qformer.bert.embeddings.word_embeddings.weight" not in checkpoint.tensors
     ):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{checkpoint.folder}: this is BLIP-2, whose Q-Former does not read the instruction: take an "
             "InstructBLIP such as "
             "instruct_blip_vicuna7b_trimmed.pth"
         )
     if len(kinds) != 1:
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder} holds a Q-Former without projection to a language model (expected llm_proj or "
             "t5_proj): take an InstructBLIP; a Q-Former alone can be given as `parts['qformer']=PATH`"
         )
@@ -207,7 +207,7 @@ def _is_tower(name: str) -> bool:
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, folder: Path) -> tuple[int, ...]:
     if name not in shapes:
-        raise UserError(f"{folder}: the tensor that transformers calls {name} is missing: is it complete?")
+        raise BadDataError(f"{folder}: the tensor that transformers calls {name} is missing: is it complete?")
     return shapes[name]
 
 
@@ -222,13 +222,13 @@ def _heads(section: str, width: int, folder: Path, sections: Mapping[str, Any]) 
     given = sections.get(section)
     if isinstance(given, dict) and {"hidden_size", "num_attention_heads"} <= given.keys():
         if given["hidden_size"] != width:
-            raise UserError(
+            raise MismatchError(
                 f"`parts['{CONFIG_PART}']`: its {section} describes a width of {given['hidden_size']}, but the weights "
                 f"in {folder} are {width} wide: they do not belong together"
             )
         return int(given["num_attention_heads"])
     if width not in HEADS[section]:
-        raise UserError(
+        raise NotFoundError(
             f"{folder}: how many attention heads a {section.removesuffix('_config')} tower of width {width} has is in "
             f"no weight file (known: width {next(iter(HEADS[section]))}): give a config.json of this model in the "
             f"transformers layout with `parts['{CONFIG_PART}']=PATH`"
@@ -251,7 +251,7 @@ def _language_model(
         if config.get("model_type") == kind and width == reads:
             return _attached(checkpoint, kind, path, config, steps)
         found.append(f"{path} is a {config.get('model_type')} of width {width}")
-    raise UserError(
+    raise NotFoundError(
         f"{checkpoint.folder}: its language model, a {kind} of width {reads}, was not found "
         f"({'; '.join(dict.fromkeys(found)) or 'nothing there'}): put its folder at "
         f"{checkpoint.folder / LANGUAGE_FOLDERS[kind][0]}, or say where it is with `parts['{LANGUAGE_PART}']=PATH`"
@@ -292,7 +292,7 @@ def _qformer_config(
     )
     every = crossing[1] if len(crossing) > 1 else layers
     if crossing != list(range(0, layers, every)):
-        raise UserError(
+        raise BadDataError(
             f"{folder}: its Q-Former has cross-attention in layers {crossing}: expected every n-th"
         )
     return {
@@ -318,14 +318,14 @@ def _vision_config(
 ) -> dict[str, Any]:
     """Return the ``vision_config`` of the EVA tower, from its weights."""
     if not tower:
-        raise UserError(
+        raise NotFoundError(
             f"{folder}: its vision tower {TOWER_FILE} is neither in it nor next to it: put it there, or "
             f"pass `parts['{TOWER_PART}']=PATH`"
         )
     shapes = {name: header.shape for name, header in tower.items()}
     found = _shape(shapes, "cls_token", folder)[-1]
     if found != width:
-        raise UserError(
+        raise MismatchError(
             f"{folder}: its tower is {found} wide, but ln_vision reads a width of {width}: they do not belong together"
         )
     patch = _shape(shapes, "patch_embed.proj.weight", folder)[-1]
@@ -348,7 +348,7 @@ def _replaced_tower(width: int, folder: Path, image_size: int | None) -> tuple[d
     if width == EVA_WIDTH:
         return {**EVA_CONFIG, **EVA}, f"that of LAVIS' EVA-CLIP-g, which is as wide as ln_vision ({width})"
     if image_size is None:
-        raise UserError(
+        raise NotFoundError(
             f"{folder}: its vision tower {TOWER_FILE} is neither in it nor next to it, and ln_vision has "
             f"width {width}, unlike LAVIS' EVA-CLIP-g: a swap needs the old tower's size, pass "
             f"`image_size`; or pass `parts['{TOWER_PART}']=PATH`"
@@ -374,7 +374,7 @@ def _tower_steps(
         elif name.endswith("q_bias"):
             value = tower.get(name.replace("q_bias", "v_bias"))
             if value is None:
-                raise UserError(f"{folder}: {name} has no matching v_bias: is the tower complete?")
+                raise BadDataError(f"{folder}: {name} has no matching v_bias: is the tower complete?")
             # The original has no bias on the keys, transformers one of zeros.
             steps.append(
                 Step(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, Field
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError
 from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize, TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_geometry
@@ -118,7 +118,7 @@ def original_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     fields = read_fields(OriginalFields, checkpoint.config, where)
     vision = read_fields(VisionFields, fields.vision_config, f"{where}, vision_config")
     if vision.qk_normalization and vision.layer_norm_eps != 1e-6:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: layer_norm_eps of vision_config is {vision.layer_norm_eps}, expected 1e-06: "
             "transformers' InternViT supports no other for queries and keys"
         )
@@ -127,7 +127,7 @@ def original_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     held = {step.name: step for step in steps}
     for name in (EMBEDDINGS, POSITIONS, f"{PROJECTOR}linear_1.weight"):
         if name not in held:
-            raise UserError(
+            raise BadDataError(
                 f"{checkpoint.folder}: the tensor for {name} is missing: is the checkpoint complete?"
             )
     spec = _original_tower(fields, vision, where)
@@ -196,7 +196,7 @@ def native_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     built = build_config(config, str(where))
     matches = [m for m in map(FIRST_TENSOR.fullmatch, checkpoint.tensors) if m]
     if len(matches) != 1:
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder}: expected one vision tower under vision_tower, found {len(matches)}"
         )
     prefix = matches[0][1]
@@ -219,7 +219,7 @@ def native_host(checkpoint: Checkpoint, request: PlanRequest) -> Host:
     root = prefix.removesuffix(TOWER)
     projector = checkpoint.tensors.get(f"{root}{PROJECTOR}linear_1.weight")
     if projector is None:
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder}: tensor {root}{PROJECTOR}linear_1.weight is missing: is this the language model only?"
         )
     kind = _model_type(request, fields.ps_version, contract)
@@ -292,7 +292,7 @@ def _places(root: str, kind: str, request: PlanRequest) -> dict[str, Any]:
 def _language_model(llm_config: Mapping[str, Any], where: str) -> LanguageModel:
     names = llm_config.get("architectures") or [None]
     if names[0] not in LANGUAGE_MODELS:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: the language model is {names[0]}: expected one of {', '.join(LANGUAGE_MODELS)}; {TRY}"
         )
     return LANGUAGE_MODELS[names[0]]
@@ -308,7 +308,7 @@ def _original_tower(fields: OriginalFields, vision: VisionFields, where: str) ->
 def _merged(ratio: float, grid: int, where: str) -> int:
     merge = round(1 / ratio)
     if abs(merge * ratio - 1) > 1e-6 or grid % merge:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: downsample_ratio {ratio} does not divide {grid}x{grid} patches: expected 1 / n, such "
             "as 0.5, "
             "and a multiple of n patches"

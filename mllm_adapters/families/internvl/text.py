@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError, unknown_name
+from mgll_encoder.common.errors import BadDataError, unknown_name
 from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import library_errors, quiet
@@ -119,7 +119,7 @@ def conversation(folder: Path, template: str | None, vocabulary: int) -> TextSet
     for token in (IMAGE, START, END, stop):
         if vocab.get(token, vocabulary) >= vocabulary:
             found = f"gives it the id {vocab[token]}" if token in vocab else "does not have it"
-            raise UserError(
+            raise BadDataError(
                 f"{folder}: token {token} needs one of the {vocabulary} rows of the embedding, but the tokenizer "
                 f"{found}: use this checkpoint's tokenizer files"
             )
@@ -229,7 +229,7 @@ def original_tokenizer(folder: Path) -> Any:
         with quiet():
             return _internlm2(folder, settings)
     except library_errors() as error:
-        raise UserError(f"the tokenizer in {folder} cannot be read: {library_reason(error)}") from None
+        raise BadDataError(f"the tokenizer in {folder} cannot be read: {library_reason(error)}") from None
 
 
 def _internlm2(folder: Path, settings: Mapping[str, Any]) -> Any:
@@ -262,7 +262,7 @@ def _internlm2(folder: Path, settings: Mapping[str, Any]) -> Any:
         )
     found = {i: rebuilt.convert_tokens_to_ids(_content(token)) for i, token in added.items()}
     if wrong := [i for i in added if found[i] != i]:
-        raise UserError(
+        raise BadDataError(
             f"{folder}/tokenizer_config.json: token {_content(added[wrong[0]])} should have the id {wrong[0]}, but "
             f"would get {found[wrong[0]]}: download the tokenizer files again"
         )

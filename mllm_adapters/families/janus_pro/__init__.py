@@ -13,7 +13,7 @@ from typing import Any
 from rich.filesize import decimal
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.tower.architectures import HOSTED
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -171,7 +171,7 @@ def _as_llava(host: Host, checkpoint: Checkpoint) -> Host:
     """Return the host's understanding path as a LLaVA."""
     depth, activation = host.config["aligner_depth"], host.config["aligner_hidden_act"]
     if (depth, activation) != (2, "gelu"):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{checkpoint.folder}: its aligner has {depth} layers with {activation}, but a LLaVA's projector two with "
             "gelu: take `layout=own`"
         )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.tower.spec import TowerSpec, checked
 from mgll_encoder.weights.keytable import Drop, Reshape, Rule, Split
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -148,7 +148,9 @@ def read_original(checkpoint: Checkpoint, request: PlanRequest) -> Host:
 def _params(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     params = config.get("params")
     if not isinstance(params, Mapping):
-        raise UserError(f"{where}: field 'params' is missing: this is not the original layout of Janus-Pro")
+        raise UnsupportedCheckpointError(
+            f"{where}: field 'params' is missing: this is not the original layout of Janus-Pro"
+        )
     return params
 
 
@@ -182,7 +184,7 @@ def _siglip(checkpoint: Checkpoint, params: VisionParams) -> tuple[TowerSpec, tu
     }
     where = checkpoint.folder / "config.json"
     if width % HEAD_WIDTH:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: its SigLIP tower is {width} wide: expected a multiple of {HEAD_WIDTH}, the width of a head"
         )
     spec = checked(TowerSpec, {**geometry, **pixels.model_dump()}, where)
@@ -206,12 +208,12 @@ def _generator(checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
         for level in reversed(range(levels))
     ]
     if not widths or any(width % base for width in widths):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{checkpoint.folder}: the generator's levels are {widths} wide: expected multiples of {base}"
         )
     middle, hidden = shape_of(checkpoint, "gen_head.output_mlp_projector.weight")
     if middle != hidden:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{checkpoint.folder}: gen_head.output_mlp_projector maps width {hidden} to {middle}: "
             "transformers' Janus supports only equal widths, as in the published checkpoints"
         )

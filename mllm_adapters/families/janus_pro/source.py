@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, Field, PositiveInt
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import load_pretrained
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, checked
@@ -161,7 +161,7 @@ def janus_tokenizer(folder: Path) -> Any | None:
         return None
     vocabulary = tokenizer.get_vocab()
     if absent := [token for token in (IMAGE_BEGIN, IMAGE_END) if token not in vocabulary]:
-        raise UserError(f"{folder}: the tokenizer has no {absent[0]}: it is not a Janus tokenizer")
+        raise BadDataError(f"{folder}: the tokenizer has no {absent[0]}: it is not a Janus tokenizer")
     named = {"image_token": PLACEHOLDER, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
     tokenizer = load_pretrained(
         type(tokenizer), folder, f"the tokenizer in {folder}", extra_special_tokens=named
@@ -192,7 +192,7 @@ def janus_pixels(folder: Path, image_size: int) -> tuple[PixelRule, int, tuple[s
     pixels = read_fields(JanusPixels, settings, str(where))
     side = pixels.image_size or pixels.size.get("height")
     if side != image_size:
-        raise UserError(
+        raise MismatchError(
             f"{where}: images are resized to {side} px, but config.json's tower takes {image_size} px"
         )
     rule = PixelRule(image_size=image_size, mean=pixels.image_mean, std=pixels.image_std, resize="pad")
@@ -206,7 +206,7 @@ def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
         UserError: it is missing.
     """
     if name not in checkpoint.tensors:
-        raise UserError(f"{checkpoint.folder}: tensor {name} is missing: complete the download")
+        raise BadDataError(f"{checkpoint.folder}: tensor {name} is missing: complete the download")
     return checkpoint.tensors[name].shape
 
 

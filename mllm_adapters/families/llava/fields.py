@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mllm_adapters.core.configs import read_fields
 from mllm_adapters.core.known_towers import short_name
 from mllm_adapters.core.not_read import LLAVA_WORKS
@@ -119,7 +119,7 @@ def original_fields(config: Mapping[str, Any], where: str) -> OriginalFields:
     """
     tower = str(config.get("mm_vision_tower"))
     if found := NO_CLIP.search(short_name(tower)):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: mm_vision_tower is {tower!r}: checkpoints with a {found[0]} tower are not supported, "
             f"only those with OpenAI's CLIP: {LLAVA_WORKS}"
         )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, MismatchError, UnsupportedCheckpointError
 from mgll_encoder.tower.architectures import ARCHITECTURES, described_by
 from mgll_encoder.tower.architectures.base import Architecture
 from mgll_encoder.tower.architectures.clip import CLIP
@@ -34,7 +34,7 @@ def native_host(family: str, checkpoint: Checkpoint) -> Host:
     """
     config = checkpoint.config
     if given := [part for part in (TOWER_PART, BASE_PART) if checkpoint.find(part)]:
-        raise UserError(f"{checkpoint.folder} is whole: no `parts['{given[0]}']` belongs to it")
+        raise InvalidArgumentError(f"{checkpoint.folder} is whole: no `parts['{given[0]}']` belongs to it")
     fields = read_fields(NativeFields, config, f"{checkpoint.folder}/config.json")
     architecture = _architecture(config, checkpoint.folder / "config.json")
     positions = _position_table(checkpoint, architecture)
@@ -62,7 +62,7 @@ def _architecture(config: Mapping[str, Any], where: Path) -> Architecture:
     found = described_by(kind)
     if found is None or found.not_in_hosts:
         known = [row.model_type for row in ARCHITECTURES.values() if not row.not_in_hosts]
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: vision_config: field 'model_type' is {kind!r}: expected {' or '.join(known)}, the towers "
             "that can be replaced in this layout"
         )
@@ -74,7 +74,7 @@ def _position_table(checkpoint: Checkpoint, architecture: Architecture) -> Tenso
     ending = f".{architecture.written_name(architecture.positions)}"
     found = [header for name, header in checkpoint.tensors.items() if name.endswith(ending)]
     if len(found) != 1 or "vision_tower." not in found[0].name:
-        raise UserError(
+        raise MismatchError(
             f"{checkpoint.folder}: expected one {architecture.title} vision tower under vision_tower, found "
             f"{len(found)}: config.json and weights do not belong together"
         )
@@ -96,7 +96,7 @@ def _native_tower(checkpoint: Checkpoint, architecture: Architecture, positions:
     try:
         vision = architecture.spec_fields(checkpoint.config["vision_config"])
     except ValueError as error:
-        raise UserError(f"{where}: vision_config: {error}") from None
+        raise UnsupportedCheckpointError(f"{where}: vision_config: {error}") from None
     pixels, notes = host_pixels(checkpoint.folder, vision["image_size"])
     spec = checked(TowerSpec, {**vision, **pixels.model_dump()}, where)
     check_positions(positions, spec)

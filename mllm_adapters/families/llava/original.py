@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.tower.spec import Resize
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import text_config, tower_config
@@ -156,12 +156,12 @@ def image_markup(config: Mapping[str, Any], token: str) -> str:
 
 def _check_variant(checkpoint: Checkpoint, fields: OriginalFields, weights: Weights, found: Sorted) -> None:
     if found.projector != fields.mm_projector_type:
-        raise UserError(
+        raise MismatchError(
             f"{checkpoint.folder}: config.json says that the projector is {fields.mm_projector_type}, but the tensors "
             f"are those of {found.projector}: configuration and weights do not belong together"
         )
     if fields.mm_use_im_start_end and weights.base is not None:
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder}/config.json: mm_use_im_start_end is true, but the rows of {START_TOKEN} and "
             f"{END_TOKEN} are not in the base model's vocabulary: pass the whole (merged) checkpoint"
         )
@@ -180,7 +180,7 @@ def _placeholder(
             if tokenizer
             else ("it has no tokenizer with their ids")
         )
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder}: config.json has mm_use_im_start_end, so that prompts need {START_TOKEN} and "
             f"{END_TOKEN}, but {lacks}: add the tokenizer files that this checkpoint was published with"
         )

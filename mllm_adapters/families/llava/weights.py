@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    MismatchError,
+    NotFoundError,
+    UnsupportedCheckpointError,
+)
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.weights.foreign import ADAPTER_CONFIG
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -112,17 +118,17 @@ def find_weights(checkpoint: Checkpoint) -> Weights:
     folder = checkpoint.folder
     adapted = (folder / ADAPTER_CONFIG).is_file()
     if adapted and not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
-        raise UserError(
+        raise BadDataError(
             f"{folder} holds {ADAPTER_CONFIG} but not {' or '.join(ADAPTER_WEIGHTS)}: complete the download"
         )
     if not checkpoint.partial:
         if adapted:
-            raise UserError(
+            raise BadDataError(
                 f"{folder} holds a whole model and a LoRA adapter: if the adapter is merged into it, remove "
                 f"{ADAPTER_CONFIG}; if not, keep each in a separate folder"
             )
         if checkpoint.find(BASE_PART):
-            raise UserError(
+            raise InvalidArgumentError(
                 f"{folder} holds a whole model: `parts['{BASE_PART}']` is for projector-only and LoRA folders"
             )
         return Weights("original", {name: name for name in checkpoint.tensors})
@@ -166,7 +172,7 @@ def sort_names(weights: Weights, where: Path) -> Sorted:
         else:
             dropped.append(Dropped(name=source, reason=LAYOUT.reason))
     if EMBEDDINGS not in names:
-        raise UserError(
+        raise BadDataError(
             f"{weights.base or where} has no {EMBEDDINGS.removeprefix('language_model.')}: is it complete?"
         )
     kind = _projector_kind({layer for layer, _ in projector}, where)
@@ -218,7 +224,7 @@ def check_applied(checkpoint: Checkpoint, weights: Weights) -> None:
     norm = weights.sources.get("model.norm.weight")
     size = float(checkpoint.read(norm).float().abs().mean()) if norm else 1.0
     if size < 0.1:
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder}: the weights of the final normalization are {size:.3g} on average, "
             "expected about 1: "
             "this looks like a delta that has not been added to its LLaMA; apply it (llava.model.apply_delta in the "
@@ -259,17 +265,17 @@ def _base_folder(checkpoint: Checkpoint, layout: str, name: str) -> Path:
     found = checkpoint.find(BASE_PART, *([name] if name else []))
     if found is None or found.resolve() == folder.resolve():
         named = f" '{name}', which is neither next to it nor in the Hugging Face cache" if name else ""
-        raise UserError(
+        raise NotFoundError(
             f"{folder} has {what} without its language model{named}: pass `parts['{BASE_PART}']=PATH`"
         )
     if not (found / "config.json").is_file():
-        raise UserError(
+        raise BadDataError(
             f"{found} (`parts['{BASE_PART}']`): expected a model folder with a config.json and weights"
         )
     config, expected = read_json(found / "config.json"), text_model(checkpoint.config)
     kind = text_model(config) or str(config.get("model_type"))
     if kind != expected:
-        raise UserError(
+        raise MismatchError(
             f"{found} (model_type {config.get('model_type')!r}) is not what {folder} was trained on: expected a "
             f"{expected} language model{f', {name}' if name else ''}; pass it with `parts['{BASE_PART}']=PATH`"
         )
@@ -285,20 +291,20 @@ def _merge(
 ) -> Merge:
     folder = checkpoint.folder
     if name not in sources:
-        raise UserError(
+        raise MismatchError(
             f"{folder}: the adapter changes {name}, which the base model does not have: is it another one?"
         )
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{folder}: the adapter changes {name}, which is not supported: merge it with PEFT first"
         )
     if set(pair) != {"A", "B"}:
-        raise UserError(
+        raise BadDataError(
             f"{folder}: the adapter has only one of two matrices for {name}: complete the download"
         )
     down, up, base = (checkpoint.header(n).shape for n in (pair["A"], pair["B"], sources[name]))
     if (down, up) != ((fields.r, base[-1]), (base[0], fields.r)):
-        raise UserError(
+        raise MismatchError(
             f"{folder}: the adapter's matrices for {name} are {list(down)} and {list(up)}, which are not an "
             f"update of rank {fields.r} to {list(base)}: adapter, {ADAPTER_CONFIG} and base model do not "
             "belong together"
@@ -317,13 +323,13 @@ def _bare(name: str) -> str:
 
 def _projector_kind(layers: set[str], where: Path) -> str:
     if not layers:
-        raise UserError(
+        raise NotFoundError(
             f"{where} has no projector, neither in its shards nor as mm_projector.bin: is this the language model only?"
         )
     for kind, names in PROJECTORS.items():
         if layers == set(names):
             return kind
     found = ", ".join(sorted(f"mm_projector.{layer}" for layer in layers))
-    raise UserError(
+    raise BadDataError(
         f"{where}: the projector's layers are {found}, expected those of {' or '.join(PROJECTORS)}"
     )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.tower.preprocess import image_processor
 from mgll_encoder.tower.spec import TowerSpec, checked
@@ -205,7 +205,9 @@ class MedFlamingo(PlannedFamily):
         steps = [copied(header) for header in checkpoint.tensors.values()]
         tower = next((step for step in steps if step.name.startswith(TOWER_PREFIX)), None)
         if tower is None:
-            raise UserError(f"{checkpoint.folder} has no tensors under {TOWER_PREFIX}: complete the download")
+            raise BadDataError(
+                f"{checkpoint.folder} has no tensors under {TOWER_PREFIX}: complete the download"
+            )
         geometry = measure({step.name: step for step in steps}, depth, str(checkpoint.folder))
         return Host(
             layout="transformers",
@@ -250,7 +252,7 @@ def _text_config(config: Mapping[str, Any], vocabulary: int, rows: int, folder: 
 def _language_dtype(steps: list[Step], folder: Path) -> str:
     found = next((step.dtype for step in steps if step.name == f"{LANGUAGE_MODEL}norm.weight"), None)
     if found is None:
-        raise UserError(f"{folder}: tensor model.norm.weight is missing: complete the download")
+        raise BadDataError(f"{folder}: tensor model.norm.weight is missing: complete the download")
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError, UnsupportedCheckpointError
 from mgll_encoder.weights.keytable import Destination
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.contract import Dropped, Step, VisionContract
@@ -127,7 +127,7 @@ def sort_names(checkpoint: Checkpoint) -> Names:
         (EMBEDDINGS, "embedding of the added tokens (lang_encoder.model.embed_tokens.weight)"),
     ):
         if not any(name.startswith(needed) for name in found):
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 f"{file} has no {what}: expected the trained weights of a Flamingo, as open_flamingo saves them "
                 "(Med-Flamingo's model.pt, OpenFlamingo-9B's checkpoint.pt)"
             )
@@ -157,13 +157,13 @@ def measure(steps: Mapping[str, Step], depth: int, where: str) -> Geometry:
             steps[f"{name}.1.weight"].shape[0] for name in (f"{PERCEIVER}layers.0.1", f"{first}.ff")
         )
     except KeyError as error:
-        raise UserError(f"{where}: tensor {error.args[0]} is missing: download the file again") from None
+        raise BadDataError(f"{where}: tensor {error.args[0]} is missing: download the file again") from None
     except ValueError:
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where}: latents and embedding must be tables: this is not a Flamingo's file"
         ) from None
     if inner % HEAD_DIM or inner_block % HEAD_DIM:
-        raise UserError(
+        raise BadDataError(
             f"{where}: attention is {inner} wide in the perceiver and {inner_block} in the gated blocks: expected "
             f"multiples of {HEAD_DIM}, the width of a head in open_flamingo"
         )
@@ -224,12 +224,12 @@ def _place(source: str, checkpoint: Checkpoint) -> Destination:
     where = checkpoint.tensors[source].file
     for pattern, what in OTHER_LANGUAGE_MODELS:
         if pattern.match(source):
-            raise UserError(
+            raise UnsupportedCheckpointError(
                 f"{where}: its language model is {what} ({source}): only Flamingos on a LLaMA are supported, "
                 "Med-Flamingo and OpenFlamingo-9B of 2023 (openflamingo/OpenFlamingo-9B-deprecated)"
             )
     if match := _VIDEO.match(source):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{where} was trained on videos ({match[1]}): only Flamingos for pictures are supported"
         )
     return LAYOUT.place(source, where)
@@ -239,7 +239,7 @@ def _step(name: str, headers: list[TensorHeader]) -> Step:
     first, *others = headers
     for other in others:
         if (other.shape, other.dtype) != (first.shape, first.dtype):
-            raise UserError(
+            raise MismatchError(
                 f"{first.file}: {first.name} {list(first.shape)} and {other.name} {list(other.shape)} are two names "
                 "of one tensor, but differ: the file is damaged or was edited; download it again"
             )
@@ -254,11 +254,11 @@ def _interval(steps: Mapping[str, Step], depth: int, where: str) -> int:
     """Return the interval of gated blocks, from the layer numbers."""
     found = sorted({int(name.split(".")[2]) for name in steps if name.startswith(BLOCKS)})
     if not found:
-        raise UserError(f"{where} has no gated cross-attention blocks: complete the download")
+        raise BadDataError(f"{where} has no gated cross-attention blocks: complete the download")
     interval = found[0] + 1
     expected = list(range(found[0], depth, interval))
     if found != expected:
-        raise UserError(
+        raise BadDataError(
             f"{where} has gated blocks before layers {found}, but one every {interval} layers of a LLaMA with {depth} "
             f"would be before {expected}: the file is incomplete, or this is not the LLaMA it was trained on"
         )

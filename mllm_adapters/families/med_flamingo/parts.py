@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError, NotFoundError, UserError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.tower.architectures.clip import PROJECTION
 from mgll_encoder.tower.examine import OFFICIAL
@@ -50,16 +50,16 @@ def language_model(checkpoint: Checkpoint) -> Path:
     found = checkpoint.find(LANGUAGE_PART, *map(str, nearby), *LANGUAGE_HUB_IDS)
     option = f"`parts['{LANGUAGE_PART}']=FOLDER`"
     if found is None:
-        raise UserError(
+        raise NotFoundError(
             f"{checkpoint.files[0]} has only the weights trained on top of a LLaMA, but no folder with a "
             f"LLaMA's config.json is next to it, nor is {LANGUAGE_HUB_IDS[-1]} in the Hugging Face cache: "
             f"pass LLaMA-7B as {option}"
         )
     if found in nearby[:1] and len(nearby) > 1:
         names = " and ".join(folder.name for folder in nearby)
-        raise UserError(f"{found.parent}: {names} are LLaMAs: say which one it is with {option}")
+        raise NotFoundError(f"{found.parent}: {names} are LLaMAs: say which one it is with {option}")
     if not (found / "config.json").is_file() or _model_type(found) != "llama":
-        raise UserError(
+        raise BadDataError(
             f"{found} is not a LLaMA: expected a folder with a config.json of model_type 'llama' ({option})"
         )
     return found
@@ -77,7 +77,7 @@ def check_language_model(geometry: Geometry, fields: LlamaFields, folder: Path, 
     """
     vocabulary, width = fields.vocab_size, fields.hidden_size
     if geometry.text_width != width or geometry.rows - vocabulary not in (2, 3):
-        raise UserError(
+        raise MismatchError(
             f"{where} was trained on a LLaMA of width {geometry.text_width} with {geometry.rows} tokens, three of "
             f"them added, but {folder} has width {width} and {vocabulary} tokens: give the right one with "
             f"`parts['{LANGUAGE_PART}']=FOLDER`"
@@ -96,7 +96,7 @@ def frozen_steps(
         if key.endswith("rotary_emb.inv_freq") or name in names.found or (tied and name == HEAD):
             continue
         if not key.startswith(("model.", HEAD)):
-            raise UserError(f"{header.file}: tensor {key} is not part of a LLaMA")
+            raise BadDataError(f"{header.file}: tensor {key} is not part of a LLaMA")
         steps.append(copied(header, name))
     return extended(steps, (HEAD,), geometry.rows)
 
@@ -127,7 +127,7 @@ def host_tower(
     else:
         host = _external_host(checkpoint, geometry, tower, image_size)
     if host.spec.width != geometry.width:
-        raise UserError(
+        raise MismatchError(
             f"{checkpoint.files[0]}: the perceiver reads features of width {geometry.width}, but {host.name} gives "
             f"{host.spec.width}: tower and perceiver do not belong together"
         )
@@ -144,13 +144,13 @@ def _external_host(
         if tower is not None:
             return _replaced_host(checkpoint, geometry.width, image_size)
         _name_damaged(checkpoint)
-        raise UserError(
+        raise NotFoundError(
             f"{checkpoint.files[0]} has no vision tower, and no CLIP file is next to it: pass OpenAI's "
             f"ViT-L/14, as state dict or transformers folder, as `parts['{TOWER_PART}']=PATH`"
         )
     if found in nearby[:1] and len(nearby) > 1:
         listed = " and ".join(path.name for path in nearby)
-        raise UserError(
+        raise NotFoundError(
             f"{checkpoint.folder}: {listed} are CLIP towers: say which one it is with `parts['{TOWER_PART}']=PATH`"
         )
     header = clip_tower(found)
@@ -168,7 +168,7 @@ def _replaced_host(checkpoint: Checkpoint, width: int, image_size: int | None) -
         return HostTower(HOST_TOWER, published, None, (gone(HOST_TOWER, source),))
     if image_size is None:
         _name_damaged(checkpoint)
-        raise UserError(
+        raise NotFoundError(
             f"{checkpoint.files[0]} has no vision tower, and its perceiver has width {width}, unlike "
             f"{HOST_TOWER}: a swap needs the old tower's size, pass `image_size`; or pass "
             f"`parts['{TOWER_PART}']=PATH`"

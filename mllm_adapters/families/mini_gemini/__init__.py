@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError
 from mgll_encoder.tower.spec import PixelRule
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields, text_config, tower_config
@@ -100,7 +100,7 @@ class MiniGemini(PlannedFamily):
                 (g for g in range(1, cells + 1) if cells % g == 0), key=lambda g: abs(g - after.grid)
             )[:2]
             sizes = " or ".join(str(g * after.patch_size) for g in sorted(near))
-            raise UserError(
+            raise InvalidArgumentError(
                 f"`image_size={after.image_size}` makes {after.grid}x{after.grid} patches, among which the "
                 f"{cells}x{cells} high-resolution cells do not divide: try {sizes}"
             )
@@ -280,14 +280,14 @@ def _contract(tower: HostTower, layer: int, fields: CommonFields, where: str) ->
         UserError: the high-resolution cells cannot be divided evenly among the patches of a view.
     """
     if fields.image_global and fields.image_grid == 1:
-        raise UserError(
+        raise BadDataError(
             f"{where}: image_global is true, but image_grid is 1: expected 2 or more, as in MGM-7B-HD"
         )
     contract = contract_of(tower.spec, layer, class_token=False)
     cells, rest = divmod(fields.image_size_aux // STRIDE, fields.image_grid)
     if rest or cells % contract.grid:
         unit = STRIDE * fields.image_grid * contract.grid
-        raise UserError(
+        raise BadDataError(
             f"{where}: image_size_aux is {fields.image_size_aux}: expected a multiple of {unit}, so that the "
             f"high-resolution cells divide among {contract.grid}x{contract.grid} patches"
         )

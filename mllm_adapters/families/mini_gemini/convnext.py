@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mllm_adapters.checkpoints.checkpoint import TensorHeader
 from mllm_adapters.families.keytable import OriginalLayout
 
@@ -51,12 +51,12 @@ def convnext_config(tensors: Mapping[str, TensorHeader], image_size: int, where:
     norms = [f"stages.{stage}.blocks.0.norm.weight" for stage in sorted(blocks)]
     gaps = any(found != set(range(len(found))) for found in numbers)
     if not blocks or gaps or any(name not in tensors for name in ("stem.0.weight", *norms)):
-        raise UserError(
+        raise BadDataError(
             f"{where}: the ConvNeXt is incomplete, its stem or blocks are missing: download it again"
         )
     stem = tensors["stem.0.weight"].shape
     if stem[1:] != (3, STRIDE, STRIDE):
-        raise UserError(
+        raise BadDataError(
             f"{where}: stem.0.weight has shape {list(stem)}: expected [width, 3, {STRIDE}, {STRIDE}]"
         )
     return {

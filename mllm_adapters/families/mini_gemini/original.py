@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, Field
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError, NotFoundError, UnsupportedCheckpointError
 from mgll_encoder.tower.spec import Resize, TowerSpec, checked
 from mgll_encoder.weights.keytable import Drop
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
@@ -142,7 +142,7 @@ def sort_names(checkpoint: Checkpoint) -> Names:
         into[target.removeprefix(prefix)] = source
     needed = (EMBEDDINGS, *(f"{name}.{kind}" for name in PROJECTORS for kind in ("weight", "bias")))
     if missing := [name for name in needed if name not in names.kept]:
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder}: tensor {missing[0].replace('language_model.', '')} is missing: is the download "
             "complete, and is this Mini-Gemini rather than its language model or a LLaVA?"
         )
@@ -182,7 +182,7 @@ class AuxTower:
         """
         sizes = convnext_config(self.tensors, fields.image_size_aux, self.where)
         if sum(sizes["hidden_sizes"]) != width:
-            raise UserError(
+            raise MismatchError(
                 f"{folder}: model.vlm_uni_aux_projector.1.weight reads features of width {width}, but {self.where} "
                 f"gives {sum(sizes['hidden_sizes'])}: they do not belong together"
             )
@@ -219,7 +219,7 @@ def original_tower(
     if replaced or not inside:
         return host
     if POSITIONS not in inside:
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder}: the low-resolution tower in the shards is incomplete: no {POSITIONS}"
         )
     positions = checkpoint.tensors[inside[POSITIONS]]
@@ -232,7 +232,7 @@ def aux_tower(checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[st
     """Find the tower that the original code would use: the named file, overridden by the shards if it was trained."""
     name = fields.mm_vision_tower_aux
     if "xxlarge" in name.lower():
-        raise UserError(
+        raise UnsupportedCheckpointError(
             f"{checkpoint.folder}/config.json: mm_vision_tower_aux is {name!r}: the xxlarge ConvNeXt "
             "normalizes differently and is not supported; take a checkpoint with convnext_large_d_320"
         )
@@ -244,7 +244,7 @@ def aux_tower(checkpoint: Checkpoint, fields: OriginalFields, inside: Mapping[st
     found = None if trained else checkpoint.find(AUX_PART, name)
     if found is None:
         if not held:
-            raise UserError(
+            raise NotFoundError(
                 f"{checkpoint.folder}: its high-resolution tower '{name}' is not in its shards, in the "
                 f"checkpoint folder or next to it: put its folder at {checkpoint.folder.parent / name}, or "
                 f"pass `parts['{AUX_PART}']=PATH`"
@@ -262,7 +262,7 @@ def _aux_file(path: Path) -> Path:
         return path
     file = next((path / name for name in AUX_FILES if (path / name).is_file()), None)
     if file is None:
-        raise UserError(
+        raise NotFoundError(
             f"{path} has no weights of a high-resolution tower: expected one of {', '.join(AUX_FILES)}"
         )
     return file
@@ -273,7 +273,7 @@ def own_tower(checkpoint: Checkpoint, fields: NativeFields) -> tuple[HostTower, 
     where = checkpoint.folder / "config.json"
     found = [n.removesuffix(CLASS_EMBEDDING) for n in checkpoint.tensors if n.endswith(CLASS_EMBEDDING)]
     if len(found) != 1:
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder}: expected one {CLASS_EMBEDDING}, found {len(found)}: download it again"
         )
     vision = build_config(checkpoint.config, str(where)).vision_config

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from mgll_encoder import TowerHeader
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
@@ -249,7 +249,7 @@ def _visual_prefix(checkpoint: Checkpoint, generation: Generation) -> str:
     end = f"visual.merger.{generation.norm}.weight"
     found = [name for name in checkpoint.tensors if name.endswith(end)]
     if len(found) != 1:
-        raise UserError(
+        raise BadDataError(
             f"{checkpoint.folder}: expected one tensor {end}, found {len(found)}: is this the language model only?"
         )
     return found[0].removesuffix(end) + "visual."
@@ -306,12 +306,12 @@ def _check_merger(
     """
     for layer in (generation.norm, generation.first, generation.second):
         if f"{merger}{layer}.weight" not in checkpoint.tensors:
-            raise UserError(
+            raise BadDataError(
                 f"{checkpoint.folder}: tensor {merger}{layer}.weight is missing: complete the download"
             )
     norm = checkpoint.tensors[f"{merger}{generation.norm}.weight"]
     if norm.shape != (before.width,):
-        raise UserError(
+        raise MismatchError(
             f"{checkpoint.folder}: config.json describes a tower of width {before.width}, but {norm.name} has shape "
             f"{list(norm.shape)}, expected {[before.width]}: they do not belong together"
         )

@@ -45,7 +45,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLVisionPatchMerger,
 )
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError
 
 IMAGES_ONLY = "this model does not support video: pass the frames as images"
 
@@ -194,7 +194,7 @@ class ClipVisual(PreTrainedModel):
         side = tower.image_size // tower.patch_size
         for grid in grid_thw.tolist():
             if grid != [1, side, side]:
-                raise UserError(
+                raise BadDataError(
                     f"image_grid_thw has an image of {grid} patches, expected {[1, side, side]}: this model "
                     f"takes images of {tower.image_size} x {tower.image_size} px, as made by its own "
                     "processor"
@@ -254,7 +254,7 @@ class _WithClip(PreTrainedModel):
         Raises:
             UserError: always.
         """
-        raise UserError(IMAGES_ONLY)
+        raise UnsupportedCheckpointError(IMAGES_ONLY)
 
 
 class _WithClipForConditionalGeneration(PreTrainedModel):
@@ -364,6 +364,6 @@ class MgllQwen2VLProcessor(Qwen2VLProcessor):
             UserError: a video is given.
         """
         if videos is not None:
-            raise UserError(IMAGES_ONLY)
+            raise UnsupportedCheckpointError(IMAGES_ONLY)
         batch: BatchFeature = super().__call__(images=images, text=text, **kwargs)
         return batch

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, PositiveInt
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Step, VisionContract
@@ -73,7 +73,7 @@ class QwenVL(PlannedFamily):
         if any(step.name == f"{CONNECTOR}.weight" for step in steps):
             found = super().connect(swap)
         elif host.before.width != width:
-            raise UserError(
+            raise BadDataError(
                 f"{swap.checkpoint.folder}: tensor {CONNECTOR}.weight is missing, but the tower's features "
                 f"have width {host.before.width} and the resampler needs {width}: is it complete?"
             )
@@ -162,7 +162,7 @@ class QwenVL(PlannedFamily):
         fields = read_fields(OwnFields, checkpoint.config, f"{checkpoint.folder}/config.json")
         before, notes = _own_contract(checkpoint, fields)
         if QUERY not in checkpoint.tensors:
-            raise UserError(
+            raise BadDataError(
                 f"{checkpoint.folder} has no resampler ({QUERY} is not in its weights): is it complete?"
             )
         return Host(
@@ -209,7 +209,7 @@ def _embeddings(checkpoint: Checkpoint, steps: list[Step], image_token_id: int) 
     (source,) = next(step.sources for step in steps if step.name == EMBEDDINGS)
     header = checkpoint.tensors[source]
     if image_token_id >= header.shape[0]:
-        raise UserError(
+        raise MismatchError(
             f"{checkpoint.folder}/config.json: visual.image_start_id is {image_token_id - 2}, but {source} has only "
             f"{header.shape[0]} rows: expected at least {image_token_id + 1}; config.json and weights do not belong "
             "together"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD
 from mgll_encoder.weights.keytable import Drop, Rule, Split
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ def original_steps(checkpoint: Checkpoint, visual: VisualFields) -> tuple[list[S
     found = {step.name for step in steps}
     for name, lacks in ((EMBEDDINGS, "language model"), (QUERY, "resampler")):
         if name not in found:
-            raise UserError(
+            raise BadDataError(
                 f"{checkpoint.folder} has no {lacks} ({name} is not in its weights): is it complete?"
             )
     return steps, dropped
@@ -155,7 +155,9 @@ def check_widths(fields: OriginalFields, visual: VisualFields, where: str) -> No
         ("visual.width", visual.width, visual.width // visual.heads * visual.heads),
     ):
         if found != expected:
-            raise UserError(f"{where}: {name} is {found}, expected {expected}: this Qwen-VL is not supported")
+            raise UnsupportedCheckpointError(
+                f"{where}: {name} is {found}, expected {expected}: this Qwen-VL is not supported"
+            )
 
 
 def original_vision(visual: VisualFields) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -28,16 +28,16 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise UserError(
+            raise BadDataError(
                 f"{path}: line {number} is {line[:40]!r}, expected a token in base64 and its rank: download it again"
             ) from None
         if int(rank) != number - 1 or len(ranks) != number:
-            raise UserError(
+            raise BadDataError(
                 f"{path}: line {number} has rank {int(rank)} or a token of an earlier line, expected a new token of "
                 f"rank {number - 1}: download it again"
             )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise UserError(
+        raise BadDataError(
             f"{path}: byte {missing[0]} is not a token, so some text could not be encoded: is the file "
             "complete?"
         )

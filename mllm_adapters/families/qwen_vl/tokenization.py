@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError
 from mllm_adapters.core.fates import ProcessorFate
 from mllm_adapters.core.processing import load_tokenizer, processor_fate
 
@@ -51,7 +51,7 @@ def special_tokens(ranks: int, image_token_id: int, where: Path) -> list[str]:
     named = len(BEFORE) + len(AFTER)
     extras = image_token_id + 1 - ranks - named
     if not 0 <= extras <= EXTRAS:
-        raise UserError(
+        raise MismatchError(
             f"{where} has {ranks} tokens, but visual.image_start_id in config.json is {image_token_id - 2}: expected "
             f"{image_token_id + 1 - named - EXTRAS} tokens; download it again"
         )
