@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from mgll_encoder.common.cli import new_app, run, stdout, warn
-from mgll_encoder.common.errors import OutputTakenError, UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, OutputTakenError, UserError, unknown_name
 from mgll_encoder.common.files import new_folder, write_text
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.splits import assign_split
@@ -125,5 +125,5 @@ def test_a_patients_side_never_depends_on_the_others() -> None:
     shares = {side: list(sides.values()).count(side) / 2000 for side in ("train", "val", "test")}
     assert shares == pytest.approx({"train": 0.6, "val": 0.1, "test": 0.3}, abs=0.03)
     assert sides != {p: assign_split(p, test=0.3, val=0.1, seed=1) for p in patients}
-    with pytest.raises(UserError, match="less than 1"):
+    with pytest.raises(InvalidArgumentError, match="less than 1"):
         assign_split("p", test=0.8, val=0.3)

@@ -159,7 +159,7 @@ def test_a_file_of_another_kind_is_refused_without_being_opened(tmp_path: Path) 
         listening.bind(str(tmp_path / "socket"))
     kinds = {"pipe": "pipe", "link": "pipe", "folder": "folder", "socket": "socket", "/dev/zero": "device"}
     for name, kind in kinds.items():
-        with pytest.raises(UserError, match=f"image {tmp_path / name} is a {kind}"):
+        with pytest.raises(BadDataError, match=f"image {tmp_path / name} is a {kind}"):
             regular_file(tmp_path / name, "image")
     for name in ("none", "no\0name", "n" * 300, "folder/x/y"):
         with pytest.raises(UserError, match="image "):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import StorageError, UserError
 from mgll_encoder.common.pseudonyms import KEY_FILE, KEY_VARIABLE, Pseudonyms
 
 
@@ -82,7 +82,7 @@ def test_a_damaged_key_is_refused_and_left_alone(table, content):
 def test_a_key_that_cannot_be_written_is_told_with_the_way_out(table, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(KEY_VARIABLE, str(tmp_path / "file" / "key"))
-    with pytest.raises(UserError, match=f"cannot be written to .*{KEY_VARIABLE}=FILE"):
+    with pytest.raises(StorageError, match=f"cannot be written to .*{KEY_VARIABLE}=FILE"):
         Pseudonyms(table).patient("7")
 
 

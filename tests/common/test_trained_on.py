@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.trained_on import (
     TRAINED_ON,
     Training,
@@ -46,5 +46,5 @@ def test_no_record_is_no_training(tmp_path):
 )
 def test_a_damaged_record_is_refused_by_its_field(tmp_path, change, field):
     (tmp_path / TRAINED_ON).write_text(json.dumps({"format": 1, "trainings": []} | change))
-    with pytest.raises(UserError, match=f"{TRAINED_ON}: '{field}'"):
+    with pytest.raises(BadDataError, match=f"{TRAINED_ON}: '{field}'"):
         trainings_of(tmp_path)

@@ -7,7 +7,13 @@ import pytest
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from mgll_encoder.common.errors import NotFoundError, UnknownNameError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnknownNameError,
+    UnsupportedCheckpointError,
+)
 from mgll_encoder.data.batches import SplitRows
 from mgll_encoder.pretraining.clip_text import clip_text_tower
 from mgll_encoder.pretraining.dual_encoder import PRESETS
@@ -72,7 +78,7 @@ def test_a_training_starts_from_the_set_of_weights_that_is_asked_for(tmp_path):
     name = "embeddings.patch_embedding.weight"
     assert torch.equal(first["raw"][name], first[None][name])
     assert torch.equal(first["ema"][name], first["raw"][name] * 1.5)
-    with pytest.raises(UserError, match="`init_weights` is for `init`"):
+    with pytest.raises(InvalidArgumentError, match="`init_weights` is for `init`"):
         PretrainOptions(init_weights="ema")
     with pytest.raises(UnknownNameError, match="weights"):
         PretrainOptions(init=file, init_weights="average")
@@ -85,11 +91,13 @@ def test_a_visual_tower_alone_has_no_text_tower(tmp_path):
 
 def test_another_vocabulary_or_a_missing_key_is_one_line(tmp_path):
     other = write(state_of(whole_clip(False, vocabulary=50)), tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other.pt: the text tower has 50 tokens"):
+    with pytest.raises(BadDataError, match=r"other.pt: the text tower has 50 tokens"):
         started(other)
     state = state_of(whole_clip(False))
     del state["transformer.resblocks.1.ln_2.bias"]
-    with pytest.raises(UserError, match=r"not that of a CLIP: .*layers\.1\.layer_norm2\.bias"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"not that of a CLIP: .*layers\.1\.layer_norm2\.bias"
+    ):
         started(write(state, tmp_path / "cut.pt"))
 
 

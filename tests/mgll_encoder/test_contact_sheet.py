@@ -8,7 +8,7 @@ from PIL import Image
 
 from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.cli import main
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.data.contact_sheet import RULE, seen, write_contact_sheet
 from tests.builders import invoke, refused
 from tests.mgll_encoder.radiographs import radiograph, ramp
@@ -65,5 +65,5 @@ def test_radiographs_and_questions_come_with_a_sheet(tmp_path: Path) -> None:
 
 
 def test_no_picture_makes_no_page(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no picture"):
+    with pytest.raises(InvalidArgumentError, match="no picture"):
         write_contact_sheet([], tmp_path / "a.png")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mgll_encoder
-from mgll_encoder import NotFoundError, Tower, TowerSpec, UserError, build_model, save_tower
+from mgll_encoder import InvalidArgumentError, NotFoundError, Tower, TowerSpec, build_model, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.probing import explain as explaining
 from mgll_encoder.probing.explain import (
@@ -229,7 +229,7 @@ def test_from_python(place: Path, explain, tmp_path: Path) -> None:
     )  # fmt: skip
     assert sheet.images == 2
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "look.png").read_bytes()
-    with pytest.raises(UserError) as refused_:
+    with pytest.raises(InvalidArgumentError) as refused_:
         mgll_encoder.explain(place / "tower", place / "images", tmp_path / "b.png", labels=["lesion"])
     assert set(refused_.value.arguments) == {"labels", "data"}
     with pytest.raises(NotFoundError):

@@ -10,7 +10,7 @@ import torch
 
 from mgll_encoder import Tower, TowerSpec, build_model, finetune_probe, load_tower, save_tower
 from mgll_encoder.cli import main
-from mgll_encoder.common.errors import OutputTakenError, UserError
+from mgll_encoder.common.errors import BadDataError, OutputTakenError
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.data.phantom.photographs import render
 from mgll_encoder.probing.finetune import FinetuneOptions, finetune, validation_part
@@ -112,7 +112,7 @@ def test_the_validation_part_is_made_of_training_patients(eyes: LabeledImages) -
 
 def test_too_few_patients_to_choose_by_is_said(tower: Tower, eyes: LabeledImages, tmp_path: Path) -> None:
     few = eyes.subset(np.arange(COUNT) < 24)
-    with pytest.raises(UserError, match=r"validation part .* give a larger `validation`"):
+    with pytest.raises(BadDataError, match=r"validation part .* give a larger `validation`"):
         finetune(tower, few, replace(QUICK, validation=0.001), tmp_path)
 
 

@@ -97,7 +97,7 @@ def test_what_is_unknown_contradictory_or_broken_is_left_out_and_counted(tmp_pat
     ):
         rows = [*GOOD, row] + ([bad[3]] if row[1] == "glaucoma" else [])
         if complaint:
-            with pytest.raises(UserError, match=complaint):
+            with pytest.raises(BadDataError, match=complaint):
                 build_fundus(
                     FundusTable(table(tmp_path, rows)), tmp_path, tmp_path / "strict.jsonl", strict=True
                 )

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from mgll_encoder import fold_normalization, resample_positions
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import IncompatibleTowerError
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tests.mgll_encoder import towers
 
@@ -80,7 +80,9 @@ def test_resampling_keeps_the_class_row_the_dtype_and_the_same_grid() -> None:
 
 @pytest.mark.parametrize(("rows", "grid"), [(9, 3), (10, 0), (0, 3), (1, 3)])
 def test_positions_that_are_no_square_grid_are_refused(rows: int, grid: int) -> None:
-    with pytest.raises(UserError, match=f"cannot resample {rows} positions to a {grid}x{grid} grid"):
+    with pytest.raises(
+        IncompatibleTowerError, match=f"cannot resample {rows} positions to a {grid}x{grid} grid"
+    ):
         resample_positions(torch.zeros(rows, 4), grid)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.pretraining.losses import (
     PLAIN_CLIP,
     Alphas,
@@ -225,5 +225,5 @@ def test_features_are_normalised_and_the_total_is_the_weighted_sum(batch):
 
 @pytest.mark.parametrize("values", [(0, 0, 0), (1, -1, 0), (math.nan, 1, 1)])
 def test_useless_weights_are_refused(values):
-    with pytest.raises(UserError, match="`alphas`"):
+    with pytest.raises(InvalidArgumentError, match="`alphas`"):
         Alphas(*values)

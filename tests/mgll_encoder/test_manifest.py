@@ -71,7 +71,7 @@ def test_what_is_written_is_read_back_and_found_again_by_offset(tmp_path):
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path, line, complaint):
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(BadDataError, match=complaint):
         list(read_rows(write(tmp_path, HEADER, ROW, line)))
 
 
@@ -139,7 +139,7 @@ def test_a_bad_row_of_a_table_is_named_and_can_be_skipped(tmp_path, row, complai
         {"mgll-manifest": json.dumps(HEADER)}
     )
     parquet.write_table(table, tmp_path / "m.parquet")
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(BadDataError, match=complaint):
         list(read_rows(tmp_path / "m.parquet"))
     skipped = Skipped()
     assert [row.image for _, _, row in read_rows(tmp_path / "m.parquet", skipped)] == ["1.png"]
@@ -209,7 +209,7 @@ def test_a_message_about_a_row_shows_no_patient(tmp_path):
         "Doe, Jane",
     ]
     for row in rows:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(BadDataError) as caught:
             list(read_rows(write(tmp_path, HEADER, row)))
         assert "line 2" in str(caught.value)
         assert "Doe" not in str(caught.value).replace("'Doe': Extra inputs", "")

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mgll_encoder.cli.data import app
-from mgll_encoder.common.errors import OutputTakenError, UnknownNameError, UserError
+from mgll_encoder.common.errors import InvalidArgumentError, OutputTakenError, UnknownNameError
 from mgll_encoder.data.manifest import read_header, read_rows
 from mgll_encoder.data.phantom.dataset import GRADES, write_phantom
 from mgll_encoder.data.phantom.findings import FINDINGS
@@ -99,6 +99,6 @@ def test_the_data_set_is_written_once_and_never_half(tmp_path: Path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(OutputTakenError, match="exists"):
         write_phantom(tmp_path / "a", 1)
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(InvalidArgumentError, match="at least 1"):
         write_phantom(tmp_path / "c", 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]

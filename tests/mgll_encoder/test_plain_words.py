@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.library_errors import library_reason
 from mllm_adapters import load_mllm
 
@@ -66,7 +66,7 @@ def test_the_damaged_file_is_named_and_nothing_else_is_on_the_screen(
     folder = shutil.copytree(tiny_llava, tmp_path / "spoilt")
     spoil(folder)
     capfd.readouterr()
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(BadDataError) as refusal:
         load_mllm(folder)
     assert str(folder) in str(refusal.value)
     assert message in str(refusal.value)

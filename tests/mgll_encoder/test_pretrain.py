@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 from mgll_encoder.cli.pretrain import pretrain as pretrain_command
 from mgll_encoder.common import signals
 from mgll_encoder.common.cli import new_app
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    MismatchError,
+    NotFoundError,
+    ResumeError,
+    UserError,
+)
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.picture_bytes import picture_digest
 from mgll_encoder.common.resuming import only_run
@@ -176,7 +183,7 @@ def test_a_killed_training_resumes_to_the_same_tower(manifest, tmp_path, monkeyp
         with pytest.raises(Killed):
             pretrain(manifest, tmp_path / "killed", options(), workers=0)
     assert not (tmp_path / "killed").exists()
-    with pytest.raises(UserError, match=r"cannot resume: 'lr' was 0\.002"):
+    with pytest.raises(MismatchError, match=r"cannot resume: 'lr' was 0\.002"):
         pretrain(manifest, tmp_path / "killed", options(lr=1e-3), workers=0, resume=True)
     resumed = pretrain(manifest, tmp_path / "killed", options(), workers=0, resume=True)
     assert resumed.steps == 6
@@ -235,13 +242,13 @@ def test_a_state_that_is_missing_or_damaged_is_told(manifest, tmp_path, monkeypa
     pretrain(manifest, tmp_path / "run", options(epochs=1), workers=0)
     last = tmp_path / ".run.training" / "checkpoint-2"
     damage(last / state)
-    with pytest.raises(UserError, match=f"cannot resume from {last}: .* to start over") as error:
+    with pytest.raises(ResumeError, match=f"cannot resume from {last}: .* to start over") as error:
         pretrain(manifest, tmp_path / "run", options(epochs=1), workers=0, resume=True, force=True)
     assert "weights_only" not in str(error.value)
 
 
 def test_two_trainings_cannot_share_a_work_folder(manifest, tmp_path):
-    with only_run(tmp_path / "tower"), pytest.raises(UserError, match="another run is training into"):
+    with only_run(tmp_path / "tower"), pytest.raises(BadDataError, match="another run is training into"):
         pretrain(manifest, tmp_path / "tower", options(), workers=0)
     assert list(tmp_path.iterdir()) == []
 
@@ -285,7 +292,7 @@ def test_a_trained_tower_can_learn_more_slowly_than_a_new_text_tower(manifest, t
     torch.testing.assert_close(weights(tmp_path / "second"), weights(tmp_path / "first"), atol=1e-6, rtol=0)
     projections = [load_tower(tmp_path / name).projection for name in ("first", "second")]
     assert not torch.allclose(*projections, atol=1e-4, rtol=0), "the projection learns at --lr"
-    with pytest.raises(UserError, match="`tower_lr` is 0"):
+    with pytest.raises(InvalidArgumentError, match="`tower_lr` is 0"):
         options(tower_lr=0.0)
 
 
@@ -316,7 +323,7 @@ def test_rows_that_cannot_be_used_are_counted_or_stop_a_strict_run(manifest, tmp
     assert "line 41: the image" in skipped.first["no image file"]
     assert "line 42: the texts of" in skipped.first["rows of one image disagree"]
     assert "differ from those in line 3" in skipped.first["rows of one image disagree"]
-    with pytest.raises(UserError, match=r"line 41: the image does not exist below"):
+    with pytest.raises(BadDataError, match=r"line 41: the image does not exist below"):
         plan_rows(changed, None, (), "train", False, Skipped(strict=True))
 
 
@@ -336,10 +343,10 @@ def test_an_image_that_cannot_be_decoded_is_left_out_of_its_batches_and_counted_
     batch = ManifestCollator(clip_tokens)([data[i] for i in range(14, 21)])
     assert len(batch["pixel_values"]) == batch["truth"].shape[1] == 6
     assert len(batch["troubles"]) == 1
-    with pytest.raises(UserError, match=r"line 22: the image cannot be decoded"):
+    with pytest.raises(BadDataError, match=r"line 22: the image cannot be decoded"):
         pretrain(changed, tmp_path / "strict", options(epochs=1, batch_size=7), workers=2, strict=True)
     only = edit(manifest, tmp_path / "o.jsonl", lambda rows: change(rows)[-1:] * 1 + change(rows)[:1])
-    with pytest.raises(UserError, match="none of the 1 images of a batch can be read"):
+    with pytest.raises(BadDataError, match="none of the 1 images of a batch can be read"):
         pretrain(only, tmp_path / "none", options(epochs=1, batch_size=1), workers=0)
 
 
@@ -380,7 +387,7 @@ def test_the_epoch_that_ranks_validation_texts_best_is_kept(manifest, tmp_path, 
 
 
 def test_best_needs_validation_rows(manifest, tmp_path):
-    with pytest.raises(UserError, match="has 0 usable val images"):
+    with pytest.raises(InvalidArgumentError, match="has 0 usable val images"):
         pretrain(manifest, tmp_path / "none", options(select="best"), workers=0)
 
 
@@ -407,7 +414,7 @@ def test_a_text_tower_that_lacks_words_is_not_trained_on(manifest, tmp_path):
         tmp_path / "m.jsonl",
         lambda rows: [{**r, "texts": {"status": [f"Zebra {i % 2}"]}} for i, r in enumerate(rows)],
     )
-    with pytest.raises(UserError, match=r"no embedding for .*'Zebra 0'.*`text_tower=new`"):
+    with pytest.raises(MismatchError, match=r"no embedding for .*'Zebra 0'.*`text_tower=new`"):
         pretrain(other, tmp_path / "second", options(epochs=1, init=tmp_path / "first"), workers=0)
     pretrain(
         other, tmp_path / "third", options(epochs=1, init=tmp_path / "first", text_tower="new"), workers=0

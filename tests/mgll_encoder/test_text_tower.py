@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.pretraining.dual_encoder import PRESETS
 from mgll_encoder.text.clip_tokenizer import clip_tokenizer, trimmed_tokenizer
 from mgll_encoder.text.text_tower import TextTower, load_text_tower
@@ -185,8 +185,8 @@ def test_a_damaged_text_tower_is_one_line(tower, tmp_path, spoil, complaint):
 
 
 def test_a_folder_that_is_no_text_encoder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nowhere cannot be read"):
+    with pytest.raises(BadDataError, match="nowhere cannot be read"):
         TextTower.pretrained(str(tmp_path / "nowhere"), 8)
     tower_folder(tmp_path / "vision", None)
-    with pytest.raises(UserError, match=r"text tower .*vision"):
+    with pytest.raises(BadDataError, match=r"text tower .*vision"):
         TextTower.pretrained(str(tmp_path / "vision"), 8)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel
 
 from mgll_encoder import Tower, TowerSpec, build_model, image_transform, inspect_tower, load_tower, save_tower
-from mgll_encoder.common.errors import OutputTakenError, UserError
+from mgll_encoder.common.errors import MismatchError, OutputTakenError, UserError
 from mgll_encoder.common.files import sha256
 from tests import builders
 from tests.mgll_encoder import towers
@@ -106,7 +106,7 @@ def test_a_taken_folder_is_left_alone_without_force(source: Path, folder: Path) 
 def test_a_model_that_is_not_its_contract_is_not_written(tmp_path: Path) -> None:
     spec = TowerSpec(width=32, depth=2, heads=4, mlp_width=64, patch_size=7, image_size=21, activation="gelu")
     model = build_model(spec.model_copy(update={"activation": "quick_gelu"}))
-    with pytest.raises(UserError, match="the model's hidden_act is quick_gelu: expected gelu"):
+    with pytest.raises(MismatchError, match="the model's hidden_act is quick_gelu: expected gelu"):
         save_tower(Tower.from_model(model, spec), tmp_path / "tower")
     assert list(tmp_path.iterdir()) == []
 

@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from mgll_encoder import load_tower, retrieval, save_tower
 from mgll_encoder.cli import main
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.pretraining.dual_encoder import PRESETS, Preset
@@ -223,7 +223,7 @@ def test_a_whole_clip_folder_brings_its_own_text_tower(place: Path, tmp_path: Pa
     assert done.code == 0, done.err
     clip_model().save_pretrained(tmp_path / "other")
     clip_tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="take both from the same folder"):
+    with pytest.raises(MismatchError, match="take both from the same folder"):
         text_tower_of(tmp_path / "other", load_tower(tmp_path / "other"))
 
 
@@ -251,7 +251,7 @@ def test_every_packaged_prompt_can_be_filled_for_every_benchmark() -> None:
 def test_a_file_of_prompts_is_checked(tmp_path: Path, content: str, complaint: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(BadDataError, match=complaint):
         read_prompts(str(path))
 
 

@@ -14,7 +14,12 @@ from transformers import (
     InstructBlipForConditionalGeneration,
 )
 
-from mgll_encoder.common.errors import UnsupportedCheckpointError, UserError
+from mgll_encoder.common.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    UnsupportedCheckpointError,
+    UserError,
+)
 from mllm_adapters import load_mllm
 from mllm_adapters.core.fates import Kept, Taken
 from mllm_adapters.core.registry import detect, open_checkpoint
@@ -203,7 +208,7 @@ def test_a_qformer_that_does_not_fit_is_refused(
     width: int, layers: tuple[int, ...], complaint: str, stock: Path, eyes: Path, tmp_path: Path
 ) -> None:
     trained_qformer(tmp_path / "other.pth", width, layers)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(InvalidArgumentError, match=complaint):
         swap(stock, eyes, parts={"qformer": tmp_path / "other.pth"})
 
 
@@ -278,20 +283,20 @@ def test_a_damaged_checkpoint_is_refused(
 
 def test_options_that_would_do_nothing_are_refused(stock: Path, eyes: Path, swapped: SimpleNamespace) -> None:
     for part in ("language-model", "vision-tower", "config"):
-        with pytest.raises(UserError, match=rf"`parts\['{part}'\]` is for LAVIS' files"):
+        with pytest.raises(InvalidArgumentError, match=rf"`parts\['{part}'\]` is for LAVIS' files"):
             swap(stock, eyes, parts={part: stock})
     checkpoint, family, _ = open_checkpoint(stock, {"qformer": stock})
-    with pytest.raises(UserError, match=r"`parts\['qformer'\]` goes with a new tower"):
+    with pytest.raises(InvalidArgumentError, match=r"`parts\['qformer'\]` goes with a new tower"):
         family.plan(checkpoint)
     checkpoint, family, _ = open_checkpoint(swapped.out)
-    with pytest.raises(UserError, match="nothing to convert"):
+    with pytest.raises(UnsupportedCheckpointError, match="nothing to convert"):
         family.plan(checkpoint)
 
 
 def test_a_folder_without_the_qformers_tokenizer_says_so(stock: Path, eyes: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stock, tmp_path / "incomplete"))
     shutil.move(folder / "qformer_tokenizer", tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"`parts\['qformer-tokenizer'\]=PATH`"):
+    with pytest.raises(NotFoundError, match=r"`parts\['qformer-tokenizer'\]=PATH`"):
         swap(folder, eyes)
     swap(folder, eyes, tmp_path / "out", {"qformer-tokenizer": tmp_path / "elsewhere"})
     assert load_mllm(tmp_path / "out")[1] is not None

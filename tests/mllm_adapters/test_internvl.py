@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import mllm_adapters.auto  # noqa: F401
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.tower.preprocess import image_processor
 from mllm_adapters import load_mllm
 from mllm_adapters.core.fates import Reinitialized
@@ -169,7 +169,7 @@ def test_a_llava_has_as_many_tokens_and_says_that_its_projector_is_new(golden: P
     fate = plan.connectors["multi_modal_projector.linear_1"]
     assert fate == Reinitialized(before=plan.before.width, after=plan.after.width, because="patches")
     checkpoint, family, _ = open_checkpoint(source)
-    with pytest.raises(UserError, match="a LLaVA has a CLIP tower"):
+    with pytest.raises(InvalidArgumentError, match="a LLaVA has a CLIP tower"):
         family.plan(checkpoint, target="llava")
 
 

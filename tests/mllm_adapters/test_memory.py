@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.core.configs import build_config
@@ -101,7 +101,7 @@ def test_four_bits_are_an_eighth_of_32_for_the_language_models_blocks(folder: Pa
 
 
 def test_a_zero_stage_that_is_not_known_is_refused() -> None:
-    with pytest.raises(UserError, match="ZeRO stage 1"):
+    with pytest.raises(UnsupportedCheckpointError, match="ZeRO stage 1"):
         setting(zero=1)
 
 

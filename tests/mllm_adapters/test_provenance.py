@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.weights.spans import spans
 from mllm_adapters import load_mllm
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -165,5 +165,5 @@ def test_an_edited_record_is_named(
 
 
 def test_a_tensor_that_is_not_there_is_named(tiny_llava: Path) -> None:
-    with pytest.raises(UserError, match="has no tensor nobody"):
+    with pytest.raises(BadDataError, match="has no tensor nobody"):
         Checkpoint(tiny_llava).read("nobody")

@@ -22,7 +22,14 @@ from transformers import (
 
 import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import image_transform, inspect_tower
-from mgll_encoder.common.errors import IncompatibleTowerError, UnsupportedCheckpointError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    IncompatibleTowerError,
+    InvalidArgumentError,
+    MismatchError,
+    UnsupportedCheckpointError,
+    UserError,
+)
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
 from mllm_adapters.core.contract import Plan
@@ -219,11 +226,11 @@ def test_videos_and_pictures_of_other_sizes_are_refused(encoder: Path, tmp_path:
     tiny.write_checkpoint(tmp_path / "model", "qwen2_5_vl")
     swap(tmp_path / "model", encoder, tmp_path / "swapped")
     model, _ = load_mllm(tmp_path / "swapped", dtype=torch.float32)
-    with pytest.raises(UserError, match=r"patches, expected \[1, 4, 4\].* 56 x 56 px"):
+    with pytest.raises(BadDataError, match=r"patches, expected \[1, 4, 4\].* 56 x 56 px"):
         model(**tiny.question(torch.randn(1, 3, 84, 84), 14))
     clip = tiny.question(torch.randn(1, 3, 56, 56), 14)
     video = {"pixel_values_videos": clip.pop("pixel_values"), "video_grid_thw": clip.pop("image_grid_thw")}
-    with pytest.raises(UserError, match="does not support video"):
+    with pytest.raises(UnsupportedCheckpointError, match="does not support video"):
         model(**clip, **video)
 
 
@@ -319,7 +326,7 @@ def test_picture_and_question_go_through_auto_processor_and_model(complete: Comp
 
 def test_videos_are_refused_by_the_processor(complete: Complete) -> None:
     processor = AutoProcessor.from_pretrained(complete.folder)
-    with pytest.raises(UserError, match="does not support video"):
+    with pytest.raises(UnsupportedCheckpointError, match="does not support video"):
         processor(text=["<|video_pad|>"], videos=[torch.zeros(4, 3, 28, 28)])
 
 
@@ -625,7 +632,7 @@ def test_a_config_that_names_a_clip_under_a_stock_model_type_never_gives_random_
         model_type=generation,
         vision_config=plan.config["vision_config"]["tower_config"],
     )
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(MismatchError, match="do not belong together"):
         load_mllm(tmp_path / "swapped")
 
 
@@ -637,7 +644,7 @@ def test_an_incomplete_checkpoint_is_refused_in_one_line(encoder: Path, tmp_path
         folder = tmp_path / part
         tiny.write_checkpoint(folder, "qwen2_vl")
         without(folder, part)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(BadDataError, match=message):
             plan_of(folder, encoder)
 
 
@@ -646,7 +653,7 @@ def test_a_missing_layer_of_the_language_model_is_noticed_before_anything_is_wri
 ) -> None:
     tiny.write_checkpoint(tmp_path / "model", "qwen2_vl")
     without(tmp_path / "model", "layers.1.mlp")
-    with pytest.raises(UserError, match="3 missing tensors"):
+    with pytest.raises(MismatchError, match="3 missing tensors"):
         swap(tmp_path / "model", encoder, tmp_path / "swapped")
     assert not (tmp_path / "swapped").exists()
 
@@ -654,14 +661,14 @@ def test_a_missing_layer_of_the_language_model_is_noticed_before_anything_is_wri
 def test_a_config_of_another_size_is_refused(encoder: Path, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path / "model", "qwen2_vl")
     edit(tmp_path / "model", vision_config={**tiny.CONFIGS["qwen2_vl"]["vision_config"], "embed_dim": 20})
-    with pytest.raises(UserError, match=r"tower of width 20, but .*ln_q.weight has shape \[40\]"):
+    with pytest.raises(MismatchError, match=r"tower of width 20, but .*ln_q.weight has shape \[40\]"):
         plan_of(tmp_path / "model", encoder)
 
 
 def test_tokenizer_and_config_must_mean_the_same_placeholder(encoder: Path, tmp_path: Path) -> None:
     folder = with_tokenizer(tmp_path / "model")
     edit(folder, image_token_id=7)
-    with pytest.raises(UserError, match="expected 7"):
+    with pytest.raises(MismatchError, match="expected 7"):
         QWEN2_VL.processor(plan_of(folder, encoder))
 
 
@@ -669,7 +676,7 @@ def test_it_cannot_be_written_as_a_llava(encoder: Path, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path / "model", "qwen2_vl")
     source, family, _ = open_checkpoint(tmp_path / "model")
     assert family.spec.targets == ("own",)
-    with pytest.raises(UserError, match="M-RoPE"):
+    with pytest.raises(InvalidArgumentError, match="M-RoPE"):
         family.plan(source, inspect_tower(encoder), None, "llava")
 
 

