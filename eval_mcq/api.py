@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from eval_mcq.scoring.prompt import Mode
     from eval_mcq.tables.table_layout import Grid
 
-Layout = Literal["diseases", "paper", "long"]
+TableLayout = Literal["diseases", "paper", "long"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def build_benchmark(
     test_share: float = 0.3,
     split_seed: int = 0,
     seed: int = 0,
-    layout: str | None = None,
+    dataset: str | None = None,
     hard_distractors: bool = False,
     min_negatives: int = 5,
     contact_sheet: str | Path | None = None,
@@ -98,7 +98,8 @@ def build_benchmark(
         test_share: Share of patients in the test split.
         split_seed: Seed of the split.
         seed: Seed of distractors and positions.
-        layout: Published layout of the label file (``rfmid``, ``odir``) or ``generic``; the preset's if not given.
+        dataset: Published data set that the label file is of (``rfmid``, ``odir``), which defines its columns, or
+            ``generic``; the preset's if not given.
         hard_distractors: Prefer diseases that are easily confused with the true one.
         min_negatives: Refuse a disease if fewer images are without it.
         contact_sheet: Also write a contact sheet (.png) of the images.
@@ -127,12 +128,12 @@ def build_benchmark(
     reading = reading or TableOptions()
     binary = tuple(binary_columns) or (listed(labels_column) if "," in labels_column else ())
     table = LabelTable(
-        Path(labels), image_column, labels_column, patient_column, source_column, layout or chosen.layout, binary,
+        Path(labels), image_column, labels_column, patient_column, source_column, dataset or chosen.layout, binary,
         reading,
     )  # fmt: skip
     if table.layout != "generic" and table != LabelTable(Path(labels), layout=table.layout, reading=reading):
         raise InvalidArgumentError(
-            f"layout '{table.layout}' defines the columns: leave the --*-column options out"
+            f"data set '{table.layout}' defines the columns: leave the --*-column options out"
         )
     header, items, report = build(
         table, Path(images), target, chosen, SplitRule(split, test_share, split_seed),
@@ -258,7 +259,7 @@ def run(
     batch_size: int = 32,
     limit: int | None = None,
     device: str = "auto",
-    dtype: Dtype = "auto",
+    precision: Dtype = "auto",
     load_in_4bit: bool = False,
     engine: WayName = "auto",
     allow_leak: bool = False,
@@ -277,7 +278,7 @@ def run(
         batch_size: Questions times rotations per step.
         limit: Use only this many questions from the beginning.
         device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
-        dtype: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+        precision: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         load_in_4bit: Load NF4 weights (bitsandbytes).
         engine: What is shared between questions; ``plain`` shares nothing.
         allow_leak: Run even if the model was trained on images of the benchmark; the run records how many.
@@ -293,7 +294,7 @@ def run(
 
     folder = Path(out) if out is not None else Path("runs") / Path(model).resolve().name
     questions, part = load_benchmark(bench), shard_of(shard)
-    backend: Backend = LocalModel(Path(model), mode, device, dtype, load_in_4bit, engine)
+    backend: Backend = LocalModel(Path(model), mode, device, precision, load_in_4bit, engine)
     identity = backend.identity
     from eval_mcq.runs.run import Settings, check_resumable, describe_run
 
@@ -314,74 +315,74 @@ def shard_of(text: str | None) -> "Shard":
 def compare(
     runs: "Mapping[str, Run | str | Path] | Mapping[str, Mapping[str, Run | str | Path]]",
     *,
-    control: str | None = None,
-    layout: Layout = "paper",
+    control_arm: str | None = None,
+    table_layout: TableLayout = "paper",
     paper_rounding: bool = False,
-    published: bool = False,
+    compare: Literal["paper"] | None = None,
 ) -> ComparisonTable:
     """Compare runs of one benchmark, paired question by question.
 
     Args:
         runs: Arm -> run or run folder, the first is the base; or model -> such arms. A single run gives its own table.
-        control: Arm with the same training and the old tower: gains of the others are against it, its own against the
-            first arm. None for the arm called ``control``; without one all gains are against the first arm.
-        layout: ``paper``: diseases as columns; ``diseases``: as rows, for one model; ``long``: one value per row.
+        control_arm: Arm with the same training and the old tower: gains of the others are against it, its own against
+            the first arm. None for the arm called ``control``; without one all gains are against the first arm.
+        table_layout: ``paper``: diseases as columns; ``diseases``: as rows, for one model; ``long``: one value per row.
         paper_rounding: Round like the published table: Average of rounded cells, gain of rounded Averages.
-        published: Add the published rows of the MGLL paper.
+        compare: ``paper``: add the published rows of the MGLL paper.
 
     Raises:
         UserError: a folder is not a run, the runs cannot be compared, no arm has the name of the control, or the layout
             cannot show them.
     """
     models = _models(runs)
-    pairs = published or len(models) > 1
-    if pairs and layout == "diseases":
+    pairs = compare is not None or len(models) > 1
+    if pairs and table_layout == "diseases":
         raise InvalidArgumentError(
-            "`layout=diseases` shows one model and no published rows: use paper or long"
+            "`table_layout=diseases` shows one model and no published rows: use paper or long"
         )
-    if published and layout == "long":
+    if compare is not None and table_layout == "long":
         raise InvalidArgumentError(
-            "`layout=long` has no published rows: leave `published` out, or use `layout=paper`"
+            "`table_layout=long` has no published rows: leave `compare` out, or use `table_layout=paper`"
         )
     from eval_mcq.tables.multi_model import like_paper_pairs, long_table
     from eval_mcq.tables.published import load_published
     from eval_mcq.tables.summary import compare_models
     from eval_mcq.tables.table_layout import by_disease, like_paper
 
-    comparisons = compare_models(models, control)
+    comparisons = compare_models(models, control_arm)
     only = next(iter(comparisons.values()))
-    if layout == "long":
+    if table_layout == "long":
         return ComparisonTable(long_table(comparisons))
     if pairs:
         return ComparisonTable(
-            like_paper_pairs(comparisons, paper_rounding, load_published() if published else None)
+            like_paper_pairs(comparisons, paper_rounding, load_published() if compare else None)
         )
-    return ComparisonTable((by_disease if layout == "diseases" else like_paper)(only, paper_rounding))
+    return ComparisonTable((by_disease if table_layout == "diseases" else like_paper)(only, paper_rounding))
 
 
 def report(
     runs: "Mapping[str, Run | str | Path]",
-    html: str | Path,
+    out: str | Path,
     *,
-    control: str | None = None,
+    control_arm: str | None = None,
     bench: str | Path | None = None,
     assets: Path | None = None,
     plots: Path | None = None,
-    thumbnail: int = 256,
-    images: bool = True,
+    thumbnail_size: int = 256,
+    thumbnails: bool = True,
     force: bool = False,
 ) -> int:
     """Write an HTML report: table, plots, and every question with its image and each arm's answer.
 
     Args:
         runs: Arm -> run or run folder.
-        html: Page to write.
-        control: As for `compare`.
+        out: Page to write.
+        control_arm: As for `compare`.
         bench: Benchmark file, if it was moved.
         assets: Folder for the thumbnails, instead of inside the page.
         plots: Folder for the plots as PNG and SVG files.
-        thumbnail: Longer side of a thumbnail in pixels.
-        images: Whether to show the images.
+        thumbnail_size: Longer side of a thumbnail in pixels.
+        thumbnails: Whether to show the images.
         force: Replace existing outputs.
 
     Returns:
@@ -396,8 +397,8 @@ def report(
         raise NotFoundError(f"bench {asked} of the runs does not exist: give it with `bench`")
     from eval_mcq.html_report import ReportOptions, write_report
 
-    options = ReportOptions(assets, plots, thumbnail, images, control)
-    return write_report(named, load_benchmark(asked), Path(html), options, force=force)
+    options = ReportOptions(assets, plots, thumbnail_size, thumbnails, control_arm)
+    return write_report(named, load_benchmark(asked), Path(out), options, force=force)
 
 
 def _models(

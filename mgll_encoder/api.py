@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def pretrain(
-    data: str | Path,
+    manifest: str | Path,
     out: str | Path,
     *,
     images: str | Path | None = None,
@@ -37,7 +37,7 @@ def pretrain(
     """Train a tower with the MGLL losses, or its plain CLIP control, on a manifest's training split.
 
     Args:
-        data: Manifest (.jsonl or .parquet).
+        manifest: Manifest (.jsonl or .parquet).
         out: New folder for the tower.
         images: Image folder; the one named in the manifest if not given.
         workers: Processes that open images.
@@ -50,24 +50,25 @@ def pretrain(
     Raises:
         UserError: manifest, images or weights cannot be read, or ``out`` exists.
     """
-    check_manifest(Path(data))
+    check_manifest(Path(manifest))
     from mgll_encoder.pretraining.options import PretrainOptions
     from mgll_encoder.pretraining.pretrain import pretrain as train
 
     return train(
-        Path(data), Path(out), PretrainOptions(**options), images=None if images is None else Path(images),
+        Path(manifest), Path(out), PretrainOptions(**options), images=None if images is None else Path(images),
         workers=workers, strict=strict, resume=resume, force=force, save_on_signal=save_on_signal,
     )  # fmt: skip
 
 
 def linear_probe(
     encoder: str | Path,
-    data: str | Path | None,
+    labels: str | Path | None,
     images: str | Path,
     *,
     activation: str | None = None,
     weights: str | None = None,
     min_positives: int = 10,
+    seed: int = 0,
     strict: bool = False,
     workers: int | None = None,
     **question: Any,
@@ -78,28 +79,29 @@ def linear_probe(
 
     Args:
         encoder: The tower: anything that `mgll_encoder.inspect_tower` reads.
-        data: Table (CSV, TSV, Excel, Parquet) of images and labels; None for benchmarks that are labeled by folders.
+        labels: Table (CSV, TSV, Excel, Parquet) of images and labels; None for data sets that are labeled by folders.
         images: Folder that the image column is relative to.
         activation: ``gelu`` or ``quick_gelu``, for towers that do not specify it.
         weights: ``raw`` or ``ema``, for towers stored with a moving average of their weights.
         min_positives: Labels with fewer positive test images are skipped.
+        seed: Seed of the bootstrap; `finetune_probe`: and of the training.
         strict: Stop at the first row or image that would be skipped.
         workers: Processes that read images; one per core if not given.
-        **question: Further fields of `mgll_encoder.probing.labeled_set.LabeledSet`: ``patient_column``, ``benchmark``,
-            ``test``, ``seed`` ...
+        **question: Further fields of `mgll_encoder.probing.labeled_set.LabeledSet`: ``patient_column``, ``dataset``,
+            ``test_share``, ``split_seed`` ...
 
     Raises:
         UserError: table, images or tower cannot be read, or no label has enough images.
     """
     return evaluate_trained(
-        Path(encoder), asked(data, images, question), linear(min_positives, workers),
-        activation=activation, weights=weights, strict=strict,
+        Path(encoder), asked(labels, images, question), linear(min_positives, workers),
+        activation=activation, weights=weights, seed=seed, strict=strict,
     )  # fmt: skip
 
 
 def zero_shot(
     encoder: str | Path,
-    data: str | Path | None,
+    labels: str | Path | None,
     images: str | Path,
     *,
     prompts: str | None = None,
@@ -107,6 +109,7 @@ def zero_shot(
     activation: str | None = None,
     weights: str | None = None,
     min_positives: int = 10,
+    seed: int = 0,
     strict: bool = False,
     workers: int | None = None,
     **question: Any,
@@ -118,13 +121,14 @@ def zero_shot(
 
     Args:
         encoder: A tower with its text tower: a folder written by `pretrain`, or a full CLIP.
-        data: As for `linear_probe`.
+        labels: As for `linear_probe`.
         images: As for `linear_probe`.
-        prompts: ``generic``, ``fundus``, ``xray``, or a .json file; the benchmark's, or generic, if not given.
+        prompts: ``generic``, ``fundus``, ``xray``, or a .json file; the data set's, or generic, if not given.
         every: Evaluate on all images, not only the test split.
         activation: As for `linear_probe`.
         weights: As for `linear_probe`.
         min_positives: As for `linear_probe`.
+        seed: As for `linear_probe`.
         strict: As for `linear_probe`.
         workers: As for `linear_probe`.
         **question: As for `linear_probe`.
@@ -133,14 +137,14 @@ def zero_shot(
         UserError: as `linear_probe`; or the tower has no text tower.
     """
     return evaluate_zero_shot(
-        Path(encoder), asked(data, images, question), prompts=prompts, every=every, activation=activation,
-        weights=weights, min_positives=min_positives, strict=strict, workers=workers,
+        Path(encoder), asked(labels, images, question), prompts=prompts, every=every, activation=activation,
+        weights=weights, min_positives=min_positives, seed=seed, strict=strict, workers=workers,
     )  # fmt: skip
 
 
 def finetune_probe(
     encoder: str | Path,
-    data: str | Path | None,
+    labels: str | Path | None,
     images: str | Path,
     *,
     trainings: int = 1,
@@ -149,6 +153,7 @@ def finetune_probe(
     activation: str | None = None,
     weights: str | None = None,
     min_positives: int = 10,
+    seed: int = 0,
     strict: bool = False,
     workers: int | None = None,
     force: bool = False,
@@ -160,14 +165,16 @@ def finetune_probe(
 
     Args:
         encoder: As for `linear_probe`.
-        data: As for `linear_probe`.
+        labels: As for `linear_probe`.
         images: As for `linear_probe`.
         trainings: Number of trainings, with seeds from ``seed`` on; results are their means.
         tower_out: New folder for the tower that is best on the validation part.
-        settings: Fields of `mgll_encoder.probing.finetune.FinetuneOptions`: ``epochs``, ``batch_size``, ``lr`` ...
+        settings: Fields of `mgll_encoder.probing.finetune.FinetuneOptions`: ``epochs``, ``batch_size``,
+            ``learning_rate`` ...
         activation: As for `linear_probe`.
         weights: As for `linear_probe`.
         min_positives: As for `linear_probe`.
+        seed: As for `linear_probe`.
         strict: As for `linear_probe`.
         workers: As for `linear_probe`.
         force: Replace ``tower_out``.
@@ -179,19 +186,19 @@ def finetune_probe(
     target = None if tower_out is None else Path(tower_out)
     if target:
         check_free(target, force)
-    labeled = asked(data, images, question)
+    labeled = asked(labels, images, question)
     score = finetuned(
-        {"seed": labeled.seed, **(settings or {})}, min_positives=min_positives, workers=workers,
+        {"seed": seed, **(settings or {})}, min_positives=min_positives, workers=workers,
         trainings=trainings, tower_out=target, force=force,
     )  # fmt: skip
     return evaluate_trained(
-        Path(encoder), labeled, score, activation=activation, weights=weights, strict=strict
+        Path(encoder), labeled, score, activation=activation, weights=weights, seed=seed, strict=strict
     )
 
 
 def retrieval(
     encoder: str | Path,
-    data: str | Path,
+    manifest: str | Path,
     *,
     images: str | Path | None = None,
     split: str = "test",
@@ -206,7 +213,7 @@ def retrieval(
 
     Args:
         encoder: A tower with its text tower: a folder written by `pretrain`, or a full CLIP.
-        data: Manifest (.jsonl or .parquet).
+        manifest: Manifest (.jsonl or .parquet).
         images: Image folder; the one named in the manifest if not given.
         split: ``train``, ``val`` or ``test``.
         granularities: Which to use; each alone and all together if not given.
@@ -222,7 +229,7 @@ def retrieval(
     from mgll_encoder.probing.search import search
 
     return search(
-        Path(encoder), Path(data), images=None if images is None else Path(images), split=split,
+        Path(encoder), Path(manifest), images=None if images is None else Path(images), split=split,
         granularities=granularities, activation=activation, weights=weights, seed=seed, strict=strict, workers=workers,
     )  # fmt: skip
 
@@ -233,8 +240,8 @@ def explain(
     out: str | Path,
     *,
     texts: Sequence[str] = (),
-    labels: Sequence[str] = (),
-    data: str | Path | None = None,
+    targets: Sequence[str] = (),
+    labels: str | Path | None = None,
     limit: int = 6,
     activation: str | None = None,
     weights: str | None = None,
@@ -246,12 +253,12 @@ def explain(
 
     Args:
         encoder: The tower.
-        images: An image, a folder of images, or the folder that the image column of ``data`` is relative to.
+        images: An image, a folder of images, or the folder that the image column of ``labels`` is relative to.
         out: Contact sheet to write (.png).
         texts: Attribute the similarity to these texts; needs the text tower.
-        labels: Attribute these classes of a linear probe, fitted on the training split of ``data``; the images are
+        targets: Attribute these classes of a linear probe, fitted on the training split of ``labels``; the images are
             then test images, those of the classes first.
-        data: Table of images and labels.
+        labels: Table of images and labels.
         limit: Maximum number of images.
         activation: As for `linear_probe`.
         weights: As for `linear_probe`.
@@ -262,16 +269,16 @@ def explain(
     Raises:
         UserError: images, table or tower cannot be read, a label is unknown, or ``out`` is taken.
     """
-    if labels and data is None and "benchmark" not in question:
-        raise InvalidArgumentError("`labels` needs `data` with labels to fit a probe on")
+    if targets and labels is None and "dataset" not in question:
+        raise InvalidArgumentError("`targets` needs `labels` with a label table to fit a probe on")
     from mgll_encoder.probing.explained import explain_images
 
     return explain_images(
-        Path(encoder), Path(images), Path(out), texts=texts, labels=labels, question=asked(data, images, question),
+        Path(encoder), Path(images), Path(out), texts=texts, targets=targets, question=asked(labels, images, question),
         limit=limit, activation=activation, weights=weights, strict=strict, force=force,
     )  # fmt: skip
 
 
-def asked(data: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> LabeledSet:
+def asked(labels: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> LabeledSet:
     """Build a `LabeledSet` from keyword arguments."""
-    return LabeledSet(data=None if data is None else Path(data), images=Path(images), **question)
+    return LabeledSet(labels=None if labels is None else Path(labels), images=Path(images), **question)

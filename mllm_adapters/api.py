@@ -36,7 +36,7 @@ def plan_swap(
     layout: str = "own",
     activation: "Activation | str | None" = None,
     weights: "WeightSet | str | None" = None,
-    dtype: "TowerDtype | str | None" = None,
+    precision: "TowerDtype | str | None" = None,
     parts: Parts | None = None,
 ) -> "SwapPlan":
     """Plan to put a vision tower into a multimodal LLM. Only headers are read, and nothing is written.
@@ -50,7 +50,7 @@ def plan_swap(
             support it.
         activation: ``gelu`` or ``quick_gelu``, for towers that do not record it.
         weights: ``raw`` or ``ema``, for towers that also contain a moving average of the weights.
-        dtype: Dtype of the written tower: ``float32``, ``float16`` or ``bfloat16``; None for the host's.
+        precision: Number format of the written tower: ``float32``, ``bfloat16`` or ``float16``; None for the host's.
         parts: Paths of parts of the checkpoint that are not found next to it, name -> path.
 
     Raises:
@@ -68,7 +68,7 @@ def plan_swap(
     from mllm_adapters.core.sizes import plan_at_size
     from mllm_adapters.swap.planned import SwapPlan
 
-    tower_dtype = _tower_dtype(dtype)
+    tower_dtype = _tower_dtype(precision)
     choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked there
     tower = inspect_tower(Path(encoder), **choices)
     checkpoint, family, _ = open_checkpoint(resolve(str(mllm)), parts)
@@ -157,7 +157,7 @@ def verify(
     folder: str | Path,
     *,
     encoder: str | Path | None = None,
-    source: str | Path | None = None,
+    mllm: str | Path | None = None,
     quick: bool = False,
 ) -> "list[Check]":
     """Check that a swapped checkpoint is unchanged (files, tensors, tower), and that its output depends on images.
@@ -165,7 +165,7 @@ def verify(
     Args:
         folder: The swapped checkpoint.
         encoder: The new tower; searched for by name and hash if not given.
-        source: The original checkpoint; likewise.
+        mllm: The original checkpoint; likewise.
         quick: Skip the checks that load the model.
 
     Returns:
@@ -177,7 +177,7 @@ def verify(
     check_swapped(Path(folder))
     from mllm_adapters.swap.verify import Verification
 
-    given = (None if one is None else Path(one) for one in (encoder, source))
+    given = (None if one is None else Path(one) for one in (encoder, mllm))
     return list(track(Verification(Path(folder), *given).checks(quick=quick), "verifying"))
 
 
@@ -185,7 +185,7 @@ def restore(
     folder: str | Path,
     out: str | Path,
     *,
-    original: str | Path | None = None,
+    mllm: str | Path | None = None,
     parts: Parts | None = None,
     copy: bool = False,
     force: bool = False,
@@ -196,7 +196,7 @@ def restore(
     Args:
         folder: The swapped checkpoint.
         out: Folder to write.
-        original: The original checkpoint (folder, hub id or family name); None to write only the tower, as an
+        mllm: The original checkpoint (folder, hub id or family name); None to write only the tower, as an
             ordinary tower folder.
         parts: Paths of parts of the original that are not found next to it, name -> path.
         copy: Copy unchanged files instead of hard-linking them.
@@ -204,18 +204,18 @@ def restore(
         progress: Called with the number of bytes written, tensor by tensor.
 
     Raises:
-        UserError: the folder was not swapped, ``original`` is another checkpoint, or ``out`` exists.
+        UserError: the folder was not swapped, ``mllm`` is another checkpoint, or ``out`` exists.
     """
     check_swapped(Path(folder))
-    if original is not None:
-        check_name(str(original))
+    if mllm is not None:
+        check_name(str(mllm))
     from mllm_adapters.swap import restore as undo
 
-    if original is None:
+    if mllm is None:
         return undo.to_encoder(Path(folder), Path(out), force=force)
     return undo.restore(
         Path(folder),
-        resolve(str(original)),
+        resolve(str(mllm)),
         Path(out),
         parts=parts,
         force=force,
@@ -470,5 +470,5 @@ def _tower_dtype(name: str | None) -> "TowerDtype | None":
     from mllm_adapters.core.planning import TowerDtype
 
     if name is not None and name not in get_args(TowerDtype):
-        raise unknown_name("`dtype`", name, get_args(TowerDtype))
+        raise unknown_name("`precision`", name, get_args(TowerDtype))
     return cast("TowerDtype | None", name)

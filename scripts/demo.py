@@ -113,7 +113,7 @@ def until_the_answers(out: Path, sizes: Sizes) -> list[Stage]:
         command: list[str | Path] = [
             "mgll-encoder",
             "pretrain",
-            "--data",
+            "--manifest",
             manifest,
             "--images",
             images,
@@ -188,7 +188,7 @@ def until_the_answers(out: Path, sizes: Sizes) -> list[Stage]:
         draw("Phantom photographs of other patients", phantom, sizes.pictures, seed=0),
         learn(
             "General tower: eye, light, color", "general", general / "views.jsonl", general,
-            "--loss", "clip", "--preset", "nano", "--epochs", str(sizes.general_epochs), "--lr", "1e-3",
+            "--loss", "clip", "--tower-size", "nano", "--epochs", str(sizes.general_epochs), "--learning-rate", "1e-3",
         ),
         Stage(
             "Texts of the training patients", out / "manifest.jsonl",
@@ -199,7 +199,7 @@ def until_the_answers(out: Path, sizes: Sizes) -> list[Stage]:
         learn(
             "MGLL tower: the diseases", "mgll", out / "manifest.jsonl", phantom,
             "--loss", "mgll", "--init", towers / "general", "--text-tower", "new",
-            "--granularities", "status,disease,keyword", "--epochs", str(sizes.mgll_epochs), "--lr", "1e-3",
+            "--granularities", "status,disease,keyword", "--epochs", str(sizes.mgll_epochs), "--learning-rate", "1e-3",
         ),
         Stage(
             "A small LLaVA on the general tower", models / "base",
@@ -219,11 +219,12 @@ def the_reports(out: Path, arms: Sequence[str]) -> list[Stage]:
     """Table and report as files."""
     return [
         Stage(
-            "Report", out / "report.html", ["eval-mcq", "report", *arms, "--html", out / "report.html"]
+            "Report", out / "report.html", ["eval-mcq", "report", *arms, "--out", out / "report.html"]
         ),
         Stage(
             "Table as Markdown", out / "table.md",
-            ["eval-mcq", "compare", *arms, "--format", "markdown", "--layout", "diseases", "--out", out / "table.md"],
+            ["eval-mcq", "compare", *arms, "--format", "markdown", "--table-layout", "diseases",
+             "--out", out / "table.md"],
         ),
     ]  # fmt: skip
 

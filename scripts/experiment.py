@@ -60,8 +60,8 @@ class Sizes:
 
 
 TOWERS = [
-    *("--epochs", "3", "--batch-size", "32", "--lr", "1e-3", "--tower-lr", "1e-4"),
-    *("--train-blocks", "4", "--select", "last", "--precision", "fp32", "--flip"),
+    *("--epochs", "3", "--batch-size", "32", "--learning-rate", "1e-3", "--tower-learning-rate", "1e-4"),
+    *("--train-blocks", "4", "--select", "last", "--precision", "float32", "--flip"),
 ]
 
 SIZES = {
@@ -74,7 +74,7 @@ SIZES = {
         TOWERS,
         ["--lm", "smollm2"],
         ["--epochs", "1", "--batch-size", "16", "--learning-rate", "5e-4", "--precision", "bfloat16"],
-        ["--dtype", "bfloat16"],
+        ["--precision", "bfloat16"],
     ),
     "quick": Sizes(
         ["--epochs", "1", "--batch-size", "16"],
@@ -205,7 +205,7 @@ def _manifest(work: Experiment) -> Path:
     return work.steps.step(
         "Texts at several granularities", "manifest.jsonl",
         "mgll-encoder", "data", "fundus", "--labels", work.data / "manifest.csv", "--images", work.data,
-        "--val", "0.1", "--out", work.out / "manifest.jsonl",
+        "--val-share", "0.1", "--out", work.out / "manifest.jsonl",
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def _tune(work: Experiment, manifest: Path, name: str, seed: int) -> None:
     resume = ["--resume"] if any((tower.parent / f".{tower.name}.training").glob("checkpoint-*")) else []
     work.steps.step(
         f"The general tower, tuned with {name}, seed {seed}", f"towers/{tower.name}",
-        "mgll-encoder", "pretrain", "--data", manifest, "--images", work.data, "--init", work.tower(GENERAL, 0),
+        "mgll-encoder", "pretrain", "--manifest", manifest, "--images", work.data, "--init", work.tower(GENERAL, 0),
         *TUNED[name].options, *work.sizes.pretrain, "--workers", "0", "--seed", str(seed), *resume, "--out", tower,
     )  # fmt: skip
 
@@ -252,7 +252,7 @@ def _models(work: Experiment, benches: Sequence[Path], seed: int) -> None:
     base = _base(work, benches, seed)
     work.steps.step(
         f"Does the base look? (seed {seed})", f"checks/base-{seed}.json",
-        "eval-mcq", "check", base, "--bench", work.out / "test.jsonl", "--questions", "100000", *work.sizes.run,
+        "eval-mcq", "check", "--model", base, "--bench", work.out / "test.jsonl", "--limit", "100000", *work.sizes.run,
         "--out", work.out / "checks" / f"base-{seed}.json",
     )  # fmt: skip
     for name in TUNED:

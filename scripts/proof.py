@@ -97,9 +97,9 @@ def proof(
             name = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
             steps.step(
                 f"{arm}, seed {seed}", f"towers/{name}",
-                "mgll-encoder", "pretrain", "--data", manifest, "--images", data, *ARMS[arm].options,
-                "--preset", "tiny", "--epochs", str(epochs), "--batch-size", "32", "--lr", "1e-3",
-                "--precision", "bf16", "--seed", str(seed), "--out", out / "towers" / name,
+                "mgll-encoder", "pretrain", "--manifest", manifest, "--images", data, *ARMS[arm].options,
+                "--tower-size", "tiny", "--epochs", str(epochs), "--batch-size", "32", "--learning-rate", "1e-3",
+                "--precision", "bfloat16", "--seed", str(seed), "--out", out / "towers" / name,
             )  # fmt: skip
             texts = texts_of_labels(manifest, data, labeled.names, ARMS[arm])
             for source, values in _judged(out, name, labeled, sources, texts).items():

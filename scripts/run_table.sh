@@ -54,8 +54,8 @@ if [[ $1 == all ]]; then # a family that fails does not keep the others from the
     fi
   done
   if [[ ${#arms[@]} -gt 0 ]]; then
-    eval-mcq compare "${arms[@]}" --format markdown --layout paper --out "$out/table.md" --force
-    eval-mcq compare "${arms[@]}" --layout paper
+    eval-mcq compare "${arms[@]}" --format markdown --table-layout paper --out "$out/table.md" --force
+    eval-mcq compare "${arms[@]}" --table-layout paper
   fi
   [[ -z $failed ]] || { echo "error: no table of$failed: see above; the same command goes on with them" >&2; exit 1; }
   exit
@@ -89,5 +89,5 @@ mkdir -p "$here/runs"
 }
 arms=("base=$here/runs/base" "control=$here/runs/control" "mgll=$here/runs/mgll")
 eval-mcq compare "${arms[@]}" --format markdown --out "$here/table.md" --force
-stage "$here/report.html" eval-mcq report "${arms[@]}" --html "$here/report.html"
+stage "$here/report.html" eval-mcq report "${arms[@]}" --out "$here/report.html"
 eval-mcq compare "${arms[@]}"

@@ -144,7 +144,7 @@ def told(*words: str) -> Outcome:
     def by_all_three(case: Path, scratch: Path) -> str:
         images, out = _images(scratch), scratch / "x.jsonl"
         lines = [
-            builders.refused(mgll_encoder, "probe", "--encoder", images, "--data", case, "--images", images),
+            builders.refused(mgll_encoder, "probe", "--encoder", images, "--labels", case, "--images", images),
             builders.refused(
                 mgll_encoder, "data", "fundus", "--labels", case, "--images", images, "--patient-column", "file",
                 "--out", out,
@@ -161,7 +161,9 @@ def told(*words: str) -> Outcome:
 
 def sheets(case: Path, scratch: Path) -> str:
     images = _images(scratch)
-    refused = builders.invoke(mgll_encoder, "probe", "--encoder", images, "--data", case, "--images", images)
+    refused = builders.invoke(
+        mgll_encoder, "probe", "--encoder", images, "--labels", case, "--images", images
+    )
     assert "--sheet" in refused.err
     return f"{_line(refused.err)}; {table(sheet='Data')(case, scratch)}"
 

@@ -214,7 +214,7 @@ def ward(hospital: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> War
     monkeypatch.chdir(tmp_path)
     ward = Ward(tmp_path / "out")
     labels = ("--labels", hospital / "labels.csv", "--images", hospital)
-    ward(mgll_encoder, "data", "fundus", *labels, "--test", 0.5, "--out", ward.out / "manifest.jsonl")
+    ward(mgll_encoder, "data", "fundus", *labels, "--test-share", 0.5, "--out", ward.out / "manifest.jsonl")
     ward(mgll_encoder, "data", "xray", "--dicom", hospital / "dicom", "--out", ward.out / "xray", "--patient-folders",
          "--workers", 1)  # fmt: skip
     build = ("build", *labels, "--diseases", ",".join(DISEASES), "--min-negatives", 1)
@@ -242,8 +242,8 @@ def runs(ward: Ward, **models: Path) -> None:
         )
     arms = [f"{name}={ward.out / name}" for name in models]
     ward(eval_mcq, "compare", *arms, "--format", "markdown", "--out", ward.out / "table.md")
-    ward(eval_mcq, "report", *arms, "--html", ward.out / "page.html", "--assets", ward.out / "assets")
-    ward(eval_mcq, "report", *arms, "--html", ward.out / "inlined.html")
+    ward(eval_mcq, "report", *arms, "--out", ward.out / "page.html", "--assets", ward.out / "assets")
+    ward(eval_mcq, "report", *arms, "--out", ward.out / "inlined.html")
 
 
 def test_the_search_finds_what_was_planted(hospital: Path) -> None:
@@ -267,9 +267,9 @@ def test_nothing_planted_leaves_by_a_training(
 ) -> None:
     exports(ward)
     out, manifest = ward.out, ward.out / "manifest.jsonl"
-    ward(mgll_encoder, "pretrain", "--data", manifest, "--preset", "tiny", "--epochs", 1, "--batch-size", 8,
+    ward(mgll_encoder, "pretrain", "--manifest", manifest, "--tower-size", "tiny", "--epochs", 1, "--batch-size", 8,
          "--workers", 0, "--out", out / "tower")  # fmt: skip
-    ward(mgll_encoder, "probe", "--encoder", out / "tower", "--data", hospital / "labels.csv", "--images", hospital,
+    ward(mgll_encoder, "probe", "--encoder", out / "tower", "--labels", hospital / "labels.csv", "--images", hospital,
          "--min-positives", 1, "--out", out / "probe.json", "--workers", 0)  # fmt: skip
     ward(swap_encoder, "--mllm", tiny_llava, "--encoder", out / "tower", "--align", manifest,
          "--out", out / "swapped")  # fmt: skip

@@ -10,7 +10,7 @@ from eval_mcq.backends.local import WayName
 from eval_mcq.cli.items import COMMANDS as ITEM_COMMANDS
 from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
 from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
-from eval_mcq.cli.run import DeviceOption, DtypeOption, FourBit, ModeName
+from eval_mcq.cli.run import DeviceOption, FourBit, ModeName, PrecisionOption
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
 from mgll_encoder.common.errors import InvalidArgumentError
@@ -28,12 +28,12 @@ app = new_app(
     "Example: eval-mcq build --labels labels.csv --images photos/ --out bench.jsonl"
 )
 
-Layout = Literal["auto", "diseases", "paper", "long"]
+TableLayout = Literal["auto", "diseases", "paper", "long"]
 
-LayoutOption = Annotated[
-    Layout,
+TableLayoutOption = Annotated[
+    TableLayout,
     typer.Option(
-        "--layout",
+        "--table-layout",
         help="diseases: diseases as rows; paper: as columns; long: one value per row; auto: rows in the terminal if "
         "there is one model, else columns.",
     ),
@@ -41,7 +41,7 @@ LayoutOption = Annotated[
 ControlOption = Annotated[
     str | None,
     typer.Option(
-        "--control",
+        "--control-arm",
         metavar="ARM",
         help="Arm with the same training and the old tower; gains of the other arms are against it, its own against "
         "the first arm. Default: the arm called 'control', if there is one.",
@@ -98,10 +98,11 @@ def build(
         typer.Option(help="Seed of the split, separate from --seed, so that the test split stays the same."),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of distractors and positions.")] = 0,
-    layout: Annotated[
+    dataset: Annotated[
         str | None,
         typer.Option(
-            help="Published layout of the label file (rfmid, odir) or generic (default: the preset's)."
+            help="Published data set that the label file is of, which defines the columns: rfmid, odir; or generic "
+            "(default: the preset's)."
         ),
     ] = None,
     hard_distractors: Annotated[
@@ -133,7 +134,7 @@ def build(
         binary_columns=listed(binary_columns),
         reading=tables.reading(encoding, sheet, label_separator, uncertain),
         patient_column=patient_column, source_column=source_column, split=split, test_share=test_share,
-        split_seed=split_seed, seed=seed, layout=layout, hard_distractors=hard_distractors,
+        split_seed=split_seed, seed=seed, dataset=dataset, hard_distractors=hard_distractors,
         min_negatives=min_negatives, contact_sheet=contact_sheet, strict=strict, force=force,
     )  # fmt: skip
     if contact_sheet is not None:
@@ -175,7 +176,7 @@ def run_command(
         int | None, typer.Option(help="Use only this many questions from the beginning.", min=1)
     ] = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    precision: PrecisionOption = "auto",
     load_in_4bit: FourBit = False,
     engine: Annotated[
         WayName,
@@ -199,7 +200,8 @@ def run_command(
     folder = out or Path("runs") / model.resolve().name
     done = api.run(
         model, bench, folder, mode=mode, rotations=rotations, shard=shard, batch_size=batch_size, limit=limit,
-        device=device, dtype=dtype, load_in_4bit=load_in_4bit, engine=engine, allow_leak=allow_leak, force=force,
+        device=device, precision=precision, load_in_4bit=load_in_4bit, engine=engine,
+        allow_leak=allow_leak, force=force,
     )  # fmt: skip
     if done is None:
         return
@@ -227,7 +229,7 @@ def run_command(
 def table(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     format_: FormatOption = "rich",
-    layout: LayoutOption = "auto",
+    table_layout: TableLayoutOption = "auto",
     out: OutFile = None,
     paper_rounding: PaperRounding = False,
     force: Force = False,
@@ -239,12 +241,12 @@ def table(
     from eval_mcq.records.run_record import load_run
 
     arms = {run_folder.resolve().name: load_run(run_folder)}
-    _show_table({"": arms}, format_, layout, out, paper_rounding, force)
+    _show_table({"": arms}, format_, table_layout, out, paper_rounding, force)
 
 
-@app.command()
+@app.command("compare")
 @needs("eval")
-def compare(
+def compare_command(
     runs: Annotated[
         list[str],
         typer.Argument(
@@ -252,14 +254,14 @@ def compare(
             help="Arms; gains are against the control, without one against a model's first arm.",
         ),
     ],
-    control: ControlOption = None,
+    control_arm: ControlOption = None,
     format_: FormatOption = "rich",
-    layout: LayoutOption = "auto",
+    table_layout: TableLayoutOption = "auto",
     out: OutFile = None,
     paper_rounding: PaperRounding = False,
-    published: Annotated[
+    compare: Annotated[
         Literal["paper"] | None,
-        typer.Option("--compare", help="paper: add the published rows of the MGLL paper."),
+        typer.Option(help="paper: add the published results of the MGLL paper."),
     ] = None,
     force: Force = False,
 ) -> None:
@@ -291,7 +293,7 @@ def compare(
         raise InvalidArgumentError(
             "compare needs two or more NAME=RUN; for a single run use eval-mcq table RUN"
         )
-    _show_table(models, format_, layout, out, paper_rounding, force, published is not None, control)
+    _show_table(models, format_, table_layout, out, paper_rounding, force, compare, control_arm)
 
 
 @app.command()
@@ -304,22 +306,22 @@ def report(
             help="Run folders; gains are against the control, without one against the first.",
         ),
     ],
-    html: Annotated[Path, typer.Option(help="Page to write.")],
-    control: ControlOption = None,
+    out: Annotated[Path, typer.Option(help="Page to write (.html).")],
+    control_arm: ControlOption = None,
     bench: Annotated[Path | None, typer.Option(help="Benchmark file, if it was moved.")] = None,
     assets: Annotated[
         Path | None, typer.Option(help="Folder for the thumbnails, instead of inside the page.")
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the plots as PNG and SVG files.")] = None,
-    thumbnail: Annotated[int, typer.Option(help="Longer side of a thumbnail in pixels.", min=16)] = 256,
-    images: Annotated[bool, typer.Option("--images/--no-images", help="Show the images.")] = True,
+    thumbnail_size: Annotated[int, typer.Option(help="Longer side of a thumbnail in pixels.", min=16)] = 256,
+    thumbnails: Annotated[bool, typer.Option("--thumbnails/--no-thumbnails", help="Show the images.")] = True,
     force: Force = False,
 ) -> None:
     """Write an HTML report: table, plots, and every question with its image and each arm's answer.
 
     The page needs no network and no other file; its filters and keys find the answers that the swap changed.
 
-    Example: eval-mcq report base=runs/llava-med mgll=runs/llava-med-mgll --html report.html --plots plots
+    Example: eval-mcq report base=runs/llava-med mgll=runs/llava-med-mgll --out report.html --plots plots
     """
     from eval_mcq.records.run_record import load_run
 
@@ -333,18 +335,18 @@ def report(
         named[name] = load_run(path)
     count = api.report(
         named,
-        html,
-        control=control,
+        out,
+        control_arm=control_arm,
         bench=bench,
         assets=assets,
         plots=plots,
-        thumbnail=thumbnail,
-        images=images,
+        thumbnail_size=thumbnail_size,
+        thumbnails=thumbnails,
         force=force,
     )
-    size = html.stat().st_size / 1e6
+    size = out.stat().st_size / 1e6
     where = f"in {assets}" if assets else "inside"
-    stdout.print(f"report: {html} ({size:.1f} MB, {count} thumbnails {where})", soft_wrap=True)
+    stdout.print(f"report: {out} ({size:.1f} MB, {count} thumbnails {where})", soft_wrap=True)
     if plots:
         stdout.print(f"plots: {plots}", soft_wrap=True)
 
@@ -352,21 +354,25 @@ def report(
 def _show_table(
     models: "dict[str, dict[str, Run]]",
     format_: Format,
-    layout: Layout,
+    table_layout: TableLayout,
     out: Path | None,
     paper_rounding: bool,
     force: bool,
-    published: bool = False,
-    control: str | None = None,
+    compare: Literal["paper"] | None = None,
+    control_arm: str | None = None,
 ) -> None:
     from eval_mcq.tables.render import show
 
     if out is not None:
         check_free(out, force)
-    if layout == "auto":
-        layout = "diseases" if format_ == "rich" and not published and len(models) == 1 else "paper"
+    if table_layout == "auto":
+        table_layout = "diseases" if format_ == "rich" and compare is None and len(models) == 1 else "paper"
     found = api.compare(
-        models, control=control, layout=layout, paper_rounding=paper_rounding, published=published
+        models,
+        control_arm=control_arm,
+        table_layout=table_layout,
+        paper_rounding=paper_rounding,
+        compare=compare,
     )
     if out is not None:
         write_text(out, found.render(format_), force)
@@ -410,7 +416,7 @@ for name, command in {**ITEM_COMMANDS, **RUN_COMMANDS}.items():
 
 def main() -> None:
     """Entry point of the console command."""
-    run(app)
+    run(app, "eval-mcq")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 ModeName = Literal["letters", "options", "options-mean", "generate"]
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto uses the GPU if there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 elsewhere.")]
+PrecisionOption = Annotated[
+    Dtype,
+    typer.Option(help="auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16 or float16."),
+]
 
 
 def _check_four_bit(asked: bool) -> bool:
@@ -36,7 +39,7 @@ FourBit = Annotated[
     bool,
     typer.Option(
         "--load-in-4bit",
-        help="Load NF4 weights (bitsandbytes); computes in --dtype.",
+        help="Load NF4 weights (bitsandbytes); computes in --precision.",
         callback=_check_four_bit,
     ),
 ]
@@ -63,13 +66,13 @@ def merge_command(
 
 @needs("eval")
 def check(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: Annotated[Path, typer.Option(help="Model folder.")],
     bench: Annotated[
         Path | None, typer.Option(help="Benchmark file; without it only prompt and provenance are shown.")
     ] = None,
-    questions: Annotated[int, typer.Option(help="Number of questions.", min=2)] = 100,
+    limit: Annotated[int, typer.Option(help="Use only this many questions, evenly spaced.", min=2)] = 100,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    precision: PrecisionOption = "auto",
     load_in_4bit: FourBit = False,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON; needs --bench.")] = None,
     force: Force = False,
@@ -78,7 +81,7 @@ def check(
 
     Exits with 2 if the answers do not depend on the image, or if the tower is not the one that was swapped in.
 
-    Example: eval-mcq check llava-med-mgll --bench test.jsonl
+    Example: eval-mcq check --model llava-med-mgll --bench test.jsonl
     """
     from eval_mcq.items.schema import load_bench
     from eval_mcq.runs.model_check import check_model
@@ -89,7 +92,7 @@ def check(
         check_free(out, force)
     asked = load_bench(bench) if bench else None
     found = check_model(
-        model, asked, questions=questions, device=device, dtype=dtype, load_in_4bit=load_in_4bit
+        model, asked, limit=limit, device=device, precision=precision, load_in_4bit=load_in_4bit
     )
     stdout.print(f"model: {model} ({found.fingerprint[:12]})", soft_wrap=True, highlight=False)
     stdout.print("prompt:", highlight=False)

@@ -101,11 +101,11 @@ def check_unchanged(content: Content) -> None:
                 if not path.is_file():
                     raise NotFoundError(
                         f"image {path} of question '{item.id}' does not exist: restore it, or omit the images "
-                        "with `images=False`"
+                        "with `thumbnails=False`"
                     )
                 known[path] = sha256(path)
             if known[path] != expected:
                 raise MismatchError(
                     f"image {path} of question '{item.id}' has changed since the run: run the benchmark again, "
-                    "or omit the images with `images=False`"
+                    "or omit the images with `thumbnails=False`"
                 )

@@ -64,9 +64,9 @@ def check_model(
     model: str | Path,
     bench: Bench | None = None,
     *,
-    questions: int = 100,
+    limit: int = 100,
     device: str = "auto",
-    dtype: Dtype = "auto",
+    precision: Dtype = "auto",
     load_in_4bit: bool = False,
 ) -> ModelCheck:
     """Check a model: prompt, provenance and, with a benchmark, whether its answers depend on the image.
@@ -74,9 +74,10 @@ def check_model(
     Args:
         model: Model folder.
         bench: Benchmark of `eval_mcq.load_benchmark`.
-        questions: Number of questions, each asked with its image, a blank one and that of another question.
+        limit: Maximum number of questions, evenly spaced, each asked with its image, a blank one and that of
+            another question.
         device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
-        dtype: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+        precision: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         load_in_4bit: NF4 weights (bitsandbytes).
 
     Raises:
@@ -90,7 +91,7 @@ def check_model(
     from mllm_adapters import Verification  # imports torch, which is not needed to report a wrong path
 
     swap = Verification(folder) if is_swapped(folder) else None
-    scorer = LocalModel(folder, device=device, dtype=dtype, four_bit=load_in_4bit).load()
+    scorer = LocalModel(folder, device=device, dtype=precision, four_bit=load_in_4bit).load()
     tower, faults = None, []
     if swap:
         plan, found = swap.record.plan, swap.tower()
@@ -98,7 +99,7 @@ def check_model(
         faults = contradictions(scorer.model, scorer.processor, plan["after"])
         if tower.passed is False:
             faults.append(f"the tower differs from its provenance: {tower.detail}")
-    sensitivity = image_sensitivity(scorer, bench, questions) if bench else None
+    sensitivity = image_sensitivity(scorer, bench, limit) if bench else None
     if sensitivity and not sensitivity.sensitive:
         faults += sensitivity.warnings[:1]
     return ModelCheck(

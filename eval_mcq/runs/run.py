@@ -319,7 +319,7 @@ def _rows(
             if not all(map(isfinite, score.probabilities)):
                 raise TrainingError(
                     f"question '{ask.item.id}': the model's probabilities are not numbers (NaN): its weights are "
-                    "damaged or overflow; try `dtype=float32`"
+                    "damaged or overflow; try `precision=float32`"
                 )
             yield Answer(
                 id=ask.item.id,

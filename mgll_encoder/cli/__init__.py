@@ -16,4 +16,4 @@ app.command("explain")(explain.explain)
 
 def main() -> None:
     """Entry point."""
-    run(app)
+    run(app, "mgll-encoder")

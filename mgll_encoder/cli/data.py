@@ -21,7 +21,7 @@ def fundus(
         help="Table (CSV, TSV, Excel, Parquet) of image, labels, patient and optional keywords; see docs/tables.md. "
         "Not needed if folders or file names give the class: the training sets of adam, refuge and palm.",
     ),
-    layout: str = typer.Option(
+    dataset: str = typer.Option(
         "generic",
         help="generic (see the columns below), or as published: rfmid, odir (keywords per eye), refuge, adam, palm.",
     ),
@@ -45,11 +45,9 @@ def fundus(
         None, help="Column with the name of the data set (default: dataset, if present)."
     ),
     explanations: Path | None = typer.Option(None, help="Your own table of clinical explanations (JSON)."),
-    test: float = typer.Option(0.3, help="Share of patients for the test split."),
-    val: float = typer.Option(0.0, help="Share of patients for the validation split."),
-    seed: int = typer.Option(
-        0, help="Seed of the split; eval-mcq makes the same split with the same --split-seed."
-    ),
+    test_share: float = typer.Option(0.3, help="Share of patients for the test split."),
+    val_share: float = typer.Option(0.0, help="Share of patients for the validation split."),
+    split_seed: int = typer.Option(0, help="Seed of the split; the same seed, the same split everywhere."),
     strict: bool = typer.Option(False, "--strict", help="Stop at the first row that would be skipped."),
     force: bool = typer.Option(False, "--force", help="Replace an existing manifest."),
 ) -> None:
@@ -60,7 +58,7 @@ def fundus(
     from mgll_encoder.data.fundus import EXPLANATIONS, FundusTable, build_fundus
     from mgll_encoder.data.fundus_layouts import GENERIC
 
-    if labels is None and layout == GENERIC:
+    if labels is None and dataset == GENERIC:
         raise InvalidArgumentError(
             "--labels is missing: expected the label file; only data sets labeled by folders need none"
         )
@@ -71,14 +69,14 @@ def fundus(
         patient_column,
         keywords_column,
         source_column,
-        layout,
+        dataset,
         _classes(classes),
         listed(binary_columns),
         tables.reading(encoding, sheet, label_separator, uncertain),
     )
     report = build_fundus(
-        table, images, out, test=test, val=val, seed=seed, explanations=explanations or EXPLANATIONS,
-        strict=strict, force=force,
+        table, images, out, test_share=test_share, val_share=val_share, split_seed=split_seed,
+        explanations=explanations or EXPLANATIONS, strict=strict, force=force,
     )  # fmt: skip
     report.skipped.say()
     if report.without_patient:
@@ -90,7 +88,7 @@ def fundus(
     texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
     stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
     stdout.print(f"manifest: {out}", highlight=False, soft_wrap=True)
-    stdout.print(f"next: mgll-encoder pretrain --data {out} --out tower", highlight=False, soft_wrap=True)
+    stdout.print(f"next: mgll-encoder pretrain --manifest {out} --out tower", highlight=False, soft_wrap=True)
 
 
 def _classes(option: str) -> dict[str, str]:
@@ -122,9 +120,9 @@ def xray(
     parquet: bool = typer.Option(
         False, "--parquet", help="Write manifest.parquet instead of manifest.jsonl, for long manifests."
     ),
-    test: float = typer.Option(0.3, help="Share of patients for the test split."),
-    val: float = typer.Option(0.0, help="Share of patients for the validation split."),
-    seed: int = typer.Option(0, help="Seed of the split."),
+    test_share: float = typer.Option(0.3, help="Share of patients for the test split."),
+    val_share: float = typer.Option(0.0, help="Share of patients for the validation split."),
+    split_seed: int = typer.Option(0, help="Seed of the split; the same seed, the same split everywhere."),
     workers: int = typer.Option(2, min=1, help="Processes that decode."),
     contact_sheet: Path | None = typer.Option(
         None,
@@ -149,7 +147,7 @@ def xray(
     wanted = [name.strip().upper() for name in modalities.split(",") if name.strip()]
     report = build_xray(
         dicom, out, modalities=wanted, burned_in=burned_in, patient_folders=patient_folders, manifest=manifest,
-        test=test, val=val, seed=seed, workers=workers, strict=strict, force=force,
+        test_share=test_share, val_share=val_share, split_seed=split_seed, workers=workers, strict=strict, force=force,
     )  # fmt: skip
     report.skipped.say()
     if report.cut:
@@ -169,7 +167,9 @@ def xray(
         shown = write_contact_sheet(written, contact_sheet, force)
         stdout.print(f"contact sheet of {shown} images: {contact_sheet}", highlight=False, soft_wrap=True)
     stdout.print(
-        f"next: mgll-encoder pretrain --data {out / manifest} --out tower", highlight=False, soft_wrap=True
+        f"next: mgll-encoder pretrain --manifest {out / manifest} --out tower",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -181,7 +181,7 @@ def phantom(
         help="New folder for images/, labels.csv, views.jsonl (texts without diseases) and contact_sheet.png.",
     ),
     images_per_disease: int = typer.Option(100, help="Number of pictures per disease, and of normal eyes."),
-    size: int = typer.Option(64, help="Side of the pictures in pixels."),
+    image_size: int = typer.Option(64, help="Side of the pictures in pixels."),
     seed: int = typer.Option(0, help="The same seed writes the same pictures."),
     force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
 ) -> None:
@@ -191,7 +191,7 @@ def phantom(
     """
     from mgll_encoder.data.phantom.dataset import write_phantom
 
-    count = write_phantom(out, images_per_disease, size, seed, force)
+    count = write_phantom(out, images_per_disease, image_size, seed, force)
     stdout.print(
         f"{count} phantom photographs in {out} (labels.csv, views.jsonl, contact_sheet.png)", highlight=False
     )

@@ -20,17 +20,17 @@ Encoder = Annotated[
         help="Tower: anything 'mgll-encoder inspect' reads, or a hub id such as openai/clip-vit-large-patch14.",
     ),
 ]
-Data = Annotated[
+Labels = Annotated[
     Path | None,
     typer.Option(
-        "--data", help="Table (CSV, TSV, Excel, Parquet) of image, labels and patient; see docs/tables.md."
+        "--labels", help="Table (CSV, TSV, Excel, Parquet) of image, labels and patient; see docs/tables.md."
     ),
 ]
 Images = Annotated[Path, typer.Option("--images", help="Folder that the image column is relative to.")]
-BenchmarkName = Annotated[
+Dataset = Annotated[
     str | None,
     typer.Option(
-        "--benchmark",
+        "--dataset",
         help="Published data set, which defines the columns, such as rfmid or chestxray14: see --list.",
     ),
 ]
@@ -48,10 +48,10 @@ SplitColumn = Annotated[
     str | None,
     typer.Option("--split-column", help="Column with train, val or test, instead of a random split."),
 ]
-TestData = Annotated[
+TestLabels = Annotated[
     Path | None,
     typer.Option(
-        "--test-data",
+        "--test-labels",
         help="Label file of the test images, for data sets with two files; the rest is the training set.",
     ),
 ]
@@ -82,7 +82,14 @@ WeightsName = Annotated[
     str | None,
     typer.Option("--weights", help="raw or ema, for towers stored with a moving average of their weights."),
 ]
-TestShare = Annotated[float, typer.Option("--test", help="Share of patients for the test split.")]
+TestShare = Annotated[float, typer.Option("--test-share", help="Share of patients for the test split.")]
+SplitSeed = Annotated[
+    int,
+    typer.Option(
+        "--split-seed",
+        help="Seed of the split, separate from --seed; the same seed, the same split everywhere.",
+    ),
+]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Stop at the first row or image that would be skipped.")
 ]
@@ -151,15 +158,15 @@ def said(text: str) -> None:
     stdout.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def table_of_benchmarks(asked: bool) -> None:
-    """``--list``: print the known benchmarks, and exit."""
+def table_of_datasets(asked: bool) -> None:
+    """``--list``: print the known data sets, and exit."""
     if not asked:
         return
     from rich.table import Table
 
     from mgll_encoder.probing.benchmarks import PROTOCOLS, benchmarks, published_figures
 
-    table = Table(title="Published benchmarks (--benchmark)", title_justify="left")
+    table = Table(title="Published data sets (--dataset)", title_justify="left")
     for heading in ("name", "labels", "published", "description, and how to name its files"):
         table.add_column(heading)
     for name, row in benchmarks().items():

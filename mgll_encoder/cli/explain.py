@@ -18,23 +18,23 @@ from mgll_encoder.probing.labeled_set import LabeledSet
 def explain(
     encoder: labeled.Encoder,
     images: Annotated[
-        Path, typer.Option(help="An image, a folder of images, or the folder that --data is relative to.")
+        Path, typer.Option(help="An image, a folder of images, or the folder that --labels is relative to.")
     ],
     out: Annotated[Path, typer.Option(help="The contact sheet to write (.png).")],
     texts: Annotated[
         list[str] | None,
         typer.Option("--text", help="Show the attribution for this text; repeatable (needs the text tower)."),
     ] = None,
-    labels: Annotated[
+    targets: Annotated[
         list[str] | None,
         typer.Option(
-            "--label",
-            help="Show the attribution for this class of a linear probe, fitted on the training split of --data; "
-            "repeatable. The pictures are then test images, those of the class first.",
+            "--target",
+            help="Show the attribution for this class of a linear probe, fitted on the training split of "
+            "--labels; repeatable. The pictures are then test images, those of the class first.",
         ),
     ] = None,
-    data: labeled.Data = None,
-    benchmark: labeled.BenchmarkName = None,
+    labels: labeled.Labels = None,
+    dataset: labeled.Dataset = None,
     image_column: labeled.ImageColumn = "file",
     labels_column: labeled.LabelsColumn = "labels",
     binary_columns: tables.BinaryColumns = "",
@@ -46,31 +46,31 @@ def explain(
     limit: Annotated[int, typer.Option(min=1, max=40, help="Maximum number of images on the sheet.")] = 6,
     activation: labeled.ActivationName = None,
     weights: labeled.WeightsName = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split of --data.")] = 0,
+    split_seed: labeled.SplitSeed = 0,
     strict: labeled.Strict = False,
     force: labeled.Force = False,
 ) -> None:
     """Overlay attention and attribution maps on images: a contact sheet.
 
     Columns: the image after the tower's resize rule, attention of the last block, attention rollout and, for each
-    --text and --label, a class activation map. Maps show what influenced the tower's output, not where a disease is.
+    --text and --target, a class activation map. Maps show what influenced the tower's output, not where a disease is.
 
     Captions are row numbers, or positions in the order of file names: the names themselves may identify a patient.
 
     Example: mgll-encoder explain --encoder mgll-fundus --images photos --text glaucoma --out sheet.png
     """
-    if labels and not (data or benchmark):
+    if targets and not (labels or dataset):
         raise InvalidArgumentError(
-            "--label needs --data with labels to fit a probe on (and its columns, as for 'probe')"
+            "--target needs --labels, a label table to fit a probe on (and its columns, as for 'probe')"
         )
-    if (data or benchmark) and not labels:
-        raise InvalidArgumentError("--data has no effect without --label: name a class, or leave it out")
+    if (labels or dataset) and not targets:
+        raise InvalidArgumentError("--labels has no effect without --target: name a class, or leave it out")
     question = LabeledSet(
-        data, images, benchmark, image_column, labels_column, binary_columns, patient_column, seed=seed,
+        labels, images, dataset, image_column, labels_column, binary_columns, patient_column, split_seed=split_seed,
         reading=tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
     found = explain_images(
-        encoder, images, out, texts=texts or (), labels=labels or (), question=question, limit=limit,
+        encoder, images, out, texts=texts or (), targets=targets or (), question=question, limit=limit,
         activation=activation, weights=weights, strict=strict, force=force,
     )  # fmt: skip
     found.skipped.say()

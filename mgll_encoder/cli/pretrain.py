@@ -13,13 +13,15 @@ from mgll_encoder.weights.locate import check_manifest
 
 @needs("pretrain")
 def pretrain(
-    data: Path = typer.Option(
+    manifest: Path = typer.Option(
         ..., help="Manifest (.jsonl or .parquet), as written by 'mgll-encoder data fundus'."
     ),
     out: Path = typer.Option(..., help="New folder for the tower."),
     images: Path | None = typer.Option(None, help="Image folder (default: the one named in the manifest)."),
     loss: str = typer.Option("mgll", help="mgll, or clip: the control, with all texts of an image joined."),
-    preset: str = typer.Option("small", help="Size of a new tower: nano, tiny or small (64 px, for CPUs)."),
+    tower_size: str = typer.Option(
+        "small", help="Size of a new tower: nano, tiny or small (64 px, for CPUs)."
+    ),
     init: str | None = typer.Option(
         None,
         help="Initial weights: 'openai' (CLIP ViT-L/14), a tower's file, or its folder or hub id.",
@@ -57,16 +59,19 @@ def pretrain(
     ),
     epochs: int = typer.Option(20, help="Passes over the training images."),
     batch_size: int = typer.Option(32, help="Images per step."),
-    lr: float = typer.Option(5e-4, help="Peak learning rate."),
-    tower_lr: float | None = typer.Option(
-        None, help="Peak learning rate of the image tower, such as 5e-5 for a trained one (default: --lr)."
+    learning_rate: float = typer.Option(5e-4, help="Peak learning rate."),
+    tower_learning_rate: float | None = typer.Option(
+        None,
+        help="Peak learning rate of the image tower, such as 5e-5 for a trained one (default: --learning-rate).",
     ),
     weight_decay: float = typer.Option(0.05, help="Weight decay of the weight matrices."),
     select: str = typer.Option(
         "auto",
         help="Epoch to keep: best (by mAP on the val rows), last, or auto: best if there are val rows.",
     ),
-    precision: str = typer.Option("auto", help="fp32, bf16, fp16, or auto: bf16 if the GPU supports it."),
+    precision: str = typer.Option(
+        "auto", help="auto (bfloat16 if the GPU supports it, else float32), float32, bfloat16 or float16."
+    ),
     gradient_checkpointing: bool = typer.Option(
         False, "--gradient-checkpointing", help="Save memory at a third more time."
     ),
@@ -87,12 +92,12 @@ def pretrain(
 ) -> None:
     """Train a tower with the MGLL losses, or its plain CLIP control, on the manifest's training split.
 
-    Example: mgll-encoder pretrain --data manifest.jsonl --loss mgll --epochs 20 --out mgll-fundus
+    Example: mgll-encoder pretrain --manifest manifest.jsonl --loss mgll --epochs 20 --out mgll-fundus
 
-    On GPUs: torchrun --nproc-per-node 4 --no-python mgll-encoder pretrain --data manifest.parquet --init openai
-    --lr 1e-5 --batch-size 64 --gradient-checkpointing --out mgll-fundus
+    On GPUs: torchrun --nproc-per-node 4 --no-python mgll-encoder pretrain --manifest manifest.parquet --init openai
+    --learning-rate 1e-5 --batch-size 64 --gradient-checkpointing --out mgll-fundus
     """
-    check_manifest(data)
+    check_manifest(manifest)
     from mgll_encoder.pretraining.losses import Alphas
 
     try:
@@ -100,10 +105,10 @@ def pretrain(
     except ValueError:
         raise InvalidArgumentError(f"--alpha is '{alphas}': give three numbers, such as 1,0.02,0.1") from None
     result = api.pretrain(
-        data,
+        manifest,
         out,
         loss=loss,
-        preset=preset,
+        tower_size=tower_size,
         init=init,
         activation=activation,
         init_weights=init_weights,
@@ -116,8 +121,8 @@ def pretrain(
         alphas=Alphas(soft_clip, pointwise, smooth_kl),
         epochs=epochs,
         batch_size=batch_size,
-        lr=lr,
-        tower_lr=tower_lr,
+        learning_rate=learning_rate,
+        tower_learning_rate=tower_learning_rate,
         weight_decay=weight_decay,
         select=select,
         precision=precision,

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 def zero_shot(
     encoder: labeled.Encoder,
     images: labeled.Images,
-    data: labeled.Data = None,
-    benchmark: labeled.BenchmarkName = None,
+    labels: labeled.Labels = None,
+    dataset: labeled.Dataset = None,
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="generic, fundus, xray, or your own .json file (default: the benchmark's, or generic)."
+            help="generic, fundus, xray, or your own .json file (default: the data set's, or generic)."
         ),
     ] = None,
     image_column: labeled.ImageColumn = "file",
@@ -45,19 +45,20 @@ def zero_shot(
     sheet: tables.Sheet = None,
     patient_column: labeled.PatientColumn = None,
     split_column: labeled.SplitColumn = None,
-    test_data: labeled.TestData = None,
+    test_labels: labeled.TestLabels = None,
     test_images: labeled.TestImages = None,
     test_list: labeled.TestList = None,
     only: labeled.Only = "",
     min_positives: labeled.MinPositives = 10,
     activation: labeled.ActivationName = None,
     weights: labeled.WeightsName = None,
-    test: labeled.TestShare = 0.3,
+    test_share: labeled.TestShare = 0.3,
     every: Annotated[
         bool,
         typer.Option("--all", help="Evaluate on all images, not only the test split: for unseen data sets."),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the split and the bootstrap.")] = 0,
+    split_seed: labeled.SplitSeed = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     strict: labeled.Strict = False,
     workers: labeled.Workers = None,
@@ -68,23 +69,24 @@ def zero_shot(
     Needs a tower with its text tower: a folder written by 'mgll-encoder pretrain', or a full CLIP. The prompts of a
     class are averaged; if several labels may be true at once, a label is compared with the prompts of its absence.
 
-    Example: mgll-encoder zero-shot --encoder mgll-fundus --data labels.csv --images images --prompts fundus
+    Example: mgll-encoder zero-shot --encoder mgll-fundus --labels labels.csv --images images --prompts fundus
     """
     if out:
         check_free(out, force)
     question = LabeledSet(
-        data, images, benchmark, image_column, labels_column, binary_columns, patient_column, split_column,
-        test_data, test_images, test_list, only, test, seed,
+        labels, images, dataset, image_column, labels_column, binary_columns, patient_column, split_column,
+        test_labels, test_images, test_list, only, test_share, split_seed,
         tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
     found = evaluate_zero_shot(
         encoder, question, prompts=prompts, every=every, activation=activation, weights=weights,
-        min_positives=min_positives, strict=strict, workers=workers,
+        min_positives=min_positives, seed=seed, strict=strict, workers=workers,
     )  # fmt: skip
     print_result(found.result, f"Zero-shot classification by {encoder}, in %", {}, found.names, trained=False)
     if out:
         content = {
-            "encoder": str(encoder), "data": str(data or images), "mode": "zero-shot", "seed": seed, "test": test,
+            "encoder": str(encoder), "labels": str(labels or images), "protocol": "zero-shot", "seed": seed,
+            "split_seed": split_seed, "test_share": test_share,
             **found.record, **found.skipped.record(), **asdict(found.result),
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
@@ -95,9 +97,9 @@ def zero_shot(
 @needs("probe")
 def retrieval(
     encoder: labeled.Encoder,
-    data: Annotated[
+    manifest: Annotated[
         Path,
-        typer.Option("--data", help="Manifest, as written by 'mgll-encoder data fundus' or 'data xray'."),
+        typer.Option(help="Manifest, as written by 'mgll-encoder data fundus' or 'data xray'."),
     ],
     images: Annotated[
         Path | None, typer.Option(help="Image folder (default: the one named in the manifest).")
@@ -122,18 +124,18 @@ def retrieval(
     Texts repeat, so any of an image's texts, and any of a text's images, is a hit; the recall of a random order is
     printed, too.
 
-    Example: mgll-encoder retrieval --encoder mgll-fundus --data manifest.jsonl
+    Example: mgll-encoder retrieval --encoder mgll-fundus --manifest manifest.jsonl
     """
     if out:
         check_free(out, force)
     found = search(
-        encoder, data, images=images, split=split, granularities=listed(granularities),
+        encoder, manifest, images=images, split=split, granularities=listed(granularities),
         activation=activation, weights=weights, seed=seed, strict=strict, workers=workers,
     )  # fmt: skip
     _print_retrieval(found.levels, encoder, found.patients)
     if out:
         content = {
-            "encoder": str(encoder), "data": str(data), "split": split, "seed": seed, **found.skipped.record(),
+            "encoder": str(encoder), "manifest": str(manifest), "split": split, "seed": seed, **found.skipped.record(),
             "granularities": {level: [asdict(way) for way in both] for level, both in found.levels.items()},
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)

@@ -27,14 +27,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from typer.exceptions import TyperException
 
 from mgll_encoder.common import signals
 from mgll_encoder.common.errors import UserError, one_line
 from mgll_encoder.common.faults import find_fault
 from mgll_encoder.common.files import clear_interrupted
 from mgll_encoder.common.lazy import version
+from mgll_encoder.common.old_options import accept_old_options
 from mgll_encoder.common.progress import show_with
 from mgll_encoder.common.spelling import Spelling
+from mgll_encoder.common.typing_errors import typing_error
 
 T = TypeVar("T")
 
@@ -73,8 +76,12 @@ def new_app(help_text: str) -> typer.Typer:
     )
 
 
-def run(app: typer.Typer) -> NoReturn:
+def run(app: typer.Typer, name: str | None = None) -> NoReturn:
     """Run a command and exit with its exit code.
+
+    Args:
+        app: The command.
+        name: Its name, as in `OLD_OPTIONS`; that of the running program if not given.
 
     Set ``MGLL_DEBUG=1`` to see tracebacks instead of one-line errors.
     """
@@ -84,8 +91,10 @@ def run(app: typer.Typer) -> NoReturn:
     try:
         with _showing_logs(), signals.watched(last=True):
             command = _with_version(typer.main.get_command(app))
+            if name is not None:
+                accept_old_options(command, name, warn)
             _spelling.learn(command)
-            code = _outcome(command)
+            code = _outcome(command, name)
             if signals.received() is not None:
                 clear_interrupted()
     except KeyboardInterrupt:  # a signal that arrived after the command had finished
@@ -148,15 +157,15 @@ def _with_version(command: Any) -> Any:
     return command
 
 
-def _outcome(command: Any) -> int:
+def _outcome(command: Any, name: str | None) -> int:
     """Run a command, report an error in one line, and return the exit code."""
     try:
-        code = command.main(standalone_mode=False)
+        code = command.main(standalone_mode=False, prog_name=name)
         sys.stdout.flush()
-    except (UserError, typer.exceptions.TyperException) as error:
+    except (UserError, TyperException) as error:
         _reraise_if_debugging()
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        return _ended() or _fail(2, message)
+        message = typing_error(error) if isinstance(error, TyperException) else str(error)
+        return _ended() or (_fail(2, message) if message else 2)  # without arguments, the help is printed
     except KeyboardInterrupt:
         return _ended() or _fail(130, "interrupted")
     except Exception as error:  # anything else is a disk error or a bug

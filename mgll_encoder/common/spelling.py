@@ -31,7 +31,7 @@ COMMANDS: Mapping[str, str] = {
     "pretrain": "mgll-encoder pretrain",
     "retrain_projector": "retrain-projector",
     "run": "eval-mcq run",
-    "write_delta": "swap-encoder --delta",
+    "write_delta": "swap-encoder --delta-only",
 }
 """Function -> equivalent command or option."""
 

@@ -22,7 +22,7 @@ def assign_split(patient: str, test: float = 0.3, val: float = 0.0, seed: int = 
     """
     if not (test >= 0 and val >= 0 and test + val < 1):
         raise InvalidArgumentError(
-            f"split shares test={test} and val={val} must be at least 0 and add up to less than 1"
+            f"`test_share` is {test} and `val_share` is {val}: expected shares of at least 0 that add up to less than 1"
         )
     digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64

@@ -69,7 +69,7 @@ class FundusTable:
         keywords: Column with the annotators' words, separated by commas or ``;``; None for ``raw_label_or_keywords`` if
             the file has it.
         source: Column with the name of the data set; None for ``dataset`` if the file has it.
-        layout: ``generic``, or a published layout (`fundus_layouts`), which defines the columns.
+        dataset: ``generic``, or a published data set (`fundus_layouts`), which defines the columns.
         classes: Cell of the label column -> label, for files that use 0 and 1.
         binary: Columns that each represent one label, instead of ``labels``.
         reading: What else the user specified about the file.
@@ -81,7 +81,7 @@ class FundusTable:
     patient: str | None = None
     keywords: str | None = None
     source: str | None = None
-    layout: str = GENERIC
+    dataset: str = GENERIC
     classes: Mapping[str, str] = field(default_factory=dict)
     binary: tuple[str, ...] = ()
     reading: TableOptions = field(default_factory=TableOptions)
@@ -92,10 +92,10 @@ class FundusTable:
                 "`classes` has no effect on `binary_columns`, whose names are the labels: leave one out"
             )
         for argument, value in (("binary_columns", self.binary), ("classes", self.classes)):
-            if value and self.layout != GENERIC:
+            if value and self.dataset != GENERIC:
                 defined = argument.removeprefix("binary_")
                 raise InvalidArgumentError(
-                    f"`{argument}` has no effect on layout '{self.layout}', which defines its {defined}"
+                    f"`{argument}` has no effect on data set '{self.dataset}', which defines its {defined}"
                 )
 
     @property
@@ -148,9 +148,9 @@ def build_fundus(
     images: Path,
     out: Path,
     *,
-    test: float = 0.3,
-    val: float = 0.0,
-    seed: int = 0,
+    test_share: float = 0.3,
+    val_share: float = 0.0,
+    split_seed: int = 0,
     explanations: Path = EXPLANATIONS,
     strict: bool = False,
     force: bool = False,
@@ -164,9 +164,9 @@ def build_fundus(
         table: The label file.
         images: Folder that the image column is relative to.
         out: The manifest to write.
-        test: Share of patients for the test split.
-        val: Share of patients for the validation split.
-        seed: Seed of the split.
+        test_share: Share of patients for the test split.
+        val_share: Share of patients for the validation split.
+        split_seed: Seed of the split.
         explanations: Table of clinical explanations.
         strict: Stop at the first row that would be skipped.
         force: Replace ``out``.
@@ -180,7 +180,7 @@ def build_fundus(
     known = read_explanations(explanations)
     report = FundusReport(skipped=Skipped(strict))
     rows: list[ManifestRow] = []
-    table, found = _read(table, report.skipped, drawn=test > 0 or val > 0)
+    table, found = _read(table, report.skipped, drawn=test_share > 0 or val_share > 0)
     pseudonyms = Pseudonyms(table.path)
     usable = agreeing(with_files(found, images, report.skipped, table.image), report.skipped)
     usable = _labeled(usable, report.skipped)
@@ -205,7 +205,7 @@ def build_fundus(
                     "image": image,
                     "texts": {granularity: found for granularity, found in texts.items() if found},
                     "patient": pseudonyms.patient(patient) if patient else pseudonyms.file(image),
-                    "split": assign_split(patient or image, test=test, val=val, seed=seed),
+                    "split": assign_split(patient or image, test=test_share, val=val_share, seed=split_seed),
                     "source": row.cells[table.source].strip() if table.source else "",
                 }
             )
@@ -224,9 +224,9 @@ def build_fundus(
             **({} if table.path.is_dir() else {"labels_sha256": sha256(table.path)}),
             "explanations_version": known.version,
             "split_by": "patient" if report.without_patient < len(rows) else "image",
-            "split_test": test,
-            "split_val": val,
-            "split_seed": seed,
+            "split_test": test_share,
+            "split_val": val_share,
+            "split_seed": split_seed,
             **report.skipped.record(),
         },
     )
@@ -266,10 +266,10 @@ def _read(table: FundusTable, skipped: Skipped, drawn: bool) -> tuple[FundusTabl
     """Return the table with its optional columns resolved, and its rows."""
     generic = replace(table, image=IMAGE, keywords=KEYWORDS, source=SOURCE)
     if table.path.is_dir():
-        return generic, from_folders(table.layout, table.path, skipped)
+        return generic, from_folders(table.dataset, table.path, skipped)
     content = read_table(table.path, "`labels`", skipped, table.reading)
-    if table.layout != GENERIC:
-        return generic, as_generic(table.layout, content, skipped, table.reading)
+    if table.dataset != GENERIC:
+        return generic, as_generic(table.dataset, content, skipped, table.reading)
     columns = Columns(table.image, table.labels, table.binary, table.patient, classes=table.classes)
     columns = columns.of(content, drawn=drawn)
     content.check_columns([("`keywords_column`", table.keywords), ("`source_column`", table.source)])

@@ -98,11 +98,11 @@ def as_generic(
     """
     layout = _layout(name)
     if not layout.eyes:
-        raise BadDataError(f"layout '{name}' is labeled by its folders: leave `labels` out")
+        raise BadDataError(f"data set '{name}' is labeled by its folders: leave `labels` out")
     wanted = sorted(layout.columns)
     if layout.label and not set(layout.label) & set(table.columns):
         wanted.append(layout.label[0])
-    table.check_columns([(f"layout '{name}'", column) for column in wanted])
+    table.check_columns([(f"data set '{name}'", column) for column in wanted])
     reading = reading or TableOptions()
     rows: dict[tuple[str, frozenset[str]], LabelRow] = {}
     unusable: set[tuple[str, str]] = set()
@@ -134,7 +134,7 @@ def from_folders(name: str, images: Path, skipped: Skipped) -> list[LabelRow]:
     """
     layout = _layout(name)
     if not layout.folders:
-        raise InvalidArgumentError(f"`labels` is missing: layout '{name}' needs its label file")
+        raise InvalidArgumentError(f"`labels` is missing: data set '{name}' needs its label file")
     rows: list[LabelRow] = []
     for pattern, found in layout.folders.items():
         files = sorted(images.rglob(pattern))

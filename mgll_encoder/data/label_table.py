@@ -199,7 +199,7 @@ def _with_test_table(
         return found
     rows = [replace(row, side="train") if row.side == "test" else row for row in found]
     apart = replace(columns, split=None)
-    for row in _rows_of(sides.table, sides.images or images, apart, sides, skipped, reading, "`test_data`"):
+    for row in _rows_of(sides.table, sides.images or images, apart, sides, skipped, reading, "`test_labels`"):
         # both tables may count their images from 1
         patient = row.patient if row.patient != row.image else f"{sides.table.name}:{row.image}"
         rows.append(replace(row, side="test", patient=patient))
@@ -213,7 +213,7 @@ def _rows_of(
     sides: Sides,
     skipped: Skipped,
     reading: TableOptions | None,
-    option: str = "`data`",
+    option: str = "`labels`",
 ) -> list[LabelRow]:
     """Return the usable rows of a table, before contradictions between them are checked."""
     table = read_table(path, option, skipped, reading)

@@ -93,9 +93,9 @@ def build_xray(
     burned_in: bool = False,
     patient_folders: bool = False,
     manifest: str = MANIFEST,
-    test: float = 0.3,
-    val: float = 0.0,
-    seed: int = 0,
+    test_share: float = 0.3,
+    val_share: float = 0.0,
+    split_seed: int = 0,
     workers: int = 2,
     strict: bool = False,
     force: bool = False,
@@ -110,9 +110,9 @@ def build_xray(
         patient_folders: Treat each folder directly below ``dicom`` as a patient. Otherwise each file counts as one,
             because patient fields of the header are not used for this.
         manifest: The manifest's name, which determines its format.
-        test: Share of patients for the test split.
-        val: Share of patients for the validation split.
-        seed: Seed of the split.
+        test_share: Share of patients for the test split.
+        val_share: Share of patients for the validation split.
+        split_seed: Seed of the split.
         workers: Processes that decode.
         strict: Stop at the first file that would be skipped.
         force: Replace ``out``.
@@ -144,7 +144,7 @@ def build_xray(
                     "image": f"{IMAGES}/{outcome.image}.png",
                     "texts": outcome.texts,
                     "patient": pseudonyms.patient(top) if patient_folders else outcome.image,
-                    "split": assign_split(drawn_by, test=test, val=val, seed=seed),
+                    "split": assign_split(drawn_by, test=test_share, val=val_share, seed=split_seed),
                 }
             )
         if not rows:
@@ -159,9 +159,9 @@ def build_xray(
             granularities=list(report.texts),
             built={
                 "modalities": ",".join(modalities),
-                "split_test": test,
-                "split_val": val,
-                "split_seed": seed,
+                "split_test": test_share,
+                "split_val": val_share,
+                "split_seed": split_seed,
                 **report.skipped.record(),
                 "descriptions_cut": report.cut,
             },

@@ -13,7 +13,7 @@ from mgll_encoder.tower.spec import TowerSpec
 
 
 @dataclass(frozen=True)
-class Preset:
+class TowerSize:
     """Towers to train from scratch.
 
     Attributes:
@@ -40,10 +40,10 @@ def _vit(width: int, depth: int, size: int, patch: int) -> TowerSpec:
     )
 
 
-PRESETS = {
-    "nano": Preset(_vit(width=128, depth=4, size=64, patch=16)),
-    "tiny": Preset(_vit(width=128, depth=4, size=64, patch=8)),
-    "small": Preset(_vit(width=192, depth=6, size=64, patch=8)),
+TOWER_SIZES = {
+    "nano": TowerSize(_vit(width=128, depth=4, size=64, patch=16)),
+    "tiny": TowerSize(_vit(width=128, depth=4, size=64, patch=8)),
+    "small": TowerSize(_vit(width=192, depth=6, size=64, patch=8)),
 }
 """Towers that can be trained on two CPU cores in minutes."""
 
@@ -94,9 +94,9 @@ class TwoTowers(nn.Module):
         return self.text
 
 
-def new_tower(preset: Preset) -> Tower:
+def new_tower(size: TowerSize) -> Tower:
     """Create an image tower with random weights and without a projection."""
-    return Tower.from_model(build_model(preset.spec), preset.spec)
+    return Tower.from_model(build_model(size.spec), size.spec)
 
 
 def image_projection(vision: Tower) -> nn.Linear:

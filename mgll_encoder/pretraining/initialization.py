@@ -10,7 +10,7 @@ from mgll_encoder.common.errors import InvalidArgumentError, MismatchError, NotF
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.data.batches import SplitRows
 from mgll_encoder.pretraining.clip_text import clip_text_tower
-from mgll_encoder.pretraining.dual_encoder import Preset, TwoTowers, image_projection, new_tower
+from mgll_encoder.pretraining.dual_encoder import TowerSize, TwoTowers, image_projection, new_tower
 from mgll_encoder.pretraining.losses import Alphas
 from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text.text_tower import TextTower, load_text_tower
@@ -31,7 +31,7 @@ AUTO, NEW = "auto", "new"
 
 
 def starting_towers(
-    preset: Preset,
+    size: TowerSize,
     init: str | None,
     activation: Activation | None,
     text_tower: str,
@@ -46,7 +46,7 @@ def starting_towers(
     """Create the towers as they are before the first step.
 
     Args:
-        preset: Geometry of new towers.
+        size: Geometry of new towers.
         init: None for new ones, ``OPENAI``, or anything that ``load_tower`` reads.
         activation: Activation of ``init``, if it does not specify it.
         text_tower: ``AUTO``, ``NEW``, or a transformers folder or hub id of a text encoder.
@@ -63,7 +63,7 @@ def starting_towers(
             or downloaded, or the text tower of ``init`` lacks words of the texts.
     """
     given, activation = _openai(activation) if init == OPENAI else (init, activation)
-    vision = new_tower(preset)
+    vision = new_tower(size)
     if given:
         vision = load_tower(
             given, activation=activation, weights=weights, image_size=image_size, pooling=pooling
@@ -81,7 +81,7 @@ def starting_towers(
             "`text_tower`"
         )
     if text is None:
-        text = TextTower.new(plan.all_texts(), preset.text_width, preset.text_depth, projection.out_features)
+        text = TextTower.new(plan.all_texts(), size.text_width, size.text_depth, projection.out_features)
     if freeze_text:
         text.freeze()
     return TwoTowers(vision, projection, text, alphas)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from mgll_encoder.common.deepspeed import read_deepspeed
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, unknown_name
-from mgll_encoder.pretraining.dual_encoder import PRESETS
+from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES
 from mgll_encoder.pretraining.initialization import AUTO
 from mgll_encoder.pretraining.losses import PLAIN_CLIP, Alphas
 from mgll_encoder.tower.spec import Activation, Pooling
@@ -15,7 +15,7 @@ from mgll_encoder.weights.torch_file import WeightSet
 
 Loss = Literal["mgll", "clip"]
 Select = Literal["auto", "best", "last"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PretrainOptions:
 
     Attributes:
         loss: ``mgll``, or ``clip``: the control, with all texts of an image joined into one string.
-        preset: Geometry of new towers, a key of ``PRESETS``.
+        tower_size: Geometry of new towers, a key of ``TOWER_SIZES``.
         init: Initial weights: ``openai``, or anything that ``load_tower`` reads; None for random weights.
         activation: Activation of ``init``, if it does not specify it.
         image_size: Image size in pixels that ``init`` is trained at; None for its own.
@@ -38,12 +38,14 @@ class PretrainOptions:
         alphas: Weights of the terms of ``mgll``.
         epochs: Passes over the training rows.
         batch_size: Images per step and process.
-        lr: Peak learning rate, after 5 % of warm-up; cosine decay to 0.
-        tower_lr: Peak learning rate of the image tower if different: a trained one needs less than a new text tower.
+        learning_rate: Peak learning rate, after 5 % of warm-up; cosine decay to 0.
+        tower_learning_rate: Peak learning rate of the image tower if different: a trained one needs less than a new
+            text tower.
         weight_decay: Weight decay of weight matrices; none for norms, biases, embeddings and the temperature.
         select: ``best``: keep the epoch with the highest mAP on the ``val`` rows; ``last``; ``auto``: best if there are
             such rows.
-        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 on a GPU that supports it, else fp32.
+        precision: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 on a GPU that supports it, else
+            float32.
         gradient_checkpointing: Save memory at a third more time.
         deepspeed: A DeepSpeed configuration (ZeRO 0 to 2).
         flip: Mirror half of the training images, except those whose texts name a side.
@@ -51,7 +53,7 @@ class PretrainOptions:
     """
 
     loss: Loss = "mgll"
-    preset: str = "small"
+    tower_size: str = "small"
     init: str | Path | None = None
     activation: Activation | None = None
     image_size: int | None = None
@@ -64,8 +66,8 @@ class PretrainOptions:
     alphas: Alphas = field(default_factory=Alphas)
     epochs: int = 20
     batch_size: int = 32
-    lr: float = 5e-4
-    tower_lr: float | None = None
+    learning_rate: float = 5e-4
+    tower_learning_rate: float | None = None
     weight_decay: float = 0.05
     select: Select = "auto"
     precision: Precision = "auto"
@@ -76,7 +78,7 @@ class PretrainOptions:
 
     def __post_init__(self) -> None:
         choices = {
-            "preset": (self.preset, tuple(PRESETS)),
+            "tower_size": (self.tower_size, tuple(TOWER_SIZES)),
             "loss": (self.loss, get_args(Loss)),
             "select": (self.select, get_args(Select)),
             "precision": (self.precision, get_args(Precision)),
@@ -88,8 +90,8 @@ class PretrainOptions:
         for option, number in (
             ("`epochs`", self.epochs),
             ("`batch_size`", self.batch_size),
-            ("`lr`", self.lr),
-            ("`tower_lr`", self.lr if self.tower_lr is None else self.tower_lr),
+            ("`learning_rate`", self.learning_rate),
+            ("`tower_learning_rate`", self.tower_learning_rate or self.learning_rate),
         ):
             if number <= 0 or not math.isfinite(number):
                 raise InvalidArgumentError(f"{option} is {number}: it must be greater than 0")
@@ -97,7 +99,7 @@ class PretrainOptions:
             if getattr(self, name) is not None and self.init is None:
                 what = name.replace("_", " ")
                 raise InvalidArgumentError(
-                    f"`{name}` is for `init`: a new tower has the {what} of its `preset`"
+                    f"`{name}` is for `init`: a new tower has the {what} of its `tower_size`"
                 )
         if self.train_blocks is not None and self.init is None:
             raise InvalidArgumentError(

@@ -40,7 +40,7 @@ from mgll_encoder.common.texts import read_json
 from mgll_encoder.common.trained_on import TOWER, Training, trainings_of
 from mgll_encoder.data.batches import ManifestCollator, ManifestImages, SplitRows, plan_splits
 from mgll_encoder.data.manifest import read_header, split_of
-from mgll_encoder.pretraining.dual_encoder import PRESETS, TwoTowers
+from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES, TwoTowers
 from mgll_encoder.pretraining.initialization import OPENAI, starting_towers
 from mgll_encoder.pretraining.options import PretrainOptions, Select
 from mgll_encoder.pretraining.trainer import TowerTrainer, Validation
@@ -134,7 +134,7 @@ def pretrain(
     arguments = training_arguments(checkpoint_folder(out), options, len(plan), workers)
     set_seed(options.seed)
     model = starting_towers(
-        PRESETS[options.preset],
+        TOWER_SIZES[options.tower_size],
         None if options.init is None else str(options.init),
         options.activation,
         options.text_tower,
@@ -159,7 +159,7 @@ def pretrain(
             model,
             skipped,
             validation,
-            options.tower_lr,
+            options.tower_learning_rate,
             args=arguments,
             train_dataset=ManifestImages(plan, model.spec, options.seed, flip=options.flip),
             data_collator=ManifestCollator(model.text.tokenize),
@@ -189,7 +189,9 @@ def _run(
             f"{trainer.args.num_train_epochs:.0f}): remove {folder} to start over"
         )
     if not all(map(math.isfinite, (outcome.training_loss, *trainer.epoch_losses))):
-        raise TrainingError(f"the loss is not finite after {outcome.global_step} steps: use a smaller `lr`")
+        raise TrainingError(
+            f"the loss is not finite after {outcome.global_step} steps: use a smaller `learning_rate`"
+        )
     return outcome.global_step
 
 
@@ -257,7 +259,7 @@ def _validation(plan: SplitRows | None, select: Select, model: TwoTowers, worker
     found = f"manifest {plan.path} has {len(plan)} usable val images, and no text that is true of only some of them"
     if select == "best":
         raise InvalidArgumentError(
-            f"`select=best`: {found}; set some aside with `build_fundus(val=0.1)`, or leave `select` out"
+            f"`select=best`: {found}; set some aside with `build_fundus(val_share=0.1)`, or leave `select` out"
         )
     if len(plan):
         _logger.info(f"{found}: the last epoch is kept")

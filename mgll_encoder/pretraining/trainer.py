@@ -81,7 +81,7 @@ class Validation:
             texts = F.normalize(towers.text.features(self.texts).float(), dim=-1)
         scores = (torch.cat(images) @ texts.T).cpu().numpy()
         if not np.isfinite(scores).all():
-            raise TrainingError("the towers' features are no longer finite: use a smaller `lr`")
+            raise TrainingError("the towers' features are no longer finite: use a smaller `learning_rate`")
         return ranking_metrics(scores, self.truth[:, np.array(readable)], self.names), troubles
 
 
@@ -100,7 +100,7 @@ class TowerTrainer(SoundStates):
         towers: The model.
         skipped: Counts unreadable images, each once; stops at the first if strict.
         validation: What to evaluate after each epoch, if anything.
-        tower_lr: Peak learning rate of the image tower; None for that of ``settings``.
+        tower_learning_rate: Peak learning rate of the image tower; None for that of ``settings``.
         settings: Arguments of transformers' Trainer.
     """
 
@@ -109,14 +109,14 @@ class TowerTrainer(SoundStates):
         towers: TwoTowers,
         skipped: Skipped,
         validation: Validation | None,
-        tower_lr: float | None = None,
+        tower_learning_rate: float | None = None,
         **settings: Any,
     ) -> None:
         # the Trainer requires a data set to evaluate; `evaluate` below uses `validation` directly
         super().__init__(model=towers, eval_dataset=validation, **settings)
         self.add_callback(EpochOfData)
         self.towers, self.skipped, self._validation = towers, skipped, validation
-        self._tower_lr = tower_lr
+        self._tower_rate = tower_learning_rate
         self._terms: list[dict[str, Tensor]] = []
         self._troubles: dict[str, None] = {}
 
@@ -131,17 +131,17 @@ class TowerTrainer(SoundStates):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer, with the image tower's own learning rate if one was given."""
-        if self.optimizer is None and self._tower_lr is not None:
+        if self.optimizer is None and self._tower_rate is not None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = kind(self._groups(self._tower_lr), **settings)
+            self.optimizer = kind(self._groups(self._tower_rate), **settings)
         return super().create_optimizer(model)
 
-    def _groups(self, tower_lr: float) -> list[dict[str, Any]]:
+    def _groups(self, tower_rate: float) -> list[dict[str, Any]]:
         """Group parameters by learning rate and weight decay."""
         decaying = set(self.get_decay_parameter_names(self.towers))
         found: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.towers.named_parameters():
-            rate = tower_lr if name.startswith("vision.") else self.args.learning_rate
+            rate = tower_rate if name.startswith("vision.") else self.args.learning_rate
             decay = self.args.weight_decay if name in decaying else 0.0
             if parameter.requires_grad:
                 found.setdefault((rate, decay), []).append(parameter)

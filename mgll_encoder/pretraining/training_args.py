@@ -25,9 +25,9 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
     cuda = torch.cuda.is_available()
     precision = options.precision
     if precision == "auto":
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp16" and not cuda:
-        raise InvalidArgumentError("`precision=fp16` needs a GPU: use bf16 or fp32")
+        precision = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
+    if precision == "float16" and not cuda:
+        raise InvalidArgumentError("`precision=float16` needs a GPU: use bfloat16 or float32")
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
@@ -36,14 +36,14 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
         dataloader_drop_last=rows >= options.batch_size,
         dataloader_num_workers=workers,
         dataloader_pin_memory=cuda,
-        learning_rate=options.lr,
+        learning_rate=options.learning_rate,
         warmup_steps=0.05,
         lr_scheduler_type="cosine",
         weight_decay=options.weight_decay,
         adam_beta2=0.98,
         max_grad_norm=1.0,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
         activation_checkpointing=options.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         deepspeed=str(options.deepspeed) if options.deepspeed else None,

@@ -12,7 +12,7 @@ from mgll_encoder.data.label_table import Columns
 
 LINEAR, FINETUNE, ZERO_SHOT = "linear probe", "full fine-tune", "zero-shot"
 PROTOCOLS = {"linear": LINEAR, "finetune": FINETUNE}
-"""Mode of ``mgll-encoder probe`` -> protocol of the published results."""
+"""``protocol`` of a probe -> protocol of the published results."""
 
 
 class Benchmark(BaseModel):
@@ -85,20 +85,20 @@ class _Benchmarks(BaseModel):
 
 
 def benchmarks() -> dict[str, Benchmark]:
-    """Return all known benchmarks, by name."""
+    """Return all known data sets, by name."""
     text = files(__package__).joinpath("benchmarks.json").read_text(encoding="utf-8")
     return _Benchmarks.model_validate_json(text).benchmarks
 
 
 def benchmark(name: str) -> Benchmark:
-    """Return a known benchmark by name.
+    """Return a known data set by name.
 
     Raises:
         UserError: it is not known; the message suggests the closest name.
     """
     known = benchmarks()
     if name not in known:
-        raise unknown_name("benchmark", name, known)
+        raise unknown_name("data set", name, known)
     return known[name]
 
 
@@ -118,11 +118,11 @@ def published_rows(name: str | None, protocol: str) -> Mapping[str, Mapping[str,
     """Return the rows that ``--compare paper`` prints.
 
     Args:
-        name: The benchmark.
+        name: The data set.
         protocol: `LINEAR` or `FINETUNE`.
 
     Raises:
-        UserError: no benchmark is named, or the paper has no result for it.
+        UserError: no data set is named, or the paper has no result for it.
     """
     having = [
         known for known, row in benchmarks().items() if row.paper and published_figures(row.paper, protocol)
@@ -131,6 +131,6 @@ def published_rows(name: str | None, protocol: str) -> Mapping[str, Mapping[str,
     found = published_figures(paper, protocol) if paper else {}
     if not found:
         raise InvalidArgumentError(
-            f"`compare=paper` needs `benchmark` with published results of a {protocol}: {', '.join(having)}"
+            f"`compare=paper` needs `dataset` with published results of a {protocol}: {', '.join(having)}"
         )
     return found

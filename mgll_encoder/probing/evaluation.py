@@ -36,7 +36,7 @@ class Evaluation:
     Attributes:
         result: AUC, mAP and accuracy with their intervals, macro and by label.
         skipped: What was skipped, by reason.
-        names: Label -> its name in words, for known benchmarks.
+        names: Label -> its name in words, for known data sets.
         record: Other settings that determine the results, for a file.
     """
 
@@ -130,6 +130,7 @@ def evaluate_trained(
     score: "Score",
     *,
     activation: str | None = None,
+    seed: int = 0,
     weights: str | None = None,
     strict: bool = False,
 ) -> Evaluation:
@@ -141,6 +142,7 @@ def evaluate_trained(
         score: Trains on the training split and scores the test split.
         activation: For towers that do not specify it.
         weights: For towers stored with a moving average of their weights.
+        seed: Seed of the bootstrap.
         strict: Stop at the first row or image that would be skipped.
 
     Raises:
@@ -152,7 +154,7 @@ def evaluate_trained(
     from mgll_encoder.probing.linear import evaluate
 
     scores, kept, labels, record = score(open_tower(encoder, activation, weights), labels, skipped)
-    result = evaluate(scores, kept, labels, seed=question.seed)
+    result = evaluate(scores, kept, labels, seed=seed)
     question.warn_of_leaks(labels)
     return Evaluation(result, skipped, question.names, record)
 
@@ -164,6 +166,7 @@ def evaluate_zero_shot(
     prompts: str | None,
     every: bool,
     activation: str | None,
+    seed: int,
     weights: str | None,
     min_positives: int,
     strict: bool,
@@ -172,13 +175,15 @@ def evaluate_zero_shot(
     """Run `zero_shot` on a `LabeledSet`."""
     from mgll_encoder.probing.benchmarks import benchmark as described
 
-    known = described(question.benchmark) if question.benchmark else None
+    known = described(question.dataset) if question.dataset else None
     skipped = Skipped(strict)
     check_tower(encoder)
     labels = question.read(skipped, both_sides=False)
     labels = (labels if every else labels.subset(labels.test)).all_for_test
     if not labels.images:
-        raise InvalidArgumentError("no image is in the test split: give a larger `test`, or `every=True`")
+        raise InvalidArgumentError(
+            "no image is in the test split: give a larger `test_share`, or `every=True`"
+        )
     from mgll_encoder.probing.features import readable_features
     from mgll_encoder.probing.linear import evaluate, kept_labels
     from mgll_encoder.probing.zero_shot import (
@@ -213,7 +218,7 @@ def evaluate_zero_shot(
         label: {"positive": p} if labels.exclusive else {"positive": p, "negative": n}
         for label, p, n in zip(labels.names, positive, negative, strict=True)
     }
-    result = evaluate(scores[:, kept], kept, labels, seed=question.seed)
+    result = evaluate(scores[:, kept], kept, labels, seed=seed)
     return Evaluation(result, skipped, question.names, {"prompts": said})
 
 

@@ -39,7 +39,7 @@ def explain_images(
     out: Path,
     *,
     texts: Sequence[str] = (),
-    labels: Sequence[str] = (),
+    targets: Sequence[str] = (),
     question: LabeledSet | None = None,
     limit: int = 6,
     activation: str | None = None,
@@ -47,7 +47,7 @@ def explain_images(
     strict: bool = False,
     force: bool = False,
 ) -> Sheet:
-    """See `mgll_encoder.explain`; ``question`` are the labeled images that the probe of ``labels`` is fitted on."""
+    """See `mgll_encoder.explain`; ``question`` are the labeled images that the probe of ``targets`` is fitted on."""
     check_free(out, force)
     if out.suffix.lower() != ".png":
         raise InvalidArgumentError(f"`out` is {out}: expected a name that ends in .png")
@@ -62,11 +62,14 @@ def explain_images(
     from mgll_encoder.probing.explain import attention_maps, contact_sheet, target_maps
     from mgll_encoder.tower.preprocess import image_transform
 
-    skipped, tower = Skipped(strict, "rows" if labels else "images"), open_tower(encoder, activation, weights)
-    targets = _texts(tower, texts)
-    if labels and question is not None:
-        classes, paths, captions = _classes(tower, question, labels, limit, skipped)
-        targets += classes
+    skipped, tower = (
+        Skipped(strict, "rows" if targets else "images"),
+        open_tower(encoder, activation, weights),
+    )
+    shown = _texts(tower, texts)
+    if targets and question is not None:
+        classes, paths, captions = _classes(tower, question, targets, limit, skipped)
+        shown += classes
     else:
         numbered = _pictures(images, limit, skipped)
         paths, captions = list(numbered), [f"image {number}" for number in numbered.values()]
@@ -75,7 +78,7 @@ def explain_images(
     pixels = torch.stack([transform(picture) for picture in pictures])
     columns = attention_maps(tower, pixels)
     notes: dict[str, list[str]] = {}
-    for target in targets:
+    for target in shown:
         maps, scores = target_maps(tower, pixels, target)
         columns[target.name] = maps
         notes[target.name] = [f"{target.unit} {score:.2f}" for score in scores]

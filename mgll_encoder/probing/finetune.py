@@ -62,27 +62,28 @@ class FinetuneOptions:
     Attributes:
         epochs: Passes over the training images.
         batch_size: Images per step.
-        lr: Peak learning rate, after 10 % of warm-up; cosine decay to 0.
+        learning_rate: Peak learning rate, after 10 % of warm-up; cosine decay to 0.
         weight_decay: Weight decay of weight matrices.
-        validation: Share of the training patients used to choose the epoch, if the table marks none.
+        val_share: Share of the training patients used to choose the epoch, if the table marks none.
         augment: Rotate, scale, shift and change colors slightly; never flip.
         seed: Seed of the head, the order, the augmentation and the validation part.
     """
 
     epochs: int = 20
     batch_size: int = 32
-    lr: float = 1e-4
+    learning_rate: float = 1e-4
     weight_decay: float = 0.05
-    validation: float = 0.15
+    val_share: float = 0.15
     augment: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("`epochs`", self.epochs), ("`batch_size`", self.batch_size), ("`lr`", self.lr)):
+        for name in ("epochs", "batch_size", "learning_rate"):
+            value = getattr(self, name)
             if value <= 0 or not math.isfinite(value):
-                raise InvalidArgumentError(f"{name} is {value}: it must be greater than 0")
-        if not 0 < self.validation < 1:
-            raise InvalidArgumentError(f"`validation` is {self.validation}: it must be between 0 and 1")
+                raise InvalidArgumentError(f"`{name}` is {value}: it must be greater than 0")
+        if not 0 < self.val_share < 1:
+            raise InvalidArgumentError(f"`val_share` is {self.val_share}: it must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,13 @@ def finetune(
             diverges.
     """
     kept = kept_labels(data, positives)
-    val = validation_part(data, options.validation, options.seed)
+    val = validation_part(data, options.val_share, options.seed)
     learn = data.subset(~data.test & ~val)
     choose, asked = data.subset(val), data.subset(data.test)
     if not len(learn.images) or not mixed(choose).any():
         raise BadDataError(
             f"the validation part ({len(choose.images)} of {len(learn.images) + len(choose.images)} training images) "
-            "has no label with positive and negative images: give a larger `validation`, or more patients"
+            "has no label with positive and negative images: give a larger `val_share`, or more patients"
         )
     record = {
         **asdict(options),
@@ -235,7 +236,7 @@ def finetune(
         outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
         if not math.isfinite(outcome.training_loss):
             raise TrainingError(
-                f"the loss is not finite after {outcome.global_step} steps: use a smaller `lr`"
+                f"the loss is not finite after {outcome.global_step} steps: use a smaller `learning_rate`"
             )
         logits = trainer.predict(LabeledPixels(asked, tower.spec, False, options.seed)).predictions
         best = math.nan if trainer.state.best_metric is None else float(trainer.state.best_metric)
@@ -277,7 +278,7 @@ def _trainer(
         per_device_eval_batch_size=2 * options.batch_size,
         dataloader_num_workers=workers_for(len(learn.images), workers),
         dataloader_pin_memory=cuda,
-        learning_rate=options.lr,
+        learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
         warmup_steps=0.1,
         lr_scheduler_type="cosine",

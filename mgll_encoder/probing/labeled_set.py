@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _COLUMNS = ("file", "labels", "")
-"""Defaults of the options that a known benchmark sets itself."""
+"""Defaults of the options that a known data set defines itself."""
 
 
 @dataclass(frozen=True)
 class LabeledSet:
     """The images and labels to use; each field corresponds to the option of the same name."""
 
-    data: Path | None
+    labels: Path | None
     images: Path
-    benchmark: str | None = None
+    dataset: str | None = None
     image_column: str = "file"
     labels_column: str = "labels"
     binary_columns: str = ""
     patient_column: str | None = None
     split_column: str | None = None
-    test_data: Path | None = None
+    test_labels: Path | None = None
     test_images: Path | None = None
     test_list: Path | None = None
     only: str = ""
-    test: float = 0.3
-    seed: int = 0
+    test_share: float = 0.3
+    split_seed: int = 0
     reading: TableOptions = field(default_factory=TableOptions)
 
     def read(self, skipped: "Skipped", both_sides: bool = True) -> "LabeledImages":
@@ -50,31 +50,36 @@ class LabeledSet:
         from mgll_encoder.data.label_table import Columns, Sides, read_class_files, read_labels
         from mgll_encoder.probing.benchmarks import benchmark as described
 
-        if self.test_images and not self.test_data:
+        if self.test_images and not self.test_labels:
             raise InvalidArgumentError(
-                "`test_images` is given without `test_data`: expected both, or neither"
+                "`test_images` is given without `test_labels`: expected both, or neither"
             )
-        if sum(map(bool, (self.test_data, self.test_list, self.split_column))) > 1:
+        if sum(map(bool, (self.test_labels, self.test_list, self.split_column))) > 1:
             raise InvalidArgumentError(
-                "`test_data`, `test_list` and `split_column` exclude each other: give one of them"
+                "`test_labels`, `test_list` and `split_column` exclude each other: give one of them"
             )
         sides = Sides(
-            self.test, self.seed, _listed(self.test_list), self.test_data, self.test_images, both_sides
+            self.test_share,
+            self.split_seed,
+            _listed(self.test_list),
+            self.test_labels,
+            self.test_images,
+            both_sides,
         )
-        if self.benchmark and (self.image_column, self.labels_column, self.binary_columns) != _COLUMNS:
+        if self.dataset and (self.image_column, self.labels_column, self.binary_columns) != _COLUMNS:
             raise InvalidArgumentError(
-                f"`benchmark={self.benchmark}` defines the columns: leave their options out"
+                f"`dataset={self.dataset}` defines the columns: leave their options out"
             )
         only = tuple(name.strip().casefold() for name in self.only.split(";") if name.strip())
-        known = described(self.benchmark) if self.benchmark else None
-        if known and not self.data and known.folders:
+        known = described(self.dataset) if self.dataset else None
+        if known and not self.labels and known.folders:
             if self.patient_column or self.split_column:
                 raise InvalidArgumentError(
-                    "`patient_column` and `split_column` need a label table: give `data`, or leave them out"
+                    "`patient_column` and `split_column` need a label table: give `labels`, or leave them out"
                 )
             columns = known.columns if known.tabled else None
-            if self.test_data and not columns:
-                raise BadDataError(f"benchmark '{self.benchmark}' has no label table: leave `test_data` out")
+            if self.test_labels and not columns:
+                raise BadDataError(f"data set '{self.dataset}' has no label table: leave `test_labels` out")
             return read_class_files(
                 self.images,
                 known.folders,
@@ -84,13 +89,13 @@ class LabeledSet:
                 skipped=skipped,
                 reading=self.reading,
             )
-        if not self.data:
+        if not self.labels:
             raise InvalidArgumentError(
-                "`data` is missing: expected the label file; only data sets labeled by folders need none"
+                "`labels` is missing: expected the label file; only data sets labeled by folders need none"
             )
         if known and not known.tabled:
             raise BadDataError(
-                f"benchmark '{self.benchmark}' is labeled by its folders: leave `data` out, or leave `benchmark` "
+                f"data set '{self.dataset}' is labeled by its folders: leave `labels` out, or leave `dataset` "
                 "out and name the columns of your file"
             )
         if known:
@@ -105,15 +110,15 @@ class LabeledSet:
                 self.split_column,
             )  # fmt: skip
         return read_labels(
-            self.data, self.images, columns, only=only, sides=sides, skipped=skipped, reading=self.reading
+            self.labels, self.images, columns, only=only, sides=sides, skipped=skipped, reading=self.reading
         )
 
     @property
     def names(self) -> "Mapping[str, str]":
-        """Label -> its name in words; only for known benchmarks."""
+        """Label -> its name in words; only for known data sets."""
         from mgll_encoder.probing.benchmarks import benchmark as described
 
-        return described(self.benchmark).in_words if self.benchmark else {}
+        return described(self.dataset).in_words if self.dataset else {}
 
     def warn_of_leaks(self, data: "LabeledImages") -> None:
         """Warn if test images may show patients of the training split."""

@@ -32,7 +32,7 @@ class Search:
 
 def search(
     encoder: Path,
-    data: Path,
+    manifest: Path,
     *,
     images: Path | None = None,
     split: str = "test",
@@ -50,7 +50,7 @@ def search(
 
     skipped = Skipped(strict)
     check_tower(encoder)
-    found = described_images(data, images, split, list(granularities), skipped)
+    found = described_images(manifest, images, split, list(granularities), skipped)
     from mgll_encoder.probing.features import readable_features
     from mgll_encoder.probing.retrieval import retrieval
     from mgll_encoder.probing.zero_shot import class_directions, projected, text_tower_of
@@ -74,6 +74,6 @@ def search(
         )
     if not results:
         raise BadDataError(
-            f"manifest {data}: no granularity has two texts in the {split} split: nothing to retrieve"
+            f"manifest {manifest}: no granularity has two texts in the {split} split: nothing to retrieve"
         )
     return Search(results, len(set(readable.patients)), skipped)

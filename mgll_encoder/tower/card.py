@@ -55,7 +55,7 @@ _TRAINING = """
 | distinct texts | {texts} |
 | started from | image tower: {init}; text tower: {text_tower} |
 | schedule | {epochs} epochs, {steps} steps; {processes} process(es) with {batch_size} images each |
-| peak learning rate | {lr} |
+| peak learning rate | {learning_rate} |
 | seed | {seed} |
 | kept | epoch {kept_epoch} ({select}); training loss {final_loss}; temperature {temperature} |
 | validation | {validation} |
@@ -88,7 +88,7 @@ def _training(record: dict[str, Any]) -> str:
         **record,
         "alphas": _listed(record["alphas"]),
         "texts": _listed(record["texts"]),
-        "init": record["init"] or f"random weights ({record['preset']})",
+        "init": record["init"] or f"random weights ({record['tower_size']})",
         "validation": f"{record['validation_images']} images: {_listed(record['validation'])}"
         if record["validation"]
         else "none",

@@ -14,7 +14,7 @@ PART_HELP = "Path of a part of the base that is not next to it: NAME=PATH. Repea
 
 
 def compose(
-    delta: Annotated[Path, typer.Option(help="Delta folder of swap-encoder --delta or extract.")],
+    delta: Annotated[Path, typer.Option(help="Delta folder of swap-encoder --delta-only or extract.")],
     out: Annotated[Path, typer.Option(help=OUT_HELP)],
     mllm: Annotated[
         str | None,
@@ -33,7 +33,7 @@ def compose(
 ) -> None:
     """Merge a delta into its base and write the whole checkpoint.
 
-    It equals the result of the swap without --delta.
+    It equals the result of the swap without --delta-only.
 
     Example: swap-encoder compose --mllm llava-med --delta llava-med-mgll-delta --out llava-med-mgll
     """

@@ -68,7 +68,7 @@ def finetune(
     caption: o.Caption = None,
     strict: o.Strict = None,
     feature_cache: o.FeatureCache = None,
-    feature_dtype: o.FeatureDtype = None,
+    feature_precision: o.FeaturePrecision = None,
     eval_bench: o.EvalBench = None,
     eval_every: o.EvalEvery = None,
     resume: o.Resume = False,
@@ -117,7 +117,7 @@ def finetune(
                 "caption": caption,
                 "strict": strict or None,
                 "feature_cache": feature_cache,
-                "feature_dtype": feature_dtype,
+                "feature_precision": feature_precision,
                 "eval_bench": eval_bench,
                 "eval_every": eval_every,
             },
@@ -134,7 +134,7 @@ def finetune(
 
 def main() -> None:
     """Entry point of ``finetune-lora``."""
-    cli.run(app)
+    cli.run(app, "finetune-lora")
 
 
 if __name__ == "__main__":  # started by torchrun, deepspeed and accelerate

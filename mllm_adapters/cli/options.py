@@ -43,10 +43,10 @@ FeatureCache = Annotated[
         show_default=False,
     ),
 ]
-FeatureDtype = Annotated[
+FeaturePrecision = Annotated[
     str | None,
     typer.Option(
-        help="Dtype of cached features: float32, bfloat16, float16, or auto: as computed. Default: auto."
+        help="Number format of cached features: auto (as computed), float32, bfloat16 or float16. Default: auto."
     ),
 ]
 Overrides = Annotated[
@@ -93,7 +93,9 @@ ReportTo = Annotated[
 Workers = Annotated[int | None, typer.Option(help="Processes that open images. Default: 2.")]
 Precision = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that supports it. Default: auto."),
+    typer.Option(
+        help="auto (bfloat16 if the GPU supports it, else float32), float32 or bfloat16. Default: auto."
+    ),
 ]
 GradientCheckpointing = Annotated[
     bool | None,

@@ -25,7 +25,7 @@ def verify(
             "folder."
         ),
     ] = None,
-    source: Annotated[Path | None, typer.Option(help="The original checkpoint. Default: likewise.")] = None,
+    mllm: Annotated[Path | None, typer.Option(help="The original checkpoint. Default: likewise.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not load the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
@@ -39,7 +39,7 @@ def verify(
 
     from rich.table import Table
 
-    checks = api.verify(folder, encoder=encoder, source=source, quick=quick)
+    checks = api.verify(folder, encoder=encoder, mllm=mllm, quick=quick)
     if as_json:
         cli.stdout.print_json(
             data=[asdict(check) | {"detail": cli.spelled(check.detail)} for check in checks]
@@ -56,7 +56,7 @@ def verify(
 
 def restore(
     folder: Annotated[Path, typer.Argument(help="Checkpoint written by swap-encoder.")],
-    original: Annotated[
+    mllm: Annotated[
         str | None,
         typer.Option(help="The original checkpoint (folder or hub id): restore its tower and connector."),
     ] = None,
@@ -81,13 +81,13 @@ def restore(
 
     Everything that the swap did not change is copied from the folder, bit by bit.
 
-    Example: swap-encoder restore llava-med-mgll-fundus --original llava-med --out llava-med-again
+    Example: swap-encoder restore llava-med-mgll-fundus --mllm llava-med --out llava-med-again
     """
-    if (original is None) == (not to_encoder):
-        raise InvalidArgumentError("pass either --original ORIG or --to-encoder: swap-encoder restore --help")
+    if (mllm is None) == (not to_encoder):
+        raise InvalidArgumentError("pass either --mllm MLLM or --to-encoder: swap-encoder restore --help")
     if to_encoder and (parts or copy):
         raise InvalidArgumentError(
-            "--part and --copy go with --original: with --to-encoder nothing of the original is read"
+            "--part and --copy go with --mllm: --to-encoder reads nothing of the original"
         )
     name = folder.absolute().name
     target = out or Path(f"{name}-{'encoder' if to_encoder else 'restored'}")
@@ -95,9 +95,9 @@ def restore(
     given = parts_of(parts)
     check_swapped(folder)
     following = f"mgll-encoder inspect {target}"
-    if original is not None:
-        cli.note(f"restoring {folder} from {original} ...")
+    if mllm is not None:
+        cli.note(f"restoring {folder} from {mllm} ...")
         following = f"eval-mcq run --model {target} --bench test.jsonl --out runs/{target.name}"
-    api.restore(folder, target, original=original, parts=given, force=force, copy=copy)
+    api.restore(folder, target, mllm=mllm, parts=given, force=force, copy=copy)
     cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
     cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)

@@ -51,7 +51,7 @@ def retrain(
     caption: o.Caption = None,
     strict: o.Strict = None,
     feature_cache: o.FeatureCache = None,
-    feature_dtype: o.FeatureDtype = None,
+    feature_precision: o.FeaturePrecision = None,
     eval_bench: o.EvalBench = None,
     eval_every: o.EvalEvery = None,
     resume: o.Resume = False,
@@ -95,7 +95,7 @@ def retrain(
                 "caption": caption,
                 "strict": strict or None,
                 "feature_cache": feature_cache,
-                "feature_dtype": feature_dtype,
+                "feature_precision": feature_precision,
                 "eval_bench": eval_bench,
                 "eval_every": eval_every,
             },
@@ -112,7 +112,7 @@ def retrain(
 
 def main() -> None:
     """Entry point of ``retrain-projector``."""
-    cli.run(app)
+    cli.run(app, "retrain-projector")
 
 
 if __name__ == "__main__":  # started by torchrun, deepspeed and accelerate

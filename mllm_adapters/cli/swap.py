@@ -80,21 +80,26 @@ def swap(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option("--align-device", help="Device of the towers in --align: cpu, cuda ... Default: auto."),
+        typer.Option(
+            help="With --align: cpu, cuda, cuda:1 ...; auto (the default) uses the GPU if there is one."
+        ),
     ] = None,
-    dtype: Annotated[
+    precision: Annotated[
         str | None,
-        typer.Option(help="Dtype of the written tower: float32, float16 or bfloat16. Default: the host's."),
+        typer.Option(
+            help="Number format of the written tower: float32, bfloat16 or float16. Default: the host's."
+        ),
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
-    delta: Annotated[
+    delta_only: Annotated[
         bool,
-        typer.Option("--delta", help="Write a delta: only the tensors that differ from the base."),
+        typer.Option("--delta-only", help="Write a delta: only the tensors that differ from the base."),
     ] = False,
     reference_tower: Annotated[
         bool,
         typer.Option(
-            "--reference-tower", help="With --delta: refer to the tower by its hashes instead of storing it."
+            "--reference-tower",
+            help="With --delta-only: refer to the tower by its hashes instead of storing it.",
         ),
     ] = False,
     push_to_hub: Annotated[
@@ -126,11 +131,11 @@ def swap(
 
     if private and push_to_hub is None:
         raise InvalidArgumentError("--private requires --push-to-hub OWNER/NAME")
-    if reference_tower and not delta:
-        raise InvalidArgumentError("--reference-tower requires --delta")
-    if copy and delta:
+    if reference_tower and not delta_only:
+        raise InvalidArgumentError("--reference-tower requires --delta-only")
+    if copy and delta_only:
         raise InvalidArgumentError(
-            "--copy cannot be combined with --delta: a delta contains no file of the checkpoint"
+            "--copy cannot be combined with --delta-only: a delta contains no file of the checkpoint"
         )
 
     fitting = _fitting(images, samples, device)
@@ -141,21 +146,21 @@ def swap(
             check_push(push_to_hub)
         plan = api.plan_swap(
             mllm, encoder, image_size=image_size, tokens=tokens, layout=layout, activation=activation,
-            weights=weights, dtype=dtype, parts=parts_of(parts),
+            weights=weights, precision=precision, parts=parts_of(parts),
         )  # fmt: skip
     for warning in plan.warnings:
         cli.warn(warning)
-    target = out or Path(f"{plan.name}-delta" if delta else plan.name)
+    target = out or Path(f"{plan.name}-delta" if delta_only else plan.name)
     if fitting:
         plan = plan.to_fit(fitting)
-    held = plan.held_by_delta(reference_tower=reference_tower) if delta else None
+    held = plan.held_by_delta(reference_tower=reference_tower) if delta_only else None
     _show(plan, target, held, as_json=as_json, force=force, copy=copy)
     if dry_run:
         return
     if fitting:
         plan = _fitted(plan, as_json)
     with progress_bar("writing", plan.total_bytes(held)) as advance:
-        if delta:
+        if delta_only:
             plan.write_delta(target, reference_tower=reference_tower, force=force, progress=advance)
         else:
             plan.write(target, force=force, copy=copy, progress=advance)
@@ -165,7 +170,7 @@ def swap(
 
         _tell(f"Pushed: {push(target, push_to_hub, private=private)}", as_json)
     following = f"retrain-projector --model {target} --data train.json --images images/"
-    if delta:
+    if delta_only:
         following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {plan.name}"
     _tell(f"Next: {following}", as_json)
 
@@ -238,7 +243,7 @@ app.command()(extract)
 
 def main() -> None:
     """Entry point of ``swap-encoder``."""
-    cli.run(app)
+    cli.run(app, "swap-encoder")
 
 
 def _show(
@@ -263,7 +268,7 @@ def _show(
 def _fitting(images: Path | None, samples: int | None, device: str | None) -> "Fitting | None":
     if images is not None:
         return api.fitting(images, samples, device)
-    for option, value in (("--align-samples", samples), ("--align-device", device)):
+    for option, value in (("--align-samples", samples), ("--device", device)):
         if value is not None:
             raise InvalidArgumentError(f"{option} {value} requires --align IMAGES")
     return None

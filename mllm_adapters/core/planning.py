@@ -324,7 +324,7 @@ def with_tower_dtype(plan: Plan, dtype: TowerDtype) -> Plan:
         return plan
     steps = [s.model_copy(update={"dtype": dtype}) if s.kind.from_tower else s for s in plan.steps]
     note = (
-        f"the tower is written in {dtype} (`dtype`), the host's own dtype is {' and '.join(hosts)}; what loads the "
+        f"the tower is written in {dtype} (`precision`), the host's own dtype is {' and '.join(hosts)}; what loads the "
         "model in one dtype, as transformers does by default, converts the tower to that"
     )
     return plan.model_copy(update={"steps": tuple(steps), "notes": (*plan.notes, note)})

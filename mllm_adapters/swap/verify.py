@@ -158,7 +158,7 @@ class Verification:
         if self._source is None:
             name = self.record.inputs.source.name
             said.append(
-                f"{len(taken)} copied, by samples of their files only: {name} was not found, pass `source`"
+                f"{len(taken)} copied, by samples of their files only: {name} was not found, pass `mllm`"
             )
             return _result("plan", wrong, "; ".join(said))
         original, _, _ = open_checkpoint(self._source)

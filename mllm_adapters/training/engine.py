@@ -210,7 +210,7 @@ def _cached(job: Job, options: RunOptions, arguments: TrainingArguments) -> Cach
     place = ComputeSettings(
         device=arguments.device,
         precision=job.precision,
-        dtype=options.feature_dtype,
+        dtype=options.feature_precision,
         rank=arguments.process_index,
         ranks=arguments.world_size,
         workers=options.workers,

@@ -106,7 +106,7 @@ class RunOptions:
         deepspeed: DeepSpeed's configuration, a JSON file; None for none.
         save_on_signal: Save a checkpoint before ending on SIGTERM (Slurm) or Ctrl-C.
         feature_cache: Cache the frozen tower's features on disk.
-        feature_dtype: Dtype of cached features: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the
+        feature_precision: Number format of cached features: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the
             precision of the forward pass, which changes nothing.
     """
 
@@ -118,12 +118,12 @@ class RunOptions:
     deepspeed: Path | None = None
     save_on_signal: bool = False
     feature_cache: bool = True
-    feature_dtype: str = "auto"
+    feature_precision: str = "auto"
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        if self.feature_dtype not in ("auto", *DTYPES):
-            raise unknown_name("`feature_dtype`", self.feature_dtype, ("auto", *DTYPES))
+        if self.feature_precision not in ("auto", *DTYPES):
+            raise unknown_name("`feature_precision`", self.feature_precision, ("auto", *DTYPES))
         known = get_available_reporting_integrations()
         for name in self.report_to:
             if name not in known:

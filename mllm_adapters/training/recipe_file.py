@@ -36,6 +36,7 @@ OURS_TO_SET: Mapping[str, str] = {
     "warmup_steps": "use warmup_ratio",
     "bf16": "use precision",
     "fp16": "use precision: bfloat16 or float32",
+    "feature_dtype": "use feature_precision",
     "activation_checkpointing": "use gradient_checkpointing",
     "remove_unused_columns": "the collator's columns are all used",
     "logging_nan_inf_filter": "NaN losses must not be hidden",

@@ -28,15 +28,21 @@ from mgll_encoder.common.files import write_text
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.batches import ManifestCollator, SplitRows, plan_rows
 from mgll_encoder.data.fundus import FundusTable, build_fundus
-from mgll_encoder.pretraining.dual_encoder import PRESETS, Preset, TwoTowers, image_projection, new_tower
+from mgll_encoder.pretraining.dual_encoder import (
+    TOWER_SIZES,
+    TowerSize,
+    TwoTowers,
+    image_projection,
+    new_tower,
+)
 from mgll_encoder.pretraining.losses import PLAIN_CLIP, Alphas
 from mgll_encoder.text.text_tower import TextTower
 from mgll_encoder.tower.spec import TowerSpec
 
 GEOMETRIES = {
-    "tiny": PRESETS["tiny"],
-    "small": PRESETS["small"],
-    "vit-l-14": Preset(
+    "tiny": TOWER_SIZES["tiny"],
+    "small": TOWER_SIZES["small"],
+    "vit-l-14": TowerSize(
         TowerSpec(
             width=1024, depth=24, heads=16, mlp_width=4096, patch_size=14, image_size=224, activation="quick_gelu",
             projection_dim=768,
@@ -90,7 +96,7 @@ def main(
 
 
 def measure(
-    preset: Preset, plans: dict[bool, SplitRows], batch_size: int, repeats: int, seed: int
+    preset: TowerSize, plans: dict[bool, SplitRows], batch_size: int, repeats: int, seed: int
 ) -> dict[str, object]:
     """Measure one geometry."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -46,7 +46,7 @@ def main(
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_phantom(folder / "phantom", 1, size=64)
+        write_phantom(folder / "phantom", 1, image_size=64)
         pictures = sorted((folder / "phantom" / "images").iterdir())
         for length in lengths:
             link(folder / "images", pictures, length)
@@ -98,7 +98,7 @@ def read(manifest: Path, images: int) -> dict[str, float]:
     """Measure reading the rows and some images, in this process."""
     from mgll_encoder.common.skipped import Skipped
     from mgll_encoder.data.batches import ManifestImages, plan_rows
-    from mgll_encoder.pretraining.dual_encoder import PRESETS
+    from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -110,7 +110,7 @@ def read(manifest: Path, images: int) -> dict[str, float]:
     before, start = peak(), time.perf_counter()
     plan = plan_rows(manifest, None, (), "train", False, Skipped(strict=True))
     planned, indexed = time.perf_counter() - start, peak()
-    data = ManifestImages(plan, PRESETS["tiny"].spec, seed=0)
+    data = ManifestImages(plan, TOWER_SIZES["tiny"].spec, seed=0)
     start = time.perf_counter()
     for index in np.random.default_rng(0).integers(len(data), size=images):
         assert "pixels" in data[int(index)]

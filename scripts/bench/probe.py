@@ -86,7 +86,7 @@ def _reading(
     folder: Path, photographs: int, side: int, workers: int
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     from mgll_encoder.data.phantom.photographs import render
-    from mgll_encoder.pretraining.dual_encoder import PRESETS
+    from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES
     from mgll_encoder.probing.features import pooled_features
     from mgll_encoder.tower.model import Tower, build_model
 
@@ -94,7 +94,7 @@ def _reading(
     paths = [folder / f"{i}.jpg" for i in range(photographs)]
     for path in paths:
         picture.save(path)
-    spec = PRESETS["tiny"].spec
+    spec = TOWER_SIZES["tiny"].spec
     tower = Tower.from_model(build_model(spec), spec)
     return (
         lambda: pooled_features(tower, paths, batch_size=16, workers=0),

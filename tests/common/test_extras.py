@@ -42,18 +42,18 @@ def test_every_command_helps_without_any_extra(core: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "extra"),
     [
-        ("mgll-encoder pretrain --data m.jsonl --out o", "pretrain"),
+        ("mgll-encoder pretrain --manifest m.jsonl --out o", "pretrain"),
         ("mgll-encoder data phantom --out o", "pretrain"),
         ("mgll-encoder data xray --dicom d --out o", "dicom"),
-        ("mgll-encoder probe --encoder e --data l.csv --images i", "probe"),
-        ("mgll-encoder zero-shot --encoder e --data l.csv --images i", "probe"),
+        ("mgll-encoder probe --encoder e --labels l.csv --images i", "probe"),
+        ("mgll-encoder zero-shot --encoder e --labels l.csv --images i", "probe"),
         ("mgll-encoder explain --encoder e --images i --out o", "probe"),
         ("retrain-projector --model m --data t.json", "train"),
         ("finetune-lora --model m --data t.json", "train"),
         ("eval-mcq build --labels l.csv --images i --out b.jsonl", "eval"),
         ("eval-mcq run --model m --bench b.jsonl", "eval"),
         ("eval-mcq table r", "eval"),
-        ("eval-mcq report r --html r.html", "report"),
+        ("eval-mcq report r --out r.html", "report"),
     ],
 )
 def test_a_missing_extra_is_told_with_the_command_that_installs_it(core: Path, line: str, extra: str) -> None:
@@ -83,7 +83,7 @@ mllm, encoder, pictures, out = sys.argv[1:]
 for line in (
     ["--mllm", mllm, "--encoder", encoder, "--out", out, "--align", pictures],
     ["verify", out, "--encoder", encoder],
-    ["--mllm", mllm, "--encoder", encoder, "--out", out + "-delta", "--delta"],
+    ["--mllm", mllm, "--encoder", encoder, "--out", out + "-delta", "--delta-only"],
 ):
     sys.argv[1:] = line
     try:
@@ -236,14 +236,14 @@ def test_a_command_keeps_its_name_and_signature() -> None:
 
 STEPS = {
     "pretrain": (
-        "mgll-encoder data phantom --out phantom --images-per-disease 20 --size 32",
+        "mgll-encoder data phantom --out phantom --images-per-disease 20 --image-size 32",
         "mgll-encoder data fundus --labels phantom/labels.csv --images phantom --out phantom/manifest.parquet",
-        "mgll-encoder pretrain --data phantom/manifest.parquet --preset tiny --epochs 1 --out tower",
+        "mgll-encoder pretrain --manifest phantom/manifest.parquet --tower-size tiny --epochs 1 --out tower",
     ),
     "probe": (
-        "mgll-encoder probe --encoder tower --data phantom/labels.csv --images phantom --labels-column labels "
+        "mgll-encoder probe --encoder tower --labels phantom/labels.csv --images phantom --labels-column labels "
         "--patient-column patient_or_source_id --min-positives 1",
-        "mgll-encoder zero-shot --encoder tower --data phantom/labels.csv --images phantom --labels-column labels "
+        "mgll-encoder zero-shot --encoder tower --labels phantom/labels.csv --images phantom --labels-column labels "
         "--patient-column patient_or_source_id --min-positives 1",
         "mgll-encoder explain --encoder tower --images phantom/images --limit 2 --text glaucoma --out look.png",
     ),
@@ -254,7 +254,7 @@ STEPS = {
         "eval-mcq run --model llava --bench bench.jsonl --limit 4 --out run",
         "eval-mcq table run",
     ),
-    "report": ("eval-mcq report run --html report.html",),
+    "report": ("eval-mcq report run --out report.html",),
     "train": (
         "retrain-projector --model llava --data train.json --images phantom --max-steps 1 --out projector",
         "finetune-lora --model llava --data train.json --images phantom --max-steps 1 --merge --out lora",

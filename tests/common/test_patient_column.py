@@ -90,7 +90,7 @@ def test_without_such_a_column_none_goes_on_before_that_is_said(tmp_path):
 
 def test_no_patients_are_needed_where_nothing_is_split(tmp_path):
     labels = table(tmp_path)
-    assert invoke(*manifest(labels, "--test", "0")).code == 0
+    assert invoke(*manifest(labels, "--test-share", "0")).code == 0
     assert invoke(*bench(labels, "--split", "all")).code == 0
 
 

@@ -22,16 +22,16 @@ ENTRIES = {
 
 WRONG = {
     "mgll-encoder": (
-        "inspect nope", "convert nope --out x", "pretrain --data nope --out x",
-        "probe --encoder nope --images . --data nope", "probe --encoder . --images . --data nope",
-        "zero-shot --encoder . --images . --data nope", "retrieval --encoder . --data nope",
+        "inspect nope", "convert nope --out x", "pretrain --manifest nope --out x",
+        "probe --encoder nope --images . --labels nope", "probe --encoder . --images . --labels nope",
+        "zero-shot --encoder . --images . --labels nope", "retrieval --encoder . --manifest nope",
         "explain --encoder nope --images . --out x.png", "explain --encoder . --images nope --out x.png",
         "data fundus --labels nope --images nope --out x.jsonl", "data xray --dicom nope --out x",
     ),
     "swap-encoder": (
         "--mllm nope --encoder nope", "--mllm ./nope --encoder .", "--mllm nope --encoder .",
         "convert --mllm nope/ --out x", "verify nope", "verify .", "restore nope --to-encoder",
-        "restore nope --original nope", "compose --delta nope --out x", "extract nope --mllm nope",
+        "restore nope --mllm nope", "compose --delta nope --out x", "extract nope --mllm nope",
     ),
     "retrain-projector": (
         "--model nope --data nope", "--model . --data nope", "--model . --data pyproject.toml --images nope",
@@ -40,7 +40,7 @@ WRONG = {
     "finetune-lora": ("--model nope --data nope", "--model .. --data nope"),
     "eval-mcq": (
         "build --labels nope --images nope --out x.jsonl", "run --model nope --bench nope", "table nope",
-        "compare a=nope b=nope", "report nope --html x.html", "merge nope --out x", "check nope",
+        "compare a=nope b=nope", "report nope --out x.html", "merge nope --out x", "check --model nope",
         "import nope --format gmai --out x.jsonl", "export nope --out x", "audit --table nope",
     ),
 }  # fmt: skip

@@ -25,7 +25,7 @@ def write(folder: Path, content: bytes | str, name: str = "labels.csv") -> Path:
 
 
 def read(path: Path, **reading: str) -> Table:
-    return read_table(path, "--data", reading=TableOptions(**reading))
+    return read_table(path, "--labels", reading=TableOptions(**reading))
 
 
 def refusal(path: Path, **reading: str) -> str:
@@ -99,7 +99,7 @@ def test_a_row_that_does_not_fit_its_header_is_left_out_and_counted_or_stops_a_s
 ) -> None:
     rows = ["1.png,a", "2.png,a,b", "3.png", '4.png,"a"b', ",", "", "5.png,b"]
     path, skipped = write(tmp_path, "\n".join(["file,labels", *rows])), Skipped()
-    table = read_table(path, "--data", skipped)
+    table = read_table(path, "--labels", skipped)
     assert [cells["file"] for _, cells in table.rows] == ["1.png", "5.png"]
     assert skipped.summary() == (
         "left out 3 of 5 rows: 1 row with more cells than columns, 1 row with fewer cells than columns, "

@@ -72,7 +72,7 @@ def test_questions_go_to_another_tool_and_come_back(tmp_path):
 def test_a_model_is_checked_before_it_is_run(tiny_llava, tmp_path):
     labels, bench = write_labels(tmp_path, ROWS), tmp_path / "bench.jsonl"
     build_benchmark(labels, tmp_path / "photos", bench, diseases=FOUR, patient_column="patient")
-    found = check_model(tiny_llava, load_benchmark(bench), questions=4)
+    found = check_model(tiny_llava, load_benchmark(bench), limit=4)
     assert load_benchmark(bench).items[0].question in found.prompt
     assert (found.tower, found.trainings, found.leak) == (None, (), None)
     assert found.sensitivity.questions == 4

@@ -33,7 +33,7 @@ def blind(folder):
 
 
 def test_a_model_that_does_not_see_is_caught_and_one_that_does_passes(eval_mcq, tiny_llava, bench, tmp_path):
-    assert eval_mcq("check", tiny_llava, "--bench", bench, "--questions", 6) == 0
+    assert eval_mcq("check", "--model", tiny_llava, "--bench", bench, "--limit", 6) == 0
     for said in (
         "USER: <image>",
         "drusen",
@@ -45,13 +45,13 @@ def test_a_model_that_does_not_see_is_caught_and_one_that_does_passes(eval_mcq, 
         "no mgll_swap.json",
     ):
         assert said in eval_mcq.out
-    error = eval_mcq.refuses("check", blind(tmp_path / "blind"), "--bench", bench, "--questions", 6)
+    error = eval_mcq.refuses("check", "--model", blind(tmp_path / "blind"), "--bench", bench, "--limit", 6)
     assert "the answers do not depend on the image" in error
 
 
 def test_what_was_seen_is_written_with_intervals(eval_mcq, tiny_llava, bench, tmp_path):
     out = tmp_path / "check.json"
-    assert eval_mcq("check", tiny_llava, "--bench", bench, "--questions", 6, "--out", out) == 0
+    assert eval_mcq("check", "--model", tiny_llava, "--bench", bench, "--limit", 6, "--out", out) == 0
     seen = json.loads(out.read_text())
     assert seen["questions"] == 6
     assert set(seen["average"]) == {"real", "blank", "shuffled"}
@@ -61,8 +61,8 @@ def test_what_was_seen_is_written_with_intervals(eval_mcq, tiny_llava, bench, tm
         assert lost is None or lost["value"] == pytest.approx(
             seen["average"]["real"]["value"] - seen["average"][kind]["value"]
         )
-    assert "exists" in eval_mcq.refuses("check", tiny_llava, "--bench", bench, "--out", out)
-    assert "add --bench" in eval_mcq.refuses("check", tiny_llava, "--out", tmp_path / "other.json")
+    assert "exists" in eval_mcq.refuses("check", "--model", tiny_llava, "--bench", bench, "--out", out)
+    assert "add --bench" in eval_mcq.refuses("check", "--model", tiny_llava, "--out", tmp_path / "other.json")
 
 
 def test_images_are_exchanged_with_those_of_another_patient():
@@ -103,23 +103,23 @@ def test_a_tower_that_is_not_that_of_its_provenance_is_caught(eval_mcq, tmp_path
     host, encoder = write_tiny_llava(tmp_path / "host"), complete.encoder(tmp_path / "mgll")
     assert invoke(swap, "--mllm", host, "--encoder", encoder, "--out", tmp_path / "model").code == 0
     model = tmp_path / "model"
-    assert eval_mcq("check", model) == 0
+    assert eval_mcq("check", "--model", model) == 0
     assert "tower by provenance: mgll in host" in eval_mcq.out
     assert "tower equals provenance: yes" in eval_mcq.out
     assert "recomputed from mgll (the file recorded at the swap), bit for bit" in eval_mcq.out
     shutil.rmtree(encoder)
-    assert eval_mcq("check", model) == 0
+    assert eval_mcq("check", "--model", model) == 0
     assert "tensors by their hashes; mgll was not found" in eval_mcq.out
 
     record = (model / "mgll_swap.json").read_text()
     width = json.loads(record)["plan"]["after"]["width"]
     edited(model / "mgll_swap.json", width=width + 16, mean=[0.5, 0.5, 0.5])
-    error = eval_mcq.refuses("check", model)
+    error = eval_mcq.refuses("check", "--model", model)
     assert "image size, patch size and width of the tower are" in error
     assert f", {width}), not " in error
     assert "normalized with mean" in error
     (model / "mgll_swap.json").write_text("{}")
-    assert "mgll_swap.json: field 'format' is None, expected 2" in eval_mcq.refuses("check", model)
+    assert "mgll_swap.json: field 'format' is None, expected 2" in eval_mcq.refuses("check", "--model", model)
 
     (model / "mgll_swap.json").write_text(record)
     for file in model.glob("*.safetensors"):
@@ -127,7 +127,7 @@ def test_a_tower_that_is_not_that_of_its_provenance_is_caught(eval_mcq, tmp_path
         if found := [name for name in weights if "vision_tower" in name and name.endswith("fc1.weight")]:
             weights[found[0]][0, 0] += 1e-3
             save_file(weights, file, metadata={"format": "pt"})
-    error = eval_mcq.refuses("check", model)
+    error = eval_mcq.refuses("check", "--model", model)
     assert "tower equals provenance: NO" in eval_mcq.out
     assert "the tower differs from its provenance" in error
     assert "fc1.weight has been changed" in error

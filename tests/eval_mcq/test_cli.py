@@ -52,7 +52,7 @@ def test_from_labels_to_a_comparison(eval_mcq, labels, tiny_llava, tmp_path, mon
     for format_ in ("rich", "markdown", "csv", "latex"):
         assert eval_mcq("table", "runs/base", "--format", format_) == 0
         assert "Glaucoma" in eval_mcq.out
-    assert eval_mcq("compare", "base=runs/base", "mgll=runs/other", "--layout", "paper") == 0
+    assert eval_mcq("compare", "base=runs/base", "mgll=runs/other", "--table-layout", "paper") == 0
     assert "mgll over base" in eval_mcq.out
 
 

@@ -189,5 +189,5 @@ def test_every_table_of_the_bench_says_what_was_left_out(eval_mcq, tmp_path, pic
         said = " ".join(eval_mcq.out.replace("\\", "").split())
         assert "2 entries: 1 blank answer, 1 answer that is not an option" in said
     page = tmp_path / "report.html"
-    assert eval_mcq("report", f"tiny={run}", "--html", page) == 0, eval_mcq.err
+    assert eval_mcq("report", f"tiny={run}", "--out", page) == 0, eval_mcq.err
     assert "1 blank answer" in page.read_text()

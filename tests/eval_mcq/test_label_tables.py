@@ -178,7 +178,7 @@ def test_three_commands_read_a_table_alike(eval_mcq, images: Path, tmp_path: Pat
 def test_all_three_refuse_alike(eval_mcq, images: Path, tmp_path: Path) -> None:
     """A class that consists of two others, duplicate columns, columns of another sheet."""
     table, out = tmp_path / "labels.csv", tmp_path / "x.jsonl"
-    probe = ("probe", "--encoder", tmp_path, "--data", table, "--images", images)
+    probe = ("probe", "--encoder", tmp_path, "--labels", table, "--images", images)
     fundus = (
         "data",
         "fundus",

@@ -58,10 +58,10 @@ def test_an_allowed_leak_is_said_wherever_the_figures_stand(eval_mcq, model, tin
     assert said not in eval_mcq.out + eval_mcq.err
     for layout in ("diseases", "paper"):
         arms = (f"base={clean}", f"mgll={leaky}")
-        assert eval_mcq("compare", *arms, "--format", "markdown", "--layout", layout) == 0
+        assert eval_mcq("compare", *arms, "--format", "markdown", "--table-layout", layout) == 0
         assert f"LEAK: of mgll, {said}" in eval_mcq.out
     page = tmp_path / "page.html"
-    assert eval_mcq("report", f"base={clean}", f"mgll={leaky}", "--html", page) == 0
+    assert eval_mcq("report", f"base={clean}", f"mgll={leaky}", "--out", page) == 0
     assert f"LEAK: of mgll, {said}" in page.read_text()
     assert eval_mcq.refuses("run", "--model", model, "--bench", bench, "--out", leaky)
 
@@ -89,7 +89,7 @@ def test_what_the_base_of_an_adapter_saw_counts(model, bench, tmp_path):
 
 
 def test_check_tells_what_a_model_was_trained_on(eval_mcq, model, bench):
-    eval_mcq("check", model, "--bench", bench, "--questions", 4)
+    eval_mcq("check", "--model", model, "--bench", bench, "--limit", 4)
     assert "trained on: 5 images, tower (pretrain)" in eval_mcq.out
     assert "7 of 10 images were seen in training" in eval_mcq.err
 

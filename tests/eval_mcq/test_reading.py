@@ -78,7 +78,7 @@ def test_one_arm_has_one_interval_whoever_it_is_shown_with(arms, tmp_path, eval_
 
     shown = set()
     for command in (["table", tmp_path / "mgll"], ["compare", *folders]):
-        for form in (["--format", "markdown", "--layout", "diseases"], ["--layout", "diseases"]):
+        for form in (["--format", "markdown", "--table-layout", "diseases"], ["--table-layout", "diseases"]):
             assert eval_mcq(*command, *form) == 0
             shown |= averages(eval_mcq.out)
     assert shown == averages(by_disease(among).rows[2][7])
@@ -110,9 +110,9 @@ def test_the_page_says_the_same_first_in_the_same_figures(tmp_path, eval_mcq):
 
     folders = [f"{name}={tmp_path / name}" for name in runs]
     again = tmp_path / "again.html"
-    assert eval_mcq("report", *folders, "--control", "base", "--html", again) == 0
+    assert eval_mcq("report", *folders, "--control-arm", "base", "--out", again) == 0
     assert "mgll against base" in again.read_text().partition("</header>")[0]
-    refusal = eval_mcq.refuses("report", *folders, "--control", "x", "--html", tmp_path / "no.html")
+    refusal = eval_mcq.refuses("report", *folders, "--control-arm", "x", "--out", tmp_path / "no.html")
     assert "no arm is named 'x'" in refusal
 
 

@@ -228,7 +228,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_the_page_refers_to_nothing_outside_and_names_no_local_folder(asked, tmp_path, eval_mcq):
-    assert eval_mcq("report", *arms(asked), "--html", tmp_path / "report.html") == 0
+    assert eval_mcq("report", *arms(asked), "--out", tmp_path / "report.html") == 0
     text = (tmp_path / "report.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []
     assert "url(http" not in text
@@ -239,7 +239,7 @@ def test_the_page_refers_to_nothing_outside_and_names_no_local_folder(asked, tmp
 
 def test_thumbnails_can_lie_in_a_folder_and_plots_become_files(asked, tmp_path, eval_mcq):
     page, assets, plots = tmp_path / "report.html", tmp_path / "thumbs", tmp_path / "plots"
-    assert eval_mcq("report", *arms(asked), "--html", page, "--assets", assets, "--plots", plots) == 0
+    assert eval_mcq("report", *arms(asked), "--out", page, "--assets", assets, "--plots", plots) == 0
     assert len(list(assets.iterdir())) == 10
     assert all(f"thumbs/{file.name}" in page.read_text() for file in assets.iterdir())
     names = {"accuracy", "dots", "reliability", "confusion-base", "confusion-mgll"}
@@ -248,7 +248,7 @@ def test_thumbnails_can_lie_in_a_folder_and_plots_become_files(asked, tmp_path, 
     }
     assert Image.open(plots / "accuracy.png").width > 800
     again = tmp_path / "again.html"
-    assert eval_mcq("report", *arms(asked), "--html", again, "--assets", tmp_path / "thumbs", "--force") == 0
+    assert eval_mcq("report", *arms(asked), "--out", again, "--assets", tmp_path / "thumbs", "--force") == 0
     assert again.read_bytes() == page.read_bytes()
 
 
@@ -259,18 +259,18 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(asked, tmp_pat
     bench = folder / "bench.jsonl"
     refuses = eval_mcq.refuses
     assert "--bench" in refuses(
-        "report", *arms(asked), "--html", page, "--bench", small_bench(tmp_path / "other", 4)
+        "report", *arms(asked), "--out", page, "--bench", small_bench(tmp_path / "other", 4)
     )
     Image.new("RGB", (8, 8)).save(folder / "3.png")
-    error = refuses("report", *arms(folder), "--html", page, "--bench", bench)
+    error = refuses("report", *arms(folder), "--out", page, "--bench", bench)
     assert "3.png of question 'q3-0' has changed" in error
     (folder / "3.png").unlink()
-    error = refuses("report", *arms(folder), "--html", page, "--bench", bench)
+    error = refuses("report", *arms(folder), "--out", page, "--bench", bench)
     assert "3.png of question 'q3-0' does not exist" in error
     assert "not below" in refuses(
-        "report", *arms(asked), "--html", page, "--assets", tmp_path.parent / "thumbs"
+        "report", *arms(asked), "--out", page, "--assets", tmp_path.parent / "thumbs"
     )
-    assert "two arms" in refuses("report", f"a={asked / 'base'}", f"a={asked / 'mgll'}", "--html", page)
+    assert "two arms" in refuses("report", f"a={asked / 'base'}", f"a={asked / 'mgll'}", "--out", page)
     assert not page.exists()
-    assert eval_mcq("report", *arms(folder), "--html", page, "--bench", bench, "--no-images") == 0
-    assert "exists" in refuses("report", *arms(asked), "--html", page)
+    assert eval_mcq("report", *arms(folder), "--out", page, "--bench", bench, "--no-thumbnails") == 0
+    assert "exists" in refuses("report", *arms(asked), "--out", page)

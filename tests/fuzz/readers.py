@@ -337,14 +337,14 @@ def _manifest(folder: Path) -> None:
         )  # fmt: skip
 
 
-PRETRAIN = "mgll-encoder pretrain --preset tiny --epochs 1 --batch-size 4 --workers 0"
+PRETRAIN = "mgll-encoder pretrain --tower-size tiny --epochs 1 --batch-size 4 --workers 0"
 
 
 def _text_tower(folder: Path) -> None:
     import mgll_encoder.probing.zero_shot
 
     _manifest(folder)
-    _run(*PRETRAIN.split(), "--data", folder / "m.jsonl", "--out", folder / "tt")
+    _run(*PRETRAIN.split(), "--manifest", folder / "m.jsonl", "--out", folder / "tt")
     packaged = json.loads((Path(mgll_encoder.probing.zero_shot.__file__).parent / "prompts.json").read_text())
     _json(folder / "prompts.json", next(iter(packaged["sets"].values())))
 
@@ -355,7 +355,7 @@ def _interrupted_pretraining(folder: Path) -> None:
 
     _manifest(folder)
     with mock.patch("mgll_encoder.pretraining.pretrain.save_tower", side_effect=KeyboardInterrupt):
-        arguments = [*PRETRAIN.split(), "--data", folder / "m.jsonl", "--out", folder / "out"]
+        arguments = [*PRETRAIN.split(), "--manifest", folder / "m.jsonl", "--out", folder / "out"]
         outcome = builders.invoke(commands()["mgll-encoder"], *arguments[1:])
     assert outcome.code == 130, outcome.err
 
@@ -387,7 +387,16 @@ def _peft(folder: Path) -> None:
 
 def _delta(folder: Path) -> None:
     _llava(folder)
-    _run("swap-encoder", "--mllm", folder / "m", "--encoder", folder / "t", "--out", folder / "d", "--delta")
+    _run(
+        "swap-encoder",
+        "--mllm",
+        folder / "m",
+        "--encoder",
+        folder / "t",
+        "--out",
+        folder / "d",
+        "--delta-only",
+    )
 
 
 TRAINING = f"retrain-projector --model m {DATA} --workers 0 --report-to none --batch-size 4 --out o"
@@ -500,7 +509,7 @@ READERS: Sequence[Reader] = (
     Reader(
         "processors", _complete("llava-hf", "qwen2_5-vl", "instructblip", "internvl", "janus-pro", "aya-vision"),
         ("[!t]*processor_config.json",),
-        ("swap-encoder --mllm {top} --encoder t --out out", "eval-mcq check {top}"),
+        ("swap-encoder --mllm {top} --encoder t --out out", "eval-mcq check --model {top}"),
     ),
     Reader(
         "tokenizers", _complete("llava-hf", "llava", "qwen-vl", "med-flamingo", "internvl-internlm2"),
@@ -512,7 +521,7 @@ READERS: Sequence[Reader] = (
     ),
     Reader(
         "templates", _template, ("m/chat_template.jinja", "old/chat_template.json"),
-        ("eval-mcq check {top}", "retrain-projector --model {top} " + DATA + " --dry-run"),
+        ("eval-mcq check --model {top}", "retrain-projector --model {top} " + DATA + " --dry-run"),
     ),
     Reader(
         "rows", _training_rows, ("t.json", "t.jsonl", "messages.json"),
@@ -535,8 +544,8 @@ READERS: Sequence[Reader] = (
         (
             "eval-mcq table r --format markdown", "eval-mcq compare base=base r=r",
             "eval-mcq compare r=r base=base --format latex",
-            "eval-mcq compare r=r base=base --layout long --format csv",
-            "eval-mcq report base=base r=r --html o.html",
+            "eval-mcq compare r=r base=base --table-layout long --format csv",
+            "eval-mcq report base=base r=r --out o.html",
             "eval-mcq export b.jsonl --format vlmevalkit --run r --out o.tsv",
         ),
     ),
@@ -549,8 +558,8 @@ READERS: Sequence[Reader] = (
             "mgll-encoder data fundus --labels {file} --images images --patient-column patient --out o.jsonl",
             "eval-mcq build --labels {file} --images images --diseases DR,AMD,Glaucoma,Cataract --min-negatives 1"
             " --out o.jsonl",
-            "mgll-encoder probe --encoder t --data {file} --images images --patient-column patient --min-positives 1"
-            " --workers 0 --test 0.5",
+            "mgll-encoder probe --encoder t --labels {file} --images images --patient-column patient --min-positives 1"
+            " --workers 0 --test-share 0.5",
         ),
     ),
     Reader(
@@ -594,20 +603,23 @@ READERS: Sequence[Reader] = (
     ),
     Reader(
         "manifests", _manifest, ("m.jsonl", "m.parquet"),
-        ("mgll-encoder pretrain --data {file} --preset tiny --epochs 1 --batch-size 4 --workers 0 --out out",),
+        ("mgll-encoder pretrain --manifest {file} --tower-size tiny --epochs 1 --batch-size 4 --workers 0 --out out",),
         stays=(".out.training*",),
     ),
     Reader(
         "pretrainings", _interrupted_pretraining, (".out.training/*",),
-        (f"{PRETRAIN} --data m.jsonl --out out --resume",), stays=(".out.training*",),
+        (f"{PRETRAIN} --manifest m.jsonl --out out --resume",), stays=(".out.training*",),
     ),
     Reader(
         "text-towers", _text_tower, ("tt/*",),
-        ("mgll-encoder zero-shot --encoder {top} --data l.csv --images images --min-positives 1",),
+        ("mgll-encoder zero-shot --encoder {top} --labels l.csv --images images --min-positives 1",),
     ),
     Reader(
         "prompts", _text_tower, ("prompts.json",),
-        ("mgll-encoder zero-shot --encoder tt --data l.csv --images images --min-positives 1 --prompts prompts.json",),
+        (
+            "mgll-encoder zero-shot --encoder tt --labels l.csv --images images --min-positives 1 --prompts "
+            "prompts.json",
+        ),
     ),
     Reader("captions", _manifest, ("m.jsonl",), ("retrain-projector --model m --data m.jsonl --dry-run",)),
     Reader("deltas", _delta, ("d/*",), ("swap-encoder compose --mllm m --delta d --out out",)),
@@ -622,11 +634,11 @@ READERS: Sequence[Reader] = (
     Reader(
         "provenance", _swapped, ("s/mgll_swap.json",),
         (
-            "swap-encoder verify s --quick", "swap-encoder restore s --original m --out out",
+            "swap-encoder verify s --quick", "swap-encoder restore s --mllm m --out out",
             "swap-encoder restore s --to-encoder --out out", "swap-encoder extract s --mllm m --out out",
         ),
     ),
-    Reader("peft", _peft, ("a/*",), ("eval-mcq check {top}",)),
+    Reader("peft", _peft, ("a/*",), ("eval-mcq check --model {top}",)),
     Reader(
         "adapters", _adapters, ("lora/*.json", "lora/*.bin"),
         ("swap-encoder --mllm lora --encoder t --dry-run", "swap-encoder convert --mllm lora --out out"),

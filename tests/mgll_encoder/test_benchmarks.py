@@ -65,7 +65,7 @@ def test_rfmid(tmp_path: Path, real_data: Path) -> None:
     pictures(tmp_path / "Training", "1.png", "2.png", "3.png")
     pictures(tmp_path / "Test", "1.png", "2.png")
     found = LabeledSet(
-        training, tmp_path / "Training", "rfmid", test_data=testing, test_images=tmp_path / "Test"
+        training, tmp_path / "Training", "rfmid", test_labels=testing, test_images=tmp_path / "Test"
     ).read(Skipped())
     assert found.names == ("DR", "MH")
     assert found.test.tolist() == [False, False, False, True, True]
@@ -102,7 +102,7 @@ def test_refuge_trains_on_folders_and_is_tested_on_an_excel_file(tmp_path: Path)
         [head, [1, "T0001.jpg", 0, 1086.5, 1050.1], [2, "T0002.jpg", 1, 1086.5, None]],
     )
     found = LabeledSet(
-        None, tmp_path / "Training400", "refuge", test_data=test, test_images=tmp_path / "Test400"
+        None, tmp_path / "Training400", "refuge", test_labels=test, test_images=tmp_path / "Test400"
     ).read(Skipped())
     assert labels_of(found) == {
         "g0001.jpg": "1",
@@ -116,7 +116,9 @@ def test_refuge_trains_on_folders_and_is_tested_on_an_excel_file(tmp_path: Path)
         tmp_path / "v.csv",
         "ID,ImgName,Fovea_X,Fovea_Y,Glaucoma Label\n1,T0001.jpg,1,1,0\n2,T0002.jpg,1,1,1\n",
     )
-    again = LabeledSet(validation, tmp_path / "Test400", "refuge", test=0.5, seed=0).read(Skipped())
+    again = LabeledSet(validation, tmp_path / "Test400", "refuge", test_share=0.5, split_seed=0).read(
+        Skipped()
+    )
     assert labels_of(again) == {"T0001.jpg": "0", "T0002.jpg": "1"}
 
 
@@ -127,7 +129,7 @@ def test_palm_tells_the_class_by_a_letter_or_by_a_table(tmp_path: Path) -> None:
     path = table(
         tmp_path / "p.csv", "ID,imgName,Label,Fovea_X,Fovea_Y\n1,P0001.jpg,0,1,1\n2,N0000.jpg,1,1,1\n"
     )
-    assert labels_of(LabeledSet(path, tmp_path / "t", "palm", test=0.5, seed=1).read(Skipped())) == {
+    assert labels_of(LabeledSet(path, tmp_path / "t", "palm", test_share=0.5, split_seed=1).read(Skipped())) == {
         "P0001.jpg": "0", "N0000.jpg": "1",
     }  # fmt: skip
 
@@ -176,7 +178,7 @@ def test_midrc(tmp_path: Path) -> None:
     rows = [f"x/{i}.png,{names[i % 2]},case{i // 2}" for i in range(8)]
     path = table(tmp_path / "m.csv", "\n".join(["ImageID,loinc_long_common_name_0,case_id", *rows]))
     for name in ("midrc-xr", "midrc-xr-portable"):
-        found = LabeledSet(path, tmp_path, name, patient_column="case_id", seed=0).read(Skipped())
+        found = LabeledSet(path, tmp_path, name, patient_column="case_id", split_seed=0).read(Skipped())
         assert (len(found.images), found.names) == (8, tuple(sorted(n.casefold() for n in names)))
         assert len(set(found.patients)) == 4
 
@@ -196,7 +198,7 @@ def test_one_command_prints_the_published_rows_beside(
 ) -> None:
     monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path / "cache"))
     path = chest(tmp_path / "nih")
-    given = ("--encoder", tower, "--data", path, "--images", tmp_path / "nih", "--benchmark", "chestxray14")
+    given = ("--encoder", tower, "--labels", path, "--images", tmp_path / "nih", "--dataset", "chestxray14")
     only = ("--only", "effusion;mass", "--min-positives", 2)
     done = invoke(main, "probe", *given, *only, "--compare", "paper")
     assert done.code == 0, done.err
@@ -204,7 +206,7 @@ def test_one_command_prints_the_published_rows_beside(
         assert said in done.out
     assert "no --patient-column" not in done.err
     assert "published results of a full fine-tune: " in refused(
-        main, "probe", *given, "--benchmark", "rfmid", "--mode", "finetune", "--compare", "paper"
+        main, "probe", *given, "--dataset", "rfmid", "--protocol", "finetune", "--compare", "paper"
     )
 
 
@@ -242,16 +244,16 @@ def test_published_figures_are_those_of_the_tables(real_data: Path) -> None:
     ("arguments", "complaint"),
     [
         (
-            ["--benchmark", "palm", "--data", "t.csv"],
+            ["--dataset", "palm", "--labels", "t.csv"],
             "no column 'imgName' (--image-column): did you mean 'imgname'?",
         ),
-        (["--benchmark", "adam", "--data", "t.csv"], "is labeled by its folders: leave --data out"),
-        (["--benchmark", "adam"], "has no file 'AMD/*.jpg'"),
-        (["--benchmark", "idrid"], "--data is missing"),
-        (["--data", "t.csv", "--test-list", "none.txt"], "--test-list none.txt does not exist"),
-        (["--data", "t.csv", "--test-data", "t.csv", "--split-column", "x"], "exclude each other"),
-        (["--data", "t.csv", "--image-column", "{imgnam}.png"], "no column 'imgnam'"),
-        (["--data", "t.xlsx"], "no column"),
+        (["--dataset", "adam", "--labels", "t.csv"], "is labeled by its folders: leave --labels out"),
+        (["--dataset", "adam"], "has no file 'AMD/*.jpg'"),
+        (["--dataset", "idrid"], "--labels is missing"),
+        (["--labels", "t.csv", "--test-list", "none.txt"], "--test-list none.txt does not exist"),
+        (["--labels", "t.csv", "--test-labels", "t.csv", "--split-column", "x"], "exclude each other"),
+        (["--labels", "t.csv", "--image-column", "{imgnam}.png"], "no column 'imgnam'"),
+        (["--labels", "t.xlsx"], "no column"),
     ],
 )
 def test_bad_input_is_one_line(

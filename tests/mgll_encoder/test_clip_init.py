@@ -16,7 +16,7 @@ from mgll_encoder.common.errors import (
 )
 from mgll_encoder.data.batches import SplitRows
 from mgll_encoder.pretraining.clip_text import clip_text_tower
-from mgll_encoder.pretraining.dual_encoder import PRESETS
+from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES
 from mgll_encoder.pretraining.initialization import starting_towers
 from mgll_encoder.pretraining.losses import Alphas
 from mgll_encoder.pretraining.options import PretrainOptions
@@ -37,7 +37,9 @@ def whole_clip(quick_gelu: bool, custom_text: bool = False, vocabulary: int = 49
 
 
 def started(path: Path, activation: str = "gelu", **more):
-    return starting_towers(PRESETS["tiny"], str(path), activation, "auto", SplitRows, Alphas(), **more).eval()
+    return starting_towers(
+        TOWER_SIZES["tiny"], str(path), activation, "auto", SplitRows, Alphas(), **more
+    ).eval()
 
 
 @pytest.mark.parametrize(("quick_gelu", "custom_text"), [(False, False), (True, True)])
@@ -109,4 +111,4 @@ def test_openai_without_a_connection_is_one_line(monkeypatch):
     with pytest.raises(
         NotFoundError, match=r"`init=openai`: .* cannot be downloaded .*connect to the internet"
     ):
-        starting_towers(PRESETS["tiny"], "openai", None, "auto", SplitRows, Alphas())
+        starting_towers(TOWER_SIZES["tiny"], "openai", None, "auto", SplitRows, Alphas())

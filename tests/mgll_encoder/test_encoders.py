@@ -371,13 +371,13 @@ def test_a_general_tower_learns_from_texts(name: str, tmp_path: Path) -> None:
     """A general tower, at a smaller size than it has, is trained with MGLL, probed, and compared with prompts."""
     general = saved(name, tmp_path / "general", 56)
     images = tmp_path / "set"
-    write_phantom(images, 4, size=32)
+    write_phantom(images, 4, image_size=32)
     labels, manifest, out = images / "labels.csv", images / "manifest.jsonl", tmp_path / "tuned"
-    build_fundus(FundusTable(labels), images, manifest, test=0.3)
+    build_fundus(FundusTable(labels), images, manifest, test_share=0.3)
 
     trained = invoke(
-        main, "pretrain", "--data", manifest, "--init", tmp_path / "general", "--image-size", 28, "--pooling", "mean",
-        "--epochs", 1, "--batch-size", 16, "--workers", 0, "--out", out,
+        main, "pretrain", "--manifest", manifest, "--init", tmp_path / "general", "--image-size", 28, "--pooling",
+        "mean", "--epochs", 1, "--batch-size", 16, "--workers", 0, "--out", out,
     )  # fmt: skip
     assert trained.code == 0, trained.err
     tuned = load_tower(out)
@@ -388,14 +388,15 @@ def test_a_general_tower_learns_from_texts(name: str, tmp_path: Path) -> None:
 
     for words in (("probe",), ("zero-shot", "--all")):
         judged = invoke(
-            main, *words, "--encoder", out, "--data", labels, "--images", images, "--min-positives", 1, "--workers", 0,
+            main, *words, "--encoder", out, "--labels", labels, "--images", images, "--min-positives", 1,
+            "--workers", 0,
         )  # fmt: skip
         assert judged.code == 0, judged.err
         assert "AUC" in judged.out
 
 
 def test_options_of_a_start_need_one(tmp_path: Path) -> None:
-    words = ("pretrain", "--data", tmp_path / "manifest.jsonl", "--out", tmp_path / "tower")
+    words = ("pretrain", "--manifest", tmp_path / "manifest.jsonl", "--out", tmp_path / "tower")
     (tmp_path / "manifest.jsonl").touch()
     for option, value in (("--image-size", 112), ("--pooling", "mean")):
         assert f"{option} is for --init: a new tower has the" in refused(main, *words, option, value)

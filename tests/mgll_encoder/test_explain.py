@@ -178,8 +178,8 @@ def test_captions_hold_no_file_names(place: Path, explain, monkeypatch: pytest.M
     assert invoke(*explain("--images", place / "images", "--limit", 2)).code == 0
     assert seen == ["image 1", "image 3"]  # the second is broken
     seen.clear()
-    table = ("--data", place / "labels.csv", "--images", place / "images", "--patient-column", "patient")
-    assert invoke(*explain(*table, "--label", "lesion", "--limit", 2, "--force")).code == 0
+    table = ("--labels", place / "labels.csv", "--images", place / "images", "--patient-column", "patient")
+    assert invoke(*explain(*table, "--target", "lesion", "--limit", 2, "--force")).code == 0
     assert [caption.split("\n")[1] for caption in seen] == ["lesion", "lesion"]
     assert all(re.fullmatch(r"row \d+", caption.split("\n")[0]) for caption in seen)
 
@@ -198,19 +198,19 @@ def test_a_contact_sheet_is_drawn_from_a_folder(place: Path, tmp_path: Path, exp
 
 
 def test_a_class_is_shown_on_test_images_that_have_it(place: Path, tmp_path: Path, explain) -> None:
-    given = ("--images", place / "images", "--data", place / "labels.csv", "--patient-column", "patient")
-    done = invoke(*explain(*given, "--label", "Lesion", "--limit", 2))
+    given = ("--images", place / "images", "--labels", place / "labels.csv", "--patient-column", "patient")
+    done = invoke(*explain(*given, "--target", "Lesion", "--limit", 2))
     assert done.code == 0, done.err
     assert (tmp_path / "look.png").is_file()
-    assert "did you mean 'lesion'" in refused(*explain(*given, "--force", "--label", "leson"))
+    assert "did you mean 'lesion'" in refused(*explain(*given, "--force", "--target", "leson"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--images", "nowhere"], "nowhere, which does not exist"),
-        (["--images", ".", "--label", "x"], "--label needs --data"),
-        (["--images", ".", "--data", "x.csv"], "--data has no effect without --label"),
+        (["--images", ".", "--target", "x"], "--target needs --labels"),
+        (["--images", ".", "--labels", "x.csv"], "--labels has no effect without --target"),
         (["--images", ".", "--text", "glaucoma"], "has no projection"),
         (["--images", ".", "--text", " "], "expected some words"),
     ],
@@ -221,16 +221,16 @@ def test_bad_input_is_one_line(explain, tmp_path: Path, arguments: list[str], co
 
 
 def test_from_python(place: Path, explain, tmp_path: Path) -> None:
-    table = ("--data", place / "labels.csv", "--images", place / "images", "--patient-column", "patient")
-    assert invoke(*explain(*table, "--label", "lesion", "--limit", 2)).code == 0
+    table = ("--labels", place / "labels.csv", "--images", place / "images", "--patient-column", "patient")
+    assert invoke(*explain(*table, "--target", "lesion", "--limit", 2)).code == 0
     sheet = mgll_encoder.explain(
-        place / "tower", place / "images", tmp_path / "again.png", labels=["lesion"], data=place / "labels.csv",
+        place / "tower", place / "images", tmp_path / "again.png", targets=["lesion"], labels=place / "labels.csv",
         patient_column="patient", limit=2,
     )  # fmt: skip
     assert sheet.images == 2
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "look.png").read_bytes()
     with pytest.raises(InvalidArgumentError) as refused_:
-        mgll_encoder.explain(place / "tower", place / "images", tmp_path / "b.png", labels=["lesion"])
-    assert set(refused_.value.arguments) == {"labels", "data"}
+        mgll_encoder.explain(place / "tower", place / "images", tmp_path / "b.png", targets=["lesion"])
+    assert set(refused_.value.arguments) == {"targets", "labels"}
     with pytest.raises(NotFoundError):
         mgll_encoder.explain(place / "tower", place / "nowhere", tmp_path / "b.png")

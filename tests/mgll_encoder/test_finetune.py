@@ -18,7 +18,7 @@ from mgll_encoder.probing.linear import evaluate, linear_scores, pooled_features
 from tests.builders import invoke, refused
 
 COUNT = 240
-QUICK = FinetuneOptions(epochs=12, batch_size=16, lr=2e-3, augment=False)
+QUICK = FinetuneOptions(epochs=12, batch_size=16, learning_rate=2e-3, augment=False)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def test_the_validation_part_is_made_of_training_patients(eyes: LabeledImages) -
 
 def test_too_few_patients_to_choose_by_is_said(tower: Tower, eyes: LabeledImages, tmp_path: Path) -> None:
     few = eyes.subset(np.arange(COUNT) < 24)
-    with pytest.raises(BadDataError, match=r"validation part .* give a larger `validation`"):
-        finetune(tower, few, replace(QUICK, validation=0.001), tmp_path)
+    with pytest.raises(BadDataError, match=r"validation part .* give a larger `val_share`"):
+        finetune(tower, few, replace(QUICK, val_share=0.001), tmp_path)
 
 
 def test_the_command_writes_the_table_and_the_tower(
@@ -132,9 +132,9 @@ def test_the_command_writes_the_table_and_the_tower(
     table.write_text("\n".join(["file,labels,patient", *lines, "broken.png,glaucoma,px"]) + "\n")
     save_tower(tower, tmp_path / "tower")
     command = (
-        main, "probe", "--encoder", tmp_path / "tower", "--data", table, "--images", images, "--patient-column",
-        "patient", "--mode", "finetune", "--epochs", 2, "--lr", 1e-3, "--trainings", 2, "--min-positives", 3,
-        "--workers", 0,
+        main, "probe", "--encoder", tmp_path / "tower", "--labels", table, "--images", images, "--patient-column",
+        "patient", "--protocol", "finetune", "--epochs", 2, "--learning-rate", 1e-3, "--trainings", 2,
+        "--min-positives", 3, "--workers", 0,
     )  # fmt: skip
     done = invoke(*command, "--out", tmp_path / "r.json", "--tower-out", tmp_path / "learnt")
     assert done.code == 0, done.err
@@ -149,7 +149,7 @@ def test_the_command_writes_the_table_and_the_tower(
     assert "training 2" in done.out
     assert load_tower(tmp_path / "learnt").spec.projection_dim is None
     once = finetune_probe(
-        tmp_path / "tower", table, images, patient_column="patient", settings={"epochs": 2, "lr": 1e-3},
+        tmp_path / "tower", table, images, patient_column="patient", settings={"epochs": 2, "learning_rate": 1e-3},
         min_positives=3, workers=0,
     )  # fmt: skip
     assert once.result.macro["AUC"].value == pytest.approx(result["runs"][0]["AUC"], abs=0.1)
@@ -168,10 +168,10 @@ def test_the_command_writes_the_table_and_the_tower(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--epochs", "3"], "--epochs has no effect on a linear probe: add --mode finetune"),
-        (["--mode", "fine"], "did you mean 'finetune'"),
-        (["--mode", "finetune", "--epochs", "-1"], "--epochs is -1"),
-        (["--mode", "finetune", "--validation", "1.5"], "--validation is 1.5"),
+        (["--epochs", "3"], "--epochs has no effect on a linear probe: add --protocol finetune"),
+        (["--protocol", "fine"], "did you mean 'finetune'"),
+        (["--protocol", "finetune", "--epochs", "-1"], "--epochs is -1"),
+        (["--protocol", "finetune", "--val-share", "1.5"], "--val-share is 1.5"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -182,7 +182,7 @@ def test_bad_input_is_one_line(
     )
     save_tower(tower, tmp_path / "tower")
     line = refused(
-        main, "probe", "--encoder", tmp_path / "tower", "--data", tmp_path / "labels.csv", "--images",
+        main, "probe", "--encoder", tmp_path / "tower", "--labels", tmp_path / "labels.csv", "--images",
         eyes.images[0].parent, *arguments,
     )  # fmt: skip
     assert complaint in line

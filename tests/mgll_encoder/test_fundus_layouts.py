@@ -74,7 +74,7 @@ def test_a_published_layout_becomes_a_manifest(tmp_path: Path) -> None:
     labels.write_text(
         "ID,Left-Fundus,Right-Fundus,Left-Diagnostic Keywords,Right-Diagnostic Keywords\n" + row + row
     )
-    report = build_fundus(FundusTable(labels, layout="odir"), tmp_path, tmp_path / "m.jsonl", test=0)
+    report = build_fundus(FundusTable(labels, dataset="odir"), tmp_path, tmp_path / "m.jsonl", test_share=0)
     found = {row.image: row for _, _, row in read_rows(tmp_path / "m.jsonl")}
     assert report.rows == 2
     assert found["0_left.jpg"].texts["keyword"] == ["cataract"]
@@ -100,7 +100,7 @@ def test_sets_with_one_class_are_read_as_published_from_tables_and_folders(tmp_p
     found = {}
     for layout, options in given.items():
         out = tmp_path / f"{layout}.jsonl"
-        done = invoke(main, "data", "fundus", "--layout", layout, *options, "--out", out)
+        done = invoke(main, "data", "fundus", "--dataset", layout, *options, "--out", out)
         assert done.code == 0, done.err
         assert ": 1 no label\n" in done.err
         found[layout] = {
@@ -116,21 +116,21 @@ def test_sets_with_one_class_are_read_as_published_from_tables_and_folders(tmp_p
 
 def test_a_set_labelled_by_folders_needs_them(tmp_path: Path) -> None:
     command = (main, "data", "fundus", "--images", tmp_path, "--out", tmp_path / "m.jsonl")
-    assert "has no file 'AMD/*.jpg'" in refused(*command, "--layout", "adam")
+    assert "has no file 'AMD/*.jpg'" in refused(*command, "--dataset", "adam")
     assert "--labels is missing" in refused(*command)
-    assert "needs its label file" in refused(*command, "--layout", "rfmid")
+    assert "needs its label file" in refused(*command, "--dataset", "rfmid")
     (tmp_path / "l.csv").write_text("imgName,Label\n1.jpg,2\n")
     assert "row 2: column 'Label' is '2': expected 0 or 1" in refused(
-        *command, "--layout", "palm", "--labels", tmp_path / "l.csv"
+        *command, "--dataset", "palm", "--labels", tmp_path / "l.csv"
     )
-    assert "leave --labels out" in refused(*command, "--layout", "adam", "--labels", tmp_path / "l.csv")
+    assert "leave --labels out" in refused(*command, "--dataset", "adam", "--labels", tmp_path / "l.csv")
 
 
 @pytest.mark.parametrize(
     ("text", "arguments", "complaint"),
     [
-        ("ID,DR\n1,0\n", ["--layout", "rfmid"], "has no column 'AH' (layout 'rfmid')"),
-        ("ID\n1\n", ["--layout", "rfmd"], "did you mean 'rfmid'"),
+        ("ID,DR\n1,0\n", ["--dataset", "rfmid"], "has no column 'AH' (data set 'rfmid')"),
+        ("ID\n1\n", ["--dataset", "rfmd"], "did you mean 'rfmid'"),
         (
             "file,labels,patient_or_source_id\na.png,2,p\n",
             ["--classes", "0=normal"],

@@ -10,7 +10,7 @@ from mgll_encoder.data.batches import ManifestImages, plan_rows
 from mgll_encoder.data.fundus import read_explanations
 from mgll_encoder.data.laterality import names_side
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
-from mgll_encoder.pretraining.dual_encoder import PRESETS
+from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_pretraining_mirrors_only_when_asked_and_never_where_a_text_names_a_side
     ]
     write_manifest(path, tmp_path, ManifestHeader(granularities=["view", "disease"]), rows)
     plan = plan_rows(path, None, ("disease",), "train", False, Skipped())
-    spec = PRESETS["tiny"].spec.model_copy(update={"image_size": 32})
+    spec = TOWER_SIZES["tiny"].spec.model_copy(update={"image_size": 32})
 
     def mirrored(index: int, flip: bool) -> list[bool]:
         data, found = ManifestImages(plan, spec, seed=0, flip=flip), []

@@ -30,7 +30,7 @@ from mgll_encoder.data.batches import ManifestCollator, ManifestImages, jitter, 
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.manifest import read_rows
 from mgll_encoder.data.phantom.dataset import write_phantom
-from mgll_encoder.pretraining.dual_encoder import PRESETS, Preset
+from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES, TowerSize
 from mgll_encoder.pretraining.options import PretrainOptions
 from mgll_encoder.pretraining.pretrain import pretrain
 from mgll_encoder.pretraining.trainer import TowerTrainer, Validation
@@ -40,8 +40,8 @@ from mgll_encoder.tower.load import inspect_tower as swap_header
 from mgll_encoder.tower.load import load_tower
 from tests.mgll_encoder.test_text_tower import bert_folder
 
-NANO = Preset(
-    PRESETS["tiny"].spec.model_copy(
+NANO = TowerSize(
+    TOWER_SIZES["tiny"].spec.model_copy(
         update={"width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "image_size": 32, "projection_dim": 16}
     ),
     text_width=32,
@@ -54,7 +54,7 @@ def one_thread(monkeypatch):
     """One thread and a tower of two thin blocks, so that results are the same on every machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setitem(PRESETS, "nano", NANO)
+    monkeypatch.setitem(TOWER_SIZES, "nano", NANO)
     yield
     torch.set_num_threads(before)
 
@@ -63,8 +63,8 @@ def one_thread(monkeypatch):
 def manifest(tmp_path_factory) -> Path:
     """Four phantom eyes per class at 32 px, all but a few for training."""
     folder = tmp_path_factory.mktemp("phantom") / "set"
-    write_phantom(folder, 4, size=32)
-    build_fundus(FundusTable(folder / "labels.csv"), folder, folder / "manifest.jsonl", test=0.2)
+    write_phantom(folder, 4, image_size=32)
+    build_fundus(FundusTable(folder / "labels.csv"), folder, folder / "manifest.jsonl", test_share=0.2)
     return folder / "manifest.jsonl"
 
 
@@ -73,7 +73,9 @@ def clip_tokens(texts):
 
 
 def options(**changes) -> PretrainOptions:
-    return PretrainOptions(**{"preset": "nano", "epochs": 3, "batch_size": 16, "lr": 2e-3, **changes})
+    return PretrainOptions(
+        **{"tower_size": "nano", "epochs": 3, "batch_size": 16, "learning_rate": 2e-3, **changes}
+    )
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -183,8 +185,8 @@ def test_a_killed_training_resumes_to_the_same_tower(manifest, tmp_path, monkeyp
         with pytest.raises(Killed):
             pretrain(manifest, tmp_path / "killed", options(), workers=0)
     assert not (tmp_path / "killed").exists()
-    with pytest.raises(MismatchError, match=r"cannot resume: 'lr' was 0\.002"):
-        pretrain(manifest, tmp_path / "killed", options(lr=1e-3), workers=0, resume=True)
+    with pytest.raises(MismatchError, match=r"cannot resume: 'learning_rate' was 0\.002"):
+        pretrain(manifest, tmp_path / "killed", options(learning_rate=1e-3), workers=0, resume=True)
     resumed = pretrain(manifest, tmp_path / "killed", options(), workers=0, resume=True)
     assert resumed.steps == 6
     torch.testing.assert_close(weights(tmp_path / "killed"), weights(tmp_path / "whole"), atol=1e-7, rtol=0)
@@ -272,13 +274,18 @@ def test_the_tower_says_by_hashes_which_images_it_was_trained_on(manifest, tmp_p
     assert set(training.images) == set(digests[True])
     assert not set(training.images) & set(digests[False])
     assert training.splits == ({"split_by": "patient", "split_test": 0.2, "split_val": 0.0, "split_seed": 0},)
-    pretrain(manifest, tmp_path / "second", options(epochs=1, init=tmp_path / "first", lr=1e-4), workers=0)
+    pretrain(
+        manifest,
+        tmp_path / "second",
+        options(epochs=1, init=tmp_path / "first", learning_rate=1e-4),
+        workers=0,
+    )
     assert trainings_of(tmp_path / "second") == (training,), "the same images again"
 
 
 def test_a_training_can_start_from_a_tower(manifest, tmp_path):
     pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
-    gentle = options(epochs=1, lr=1e-9, init=tmp_path / "first")
+    gentle = options(epochs=1, learning_rate=1e-9, init=tmp_path / "first")
     pretrain(manifest, tmp_path / "second", gentle, workers=0)
     torch.testing.assert_close(weights(tmp_path / "second"), weights(tmp_path / "first"), atol=1e-6, rtol=0)
     projections = [load_tower(tmp_path / name).projection for name in ("first", "second")]
@@ -287,13 +294,13 @@ def test_a_training_can_start_from_a_tower(manifest, tmp_path):
 
 def test_a_trained_tower_can_learn_more_slowly_than_a_new_text_tower(manifest, tmp_path):
     pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
-    held = options(epochs=1, init=tmp_path / "first", text_tower="new", tower_lr=1e-9)
+    held = options(epochs=1, init=tmp_path / "first", text_tower="new", tower_learning_rate=1e-9)
     pretrain(manifest, tmp_path / "second", held, workers=0)
     torch.testing.assert_close(weights(tmp_path / "second"), weights(tmp_path / "first"), atol=1e-6, rtol=0)
     projections = [load_tower(tmp_path / name).projection for name in ("first", "second")]
-    assert not torch.allclose(*projections, atol=1e-4, rtol=0), "the projection learns at --lr"
-    with pytest.raises(InvalidArgumentError, match="`tower_lr` is 0"):
-        options(tower_lr=0.0)
+    assert not torch.allclose(*projections, atol=1e-4, rtol=0), "the projection learns at --learning-rate"
+    with pytest.raises(InvalidArgumentError, match="`tower_learning_rate` is 0"):
+        options(tower_learning_rate=0.0)
 
 
 def spoilt(manifest: Path, out: Path) -> Path:
@@ -447,7 +454,7 @@ def test_a_bert_can_be_the_text_tower_frozen_with_checkpointing_and_bf16(manifes
         "text_tower": str(bert),
         "freeze_text": True,
         "gradient_checkpointing": True,
-        "precision": "bf16",
+        "precision": "bfloat16",
     }
     result = pretrain(manifest, tmp_path / "tower", options(epochs=1, **changes), workers=0)
     assert np.isfinite(result.losses).all()
@@ -462,7 +469,7 @@ def test_a_bert_can_be_the_text_tower_frozen_with_checkpointing_and_bf16(manifes
     [
         (["--granularities", "diseases"], "unknown granularity 'diseases': did you mean 'disease'"),
         (["--loss", "mgl"], "unknown loss 'mgl': did you mean 'mgll'"),
-        (["--preset", "large"], "unknown preset 'large'"),
+        (["--tower-size", "large"], "unknown tower_size 'large'"),
         (["--alpha", "1,2"], "give three numbers"),
         (["--alpha", "0,0,0"], "at least one above 0"),
         (["--epochs", "0"], "`epochs` is 0"),
@@ -473,7 +480,7 @@ def test_a_bert_can_be_the_text_tower_frozen_with_checkpointing_and_bf16(manifes
         (["--activation", "gelu"], "`activation` is for `init`"),
         (["--select", "first"], "unknown select 'first'"),
         (["--precision", "fp8"], "unknown precision 'fp8'"),
-        (["--precision", "fp16"], "needs a GPU"),
+        (["--precision", "float16"], "needs a GPU"),
         (["--deepspeed", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -481,7 +488,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(manifest, tmp_path, argume
     out = tmp_path / "tower"
     app = new_app("pretrain alone")
     app.command()(pretrain_command)
-    result = CliRunner().invoke(app, ["--data", str(manifest), "--out", str(out), *arguments])
+    result = CliRunner().invoke(app, ["--manifest", str(manifest), "--out", str(out), *arguments])
     assert isinstance(result.exception, UserError)
     assert complaint in str(result.exception)
     assert list(tmp_path.iterdir()) == []

@@ -35,10 +35,10 @@ def losses(tower: Path) -> list[float]:
 @pytest.mark.timeout(1800)
 def test_two_processes_learn_as_one_with_the_double_batch(tmp_path):
     folder = tmp_path / "set"
-    write_phantom(folder, 4, size=64)
-    build_fundus(FundusTable(folder / "labels.csv"), folder, folder / "manifest.jsonl", test=0.2)
+    write_phantom(folder, 4, image_size=64)
+    build_fundus(FundusTable(folder / "labels.csv"), folder, folder / "manifest.jsonl", test_share=0.2)
     command = [
-        COMMAND, "pretrain", "--data", folder / "manifest.jsonl", "--preset", "tiny", "--epochs", "2",
+        COMMAND, "pretrain", "--manifest", folder / "manifest.jsonl", "--tower-size", "tiny", "--epochs", "2",
         "--workers", "0",
     ]  # fmt: skip
     run(*command, "--batch-size", "16", "--out", tmp_path / "one")
@@ -54,15 +54,15 @@ def test_two_processes_learn_as_one_with_the_double_batch(tmp_path):
 def test_deepspeed_learns_the_same(tmp_path):
     pytest.importorskip("deepspeed")
     folder = tmp_path / "set"
-    write_phantom(folder, 4, size=64)
-    build_fundus(FundusTable(folder / "labels.csv"), folder, folder / "manifest.jsonl", test=0.2)
+    write_phantom(folder, 4, image_size=64)
+    build_fundus(FundusTable(folder / "labels.csv"), folder, folder / "manifest.jsonl", test_share=0.2)
     settings = {
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
         "zero_optimization": {"stage": 2},
     }  # fmt: skip
     (tmp_path / "zero2.json").write_text(json.dumps(settings))
     command = [
-        COMMAND, "pretrain", "--data", folder / "manifest.jsonl", "--preset", "tiny", "--epochs", "2",
+        COMMAND, "pretrain", "--manifest", folder / "manifest.jsonl", "--tower-size", "tiny", "--epochs", "2",
         "--workers", "0", "--batch-size", "16",
     ]  # fmt: skip
     run(*command, "--out", tmp_path / "plain")

@@ -58,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def probe(place: Path, tower: Path, *arguments: object) -> tuple[object, ...]:
     return (
-        main, "probe", "--encoder", tower, "--data", place / "labels.csv", "--images", place / "images", *arguments,
+        main, "probe", "--encoder", tower, "--labels", place / "labels.csv", "--images", place / "images", *arguments,
     )  # fmt: skip
 
 
@@ -222,7 +222,8 @@ def test_what_cannot_be_used_is_counted_with_its_row_and_strict_stops(
     table.write_text("\n".join([*rows, *bad]) + "\n")
     (place / "images" / "broken.png").write_bytes((place / "images" / "1.png").read_bytes()[:60])
     command = (
-        main, "probe", "--encoder", tower, "--data", table, "--images", place / "images", "--patient-column", "patient",
+        main, "probe", "--encoder", tower, "--labels", table, "--images", place / "images", "--patient-column",
+        "patient",
     )  # fmt: skip
     done = invoke(*command)
     assert done.code == 0, done.err
@@ -258,12 +259,12 @@ def test_what_cannot_be_used_is_counted_with_its_row_and_strict_stops(
     [
         (["--labels-column", "label"], "has no column 'label' (--labels-column)"),
         (["--images", "nowhere"], "does not exist: check --images"),
-        (["--data", "nowhere.csv"], "check --data"),
+        (["--labels", "nowhere.csv"], "check --labels"),
         (["--only", "rde"], "did you mean 'red'"),
-        (["--benchmark", "rfmdi"], "did you mean 'rfmid'"),
-        (["--compare", "paper"], "--compare paper needs --benchmark"),
+        (["--dataset", "rfmdi"], "did you mean 'rfmid'"),
+        (["--compare", "paper"], "--compare paper needs --dataset"),
         (["--binary-columns", "patient"], "expected 1, 0, yes, no"),
-        (["--test", "1.5"], "split shares"),
+        (["--test-share", "1.5"], "--test-share is 1.5"),
     ],
 )
 def test_bad_input_is_one_line(place: Path, tower: Path, arguments: list[str], complaint: str) -> None:

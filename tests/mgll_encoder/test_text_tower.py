@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from mgll_encoder.common.errors import BadDataError, UserError
-from mgll_encoder.pretraining.dual_encoder import PRESETS
+from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES
 from mgll_encoder.text.clip_tokenizer import clip_tokenizer, trimmed_tokenizer
 from mgll_encoder.text.text_tower import TextTower, load_text_tower
 from mgll_encoder.tower.load import load_tower
@@ -49,7 +49,7 @@ def bert_folder(folder: Path) -> Path:
 
 
 def tower_folder(out: Path, text: TextTower | None) -> Path:
-    spec = PRESETS["tiny"].spec.model_copy(update={"depth": 1, "image_size": 16})
+    spec = TOWER_SIZES["tiny"].spec.model_copy(update={"depth": 1, "image_size": 16})
     return save_tower(Tower.from_model(build_model(spec), spec, torch.ones(8, spec.width)), out, text=text)
 
 

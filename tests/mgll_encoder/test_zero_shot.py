@@ -19,7 +19,7 @@ from mgll_encoder.cli import main
 from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
-from mgll_encoder.pretraining.dual_encoder import PRESETS, Preset
+from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES, TowerSize
 from mgll_encoder.pretraining.options import PretrainOptions
 from mgll_encoder.pretraining.pretrain import pretrain
 from mgll_encoder.probing.benchmarks import benchmarks
@@ -37,8 +37,8 @@ from mgll_encoder.text.text_tower import load_text_tower
 from tests.builders import invoke, refused, tower_config
 from tests.mgll_encoder.towers import TEXT, clip_model
 
-NANO = Preset(
-    PRESETS["tiny"].spec.model_copy(
+NANO = TowerSize(
+    TOWER_SIZES["tiny"].spec.model_copy(
         update={"width": 32, "depth": 1, "heads": 2, "mlp_width": 64, "image_size": 16, "projection_dim": 16}
     ),
     text_width=32,
@@ -75,10 +75,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer = csv.DictWriter(stream, table[0])
         writer.writeheader()
         writer.writerows(table)
-    with mock.patch.dict(PRESETS, {"nano": NANO}):
-        options = PretrainOptions(preset="nano", epochs=12, batch_size=16, lr=3e-3)
+    with mock.patch.dict(TOWER_SIZES, {"nano": NANO}):
+        options = PretrainOptions(tower_size="nano", epochs=12, batch_size=16, learning_rate=3e-3)
         pretrain(path, folder / "tower", options, workers=0)
-        pretrain(path, folder / "blind", PretrainOptions(preset="nano", epochs=1, lr=1e-12), workers=0)
+        pretrain(
+            path,
+            folder / "blind",
+            PretrainOptions(tower_size="nano", epochs=1, learning_rate=1e-12),
+            workers=0,
+        )
     return folder
 
 
@@ -88,7 +93,7 @@ def asked(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
     def command(*more: object, encoder: str = "tower") -> tuple[object, ...]:
         return (
-            main, "zero-shot", "--encoder", place / encoder, "--data", place / "labels.csv", "--images",
+            main, "zero-shot", "--encoder", place / encoder, "--labels", place / "labels.csv", "--images",
             place / "images", "--patient-column", "patient", "--min-positives", 3, *more,
         )  # fmt: skip
 
@@ -150,7 +155,7 @@ def test_scores_are_those_of_the_formula(place: Path) -> None:
 def test_retrieval_finds_the_texts_of_pictures_and_the_pictures_of_texts(
     place: Path, asked, tmp_path: Path
 ) -> None:
-    command = (main, "retrieval", "--data", place / "manifest.jsonl")
+    command = (main, "retrieval", "--manifest", place / "manifest.jsonl")
     done = invoke(*command, "--encoder", place / "tower", "--out", tmp_path / "r.json")
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "r.json").read_text())["granularities"]
@@ -188,7 +193,7 @@ def test_a_damaged_line_of_a_manifest_is_counted_or_stops_a_strict_run(
     ]
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join([head, *map(json.dumps, [*tests, *bad])]) + "\n")
-    command = (main, "retrieval", "--data", path, "--encoder", place / "tower")
+    command = (main, "retrieval", "--manifest", path, "--encoder", place / "tower")
     done = invoke(*command)
     assert done.code == 0, done.err
     summary = done.err.splitlines()[-1]
@@ -217,7 +222,7 @@ def test_a_whole_clip_folder_brings_its_own_text_tower(place: Path, tmp_path: Pa
         found.detach(), getattr(expected, "pooler_output", expected), atol=1e-5, rtol=0
     )
     done = invoke(
-        main, "zero-shot", "--encoder", tmp_path / "clip", "--data", place / "labels.csv", "--images",
+        main, "zero-shot", "--encoder", tmp_path / "clip", "--labels", place / "labels.csv", "--images",
         place / "images", "--labels-column", "colour", "--min-positives", 1,
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -261,7 +266,7 @@ def test_a_file_of_prompts_is_checked(tmp_path: Path, content: str, complaint: s
         (["--prompts", "fundis"], "did you mean 'fundus'"),
         (["--prompts", "none.json"], "none.json does not exist"),
         (["--only", "navi"], "did you mean 'navy'"),
-        (["--test-images", "x"], "--test-images is given without --test-data"),
+        (["--test-images", "x"], "--test-images is given without --test-labels"),
     ],
 )
 def test_bad_input_is_one_line(asked, arguments: list[str], complaint: str) -> None:

@@ -88,7 +88,7 @@ def test_what_the_api_writes_is_what_the_command_writes(
     assert builders.invoke(swap_encoder, *typed).code == 0
     assert contents(written) == contents(tmp_path / "cli")
     reference = plan_swap(tiny_llava, tower, image_size=56).write_delta(tmp_path / "delta")
-    assert builders.invoke(swap_encoder, *typed[:-1], tmp_path / "cli-delta", "--delta").code == 0
+    assert builders.invoke(swap_encoder, *typed[:-1], tmp_path / "cli-delta", "--delta-only").code == 0
     assert contents(reference) == contents(tmp_path / "cli-delta")
 
 
@@ -153,7 +153,7 @@ def test_connectors_are_fitted_on_images_before_writing(
         tower,
         "--align",
         photographs_of_noise,
-        "--align-device",
+        "--device",
         "cpu",
     )
     assert builders.invoke(swap_encoder, *typed, "--out", tmp_path / "cli").code == 0
@@ -164,9 +164,9 @@ def test_connectors_are_fitted_on_images_before_writing(
 
 def test_a_swap_is_verified_and_undone(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
     swapped = plan_swap(tiny_llava, tower).write(tmp_path / "swapped")
-    checks = verify(swapped, encoder=tower, source=tiny_llava)
+    checks = verify(swapped, encoder=tower, mllm=tiny_llava)
     assert all(check.passed for check in checks), checks
-    again = restore(swapped, tmp_path / "again", original=tiny_llava)
+    again = restore(swapped, tmp_path / "again", mllm=tiny_llava)
     assert tensors(again) == tensors(tiny_llava)
     own = restore(swapped, tmp_path / "tower")
     assert (own / "mgll_tower.json").is_file()

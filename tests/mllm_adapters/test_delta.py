@@ -84,8 +84,8 @@ def experiment(name: str, folder: Path, golden: Callable[[], Path]) -> SimpleNam
     encoder = a_tower(folder / "mgll", width=48)
     options = ("--mllm", base, "--encoder", encoder)
     done(*options, "--out", folder / "whole")
-    done(*options, "--out", folder / "delta", "--delta")
-    done(*options, "--out", folder / "referring", "--delta", "--reference-tower")
+    done(*options, "--out", folder / "delta", "--delta-only")
+    done(*options, "--out", folder / "referring", "--delta-only", "--reference-tower")
     return SimpleNamespace(
         folder=folder, base=base, encoder=encoder, whole=folder / "whole", delta=folder / "delta"
     )
@@ -142,7 +142,7 @@ def test_untouched_shards_of_a_composed_checkpoint_are_linked(llava: SimpleNames
     shutil.copytree(llava.base, base, ignore=shutil.ignore_patterns("*.safetensors"))
     model.save_pretrained(base, max_shard_size="40KB")
     delta, out = base.parent / "delta", base.parent / "whole"
-    done("--mllm", base, "--encoder", llava.encoder, "--delta", "--out", delta)
+    done("--mllm", base, "--encoder", llava.encoder, "--delta-only", "--out", delta)
     done("compose", "--delta", delta, "--out", out)
     inodes = {file.stat().st_ino for file in base.glob("*.safetensors")}
     linked = [file for file in out.glob("*.safetensors") if file.stat().st_ino in inodes]
@@ -346,11 +346,11 @@ def test_a_damaged_delta_is_one_line(
 
 def test_options_and_outputs_that_cannot_be(llava: SimpleNamespace, tmp_path: Path) -> None:
     swap = ("--mllm", llava.base, "--encoder", llava.encoder, "--out", tmp_path / "out")
-    assert "--reference-tower requires --delta" in refused(main, *swap, "--reference-tower")
-    assert "--copy cannot be combined with --delta" in refused(main, *swap, "--delta", "--copy")
+    assert "--reference-tower requires --delta-only" in refused(main, *swap, "--reference-tower")
+    assert "--copy cannot be combined with --delta-only" in refused(main, *swap, "--delta-only", "--copy")
     (taken := tmp_path / "taken").mkdir()
     for command in (
-        ("--mllm", llava.base, "--encoder", llava.encoder, "--delta"),
+        ("--mllm", llava.base, "--encoder", llava.encoder, "--delta-only"),
         ("compose", "--delta", llava.delta),
         ("extract", llava.whole, "--mllm", llava.base),
     ):
@@ -364,7 +364,7 @@ def test_options_and_outputs_that_cannot_be(llava: SimpleNamespace, tmp_path: Pa
 
 
 def test_a_dry_run_says_what_the_delta_will_hold(llava: SimpleNamespace, tmp_path: Path) -> None:
-    options = ("--mllm", llava.base, "--encoder", llava.encoder, "--out", tmp_path / "out", "--delta")
+    options = ("--mllm", llava.base, "--encoder", llava.encoder, "--out", tmp_path / "out", "--delta-only")
     shown = done(*options, "--dry-run")
     assert "made from the base" in shown
     assert not (tmp_path / "out").exists()
@@ -373,9 +373,9 @@ def test_a_dry_run_says_what_the_delta_will_hold(llava: SimpleNamespace, tmp_pat
 def test_of_a_referring_delta_nothing_of_the_width_is_stored(llava: SimpleNamespace, tmp_path: Path) -> None:
     """Where the connectors are kept, there is no tensor at all, and the folder still loads."""
     encoder = a_tower(llava.folder / "same-width")
-    options = ("--mllm", llava.base, "--encoder", encoder, "--dtype", "float32")
+    options = ("--mllm", llava.base, "--encoder", encoder, "--precision", "float32")
     out = llava.folder / "tiny"
-    done(*options, "--out", out, "--delta", "--reference-tower")
+    done(*options, "--out", out, "--delta-only", "--reference-tower")
     assert weights(out) == {}
     done(*options, "--out", tmp_path / "whole")
     assert answers_alike(load_mllm(out), load_mllm(tmp_path / "whole"))

@@ -127,7 +127,7 @@ def test_a_swap_verifies_and_can_be_undone(name: str, tiny_llava: Path, tmp_path
     assert done.code == 0, done.err
     verified = invoke(main, "verify", out)
     assert verified.code == 0, verified.err
-    restored = invoke(main, "restore", out, "--original", tiny_llava, "--out", tmp_path / "restored")
+    restored = invoke(main, "restore", out, "--mllm", tiny_llava, "--out", tmp_path / "restored")
     assert restored.code == 0, restored.err
     before, after = load_mllm(tiny_llava)[0], load_mllm(tmp_path / "restored")[0]
     assert all(torch.equal(value, after.state_dict()[key]) for key, value in before.state_dict().items())
@@ -142,7 +142,7 @@ def test_a_swap_verifies_and_can_be_undone(name: str, tiny_llava: Path, tmp_path
 @hosted
 def test_it_is_written_as_a_delta(name: str, tiny_llava: Path, tmp_path: Path) -> None:
     tower, out = a_general_tower(name, tmp_path / "tower"), tmp_path / "delta"
-    done = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--delta")
+    done = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--delta-only")
     assert done.code == 0, done.err
     swap(tiny_llava, tower, tmp_path / "whole")
     expected, found = (

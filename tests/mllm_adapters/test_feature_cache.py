@@ -207,7 +207,7 @@ def test_training_takes_the_same_way_with_and_without_the_cache(loud, tmp_path, 
     again = run(loud, tmp_path / "again", workers=1)
     assert sum(filled) == 2, "a second run computes nothing"
     assert again.losses == kept.losses
-    coarse = run(loud, tmp_path / "coarse", feature_dtype="bfloat16")
+    coarse = run(loud, tmp_path / "coarse", feature_precision="bfloat16")
     assert sum(filled) == 4, "another precision is another store"
     assert dict(coarse.losses) == pytest.approx(dict(plain.losses), abs=5e-2)
     assert coarse.losses != kept.losses

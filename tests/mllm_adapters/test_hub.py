@@ -135,7 +135,7 @@ def test_a_tower_that_is_neither_here_nor_reachable_says_what_to_do(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for command in (
         (mgll_encoder, "inspect", "org/other"),
-        (mgll_encoder, "probe", "--encoder", "org/other", "--data", "labels.csv", "--images", tmp_path),
+        (mgll_encoder, "probe", "--encoder", "org/other", "--labels", "labels.csv", "--images", tmp_path),
         (main, "--mllm", tiny_llava, "--encoder", "org/other"),
         (main, "--mllm", tiny_llava, "--encoder", "org/other", "--part", "vision-tower=org/other"),
     ):
@@ -154,10 +154,10 @@ def test_another_kind_of_tower_is_refused_before_its_weights_are_downloaded(
 ) -> None:
     hub.files["config.json"] = b'{"model_type": "siglip2"}'
     assert "field 'model_type' is 'siglip2'" in refused(mgll_encoder, "inspect", "org/siglip")
-    write_phantom(tmp_path / "set", 2, size=32)
+    write_phantom(tmp_path / "set", 2, image_size=32)
     manifest = tmp_path / "manifest.jsonl"
     build_fundus(FundusTable(tmp_path / "set" / "labels.csv"), tmp_path / "set", manifest)
-    training = ("pretrain", "--data", manifest, "--init", "org/siglip", "--out", tmp_path / "tower")
+    training = ("pretrain", "--manifest", manifest, "--init", "org/siglip", "--out", tmp_path / "tower")
     assert "field 'model_type' is 'siglip2'" in refused(mgll_encoder, *training)
     assert set(hub.asked) == {"config.json"}
 

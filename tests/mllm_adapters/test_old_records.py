@@ -55,7 +55,7 @@ def test_its_phrases_are_kept_under_the_names_of_today(old: Path) -> None:
 
 def test_it_is_verified_restored_and_made_a_delta(old: Path, tiny_llava: Path, tmp_path: Path) -> None:
     assert [c.name for c in Verification(old, tmp_path / "mgll", tiny_llava).checks() if not c.passed] == []
-    assert invoke(main, "restore", old, "--original", tiny_llava, "--out", tmp_path / "back").code == 0
+    assert invoke(main, "restore", old, "--mllm", tiny_llava, "--out", tmp_path / "back").code == 0
     delta = tmp_path / "delta"
     assert invoke(main, "extract", old, "--mllm", tiny_llava, "--out", delta).code == 0
     in_format_2(delta, "mgll_delta.json")

@@ -107,7 +107,7 @@ def test_the_card_is_one_that_the_hub_reads(tiny_llava: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_tower_can_have_a_dtype_of_its_own(dtype: str, tiny_llava: Path, tmp_path: Path) -> None:
     tower, out = a_tower(tmp_path / "mgll"), tmp_path / "out"
-    outcome = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--dtype", dtype)
+    outcome = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--precision", dtype)
     assert outcome.code == 0, outcome.err
     found = {}
     for file in out.glob("*.safetensors"):
@@ -116,14 +116,14 @@ def test_the_tower_can_have_a_dtype_of_its_own(dtype: str, tiny_llava: Path, tmp
     expected = {"float16": "F16", "float32": "F32"}[dtype]
     assert {kind for name, kind in found.items() if "vision_tower" in name} == {expected}
     assert {kind for name, kind in found.items() if "vision_tower" not in name} == {"F32"}
-    assert (f"the tower is written in {dtype} (--dtype)" in outcome.err) == (dtype == "float16")
+    assert (f"the tower is written in {dtype} (--precision)" in outcome.err) == (dtype == "float16")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(
         span.length for file in out.glob("*.safetensors") for span in spans(file).values()
     )
     load_mllm(out)
-    message = refused(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--dtype", "float8")
-    assert "unknown --dtype 'float8'" in message
+    message = refused(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--precision", "float8")
+    assert "unknown --precision 'float8'" in message
 
 
 def test_what_a_sample_tells(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_an_edited_record_is_named(
         node = node[key]
     node[last] = value
     (out / "mgll_swap.json").write_text(json.dumps(record))
-    assert found in refused(main, "restore", out, "--original", tiny_llava, "--out", tmp_path / "back")
+    assert found in refused(main, "restore", out, "--mllm", tiny_llava, "--out", tmp_path / "back")
 
 
 def test_a_tensor_that_is_not_there_is_named(tiny_llava: Path) -> None:

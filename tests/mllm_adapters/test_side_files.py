@@ -104,11 +104,11 @@ def train(command: Callable[[], None], work: Path, model: str, out: str, *option
 
 COMMANDS: dict[str, Callable[[Path], Outcome]] = {
     "swap": lambda work: swap(work, "swap"),
-    "delta": lambda work: swap(work, "delta", "--delta"),
+    "delta": lambda work: swap(work, "delta", "--delta-only"),
     "retrain": lambda work: train(retrain_projector, work, "base", "retrain"),
     "merge": lambda work: train(finetune_lora, work, "base", "adapter", "--merge"),
     "restore": lambda work: invoke(
-        swap_encoder, "restore", work / "swapped", "--original", work / "base", "--out", work / "restore"
+        swap_encoder, "restore", work / "swapped", "--mllm", work / "base", "--out", work / "restore"
     ),
 }
 

@@ -81,7 +81,7 @@ def test_another_tower_takes_its_own_record_along(place: Path, tmp_path: Path) -
 
 def test_undone_the_tower_leaves_with_its_record(place: Path, tiny_llava: Path, tmp_path: Path) -> None:
     for folder, left in {"swapped": [], "lora-merged": [TUNED]}.items():
-        original = ("restore", place / folder, "--original", tiny_llava, "--out", tmp_path / folder)
+        original = ("restore", place / folder, "--mllm", tiny_llava, "--out", tmp_path / folder)
         assert invoke(swap_encoder, *original).code == 0
         assert titles(tmp_path / folder) == left
     encoder = ("restore", place / "swapped", "--to-encoder", "--out", tmp_path / "encoder")

@@ -83,7 +83,7 @@ def test_what_was_written_verifies(row: SimpleNamespace) -> None:
 
 
 def test_restoring_gives_the_original_bit_by_bit(row: SimpleNamespace, tmp_path: Path) -> None:
-    outcome = invoke(main, "restore", row.out, "--original", row.source, "--out", tmp_path / "back")
+    outcome = invoke(main, "restore", row.out, "--mllm", row.source, "--out", tmp_path / "back")
     assert outcome.code == 0, outcome.err
     checkpoint, family, layout = open_checkpoint(row.source)
     if layout == "transformers":
@@ -202,7 +202,7 @@ def test_without_encoder_and_source_the_hashes_speak_and_it_says_what_was_not_ch
     assert (
         "mgll was not found, so they were not recomputed from it: pass --encoder" in checks["tower"]["detail"]
     )
-    assert "by samples of their files only: host was not found, pass --source" in checks["plan"]["detail"]
+    assert "by samples of their files only: host was not found, pass --mllm" in checks["plan"]["detail"]
     assert checks["image"]["passed"] is None
     name = flip(copy, "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight")
     assert f"{name} has been changed" in refused(main, "verify", copy, "--quick")
@@ -243,7 +243,7 @@ def test_training_since_is_recorded_and_what_it_taught_the_language_model_is_kep
     assert all(checks[name].passed for name in ("files", "tensors", "tower", "plan", "loading"))
     assert "2 trained after the swap" in checks["plan"].detail
     outcome = invoke(
-        main, "restore", tmp_path / "trained", "--original", llava.source, "--out", tmp_path / "back"
+        main, "restore", tmp_path / "trained", "--mllm", llava.source, "--out", tmp_path / "back"
     )
     assert outcome.code == 0, outcome.err
     back, source = weights(tmp_path / "back"), weights(llava.source)
@@ -258,11 +258,11 @@ def test_undoing_what_was_not_done_is_refused(
     out = ("--out", tmp_path / "out")
     assert "has no mgll_swap.json" in refused(main, "restore", tiny_llava, "--to-encoder", *out)
     assert "has no mgll_swap.json" in refused(main, "verify", tiny_llava)
-    assert "pass either --original" in refused(main, "restore", llava.out, *out)
+    assert "pass either --mllm" in refused(main, "restore", llava.out, *out)
     assert "--part and --copy go with" in refused(main, "restore", llava.out, "--to-encoder", "--copy", *out)
     other = Path(shutil.copytree(llava.source, tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
-    message = refused(main, "restore", llava.out, "--original", other, *out)
+    message = refused(main, "restore", llava.out, "--mllm", other, *out)
     assert "is not the original of" in message
     assert "other hashes" in message
     damaged = Path(shutil.copytree(llava.out, tmp_path / "damaged"))

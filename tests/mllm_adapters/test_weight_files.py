@@ -55,7 +55,7 @@ def test_a_torch_file_called_safetensors_is_loaded_and_swapped(
     swapped, _ = load_mllm(swap(wrong, tower, tmp_path / "swapped"))
     expected, _ = load_mllm(swap(tiny_llava, tower, tmp_path / "expected"))
     assert same(swapped, expected)
-    checked = invoke(main, "verify", tmp_path / "swapped", "--source", wrong)
+    checked = invoke(main, "verify", tmp_path / "swapped", "--mllm", wrong)
     assert checked.code == 0, checked.out + checked.err
 
 
@@ -75,7 +75,7 @@ def test_a_delta_whose_weights_are_a_torch_file_is_composed(
     tiny_llava: Path, tmp_path: Path, tower: Path
 ) -> None:
     base = Path(shutil.copytree(tiny_llava, tmp_path / "base"))
-    delta = swap(base, tower, tmp_path / "delta", "--delta")
+    delta = swap(base, tower, tmp_path / "delta", "--delta-only")
     expected, _ = load_mllm(delta)
     as_torch_file(delta / DELTA_WEIGHTS)
     assert same(load_mllm(delta)[0], expected)

@@ -48,7 +48,7 @@ COMMANDS = (
     Command("swap", _swap()),
     Command("swap --copy", _swap("--copy")),
     Command("convert", ("swap-encoder", "convert", "--mllm", "{in}/original", "--out", "out")),
-    Command("delta", _swap("--delta")),
+    Command("delta", _swap("--delta-only")),
     Command(
         "compose",
         ("swap-encoder", "compose", "--mllm", "{in}/host", "--delta", "{done}/delta/out", "--out", "out"),
@@ -68,8 +68,8 @@ COMMANDS = (
     Command(
         "pretrain",
         (
-            "mgll-encoder", "pretrain", "--data", "{in}/phantom/manifest.jsonl", "--preset", "tiny", "--epochs", "2",
-            "--batch-size", "16", "--workers", "0", "--out", "out",
+            "mgll-encoder", "pretrain", "--manifest", "{in}/phantom/manifest.jsonl", "--tower-size", "tiny", "--epochs",
+            "2", "--batch-size", "16", "--workers", "0", "--out", "out",
         ),
         resumes=True,
     ),
@@ -107,7 +107,7 @@ COMMANDS = (
     Command(
         "report",
         (
-            "eval-mcq", "report", "a={done}/run/out", "b={done}/run/out", "--html", "report.html", "--assets", "assets",
+            "eval-mcq", "report", "a={done}/run/out", "b={done}/run/out", "--out", "report.html", "--assets", "assets",
             "--plots", "plots",
         ),
         needs=("run",),
@@ -159,13 +159,13 @@ def _phantom(folder: Path) -> None:
     from mgll_encoder.data.fundus import FundusTable, build_fundus
     from mgll_encoder.data.phantom.dataset import write_phantom
 
-    write_phantom(folder / "phantom", 4, size=32)
+    write_phantom(folder / "phantom", 4, image_size=32)
     build_fundus(
         FundusTable(folder / "phantom" / "labels.csv"),
         folder / "phantom",
         folder / "phantom" / "manifest.jsonl",
-        test=0.2,
-        val=0.2,
+        test_share=0.2,
+        val_share=0.2,
     )
 
 

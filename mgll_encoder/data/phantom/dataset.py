@@ -71,13 +71,15 @@ def phantom_eyes(per_disease: int, seed: int) -> Iterator[PhantomEye]:
             patient += 1
 
 
-def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, force: bool = False) -> int:
+def write_phantom(
+    out: Path, per_disease: int, image_size: int = 64, seed: int = 0, force: bool = False
+) -> int:
     """Write ``images/``, ``labels.csv``, ``contact_sheet.png``, and ``views.jsonl``, a manifest without diseases.
 
     Args:
         out: The new folder.
         per_disease: Photographs of each disease, and of normal eyes; two per patient.
-        size: Side of the pictures in pixels.
+        image_size: Side of the pictures in pixels.
         seed: The same seed writes the same bytes.
         force: Replace an existing folder.
 
@@ -89,14 +91,14 @@ def write_phantom(out: Path, per_disease: int, size: int = 64, seed: int = 0, fo
     """
     if per_disease < 1:
         raise InvalidArgumentError(f"`images_per_disease` is {per_disease}: give at least 1")
-    if not 16 <= size <= 1024:
-        raise InvalidArgumentError(f"`size` is {size}: give a side between 16 and 1024 pixels")
+    if not 16 <= image_size <= 1024:
+        raise InvalidArgumentError(f"`image_size` is {image_size}: give a side between 16 and 1024 pixels")
     eyes = list(phantom_eyes(per_disease, seed))
     with new_folder(out, force) as folder:
         (folder / "images").mkdir()
         views = []
         for eye in track(eyes, "Rendering phantom photographs"):
-            picture = eye.draw(size, seed)
+            picture = eye.draw(image_size, seed)
             picture.save(folder / eye.file)
             views.append(ManifestRow(image=eye.file, texts=view_texts(picture, eye.left), patient=eye.name))
         write_manifest(
