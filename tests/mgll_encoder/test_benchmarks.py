@@ -140,7 +140,7 @@ def test_idrid_has_grades_and_a_risk(tmp_path: Path) -> None:
     head = "Image name,Retinopathy grade,Risk of macular edema {},,,,\n"
     training = table(tmp_path / "a.csv", head.format("") + "IDRiD_001,3,2,,,,\nIDRiD_002,0,0,,,,\n")
     testing = table(tmp_path / "b.csv", "Image name,Retinopathy grade,Risk of macular edema\nIDRiD_001,4,0\n")
-    sides = {"test_data": testing, "test_images": tmp_path / "b"}
+    sides = {"test_labels": testing, "test_images": tmp_path / "b"}
     grades = LabeledSet(training, tmp_path / "a", "idrid", **sides).read(Skipped())
     assert (grades.names, grades.test.tolist()) == (("0", "3", "4"), [False, False, True])
     risks = LabeledSet(training, tmp_path / "a", "idrid-dme", **sides).read(Skipped())
