@@ -28,7 +28,18 @@ DOCUMENTS = {
 RECORDED = {"swap-encoder --align", "probe --mode finetune"}
 """Names of trainings in records, which stay as they are in old ones."""
 
-TERMINAL = {f"mgll_encoder/common/{name}.py" for name in ("cli", "spelling", "table_options")}
+TERMINAL = {
+    f"mgll_encoder/common/{name}.py"
+    for name in (
+        "cli",
+        "compute_options",
+        "old_options",
+        "option_table",
+        "spelling",
+        "table_options",
+        "typing_errors",
+    )
+}
 """Where options belong to."""
 
 OTHER_PROGRAMS = ("torchrun", "deepspeed", "accelerate", "pip", "var(", "lmms_eval")
