@@ -1,5 +1,6 @@
 # make demo          everything from phantom images to the table, without downloads but packages
 # make test          the test suite, with the versions of requirements/lock.txt
+# make screenshots   the pictures in docs/, from the demo; needs Debian's chromium and chromium-driver
 # make test-latest   the same with the newest versions that pyproject.toml allows, in .venv-latest
 # make test-lowest   the same with the lowest, requirements/lowest.txt, in .venv-lowest
 # make test-clients  swapped folders in other releases of transformers, each in .venv-clients; writes docs/clients.md
@@ -12,7 +13,7 @@ LOCK := requirements/lock.txt
 LOWEST := requirements/lowest.txt
 SUITE := -m pytest -m "not slow" --numprocesses 2
 
-.PHONY: install demo test test-slow test-latest test-lowest fuzz soak lint lint-ci lock wheel check-wheel clean
+.PHONY: install demo axe screenshots test test-slow test-latest test-lowest fuzz soak lint lint-ci lock wheel check-wheel clean
 
 install: .venv/installed
 
@@ -41,7 +42,18 @@ endef
 demo: install
 	$(BIN)/python scripts/demo.py --out demo
 
-test: install
+# axe-core checks the report's page for readers of screens and for contrast; without it that test is skipped. The package
+# is taken for its axe.min.js alone. MGLL_AXE=/path/to/axe.min.js uses another one (npm pack axe-core).
+axe: .venv/axe/installed
+.venv/axe/installed: .venv/installed
+	$(BIN)/uv pip install --quiet --no-deps --target $(@D) axe-playwright-python==0.1.8
+	touch $@
+
+# docs/report.png, docs/explain.png and docs/phantom.jpg, from the demo's outputs
+screenshots: demo
+	$(BIN)/python -m tests.screenshots demo
+
+test: install axe
 	$(BIN)/python $(SUITE)
 
 test-slow: install

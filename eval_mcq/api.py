@@ -291,6 +291,7 @@ def run(
         UserError: model or benchmark cannot be read, the model was trained on its images, or ``out`` is another run.
     """
     from eval_mcq.records.leaks import check_leak
+    from eval_mcq.records.model_history import history_of
 
     folder = Path(out) if out is not None else Path("runs") / Path(model).resolve().name
     questions, part = load_benchmark(bench), shard_of(shard)
@@ -299,7 +300,8 @@ def run(
     from eval_mcq.runs.run import Settings, check_resumable, describe_run
 
     leak = check_leak(backend.folder, questions, allow=allow_leak) if backend.folder else None
-    record = describe_run(identity, questions, backend.mode, rotations, part, leak)
+    history = history_of(backend.folder) if backend.folder else None
+    record = describe_run(identity, questions, backend.mode, rotations, part, leak, history)
     check_resumable(folder, record, force)
     settings = Settings(batch_size, limit, force, part)
     return answer(questions, backend.load, record, folder, settings)
@@ -372,7 +374,7 @@ def report(
     thumbnails: bool = True,
     force: bool = False,
 ) -> int:
-    """Write an HTML report: table, plots, and every question with its image and each arm's answer.
+    """Write an HTML report: table, plots, every question with image and answers, and how the models were trained.
 
     Args:
         runs: Arm -> run or run folder.

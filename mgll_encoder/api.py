@@ -256,9 +256,9 @@ def explain(
         images: An image, a folder of images, or the folder that the image column of ``labels`` is relative to.
         out: Contact sheet to write (.png).
         texts: Attribute the similarity to these texts; needs the text tower.
-        targets: Attribute these classes of a linear probe, fitted on the training split of ``labels``; the images are
-            then test images, those of the classes first.
-        labels: Table of images and labels.
+        targets: Attribute these classes of a linear probe, fitted on the training split of ``labels``; their images
+            come first.
+        labels: Table of images and labels; its test images are shown, with their labels. Without it any images are.
         limit: Maximum number of images.
         activation: As for `linear_probe`.
         weights: As for `linear_probe`.
@@ -269,13 +269,15 @@ def explain(
     Raises:
         UserError: images, table or tower cannot be read, a label is unknown, or ``out`` is taken.
     """
-    if targets and labels is None and "dataset" not in question:
+    labeled = labels is not None or "dataset" in question
+    if targets and not labeled:
         raise InvalidArgumentError("`targets` needs `labels` with a label table to fit a probe on")
     from mgll_encoder.probing.explained import explain_images
 
     return explain_images(
-        Path(encoder), Path(images), Path(out), texts=texts, targets=targets, question=asked(labels, images, question),
-        limit=limit, activation=activation, weights=weights, strict=strict, force=force,
+        Path(encoder), Path(images), Path(out), texts=texts, targets=targets, limit=limit,
+        question=asked(labels, images, question) if labeled else None,
+        activation=activation, weights=weights, strict=strict, force=force,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from mllm_adapters.checkpoints.locate import base_of_adapter, is_swapped
     from mllm_adapters.core.architectures import register_models
+    from mllm_adapters.core.provenance import alignment_of
     from mllm_adapters.loading.load import load_mllm
     from mllm_adapters.loading.quantization import nf4
     from mllm_adapters.swap.verify import Verification
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Verification",
     "align",
+    "alignment_of",
     "base_of_adapter",
     "compose",
     "convert",
@@ -55,6 +57,7 @@ __getattr__, __dir__ = lazy(
     {
         "Verification": "swap.verify",
         "align": "api",
+        "alignment_of": "core.provenance",
         "base_of_adapter": "checkpoints.locate",
         "compose": "api",
         "convert": "api",

@@ -317,7 +317,7 @@ def report(
     thumbnails: Annotated[bool, typer.Option("--thumbnails/--no-thumbnails", help="Show the images.")] = True,
     force: Force = False,
 ) -> None:
-    """Write an HTML report: table, plots, and every question with its image and each arm's answer.
+    """Write an HTML report: table, plots, every question with image and answers, and how the models were trained.
 
     The page needs no network and no other file; its filters and keys find the answers that the swap changed.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval_mcq.html_report.content import Content
+from eval_mcq.html_report.models import TrainingCurve
 from eval_mcq.items.schema import LETTERS
 from eval_mcq.tables.calibration import BINS
 from eval_mcq.tables.summary import Comparison
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 PALETTE = ("#7a7a7a", "#0072b2", "#d55e00", "#009e73", "#a3578a", "#8c6d1f")
 """Colors of the arms in order, safe for color-blind readers (after Okabe and Ito) and legible on white and black."""
+
+WIDTH = 5.6
+"""Width of most plots, inches: their text is legible in half a page, and on a telephone."""
+
+DASHES = ("-", "--", ":", "-.")
+"""Line styles of an arm's curves."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,9 @@ class Ink:
 ON_WHITE = Ink("#1a1a1a", "#c8c8c8")
 IN_PAGE = Ink("#010203", "#040506")
 """Placeholders: `page_svg` replaces them by the page's own colors, so that a plot follows its dark mode."""
+
+STRONGEST = 0.6
+"""Opacity that a share of 1 adds to a cell of the confusion plot; text in either color scheme is legible on it."""
 
 MOST_CONFUSED = 12
 """Maximum number of options in the confusion plot; rarer ones are collected under OTHER."""
@@ -77,11 +87,25 @@ def page_svg(plot: Plot) -> str:
     return plot.svg().replace(IN_PAGE.text, "var(--ink)").replace(IN_PAGE.line, "var(--line)")
 
 
-def plots(content: Content, comparison: Comparison, ink: Ink) -> list[Plot]:
-    """Create all plots of a report, in the given colors."""
+def plots(
+    content: Content, comparison: Comparison, curves: Sequence[TrainingCurve], ink: Ink
+) -> tuple[list[Plot], list[Plot]]:
+    """Create all plots of a report, in the given colors: those of the results, and those of the trainings."""
     import matplotlib
 
-    settings: dict[Any, Any] = {
+    with matplotlib.rc_context(_settings(ink)):
+        drawn = [_accuracy(comparison, ink), _dots(comparison, ink)]
+        if any(arm.diagnosis.calibration for arm in comparison.arms):
+            drawn.append(_reliability(comparison, ink))
+        results = [*drawn, *(_confusion(content, name, ink) for name in content.arms)]
+        together: dict[tuple[str, str], list[TrainingCurve]] = {}
+        for curve in curves:
+            together.setdefault((curve.value, curve.title), []).append(curve)
+        return results, [_training(of_one, list(content.arms)) for of_one in together.values()]
+
+
+def _settings(ink: Ink) -> dict[Any, Any]:
+    return {
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 9,
@@ -90,16 +114,37 @@ def plots(content: Content, comparison: Comparison, ink: Ink) -> list[Plot]:
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink.text),
         **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), ink.line),
     }
-    with matplotlib.rc_context(settings):
-        drawn = [_accuracy(comparison, ink), _dots(comparison, ink)]
-        if any(arm.diagnosis.calibration for arm in comparison.arms):
-            drawn.append(_reliability(comparison, ink))
-        return [*drawn, *(_confusion(content, name, ink) for name in content.arms)]
+
+
+def _training(curves: Sequence[TrainingCurve], names: Sequence[str]) -> Plot:
+    title, value = curves[0].title, curves[0].value
+    figure, axes = _canvas(WIDTH, 3.6)
+    axes.grid(visible=True, linewidth=0.5)
+    drawn: Counter[int] = Counter()
+    for curve in curves:
+        first = curve.arms[0]
+        axes.plot(
+            *zip(*curve.points, strict=True),
+            color=_color(first),
+            linestyle=DASHES[drawn[first] % len(DASHES)],
+            marker="." if len(curve.points) < 50 else "",
+            label="; ".join(names[arm] for arm in curve.arms),
+        )
+        drawn[first] += 1
+    axes.set_xlabel("step")
+    axes.set_ylabel(value)
+    _legend(axes, 3)
+    return Plot(
+        f"{value}-{_file_name(title)}",
+        f"Training {value}: {title}",
+        f"The {value} over the optimizer steps of the training. Arms whose models have the same training share a line.",
+        figure,
+    )
 
 
 def _accuracy(comparison: Comparison, ink: Ink) -> Plot:
     names = comparison.categories
-    figure, axes = _canvas(7.2, 0.6 + len(names) * (0.2 + 0.16 * len(comparison.arms)))
+    figure, axes = _canvas(WIDTH, 0.6 + len(names) * (0.2 + 0.16 * len(comparison.arms)))
     height = 0.8 / len(comparison.arms)
     for a, arm in enumerate(comparison.arms):
         cells = [arm.cells[name] for name in names]
@@ -129,7 +174,7 @@ def _accuracy(comparison: Comparison, ink: Ink) -> Plot:
 
 def _dots(comparison: Comparison, ink: Ink) -> Plot:
     names = [*comparison.categories, "Average"]
-    figure, axes = _canvas(7.2, 0.9 + 0.3 * len(names))
+    figure, axes = _canvas(WIDTH, 0.9 + 0.3 * len(names))
     shares = [
         [*(100 * arm.cells[name].share for name in comparison.categories), 100 * arm.macro.value]
         for arm in comparison.arms
@@ -212,12 +257,16 @@ def _confusion(content: Content, arm: str, ink: Ink) -> Plot:
     axes.set_xlabel("chosen")
     axes.set_ylabel("true")
     return Plot(
-        f"confusion-{''.join(c if c.isalnum() else '-' for c in arm)}",
+        f"confusion-{_file_name(arm)}",
         f"Confusion: {arm}",
-        f"Number of questions by the option that {arm} chose (columns) and the true option (rows); darker cells have "
-        "a larger share of their row. Only options offered together can be confused.",
+        f"Number of questions by the option that {arm} chose (columns) and the true option (rows); the stronger a "
+        "cell's color, the larger its share of the row. Only options offered together can be confused.",
         figure,
     )
+
+
+def _file_name(title: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in title)
 
 
 def _canvas(width: float, height: float) -> "tuple[Figure, Axes]":
@@ -235,14 +284,14 @@ def _rows(axes: "Axes", names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _legend(axes: "Axes", columns: int = 4) -> None:
+def _legend(axes: "Axes", columns: int = 3) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False)
 
 
 def _square(x: int, y: int, color: str, alpha: float) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, alpha=0.1 + 0.7 * alpha, linewidth=0)
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, alpha=0.1 + STRONGEST * alpha, linewidth=0)
 
 
 def _color(arm: int) -> str:

@@ -4,19 +4,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from eval_mcq.html_report.content import Content, check_unchanged, gather
-from eval_mcq.html_report.figures import IN_PAGE, ON_WHITE, page_svg, plots
+from eval_mcq.html_report.figures import IN_PAGE, ON_WHITE, PALETTE, page_svg, plots
+from eval_mcq.html_report.models import models_of
+from eval_mcq.html_report.results import results_of
 from eval_mcq.html_report.thumbnails import as_files, inlined
 from eval_mcq.items.schema import Bench
 from eval_mcq.records.run_record import Run
-from eval_mcq.tables.rounding import Rounding
 from eval_mcq.tables.summary import Comparison, compare
-from eval_mcq.tables.table_layout import by_disease, entries_of
+from eval_mcq.tables.table_layout import by_disease
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import check_free, new_folder, write_text
 
@@ -73,7 +75,8 @@ def write_report(
     data |= {"sources": _thumbnails(content, out, options, force)}
     if options.plots:
         with new_folder(options.plots, force) as partial:
-            for plot in plots(content, comparison, ON_WHITE):
+            drawn = plots(content, comparison, models_of(arms).curves, ON_WHITE)
+            for plot in chain(*drawn):
                 (partial / f"{plot.name}.svg").write_text(plot.svg(), encoding="utf-8")
                 (partial / f"{plot.name}.png").write_bytes(plot.png())
     write_text(out, _page(content, comparison, data), force)
@@ -81,9 +84,10 @@ def write_report(
 
 
 def _references(comparison: Comparison) -> dict[str, object]:
-    """Return the index of each arm's reference, for the browser's flips; -1 for the first arm."""
+    """Return the index of each arm's reference, for the browser's flips; -1 for the first arm; and how many colors."""
     names = [arm.name for arm in comparison.arms]
-    return {"against": [names.index(arm.against) if arm.against else -1 for arm in comparison.arms]}
+    against = [names.index(arm.against) if arm.against else -1 for arm in comparison.arms]
+    return {"against": against, "colors": len(PALETTE)}
 
 
 def _thumbnails(content: Content, out: Path, options: ReportOptions, force: bool) -> list[str]:
@@ -107,13 +111,21 @@ def _page(content: Content, comparison: Comparison, data: Mapping[str, object]) 
         lstrip_blocks=True,
     )
     part = files("eval_mcq.html_report").joinpath("page")
+    models = models_of(content.arms)
+    drawn, curves = (
+        [(plot, Markup(page_svg(plot))) for plot in some]
+        for some in plots(content, comparison, models.curves, IN_PAGE)
+    )
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
         grid=by_disease(comparison),
-        averages=entries_of(comparison, Rounding())[-2],
-        plots=[(plot, Markup(page_svg(plot))) for plot in plots(content, comparison, IN_PAGE)],
+        results=results_of(comparison),
+        palette=PALETTE,
+        plots=drawn,
+        models=models,
+        curves=curves,
         records={name: run.record for name, run in content.arms.items()},
-        models={name: Path(run.record.model).name for name, run in content.arms.items()},
+        names={name: Path(run.record.model).name for name, run in content.arms.items()},
         style=Markup(part.joinpath("report.css").read_text(encoding="utf-8")),
         script=Markup(part.joinpath("report.js").read_text(encoding="utf-8")),
         # "<" could end the script element with the data

@@ -16,6 +16,7 @@ from eval_mcq.records.answers_file import whole_lines
 from eval_mcq.records.backend_record import BackendRecord
 from eval_mcq.records.batching import Shard
 from eval_mcq.records.leaks import Leak
+from eval_mcq.records.model_history import ModelHistory
 from eval_mcq.scoring.prompt import Mode, shown_letters
 from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
 from mgll_encoder.common.texts import parse_json, read_text
@@ -69,6 +70,7 @@ class RunRecord(BaseModel):
             another tool.
         backend: The program that answered, and what it was sent; None for this project's engine, whose version is in
             ``code``.
+        history: How the model was made, for the report; None if its folder has no record.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -93,6 +95,7 @@ class RunRecord(BaseModel):
     leak: Leak | None = None
     left_out: dict[str, Annotated[int, Field(ge=0)]] = {}
     backend: BackendRecord | None = None
+    history: ModelHistory | None = None
 
     @field_validator("shard")
     @classmethod

@@ -17,6 +17,7 @@ from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.records.answers_file import append_answers, drop_unfinished_line, lock_run, sort_answers
 from eval_mcq.records.batching import Group, Shard, asks_of, batches, groups
 from eval_mcq.records.leaks import Leak
+from eval_mcq.records.model_history import ModelHistory
 from eval_mcq.records.run_record import (
     ANSWERS_FILE,
     RUN_FILE,
@@ -70,7 +71,7 @@ class Settings:
 
 def describe_run(
     identity: "Identity", bench: Bench, mode: Mode = "letters", rotations: int = 1, shard: Shard | None = None,
-    leak: Leak | None = None,
+    leak: Leak | None = None, history: ModelHistory | None = None,
 ) -> RunRecord:  # fmt: skip
     """Create the record of a run, before its first answer."""
     most = max(len(item.options) for item in bench.items)
@@ -80,7 +81,7 @@ def describe_run(
         categories=bench.categories, questions=len(bench.items),
         mode=mode, rotations=min(rotations, most), prompt=prompt_version(mode), dtype=identity.dtype,
         code=identity.code, shard=(shard or Shard()).name, versions=dict(identity.versions), leak=leak,
-        left_out=bench.left_out, backend=identity.backend,
+        left_out=bench.left_out, backend=identity.backend, history=history,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from eval_mcq.tables.table_layout import (
     headline_of,
     notes_of,
     order_notes,
+    p_words,
 )
 
 ONE_ORDER, EVERY_ORDER = "macro, one order", "macro, all orders"
@@ -169,7 +170,7 @@ def _model_notes(model: str, comparison: Comparison, rounding: Rounding, common:
         if a > 0:
             note += (
                 f", gain {of_all.gain} {of_all.gain_interval}".rstrip()
-                + f", p = {of_all.p}; gain of the Average {average.gain} {average.gain_interval}".rstrip()
+                + f"{p_words(of_all.p)}; gain of the Average {average.gain} {average.gain_interval}".rstrip()
             )
         notes.append(f"{note}.")
     notes += [f"{model} {note}".strip() for note in order_notes(comparison, rounding)]

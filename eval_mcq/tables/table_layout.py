@@ -157,7 +157,7 @@ def like_paper(comparison: Comparison, paper_rounding: bool = False) -> Grid:
                 [f"{heading}: {CONFIDENCE:.0%} interval", *(f.gain_interval or NONE for f in figures)]
             )
             rows.append([f"{heading}: p", *(f.p for f in figures)])
-            note += f", gain {f'{of_all.gain} {of_all.gain_interval}'.rstrip()}, p = {of_all.p}"
+            note += f", gain {f'{of_all.gain} {of_all.gain_interval}'.rstrip()}{p_words(of_all.p)}"
         notes.append(f"{note}.")
     notes += order_notes(comparison, rounding)
     return Grid(
@@ -334,8 +334,8 @@ def notes_of(comparison: Comparison) -> list[str]:
     if any(lucky) or any(arm.p_guess >= ALPHA for arm in comparison.arms):
         notes.append(f"{LUCK} Guessing reaches the value with a probability of {ALPHA:.0%} or more (exact).")
     notes += [
-        f"{c.name} against {c.against}: Average {_points(c.macro)}, all questions {_points(c.micro.estimate)}, "
-        f"p = {_p(c.micro.p)}."
+        f"{c.name} against {c.against}: Average {_points(c.macro)}, all questions {_points(c.micro.estimate)}"
+        f"{p_words(_p(c.micro.p) if c.micro.estimate else NONE)}."
         for c in comparison.contrasts
     ]
     if comparison.unanswered:
@@ -407,3 +407,10 @@ def _plain(value: Decimal) -> str:
 
 def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def p_words(cell: str) -> str:
+    """Return a p-value's cell as the end of a phrase: ``, p = 0.012``, ``, p < 0.001``; empty if there is none."""
+    if cell == NONE:
+        return ""
+    return f", p < {cell[1:]}" if cell.startswith("<") else f", p = {cell}"

@@ -115,24 +115,29 @@ def print_result(
         names: Label -> its name in words.
         trained: Whether training images were used.
     """
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     from mgll_encoder.probing.linear import CONFIDENCE, METRICS, REPLICATES
 
-    table = Table(title=Text(title), title_justify="left")
-    for column in ("", "positive", *METRICS):
-        table.add_column(column, justify="left" if not column else "right")
+    # Narrow, and intervals below their values: at 80 columns a number is never cut.
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table.pad_edge, table.collapse_padding = False, True
+    table.add_column("", min_width=14)
+    for column in ("positive", *METRICS, "majority"):
+        table.add_column(column, justify="right", no_wrap=True)
     for label, figures in result.labels.items():
         words = f"{label} ({names[label]})" if label in names else label
         table.add_row(
-            Text(words), str(result.positives[label]), *(f"{figures[metric]:.1f}" for metric in METRICS)
-        )
+            Text(words), str(result.positives[label]), *(f"{figures[metric]:.1f}" for metric in METRICS),
+            f"{result.majority[label]:.1f}",
+        )  # fmt: skip
     table.add_section()
     macro = (
-        f"{f.value:.1f} [{f.low:.1f}, {f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
+        f"{f.value:.1f}\n[{f.low:.1f},{f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
     )
-    table.add_row("macro average", "", *macro)
+    table.add_row("macro average", "", *macro, f"{result.majority_macro:.1f}")
     if len(result.runs) > 1:
         for place, run in enumerate(result.runs, start=1):
             table.add_row(f"  training {place}", "", *(f"{run[metric]:.1f}" for metric in METRICS))
@@ -148,6 +153,7 @@ def print_result(
         highlight=False,
         soft_wrap=True,
     )
+    said("majority: accuracy of always giving the more frequent answer; ACC says nothing below it")
     if result.left_out:
         left_out = ", ".join(result.left_out)
         note(f"skipped, too few positive or negative images (see --min-positives): {left_out}")

@@ -53,7 +53,8 @@ def explain(
     """Overlay attention and attribution maps on images: a contact sheet.
 
     Columns: the image after the tower's resize rule, attention of the last block, attention rollout and, for each
-    --text and --target, a class activation map. Maps show what influenced the tower's output, not where a disease is.
+    --text and --target, a class activation map. With --labels, test images are shown with their true labels. Maps show
+    what influenced the tower's output, not where a disease is.
 
     Captions are row numbers, or positions in the order of file names: the names themselves may identify a patient.
 
@@ -63,15 +64,14 @@ def explain(
         raise InvalidArgumentError(
             "--target needs --labels, a label table to fit a probe on (and its columns, as for 'probe')"
         )
-    if (labels or dataset) and not targets:
-        raise InvalidArgumentError("--labels has no effect without --target: name a class, or leave it out")
     question = LabeledSet(
         labels, images, dataset, image_column, labels_column, binary_columns, patient_column, split_seed=split_seed,
         reading=tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
     found = explain_images(
-        encoder, images, out, texts=texts or (), targets=targets or (), question=question, limit=limit,
-        activation=activation, weights=weights, strict=strict, force=force,
+        encoder, images, out, texts=texts or (), targets=targets or (), limit=limit,
+        question=question if labels or dataset else None, activation=activation, weights=weights, strict=strict,
+        force=force,
     )  # fmt: skip
     found.skipped.say()
     said(f"{found.images} images: {out}")

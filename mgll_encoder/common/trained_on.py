@@ -1,7 +1,8 @@
 """``mgll_trained_on.json``: hashes of the images that the weights in a folder were trained on.
 
 The file follows the weights from the tower to the swapped model and through every training run, so that a benchmark
-can be checked against it. It stores 64 bits of the hash of an image's content: no name, no patient.
+can be checked against it, and a report can show the curves. It stores 64 bits of the hash of an image's content: no
+name, no patient.
 """
 
 import base64
@@ -25,7 +26,12 @@ TOWER = "tower"
 _DIGITS = 16  # hexadecimal digits of a hash that are stored: 64 bits
 _STORED = np.dtype("<u8")
 
+MOST_POINTS = 200
+"""Maximum number of stored points of a training curve; longer ones are averaged in parts of equal length."""
+
 Numbers = NDArray[np.uint64]
+Curve = tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(allow_inf_nan=False)]], ...]
+"""Points (optimizer step, value)."""
 
 
 def as_numbers(digests: Iterable[str]) -> Numbers:
@@ -54,6 +60,8 @@ class Training(BaseModel):
         command: The command that trained.
         splits: For each data file, how its split was made, if recorded.
         images: 64 bits of the hash of each training image (`picture_digest`), sorted, [n]; base64 in the file.
+        losses: Training loss over the steps, if recorded.
+        scores: Score of the evaluations during training over the steps, if there were any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -62,6 +70,8 @@ class Training(BaseModel):
     command: str
     splits: tuple[dict[str, str | int | float], ...] = ()
     images: Annotated[Numbers, BeforeValidator(_from_base64), PlainSerializer(_to_base64)]
+    losses: Curve = ()
+    scores: Curve = ()
 
     @classmethod
     def of(
@@ -72,6 +82,10 @@ class Training(BaseModel):
             parts=tuple(parts), command=command, splits=tuple(splits), images=np.unique(as_numbers(digests))
         )
 
+    def with_curves(self, losses: Curve, scores: Curve = ()) -> "Training":
+        """Return the record with its curves, each of at most `MOST_POINTS` points."""
+        return self.model_copy(update={"losses": thinned(losses), "scores": thinned(scores)})
+
     @property
     def title(self) -> str:
         """What was trained, and by which command, for display."""
@@ -81,6 +95,14 @@ class Training(BaseModel):
         return isinstance(other, Training) and self.model_dump() == other.model_dump()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def thinned(curve: Curve) -> Curve:
+    """Average a curve in at most `MOST_POINTS` parts of equal length, each at its last step."""
+    if len(curve) <= MOST_POINTS:
+        return tuple((step, round(value, 6)) for step, value in curve)
+    parts = np.array_split(np.array(curve), MOST_POINTS)
+    return tuple((int(part[-1, 0]), round(float(part[:, 1].mean()), 6)) for part in parts)
 
 
 class _File(BaseModel):
@@ -121,7 +143,7 @@ def trainings_text(trainings: Iterable[Training]) -> str:
     for training in trainings:
         if training not in different:
             different.append(training)
-    return _File(trainings=tuple(different)).model_dump_json(indent=1) + "\n" if different else ""
+    return _File(trainings=tuple(different)).model_dump_json() + "\n" if different else ""
 
 
 def without_tower(trainings: Iterable[Training]) -> tuple[Training, ...]:

@@ -214,7 +214,12 @@ def _write(
             "processes": trainer.args.world_size,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        save_tower(model.tower(), out, force, {"pretraining": record}, model.text_tower(), trainings)
+        *before, own = trainings
+        curve = tuple(
+            (round(about["steps"] * n / len(losses)), loss) for n, loss in enumerate(losses, start=1)
+        )
+        trained_on = (*before, own.with_curves(curve))
+        save_tower(model.tower(), out, force, {"pretraining": record}, model.text_tower(), trained_on)
         shutil.rmtree(checkpoint_folder(out))
     return PretrainResult(
         out,

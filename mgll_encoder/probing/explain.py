@@ -24,6 +24,9 @@ ATTENTION, ROLLOUT = "attention of the last block", "attention rollout"
 _SHOWN = 224
 """Minimum side of a picture on the sheet, in pixels."""
 _COLORS = "inferno"
+_FONT = 9
+"""Size of captions, points."""
+_DPI = 110
 
 
 @dataclass(frozen=True)
@@ -134,33 +137,40 @@ def contact_sheet(
     Args:
         images: The images, [n].
         captions: Caption of each image.
-        columns: Heading -> maps, [n, grid, grid]; each map is scaled from its minimum to its maximum.
+        columns: Heading -> maps, [n, grid, grid]; each map is scaled from its minimum to its maximum, as the bar of
+            colors below them says.
         notes: Heading -> caption of each map.
         tower: The tower, for its resize rule.
         out: The PNG.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     rule = tower.spec.model_copy(update={"image_size": max(_SHOWN, tower.spec.image_size)})
     show = image_transform(rule)
     mean, std = torch.tensor(rule.mean)[:, None, None], torch.tensor(rule.std)[:, None, None]
     across = 1 + len(columns)
-    figure = Figure(figsize=(2.3 * across, 2.55 * len(images)), layout="constrained")
+    figure = Figure(figsize=(2.3 * across, 2.6 * len(images) + 0.5), layout="constrained")
     axes = figure.subplots(len(images), across, squeeze=False)
+    shades = ScalarMappable(Normalize(0, 1), _COLORS)
     for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
         picture = (show(image) * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-        axes[row, 0].set_title(caption, fontsize=7)
+        axes[row, 0].set_title(caption, fontsize=_FONT)
         for place, (heading, maps) in enumerate(columns.items(), start=1):
             overlay = stretched(maps[row], rule.image_size)
             axes[row, place].imshow(picture)
             axes[row, place].imshow(overlay, cmap=_COLORS, alpha=0.25 + 0.5 * overlay)
             lines = [heading] if row == 0 else []
             lines += [notes[heading][row]] if heading in notes else []
-            axes[row, place].set_title("\n".join(lines), fontsize=7)
+            axes[row, place].set_title("\n".join(lines), fontsize=_FONT)
         axes[row, 0].imshow(picture)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.savefig(out, dpi=100, format="png")
+    bar = figure.colorbar(shades, ax=axes[:, 1:], location="bottom", aspect=40, shrink=0.6, pad=0.02)
+    bar.set_ticks([0, 1], labels=["least of the map", "most of the map"], fontsize=_FONT)
+    bar.outline.set_visible(False)
+    figure.savefig(out, dpi=_DPI, format="png")
 
 
 def stretched(values: NDArray[np.floating], side: int) -> NDArray[np.float32]:

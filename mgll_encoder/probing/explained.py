@@ -47,7 +47,7 @@ def explain_images(
     strict: bool = False,
     force: bool = False,
 ) -> Sheet:
-    """See `mgll_encoder.explain`; ``question`` are the labeled images that the probe of ``targets`` is fitted on."""
+    """See `mgll_encoder.explain`; ``question`` are labeled images, whose test split is shown with the true labels."""
     check_free(out, force)
     if out.suffix.lower() != ".png":
         raise InvalidArgumentError(f"`out` is {out}: expected a name that ends in .png")
@@ -62,13 +62,11 @@ def explain_images(
     from mgll_encoder.probing.explain import attention_maps, contact_sheet, target_maps
     from mgll_encoder.tower.preprocess import image_transform
 
-    skipped, tower = (
-        Skipped(strict, "rows" if targets else "images"),
-        open_tower(encoder, activation, weights),
-    )
+    skipped = Skipped(strict, "images" if question is None else "rows")
+    tower = open_tower(encoder, activation, weights)
     shown = _texts(tower, texts)
-    if targets and question is not None:
-        classes, paths, captions = _classes(tower, question, targets, limit, skipped)
+    if question is not None:
+        classes, paths, captions = _labeled(tower, question, targets, limit, skipped)
         shown += classes
     else:
         numbered = _pictures(images, limit, skipped)
@@ -99,7 +97,7 @@ def _texts(tower: "Tower", texts: Sequence[str]) -> "list[Target]":
     return [text_target(tower, text, feature) for text, feature in zip(texts, directions, strict=True)]
 
 
-def _classes(
+def _labeled(
     tower: "Tower", question: LabeledSet, labels: Sequence[str], limit: int, skipped: Skipped
 ) -> "tuple[list[Target], list[Path], list[str]]":
     """Return targets of the classes, test images to show (those of the classes first), and their captions."""
@@ -107,11 +105,14 @@ def _classes(
 
     from mgll_encoder.common.files import cache_folder
     from mgll_encoder.probing.explain import class_target
-    from mgll_encoder.probing.features import readable_features
+    from mgll_encoder.probing.features import open_every_image, readable_features
     from mgll_encoder.probing.linear import fit_linear
 
-    found = question.read(skipped)
-    features, found = readable_features(tower, found, cache_folder("features"), skipped)
+    found = question.read(skipped, both_sides=bool(labels))
+    if labels:
+        features, found = readable_features(tower, found, cache_folder("features"), skipped)
+    else:
+        found = open_every_image(found.subset(found.test), skipped)
     targets, places = [], []
     for label in labels:
         name = next((known for known in found.names if known.casefold() == label.strip().casefold()), None)
@@ -127,10 +128,12 @@ def _classes(
         targets.append(class_target(name, fit_linear(features[train], truth)))
         places.append(place)
     asked = np.flatnonzero(found.test)
+    if not len(asked):
+        raise BadDataError("no image is in the test split: leave `labels` out to show any images")
     having = found.truth[asked][:, places].any(axis=1)
     chosen = asked[np.argsort(~having, kind="stable")][:limit]
     captions = [
-        f"{_place(found.rows[i])}\n{', '.join(np.array(found.names)[found.truth[i]]) or 'no label'}"
+        f"{_place(found.rows[i])}\ntrue: {', '.join(np.array(found.names)[found.truth[i]]) or 'no label'}"
         for i in chosen
     ]
     return targets, [found.images[i] for i in chosen], captions

@@ -40,6 +40,9 @@ class ProbeResult:
     Attributes:
         labels: Label -> metric -> value in %, for labels with positives and negatives in both splits.
         positives: Label -> positive test images.
+        majority: Label -> accuracy in % of always giving the more frequent answer on the test images (of exclusive
+            classes, the most frequent class): what ACC has to exceed.
+        majority_macro: Its macro average.
         macro: Metric -> macro average with interval (bootstrap over patients).
         train: Training images.
         test: Test images.
@@ -50,6 +53,8 @@ class ProbeResult:
 
     labels: dict[str, dict[str, float]]
     positives: dict[str, int]
+    majority: dict[str, float]
+    majority_macro: float
     macro: dict[str, Estimate]
     train: int
     test: int
@@ -154,6 +159,7 @@ def evaluate(
             for weights in resampled(patients, replicates, seed, chunk)
         ]
     )
+    majority = majority_rates(truth, exclusive, known)
     tail = (100 - CONFIDENCE) / 2
     low, high = np.nanpercentile(draws, [tail, 100 - tail], axis=0)
     return ProbeResult(
@@ -162,6 +168,8 @@ def evaluate(
             for name, row in zip(names, whole, strict=True)
         },
         positives={name: int(count) for name, count in zip(names, truth.sum(axis=0), strict=True)},
+        majority=dict(zip(names, map(float, majority), strict=True)),
+        majority_macro=float(majority.mean()),
         macro={
             metric: Estimate(float(np.nanmean(whole[:, i])), float(low[i]), float(high[i]))
             for i, metric in enumerate(METRICS)
@@ -172,6 +180,21 @@ def evaluate(
         left_out=tuple(name for name in data.names if name not in names),
         runs=tuple(dict(zip(METRICS, map(float, np.nanmean(run, axis=0)), strict=True)) for run in each),
     )
+
+
+def majority_rates(
+    truth: NDArray[np.bool_], exclusive: bool, known: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Compute the accuracy in % of always giving the more frequent answer, [labels].
+
+    Args:
+        truth: Whether a label is true of an image, [n, labels].
+        exclusive: Whether labels are exclusive classes: the accuracy of the most frequent class, for all labels.
+        known: Whether an image counts for a label, [n, labels]; None if all do.
+    """
+    counted = np.ones(truth.shape, bool) if known is None else known
+    share = (truth & counted).sum(axis=0) / counted.sum(axis=0)
+    return 100 * (np.full(len(share), share.max()) if exclusive else np.maximum(share, 1 - share))
 
 
 def metrics(

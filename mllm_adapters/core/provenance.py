@@ -131,6 +131,20 @@ def read_record(folder: Path) -> SwapRecord:
     return read_as(SwapRecord, folder / PROVENANCE)
 
 
+def alignment_of(folder: Path) -> dict[str, Any] | None:
+    """Return how well each connector layer of a checkpoint was fitted on images (`docs/alignment.md`).
+
+    Returns:
+        ``used`` and ``held_out`` images, ``tokens``, and the fits of the ``connectors``; None without an alignment, and
+        for records of versions that are not read any more.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    found = read_record(folder).plan.get("alignment") if has_record(folder) else None
+    return found if isinstance(found, dict) else None
+
+
 Record = TypeVar("Record", bound=SwapRecord)
 
 

@@ -192,7 +192,8 @@ def train(
         if trainer.is_world_process_zero():
             seconds = time.monotonic() - began
             record = {**_record(job, identity, outcome, seconds), **extras.record}
-            trained_on = [*trainings_of(job.source), job.training(record["command"])]
+            training = job.training(record["command"]).with_curves(outcome.losses, outcome.scores)
+            trained_on = [*trainings_of(job.source), training]
             files: dict[str, str | bytes] = {
                 **extras.files,
                 TRAINED_ON: trainings_text(trained_on),

@@ -7,6 +7,7 @@ import pytest
 
 from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.trained_on import (
+    MOST_POINTS,
     TRAINED_ON,
     Training,
     as_numbers,
@@ -27,6 +28,17 @@ def test_a_record_is_read_as_it_was_written_and_is_small(tmp_path):
     assert set(as_numbers(DIGESTS)) == set(trainings_of(tmp_path)[0].images)
     assert lora.title == "projector and language model (finetune-lora)"
     assert without_tower([tower, lora]) == (lora,)
+
+
+def test_a_long_curve_is_averaged_in_equal_parts(tmp_path):
+    losses = tuple((step, float(step % 10)) for step in range(1, 10_001))
+    training = Training.of(("projector",), "retrain-projector", []).with_curves(losses, ((5, 0.5),))
+    assert len(training.losses) == MOST_POINTS
+    assert training.losses[-1] == (10_000, 4.5)  # whole periods of ten: all means are equal
+    assert {value for _, value in training.losses} == {4.5}
+    assert training.scores == ((5, 0.5),)
+    write_trainings(tmp_path, [training])
+    assert trainings_of(tmp_path) == (training,)
 
 
 def test_no_record_is_no_training(tmp_path):

@@ -1,6 +1,18 @@
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
+from tests import browser as browsers
 from tests.eval_mcq.helpers import Command
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    if reason := browsers.missing():
+        pytest.skip(reason)
+    with browsers.opened() as driver:
+        yield driver
 
 
 @pytest.fixture

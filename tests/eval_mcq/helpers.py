@@ -3,7 +3,9 @@
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -11,9 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from eval_mcq.backends.base import Identity
 from eval_mcq.backends.fingerprint import code_version, package_versions
 from eval_mcq.cli.main import main
-from eval_mcq.items.schema import SCHEMA
+from eval_mcq.items.schema import LETTERS, SCHEMA, Bench
 from eval_mcq.records.run_record import Answer, Run, RunRecord
 from eval_mcq.scoring.score import Scorer
+from mgll_encoder.common.files import sha256
 from tests.builders import picture
 
 DISEASES = ("AMD", "Cataract", "DR", "Glaucoma")
@@ -88,6 +91,27 @@ def run_of_counts(counts: dict[str, tuple[int, int]], bench: str = "b" * 64) -> 
         categories=list(counts), questions=len(answers), mode="letters", prompt="letters-1", dtype="float32",
     )  # fmt: skip
     return Run(Path("runs/x"), record, answers)
+
+
+def run_of_bench(bench: Bench, wrong: Callable[[int], bool], **record: Any) -> Run:
+    """A run that answers some questions of a bench, by their numbers, with the option after the true one."""
+    answers = []
+    for number, item in enumerate(bench.items):
+        chosen = (item.answer + wrong(number)) % len(item.options)
+        rest = 0.3 / (len(item.options) - 1)
+        answers.append(
+            Answer(
+                id=item.id, category=item.category, cluster=item.cluster, gold=item.letter, chosen=LETTERS[chosen],
+                images_sha256=[sha256(path) for path in bench.image_paths(item)], letter_mass=0.9,
+                probabilities=[0.7 if i == chosen else rest for i in range(len(item.options))],
+            )
+        )  # fmt: skip
+    about = RunRecord(
+        model="models/some-model", model_sha256="m" * 64, bench=str(bench.path), bench_name="bench",
+        bench_sha256=bench.digest, categories=bench.categories, questions=len(answers), mode="letters",
+        prompt="letters-1", dtype="float32", **record,
+    )  # fmt: skip
+    return Run(Path("run"), about, answers)
 
 
 def save_run(run: Run, folder: Path) -> Path:

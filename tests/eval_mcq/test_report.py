@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from eval_mcq.html_report import ReportOptions, write_report
-from eval_mcq.items.schema import LETTERS, load_bench
-from eval_mcq.records.run_record import Answer, Run, RunRecord, load_run
-from mgll_encoder.common.files import sha256
-from tests.eval_mcq.helpers import save_run, small_bench
+from eval_mcq.items.schema import load_bench
+from eval_mcq.records.run_record import load_run
+from tests.browser import show
+from tests.eval_mcq.helpers import run_of_bench, save_run, small_bench
 
 QUESTIONS = 150
 ANSWERS = {"base": 3, "mgll": 4}
@@ -34,48 +34,13 @@ def asked(tmp_path_factory) -> Path:
     ]
     bench.path.write_text("\n".join([lines[0], *map(json.dumps, many)]) + "\n")
     for arm, every in ANSWERS.items():
-        save_run(run(load_bench(bench.path), every), folder / arm)
+        answered = run_of_bench(load_bench(bench.path), lambda number, every=every: number % every == 0)
+        save_run(answered, folder / arm)
     return folder
-
-
-def run(bench, every: int) -> Run:
-    answers = []
-    for number, item in enumerate(bench.items):
-        chosen = (item.answer + (number % every == 0)) % len(item.options)
-        rest = 0.3 / (len(item.options) - 1)
-        answers.append(
-            Answer(
-                id=item.id, category=item.category, cluster=item.cluster, gold=item.letter, chosen=LETTERS[chosen],
-                images_sha256=[sha256(path) for path in bench.image_paths(item)], letter_mass=0.9,
-                probabilities=[0.7 if i == chosen else rest for i in range(len(item.options))],
-            )
-        )  # fmt: skip
-    record = RunRecord(
-        model="models/some-model", model_sha256="m" * 64, bench=str(bench.path), bench_name="bench",
-        bench_sha256=bench.digest, categories=bench.categories, questions=len(answers), mode="letters",
-        prompt="letters-1", dtype="float32",
-    )  # fmt: skip
-    return Run(Path("run"), record, answers)
 
 
 def arms(folder: Path) -> list[str]:
     return [f"{name}={folder / name}" for name in ANSWERS]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs Debian's packages chromium and chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run",
-                     "disable-background-networking", "disable-component-update", "window-size=1200,900"):  # fmt: skip
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +55,7 @@ def written(asked, tmp_path_factory) -> Path:
 @pytest.fixture
 def page(browser, written):
     """The page, opened."""
-    browser.get("about:blank")  # else an address that differs in its hash would not load anew
-    browser.get(written.as_uri())
+    show(browser, written)
     return browser
 
 
@@ -188,16 +152,6 @@ def test_a_window_that_shows_all_of_the_list_is_filled_without_scrolling(page):
         )
     )
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-def test_a_telephone_shows_it_without_sideways_scrolling(page):
-    page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True},
-    )
-    wide = page.execute_script("return document.documentElement.scrollWidth")
-    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert wide <= 360
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

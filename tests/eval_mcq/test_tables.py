@@ -105,6 +105,19 @@ def test_three_arms_of_two_models_stand_in_one_table(comparison):
     assert any("over other diseases" in note for note in beside.notes)
 
 
+def test_small_p_values_are_written_without_an_equals_sign():
+    runs = {"base": (30, 100), "control": (40, 100), "mgll": (90, 100)}
+    arms = {name: run_of_counts({"DR": counts}) for name, counts in runs.items()}
+    found = compare(arms)
+    grids = [by_disease(found), like_paper(found), like_paper_pairs({"": found})]
+    texts = [render(grid) for grid in grids for render in (as_text, as_markdown)]
+    assert all("p < 0.001" in text for text in texts[2:])  # the notes of the paper's layouts
+    assert all("<0.001" in text for text in texts[:2])  # a column headed p
+    assert not any("= <" in text or "= &lt;" in text or "= –" in text for text in texts)
+    assert "mgll against base: Average" in texts[0]
+    assert ", p < 0.001." in next(note for note in grids[0].notes if note.startswith("mgll against base"))
+
+
 def test_the_long_table_has_every_figure_once(comparison):
     grid = long_table({"m": comparison})
     rows = [dict(zip(grid.columns, row, strict=True)) for row in grid.rows]

@@ -180,7 +180,12 @@ def test_captions_hold_no_file_names(place: Path, explain, monkeypatch: pytest.M
     seen.clear()
     table = ("--labels", place / "labels.csv", "--images", place / "images", "--patient-column", "patient")
     assert invoke(*explain(*table, "--target", "lesion", "--limit", 2, "--force")).code == 0
-    assert [caption.split("\n")[1] for caption in seen] == ["lesion", "lesion"]
+    assert [caption.split("\n")[1] for caption in seen] == ["true: lesion", "true: lesion"]
+    seen.clear()
+    assert invoke(*explain(*table, "--force", "--limit", 40)).code == 0  # attention maps alone
+    truth = {f"row {i + 2}": f"true: {'lesion' if i % 2 else 'plain'}" for i in range(30)}
+    assert 3 < len(seen) < 30
+    assert all(truth[caption.split("\n")[0]] == caption.split("\n")[1] for caption in seen)
     assert all(re.fullmatch(r"row \d+", caption.split("\n")[0]) for caption in seen)
 
 
@@ -191,6 +196,9 @@ def test_a_contact_sheet_is_drawn_from_a_folder(place: Path, tmp_path: Path, exp
     sheet = np.asarray(Image.open(tmp_path / "look.png").convert("RGB"), float)
     assert sheet.shape[0] > 600
     assert sheet.std() > 20
+    below = sheet[-60:]  # the bar of colors: from black to the palest yellow
+    dark, bright = (np.abs(below - color).max(axis=-1).min() for color in ((0, 0, 3), (252, 255, 164)))
+    assert max(dark, bright) <= 12
     assert "exists" in refused(*explain("--images", place / "images"))
     assert "image 2 (sorted by name)" in refused(
         *explain("--images", place / "images", "--strict", "--force")
@@ -210,7 +218,7 @@ def test_a_class_is_shown_on_test_images_that_have_it(place: Path, tmp_path: Pat
     [
         (["--images", "nowhere"], "nowhere, which does not exist"),
         (["--images", ".", "--target", "x"], "--target needs --labels"),
-        (["--images", ".", "--labels", "x.csv"], "--labels has no effect without --target"),
+        (["--images", ".", "--labels", "nowhere.csv"], "nowhere.csv"),
         (["--images", ".", "--text", "glaucoma"], "has no projection"),
         (["--images", ".", "--text", " "], "expected some words"),
     ],

@@ -274,13 +274,15 @@ def test_the_tower_says_by_hashes_which_images_it_was_trained_on(manifest, tmp_p
     assert set(training.images) == set(digests[True])
     assert not set(training.images) & set(digests[False])
     assert training.splits == ({"split_by": "patient", "split_test": 0.2, "split_val": 0.0, "split_seed": 0},)
-    pretrain(
-        manifest,
-        tmp_path / "second",
-        options(epochs=1, init=tmp_path / "first", learning_rate=1e-4),
-        workers=0,
-    )
-    assert trainings_of(tmp_path / "second") == (training,), "the same images again"
+    ((step, loss),) = training.losses
+    record = json.loads((tmp_path / "first" / "mgll_tower.json").read_text())["provenance"]["pretraining"]
+    assert (step, [loss]) == (record["steps"], record["epoch_losses"])
+    longer = options(epochs=3, init=tmp_path / "first", learning_rate=1e-4)
+    pretrain(manifest, tmp_path / "second", longer, workers=0)
+    before, again = trainings_of(tmp_path / "second")
+    assert before == training
+    assert list(again.images) == list(training.images)
+    assert [step_ for step_, _ in again.losses] == [step, 2 * step, 3 * step]
 
 
 def test_a_training_can_start_from_a_tower(manifest, tmp_path):

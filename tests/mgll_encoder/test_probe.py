@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.dummy import DummyClassifier
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import CLIPVisionModel
 
@@ -17,7 +18,7 @@ from mgll_encoder.cli import main
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.label_table import Columns, LabeledImages, read_labels
 from mgll_encoder.probing.features import cached_features, pooled_features, workers_for
-from mgll_encoder.probing.linear import METRICS, evaluate, linear_scores, metrics
+from mgll_encoder.probing.linear import METRICS, evaluate, linear_scores, majority_rates, metrics
 from tests import builders
 from tests.builders import invoke, refused
 
@@ -74,6 +75,11 @@ def test_it_finds_what_is_in_the_pictures(
     assert result["macro"]["AUC"]["low"] <= result["macro"]["AUC"]["value"] <= result["macro"]["AUC"]["high"]
     assert result["train"] + result["test"] == 80, "the row without a label is unknown, not negative"
     assert "macro average" in done.out
+    assert "majority" in done.out
+    assert all(len(line) <= 80 and "…" not in line for line in done.out.splitlines() if "100.0" in line)
+    red = next(line for line in done.out.splitlines() if line.startswith("red "))
+    assert red.split()[-1] == f"{result['majority']['red']:.1f}"
+    assert result["macro"]["ACC"]["value"] > result["majority_macro"]
     assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 1
 
 
@@ -119,6 +125,23 @@ def test_accuracy_among_classes_is_that_of_the_likeliest() -> None:
     scores = np.array([[.4, .3, .3], [.4, .3, .3], [.1, .2, .3], [.2, .1, .1], [.1, .4, .2], [.3, .2, .1]])  # fmt: skip
     data = LabeledImages((), ("a", "b", "c"), truth, tuple("123456"), np.ones(6, bool))
     assert evaluate(scores, [0, 1, 2], data, replicates=5).macro["ACC"].value == pytest.approx(100 * 4 / 6)
+
+
+def test_the_majority_rate_is_what_accuracy_has_to_exceed() -> None:
+    """Against scikit-learn's constant guesser; unknown cells do not count."""
+    rng = np.random.default_rng(3)
+    truth = rng.random((60, 3)) < (0.1, 0.5, 0.85)
+    labels = LabeledImages((), ("a", "b", "c"), truth, tuple(map(str, range(60))), np.ones(60, bool))
+    result = evaluate(rng.random((60, 3)), [0, 1, 2], labels, replicates=5)
+    for place, name in enumerate(labels.names):
+        guesser = DummyClassifier(strategy="most_frequent").fit(truth, truth[:, place])
+        assert result.majority[name] == pytest.approx(100 * guesser.score(truth, truth[:, place]))
+    assert result.majority_macro == pytest.approx(np.mean(list(result.majority.values())))
+    known = np.arange(60)[:, None] < 40
+    some = majority_rates(truth, False, np.broadcast_to(known, truth.shape))
+    assert some == pytest.approx(majority_rates(truth[:40], False))
+    classes = np.eye(3, dtype=bool)[[0, 0, 0, 1, 2, 1]]
+    assert majority_rates(classes, True).tolist() == [50.0, 50.0, 50.0]
 
 
 def test_patients_are_not_divided_and_a_split_column_is_obeyed(place: Path) -> None:

@@ -1,10 +1,12 @@
 """What weights were trained on goes with them: through the swap, every training, a delta, and back out again."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
+from eval_mcq.records.model_history import ModelHistory, history_of
 from mgll_encoder.common.trained_on import TRAINED_ON, Training, as_numbers, trainings_of, write_trainings
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.cli.retrain import main as retrain_projector
@@ -53,6 +55,31 @@ def test_every_step_adds_its_own_images(place: Path) -> None:
         assert titles(place / folder) == [TOWER, ALIGNED, RETRAINED, TUNED]
     counts = [len(training.images) for training in trainings_of(place / "lora-merged")]
     assert counts == [1, 20, 2, 2], "of eight rows of two colours two pictures differ"
+
+
+def test_the_loss_of_each_training_goes_along(place: Path) -> None:
+    *_, retrained, tuned = trainings_of(place / "lora")
+    for folder, training in (("retrained", retrained), ("lora", tuned)):
+        losses = json.loads((place / folder / "training.json").read_text())["losses"]
+        assert training.losses == tuple((step, pytest.approx(loss, abs=1e-6)) for step, loss in losses)
+
+
+@pytest.mark.parametrize("folder", ["retrained", "lora", "lora-merged"])
+def test_a_run_records_how_its_model_was_made(place: Path, folder: str) -> None:
+    history = history_of(place / folder)
+    assert history is not None
+    assert [training.title for training in history.trainings] == titles(place / folder)
+    assert [training.images for training in history.trainings][:3] == [1, 20, 2]
+    assert history.alignment is not None
+    fit = json.loads((place / "swapped" / "mgll_swap.json").read_text())["plan"]["alignment"]
+    assert history.alignment.used == fit["used"] == 20
+    assert [one.r2 for one in history.alignment.connectors] == [one["r2"] for one in fit["connectors"]]
+    assert "pictures" not in history.model_dump_json()
+    assert ModelHistory.model_validate_json(history.model_dump_json()) == history
+
+
+def test_a_stock_model_has_no_history(tiny_llava: Path) -> None:
+    assert history_of(tiny_llava) is None
 
 
 def test_the_record_is_part_of_what_is_verified(place: Path) -> None:

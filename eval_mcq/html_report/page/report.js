@@ -6,6 +6,7 @@
   const form = document.getElementById("filters");
   const list = document.getElementById("list");
   const dialog = document.getElementById("detail");
+  const section = document.getElementById("questions");
   const last = data.arms.length - 1;
   let found = [];
   let open = -1;
@@ -23,7 +24,22 @@
   };
   const mark = (item, arm) =>
     make("span", { className: item.right[arm] ? "good" : "bad" },
-      `${item.right[arm] ? "✓" : "✗"} ${data.arms[arm]} ${letter(item.chosen[arm])}${rotations(item, arm)}`);
+      make("span", { ariaHidden: "true" }, item.right[arm] ? "✓ " : "✗ "),
+      `${data.arms[arm]} ${letter(item.chosen[arm])}${rotations(item, arm)}`,
+      make("span", { className: "spoken" }, ` ${verdict(item, arm)}. `));
+
+  // A table that is wider than the page says so, and shows a shadow on the side where it goes on.
+  const hint = (area) => {
+    const left = area.scrollWidth - area.clientWidth;
+    area.parentElement.classList.toggle("scrolls", left > 1);
+    area.parentElement.classList.toggle("more", left - area.scrollLeft > 1);
+    if (left > 1) area.tabIndex = 0; else area.removeAttribute("tabindex");
+  };
+  const sized = new ResizeObserver((entries) => entries.forEach((entry) => hint(entry.target)));
+  for (const area of document.querySelectorAll(".scroll")) {
+    sized.observe(area);
+    area.addEventListener("scroll", () => hint(area), { passive: true });
+  }
 
   // Flips are read between an arm and the one that it is compared with.
   const before = (item, arm) => item.right[data.against[arm]];
@@ -107,7 +123,7 @@
       const text = share === undefined ? "" : `${(100 * share).toFixed(1)} %`;
       const fill = make("i");
       fill.style.width = `${100 * (share ?? 0)}%`;
-      fill.style.background = `var(--arm-${arm % 6})`;
+      fill.style.background = `var(--arm-${arm % data.colors})`;
       return make("div", { className: "figure" }, make("span", {}, chosen ? make("strong", {}, `▸ ${name}`) : name),
         make("span", { className: "bar" }, fill), make("span", {}, text));
     });
@@ -127,7 +143,7 @@
     close.addEventListener("click", () => dialog.close());
     const facts = [item.source, item.patient && `patient ${item.patient}`, ...item.tags].filter(Boolean).join(", ");
     dialog.replaceChildren(
-      make("h3", { id: "detail-title" }, `${item.category} (${place + 1} of ${found.length})`),
+      make("h2", { id: "detail-title" }, `${item.category} (${place + 1} of ${found.length})`),
       make("div", { className: "detail" },
         make("div", {}, ...picture(item, false), make("p", { className: "notes" }, item.id, make("br"), facts)),
         make("div", {}, make("p", {}, data.texts[item.question]), ...options,
@@ -142,7 +158,7 @@
   document.addEventListener("keydown", (event) => {
     if (event.target.matches("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
     const by = { ArrowRight: 1, ArrowDown: 1, j: 1, ArrowLeft: -1, ArrowUp: -1, k: -1 }[event.key];
-    if (event.key === "/" && !dialog.open) {
+    if (event.key === "/" && section.contains(document.activeElement)) {
       event.preventDefault();
       form.elements.text.focus();
     } else if (by && dialog.open && open + by in found) {
