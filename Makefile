@@ -3,7 +3,7 @@
 # make screenshots   the pictures in docs/, from the demo; needs Debian's chromium and chromium-driver
 # make test-latest   the same with the newest versions that pyproject.toml allows, in .venv-latest
 # make test-lowest   the same with the lowest, requirements/lowest.txt, in .venv-lowest
-# make test-clients  swapped folders in other releases of transformers, each in .venv-clients; writes docs/clients.md
+# make test-clients  results in other releases of transformers and in llama.cpp, each in .venv-clients; writes docs/clients.md
 # Each does all its set-up; a fresh machine needs Python 3.11 (with pip) and gcc. Tried on Linux x86-64.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -74,7 +74,13 @@ CLIENTS := 4.49.0 4.57.6 5.24.0
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/torch_of_venv.pth
 	touch $@
 
-test-clients: $(CLIENTS:%=.venv-clients/transformers-%/installed)
+LLAMA_CPP := 2026.10.11549
+.venv-clients/llama-cpp/installed:
+	$(PYTHON) -m venv $(@D)
+	$(PIP) install xllamacpp==$(LLAMA_CPP)
+	touch $@
+
+test-clients: $(CLIENTS:%=.venv-clients/transformers-%/installed) .venv-clients/llama-cpp/installed
 	MGLL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m "" tests/clients
 	$(BIN)/python -m tests.clients.matrix
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from mgll_encoder.common.errors import InvalidArgumentError, OutputTakenError, unknown_name
+from mgll_encoder.common.extras import require
 from mgll_encoder.common.progress import Counter, no_bar, track
 from mgll_encoder.weights.locate import check_tower
 from mllm_adapters.checkpoints.locate import beside, check_delta, check_swapped
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mllm_adapters.core.contract import Family, Target
     from mllm_adapters.core.planning import TowerDtype
     from mllm_adapters.core.support_matrix import Support
+    from mllm_adapters.export.exporting import GGUFExport
     from mllm_adapters.swap.planned import Fitting, SwapPlan
     from mllm_adapters.swap.verify import Check
     from mllm_adapters.swap.writer import Progress
@@ -303,6 +305,58 @@ def extract(
             Path(folder), resolve(str(mllm)), Path(out), parts=parts, reference_tower=reference_tower, force=force,
             progress=advance,
         )  # fmt: skip
+
+
+def plan_gguf(
+    model: str | Path, *, precision: str = "float16", converter: str | Path | None = None
+) -> "GGUFExport":
+    """Plan to write a LLaVA for llama.cpp and Ollama. Headers are read, and nothing is written.
+
+    Args:
+        model: A LLaVA in the transformers layout: a result on LLaVA or LLaVA-Med, or one with ``layout="llava"``. Its
+            language model is LLaMA, Mistral, Qwen2 or Qwen3, its tower CLIP or SigLIP.
+        precision: Dtype of matrices in the files: ``float16`` or ``float32``.
+        converter: llama.cpp's convert_hf_to_gguf.py, to write the language model; None for this project's writer.
+
+    Raises:
+        UserError: the model cannot be read, or llama.cpp cannot compute it.
+
+    Example:
+        >>> plan = plan_gguf("llava-med-mgll")  # doctest: +SKIP
+        >>> print(plan.notes); plan.write("llava-med-mgll-gguf")  # doctest: +SKIP
+    """
+    require("gguf", "a GGUF file")
+    from mllm_adapters.export.exporting import plan
+
+    return plan(resolve(str(model)), precision, _maybe(converter))
+
+
+def export_gguf(
+    model: str | Path,
+    out: str | Path,
+    *,
+    precision: str = "float16",
+    converter: str | Path | None = None,
+    force: bool = False,
+    bar: Counter = no_bar,
+) -> Path:
+    """Write a LLaVA for llama.cpp and Ollama: language model, tower with projector, Modelfile, README.
+
+    Args:
+        model: As of `plan_gguf`.
+        out: Folder to write.
+        precision: As of `plan_gguf`.
+        converter: Likewise.
+        force: Replace ``out`` if it exists.
+        bar: Shows progress in bytes.
+
+    Raises:
+        UserError: as `plan_gguf`; or ``out`` exists or cannot be written, a value is too large for the precision, or
+            the converter fails.
+    """
+    planned = plan_gguf(model, precision=precision, converter=converter)
+    with bar("writing", sum(planned.sizes.values())) as advance:
+        return planned.write(out, force=force, progress=advance)
 
 
 def retrain_projector(

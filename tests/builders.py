@@ -38,12 +38,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token (ids 4-259); specials: <pad> 0, <s> 1, </s> 2, <image> 3."""
+def byte_tokenizer(*merged: str) -> PreTrainedTokenizerFast:
+    """Every byte is a token (ids 4-259), and pairs of letters are; specials: <pad> 0, <s> 1, </s> 2, <image> 3."""
     specials = ["<pad>", "<s>", "</s>", "<image>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(specials + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab = {token: i for i, token in enumerate([*specials, *alphabet, *merged])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[(pair[0], pair[1]) for pair in merged]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
@@ -62,10 +62,10 @@ def tower_config(**changes: object) -> CLIPVisionConfig:
     return CLIPVisionConfig(**{**settings, **changes})
 
 
-def tiny_llava(folder: Path, seed: int = 0) -> Path:
-    """Write an untrained LLaVA (transformers layout) with a complete processor."""
+def tiny_llava(folder: Path, seed: int = 0, merged: Sequence[str] = ()) -> Path:
+    """Write an untrained LLaVA (transformers layout) with a complete processor; ``merged`` as in `byte_tokenizer`."""
     torch.manual_seed(seed)
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(*merged)
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,

@@ -23,7 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_phantom(tmp_path / "phantom", 4, 64, 0, False)
     table = FundusTable(tmp_path / "phantom" / "labels.csv")
     build_fundus(table, tmp_path / "phantom", tmp_path / "phantom" / "manifest.jsonl")
-    builders.tiny_llava(tmp_path / "llava")
+    builders.tiny_llava(tmp_path / "llava", merged=["th"])  # GGUF has no tokenizer without merges
     a_tower(tmp_path / "mgll-fundus")
     images = sorted((tmp_path / "phantom" / "images").iterdir())[:4]
     rows = [
@@ -60,6 +60,7 @@ def test_the_examples_of_the_page_run(place: Path, monkeypatch: pytest.MonkeyPat
         "llava-mgll-delta",
         "llava-mgll-whole",
         "llava-mgll-extracted",
+        "llava-mgll-gguf",
         "llava-mgll-aligned",
         "report.html",
     ):

@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, str] = {
     "convert": "swap-encoder convert",
     "estimate_memory": "--estimate",
     "export_benchmark": "eval-mcq export",
+    "export_gguf": "swap-encoder export",
     "finetune_lora": "finetune-lora",
     "import_benchmark": "eval-mcq import",
     "load_run": "eval-mcq table",

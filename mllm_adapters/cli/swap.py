@@ -12,6 +12,7 @@ from mgll_encoder.common.extras import CORE, needs
 from mllm_adapters import api
 from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
 from mllm_adapters.cli.delta import compose, extract
+from mllm_adapters.cli.export import export
 from mllm_adapters.cli.restore import restore, verify
 
 if TYPE_CHECKING:
@@ -239,6 +240,7 @@ app.command()(verify)
 app.command()(restore)
 app.command()(compose)
 app.command()(extract)
+app.command()(export)
 
 
 def main() -> None:

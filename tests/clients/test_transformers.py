@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mllm_adapters import load_mllm, plan_swap
+from tests.clients.environments import python_of
 from tests.mllm_adapters import complete
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENTS = ROOT / ".venv-clients"
 VERSIONS = ("4.49.0", "4.57.6", "5.24.0")
 CASES = ("llava-hf", "llava", "llava-med", "llava-qwen2", "paligemma", "aya-vision")
 SINCE = {"aya-vision": "4.50"}
@@ -95,24 +95,14 @@ def here(case: str) -> dict[str, Any]:
     }
 
 
-def python_of(version: str) -> Path:
-    """The client's Python; without it the test is skipped, or fails where it is required."""
-    found = ENVIRONMENTS / f"transformers-{version}" / "bin" / "python"
-    if not found.is_file():
-        if os.environ.get("MGLL_REQUIRE_CLIENTS"):
-            pytest.fail(f"no environment with transformers {version}")
-        pytest.skip(f"no environment with transformers {version}: make test-clients makes it")
-    return found
-
-
 def ask(version: str, case: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the worker in the client's environment."""
     here(case)
     place = swapped(case).parent
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
-        [python_of(version), "-W", "ignore", str(ROOT / "tests" / "clients" / "worker.py"), str(folder),
-         str(place / "request.npz"), str(place / "request.json")],
+        [python_of(f"transformers-{version}"), "-W", "ignore", str(ROOT / "tests" / "clients" / "worker.py"),
+         str(folder), str(place / "request.npz"), str(place / "request.json")],
         capture_output=True, text=True, env=environment, timeout=250,
     )  # fmt: skip
 
