@@ -209,8 +209,10 @@ def test_the_command_exports_and_says_what_llama_cpp_does_otherwise(llava: Path,
         "model.gguf",
     ]
     assert "issue 25814" in (out / "README.md").read_text()
-    assert "already exists" in refused(swap_encoder, "export", llava, "--gguf", out)
-    assert "--precision int8" in refused(swap_encoder, "export", llava, "--gguf", out, "--precision", "int8")
+    assert "exists: choose another --gguf" in refused(swap_encoder, "export", llava, "--gguf", out)
+    assert "unknown --precision 'int8'" in refused(
+        swap_encoder, "export", llava, "--gguf", out, "--precision", "int8"
+    )
 
 
 def test_a_tower_without_class_token_has_no_such_warning(tmp_path: Path) -> None:
