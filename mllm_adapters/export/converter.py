@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import NotFoundError, UnsupportedCheckpointError
 from mllm_adapters.checkpoints.file_copy import check_space
 from mllm_adapters.checkpoints.side_files import json_bytes
 from mllm_adapters.core.contract import Step
@@ -72,7 +72,9 @@ class ConvertedModel:
             done = subprocess.run([*command, *options], capture_output=True, text=True)
         if done.returncode or not path.is_file():
             said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
-            raise UserError(f"{self.script} ended with code {done.returncode} and said: {said[-1]:.300}")
+            raise UnsupportedCheckpointError(
+                f"{self.script} ended with code {done.returncode} and said: {said[-1]:.300}"
+            )
         progress(self.nbytes(precision))
 
 

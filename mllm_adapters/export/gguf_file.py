@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 
 Precision = Literal["float32", "float16"]
 """Dtypes of matrices in the files; vectors and tables of positions are always float32."""
@@ -78,7 +78,7 @@ class GGUFFile:
             progress: Called with the number of bytes written, tensor by tensor.
 
         Raises:
-            UserError: a value is too large for ``precision``.
+            InvalidArgumentError: a value is too large for ``precision``.
         """
         from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
@@ -107,7 +107,7 @@ def _values(tensor: GGUFTensor, precision: Precision) -> NDArray[Any]:
     values = tensor.read()
     stored = values.to(_DTYPES[tensor.dtype(precision)])
     if bool((torch.isfinite(values) & ~torch.isfinite(stored)).any()):
-        raise UserError(
+        raise InvalidArgumentError(
             f"{tensor.name} has a value of {float(values.abs().max()):.3g}, more than float16 can hold: use "
             "`precision=float32`"
         )

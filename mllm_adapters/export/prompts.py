@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from mgll_encoder.common.chat import render_chat, template_of
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mllm_adapters.export import read_template
 
 _QUESTION, _ANSWER, _NEXT = "\u2983question\u2984", "\u2983answer\u2984", "\u2983next\u2984"
@@ -69,7 +69,7 @@ def turns_of(processor: Any) -> Turns:
         between = three.split(_ANSWER)[1].split(_NEXT)[0]
         picture = seen.split(processor.image_token)[1].split(_QUESTION)[0]
     except (ValueError, IndexError):
-        raise UserError(
+        raise UnsupportedCheckpointError(
             "the chat template does not render a question, an answer and a picture once each"
         ) from None
     user = before[len(before) - _shared(before, between) :]

@@ -14,7 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mgll_encoder.common.chat import render_chat
-from mgll_encoder.common.errors import NotFoundError, OutputTakenError, UnsupportedCheckpointError, UserError
+from mgll_encoder.common.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    OutputTakenError,
+    UnsupportedCheckpointError,
+)
 from mllm_adapters import export_gguf, load_mllm, plan_gguf, plan_swap
 from mllm_adapters.cli.swap import main as swap_encoder
 from tests.builders import invoke, refused, tiny_llava
@@ -272,7 +277,7 @@ def test_a_value_too_large_for_half_precision_leaves_nothing(llava: Path, tmp_pa
     state = load_file(other / "model.safetensors")
     next(value for name, value in state.items() if name.endswith("linear_2.weight"))[0, 0] = 1e6
     save_file(state, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="more than float16 can hold"):
+    with pytest.raises(InvalidArgumentError, match="more than float16 can hold"):
         export_gguf(other, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["other"]
     assert differing(other, export_gguf(other, tmp_path / "out", precision="float32")) == []
@@ -316,7 +321,7 @@ def test_the_converter_gets_the_language_model_as_a_folder_of_transformers(
 def test_a_converter_that_fails_is_told_and_leaves_nothing(llava: Path, tmp_path: Path) -> None:
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text("raise SystemExit('unknown pre-tokenizer')")
-    with pytest.raises(UserError, match="ended with code 1 and said: unknown pre-tokenizer"):
+    with pytest.raises(UnsupportedCheckpointError, match="ended with code 1 and said: unknown pre-tokenizer"):
         export_gguf(llava, tmp_path / "out", converter=script)
     assert not (tmp_path / "out").exists()
     with pytest.raises(NotFoundError):
