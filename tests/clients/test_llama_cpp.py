@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -145,23 +145,32 @@ def there(name: str, files: tuple[Path, ...], rows: int) -> list[dict[str, Any]]
     return answers
 
 
-def here(name: str, files: tuple[Path, ...]) -> list[tuple[int, torch.Tensor]]:
-    """Tokens of the prompt, and log-probabilities of the next one, in transformers."""
+@cache
+def here(name: str, files: tuple[Path, ...], misplaced: bool = False) -> list[tuple[int, torch.Tensor]]:
+    """Tokens of the prompt, and log-probabilities of the next one, in transformers.
+
+    Args:
+        name: The model.
+        files: Pictures.
+        misplaced: Whether the class token is where llama.cpp has it.
+    """
     loaded, processor = load_mllm(model(name), dtype=torch.float32)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     found = []
     for file in files:
         batch = processor(images=[Image.open(file)], text=[prompt], return_tensors="pt")
-        with torch.no_grad():
+        with torch.no_grad(), class_token_as_llama_cpp_has_it() if misplaced else nullcontext():
             logits = loaded(**batch).logits[0, -1].double()
         found.append((batch["input_ids"].shape[1], logits.log_softmax(-1)))
     return found
 
 
-def compare(name: str, files: tuple[Path, ...], given: tuple[Path, ...] | None = None) -> Result:
+def compare(
+    name: str, files: tuple[Path, ...], given: tuple[Path, ...] | None = None, misplaced: bool = False
+) -> Result:
     """Compare llama.cpp with transformers; ``given`` are the pictures that llama.cpp gets, if they are others."""
-    ours = here(name, files)
+    ours = here(name, files, misplaced)
     theirs = there(name, given or files, len(ours[0][1]))
     differences, same = [], True
     for answer, (tokens, expected) in zip(theirs, ours, strict=True):
@@ -217,14 +226,12 @@ def test_towers_with_a_class_token_differ_by_its_place_and_by_nothing_else(name:
     """If the second half fails, llama.cpp's issue 25814 is solved: remove `CLASS_TOKEN` and this test's first half."""
     found = compare(name, pictures("square"))
     assert found.same_tokens
-    with class_token_as_llama_cpp_has_it():
-        assert compare(name, pictures("square")).difference <= TOLERANCE
+    assert compare(name, pictures("square"), misplaced=True).difference <= TOLERANCE
     assert found.difference > TOLERANCE
 
 
 def test_the_wrong_activation_would_be_seen() -> None:
-    with class_token_as_llama_cpp_has_it():
-        ours = here("LLaMA, CLIP, QuickGELU", pictures("square"))  # the same weights
+    ours = here("LLaMA, CLIP, QuickGELU", pictures("square"), misplaced=True)  # the same weights
     answers = there("LLaMA, CLIP", pictures("square"), ROWS)
     worst = max(
         abs(value - float(expected[int(number)]))
@@ -261,8 +268,7 @@ def table() -> str:
         resized = compare(name, pictures("oblong"), squashed(side_of(name)))
         emulated = "-"
         if has_class_token(name):
-            with class_token_as_llama_cpp_has_it():
-                emulated = f"{compare(name, pictures('square')).difference:.1g}"
+            emulated = f"{compare(name, pictures('square'), misplaced=True).difference:.1g}"
         tokens = "same" if square.same_tokens and oblong.same_tokens else "**other**"
         figures = " | ".join(f"{one.difference:.1g}" for one in (square, resized, oblong))
         rows.append(f"| llama.cpp (xllamacpp {VERSION}) | {name} | {tokens} | {figures} | {emulated} |")
