@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from eval_mcq.backends.local import Dtype, LocalModel, WayName
+from eval_mcq.backends.local import LocalModel, WayName
 from eval_mcq.runs.processes import answer
+from mgll_encoder.common.devices import Precision
 from mgll_encoder.common.errors import InvalidArgumentError, NotFoundError, unknown_name
 from mgll_encoder.common.files import check_free
 from mgll_encoder.common.skipped import Skipped
@@ -259,7 +260,7 @@ def run(
     batch_size: int = 32,
     limit: int | None = None,
     device: str = "auto",
-    precision: Dtype = "auto",
+    precision: Precision = "auto",
     load_in_4bit: bool = False,
     engine: WayName = "auto",
     allow_leak: bool = False,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import check_free
 from mgll_encoder.probing.evaluation import (
@@ -32,6 +33,7 @@ def pretrain(
     resume: bool = False,
     force: bool = False,
     save_on_signal: bool = False,
+    device: str = AUTO,
     **options: Any,
 ) -> "PretrainResult":
     """Train a tower with the MGLL losses, or its plain CLIP control, on a manifest's training split.
@@ -45,6 +47,7 @@ def pretrain(
         resume: Continue an interrupted run with the same options.
         force: Replace ``out``.
         save_on_signal: Save a checkpoint before ending on SIGTERM or Ctrl-C.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
         **options: Fields of `mgll_encoder.pretraining.options.PretrainOptions`: ``loss``, ``init``, ``epochs`` ...
 
     Raises:
@@ -56,7 +59,7 @@ def pretrain(
 
     return train(
         Path(manifest), Path(out), PretrainOptions(**options), images=None if images is None else Path(images),
-        workers=workers, strict=strict, resume=resume, force=force, save_on_signal=save_on_signal,
+        workers=workers, strict=strict, resume=resume, force=force, save_on_signal=save_on_signal, device=device,
     )  # fmt: skip
 
 
@@ -71,6 +74,7 @@ def linear_probe(
     seed: int = 0,
     strict: bool = False,
     workers: int | None = None,
+    device: str = AUTO,
     **question: Any,
 ) -> Evaluation:
     """Fit a linear classifier on frozen features, and evaluate it on other patients.
@@ -87,6 +91,7 @@ def linear_probe(
         seed: Seed of the bootstrap; `finetune_probe`: and of the training.
         strict: Stop at the first row or image that would be skipped.
         workers: Processes that read images; one per core if not given.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
         **question: Further fields of `mgll_encoder.probing.labeled_set.LabeledSet`: ``patient_column``, ``dataset``,
             ``test_share``, ``split_seed`` ...
 
@@ -94,7 +99,7 @@ def linear_probe(
         UserError: table, images or tower cannot be read, or no label has enough images.
     """
     return evaluate_trained(
-        Path(encoder), asked(labels, images, question), linear(min_positives, workers),
+        Path(encoder), asked(labels, images, question), linear(min_positives, workers, device),
         activation=activation, weights=weights, seed=seed, strict=strict,
     )  # fmt: skip
 
@@ -112,6 +117,7 @@ def zero_shot(
     seed: int = 0,
     strict: bool = False,
     workers: int | None = None,
+    device: str = AUTO,
     **question: Any,
 ) -> Evaluation:
     """Classify without training, by the similarity of an image to prompts of each class.
@@ -131,6 +137,7 @@ def zero_shot(
         seed: As for `linear_probe`.
         strict: As for `linear_probe`.
         workers: As for `linear_probe`.
+        device: As for `linear_probe`.
         **question: As for `linear_probe`.
 
     Raises:
@@ -138,7 +145,7 @@ def zero_shot(
     """
     return evaluate_zero_shot(
         Path(encoder), asked(labels, images, question), prompts=prompts, every=every, activation=activation,
-        weights=weights, min_positives=min_positives, seed=seed, strict=strict, workers=workers,
+        weights=weights, min_positives=min_positives, seed=seed, strict=strict, workers=workers, device=device,
     )  # fmt: skip
 
 
@@ -156,6 +163,7 @@ def finetune_probe(
     seed: int = 0,
     strict: bool = False,
     workers: int | None = None,
+    device: str = AUTO,
     force: bool = False,
     **question: Any,
 ) -> Evaluation:
@@ -177,6 +185,7 @@ def finetune_probe(
         seed: As for `linear_probe`.
         strict: As for `linear_probe`.
         workers: As for `linear_probe`.
+        device: As for `linear_probe`.
         force: Replace ``tower_out``.
         **question: As for `linear_probe`.
 
@@ -189,7 +198,7 @@ def finetune_probe(
     labeled = asked(labels, images, question)
     score = finetuned(
         {"seed": seed, **(settings or {})}, min_positives=min_positives, workers=workers,
-        trainings=trainings, tower_out=target, force=force,
+        trainings=trainings, tower_out=target, force=force, device=device,
     )  # fmt: skip
     return evaluate_trained(
         Path(encoder), labeled, score, activation=activation, weights=weights, seed=seed, strict=strict
@@ -208,6 +217,7 @@ def retrieval(
     seed: int = 0,
     strict: bool = False,
     workers: int | None = None,
+    device: str = AUTO,
 ) -> "Search":
     """Measure retrieval of texts for images and images for texts: recall among the nearest 1, 5 and 10.
 
@@ -222,6 +232,7 @@ def retrieval(
         seed: Seed of the bootstrap.
         strict: As for `linear_probe`.
         workers: As for `linear_probe`.
+        device: As for `linear_probe`.
 
     Raises:
         UserError: manifest, images or tower cannot be read, or no granularity has two texts.
@@ -231,6 +242,7 @@ def retrieval(
     return search(
         Path(encoder), Path(manifest), images=None if images is None else Path(images), split=split,
         granularities=granularities, activation=activation, weights=weights, seed=seed, strict=strict, workers=workers,
+        device=device,
     )  # fmt: skip
 
 
@@ -246,6 +258,7 @@ def explain(
     activation: str | None = None,
     weights: str | None = None,
     strict: bool = False,
+    device: str = AUTO,
     force: bool = False,
     **question: Any,
 ) -> "Sheet":
@@ -263,6 +276,7 @@ def explain(
         activation: As for `linear_probe`.
         weights: As for `linear_probe`.
         strict: As for `linear_probe`.
+        device: As for `linear_probe`.
         force: Replace ``out``.
         **question: As for `linear_probe`.
 
@@ -277,7 +291,7 @@ def explain(
     return explain_images(
         Path(encoder), Path(images), Path(out), texts=texts, targets=targets, limit=limit,
         question=asked(labels, images, question) if labeled else None,
-        activation=activation, weights=weights, strict=strict, force=force,
+        activation=activation, weights=weights, strict=strict, force=force, device=device,
     )  # fmt: skip
 
 

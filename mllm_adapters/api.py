@@ -3,8 +3,9 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from mgll_encoder.common.devices import AUTO, Precision
 from mgll_encoder.common.errors import InvalidArgumentError, OutputTakenError, unknown_name
 from mgll_encoder.common.extras import require
 from mgll_encoder.common.progress import Counter, no_bar, track
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from mgll_encoder.tower.spec import Activation
     from mgll_encoder.weights.torch_file import WeightSet
     from mllm_adapters.core.contract import Family, Target
-    from mllm_adapters.core.planning import TowerDtype
     from mllm_adapters.core.support_matrix import Support
     from mllm_adapters.export.exporting import GGUFExport
     from mllm_adapters.swap.planned import Fitting, SwapPlan
@@ -38,7 +38,7 @@ def plan_swap(
     layout: str = "own",
     activation: "Activation | str | None" = None,
     weights: "WeightSet | str | None" = None,
-    precision: "TowerDtype | str | None" = None,
+    precision: "Precision" = AUTO,
     parts: Parts | None = None,
 ) -> "SwapPlan":
     """Plan to put a vision tower into a multimodal LLM. Only headers are read, and nothing is written.
@@ -52,7 +52,7 @@ def plan_swap(
             support it.
         activation: ``gelu`` or ``quick_gelu``, for towers that do not record it.
         weights: ``raw`` or ``ema``, for towers that also contain a moving average of the weights.
-        precision: Number format of the written tower: ``float32``, ``bfloat16`` or ``float16``; None for the host's.
+        precision: Number format of the written tower: ``auto`` (the host's), ``float32``, ``bfloat16`` or ``float16``.
         parts: Paths of parts of the checkpoint that are not found next to it, name -> path.
 
     Raises:
@@ -70,14 +70,15 @@ def plan_swap(
     from mllm_adapters.core.sizes import plan_at_size
     from mllm_adapters.swap.planned import SwapPlan
 
-    tower_dtype = _tower_dtype(precision)
+    if precision not in get_args(Precision):
+        raise unknown_name("`precision`", precision, get_args(Precision))
     choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked there
     tower = inspect_tower(Path(encoder), **choices)
     checkpoint, family, _ = open_checkpoint(resolve(str(mllm)), parts)
     kind = _target(layout, family)
     plan, unsuited = plan_at_size(family, checkpoint, tower, kind, image_size=image_size, tokens=tokens)
-    if tower_dtype is not None:
-        plan = with_tower_dtype(plan, tower_dtype)
+    if precision != AUTO:
+        plan = with_tower_dtype(plan, precision)
     given = _named(encoder)
     name = f"{_named(mllm).name}-{given.name if tower.source.is_dir() else given.stem}"
     warnings = (*tower.warnings, *([unsuited] if unsuited else []))
@@ -128,7 +129,7 @@ def align(
     images: str | Path,
     *,
     samples: int | None = None,
-    device: str = "auto",
+    device: str = AUTO,
 ) -> "SwapPlan":
     """Fit the connector on unlabeled images, in closed form.
 
@@ -152,7 +153,7 @@ def fitting(images: str | Path, samples: int | None = None, device: str | None =
     from mllm_adapters.alignment.align import SAMPLES
     from mllm_adapters.swap.planned import Fitting
 
-    return Fitting(Path(images), samples or SAMPLES, device or "auto")
+    return Fitting(Path(images), samples or SAMPLES, device or AUTO)
 
 
 def verify(
@@ -160,6 +161,7 @@ def verify(
     *,
     encoder: str | Path | None = None,
     mllm: str | Path | None = None,
+    device: str = AUTO,
     quick: bool = False,
 ) -> "list[Check]":
     """Check that a swapped checkpoint is unchanged (files, tensors, tower), and that its output depends on images.
@@ -168,6 +170,7 @@ def verify(
         folder: The swapped checkpoint.
         encoder: The new tower; searched for by name and hash if not given.
         mllm: The original checkpoint; likewise.
+        device: Device of the model: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
         quick: Skip the checks that load the model.
 
     Returns:
@@ -180,7 +183,7 @@ def verify(
     from mllm_adapters.swap.verify import Verification
 
     given = (None if one is None else Path(one) for one in (encoder, mllm))
-    return list(track(Verification(Path(folder), *given).checks(quick=quick), "verifying"))
+    return list(track(Verification(Path(folder), *given, device).checks(quick=quick), "verifying"))
 
 
 def restore(
@@ -518,11 +521,3 @@ def _target(layout: str, family: "Family") -> "Target":
     if family.spec.not_llava:
         raise InvalidArgumentError(f"`layout={layout}`: {family.spec.not_llava}; use `layout=own`")
     return "own"  # which is a LLaVA
-
-
-def _tower_dtype(name: str | None) -> "TowerDtype | None":
-    from mllm_adapters.core.planning import TowerDtype
-
-    if name is not None and name not in get_args(TowerDtype):
-        raise unknown_name("`precision`", name, get_args(TowerDtype))
-    return cast("TowerDtype | None", name)

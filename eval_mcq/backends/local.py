@@ -1,7 +1,6 @@
 """Models of this project's families on this machine, answered by its own engine."""
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eval_mcq.backends.base import Identity
 from eval_mcq.backends.fingerprint import code_version, model_fingerprint, package_versions
-from mgll_encoder.common.errors import InvalidArgumentError, NotFoundError, unknown_name
+from mgll_encoder.common.devices import Precision, find_device
+from mgll_encoder.common.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 WayName = Literal["auto", "prefix", "tree", "plain"]
 
 
@@ -37,7 +36,7 @@ class Placement:
         return str(self.dtype).removeprefix("torch.") + (", nf4" if self.four_bit else "")
 
 
-def placement(device: str = "auto", dtype: Dtype = "auto", four_bit: bool = False) -> Placement:
+def placement(device: str = "auto", dtype: Precision = "auto", four_bit: bool = False) -> Placement:
     """Choose device and number format.
 
     Raises:
@@ -45,16 +44,7 @@ def placement(device: str = "auto", dtype: Dtype = "auto", four_bit: bool = Fals
     """
     import torch
 
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    automatic = f"cuda:{local % max(torch.cuda.device_count(), 1)}" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(automatic if device == "auto" else device)
-    except RuntimeError:
-        raise unknown_name("device", device, ["auto", "cpu", "cuda", "cuda:1"]) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise NotFoundError(
-            f"device '{device}' is not available: torch finds no GPU on this machine; use `device=cpu`"
-        )
+    chosen = find_device(device)
     if dtype == "auto":
         return Placement(chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32, four_bit)
     return Placement(chosen, getattr(torch, dtype), four_bit)
@@ -76,7 +66,7 @@ class LocalModel:
     folder: Path
     mode: "Mode" = "letters"
     device: str = "auto"
-    dtype: Dtype = "auto"
+    dtype: Precision = "auto"
     four_bit: bool = False
     way: WayName = "auto"
 

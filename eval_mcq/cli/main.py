@@ -10,7 +10,8 @@ from eval_mcq.backends.local import WayName
 from eval_mcq.cli.items import COMMANDS as ITEM_COMMANDS
 from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
 from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
-from eval_mcq.cli.run import DeviceOption, FourBit, ModeName, PrecisionOption
+from eval_mcq.cli.run import FourBit, ModeName
+from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import new_app, note, run, stdout, warn
 from mgll_encoder.common.errors import InvalidArgumentError
@@ -175,8 +176,8 @@ def run_command(
     limit: Annotated[
         int | None, typer.Option(help="Use only this many questions from the beginning.", min=1)
     ] = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    device: compute.Device = "auto",
+    precision: compute.Computed = "auto",
     load_in_4bit: FourBit = False,
     engine: Annotated[
         WayName,

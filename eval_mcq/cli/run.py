@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from eval_mcq.backends.local import Dtype
 from eval_mcq.cli.items import Force
+from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common.cli import stdout, warn
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError
 from mgll_encoder.common.extras import needs, require
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from eval_mcq.tables.intervals import Estimate
 
 ModeName = Literal["letters", "options", "options-mean", "generate"]
-
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto uses the GPU if there is one.")]
-PrecisionOption = Annotated[
-    Dtype,
-    typer.Option(help="auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16 or float16."),
-]
 
 
 def _check_four_bit(asked: bool) -> bool:
@@ -71,8 +65,8 @@ def check(
         Path | None, typer.Option(help="Benchmark file; without it only prompt and provenance are shown.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Use only this many questions, evenly spaced.", min=2)] = 100,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    device: compute.Device = "auto",
+    precision: compute.Computed = "auto",
     load_in_4bit: FourBit = False,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON; needs --bench.")] = None,
     force: Force = False,

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval_mcq.backends.fingerprint import model_fingerprint
-from eval_mcq.backends.local import Dtype, LocalModel
+from eval_mcq.backends.local import LocalModel
 from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.records.leaks import Leak, find_leak, trainings_of_model
+from mgll_encoder.common.devices import Precision
 from mgll_encoder.common.trained_on import Training
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def check_model(
     *,
     limit: int = 100,
     device: str = "auto",
-    precision: Dtype = "auto",
+    precision: Precision = "auto",
     load_in_4bit: bool = False,
 ) -> ModelCheck:
     """Check a model: prompt, provenance and, with a benchmark, whether its answers depend on the image.

@@ -7,7 +7,9 @@ import typer
 
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import said
+from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common import table_options as tables
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.probing.explained import explain_images
@@ -47,6 +49,7 @@ def explain(
     activation: labeled.ActivationName = None,
     weights: labeled.WeightsName = None,
     split_seed: labeled.SplitSeed = 0,
+    device: compute.Device = AUTO,
     strict: labeled.Strict = False,
     force: labeled.Force = False,
 ) -> None:
@@ -71,7 +74,7 @@ def explain(
     found = explain_images(
         encoder, images, out, texts=texts or (), targets=targets or (), limit=limit,
         question=question if labels or dataset else None, activation=activation, weights=weights, strict=strict,
-        force=force,
+        force=force, device=device,
     )  # fmt: skip
     found.skipped.say()
     said(f"{found.images} images: {out}")

@@ -5,7 +5,9 @@ from pathlib import Path
 import typer
 
 from mgll_encoder import api
+from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common.cli import stdout
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.weights.locate import check_manifest
@@ -69,9 +71,8 @@ def pretrain(
         "auto",
         help="Epoch to keep: best (by mAP on the val rows), last, or auto: best if there are val rows.",
     ),
-    precision: str = typer.Option(
-        "auto", help="auto (bfloat16 if the GPU supports it, else float32), float32, bfloat16 or float16."
-    ),
+    device: compute.Device = AUTO,
+    precision: compute.Computed = AUTO,
     gradient_checkpointing: bool = typer.Option(
         False, "--gradient-checkpointing", help="Save memory at a third more time."
     ),
@@ -132,6 +133,7 @@ def pretrain(
         seed=seed,
         images=images,
         workers=workers,
+        device=device,
         strict=strict,
         resume=resume,
         force=force,

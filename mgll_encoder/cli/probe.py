@@ -9,7 +9,9 @@ import typer
 
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import print_result, said
+from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common import table_options as tables
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
@@ -79,6 +81,7 @@ def probe(
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     strict: labeled.Strict = False,
     workers: labeled.Workers = None,
+    device: compute.Device = AUTO,
     force: labeled.Force = False,
     _: Annotated[
         bool,
@@ -122,11 +125,12 @@ def probe(
         test_labels, test_images, test_list, only, test_share, split_seed,
         tables.reading(encoding, sheet, label_separator, uncertain),
     )  # fmt: skip
-    score = linear(min_positives, workers)
+    score = linear(min_positives, workers, device)
     if protocol == "finetune":
         score = finetuned(
             {**settings, "seed": seed}, min_positives=min_positives, workers=workers,
             trainings=trainings or 1, tower_out=tower_out, force=force,
+            device=device,
         )  # fmt: skip
     found = evaluate_trained(
         encoder, question, score, activation=activation, weights=weights, seed=seed, strict=strict

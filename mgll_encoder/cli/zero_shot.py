@@ -9,8 +9,10 @@ import typer
 
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import print_result, said
+from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import stdout
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.common.tables import listed
@@ -62,6 +64,7 @@ def zero_shot(
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     strict: labeled.Strict = False,
     workers: labeled.Workers = None,
+    device: compute.Device = AUTO,
     force: labeled.Force = False,
 ) -> None:
     """Classify without training, by the similarity of an image to prompts of each class: AUC, mAP, accuracy.
@@ -81,6 +84,7 @@ def zero_shot(
     found = evaluate_zero_shot(
         encoder, question, prompts=prompts, every=every, activation=activation, weights=weights,
         min_positives=min_positives, seed=seed, strict=strict, workers=workers,
+        device=device,
     )  # fmt: skip
     print_result(found.result, f"Zero-shot classification by {encoder}, in %", {}, found.names, trained=False)
     if out:
@@ -117,6 +121,7 @@ def retrieval(
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     strict: labeled.Strict = False,
     workers: labeled.Workers = None,
+    device: compute.Device = AUTO,
     force: labeled.Force = False,
 ) -> None:
     """Measure retrieval of texts for images and images for texts: recall among the nearest 1, 5 and 10.
@@ -131,6 +136,7 @@ def retrieval(
     found = search(
         encoder, manifest, images=images, split=split, granularities=listed(granularities),
         activation=activation, weights=weights, seed=seed, strict=strict, workers=workers,
+        device=device,
     )  # fmt: skip
     _print_retrieval(found.levels, encoder, found.patients)
     if out:

@@ -27,6 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from mgll_encoder.common import signals
@@ -64,12 +65,13 @@ _spelling = Spelling()
 """The options of the running program."""
 
 
-def new_app(help_text: str) -> typer.Typer:
-    """Create a Typer application with this project's settings."""
+def new_app(help_text: str, cls: type[TyperGroup] | None = None) -> typer.Typer:
+    """Create a Typer application with this project's settings; ``cls`` is the class of its group of commands."""
     return typer.Typer(
         help=help_text,
+        cls=cls,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
         rich_markup_mode="rich",
@@ -90,11 +92,7 @@ def run(app: typer.Typer, name: str | None = None) -> NoReturn:
     atexit.register(gc.freeze)
     try:
         with _showing_logs(), signals.watched(last=True):
-            command = _with_version(typer.main.get_command(app))
-            if name is not None:
-                accept_old_options(command, name, warn)
-            _spelling.learn(command)
-            code = _outcome(command, name)
+            code = _outcome(prepared(app, name), name)
             if signals.received() is not None:
                 clear_interrupted()
     except KeyboardInterrupt:  # a signal that arrived after the command had finished
@@ -105,6 +103,15 @@ def run(app: typer.Typer, name: str | None = None) -> NoReturn:
         except OSError:  # already reported; Python would flush again at exit and return 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def prepared(app: typer.Typer, name: str | None) -> Any:
+    """Return the command of an application, with ``--version`` and the old names of its options."""
+    command = _with_version(typer.main.get_command(app))
+    if name is not None:
+        accept_old_options(command, name, warn)
+    _spelling.learn(command)
+    return command
 
 
 class _Lines(logging.Handler):
@@ -141,7 +148,7 @@ def _with_version(command: Any) -> Any:
 
     def show(context: typer.Context, asked: bool) -> None:
         if asked:
-            stdout.print(f"{context.info_name} {version()}", highlight=False)
+            stdout.print(f"{context.command_path} {version()}", highlight=False)
             raise typer.Exit
 
     option = typer.Option(

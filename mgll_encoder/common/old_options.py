@@ -60,6 +60,7 @@ def accept_old_options(command: Any, path: str, say: Callable[[str], None]) -> N
     renamed = OLD_OPTIONS.get(path, {})
     if not renamed and not any(_option(command, option) for option in OLD_VALUES):
         return
+    command.old_options = renamed
     make_parser = command.make_parser
 
     def with_old_options(context: Any) -> Any:

@@ -29,7 +29,7 @@ def _unknown_option(found: str, context: Any) -> str:
         for name in (*parameter.opts, *parameter.secondary_opts)
     }
     others = {old: new for renamed in OLD_OPTIONS.values() for old, new in renamed.items() if new in known}
-    others |= OLD_OPTIONS.get(context.command_path, {})
+    others |= getattr(context.command, "old_options", {})
     near = did_you_mean(found, [*known, *others])
     for old, new in others.items():
         if old not in known:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from mgll_encoder.common.deepspeed import read_deepspeed
+from mgll_encoder.common.devices import Precision
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, unknown_name
 from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES
 from mgll_encoder.pretraining.initialization import AUTO
@@ -15,7 +16,6 @@ from mgll_encoder.weights.torch_file import WeightSet
 
 Loss = Literal["mgll", "clip"]
 Select = Literal["auto", "best", "last"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

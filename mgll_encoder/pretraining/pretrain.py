@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import (
     BadDataError,
     InvalidArgumentError,
@@ -99,6 +100,7 @@ def pretrain(
     resume: bool = False,
     force: bool = False,
     save_on_signal: bool = False,
+    device: str = AUTO,
 ) -> PretrainResult:
     """Train on the manifest's ``train`` rows and write the tower's folder.
 
@@ -115,6 +117,7 @@ def pretrain(
         resume: Continue from the checkpoints of a killed run with the same options and manifest.
         force: Replace ``out``.
         save_on_signal: Save a checkpoint before ending on SIGTERM or Ctrl-C.
+        device: See `mgll_encoder.common.devices.train_on`.
 
     Raises:
         UserError: invalid input (see ``plan_rows``, ``starting_towers``), ``out`` exists, another process trains into
@@ -131,7 +134,7 @@ def pretrain(
         raise BadDataError(
             f"manifest {manifest} has {len(plan)} train images: contrastive training needs at least 2; {reasons}"
         )
-    arguments = training_arguments(checkpoint_folder(out), options, len(plan), workers)
+    arguments = training_arguments(checkpoint_folder(out), options, len(plan), workers, device)
     set_seed(options.seed)
     model = starting_towers(
         TOWER_SIZES[options.tower_size],

@@ -5,12 +5,15 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
+from mgll_encoder.common.devices import train_on
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.progress import counter
 from mgll_encoder.pretraining.options import PretrainOptions
 
 
-def training_arguments(folder: Path, options: PretrainOptions, rows: int, workers: int) -> TrainingArguments:
+def training_arguments(
+    folder: Path, options: PretrainOptions, rows: int, workers: int, device: str
+) -> TrainingArguments:
     """Build the arguments of transformers' Trainer.
 
     Args:
@@ -18,11 +21,13 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
         options: The user's options.
         rows: Number of training images.
         workers: Processes that open images.
+        device: See `mgll_encoder.common.devices.train_on`.
 
     Raises:
-        UserError: the precision is not available here, or several GPUs are visible to one process.
+        UserError: the precision or the device is not available here, or several GPUs are visible to one process.
     """
-    cuda = torch.cuda.is_available()
+    use_cpu = train_on(device)
+    cuda = torch.cuda.is_available() and not use_cpu
     precision = options.precision
     if precision == "auto":
         precision = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
@@ -47,7 +52,7 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
         activation_checkpointing=options.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         deepspeed=str(options.deepspeed) if options.deepspeed else None,
-        use_cpu=not cuda,
+        use_cpu=use_cpu,
         seed=options.seed,
         logging_strategy="epoch",
         save_strategy="epoch",
@@ -60,7 +65,7 @@ def training_arguments(folder: Path, options: PretrainOptions, rows: int, worker
     if arguments.n_gpu > 1:
         raise InvalidArgumentError(
             f"{arguments.n_gpu} GPUs are visible to one process: start one process per GPU with "
-            f"torchrun --nproc-per-node {arguments.n_gpu} --no-python COMMAND ..."
+            f"torchrun --nproc-per-node {arguments.n_gpu} --no-python COMMAND ..., or choose one with `device=cuda:0`"
         )
     return arguments
 

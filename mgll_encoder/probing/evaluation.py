@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.skipped import Skipped
@@ -46,14 +47,16 @@ class Evaluation:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
-def linear(min_positives: int = 10, workers: int | None = None) -> "Score":
+def linear(min_positives: int = 10, workers: int | None = None, device: str = AUTO) -> "Score":
     """Return a linear classifier on frozen features, for `evaluate_trained`."""
 
     def score(tower: "Tower", labels: "LabeledImages", skipped: Skipped) -> "Scored":
         from mgll_encoder.probing.features import readable_features
         from mgll_encoder.probing.linear import linear_scores
 
-        features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
+        features, labels = readable_features(
+            tower, labels, cache_folder("features"), skipped, workers, device
+        )
         scores, kept = linear_scores(features, labels, positives=min_positives)
         need_kept(kept, min_positives)
         return scores, kept, labels, {}
@@ -69,6 +72,7 @@ def finetuned(
     trainings: int = 1,
     tower_out: Path | None = None,
     force: bool = False,
+    device: str = AUTO,
 ) -> "Score":
     """Return a tower that is trained together with a linear head, for `evaluate_trained`.
 
@@ -79,6 +83,7 @@ def finetuned(
         trainings: Number of trainings; results are their means.
         tower_out: New folder for the tower that is best on the validation part.
         force: Replace ``tower_out``.
+        device: See `mgll_encoder.common.devices.train_on`.
     """
 
     def score(tower: "Tower", labels: "LabeledImages", skipped: Skipped) -> "Scored":
@@ -100,6 +105,7 @@ def finetuned(
                 cache,
                 positives=min_positives,
                 workers=workers,
+                device=device,
             )
             for i in range(trainings)
         ]
@@ -171,6 +177,7 @@ def evaluate_zero_shot(
     min_positives: int,
     strict: bool,
     workers: int | None,
+    device: str,
 ) -> Evaluation:
     """Run `zero_shot` on a `LabeledSet`."""
     from mgll_encoder.probing.benchmarks import benchmark as described
@@ -204,7 +211,7 @@ def evaluate_zero_shot(
         _logger.warning(
             f"prompt '{prompt}': the text tower has no embedding for {', '.join(pieces)}, which are ignored"
         )
-    features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers)
+    features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers, device)
     scores = zero_shot_scores(
         projected(tower, features),
         class_directions(text, positive),

@@ -85,7 +85,7 @@ def attention_maps(tower: Tower, pixels: Tensor) -> dict[str, NDArray[np.float32
     with torch.inference_mode(), _eager_attention(tower):
         layers = tower.model(pixels, output_attentions=True).attentions
     grid, first = tower.spec.grid, first_patch(tower.spec)
-    means = [layer.float().mean(dim=1) for layer in layers]  # [n, tokens, tokens]
+    means = [layer.float().mean(dim=1).cpu() for layer in layers]  # [n, tokens, tokens]
     rolled = torch.eye(means[0].shape[-1]).expand_as(means[0])
     for mean in means:
         rolled = (0.5 * mean + 0.5 * torch.eye(mean.shape[-1])) @ rolled
@@ -119,9 +119,9 @@ def target_maps(
     """
     scorer = _Attributable(tower, target)
     found = LayerGradientXActivation(scorer, scorer.patches).attribute(pixels.clone().requires_grad_())
-    maps = found.detach().sum(dim=1).relu().numpy()
+    maps = found.detach().sum(dim=1).relu().cpu().numpy()
     with torch.inference_mode():
-        return maps, scorer(pixels).numpy()
+        return maps, scorer(pixels).cpu().numpy()
 
 
 def contact_sheet(
@@ -195,7 +195,7 @@ class _Attributable(nn.Module):
             f"{self.tower.header.architecture.blocks}.{self.tower.spec.depth - 1}"
         )
         with last.register_forward_pre_hook(self._through_patches):
-            return self.target.score(self.tower.pooled(pixels).float())
+            return self.target.score(self.tower.pooled(pixels).float().cpu())
 
     def _through_patches(self, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = given

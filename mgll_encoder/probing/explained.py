@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mgll_encoder.common.devices import AUTO, find_device
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, NotFoundError, unknown_name
 from mgll_encoder.common.files import check_free, new_file
 from mgll_encoder.common.skipped import Skipped
@@ -46,6 +47,7 @@ def explain_images(
     weights: str | None = None,
     strict: bool = False,
     force: bool = False,
+    device: str = AUTO,
 ) -> Sheet:
     """See `mgll_encoder.explain`; ``question`` are labeled images, whose test split is shown with the true labels."""
     check_free(out, force)
@@ -66,14 +68,16 @@ def explain_images(
     tower = open_tower(encoder, activation, weights)
     shown = _texts(tower, texts)
     if question is not None:
-        classes, paths, captions = _labeled(tower, question, targets, limit, skipped)
+        classes, paths, captions = _labeled(tower, question, targets, limit, skipped, device)
         shown += classes
     else:
         numbered = _pictures(images, limit, skipped)
         paths, captions = list(numbered), [f"image {number}" for number in numbered.values()]
     pictures = [open_image(path) for path in paths]
     transform = image_transform(tower.spec)
-    pixels = torch.stack([transform(picture) for picture in pictures])
+    place = find_device(device)
+    tower.model.to(place)
+    pixels = torch.stack([transform(picture) for picture in pictures]).to(place)
     columns = attention_maps(tower, pixels)
     notes: dict[str, list[str]] = {}
     for target in shown:
@@ -98,7 +102,7 @@ def _texts(tower: "Tower", texts: Sequence[str]) -> "list[Target]":
 
 
 def _labeled(
-    tower: "Tower", question: LabeledSet, labels: Sequence[str], limit: int, skipped: Skipped
+    tower: "Tower", question: LabeledSet, labels: Sequence[str], limit: int, skipped: Skipped, device: str
 ) -> "tuple[list[Target], list[Path], list[str]]":
     """Return targets of the classes, test images to show (those of the classes first), and their captions."""
     import numpy as np
@@ -110,7 +114,7 @@ def _labeled(
 
     found = question.read(skipped, both_sides=bool(labels))
     if labels:
-        features, found = readable_features(tower, found, cache_folder("features"), skipped)
+        features, found = readable_features(tower, found, cache_folder("features"), skipped, device=device)
     else:
         found = open_every_image(found.subset(found.test), skipped)
     targets, places = [], []

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from mgll_encoder.common.devices import AUTO, find_device
 from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.files import appearing
 from mgll_encoder.common.images import READER_VERSION, open_image
@@ -37,7 +38,11 @@ def workers_for(images: int, asked: int | None) -> int:
 
 
 def pooled_features(
-    tower: Tower, images: Sequence[Path], batch_size: int = 64, workers: int | None = None
+    tower: Tower,
+    images: Sequence[Path],
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str = AUTO,
 ) -> NDArray[np.float32]:
     """Compute the tower's pooled features (see `mgll_encoder.tower.model.pooled`, no projection), [n, width].
 
@@ -46,15 +51,16 @@ def pooled_features(
         images: Image files.
         batch_size: Images per forward pass.
         workers: Processes that read images; 0 for none, None to choose automatically.
+        device: See `mgll_encoder.common.devices.find_device`.
 
     Raises:
         UserError: an image cannot be read.
     """
-    return _all_readable(images, _pooled(tower, images, batch_size, workers))
+    return _all_readable(images, _pooled(tower, images, batch_size, workers, device))
 
 
 def cached_features(
-    tower: Tower, images: Sequence[Path], cache: Path, workers: int | None = None
+    tower: Tower, images: Sequence[Path], cache: Path, workers: int | None = None, device: str = AUTO
 ) -> NDArray[np.float32]:
     """Compute `pooled_features`, cached in a file named by a hash of tower, preprocessing and images.
 
@@ -63,15 +69,21 @@ def cached_features(
         images: Image files; identified by path, size and modification time.
         cache: Cache folder.
         workers: As for `pooled_features`.
+        device: As for `pooled_features`.
 
     Raises:
         UserError: an image cannot be read.
     """
-    return _all_readable(images, _cached(tower, images, cache, workers))
+    return _all_readable(images, _cached(tower, images, cache, workers, device))
 
 
 def readable_features(
-    tower: Tower, data: LabeledImages, cache: Path, skipped: Skipped, workers: int | None = None
+    tower: Tower,
+    data: LabeledImages,
+    cache: Path,
+    skipped: Skipped,
+    workers: int | None = None,
+    device: str = AUTO,
 ) -> tuple[NDArray[np.float32], LabeledImages]:
     """Return cached features of the readable images, and their labels.
 
@@ -81,11 +93,12 @@ def readable_features(
         cache: As for `cached_features`.
         skipped: Collects the others.
         workers: As for `pooled_features`.
+        device: As for `pooled_features`.
 
     Raises:
         UserError: ``skipped`` is strict and an image cannot be read, or none can be read.
     """
-    features = _cached(tower, data.images, cache, workers)
+    features = _cached(tower, data.images, cache, workers, device)
     kept = np.asarray(~np.isnan(features).any(axis=1))
     return features[kept], without_unreadable(data, kept, skipped)
 
@@ -151,11 +164,6 @@ def images_digest(images: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def best_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class _Images(Dataset[Tensor]):
     """Pixels of image files; all NaN for an unreadable image, since an error would end the worker."""
 
@@ -174,10 +182,10 @@ class _Images(Dataset[Tensor]):
 
 
 def _pooled(
-    tower: Tower, images: Sequence[Path], batch_size: int, workers: int | None
+    tower: Tower, images: Sequence[Path], batch_size: int, workers: int | None, name: str
 ) -> NDArray[np.float32]:
     """Compute pooled features, NaN for unreadable images."""
-    device = best_device()
+    device = find_device(name)
     loader = DataLoader(
         _Images(images, tower.spec),
         batch_size=batch_size,
@@ -199,11 +207,13 @@ def _pooled(
     return features
 
 
-def _cached(tower: Tower, images: Sequence[Path], cache: Path, workers: int | None) -> NDArray[np.float32]:
+def _cached(
+    tower: Tower, images: Sequence[Path], cache: Path, workers: int | None, device: str
+) -> NDArray[np.float32]:
     name = hashlib.sha256(f"{tower_digest(tower)} {images_digest(images)}".encode()).hexdigest()[:32]
     file = cache / f"{name}.safetensors"
     if not file.is_file():
-        features = _pooled(tower, images, 64, workers)
+        features = _pooled(tower, images, 64, workers, device)
         with appearing(file) as partial:
             save_file({"features": features}, partial)
     return load_file(file)["features"]

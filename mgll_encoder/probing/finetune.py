@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from mgll_encoder.common.devices import AUTO, train_on
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, TrainingError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.images import open_image
@@ -40,7 +41,7 @@ from mgll_encoder.common.resuming import SoundStates, check_states, last_checkpo
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.batches import jitter, shrink
 from mgll_encoder.data.label_table import LabeledImages
-from mgll_encoder.probing.features import best_device, images_digest, tower_digest, workers_for
+from mgll_encoder.probing.features import images_digest, tower_digest, workers_for
 from mgll_encoder.probing.linear import METRICS, kept_labels, metrics, mixed
 from mgll_encoder.tower.model import Tower, pooled
 from mgll_encoder.tower.preprocess import image_transform
@@ -182,6 +183,7 @@ def finetune(
     *,
     positives: int = 1,
     workers: int | None = None,
+    device: str = AUTO,
 ) -> Finetuned:
     """Train a copy of a tower with a linear head, and score the test images.
 
@@ -194,11 +196,13 @@ def finetune(
         cache: Folder for checkpoints.
         positives: Minimum number of positive test images of an evaluated label.
         workers: Processes that read images; None for one per core.
+        device: See `mgll_encoder.common.devices.train_on`.
 
     Raises:
         UserError: no label can be evaluated or used to choose the epoch, the same fine-tuning is running, or the loss
             diverges.
     """
+    use_cpu = train_on(device)
     kept = kept_labels(data, positives)
     val = validation_part(data, options.val_share, options.seed)
     learn = data.subset(~data.test & ~val)
@@ -229,7 +233,7 @@ def finetune(
     with locked(lock, running), writing(folder):
         set_seed(options.seed)
         model = TowerWithHead(_copy(tower), learn, data.exclusive)
-        trainer = _trainer(model, learn, choose, tower.spec, options, folder, workers)
+        trainer = _trainer(model, learn, choose, tower.spec, options, folder, workers, use_cpu)
         last = last_checkpoint(folder)
         if last:
             check_states(last, weights=SAFE_WEIGHTS_NAME)
@@ -269,8 +273,9 @@ def _trainer(
     options: FinetuneOptions,
     folder: Path,
     workers: int | None,
+    use_cpu: bool,
 ) -> Trainer:
-    cuda = best_device().type == "cuda"
+    cuda = torch.cuda.is_available() and not use_cpu
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
@@ -283,7 +288,7 @@ def _trainer(
         warmup_steps=0.1,
         lr_scheduler_type="cosine",
         bf16=cuda and torch.cuda.is_bf16_supported(),
-        use_cpu=not cuda,
+        use_cpu=use_cpu,
         seed=options.seed,
         logging_strategy="epoch",
         eval_strategy="epoch",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.skipped import Skipped
@@ -42,6 +43,7 @@ def search(
     seed: int = 0,
     strict: bool = False,
     workers: int | None = None,
+    device: str = AUTO,
 ) -> Search:
     """See `mgll_encoder.retrieval`."""
     import numpy as np
@@ -57,7 +59,9 @@ def search(
 
     tower = open_tower(encoder, activation, weights)
     text = text_tower_of(tower.header.source, tower)
-    features, readable = readable_features(tower, found.labels, cache_folder("features"), skipped, workers)
+    features, readable = readable_features(
+        tower, found.labels, cache_folder("features"), skipped, workers, device
+    )
     projections = projected(tower, features)
     directions = class_directions(text, [[name] for name in readable.names])
     levels = {**found.levels, "all": list(readable.names)} if len(found.levels) > 1 else found.levels

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mgll_encoder.common.devices import find_device
 from mgll_encoder.common.errors import InvalidArgumentError, UnsupportedCheckpointError, UserError
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.picture_bytes import picture_digests
@@ -228,24 +229,6 @@ def align(
         device=str(place),
         digests=tuple(picture_digests(files, "Noting the images").values()),
     )
-
-
-def find_device(name: str) -> torch.device:
-    """Return the torch device of this name; ``auto`` for an accelerator if there is one.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        here = torch.accelerator.current_accelerator(check_available=True)
-        known = f"cpu or {here.type}" if here else "cpu"
-        raise InvalidArgumentError(f"`device={name}`: no such device here: take auto, {known}") from None
-    return device
 
 
 def _point(reading: ConnectorLayer) -> str:

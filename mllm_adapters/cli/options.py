@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from mgll_encoder.common.compute_options import HELP
+from mgll_encoder.common.devices import Precision as Format
+
 Model = Annotated[Path, typer.Option(help="Checkpoint folder, as written by swap-encoder.")]
 Data = Annotated[
     list[Path],
@@ -44,10 +47,8 @@ FeatureCache = Annotated[
     ),
 ]
 FeaturePrecision = Annotated[
-    str | None,
-    typer.Option(
-        help="Number format of cached features: auto (as computed), float32, bfloat16 or float16. Default: auto."
-    ),
+    Format | None,
+    typer.Option(help=f"Of cached features. {HELP.format(auto='auto (as computed)')} Default: auto."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -91,10 +92,17 @@ ReportTo = Annotated[
     typer.Option(help="tensorboard, wandb ..., or none. Repeatable. Default: tensorboard."),
 ]
 Workers = Annotated[int | None, typer.Option(help="Processes that open images. Default: 2.")]
-Precision = Annotated[
+Device = Annotated[
     str | None,
     typer.Option(
-        help="auto (bfloat16 if the GPU supports it, else float32), float32 or bfloat16. Default: auto."
+        help="Device to compute on: cpu, cuda, cuda:1 ...; auto uses the GPU if there is one. Default: auto."
+    ),
+]
+Precision = Annotated[
+    Format | None,
+    typer.Option(
+        help=HELP.format(auto="auto (bfloat16 on a GPU that supports it, float32 elsewhere)")
+        + " Default: auto."
     ),
 ]
 GradientCheckpointing = Annotated[

@@ -7,6 +7,8 @@ import typer
 from rich.text import Text
 
 from mgll_encoder.common import cli
+from mgll_encoder.common import compute_options as compute
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError, MismatchError
 from mllm_adapters import api
 from mllm_adapters.checkpoints.locate import check_swapped
@@ -26,6 +28,7 @@ def verify(
         ),
     ] = None,
     mllm: Annotated[Path | None, typer.Option(help="The original checkpoint. Default: likewise.")] = None,
+    device: compute.Device = AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="Do not load the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
@@ -39,7 +42,7 @@ def verify(
 
     from rich.table import Table
 
-    checks = api.verify(folder, encoder=encoder, mllm=mllm, quick=quick)
+    checks = api.verify(folder, encoder=encoder, mllm=mllm, device=device, quick=quick)
     if as_json:
         cli.stdout.print_json(
             data=[asdict(check) | {"detail": cli.spelled(check.detail)} for check in checks]

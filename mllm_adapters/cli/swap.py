@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgll_encoder.common import cli
+from mgll_encoder.common import compute_options as compute
+from mgll_encoder.common.devices import AUTO, Precision
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import CORE, needs
 from mllm_adapters import api
@@ -79,18 +81,10 @@ def swap(
         int | None,
         typer.Option("--align-samples", min=1, help="Maximum number of images for --align. Default: 500."),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="With --align: cpu, cuda, cuda:1 ...; auto (the default) uses the GPU if there is one."
-        ),
-    ] = None,
+    device: compute.Device = AUTO,
     precision: Annotated[
-        str | None,
-        typer.Option(
-            help="Number format of the written tower: float32, bfloat16 or float16. Default: the host's."
-        ),
-    ] = None,
+        Precision, typer.Option(help="Of the written tower. " + compute.HELP.format(auto="auto (the host's)"))
+    ] = AUTO,
     copy: Annotated[bool, typer.Option("--copy", help=COPY_HELP)] = False,
     delta_only: Annotated[
         bool,
@@ -267,12 +261,13 @@ def _show(
         cli.note(f"note: {note}")
 
 
-def _fitting(images: Path | None, samples: int | None, device: str | None) -> "Fitting | None":
+def _fitting(images: Path | None, samples: int | None, device: str) -> "Fitting | None":
     if images is not None:
         return api.fitting(images, samples, device)
-    for option, value in (("--align-samples", samples), ("--device", device)):
-        if value is not None:
-            raise InvalidArgumentError(f"{option} {value} requires --align IMAGES")
+    if samples is not None:
+        raise InvalidArgumentError(f"--align-samples {samples} requires --align IMAGES")
+    if device != AUTO:
+        raise InvalidArgumentError(f"--device {device} requires --align IMAGES: nothing else is computed")
     return None
 
 

@@ -103,7 +103,8 @@ class SwapPlan:
         Raises:
             UserError: too few images, no such device, or nothing to fit.
         """
-        from mllm_adapters.alignment.align import find_device, fitted_plan
+        from mgll_encoder.common.devices import find_device
+        from mllm_adapters.alignment.align import fitted_plan
         from mllm_adapters.alignment.feature_pairs import find_images
 
         find_images(fitting.images, fitting.samples)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mgll_encoder.common.chat import render_chat, template_of
+from mgll_encoder.common.devices import AUTO, find_device
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.library_errors import library_reason
@@ -56,13 +57,21 @@ class Verification:
         folder: Checkpoint written by ``swap-encoder``.
         encoder: The new tower; searched for by name and hash if not given.
         source: The original checkpoint; likewise.
+        device: Device of the model, see `mgll_encoder.common.devices.find_device`.
 
     Raises:
         UserError: the folder has no record, or a given path cannot be read.
     """
 
-    def __init__(self, folder: Path, encoder: Path | None = None, source: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        encoder: Path | None = None,
+        source: Path | None = None,
+        device: str = AUTO,
+    ) -> None:
         self.folder = folder
+        self._device = device
         self.record = read_record(folder)
         inputs = self.record.inputs
         self._encoder = (
@@ -205,7 +214,7 @@ class Verification:
             yield Check("image", None, "there is no tokenizer, so the model cannot be run on an image")
             return
         try:
-            changed = blanking_changes(model, processor)
+            changed = blanking_changes(model.to(find_device(self._device)), processor)
         except library_errors() as error:
             yield Check("image", False, f"the model cannot be run on an image: {library_reason(error)}")
             return
@@ -245,13 +254,13 @@ def _logits(model: Any, processor: Any, image: Image.Image) -> torch.Tensor:
     if template_of(processor):
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
         text = render_chat(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
-    batch = dict(processor(text=[text], images=[image], return_tensors="pt"))
+    batch = dict(processor(text=[text], images=[image], return_tensors="pt").to(model.device))
     for name, value in batch.items():
         if value.is_floating_point():
             batch[name] = value.to(model.dtype)
     text_config = model.config.get_text_config()
     if text_config.is_encoder_decoder:
-        batch["decoder_input_ids"] = torch.tensor([[text_config.decoder_start_token_id]])
+        batch["decoder_input_ids"] = torch.tensor([[text_config.decoder_start_token_id]], device=model.device)
     logits: torch.Tensor = model(**batch).logits
     return logits[0, -1].float()
 

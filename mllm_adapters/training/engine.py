@@ -307,7 +307,7 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
         "warmup_steps": recipe.warmup_ratio,
         "weight_decay": 0.0,
         "seed": recipe.seed,
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": job.use_cpu,
         "logging_steps": options.logging_steps,
         "logging_first_step": True,
         "save_steps": options.save_steps,
@@ -316,7 +316,7 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
         "disable_tqdm": False,  # otherwise the library would print dictionaries at a low log level
         "dataloader_num_workers": options.workers,
         "dataloader_persistent_workers": options.workers > 0,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available() and not job.use_cpu,
         # Layers after the one that is read, and the text branches of Q-Formers, get no gradients.
         "ddp_find_unused_parameters": True,
         "deepspeed": str(options.deepspeed) if options.deepspeed else None,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mgll_encoder.common.devices import AUTO, train_on
 from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError
 from mgll_encoder.common.trained_on import Training
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -42,6 +43,7 @@ class Job:
         max_length: Longest example in tokens: the recipe's, or the language model's context if that is
             shorter.
         precision: Of the forward pass; trained parameters are always float32.
+        use_cpu: Whether to compute on the CPU.
     """
 
     checkpoint: Checkpoint
@@ -55,6 +57,7 @@ class Job:
     disk_names: Mapping[str, str]
     max_length: int
     precision: str
+    use_cpu: bool = False
 
     @property
     def source(self) -> Path:
@@ -102,7 +105,9 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def prepare_training(source: Path, data: Path | Sequence[Path], images: Path | None, recipe: Recipe) -> Job:
+def prepare_training(
+    source: Path, data: Path | Sequence[Path], images: Path | None, recipe: Recipe, device: str = AUTO
+) -> Job:
     """Check everything, load the model, and freeze all but the stage's parameters. Writes nothing.
 
     Raises:
@@ -111,9 +116,10 @@ def prepare_training(source: Path, data: Path | Sequence[Path], images: Path | N
     """
     checkpoint = check_source(source)
     corpus = read_corpus(data, images, recipe.rows)
+    use_cpu = train_on(device)
     precision = recipe.precision
     if precision == "auto":
-        half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        half = not use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bfloat16" if half else "float32"
     dtype = getattr(torch, precision)
     quantization = nf4(checkpoint.config, source, dtype) if recipe.qlora else None
@@ -146,6 +152,7 @@ def prepare_training(source: Path, data: Path | Sequence[Path], images: Path | N
         disk_names=disk_names,
         max_length=max_length,
         precision=precision,
+        use_cpu=use_cpu,
     )
 
 

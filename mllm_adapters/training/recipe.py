@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 from transformers.integrations import get_available_reporting_integrations
 
+from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mllm_adapters.core.stages import STAGES, LoraSettings
 from mllm_adapters.data.captions import ALL
@@ -70,6 +71,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        if self.precision == "float16":
+            raise InvalidArgumentError("`precision=float16` overflows in training: use bfloat16, or float32")
         for kind, known in (("precision", PRECISIONS), ("stage", STAGES)):
             if getattr(self, kind) not in known:
                 raise unknown_name(kind, getattr(self, kind), known)
@@ -108,6 +111,8 @@ class RunOptions:
         feature_cache: Cache the frozen tower's features on disk.
         feature_precision: Number format of cached features: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the
             precision of the forward pass, which changes nothing.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPUs if there are any. Processes started by a
+            launcher have theirs from it.
     """
 
     logging_steps: Count = 10
@@ -119,6 +124,7 @@ class RunOptions:
     save_on_signal: bool = False
     feature_cache: bool = True
     feature_precision: str = "auto"
+    device: str = AUTO
 
     def __post_init__(self) -> None:
         _check_fields(self)

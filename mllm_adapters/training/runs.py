@@ -185,7 +185,7 @@ def _train(
 
     evaluation = resolved.evaluation
     evaluate = find_evaluator(evaluation.eval_bench) if evaluation.eval_bench else None
-    job = prepare_training(arm.model, arm.data, arm.images, resolved.recipe)
+    job = prepare_training(arm.model, arm.data, arm.images, resolved.recipe, resolved.options.device)
     watcher.planned(job)
     if arm.dry_run:
         return None
