@@ -182,8 +182,10 @@ def verify(
     check_swapped(Path(folder))
     from mllm_adapters.swap.verify import Verification
 
-    given = (None if one is None else Path(one) for one in (encoder, mllm))
-    return list(track(Verification(Path(folder), *given, device).checks(quick=quick), "verifying"))
+    source = None if mllm is None else resolve(str(mllm))
+    return list(
+        track(Verification(Path(folder), _maybe(encoder), source, device).checks(quick=quick), "verifying")
+    )
 
 
 def restore(

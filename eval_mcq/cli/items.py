@@ -87,7 +87,7 @@ def import_command(
 def export(
     bench: Annotated[Path, typer.Argument(help="Benchmark file.")],
     out: Annotated[Path, typer.Option(help="File (for lmms-eval: folder) to write.")],
-    to: Annotated[
+    format_: Annotated[
         Literal["llava", "messages", "vlmevalkit", "lmms-eval", "parquet", "jsonl"],
         typer.Option(
             "--format",
@@ -112,12 +112,12 @@ def export(
 
     Example: eval-mcq export train.jsonl --format llava --out train.json
     """
-    count = api.export_benchmark(bench, out, to, images=images, run=run, force=force)
+    count = api.export_benchmark(bench, out, format_, images=images, run=run, force=force)
     if run is not None:
         stdout.print(f"{out}: {count} predictions", soft_wrap=True, highlight=False)
         return
     stdout.print(f"{out}: {count} questions", soft_wrap=True, highlight=False)
-    following = _after_export(to, out, images or out.absolute().parent)
+    following = _after_export(format_, out, images or out.absolute().parent)
     stdout.print(f"Next: {following}", soft_wrap=True, highlight=False)
 
 

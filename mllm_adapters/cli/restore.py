@@ -27,7 +27,10 @@ def verify(
             "folder."
         ),
     ] = None,
-    mllm: Annotated[Path | None, typer.Option(help="The original checkpoint. Default: likewise.")] = None,
+    mllm: Annotated[
+        str | None,
+        typer.Option(help="The original checkpoint (folder, hub id or family name). Default: likewise."),
+    ] = None,
     device: compute.Device = AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="Do not load the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,

@@ -25,6 +25,7 @@ MISTAKES: Mapping[str, str] = {
     "retrain-projector": "--model nope --data nope",
     "finetune-lora": "--model nope --data nope",
     "eval-mcq": "run --model nope --bench nope",
+    "mgll": "eval run --model nope --bench nope",
 }
 """Command -> arguments with a path that does not exist."""
 

@@ -18,6 +18,7 @@ ENTRIES = {
     "retrain-projector": "mllm_adapters.cli.retrain:main",
     "finetune-lora": "mllm_adapters.cli.lora:main",
     "eval-mcq": "eval_mcq.cli.main:main",
+    "mgll": "eval_mcq.cli.umbrella:main",
 }
 
 WRONG = {
@@ -38,6 +39,7 @@ WRONG = {
         "--model . --data pyproject.toml --control nope", "--model . --data pyproject.toml --recipe nope",
     ),
     "finetune-lora": ("--model nope --data nope", "--model .. --data nope"),
+    "mgll": ("swap --mllm nope --encoder nope", "eval run --model nope --bench nope", "lora --model nope --data nope"),
     "eval-mcq": (
         "build --labels nope --images nope --out x.jsonl", "run --model nope --bench nope", "table nope",
         "compare a=nope b=nope", "report nope --out x.html", "merge nope --out x", "check --model nope",

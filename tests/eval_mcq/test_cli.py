@@ -139,7 +139,7 @@ def test_run_refuses_what_is_no_model(eval_mcq, tmp_path):
     bench = small_bench(tmp_path)
     error = eval_mcq.refuses("run", "--model", tmp_path, "--bench", bench, "--out", tmp_path / "run")
     assert "is not a model folder: it has no config.json" in error
-    assert "unknown device 'gpu'" in eval_mcq.refuses(
+    assert "unknown --device 'gpu'" in eval_mcq.refuses(
         "run",
         "--model",
         write_tiny_llava(tmp_path / "m"),

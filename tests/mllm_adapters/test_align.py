@@ -305,7 +305,7 @@ class TestCommand:
             (0, [], "holds 0 image files"),
             (4, [], "at least 10 are needed"),
             (12, ["--align-samples", "3"], "--align-samples is 3: at least 10 are needed"),
-            (12, ["--device", "gpu7"], "--device gpu7: no such device here: take auto"),
+            (12, ["--device", "gpu7"], "unknown --device 'gpu7'"),
         ],
     )
     def test_what_cannot_work_is_refused(
