@@ -16,7 +16,8 @@ from eval_mcq.cli.umbrella import main
 sys.argv = ["mgll", "--help"]
 with suppress(SystemExit):
     main()
-print(json.dumps([name for name in ("torch", "mgll_encoder.cli", "mllm_adapters.cli.swap", "eval_mcq.cli.main") if name in sys.modules]))
+heavy = ("torch", "mgll_encoder.cli", "mllm_adapters.cli.swap", "eval_mcq.cli.main")
+print(json.dumps([name for name in heavy if name in sys.modules]))
 """
 
 
