@@ -1,14 +1,14 @@
 """The device that something is computed on: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ..., and its number format."""
 
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from mgll_encoder.common.errors import InvalidArgumentError, NotFoundError, unknown_name
 
 if TYPE_CHECKING:
     import torch
 
-AUTO = "auto"
+AUTO: Final = "auto"
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 """Number formats, as all options and arguments name them."""

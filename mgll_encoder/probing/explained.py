@@ -76,7 +76,8 @@ def explain_images(
     pictures = [open_image(path) for path in paths]
     transform = image_transform(tower.spec)
     place = find_device(device)
-    tower.model.to(place)
+    model: torch.nn.Module = tower.model
+    model.to(place)
     pixels = torch.stack([transform(picture) for picture in pictures]).to(place)
     columns = attention_maps(tower, pixels)
     notes: dict[str, list[str]] = {}
