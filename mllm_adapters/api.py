@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from mgll_encoder.common.devices import AUTO, Precision
 from mgll_encoder.common.errors import InvalidArgumentError, OutputTakenError, unknown_name
@@ -65,7 +65,7 @@ def plan_swap(
     check_tower(Path(encoder))
     check_name(str(mllm))
     from mgll_encoder.tower.load import inspect_tower
-    from mllm_adapters.core.planning import TowerDtype, with_tower_dtype
+    from mllm_adapters.core.planning import with_tower_dtype
     from mllm_adapters.core.registry import open_checkpoint
     from mllm_adapters.core.sizes import plan_at_size
     from mllm_adapters.swap.planned import SwapPlan
@@ -78,7 +78,7 @@ def plan_swap(
     kind = _target(layout, family)
     plan, unsuited = plan_at_size(family, checkpoint, tower, kind, image_size=image_size, tokens=tokens)
     if precision != AUTO:
-        plan = with_tower_dtype(plan, cast(TowerDtype, precision))
+        plan = with_tower_dtype(plan, precision)
     given = _named(encoder)
     name = f"{_named(mllm).name}-{given.name if tower.source.is_dir() else given.stem}"
     warnings = (*tower.warnings, *([unsuited] if unsuited else []))
