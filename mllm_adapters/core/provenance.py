@@ -47,7 +47,11 @@ class InputRecord(Data):
 
 
 class TensorRecord(Step):
-    """A step of the plan with the SHA-256 of the written tensor; None if its bytes were copied without reading."""
+    """A step of the plan with the hash of the tensor that it made.
+
+    Attributes:
+        sha256: Of the written tensor; None if its bytes were copied without reading.
+    """
 
     sha256: str | None = None
 

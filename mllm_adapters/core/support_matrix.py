@@ -110,7 +110,10 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
     return table
 
 
-def support_markdown(spell: Callable[[str], str] = str) -> str:
-    """Return the matrix for the README."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*lines, *(f"| {' | '.join(map(spell, row.cells()))} |" for row in support())])
+def support_markdown(spell: Callable[[str], str] = str, columns: Sequence[str] = COLUMNS) -> str:
+    """Return the matrix for the documentation, with all of its columns or some."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in support():
+        cells = dict(zip(COLUMNS, map(spell, row.cells()), strict=True))
+        lines.append(f"| {' | '.join(cells[column] for column in columns)} |")
+    return "\n".join(lines)

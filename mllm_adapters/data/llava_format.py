@@ -19,7 +19,12 @@ ROLES: Mapping[str, str] = {"human": "user", "gpt": "assistant"}
 
 
 class Turn(BaseModel):
-    """One turn: speaker and text."""
+    """One turn: speaker and text.
+
+    Attributes:
+        speaker: ``human`` or ``gpt``, in turn; ``from`` in files.
+        value: The text; each ``<image>`` in a human's turn stands for an image.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,7 +33,14 @@ class Turn(BaseModel):
 
 
 class Conversation(BaseModel):
-    """One row: images, an optional instruction (``system``), and the turns about the images."""
+    """One row: images, an optional instruction, and the turns about the images.
+
+    Attributes:
+        id: Any name of the row.
+        images: Paths below the image folder, in the order of their tags; ``image`` in files, which may give one path.
+        system: Instruction before the first turn, for models whose template has one.
+        turns: From ``human`` first to ``gpt`` last; ``conversations`` in files.
+    """
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,6 +1,6 @@
-"""The support matrix says what the plans of full-size checkpoints say, and the README says what the matrix says.
+"""The support matrix says what plans of full-size checkpoints say, and docs/families.md and the README repeat it.
 
-``python -m tests.mllm_adapters.test_support`` writes both anew.
+``python -m tests.mllm_adapters.test_support`` writes all three anew.
 """
 
 import json
@@ -34,7 +34,12 @@ from tests.mllm_adapters.families import internvl, qwen_vl
 from tests.mllm_adapters.families.full_size import published_tower
 
 ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- swap-encoder families --markdown -->\n", "\n<!-- end -->"
+BEGIN, END = "<!-- python -m tests.mllm_adapters.test_support -->\n", "\n<!-- end -->"
+DOCUMENTS: Mapping[Path, tuple[str, ...]] = {
+    ROOT / "docs" / "families.md": support.COLUMNS,
+    ROOT / "README.md": ("family", "reads", "tokens before", "after (default)", "swapped, it loads with"),
+}
+"""Page -> the columns that it shows."""
 
 BF16 = "BF16"
 
@@ -124,12 +129,20 @@ def test_the_matrix_is_what_the_plans_of_published_checkpoints_say(name: str, tm
     assert row(name, tmp_path) == stored
 
 
-def test_every_family_has_its_row_and_the_readme_shows_them() -> None:
-    assert [found.family for found in support.support()] == list(FAMILIES)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert (
-        BEGIN + support.support_markdown(builders.options_of("mllm_adapters.cli.swap").spell) + END in readme
+def part(columns: tuple[str, ...]) -> str:
+    """What a page shows of the matrix."""
+    return (
+        BEGIN + support.support_markdown(builders.options_of("mllm_adapters.cli.swap").spell, columns) + END
     )
+
+
+def test_every_family_has_its_row() -> None:
+    assert [found.family for found in support.support()] == list(FAMILIES)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_the_documents_show_the_rows(page: Path) -> None:
+    assert part(DOCUMENTS[page]) in page.read_text(encoding="utf-8")
 
 
 def test_the_command_prints_it() -> None:
@@ -145,22 +158,15 @@ def test_the_command_prints_it() -> None:
 
 
 def write() -> None:
-    """Write the matrix and the README's part of it."""
+    """Write the matrix and what the documents show of it."""
     with tempfile.TemporaryDirectory() as folder:
         rows = [row(name, Path(folder)).model_dump(mode="json") for name in FAMILIES]
     target = ROOT / "mllm_adapters" / "core" / support.FILE
     target.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(
-        before
-        + BEGIN
-        + support.support_markdown(builders.options_of("mllm_adapters.cli.swap").spell)
-        + END
-        + after,
-        encoding="utf-8",
-    )
+    for page, columns in DOCUMENTS.items():
+        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        page.write_text(before + part(columns) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
