@@ -4,6 +4,7 @@
 # make test-latest   the same with the newest versions that pyproject.toml allows, in .venv-latest
 # make test-lowest   the same with the lowest, requirements/lowest.txt, in .venv-lowest
 # make test-clients  results in other releases of transformers and in llama.cpp, each in .venv-clients; writes docs/clients.md
+# make test-docs     what README, docs/ and examples/ say and show, run on tiny inputs
 # make docs          the documentation as a site, in site/; needs neither torch nor the packages
 # Each does all its set-up; a fresh machine needs Python 3.11 (with pip) and gcc. Tried on Linux x86-64.
 
@@ -15,7 +16,7 @@ LOWEST := requirements/lowest.txt
 SITE := requirements/docs.txt
 SUITE := -m pytest -m "not slow" --numprocesses 2
 
-.PHONY: install demo axe screenshots test test-slow test-latest test-lowest fuzz soak lint lint-ci docs lock wheel check-wheel clean
+.PHONY: install demo axe screenshots test test-slow test-docs test-latest test-lowest fuzz soak lint lint-ci docs lock wheel check-wheel clean
 
 install: .venv/installed
 
@@ -60,6 +61,11 @@ test: install axe
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The documents: commands, examples, links, formats. What their commands do, on tiny inputs, takes minutes.
+test-docs: install
+	$(BIN)/python -m pytest -m "" tests/test_docs_commands.py tests/test_docs_python.py tests/test_docs_run.py \
+		tests/test_docs_site.py tests/test_formats.py tests/test_project.py
 
 test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/python $(SUITE)
@@ -117,7 +123,7 @@ lint-ci: install
 	touch $@
 
 docs: .venv-docs/installed
-	.venv-docs/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 # dist/: the source archive, and the wheel that is built from it
 wheel: install

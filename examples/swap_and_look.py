@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Swap and look
 #
-# Put a tower into a LLaVA, look at what changes before anything is written, and look through both towers at the same picture.
-# Toy models with random weights stand for real ones; replace `example/llava` and `example/tower` by your own paths.
-# It takes half a minute on a CPU and writes to a temporary folder.
+# Put a tower into a LLaVA, look at what changes before anything is written, and look through both towers at
+# the same picture. Toy models with random weights stand for real ones; replace `example/llava` and
+# `example/tower` by your own paths. It takes half a minute on a CPU and writes to a temporary folder.
 
 # %%
 import tempfile
@@ -22,7 +22,8 @@ mllm, encoder = example / "llava", example / "tower"
 # %% [markdown]
 # ## Look before
 #
-# The plan is made from headers. It knows every tensor of the result, and the vision contract before and after.
+# The plan is made from headers. It knows every tensor of the result, and the vision contract before and
+# after.
 
 # %%
 plan = plan_swap(mllm, encoder)
@@ -32,8 +33,8 @@ print("tokens per image:", plan.before.tokens, "->", plan.after.tokens)
 # %% [markdown]
 # ## Swap, with the projector fitted on unlabeled images
 #
-# `align` runs both towers on the pictures and solves for the connector. R² near 1: the new features explain what the old layer
-# computed. (Random towers on colored noise explain each other only in part.)
+# `align` runs both towers on the pictures and solves for the connector. R² near 1: the new features explain
+# what the old layer computed. (Random towers on colored noise explain each other only in part.)
 
 # %%
 aligned = align(plan, example / "photographs", device="cpu")
@@ -54,8 +55,8 @@ for check in checks:
 assert all(check.passed is not False for check in checks)
 
 # %% [markdown]
-# The same picture through the visual tokens of both models: as many, of the language model's width, and close to each other, because
-# the projector was fitted.
+# The same picture through the visual tokens of both models: as many, of the language model's width, and
+# close to each other, because the projector was fitted.
 
 # %%
 picture = Image.open(sorted((example / "photographs").iterdir())[0]).convert("RGB")
@@ -80,5 +81,5 @@ assert before.shape == after.shape
 # %% [markdown]
 # ## Undo
 #
-# `restore(swapped, out, mllm=mllm)` gives the original back, bit by bit; with `to_encoder=True` the tower alone. From a terminal, all of
-# this is `swap-encoder`: see [Swap a tower](../docs/howto/swap.md).
+# `restore(swapped, out, mllm=mllm)` gives the original back, bit by bit; with `to_encoder=True` the tower
+# alone. From a terminal, all of this is `swap-encoder`: see [Swap a tower](../docs/howto/swap.md).

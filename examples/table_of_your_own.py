@@ -1,8 +1,9 @@
 # %% [markdown]
 # # A table of your own
 #
-# From a label table to a per-disease table of two models. The pictures are drawn, the models have random weights, so the figures are
-# those of guessing: the point is the way. It takes about two minutes on a CPU and writes to a temporary folder.
+# From a label table to a per-disease table of two models. The pictures are drawn, the models have random
+# weights, so the figures are those of guessing: the point is the way. It takes about two minutes on a CPU
+# and writes to a temporary folder.
 
 # %%
 import tempfile
@@ -21,8 +22,8 @@ print(labels.read_text().splitlines()[:3])
 # %% [markdown]
 # ## Questions
 #
-# One question for each disease of an image; none of its diseases is ever a wrong option. `preset="mine.json"` asks about your own
-# diseases, `split="test"` about the patients of one part only.
+# One question for each disease of an image; none of its diseases is ever a wrong option.
+# `preset="mine.json"` asks about your own diseases, `split="test"` about the patients of one part only.
 
 # %%
 bench = place / "bench.jsonl"
@@ -46,7 +47,8 @@ swapped = run(place / "swapped", bench, place / "runs" / "swapped")
 # %% [markdown]
 # ## The table
 #
-# Every cell with n and interval, every gain with a paired test. An arm called `control` would be the reference of all gains.
+# Every cell with n and interval, every gain with a paired test. An arm called `control` would be the
+# reference of all gains.
 
 # %%
 table = compare({"base": base, "swapped": swapped})
@@ -55,4 +57,5 @@ report({"base": base, "swapped": swapped}, place / "report.html")
 assert (place / "report.html").stat().st_size > 10_000
 
 # %% [markdown]
-# From a terminal: [A table of your own](../docs/howto/table.md), [Evaluate disease by disease](../docs/howto/evaluate.md).
+# From a terminal: [A table of your own](../docs/howto/table.md), [Evaluate disease by
+# disease](../docs/howto/evaluate.md).

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # A tower of your own
 #
-# Train a small tower with the MGLL losses on drawn photographs, measure its features on other patients, and put it into a LLaVA. With a
-# table of your own, replace the first cell. It takes about two minutes on a CPU and writes to a temporary folder.
+# Train a small tower with the MGLL losses on drawn photographs, measure its features on other patients, and
+# put it into a LLaVA. With a table of your own, replace the first cell. It takes about two minutes on a CPU
+# and writes to a temporary folder.
 
 # %%
 import tempfile
@@ -32,8 +33,8 @@ print(manifest.read_text().splitlines()[1])
 # %% [markdown]
 # ## Train
 #
-# Two epochs of the smallest tower, to show the steps. `init="openai"` starts from OpenAI's CLIP, `init="facebook/dinov2-small"` from a
-# general DINOv2; `loss="clip"` trains the control on the same words.
+# Two epochs of the smallest tower, to show the steps. `init="openai"` starts from OpenAI's CLIP,
+# `init="facebook/dinov2-small"` from a general DINOv2; `loss="clip"` trains the control on the same words.
 
 # %%
 trained = pretrain(manifest, place / "tower", epochs=2, batch_size=16, workers=0)
@@ -43,7 +44,8 @@ assert trained.losses[-1] < trained.losses[0]
 # %% [markdown]
 # ## Measure
 #
-# A linear probe on frozen features, and zero-shot from the names of the diseases, both on patients that were not in the training.
+# A linear probe on frozen features, and zero-shot from the names of the diseases, both on patients that
+# were not in the training.
 
 # %%
 probe = linear_probe(place / "tower", labels, images, min_positives=2, workers=0)
