@@ -22,6 +22,22 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]+
 CELL = re.compile(r"^# %%(.*)$", re.MULTILINE)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Show pages that mkdocs.yml does not name under a heading of their own, so that none is lost."""
+    folder = Path(config.docs_dir)
+    pages = {file.relative_to(folder).as_posix() for file in folder.rglob("*.md")}
+    if others := sorted(pages - set(places(config.nav))):
+        config.nav = [*(config.nav or []), {"More": others}]
+    return config
+
+
+def places(nav: Any) -> list[str]:
+    """Return the pages of a part of the navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav or ()) for page in places(part)]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that do not lie in docs/."""
     for source, page in FROM_ROOT.items():
