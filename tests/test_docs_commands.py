@@ -27,7 +27,7 @@ def options_of_script(source: str) -> set[str]:
 
 FOREIGN = {
     "--module", "--no-python", "--nproc-per-node", "--num_gpus", "--no_local_rank", "--local_rank", "--multi_gpu",
-    "--num_processes", "--no-deps", "--signal", "--annotate",
+    "--num_processes", "--no-deps", "--signal", "--annotate", "--flash-attn",
 }  # fmt: skip
 """Options of other programs that texts name."""
 
