@@ -24,7 +24,10 @@ MODULES = {where.partition(":")[0]: name for name, where in COMMANDS.items()}
 LAUNCHERS = ("torchrun", "deepspeed", "accelerate", "srun")
 """Programs that start one of our commands; their own options come before it."""
 
-OTHERS = ("python", "python3", "pip", "pytest", "make", "git", "docker", "source", "cd", "apt", "export")
+OTHERS = (
+    "python", "python3", "pip", "pytest", "make", "git", "docker", "source", "cd", "apt", "export", "curl",
+    "llama-server", "ollama", "vllm",
+)  # fmt: skip
 """Programs that pages may begin a line with, besides ours and files of the project."""
 
 SHELL = ("bash", "sh", "console")
