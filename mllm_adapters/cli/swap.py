@@ -195,7 +195,9 @@ def convert(
 
 @app.command()
 def families(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/families.md.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of docs/families.md.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show the supported families: layouts, tokens per image, connectors, how the result loads.
