@@ -58,13 +58,13 @@ HISTORIES = {
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
-    """Ten diseases with thirty questions each."""
+    """Ten diseases with ten questions each."""
     folder = tmp_path_factory.mktemp("five")
     for name in DISEASES:
         picture(folder, f"{name}.png")
     questions = [
         question(f"q{i}", f"{DISEASES[i % 10]}.png", category=DISEASES[i % 10], patient=f"p{i}")
-        for i in range(300)
+        for i in range(100)
     ]
     return load_bench(write_bench(folder / "bench.jsonl", questions, categories=list(DISEASES)))
 
@@ -250,10 +250,15 @@ def test_axe_core_finds_nothing_wrong(browser, written, scheme, width):
         page = browsers.findings(browser)
         browser.execute_script("document.querySelector('#list button').click()")
         dialog = browsers.findings(browser)
-        browser.execute_script("document.getElementById('detail').close()")
-        browser.execute_script(
-            "document.querySelector('.headline').style.color = '#999'; document.querySelector('th').remove()"
-        )
-        spoilt = {one["id"] for one in browsers.findings(browser)}
     assert [(one["id"], one["impact"], one["nodes"][0]["html"]) for one in page + dialog] == []
-    assert "color-contrast" in spoilt  # it does look
+
+
+def test_axe_core_does_look(browser, written):
+    if not browsers.AXE.is_file():
+        pytest.skip(f"needs axe-core at {browsers.AXE}: make axe, or set MGLL_AXE")
+    with browsers.screen(browser, WIDE, 900):
+        browsers.show(browser, written)
+        browser.execute_script("document.querySelector('.headline').style.color = '#999'")
+        assert [(one["id"], one["impact"]) for one in browsers.findings(browser)] == [
+            ("color-contrast", "serious")
+        ]
