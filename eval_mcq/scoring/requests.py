@@ -122,7 +122,7 @@ class PromptTokenizer:
         batch.pop("attention_mask", None)
         per_token = {name: value for name, value in batch.items() if _is_per_token(value, first)}
         expanded = first[0].tolist()
-        plain = [self._unexpanded(prompt) for prompt in prompts]
+        plain = [self.unexpanded(prompt) for prompt in prompts]
         spread = _spread(plain, expanded, self._placeholder())
         inputs = {name: value for name, value in batch.items() if name not in per_token}
         if self._reads_text is None and prompts[0] != prompts[-1]:
@@ -207,7 +207,8 @@ class PromptTokenizer:
         after = self.tokenize(prompt + answer)
         return after[-1] if after[:-1] == before else None
 
-    def _unexpanded(self, prompt: str) -> list[int]:
+    def unexpanded(self, prompt: str) -> list[int]:
+        """Return the ids of a prompt with one placeholder per image."""
         with self._lock:
             special = not self._starts_with_bos(prompt)
             return list(self.processor.tokenizer(prompt, add_special_tokens=special)["input_ids"])

@@ -79,7 +79,7 @@ def bench(
 
     console = Console()
     with tempfile.TemporaryDirectory() as work:
-        folder = _variant(model, size, image_size, Path(work) / "model")
+        folder = variant(model, size, image_size, Path(work) / "model")
         contenders = _Contenders(folder, load_bench(questions), new_tokens, lmms_python)
         table = Table(
             "images x questions", "rotations", "contender", "rows/s", "min-max", "time / ours", "cpu time / ours",
@@ -140,7 +140,7 @@ class _Contenders:
 
     def measure(self, case: Case, repeats: int) -> Iterator[dict[str, Any]]:
         """Time all contenders, in turns."""
-        bench = _asked(self.bench, case)
+        bench = asked(self.bench, case)
         runs: dict[str, Callable[[], tuple[Seconds, list[int | None]]]] = {
             "eval-mcq": lambda: self._ours(bench, case),
             "generate, one by one": lambda: self._generate(bench, case),
@@ -178,7 +178,7 @@ class _Contenders:
         watch = Stopwatch()
         found = [
             score.choice
-            for _, scores in scored(bench, self.scorer, _batches(bench, case, ROWS))
+            for _, scores in scored(bench, self.scorer, batches_of(bench, case, ROWS))
             for of_group in scores
             for score in of_group
         ]
@@ -235,7 +235,7 @@ class _Contenders:
         config, head = self.model.config.vision_config, self.model.get_output_embeddings()
         patches = (config.image_size // config.patch_size) ** 2
         spent = Seconds(0.0, 0.0)
-        for batch in _batches(bench, case, 32):
+        for batch in batches_of(bench, case, 32):
             tokens, rows = 0, 0
             for group in batch:
                 images = [open_image(path) for path in bench.image_paths(bench.items[group.first])]
@@ -257,13 +257,12 @@ def _middle(spent: list[Seconds], clock: str) -> float:
     return Spread.of(getattr(one, clock) for one in spent).median
 
 
-def _asked(bench: "Bench", case: Case) -> "Bench":
-    """Build questions about each of the first pictures: the picture's own, then those of other pictures."""
+def asked(bench: "Bench", case: Case, first: int = 0) -> "Bench":
+    """Build questions about some pictures, from the first given one: the picture's own, then those of others."""
     import dataclasses
 
-    pictures = list({tuple(item.images): item for item in reversed(bench.items)}.values())[::-1][
-        : case.images
-    ]
+    pictures = list({tuple(item.images): item for item in reversed(bench.items)}.values())[::-1]
+    pictures = pictures[first : first + case.images]
     items = []
     for number, picture in enumerate(pictures):
         for k in range(case.per_image):
@@ -280,7 +279,7 @@ def _groups(bench: "Bench", case: Case) -> "list[Group]":
     return groups(bench.items, case.rotations)
 
 
-def _batches(bench: "Bench", case: Case, rows: int) -> "list[list[Group]]":
+def batches_of(bench: "Bench", case: Case, rows: int) -> "list[list[Group]]":
     """Return the batches of a run."""
     from eval_mcq.records.batching import batches
 
@@ -296,7 +295,7 @@ def _read(reply: str, ask: Any) -> int | None:
     return None if place is None else places[place]
 
 
-def _variant(model: Path, size: str, image_size: int | None, folder: Path) -> Path:
+def variant(model: Path, size: str, image_size: int | None, folder: Path) -> Path:
     """Return the model, or a variant with another language model or tower; weights do not affect the time."""
     if size == "whole" and image_size is None:
         return model
