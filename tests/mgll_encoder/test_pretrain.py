@@ -18,12 +18,11 @@ from mgll_encoder.common.errors import (
     InvalidArgumentError,
     MismatchError,
     NotFoundError,
-    ResumeError,
     UserError,
 )
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.picture_bytes import picture_digest
-from mgll_encoder.common.resuming import only_run
+from mgll_encoder.common.resuming import ResumeError, only_run
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.trained_on import as_numbers, trainings_of
 from mgll_encoder.data.batches import ManifestCollator, ManifestImages, jitter, plan_rows, text_key
