@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedCheckpointError,
         UserError,
     )
+    from mgll_encoder.paired.convert import Conversion, convert_tower
     from mgll_encoder.tower.adapt import fold_normalization, resample_positions
     from mgll_encoder.tower.header import TowerHeader
     from mgll_encoder.tower.load import inspect_tower, load_tower, tower_state_dict
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Activation",
     "BadDataError",
+    "Conversion",
     "IncompatibleTowerError",
     "InvalidArgumentError",
     "MismatchError",
@@ -50,6 +52,7 @@ __all__ = [
     "UnsupportedCheckpointError",
     "UserError",
     "build_model",
+    "convert_tower",
     "explain",
     "finetune_probe",
     "fold_normalization",
@@ -72,6 +75,7 @@ __getattr__, __dir__ = lazy(
     {
         "Activation": "tower.spec",
         "BadDataError": "common.errors",
+        "Conversion": "paired.convert",
         "IncompatibleTowerError": "common.errors",
         "InvalidArgumentError": "common.errors",
         "MismatchError": "common.errors",
@@ -89,6 +93,7 @@ __getattr__, __dir__ = lazy(
         "UnsupportedCheckpointError": "common.errors",
         "UserError": "common.errors",
         "build_model": "tower.model",
+        "convert_tower": "paired.convert",
         "explain": "api",
         "finetune_probe": "api",
         "fold_normalization": "tower.adapt",

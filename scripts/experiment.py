@@ -27,8 +27,9 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.common.files import write_text
 from mgll_encoder.data.label_table import LabeledImages
+from mgll_encoder.paired.read import text_tower_of
 from mgll_encoder.probing.linear import cached_features, kept_labels, linear_scores
-from mgll_encoder.probing.zero_shot import class_directions, projected, text_tower_of
+from mgll_encoder.probing.zero_shot import class_directions, projected
 from mgll_encoder.tower.load import load_tower
 
 SCRIPTS = Path(__file__).parent

@@ -22,6 +22,12 @@ _POOLED = {
     "attention": "pooling head",
 }
 
+_NEXT = {
+    "vision": "swap-encoder --mllm llava-med --encoder {}",
+    "clip": "mgll-encoder zero-shot --data labels.csv --images images --encoder {}",
+    "open-clip": "mgll-encoder zero-shot --data labels.csv --images images --encoder {}",
+}
+
 PathArgument = Annotated[
     Path,
     typer.Argument(
@@ -82,28 +88,33 @@ def inspect(
 def convert(
     path: PathArgument,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="'vision': the image tower, for transformers and all commands here. 'clip': with its text tower, as a "
+            "CLIPModel, for the stock zero-shot pipeline. 'open-clip': the same for open_clip's local-dir."
+        ),
+    ] = "vision",
     activation: ActivationOption = None,
     weights: WeightsOption = None,
     image_size: ImageSizeOption = None,
     pooling: PoolingOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
-    """Write a tower as a folder that transformers and all commands of this project can read.
+    """Write a tower as a folder that transformers or open_clip can read, alone or with its text tower.
 
     Example: mgll-encoder convert mgll-fundus.pt --out mgll-fundus
     """
     check_free(out, force)
     check_tower(path)
-    from mgll_encoder.tower.load import load_tower
-    from mgll_encoder.tower.save import save_tower
+    from mgll_encoder.paired.convert import convert_tower
 
     note(f"reading {path} ...")
     fitted: dict[str, Any] = {"image_size": image_size, "pooling": pooling}
-    tower = load_tower(path, **_choices(activation, weights), **fitted)
-    for message in tower.header.warnings:
+    done = convert_tower(path, out, to=to, **_choices(activation, weights), **fitted, force=force)
+    for message in done.warnings:
         warn(message)
-    save_tower(tower, out, force)
-    for line in (f"wrote {out}", f"next: swap-encoder --mllm llava-med --encoder {shlex.quote(str(out))}"):
+    for line in (f"wrote {out}", f"next: {_NEXT[to].format(shlex.quote(str(out)))}"):
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

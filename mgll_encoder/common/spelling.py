@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, str] = {
     "build_fundus": "mgll-encoder data fundus",
     "compose": "swap-encoder compose",
     "convert": "swap-encoder convert",
+    "convert_tower": "mgll-encoder convert",
     "estimate_memory": "--estimate",
     "export_benchmark": "eval-mcq export",
     "export_gguf": "swap-encoder export",

@@ -7,16 +7,12 @@ from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError
 
 from mgll_encoder.common.errors import InvalidArgumentError, MismatchError, NotFoundError
-from mgll_encoder.common.texts import read_json
 from mgll_encoder.data.batches import SplitRows
-from mgll_encoder.pretraining.clip_text import clip_text_tower
+from mgll_encoder.paired.read import paired_text_tower
 from mgll_encoder.pretraining.dual_encoder import TowerSize, TwoTowers, image_projection, new_tower
 from mgll_encoder.pretraining.losses import Alphas
-from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
-from mgll_encoder.text.text_tower import TextTower, load_text_tower
+from mgll_encoder.text.text_tower import TextTower
 from mgll_encoder.tower.architectures import ARCHITECTURES
-from mgll_encoder.tower.architectures.clip import CLIP, HF_STATE
-from mgll_encoder.tower.folder_metadata import HF_FOLDER, OURS
 from mgll_encoder.tower.load import load_tower
 from mgll_encoder.tower.model import Tower
 from mgll_encoder.tower.spec import Activation, Pooling
@@ -133,31 +129,6 @@ def _text(choice: str, path: Path | None, vision: Tower, shared: int, plan: Spli
     else:
         _check_known(text, plan)
     return text
-
-
-def paired_text_tower(path: Path, vision: Tower, shared: int) -> TextTower | None:
-    """Return the text tower that an image tower was trained with, if it was saved.
-
-    Args:
-        path: What the image tower was read from.
-        vision: The image tower.
-        shared: Width of the shared space.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    layout = vision.header.layout
-    if layout == OURS:
-        return load_text_tower(path) if (path / TEXT_FOLDER).is_dir() else None
-    if layout == HF_FOLDER:
-        whole = read_json(path / "config.json").get("model_type") == "clip"
-        return TextTower.pretrained(str(path), shared) if whole else None
-    clip = vision.header.architecture is CLIP
-    return (
-        None
-        if layout == HF_STATE or not clip
-        else clip_text_tower(path, vision.spec.activation, shared, vision.header.weights)
-    )
 
 
 def _check_known(text: TextTower, plan: SplitRows) -> None:

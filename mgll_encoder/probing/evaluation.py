@@ -191,13 +191,13 @@ def evaluate_zero_shot(
         raise InvalidArgumentError(
             "no image is in the test split: give a larger `test_share`, or `every=True`"
         )
+    from mgll_encoder.paired.read import text_tower_of
     from mgll_encoder.probing.features import readable_features
     from mgll_encoder.probing.linear import evaluate, kept_labels
     from mgll_encoder.probing.zero_shot import (
         class_directions,
         projected,
         read_prompts,
-        text_tower_of,
         unknown_pieces,
         zero_shot_scores,
     )  # fmt: skip

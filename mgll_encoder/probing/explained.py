@@ -91,8 +91,9 @@ def explain_images(
 
 
 def _texts(tower: "Tower", texts: Sequence[str]) -> "list[Target]":
+    from mgll_encoder.paired.read import text_tower_of
     from mgll_encoder.probing.explain import text_target
-    from mgll_encoder.probing.zero_shot import class_directions, text_tower_of
+    from mgll_encoder.probing.zero_shot import class_directions
 
     if not texts:
         return []

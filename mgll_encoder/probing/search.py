@@ -53,9 +53,10 @@ def search(
     skipped = Skipped(strict)
     check_tower(encoder)
     found = described_images(manifest, images, split, list(granularities), skipped)
+    from mgll_encoder.paired.read import text_tower_of
     from mgll_encoder.probing.features import readable_features
     from mgll_encoder.probing.retrieval import retrieval
-    from mgll_encoder.probing.zero_shot import class_directions, projected, text_tower_of
+    from mgll_encoder.probing.zero_shot import class_directions, projected
 
     tower = open_tower(encoder, activation, weights)
     text = text_tower_of(tower.header.source, tower)

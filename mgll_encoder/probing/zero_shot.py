@@ -14,10 +14,9 @@ from scipy.special import expit, softmax
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mgll_encoder.common.errors import BadDataError, MismatchError, UnsupportedCheckpointError, unknown_name
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError, unknown_name
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus import read_explanations
-from mgll_encoder.pretraining.initialization import paired_text_tower
 from mgll_encoder.text.text_tower import TextTower
 from mgll_encoder.tower.model import Tower
 
@@ -119,36 +118,6 @@ def read_prompts(name: str) -> Prompts:
             f"prompts file {path}: a template has a placeholder {error}: expected {{label}} or {{explanation}}"
         ) from None
     return prompts
-
-
-def text_tower_of(path: Path, tower: Tower) -> TextTower:
-    """Load the text tower of an image tower: from a folder of ``mgll-encoder pretrain``, or a full CLIP of any layout.
-
-    Args:
-        path: What the image tower was read from.
-        tower: The image tower.
-
-    Raises:
-        UserError: there is none, it is damaged, or the image tower has no projection into the shared space.
-    """
-    if tower.projection is None:
-        raise UnsupportedCheckpointError(
-            f"tower {path} has no projection into the image-text space: expected one written by "
-            "`pretrain()`, or a full CLIP"
-        )
-    text = paired_text_tower(path, tower, tower.projection.shape[0])
-    if text is None:
-        raise UnsupportedCheckpointError(
-            f"tower {path} has no text tower: expected a folder written by `pretrain()`, or a full CLIP; "
-            "an image tower alone cannot compare images with texts"
-        )
-    end = text.tokenizer.eos_token_id
-    if end is not None and end >= text.rows:
-        raise MismatchError(
-            f"{path}: the text tower has {text.rows} pieces, its tokenizer {len(text.tokenizer)}: expected "
-            "those of one CLIP; use both from the same folder"
-        )
-    return text.eval()
 
 
 def projected(tower: Tower, features: NDArray[np.floating]) -> NDArray[np.float32]:

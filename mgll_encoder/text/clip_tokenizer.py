@@ -1,13 +1,14 @@
 """CLIP's tokenizer as a transformers tokenizer: complete, or reduced to the pieces that a set of texts needs."""
 
 import gzip
+import json
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT = 77
@@ -61,6 +62,24 @@ def trimmed_tokenizer(texts: Iterable[str]) -> tuple[CLIPTokenizer, int]:
     rest = [piece for piece in (*_bytes(), *origin) if piece in known]
     merges = tuple(pair for pair in _merges() if "".join(pair) in needed)
     return _tokenizer([*first, *rest], merges), len(first)
+
+
+def numbered_anew(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[CLIPTokenizer, list[int | None]]:
+    """Renumber a trimmed tokenizer so that start and end of text have the last ids of all, as in CLIP.
+
+    Args:
+        tokenizer: As from `trimmed_tokenizer`.
+        rows: Number of pieces with an embedding, the first ones.
+
+    Returns:
+        The tokenizer, and for each of its ids the former one; None for pieces without an embedding.
+    """
+    former = tokenizer.get_vocab()
+    ends = [tokenizer.bos_token, tokenizer.eos_token]
+    pieces = [piece for piece in sorted(former, key=former.__getitem__) if piece not in ends] + ends
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    new = _tokenizer(pieces, [tuple(pair) for pair in merges])
+    return new, [former[piece] if former[piece] < rows else None for piece in pieces]
 
 
 @lru_cache(maxsize=1)

@@ -184,7 +184,7 @@ class TextTower(nn.Module):
             spec = TextSpec.model_validate_json(file.read_text(encoding="utf-8"))
         except (ValidationError, ValueError, OSError) as error:
             raise BadDataError(f"{file} does not describe a text tower ({error}): copy it again") from None
-        model, tokenizer = _pretrained(AutoModel, str(folder)), _tokenizer(str(folder))
+        model, tokenizer = _pretrained(AutoModel, str(folder)), pretrained_tokenizer(str(folder))
         _check_padding(model, tokenizer, str(folder))
         weights = open_weights(folder / TEXT_PROJECTION_FILE)
         shape = weights.headers[TEXT_PROJECTION].shape if TEXT_PROJECTION in weights.headers else None
@@ -238,7 +238,7 @@ class TextTower(nn.Module):
             UserError: it cannot be found or read, or is not a text encoder.
         """
         config = _load(AutoConfig, source)
-        tokenizer, own = _tokenizer(source), None
+        tokenizer, own = pretrained_tokenizer(source), None
         model: Any
         clip = config.model_type in _CLIP_TYPES
         if clip:
@@ -299,7 +299,12 @@ def _pretrained(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
     return encoder
 
 
-def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+def pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a text tower from a transformers folder or a hub id.
+
+    Raises:
+        UserError: it cannot be read, or has no padding token.
+    """
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, source)
     if tokenizer.pad_token_id is None:
         raise BadDataError(

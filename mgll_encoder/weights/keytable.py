@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 _FIELD = re.compile(r"\{([^}]*)\}|\*")
@@ -123,6 +124,28 @@ def renames(names: Mapping[str, str]) -> dict[str, Rule]:
     Both sides are patterns, so that a table can be inverted.
     """
     return {pattern: _FIELD.sub("{}", target) for pattern, target in names.items()}
+
+
+def renamed_back(rules: Mapping[str, Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names that a table reads: the inverse of `Destination.cut`.
+
+    Args:
+        rules: A table whose patterns have no field but ``{}``, with plain targets, `Split` in equal parts, `Transpose`.
+        state: Tensors by target name; a rule without its targets is left out.
+    """
+    written: dict[str, Tensor] = {}
+    for pattern, rule in rules.items():
+        for number in map(str, range(len(state))):
+            names = targets(rule, (number,))
+            if not names or not all(name in state for name in names):
+                break
+            parts = [state[name] for name in names]
+            written[pattern.replace("{}", number)] = (
+                parts[0].T if isinstance(rule, Transpose) else torch.cat(parts)
+            )
+            if "{}" not in pattern:
+                break
+    return written
 
 
 def spelt(pattern: str) -> list[str]:

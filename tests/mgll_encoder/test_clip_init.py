@@ -15,12 +15,12 @@ from mgll_encoder.common.errors import (
     UnsupportedCheckpointError,
 )
 from mgll_encoder.data.batches import SplitRows
-from mgll_encoder.pretraining.clip_text import clip_text_tower
+from mgll_encoder.paired.clip_text import clip_text_tower
+from mgll_encoder.paired.read import text_tower_of
 from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES
 from mgll_encoder.pretraining.initialization import starting_towers
 from mgll_encoder.pretraining.losses import Alphas
 from mgll_encoder.pretraining.options import PretrainOptions
-from mgll_encoder.probing.zero_shot import text_tower_of
 from mgll_encoder.tower.load import load_tower
 from tests.mgll_encoder.towers import scramble, state_of, write
 

@@ -19,6 +19,7 @@ from mgll_encoder.cli import main
 from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
+from mgll_encoder.paired.read import text_tower_of
 from mgll_encoder.pretraining.dual_encoder import TOWER_SIZES, TowerSize
 from mgll_encoder.pretraining.options import PretrainOptions
 from mgll_encoder.pretraining.pretrain import pretrain
@@ -29,7 +30,6 @@ from mgll_encoder.probing.zero_shot import (
     projected,
     prompt_sets,
     read_prompts,
-    text_tower_of,
     zero_shot_scores,
 )
 from mgll_encoder.text.clip_tokenizer import clip_tokenizer

@@ -68,7 +68,7 @@ def _shapes(spec: TowerSpec) -> Shapes:
     }
 
 
-_OPEN_CLIP: dict[str, Rule] = {
+OPEN_CLIP_RULES: dict[str, Rule] = {
     "class_embedding": "embeddings.class_embedding",
     "conv1.weight": "embeddings.patch_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -91,10 +91,10 @@ _OPEN_CLIP: dict[str, Rule] = {
     "proj": Transpose(PROJECTION),
 }
 
-OPEN_CLIP_BLOCKS = KeyTable({name: rule for name, rule in _OPEN_CLIP.items() if "resblocks" in name})
+OPEN_CLIP_BLOCKS = KeyTable({name: rule for name, rule in OPEN_CLIP_RULES.items() if "resblocks" in name})
 """The transformer blocks, named the same in the image and in the text tower."""
 
-_OUR_NAMES = [target for rule in _OPEN_CLIP.values() for target in targets(rule, ("{}",))]
+_OUR_NAMES = [target for rule in OPEN_CLIP_RULES.values() for target in targets(rule, ("{}",))]
 
 _TRANSFORMERS: dict[str, Rule] = {
     **{name: name for name in _OUR_NAMES if name != PROJECTION},
@@ -115,7 +115,7 @@ CLIP = Architecture(
     inner="vision_model.",
     namings=(
         Naming(
-            "open_clip", OPEN_CLIP, "conv1.weight", ("transformer.resblocks.",), KeyTable(_OPEN_CLIP),
+            "open_clip", OPEN_CLIP, "conv1.weight", ("transformer.resblocks.",), KeyTable(OPEN_CLIP_RULES),
             optional=frozenset({"proj"}),
         ),
         Naming(

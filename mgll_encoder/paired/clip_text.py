@@ -3,35 +3,40 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.clip_tokenizer import clip_tokenizer
-from mgll_encoder.text.text_tower import TextTower
+from mgll_encoder.text.text_tower import TextTower, pretrained_tokenizer
 from mgll_encoder.tower.architectures.clip import OPEN_CLIP_BLOCKS
 from mgll_encoder.tower.spec import Activation
+from mgll_encoder.weights.keytable import Rule
 from mgll_encoder.weights.torch_file import WeightSet
-from mgll_encoder.weights.weight_file import open_weights
+from mgll_encoder.weights.weight_file import WeightFile, open_weights
 
 _ANCHOR = "token_embedding.weight"
 _BLOCK = "transformer.resblocks."
 _PROJECTION = "text_projection"
+_TEMPERATURE = 0.07
 _RULES: dict[str, str] = {
     _ANCHOR: "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }
+OPEN_CLIP_TEXT: Mapping[str, Rule] = {**_RULES, **OPEN_CLIP_BLOCKS.rules}
+"""Names of open_clip -> names in ``CLIPTextModel``, without the projection."""
 
 
 def clip_text_tower(
     path: Path, activation: Activation, shared: int, weights: WeightSet | None = None
 ) -> TextTower | None:
-    """Load the text tower of a full CLIP, with CLIP's tokenizer.
+    """Load the text tower of a full CLIP, with the tokenizer of its open_clip folder or CLIP's.
 
     Args:
         path: Weights that ``load_tower`` reads as open_clip, OpenAI or MGLL.
@@ -64,11 +69,11 @@ def clip_text_tower(
         projection = state[_PROJECTION]
     except KeyError as error:
         raise BadDataError(f"{path}: the text tower lacks {error}: expected that of a full CLIP") from None
-    tokenizer = clip_tokenizer()
+    tokenizer = _tokenizer(path)
     if rows != len(tokenizer) or projection.shape != (width, shared):
         raise BadDataError(
             f"{path}: the text tower has {rows} tokens and a projection of shape {list(projection.shape)}: expected "
-            f"CLIP's {len(tokenizer)} and [{width}, {shared}]; train another one with `text_tower=new`"
+            f"{len(tokenizer)} as its tokenizer, and [{width}, {shared}]; or train another one with `text_tower=new`"
         )
     config = CLIPTextConfig(
         vocab_size=rows,
@@ -87,11 +92,13 @@ def clip_text_tower(
     _fill(model, tensors, path)
     linear = nn.Linear(width, shared, bias=False)
     linear.weight.data.copy_(projection.T)
-    temperature = 0.07
-    if f"{outer}logit_scale" in checkpoint.headers:
-        scale = float(checkpoint.read([f"{outer}logit_scale"])[f"{outer}logit_scale"])
-        temperature = math.exp(-scale)
-    return TextTower(model, tokenizer, linear, "end", context, temperature).eval()
+    return TextTower(model, tokenizer, linear, "end", context, stored_temperature(checkpoint, outer)).eval()
+
+
+def stored_temperature(checkpoint: WeightFile, prefix: str = "") -> float:
+    """Return the temperature that a CLIP was trained with; the initial one of a CLIP if the file has none."""
+    name = f"{prefix}logit_scale"
+    return math.exp(-float(checkpoint.read([name])[name])) if name in checkpoint.headers else _TEMPERATURE
 
 
 def _prefix(keys: Mapping[str, Tensor]) -> str | None:
@@ -119,10 +126,20 @@ def _renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _heads(path: Path, width: int) -> int:
+def _text_cfg(path: Path) -> dict[str, Any]:
     file = path / "open_clip_config.json"
-    stated = read_json(file).get("model_cfg", {}).get("text_cfg", {}).get("heads") if file.is_file() else None
+    stated = read_json(file).get("model_cfg", {}).get("text_cfg") if file.is_file() else None
+    return stated if isinstance(stated, dict) else {}
+
+
+def _heads(path: Path, width: int) -> int:
+    stated = _text_cfg(path).get("heads")
     return int(stated) if stated else max(1, width // 64)  # OpenAI's rule
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of an open_clip folder that has one, otherwise CLIP's."""
+    return pretrained_tokenizer(str(path)) if _text_cfg(path).get("hf_tokenizer_name") else clip_tokenizer()
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

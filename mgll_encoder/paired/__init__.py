@@ -1,0 +1,1 @@
+"""Image and text towers that belong together: the text tower of a source, and both written as a CLIP."""
