@@ -30,6 +30,10 @@ def build(
     words: Annotated[int | None, typer.Option(help="Number of questions about pictures of words.")] = None,
     captions: Annotated[int | None, typer.Option(help="Number of image captions.")] = None,
     questions: Annotated[int | None, typer.Option(help="Number of questions about images.")] = None,
+    captions_replay: Annotated[
+        float | None,
+        typer.Option(help="Captions among the questions about images, as a share of them (such as 0.3)."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, training examples and their order.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
@@ -49,6 +53,7 @@ def build(
         words=words,
         captions=captions,
         questions=questions,
+        captions_replay=captions_replay,
         seed=seed,
         force=force,
     )

@@ -68,7 +68,7 @@ TOWERS = [
 SIZES = {
     "tiny": Sizes(
         TOWERS,
-        ["--lm", "tiny", "--questions", "38400"],
+        ["--lm", "tiny", "--questions", "19200", "--captions-replay", "0.3"],
         ["--epochs", "1", "--batch-size", "16", "--learning-rate", "1e-3"],
     ),
     "smollm2": Sizes(

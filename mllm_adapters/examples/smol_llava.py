@@ -53,6 +53,8 @@ class PracticeSettings:
         questions: Questions about images.
         replay: Questions about sentences mixed into those about images, as a share of them, so that the
             language model does not forget words while it learns one tower's images.
+        captions_replay: Captions mixed into them likewise, so that it does not forget what images show while it
+            learns to choose (docs/experiment.md).
         batch: Conversations per step.
         words_rate: Peak learning rate of the lesson of words.
         rate: Peak learning rate of the language model in the other lessons.
@@ -64,6 +66,7 @@ class PracticeSettings:
     captions: int
     questions: int
     replay: float
+    captions_replay: float
     batch: int
     words_rate: float
     rate: float
@@ -77,6 +80,7 @@ RECIPES: Mapping[LanguageModelName, PracticeSettings] = {
         captions=9_600,
         questions=9_600,
         replay=0.1,
+        captions_replay=0.0,
         batch=16,
         words_rate=2e-3,
         rate=1e-3,
@@ -88,6 +92,7 @@ RECIPES: Mapping[LanguageModelName, PracticeSettings] = {
         captions=2_560,
         questions=3_840,
         replay=0.1,
+        captions_replay=0.0,
         batch=16,
         words_rate=2e-4,
         rate=1e-4,
@@ -107,6 +112,7 @@ def build_smol_llava(
     words: int | None = None,
     captions: int | None = None,
     questions: int | None = None,
+    captions_replay: float | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> Path:
@@ -122,6 +128,7 @@ def build_smol_llava(
         words: Questions about sentences; None for the recipe's.
         captions: Captions; None for the recipe's.
         questions: Questions about images; None for the recipe's.
+        captions_replay: Captions among the questions about images, as a share of them; None for the recipe's.
         seed: Seed of new weights, the lessons and their order.
         force: Replace ``out``.
 
@@ -135,7 +142,9 @@ def build_smol_llava(
     check_free(out, force)
     if language_model not in LANGUAGE_MODELS:
         raise unknown_name("language model", language_model, LANGUAGE_MODELS)
-    given = {"words": words, "captions": captions, "questions": questions}
+    given = {
+        "words": words, "captions": captions, "questions": questions, "captions_replay": captions_replay
+    }  # fmt: skip
     counts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name, value in counts.items():
         if value < 0:
@@ -202,7 +211,10 @@ def _lessons(
 ) -> dict[str, tuple[list[Conversation], dict[str, float]]]:
     """Return name -> conversations, and learning rates: prefix of a parameter's name -> peak learning rate."""
     about_images = {"model.language_model": recipe.rate, "model.multi_modal_projector": recipe.projector_rate}
-    replayed = word_lesson(questions, round(recipe.replay * recipe.questions), seed + 1)
+    replayed = [
+        *word_lesson(questions, round(recipe.replay * recipe.questions), seed + 1),
+        *caption_lesson(questions, round(recipe.captions_replay * recipe.questions), seed + 1),
+    ]
     return {
         "words": (
             list(word_lesson(questions, recipe.words, seed)),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from string import ascii_uppercase
 
 import pytest
@@ -20,7 +21,7 @@ from mllm_adapters.data.corpus import Conversation, read_conversations
 from mllm_adapters.data.dataset import AnswerCollator, Collator, ConversationDataset, prepare_examples
 from mllm_adapters.examples import language_models as smol_language
 from mllm_adapters.examples.curriculum import caption_lesson, question_lesson, read_question, word_lesson
-from mllm_adapters.examples.smol_llava import RECORD, build_smol_llava
+from mllm_adapters.examples.smol_llava import RECIPES, RECORD, _lessons, build_smol_llava
 from tests import builders
 from tests.mllm_adapters.retraining import turns, write_json
 
@@ -88,6 +89,15 @@ def test_a_caption_is_no_question():
         {"id": "c", "image": "0.png", "conversations": turns("<image>\nWhat is this?", "An eye.")}
     )
     assert read_question(caption) is None
+
+
+def test_captions_and_sentences_are_mixed_into_the_questions():
+    question = read_question(Conversation.model_validate(row("B")))
+    recipe = replace(RECIPES["tiny"], words=0, captions=0, questions=10, replay=0.2, captions_replay=0.3)
+    rows, _ = _lessons([question], recipe, seed=0)["questions"]
+    assert len(rows) == 15
+    assert sum(row.turns[1].value == "The image shows media haze." for row in rows) == 3
+    assert sum(not row.images for row in rows) == 2
 
 
 def test_the_lesson_of_captions_says_of_an_image_what_a_written_picture_says():

@@ -148,3 +148,12 @@ def test_an_unknown_language_model_is_named(tmp_path: Path) -> None:
     )
     assert refused.returncode == 2
     assert "did you mean 'smollm2'" in refused.stderr
+
+
+def test_models_need_the_towers_of_their_seed(tmp_path: Path) -> None:
+    refused = experiment(
+        "--data", tmp_path, "--general", tmp_path, "--out", tmp_path / "out", "--seeds", 1, "--model-seeds", 2
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "--model-seeds is 2: expected at most --seeds, 1" in refused.stderr
+    assert not (tmp_path / "out").exists()
