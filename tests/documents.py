@@ -30,6 +30,9 @@ OTHERS = (
 )  # fmt: skip
 """Programs that pages may begin a line with, besides ours and files of the project."""
 
+EVERYWHERE = ("--help", "-h", "--version", "--install-completion", "--show-completion")
+"""Options of every command."""
+
 SHELL = ("bash", "sh", "console")
 CODE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1\s*$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}[^\n]*\n|\n(?= {4}))+")
@@ -138,7 +141,7 @@ def parse(command: Any, name: str, arguments: Sequence[str]) -> None:
 @cache
 def options_of(name: str) -> frozenset[str]:
     """All option words of a command and its sub-commands."""
-    return frozenset({"--help", "-h", "--version", *_options(app(name))})
+    return frozenset({*EVERYWHERE, *_options(app(name))})
 
 
 def _options(command: Any) -> set[str]:
