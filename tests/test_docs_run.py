@@ -79,14 +79,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> Path:
     (example / "photographs").rename(place / "photographs")
     shutil.rmtree(example)
     shutil.copy(golden / "mgll_official" / "checkpoint_best.pth", place / "mgll-fundus.pt")
-    tower = a_tower(place / "tower")
-    shutil.copytree(tower, place / "mgll-fundus")
-    from safetensors.torch import load_file
-
-    raw = load_file(tower / "model.safetensors")
-    averaged = {name: value + 0.01 for name, value in raw.items()}
-    torch.save({"state_dict": raw, "state_dict_ema": averaged}, place / "checkpoint.pt")
-    shutil.rmtree(tower)
+    a_tower(place / "mgll-fundus")
+    official = torch.load(place / "mgll-fundus.pt", map_location="cpu", weights_only=False)
+    torch.save({**official, "model_ema": official["model"]}, place / "checkpoint.pt")
     images = sorted(file.name for file in (place / "images").iterdir())[:8]
     rows = [
         {"id": name, "image": name, "conversations": [
@@ -99,7 +94,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> Path:
         pixels = np.random.default_rng(number).integers(0, 4096, (64, 64)).astype(np.uint16)
         radiograph(place / "dicom" / f"patient{number}" / "1.dcm", pixels)
     for command in (
-        "mgll-encoder data fundus --labels labels.csv --images images --out manifest.jsonl",
+        "mgll-encoder data fundus --labels labels.csv --images images --out captions.jsonl",
         "eval-mcq build --labels labels.csv --images images --min-negatives 1 --out train-bench.jsonl",
     ):
         with pytest.MonkeyPatch.context() as patch:
