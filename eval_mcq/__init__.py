@@ -14,11 +14,13 @@ if TYPE_CHECKING:
         report,
         run,
     )
+    from eval_mcq.backends.server import Endpoint
     from eval_mcq.runs.model_check import check_model
 
     __version__: str
 
 __all__ = [
+    "Endpoint",
     "build_benchmark",
     "check_model",
     "compare",
@@ -29,4 +31,7 @@ __all__ = [
     "run",
 ]
 
-__getattr__, __dir__ = lazy(__name__, dict.fromkeys(__all__, "api") | {"check_model": "runs.model_check"})
+__getattr__, __dir__ = lazy(
+    __name__,
+    dict.fromkeys(__all__, "api") | {"check_model": "runs.model_check", "Endpoint": "backends.server"},
+)

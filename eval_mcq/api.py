@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from eval_mcq.backends.local import EngineName, LocalModel
+from eval_mcq.backends.choice import backend_here
+from eval_mcq.backends.local import EngineName
 from eval_mcq.runs.processes import answer
 from mgll_encoder.common.devices import Precision
 from mgll_encoder.common.errors import InvalidArgumentError, NotFoundError, unknown_name
@@ -15,6 +16,7 @@ from mgll_encoder.common.tables import TableOptions, listed
 
 if TYPE_CHECKING:
     from eval_mcq.backends.base import Backend
+    from eval_mcq.backends.server import Endpoint
     from eval_mcq.formats.importing import ImportReport, OptionLetters
     from eval_mcq.items.build import BuildReport
     from eval_mcq.items.schema import Bench
@@ -254,7 +256,8 @@ def run(
     bench: str | Path,
     out: str | Path | None = None,
     *,
-    mode: "Mode" = "letters",
+    endpoint: "Endpoint | str | None" = None,
+    mode: "Mode | Literal['auto']" = "auto",
     rotations: int = 1,
     shard: str | None = None,
     batch_size: int = 32,
@@ -271,11 +274,15 @@ def run(
     """Run a benchmark on a model. An interrupted run is continued.
 
     Args:
-        model: Model folder.
+        model: Model folder or hub id: of a supported family, or any that transformers loads as image-text-to-text; with
+            ``endpoint`` the model's name at the server.
         bench: Benchmark file.
         out: Run folder; ``runs/<model>`` if not given.
+        endpoint: An OpenAI-compatible server that answers: its base URL, or an `Endpoint` with further settings. The
+            images and questions are sent to it.
         mode: ``letters`` (probability of the option letters), ``options`` or ``options-mean`` (likelihood of the option
-            texts) or ``generate`` (a written reply).
+            texts) or ``generate`` (a written reply); ``auto`` is ``letters``, or ``generate`` at an endpoint without
+            log-probabilities.
         rotations: Number of rotations of the options per question.
         shard: ``i/n``: answer only this part.
         batch_size: Questions times rotations per step.
@@ -293,20 +300,30 @@ def run(
         The run; None in all processes of a distributed launch but the first.
 
     Raises:
-        UserError: model or benchmark cannot be read, the model was trained on its images, or ``out`` is another run.
+        UserError: model or benchmark cannot be read, the model was trained on its images, ``out`` is another run, or
+            the endpoint fails or is on another machine without ``allow_upload``.
     """
     from eval_mcq.records.leaks import check_leak
     from eval_mcq.records.model_history import history_of
 
-    folder = Path(out) if out is not None else Path("runs") / Path(model).resolve().name
+    folder = Path(out) if out is not None else default_run_folder(model)
     questions, part = load_benchmark(bench), shard_of(shard)
     backend: Backend
-    if engine == "vllm":
-        backend = _vllm(Path(model), mode, device, precision, load_in_4bit, vllm_python, vllm_options)
+    if endpoint is not None:
+        here = {
+            "device": device, "precision": precision, "load_in_4bit": load_in_4bit, "engine": engine,
+            "vllm_python": vllm_python, "vllm_options": vllm_options,
+        }  # fmt: skip
+        backend = _served(model, endpoint, mode, here)
+    elif engine == "vllm":
+        letters: Mode = "letters" if mode == "auto" else mode
+        backend = _vllm(Path(model), letters, device, precision, load_in_4bit, vllm_python, vllm_options)
     elif vllm_python is not None or vllm_options:
         raise InvalidArgumentError("`vllm_python` and `vllm_options` have no effect without `engine=vllm`")
     else:
-        backend = LocalModel(Path(model), mode, device, precision, load_in_4bit, engine)
+        backend = backend_here(
+            model, mode, device=device, precision=precision, load_in_4bit=load_in_4bit, engine=engine
+        )
     identity = backend.identity
     from eval_mcq.runs.run import Settings, check_resumable, describe_run
 
@@ -331,6 +348,24 @@ def _vllm(
             "`load_in_4bit` is for this project's engine: use `vllm_options=quantization=bitsandbytes`"
         )
     return VLLMModel(model, mode, precision, vllm_python(python), parse_options(options))
+
+
+def default_run_folder(model: str | Path) -> Path:
+    """Return the run folder of a model if none is given."""
+    return Path("runs") / Path(model).resolve().name
+
+
+def _served(
+    model: str | Path, endpoint: "Endpoint | str", mode: "Mode | Literal['auto']", here: Mapping[str, object]
+) -> "Backend":
+    """Return what answers for a model at a server; settings of a model on this machine are refused."""
+    from eval_mcq.backends.endpoint import ServedModel
+    from eval_mcq.backends.server import Endpoint
+
+    if given := [name for name, value in here.items() if value not in ("auto", False, None, ())]:
+        raise InvalidArgumentError(f"`{given[0]}` has no effect with `endpoint`: the server decides")
+    server = Endpoint(endpoint) if isinstance(endpoint, str) else endpoint
+    return ServedModel(str(model), server, mode)
 
 
 def shard_of(text: str | None) -> "Shard":

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mgll_encoder.api import explain, finetune_probe, linear_probe, pretrain, retrieval, zero_shot
     from mgll_encoder.common.errors import (
         BadDataError,
+        EndpointError,
         IncompatibleTowerError,
         InvalidArgumentError,
         MismatchError,
@@ -35,6 +36,7 @@ __all__ = [
     "Activation",
     "BadDataError",
     "Conversion",
+    "EndpointError",
     "IncompatibleTowerError",
     "InvalidArgumentError",
     "MismatchError",
@@ -76,6 +78,7 @@ __getattr__, __dir__ = lazy(
         "Activation": "tower.spec",
         "BadDataError": "common.errors",
         "Conversion": "paired.convert",
+        "EndpointError": "common.errors",
         "IncompatibleTowerError": "common.errors",
         "InvalidArgumentError": "common.errors",
         "MismatchError": "common.errors",

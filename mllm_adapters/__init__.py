@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mllm_adapters.checkpoints.locate import base_of_adapter, is_swapped
     from mllm_adapters.core.architectures import register_models
     from mllm_adapters.core.provenance import alignment_of
+    from mllm_adapters.core.registry import family_of
     from mllm_adapters.loading.load import load_mllm
     from mllm_adapters.loading.quantization import nf4
     from mllm_adapters.swap.verify import Verification
@@ -43,6 +44,7 @@ __all__ = [
     "estimate_memory",
     "export_gguf",
     "extract",
+    "family_of",
     "finetune_lora",
     "is_swapped",
     "list_families",
@@ -68,6 +70,7 @@ __getattr__, __dir__ = lazy(
         "estimate_memory": "api",
         "export_gguf": "api",
         "extract": "api",
+        "family_of": "core.registry",
         "finetune_lora": "api",
         "is_swapped": "checkpoints.locate",
         "list_families": "api",

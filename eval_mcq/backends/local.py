@@ -62,6 +62,7 @@ class LocalModel:
         dtype: Number format, or ``auto``.
         four_bit: Load NF4 weights.
         way: What is shared between questions.
+        name: Its name as given, such as a hub id; that of the folder if empty.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class LocalModel:
     dtype: Precision = "auto"
     four_bit: bool = False
     way: WayName = "auto"
+    name: str = ""
 
     @cached_property
     def placement(self) -> Placement:
@@ -88,9 +90,8 @@ class LocalModel:
             UserError: it is not a model folder.
         """
         sha256 = model_fingerprint(self.folder)
-        return Identity(
-            str(self.folder), sha256, self.placement.number_format, code_version(), package_versions()
-        )
+        named = self.name or str(self.folder)
+        return Identity(named, sha256, self.placement.number_format, code_version(), package_versions())
 
     def load(self) -> "Scorer":
         """Load the model.

@@ -7,6 +7,7 @@ import typer
 
 from eval_mcq import api
 from eval_mcq.backends.local import EngineName
+from eval_mcq.cli import endpoint_options as at
 from eval_mcq.cli.items import COMMANDS as ITEM_COMMANDS
 from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
 from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
@@ -147,7 +148,13 @@ def build(
 @app.command("run")
 @needs("eval")
 def run_command(
-    model: Annotated[Path, typer.Option(help="Model folder.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Model folder or hub id: of a supported family, or any that transformers loads as image-text-to-text; "
+            "with --endpoint the model's name at the server."
+        ),
+    ],
     bench: Annotated[Path, typer.Option(help="Benchmark file.")],
     out: Annotated[
         Path | None, typer.Option(help="Run folder, continued if it is the same run (default: runs/<model>).")
@@ -156,9 +163,10 @@ def run_command(
         ModeName,
         typer.Option(
             help="letters: probability of the option letters; options: likelihood of the option texts, summed over "
-            "their tokens (options-mean: per token); generate: a written reply, parsed strictly."
+            "their tokens (options-mean: per token); generate: a written reply, parsed strictly; auto: letters, or "
+            "generate at an endpoint without log-probabilities."
         ),
-    ] = "letters",
+    ] = "auto",
     rotations: Annotated[
         int, typer.Option(help="Number of rotations of the options per question.", min=1, max=26)
     ] = 1,
@@ -206,24 +214,38 @@ def run_command(
             "say how many.",
         ),
     ] = False,
+    endpoint: at.Url = None,
+    concurrency: at.Concurrency = None,
+    timeout: at.Timeout = None,
+    retries: at.Retries = None,
+    key_variable: at.KeyVariable = None,
+    longest_side: at.LongestSide = None,
+    reply_tokens: at.ReplyTokens = None,
+    allow_upload: at.AllowUpload = False,
     force: Force = False,
 ) -> None:
     """Run a benchmark on a model. Resumable: re-run the same command to continue.
 
     Example: eval-mcq run --model llava-med-mgll --bench test.jsonl --rotations 4 --out runs/llava-med-mgll
+
+    Example: eval-mcq run --endpoint http://localhost:8000/v1 --model google/medgemma-4b-it --bench test.jsonl
     """
+    server = at.endpoint_of(
+        endpoint, concurrency=concurrency, timeout=timeout, retries=retries, key_variable=key_variable,
+        longest_side=longest_side, reply_tokens=reply_tokens, allow_upload=allow_upload,
+    )  # fmt: skip
     part = api.shard_of(shard)
-    folder = out or Path("runs") / model.resolve().name
+    folder = out or api.default_run_folder(model)
     done = api.run(
-        model, bench, folder, mode=mode, rotations=rotations, shard=shard, batch_size=batch_size, limit=limit,
-        device=device, precision=precision, load_in_4bit=load_in_4bit, engine=engine, vllm_python=vllm_python,
-        vllm_options=vllm_options or (), allow_leak=allow_leak, force=force,
+        model, bench, folder, endpoint=server, mode=mode, rotations=rotations, shard=shard, batch_size=batch_size,
+        limit=limit, device=device, precision=precision, load_in_4bit=load_in_4bit, engine=engine,
+        vllm_python=vllm_python, vllm_options=vllm_options or (), allow_leak=allow_leak, force=force,
     )  # fmt: skip
     if done is None:
         return
     if done.answers:
         _show_table(
-            {"": {model.resolve().name: done}}, "rich", "auto", None, paper_rounding=False, force=False
+            {"": {Path(model).resolve().name: done}}, "rich", "auto", None, paper_rounding=False, force=False
         )
     else:
         note(f"{folder}: no question is answered in all rotations")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from eval_mcq.runs.model_check import SwappedTower
     from eval_mcq.tables.intervals import Estimate
 
-ModeName = Literal["letters", "options", "options-mean", "generate"]
+ModeName = Literal["auto", "letters", "options", "options-mean", "generate"]
 
 
 def _check_four_bit(asked: bool) -> bool:

@@ -8,12 +8,13 @@ from eval_mcq.items.schema import Text
 
 
 class BackendRecord(BaseModel):
-    """The program that answered, and what it was asked to do. All of it counts: any difference is another run.
+    """The program that answered, and what it was asked to do. Any difference is another run, but in ``told``.
 
     Attributes:
         name: The program: ``transformers``, ``vllm``, ``endpoint``.
         version: Its version, or that of the protocol.
         sent: What else decides the answers: settings, hashes, and formats. Never a secret.
+        told: What a reader wants to know besides; does not count.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -21,6 +22,7 @@ class BackendRecord(BaseModel):
     name: Text
     version: str
     sent: dict[str, JsonValue] = {}
+    told: dict[str, JsonValue] = {}
 
     @property
     def text(self) -> str:

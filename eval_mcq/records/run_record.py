@@ -128,7 +128,7 @@ class RunRecord(BaseModel):
     @property
     def hashed_source(self) -> bool:
         """Whether the run is of an earlier version, which recorded a hash of its source files."""
-        return bool(self.code) and not self.code.startswith("scoring-")
+        return self.backend is None and bool(self.code) and not self.code.startswith("scoring-")
 
     def difference(self, other: "RunRecord") -> str | None:
         """Return the first difference to another run's identity, with both values; None if there is none."""

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eval_mcq.backends.choice import backend_here
 from eval_mcq.backends.fingerprint import model_fingerprint
-from eval_mcq.backends.local import LocalModel
 from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.records.leaks import Leak, find_leak, trainings_of_model
 from mgll_encoder.common.devices import Precision
+from mgll_encoder.common.hub import at_hand
 from mgll_encoder.common.trained_on import Training
 
 if TYPE_CHECKING:
@@ -86,13 +87,13 @@ def check_model(
     """
     from mllm_adapters import is_swapped
 
-    folder = Path(model)
+    folder = at_hand(model)
     fingerprint = model_fingerprint(folder)
     from eval_mcq.runs.image_sensitivity import contradictions, image_sensitivity
     from mllm_adapters import Verification  # imports torch, which is not needed to report a wrong path
 
     swap = Verification(folder) if is_swapped(folder) else None
-    scorer = LocalModel(folder, device=device, dtype=precision, four_bit=load_in_4bit).load()
+    scorer = backend_here(model, device=device, precision=precision, load_in_4bit=load_in_4bit).load()
     tower, faults = None, []
     if swap:
         plan, found = swap.record.plan, swap.tower()

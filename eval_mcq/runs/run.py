@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -160,29 +161,29 @@ def _run(
     }
     if not settings.force:
         _check_unchanged(out, hashes)
-    scorer = load() if todo else None
-    if scorer:
-        _check_options(scorer, bench, shown)
-        if record.mode in LIKELIHOODS and not done:
-            for warning in image_sensitivity(scorer, bench, QUICK).warnings:
-                _logger.warning(warning)
-    if settings.force or not out.exists():
-        example = scorer.prompt(bench.items[0]) if scorer else ""
-        with new_folder(out, settings.force) as partial:
-            text = record.model_copy(update={"example": example}).model_dump_json(indent=1)
-            write_text(partial / RUN_FILE, text + "\n")
-    answers = out / ANSWERS_FILE
-    answers.touch()
-    order = {item.id: place for place, item in enumerate(bench.items)}
-    drop_unfinished_line(answers)
-    sort_answers(answers, order)
-    if scorer:
-        total = sum(len(group.asks) for batch in todo for group in batch)
-        with rate("Answering", total) as advance:
-            for batch, scores in scored(bench, scorer, todo):
-                rows = list(_rows(bench, batch, scores, hashes, record.fingerprint))
-                append_answers(answers, (row for row in rows if row.key not in done))
-                advance(len(rows))
+    with closing(load()) if todo else nullcontext() as scorer:
+        if scorer:
+            _check_options(scorer, bench, shown)
+            if record.mode in LIKELIHOODS and not done:
+                for warning in image_sensitivity(scorer, bench, QUICK).warnings:
+                    _logger.warning(warning)
+        if settings.force or not out.exists():
+            example = scorer.prompt(bench.items[0]) if scorer else ""
+            with new_folder(out, settings.force) as partial:
+                text = record.model_copy(update={"example": example}).model_dump_json(indent=1)
+                write_text(partial / RUN_FILE, text + "\n")
+        answers = out / ANSWERS_FILE
+        answers.touch()
+        order = {item.id: place for place, item in enumerate(bench.items)}
+        drop_unfinished_line(answers)
+        sort_answers(answers, order)
+        if scorer:
+            total = sum(len(group.asks) for batch in todo for group in batch)
+            with rate("Answering", total) as advance:
+                for batch, scores in scored(bench, scorer, todo):
+                    rows = list(_rows(bench, batch, scores, hashes, record.fingerprint))
+                    append_answers(answers, (row for row in rows if row.key not in done))
+                    advance(len(rows))
     sort_answers(answers, order)
     return finish(out, record)
 

@@ -49,6 +49,9 @@ class Answerer(ABC, Generic[P]):
             UserError: the answers cannot be had, for a reason that the user can change.
         """
 
+    def close(self) -> None:
+        """Release what is held beyond memory, such as a connection; called at the end of a run, failed or not."""
+
     def score(self, items: Sequence[MCQItem], images: "Sequence[Sequence[Image]]") -> list[Score]:
         """Answer some questions in their original rotation.
 

@@ -219,7 +219,7 @@ class Engine:
         needed = [sorted({n for row in part.nodes for of in row for n in of}) for part in parts]
         widest = max(map(len, needed))
         places = torch.tensor([nodes + nodes[-1:] * (widest - len(nodes)) for nodes in needed])
-        wanted = _tokens([batch[part.source].rows[number] for part in parts for number in part.rows])
+        wanted = wanted_tokens([batch[part.source].rows[number] for part in parts for number in part.rows])
         with self._reading(places, wanted):
             logits = self.model(**given).logits
         for part, nodes, of_part in zip(parts, needed, logits, strict=True):
@@ -254,7 +254,7 @@ class Engine:
         back = torch.tensor(
             [[max(len(tail) - i, 0) for i in range(most)] for tail in tails], device=self.device
         )
-        with self._reading(last[:, None] - back, _tokens(rows)):
+        with self._reading(last[:, None] - back, wanted_tokens(rows)):
             logits = self.model(**batch).logits
         lines = iter(logits)
         found: list[Found] = []
@@ -353,7 +353,7 @@ class Engine:
 _SHARED: Mapping[Way, str] = {"prefix": "the keys and values of an image", "tree": "a forward pass"}
 
 
-def _tokens(rows: Sequence[TokenizedRequest]) -> Tensor:
+def wanted_tokens(rows: Sequence[TokenizedRequest]) -> Tensor:
     """Return the ids that any of the rows requests."""
     return torch.tensor(sorted({i for row in rows for of in row.wanted for ids in of for i in ids}))
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eval_mcq.items.schema import LETTERS
-from eval_mcq.scoring.answer_parser import PARSER_VERSION
-from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode
+from eval_mcq.scoring.answer_parser import PARSER_VERSION, parse_reply
+from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode, order
 from mgll_encoder.common.errors import BadDataError, UserError
 
 if TYPE_CHECKING:
@@ -119,6 +119,16 @@ LIKELIHOODS: Mapping[Mode, Likelihood] = {
     "options-mean": Likelihood(_want_texts, _score_texts(per_token=True)),
 }
 """Modes that compute probabilities; ``generate`` writes a reply instead."""
+
+
+def parsed(ask: Ask, reply: str) -> Score:
+    """Read a written reply: probability 1 for the option that it names, 0 for all if it names none."""
+    places = order(len(ask.item.options), ask.rotation)
+    place = parse_reply(reply, [ask.item.options[option] for option in places])
+    probabilities = [0.0] * len(places)
+    if place is not None:
+        probabilities[places[place]] = 1.0
+    return Score(probabilities, reply=reply.strip())
 
 
 def prompt_version(mode: Mode) -> str:

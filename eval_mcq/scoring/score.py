@@ -2,17 +2,16 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 
 from eval_mcq.items.schema import MCQItem
-from eval_mcq.scoring.answer_parser import parse_reply
 from eval_mcq.scoring.answerer import Answerer
 from eval_mcq.scoring.engine import Engine, Way
-from eval_mcq.scoring.modes import LIKELIHOODS, Score
-from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode, order
+from eval_mcq.scoring.modes import LIKELIHOODS, Score, parsed
+from eval_mcq.scoring.prompt import PROMPTS, Ask, Mode
 from eval_mcq.scoring.requests import Prepared, PromptTokenizer, TokenizedRequest
 from mgll_encoder.common.errors import UnsupportedCheckpointError
 
@@ -39,6 +38,9 @@ class Scorer(Answerer[Prepared]):
         UserError: the processor is missing, or has no chat template; or the language model has an encoder.
     """
 
+    tokenizer_class: ClassVar[type[PromptTokenizer]] = PromptTokenizer
+    engine_class: ClassVar[type[Engine]] = Engine
+
     def __init__(
         self,
         model: Any,
@@ -48,7 +50,7 @@ class Scorer(Answerer[Prepared]):
         mode: Mode = "letters",
         way: Way | Literal["auto"] = "auto",
     ) -> None:
-        self.writer = PromptTokenizer(processor, PROMPTS[mode])
+        self.writer = self.tokenizer_class(processor, PROMPTS[mode])
         if _has_encoder(model):
             raise UnsupportedCheckpointError(
                 "the model's language model encodes the prompt with an encoder, but scoring needs a decoder-only model "
@@ -58,7 +60,7 @@ class Scorer(Answerer[Prepared]):
         self.model = (model if quantized else model.to(device=device, dtype=dtype)).eval()
         self.processor = processor
         self.mode: Mode = mode
-        self.engine = Engine(self.model, self.writer, dtype or torch.float32, way)
+        self.engine = self.engine_class(self.model, self.writer, dtype or torch.float32, way)
         self._most_rows: int | None = None
 
     def prompt(self, item: MCQItem, rotation: int = 0) -> str:
@@ -130,15 +132,7 @@ class Scorer(Answerer[Prepared]):
         if written.shape[1] >= ids.shape[1] and torch.equal(written[:, : ids.shape[1]], ids):
             written = written[:, ids.shape[1] :]  # some models return the prompt, too
         replies = self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [self._read(row.ask, reply) for row, reply in zip(prepared.rows, replies, strict=True)]
-
-    def _read(self, ask: Ask, reply: str) -> Score:
-        places = order(len(ask.item.options), ask.rotation)
-        place = parse_reply(reply, [ask.item.options[option] for option in places])
-        probabilities = [0.0] * len(places)
-        if place is not None:
-            probabilities[places[place]] = 1.0
-        return Score(probabilities, reply=reply.strip())
+        return [parsed(row.ask, reply) for row, reply in zip(prepared.rows, replies, strict=True)]
 
 
 def _has_encoder(model: Any) -> bool:

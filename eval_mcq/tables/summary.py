@@ -107,6 +107,7 @@ class Arm:
         p_guess: Probability that guessing gets at least as many questions right, over all diseases.
         diagnosis: Bias and calibration.
         leak: Test images that the model was trained on, in words; empty if unknown.
+        answered_by: The program that answered; empty for this project's engine.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Arm:
     p_guess: float
     diagnosis: Diagnosis
     leak: str = ""
+    answered_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -368,6 +370,7 @@ def _arm(
         p_guess=scores.p_guess(a, scores.all),
         diagnosis=diagnose(run),
         leak=run.record.leak.text if run.record.leak else "",
+        answered_by=f"{run.record.backend.name} {run.record.backend.version}" if run.record.backend else "",
     )
 
 

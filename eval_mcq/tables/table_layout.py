@@ -316,6 +316,8 @@ def notes_of(comparison: Comparison) -> list[str]:
         for arm in comparison.arms
         if arm.leak
     ]
+    if elsewhere := [f"{arm.name} by {arm.answered_by}" for arm in comparison.arms if arm.answered_by]:
+        notes.append(f"Not answered by this project's engine: {', '.join(elsewhere)}.")
     if others:
         against: dict[str, list[str]] = {arm.against: [] for arm in others}
         for arm in others:

@@ -72,6 +72,10 @@ class TrainingError(UserError):
     """Training or scoring cannot go on: values are not finite, memory is short, or a step of a script failed."""
 
 
+class EndpointError(UserError):
+    """A server does not answer, refuses a request, or answers something else than its interface promises."""
+
+
 def unknown_name(kind: str, found: str, known: Iterable[str]) -> UnknownNameError:
     """Return an error for an unknown name, with the closest known name as a suggestion."""
     names = sorted(known)

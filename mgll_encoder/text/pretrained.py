@@ -115,7 +115,7 @@ def check_configs(folder: Path, config: Mapping[str, Any] | None = None) -> None
 
 def _unreadable(what: str, folder: Path | None, error: Exception, advice: str) -> UserError:
     needs_code = any(sign in str(error) for sign in _NEEDS_CODE)
-    asking = _asks_for_code(folder) if folder and needs_code else None
+    asking = asks_for_code(folder) if folder and needs_code else None
     if asking is not None:
         file, code = asking
         return UnsupportedCheckpointError(
@@ -154,7 +154,7 @@ def is_sentencepiece(model: Path) -> bool:
             return False
 
 
-def _asks_for_code(folder: Path) -> tuple[Path, Any] | None:
+def asks_for_code(folder: Path) -> tuple[Path, Any] | None:
     """Return the first configuration of a folder that names code, and what it names."""
     for name in CONFIGS:
         file = folder / name

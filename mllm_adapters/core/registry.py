@@ -112,6 +112,20 @@ def open_checkpoint(folder: Path, given: Mapping[str, Path] | None = None) -> tu
     return Checkpoint(inner, found.spec.extra_weights, given=given, loose=loose, config=config), found, layout
 
 
+def family_of(folder: Path) -> str | None:
+    """Return the name of the family that a folder's config.json belongs to; None if no family reads it.
+
+    Args:
+        folder: A checkpoint folder with a config.json.
+
+    Raises:
+        UserError: config.json cannot be read.
+    """
+    config = read_json(folder / "config.json")
+    found = None if not_read(config) else _recognized(config)
+    return found[0].spec.name if found else None
+
+
 def family_of_model(model: Any) -> Family:
     """Return the family of a loaded model, from its configuration.
 
