@@ -45,8 +45,8 @@ CASES = {
 """Host -> layout of its result."""
 
 REFUSED = {
-    "paligemma": "",
-    "aya-vision": "",
+    "paligemma": "does not load",
+    "aya-vision": "does not load",
 }
 """Host -> why vLLM does not take its result."""
 
