@@ -3,7 +3,7 @@
 # make screenshots   the pictures in docs/, from the demo; needs Debian's chromium and chromium-driver
 # make test-latest   the same with the newest versions that pyproject.toml allows, in .venv-latest
 # make test-lowest   the same with the lowest, requirements/lowest.txt, in .venv-lowest
-# make test-clients  results in other releases of transformers, in llama.cpp and in vLLM, each in .venv-clients; writes docs/clients.md
+# make test-clients  results in other transformers, llama.cpp, vLLM and trainers, each in .venv-clients; writes docs/clients.md
 # make test-docs     what README, docs/ and examples/ say and show, run on tiny inputs
 # make docs          the documentation as a site, in site/; needs neither torch nor the packages
 # Each does all its set-up; a fresh machine needs Python 3.11 (with pip) and gcc. Tried on Linux x86-64.
@@ -97,8 +97,17 @@ VLLM := 0.32.0
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/torch_of_venv.pth
 	touch $@
 
+# Their pip sees .venv: what fits there is not installed again.
+TRAINERS := trl-1.16.0 llamafactory-0.9.5 ms-swift-4.6.0
+.venv-clients/trainer-%/installed: .venv/installed
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/torch_of_venv.pth
+	$(PIP) install $$(echo $* | sed 's/-\([0-9.]*\)$$/==\1/')
+	touch $@
+
 test-clients: $(CLIENTS:%=.venv-clients/transformers-%/installed) .venv-clients/llama-cpp/installed
 test-clients: .venv-clients/vllm-$(VLLM)/installed
+test-clients: $(TRAINERS:%=.venv-clients/trainer-%/installed)
 	MGLL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m "" tests/clients
 	$(BIN)/python -m tests.clients.matrix
 

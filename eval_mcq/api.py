@@ -219,8 +219,8 @@ def export_benchmark(
     Args:
         bench: Benchmark file.
         out: File (for ``lmms-eval``: folder) to write.
-        format: ``llava``, ``messages``, ``vlmevalkit``, ``lmms-eval``, ``parquet`` or ``jsonl``.
-        images: ``llava``, ``messages``: folder to write image paths relative to; that of ``out`` if not given.
+        format: ``llava``, ``messages``, ``trl``, ``vlmevalkit``, ``lmms-eval``, ``parquet`` or ``jsonl``.
+        images: ``llava``, ``messages``, ``trl``: folder to write image paths relative to; that of ``out`` if not given.
         run: ``vlmevalkit``: write the answers of this run instead, to be scored there.
         force: Replace an existing output.
 
@@ -230,15 +230,15 @@ def export_benchmark(
     Raises:
         UserError: an argument does not apply to the format, an image cannot be read, or ``out`` exists.
     """
-    from eval_mcq.formats.export import EXPORTERS, write_predictions
+    from eval_mcq.formats.export import BY_PATH, EXPORTERS, write_predictions
 
     if format not in EXPORTERS:
         raise unknown_name("format", format, EXPORTERS)
     target = Path(out)
     check_free(target, force)
-    if images is not None and format not in ("llava", "messages"):
+    if images is not None and format not in BY_PATH:
         raise InvalidArgumentError(
-            f"`images` has no effect on format '{format}': only llava and messages refer to images by path"
+            f"`images` has no effect on format '{format}': only llava, messages and trl refer to images by path"
         )
     if run is not None and format != "vlmevalkit":
         raise InvalidArgumentError(

@@ -26,7 +26,7 @@ LAUNCHERS = ("torchrun", "deepspeed", "accelerate", "srun")
 
 OTHERS = (
     "python", "python3", "pip", "pytest", "make", "git", "docker", "source", "cd", "apt", "export", "curl",
-    "llama-server", "ollama", "vllm",
+    "llama-server", "ollama", "swift", "vllm",
 )  # fmt: skip
 """Programs that pages may begin a line with, besides ours and files of the project."""
 

@@ -88,18 +88,19 @@ def export(
     bench: Annotated[Path, typer.Argument(help="Benchmark file.")],
     out: Annotated[Path, typer.Option(help="File (for lmms-eval: folder) to write.")],
     format_: Annotated[
-        Literal["llava", "messages", "vlmevalkit", "lmms-eval", "parquet", "jsonl"],
+        Literal["llava", "messages", "trl", "vlmevalkit", "lmms-eval", "parquet", "jsonl"],
         typer.Option(
             "--format",
             help="llava: conversations JSON, for retrain-projector; messages: the same as messages and images, "
-            "for TRL, LLaMA-Factory and ms-swift; vlmevalkit: TSV with images, or with --run "
-            "its prediction table; lmms-eval: task folder; parquet: the benchmark with its images in one file.",
+            "for LLaMA-Factory and ms-swift; trl: without placeholders, which TRL adds; vlmevalkit: TSV with "
+            "images, or with --run its prediction table; lmms-eval: task folder; parquet: the benchmark with its "
+            "images in one file.",
         ),
     ] = "llava",
     images: Annotated[
         Path | None,
         typer.Option(
-            help="llava, messages: folder that image paths are relative to (default: the folder of --out)."
+            help="llava, messages, trl: folder that image paths are relative to (default: the folder of --out)."
         ),
     ] = None,
     run: Annotated[
@@ -128,6 +129,7 @@ def _after_export(format_: str, out: Path, images: Path) -> str:
     return {
         "llava": f"retrain-projector --model MODEL --data {out} --images {images}",
         "messages": f"finetune-lora --model MODEL --data {out} --images {images}",
+        "trl": f"finetune-lora --model MODEL --data {out} --images {images}",
         "vlmevalkit": f"LMUData={out.absolute().parent} python run.py --data {out.stem} --model MODEL (in VLMEvalKit)",
         "lmms-eval": f"python -m lmms_eval --include_path {out} --tasks {task_name(out)} --model MODEL",
         "jsonl": f"eval-mcq run --model MODEL --bench {out}",

@@ -27,13 +27,23 @@ def llava_conversations(bench: Bench, images: Path) -> str:
 
 
 def chat_messages(bench: Bench, images: Path) -> str:
-    """Convert a benchmark to rows of ``messages`` and ``images``, as read by TRL, LLaMA-Factory and ms-swift.
+    """Convert a benchmark to rows of ``messages`` and ``images``, as read by LLaMA-Factory and ms-swift.
 
     Args:
         bench: The questions.
         images: Folder that image paths are written relative to.
     """
     return _listed(bench, images, _messages_row)
+
+
+def trl_messages(bench: Bench, images: Path) -> str:
+    """Convert a benchmark to rows of ``messages`` and ``images`` as read by TRL, which adds the placeholders itself.
+
+    Args:
+        bench: The questions.
+        images: Folder that image paths are written relative to.
+    """
+    return _listed(bench, images, _trl_row)
 
 
 def _listed(bench: Bench, images: Path, row: Callable[[MCQItem, list[str]], dict[str, object]]) -> str:
@@ -65,14 +75,15 @@ def _llava_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
 
 
 def _messages_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
-    return {
-        "id": item.id,
-        "messages": [
-            {"role": "user", "content": _asked(item)},
-            {"role": "assistant", "content": item.letter},
-        ],
-        "images": paths,
-    }
+    return {"id": item.id, "messages": _chat(_asked(item), item), "images": paths}
+
+
+def _trl_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
+    return {"id": item.id, "messages": _chat(render(item), item), "images": paths}
+
+
+def _chat(asked: str, item: MCQItem) -> list[dict[str, str]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": item.letter}]
 
 
 def _llava(bench: Bench, out: Path, images: Path, force: bool) -> None:
@@ -81,6 +92,10 @@ def _llava(bench: Bench, out: Path, images: Path, force: bool) -> None:
 
 def _messages(bench: Bench, out: Path, images: Path, force: bool) -> None:
     write_text(out, chat_messages(bench, images), force)
+
+
+def _trl(bench: Bench, out: Path, images: Path, force: bool) -> None:
+    write_text(out, trl_messages(bench, images), force)
 
 
 def _vlmevalkit(bench: Bench, out: Path, images: Path, force: bool) -> None:  # noqa: ARG001 (images are embedded)
@@ -121,9 +136,13 @@ def _moved(bench: Bench, item: MCQItem, out: Path) -> MCQItem:
     return item.model_copy(update={"images": paths})
 
 
+BY_PATH = ("llava", "messages", "trl")
+"""Formats that refer to images by path."""
+
 EXPORTERS: Mapping[str, Callable[[Bench, Path, Path, bool], None]] = {
     "llava": _llava,
     "messages": _messages,
+    "trl": _trl,
     "vlmevalkit": _vlmevalkit,
     "lmms-eval": _lmms_eval,
     "parquet": _parquet,

@@ -313,6 +313,21 @@ def test_llava_conversations_come_back_as_the_questions_they_were(eval_mcq, tmp_
     assert [(i.id, i.images, i.question, [o.strip() for o in i.options], i.answer) for i in now] == asked
 
 
+def test_rows_for_other_trainers_have_a_tag_per_image_but_for_trl_none(eval_mcq, tmp_path):
+    bench = small_bench(tmp_path)
+    rows = {}
+    for form in ("messages", "trl"):
+        assert eval_mcq("export", bench, "--format", form, "--out", tmp_path / f"{form}.json") == 0
+        rows[form] = json.loads((tmp_path / f"{form}.json").read_text())
+    for tagged, plain, item in zip(rows["messages"], rows["trl"], load_bench(bench).items, strict=True):
+        asked, answered = plain["messages"]
+        assert tagged["messages"] == [{**asked, "content": "<image>\n" + asked["content"]}, answered]
+        assert "<image>" not in asked["content"]
+        assert item.question in asked["content"]
+        assert (answered["content"], plain["images"]) == (item.letter, item.images)
+        assert tagged["images"] == plain["images"]
+
+
 @pytest.mark.parametrize(
     ("prompt", "parsed"),
     [
