@@ -217,9 +217,9 @@ def test_a_lasting_fault_stops_the_run_and_keeps_what_is_answered(
 
 
 def test_an_empty_answer_is_unread(ask, server):
-    ask(limit=1)
+    ask(limit=1, batch_size=1)
     server.faults = [answer(message={"content": None}, finish_reason="content_filter")]
-    row = ask(limit=2).rows[1]
+    row = ask(limit=2, batch_size=1).rows[1]
     assert (row.chosen, row.probabilities, row.letter_mass) == (None, [0.0] * len(row.probabilities), 0.0)
 
 
