@@ -23,7 +23,7 @@ def rows(tiny_llava, tmp_path, monkeypatch):
 
 
 def test_reference_rows_stand_in_table_and_report_as_arms(rows, tmp_path):
-    found = compare(rows, layout="long").to_csv()
+    found = compare(rows, table_layout="long").to_csv()
     base, stock, served = (rows[name].answers for name in rows)
     assert [a.id for a in base] == [a.id for a in stock] == [a.id for a in served]
     assert all(name in found for name in rows)
