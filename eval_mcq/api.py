@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from eval_mcq.backends.server import Endpoint
     from eval_mcq.formats.importing import ImportReport, OptionLetters
     from eval_mcq.items.build import BuildReport
+    from eval_mcq.items.preset import Preset
     from eval_mcq.items.schema import Bench
     from eval_mcq.records.batching import Shard
     from eval_mcq.records.run_record import Run
@@ -55,6 +56,13 @@ class ComparisonTable:
     def to_latex(self) -> str:
         """Render as LaTeX."""
         return self.render("latex")
+
+
+def list_presets() -> list["Preset"]:
+    """Return the packaged presets: diseases, question, number of options, and what they are for."""
+    from eval_mcq.items.preset import load_preset, preset_names
+
+    return [load_preset(name) for name in preset_names()]
 
 
 def build_benchmark(

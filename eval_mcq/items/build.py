@@ -2,8 +2,9 @@
 
 import os
 import random
+import shlex
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -134,10 +135,10 @@ def build(
         r for r in rows if split.side in ("all", assign_split(r.split_by, test=split.test, seed=split.seed))
     ]
     asked = askable(asked, preset, skipped)
-    drafts = [
-        draft for disease in preset.diseases for draft in _drafts(asked, disease, preset, split, table, draw)
-    ]
-    report.negatives = _negatives(asked, preset, table, draw)
+    drafted = {disease.name: _drafts(asked, disease, preset, draw) for disease in preset.diseases}
+    report.negatives = _negatives(asked, preset)
+    _check_all_askable(asked, drafted, report.negatives, preset, split, table, draw)
+    drafts = [draft for of_disease in drafted.values() for draft in of_disease]
     positions = _deal_positions(drafts, draw.seed)
 
     folder, pseudonyms = bench.resolve().parent, Pseudonyms(table.path)
@@ -177,47 +178,58 @@ def build(
     return BenchHeader(name=name, categories=categories, built=built), items, report
 
 
-def _negatives(rows: Sequence[AskedRow], preset: Preset, table: LabelTable, draw: Draw) -> Counter[str]:
-    """Images without each disease, among those that are asked about it.
-
-    Raises:
-        UserError: there are too few.
-    """
+def _negatives(rows: Sequence[AskedRow], preset: Preset) -> Counter[str]:
+    """Images without each disease, among those that are asked about it."""
     negatives: Counter[str] = Counter()
     for disease in preset.diseases:
-        here = [row for row in rows if row.is_asked(disease, preset)]
         negatives[disease.name] = sum(
-            not (disease.is_true_of(set(row.labels)) or row.leaves_open(disease)) for row in here
+            not (disease.is_true_of(set(row.labels)) or row.leaves_open(disease))
+            for row in rows
+            if row.is_asked(disease, preset)
         )
-        if not disease.choices and negatives[disease.name] < draw.min_negatives:
-            raise BadDataError(
-                f"disease '{disease.name}' is absent from {negatives[disease.name]} of the {len(here)} images of "
-                f"{table.path}, at least {draw.min_negatives} must not have it: add images, leave it out with "
-                "`diseases`, or lower `min_negatives`"
-            )
     return negatives
 
 
-def _drafts(
-    rows: list[AskedRow], disease: Disease, preset: Preset, split: SplitRule, table: LabelTable, draw: Draw
-) -> list[_Draft]:
+def _drafts(rows: Sequence[AskedRow], disease: Disease, preset: Preset, draw: Draw) -> list[_Draft]:
     here = [row for row in rows if row.is_asked(disease, preset)]
     if disease.choices:
-        drafts = _choice_drafts(here, disease, draw.seed)
-        missing = {choice.text for choice in disease.choices} - {draft.true for draft in drafts}
-    else:
-        drafts = [
-            _label_draft(row, disease, preset, draw) for row in here if disease.is_true_of(set(row.labels))
-        ]
-        missing = set() if drafts else {disease.option}
-    if missing:
-        where = preset.where if disease.where is None else disease.where
-        among = f" where {', '.join(f'{c}={v}' for c, v in where.items())}" if where else ""
-        raise BadDataError(
-            f"disease '{disease.name}' has no image labeled '{min(missing)}' among the {len(here)} rows "
-            f"of {table.path}{among} (split: {split.side}): leave it out with `diseases`, or check `labels_column`"
-        )
-    return drafts
+        return _choice_drafts(here, disease, draw.seed)
+    return [_label_draft(row, disease, preset, draw) for row in here if disease.is_true_of(set(row.labels))]
+
+
+def _check_all_askable(
+    rows: Sequence[AskedRow],
+    drafted: Mapping[str, Sequence[_Draft]],
+    negatives: Mapping[str, int],
+    preset: Preset,
+    split: SplitRule,
+    table: LabelTable,
+    draw: Draw,
+) -> None:
+    """Refuse diseases without images, or with too few images that do not have them; all are named at once.
+
+    Raises:
+        BadDataError: there are such diseases.
+    """
+    faults: dict[str, str] = {}
+    for disease in preset.diseases:
+        count = sum(row.is_asked(disease, preset) for row in rows)
+        expected = {choice.text for choice in disease.choices} or {disease.option}
+        if missing := expected - {draft.true for draft in drafted[disease.name]}:
+            where = preset.where if disease.where is None else disease.where
+            among = f" where {', '.join(f'{c}={v}' for c, v in where.items())}" if where else ""
+            faults[disease.name] = f"has no image labeled '{min(missing)}' among the {count} rows{among}"
+        elif not disease.choices and negatives[disease.name] < draw.min_negatives:
+            faults[disease.name] = (
+                f"is absent from {negatives[disease.name]} of the {count} images, at least "
+                f"{draw.min_negatives} must not have it (`min_negatives`)"
+            )
+    if not faults:
+        return
+    found = "; ".join(f"disease '{name}' {fault}" for name, fault in faults.items())
+    left = ",".join(disease.name for disease in preset.diseases if disease.name not in faults)
+    advice = f"ask about the others with `diseases={shlex.quote(left)}`" if "," in left else "add images"
+    raise BadDataError(f"{table.path} (split: {split.side}): {found}; {advice}, or check `labels_column`")
 
 
 def _label_draft(row: AskedRow, disease: Disease, preset: Preset, draw: Draw) -> _Draft:

@@ -3,17 +3,21 @@
 import csv
 import hashlib
 import json
+import re
+import shlex
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from eval_mcq import list_presets
 from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
 from eval_mcq.items.preset import FOLDER, load_preset, preset_names
 from eval_mcq.items.schema import load_bench
 from mgll_encoder.common.errors import BadDataError
 from tests.builders import picture
 from tests.eval_mcq.helpers import write_labels
+from tests.eval_mcq.test_build import PAPER_ORDER
 
 FROZEN = {
     ("fundus-real", 1): "99114bd3912b9509",
@@ -238,3 +242,23 @@ def test_what_holds_for_any_table_of_labels(tmp_path, seed):
     asked_images = {item.images[0] for item in items + every}
     assert asked_images == {image for image, of in labels.items() if any(d.is_true_of(of) for d in diseases)}
     assert report.questions.total() == len(items)
+
+
+def test_all_diseases_without_images_are_named_at_once_with_an_option_to_paste(eval_mcq, tmp_path):
+    names = ["AMD", "DR", "Glaucoma", "Media Haze"]
+    rows = [{"file": f"{name}-{i}.png", "labels": name} for name in names for i in range(3)]
+    labels, out = write_labels(tmp_path, rows), tmp_path / "b.jsonl"
+    call = ("build", "--labels", labels, "--images", tmp_path / "photos", "--options", "3", "--out", out)
+    error = eval_mcq.refuses(*call)
+    for name in set(PAPER_ORDER) - set(names):
+        assert f"disease '{name}' has no image labeled" in error
+    pasted = shlex.split(re.search(r"--diseases '[^']*'", error)[0])
+    assert pasted == ["--diseases", ",".join(name for name in PAPER_ORDER if name in names)]
+    assert eval_mcq(*call, *pasted) == 0, eval_mcq.err
+
+
+def test_the_presets_are_listed_with_their_diseases(eval_mcq):
+    assert eval_mcq("build", "--list") == 0, eval_mcq.err
+    for preset in list_presets():
+        assert preset.name in eval_mcq.out
+    assert "ICLR 2026" in eval_mcq.out
