@@ -28,7 +28,7 @@ mllm, encoder = example / "llava", example / "tower"
 # %%
 plan = plan_swap(mllm, encoder)
 print(plan.report())
-print("tokens per image:", plan.before.tokens, "->", plan.after.tokens)
+print("tokens per image:", plan.plan.before.tokens, "->", plan.plan.after.tokens)
 
 # %% [markdown]
 # ## Swap, with the projector fitted on unlabeled images

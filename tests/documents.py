@@ -83,7 +83,7 @@ def shell_blocks(text: str) -> Iterator[str]:
 def begins_with_program(code: str) -> bool:
     """Whether a block is one of commands, not of Python, JSON, a table, or a message."""
     first = without_settings(code.removeprefix(PROMPT)).split(maxsplit=1)[:1]
-    return any(word in {*COMMANDS, *LAUNCHERS, *OTHERS} or is_file_of_project(word) for word in first)
+    return any(word in {*COMMANDS, *LAUNCHERS, *OTHERS} or is_path(word) for word in first)
 
 
 def without_settings(line: str) -> str:
@@ -92,9 +92,9 @@ def without_settings(line: str) -> str:
     return line[found.end() :] if found else line
 
 
-def is_file_of_project(word: str) -> bool:
-    """Whether a word is a path to a program of this project."""
-    return word.startswith(("scripts/", ".venv/bin/"))
+def is_path(word: str) -> bool:
+    """Whether a word is a path: to a script of this project, or to a program of an environment."""
+    return word.startswith("scripts/") or "/bin/" in word
 
 
 def lines_of(block: str) -> Iterator[tuple[str, ...]]:

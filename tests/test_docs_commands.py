@@ -51,7 +51,7 @@ def named(page: Path) -> str:
 def test_every_command_of_a_page_parses(page: Path) -> None:
     for line in commands_of(page):
         if not (words := line.command):
-            known = line.words[0] in documents.OTHERS or documents.is_file_of_project(line.words[0])
+            known = line.words[0] in documents.OTHERS or documents.is_path(line.words[0])
             assert known, f"{line}: no program that the documents use ({', '.join(documents.OTHERS)})"
         elif line.abbreviated:
             wrong = {one for one in words if one.startswith("--")} - options_of(words[0])
@@ -78,7 +78,7 @@ def test_a_wrong_line_is_found() -> None:
 
 def test_nothing_that_looks_like_our_commands_is_overlooked() -> None:
     """A line of a code block that begins with one of our commands is among those that are parsed."""
-    begins = re.compile(rf"^(?: {{4}}|\$ )?((?:{'|'.join(COMMANDS)}) .+?)(?:\\)?$", re.MULTILINE)
+    begins = re.compile(rf"^(?: {{4}}|\$ )?((?:{'|'.join(COMMANDS)}) [^=].*?)(?:\\)?$", re.MULTILINE)
     for page in PAGES:
         parsed = [" ".join(line.words) for line in commands_of(page)]
         for found in begins.findall(page.read_text(encoding="utf-8")):
@@ -92,14 +92,10 @@ def test_every_option_that_a_text_names_exists(page: Path) -> None:
     text = documents.CODE.sub("", page.read_text(encoding="utf-8"))
     known = FOREIGN.union(OF_SCRIPTS, *map(options_of, COMMANDS))
     for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
-        if (
-            code.split()[0] in {"torchrun", "deepspeed", "accelerate", "pip", "git", "docker"}
-            or code in FOREIGN
-        ):
+        first = code.split()[0]
+        if first in documents.OTHERS or first in documents.LAUNCHERS:
             continue
-        ours = known
-        if (first := code.split()[0]) in COMMANDS:
-            ours = FOREIGN | options_of(first)
+        ours = FOREIGN | options_of(first) if first in COMMANDS else known
         wrong = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", code)) - ours
         assert not wrong, f"{named(page)}: `{code}`: no command has {wrong}"
 
