@@ -29,6 +29,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 GUIDES = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 
 ELSEWHERE = {
+    "cuda": "a GPU",
     "torchrun": "several GPUs; launchers are run on two processes by tests/scripts/test_launchers.py",
     "--push-to-hub": "the hub; uploads are tested by tests/mllm_adapters/test_hub.py",
     "openai": "the hub: OpenAI's CLIP",
