@@ -48,6 +48,11 @@ PYTHON = "MGLL_VLLM_PYTHON"
 OWN = "mgll_"
 """Begins the ``model_type`` of this project's own architectures."""
 
+DIFFERENT: Mapping[str, str] = {
+    "aya_vision": "its letters are the same but not their probabilities: log-probabilities are off by up to 33",
+}
+"""``model_type`` of models that vLLM 0.32 loads and computes otherwise, and what was measured."""
+
 PLACEMENT = (
     "disable_custom_all_reduce", "distributed_executor_backend", "enable_prefix_caching", "enforce_eager",
     "gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs",
@@ -197,6 +202,11 @@ class VLLMModel:
         if kind.startswith(OWN):
             raise UnsupportedCheckpointError(
                 f"{self.folder} has this project's architecture '{kind}', which vLLM does not have; {INSTEAD}"
+            )
+        if kind in DIFFERENT:
+            raise UnsupportedCheckpointError(
+                f"{self.folder} is '{kind}', which vLLM computes otherwise than transformers ({DIFFERENT[kind]}): "
+                "leave `engine` out to use this project's engine"
             )
 
 

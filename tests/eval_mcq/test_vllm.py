@@ -70,6 +70,11 @@ def test_own_architectures_are_refused_with_the_way_out(tmp_path, bench):
         run(folder_of(tmp_path, model_type="mgll_qwen2_vl"), bench, tmp_path / "run", engine="vllm")
 
 
+def test_a_model_that_vllm_computes_otherwise_is_refused(tmp_path, bench):
+    with pytest.raises(UnsupportedCheckpointError, match=r"'aya_vision', which vLLM computes otherwise"):
+        run(folder_of(tmp_path, model_type="aya_vision"), bench, tmp_path / "run", engine="vllm")
+
+
 def test_an_adapter_is_refused(tmp_path, bench):
     base = folder_of(tmp_path, model_type="llava")
     adapter = tmp_path / "adapter"
