@@ -14,7 +14,9 @@ from mllm_adapters.cli.common_options import FORCE_HELP, progress_bar
 @needs("gguf")
 def export(
     model: Annotated[str, typer.Argument(help="LLaVA in the transformers layout: folder or hub id.")],
-    out: Annotated[Path, typer.Option("--gguf", metavar="DIR", help="Folder to write.")],
+    out: Annotated[
+        Path, typer.Option("--gguf", metavar="DIR", help="Folder for the GGUF files and the Modelfile.")
+    ],
     precision: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     converter: Annotated[
         Path | None,

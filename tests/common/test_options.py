@@ -12,12 +12,17 @@ ROWS = [row for row in all_rows() if row.name.startswith("--")]
 OTHER_ARGUMENT = {
     "--json": "as_json", "--all": "every", "--list": "", "--table": "table_file", "--weights": "init_weights",
     "--align": "images", "--align-samples": "samples", "--alpha": "alphas", "--text": "texts", "--target": "targets",
-    "--part": "parts", "--map": "maps",
+    "--part": "parts", "--map": "maps", "--gguf": "out", "--vllm-option": "vllm_options",
 }  # fmt: skip
 """Options whose argument in Python has another name: repeatable ones in the plural, and words that Python has taken."""
 
 TWO_FORMATS = {"--format", "--split"}
 """What is chosen from differs: formats of tables and of other tools' files; splits of patients and of foreign data."""
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+NAME_OR_FOLDER = {"--model"}
+"""A folder where a model is trained; where it is asked, also a hub id or the name that a server knows."""
 
 STILL = {
     "--data": "rows to train on", "--preset": "set of diseases", "--mode": "scoring mode", "--seed": "draws",
@@ -51,12 +56,13 @@ def test_the_page_is_current() -> None:
 
 
 def test_a_word_takes_one_kind_of_value() -> None:
-    assert several(by_word(lambda row: row.kind)) == {}
+    assert several(by_word(lambda row: row.kind)).keys() <= NAME_OR_FOLDER
 
 
 def test_a_word_is_chosen_from_one_list() -> None:
-    assert several(by_word(lambda row: row.choices)).keys() <= TWO_FORMATS
-    assert by_word(lambda row: row.choices)["--precision"] == {("auto", "float32", "bfloat16", "float16")}
+    assert several(by_word(lambda row: row.choices)).keys() <= {*TWO_FORMATS, "--precision"}
+    assert {PRECISIONS} < by_word(lambda row: row.choices)["--precision"]
+    assert all(set(row.choices) <= set(PRECISIONS) for row in ROWS if row.name == "--precision")
 
 
 def test_a_word_is_one_argument_and_an_argument_one_word() -> None:
@@ -70,7 +76,8 @@ def test_a_word_is_one_argument_and_an_argument_one_word() -> None:
     for row in ROWS:
         words[row.argument].add(row.name)
     assert {argument: found for argument, found in words.items() if len(found) > 1} == {
-        "images": {"--images", "--align"}
+        "images": {"--images", "--align"},
+        "out": {"--out", "--gguf"},
     }
 
 
