@@ -5,9 +5,11 @@ from pathlib import Path
 from mgll_encoder.common.errors import MismatchError, UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.paired.clip_text import clip_text_tower, stored_temperature
+from mgll_encoder.paired.siglip_text import siglip_text_tower
 from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text.text_tower import TextTower, load_text_tower
 from mgll_encoder.tower.architectures.clip import CLIP, HF_STATE
+from mgll_encoder.tower.architectures.siglip import SIGLIP
 from mgll_encoder.tower.folder_metadata import HF_FOLDER, OURS
 from mgll_encoder.tower.model import Tower
 from mgll_encoder.weights.weight_file import open_weights
@@ -52,12 +54,16 @@ def text_tower_of(path: Path, tower: Tower, otherwise: str = "") -> TextTower:
     Raises:
         UserError: there is none, it is damaged, or the image tower has no projection into the shared space.
     """
-    if tower.projection is None:
+    shared = tower.into_shared
+    if shared is None:
         raise UnsupportedCheckpointError(
             f"tower {path} has no projection into the image-text space: expected one written by "
             f"`pretrain()`, or a full CLIP{otherwise}"
         )
-    text = paired_text_tower(path, tower, tower.projection.shape[0])
+    siglip = tower.header.architecture is SIGLIP and tower.header.layout == HF_FOLDER
+    if siglip and read_json(path / "config.json").get("model_type") == SIGLIP.around:
+        return siglip_text_tower(path)
+    text = paired_text_tower(path, tower, shared.shape[0])
     if text is None:
         raise UnsupportedCheckpointError(
             f"tower {path} has no text tower: expected a folder written by `pretrain()`, or a full CLIP; "

@@ -62,8 +62,8 @@ def whole_clip(tower: Tower, text: TextTower, source: Path) -> WholeClip:
     """
     linear = text.projection
     image = tower.header.architecture
-    assert tower.projection is not None, "text_tower_of refuses it"
     _expect(image is CLIP, source, f"its image tower is a {image.title}: expected a CLIP ViT")
+    assert tower.projection is not None, "text_tower_of refuses a CLIP without one"
     kind = text.model.config.model_type
     _expect(
         isinstance(text.model, CLIPTextModel),

@@ -52,9 +52,9 @@ def text_target(tower: Tower, text: str, feature: NDArray[np.floating]) -> Targe
         text: The text.
         feature: Its feature in the shared space, [D].
     """
-    if tower.projection is None:
+    if (shared := tower.into_shared) is None:
         raise ValueError("the tower has no projection")
-    projection, direction = tower.projection.float(), normalize(torch.as_tensor(feature).float(), dim=0)
+    projection, direction = shared.float(), normalize(torch.as_tensor(feature).float(), dim=0)
     return Target(text, "cosine", lambda pooled: normalize(pooled @ projection.T, dim=1) @ direction)
 
 

@@ -126,12 +126,12 @@ def projected(tower: Tower, features: NDArray[np.floating]) -> NDArray[np.float3
     Raises:
         UserError: the tower has no projection.
     """
-    if tower.projection is None:
+    if (shared := tower.into_shared) is None:
         raise UnsupportedCheckpointError(
             f"tower {tower.header.source} has no projection into the image-text space"
         )
     with torch.inference_mode():
-        return normalize(torch.from_numpy(features) @ tower.projection.float().T, dim=1).numpy()
+        return normalize(torch.from_numpy(features) @ shared.float().T, dim=1).numpy()
 
 
 def class_directions(text: TextTower, prompts: Sequence[Sequence[str]]) -> NDArray[np.float32]:

@@ -36,6 +36,9 @@ TEXT_PROJECTION_FILE = "text_projection.safetensors"
 TEXT_PROJECTION = "text_projection.weight"
 
 Pooling = Literal["end", "mean"]
+"""Poolings of text towers that are written to a folder."""
+AnyPooling = Literal["end", "mean", "padded"]
+"""``padded``: the last position of a text that is padded to the full context (SigLIP)."""
 
 _UNCUT = 10**6
 """More tokens than any text has; without a length, a tokenizer warns about texts longer than its own maximum."""
@@ -58,9 +61,16 @@ def _masked_mean(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     return (states * real).sum(dim=1) / real.sum(dim=1)
 
 
+def _at_last_position(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001 - shared signature
+    # padding is part of the text: all positions see it
+    states: Tensor = model(input_ids=ids).last_hidden_state
+    return states[:, -1]
+
+
 _POOL: dict[str, Callable[[PreTrainedModel, Tensor, Tensor], Tensor]] = {
     "end": _at_end_token,
     "mean": _masked_mean,
+    "padded": _at_last_position,
 }
 
 
@@ -90,7 +100,7 @@ class TextTower(nn.Module):
         tokenizer: Its tokenizer. Pieces without a row in the encoder's embedding are omitted (:meth:`unknown` names
             them).
         projection: From the encoder's width to the shared space.
-        pooling: How tokens are pooled into one feature, see :class:`TextSpec`.
+        pooling: How tokens are pooled into one feature, see :class:`TextSpec` and `AnyPooling`.
         context: Maximum length in tokens.
         temperature: The τ to record.
     """
@@ -100,7 +110,7 @@ class TextTower(nn.Module):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         projection: nn.Linear,
-        pooling: Pooling,
+        pooling: AnyPooling,
         context: int = CONTEXT,
         temperature: float = 0.07,
     ) -> None:
@@ -116,10 +126,13 @@ class TextTower(nn.Module):
         return _rows(self.model)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return ``input_ids`` and ``attention_mask``, int64 [U, L], right-padded to the longest text."""
+        """Return ``input_ids`` and ``attention_mask``, int64 [U, L], right-padded to the longest or the context."""
         pieces = self._pieces(texts, self.context)
         ids = [[piece for piece in row if piece < self.rows] for row in pieces]
-        padded = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
+        padding = "max_length" if self.pooling == "padded" else "longest"
+        padded = self.tokenizer.pad(
+            {"input_ids": ids}, padding, max_length=self.context, padding_side="right", return_tensors="pt"
+        )
         return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
@@ -160,6 +173,7 @@ class TextTower(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the tower's files into a folder, which is created if needed."""
+        assert self.pooling != "padded", "a SigLIP's text tower is read from its own folder"
         folder.mkdir(parents=True, exist_ok=True)
         with _no_bars():
             self.model.save_pretrained(folder)
@@ -184,7 +198,7 @@ class TextTower(nn.Module):
             spec = TextSpec.model_validate_json(file.read_text(encoding="utf-8"))
         except (ValidationError, ValueError, OSError) as error:
             raise BadDataError(f"{file} does not describe a text tower ({error}): copy it again") from None
-        model, tokenizer = _pretrained(AutoModel, str(folder)), pretrained_tokenizer(str(folder))
+        model, tokenizer = load_encoder(AutoModel, str(folder)), pretrained_tokenizer(str(folder))
         _check_padding(model, tokenizer, str(folder))
         weights = open_weights(folder / TEXT_PROJECTION_FILE)
         shape = weights.headers[TEXT_PROJECTION].shape if TEXT_PROJECTION in weights.headers else None
@@ -244,10 +258,10 @@ class TextTower(nn.Module):
         if clip:
             shape = config.get_text_config()
             shape.projection_dim = config.projection_dim  # outside the text config in a full CLIP
-            both: Any = _pretrained(CLIPTextModelWithProjection, source, config=shape)
+            both: Any = load_encoder(CLIPTextModelWithProjection, source, config=shape)
             model, own = both.text_model, both.text_projection
         else:
-            model = _pretrained(AutoModel, source)
+            model = load_encoder(AutoModel, source)
         _check_padding(model, tokenizer, source)
         width, limit = model.config.hidden_size, model.config.max_position_embeddings
         if own is None or own.weight.shape[0] != shared:
@@ -279,8 +293,12 @@ def load_text_tower(tower_folder: Path) -> TextTower:
     return TextTower.load(folder)
 
 
-def _pretrained(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
-    """Load the encoder without its pooling head, which is not used."""
+def load_encoder(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
+    """Load a text encoder from a folder or hub id, without its pooling head, which is not used.
+
+    Raises:
+        UserError: it cannot be read, lacks weights, or is not a text encoder.
+    """
     with _no_bars():
         model, report = _load(kind, source, dtype=torch.float32, output_loading_info=True, **settings)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))

@@ -36,6 +36,14 @@ class Tower:
         """Specification of the tower."""
         return self.header.spec
 
+    @property
+    def into_shared(self) -> Tensor | None:
+        """The projection; the identity [width, width] if the features are in the image-text space without one."""
+        architecture = self.header.architecture
+        if architecture.shares_space and self.spec.pooling == next(iter(architecture.poolings)):
+            return torch.eye(self.spec.width)
+        return self.projection
+
     def pooled(self, pixels: Tensor) -> Tensor:
         """Compute features [N, width] of pixels [N, 3, S, S]; see `pooled`."""
         return pooled(self.model, self.spec, pixels)

@@ -134,6 +134,7 @@ class Architecture:
         resampled: Whether the library resamples the position table for other image sizes, so that the folder's image
             processor may have another image size than the table.
         position_ids: Whether the model numbers the positions in a buffer that is not stored.
+        shares_space: Whether features of the default pooling are in the image-text space without a projection.
         blocks: Attribute of the model that contains its transformer blocks.
         activations: Allowed activations; the first one is the default.
         poolings: How image features are computed: name -> (model, pixels, first patch token) -> [N, C]. The first one
@@ -169,6 +170,7 @@ class Architecture:
     antialias: bool = False
     resampled: bool = False
     position_ids: bool = False
+    shares_space: bool = False
 
     @property
     def layer_norm_eps(self) -> float:

@@ -92,6 +92,7 @@ SIGLIP = Architecture(
     positions="embeddings.position_embedding.weight",
     leading=0,
     position_ids=True,
+    shares_space=True,
     blocks="encoder.layers",
     activations=("gelu_pytorch_tanh",),
     poolings={
