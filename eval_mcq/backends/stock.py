@@ -18,7 +18,6 @@ from mgll_encoder.common.errors import MismatchError, UnsupportedCheckpointError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.texts import read_json, read_text
 from mgll_encoder.text.pretrained import asks_for_code, check_configs, load_pretrained
-from mllm_adapters import base_of_adapter, family_of
 
 if TYPE_CHECKING:
     from eval_mcq.scoring.prompt import Mode
@@ -34,7 +33,11 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json", "processor_config.json
 
 def is_stock(folder: Path) -> bool:
     """Return whether a folder is a model that transformers loads and no family of this project reads."""
-    if base_of_adapter(folder) or not (folder / CONFIG).is_file() or family_of(folder) is not None:
+    if not (folder / CONFIG).is_file():
+        return False
+    from mllm_adapters import base_of_adapter, family_of  # imports torch
+
+    if base_of_adapter(folder) or family_of(folder) is not None:
         return False
     return _class_name(read_json(folder / CONFIG)) is not None
 

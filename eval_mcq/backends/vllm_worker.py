@@ -102,7 +102,7 @@ class Worker:
         import numpy as np
         from transformers import AutoProcessor
 
-        processor = AutoProcessor.from_pretrained(self.folder)
+        processor = AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
         made = processor(text=[text], images=images, return_tensors="pt")["pixel_values"].float().numpy()
         given = np.frombuffer(pixels, np.float32).reshape(shape)
         same = made.shape == given.shape

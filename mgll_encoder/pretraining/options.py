@@ -87,11 +87,12 @@ class PretrainOptions:
         for name, (value, known) in choices.items():
             if value not in known:
                 raise unknown_name(name, value, known)
+        tower_rate = self.learning_rate if self.tower_learning_rate is None else self.tower_learning_rate
         for option, number in (
             ("`epochs`", self.epochs),
             ("`batch_size`", self.batch_size),
             ("`learning_rate`", self.learning_rate),
-            ("`tower_learning_rate`", self.tower_learning_rate or self.learning_rate),
+            ("`tower_learning_rate`", tower_rate),
         ):
             if number <= 0 or not math.isfinite(number):
                 raise InvalidArgumentError(f"{option} is {number}: it must be greater than 0")

@@ -15,7 +15,7 @@ from eval_mcq.tables.render import as_markdown, as_text
 from eval_mcq.tables.summary import compare, compare_models
 from eval_mcq.tables.table_layout import by_disease, like_paper
 from mgll_encoder.common.errors import UserError
-from tests.eval_mcq.helpers import run_of_counts, save_run, small_bench
+from tests.eval_mcq.helpers import run_of_bench, run_of_counts, save_run, small_bench
 
 COUNTS = {
     "base": {"DR": (11, 40), "CSR": (5, 20)},
@@ -91,11 +91,9 @@ def test_one_arm_has_one_interval_whoever_it_is_shown_with(arms, tmp_path, eval_
 
 
 def test_the_page_says_the_same_first_in_the_same_figures(tmp_path, eval_mcq):
-    from tests.eval_mcq.test_report import run
-
     bench = load_bench(small_bench(tmp_path, 10))
     for name, every in (("base", 2), ("control", 3), ("mgll", 9)):
-        save_run(run(bench, every), tmp_path / name)
+        save_run(run_of_bench(bench, lambda number, every=every: number % every == 0), tmp_path / name)
     runs = {name: load_run(tmp_path / name) for name in ("base", "control", "mgll")}
     write_report(runs, bench, tmp_path / "report.html", ReportOptions())
     page = (tmp_path / "report.html").read_text()

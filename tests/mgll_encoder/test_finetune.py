@@ -169,7 +169,7 @@ def test_the_command_writes_the_table_and_the_tower(
     ("arguments", "complaint"),
     [
         (["--epochs", "3"], "--epochs has no effect on a linear probe: add --protocol finetune"),
-        (["--protocol", "fine"], "did you mean 'finetune'"),
+        (["--protocol", "fine"], "Did you mean 'finetune'"),
         (["--protocol", "finetune", "--epochs", "-1"], "--epochs is -1"),
         (["--protocol", "finetune", "--val-share", "1.5"], "--val-share is 1.5"),
     ],

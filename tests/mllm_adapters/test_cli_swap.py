@@ -286,7 +286,7 @@ def test_a_tensor_that_is_no_part_of_llava_is_refused(golden: Path, tower: Path,
         (["--image-size", "30"], "--image-size 30 is not a multiple of the tower's patch size 14: try 28"),
         (["--activation", "relu"], "unknown activation 'relu'"),
         (["--activation", "quick_gelu"], "--activation quick_gelu contradicts 'gelu'"),
-        (["--imagesize", "28"], "No such option"),
+        (["--imagesize", "28"], "no such option"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(

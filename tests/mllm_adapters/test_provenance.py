@@ -123,7 +123,7 @@ def test_the_tower_can_have_a_dtype_of_its_own(dtype: str, tiny_llava: Path, tmp
     )
     load_mllm(out)
     message = refused(main, "--mllm", tiny_llava, "--encoder", tower, "--out", out, "--precision", "float8")
-    assert "unknown --precision 'float8'" in message
+    assert "'--precision': 'float8' is not one of 'auto', 'float32'" in message
 
 
 def test_what_a_sample_tells(tmp_path: Path) -> None:

@@ -202,7 +202,11 @@ def test_several_files_train_together_and_bad_choices_are_refused(place, tiny_ll
     ("option", "value", "complaint"),
     [
         ("--answer", "word", "unknown --answer 'word'"),
-        ("--feature-precision", "float64", "unknown --feature-precision 'float64': did you mean"),
+        (
+            "--feature-precision",
+            "float64",
+            "'--feature-precision': 'float64' is not one of 'auto', 'float32'",
+        ),
         ("--images", "absent", "image folder absent does not exist"),
     ],
 )
