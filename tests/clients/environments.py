@@ -1,7 +1,9 @@
 """The environments of other tools that ``make test-clients`` makes."""
 
 import os
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -16,3 +18,14 @@ def python_of(client: str) -> Path:
             pytest.fail(f"no environment {client}")
         pytest.skip(f"no environment {client}: make test-clients makes it")
     return found
+
+
+@cache
+def workplace(client: str) -> Path:
+    """A folder for the files of a client's tests, which lives as long as this process."""
+    place = TemporaryDirectory(prefix=f"{client}-")
+    _places.append(place)
+    return Path(place.name)
+
+
+_places: list[TemporaryDirectory[str]] = []

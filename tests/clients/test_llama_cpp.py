@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -23,7 +22,7 @@ from PIL import Image
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from mllm_adapters import export_gguf, load_mllm, plan_swap
-from tests.clients.environments import python_of
+from tests.clients.environments import python_of, workplace
 from tests.mllm_adapters import complete
 from tests.small_llava import ROWS, SIDE, small_llava
 
@@ -80,30 +79,21 @@ class Result:
 
 
 @cache
-def workplace() -> Path:
-    """A folder that lives as long as this process."""
-    place = TemporaryDirectory(prefix="llama-cpp-")
-    _places.append(place)
-    return Path(place.name)
-
-
-_places: list[TemporaryDirectory[str]] = []
-
-
-@cache
 def model(name: str) -> Path:
-    return MODELS[name](workplace() / name.replace(" ", "-"))
+    return MODELS[name](workplace("llama-cpp") / name.replace(" ", "-"))
 
 
 @cache
 def exported(name: str) -> Path:
-    return export_gguf(model(name), workplace() / (name.replace(" ", "-") + "-gguf"), precision="float32")
+    return export_gguf(
+        model(name), workplace("llama-cpp") / (name.replace(" ", "-") + "-gguf"), precision="float32"
+    )
 
 
 @cache
 def pictures(shape: str) -> tuple[Path, ...]:
     """The 24 real photographs: square ones of several sizes, or oblong ones."""
-    folder = workplace() / shape
+    folder = workplace("llama-cpp") / shape
     folder.mkdir()
     sizes = {"square": [(SIDE, SIDE), (200, 200), (40, 40)], "oblong": [(120, 80), (80, 120), (300, 140)]}[
         shape
@@ -119,7 +109,7 @@ def pictures(shape: str) -> tuple[Path, ...]:
 @cache
 def squashed(side: int) -> tuple[Path, ...]:
     """The oblong pictures, as a user resizes them to the tower's size."""
-    folder = workplace() / f"squashed-{side}"
+    folder = workplace("llama-cpp") / f"squashed-{side}"
     folder.mkdir()
     for file in pictures("oblong"):
         Image.open(file).resize((side, side), Image.Resampling.BICUBIC).save(folder / file.name)
@@ -131,7 +121,7 @@ def there(name: str, files: tuple[Path, ...], rows: int) -> list[dict[str, Any]]
     """What llama.cpp answers."""
     _, processor = load_mllm(model(name))
     letter = processor.tokenizer("A").input_ids[-1]
-    request = workplace() / "request.json"
+    request = workplace("llama-cpp") / "request.json"
     asked = {"pictures": [*map(str, files)], "question": QUESTION, "tokens": rows, "letter": letter}
     request.write_text(json.dumps(asked))
     worker = ROOT / "tests" / "clients" / "llama_cpp_worker.py"

@@ -22,8 +22,8 @@ from eval_mcq import export_benchmark
 from mllm_adapters import load_mllm
 from mllm_adapters.data.corpus import read_corpus
 from mllm_adapters.data.dataset import AnswerCollator, encode, prepare_examples
-from tests.clients.environments import python_of
-from tests.clients.test_transformers import ROOT, swapped, workplace
+from tests.clients.environments import python_of, workplace
+from tests.clients.test_transformers import ROOT, swapped
 from tests.eval_mcq.helpers import small_bench
 
 TRAINERS = ("trl-1.16.0", "llamafactory-0.9.5", "ms-swift-4.6.0")
@@ -47,7 +47,7 @@ class Trained:
 @cache
 def rows(form: str) -> Path:
     """Exported questions in a format, next to the folder of their images."""
-    place = workplace() / "questions"
+    place = workplace("transformers") / "questions"
     place.mkdir(exist_ok=True)
     bench = small_bench(place, 4)
     export_benchmark(bench, place / f"{form}.json", form)
@@ -120,7 +120,7 @@ RUNS: Mapping[str, Callable[[Path, Path], Trained]] = {
 @cache
 def trained(trainer: str) -> Trained:
     """Two steps of a trainer."""
-    place = workplace() / f"trained-{trainer}"
+    place = workplace("transformers") / f"trained-{trainer}"
     place.mkdir()
     return RUNS[trainer.rpartition("-")[0]](python_of(f"trainer-{trainer}").parent, place)
 

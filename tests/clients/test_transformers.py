@@ -10,7 +10,6 @@ import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mllm_adapters import load_mllm, plan_swap
-from tests.clients.environments import python_of
+from tests.clients.environments import python_of, workplace
 from tests.mllm_adapters import complete
 
 ROOT = Path(__file__).parents[2]
@@ -50,20 +49,9 @@ class Result:
 
 
 @cache
-def workplace() -> Path:
-    """A folder that lives as long as this process."""
-    place = TemporaryDirectory(prefix="clients-")
-    _places.append(place)
-    return Path(place.name)
-
-
-_places: list[TemporaryDirectory[str]] = []
-
-
-@cache
 def swapped(case: str) -> Path:
     """A host of this family, as this release saves it, with another tower."""
-    place = workplace() / case
+    place = workplace("transformers") / case
     place.mkdir()
     host = complete.BUILDERS[case](place / "host", lambda: ROOT / "tests" / "golden")
     encoder = complete.encoder(place / "encoder")

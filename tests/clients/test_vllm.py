@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -31,6 +30,7 @@ from mgll_encoder.common.images import open_image
 from mgll_encoder.tower.spec import TowerSpec
 from mllm_adapters import plan_swap
 from tests import builders
+from tests.clients.environments import workplace
 from tests.eval_mcq.helpers import DISEASES, question, write_bench
 from tests.mllm_adapters import complete
 
@@ -77,17 +77,6 @@ class Result:
     pixels: float | None
 
 
-@cache
-def workplace() -> Path:
-    """A folder that lives as long as this process."""
-    place = TemporaryDirectory(prefix="vllm-")
-    _places.append(place)
-    return Path(place.name)
-
-
-_places: list[TemporaryDirectory[str]] = []
-
-
 def python() -> Path:
     """Where vLLM is; without it the test is skipped, or fails where it is required."""
     found = Path(os.environ.get(PYTHON) or PYTHON_OF_VLLM)
@@ -111,7 +100,7 @@ def encoder(folder: Path) -> Path:
 @cache
 def swapped(case: str) -> Path:
     """A result of swap-encoder whose language model is wide enough for vLLM."""
-    place = workplace() / case
+    place = workplace("vllm") / case
     place.mkdir()
     tower = encoder(place / "encoder")
     host = complete.BUILDERS[case](place / "host", lambda: ROOT / "tests" / "golden")
@@ -152,7 +141,9 @@ def bench() -> Bench:
         )
         for i in range(24)
     ]  # fmt: skip
-    return load_bench(write_bench(workplace() / "bench.jsonl", questions, categories=["AMD", "Cataract"]))
+    return load_bench(
+        write_bench(workplace("vllm") / "bench.jsonl", questions, categories=["AMD", "Cataract"])
+    )
 
 
 def scores(answerer: Answerer) -> list[Score]:
