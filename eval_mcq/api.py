@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from eval_mcq.backends.choice import backend_here
-from eval_mcq.backends.local import EngineName
+from eval_mcq.backends.base import EngineName
 from eval_mcq.runs.processes import answer
 from mgll_encoder.common.devices import Precision
 from mgll_encoder.common.errors import InvalidArgumentError, NotFoundError, unknown_name
@@ -329,6 +328,8 @@ def run(
     elif vllm_python is not None or vllm_options:
         raise InvalidArgumentError("`vllm_python` and `vllm_options` have no effect without `engine=vllm`")
     else:
+        from eval_mcq.backends.choice import backend_here
+
         backend = backend_here(
             model, mode, device=device, precision=precision, load_in_4bit=load_in_4bit, engine=engine
         )

@@ -7,12 +7,15 @@ this folder that describes and loads it. Batches, resuming, shards, merging, tab
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from eval_mcq.records.backend_record import BackendRecord
     from eval_mcq.scoring.answerer import Answerer
     from eval_mcq.scoring.prompt import Mode
+
+WayName = Literal["auto", "prefix", "tree", "plain"]
+EngineName = Literal["auto", "prefix", "tree", "plain", "vllm"]
 
 
 @dataclass(frozen=True)

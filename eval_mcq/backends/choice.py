@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from eval_mcq.backends.local import LocalModel, WayName
+from eval_mcq.backends.base import WayName
+from eval_mcq.backends.local import LocalModel
 from eval_mcq.backends.stock import StockModel, is_stock
 from mgll_encoder.common.devices import Precision
 from mgll_encoder.common.errors import InvalidArgumentError

@@ -4,9 +4,9 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from eval_mcq.backends.base import Identity
+from eval_mcq.backends.base import Identity, WayName
 from eval_mcq.backends.fingerprint import code_version, model_fingerprint, package_versions
 from mgll_encoder.common.devices import Precision, find_device
 from mgll_encoder.common.errors import InvalidArgumentError
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from eval_mcq.scoring.score import Scorer
 
 _logger = logging.getLogger(__name__)
-
-WayName = Literal["auto", "prefix", "tree", "plain"]
-EngineName = Literal["auto", "prefix", "tree", "plain", "vllm"]
 
 
 @dataclass(frozen=True)

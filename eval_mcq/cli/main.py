@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from eval_mcq import api
-from eval_mcq.backends.local import EngineName
+from eval_mcq.backends.base import EngineName
 from eval_mcq.cli import endpoint_options as at
 from eval_mcq.cli.build import build
 from eval_mcq.cli.items import COMMANDS as ITEM_COMMANDS
