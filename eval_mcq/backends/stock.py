@@ -117,6 +117,7 @@ class StockModel:
         _logger.info(f"Loading {self.folder} on {where.device} with stock transformers ...")
         check_configs(self.folder)
         config = load_pretrained(AutoConfig, self.folder, f"{self.folder / CONFIG}", checked=True)
+        # mismatched shapes are reported instead of raised, so that `_check_report` names the tensor
         model, report = load_pretrained(
             AutoModelForImageTextToText, self.folder, f"the model in {self.folder}", checked=True, config=config,
             dtype=where.dtype, output_loading_info=True, ignore_mismatched_sizes=True,

@@ -93,7 +93,7 @@ class VLLMProcess:
             For each row ``tokens`` (the ids that vLLM read, with image tokens) and ``log_probabilities``.
 
         Raises:
-            UserError: vLLM failed, as for want of memory.
+            UserError: vLLM failed, for example because memory was short.
         """
         sizes, data = _as_bytes(images)
         found: list[dict[str, Any]] = self._ask({"task": "score", "images": sizes, "rows": rows}, data)[

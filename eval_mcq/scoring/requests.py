@@ -104,13 +104,17 @@ class PromptTokenizer:
         with self._lock:
             made = self.processor(
                 text=list(prompts),
-                images=[image for of_prompt in images for image in of_prompt],
+                images=self._arranged(images),
                 padding=True,
                 return_tensors="pt",
                 add_special_tokens=not self._starts_with_bos(prompts[0]),
                 **kwargs,
             )
         return dict(made)
+
+    def _arranged(self, images: Sequence[Sequence[Image.Image]]) -> list[Any]:
+        """Return the images of all prompts as the processor takes them: one list."""
+        return [image for of_prompt in images for image in of_prompt]
 
     def prepare(
         self, asks: Sequence[Ask], images: list[Image.Image], continuations: Continuations

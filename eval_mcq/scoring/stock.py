@@ -34,20 +34,9 @@ Rows = Sequence[tuple[TokenizedRequest, Sequence[Image.Image]]]
 class StockTokenizer(PromptTokenizer):
     """Renders and tokenizes prompts with a stock processor."""
 
-    def batch(
-        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **kwargs: Any
-    ) -> dict[str, Any]:
-        """Process prompts and their images, one list per prompt, into a padded batch."""
-        with self._lock:
-            made = self.processor(
-                text=list(prompts),
-                images=[list(of_prompt) for of_prompt in images],
-                padding=True,
-                return_tensors="pt",
-                add_special_tokens=not self._starts_with_bos(prompts[0]),
-                **kwargs,
-            )
-        return dict(made)
+    def _arranged(self, images: Sequence[Sequence[Image.Image]]) -> list[Any]:
+        """Return the images as a stock processor takes them: one list per prompt."""
+        return [list(of_prompt) for of_prompt in images]
 
     def prepare(
         self, asks: Sequence[Ask], images: list[Image.Image], continuations: Continuations
@@ -134,6 +123,7 @@ class StockEngine(Engine):
         ]
         with self._reading(torch.tensor(places), wanted_tokens([row for row, _ in rows])):
             lines = iter(self.model(**batch).logits)
+        # a line has as many places as the longest continuation, so shorter ones leave the last places unread
         return [
             [
                 [of_place[ids].cpu() for of_place, ids in zip(_log_softmax(next(lines)), of, strict=False)]
