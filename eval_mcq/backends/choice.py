@@ -38,7 +38,7 @@ def backend_here(
     """
     folder, chosen = at_hand(model), "letters" if mode == "auto" else mode
     if not is_stock(folder):
-        return LocalModel(folder, chosen, device, precision, load_in_4bit, engine, str(model))
+        return LocalModel(folder, str(model), chosen, device, precision, load_in_4bit, engine)
     if load_in_4bit:
         raise InvalidArgumentError(
             f"{model} is read by no family of this project: `load_in_4bit` is only for those that are"

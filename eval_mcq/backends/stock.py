@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -11,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from eval_mcq.backends.base import Identity
 from eval_mcq.backends.fingerprint import code_version, model_fingerprint, package_versions
-from eval_mcq.backends.local import Placement, placement
+from eval_mcq.backends.model_folder import ModelFolder
 from eval_mcq.records.backend_record import BackendRecord
-from mgll_encoder.common.devices import Precision
-from mgll_encoder.common.errors import MismatchError, UnsupportedCheckpointError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.texts import read_json, read_text
-from mgll_encoder.text.pretrained import asks_for_code, check_configs, load_pretrained
+from mgll_encoder.text.pretrained import asks_for_code, check_configs, check_loading_report, load_pretrained
 
 if TYPE_CHECKING:
-    from eval_mcq.scoring.prompt import Mode
     from eval_mcq.scoring.stock import StockScorer
 
 _logger = logging.getLogger(__name__)
@@ -49,32 +46,8 @@ def _class_name(config: dict[str, Any]) -> str | None:
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(str(config.get("model_type")))
 
 
-@dataclass(frozen=True)
-class StockModel:
-    """A folder that stock transformers loads.
-
-    Attributes:
-        folder: The folder.
-        name: Its name as given: the folder, or a hub id.
-        mode: Scoring mode.
-        device: Device, or ``auto``.
-        dtype: Number format, or ``auto``.
-    """
-
-    folder: Path
-    name: str
-    mode: "Mode" = "letters"
-    device: str = "auto"
-    dtype: Precision = "auto"
-
-    @cached_property
-    def placement(self) -> Placement:
-        """Device and number format.
-
-        Raises:
-            UserError: there is no such device.
-        """
-        return placement(self.device, self.dtype)
+class StockModel(ModelFolder):
+    """A folder that stock transformers loads."""
 
     @cached_property
     def identity(self) -> Identity:
@@ -98,8 +71,7 @@ class StockModel:
             },
         )
         return Identity(
-            self.name, model_fingerprint(self.folder), self.placement.number_format, code_version(),
-            package_versions(), backend,
+            self.named, model_fingerprint(self.folder), self.number_format, code_version(), package_versions(), backend
         )  # fmt: skip
 
     def load(self) -> "StockScorer":
@@ -117,12 +89,16 @@ class StockModel:
         _logger.info(f"Loading {self.folder} on {where.device} with stock transformers ...")
         check_configs(self.folder)
         config = load_pretrained(AutoConfig, self.folder, f"{self.folder / CONFIG}", checked=True)
-        # mismatched shapes are reported instead of raised, so that `_check_report` names the tensor
+        # mismatched shapes are reported instead of raised, so that the check of the report names the tensor
         model, report = load_pretrained(
             AutoModelForImageTextToText, self.folder, f"the model in {self.folder}", checked=True, config=config,
             dtype=where.dtype, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-        self._check_report(report)
+        check_loading_report(report, self.folder, ("missing_keys", "mismatched_keys"))
+        if unused := sorted(report["unexpected_keys"]):
+            _logger.warning(
+                f"{self.folder}: transformers does not use {len(unused)} of its tensors, first {unused[0]}"
+            )
         processor = load_pretrained(
             AutoProcessor, self.folder, f"the processor in {self.folder}", checked=True
         )
@@ -139,18 +115,6 @@ class StockModel:
             raise UnsupportedCheckpointError(
                 f"{file} names Python code of its own ({code!s:.120}), which is never run; nothing was loaded: take "
                 "the folder of this model that transformers reads itself, or serve it and give its `endpoint`"
-            )
-
-    def _check_report(self, report: Any) -> None:
-        for kind in ("missing_keys", "mismatched_keys"):
-            if keys := sorted(map(str, report[kind])):
-                raise MismatchError(
-                    f"{self.folder}: {len(keys)} {kind.removesuffix('_keys')} tensors, first {keys[0]}: config.json "
-                    "and weights do not belong together, and loading would leave random weights"
-                )
-        if unused := sorted(report["unexpected_keys"]):
-            _logger.warning(
-                f"{self.folder}: transformers does not use {len(unused)} of its tensors, first {unused[0]}"
             )
 
 

@@ -137,7 +137,8 @@ def build(
     asked = askable(asked, preset, skipped)
     drafted = {disease.name: _drafts(asked, disease, preset, draw) for disease in preset.diseases}
     report.negatives = _negatives(asked, preset)
-    _check_all_askable(asked, drafted, report.negatives, preset, split, table, draw)
+    if faults := _faults(asked, drafted, report.negatives, preset, draw):
+        raise _unaskable(f"{table.path} (split: {split.side})", faults, preset)
     drafts = [draft for of_disease in drafted.values() for draft in of_disease]
     positions = _deal_positions(drafts, draw.seed)
 
@@ -197,20 +198,14 @@ def _drafts(rows: Sequence[AskedRow], disease: Disease, preset: Preset, draw: Dr
     return [_label_draft(row, disease, preset, draw) for row in here if disease.is_true_of(set(row.labels))]
 
 
-def _check_all_askable(
+def _faults(
     rows: Sequence[AskedRow],
     drafted: Mapping[str, Sequence[_Draft]],
     negatives: Mapping[str, int],
     preset: Preset,
-    split: SplitRule,
-    table: LabelTable,
     draw: Draw,
-) -> None:
-    """Refuse diseases without images, or with too few images that do not have them; all are named at once.
-
-    Raises:
-        BadDataError: there are such diseases.
-    """
+) -> dict[str, str]:
+    """Return diseases without images, or with too few images that do not have them, and what is wrong with each."""
     faults: dict[str, str] = {}
     for disease in preset.diseases:
         count = sum(row.is_asked(disease, preset) for row in rows)
@@ -224,12 +219,15 @@ def _check_all_askable(
                 f"is absent from {negatives[disease.name]} of the {count} images, at least "
                 f"{draw.min_negatives} must not have it (`min_negatives`)"
             )
-    if not faults:
-        return
+    return faults
+
+
+def _unaskable(where: str, faults: Mapping[str, str], preset: Preset) -> BadDataError:
+    """Return the refusal of a table with such diseases; all are named at once."""
     found = "; ".join(f"disease '{name}' {fault}" for name, fault in faults.items())
     left = ",".join(disease.name for disease in preset.diseases if disease.name not in faults)
     advice = f"ask about the others with `diseases={shlex.quote(left)}`" if "," in left else "add images"
-    raise BadDataError(f"{table.path} (split: {split.side}): {found}; {advice}, or check `labels_column`")
+    return BadDataError(f"{where}: {found}; {advice}, or check `labels_column`")
 
 
 def _label_draft(row: AskedRow, disease: Disease, preset: Preset, draw: Draw) -> _Draft:

@@ -1,12 +1,12 @@
 """Loading foreign folders with transformers: their code never runs, without prompting, and errors are one line."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError, UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError, UnsupportedCheckpointError, UserError
 from mgll_encoder.common.library_errors import library_reason
 from mgll_encoder.common.texts import read_json
 
@@ -152,6 +152,37 @@ def is_sentencepiece(model: Path) -> bool:
             return bool(SentencePieceProcessor(model_file=str(model)).get_piece_size())
         except RuntimeError:
             return False
+
+
+def check_loading_report(
+    report: Mapping[str, Any],
+    folder: Path,
+    refused: Sequence[str] = ("missing_keys", "unexpected_keys", "mismatched_keys"),
+) -> None:
+    """Refuse a loading report of transformers (``output_loading_info=True``) that is not empty.
+
+    Args:
+        report: The report.
+        folder: The folder that was loaded, for messages.
+        refused: Which of its lists must be empty.
+
+    Raises:
+        MismatchError: a tensor is missing, unexpected, or of another shape than in the model.
+    """
+    for kind in refused:
+        if keys := sorted(report[kind], key=str):
+            raise MismatchError(
+                f"{folder}: {len(keys)} {kind.removesuffix('_keys')} tensors, first {_with_shapes(keys[0])}: "
+                "config.json and weights do not belong together, and loading would leave random weights"
+            )
+
+
+def _with_shapes(key: str | tuple[str, Any, Any]) -> str:
+    """Describe a tensor of a loading report; a mismatched one with its found and expected shapes."""
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} of shape {list(found)} (expected {list(expected)})"
 
 
 def asks_for_code(folder: Path) -> tuple[Path, Any] | None:

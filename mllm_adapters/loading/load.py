@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mgll_encoder.common.errors import MismatchError, UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
-from mgll_encoder.text.pretrained import check_configs, load_pretrained
+from mgll_encoder.text.pretrained import check_configs, check_loading_report, load_pretrained
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.locate import base_of_adapter
 from mllm_adapters.core.configs import build_config
@@ -217,27 +217,5 @@ def _load(state: dict[str, Tensor] | None, settings: Mapping[str, Any], folder: 
         ignore_mismatched_sizes=True,  # they appear in the report, which is refused
         **options,
     )
-    check_report(report, folder)
+    check_loading_report(report, folder)
     return model
-
-
-def check_report(report: Any, folder: Path) -> None:
-    """Refuse a loading report that is not empty.
-
-    Raises:
-        UserError: a tensor is missing, unexpected, or of another shape than in the model.
-    """
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(report[kind], key=str):
-            raise MismatchError(
-                f"{folder}: {len(keys)} {kind.removesuffix('_keys')} tensors, first {_with_shapes(keys[0])}: "
-                "config.json and weights do not belong together, and loading would leave random weights"
-            )
-
-
-def _with_shapes(key: str | tuple[str, Any, Any]) -> str:
-    """Describe a tensor of a loading report; a mismatched one with its found and expected shapes."""
-    if isinstance(key, str):
-        return key
-    name, found, expected = key
-    return f"{name} of shape {list(found)} (expected {list(expected)})"
