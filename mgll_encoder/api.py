@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
@@ -15,6 +15,15 @@ from mgll_encoder.probing.evaluation import (
     linear,
 )
 from mgll_encoder.probing.labeled_set import LabeledSet
+from mgll_encoder.probing.options import (
+    EvaluationKeywords,
+    EvaluationOptions,
+    LabeledProbeKeywords,
+    LabeledTowerKeywords,
+    ProbeOptions,
+    TowerOptions,
+    separate,
+)
 from mgll_encoder.weights.locate import check_manifest
 
 if TYPE_CHECKING:
@@ -67,15 +76,7 @@ def linear_probe(
     encoder: str | Path,
     labels: str | Path | None,
     images: str | Path,
-    *,
-    activation: str | None = None,
-    weights: str | None = None,
-    min_positives: int = 10,
-    seed: int = 0,
-    strict: bool = False,
-    workers: int | None = None,
-    device: str = AUTO,
-    **question: Any,
+    **options: Unpack[LabeledProbeKeywords],
 ) -> Evaluation:
     """Fit a linear classifier on frozen features, and evaluate it on other patients.
 
@@ -85,23 +86,15 @@ def linear_probe(
         encoder: The tower: anything that `mgll_encoder.inspect_tower` reads.
         labels: Table (CSV, TSV, Excel, Parquet) of images and labels; None for data sets that are labeled by folders.
         images: Folder that the image column is relative to.
-        activation: ``gelu`` or ``quick_gelu``, for towers that do not specify it.
-        weights: ``raw`` or ``ema``, for towers stored with a moving average of their weights.
-        min_positives: Labels with fewer positive test images are skipped.
-        seed: Seed of the bootstrap; `finetune_probe`: and of the training.
-        strict: Stop at the first row or image that would be skipped.
-        workers: Processes that read images; one per core if not given.
-        device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` uses the GPU if there is one.
-        **question: Further fields of `mgll_encoder.probing.labeled_set.LabeledSet`: ``patient_column``, ``dataset``,
-            ``test_share``, ``split_seed`` ...
+        **options: Fields of `mgll_encoder.probing.options.ProbeOptions` (``activation``, ``min_positives``, ``seed``,
+            ``workers``, ``device`` ...) and of `mgll_encoder.probing.labeled_set.LabeledSet` (``patient_column``,
+            ``dataset``, ``test_share``, ``split_seed`` ...).
 
     Raises:
         UserError: table, images or tower cannot be read, or no label has enough images.
     """
-    return evaluate_trained(
-        Path(encoder), asked(labels, images, question), linear(min_positives, workers, device),
-        activation=activation, weights=weights, seed=seed, strict=strict,
-    )  # fmt: skip
+    used, question = separate(ProbeOptions, options)
+    return evaluate_trained(Path(encoder), _labeled(labels, images, question), linear(used), used)
 
 
 def zero_shot(
@@ -111,14 +104,7 @@ def zero_shot(
     *,
     prompts: str | None = None,
     every: bool = False,
-    activation: str | None = None,
-    weights: str | None = None,
-    min_positives: int = 10,
-    seed: int = 0,
-    strict: bool = False,
-    workers: int | None = None,
-    device: str = AUTO,
-    **question: Any,
+    **options: Unpack[LabeledProbeKeywords],
 ) -> Evaluation:
     """Classify without training, by the similarity of an image to prompts of each class.
 
@@ -131,22 +117,15 @@ def zero_shot(
         images: As for `linear_probe`.
         prompts: ``generic``, ``fundus``, ``xray``, or a .json file; the data set's, or generic, if not given.
         every: Evaluate on all images, not only the test split.
-        activation: As for `linear_probe`.
-        weights: As for `linear_probe`.
-        min_positives: As for `linear_probe`.
-        seed: As for `linear_probe`.
-        strict: As for `linear_probe`.
-        workers: As for `linear_probe`.
-        device: As for `linear_probe`.
-        **question: As for `linear_probe`.
+        **options: As for `linear_probe`.
 
     Raises:
         UserError: as `linear_probe`; or the tower has no text tower.
     """
+    used, question = separate(ProbeOptions, options)
     return evaluate_zero_shot(
-        Path(encoder), asked(labels, images, question), prompts=prompts, every=every, activation=activation,
-        weights=weights, min_positives=min_positives, seed=seed, strict=strict, workers=workers, device=device,
-    )  # fmt: skip
+        Path(encoder), _labeled(labels, images, question), used, prompts=prompts, every=every
+    )
 
 
 def finetune_probe(
@@ -157,15 +136,8 @@ def finetune_probe(
     trainings: int = 1,
     tower_out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
-    activation: str | None = None,
-    weights: str | None = None,
-    min_positives: int = 10,
-    seed: int = 0,
-    strict: bool = False,
-    workers: int | None = None,
-    device: str = AUTO,
     force: bool = False,
-    **question: Any,
+    **options: Unpack[LabeledProbeKeywords],
 ) -> Evaluation:
     """Train the tower together with a linear head, and evaluate both on other patients.
 
@@ -179,15 +151,8 @@ def finetune_probe(
         tower_out: New folder for the tower that is best on the validation part.
         settings: Fields of `mgll_encoder.probing.finetune.FinetuneOptions`: ``epochs``, ``batch_size``,
             ``learning_rate`` ...
-        activation: As for `linear_probe`.
-        weights: As for `linear_probe`.
-        min_positives: As for `linear_probe`.
-        seed: As for `linear_probe`.
-        strict: As for `linear_probe`.
-        workers: As for `linear_probe`.
-        device: As for `linear_probe`.
         force: Replace ``tower_out``.
-        **question: As for `linear_probe`.
+        **options: As for `linear_probe`.
 
     Raises:
         UserError: as `linear_probe`; or ``tower_out`` is taken.
@@ -195,14 +160,9 @@ def finetune_probe(
     target = None if tower_out is None else Path(tower_out)
     if target:
         check_free(target, force)
-    labeled = asked(labels, images, question)
-    score = finetuned(
-        {"seed": seed, **(settings or {})}, min_positives=min_positives, workers=workers,
-        trainings=trainings, tower_out=target, force=force, device=device,
-    )  # fmt: skip
-    return evaluate_trained(
-        Path(encoder), labeled, score, activation=activation, weights=weights, seed=seed, strict=strict
-    )
+    used, question = separate(ProbeOptions, options)
+    score = finetuned(settings or {}, used, trainings=trainings, tower_out=target, force=force)
+    return evaluate_trained(Path(encoder), _labeled(labels, images, question), score, used)
 
 
 def retrieval(
@@ -212,12 +172,7 @@ def retrieval(
     images: str | Path | None = None,
     split: str = "test",
     granularities: Sequence[str] = (),
-    activation: str | None = None,
-    weights: str | None = None,
-    seed: int = 0,
-    strict: bool = False,
-    workers: int | None = None,
-    device: str = AUTO,
+    **options: Unpack[EvaluationKeywords],
 ) -> "Search":
     """Measure retrieval of texts for images and images for texts: recall among the nearest 1, 5 and 10.
 
@@ -227,12 +182,7 @@ def retrieval(
         images: Image folder; the one named in the manifest if not given.
         split: ``train``, ``val`` or ``test``.
         granularities: Which to use; each alone and all together if not given.
-        activation: As for `linear_probe`.
-        weights: As for `linear_probe`.
-        seed: Seed of the bootstrap.
-        strict: As for `linear_probe`.
-        workers: As for `linear_probe`.
-        device: As for `linear_probe`.
+        **options: Fields of `mgll_encoder.probing.options.EvaluationOptions`: ``activation``, ``seed``, ``device`` ...
 
     Raises:
         UserError: manifest, images or tower cannot be read, or no granularity has two texts.
@@ -240,9 +190,8 @@ def retrieval(
     from mgll_encoder.probing.search import search
 
     return search(
-        Path(encoder), Path(manifest), images=None if images is None else Path(images), split=split,
-        granularities=granularities, activation=activation, weights=weights, seed=seed, strict=strict, workers=workers,
-        device=device,
+        Path(encoder), Path(manifest), EvaluationOptions(**options), images=None if images is None else Path(images),
+        split=split, granularities=granularities,
     )  # fmt: skip
 
 
@@ -255,12 +204,8 @@ def explain(
     targets: Sequence[str] = (),
     labels: str | Path | None = None,
     limit: int = 6,
-    activation: str | None = None,
-    weights: str | None = None,
-    strict: bool = False,
-    device: str = AUTO,
     force: bool = False,
-    **question: Any,
+    **options: Unpack[LabeledTowerKeywords],
 ) -> "Sheet":
     """Overlay attention and attribution maps on images, and write a contact sheet.
 
@@ -273,28 +218,24 @@ def explain(
             come first.
         labels: Table of images and labels; its test images are shown, with their labels. Without it any images are.
         limit: Maximum number of images.
-        activation: As for `linear_probe`.
-        weights: As for `linear_probe`.
-        strict: As for `linear_probe`.
-        device: As for `linear_probe`.
         force: Replace ``out``.
-        **question: As for `linear_probe`.
+        **options: Fields of `mgll_encoder.probing.options.TowerOptions` (``activation``, ``device`` ...) and of
+            `mgll_encoder.probing.labeled_set.LabeledSet`.
 
     Raises:
         UserError: images, table or tower cannot be read, a label is unknown, or ``out`` is taken.
     """
-    labeled = labels is not None or "dataset" in question
+    labeled = labels is not None or options.get("dataset") is not None
     if targets and not labeled:
         raise InvalidArgumentError("`targets` needs `labels` with a label table to fit a probe on")
     from mgll_encoder.probing.explained import explain_images
 
+    used, question = separate(TowerOptions, options)
     return explain_images(
-        Path(encoder), Path(images), Path(out), texts=texts, targets=targets, limit=limit,
-        question=asked(labels, images, question) if labeled else None,
-        activation=activation, weights=weights, strict=strict, force=force, device=device,
+        Path(encoder), Path(images), Path(out), used, texts=texts, targets=targets, limit=limit, force=force,
+        question=_labeled(labels, images, question) if labeled else None,
     )  # fmt: skip
 
 
-def asked(labels: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> LabeledSet:
-    """Build a `LabeledSet` from keyword arguments."""
+def _labeled(labels: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> LabeledSet:
     return LabeledSet(labels=None if labels is None else Path(labels), images=Path(images), **question)

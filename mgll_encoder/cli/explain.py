@@ -5,15 +5,13 @@ from typing import Annotated
 
 import typer
 
+from mgll_encoder import api
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import said
 from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.devices import AUTO
-from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
-from mgll_encoder.probing.explained import explain_images
-from mgll_encoder.probing.labeled_set import LabeledSet
 
 
 @needs("probe")
@@ -63,18 +61,12 @@ def explain(
 
     Example: mgll-encoder explain --encoder mgll-fundus --images photos --text glaucoma --out sheet.png
     """
-    if targets and not (labels or dataset):
-        raise InvalidArgumentError(
-            "--target needs --labels, a label table to fit a probe on (and its columns, as for 'probe')"
-        )
-    question = LabeledSet(
-        labels, images, dataset, image_column, labels_column, binary_columns, patient_column, split_seed=split_seed,
+    found = api.explain(
+        encoder, images, out, texts=texts or (), targets=targets or (), labels=labels, limit=limit, force=force,
+        dataset=dataset, image_column=image_column, labels_column=labels_column, binary_columns=binary_columns,
+        patient_column=patient_column, split_seed=split_seed,
         reading=tables.reading(encoding, sheet, label_separator, uncertain),
-    )  # fmt: skip
-    found = explain_images(
-        encoder, images, out, texts=texts or (), targets=targets or (), limit=limit,
-        question=question if labels or dataset else None, activation=activation, weights=weights, strict=strict,
-        force=force, device=device,
+        activation=activation, weights=weights, strict=strict, device=device,
     )  # fmt: skip
     found.skipped.say()
     said(f"{found.images} images: {out}")

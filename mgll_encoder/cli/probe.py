@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mgll_encoder import api
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import print_result, said
 from mgll_encoder.common import compute_options as compute
@@ -15,8 +16,7 @@ from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
-from mgll_encoder.probing.evaluation import evaluate_trained, finetuned, linear
-from mgll_encoder.probing.labeled_set import LabeledSet
+from mgll_encoder.probing.options import LabeledProbeKeywords
 
 Protocol = Literal["linear", "finetune"]
 _TITLES = {"linear": "Linear probe of {}, in %", "finetune": "Fine-tuned {}, in %"}
@@ -120,21 +120,20 @@ def probe(
     published = published_rows(dataset, PROTOCOLS[protocol]) if compare else {}
     for path in filter(None, (out, tower_out)):
         check_free(path, force)
-    question = LabeledSet(
-        labels, images, dataset, image_column, labels_column, binary_columns, patient_column, split_column,
-        test_labels, test_images, test_list, only, test_share, split_seed,
-        tables.reading(encoding, sheet, label_separator, uncertain),
+    options = LabeledProbeKeywords(
+        dataset=dataset, image_column=image_column, labels_column=labels_column, binary_columns=binary_columns,
+        patient_column=patient_column, split_column=split_column, test_labels=test_labels, test_images=test_images,
+        test_list=test_list, only=only, test_share=test_share, split_seed=split_seed,
+        reading=tables.reading(encoding, sheet, label_separator, uncertain), min_positives=min_positives,
+        activation=activation, weights=weights, seed=seed, strict=strict, workers=workers, device=device,
     )  # fmt: skip
-    score = linear(min_positives, workers, device)
     if protocol == "finetune":
-        score = finetuned(
-            {**settings, "seed": seed}, min_positives=min_positives, workers=workers,
-            trainings=trainings or 1, tower_out=tower_out, force=force,
-            device=device,
+        found = api.finetune_probe(
+            encoder, labels, images, trainings=trainings or 1, tower_out=tower_out, settings=settings, force=force,
+            **options,
         )  # fmt: skip
-    found = evaluate_trained(
-        encoder, question, score, activation=activation, weights=weights, seed=seed, strict=strict
-    )
+    else:
+        found = api.linear_probe(encoder, labels, images, **options)
     print_result(found.result, _TITLES[protocol].format(encoder), published, found.names)
     if out:
         content = {

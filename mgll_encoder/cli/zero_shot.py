@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgll_encoder import api
 from mgll_encoder.cli import dataset_options as labeled
 from mgll_encoder.cli.dataset_options import print_result, said
 from mgll_encoder.common import compute_options as compute
@@ -16,9 +17,6 @@ from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.common.tables import listed
-from mgll_encoder.probing.evaluation import evaluate_zero_shot
-from mgll_encoder.probing.labeled_set import LabeledSet
-from mgll_encoder.probing.search import search
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,15 +74,13 @@ def zero_shot(
     """
     if out:
         check_free(out, force)
-    question = LabeledSet(
-        labels, images, dataset, image_column, labels_column, binary_columns, patient_column, split_column,
-        test_labels, test_images, test_list, only, test_share, split_seed,
-        tables.reading(encoding, sheet, label_separator, uncertain),
-    )  # fmt: skip
-    found = evaluate_zero_shot(
-        encoder, question, prompts=prompts, every=every, activation=activation, weights=weights,
-        min_positives=min_positives, seed=seed, strict=strict, workers=workers,
-        device=device,
+    found = api.zero_shot(
+        encoder, labels, images, prompts=prompts, every=every,
+        dataset=dataset, image_column=image_column, labels_column=labels_column, binary_columns=binary_columns,
+        patient_column=patient_column, split_column=split_column, test_labels=test_labels, test_images=test_images,
+        test_list=test_list, only=only, test_share=test_share, split_seed=split_seed,
+        reading=tables.reading(encoding, sheet, label_separator, uncertain), min_positives=min_positives,
+        activation=activation, weights=weights, seed=seed, strict=strict, workers=workers, device=device,
     )  # fmt: skip
     print_result(found.result, f"Zero-shot classification by {encoder}, in %", {}, found.names, trained=False)
     if out:
@@ -133,7 +129,7 @@ def retrieval(
     """
     if out:
         check_free(out, force)
-    found = search(
+    found = api.retrieval(
         encoder, manifest, images=images, split=split, granularities=listed(granularities),
         activation=activation, weights=weights, seed=seed, strict=strict, workers=workers,
         device=device,

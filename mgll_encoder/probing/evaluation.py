@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.probing.labeled_set import LabeledSet
+from mgll_encoder.probing.options import ProbeOptions, TowerOptions
 from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Evaluation:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
-def linear(min_positives: int = 10, workers: int | None = None, device: str = AUTO) -> "Score":
+def linear(options: ProbeOptions) -> "Score":
     """Return a linear classifier on frozen features, for `evaluate_trained`."""
 
     def score(tower: "Tower", labels: "LabeledImages", skipped: Skipped) -> "Scored":
@@ -55,10 +55,10 @@ def linear(min_positives: int = 10, workers: int | None = None, device: str = AU
         from mgll_encoder.probing.linear import linear_scores
 
         features, labels = readable_features(
-            tower, labels, cache_folder("features"), skipped, workers, device
+            tower, labels, cache_folder("features"), skipped, options.workers, options.device
         )
-        scores, kept = linear_scores(features, labels, positives=min_positives)
-        need_kept(kept, min_positives)
+        scores, kept = linear_scores(features, labels, positives=options.min_positives)
+        need_kept(kept, options.min_positives)
         return scores, kept, labels, {}
 
     return score
@@ -66,24 +66,20 @@ def linear(min_positives: int = 10, workers: int | None = None, device: str = AU
 
 def finetuned(
     settings: Mapping[str, Any],
+    options: ProbeOptions,
     *,
-    min_positives: int = 10,
-    workers: int | None = None,
     trainings: int = 1,
     tower_out: Path | None = None,
     force: bool = False,
-    device: str = AUTO,
 ) -> "Score":
     """Return a tower that is trained together with a linear head, for `evaluate_trained`.
 
     Args:
-        settings: Fields of `mgll_encoder.probing.finetune.FinetuneOptions`; training ``i`` has the seed ``seed + i``.
-        min_positives: Labels with fewer positive test images are skipped.
-        workers: Processes that read images; one per core if not given.
+        settings: Fields of `mgll_encoder.probing.finetune.FinetuneOptions`.
+        options: Of the probe; training ``i`` has the seed ``seed + i``.
         trainings: Number of trainings; results are their means.
         tower_out: New folder for the tower that is best on the validation part.
         force: Replace ``tower_out``.
-        device: See `mgll_encoder.common.devices.train_on`.
     """
 
     def score(tower: "Tower", labels: "LabeledImages", skipped: Skipped) -> "Scored":
@@ -93,19 +89,19 @@ def finetuned(
         from mgll_encoder.probing.finetune import CHOSEN_BY, FinetuneOptions, finetune
         from mgll_encoder.probing.linear import kept_labels
 
-        options = FinetuneOptions(**settings)
+        training = FinetuneOptions(**{"seed": options.seed, **settings})
         labels = open_every_image(labels, skipped)
-        need_kept(kept_labels(labels, min_positives), min_positives)
+        need_kept(kept_labels(labels, options.min_positives), options.min_positives)
         cache = cache_folder("finetune")
         runs = [
             finetune(
                 tower,
                 labels,
-                replace(options, seed=options.seed + i),
+                replace(training, seed=training.seed + i),
                 cache,
-                positives=min_positives,
-                workers=workers,
-                device=device,
+                positives=options.min_positives,
+                workers=options.workers,
+                device=options.device,
             )
             for i in range(trainings)
         ]
@@ -134,11 +130,7 @@ def evaluate_trained(
     encoder: Path,
     question: LabeledSet,
     score: "Score",
-    *,
-    activation: str | None = None,
-    seed: int = 0,
-    weights: str | None = None,
-    strict: bool = False,
+    options: ProbeOptions,
 ) -> Evaluation:
     """Train a classifier, and evaluate it on the test split of labeled images.
 
@@ -146,21 +138,18 @@ def evaluate_trained(
         encoder: The tower.
         question: The images and labels.
         score: Trains on the training split and scores the test split.
-        activation: For towers that do not specify it.
-        weights: For towers stored with a moving average of their weights.
-        seed: Seed of the bootstrap.
-        strict: Stop at the first row or image that would be skipped.
+        options: How the tower is read and evaluated.
 
     Raises:
         UserError: see `LabeledSet.read` and ``load_tower``.
     """
-    skipped = Skipped(strict)
+    skipped = Skipped(options.strict)
     check_tower(encoder)
     labels = question.read(skipped)
     from mgll_encoder.probing.linear import evaluate
 
-    scores, kept, labels, record = score(open_tower(encoder, activation, weights), labels, skipped)
-    result = evaluate(scores, kept, labels, seed=seed)
+    scores, kept, labels, record = score(open_tower(encoder, options), labels, skipped)
+    result = evaluate(scores, kept, labels, seed=options.seed)
     question.warn_of_leaks(labels)
     return Evaluation(result, skipped, question.names, record)
 
@@ -168,22 +157,16 @@ def evaluate_trained(
 def evaluate_zero_shot(
     encoder: Path,
     question: LabeledSet,
+    options: ProbeOptions,
     *,
-    prompts: str | None,
-    every: bool,
-    activation: str | None,
-    seed: int,
-    weights: str | None,
-    min_positives: int,
-    strict: bool,
-    workers: int | None,
-    device: str,
+    prompts: str | None = None,
+    every: bool = False,
 ) -> Evaluation:
     """Run `zero_shot` on a `LabeledSet`."""
     from mgll_encoder.probing.benchmarks import benchmark as described
 
     known = described(question.dataset) if question.dataset else None
-    skipped = Skipped(strict)
+    skipped = Skipped(options.strict)
     check_tower(encoder)
     labels = question.read(skipped, both_sides=False)
     labels = (labels if every else labels.subset(labels.test)).all_for_test
@@ -203,7 +186,7 @@ def evaluate_zero_shot(
     )  # fmt: skip
 
     used = read_prompts(prompts or (known.prompts if known else "generic"))
-    tower = open_tower(encoder, activation, weights)
+    tower = open_tower(encoder, options)
     text = text_tower_of(tower.header.source, tower)
     positive = [used.positive(label, question.names) for label in labels.names]
     negative = [used.negative(label, question.names) for label in labels.names]
@@ -211,7 +194,9 @@ def evaluate_zero_shot(
         _logger.warning(
             f"prompt '{prompt}': the text tower has no embedding for {', '.join(pieces)}, which are ignored"
         )
-    features, labels = readable_features(tower, labels, cache_folder("features"), skipped, workers, device)
+    features, labels = readable_features(
+        tower, labels, cache_folder("features"), skipped, options.workers, options.device
+    )
     scores = zero_shot_scores(
         projected(tower, features),
         class_directions(text, positive),
@@ -219,21 +204,22 @@ def evaluate_zero_shot(
         text.temperature,
         labels.exclusive,
     )
-    kept = kept_labels(labels, min_positives, trained=False)
-    need_kept(kept, min_positives)
+    kept = kept_labels(labels, options.min_positives, trained=False)
+    need_kept(kept, options.min_positives)
     said = {
         label: {"positive": p} if labels.exclusive else {"positive": p, "negative": n}
         for label, p, n in zip(labels.names, positive, negative, strict=True)
     }
-    result = evaluate(scores[:, kept], kept, labels, seed=seed)
+    result = evaluate(scores[:, kept], kept, labels, seed=options.seed)
     return Evaluation(result, skipped, question.names, {"prompts": said})
 
 
-def open_tower(encoder: Path, activation: str | None, weights: str | None = None) -> "Tower":
+def open_tower(encoder: Path, options: TowerOptions) -> "Tower":
     """Load a tower and log its warnings."""
     from mgll_encoder.tower.load import load_tower
 
-    choices: dict[str, Any] = {"activation": activation, "weights": weights}  # checked by load_tower
+    # checked by load_tower
+    choices: dict[str, Any] = {"activation": options.activation, "weights": options.weights}
     tower = load_tower(encoder, **choices)
     for message in tower.header.warnings:
         _logger.warning(message)

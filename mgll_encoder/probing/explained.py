@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgll_encoder.common.devices import AUTO, find_device
+from mgll_encoder.common.devices import find_device
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, NotFoundError, unknown_name
 from mgll_encoder.common.files import check_free, new_file
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.probing.evaluation import open_tower
 from mgll_encoder.probing.labeled_set import LabeledSet
+from mgll_encoder.probing.options import TowerOptions
 from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
@@ -38,16 +39,13 @@ def explain_images(
     encoder: Path,
     images: Path,
     out: Path,
+    options: TowerOptions,
     *,
     texts: Sequence[str] = (),
     targets: Sequence[str] = (),
     question: LabeledSet | None = None,
     limit: int = 6,
-    activation: str | None = None,
-    weights: str | None = None,
-    strict: bool = False,
     force: bool = False,
-    device: str = AUTO,
 ) -> Sheet:
     """See `mgll_encoder.explain`; ``question`` are labeled images, whose test split is shown with the true labels."""
     check_free(out, force)
@@ -64,18 +62,18 @@ def explain_images(
     from mgll_encoder.probing.explain import attention_maps, contact_sheet, target_maps
     from mgll_encoder.tower.preprocess import image_transform
 
-    skipped = Skipped(strict, "images" if question is None else "rows")
-    tower = open_tower(encoder, activation, weights)
+    skipped = Skipped(options.strict, "images" if question is None else "rows")
+    tower = open_tower(encoder, options)
     shown = _texts(tower, texts)
     if question is not None:
-        classes, paths, captions = _labeled(tower, question, targets, limit, skipped, device)
+        classes, paths, captions = _labeled(tower, question, targets, limit, skipped, options.device)
         shown += classes
     else:
         numbered = _pictures(images, limit, skipped)
         paths, captions = list(numbered), [f"image {number}" for number in numbered.values()]
     pictures = [open_image(path) for path in paths]
     transform = image_transform(tower.spec)
-    place = find_device(device)
+    place = find_device(options.device)
     model: torch.nn.Module = tower.model
     model.to(place)
     pixels = torch.stack([transform(picture) for picture in pictures]).to(place)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.probing.evaluation import open_tower
+from mgll_encoder.probing.options import EvaluationOptions
 from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
@@ -34,23 +34,18 @@ class Search:
 def search(
     encoder: Path,
     manifest: Path,
+    options: EvaluationOptions,
     *,
     images: Path | None = None,
     split: str = "test",
     granularities: Sequence[str] = (),
-    activation: str | None = None,
-    weights: str | None = None,
-    seed: int = 0,
-    strict: bool = False,
-    workers: int | None = None,
-    device: str = AUTO,
 ) -> Search:
     """See `mgll_encoder.retrieval`."""
     import numpy as np
 
     from mgll_encoder.data.caption_dataset import described_images
 
-    skipped = Skipped(strict)
+    skipped = Skipped(options.strict)
     check_tower(encoder)
     found = described_images(manifest, images, split, list(granularities), skipped)
     from mgll_encoder.paired.read import text_tower_of
@@ -58,10 +53,10 @@ def search(
     from mgll_encoder.probing.retrieval import retrieval
     from mgll_encoder.probing.zero_shot import class_directions, projected
 
-    tower = open_tower(encoder, activation, weights)
+    tower = open_tower(encoder, options)
     text = text_tower_of(tower.header.source, tower)
     features, readable = readable_features(
-        tower, found.labels, cache_folder("features"), skipped, workers, device
+        tower, found.labels, cache_folder("features"), skipped, options.workers, options.device
     )
     projections = projected(tower, features)
     directions = class_directions(text, [[name] for name in readable.names])
@@ -75,7 +70,7 @@ def search(
             continue
         owners = [owner for owner, kept in zip(readable.patients, rows, strict=True) if kept]
         results[level] = retrieval(
-            projections[rows], directions[places][used], truth[rows][:, used], owners, seed=seed
+            projections[rows], directions[places][used], truth[rows][:, used], owners, seed=options.seed
         )
     if not results:
         raise BadDataError(

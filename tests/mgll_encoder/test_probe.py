@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from mgll_encoder import Tower, TowerSpec, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.label_table import Columns, LabeledImages, read_labels
+from mgll_encoder.probing import options
 from mgll_encoder.probing.features import cached_features, pooled_features, workers_for
+from mgll_encoder.probing.labeled_set import LabeledSet
 from mgll_encoder.probing.linear import METRICS, evaluate, linear_scores, majority_rates, metrics
 from tests import builders
 from tests.builders import invoke, refused
@@ -55,6 +58,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("keywords", "kind"),
+    [
+        (options.TowerKeywords, options.TowerOptions),
+        (options.EvaluationKeywords, options.EvaluationOptions),
+        (options.ProbeKeywords, options.ProbeOptions),
+        (options.LabelKeywords, LabeledSet),
+    ],
+)
+def test_the_typed_keywords_are_the_fields_with_a_default(keywords: type, kind: type) -> None:
+    optional = {f.name: f.type for f in fields(kind) if not f.default is f.default_factory is MISSING}
+    assert set(keywords.__annotations__) == set(optional)
 
 
 def probe(place: Path, tower: Path, *arguments: object) -> tuple[object, ...]:
