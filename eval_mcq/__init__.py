@@ -5,16 +5,15 @@ from typing import TYPE_CHECKING
 from mgll_encoder.common.lazy import lazy
 
 if TYPE_CHECKING:
-    from eval_mcq.api import (
+    from eval_mcq.api.benchmarks import (
         build_benchmark,
-        compare,
         export_benchmark,
         import_benchmark,
         list_presets,
         load_benchmark,
-        report,
-        run,
     )
+    from eval_mcq.api.results import audit_table, compare, report
+    from eval_mcq.api.runs import run
     from eval_mcq.backends.server import Endpoint
     from eval_mcq.runs.model_check import check_model
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Endpoint",
+    "audit_table",
     "build_benchmark",
     "check_model",
     "compare",
@@ -35,5 +35,17 @@ __all__ = [
 
 __getattr__, __dir__ = lazy(
     __name__,
-    dict.fromkeys(__all__, "api") | {"check_model": "runs.model_check", "Endpoint": "backends.server"},
+    {
+        "Endpoint": "backends.server",
+        "audit_table": "api.results",
+        "build_benchmark": "api.benchmarks",
+        "check_model": "runs.model_check",
+        "compare": "api.results",
+        "export_benchmark": "api.benchmarks",
+        "import_benchmark": "api.benchmarks",
+        "list_presets": "api.benchmarks",
+        "load_benchmark": "api.benchmarks",
+        "report": "api.results",
+        "run": "api.runs",
+    },
 )

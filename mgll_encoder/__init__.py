@@ -21,6 +21,9 @@ if TYPE_CHECKING:
         UnsupportedCheckpointError,
         UserError,
     )
+    from mgll_encoder.data.fundus import FundusTable, build_fundus
+    from mgll_encoder.data.phantom.dataset import write_phantom
+    from mgll_encoder.data.xray import build_xray
     from mgll_encoder.paired.convert import Conversion, convert_tower
     from mgll_encoder.tower.adapt import fold_normalization, resample_positions
     from mgll_encoder.tower.header import TowerHeader
@@ -37,6 +40,7 @@ __all__ = [
     "BadDataError",
     "Conversion",
     "EndpointError",
+    "FundusTable",
     "IncompatibleTowerError",
     "InvalidArgumentError",
     "MismatchError",
@@ -53,7 +57,9 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedCheckpointError",
     "UserError",
+    "build_fundus",
     "build_model",
+    "build_xray",
     "convert_tower",
     "explain",
     "finetune_probe",
@@ -69,6 +75,7 @@ __all__ = [
     "save_tower",
     "tower_state_dict",
     "vision_config",
+    "write_phantom",
     "zero_shot",
 ]
 
@@ -79,6 +86,7 @@ __getattr__, __dir__ = lazy(
         "BadDataError": "common.errors",
         "Conversion": "paired.convert",
         "EndpointError": "common.errors",
+        "FundusTable": "data.fundus",
         "IncompatibleTowerError": "common.errors",
         "InvalidArgumentError": "common.errors",
         "MismatchError": "common.errors",
@@ -95,7 +103,9 @@ __getattr__, __dir__ = lazy(
         "UnknownNameError": "common.errors",
         "UnsupportedCheckpointError": "common.errors",
         "UserError": "common.errors",
+        "build_fundus": "data.fundus",
         "build_model": "tower.model",
+        "build_xray": "data.xray",
         "convert_tower": "paired.convert",
         "explain": "api",
         "finetune_probe": "api",
@@ -111,6 +121,7 @@ __getattr__, __dir__ = lazy(
         "save_tower": "tower.save",
         "tower_state_dict": "tower.load",
         "vision_config": "tower.model",
+        "write_phantom": "data.phantom.dataset",
         "zero_shot": "api",
     },
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
-from mgll_encoder.common.files import check_free
+from mgll_encoder.common.files import check_free, optional_path
 from mgll_encoder.probing.evaluation import (
     Evaluation,
     evaluate_trained,
@@ -67,7 +67,7 @@ def pretrain(
     from mgll_encoder.pretraining.pretrain import pretrain as train
 
     return train(
-        Path(manifest), Path(out), PretrainOptions(**options), images=None if images is None else Path(images),
+        Path(manifest), Path(out), PretrainOptions(**options), images=optional_path(images),
         workers=workers, strict=strict, resume=resume, force=force, save_on_signal=save_on_signal, device=device,
     )  # fmt: skip
 
@@ -157,7 +157,7 @@ def finetune_probe(
     Raises:
         UserError: as `linear_probe`; or ``tower_out`` is taken.
     """
-    target = None if tower_out is None else Path(tower_out)
+    target = optional_path(tower_out)
     if target:
         check_free(target, force)
     used, question = separate(ProbeOptions, options)
@@ -190,7 +190,7 @@ def retrieval(
     from mgll_encoder.probing.search import search
 
     return search(
-        Path(encoder), Path(manifest), EvaluationOptions(**options), images=None if images is None else Path(images),
+        Path(encoder), Path(manifest), EvaluationOptions(**options), images=optional_path(images),
         split=split, granularities=granularities,
     )  # fmt: skip
 
@@ -238,4 +238,4 @@ def explain(
 
 
 def _labeled(labels: str | Path | None, images: str | Path, question: Mapping[str, Any]) -> LabeledSet:
-    return LabeledSet(labels=None if labels is None else Path(labels), images=Path(images), **question)
+    return LabeledSet(labels=optional_path(labels), images=Path(images), **question)

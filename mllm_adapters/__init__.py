@@ -9,21 +9,10 @@ from typing import TYPE_CHECKING
 from mgll_encoder.common.lazy import lazy
 
 if TYPE_CHECKING:
-    from mllm_adapters.api import (
-        align,
-        compose,
-        convert,
-        estimate_memory,
-        export_gguf,
-        extract,
-        finetune_lora,
-        list_families,
-        plan_gguf,
-        plan_swap,
-        restore,
-        retrain_projector,
-        verify,
-    )
+    from mllm_adapters.api.deltas import compose, extract
+    from mllm_adapters.api.gguf import export_gguf, plan_gguf
+    from mllm_adapters.api.swaps import align, convert, list_families, plan_swap, restore, verify
+    from mllm_adapters.api.training import estimate_memory, finetune_lora, retrain_projector
     from mllm_adapters.checkpoints.locate import base_of_adapter, is_swapped
     from mllm_adapters.core.architectures import register_models
     from mllm_adapters.core.provenance import alignment_of
@@ -62,25 +51,25 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "Verification": "swap.verify",
-        "align": "api",
+        "align": "api.swaps",
         "alignment_of": "core.provenance",
         "base_of_adapter": "checkpoints.locate",
-        "compose": "api",
-        "convert": "api",
-        "estimate_memory": "api",
-        "export_gguf": "api",
-        "extract": "api",
+        "compose": "api.deltas",
+        "convert": "api.swaps",
+        "estimate_memory": "api.training",
+        "export_gguf": "api.gguf",
+        "extract": "api.deltas",
         "family_of": "core.registry",
-        "finetune_lora": "api",
+        "finetune_lora": "api.training",
         "is_swapped": "checkpoints.locate",
-        "list_families": "api",
+        "list_families": "api.swaps",
         "load_mllm": "loading.load",
         "nf4": "loading.quantization",
-        "plan_gguf": "api",
-        "plan_swap": "api",
+        "plan_gguf": "api.gguf",
+        "plan_swap": "api.swaps",
         "register_models": "core.architectures",
-        "restore": "api",
-        "retrain_projector": "api",
-        "verify": "api",
+        "restore": "api.swaps",
+        "retrain_projector": "api.training",
+        "verify": "api.swaps",
     },
 )

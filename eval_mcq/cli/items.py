@@ -154,26 +154,19 @@ def audit(
 
     Example: eval-mcq audit --format markdown --out audit.md
     """
-    from eval_mcq.tables.published import PAPER, load_published
-
     if out is not None:
         check_free(out, force)
-    published = load_published(table_file or PAPER)
-    from eval_mcq.audit import audit as audit_table
-    from eval_mcq.audit import by_column, by_model
-    from eval_mcq.tables.render import RENDERERS, show
-
-    findings = audit_table(published)
-    grids = [by_column(findings), by_model(findings)]
+    found = api.audit_table(table_file)
     if out is not None:
-        write_text(out, "\n".join(RENDERERS[format_](grid) for grid in grids), force)
+        write_text(out, found.render(format_), force)
         stdout.print(f"audit: {out}", soft_wrap=True)
-        return
-    for grid in grids:
-        if format_ == "rich":
-            show(grid, stdout)
-        else:
-            typer.echo(RENDERERS[format_](grid))
+    elif format_ == "rich":
+        from eval_mcq.tables.render import show
+
+        show(found.by_disease.grid, stdout)
+        show(found.by_model.grid, stdout)
+    else:
+        typer.echo(found.render(format_))
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {"import": import_command, "export": export, "audit": audit}

@@ -139,15 +139,14 @@ def xray(
 
     Example: mgll-encoder data xray --dicom midrc --out midrc-png --patient-folders --contact-sheet sheet.png
     """
-    from mgll_encoder.data.contact_sheet import check_sheet, write_contact_sheet
-    from mgll_encoder.data.xray import IMAGES, MANIFEST, PARQUET_MANIFEST, build_xray
+    from mgll_encoder.data.xray import MANIFEST, PARQUET_MANIFEST, build_xray
 
-    check_sheet(contact_sheet, force)
     manifest = PARQUET_MANIFEST if parquet else MANIFEST
     wanted = [name.strip().upper() for name in modalities.split(",") if name.strip()]
     report = build_xray(
         dicom, out, modalities=wanted, burned_in=burned_in, patient_folders=patient_folders, manifest=manifest,
-        test_share=test_share, val_share=val_share, split_seed=split_seed, workers=workers, strict=strict, force=force,
+        test_share=test_share, val_share=val_share, split_seed=split_seed, workers=workers,
+        contact_sheet=contact_sheet, strict=strict, force=force,
     )  # fmt: skip
     report.skipped.say()
     if report.cut:
@@ -163,9 +162,9 @@ def xray(
     texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
     stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
     if contact_sheet is not None:
-        written = [(path.stem[:8], path) for path in sorted((out / IMAGES).iterdir())]
-        shown = write_contact_sheet(written, contact_sheet, force)
-        stdout.print(f"contact sheet of {shown} images: {contact_sheet}", highlight=False, soft_wrap=True)
+        stdout.print(
+            f"contact sheet of {report.on_sheet} images: {contact_sheet}", highlight=False, soft_wrap=True
+        )
     stdout.print(
         f"next: mgll-encoder pretrain --manifest {out / manifest} --out tower",
         highlight=False,

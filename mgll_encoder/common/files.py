@@ -167,6 +167,11 @@ def clear_interrupted() -> None:
                 _clear_leftovers(lock.with_name(match["name"]))
 
 
+def optional_path(path: str | Path | None) -> Path | None:
+    """Return a path as `Path`, or None."""
+    return None if path is None else Path(path)
+
+
 def check_free(path: Path, force: bool = False) -> None:
     """Refuse an output path that already exists.
 

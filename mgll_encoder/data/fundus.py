@@ -145,8 +145,8 @@ def read_explanations(path: Path = EXPLANATIONS) -> Explanations:
 
 def build_fundus(
     table: FundusTable,
-    images: Path,
-    out: Path,
+    images: str | Path,
+    out: str | Path,
     *,
     test_share: float = 0.3,
     val_share: float = 0.0,
@@ -174,6 +174,7 @@ def build_fundus(
     Raises:
         UserError: the file or a column is missing, nothing remains, or, if ``strict``, a row is skipped.
     """
+    images, out = Path(images), Path(out)
     check_free(out, force)
     if not images.is_dir():
         raise NotFoundError(f"image folder {images} does not exist or is not a folder: check `images`")

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
-from mgll_encoder.common.files import new_folder, regular_file
+from mgll_encoder.common.files import new_folder, optional_path, regular_file
 from mgll_encoder.common.progress import track
 from mgll_encoder.common.pseudonyms import Pseudonyms
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.splits import assign_split
 from mgll_encoder.common.workers import resilient_map
+from mgll_encoder.data.contact_sheet import check_sheet, write_contact_sheet
 from mgll_encoder.data.dicom.header import UnusableDicomError, value
 from mgll_encoder.data.dicom.pixels import PIXEL_FIELDS, gray_values
 from mgll_encoder.data.dicom.text import IDENTITY_FIELDS, TEXT_FIELDS, safe_texts
@@ -51,6 +52,7 @@ class XrayReport:
         texts: Distinct texts per granularity.
         skipped: Skipped files, by reason.
         cut: Descriptions that were shortened or omitted because they may name a person.
+        on_sheet: Pictures on the contact sheet.
     """
 
     rows: int = 0
@@ -58,6 +60,7 @@ class XrayReport:
     texts: dict[str, int] = field(default_factory=dict)
     skipped: Skipped = field(default_factory=Skipped)
     cut: int = 0
+    on_sheet: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class _Outcome:
 
 
 def build_xray(
-    dicom: Path,
-    out: Path,
+    dicom: str | Path,
+    out: str | Path,
     *,
     modalities: Sequence[str] = PLAIN_RADIOGRAPHS,
     burned_in: bool = False,
@@ -97,10 +100,11 @@ def build_xray(
     val_share: float = 0.0,
     split_seed: int = 0,
     workers: int = 2,
+    contact_sheet: str | Path | None = None,
     strict: bool = False,
     force: bool = False,
 ) -> XrayReport:
-    """Write ``images/*.png`` and the manifest.
+    """Convert DICOM radiographs: write ``images/*.png`` and a manifest, and a contact sheet if requested.
 
     Args:
         dicom: Folder with DICOM files, at any depth; their names do not matter.
@@ -114,12 +118,15 @@ def build_xray(
         val_share: Share of patients for the validation split.
         split_seed: Seed of the split.
         workers: Processes that decode.
+        contact_sheet: Also write a contact sheet (.png) of pictures as read and as the tower's input.
         strict: Stop at the first file that would be skipped.
-        force: Replace ``out``.
+        force: Replace existing outputs.
 
     Raises:
-        UserError: there is no such folder, no usable file, ``out`` exists or, if ``strict``, a file is skipped.
+        UserError: there is no such folder, no usable file, an output exists or, if ``strict``, a file is skipped.
     """
+    dicom, out, sheet = Path(dicom), Path(out), optional_path(contact_sheet)
+    check_sheet(sheet, force)
     if not dicom.is_dir():
         raise NotFoundError(f"DICOM folder {dicom} does not exist or is not a folder: check `dicom`")
     report = XrayReport(skipped=Skipped(strict, "files"))
@@ -169,6 +176,9 @@ def build_xray(
         write_manifest(folder / manifest, folder, header, rows.values())
     report.rows = len(rows)
     report.splits.update(row.split for row in rows.values())
+    if sheet:
+        pictures = [(path.stem[:8], path) for path in sorted((out / IMAGES).iterdir())]
+        report.on_sheet = write_contact_sheet(pictures, sheet, force)
     return report
 
 

@@ -8,9 +8,10 @@ from fractions import Fraction
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
+from eval_mcq import audit_table
 from eval_mcq.audit import audit
 from eval_mcq.tables.published import PAPER, counts_behind, load_published
-from mgll_encoder.common.errors import BadDataError
+from mgll_encoder.common.errors import BadDataError, NotFoundError
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,16 @@ def test_all_averages_and_gains_are_consistent(findings):
 )
 def test_counts_behind_a_printed_percentage(printed, n, counts):
     assert counts_behind(printed, n) == counts
+
+
+def test_python_users_get_the_findings_and_the_tables(findings, tmp_path):
+    found = audit_table()
+    assert found.findings == findings
+    text = found.render("markdown")
+    assert text.startswith(found.by_disease.to_markdown()) and text.endswith(found.by_model.to_markdown())
+    assert "46 of 80 cells cannot reach p < 0.05" in text
+    with pytest.raises(NotFoundError):
+        audit_table(tmp_path / "none.json")
 
 
 def test_the_command_says_so(eval_mcq, tmp_path):

@@ -72,7 +72,7 @@ def phantom_eyes(per_disease: int, seed: int) -> Iterator[PhantomEye]:
 
 
 def write_phantom(
-    out: Path, per_disease: int, image_size: int = 64, seed: int = 0, force: bool = False
+    out: str | Path, per_disease: int, image_size: int = 64, seed: int = 0, force: bool = False
 ) -> int:
     """Write ``images/``, ``labels.csv``, ``contact_sheet.png``, and ``views.jsonl``, a manifest without diseases.
 
@@ -94,7 +94,7 @@ def write_phantom(
     if not 16 <= image_size <= 1024:
         raise InvalidArgumentError(f"`image_size` is {image_size}: give a side between 16 and 1024 pixels")
     eyes = list(phantom_eyes(per_disease, seed))
-    with new_folder(out, force) as folder:
+    with new_folder(Path(out), force) as folder:
         (folder / "images").mkdir()
         views = []
         for eye in track(eyes, "Rendering phantom photographs"):
