@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
+from eval_mcq.tables.entries import p_text
 from eval_mcq.tables.intervals import wilson
 from eval_mcq.tables.published import Published, PublishedRow
 from eval_mcq.tables.rounding import half_up, mean_of_printed
@@ -177,7 +178,7 @@ def by_model(findings: Audit) -> Grid:
             [
                 change.row.model, base.average, change.row.average, f"+{change.row.gain}" if change.row.gain else "",
                 f"{findings.macro_error[base.model, base.arm]:.1f}", *(f"{100 * k / n:.2f}" for k in right),
-                f"{change.net:+d}", _p(change.best), _p(change.worst), f"{cannot} of {len(table.diseases)}",
+                f"{change.net:+d}", p_text(change.best), p_text(change.worst), f"{cannot} of {len(table.diseases)}",
             ]
         )  # fmt: skip
     columns = [
@@ -211,7 +212,3 @@ def _notes(findings: Audit) -> list[str]:
         for m in findings.misfits
     ]
     return notes
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"

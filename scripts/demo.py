@@ -233,9 +233,10 @@ def show(runs: Mapping[str, Path]) -> None:
     """Print the three arms, and what the fourth keeps."""
     from eval_mcq.records.run_record import load_run
     from eval_mcq.tables import render
+    from eval_mcq.tables.entries import entries_of
     from eval_mcq.tables.rounding import Rounding
     from eval_mcq.tables.summary import compare
-    from eval_mcq.tables.table_layout import by_disease, entries_of
+    from eval_mcq.tables.table_layout import by_disease
 
     loaded = {arm: load_run(run) for arm, run in runs.items()}
     aligned = compare({arm: loaded[arm] for arm in ("base", "aligned")})

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from eval_mcq import build_benchmark
 from eval_mcq.items.preset import Disease, Preset
 from eval_mcq.items.schema import BenchHeader, MCQItem
-from eval_mcq.records.run_record import Answer, RunRecord
+from eval_mcq.records.answer import Answer
+from eval_mcq.records.run_record import RunRecord
 from mgll_encoder.common import trained_on
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow

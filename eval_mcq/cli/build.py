@@ -128,7 +128,7 @@ def _show_report(report: "BuildReport", out: Path) -> None:
     from rich.table import Table
 
     from eval_mcq.items.schema import LETTERS
-    from eval_mcq.tables.table_layout import SMALL
+    from eval_mcq.tables.entries import SMALL
 
     counts = Table("Disease", "questions", "patients", "images without", title=str(out), title_justify="left")
     for category in report.categories:

@@ -12,7 +12,7 @@ from eval_mcq.html_report.content import Content
 from eval_mcq.html_report.models import TrainingCurve
 from eval_mcq.items.schema import LETTERS
 from eval_mcq.tables.calibration import BINS
-from eval_mcq.tables.summary import Comparison
+from eval_mcq.tables.results import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,8 @@ from eval_mcq.html_report.results import results_of
 from eval_mcq.html_report.thumbnails import as_files, inlined
 from eval_mcq.items.schema import Bench
 from eval_mcq.records.run_record import Run
-from eval_mcq.tables.summary import Comparison, compare
+from eval_mcq.tables.results import Comparison
+from eval_mcq.tables.summary import compare
 from eval_mcq.tables.table_layout import by_disease
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import check_free, new_folder, write_text

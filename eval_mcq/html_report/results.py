@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eval_mcq.tables.entries import Entry, entries_of, order_entries
+from eval_mcq.tables.results import Comparison
 from eval_mcq.tables.rounding import Rounding
-from eval_mcq.tables.summary import Comparison
-from eval_mcq.tables.table_layout import Entry, entries_of, order_entries
 
 BESIDE = 4
 """Arms beside the first one in a table, with gain and p-value; so many fit in 1280 pixels. With a column of unread

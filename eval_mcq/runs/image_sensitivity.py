@@ -12,7 +12,7 @@ from eval_mcq.items.schema import Bench, MCQItem
 from eval_mcq.scoring.prompt import Ask
 from eval_mcq.tables import intervals
 from eval_mcq.tables.intervals import Estimate
-from eval_mcq.tables.table_layout import LOW_MASS
+from eval_mcq.tables.notes import LOW_MASS
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.progress import track
 

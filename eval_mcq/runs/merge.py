@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval_mcq.items.schema import Bench, MCQItem, load_bench
+from eval_mcq.records.answer import Answer
 from eval_mcq.records.answers_file import lock_run, sort_answers
 from eval_mcq.records.run_record import (
     ANSWERS_FILE,
     RUN_FILE,
-    Answer,
     Run,
     RunRecord,
     load_run,

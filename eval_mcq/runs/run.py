@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from eval_mcq.items.image_checks import check_images, hash_images
 from eval_mcq.items.schema import Bench, MCQItem
+from eval_mcq.records.answer import Answer
 from eval_mcq.records.answers_file import append_answers, drop_unfinished_line, lock_run, sort_answers
 from eval_mcq.records.batching import Group, Shard, asks_of, batches, groups
 from eval_mcq.records.leaks import Leak
@@ -23,7 +24,6 @@ from eval_mcq.records.run_record import (
     ANSWERS_FILE,
     RUN_FILE,
     SUMMARY_FILE,
-    Answer,
     Run,
     RunRecord,
     read_answers,

@@ -3,23 +3,13 @@
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
+from eval_mcq.tables.entries import AVERAGE, NONE, ODD, TOO_FEW, entries_of, p_words
 from eval_mcq.tables.intervals import CONFIDENCE, FEWEST
+from eval_mcq.tables.notes import checks_of, notes_of
 from eval_mcq.tables.published import Published, PublishedRow
+from eval_mcq.tables.results import Arm, Comparison
 from eval_mcq.tables.rounding import PaperRounding, Rounding
-from eval_mcq.tables.summary import Arm, Comparison
-from eval_mcq.tables.table_layout import (
-    AVERAGE,
-    NONE,
-    ODD,
-    TOO_FEW,
-    Grid,
-    checks_of,
-    entries_of,
-    headline_of,
-    notes_of,
-    order_notes,
-    p_words,
-)
+from eval_mcq.tables.table_layout import Grid, headline_of, order_notes
 
 ONE_ORDER, EVERY_ORDER = "macro, one order", "macro, all orders"
 UP, DOWN, SAME = "↑", "↓", "="

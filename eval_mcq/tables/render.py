@@ -10,7 +10,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from eval_mcq.tables.table_layout import MARKS, Grid
+from eval_mcq.tables.entries import MARKS
+from eval_mcq.tables.table_layout import Grid
 
 PLAIN_WIDTH = 200
 """Width of a terminal table written to a file."""

@@ -1,35 +1,25 @@
 """Shared parts of planning a swap."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from mgll_encoder import TowerHeader, inspect_tower
+from mgll_encoder import TowerHeader
 from mgll_encoder.common.errors import (
     BadDataError,
     IncompatibleTowerError,
     MismatchError,
-    NotFoundError,
     UnsupportedCheckpointError,
 )
 from mgll_encoder.tower.architectures import ARCHITECTURES, first_patch
 from mgll_encoder.tower.architectures.clip import CLIP
-from mgll_encoder.tower.spec import Activation, Resize, TowerSpec
+from mgll_encoder.tower.spec import TowerSpec
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.contract import Dropped, Plan, Step, VisionContract
 from mllm_adapters.core.fates import ConnectorFate, Kept, Reinitialized
-from mllm_adapters.core.known_towers import (
-    PUBLISHED_TOWERS,
-    assumed_geometry,
-    geometry_of,
-    gone,
-    published_name,
-    short_name,
-)
 from mllm_adapters.core.operations import OperationName
 
 TowerDtype = Literal["float32", "float16", "bfloat16"]
@@ -38,8 +28,6 @@ TowerDtype = Literal["float32", "float16", "bfloat16"]
 IMAGE_TOKEN = "<image>"
 """Placeholder that the processor expands to one id per visual token."""
 
-TOWER_PART = "vision-tower"
-"""Part name of the vision tower."""
 
 LARGEST_STRETCH = 16
 """Maximum factor of a requested image size over the tower's own; a larger number is assumed to be a typo."""
@@ -49,114 +37,6 @@ REPLACED = "replaced by the new tower"
 
 VOCABULARY_MULTIPLE = 64
 """Extended vocabularies are rounded up to this, as in the published llava-hf checkpoints (32000 -> 32064)."""
-
-
-@dataclass(frozen=True)
-class HostTower:
-    """The tower that a checkpoint has before a swap.
-
-    Attributes:
-        name: What the checkpoint calls it.
-        spec: Its geometry and preprocessing.
-        header: Its tensors, if it is stored outside the checkpoint and was found.
-        notes: Notes for the user about its source.
-    """
-
-    name: str
-    spec: TowerSpec
-    header: TowerHeader | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class NamedTower:
-    """A tower as named in a checkpoint.
-
-    Attributes:
-        name: Path or hub id, as in the checkpoint's configuration.
-        resize: The checkpoint's resize rule, which overrides the tower's own.
-        inside: Names of its tensors, without prefix -> their shapes, if the shards contain them.
-        width: Its width in the checkpoint's configuration, if given.
-    """
-
-    name: str
-    resize: Resize
-    inside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    width: int | None = None
-
-
-def external_tower(
-    named: NamedTower, checkpoint: Checkpoint, *, replaced: bool, image_size: int | None = None
-) -> HostTower:
-    """Find the tower that a checkpoint names by path or hub id.
-
-    If the tower will be replaced, only its geometry is needed. It is taken from the tower's files, else from
-    the tensors in the shards, else from a published tower of this name, else from ``image_size``.
-
-    Args:
-        named: The tower.
-        checkpoint: The checkpoint that names it.
-        replaced: Whether another tower replaces it.
-        image_size: Requested input side in pixels.
-
-    Raises:
-        UserError: it is not on this machine, and is needed or unknown.
-    """
-    folder = checkpoint.find(TOWER_PART, named.name)
-    if folder is not None:
-        header = clip_tower(folder)
-        spec = header.spec.model_copy(update={"resize": named.resize})
-        return HostTower(
-            named.name, spec, header, (f"the host's own tower is {named.name}", *header.warnings)
-        )
-    found = _known_geometry(named, checkpoint, replaced, image_size)
-    if found is None:
-        way_out = " For a swap its geometry is enough: pass `image_size`." if replaced and named.width else ""
-        raise NotFoundError(
-            f"{checkpoint.folder}: its vision tower '{named.name}' is not in the checkpoint folder, next to "
-            "it or in the Hugging Face cache: put the tower's folder at "
-            f"{checkpoint.folder.parent / named.name}, or pass `parts['{TOWER_PART}']=PATH`.{way_out}"
-        )
-    spec, source = found
-    fitted = spec.model_copy(update={"resize": named.resize})
-    return HostTower(short_name(named.name), fitted, None, (gone(named.name, source),))
-
-
-def clip_tower(path: Path, activation: Activation | None = None) -> TowerHeader:
-    """Read the header of a host's own tower, which must be a CLIP ViT; see `mgll_encoder.inspect_tower`.
-
-    Raises:
-        UserError: it is of another architecture, or cannot be read.
-    """
-    header = inspect_tower(path, activation=activation)
-    if header.architecture is not CLIP:
-        raise UnsupportedCheckpointError(
-            f"{path} is a {header.architecture.title} tower: the host was trained with a {CLIP.title}; give that one"
-        )
-    return header
-
-
-def _known_geometry(
-    named: NamedTower, checkpoint: Checkpoint, replaced: bool, image_size: int | None
-) -> tuple[TowerSpec, str] | None:
-    """Return the geometry of a missing tower, and its source; None if it is unknown."""
-    published = published_name(named.name)
-    held = geometry_of(named.inside, str(checkpoint.folder)) if named.inside else None
-    if held and replaced:
-        return held, "that of its tensors in the shards"
-    if published:
-        spec = PUBLISHED_TOWERS[published]
-        fits = held and (held.width, held.patch_size, held.image_size) == (
-            spec.width,
-            spec.patch_size,
-            spec.image_size,
-        )
-        if replaced or fits:
-            return spec, f"that of {published}, by its name"
-    if replaced and named.width and image_size:
-        source = f"taken as {named.width} wide (config.json) at {image_size} px"
-        return assumed_geometry(named.width, image_size), source
-    return None
 
 
 def contract_of(spec: TowerSpec, feature_layer: int, class_token: bool) -> VisionContract:

@@ -11,7 +11,7 @@ from mgll_encoder import TowerHeader
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Dropped, Step, Target, VisionContract
 from mllm_adapters.core.fates import ConnectorFate, ProcessorFate
-from mllm_adapters.core.planning import HostTower
+from mllm_adapters.core.host_tower import HostTower
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from eval_mcq.backends.base import Identity
 from eval_mcq.backends.fingerprint import code_version, package_versions
 from eval_mcq.cli.main import main
 from eval_mcq.items.schema import LETTERS, SCHEMA, Bench
-from eval_mcq.records.run_record import Answer, Run, RunRecord
+from eval_mcq.records.answer import Answer
+from eval_mcq.records.run_record import Run, RunRecord
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder.common.files import sha256
 from tests.builders import picture

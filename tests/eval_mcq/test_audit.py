@@ -114,7 +114,8 @@ def test_python_users_get_the_findings_and_the_tables(findings, tmp_path):
     found = audit_table()
     assert found.findings == findings
     text = found.render("markdown")
-    assert text.startswith(found.by_disease.to_markdown()) and text.endswith(found.by_model.to_markdown())
+    assert text.startswith(found.by_disease.to_markdown())
+    assert text.endswith(found.by_model.to_markdown())
     assert "46 of 80 cells cannot reach p < 0.05" in text
     with pytest.raises(NotFoundError):
         audit_table(tmp_path / "none.json")

@@ -215,7 +215,8 @@ def _bench(folder: Path) -> None:
 
 
 def _runs(folder: Path) -> None:
-    from eval_mcq.records.run_record import Answer, Run, RunRecord
+    from eval_mcq.records.answer import Answer
+    from eval_mcq.records.run_record import Run, RunRecord
     from mgll_encoder.common.files import sha256
     from tests.eval_mcq.helpers import save_run
 

@@ -33,14 +33,8 @@ from mllm_adapters.core.contract import (
     VisionContract,
 )
 from mllm_adapters.core.fates import ProcessorFate
-from mllm_adapters.core.planning import (
-    IMAGE_TOKEN,
-    TOWER_PART,
-    copied,
-    extended,
-    growth,
-    image_row,
-)
+from mllm_adapters.core.host_tower import TOWER_PART
+from mllm_adapters.core.planning import IMAGE_TOKEN, copied, extended, growth, image_row
 from mllm_adapters.core.processing import has_tokenizer, host_pixels, load_tokenizer, with_placeholder
 from mllm_adapters.families import read_template
 from mllm_adapters.families.base import PlannedFamily

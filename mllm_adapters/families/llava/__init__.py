@@ -15,7 +15,8 @@ from mgll_encoder.common.texts import read_json
 from mgll_encoder.tower.architectures import HOSTED
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan
-from mllm_adapters.core.planning import IMAGE_TOKEN, TOWER_PART
+from mllm_adapters.core.host_tower import TOWER_PART
+from mllm_adapters.core.planning import IMAGE_TOKEN
 from mllm_adapters.core.processing import (
     check_placeholder,
     llava_processor,

@@ -12,7 +12,8 @@ from mgll_encoder.tower.spec import TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.configs import read_fields
 from mllm_adapters.core.contract import FAMILY_KEY
-from mllm_adapters.core.planning import TOWER_PART, HostTower, check_positions, contract_of, copied
+from mllm_adapters.core.host_tower import TOWER_PART, HostTower
+from mllm_adapters.core.planning import check_positions, contract_of, copied
 from mllm_adapters.core.processing import host_pixels, processor_fate
 from mllm_adapters.families.host import Host
 from mllm_adapters.families.llava.fields import NativeFields

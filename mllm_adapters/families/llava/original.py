@@ -13,17 +13,8 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import text_config, tower_config
 from mllm_adapters.core.contract import FAMILY_KEY
 from mllm_adapters.core.fates import ProcessorFate
-from mllm_adapters.core.planning import (
-    IMAGE_TOKEN,
-    HostTower,
-    NamedTower,
-    contract_of,
-    copied,
-    dtype_name,
-    external_tower,
-    growth,
-    image_row,
-)
+from mllm_adapters.core.host_tower import HostTower, NamedTower, external_tower
+from mllm_adapters.core.planning import IMAGE_TOKEN, contract_of, copied, dtype_name, growth, image_row
 from mllm_adapters.core.processing import has_tokenizer, load_tokenizer
 from mllm_adapters.families.host import Host, PlanRequest
 from mllm_adapters.families.llava.fields import (

@@ -15,10 +15,9 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields, text_config, tower_config
 from mllm_adapters.core.contract import ConnectorLayer, FamilySpec, Plan, VisionContract
 from mllm_adapters.core.fates import ProcessorFate
+from mllm_adapters.core.host_tower import TOWER_PART, HostTower
 from mllm_adapters.core.planning import (
     IMAGE_TOKEN,
-    TOWER_PART,
-    HostTower,
     contract_of,
     copied,
     dtype_name,

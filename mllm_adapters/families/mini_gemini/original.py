@@ -18,16 +18,9 @@ from mgll_encoder.weights.keytable import Drop
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.configs import build_config, tower_geometry
 from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.host_tower import TOWER_PART, HostTower, NamedTower, external_tower
 from mllm_adapters.core.known_towers import published_name
-from mllm_adapters.core.planning import (
-    TOWER_PART,
-    HostTower,
-    NamedTower,
-    check_positions,
-    copied,
-    dtype_name,
-    external_tower,
-)
+from mllm_adapters.core.planning import check_positions, copied, dtype_name
 from mllm_adapters.core.processing import host_pixels
 from mllm_adapters.families.keytable import OriginalLayout
 from mllm_adapters.families.mini_gemini.convnext import CONVNEXT, TIMM_KEY, convnext_config
