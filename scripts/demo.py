@@ -100,118 +100,104 @@ def demo(
     )
 
 
-def until_the_answers(out: Path, sizes: Sizes) -> list[Stage]:
-    """The stages from the pictures to the answers of all arms."""
-    general, phantom, towers, models = (out / name for name in ("general", "phantom", "towers", "models"))
-    train, test = out / "train.jsonl", out / "test.jsonl"
+@dataclass(frozen=True)
+class _Stages:
+    """Makes the stages of a demo in ``out``."""
 
-    def draw(title: str, folder: Path, per_disease: int, seed: int) -> Stage:
+    out: Path
+    sizes: Sizes
+
+    def draw(self, title: str, folder: str, per_disease: int, seed: int) -> Stage:
         numbers = ["--images-per-disease", str(per_disease), "--seed", str(seed)]
-        return Stage(title, folder, ["mgll-encoder", "data", "phantom", *numbers, "--out", folder])
+        place = self.out / folder
+        return Stage(title, place, ["mgll-encoder", "data", "phantom", *numbers, "--out", place])
 
-    def learn(title: str, tower: str, manifest: Path, images: Path, *options: str | Path) -> Stage:
+    def learn(self, title: str, tower: str, manifest: Path, images: str, *options: str | Path) -> Stage:
+        place = self.out / "towers" / tower
         command: list[str | Path] = [
             "mgll-encoder",
             "pretrain",
             "--manifest",
             manifest,
             "--images",
-            images,
+            self.out / images,
             *options,
         ]
-        return Stage(title, towers / tower, [*command, "--out", towers / tower])
+        return Stage(title, place, [*command, "--out", place])
 
-    def questions(side: str, bench: Path) -> Stage:
-        labels: list[str | Path] = [
-            "--labels",
-            phantom / "labels.csv",
-            "--images",
-            phantom,
-            "--preset",
-            "fundus10",
-        ]
+    def questions(self, side: str) -> Stage:
+        bench, phantom = self.out / f"{side}.jsonl", self.out / "phantom"
         command: list[str | Path] = [
-            "eval-mcq",
-            "build",
-            *labels,
-            "--patient-column",
-            "patient_or_source_id",
-            "--split",
-            side,
-        ]
+            "eval-mcq", "build", "--labels", phantom / "labels.csv", "--images", phantom, "--preset", "fundus10",
+            "--patient-column", "patient_or_source_id", "--split", side,
+        ]  # fmt: skip
         return Stage(f"Questions about the {side} patients", bench, [*command, "--out", bench])
 
-    def swap(title: str, model: str, *options: str | Path) -> Stage:
-        command: list[str | Path] = [
-            "swap-encoder",
-            "--mllm",
-            models / "base",
-            "--encoder",
-            towers / "mgll",
-            *options,
-        ]
+    def swap(self, title: str, model: str, *options: str | Path) -> Stage:
+        models, tower = self.out / "models", self.out / "towers" / "mgll"
+        command: list[str | Path] = ["swap-encoder", "--mllm", models / "base", "--encoder", tower, *options]
         return Stage(title, models / model, [*command, "--out", models / model])
 
-    def retrain(title: str, model: str) -> Stage:
+    def retrain(self, title: str, model: str) -> Stage:
+        models = self.out / "models"
+        command: list[str | Path] = [
+            "retrain-projector", "--model", models / model, "--data", self.out / "train.jsonl", "--report-to", "none",
+            "--epochs", str(self.sizes.epochs), "--learning-rate", "2e-3",
+        ]  # fmt: skip
         target = models / f"{model}-retrained"
-        command: list[str | Path] = [
-            "retrain-projector",
-            "--model",
-            models / model,
-            "--data",
-            train,
-            "--report-to",
-            "none",
-        ]
-        numbers = ["--epochs", str(sizes.epochs), "--learning-rate", "2e-3"]
-        return Stage(title, target, [*command, *numbers, "--out", target])
+        return Stage(title, target, [*command, "--out", target])
 
-    def ask(arm: str) -> Stage:
-        run = out / "runs" / arm
-        command: list[str | Path] = [
-            "eval-mcq",
-            "run",
-            "--model",
-            models / MODELS[arm],
-            "--bench",
-            test,
-            "--out",
-            run,
-        ]
+    def ask(self, arm: str) -> Stage:
+        model, bench, run = (
+            self.out / "models" / MODELS[arm],
+            self.out / "test.jsonl",
+            self.out / "runs" / arm,
+        )
+        command: list[str | Path] = ["eval-mcq", "run", "--model", model, "--bench", bench, "--out", run]
         return Stage(f"Answers of {arm}", run / "summary.json", command)
 
+
+def until_the_answers(out: Path, sizes: Sizes) -> list[Stage]:
+    """The stages from the pictures to the answers of all arms."""
+    stages = _Stages(out, sizes)
+    phantom, towers, base, manifest = (
+        out / "phantom",
+        out / "towers",
+        out / "models" / "base",
+        out / "manifest.jsonl",
+    )
     practice = [
         "--words", str(sizes.words), "--captions", str(sizes.captions), "--questions", str(sizes.questions),
     ]  # fmt: skip
     return [
-        draw("Phantom photographs for the general tower", general, sizes.general, seed=1),
-        draw("Phantom photographs of other patients", phantom, sizes.pictures, seed=0),
-        learn(
-            "General tower: eye, light, color", "general", general / "views.jsonl", general,
+        stages.draw("Phantom photographs for the general tower", "general", sizes.general, seed=1),
+        stages.draw("Phantom photographs of other patients", "phantom", sizes.pictures, seed=0),
+        stages.learn(
+            "General tower: eye, light, color", "general", out / "general" / "views.jsonl", "general",
             "--loss", "clip", "--tower-size", "nano", "--epochs", str(sizes.general_epochs), "--learning-rate", "1e-3",
         ),
         Stage(
-            "Texts of the training patients", out / "manifest.jsonl",
+            "Texts of the training patients", manifest,
             ["mgll-encoder", "data", "fundus", "--labels", phantom / "labels.csv", "--images", phantom,
-             "--out", out / "manifest.jsonl"],
+             "--out", manifest],
         ),
-        questions("train", train),
-        learn(
-            "MGLL tower: the diseases", "mgll", out / "manifest.jsonl", phantom,
+        stages.questions("train"),
+        stages.learn(
+            "MGLL tower: the diseases", "mgll", manifest, "phantom",
             "--loss", "mgll", "--init", towers / "general", "--text-tower", "new",
             "--granularities", "status,disease,keyword", "--epochs", str(sizes.mgll_epochs), "--learning-rate", "1e-3",
         ),
         Stage(
-            "A small LLaVA on the general tower", models / "base",
-            ["build_smol_llava.py", "--tower", towers / "general", "--data", train, "--images", phantom,
-             "--lm", "tiny", *practice, "--out", models / "base"],
+            "A small LLaVA on the general tower", base,
+            ["build_smol_llava.py", "--tower", towers / "general", "--data", out / "train.jsonl", "--images", phantom,
+             "--lm", "tiny", *practice, "--out", base],
         ),
-        questions("test", test),
-        swap("The swap", "mgll"),
-        retrain("Retraining: + MGLL", "mgll"),
-        retrain("Retraining: the control", "base"),
-        swap("The swap, aligned without training", "mgll-aligned", "--align", train),
-        *(ask(arm) for arm in ("base", "control", "mgll", "aligned")),
+        stages.questions("test"),
+        stages.swap("The swap", "mgll"),
+        stages.retrain("Retraining: + MGLL", "mgll"),
+        stages.retrain("Retraining: the control", "base"),
+        stages.swap("The swap, aligned without training", "mgll-aligned", "--align", out / "train.jsonl"),
+        *(stages.ask(arm) for arm in ("base", "control", "mgll", "aligned")),
     ]  # fmt: skip
 
 

@@ -46,11 +46,6 @@ class Diagnosis:
     rows: int
     calibration: Calibration | None
 
-    @property
-    def recalls(self) -> dict[str, float]:
-        """Recall per letter at which a true option ever was."""
-        return {letter: p.recall for letter, p in self.positions.items() if p.recall is not None}
-
 
 def diagnose(run: Run) -> Diagnosis:
     """Compute the bias report of a run."""

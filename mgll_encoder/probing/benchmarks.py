@@ -10,7 +10,7 @@ from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.data.fundus_layouts import layouts
 from mgll_encoder.data.label_table import Columns
 
-LINEAR, FINETUNE, ZERO_SHOT = "linear probe", "full fine-tune", "zero-shot"
+LINEAR, FINETUNE = "linear probe", "full fine-tune"
 PROTOCOLS = {"linear": LINEAR, "finetune": FINETUNE}
 """``protocol`` of a probe -> protocol of the published results."""
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.data.label_table import LabeledImages
+    from mgll_encoder.data.label_table import Columns, LabeledImages, Sides
+    from mgll_encoder.probing.benchmarks import Benchmark
 
 _logger = logging.getLogger(__name__)
 
@@ -47,8 +48,33 @@ class LabeledSet:
         Raises:
             UserError: see `mgll_encoder.data.label_table`; options that contradict each other.
         """
-        from mgll_encoder.data.label_table import Columns, Sides, read_class_files, read_labels
+        from mgll_encoder.data.label_table import read_class_files, read_labels
         from mgll_encoder.probing.benchmarks import benchmark as described
+
+        sides = self._sides(both_sides)
+        if self.dataset and (self.image_column, self.labels_column, self.binary_columns) != _COLUMNS:
+            raise InvalidArgumentError(
+                f"`dataset={self.dataset}` defines the columns: leave their options out"
+            )
+        only = tuple(name.strip().casefold() for name in self.only.split(";") if name.strip())
+        known = described(self.dataset) if self.dataset else None
+        if known and not self.labels and known.folders:
+            return read_class_files(
+                self.images, known.folders, only=only, columns=self._columns_besides(known), sides=sides,
+                skipped=skipped, reading=self.reading,
+            )  # fmt: skip
+        if not self.labels:
+            raise InvalidArgumentError(
+                "`labels` is missing: expected the label file; only data sets labeled by folders need none"
+            )
+        return read_labels(
+            self.labels, self.images, self._columns(known), only=only or (known.only if known else ()), sides=sides,
+            skipped=skipped, reading=self.reading,
+        )  # fmt: skip
+
+    def _sides(self, both: bool) -> "Sides":
+        """Return how training and test images are told apart."""
+        from mgll_encoder.data.label_table import Sides
 
         if self.test_images and not self.test_labels:
             raise InvalidArgumentError(
@@ -58,60 +84,42 @@ class LabeledSet:
             raise InvalidArgumentError(
                 "`test_labels`, `test_list` and `split_column` exclude each other: give one of them"
             )
-        sides = Sides(
+        return Sides(
             self.test_share,
             self.split_seed,
             _listed(self.test_list),
             self.test_labels,
             self.test_images,
-            both_sides,
+            both,
         )
-        if self.dataset and (self.image_column, self.labels_column, self.binary_columns) != _COLUMNS:
-            raise InvalidArgumentError(
-                f"`dataset={self.dataset}` defines the columns: leave their options out"
-            )
-        only = tuple(name.strip().casefold() for name in self.only.split(";") if name.strip())
-        known = described(self.dataset) if self.dataset else None
-        if known and not self.labels and known.folders:
-            if self.patient_column or self.split_column:
-                raise InvalidArgumentError(
-                    "`patient_column` and `split_column` need a label table: give `labels`, or leave them out"
-                )
-            columns = known.columns if known.tabled else None
-            if self.test_labels and not columns:
-                raise BadDataError(f"data set '{self.dataset}' has no label table: leave `test_labels` out")
-            return read_class_files(
-                self.images,
-                known.folders,
-                only=only,
-                columns=columns,
-                sides=sides,
-                skipped=skipped,
-                reading=self.reading,
-            )
-        if not self.labels:
-            raise InvalidArgumentError(
-                "`labels` is missing: expected the label file; only data sets labeled by folders need none"
-            )
-        if known and not known.tabled:
+
+    def _columns(self, known: "Benchmark | None") -> "Columns":
+        """Return the columns of the label table."""
+        from mgll_encoder.data.label_table import Columns
+
+        if not known:
+            return Columns(
+                self.image_column, self.labels_column, listed(self.binary_columns), self.patient_column,
+                self.split_column,
+            )  # fmt: skip
+        if not known.tabled:
             raise BadDataError(
                 f"data set '{self.dataset}' is labeled by its folders: leave `labels` out, or leave `dataset` "
                 "out and name the columns of your file"
             )
-        if known:
-            columns = known.columns
-            columns = replace(
-                columns, patient=self.patient_column or columns.patient, split=self.split_column
+        patient = self.patient_column or known.columns.patient
+        return replace(known.columns, patient=patient, split=self.split_column)
+
+    def _columns_besides(self, known: "Benchmark") -> "Columns | None":
+        """Return the columns of the label table that a data set labeled by folders also has, if it has one."""
+        if self.patient_column or self.split_column:
+            raise InvalidArgumentError(
+                "`patient_column` and `split_column` need a label table: give `labels`, or leave them out"
             )
-            only = only or known.only
-        else:
-            columns = Columns(
-                self.image_column, self.labels_column, listed(self.binary_columns), self.patient_column,
-                self.split_column,
-            )  # fmt: skip
-        return read_labels(
-            self.labels, self.images, columns, only=only, sides=sides, skipped=skipped, reading=self.reading
-        )
+        columns = known.columns if known.tabled else None
+        if self.test_labels and not columns:
+            raise BadDataError(f"data set '{self.dataset}' has no label table: leave `test_labels` out")
+        return columns
 
     @property
     def names(self) -> "Mapping[str, str]":

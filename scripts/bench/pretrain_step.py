@@ -19,6 +19,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.table import Table
 from timing import Spread, interleaved, seconds_of
 
@@ -107,17 +108,9 @@ def measure(
     text = TextTower.new(every, preset.text_width, preset.text_depth, projection.out_features)
     towers = TwoTowers(vision, projection, text, Alphas()).to(device).train()
     rows = np.random.default_rng(seed).choice(len(plans[False]), batch_size, replace=False)
-    size = preset.spec.image_size
-    pixels = [torch.randn(3, size, size) for _ in rows]
-    batches = {}
-    for joined, plan in plans.items():
-        items = [
-            {"pixels": image, "texts": plan.texts(plan.row(int(row)))}
-            for image, row in zip(pixels, rows, strict=True)
-        ]
-        batch = ManifestCollator(text.tokenize)(items)
-        batch.pop("troubles")
-        batches[joined] = {name: tensor.to(device) for name, tensor in batch.items()}
+    batches = {
+        joined: batch_of(plan, rows, text, preset.spec.image_size, device) for joined, plan in plans.items()
+    }
     texts = [[t for level in plans[False].texts(plans[False].row(int(row))) for t in level] for row in rows]
     all_texts = [t for image in texts for t in image]
     distinct = list(dict.fromkeys(all_texts))
@@ -164,6 +157,16 @@ def measure(
         / (towers_alone + median["CLIP loss, same texts"]),
         "every text / distinct texts": median["every text"] / median["distinct texts"],
     }
+
+
+def batch_of(
+    plan: SplitRows, rows: NDArray[np.int64], text: TextTower, size: int, device: str
+) -> dict[str, torch.Tensor]:
+    """The batch of some rows, with noise for pixels."""
+    items = [{"pixels": torch.randn(3, size, size), "texts": plan.texts(plan.row(int(row)))} for row in rows]
+    batch = ManifestCollator(text.tokenize)(items)
+    batch.pop("troubles")
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def timed(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, Spread]:
