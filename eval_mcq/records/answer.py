@@ -175,6 +175,11 @@ class ItemAnswer:
         return all(row.right for row in self.rows)
 
     @property
+    def share_right(self) -> float:
+        """Share of rotations in which the true option was chosen."""
+        return sum(row.right for row in self.rows) / len(self.rows)
+
+    @property
     def unparsed(self) -> int:
         """Number of rotations whose reply could not be parsed."""
         return sum(row.chosen is None for row in self.rows)

@@ -167,6 +167,11 @@ class Run:
         return len(self.answers) == self.record.questions
 
     @property
+    def rotation_accuracy(self) -> float:
+        """Average accuracy of a single rotation: mean over questions of the share of correct rotations."""
+        return float(np.mean([answer.share_right for answer in self.answers]))
+
+    @property
     def all_right_accuracy(self) -> float:
         """Share of questions answered correctly in every rotation."""
         return float(np.mean([answer.all_right for answer in self.answers]))
