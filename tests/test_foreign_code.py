@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from eval_mcq.cli.main import main as eval_mcq
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.text.text_tower import TextTower
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.cli.swap import main as swap_encoder
@@ -139,7 +139,9 @@ def test_a_processor_that_only_its_own_code_can_make_is_refused_by_file_and_fiel
     tiny_llava: Path, marker: Path
 ) -> None:
     folder = hostile(tiny_llava, "processor_config.json", marker)
-    with pytest.raises(UserError, match=r"none of it was run: .*processor_config\.json .*'auto_map'"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"none of it was run: .*processor_config\.json .*'auto_map'"
+    ):
         load_mllm(folder)
 
 
@@ -148,7 +150,7 @@ def test_a_processor_that_would_load_another_model_is_refused(tiny_llava: Path, 
     file = folder / "processor_config.json"
     other = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": str(folder)}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"audio_tokenizer": other}))
-    with pytest.raises(UserError, match=r"processor_config\.json: field 'audio_tokenizer'"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"processor_config\.json: field 'audio_tokenizer'"):
         load_mllm(folder)
 
 
@@ -157,5 +159,5 @@ def test_a_text_tower_of_unknown_kind_is_refused_by_file_and_field(tmp_path: Pat
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
     asking = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
     (folder / "config.json").write_text(json.dumps(asking))
-    with pytest.raises(UserError, match=r"none of it was run: .*config\.json .*'auto_map'"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"none of it was run: .*config\.json .*'auto_map'"):
         TextTower.pretrained(str(folder), 16)

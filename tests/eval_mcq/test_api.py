@@ -12,7 +12,12 @@ from eval_mcq import (
     report,
     run,
 )
-from mgll_encoder.common.errors import NotFoundError, OutputTakenError, UnknownNameError, UserError
+from mgll_encoder.common.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    OutputTakenError,
+    UnknownNameError,
+)
 from tests.builders import tiny_llava as write_tiny_llava
 from tests.eval_mcq.helpers import write_labels
 
@@ -62,7 +67,7 @@ def test_questions_go_to_another_tool_and_come_back(tmp_path):
     with pytest.raises(OutputTakenError):
         export_benchmark(bench, tmp_path / "b.tsv", "vlmevalkit")
     for argument, value in (("images", tmp_path), ("run", tmp_path)):
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(InvalidArgumentError) as refused:
             export_benchmark(bench, tmp_path / "b.parquet", "parquet", **{argument: value})
         assert refused.value.arguments == (argument,)
     with pytest.raises(UnknownNameError):

@@ -13,7 +13,7 @@ from eval_mcq.runs.merge import merge
 from eval_mcq.runs.run import Settings, describe_run, run_bench
 from eval_mcq.scoring.answerer import Answerer
 from eval_mcq.scoring.modes import Score
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from tests.eval_mcq.helpers import identity, small_bench
 
 BEFORE_BACKENDS = (
@@ -88,7 +88,7 @@ def test_another_backend_never_continues_a_run(bench, tmp_path, change, named):
     before = (tmp_path / "run" / "answers.jsonl").read_bytes()
     ours = identity(tmp_path, sha256="", dtype="")
     other = describe_run(ours, bench, rotations=2) if change is None else record_of(bench, **change)
-    with pytest.raises(UserError, match=rf"different backend \(.*{named}"):
+    with pytest.raises(MismatchError, match=rf"different backend \(.*{named}"):
         run_bench(bench, Longest, other, tmp_path / "run")
     assert (tmp_path / "run" / "answers.jsonl").read_bytes() == before
 
@@ -100,7 +100,7 @@ def test_shards_of_two_backends_are_not_merged(bench, tmp_path):
             bench, Longest, record_of(bench, version, shard), tmp_path / f"s{i}",
             Settings(batch_size=4, shard=shard),
         )  # fmt: skip
-    with pytest.raises(UserError, match="different runs: they differ in backend"):
+    with pytest.raises(BadDataError, match="different runs: they differ in backend"):
         merge([tmp_path / "s0", tmp_path / "s1"], tmp_path / "merged")
 
 

@@ -6,7 +6,7 @@ import pytest
 from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
 from eval_mcq.items.preset import load_preset, preset_names
 from eval_mcq.items.schema import bench_text, load_bench
-from mgll_encoder.common.errors import BadDataError, UnknownNameError, UserError
+from mgll_encoder.common.errors import BadDataError, UnknownNameError
 from tests.eval_mcq.helpers import write_labels
 
 PAPER_ORDER = [
@@ -144,7 +144,7 @@ def test_a_bad_row_is_named(tmp_path, row, said):
     rows = [*labels_of_all_ten(1), {"file": "new.png", "labels": "dr", "patient": "x"}]
     path = write_labels(tmp_path, rows)
     path.write_text(path.read_text().replace("new.png,dr,x", ",".join({**rows[-1], **row}.values())))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(BadDataError) as error:
         build(
             LabelTable(path), tmp_path / "photos", tmp_path / "b.jsonl", load_preset("fundus10"), strict=True
         )

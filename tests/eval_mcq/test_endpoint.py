@@ -21,7 +21,6 @@ from mgll_encoder.common.errors import (
     MismatchError,
     NotFoundError,
     UnknownNameError,
-    UserError,
 )
 from mgll_encoder.common.images import open_image
 from tests.eval_mcq import chat_server
@@ -257,10 +256,10 @@ def test_shards_are_merged_to_the_bytes_of_the_whole(ask, tmp_path):
 def test_another_model_settings_or_picture_size_is_another_run(ask, server):
     ask(limit=2)
     for change, settings in (({"longest_side": 20}, {}), ({}, {"mode": "generate"})):
-        with pytest.raises(UserError, match="made with a different"):
+        with pytest.raises(MismatchError, match="made with a different"):
             ask(endpoint=change, **settings)
     server.model = "org/served-2026-12"
-    with pytest.raises(UserError, match=r"different backend \(.*2026-12"):
+    with pytest.raises(MismatchError, match=r"different backend \(.*2026-12"):
         ask()
 
 

@@ -14,7 +14,7 @@ from eval_mcq.tables.multi_model import like_paper_pairs, long_table
 from eval_mcq.tables.render import as_markdown, as_text
 from eval_mcq.tables.summary import compare, compare_models
 from eval_mcq.tables.table_layout import by_disease, like_paper
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from tests.eval_mcq.helpers import run_of_bench, run_of_counts, save_run, small_bench
 
 COUNTS = {
@@ -57,7 +57,9 @@ def test_any_arm_can_be_the_control_and_without_one_all_are_compared_with_the_fi
     last = {name: retrained[name] for name in ("base", "mgll", "retrained")}
     assert compare(last, control="retrained").arms[1].macro_gain == named.arms[2].macro_gain
     assert [arm.against for arm in compare(arms, control="base").arms] == ["", "base", "base"]
-    with pytest.raises(UserError, match=r"no arm is named 'cotnrol' .the control.: the arms are base, con"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"no arm is named 'cotnrol' .the control.: the arms are base, con"
+    ):
         compare(arms, control="cotnrol")
 
 

@@ -20,7 +20,13 @@ from eval_mcq.runs import run as run_module
 from eval_mcq.runs.merge import merge
 from eval_mcq.runs.run import Settings, describe_run, run_bench
 from eval_mcq.scoring.prompt import shown_letters
-from mgll_encoder.common.errors import BadDataError, OutputTakenError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    MismatchError,
+    NotFoundError,
+    OutputTakenError,
+    TrainingError,
+)
 from tests.builders import picture
 from tests.eval_mcq.helpers import identity, question, scorer, small_bench
 
@@ -213,9 +219,9 @@ def test_a_run_that_another_process_writes_is_left_alone(
     run = tmp_path / "run"
     told = rf"another process is writing run {run} .it holds the lock {tmp_path}/\.run\.run\.lock"
     for force in (False, True):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(BadDataError, match=told):
             put(batch_size=2, force=force)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(BadDataError, match=told):
             merge([tmp_path / "s0", tmp_path / "s1"], run, force=True)
     call = ("run", "--model", tiny_llava, "--bench", bench.path, "--out", run, "--device", "cpu", "--force")
     assert "another process is writing run" in eval_mcq.refuses(*call)
@@ -307,7 +313,9 @@ def test_the_model_is_asked_in_full_batches_and_shards_in_the_same_ones(put, tmp
 
 def test_shards_of_another_batch_size_are_not_continued_and_not_merged(put, tmp_path):
     put("s0", batch_size=4, shard=Shard(0, 2))
-    with pytest.raises(UserError, match=r"different `batch_size`, which determines the shards .4, now 2."):
+    with pytest.raises(
+        MismatchError, match=r"different `batch_size`, which determines the shards .4, now 2."
+    ):
         put("s0", batch_size=2, shard=Shard(0, 2))
     put("s1", batch_size=2, shard=Shard(1, 2))
     with pytest.raises(BadDataError, match=r"s1 was made with `batch_size=2`, but .*s0 with 4"):
@@ -374,7 +382,9 @@ def test_a_model_that_does_not_see_is_warned_about(tiny_llava, bench, tmp_path, 
 def test_a_model_that_computes_no_numbers_stops_the_run_by_name(tiny_llava, bench, tmp_path):
     broken = scorer(tiny_llava)
     broken.model.get_output_embeddings().weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"question 'q\d': the model's probabilities are not numbers .NaN."):
+    with pytest.raises(
+        TrainingError, match=r"question 'q\d': the model's probabilities are not numbers .NaN."
+    ):
         run_bench(bench, lambda: broken, describe_run(identity(tiny_llava), bench), tmp_path / "run")
 
 
@@ -393,7 +403,7 @@ def test_answers_of_another_model_bench_or_dtype_are_never_continued(put, tmp_pa
         ({"bench": other}, "a different bench"),
         ({"dtype": "bfloat16"}, "a different dtype"),
     ):
-        with pytest.raises(UserError, match=named):
+        with pytest.raises(MismatchError, match=named):
             put(**change)
     assert len(rows(tmp_path / "run")) == 2
     assert put(fingerprint="0" * 64, force=True).complete
@@ -402,7 +412,7 @@ def test_answers_of_another_model_bench_or_dtype_are_never_continued(put, tmp_pa
 def test_an_image_that_changed_under_its_answer_is_noticed(put, bench, tmp_path):
     put(limit=2)
     picture(bench.path.parent, "1.png", (1, 2, 3))
-    with pytest.raises(UserError, match="image of question 'q1' has changed"):
+    with pytest.raises(MismatchError, match="image of question 'q1' has changed"):
         put()
 
 
@@ -436,7 +446,7 @@ def test_a_letter_that_the_model_cannot_write_stops_the_run_before_anything_is_w
         ready.processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("C", "cc")
         return ready
 
-    with pytest.raises(UserError, match="option letter 'C'"):
+    with pytest.raises(BadDataError, match="option letter 'C'"):
         run_bench(bench, load, describe_run(identity(tiny_llava), bench), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -463,7 +473,7 @@ def test_the_fingerprint_follows_the_weights_and_not_the_readme(tiny_llava, tmp_
     model.model.multi_modal_projector.linear_1.bias.data[0] += 1e-3
     model.save_pretrained(copy)
     assert model_fingerprint(copy) != before
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with pytest.raises(NotFoundError, match=r"has no config\.json"):
         model_fingerprint(tmp_path)
 
 

@@ -4,7 +4,7 @@ from tokenizers import normalizers, processors
 
 from eval_mcq.items.schema import load_bench
 from eval_mcq.scoring.score import Scorer
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError
 from mgll_encoder.common.images import open_image
 from tests.builders import CHAT_TEMPLATE
 from tests.eval_mcq.helpers import scorer, small_bench
@@ -103,7 +103,7 @@ def test_a_letter_that_is_two_tokens_is_refused(tiny_llava, questions):
     model_scorer = scorer(tiny_llava)
     model_scorer.processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("C", "cc")
     model_scorer.score(items[:1], images[:1])  # two options: A and B are enough
-    with pytest.raises(UserError, match="option letter 'C' is not a single token"):
+    with pytest.raises(BadDataError, match="option letter 'C' is not a single token"):
         model_scorer.score(items[:2], images[:2])
 
 
@@ -122,8 +122,8 @@ def test_a_template_that_writes_the_first_token_does_not_get_it_twice(tiny_llava
 
 def test_a_model_without_processor_or_template_is_refused(tiny_llava):
     ready = scorer(tiny_llava)
-    with pytest.raises(UserError, match="no processor"):
+    with pytest.raises(NotFoundError, match="no processor"):
         Scorer(ready.model, None)
     ready.processor.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(NotFoundError, match="no chat template"):
         Scorer(ready.model, ready.processor)

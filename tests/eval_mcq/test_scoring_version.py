@@ -30,7 +30,7 @@ from eval_mcq.scoring.engine import Way
 from eval_mcq.scoring.modes import SCORING_VERSION
 from eval_mcq.scoring.prompt import Mode
 from eval_mcq.scoring.score import Scorer
-from mgll_encoder.common.errors import BadDataError, UserError
+from mgll_encoder.common.errors import BadDataError, MismatchError
 from mllm_adapters import load_mllm
 from tests.builders import tiny_llava
 from tests.eval_mcq.helpers import identity, question, run_of_counts, save_run, write_bench
@@ -161,7 +161,7 @@ def test_an_unfinished_run_of_a_version_that_hashed_its_source_is_shown_but_not_
     old = record.model_copy(update={"code": "4c9ba6f92d02, torch 2.14.1, transformers 5.23.0"})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(old.model_dump_json())
-    with pytest.raises(UserError, match=r"earlier version.*4c9ba6f92d02.*`load_run.*run.*`force=True`"):
+    with pytest.raises(MismatchError, match=r"earlier version.*4c9ba6f92d02.*`load_run.*run.*`force=True`"):
         run_bench(asked, lambda: pytest.fail("not to be loaded"), record, tmp_path / "run")
 
 

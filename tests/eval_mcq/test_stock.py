@@ -22,7 +22,6 @@ from mgll_encoder.common.errors import (
     InvalidArgumentError,
     MismatchError,
     UnsupportedCheckpointError,
-    UserError,
 )
 from mgll_encoder.common.images import open_image
 from tests.eval_mcq.helpers import DISEASES, question, write_bench
@@ -201,7 +200,7 @@ def test_a_row_of_a_stock_model_is_recorded_resumed_and_never_mixed(bench, tmp_p
     assert len(told.sent["chat_template_sha256"]) == len(told.sent["config_sha256"]) == 64
     other = shutil.copytree(folder, tmp_path / "other")
     (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + " ")
-    with pytest.raises(UserError, match=r"different backend \(.*, now "):
+    with pytest.raises(MismatchError, match=r"different backend \(.*, now "):
         run(other, bench, tmp_path / "run", batch_size=4)
 
 

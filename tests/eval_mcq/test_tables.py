@@ -12,7 +12,7 @@ from eval_mcq.tables.render import UNMARKED, as_csv, as_latex, as_markdown, as_t
 from eval_mcq.tables.rounding import PaperRounding, Rounding, mean_of_printed
 from eval_mcq.tables.summary import compare, compare_models
 from eval_mcq.tables.table_layout import by_disease, like_paper
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError
 from tests.eval_mcq.helpers import run_of_counts
 
 NO_COMMON_DENOMINATOR = {("InstructBLIP", "base"), ("LLaVA-Med", "base")}
@@ -272,13 +272,13 @@ def test_the_order_of_the_answers_in_the_file_does_not_matter():
 
 def test_runs_of_different_benches_are_not_compared():
     a, b = run_of_counts({"DR": (1, 2)}), run_of_counts({"DR": (1, 2)}, bench="c" * 64)
-    with pytest.raises(UserError, match="differ in their bench"):
+    with pytest.raises(MismatchError, match="differ in their bench"):
         compare({"a": a, "b": b})
 
 
 def test_runs_that_answer_different_questions_are_not_compared():
     a, b = run_of_counts({"DR": (1, 2)}), run_of_counts({"DR": (1, 3)})
-    with pytest.raises(UserError, match=r"answer different questions.*'DR-2'"):
+    with pytest.raises(MismatchError, match=r"answer different questions.*'DR-2'"):
         compare({"a": a, "b": b})
 
 

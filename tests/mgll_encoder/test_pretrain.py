@@ -512,7 +512,7 @@ def test_only_the_last_blocks_of_a_tower_are_trained(manifest, tmp_path):
 @pytest.mark.parametrize("blocks", [0, 3])
 def test_blocks_to_train_are_counted(manifest, tmp_path, blocks):
     pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
-    with pytest.raises(UserError, match=f"`train_blocks` is {blocks}.* has 2 blocks"):
+    with pytest.raises(InvalidArgumentError, match=f"`train_blocks` is {blocks}.* has 2 blocks"):
         pretrain(manifest, tmp_path / "second", options(init=tmp_path / "first", train_blocks=blocks))
-    with pytest.raises(UserError, match="`train_blocks` is for `init`"):
+    with pytest.raises(InvalidArgumentError, match="`train_blocks` is for `init`"):
         options(train_blocks=1)

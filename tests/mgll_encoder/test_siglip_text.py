@@ -7,7 +7,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
-from mgll_encoder import UserError, convert_tower, load_tower
+from mgll_encoder import (
+    IncompatibleTowerError,
+    UnsupportedCheckpointError,
+    convert_tower,
+    load_tower,
+)
 from mgll_encoder.paired.read import text_tower_of
 from mgll_encoder.probing.zero_shot import class_directions, projected
 from tests.mgll_encoder.towers import scramble
@@ -65,8 +70,10 @@ def test_similarities_are_those_of_transformers(folder: Path) -> None:
 
 
 def test_no_clip_is_made_of_it_and_its_image_tower_alone_has_no_texts(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="image tower is a SigLIP: expected a CLIP ViT; `to=vision`"):
+    with pytest.raises(
+        IncompatibleTowerError, match="image tower is a SigLIP: expected a CLIP ViT; `to=vision`"
+    ):
         convert_tower(folder, tmp_path / "clip", to="clip")
     alone = convert_tower(folder, tmp_path / "alone").out
-    with pytest.raises(UserError, match="has no text tower"):
+    with pytest.raises(UnsupportedCheckpointError, match="has no text tower"):
         text_tower_of(alone, load_tower(alone))

@@ -10,7 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mgll_encoder.common.errors import NotFoundError, OutputTakenError, UnknownNameError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    NotFoundError,
+    OutputTakenError,
+    UnknownNameError,
+)
 from mllm_adapters import (
     align,
     compose,
@@ -120,7 +126,7 @@ def test_memory_is_estimated_without_data(tiny_llava: Path) -> None:
     assert all(place.device > 0 for place in found.values())
     twice = estimate_memory(tiny_llava, stage="lora", batch_size=4, max_length=64)
     assert all(twice[name].activations > place.activations for name, place in found.items())
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(InvalidArgumentError) as refused:
         estimate_memory(tiny_llava, batch_size=0)
     assert refused.value.arguments == ("batch_size",)
 
@@ -190,7 +196,7 @@ def test_a_projector_is_retrained_and_a_language_model_fine_tuned(
     tuned = finetune_lora(retrained.out, conversations, photographs_of_noise, merge=True, rank=2, **settings)
     assert tuned.out == tmp_path / "swapped-aligned-lora"
     load_mllm(tuned.merged)
-    with pytest.raises(UserError, match="max_stepps"):
+    with pytest.raises(BadDataError, match="max_stepps"):
         retrain_projector(swapped, conversations, photographs_of_noise, max_stepps=1)
 
 

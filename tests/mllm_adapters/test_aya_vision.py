@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, AyaVisionProcessor, GotOcr2ImageProcessor
 
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mllm_adapters import load_mllm
 from mllm_adapters.core.fates import Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
@@ -168,7 +168,7 @@ def test_a_file_without_its_tower_is_refused(source: Path, golden: Path) -> None
         {k: v for k, v in load_file(weights).items() if "vision_tower" not in k}, weights, {"format": "pt"}
     )
     checkpoint, family, _ = open_checkpoint(source)
-    with pytest.raises(UserError, match="has no tensor of vision_tower: is it complete"):
+    with pytest.raises(BadDataError, match="has no tensor of vision_tower: is it complete"):
         family.plan(checkpoint, inspect_tower(next((golden / "mgll_official").glob("*.pth"))))
 
 

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.common import chat
 from mgll_encoder.common.chat import TemplateError, render_chat
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.families import read_template
 from tests.builders import refused
@@ -71,7 +71,7 @@ def test_of_several_templates_the_default_one_counts(processor: Any) -> None:
     processor.chat_template = {"tools": "{{ 'no' }}", "default": "{{ bos_token }}{{ messages|length }}"}
     assert render_chat(processor, [QUESTION, ANSWER]) == "<s>2"
     processor.chat_template = {"tools": "{{ 'no' }}"}
-    with pytest.raises(UserError, match="has no chat template"):
+    with pytest.raises(NotFoundError, match="has no chat template"):
         render_chat(processor, [QUESTION])
 
 

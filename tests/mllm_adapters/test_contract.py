@@ -16,7 +16,7 @@ import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mllm_adapters import load_mllm
 from mllm_adapters.core.contract import Plan
 from mllm_adapters.core.registry import open_checkpoint
@@ -344,7 +344,7 @@ class TestComplete:
     def test_there_is_nothing_to_convert(self, whole: Whole) -> None:
         checkpoint, family, layout = open_checkpoint(whole.folder)
         assert layout == "transformers"
-        with pytest.raises(UserError, match="nothing to convert"):
+        with pytest.raises(UnsupportedCheckpointError, match="nothing to convert"):
             family.plan(checkpoint)
 
     def test_the_prompt_is_frozen(self, whole: Whole) -> None:

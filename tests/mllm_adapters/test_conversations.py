@@ -89,7 +89,7 @@ def test_an_empty_or_broken_file_is_refused(tmp_path, text, complaint):
 def test_a_missing_file_a_folder_and_binary_data_are_refused(tmp_path):
     with pytest.raises(NotFoundError, match="does not exist"):
         read_conversations(tmp_path / "absent.json")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(BadDataError, match="is a folder"):
         read_conversations(tmp_path)
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadDataError, match="not UTF-8"):

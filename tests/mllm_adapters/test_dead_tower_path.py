@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import MismatchError, NotFoundError, UnsupportedCheckpointError
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
 from mllm_adapters.core.contract import Plan
@@ -99,7 +99,9 @@ def test_a_conversion_needs_the_tower_itself(host: Path, tmp_path: Path) -> None
 
 def test_a_known_name_that_the_projector_contradicts_is_refused(without_tower: Path, tmp_path: Path) -> None:
     edit_config(without_tower, mm_vision_tower="/scratch/me/clip_vit_large_patch14_336")
-    with pytest.raises(UserError, match="reads features of width 32, but the host's tower has width 1024"):
+    with pytest.raises(
+        MismatchError, match="reads features of width 32, but the host's tower has width 1024"
+    ):
         plan_of(without_tower, a_tower(tmp_path / "mgll", width=64))
 
 
@@ -131,7 +133,7 @@ def test_what_is_said_of_a_path_names_nobodys_folders(name: str) -> None:
 def test_a_tower_in_somebodys_cache_that_is_no_clip_is_refused(without_tower: Path, tmp_path: Path) -> None:
     path = "/home/me/hub/models--google--siglip-so400m-patch14-384/snapshots/9fdffc58afc957d1a03a25b10dba0329ab15c2a3"
     edit_config(without_tower, mm_vision_tower=path)
-    with pytest.raises(UserError, match="checkpoints with a siglip tower are not supported"):
+    with pytest.raises(UnsupportedCheckpointError, match="checkpoints with a siglip tower are not supported"):
         plan_of(without_tower, a_tower(tmp_path / "mgll"), 28)
 
 
@@ -169,7 +171,7 @@ class TestOtherFamilies:
         tower = a_tower(tmp_path / "mgll")
         source = test_med_flamingo.write_host(tmp_path / "host")
         shutil.rmtree(source / "clip-vit")
-        with pytest.raises(UserError, match="pass `image_size`"):
+        with pytest.raises(NotFoundError, match="pass `image_size`"):
             plan_of(source, tower)
         plan = plan_of(source, tower, 28)
         assert "(perceiver) at 28 px" in note(plan)
@@ -185,7 +187,7 @@ class TestOtherFamilies:
         tower = a_tower(tmp_path / "mgll")
         source = test_instructblip_lavis.lavis_folder(golden, tmp_path / "host", ("eva_vit_g.pth",))
         checkpoint, family, _ = open_checkpoint(source, test_instructblip_lavis.heads(golden))
-        with pytest.raises(UserError, match="pass `image_size`"):
+        with pytest.raises(NotFoundError, match="pass `image_size`"):
             family.plan(checkpoint, inspect_tower(tower))
         plan = family.plan(checkpoint, inspect_tower(tower), 28)
         assert "(ln_vision) at 28 px" in note(plan)

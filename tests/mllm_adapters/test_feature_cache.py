@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MismatchError, StorageError
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.stages import apply_stage
 from mllm_adapters.data.corpus import read_corpus
@@ -291,7 +291,7 @@ def test_a_store_that_is_not_what_it_is_named_after_is_refused(loud, own_cache):
     cached(prepared(loud.model, loud))
     (note,) = own_cache.glob("vision/*/store.json")
     note.write_text(note.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(UserError, match=r"store\.json does not match the name of its folder"):
+    with pytest.raises(MismatchError, match=r"store\.json does not match the name of its folder"):
         cached(prepared(loud.model, loud))
 
 
@@ -340,7 +340,9 @@ def _fill_alone(place):
 def test_a_full_disk_is_told_before_anything_is_computed_twice(loud, own_cache, monkeypatch):
     usage = shutil.disk_usage(loud.images)
     monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(UserError, match=r"needs 1\.3 kB in .*, where 0\.1 kB are free: set MGLL_CACHE_DIR"):
+    with pytest.raises(
+        StorageError, match=r"needs 1\.3 kB in .*, where 0\.1 kB are free: set MGLL_CACHE_DIR"
+    ):
         cached(prepared(loud.model, loud))
     assert not list(own_cache.glob("vision/*/*.safetensors"))
 
@@ -358,7 +360,9 @@ def test_a_cache_that_does_not_fit_is_never_used(loud, own_cache, monkeypatch):
     save_file({n: v + 1 if v.is_floating_point() else v for n, v in load_file(shard).items()}, shard)
     feature_store._opened.cache_clear()
     ready = prepared(loud.model, loud)
-    with pytest.raises(UserError, match=r"does not fit this model: features differ .*`feature_cache=False`"):
+    with pytest.raises(
+        MismatchError, match=r"does not fit this model: features differ .*`feature_cache=False`"
+    ):
         cached(ready)
     assert ready.model.model.vision_tower.config.model_type == "clip_vision_model", "the tower is back"
 

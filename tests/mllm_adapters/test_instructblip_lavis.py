@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError, UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.cli.swap import main as swap_encoder
@@ -85,7 +85,7 @@ def test_a_part_that_lies_elsewhere_is_asked_for_and_taken(
 ) -> None:
     folder = lavis_folder(golden, tmp_path / "lavis" / "inner", (missing,))
     checkpoint, family, _ = open_checkpoint(folder, heads(golden))
-    with pytest.raises(UserError, match=rf"`parts\['{part}'\]=PATH`"):
+    with pytest.raises(NotFoundError, match=rf"`parts\['{part}'\]=PATH`"):
         family.plan(checkpoint)
     given = heads(golden) | {part: lavis_folder(golden, tmp_path / "whole") / missing}
     model, _ = load_mllm(folder, dtype=torch.float32, parts=given)
@@ -172,7 +172,7 @@ def test_lavis_tokenizers_are_prepared_as_lavis_prepares_them(golden: Path, tmp_
     folder = lavis_folder(golden, tmp_path / "lavis")
     sentencepiece_tokenizer(folder / "vicuna-7b")
     checkpoint, family, _ = open_checkpoint(folder, heads(golden))
-    with pytest.raises(UserError, match=r"none for the Q-Former.*`parts\['qformer-tokenizer'\]=PATH`"):
+    with pytest.raises(NotFoundError, match=r"none for the Q-Former.*`parts\['qformer-tokenizer'\]=PATH`"):
         family.plan(checkpoint)
     bert_tokenizer().save_pretrained(folder / "bert-base-uncased")
     model, processor = load_mllm(folder, dtype=torch.float32, parts=heads(golden))

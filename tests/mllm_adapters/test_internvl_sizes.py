@@ -268,5 +268,5 @@ def test_there_is_nothing_to_convert_in_the_transformers_layout(golden: Path, tm
     model.save_pretrained(tmp_path / "saved")
     checkpoint, internvl, layout = open_checkpoint(tmp_path / "saved")
     assert layout == "transformers"
-    with pytest.raises(UserError, match="nothing to convert"):
+    with pytest.raises(UnsupportedCheckpointError, match="nothing to convert"):
         internvl.plan(checkpoint)

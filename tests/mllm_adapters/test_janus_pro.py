@@ -13,7 +13,12 @@ import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    UnsupportedCheckpointError,
+    UserError,
+)
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_conversion, plan_swap
 from mllm_adapters.cli.swap import main as swap_encoder
@@ -124,7 +129,7 @@ def test_conversion_gives_transformers_own_janus(host, converted):
     in_memory, _ = load(host)
     for name, value in load(folder)[0].state_dict().items():
         assert torch.equal(value, in_memory.state_dict()[name]), name
-    with pytest.raises(UserError, match="already in the transformers layout"):
+    with pytest.raises(UnsupportedCheckpointError, match="already in the transformers layout"):
         swap(folder, None, folder / "again")
 
 
@@ -254,7 +259,9 @@ def test_a_deeper_aligner_is_no_llava(tmp_path, encoder):
     plan, folder = swap(host, encoder, tmp_path / "own")
     assert len(load(folder)[0].model.aligner.hidden_layers) == 2
     assert plan.config["aligner_depth"] == 3
-    with pytest.raises(UserError, match=r"aligner has 3 layers with gelu.*take `layout=own`"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"aligner has 3 layers with gelu.*take `layout=own`"
+    ):
         swap(host, encoder, tmp_path / "llava", layout="llava")
 
 
@@ -538,7 +545,7 @@ def test_a_foreign_tensor_is_refused(tmp_path):
     host = files.write(tmp_path / "janus", SIZES)
     state = load_file(host / "model.safetensors")
     save_file({**state, "vision_model.high.sam.weight": torch.zeros(2)}, host / "model.safetensors")
-    with pytest.raises(UserError, match=r"vision_model\.high\.sam\.weight is not part of a Janus-Pro"):
+    with pytest.raises(BadDataError, match=r"vision_model\.high\.sam\.weight is not part of a Janus-Pro"):
         load(host)
 
 
@@ -547,7 +554,7 @@ def test_a_head_that_changes_its_width_is_refused(tmp_path):
     state = load_file(host / "model.safetensors")
     state["gen_head.output_mlp_projector.weight"] = torch.zeros(20, SIZES.hidden)
     save_file(state, host / "model.safetensors")
-    with pytest.raises(UserError, match="maps width 32 to 20"):
+    with pytest.raises(UnsupportedCheckpointError, match="maps width 32 to 20"):
         load(host)
 
 
@@ -555,7 +562,7 @@ def test_a_head_that_changes_its_width_is_refused(tmp_path):
 def test_a_tokenizer_that_cannot_frame_an_image_is_refused(tmp_path, token):
     host = files.write(tmp_path / "janus", SIZES)
     files.write_tokenizer(host, left_out=token)
-    with pytest.raises(UserError, match=f"the tokenizer has no {token}: it is not a Janus tokenizer"):
+    with pytest.raises(BadDataError, match=f"the tokenizer has no {token}: it is not a Janus tokenizer"):
         load(host)
 
 
@@ -570,5 +577,5 @@ def test_a_tokenizer_without_the_placeholder_gets_it_as_the_original_code_does(t
 
 def test_a_llava_of_the_hosts_own_tower_is_refused(host):
     checkpoint, family, _ = open_checkpoint(host)
-    with pytest.raises(UserError, match="the layout llava is for a checkpoint with a new tower"):
+    with pytest.raises(InvalidArgumentError, match="the layout llava is for a checkpoint with a new tower"):
         family.plan(checkpoint, target="llava")

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from mgll_encoder import load_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError
 from mllm_adapters import load_mllm
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.swap.apply import apply_plan
@@ -54,7 +54,7 @@ def test_what_is_converted_on_disk_is_what_is_converted_in_memory(
 
 def test_a_projector_in_its_own_file_is_found(golden: Path, tmp_path: Path) -> None:
     source = original_llava(golden, "llava", tmp_path / "original", drop_projector=True)
-    with pytest.raises(UserError, match=r"no projector, neither in its shards nor as mm_projector\.bin"):
+    with pytest.raises(NotFoundError, match=r"no projector, neither in its shards nor as mm_projector\.bin"):
         load_mllm(source)
     original, _, _ = open_checkpoint(golden / "llava" / "checkpoint")
     state = {name: original.read(name) for name in original.tensors if "mm_projector" in name}
@@ -138,5 +138,5 @@ def test_text_is_cut_as_the_sentencepiece_model_cuts_it(host: str, golden: Path,
 def test_a_tokenizer_that_would_be_misread_is_refused(golden: Path, tmp_path: Path) -> None:
     """Under a foreign class the first word loses its space, silently; transformers' AutoTokenizer does so."""
     source = with_sentencepiece(golden, "llava", tmp_path / "original", tokenizer_class="")
-    with pytest.raises(UserError, match="tokenizes differently from its SentencePiece model"):
+    with pytest.raises(BadDataError, match="tokenizes differently from its SentencePiece model"):
         load_mllm(source)

@@ -11,7 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    MismatchError,
+    NotFoundError,
+)
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
 from mllm_adapters.core.registry import open_checkpoint
@@ -228,7 +233,7 @@ def test_a_folder_that_names_itself_or_nothing_as_its_base(
     name: str | None, golden: Path, tmp_path: Path
 ) -> None:
     source = edit_config(projector_only(golden, "llava", tmp_path), _name_or_path=name)
-    with pytest.raises(UserError, match=r"`parts\['base'\]=PATH`"):
+    with pytest.raises(NotFoundError, match=r"`parts\['base'\]=PATH`"):
         load_mllm(source)
 
 
@@ -236,16 +241,16 @@ def test_another_kind_of_language_model_is_no_base(golden: Path, tmp_path: Path)
     source = projector_only(golden, "llava", tmp_path)
     edit_config(tmp_path / "vicuna", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
     with pytest.raises(
-        UserError, match=r"expected a llama language model, vicuna; pass it with `parts\['base'\]"
+        MismatchError, match=r"expected a llama language model, vicuna; pass it with `parts\['base'\]"
     ):
         load_mllm(source)
     (tmp_path / "vicuna" / "config.json").unlink()
-    with pytest.raises(UserError, match=r"expected a model folder with a config\.json"):
+    with pytest.raises(BadDataError, match=r"expected a model folder with a config\.json"):
         load_mllm(source)
 
 
 def test_a_base_for_a_whole_checkpoint_is_a_mistake(golden: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds a whole model: `parts\['base'\]` is for"):
+    with pytest.raises(InvalidArgumentError, match=r"holds a whole model: `parts\['base'\]` is for"):
         load_mllm(golden / "llava" / "checkpoint", parts={"base": tmp_path})
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from eval_mcq.cli.main import main as eval_mcq
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError, UserError
 from mllm_adapters.cli.lora import main as finetune_lora
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.stages import LoraSettings, apply_stage, describe, is_adapter, lora_targets
@@ -225,7 +225,7 @@ def test_qlora_quantises_the_language_models_layers_alone_trains_and_merges(plac
     whole, _ = load_mllm(place.model)
     total = sum(parameter.numel() for parameter in whole.parameters())
     assert apply_stage(model, "projector").total == total
-    with pytest.raises(UserError, match=r"'full' trains model\.language_model.* frozen in 4-bit"):
+    with pytest.raises(InvalidArgumentError, match=r"'full' trains model\.language_model.* frozen in 4-bit"):
         apply_stage(model, "full")
     assert not any(is_adapter(name) for name, _ in model.named_parameters())
 

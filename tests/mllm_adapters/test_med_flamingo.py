@@ -20,7 +20,13 @@ import mllm_adapters.auto  # noqa: F401
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import Tower, TowerSpec, inspect_tower, save_tower
-from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    MismatchError,
+    NotFoundError,
+    UnsupportedCheckpointError,
+    UserError,
+)
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
@@ -436,15 +442,15 @@ def test_a_missing_part_is_named_with_the_option_that_supplies_it(parts: Parts, 
     alone = tmp_path / "around" / "alone"
     alone.mkdir(parents=True)
     torch.save(without(parts.state, "vision_encoder"), alone / "model.pt")
-    with pytest.raises(UserError, match=r"`parts\['language-model'\]=FOLDER`"):
+    with pytest.raises(NotFoundError, match=r"`parts\['language-model'\]=FOLDER`"):
         load_mllm(alone)
-    with pytest.raises(UserError, match=r"`parts\['vision-tower'\]=PATH`"):
+    with pytest.raises(NotFoundError, match=r"`parts\['vision-tower'\]=PATH`"):
         load_mllm(alone, parts={"language-model": parts.language})
-    with pytest.raises(UserError, match="is not a LLaMA"):
+    with pytest.raises(BadDataError, match="is not a LLaMA"):
         load_mllm(alone, parts={"language-model": tmp_path})
     for name in ("one", "two"):
         shutil.copytree(parts.language, alone / name, copy_function=shutil.copyfile)
-    with pytest.raises(UserError, match="one and two are LLaMAs"):
+    with pytest.raises(NotFoundError, match="one and two are LLaMAs"):
         load_mllm(alone)
 
 
@@ -461,9 +467,9 @@ def test_a_swapped_checkpoint_without_its_tower_or_blocks_is_refused(swapped: Pa
             file.unlink()
         save_file(without(state, part), folder / "model.safetensors")
         checkpoint, med_flamingo, _ = open_checkpoint(folder)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(BadDataError, match=message):
             med_flamingo.plan(checkpoint, encoder)
-        with pytest.raises(UserError, match="missing tensors"):
+        with pytest.raises(MismatchError, match="missing tensors"):
             load_mllm(folder)
 
 

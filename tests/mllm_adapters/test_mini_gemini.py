@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import IncompatibleTowerError, NotFoundError, UserError
+from mgll_encoder.common.errors import IncompatibleTowerError, InvalidArgumentError, NotFoundError, UserError
 from mgll_encoder.common.images import open_image
 from mgll_encoder.weights.weight_file import open_weights as open_checkpoint_file
 from mllm_adapters import load_mllm
@@ -249,14 +249,14 @@ def test_towers_that_lie_elsewhere_are_given_as_parts(reference: Golden, tmp_pat
     low, high = part(reference, "mm_vision_tower"), part(reference, "mm_vision_tower_aux")
     with pytest.raises(NotFoundError, match=r"`parts\['vision-tower'\]=PATH`"):
         load_mllm(source)
-    with pytest.raises(UserError, match=r"`parts\['vision-tower-aux'\]=PATH`"):
+    with pytest.raises(NotFoundError, match=r"`parts\['vision-tower-aux'\]=PATH`"):
         load_mllm(source, parts={"vision-tower": low})
     file = next(high.glob("open_clip_*model.*"))
     for given in (high, file):
         parts = {"vision-tower": low, "vision-tower-aux": given}
         check_logits(load_mllm(source, dtype=torch.float32, parts=parts)[0], reference, "seq0")
     with pytest.raises(
-        UserError, match="has no weights of a high-resolution tower: expected one of open_clip"
+        NotFoundError, match="has no weights of a high-resolution tower: expected one of open_clip"
     ):
         load_mllm(source, parts={"vision-tower": low, "vision-tower-aux": tmp_path})
 
@@ -584,7 +584,9 @@ def test_a_published_mgm_is_planned_in_full(views: int, tmp_path: Path) -> None:
         assert set(plan.connectors.values()) == {Kept(width=1024)}
     plan = family.plan(checkpoint, tower, 224)
     full_size.check_full_size(plan, checkpoint, weights=weights + TOWERS[224])
-    with pytest.raises(UserError, match="192x192 high-resolution cells do not divide: try 168 or 224"):
+    with pytest.raises(
+        InvalidArgumentError, match="192x192 high-resolution cells do not divide: try 168 or 224"
+    ):
         family.plan(checkpoint, tower, 196)
 
 

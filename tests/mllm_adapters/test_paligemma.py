@@ -18,7 +18,7 @@ from transformers import (
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mgll_encoder import inspect_tower, load_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mllm_adapters import load_mllm
 from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
@@ -273,5 +273,5 @@ def test_a_file_without_its_tower_is_refused(tmp_path: Path, mgll: Path) -> None
         {k: v for k, v in load_file(weights).items() if "vision_tower" not in k}, weights, {"format": "pt"}
     )
     checkpoint, family, _ = open_checkpoint(folder)
-    with pytest.raises(UserError, match="has no tensor of vision_tower: is it complete"):
+    with pytest.raises(BadDataError, match="has no tensor of vision_tower: is it complete"):
         family.plan(checkpoint, inspect_tower(mgll))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mgll_encoder import inspect_tower
+from mgll_encoder import MismatchError, inspect_tower
 from mllm_adapters.core.contract import Family
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.loading.expected_state_dict import NAMES, Names, is_complete, llava_shapes
@@ -150,9 +150,8 @@ def test_the_processors_files_are_those_that_transformers_writes(tiny_llava: Pat
 def test_a_tokenizer_that_gives_the_placeholder_another_id_is_refused(
     tiny_llava: Path, tmp_path: Path
 ) -> None:
-    from mgll_encoder.common.errors import UserError
 
     checkpoint, family, _ = open_checkpoint(tiny_llava)
     plan = family.plan(checkpoint, inspect_tower(a_tower(tmp_path / "tower")))
-    with pytest.raises(UserError, match=r"tokenizer and config\.json do not belong together"):
+    with pytest.raises(MismatchError, match=r"tokenizer and config\.json do not belong together"):
         family.processor_writer(plan.model_copy(update={"image_token_id": plan.image_token_id - 1}))

@@ -19,7 +19,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import mllm_adapters.auto  # noqa: F401
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main as swap
 from mllm_adapters.core.contract import Plan
@@ -625,7 +625,7 @@ def test_an_adapter_that_is_not_merged_is_refused(tmp_path: Path) -> None:
     state = load_file(source / "model.safetensors")
     state["transformer.h.0.attn.c_attn.lora_A.default.weight"] = torch.zeros(4, 128)
     save_file(state, source / "model.safetensors")
-    with pytest.raises(UserError, match=r"lora_A.* is not part of a Qwen-VL checkpoint.*merge it"):
+    with pytest.raises(BadDataError, match=r"lora_A.* is not part of a Qwen-VL checkpoint.*merge it"):
         plan_for(source)
 
 
@@ -658,7 +658,7 @@ def test_a_damaged_rank_file_is_refused(tmp_path: Path, damage: Any, message: st
 def test_it_cannot_be_written_as_a_llava(tmp_path: Path) -> None:
     source, tower = write_tiny(tmp_path / "original", tiny_config()), clip_tower(tmp_path / "tower")
     checkpoint, family, _ = open_checkpoint(source)
-    with pytest.raises(UserError, match=r"cannot be written as a LLaVA.*resampler"):
+    with pytest.raises(InvalidArgumentError, match=r"cannot be written as a LLaVA.*resampler"):
         family.plan(checkpoint, inspect_tower(tower), None, "llava")
     said = builders.refused(swap, "--mllm", source, "--encoder", tower, "--layout", "llava")
     assert "resampler" in said

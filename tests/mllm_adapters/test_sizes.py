@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from mgll_encoder import TowerHeader, inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import InvalidArgumentError
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.core.contract import Plan
 from mllm_adapters.core.registry import FAMILIES, open_checkpoint
@@ -73,7 +73,7 @@ def test_tokens_choose_the_image_size_or_are_refused_by_the_family(
     plan, warning = plan_at_size(family, checkpoint, mgll, tokens=asked.tokens)
     assert (plan.after.tokens, plan.after.image_size) == (asked.tokens, asked.image_size)
     assert warning is None
-    with pytest.raises(UserError, match=f"^`tokens={asked.wrong}`") as refusal:
+    with pytest.raises(InvalidArgumentError, match=f"^`tokens={asked.wrong}`") as refusal:
         plan_at_size(family, checkpoint, mgll, tokens=asked.wrong)
     assert asked.words in str(refusal.value)
     assert plan_at_size(family, checkpoint, mgll)[1] is None, "MGLL's tower suits every family as it is"

@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from mgll_encoder.common.errors import UnknownNameError, UserError
+from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, UnknownNameError
 from mllm_adapters.core.stages import LoraSettings, apply_stage, components, outermost_modules
 
 
@@ -37,14 +37,14 @@ def test_an_unknown_stage_is_refused_with_a_suggestion(model):
 
 def test_a_parameter_that_belongs_to_no_component_is_refused_and_nothing_is_set(model):
     model.extra = nn.Linear(2, 2)
-    with pytest.raises(UserError, match=r"extra\.weight belongs to nothing known"):
+    with pytest.raises(BadDataError, match=r"extra\.weight belongs to nothing known"):
         apply_stage(model)
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_model_without_a_projector_trains_nothing_and_says_so(model):
     model.model.multi_modal_projector = nn.Identity()
-    with pytest.raises(UserError, match="trains nothing"):
+    with pytest.raises(InvalidArgumentError, match="trains nothing"):
         apply_stage(model)
 
 

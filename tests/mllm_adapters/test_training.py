@@ -10,13 +10,18 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from mgll_encoder.common.errors import (
     BadDataError,
+    InvalidArgumentError,
+    MismatchError,
     NotFoundError,
     OutputTakenError,
+    TrainingError,
     UnknownNameError,
+    UnsupportedCheckpointError,
     UserError,
 )
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.resuming import last_checkpoint
+from mllm_adapters.training.callbacks import DivergedError
 from mllm_adapters.training.engine import (
     Recipe,
     RunOptions,
@@ -240,7 +245,7 @@ def test_an_output_that_exists_and_a_run_in_the_way_are_refused(run, tmp_path):
     with pytest.raises(OutputTakenError, match="exists"):
         run()
     shutil.rmtree(outcome.out)
-    with pytest.raises(UserError, match=r"checkpoint-6 of an earlier run.*`resume=True`.*`force=True`"):
+    with pytest.raises(MismatchError, match=r"checkpoint-6 of an earlier run.*`resume=True`.*`force=True`"):
         run()
     assert run(force=True).steps == 6
 
@@ -249,10 +254,10 @@ def test_resuming_nothing_or_another_run_is_refused(run, data):
     with pytest.raises(NotFoundError, match="no checkpoint to resume from"):
         run(resume=True)
     shutil.rmtree(run().out)
-    with pytest.raises(UserError, match=r"another run: its learning_rate was 0\.01, now it is 0\.5"):
+    with pytest.raises(MismatchError, match=r"another run: its learning_rate was 0\.01, now it is 0\.5"):
         run(recipe=replace(RECIPE, learning_rate=0.5), resume=True)
     rows = json.loads(data.read_text())
-    with pytest.raises(UserError, match="another run: its data_sha256"):
+    with pytest.raises(MismatchError, match="another run: its data_sha256"):
         run(data=write_json(data.parent / "other.json", rows[:4]), resume=True)
 
 
@@ -264,7 +269,7 @@ def test_resuming_with_another_model_is_refused(model, run, tmp_path):
     with torch.no_grad():
         swapped.model.vision_tower.embeddings.class_embedding.add_(1)
     swapped.save_pretrained(other)
-    with pytest.raises(UserError, match="another run: its model_sha256"):
+    with pytest.raises(MismatchError, match="another run: its model_sha256"):
         run(model=other, resume=True)
 
 
@@ -287,7 +292,9 @@ def test_an_image_damaged_since_it_was_checked_stops_training_with_its_name_and_
 
 
 def test_a_loss_that_is_no_number_stops_training(run, tmp_path):
-    with pytest.raises(UserError, match=r"became nan.* at step \d: start over with a lower `learning_rate`"):
+    with pytest.raises(
+        DivergedError, match=r"became nan.* at step \d: start over with a lower `learning_rate`"
+    ):
         run(recipe=replace(RECIPE, learning_rate=1e38))
     assert not (tmp_path / "out").exists()
 
@@ -297,14 +304,14 @@ def test_full_memory_says_which_knob_to_turn(run):
         def on_step_begin(self, args, state, control, **kwargs):
             raise torch.OutOfMemoryError
 
-    with pytest.raises(UserError, match="`batch_size=2`: halve it"):
+    with pytest.raises(TrainingError, match="`batch_size=2`: halve it"):
         run(callbacks=[Full()])
 
 
 def test_a_checkpoint_in_its_original_layout_is_sent_to_convert(data, tmp_path):
     config = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "mm_vision_tower": "x"}
     write_json(tmp_path / "llava" / "config.json", config)
-    with pytest.raises(UserError, match=r"`convert\(mllm="):
+    with pytest.raises(UnsupportedCheckpointError, match=r"`convert\(mllm="):
         train(
             prepare_training(tmp_path / "llava", data, data.parent / "images", RECIPE), tmp_path / "out", FAST
         )
@@ -328,7 +335,7 @@ def test_a_model_without_a_tokenizer_is_refused(model, data, tmp_path):
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(change, complaint):
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(InvalidArgumentError, match=complaint):
         Recipe(**change)
 
 
@@ -341,7 +348,7 @@ def test_parameters_are_matched_to_stored_names_by_suffix_and_ambiguity_is_refus
     names = ["model.multi_modal_projector.linear_1.weight"]
     stored = "multi_modal_projector.linear_1.weight"
     assert names_on_disk(names, [stored, "lm_head.weight"]) == {names[0]: stored}
-    with pytest.raises(UserError, match="0 stored tensors"):
+    with pytest.raises(BadDataError, match="0 stored tensors"):
         names_on_disk(names, ["mm_projector.0.weight"])
-    with pytest.raises(UserError, match="2 stored tensors"):
+    with pytest.raises(BadDataError, match="2 stored tensors"):
         names_on_disk(names, [stored, names[0]])

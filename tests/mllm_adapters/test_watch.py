@@ -12,11 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.resuming import last_checkpoint
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.loading.load import load_mllm
-from mllm_adapters.training.callbacks import Watchdog, find_evaluator, loss_plot
+from mllm_adapters.training.callbacks import DivergedError, Watchdog, find_evaluator, loss_plot
 from mllm_adapters.training.engine import Extras, prepare_training, train
 from mllm_adapters.training.recipe import Recipe, RunOptions
 from tests import builders
@@ -148,7 +147,7 @@ def test_a_lost_run_says_from_which_step_it_could_go_on(place, tmp_path):
                 with torch.no_grad():
                     model.model.multi_modal_projector.linear_1.weight.fill_(torch.nan)
 
-    with pytest.raises(UserError, match=r"at step 4: start over.*`resume=True` continues from step 2"):
+    with pytest.raises(DivergedError, match=r"at step 4: start over.*`resume=True` continues from step 2"):
         run(place, tmp_path / "out", callbacks=[Poison()])
     assert last_checkpoint(tmp_path / "out.training").name == "checkpoint-2"
     assert run(place, tmp_path / "out", resume=True).steps == 4

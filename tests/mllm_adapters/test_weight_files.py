@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgll_encoder.common.errors import UnsupportedCheckpointError, UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mllm_adapters.cli.swap import main
 from mllm_adapters.core.provenance import read_record
 from mllm_adapters.loading.delta import DELTA_WEIGHTS
@@ -135,7 +135,9 @@ def test_an_adapter_that_would_have_peft_import_or_compute_something_is_refused(
     tiny_llava: Path, tmp_path: Path, settings: dict[str, object]
 ) -> None:
     folder = lora(tiny_llava, tmp_path / "adapter", **settings)
-    with pytest.raises(UserError, match=rf"adapter_config\.json: field '{next(iter(settings))}'"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=rf"adapter_config\.json: field '{next(iter(settings))}'"
+    ):
         load_mllm(folder)
 
 
