@@ -51,7 +51,9 @@ def pretrain(
         False, "--freeze-text", help="Freeze the text tower except its projection."
     ),
     train_blocks: int | None = typer.Option(
-        None, help="Train only this many of the last blocks of --init (default: the whole image tower)."
+        None,
+        help="Train only this many of the last blocks of --init; 0: its projection and the text tower alone (default: "
+        "the whole image tower).",
     ),
     granularities: str = typer.Option("", help="Granularities to use, separated by commas (default: all)."),
     alphas: str = typer.Option(

@@ -52,7 +52,8 @@ def starting_towers(
         weights: ``raw`` or ``ema``, if ``init`` has both.
         image_size: Image size in pixels that ``init`` is trained at; None for its own.
         pooling: Pooling of the image features of ``init``, see `TowerSpec`; None for its own.
-        train_blocks: Train only this many of the last blocks of the image tower, and what follows them; None for all.
+        train_blocks: Train only this many of the last blocks of the image tower, and what follows them; 0 for the
+            projections and the text tower alone; None for all.
 
     Raises:
         UserError: a new text tower is to be frozen, ``train_blocks`` is not a number of blocks, weights cannot be read
@@ -86,14 +87,19 @@ def starting_towers(
 def _freeze_first(vision: Tower, trained: int) -> None:
     """Freeze the embeddings and all blocks but the last ``trained`` ones; what follows the blocks is trained.
 
+    With 0 the whole tower is frozen.
+
     Raises:
-        UserError: the tower does not have as many blocks, or none is to be trained.
+        UserError: the tower does not have as many blocks.
     """
     depth = vision.spec.depth
-    if not 1 <= trained <= depth:
+    if not 0 <= trained <= depth:
         raise InvalidArgumentError(
-            f"`train_blocks` is {trained}: the image tower has {depth} blocks: give a number from 1 to {depth}"
+            f"`train_blocks` is {trained}: the image tower has {depth} blocks: give a number from 0 to {depth}"
         )
+    if not trained:
+        vision.model.requires_grad_(False)
+        return
     first = f"{ARCHITECTURES[vision.spec.architecture].blocks}.{depth - trained}."
     for name, parameter in vision.model.named_parameters():  # in the order of the computation
         if name.startswith(first):

@@ -33,7 +33,8 @@ class PretrainOptions:
         text_tower: ``auto`` (that of ``init`` if it has one, else a new one), ``new``, or a transformers folder or hub
             id.
         freeze_text: Train only the projection of the text tower.
-        train_blocks: Train only this many of the last blocks of ``init``; None for the whole image tower.
+        train_blocks: Train only this many of the last blocks of ``init``; 0 for its projection and the text tower
+            alone; None for the whole image tower.
         granularities: Granularities to use; empty for all.
         alphas: Weights of the terms of ``mgll``.
         epochs: Passes over the training rows.

@@ -509,7 +509,20 @@ def test_only_the_last_blocks_of_a_tower_are_trained(manifest, tmp_path):
     )
 
 
-@pytest.mark.parametrize("blocks", [0, 3])
+def test_the_projection_and_the_text_tower_are_trained_alone(manifest, tmp_path):
+    """Heads first, then everything, so that new heads do not distort a trained tower."""
+    pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
+    heads = options(epochs=1, init=tmp_path / "first", text_tower="new", train_blocks=0)
+    pretrain(manifest, tmp_path / "heads", heads, workers=0)
+    first, second = (load_tower(tmp_path / name) for name in ("first", "heads"))
+    before, after = first.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before), "the image tower"
+    assert first.projection is not None
+    assert second.projection is not None
+    assert not torch.equal(first.projection, second.projection)
+
+
+@pytest.mark.parametrize("blocks", [-1, 3])
 def test_blocks_to_train_are_counted(manifest, tmp_path, blocks):
     pretrain(manifest, tmp_path / "first", options(epochs=1), workers=0)
     with pytest.raises(InvalidArgumentError, match=f"`train_blocks` is {blocks}.* has 2 blocks"):
