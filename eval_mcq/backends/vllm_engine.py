@@ -18,6 +18,7 @@ import torch
 
 from eval_mcq.backends.base import Identity
 from eval_mcq.backends.fingerprint import code_version, model_fingerprint, package_versions
+from eval_mcq.backends.vllm_models import INSTEAD, check_model
 from eval_mcq.backends.vllm_process import VLLMError, VLLMProcess
 from eval_mcq.items.schema import MCQItem
 from eval_mcq.records.backend_record import BackendRecord
@@ -29,13 +30,10 @@ from mgll_encoder.common.devices import Precision
 from mgll_encoder.common.errors import (
     InvalidArgumentError,
     MismatchError,
-    NotFoundError,
     TrainingError,
     UnsupportedCheckpointError,
 )
-from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import load_pretrained
-from mllm_adapters import base_of_adapter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,16 +43,8 @@ _logger = logging.getLogger(__name__)
 PYTHON = "MGLL_VLLM_PYTHON"
 """Environment variable with the interpreter of vLLM's environment."""
 
-OWN = "mgll_"
-"""Begins the ``model_type`` of this project's own architectures."""
-
-DIFFERENT: Mapping[str, str] = {
-    "aya_vision": "its letters are the same but not their probabilities: log-probabilities are off by up to 33",
-}
-"""``model_type`` of models that vLLM 0.32 loads and computes otherwise, and what was measured."""
-
 PLACEMENT = (
-    "disable_custom_all_reduce", "distributed_executor_backend", "enable_prefix_caching", "enforce_eager",
+    "block_size", "disable_custom_all_reduce", "distributed_executor_backend", "enable_prefix_caching", "enforce_eager",
     "gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs",
     "pipeline_parallel_size", "tensor_parallel_size",
 )  # fmt: skip
@@ -153,9 +143,9 @@ class VLLMModel:
         """What its answers depend on; imports vLLM, and hashes the folder.
 
         Raises:
-            UserError: it is not a model folder, vLLM is known not to take it, or vLLM is not installed.
+            UserError: it is not a model folder, vLLM is not known to compute it alike, or vLLM is not installed.
         """
-        self._refuse()
+        check_model(self.folder)
         versions = self.process.versions
         sha256 = model_fingerprint(self.folder)
         decisive = {name: value for name, value in self.options.items() if name not in PLACEMENT}
@@ -188,32 +178,6 @@ class VLLMModel:
                 f"vLLM {process.versions['vllm']} does not load {self.folder}: {error}; {INSTEAD}"
             ) from None
         return VLLMAnswerer(process, processor, self.mode)
-
-    def _refuse(self) -> None:
-        """Refuse what vLLM would not load, or would load wrongly, before anything is started."""
-        if base_of_adapter(self.folder):
-            raise UnsupportedCheckpointError(
-                f"{self.folder} is an adapter, and vLLM reads whole models: merge it first, or leave `engine` out"
-            )
-        config = self.folder / "config.json"
-        if not config.is_file():
-            raise NotFoundError(f"model {self.folder} is not a model folder: it has no config.json")
-        kind = str(read_json(config).get("model_type"))
-        if kind.startswith(OWN):
-            raise UnsupportedCheckpointError(
-                f"{self.folder} has this project's architecture '{kind}', which vLLM does not have; {INSTEAD}"
-            )
-        if kind in DIFFERENT:
-            raise UnsupportedCheckpointError(
-                f"{self.folder} is '{kind}', which vLLM computes otherwise than transformers ({DIFFERENT[kind]}): "
-                "leave `engine` out to use this project's engine"
-            )
-
-
-INSTEAD = (
-    "leave `engine` out to use this project's engine, or write a LLaVA, which vLLM reads, with `layout=llava` "
-    "(InternVL, Janus-Pro) or `convert()` (original layouts)"
-)
 
 
 class VLLMAnswerer(Answerer[Prepared]):

@@ -1,7 +1,7 @@
 """Questions per second of this project's engine and of vLLM: same model, pictures, prompts and threads, in turns.
 
-Every round has other pictures, so that nothing is left in vLLM's caches. Besides the wall clock, processor time is
-compared (that of all of vLLM's processes), which other programs on the machine disturb less.
+Every round of every case has other pictures, so that nothing is left in vLLM's caches. Besides the wall clock,
+processor time is compared (that of all of vLLM's processes), which other programs on the machine disturb less.
 """
 
 import json
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 Turn = tuple[Seconds, "list[Score]"]
+
+REHEARSALS = 1
+"""Rounds before those that count."""
 
 
 @app.command()
@@ -64,7 +67,7 @@ def bench(
     from eval_mcq.items.schema import load_bench
 
     torch.set_num_threads(threads)
-    console, figures, asked_from = Console(), [], load_bench(questions)
+    console, figures, asked_from, shown = Console(), [], load_bench(questions), 0
     with tempfile.TemporaryDirectory() as work:
         folder = variant(model, size, None, Path(work) / "model")
         theirs = VLLMModel(folder, "letters", "auto", vllm_python, parse_options(vllm_options or ()))
@@ -74,8 +77,9 @@ def bench(
             for turned in map(int, rotations.split(",")):
                 case = Case(images, per_image, turned)
                 figures.append(
-                    {"case": asdict(case), **_measure(engines, asked_from, case, repeats, batch_size)}
+                    {"case": asdict(case), **_measure(engines, asked_from, case, shown, repeats, batch_size)}
                 )
+                shown += images * (REHEARSALS + repeats)
                 console.print(_line(case, figures[-1]), soft_wrap=True, highlight=False)
         theirs.process.close()
     record = {
@@ -102,13 +106,18 @@ def _line(case: Case, found: dict[str, Any]) -> str:
 
 
 def _measure(
-    engines: "dict[str, Answerer[Any]]", bench: "Bench", case: Case, repeats: int, batch_size: int
+    engines: "dict[str, Answerer[Any]]", bench: "Bench", case: Case, first: int, repeats: int, batch_size: int
 ) -> dict[str, Any]:
-    """Time both engines in turns, after one round that does not count."""
+    """Time both engines in turns, on pictures from the first given one, after a round that does not count."""
+    pictures = len({tuple(item.images) for item in bench.items})
+    if first + case.images * (REHEARSALS + repeats) > pictures:
+        raise typer.BadParameter(
+            f"{bench.path} has only {pictures} pictures: give fewer `--cases` or `--repeats`"
+        )
     runs: dict[str, Callable[[], Turn]] = {
-        name: _runner(engine, bench, case, batch_size) for name, engine in engines.items()
+        name: _runner(engine, bench, case, first, batch_size) for name, engine in engines.items()
     }
-    turns = interleaved(runs, repeats, rehearsals=1)
+    turns = interleaved(runs, repeats, REHEARSALS)
     ours, theirs = turns.values()
     pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x[1], y[1], strict=True)]
     return {
@@ -122,13 +131,15 @@ def _measure(
     }
 
 
-def _runner(engine: "Answerer[Any]", bench: "Bench", case: Case, batch_size: int) -> Callable[[], Turn]:
+def _runner(
+    engine: "Answerer[Any]", bench: "Bench", case: Case, first: int, batch_size: int
+) -> Callable[[], Turn]:
     from eval_mcq.runs.run import scored
 
     rounds = count()
 
     def run() -> Turn:
-        some = asked(bench, case, case.images * next(rounds))
+        some = asked(bench, case, first + case.images * next(rounds))
         wall, cpu = time.perf_counter(), _processor_time()
         scores = [
             score

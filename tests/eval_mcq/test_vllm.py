@@ -8,6 +8,7 @@ import pytest
 
 from eval_mcq import run
 from eval_mcq.backends.vllm_engine import PLACEMENT, VLLMModel, parse_options, vllm_python
+from eval_mcq.backends.vllm_models import check_model
 from eval_mcq.backends.vllm_process import VLLMProcess
 from eval_mcq.backends.vllm_worker import split
 from eval_mcq.cli.main import main
@@ -73,6 +74,33 @@ def test_own_architectures_are_refused_with_the_way_out(tmp_path, bench):
 def test_a_model_that_vllm_computes_otherwise_is_refused(tmp_path, bench):
     with pytest.raises(UnsupportedCheckpointError, match=r"'aya_vision', which vLLM computes otherwise"):
         run(folder_of(tmp_path, model_type="aya_vision"), bench, tmp_path / "run", engine="vllm")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "qwen2_5_vl"}, r"the architecture 'qwen2_5_vl' \(expected llava\)"),
+        ({}, r"the architecture 'None'"),
+        (
+            {"model_type": "llava", "text_config": {"model_type": "gemma"}},
+            r"text_config\.model_type 'gemma' .*llama",
+        ),
+        (
+            {"model_type": "llava", "vision_config": {"model_type": "dinov2"}},
+            r"vision_config\.model_type 'dinov2'",
+        ),
+    ],
+)
+def test_a_model_that_was_not_compared_is_refused_with_what_was(config, reason, tmp_path, bench):
+    with pytest.raises(UnsupportedCheckpointError, match=reason + ".*not compared.*`endpoint`"):
+        run(folder_of(tmp_path, **config), bench, tmp_path / "run", engine="vllm")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("language", ["llama", "mistral", "qwen2", "qwen3"])
+def test_llavas_that_were_compared_are_taken(language, tmp_path):
+    check_model(folder_of(tmp_path, model_type="llava", text_config={"model_type": language}))
+    check_model(folder_of(tmp_path, model_type="llava"))  # as transformers 4.36 wrote it
 
 
 def test_an_adapter_is_refused(tmp_path, bench):

@@ -1,0 +1,70 @@
+"""Which model folders are given to vLLM: those whose numbers were compared with transformers' and are the same."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from mgll_encoder.common.errors import NotFoundError, UnsupportedCheckpointError
+from mgll_encoder.common.texts import read_json
+from mllm_adapters import base_of_adapter
+
+OWN = "mgll_"
+"""Begins the ``model_type`` of this project's own architectures."""
+
+LLAVA: Mapping[str, tuple[str, Collection[str]]] = {
+    "vision_config": ("clip_vision_model", ("clip_vision_model", "siglip_vision_model")),
+    "text_config": ("llama", ("llama", "mistral", "qwen2", "qwen3")),
+}
+"""Part of a LLaVA -> its ``model_type`` where none is given, and those that were measured with vLLM 0.32."""
+
+DIFFERENT: Mapping[str, str] = {
+    "aya_vision": "log-probabilities of the letters are off by up to 33",
+}
+"""``model_type`` of models that vLLM 0.32 computes otherwise than transformers, and what was found."""
+
+INSTEAD = (
+    "leave `engine` out to use this project's engine, or write a LLaVA, which vLLM reads, with `layout=llava` "
+    "(InternVL, Janus-Pro) or `convert()` (original layouts)"
+)
+
+
+def check_model(folder: Path) -> None:
+    """Refuse what vLLM does not load, computes otherwise, or was not compared with, before anything is started.
+
+    Raises:
+        UserError: it is no model folder, or not of a kind whose numbers are known to be the same.
+    """
+    if base_of_adapter(folder):
+        raise UnsupportedCheckpointError(
+            f"{folder} is an adapter, and vLLM reads whole models: merge it first, or leave `engine` out"
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise NotFoundError(f"model {folder} is not a model folder: it has no config.json")
+    config = read_json(path)
+    kind = str(config.get("model_type"))
+    if kind.startswith(OWN):
+        raise UnsupportedCheckpointError(
+            f"{folder} has this project's architecture '{kind}', which vLLM does not have; {INSTEAD}"
+        )
+    if kind in DIFFERENT:
+        raise UnsupportedCheckpointError(
+            f"{folder} is '{kind}', which vLLM computes otherwise than transformers ({DIFFERENT[kind]}): "
+            "leave `engine` out to use this project's engine"
+        )
+    if unknown := _not_measured(config, kind):
+        raise UnsupportedCheckpointError(
+            f"{folder} has {unknown}, on which vLLM's numbers were not compared with transformers': leave `engine` "
+            "out, or start `vllm serve` yourself and give `endpoint`, which makes a row of its own"
+        )
+
+
+def _not_measured(config: Mapping[str, Any], kind: str) -> str | None:
+    """Return the first part of a model that was not measured, with what was."""
+    if kind != "llava":
+        return f"the architecture '{kind}' (expected llava)"
+    for part, (usual, measured) in LLAVA.items():
+        found = (config.get(part) or {}).get("model_type", usual)
+        if found not in measured:
+            return f"{part}.model_type '{found}' (expected one of {', '.join(measured)})"
+    return None
