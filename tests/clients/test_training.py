@@ -64,7 +64,7 @@ def ended(command: list[Any], place: Path) -> str:
     """What a program prints; it must end well."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        list(map(str, command)), cwd=place, capture_output=True, text=True, env={**inherited, **QUIET}, timeout=280
+        list(map(str, command)), cwd=place, capture_output=True, text=True, env={**inherited, **QUIET}, timeout=600
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

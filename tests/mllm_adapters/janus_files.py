@@ -1,7 +1,7 @@
 """Janus-Pro checkpoints in the original layout: every tensor name as published, in any size."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,11 +129,11 @@ def write_pixels(folder: Path, image_size: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-def write_tokenizer(folder: Path, *, left_out: str = "") -> None:
+def write_tokenizer(folder: Path, *, left_out: str = "", merges: Sequence[tuple[str, str]] = ()) -> None:
     """A byte-level tokenizer in the files of the published one: it names a class that reads it wrongly, and its
-    tokenizer.json does not add the first token, though tokenizer_config.json says so."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.json does not add the first token, though tokenizer_config.json says so. A merge adds a token."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(words)}, merges=[*merges]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
