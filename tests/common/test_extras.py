@@ -48,6 +48,7 @@ def test_every_command_helps_without_any_extra(core: Path, name: str) -> None:
         ("mgll-encoder probe --encoder e --labels l.csv --images i", "probe"),
         ("mgll-encoder zero-shot --encoder e --labels l.csv --images i", "probe"),
         ("mgll-encoder explain --encoder e --images i --out o", "probe"),
+        ("swap-encoder export m --gguf o", "gguf"),
         ("retrain-projector --model m --data t.json", "train"),
         ("finetune-lora --model m --data t.json", "train"),
         ("eval-mcq build --labels l.csv --images i --out b.jsonl", "eval"),

@@ -32,8 +32,7 @@ SPEC = TOWER_SIZES["tiny"].spec.model_copy(update={"depth": 2, "image_size": 32,
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_tower(folder: Path) -> Path:
     """What ``pretrain`` writes: a tower with its small text tower, squashed pixels, ImageNet mean."""
     torch.manual_seed(0)
     text = scramble(TextTower.new(LABELS, width=64, depth=2, shared=24))
@@ -41,13 +40,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tower = Tower.from_model(scramble(build_model(SPEC)), SPEC, torch.randn(24, SPEC.width) * 0.05)
     record = {"layout": "model in memory"}
     training = Training.of(("tower",), "pretrain", ["ab" * 32])
-    return save_tower(tower, tmp_path_factory.mktemp("t") / "tower", False, record, text, (training,))
+    return save_tower(tower, folder, False, record, text, (training,))
+
+
+def a_photograph() -> Image.Image:
+    """A picture of soft colors, oblong."""
+    values = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((97, 63), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_tower(tmp_path_factory.mktemp("t") / "tower")
 
 
 @pytest.fixture(scope="module")
 def photograph() -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize((97, 63), Image.Resampling.BICUBIC)
+    return a_photograph()
 
 
 def our_scores(folder: Path, image: Image.Image) -> torch.Tensor:
