@@ -17,10 +17,11 @@ LLAVA: Mapping[str, tuple[str, Collection[str]]] = {
 }
 """Part of a LLaVA -> its ``model_type`` where none is given, and those that were measured with vLLM 0.32."""
 
-DIFFERENT: Mapping[str, str] = {
-    "aya_vision": "log-probabilities of the letters are off by up to 33",
+REFUSED: Mapping[str, str] = {
+    "aya_vision": "vLLM 0.32 computes it otherwise than transformers: log-probabilities of letters are off by up to 33",
+    "paligemma": "vLLM 0.32 has it with a SigLIP tower only, and does not load one with a CLIP",
 }
-"""``model_type`` of models that vLLM 0.32 computes otherwise than transformers, and what was found."""
+"""``model_type`` of models that were tried and are not taken, and what was found."""
 
 INSTEAD = (
     "leave `engine` out to use this project's engine, or write a LLaVA, which vLLM reads, with `layout=llava` "
@@ -47,10 +48,9 @@ def check_model(folder: Path) -> None:
         raise UnsupportedCheckpointError(
             f"{folder} has this project's architecture '{kind}', which vLLM does not have; {INSTEAD}"
         )
-    if kind in DIFFERENT:
+    if kind in REFUSED:
         raise UnsupportedCheckpointError(
-            f"{folder} is '{kind}', which vLLM computes otherwise than transformers ({DIFFERENT[kind]}): "
-            "leave `engine` out to use this project's engine"
+            f"{folder} is '{kind}': {REFUSED[kind]}; leave `engine` out to use this project's engine"
         )
     if unknown := _not_measured(config, kind):
         raise UnsupportedCheckpointError(

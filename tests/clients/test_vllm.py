@@ -159,10 +159,12 @@ MODELS: Mapping[str, Build] = {
     "internvl (`--layout llava`)": swapped("internvl", "llava"),
     "llava-hf, SigLIP on Qwen3": siglip_on_qwen3,
     "aya-vision": swapped("aya-vision"),
+    "paligemma": swapped("paligemma", words=["\n"]),  # vLLM looks it up, and Google's vocabulary has it
 }
 
 REFUSED = {
     "aya-vision": pytest.raises(AssertionError),
+    "paligemma": pytest.raises(UnsupportedCheckpointError, match=r"does not load .*class_embedding"),
 }
 """Those that `eval_mcq.backends.vllm_models` keeps from vLLM, and what would become of them."""
 
@@ -241,11 +243,18 @@ def test_letters_are_those_of_this_engine(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_computed_otherwise(name):
-    with pytest.raises(UnsupportedCheckpointError, match="computes otherwise"):
+def test_what_is_refused_would_not_load_or_be_computed_otherwise(name):
+    with pytest.raises(UnsupportedCheckpointError, match="leave `engine` out"):
         vllm_model(name).identity  # noqa: B018 - refuses
     with REFUSED[name]:
         assert measured(name).log_probabilities < TOLERANCE
+
+
+def test_one_model_over_two_ranks_has_the_same_letters(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or else each rank needs a NUMA node
+    found = compare("llava-hf", tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert found.same == found.questions
+    assert found.log_probabilities < TOLERANCE
 
 
 Files = tuple[Path, Path]
@@ -345,10 +354,10 @@ HEAD = (
 
 
 def _cells(name: str) -> str:
-    taken = "refused, because vLLM computes otherwise" if name in REFUSED else "yes"
+    taken = "refused" if name in REFUSED else "yes"
     try:
         found = measured(name)
-    except MismatchError:
-        return f"{taken} | other prompt tokens | | "
+    except UnsupportedCheckpointError:
+        return f"{taken}: vLLM does not load it | | | "
     letters = f"{found.same}/{found.questions}"
     return f"{taken} | {letters} | {found.log_probabilities:.0e} | {found.pixels:.1g}"

@@ -71,9 +71,14 @@ def test_own_architectures_are_refused_with_the_way_out(tmp_path, bench):
         run(folder_of(tmp_path, model_type="mgll_qwen2_vl"), bench, tmp_path / "run", engine="vllm")
 
 
-def test_a_model_that_vllm_computes_otherwise_is_refused(tmp_path, bench):
-    with pytest.raises(UnsupportedCheckpointError, match=r"'aya_vision', which vLLM computes otherwise"):
-        run(folder_of(tmp_path, model_type="aya_vision"), bench, tmp_path / "run", engine="vllm")
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("aya_vision", "computes it otherwise.*33"), ("paligemma", "a SigLIP tower only")]
+)
+def test_a_model_that_was_tried_and_failed_is_refused(kind, reason, tmp_path, bench):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=f"'{kind}': vLLM 0.32 .*{reason}.*leave `engine` out"
+    ):
+        run(folder_of(tmp_path, model_type=kind), bench, tmp_path / "run", engine="vllm")
 
 
 @pytest.mark.parametrize(
