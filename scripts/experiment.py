@@ -7,7 +7,7 @@ python scripts/experiment.py --data ../shared/data/fundus --general towers/gener
 Three towers from one general tower (as it came, tuned with plain CLIP, tuned with MGLL), judged by a linear probe and
 zero-shot; a small LLaVA on the general tower that is shown to look at its images; and its arms: base, base after the
 same retraining, each tuned tower swapped in as it is, aligned, and aligned and retrained. Every stage keeps its output
-and is not run again; stopped or killed, the same command continues. docs/experiment.md has the protocol and figures.
+and is not run again; re-run the same command to continue. docs/experiment.md has the protocol and figures.
 """
 
 import json

@@ -25,6 +25,7 @@ from transformers import BaseImageProcessor, Dinov2Config, Dinov2Model
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import BadDataError, MissingPackageError, NotFoundError
 from mgll_encoder.common.files import check_free, new_folder
+from mgll_encoder.common.library_bars import no_library_bars
 from mgll_encoder.tower.preprocess import image_processor
 from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule
 
@@ -67,7 +68,8 @@ def general_tower(
     if check:
         _compare_with_onnx(model, content)
     with new_folder(out, force) as folder:
-        model.save_pretrained(folder)
+        with no_library_bars():
+            model.save_pretrained(folder)
         processor().save_pretrained(folder)
     cli.stdout.print(f"{out}: DINOv2 ViT-S/14, {model.num_parameters():,} parameters", soft_wrap=True)
 

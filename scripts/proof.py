@@ -15,7 +15,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.table import Table
 from scipy import stats
 from steps import Steps
 
@@ -23,6 +22,7 @@ from mgll_encoder.common import cli
 from mgll_encoder.common.errors import unknown_name
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.common.terminal_table import TerminalTable
 from mgll_encoder.data.batches import plan_rows
 from mgll_encoder.data.label_table import Columns, LabeledImages, read_labels
 from mgll_encoder.paired.read import text_tower_of
@@ -165,10 +165,8 @@ def _table(source: str, by_arm: dict[str, list[list[float]]]) -> list[str]:
     """Print one source's table; its lines as Markdown."""
     title = f"{source}: held-out patients, macro average in %"
     control, *_ = by_arm
-    table = Table(title=title, title_justify="left")
     headings = ["arm", *FIGURES, *(f"gain in {name}" for name in FIGURES), "seeds better"]
-    for heading in headings:
-        table.add_column(heading)
+    table = TerminalTable(title).add_words("arm").add_figures(*headings[1:])
     lines = [f"**{title}**", "", f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     base = np.array(by_arm[control])
     for arm, seeds in by_arm.items():
@@ -186,7 +184,7 @@ def _table(source: str, by_arm: dict[str, list[list[float]]]) -> list[str]:
                 f"{m:+.1f} [{a:.1f}, {b:.1f}]" for m, a, b in zip(gains.mean(0), low, high, strict=True)
             ]
             cells.append(f"{', '.join(map(str, (gains > 0).sum(0)))} of {len(gains)}")
-        table.add_row(arm, *(cell.replace("[", r"\[") for cell in cells))
+        table.add_row(arm, *cells)
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     cli.stdout.print(table)
     return [*lines, ""]

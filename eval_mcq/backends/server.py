@@ -78,7 +78,7 @@ class Endpoint:
         """The base URL in one spelling.
 
         Raises:
-            UserError: it is no URL of a server, or contains a user, a password or a query.
+            UserError: it is not the URL of a server, or contains a user, a password or a query.
         """
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -48,7 +48,7 @@ PLACEMENT = (
     "gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs",
     "pipeline_parallel_size", "tensor_parallel_size",
 )  # fmt: skip
-"""Options of vLLM that say where and in which pieces it computes; a run may go on with others."""
+"""Options of vLLM that say where and in which pieces it computes; a run may continue with others."""
 
 TAKEN: Mapping[str, str] = {
     "model": "the model is given by `model`",

@@ -12,6 +12,7 @@ from mgll_encoder.common.cli import note, stdout, warn
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 from mgll_encoder.common.tables import listed
+from mgll_encoder.common.terminal_table import TerminalTable
 
 if TYPE_CHECKING:
     from eval_mcq.items.build import BuildReport
@@ -21,9 +22,7 @@ def table_of_presets(asked: bool) -> None:
     """``--list``: print the packaged presets, and exit."""
     if not asked:
         return
-    from rich.table import Table
-
-    table = Table("name", "diseases", "description", title="Presets (--preset)", title_justify="left")
+    table = TerminalTable("Presets (--preset)").add_words("name", "diseases", "description")
     for preset in api.list_presets():
         names = ", ".join(disease.name for disease in preset.diseases)
         table.add_row(preset.name, f"{len(preset.diseases)}: {names}", preset.about)
@@ -125,12 +124,11 @@ def build(
 
 
 def _show_report(report: "BuildReport", out: Path) -> None:
-    from rich.table import Table
-
     from eval_mcq.items.schema import LETTERS
     from eval_mcq.tables.entries import SMALL
 
-    counts = Table("Disease", "questions", "patients", "images without", title=str(out), title_justify="left")
+    counts = TerminalTable(str(out)).add_words("Disease")
+    counts.add_figures("questions", "patients", "images without")
     for category in report.categories:
         of = (report.questions, report.patients, report.negatives)
         counts.add_row(category, *(str(counter[category]) for counter in of))

@@ -14,6 +14,7 @@ from mgll_encoder.common.cli import stdout, warn
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError
 from mgll_encoder.common.extras import needs, require
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.common.terminal_table import TerminalTable
 
 if TYPE_CHECKING:
     from eval_mcq.runs.image_sensitivity import ImageSensitivity
@@ -122,14 +123,10 @@ def _in_percent(estimate: "Estimate") -> tuple[str, str]:
 
 
 def _show_sensitivity(found: "ImageSensitivity") -> None:
-    from rich.table import Table
-
     from eval_mcq.items.schema import LETTERS
 
-    grid = Table(
-        "images", "Average", "95 %", "lost", "95 %", "largest change",
-        title=f"{found.questions} questions", title_justify="left",
-    )  # fmt: skip
+    grid = TerminalTable(f"{found.questions} questions").add_words("images")
+    grid.add_figures("Average", "95 %", "lost", "95 %", "largest change")
     for kind, average in found.average.items():
         lost = found.drop.get(kind)
         moved = f"{found.moved[kind]:.4f}" if kind in found.moved else ""

@@ -4,9 +4,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from typer.core import TyperGroup
-
-from mgll_encoder.common.cli import new_app, prepared, run
+from mgll_encoder.common.cli import Commands, new_app, prepared, run
 
 
 class Program(NamedTuple):
@@ -54,7 +52,7 @@ def command_of(program: Program) -> Any:
     return prepared(import_module(program.module).app, program.name)
 
 
-class _Group(TyperGroup):
+class _Group(Commands):
     """Imports the command that is used; the help text needs none of them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
@@ -68,7 +66,7 @@ app = new_app(
 
     Each command is also a program of its own: mgll-encoder, swap-encoder, retrain-projector, finetune-lora, eval-mcq.
 
-    Example: [bold]mgll swap --mllm llava-med --encoder mgll-fundus.pt[/bold]
+    Example: mgll swap --mllm llava-med --encoder mgll-fundus.pt
     """,
     cls=_Group,
 )

@@ -101,6 +101,11 @@ class RunRecord(BaseModel):
             raise ValueError(str(error)) from None
 
     @property
+    def engine(self) -> str:
+        """The program that answered, with its version unless it is this project's own, which `versions` has."""
+        return f"{self.backend.name} {self.backend.version}" if self.backend else OWN_ENGINE
+
+    @property
     def identity(self) -> dict[str, str]:
         """What must agree for an answer to belong to this run, named as in error messages."""
         return {

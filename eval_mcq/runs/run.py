@@ -30,7 +30,6 @@ from eval_mcq.records.run_record import (
     read_run_record,
 )
 from eval_mcq.runs.image_sensitivity import QUICK, image_sensitivity
-from eval_mcq.runs.progress import rate
 from eval_mcq.scoring.modes import LIKELIHOODS, Score, chosen_letter, prompt_version, rounded
 from eval_mcq.scoring.prompt import Mode
 from eval_mcq.tables.summary import as_json, compare
@@ -38,6 +37,7 @@ from mgll_encoder.common.errors import BadDataError, MismatchError, OutputTakenE
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import new_folder, write_text
 from mgll_encoder.common.images import open_image
+from mgll_encoder.common.progress import counting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -179,7 +179,7 @@ def _run(
         sort_answers(answers, order)
         if scorer:
             total = sum(len(group.asks) for batch in todo for group in batch)
-            with rate("Answering", total) as advance:
+            with counting("Answering", total) as advance:
                 for batch, scores in scored(bench, scorer, todo):
                     rows = list(_rows(bench, batch, scores, hashes, record.fingerprint))
                     append_answers(answers, (row for row in rows if row.key not in done))

@@ -2,16 +2,13 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 
 from eval_mcq.tables.entries import MARKS
 from eval_mcq.tables.table_layout import Grid
+from mgll_encoder.common.terminal_table import TerminalTable
 
 PLAIN_WIDTH = 200
 """Width of a terminal table written to a file."""
@@ -39,51 +36,20 @@ LATEX_SPECIAL = str.maketrans(
 UNMARKED = str.maketrans("", "", MARKS)
 
 
-def rich_tables(grid: Grid, console: Console) -> list[Table]:
-    """Render the table for a terminal, without its notes.
-
-    If it is too wide, intervals are put below their values; if that is not enough, it is split into several tables that
-    repeat its first columns.
-    """
-    whole = _table(grid, range(len(grid.columns)), " ")
-    if _width(whole, console) <= console.width:
-        return [whole]
-    parts: list[list[int]] = []
-    for start in range(grid.fixed, len(grid.columns), grid.group):
-        group = list(range(start, min(start + grid.group, len(grid.columns))))
-        wider = [*parts[-1], *group] if parts else []
-        if parts and _width(_table(grid, wider, "\n"), console) <= console.width:
-            parts[-1] = wider
-        else:
-            parts.append([*range(grid.fixed), *group])
-    return [_table(grid, columns, "\n") for columns in parts or [list(range(len(grid.columns)))]]
-
-
-def _table(grid: Grid, columns: Sequence[int], gap: str) -> Table:
-    # As `Text`: brackets in names are not markup.
-    table = Table(title=Text(grid.title), title_justify="left", header_style="bold")
-    if gap != " ":  # save width
-        table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
-    for i in columns:
-        table.add_column(Text(grid.columns[i]), justify="left" if i == 0 else "right")
+def terminal_table(grid: Grid) -> TerminalTable:
+    """Render the table for a terminal, without its notes."""
+    table = TerminalTable(grid.title, fixed=grid.fixed, group=grid.group)
+    table.add_words(grid.columns[0]).add_figures(*grid.columns[1:])
     for number, row in enumerate(grid.rows):
         if number in grid.breaks:
             table.add_section()
-        cells = (
-            row[i] if gap == " " else row[i].replace(" [", f"{gap}[").replace(", ", ",") for i in columns
-        )
-        table.add_row(*map(Text, cells))
+        table.add_row(*row)
     return table
-
-
-def _width(table: Table, console: Console) -> int:
-    return Measurement.get(console, console.options.update(width=10_000), table).maximum
 
 
 def show(grid: Grid, console: Console) -> None:
     """Print the table and its notes to a terminal."""
-    for table in rich_tables(grid, console):
-        console.print(table)
+    console.print(terminal_table(grid))
     for line in grid.headline:
         console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
     for note in [*grid.notes, *grid.checks]:

@@ -7,6 +7,7 @@ import typer
 
 from mgll_encoder.common.cli import note, stdout
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
+from mgll_encoder.common.terminal_table import TerminalTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,27 +116,18 @@ def print_result(
         names: Label -> its name in words.
         trained: Whether training images were used.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     from mgll_encoder.probing.linear import CONFIDENCE, METRICS, REPLICATES
 
-    # Narrow, and intervals below their values: at 80 columns a number is never cut.
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    table.pad_edge, table.collapse_padding = False, True
-    table.add_column("", min_width=14)
-    for column in ("positive", *METRICS, "majority"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = TerminalTable(title).add_words("").add_figures("positive", *METRICS, "majority")
     for label, figures in result.labels.items():
         words = f"{label} ({names[label]})" if label in names else label
         table.add_row(
-            Text(words), str(result.positives[label]), *(f"{figures[metric]:.1f}" for metric in METRICS),
+            words, str(result.positives[label]), *(f"{figures[metric]:.1f}" for metric in METRICS),
             f"{result.majority[label]:.1f}",
         )  # fmt: skip
     table.add_section()
     macro = (
-        f"{f.value:.1f}\n[{f.low:.1f},{f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
+        f"{f.value:.1f} [{f.low:.1f}, {f.high:.1f}]" for f in (result.macro[metric] for metric in METRICS)
     )
     table.add_row("macro average", "", *macro, f"{result.majority_macro:.1f}")
     if len(result.runs) > 1:
@@ -168,13 +160,10 @@ def table_of_datasets(asked: bool) -> None:
     """``--list``: print the known data sets, and exit."""
     if not asked:
         return
-    from rich.table import Table
-
     from mgll_encoder.probing.benchmarks import PROTOCOLS, benchmarks, published_figures
 
-    table = Table(title="Published data sets (--dataset)", title_justify="left")
-    for heading in ("name", "labels", "published", "description, and how to name its files"):
-        table.add_column(heading)
+    table = TerminalTable("Published data sets (--dataset)")
+    table.add_words("name", "labels", "published", "description, and how to name its files")
     for name, row in benchmarks().items():
         labels: Any = len(row.binary or row.only or set(row.folders.values())) or "–"
         having = [

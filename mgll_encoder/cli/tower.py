@@ -9,6 +9,7 @@ import typer
 
 from mgll_encoder.common.cli import note, spelled, stdout, warn
 from mgll_encoder.common.files import check_free
+from mgll_encoder.common.terminal_table import TerminalTable
 from mgll_encoder.weights.locate import check_tower
 
 if TYPE_CHECKING:
@@ -143,9 +144,6 @@ def _facts(header: "TowerHeader") -> dict[str, Any]:
 
 
 def _print_table(path: Path, title: str, facts: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     tokens = ", ".join(f"{count} at {size} px" for size, count in facts["patch_tokens"].items())
     dropped = ", ".join(f"{count} {group}" for group, count in facts["dropped"].items())
     size = (
@@ -166,7 +164,7 @@ def _print_table(path: Path, title: str, facts: dict[str, Any]) -> None:
         "parameters": f"{facts['parameters']:,} ({', '.join(facts['dtypes'])})",
         "dropped": f"{dropped} tensors" if dropped else "nothing",
     }
-    table = Table(title=Text(str(path)), show_header=False, title_justify="left")
+    table = TerminalTable(str(path), show_header=False).add_words("", "")
     for name, value in rows.items():
-        table.add_row(name, Text(value))
+        table.add_row(name, value)
     stdout.print(table)

@@ -17,6 +17,7 @@ from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 from mgll_encoder.common.tables import listed
+from mgll_encoder.common.terminal_table import TerminalTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -148,15 +149,11 @@ def retrieval(
 def _print_retrieval(
     results: "Mapping[str, tuple[Retrieval, Retrieval]]", encoder: Path, patients: int
 ) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     from mgll_encoder.probing.linear import CONFIDENCE, REPLICATES
     from mgll_encoder.probing.retrieval import DEPTHS
 
-    table = Table(title=Text(f"Retrieval by {encoder}: recall in %, and by chance"), title_justify="left")
-    for column in ("texts", "from, to", "queries", "candidates", *(f"R@{k}" for k in DEPTHS)):
-        table.add_column(column, justify="right" if column.startswith(("R@", "q", "c")) else "left")
+    table = TerminalTable(f"Retrieval by {encoder}: recall in %, and by chance", fixed=2)
+    table.add_words("texts", "from, to").add_figures("queries", "candidates", *(f"R@{k}" for k in DEPTHS))
     for level, both in results.items():
         for way in both:
             cells = (

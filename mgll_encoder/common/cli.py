@@ -61,12 +61,29 @@ stdout = _Console(markup=False)
 stderr = _Console(stderr=True)
 """Progress, warnings and errors."""
 
+_UNCUT = 10_000
+"""More characters than a sentence has."""
+
 _spelling = Spelling()
 """The options of the running program."""
 
 
-def new_app(help_text: str, cls: type[TyperGroup] | None = None) -> typer.Typer:
-    """Create a Typer application with this project's settings; ``cls`` is the class of its group of commands."""
+class Commands(TyperGroup):
+    """A group of commands whose help shows the first sentence of every command whole."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands; Typer would cut the sentences at the width of a line."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, one.get_short_help_str(_UNCUT)) for name, one in found if one and not one.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def new_app(help_text: str, cls: type[TyperGroup] = Commands) -> typer.Typer:
+    """Create a Typer application with this project's settings; ``cls`` is the class of its group of commands.
+
+    Help is plain text: the panels that Typer draws with Rich cut the names of options at 80 columns.
+    """
     return typer.Typer(
         help=help_text,
         cls=cls,
@@ -74,7 +91,7 @@ def new_app(help_text: str, cls: type[TyperGroup] | None = None) -> typer.Typer:
         add_completion=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        rich_markup_mode="rich",
+        rich_markup_mode=None,
     )
 
 
@@ -132,7 +149,8 @@ def _showing_logs() -> Iterator[None]:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
-    show_with(track, counting if stderr.is_terminal else None)
+    if stderr.is_terminal:
+        show_with(_bar, _counting_bar)
     try:
         yield
     finally:
@@ -227,14 +245,10 @@ def note(message: str) -> None:
     stderr.print(escape(spelled(message)), highlight=False, soft_wrap=True)
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate under a progress bar on stderr (one plain line if stderr is not a terminal)."""
+def _bar(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate under a progress bar on stderr."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if not stderr.is_terminal:
-        note(f"{description} ..." if total is None else f"{description} ({total}) ...")
-        yield from items
-        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as progress:
         yield from progress.track(items, total=total, description=description)
@@ -247,7 +261,7 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def _counting_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar with speed and time left on stderr; yield a function that advances it."""
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
@@ -258,6 +272,9 @@ def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def _quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # when it is imported, it resets the level set below
     for library in ("transformers", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
     # DeepSpeed sets its own level when transformers' Trainer imports it; a filter is kept.

@@ -1,17 +1,24 @@
-"""Progress of long operations. Nothing is shown by default; the commands show bars."""
+"""Progress of long operations: a log line now and then; the commands show bars instead if there is a terminal."""
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_logger = logging.getLogger(__name__)
+
 Tracker = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 """Iterates under a progress bar; arguments: items, description, number of items if they have no length."""
 
 Counter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Opens a progress bar that advances by several at a time; arguments: description, total."""
+
+SHORTEST, LONGEST = 30.0, 600.0
+"""Seconds between two lines: a twentieth of the time spent so far, within these limits."""
 
 
 @dataclass
@@ -23,9 +30,85 @@ class _Display:
 _display = _Display()
 
 
+class Pace:
+    """Tells in lines how far a long operation is, and what is left: ``training: 120 of 450 steps, 3 min left``.
+
+    Args:
+        description: What is done.
+        total: How much; None if that is not known.
+        unit: Of what.
+        show: Formats a number.
+        say: Prints a line; a log record by default.
+        clock: Returns the seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int | None = None,
+        *,
+        unit: str = "",
+        show: Callable[[int], str] = "{:,}".format,
+        say: Callable[[str], None] = _logger.info,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.description, self.total, self.say = description, total, say
+        self._unit, self._show, self._clock = unit and f" {unit}", show, clock
+        self._done, self._start = 0, clock()
+        self._next = self._start + SHORTEST
+        say(f"{description} ..." if total is None else f"{description} ({show(total)}{self._unit}) ...")
+
+    def advance(self, done: int = 1, about: str = "") -> None:
+        """Count what has just been done, and say how far it is if it is time to.
+
+        Args:
+            done: Number of items.
+            about: What else the line says, such as the loss.
+        """
+        self._done += done
+        now = self._clock()
+        if now < self._next or self._done == self.total:
+            return
+        spent = now - self._start
+        self._next = now + min(max(spent / 20, SHORTEST), LONGEST)
+        sofar = f"{self._show(self._done)}{self._unit}"
+        if self.total is not None:
+            left = spent * (self.total - self._done) / max(self._done, 1)
+            sofar = f"{self._show(self._done)} of {self._show(self.total)}{self._unit}"
+        parts = (
+            sofar,
+            about,
+            f"{_duration(spent)} so far" if self.total is None else f"{_duration(left)} left",
+        )
+        self.say(f"{self.description}: {', '.join(filter(None, parts))}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate, showing progress with the tracker set by `show_with`."""
-    return iter(_display.tracker(items, description, total) if _display.tracker else items)
+    """Iterate, showing progress with the tracker set by `show_with`, or else in log lines."""
+    if _display.tracker:
+        yield from _display.tracker(items, description, total)
+        return
+    pace = Pace(description, len(items) if total is None and isinstance(items, Sized) else total)
+    for item in items:
+        yield item
+        pace.advance()
+
+
+@contextmanager
+def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that counts, shown with the counter set by `show_with`, or else in log lines."""
+    if _display.counter:
+        with _display.counter(description, total) as advance:
+            yield advance
+    else:
+        yield Pace(description, total).advance
 
 
 def counter() -> Counter | None:
@@ -40,7 +123,7 @@ def no_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:  # 
 
 
 def show_with(tracker: Tracker | None, counter: Counter | None = None) -> None:
-    """Set what shows progress in the whole process; None shows nothing.
+    """Set what shows progress in the whole process; with None it is told in log lines, of level INFO.
 
     Args:
         tracker: Shows an iteration.

@@ -15,13 +15,21 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mgll_encoder.common import signals
 from mgll_encoder.common.errors import UserError
 from mgll_encoder.common.locks import locked
+from mgll_encoder.common.step_lines import StepLines
 from mgll_encoder.common.texts import parse_json, read_text
 
 _logger = logging.getLogger(__name__)
@@ -246,7 +254,17 @@ def saving_on_signal(trainer: Trainer, *, wanted: bool) -> Iterator[None]:
 
 
 class SoundStates(Trainer):
-    """A Trainer that reports missing or damaged checkpoint states in one line."""
+    """A Trainer that reports missing or damaged checkpoint states in one line.
+
+    Without a progress bar it tells its steps in log lines, instead of printing dictionaries.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(model, args, **kwargs)
+        if args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+            if self.is_world_process_zero():
+                self.add_callback(StepLines)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with telling_damage(resume_from_checkpoint, "weights"):

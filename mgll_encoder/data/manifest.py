@@ -114,7 +114,7 @@ def read_rows(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[int,
         try:
             row = _row(named(path, number), content, header)
         except UserError as error:
-            skipped.add("line is no row", str(error))
+            skipped.add("line is not a row", str(error))
         else:
             yield number, place, row
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -167,7 +167,6 @@ def pretrain(
             train_dataset=ManifestImages(plan, model.spec, options.seed, flip=options.flip),
             data_collator=ManifestCollator(model.text.tokenize),
         )
-        trainer.remove_callback(PrinterCallback)
         trainings = _trainings(plan, options.init) if arguments.process_index == 0 else ()
         steps = _run(trainer, checkpoint_folder(out), identity, resume=resume, save_on_signal=save_on_signal)
         more = {

@@ -21,7 +21,6 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
-    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -309,7 +308,7 @@ def _trainer(
         macro = np.nanmean(metrics(scores, labels > 0.5, model.exclusive, once, labels != OPEN)[0], axis=0)
         return dict(zip(METRICS, map(float, macro), strict=True))
 
-    trainer = SoundStates(
+    return SoundStates(
         model=model,
         args=arguments,
         train_dataset=LabeledPixels(learn, spec, options.augment, options.seed),
@@ -317,8 +316,6 @@ def _trainer(
         compute_metrics=compute,
         callbacks=[_LogEpoch()],
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 class _LogEpoch(TrainerCallback):

@@ -47,7 +47,8 @@ def trimmed_tokenizer(texts: Iterable[str]) -> tuple[CLIPTokenizer, int]:
     """
     whole = clip_tokenizer()
     occurring = {0}  # CLIP's first piece always gets a row
-    ids_of = lru_cache(maxsize=2**16)(lambda text: frozenset(whole(text)["input_ids"]))
+    # Not `verbose`: the library warns about texts that are longer than the context, which is no matter here.
+    ids_of = lru_cache(maxsize=2**16)(lambda text: frozenset(whole(text, verbose=False)["input_ids"]))
     for text in texts:
         occurring |= ids_of(text)
     first = whole.convert_ids_to_tokens(sorted(occurring))

@@ -4,8 +4,7 @@ Whatever it was built from, it is stored in the subfolder ``text/`` of a tower's
 transformers writes them, the projection, and ``text_tower.json``.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,9 +21,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from mgll_encoder.common.errors import BadDataError, MismatchError, NotFoundError, UnsupportedCheckpointError
+from mgll_encoder.common.library_bars import no_library_bars
 from mgll_encoder.text.clip_tokenizer import CONTEXT, trimmed_tokenizer
 from mgll_encoder.text.pretrained import load_pretrained
 from mgll_encoder.weights.weight_file import open_weights
@@ -175,7 +174,7 @@ class TextTower(nn.Module):
         """Write the tower's files into a folder, which is created if needed."""
         assert self.pooling != "padded", "a SigLIP's text tower is read from its own folder"
         folder.mkdir(parents=True, exist_ok=True)
-        with _no_bars():
+        with no_library_bars():
             self.model.save_pretrained(folder)
         self._pieces([""], self.context)  # tokenizer.json keeps the truncation of the last call
         self.tokenizer.save_pretrained(folder)
@@ -299,7 +298,7 @@ def load_encoder(kind: Any, source: str, **settings: Any) -> PreTrainedModel:
     Raises:
         UserError: it cannot be read, lacks weights, or is not a text encoder.
     """
-    with _no_bars():
+    with no_library_bars():
         model, report = _load(kind, source, dtype=torch.float32, output_loading_info=True, **settings)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing or report["mismatched_keys"]:
@@ -342,17 +341,6 @@ def _check_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
 def _rows(model: PreTrainedModel) -> int:
     weight: Any = model.get_input_embeddings().weight
     return int(weight.shape[0])
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar per file of a few megabytes is not useful
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _load(kind: Any, source: str, **settings: Any) -> Any:

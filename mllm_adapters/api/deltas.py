@@ -19,7 +19,7 @@ def compose(
     force: bool = False,
     bar: Counter = no_bar,
 ) -> Path:
-    """Write the whole checkpoint that a delta and its base define.
+    """Write the full checkpoint that a delta and its base define.
 
     Args:
         delta: Folder of `SwapPlan.write_delta` or `extract`.

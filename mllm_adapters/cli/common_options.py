@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import InvalidArgumentError
+from mgll_encoder.common.progress import Pace
 
 OUT_HELP = "Folder to write."
 COPY_HELP = "Copy unchanged files instead of hard-linking them (sharing blocks where the file system can)."
@@ -33,7 +35,10 @@ def parts_of(options: list[str] | None) -> dict[str, Path]:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over bytes on stderr; the yielded function advances it."""
+    """Show a progress bar over bytes on stderr, or tell it in lines; the yielded function advances it."""
+    if not cli.stderr.is_terminal:
+        yield Pace(description, total, show=decimal).advance
+        return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(description, *columns, console=cli.stderr, transient=True) as progress:
         task = progress.add_task(description, total=total)

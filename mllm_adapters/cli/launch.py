@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from mgll_encoder.common import cli
+from mgll_encoder.common.terminal_table import TerminalTable
 from mllm_adapters.training.runs import TrainingRequest, Watcher, carry_out, settings_of
 from mllm_adapters.training.runs import estimate as estimate_memory
 
@@ -48,14 +47,12 @@ def launch(request: TrainingRequest, *, estimate: bool = False) -> None:
 
 def _print_estimate(request: TrainingRequest, resolved: "Resolved") -> None:
     recipe = resolved.recipe
-    table = Table(
-        title=f"Memory per device in GB: stage {recipe.stage}, "
-        f"{recipe.batch_size} examples of {recipe.max_length} tokens",
-        title_justify="left",
+    table = TerminalTable(
+        f"Memory per device in GB: stage {recipe.stage}, "
+        f"{recipe.batch_size} examples of {recipe.max_length} tokens"
     )
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "device", "host")
-    for heading in ("", *parts[:-2], "all", "host's"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table.add_words("").add_figures(*parts[:-2], "all", "host's")
     for place, found in estimate_memory(request, resolved).items():
         table.add_row(place, *(f"{getattr(found, part) / 1e9:.2f}" for part in parts))
     cli.stdout.print(table)
@@ -67,9 +64,8 @@ def _show(job: "Job") -> None:
     from mllm_adapters.core.stages import STAGES, describe
     from mllm_adapters.training.prepare import ranks
 
-    table = Table(title=f"Stage: {job.stage.stage} ({STAGES[job.stage.stage].about})")
-    for heading in ("component", "trains", "frozen"):
-        table.add_column(heading, justify="left" if heading == "component" else "right")
+    table = TerminalTable(f"Stage: {job.stage.stage} ({STAGES[job.stage.stage].about})")
+    table.add_words("component").add_figures("trains", "frozen")
     for part in job.stage.components:
         table.add_row(part.component, f"{part.trainable:,}", f"{part.frozen:,}")
     cli.stdout.print(table)

@@ -15,7 +15,7 @@ from mllm_adapters.training.runs import TrainingRequest
 app = cli.new_app(
     """Fine-tune a multimodal LLM: its projector, and its language model with LoRA adapters.
 
-    Example: [bold]finetune-lora --model llava-med-aligned --data train.json --images images/ --merge[/bold]
+    Example: finetune-lora --model llava-med-aligned --data train.json --images images/ --merge
     """
 )
 

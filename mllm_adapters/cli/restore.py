@@ -10,6 +10,7 @@ from mgll_encoder.common import cli
 from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError, MismatchError
+from mgll_encoder.common.terminal_table import TerminalTable
 from mllm_adapters import api
 from mllm_adapters.checkpoints.locate import check_swapped
 from mllm_adapters.cli.common_options import FORCE_HELP, parts_of
@@ -43,15 +44,13 @@ def verify(
     """
     from dataclasses import asdict
 
-    from rich.table import Table
-
     checks = api.verify(folder, encoder=encoder, mllm=mllm, device=device, quick=quick)
     if as_json:
         cli.stdout.print_json(
             data=[asdict(check) | {"detail": cli.spelled(check.detail)} for check in checks]
         )
     else:
-        table = Table("", "check", "what was found")
+        table = TerminalTable().add_words("", "check", "what was found")
         for check in checks:
             table.add_row(MARKS[check.passed], check.name, cli.spelled(check.detail))
         cli.stdout.print(table)

@@ -15,7 +15,7 @@ from mllm_adapters.training.runs import TrainingRequest
 app = cli.new_app(
     """Retrain the projector of a multimodal LLM, with tower and language model frozen.
 
-    Example: [bold]retrain-projector --model llava-med-mgll-fundus --data train.json --images images/[/bold]
+    Example: retrain-projector --model llava-med-mgll-fundus --data train.json --images images/
     """
 )
 

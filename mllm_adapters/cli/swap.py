@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = cli.new_app(
     """Put an MGLL vision tower into a multimodal LLM.
 
-    Example: [bold]swap-encoder --mllm llava-med --encoder mgll-fundus.pt[/bold]
+    Example: swap-encoder --mllm llava-med --encoder mgll-fundus.pt
     """
 )
 
@@ -94,14 +94,14 @@ def swap(
         bool,
         typer.Option(
             "--reference-tower",
-            help="With --delta-only: refer to the tower by its hashes instead of storing it.",
+            help="Refer to the tower by its hashes instead of storing it (with --delta-only).",
         ),
     ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the result to the hub as OWNER/NAME.")
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="With --push-to-hub: create the repository as private.")
+        bool, typer.Option("--private", help="Create the repository as private (with --push-to-hub).")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
@@ -198,7 +198,7 @@ def families(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table of docs/families.md.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the matrix as JSON.")] = False,
 ) -> None:
     """Show the supported families: layouts, tokens per image, connectors, how the result loads.
 

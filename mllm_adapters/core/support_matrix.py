@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 
+from mgll_encoder.common.terminal_table import TerminalTable
 from mllm_adapters.checkpoints.data import Data
 from mllm_adapters.core.fates import ConnectorFate
 from mllm_adapters.core.wording import connector_words
@@ -101,12 +100,10 @@ def support_tables(spell: Callable[[str], str] = str) -> Group:
     return Group(_table("Tokens per image", figures, rows), "", _table("Layouts and connectors", words, rows))
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, leading=1)
-    for column in columns:
-        table.add_column(column, no_wrap=column == "family", overflow="fold")
+def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> TerminalTable:
+    table = TerminalTable(title).add_words(*columns)
     for row in rows:
-        table.add_row(*(row[column] for column in columns))
+        table.add_row(*(row[column] for column in columns), end_section=True)
     return table
 
 

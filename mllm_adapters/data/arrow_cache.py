@@ -1,8 +1,9 @@
 """Tables computed row by row with `datasets`: memory-mapped, cached, computed by several processes."""
 
-import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,9 +21,7 @@ from datasets import (
 from joblib import cpu_count
 
 from mgll_encoder.common.files import cache_folder, made_once
-from mgll_encoder.common.progress import counter
-
-_logger = logging.getLogger(__name__)
+from mgll_encoder.common.progress import counting
 
 Work = Callable[[Mapping[str, Sequence[Any]]], dict[str, list[Any]]]
 
@@ -49,7 +48,7 @@ def compute_table(
         "features": Features.from_arrow_schema(schema),
     }
     hidden = are_progress_bars_disabled()
-    disable_progress_bars()
+    disable_progress_bars()  # of the processes' own; ours is shown instead
     try:
         if not key:
             return source.map(work, keep_in_memory=True, new_fingerprint=uuid4().hex, **options)
@@ -57,33 +56,65 @@ def compute_table(
 
         def make(partial: Path) -> None:
             partial.mkdir()
-            _logger.info(f"{description} ({len(source)}) ...")
-            if counter():
-                enable_progress_bars()
-            source.map(
-                OneThread(work),
-                cache_file_name=str(partial / "rows.arrow"),
-                new_fingerprint=key[:32],  # datasets appends to it for each process
-                num_proc=processes if processes > 1 else None,
-                desc=description,
-                **options,
-            )
+            done = partial / "done"
+            with _followed(done, description, len(source)):
+                source.map(
+                    OneThread(work, done),
+                    cache_file_name=str(partial / "rows.arrow"),
+                    new_fingerprint=key[:32],  # datasets appends to it for each process
+                    num_proc=processes if processes > 1 else None,
+                    **options,
+                )
+            done.unlink()
 
         folder = made_once(cache_folder("rows") / key, make)
         parts = [Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))]
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     finally:
-        (disable_progress_bars if hidden else enable_progress_bars)()
+        if not hidden:
+            enable_progress_bars()
+
+
+@contextmanager
+def _followed(done: Path, description: str, total: int) -> Iterator[None]:
+    """Show progress by the size of a file, to which every process appends a byte per row."""
+    done.touch()
+    ended = threading.Event()
+    with counting(description, total) as advance:
+
+        def follow() -> None:
+            seen, last = 0, False
+            while not last:
+                last = ended.wait(1.0)
+                size = done.stat().st_size
+                advance(size - seen)
+                seen = size
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 class OneThread:
-    """Work that does not use torch's threads: they do not survive a fork."""
+    """Work that does not use torch's threads: they do not survive a fork.
 
-    def __init__(self, work: Work) -> None:
-        self.work, self.home = work, os.getpid()
+    Args:
+        work: Computes the columns of a batch.
+        done: File that gets a byte per row.
+    """
+
+    def __init__(self, work: Work, done: Path) -> None:
+        self.work, self.done, self.home = work, done, os.getpid()
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """See `compute_table`."""
         if os.getpid() != self.home:
             torch.set_num_threads(1)
-        return self.work(batch)
+        columns = self.work(batch)
+        with self.done.open("ab") as stream:
+            stream.write(bytes(len(next(iter(batch.values())))))
+        return columns

@@ -21,6 +21,8 @@ from transformers import TrainingArguments
 from mgll_encoder import load_tower
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, unknown_name
 from mgll_encoder.common.files import check_free, new_folder
+from mgll_encoder.common.library_bars import no_library_bars
+from mgll_encoder.common.progress import counter
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
 from mllm_adapters.core.processing import llava_processor
 from mllm_adapters.data.corpus import Conversation, Corpus, read_corpus
@@ -174,7 +176,8 @@ def build_smol_llava(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     with new_folder(out, force) as folder:
-        model.save_pretrained(folder)
+        with no_library_bars():
+            model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         taught = Training.of(
@@ -256,6 +259,7 @@ def _teach(
             logging_steps=25,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=counter() is None,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from mgll_encoder.common.files import new_folder
+from mgll_encoder.common.library_bars import no_library_bars
 from mgll_encoder.tower.model import Tower, build_model
 from mgll_encoder.tower.save import save_tower
 from mgll_encoder.tower.spec import TowerSpec
@@ -35,7 +36,8 @@ def write_example(out: Path, *, force: bool = False) -> Path:
         save_tower(_tower(width=96, seed=1), folder / "tower")
         tower, speech = _tower(width=64, seed=0), tiny(TEXTS, ["glaucoma", "cataract"], seed=0)
         processor = llava_processor(tower_contract(tower.spec), speech.tokenizer, CHATML)
-        assemble(tower, speech, seed=0).save_pretrained(folder / "llava")
+        with no_library_bars():
+            assemble(tower, speech, seed=0).save_pretrained(folder / "llava")
         processor.save_pretrained(folder / "llava")
         (folder / "photographs").mkdir()
         draw = np.random.default_rng(0)

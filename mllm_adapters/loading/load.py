@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import MismatchError, UnsupportedCheckpointError
+from mgll_encoder.common.library_bars import no_library_bars
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.text.pretrained import check_configs, check_loading_report, load_pretrained
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
@@ -170,15 +171,8 @@ def load_state(state: Mapping[str, Tensor], settings: Mapping[str, Any], folder:
     Raises:
         UserError: a tensor is missing, unexpected, or of another shape than in the model.
     """
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with no_library_bars():
         return _load(dict(state), settings, folder, **options)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def check_depths(settings: Mapping[str, Any], tensors: int, where: str) -> None:

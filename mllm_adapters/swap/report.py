@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from mgll_encoder.common.terminal_table import TerminalTable
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.architectures import MODEL_TYPES
 from mllm_adapters.core.contract import Plan
@@ -24,21 +25,13 @@ if TYPE_CHECKING:
 
 def alignment_table(alignment: "Alignment") -> RenderableType:
     """Return a table of how well each connector layer was fitted, for the terminal."""
-    table = Table(
-        title=f"Connectors fitted on {alignment.used} images ({alignment.held_out} of them held out), "
-        f"{alignment.tokens} tokens, in {alignment.seconds:.0f} s",
-        title_justify="left",
+    table = TerminalTable(
+        f"Connectors fitted on {alignment.used} images ({alignment.held_out} of them held out), "
+        f"{alignment.tokens} tokens, in {alignment.seconds:.0f} s"
     )
-    for column in (
-        "connector",
-        "R² held out",
-        "R² unaligned",
-        "relative error",
-        "ridge",
-        "towards",
-        "seconds",
-    ):
-        table.add_column(column, justify="left" if column in ("connector", "towards") else "right")
+    table.add_words("connector")
+    table.add_figures("R² held out", "R² unaligned", "relative error", "ridge")
+    table.add_words("towards").add_figures("seconds")
     for fit in alignment.fits:
         unaligned = "re-initialized" if fit.r2_unaligned is None else f"{fit.r2_unaligned:.3f}"
         error, ridge = f"{fit.relative_error:.3f}", f"{fit.strength:.1e}"
@@ -69,15 +62,11 @@ def plan_table(
         copy: Whether unchanged files will be copied instead of linked.
         held: For a delta, the names of its tensors.
     """
-    vision = Table(title="Input of the language model", title_justify="left")
-    for column in ("", "before", "after"):
-        vision.add_column(column)
+    vision = TerminalTable("Input of the language model").add_words("", "before", "after")
     for name, before, after in contract_rows(plan.before, plan.after):
         vision.add_row(name, before, after if after == before else Text(after, "bold"))
 
-    tensors = Table(title="Tensors", title_justify="left")
-    for column in ("", "number", "bytes"):
-        tensors.add_column(column, justify="left" if not column else "right")
+    tensors = TerminalTable("Tensors").add_words("").add_figures("number", "bytes")
     for operation in OPERATIONS.values():
         steps = [step for step in plan.steps if step.kind is operation]
         if steps:
@@ -91,7 +80,7 @@ def plan_table(
     tensors.add_row(elsewhere, "", decimal(left))
 
     facts = Table.grid(padding=(0, 2))
-    facts.add_column()
+    facts.add_column(no_wrap=True)
     facts.add_column(overflow="fold")
     facts.add_row("checkpoint", f"{plan.source} ({plan.family}, {plan.layout} layout)")
     facts.add_row("tower", str(plan.tower or "the checkpoint's own"))

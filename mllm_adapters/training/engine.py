@@ -19,6 +19,7 @@ from mgll_encoder.common.deepspeed import read_deepspeed
 from mgll_encoder.common.errors import InvalidArgumentError, TrainingError, UserError
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import check_free
+from mgll_encoder.common.progress import counter
 from mgll_encoder.common.resuming import (
     ResumeError,
     check_states,
@@ -313,7 +314,7 @@ def _arguments(job: Job, options: RunOptions, work: Path) -> TrainingArguments:
         "save_steps": options.save_steps,
         "save_total_limit": 2,
         "report_to": list(options.report_to) or "none",
-        "disable_tqdm": False,  # otherwise the library would print dictionaries at a low log level
+        "disable_tqdm": counter() is None,
         "dataloader_num_workers": options.workers,
         "dataloader_persistent_workers": options.workers > 0,
         "dataloader_pin_memory": torch.cuda.is_available() and not job.use_cpu,

@@ -15,10 +15,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.files import write_text
+from mgll_encoder.common.terminal_table import TerminalTable
 
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
@@ -196,8 +196,12 @@ def retrain(
 
 
 def _show_arms(results: dict[str, dict[str, Any]]) -> None:
-    table = Table(
-        "", "answer loss", "accuracy", "of the base's above chance", "R² held out", "seconds to align"
+    table = (
+        TerminalTable()
+        .add_words("")
+        .add_figures(
+            "answer loss", "accuracy", "of the base's above chance", "R² held out", "seconds to align"
+        )
     )
     base = results["base"]
     own = base["accuracy"] - base["chance"]

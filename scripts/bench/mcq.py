@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from timing import Seconds, Spread, Stopwatch, interleaved
 
+from mgll_encoder.common.terminal_table import TerminalTable
+
 if TYPE_CHECKING:
     from eval_mcq.items.schema import Bench
     from eval_mcq.records.batching import Group
@@ -73,7 +75,6 @@ def bench(
     Example: python scripts/bench/mcq.py --model smol-llava --bench test.jsonl --lmms-python lmms/bin/python
     """
     from rich.console import Console
-    from rich.table import Table
 
     from eval_mcq.items.schema import load_bench
 
@@ -81,10 +82,11 @@ def bench(
     with tempfile.TemporaryDirectory() as work:
         folder = variant(model, size, image_size, Path(work) / "model")
         contenders = _Contenders(folder, load_bench(questions), new_tokens, lmms_python)
-        table = Table(
-            "images x questions", "rotations", "contender", "rows/s", "min-max", "time / ours", "cpu time / ours",
-            "same letters",
-        )  # fmt: skip
+        table = (
+            TerminalTable(fixed=3)
+            .add_words("images x questions", "rotations", "contender")
+            .add_figures("rows/s", "min-max", "time / ours", "cpu time / ours", "same letters")
+        )
         figures = []
         for shape in cases.split(","):
             images, per_image = map(int, shape.split("x"))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from timing import Seconds, Spread, Stopwatch, interleaved, paired_ratios
 
+from mgll_encoder.common.terminal_table import TerminalTable
+
 if TYPE_CHECKING:
     from eval_mcq.items.schema import Bench
     from eval_mcq.records.batching import Group
@@ -42,15 +44,14 @@ def bench(
     """
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     from eval_mcq.records.batching import batches, groups
     from eval_mcq.scoring.score import Scorer
     from mllm_adapters import load_mllm
 
     scorer = Scorer(*load_mllm(model, dtype=torch.float32))
-    table = Table(
-        "images", "batch before", "now", "before, rows/s", "now, rows/s", "gain (min-max)", "gain, processor time",
+    table = TerminalTable().add_words("images").add_figures(
+        "batch before", "now", "before, rows/s", "now, rows/s", "gain (min-max)", "gain, processor time",
         "same choice", "largest change",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as work:

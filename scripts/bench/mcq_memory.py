@@ -21,7 +21,7 @@ def bench(
     images: Annotated[int, typer.Option(help="Number of distinct images.", min=1)] = 1000,
     out: Annotated[
         Path | None,
-        typer.Option(help="Output folder to keep, so that the same command continues a killed run."),
+        typer.Option(help="Output folder to keep, so that re-running the command continues a killed run."),
     ] = None,
 ) -> None:
     """Run the questions and print the resident memory after each tenth of them.

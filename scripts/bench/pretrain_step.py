@@ -20,13 +20,13 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.table import Table
 from timing import Spread, interleaved, seconds_of
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.skipped import Skipped
+from mgll_encoder.common.terminal_table import TerminalTable
 from mgll_encoder.data.batches import ManifestCollator, SplitRows, plan_rows
 from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.pretraining.dual_encoder import (
@@ -183,7 +183,8 @@ def timed(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, Sp
 def show(found: dict[str, dict[str, object]]) -> None:
     """Print one table per geometry."""
     for name, figures in found.items():
-        table = Table("", "median ms", "least", "most", title=f"{name}: {figures['images']} images")
+        table = TerminalTable(f"{name}: {figures['images']} images").add_words("")
+        table.add_figures("median ms", "least", "most")
         for variant, spread in dict(figures["seconds"]).items():  # type: ignore[call-overload]  # made above
             table.add_row(variant, *(f"{1000 * spread[key]:.1f}" for key in ("median", "least", "most")))
         cli.stdout.print(table)

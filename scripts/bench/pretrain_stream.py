@@ -18,11 +18,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.table import Table
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.files import write_text
+from mgll_encoder.common.terminal_table import TerminalTable
 from mgll_encoder.data.manifest import ManifestHeader, ManifestRow, write_manifest
 from mgll_encoder.data.phantom.dataset import write_phantom
 
@@ -57,7 +57,8 @@ def main(
                 # a fresh process, so that its memory is that of this manifest alone
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     found.append({"rows": length, "format": kind, **pool.apply(read, (manifest, images))})
-    table = Table("rows", "format", "file MB", "reading s", "index MB", "images/s", "images MB")
+    table = TerminalTable(fixed=2).add_figures("rows").add_words("format")
+    table.add_figures("file MB", "reading s", "index MB", "images/s", "images MB")
     for entry in found:
         table.add_row(
             *(f"{value:,.1f}" if isinstance(value, float) else str(value) for value in entry.values())

@@ -15,6 +15,7 @@ from timing import Spread, interleaved, seconds_of
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.files import write_text
+from mgll_encoder.common.terminal_table import TerminalTable
 
 app = cli.new_app("Time the probe's bootstrap and its reading of images.")
 
@@ -34,11 +35,8 @@ def bench(
 
     Example: python scripts/bench/probe.py --repeats 5 --out probe-bench.json
     """
-    from rich.table import Table
-
-    table = Table(title="Seconds: median [least, most]", title_justify="left")
-    for heading in ("task", "before", "now", "before / now"):
-        table.add_column(heading)
+    table = TerminalTable("Seconds: median [least, most]").add_words("task")
+    table.add_figures("before", "now", "before / now")
     record: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder:
         tasks = {

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from timing import Spread, interleaved, paired_ratios
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import unknown_name
 from mgll_encoder.common.faults import CACHE
 from mgll_encoder.common.files import write_text
+from mgll_encoder.common.terminal_table import TerminalTable
 
 app = cli.new_app("Measure samples per second of projector retraining, with and without the feature cache.")
 
@@ -101,9 +101,8 @@ def bench(
 
 
 def _show(rates: Mapping[str, list[float]], shape: str, clock: str) -> None:
-    table = Table(title=f"Projector retraining, {shape}, samples per second ({clock})")
-    for column in ("arm", "median", "min", "max", "of the limit", "of the bare loop"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    table = TerminalTable(f"Projector retraining, {shape}, samples per second ({clock})").add_words("arm")
+    table.add_figures("median", "min", "max", "of the limit", "of the bare loop")
     for name, values in rates.items():
         ratios = [f"{paired_ratios(values, rates[other]).median:.3f}" for other in ("limit", "bare")]
         figures = [f"{value:.2f}" for value in Spread.of(values)]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from timing import seconds_of
 
 from mgll_encoder.common import cli
+from mgll_encoder.common.progress import track
+from mgll_encoder.common.terminal_table import TerminalTable
 
 app = cli.new_app("Measure the startup time of commands that need no model.")
 
@@ -47,9 +48,10 @@ def startup(
     """
     torch = fastest([sys.executable, "-c", "import torch"], repeats)
     scripts = Path(sys.executable).parent
-    table = Table("command", "--help", "--version", "wrong path", "wrong option")
+    table = TerminalTable().add_words("command")
+    table.add_figures("--help", "--version", "wrong path", "wrong option")
     worst = 0.0
-    for name, mistake in cli.track(MISTAKES.items(), "measuring"):
+    for name, mistake in track(MISTAKES.items(), "measuring"):
         asked = ("--help", "--version", mistake, "--nope")
         ratios = [fastest([scripts / name, *arguments.split()], repeats) / torch for arguments in asked]
         table.add_row(name, *(f"{ratio:.2f}" for ratio in ratios))

@@ -19,6 +19,8 @@ import typer
 from timing import Spread, paired_ratios
 
 from mgll_encoder.common import cli
+from mgll_encoder.common.progress import track
+from mgll_encoder.common.terminal_table import TerminalTable
 
 app = cli.new_app("Measure swap-encoder side by side with transformers and with cp.")
 
@@ -113,7 +115,7 @@ def bench(
     runs: dict[str, list[dict[str, float]]] = {}
     try:
         host = write_host(scratch / "host", size, shard, shrink)
-        for _ in cli.track(range(repeats), f"comparing at {size:g} GB"):
+        for _ in track(range(repeats), f"comparing at {size:g} GB"):
             swapped = scratch / "swapped"
             _run(runs, "swap", SWAP, host, encoder, swapped)
             touched = [file for file in swapped.glob("*.safetensors") if file.stat().st_nlink == 1]
@@ -125,7 +127,7 @@ def bench(
         _show_ratios(runs)
         for gigabytes in [float(word) for word in growth.split(",") if word]:
             host = write_host(scratch / "host", gigabytes, shard, shrink)
-            for _ in cli.track(range(repeats), f"growth: {gigabytes:g} GB"):
+            for _ in track(range(repeats), f"growth: {gigabytes:g} GB"):
                 _run(runs, f"swap at {gigabytes:g} GB", SWAP, host, encoder, scratch / "swapped")
                 shutil.rmtree(scratch / "swapped")
             shutil.rmtree(host)
@@ -256,9 +258,8 @@ def _run(runs: dict[str, list[dict[str, float]]], name: str, script: str, *argum
 
 
 def _show_table(runs: Mapping[str, list[dict[str, float]]]) -> None:
-    from rich.table import Table
-
-    table = Table("", "wall s", "without imports s", "CPU s", "phases s", "peak RSS GB", "written GB")
+    table = TerminalTable().add_words("").add_figures("wall s", "without imports s", "CPU s")
+    table.add_words("phases s").add_figures("peak RSS GB", "written GB")
     for name, rows in runs.items():
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         phases = [key for key in columns if key not in ("wall", "work", "cpu", "peak RSS", "written")]

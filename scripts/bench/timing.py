@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple, TypeVar
 
-from mgll_encoder.common import cli
+from mgll_encoder.common.progress import track
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ def interleaved(
         Name -> figures, round by round.
     """
     found: dict[str, list[T]] = {name: [] for name in variants}
-    for turn in cli.track(range(rehearsals + repeats), "Rounds"):
+    for turn in track(range(rehearsals + repeats), "Rounds"):
         for name, variant in variants.items():
             figure = variant()
             if turn >= rehearsals:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eval_mcq.runs.progress import rate
-from mgll_encoder.common.progress import counter, show_with, track
+from mgll_encoder.common import progress
+from mgll_encoder.common.progress import Pace, counter, counting, show_with, track
 from mgll_encoder.common.tables import read_table
 from mllm_adapters import align, plan_swap
 from tests.builders import picture
@@ -50,21 +50,73 @@ def test_bars_of_other_libraries_follow_the_program(capfd: pytest.CaptureFixture
     counted: list[int] = []
 
     @contextmanager
-    def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def noting(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield counted.append
 
     assert counter() is None
-    with rate("Answering", 5) as advance:
+    with counting("Answering", 5) as advance:
         advance(2)
-    show_with(None, counting)
+    show_with(None, noting)
     try:
-        assert counter() is counting
-        with rate("Answering", 5) as advance:
+        assert counter() is noting
+        with counting("Answering", 5) as advance:
             advance(3)
     finally:
         show_with(None)
     assert counted == [3]
     assert capfd.readouterr() == ("", "")
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_without_a_terminal_long_work_tells_now_and_then_what_is_left() -> None:
+    clock, lines = Clock(), []
+    pace = Pace("training", 450, unit="steps", say=lines.append, clock=clock)
+    for _ in range(450):
+        clock.now += 2.0
+        pace.advance(about="loss 0.5000")
+    assert lines[0] == "training (450 steps) ..."
+    assert lines[1] == "training: 15 of 450 steps, loss 0.5000, 14 min left"
+    assert lines[2] == "training: 30 of 450 steps, loss 0.5000, 14 min left"
+    assert lines[-1].endswith("s left")
+    assert 20 <= len(lines) <= 30, "a quarter of an hour"
+
+
+def test_a_day_of_work_is_no_flood_of_lines_and_short_work_none() -> None:
+    clock, lines = Clock(), []
+    pace = Pace("reading", say=lines.append, clock=clock)
+    for _ in range(24 * 3600):
+        clock.now += 1.0
+        pace.advance(1_000)
+    assert 150 <= len(lines) <= 300
+    assert lines[-1].startswith("reading: 86,")
+    assert "h " in lines[-1]
+    assert lines[-1].endswith("so far")
+    short: list[str] = []
+    pace = Pace("reading", 29, say=short.append, clock=clock)
+    for _ in range(29):
+        clock.now += 1.0
+        pace.advance()
+    assert short == ["reading (29) ..."]
+
+
+def test_a_list_whose_length_is_known_is_told_in_log_records(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "SHORTEST", 0.0)
+    assert list(track("abc", "reading")) == ["a", "b", "c"]
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == "reading (3) ..."
+    assert told[1].startswith("reading: 1 of 3, ")
+    assert len(told) == 3, "the last item needs no line"
 
 
 def test_no_library_module_uses_the_terminal() -> None:

@@ -1,5 +1,6 @@
 """The report on a wide and a narrow screen, in light and dark, with a keyboard only, and for screen readers."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from eval_mcq.html_report import ReportOptions, write_report
 from eval_mcq.html_report.figures import IN_PAGE, PALETTE, STRONGEST
 from eval_mcq.items.schema import Bench, load_bench
+from eval_mcq.records.backend_record import BackendRecord
 from eval_mcq.records.model_history import (
     AlignmentSummary,
     FittedConnector,
@@ -160,6 +162,20 @@ def test_curves_trainings_and_alignments_are_read_from_the_runs(desktop):
     assert "multi_modal_projector.linear_1 500 (100) 0.912 -0.310 0.230 1.0e-03 kept" in alignments.text
     shared = models.find_elements("css selector", "figure")[2]
     assert "aligned; + MGLL" in shared.text
+
+
+def test_the_table_of_runs_names_the_engine_of_each(bench, tmp_path):
+    served = BackendRecord(name="vllm", version="0.32.0", sent={"max_tokens": 1})
+    runs = {
+        "ours": run_of_bench(bench, lambda number: number % 2 == 0),
+        "served": run_of_bench(bench, lambda number: number % 3 == 0, backend=served),
+    }
+    write_report(runs, bench, tmp_path / "r.html", ReportOptions(images=False))
+    table = (tmp_path / "r.html").read_text().partition('id="runs"')[2]
+    head, *rows = re.findall(r"<tr>(.*?)</tr>", table)
+    place = re.findall(r"<th[^>]*>(.*?)</th>", head).index("engine")
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    assert [(row[0], row[place]) for row in cells] == [("ours", "eval-mcq"), ("served", "vllm 0.32.0")]
 
 
 def test_a_report_of_runs_without_records_has_no_such_part(bench, tmp_path):

@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 from eval_mcq.tables.multi_model import like_paper_pairs, long_table
 from eval_mcq.tables.published import load_published
-from eval_mcq.tables.render import UNMARKED, as_csv, as_latex, as_markdown, as_text, rich_tables, show
+from eval_mcq.tables.render import UNMARKED, as_csv, as_latex, as_markdown, as_text, show, terminal_table
 from eval_mcq.tables.rounding import PaperRounding, Rounding, mean_of_printed
 from eval_mcq.tables.summary import compare, compare_models
 from eval_mcq.tables.table_layout import by_disease, like_paper
@@ -222,8 +222,8 @@ def test_every_format_shows_the_same_figures(comparison):
 def test_a_narrow_terminal_gets_several_tables_and_whole_figures(comparison):
     grid = by_disease(comparison)
     narrow, wide = (Console(file=io.StringIO(), width=width, color_system=None) for width in (80, 200))
-    assert len(rich_tables(grid, wide)) == 1
-    parts = rich_tables(grid, narrow)
+    assert len(terminal_table(grid).parts(wide, 200)) == 1
+    parts = terminal_table(grid).parts(narrow, 80)
     assert len(parts) == len(comparison.arms) - 1
     show(grid, narrow)
     lines = [line for line in narrow.file.getvalue().splitlines() if "Questions" not in line]

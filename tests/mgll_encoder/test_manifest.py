@@ -143,7 +143,7 @@ def test_a_bad_row_of_a_table_is_named_and_can_be_skipped(tmp_path, row, complai
         list(read_rows(tmp_path / "m.parquet"))
     skipped = Skipped()
     assert [row.image for _, _, row in read_rows(tmp_path / "m.parquet", skipped)] == ["1.png"]
-    assert skipped.counts == {"line is no row": 1}
+    assert skipped.counts == {"line is not a row": 1}
 
 
 def test_a_table_without_a_header_and_a_file_that_is_no_table_say_so(tmp_path):

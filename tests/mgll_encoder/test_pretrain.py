@@ -326,7 +326,7 @@ def test_rows_that_cannot_be_used_are_counted_or_stop_a_strict_run(manifest, tmp
     changed = spoilt(manifest, tmp_path / "m.jsonl")
     skipped = Skipped()
     plan = plan_rows(changed, None, (), "train", False, skipped)
-    assert skipped.counts == {"no image file": 1, "rows of one image disagree": 1, "line is no row": 1}
+    assert skipped.counts == {"no image file": 1, "rows of one image disagree": 1, "line is not a row": 1}
     assert len(plan) == 38
     assert "line 41: the image" in skipped.first["no image file"]
     assert "line 42: the texts of" in skipped.first["rows of one image disagree"]

@@ -198,7 +198,12 @@ def test_a_damaged_line_of_a_manifest_is_counted_or_stops_a_strict_run(
     assert done.code == 0, done.err
     summary = done.err.splitlines()[-1]
     assert summary.startswith("left out 5 of ")
-    for said in ("2 line is no row", "1 no image file", "1 image unreadable", "1 rows of one image disagree"):
+    for said in (
+        "2 line is not a row",
+        "1 no image file",
+        "1 image unreadable",
+        "1 rows of one image disagree",
+    ):
         assert said in summary
     line = refused(*command, "--strict")
     assert f"line {len(tests) + 2}: 'texts.shade.0'" in line
