@@ -25,8 +25,8 @@ of images and texts, `--data` rows to train on, `--bench` a benchmark; `--encode
 swap starts from, `--model` one that is trained or asked. `--seed` draws, `--split-seed` splits the patients, with
 `--test-share` and `--val-share`. `--device` and `--precision` say where and in which number format to compute.
 
-Every command also has `--help`, `--version`, `--install-completion` and `--show-completion`. `mgll` is all five under
-one name: {umbrella}.
+Every command also has `--help`, `--version`, `--install-completion` and `--show-completion` (bash, fish, and zsh, whose
+first TAB only loads the completion). `mgll` is all five under one name: {umbrella}.
 
 `python scripts/options.py` writes this page; a test compares it with the commands.
 

@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -443,6 +445,36 @@ def test_texts_that_lose_their_ends_are_told(manifest, tmp_path, caplog):
     assert f"1 of {_distinct(long)} texts {told}" in shown
     assert "The longest has 182: 'drusen drusen" in shown
     assert "Token indices" not in shown, "what transformers would say of it"
+
+
+def test_a_log_of_pretraining_is_quiet(manifest, tmp_path):
+    """A process of its own, whose libraries have their own ideas of what to say."""
+
+    def lengthen(rows):
+        return [{**row, "texts": {**row["texts"], "keyword": ["drusen " * 90]}} for row in rows]
+
+    long = edit(manifest, tmp_path / "long.jsonl", lengthen)
+    arguments = [
+        "--manifest", long, "--loss", "clip", "--tower-size", "nano", "--epochs", "1", "--workers", "0",
+        "--out", tmp_path / "tower",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "from mgll_encoder.cli import main; main()", "pretrain", *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "more tokens than the text tower's context of 77" in done.stderr
+    assert "training (" in done.stderr
+    for noise in (
+        "[transformers]",
+        "Token indices",
+        "Writing model shards",
+        "it/s",
+        "\r",
+        "{'loss'",
+        "Warning:",
+    ):
+        assert noise not in done.stdout + done.stderr, done.stderr
 
 
 def _distinct(manifest: Path) -> int:

@@ -1,9 +1,11 @@
 import json
+import re
 import shutil
 import sys
 
 import pytest
 
+from mgll_encoder.common import progress
 from mllm_adapters.cli import retrain
 from tests.mllm_adapters.retraining import color_rows, turns, write_json
 
@@ -55,6 +57,20 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(command, place):
     assert code == 0
     assert "Steps: 6" in out
     assert files(place) == before
+
+
+def test_a_log_gets_lines_with_the_time_left_and_no_bars(command, place, monkeypatch):
+    monkeypatch.setattr(progress, "SHORTEST", 0.0)
+    code, out, err = command("--max-steps", 3, "--batch-size", 2)
+    assert code == 0, err
+    lines = [line for line in err.splitlines() if line.startswith("training")]
+    assert lines[0] == "training (3 steps) ..."
+    assert re.fullmatch(r"training: 1 of 3 steps(, loss \d+\.\d{4})?, \d+ s left", lines[1])
+    assert re.fullmatch(r"training: 2 of 3 steps, loss \d+\.\d{4}, \d+ s left", lines[2])
+    assert len(lines) == 3
+    assert "reading train.json: 4 so far" in err
+    for drawn in ("\r", "it/s", "s/it", "█", "{'loss'", "Writing model shards"):
+        assert drawn not in out + err
 
 
 def test_help_has_an_example(monkeypatch, capsys):

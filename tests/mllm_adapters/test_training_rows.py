@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import contextmanager
 
 import pytest
 
@@ -223,7 +224,16 @@ def test_several_processes_render_the_same_rows_in_the_same_order(tmp_path, tiny
     alone, _ = prepare_examples(corpus, processor, 2048, text_only=False)
     monkeypatch.setenv("MGLL_CACHE_DIR", str(tmp_path / "two"))
     monkeypatch.setattr(tables, "ROWS_PER_PROCESS", 3)
+    counted: list[int] = []
+
+    @contextmanager
+    def counting(description, total):
+        assert (description, total) == ("rendering conversations", 7)
+        yield counted.append
+
+    monkeypatch.setattr(tables, "counting", counting)
     together, _ = prepare_examples(corpus, processor, 2048, text_only=False)
+    assert sum(counted) == 7, "all processes are followed"
     assert len(list((tmp_path / "two" / "rows").glob("*/*of*.arrow"))) == 2
     assert list(together) == list(alone)
     again, _ = prepare_examples(corpus, processor, 2048, text_only=False)
