@@ -71,15 +71,12 @@ class Pace:
             return
         spent = now - self._start
         self._next = now + min(max(spent / 20, SHORTEST), LONGEST)
-        sofar = f"{self._show(self._done)}{self._unit}"
-        if self.total is not None:
+        if self.total is None:
+            parts = [f"{self._show(self._done)}{self._unit} so far", about, _duration(spent)]
+        else:
             left = spent * (self.total - self._done) / max(self._done, 1)
             sofar = f"{self._show(self._done)} of {self._show(self.total)}{self._unit}"
-        parts = (
-            sofar,
-            about,
-            f"{_duration(spent)} so far" if self.total is None else f"{_duration(left)} left",
-        )
+            parts = [sofar, about, f"{_duration(left)} left"]
         self.say(f"{self.description}: {', '.join(filter(None, parts))}")
 
 

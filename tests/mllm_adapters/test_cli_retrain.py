@@ -61,6 +61,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(command, place):
 
 def test_a_log_gets_lines_with_the_time_left_and_no_bars(command, place, monkeypatch):
     monkeypatch.setattr(progress, "SHORTEST", 0.0)
+    monkeypatch.setattr(progress, "LONGEST", 0.0)
     code, out, err = command("--max-steps", 3, "--batch-size", 2)
     assert code == 0, err
     lines = [line for line in err.splitlines() if line.startswith("training")]
