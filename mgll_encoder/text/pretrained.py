@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import BadDataError, MismatchError, UnsupportedCheckpointError, UserError
+from mgll_encoder.common.library_bars import no_library_bars
 from mgll_encoder.common.library_errors import library_reason
+from mgll_encoder.common.progress import counter
 from mgll_encoder.common.texts import read_json
 
 CODE_FIELD = "auto_map"
@@ -58,7 +60,7 @@ def load_pretrained(
     if folder is not None and not checked:
         check_configs(folder)
     try:
-        with quiet():
+        with quiet(), nullcontext() if counter() else no_library_bars():
             return kind.from_pretrained(source, trust_remote_code=False, **options)
     except library_errors() as error:
         raise _unreadable(what, folder, error, advice) from error

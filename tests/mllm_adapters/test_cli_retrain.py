@@ -71,7 +71,7 @@ def test_a_log_gets_lines_with_the_time_left_and_no_bars(command, place, monkeyp
     assert len(lines) == 3
     assert "reading train.json: 4 so far" in err
     for drawn in ("\r", "it/s", "s/it", "█", "{'loss'", "Writing model shards"):
-        assert drawn not in out + err
+        assert drawn not in out + err, repr((out + err)[(out + err).find(drawn) - 300 :][:400])
 
 
 def test_help_has_an_example(monkeypatch, capsys):
