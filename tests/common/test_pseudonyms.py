@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mgll_encoder.common.errors import StorageError, UserError
+from mgll_encoder.common.errors import BadDataError, StorageError
 from mgll_encoder.common.pseudonyms import KEY_FILE, KEY_VARIABLE, Pseudonyms
 
 
@@ -73,7 +73,7 @@ def test_a_damaged_key_is_refused_and_left_alone(table, content):
     key = table.parent / KEY_FILE
     key.write_bytes(content)
     with pytest.raises(
-        UserError, match=rf"{KEY_FILE}.* is damaged: expected .*64 hexadecimal.*{KEY_VARIABLE}"
+        BadDataError, match=rf"{KEY_FILE}.* is damaged: expected .*64 hexadecimal.*{KEY_VARIABLE}"
     ):
         Pseudonyms(table).patient("7")
     assert key.read_bytes() == content

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval_mcq.records.run_record import load_run, read_run_record
-from mgll_encoder.common.errors import BadDataError, UserError
+from mgll_encoder.common.errors import BadDataError
 from tests.eval_mcq.helpers import run_of_counts, save_run
 
 
@@ -82,7 +82,7 @@ def test_rotations_that_disagree_about_their_question_are_refused(tmp_path):
     assert len(load_run(run).answers) == 2
     damage(run, 1, probabilities=[0.5, 0.5], shown="BA")
     with pytest.raises(
-        UserError, match=r"line 2 .*differs from another rotation of its question .* number of options"
+        BadDataError, match=r"line 2 .*differs from another rotation of its question .* number of options"
     ):
         load_run(run)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.cli import main
-from mgll_encoder.common.errors import BadDataError, UserError
+from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError, UserError
 from mgll_encoder.weights.weight_file import open_weights
 from tests import builders
 from tests.mgll_encoder import towers
@@ -382,7 +382,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     tensors["visual.transformer.resblocks.1.mlp.c_fc.bias"][3] = value
     path = towers.write(tensors, tmp_path / "tower.pt")
     with pytest.raises(
-        UserError, match=r"tensor 'encoder.layers.1.mlp.fc1.bias' contains NaN or infinite values"
+        UnsupportedCheckpointError,
+        match=r"tensor 'encoder.layers.1.mlp.fc1.bias' contains NaN or infinite values",
     ):
         load_tower(path)
 

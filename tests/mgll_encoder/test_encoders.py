@@ -27,7 +27,7 @@ from transformers import (
     ViTModel,
 )
 
-from mgll_encoder import UserError, inspect_tower, load_tower, save_tower
+from mgll_encoder import IncompatibleTowerError, inspect_tower, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.errors import UnknownNameError, UnsupportedCheckpointError
 from mgll_encoder.data.fundus import FundusTable, build_fundus
@@ -139,7 +139,8 @@ def test_a_tower_is_refitted_to_other_sizes_as_transformers_does_at_run_time(
         expected = hidden(model, pixels, **options)
         torch.testing.assert_close(hidden(fitted.model, pixels), expected, rtol=0, atol=0)
     with pytest.raises(
-        UserError, match=r"`image_size=50` is not a multiple of the tower's patch size 14: try 56"
+        IncompatibleTowerError,
+        match=r"`image_size=50` is not a multiple of the tower's patch size 14: try 56",
     ):
         load_tower(tmp_path, image_size=50)
 
@@ -254,7 +255,8 @@ def test_what_is_no_such_tower_is_refused(tmp_path: Path) -> None:
     state = state_of(with_registers())
     save_file(state, tmp_path / "mixed" / "model.safetensors")
     with pytest.raises(
-        UserError, match=r"describes a DINOv2 tower, but the weights in .* DINOv2 with registers"
+        UnsupportedCheckpointError,
+        match=r"describes a DINOv2 tower, but the weights in .* DINOv2 with registers",
     ):
         inspect_tower(tmp_path / "mixed")
 

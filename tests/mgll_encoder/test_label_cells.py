@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.data.label_cells import WORDS, LabelLists, truth_of
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.finetune import OPEN, TowerWithHead
@@ -60,7 +60,7 @@ def test_a_label_with_a_comma_stays_one_where_its_parts_are_none(caplog: pytest.
 @pytest.mark.parametrize("joint", [", ", "/", " + ", " & ", " and "])
 def test_a_class_made_of_two_others_is_refused(joint: str) -> None:
     with pytest.raises(
-        UserError, match=r"'a.+b' consists of other labels of the table: give `label_separator="
+        BadDataError, match=r"'a.+b' consists of other labels of the table: give `label_separator="
     ):
         lists(f"a{joint}b", "a", "b", "c, d")
     assert lists(f"a{joint}b", "a", "b", separator="none")[0] == {f"a{joint}b"}

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel
 
 from mgll_encoder import Tower, TowerSpec, build_model, image_transform, inspect_tower, load_tower, save_tower
-from mgll_encoder.common.errors import MismatchError, OutputTakenError, UserError
+from mgll_encoder.common.errors import MismatchError, OutputTakenError, UnsupportedCheckpointError, UserError
 from mgll_encoder.common.files import sha256
 from tests import builders
 from tests.mgll_encoder import towers
@@ -114,7 +114,8 @@ def test_a_model_that_is_not_its_contract_is_not_written(tmp_path: Path) -> None
 def test_the_stored_activation_cannot_be_contradicted(folder: Path) -> None:
     assert inspect_tower(folder, activation="quick_gelu").activation_source == "stored"
     with pytest.raises(
-        UserError, match=r"`activation=gelu` contradicts 'quick_gelu', stored in .*mgll_tower.json"
+        UnsupportedCheckpointError,
+        match=r"`activation=gelu` contradicts 'quick_gelu', stored in .*mgll_tower.json",
     ):
         inspect_tower(folder, activation="gelu")
 
@@ -165,7 +166,8 @@ def test_a_loaded_tower_does_not_hang_on_its_file(source: Path) -> None:
 def test_a_lost_projection_is_noticed(folder: Path) -> None:
     (folder / "visual_projection.safetensors").unlink()
     with pytest.raises(
-        UserError, match=r"lacks visual_projection.safetensors, which .*mgll_tower.json requires"
+        UnsupportedCheckpointError,
+        match=r"lacks visual_projection.safetensors, which .*mgll_tower.json requires",
     ):
         load_tower(folder)
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mgll_encoder import Tower, inspect_tower, load_tower, tower_state_dict
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tests.mgll_encoder import towers
 
@@ -227,7 +227,7 @@ def test_preprocessing_for_another_size_is_refused(tmp_path: Path) -> None:
     towers.vision_model().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 56, "crop_size": 56}))
     with pytest.raises(
-        UserError,
+        UnsupportedCheckpointError,
         match=r"preprocessor_config.json: images are resized to 56 px, .* image_size in config.json is 28",
     ):
         inspect_tower(tmp_path)

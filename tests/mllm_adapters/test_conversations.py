@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mgll_encoder.common.errors import BadDataError, NotFoundError, UserError
+from mgll_encoder.common.errors import BadDataError, NotFoundError
 from mllm_adapters.data.corpus import Conversation, read_conversations, read_corpus
 from mllm_adapters.data.training_rows import DataOptions
 from tests import builders
@@ -65,7 +65,7 @@ def test_a_bad_row_is_named_with_what_is_wrong(tmp_path, record, complaint):
 def test_all_bad_rows_are_counted_and_the_first_is_shown(tmp_path):
     path = write_json(tmp_path / "a.json", [GOOD, row(id="x", image=None), row(id="y", image=None)])
     with pytest.raises(
-        UserError, match=r"row 2 \(id 'x'\): 1 <image> tags for 0 images.*and 1 more bad rows"
+        BadDataError, match=r"row 2 \(id 'x'\): 1 <image> tags for 0 images.*and 1 more bad rows"
     ):
         read_conversations(path)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mgll_encoder import UserError, load_tower, save_tower
+from mgll_encoder import UnsupportedCheckpointError, load_tower, save_tower
 from mgll_encoder.common.errors import IncompatibleTowerError
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mllm_adapters import load_mllm, plan_swap
@@ -181,7 +181,8 @@ def test_a_plan_says_what_is_wrong_with_a_host(tiny_llava: Path, tmp_path: Path)
         (tmp_path / "host" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "host" / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match=r"vision_config: field 'model_type' is 'pixtral': expected clip_vision_model or"
+        UnsupportedCheckpointError,
+        match=r"vision_config: field 'model_type' is 'pixtral': expected clip_vision_model or",
     ):
         plan_swap(tmp_path / "host", a_tower(tmp_path / "tower"))
 

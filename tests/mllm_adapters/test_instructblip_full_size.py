@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import NotFoundError
 from mllm_adapters.core.registry import open_checkpoint
 from tests import builders
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
@@ -213,7 +213,7 @@ def test_the_published_lavis_files_are_covered_tensor_by_tensor(tmp_path: Path) 
     check_full_size(plan, checkpoint, weights=rest + clip_weights() + qformer_weights(1024) + 2 * 1024)
     assert (plan.before.image_size, plan.before.width, plan.after.tokens) == (224, 1408, 32)
     with pytest.raises(
-        UserError, match=r"eva_vit_g.pth is neither in it nor next to it.*`parts\['vision-tower'\]=PATH`"
+        NotFoundError, match=r"eva_vit_g.pth is neither in it nor next to it.*`parts\['vision-tower'\]=PATH`"
     ):
         family.plan(checkpoint)
     eva: dict[str, tuple[int, ...]] = {

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import MismatchError, NotFoundError, UserError
 from mllm_adapters import load_mllm
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.cli.swap import main as swap_encoder
@@ -72,7 +72,7 @@ def test_heads_of_another_model_are_refused(golden: Path, tmp_path: Path) -> Non
         golden / "instructblip_lavis", {"config": tiny_instructblip(tmp_path / "other")}
     )
     with pytest.raises(
-        UserError, match=r"`parts\['config'\]`: its .* describes a width of .* do not belong together"
+        MismatchError, match=r"`parts\['config'\]`: its .* describes a width of .* do not belong together"
     ):
         family.plan(checkpoint)
 
@@ -108,7 +108,7 @@ def test_a_language_model_of_another_size_is_refused(golden: Path, tmp_path: Pat
     (folder / "vicuna-7b" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
     checkpoint, family, _ = open_checkpoint(folder, heads(golden))
     with pytest.raises(
-        UserError, match=r"vicuna-7b is a llama of width 64.*`parts\['language-model'\]=PATH`"
+        NotFoundError, match=r"vicuna-7b is a llama of width 64.*`parts\['language-model'\]=PATH`"
     ):
         family.plan(checkpoint)
 

@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mgll_encoder import inspect_tower
-from mgll_encoder.common.errors import UnknownNameError, UnsupportedCheckpointError, UserError
+from mgll_encoder.common.errors import (
+    BadDataError,
+    IncompatibleTowerError,
+    UnknownNameError,
+    UnsupportedCheckpointError,
+    UserError,
+)
 from mllm_adapters import load_mllm
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.contract import Plan, Target
@@ -136,7 +142,8 @@ def test_chat_v1_0_is_a_llava_and_swapped_as_one(golden: Path, tmp_path: Path) -
 def test_an_image_size_with_an_odd_grid_is_refused(golden: Path, tmp_path: Path) -> None:
     checkpoint, internvl, _ = open_checkpoint(golden / "internvl_qwen2" / "checkpoint")
     with pytest.raises(
-        UserError, match=r"`image_size=42` is not a multiple of the tower's patch size 14 times 2: try"
+        IncompatibleTowerError,
+        match=r"`image_size=42` is not a multiple of the tower's patch size 14 times 2: try",
     ):
         internvl.plan(checkpoint, inspect_tower(published_tower(tmp_path)), 42)
 
@@ -227,7 +234,7 @@ def test_a_tokenizer_without_the_placeholder_is_refused(golden: Path, tmp_path: 
         file = source / name
         file.write_text(file.read_text().replace("<IMG_CONTEXT>", "<OTHER>"))
     with pytest.raises(
-        UserError, match=r"<IMG_CONTEXT> needs one of the .* but the tokenizer does not have it"
+        BadDataError, match=r"<IMG_CONTEXT> needs one of the .* but the tokenizer does not have it"
     ):
         load_mllm(source)
 
@@ -240,7 +247,7 @@ def test_a_tokenizer_longer_than_the_embedding_is_refused(golden: Path, tmp_path
             state[name] = state[name][:200].clone()
 
     with pytest.raises(
-        UserError, match="needs one of the 200 rows of the embedding, but the tokenizer gives it the id"
+        BadDataError, match="needs one of the 200 rows of the embedding, but the tokenizer gives it the id"
     ):
         load_mllm(rewritten(source, shorten))
 
@@ -258,7 +265,7 @@ def test_internlm2_ids_that_cannot_be_kept_are_refused(golden: Path, tmp_path: P
     added[str(int(last) + 1)] = added.pop(last)
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(
-        UserError, match=r"token <IMG_CONTEXT> should have the id .*download the tokenizer files again"
+        BadDataError, match=r"token <IMG_CONTEXT> should have the id .*download the tokenizer files again"
     ):
         load_mllm(source)
 

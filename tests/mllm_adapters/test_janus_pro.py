@@ -475,7 +475,8 @@ def detect(folder):
 def test_deepseek_vl_shares_the_model_type_and_is_refused_by_name(tmp_path):
     host = files.changed(files.write(tmp_path / "vl", SIZES), gen_head_config=None, gen_vision_config=None)
     with pytest.raises(
-        UserError, match=r"config\.json .*no gen_head_config, so this is DeepSeek-VL.*Janus-Pro"
+        UnsupportedCheckpointError,
+        match=r"config\.json .*no gen_head_config, so this is DeepSeek-VL.*Janus-Pro",
     ):
         detect(host)
 

@@ -338,7 +338,7 @@ def test_the_high_resolution_cells_must_divide_among_the_new_patches(
     cells = checkpoint.config["image_size_aux"] // 4
     wrong = next(grid for grid in range(2, cells) if cells % grid)
     with pytest.raises(
-        UserError, match=rf"{cells}x{cells} high-resolution cells do not divide: try (\d+)"
+        InvalidArgumentError, match=rf"{cells}x{cells} high-resolution cells do not divide: try (\d+)"
     ) as error:
         family.plan(checkpoint, tower, wrong * patch)
     advised = [int(word) for word in str(error.value).rpartition("try ")[2].split() if word.isdigit()]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mgll_encoder.common.errors import UnsupportedCheckpointError, UserError
+from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.core.not_read import NOT_READ, not_read
 from mllm_adapters.core.registry import detect
@@ -213,7 +213,8 @@ def test_published_configurations_are_refused_by_name(name: str, published: Path
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_published_quantised_configurations_are_refused_by_their_method(name: str, published: Path) -> None:
     with pytest.raises(
-        UserError, match=f"quantization_config says {QUANTIZED[name]}.*unquantized checkpoint"
+        UnsupportedCheckpointError,
+        match=f"quantization_config says {QUANTIZED[name]}.*unquantized checkpoint",
     ):
         detect(real_config(published, name), "config.json")
 

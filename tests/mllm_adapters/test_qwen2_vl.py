@@ -28,7 +28,6 @@ from mgll_encoder.common.errors import (
     InvalidArgumentError,
     MismatchError,
     UnsupportedCheckpointError,
-    UserError,
 )
 from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
@@ -604,7 +603,8 @@ def test_a_checkpoint_quantised_on_disk_takes_no_tower(encoder: Path, tmp_path: 
     tiny.write_checkpoint(tmp_path / "model", "qwen2_vl")
     edit(tmp_path / "model", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(
-        UserError, match=r"config.json: quantization_config says bitsandbytes.* use the unquantized"
+        UnsupportedCheckpointError,
+        match=r"config.json: quantization_config says bitsandbytes.* use the unquantized",
     ):
         plan_of(tmp_path / "model", encoder)
 

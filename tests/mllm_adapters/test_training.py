@@ -17,7 +17,6 @@ from mgll_encoder.common.errors import (
     TrainingError,
     UnknownNameError,
     UnsupportedCheckpointError,
-    UserError,
 )
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.resuming import last_checkpoint
@@ -284,7 +283,7 @@ def test_an_image_damaged_since_it_was_checked_stops_training_with_its_name_and_
     broken.write_bytes(broken.read_bytes()[:-30])
     options = RunOptions(report_to=(), workers=workers, save_steps=1, feature_cache=False)
     with pytest.raises(
-        UserError, match=r"^image \S+3\.png cannot be decoded.*training stopped at step \d"
+        TrainingError, match=r"^image \S+3\.png cannot be decoded.*training stopped at step \d"
     ) as caught:
         train(job, tmp_path / "out", options)
     assert "Traceback" not in str(caught.value)

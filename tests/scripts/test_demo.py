@@ -13,7 +13,7 @@ sys.path.insert(0, str(SCRIPTS))
 from demo import FULL, MODELS, QUICK, until_the_answers  # noqa: E402
 from stages import Stage, Stages  # noqa: E402
 
-from mgll_encoder.common.errors import UserError  # noqa: E402
+from mgll_encoder.common.errors import TrainingError  # noqa: E402
 
 
 def demo(out: Path) -> str:
@@ -108,7 +108,7 @@ def test_a_stage_that_fails_shows_the_end_of_its_log_and_stops_the_rest(
         python("after", tmp_path / "after", "raise SystemExit('not to be run')", tmp_path / "bad"),
     ]
     with pytest.raises(
-        UserError, match=r"python failed \(.*bad\.txt\): follow its message, then run this again"
+        TrainingError, match=r"python failed \(.*bad\.txt\): follow its message, then run this again"
     ):
         Stages(tmp_path / "logs").run(stages)
     shown = capfd.readouterr().err
