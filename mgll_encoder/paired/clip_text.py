@@ -89,7 +89,7 @@ def clip_text_tower(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = CLIPTextModelWithProjection(config).text_model
-    _fill(model, tensors, path)
+    fill(model, tensors, path, "that of a CLIP")
     linear = nn.Linear(width, shared, bias=False)
     linear.weight.data.copy_(projection.T)
     return TextTower(model, tokenizer, linear, "end", context, stored_temperature(checkpoint, outer)).eval()
@@ -126,23 +126,31 @@ def _renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _text_cfg(path: Path) -> dict[str, Any]:
+def text_settings(path: Path) -> dict[str, Any]:
+    """Return ``text_cfg`` of an open_clip folder; empty if there is none."""
     file = path / "open_clip_config.json"
     stated = read_json(file).get("model_cfg", {}).get("text_cfg") if file.is_file() else None
     return stated if isinstance(stated, dict) else {}
 
 
 def _heads(path: Path, width: int) -> int:
-    stated = _text_cfg(path).get("heads")
+    stated = text_settings(path).get("heads")
     return int(stated) if stated else max(1, width // 64)  # OpenAI's rule
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of an open_clip folder that has one, otherwise CLIP's."""
-    return pretrained_tokenizer(str(path)) if _text_cfg(path).get("hf_tokenizer_name") else clip_tokenizer()
+    return (
+        pretrained_tokenizer(str(path)) if text_settings(path).get("hf_tokenizer_name") else clip_tokenizer()
+    )
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, expected: str) -> None:
+    """Load tensors into a text encoder, as float32.
+
+    Raises:
+        UserError: they are not finite, or are not those of this encoder, which is ``expected``.
+    """
     own = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     for name, tensor in own.items():
         if not torch.isfinite(tensor).all():
@@ -151,4 +159,4 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         model.load_state_dict(own)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
-        raise UnsupportedCheckpointError(f"{path}: the text tower is not that of a CLIP: {first}") from None
+        raise UnsupportedCheckpointError(f"{path}: the text tower is not {expected}: {first}") from None

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from mgll_encoder.common.errors import MismatchError, UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.paired.bert_text import bert_settings, bert_text_tower
 from mgll_encoder.paired.clip_text import clip_text_tower, stored_temperature
 from mgll_encoder.paired.siglip_text import siglip_text_tower
 from mgll_encoder.text.text_tower import FOLDER as TEXT_FOLDER
 from mgll_encoder.text.text_tower import TextTower, load_text_tower
 from mgll_encoder.tower.architectures.clip import CLIP, HF_STATE
 from mgll_encoder.tower.architectures.siglip import SIGLIP
-from mgll_encoder.tower.folder_metadata import HF_FOLDER, OURS
+from mgll_encoder.tower.folder_metadata import HF_FOLDER, OPEN_CLIP_FOLDER, OURS
 from mgll_encoder.tower.model import Tower
 from mgll_encoder.weights.weight_file import open_weights
 
@@ -63,6 +64,8 @@ def text_tower_of(path: Path, tower: Tower, otherwise: str = "") -> TextTower:
     siglip = tower.header.architecture is SIGLIP and tower.header.layout == HF_FOLDER
     if siglip and read_json(path / "config.json").get("model_type") == SIGLIP.around:
         return siglip_text_tower(path)
+    if tower.header.layout == OPEN_CLIP_FOLDER and (config := bert_settings(path)):
+        return bert_text_tower(path, config, shared.shape[0])
     text = paired_text_tower(path, tower, shared.shape[0])
     if text is None:
         raise UnsupportedCheckpointError(

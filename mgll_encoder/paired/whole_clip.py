@@ -75,6 +75,7 @@ def whole_clip(tower: Tower, text: TextTower, source: Path) -> WholeClip:
         source,
         f"its text features are pooled by '{text.pooling}': expected the end token and a plain projection",
     )
+    assert isinstance(linear, nn.Linear), "checked above"
     tokenizer, tensors, unknown = _vocabulary(text)
     settings = text.model.config.to_dict() | {
         "vocab_size": len(tensors[_TOKENS]),

@@ -36,8 +36,8 @@ TEXT_PROJECTION = "text_projection.weight"
 
 Pooling = Literal["end", "mean"]
 """Poolings of text towers that are written to a folder."""
-AnyPooling = Literal["end", "mean", "padded"]
-"""``padded``: the last position of a text that is padded to the full context (SigLIP)."""
+AnyPooling = Literal["end", "mean", "padded", "first"]
+"""``padded``: the last position of a text that is padded to the full context (SigLIP); ``first``: the first token."""
 
 _UNCUT = 10**6
 """More tokens than any text has; without a length, a tokenizer warns about texts longer than its own maximum."""
@@ -66,10 +66,16 @@ def _at_last_position(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tens
     return states[:, -1]
 
 
+def _at_first_token(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    states: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return states[:, 0]
+
+
 _POOL: dict[str, Callable[[PreTrainedModel, Tensor, Tensor], Tensor]] = {
     "end": _at_end_token,
     "mean": _masked_mean,
     "padded": _at_last_position,
+    "first": _at_first_token,
 }
 
 
@@ -98,7 +104,7 @@ class TextTower(nn.Module):
         model: The encoder.
         tokenizer: Its tokenizer. Pieces without a row in the encoder's embedding are omitted (:meth:`unknown` names
             them).
-        projection: From the encoder's width to the shared space.
+        projection: From the encoder's width to the shared space: a linear layer, or in BiomedCLIP an MLP.
         pooling: How tokens are pooled into one feature, see :class:`TextSpec` and `AnyPooling`.
         context: Maximum length in tokens.
         temperature: The τ to record.
@@ -108,7 +114,7 @@ class TextTower(nn.Module):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        projection: nn.Linear,
+        projection: nn.Module,
         pooling: AnyPooling,
         context: int = CONTEXT,
         temperature: float = 0.07,
@@ -150,12 +156,13 @@ class TextTower(nn.Module):
 
     def features(self, texts: Sequence[str]) -> Tensor:
         """Compute features [U, D] in the shared space, not normalised; on the tower's device, with gradients if on."""
-        device = self.projection.weight.device
+        *_, last = self.projection.parameters()  # weight [D, ...] or bias [D]
+        device = last.device
         parts = []
         for start in range(0, len(texts), _AT_ONCE):
             tokens = self.tokenize(texts[start : start + _AT_ONCE])
             parts.append(self.encode(**{name: ids.to(device) for name, ids in tokens.items()}))
-        return torch.cat(parts) if parts else self.projection.weight.new_zeros(0, len(self.projection.weight))
+        return torch.cat(parts) if parts else last.new_zeros(0, len(last))
 
     def freeze(self) -> None:
         """Freeze the encoder, without dropout; the projection is still trained."""
@@ -172,7 +179,9 @@ class TextTower(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the tower's files into a folder, which is created if needed."""
-        assert self.pooling != "padded", "a SigLIP's text tower is read from its own folder"
+        elsewhere = "text towers of SigLIP and BiomedCLIP are read from their own folders"
+        assert self.pooling != "padded" and self.pooling != "first", elsewhere  # noqa: PT018
+        assert isinstance(self.projection, nn.Linear), elsewhere
         folder.mkdir(parents=True, exist_ok=True)
         with no_library_bars():
             self.model.save_pretrained(folder)

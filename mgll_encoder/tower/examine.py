@@ -16,6 +16,7 @@ from mgll_encoder.common.errors import IncompatibleTowerError, UnsupportedCheckp
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mgll_encoder.tower.architectures.base import Architecture
 from mgll_encoder.tower.architectures.clip import CLIP, HF_STATE, OPEN_CLIP, PROJECTION
+from mgll_encoder.tower.architectures.siglip import SIGLIP
 from mgll_encoder.tower.folder_metadata import HF_FOLDER, OPEN_CLIP_FOLDER, Claims, read_claims
 from mgll_encoder.tower.header import Origin, StoredTower, TowerHeader
 from mgll_encoder.tower.keymap import KeyPlan, plan_keys
@@ -82,7 +83,7 @@ def examine(
     tensors = plan.apply(checkpoint.headers)
     if (projection := path / PROJECTION_FILE).is_file():
         tensors |= open_weights(projection).headers
-    chosen, activation_source = _choose_activation(path, layout, architecture, claims, activation)
+    chosen, activation_source = _choose_activation(path, layout, plan, claims, activation)
     pixels = _assumed_pixels(layout, architecture, claims)
     measured = _measure(tensors, architecture, path)
     _compare(measured, claims, path)
@@ -91,7 +92,7 @@ def examine(
         "layer_norm_eps": plan.naming.layer_norm_eps or architecture.layer_norm_eps,
         "pooling": plan.naming.pooling or next(iter(architecture.poolings)),
     }
-    fields = {"heads": max(1, measured["width"] // 64), **kind, **measured, **pixels, **claims.fields}
+    fields = {"heads": architecture.heads(measured["width"]), **kind, **measured, **pixels, **claims.fields}
     stored = checked(TowerSpec, {**fields, "activation": chosen}, claims.file or path)
     _check_shapes(tensors, stored, path)
     spec = _fitted(stored, claims, changes, path)
@@ -99,7 +100,11 @@ def examine(
         *claims.notes,
         *_weights_warning(checkpoint, weights),
         *_leftovers_warning(plan, path),
-        *([_activation_warning(path, layout, chosen)] if activation_source == "default" else []),
+        *(
+            [_activation_warning(path, layout, architecture, chosen)]
+            if activation_source == "default"
+            else []
+        ),
         *([_pixels_warning(path, layout, architecture, pixels)] if pixels else []),
         *([] if "image_size" in changes else _grid_warning(stored, spec, path)),
     ]
@@ -170,14 +175,16 @@ def _layout(plan: KeyPlan) -> str:
 
 
 def _choose_activation(
-    path: Path, layout: str, architecture: Architecture, claims: Claims, option: Activation | None
+    path: Path, layout: str, plan: KeyPlan, claims: Claims, option: Activation | None
 ) -> tuple[Activation, Origin]:
-    stored = claims.fields.get("activation")
-    known = architecture.activations
+    stored, architecture = claims.fields.get("activation"), plan.architecture
+    only = plan.naming.activation if stored is None else None
+    known = (only,) if only else architecture.activations
     if stored is None and len(known) == 1 and option in (None, *known):
         return cast(Activation, known[0]), "architecture"
     if stored is None and option in (None, *known):
-        return (option, "option") if option else (_DEFAULTS[layout][0], "default")
+        default = _DEFAULTS[layout][0] if architecture is CLIP else cast(Activation, known[0])
+        return (option, "option") if option else (default, "default")
     if stored is None:
         raise UnsupportedCheckpointError(
             f"{path}: `activation={option}`: a {architecture.title} has {' or '.join(known)}: leave the option out"
@@ -196,8 +203,13 @@ def _choose_activation(
     return cast(Activation, stored), "stored"
 
 
-def _activation_warning(path: Path, layout: str, chosen: Activation) -> str:
-    other = next(name for name in CLIP.activations if name != chosen)
+def _activation_warning(path: Path, layout: str, architecture: Architecture, chosen: Activation) -> str:
+    other = next(name for name in architecture.activations if name != chosen)
+    if architecture is SIGLIP:
+        return (
+            f"{path}: the activation is not stored; using {chosen}, with which SigLIPs are trained. timm computes most "
+            f"of its own with {other}: pass `activation={other}` for its numbers, or `activation={chosen}` to confirm"
+        )
     return (
         f"{path}: the activation is not stored; using {chosen}, the default for an {layout}. If the tower was "
         f"trained with {other}, there is no error, but its features are about 1 % off and answers are worse: "
@@ -256,6 +268,11 @@ def _measure(tensors: Mapping[str, Tensor], architecture: Architecture, path: Pa
             )
         return found
 
+    if tensors[architecture.patches].ndim == 2:
+        raise UnsupportedCheckpointError(
+            f"{path}: its patches are embedded by a matrix, as in a NaFlex SigLIP 2, whose images keep their aspect "
+            f"ratio: expected a convolution, as in a {architecture.title} with a fixed image size"
+        )
     width, _, _, patch = shape(architecture.patches, 4)
     positions = shape(architecture.positions, architecture.positions_ndim)[-2]
     grid = isqrt(max(positions - architecture.leading, 0))

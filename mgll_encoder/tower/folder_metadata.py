@@ -8,6 +8,7 @@ from typing import Any
 from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.tower.architectures import ARCHITECTURES, described_by
+from mgll_encoder.tower.architectures.siglip import timm_activation
 from mgll_encoder.tower.preprocess import read_preprocessing
 from mgll_encoder.tower.spec import TowerSpec, checked
 
@@ -22,6 +23,16 @@ _OPEN_CLIP_FIELDS = {
     "patch_size": "patch_size",
     "image_size": "image_size",
 }
+_REFUSED = {
+    "dinov3_vit": "a DINOv3, whose positions are rotary",
+    "dinov3_convnext": "a DINOv3 ConvNeXt, which is not a ViT",
+    "siglip2": "a NaFlex SigLIP 2, whose images keep their aspect ratio",
+    "siglip2_vision_model": "a NaFlex SigLIP 2, whose images keep their aspect ratio",
+}
+"""``model_type`` of vision towers that are not read -> what they are."""
+
+_SUPPORTED = "a DINOv2, or a SigLIP 2 with a fixed image size (model_type 'siglip'), is read"
+
 _OPEN_CLIP_RESIZE = {"shortest": "crop", "squash": "squash"}
 
 
@@ -72,6 +83,10 @@ def check_kind(file: Path) -> dict[str, Any]:
     """
     content = read_json(file)
     kind = content.get("model_type")
+    if kind in _REFUSED:
+        raise UnsupportedCheckpointError(
+            f"{file} describes {_REFUSED[kind]}: expected another tower; {_SUPPORTED}"
+        )
     if described_by(kind) is None:
         known = [name for row in ARCHITECTURES.values() for name in (row.model_type, row.around) if name]
         raise UnsupportedCheckpointError(
@@ -127,6 +142,8 @@ def _open_clip(folder: Path) -> Claims:
         )
     fields = {ours: vision[theirs] for ours, theirs in _OPEN_CLIP_FIELDS.items() if theirs in vision}
     fields["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    if isinstance(name := vision.get("timm_model_name"), str):
+        fields["activation"] = timm_activation(name)
     if "head_width" in vision and "width" in vision:
         fields["heads"] = vision["width"] // vision["head_width"]
     if "mean" in pixels and "std" in pixels:

@@ -1,7 +1,6 @@
 """The header of a tower: what is known without reading its weights, and its tensors one at a time."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.tower.adapt import fit_positions
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mgll_encoder.tower.architectures.base import Architecture
-from mgll_encoder.tower.keymap import KeyPlan
+from mgll_encoder.tower.keymap import KeyPlan, joined
 from mgll_encoder.tower.spec import TowerSpec
 from mgll_encoder.weights.finite import all_finite
 from mgll_encoder.weights.torch_file import WeightSet
@@ -37,10 +36,11 @@ class StoredTower:
 
     def read(self, name: str, *, as_stored: bool) -> Tensor:
         """Read one tensor, by its name in the model."""
-        source = self._sources[name]
-        (fused,) = self.checkpoint.read([source]).values()
-        place = self.plan.taken[source]
-        tensor = place.cut(fused)[place.targets.index(name)]
+        parts = []
+        for source, fused in self.checkpoint.read(self.plan.sources[name]).items():
+            place = self.plan.taken[source]
+            parts.append(place.cut(fused)[place.targets.index(name)])
+        tensor = joined(parts)
         return tensor if as_stored else self._fitted(name, tensor)
 
     def read_all(self) -> dict[str, Tensor]:
@@ -52,10 +52,6 @@ class StoredTower:
         if name != self.plan.architecture.positions:
             return tensor
         return fit_positions(tensor, self.plan.architecture, self.grid)
-
-    @cached_property
-    def _sources(self) -> dict[str, str]:
-        return {target: source for source, place in self.plan.taken.items() for target in place.targets}
 
 
 @dataclass(frozen=True)

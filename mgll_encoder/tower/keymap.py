@@ -6,9 +6,11 @@ is an error; it is never skipped.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from mgll_encoder.common.errors import UnsupportedCheckpointError
@@ -31,7 +33,10 @@ DROPPED: dict[str, tuple[str, ...]] = {
 _FOREIGN = {
     r"\.lora_[AB]\.": "a PEFT adapter without the tower that it was trained on, into which it is to be merged first",
     r"(^|\.)layer1\.0\.conv1\.weight$": "a ResNet",
-    r"(^|\.)attn_pool\.latent$": "a SigLIP with timm's names, which is supported only as a transformers folder",
+    r"(^|\.)(rope_embed\.periods|storage_tokens)$|^(model\.)?layer\.0\.layer_scale1\.": "a DINOv3, whose positions "
+    "are rotary",
+    r"(^|\.)blocks\.0\.gamma_1$": "a DINOv3, EVA or BEiT with timm's names, whose positions are not in a table",
+    r"(^|\.)embeds\.(proj|pos_embed)": "a NaFlex ViT, whose images keep their aspect ratio",
     r"(^|\.)(patch_embed\.proj|trunk\.[a-z_0-9.]+)\.(weight|bias)$": "a timm tower that is not a plain ViT",
     r"(^|\.)(embed_tokens|tok_embeddings|wte)\.weight$": "a language model",
 }
@@ -69,11 +74,25 @@ class KeyPlan:
         Returns:
             Tensors by their names in the loaded model, and ``PROJECTION`` if there is one.
         """
-        return {
-            target: part
-            for source, place in self.taken.items()
-            for target, part in zip(place.targets, place.cut(state[source]), strict=True)
-        }
+        parts: dict[str, list[Tensor]] = {}
+        for source, place in sorted(self.taken.items(), key=lambda entry: entry[1].part):
+            for target, part in zip(place.targets, place.cut(state[source]), strict=True):
+                parts.setdefault(target, []).append(part)
+        return {target: joined(of_target) for target, of_target in parts.items()}
+
+    @cached_property
+    def sources(self) -> dict[str, list[str]]:
+        """Name in the loaded model -> source keys, in the order in which they are joined."""
+        found: dict[str, list[str]] = {}
+        for source, place in sorted(self.taken.items(), key=lambda entry: entry[1].part):
+            for target in place.targets:
+                found.setdefault(target, []).append(source)
+        return found
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the tensor that was stored in these parts."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def plan_keys(keys: Collection[str], where: str) -> KeyPlan:

@@ -62,13 +62,36 @@ class Transpose:
 
 
 @dataclass(frozen=True)
+class Join:
+    """A tensor that is one part of a target; the parts are joined along the first dimension, in order of ``part``."""
+
+    target: str
+    part: int
+
+
+@dataclass(frozen=True)
+class ZeroRow:
+    """A table [..., rows, C] that gets a row of zeros before its first."""
+
+    target: str
+
+
+@dataclass(frozen=True)
+class WithZeros:
+    """A tensor [..., C], and zeros [1, C] for another one that the file lacks because only pretraining uses it."""
+
+    target: str
+    zeros: str
+
+
+@dataclass(frozen=True)
 class Drop:
     """A tensor that is dropped on purpose, and why; ``None`` in a table means the table's own reason."""
 
     reason: str
 
 
-Rule = str | Split | Reshape | Transpose | Drop | None
+Rule = str | Split | Reshape | Transpose | Join | ZeroRow | WithZeros | Drop | None
 """Where a tensor goes; a plain name means that the tensor is unchanged."""
 
 
@@ -78,11 +101,17 @@ class Destination:
 
     Attributes:
         rule: The rule that applies to it.
-        targets: Its new names: one, none if it is dropped, several if it is split.
+        targets: Its new names: one, none if it is dropped, several if it is split. Several tensors may share one, see
+            `Join`.
     """
 
     rule: Rule
     targets: tuple[str, ...]
+
+    @property
+    def part(self) -> int:
+        """Its place among the tensors that share its target."""
+        return self.rule.part if isinstance(self.rule, Join) else 0
 
     def cut(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Compute the values of each target (on any device, including ``meta``)."""
@@ -93,7 +122,12 @@ class Destination:
                 return (tensor.T,)
             case Reshape(dimensions=dimensions):
                 return (tensor.reshape(tensor.shape[tensor.ndim - dimensions :]),)
-            case str():
+            case ZeroRow():
+                zeros = tensor.new_zeros(*tensor.shape[:-2], 1, tensor.shape[-1])
+                return (torch.cat((zeros, tensor), dim=-2),)
+            case WithZeros():
+                return tensor, tensor.new_zeros(1, tensor.shape[-1])
+            case str() | Join():
                 return (tensor,)
         raise NotImplementedError(f"{self.rule} cannot be computed here")
 
@@ -163,6 +197,8 @@ def targets(rule: Rule, matched: tuple[str, ...]) -> tuple[str, ...]:
         return ()
     if isinstance(rule, str):
         return (rule.format(*matched),)
+    if isinstance(rule, WithZeros):
+        return rule.target.format(*matched), rule.zeros
     if isinstance(rule, Split):
         before, after = rule.target.split("{" + ",".join(rule.words) + "}")
         return tuple((before + word + after).format(*matched) for word in rule.words)

@@ -302,10 +302,10 @@ CASES: dict[Callable[[Path], Path], str] = {
     "expected a CLIP ViT, DINOv2, DINOv2 with registers, SigLIP or ViT with keys such as 'visual.conv1.weight' or "
     "'vision_model.embeddings.patch_embedding.weight'",
     resnet: "{path}: no supported vision tower among 3 tensors, this looks like a ResNet: expected a CLIP ViT",
-    siglip_timm: "{path}: no supported vision tower among 4 tensors, this looks like a SigLIP with timm's "
-    "names, which is supported only as a transformers folder: expected",
+    siglip_timm: "{path}: the vision tower lacks 'visual.trunk.attn_pool.kv.bias', 'visual.trunk.attn_pool.kv.weight' "
+    "and 25 more: expected every tensor of a SigLIP; save the whole tower again",
     eva_transformers: "{path}: the vision tower has 'embeddings.class_embedding', 'pre_layrnorm.weight' and 1 more, "
-    "which a SigLIP does not have: expected a plain SigLIP (transformers)",
+    "which a SigLIP does not have: expected a plain SigLIP (transformers or timm)",
     no_class_token: "{path}: the vision tower lacks 'visual.class_embedding': expected every tensor of a CLIP ViT "
     "with a class token; save the whole tower again",
     no_first_layer: "{path}: the vision tower lacks 'visual.transformer.resblocks.0.attn.in_proj_bias', "

@@ -90,6 +90,7 @@ class Naming:
         optional: Keys that a tower may lack.
         layer_norm_eps: Epsilon of every LayerNorm if no config states it; None for that of the architecture.
         pooling: Pooling of files with these names; None for the default of the architecture.
+        activation: Activation of bare files with these names; None if there are several.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Naming:
     optional: frozenset[str] = frozenset()
     layer_norm_eps: float | None = None
     pooling: str | None = None
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Architecture:
         shares_space: Whether features of the default pooling are in the image-text space without a projection.
         blocks: Attribute of the model that contains its transformer blocks.
         activations: Allowed activations; the first one is the default.
+        heads: Width -> attention heads, if no config says otherwise.
         poolings: How image features are computed: name -> (model, pixels, first patch token) -> [N, C]. The first one
             is the default.
         pixels: Default preprocessing.
@@ -170,6 +173,7 @@ class Architecture:
     antialias: bool = False
     resampled: bool = False
     position_ids: bool = False
+    heads: "Callable[[int], int]" = lambda width: max(1, width // 64)
     shares_space: bool = False
 
     @property

@@ -22,7 +22,7 @@ from mgll_encoder.tower.architectures.base import (
     mlp,
 )
 from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD, TowerSpec
-from mgll_encoder.weights.keytable import Drop, KeyTable, Rule, Split, renames
+from mgll_encoder.weights.keytable import Drop, KeyTable, Rule, Split, WithZeros, ZeroRow, renames
 
 
 class Dinov2Fields(ConfigFields):
@@ -119,6 +119,9 @@ _TIMM: dict[str, Rule] = {
 }
 """Names of Meta and of timm."""
 
+_TIMM_REGISTERS = "reg_token"
+_DINOV3 = ("rope_embed.periods", "storage_tokens")
+_POSITIONS = "embeddings.position_embeddings"
 _MASK, _REGISTERS = "embeddings.mask_token", "embeddings.register_tokens"
 
 
@@ -141,7 +144,8 @@ def _namings(
         ),
         Naming(
             "timm", "DINOv2 state dict", "patch_embed.proj.weight", ("blocks.0.ls1.", *shorter(present)),
-            KeyTable({**_TIMM, **dict(zip(shorter(more), more.values(), strict=True))}), shorter(absent),
+            KeyTable({**_TIMM, **dict(zip(shorter(more), more.values(), strict=True))}),
+            (*shorter(absent), _TIMM_REGISTERS, *_DINOV3),
         ),
     )  # fmt: skip
 
@@ -159,7 +163,7 @@ DINOV2 = Architecture(
     written=KeyTable(renames(_WRITTEN)),
     namings=_namings({_MASK: Drop("mask token")}, (), (_REGISTERS,)),
     patches="embeddings.patch_embeddings.projection.weight",
-    positions="embeddings.position_embeddings",
+    positions=_POSITIONS,
     positions_ndim=3,
     resampled=True,
     blocks="encoder.layer",
@@ -176,13 +180,25 @@ DINOV2_WITH_REGISTERS = replace(
     name="dinov2_with_registers",
     title="DINOv2 with registers",
     examples="facebook/dinov2-with-registers-base",
-    reads="folders of transformers, Meta's `.pth`",
+    reads="folders of transformers, Meta's and timm's `.pth`",
     model_type="dinov2_with_registers",
     model_class="Dinov2WithRegistersModel",
     fields=Dinov2WithRegistersFields,
     settings=_settings,
     shapes=partial(_shapes, registers=True),
-    namings=_namings({_MASK: _MASK, _REGISTERS: _REGISTERS}, (_REGISTERS,), ()),
+    namings=(
+        *_namings({_MASK: _MASK, _REGISTERS: _REGISTERS}, (_REGISTERS,), ()),
+        Naming(
+            "timm, registers",
+            "DINOv2 state dict",
+            "patch_embed.proj.weight",
+            ("blocks.0.ls1.", _TIMM_REGISTERS),
+            KeyTable(
+                # timm adds the position of the class token to the token itself, and has no mask token
+                {**_TIMM, "pos_embed": ZeroRow(_POSITIONS), _TIMM_REGISTERS: WithZeros(_REGISTERS, _MASK)}
+            ),
+        ),
+    ),
     registers=_REGISTERS,
     not_in_hosts="its register tokens are between class token and patch tokens, but hosts remove only the class token",
     antialias=True,

@@ -19,7 +19,7 @@ from mgll_encoder.tower.architectures.base import (
     mlp,
 )
 from mgll_encoder.tower.spec import TowerSpec
-from mgll_encoder.weights.keytable import KeyTable, Rule, renames
+from mgll_encoder.weights.keytable import Join, KeyTable, Reshape, Rule, Split, renames
 
 _NAMES = (
     "embeddings.patch_embedding.{weight,bias}",
@@ -35,6 +35,37 @@ _NAMES = (
     "head.mlp.fc{1,2}.{weight,bias}",
 )
 _TABLE: dict[str, Rule] = {**renames({name: name for name in _NAMES}), "embeddings.position_ids": None}
+
+_TIMM: dict[str, Rule] = {
+    "pos_embed": Reshape("embeddings.position_embedding.weight", 2),
+    "patch_embed.proj.{weight,bias}": "embeddings.patch_embedding.{}",
+    "blocks.{}.norm{1,2}.{weight,bias}": "encoder.layers.{}.layer_norm{}.{}",
+    "blocks.{}.attn.qkv.{weight,bias}": Split("encoder.layers.{}.self_attn.{q,k,v}_proj.{}"),
+    "blocks.{}.attn.proj.{weight,bias}": "encoder.layers.{}.self_attn.out_proj.{}",
+    "blocks.{}.mlp.fc{1,2}.{weight,bias}": "encoder.layers.{}.mlp.fc{}.{}",
+    "norm.{weight,bias}": "post_layernorm.{}",
+    "attn_pool.latent": "head.probe",
+    "attn_pool.q.{weight,bias}": Join("head.attention.in_proj_{}", 0),
+    "attn_pool.kv.{weight,bias}": Join("head.attention.in_proj_{}", 1),
+    "attn_pool.proj.{weight,bias}": "head.attention.out_proj.{}",
+    "attn_pool.norm.{weight,bias}": "head.layernorm.{}",
+    "attn_pool.mlp.fc{1,2}.{weight,bias}": "head.mlp.fc{}.{}",
+}
+"""timm's names, also of the SigLIPs of open_clip."""
+
+_TANH = (
+    "vit_base_patch32_siglip", "vit_large_patch16_siglip_512", "vit_large_patch16_siglip_gap_512",
+    "vit_so400m_patch16_siglip", "vit_giantopt_patch16_siglip",
+)  # fmt: skip
+"""Beginnings of the names of the SigLIPs that timm 1.0 computes with tanh; it computes the others with exact GELU."""
+
+_SIXTEEN = (1152, 1536)
+"""Widths with 16 heads: SO400M and giant."""
+
+
+def timm_activation(model: str) -> str:
+    """Return the activation with which timm computes one of its ViTs, by its name."""
+    return "gelu_pytorch_tanh" if model.startswith(_TANH) else "gelu"
 
 
 class SiglipFields(ConfigFields):
@@ -74,7 +105,7 @@ SIGLIP = Architecture(
     name="siglip",
     title="SigLIP",
     examples="google/siglip-base-patch16-224, SigLIP 2 with a fixed image size, MedSigLIP",
-    reads="folders of transformers",
+    reads="folders of transformers, timm state dicts (`vit_*_siglip_*`), open_clip folders with them",
     model_type="siglip_vision_model",
     around="siglip",
     model_class="SiglipVisionModel",
@@ -85,7 +116,11 @@ SIGLIP = Architecture(
     namings=(
         Naming(
             "transformers", "transformers state dict", "embeddings.patch_embedding.bias", ("encoder.layers.",),
-            KeyTable(_TABLE),
+            KeyTable(_TABLE), activation="gelu_pytorch_tanh",
+        ),
+        Naming(
+            "timm", "timm state dict", "patch_embed.proj.weight", ("blocks.0.norm1.", "attn_pool.latent"),
+            KeyTable(_TIMM), absent=("cls_token", "reg_token"),
         ),
     ),
     patches="embeddings.patch_embedding.weight",
@@ -94,7 +129,8 @@ SIGLIP = Architecture(
     position_ids=True,
     shares_space=True,
     blocks="encoder.layers",
-    activations=("gelu_pytorch_tanh",),
+    activations=("gelu_pytorch_tanh", "gelu"),
+    heads=lambda width: 16 if width in _SIXTEEN else max(1, width // 64),
     poolings={
         "attention": from_output(lambda output, _: output.pooler_output),
         "mean": from_output(lambda output, _: output.last_hidden_state.mean(dim=1)),

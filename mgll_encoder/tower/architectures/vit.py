@@ -69,7 +69,7 @@ _LAST = {"norm.{weight,bias}": "layernorm.{}"}
 _LAST_OF_MEAN = {"fc_norm.{weight,bias}": "layernorm.{}"}
 
 _STATE, _PATCHES = "timm or MAE state dict", "patch_embed.proj.weight"
-_OTHERS = ("blocks.0.ls1.gamma", "attn_pool.latent")
+_OTHERS = ("blocks.0.ls1.gamma", "blocks.0.gamma_1", "attn_pool.latent")
 _TIMM_EPS = 1e-6
 
 
