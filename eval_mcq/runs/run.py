@@ -160,7 +160,7 @@ def _run(
         bench.items[p].id: [digests[path] for path in bench.image_paths(bench.items[p])] for p in places
     }
     if not settings.force:
-        _check_unchanged(out, hashes)
+        _check_same_images(out, hashes)
     with closing(load()) if todo else nullcontext() as scorer:
         if scorer:
             _check_options(scorer, bench, shown)
@@ -244,7 +244,7 @@ def _done(out: Path, record: RunRecord, bench: Bench) -> set[Key]:
     return done
 
 
-def _check_unchanged(out: Path, hashes: dict[str, list[str]]) -> None:
+def _check_same_images(out: Path, hashes: dict[str, list[str]]) -> None:
     for answer in read_answers(out / ANSWERS_FILE):
         if hashes.get(answer.id, answer.images_sha256) != answer.images_sha256:
             raise MismatchError(
