@@ -6,6 +6,7 @@ from typing import Any
 
 from mgll_encoder.common.errors import NotFoundError, UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
+from mgll_encoder.weights.weight_file import open_weights
 from mllm_adapters import base_of_adapter
 
 OWN = "mgll_"
@@ -22,6 +23,9 @@ REFUSED: Mapping[str, str] = {
     "paligemma": "vLLM 0.32 has it with a SigLIP tower only, and does not load one with a CLIP",
 }
 """``model_type`` of models that were tried and are not taken, and what was found."""
+
+UNREAD = ("vision_tower.embeddings.", "model.vision_tower.embeddings.")
+"""Begin the tower's names in a LLaVA saved by transformers 5; vLLM 0.32 expects ``vision_model.`` in between."""
 
 INSTEAD = (
     "leave `engine` out to use this project's engine, or write a LLaVA, which vLLM reads, with `layout=llava` "
@@ -56,6 +60,12 @@ def check_model(folder: Path) -> None:
         raise UnsupportedCheckpointError(
             f"{folder} has {unknown}, on which vLLM's numbers were not compared with transformers': leave `engine` "
             "out, or start `vllm serve` yourself and give `endpoint`, which makes a row of its own"
+        )
+    if any(name.startswith(UNREAD) for name in open_weights(folder).headers):
+        raise UnsupportedCheckpointError(
+            f"{folder} was saved by transformers 5, which names the tower's tensors otherwise than vLLM 0.32 expects: "
+            "leave `engine` out, or save the tower alone (`vision_tower.save_pretrained()`) and put it in again with "
+            "`plan_swap()`"
         )
 
 

@@ -4,7 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from eval_mcq import run
 from eval_mcq.backends.vllm_engine import PLACEMENT, VLLMModel, parse_options, vllm_python
@@ -27,10 +29,12 @@ def bench(tmp_path) -> Path:
     return small_bench(tmp_path)
 
 
-def folder_of(tmp_path: Path, name: str = "config.json", **config) -> Path:
+def folder_of(tmp_path: Path, tower: str = "vision_tower.vision_model.", **config) -> Path:
+    """A folder whose tower has this prefix."""
     folder = tmp_path / "model"
     folder.mkdir(exist_ok=True)
-    (folder / name).write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({f"{tower}embeddings.class_embedding": np.zeros(2)}, folder / "model.safetensors")
     return folder
 
 
@@ -106,6 +110,13 @@ def test_a_model_that_was_not_compared_is_refused_with_what_was(config, reason, 
 def test_llavas_that_were_compared_are_taken(language, tmp_path):
     check_model(folder_of(tmp_path, model_type="llava", text_config={"model_type": language}))
     check_model(folder_of(tmp_path, model_type="llava"))  # as transformers 4.36 wrote it
+
+
+@pytest.mark.parametrize("tower", ["vision_tower.", "model.vision_tower."])
+def test_a_tower_as_transformers_5_saves_it_is_refused(tower, tmp_path, bench):
+    with pytest.raises(UnsupportedCheckpointError, match=r"saved by transformers 5.*put it in again"):
+        run(folder_of(tmp_path, tower, model_type="llava"), bench, tmp_path / "run", engine="vllm")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_adapter_is_refused(tmp_path, bench):
