@@ -157,7 +157,9 @@ def table() -> str:
     lines = ["| client | two steps | losses | labels |", "|---|---|---|---|"]
     for trainer in TRAINERS:
         found = trained(trainer)
-        same = "as this project's" if found.labels and (found.ids, found.labels) == ours() else ""
+        same = "-"  # it does not tell
+        if found.labels:
+            same = "as this project's" if (found.ids, found.labels) == ours() else "**other**"
         losses = ", ".join(f"{loss:.3f}" for loss in found.losses[:2])
         lines.append(
             f"| {trainer.rpartition('-')[0]} {trainer.rpartition('-')[2]} | done | {losses} | {same} |"
