@@ -146,12 +146,14 @@ def contact_sheet(
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rule = tower.spec.model_copy(update={"image_size": max(_SHOWN, tower.spec.image_size)})
     show = image_transform(rule)
     mean, std = torch.tensor(rule.mean)[:, None, None], torch.tensor(rule.std)[:, None, None]
     across = 1 + len(columns)
-    figure = Figure(figsize=(2.3 * across, 2.6 * len(images) + 0.5), layout="constrained")
+    margins = ConstrainedLayoutEngine(h_pad=0.1)  # the default one cuts a pixel of the first heading
+    figure = Figure(figsize=(2.3 * across, 2.6 * len(images) + 0.5), layout=margins)
     axes = figure.subplots(len(images), across, squeeze=False)
     shades = ScalarMappable(Normalize(0, 1), _COLORS)
     for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
