@@ -48,36 +48,42 @@ class Sizes:
     """How much is trained and asked.
 
     Attributes:
-        pretrain: Options of ``mgll-encoder pretrain``.
+        heads: Options of ``mgll-encoder pretrain`` for the text tower and projections on the frozen general tower.
+        pretrain: Its options for all of it, which follow.
         teach: Options of ``build_smol_llava.py``.
         retrain: Options of ``retrain-projector``.
         run: Options of ``eval-mcq run`` and ``check``.
     """
 
+    heads: Sequence[str]
     pretrain: Sequence[str]
     teach: Sequence[str]
     retrain: Sequence[str]
     run: Sequence[str] = ()
 
 
-TOWERS = [
-    *("--epochs", "3", "--batch-size", "32", "--learning-rate", "1e-3", "--tower-learning-rate", "1e-4"),
-    *("--train-blocks", "4", "--select", "last", "--precision", "float32", "--flip"),
-]
+COMMON = ["--batch-size", "32", "--select", "last", "--precision", "float32", "--flip"]
+HEADS = ["--epochs", "2", "--learning-rate", "2e-3", "--train-blocks", "0", *COMMON]
+TOWERS = ["--epochs", "6", "--learning-rate", "1e-3", "--tower-learning-rate", "5e-5", *COMMON]
+"""The text tower and the projections are trained first, so that what they do not know yet does not distort the image
+tower (Kumar et al., ICLR 2022: "Fine-tuning can distort pretrained features"); then everything is."""
 
 SIZES = {
     "tiny": Sizes(
+        HEADS,
         TOWERS,
         ["--lm", "tiny", "--questions", "19200", "--captions-replay", "0.3"],
         ["--epochs", "1", "--batch-size", "16", "--learning-rate", "1e-3"],
     ),
     "smollm2": Sizes(
+        HEADS,
         TOWERS,
         ["--lm", "smollm2"],
         ["--epochs", "1", "--batch-size", "16", "--learning-rate", "5e-4", "--precision", "bfloat16"],
         ["--precision", "bfloat16"],
     ),
     "quick": Sizes(
+        ["--epochs", "1", "--batch-size", "16", "--train-blocks", "0"],
         ["--epochs", "1", "--batch-size", "16"],
         ["--lm", "tiny", "--words", "32", "--captions", "32", "--questions", "32"],
         ["--max-steps", "2"],
@@ -219,12 +225,19 @@ def _general(work: Experiment) -> None:
 
 
 def _tune(work: Experiment, manifest: Path, name: str, seed: int) -> None:
-    tower = work.tower(name, seed)
+    heads = work.tower(f"{name}-heads", seed)
+    _train(work, manifest, name, seed, work.tower(GENERAL, 0), work.sizes.heads, heads)
+    _train(work, manifest, name, seed, heads, work.sizes.pretrain, work.tower(name, seed))
+
+
+def _train(
+    work: Experiment, manifest: Path, name: str, seed: int, start: Path, sizes: Sequence[str], tower: Path
+) -> None:
     resume = ["--resume"] if any((tower.parent / f".{tower.name}.training").glob("checkpoint-*")) else []
     work.steps.step(
-        f"The general tower, tuned with {name}, seed {seed}", f"towers/{tower.name}",
-        "mgll-encoder", "pretrain", "--manifest", manifest, "--images", work.data, "--init", work.tower(GENERAL, 0),
-        *TUNED[name].options, *work.sizes.pretrain, "--workers", "0", "--seed", str(seed), *resume, "--out", tower,
+        f"{start.name}, tuned to {tower.name}", f"towers/{tower.name}",
+        "mgll-encoder", "pretrain", "--manifest", manifest, "--images", work.data, "--init", start,
+        *TUNED[name].options, *sizes, "--workers", "0", "--seed", str(seed), *resume, "--out", tower,
     )  # fmt: skip
 
 
