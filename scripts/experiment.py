@@ -11,6 +11,7 @@ and is not run again; re-run the same command to continue. docs/experiment.md ha
 """
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from proof import COLUMNS, POSITIVES, Arm, images_and_sources, texts_of_labels
 from steps import Steps
 
+from eval_mcq.items.schema import MCQItem, load_bench, write_bench
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.common.files import write_text
@@ -51,6 +53,7 @@ class Sizes:
         heads: Options of ``mgll-encoder pretrain`` for the text tower and projections on the frozen general tower.
         pretrain: Its options for all of it, which follow.
         teach: Options of ``build_smol_llava.py``.
+        questions: Questions of a retraining.
         retrain: Options of ``retrain-projector``.
         run: Options of ``eval-mcq run`` and ``check``.
     """
@@ -58,6 +61,7 @@ class Sizes:
     heads: Sequence[str]
     pretrain: Sequence[str]
     teach: Sequence[str]
+    questions: int
     retrain: Sequence[str]
     run: Sequence[str] = ()
 
@@ -73,12 +77,14 @@ SIZES = {
         HEADS,
         TOWERS,
         ["--lm", "tiny", "--questions", "19200", "--captions-replay", "0.3"],
+        19200,
         ["--epochs", "1", "--batch-size", "16", "--learning-rate", "1e-3"],
     ),
     "smollm2": Sizes(
         HEADS,
         TOWERS,
         ["--lm", "smollm2"],
+        19200,
         ["--epochs", "1", "--batch-size", "16", "--learning-rate", "5e-4", "--precision", "bfloat16"],
         ["--precision", "bfloat16"],
     ),
@@ -86,6 +92,7 @@ SIZES = {
         ["--epochs", "1", "--batch-size", "16", "--train-blocks", "0"],
         ["--epochs", "1", "--batch-size", "16"],
         ["--lm", "tiny", "--words", "32", "--captions", "32", "--questions", "32"],
+        32,
         ["--max-steps", "2"],
     ),
 }
@@ -300,14 +307,33 @@ def _swap(work: Experiment, base: Path, name: str, seed: int, options: Sequence[
 
 
 def _retrain(work: Experiment, benches: Sequence[Path], start: str, end: str, seed: int) -> None:
-    data = [word for bench in benches for word in ("--data", bench)]
     out = work.model(end, seed)
     resume = ["--resume"] if any(out.with_name(f"{out.name}.training").glob("checkpoint-*")) else []
     work.steps.step(
         f"Retraining the projector of {start}, seed {seed}", f"models/{end}-{seed}",
-        "retrain-projector", "--model", work.model(start, seed), *data, "--images", work.data,
-        *work.sizes.retrain, "--report-to", "none", "--seed", str(seed), *resume, "--out", out,
+        "retrain-projector", "--model", work.model(start, seed), "--data", _balanced(work, benches, seed),
+        "--images", work.data, *work.sizes.retrain, "--report-to", "none", "--seed", str(seed), *resume, "--out", out,
     )  # fmt: skip
+
+
+def _balanced(work: Experiment, benches: Sequence[Path], seed: int) -> Path:
+    """Questions of the training benches, drawn with every disease equally often, as the base was taught them.
+
+    Otherwise the projector learns to show the most common disease, at the cost of an average over diseases.
+    """
+    out = work.out / f"balanced-{seed}.jsonl"
+    if out.exists():
+        return out
+    read = [load_bench(bench) for bench in benches]
+    by_disease: dict[str, list[MCQItem]] = {disease: [] for disease in read[0].categories}
+    for bench in read:
+        for item in bench.items:
+            by_disease[item.category].append(item)
+    draw, groups = random.Random(seed), [items for items in by_disease.values() if items]
+    drawn = [draw.choice(draw.choice(groups)) for _ in range(work.sizes.questions)]
+    items = [item.model_copy(update={"id": f"{item.id}-{number}"}) for number, item in enumerate(drawn)]
+    write_bench(out, read[0].header, items)
+    return out
 
 
 def _judge_towers(work: Experiment, manifest: Path, lines: list[str]) -> dict[str, Any]:
