@@ -58,8 +58,8 @@ def check_model(folder: Path) -> None:
         )
     if unknown := _not_measured(config, kind):
         raise UnsupportedCheckpointError(
-            f"{folder} has {unknown}, on which vLLM's numbers were not compared with transformers': leave `engine` "
-            "out, or start `vllm serve` yourself and give `endpoint`, which makes a row of its own"
+            f"{folder} has {unknown}, on which vLLM's numbers were not compared with transformers'; {INSTEAD}, or "
+            "start `vllm serve` yourself and give `endpoint`, which makes a row of its own"
         )
     if any(name.startswith(UNREAD) for name in open_weights(folder).headers):
         raise UnsupportedCheckpointError(
