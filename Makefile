@@ -14,6 +14,8 @@ PIP = $(@D)/bin/python -m pip --quiet
 LOCK := requirements/lock.txt
 LOWEST := requirements/lowest.txt
 SITE := requirements/docs.txt
+# uv trusts the certificates that the system does, as pip does: networks have proxies.
+export UV_SYSTEM_CERTS := true
 SUITE := -m pytest -m "not slow" --numprocesses 2
 
 .PHONY: install demo axe screenshots test test-slow test-docs test-latest test-lowest fuzz soak lint lint-ci docs lock wheel check-wheel clean
@@ -49,7 +51,7 @@ demo: install
 # is taken for its axe.min.js alone. MGLL_AXE=/path/to/axe.min.js uses another one (npm pack axe-core).
 axe: .venv/axe/installed
 .venv/axe/installed: .venv/installed
-	$(BIN)/uv pip install --quiet --no-deps --target $(@D) axe-playwright-python==0.1.8
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) axe-playwright-python==0.1.8
 	touch $@
 
 # docs/report.png, docs/explain.png and docs/phantom.jpg, from the demo's outputs
