@@ -168,6 +168,7 @@ def until_the_answers(out: Path, sizes: Sizes) -> list[Stage]:
     )
     practice = [
         "--words", str(sizes.words), "--captions", str(sizes.captions), "--questions", str(sizes.questions),
+        "--captions-replay", "0.3",
     ]  # fmt: skip
     return [
         stages.draw("Phantom photographs for the general tower", "general", sizes.general, seed=1),
