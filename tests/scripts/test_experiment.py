@@ -120,7 +120,8 @@ def test_one_command_goes_from_the_general_tower_to_the_tables_and_does_nothing_
     done = experiment(*settings)
     assert done.returncode == 0, done.stderr
     figures = json.loads((out / "figures.json").read_text())
-    assert set(figures["towers"]["all sources"]["probe AUC"]["towers"]) == {"general", "clip", "mgll"}
+    of_tower = figures["towers"]["all sources"]["probe AUC"]
+    assert set(of_tower) == {"general", "clip", "mgll", "mgll over general", "mgll over clip"}
     assert set(figures["looks"][0]["average"]) == {"real", "blank", "shuffled"}
     answers = figures["answers"]["all"]
     assert set(answers["arms"]) == {path.name.removesuffix("-0") for path in (out / "models").iterdir()} - {
