@@ -101,11 +101,12 @@ def test_the_page_says_the_same_first_in_the_same_figures(tmp_path, eval_mcq):
     page = (tmp_path / "report.html").read_text()
     grid = by_disease(compare(runs))
     head = page[page.index("<header>") : page.index("</header>")]
-    assert [line for line in grid.headline if f'<p class="headline">{line}</p>' in head] == grid.headline
+    written = [line.replace(" %", "\u00a0%") for line in grid.headline]
+    assert [line for line in written if f'<p class="headline">{line}</p>' in head] == written
     assert head.index("mgll against control") < head.index("control against base")
     average = next(row for row in grid.rows if row[0] == "Average")
     value, interval = average[7].split(" ", 1)
-    assert f"</span> {value} % {interval}" in head
+    assert f"</span> {value}&nbsp;% {interval}" in head
     assert '"against":[-1,0,1]' in page
 
     folders = [f"{name}={tmp_path / name}" for name in runs]

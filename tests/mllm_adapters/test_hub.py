@@ -153,12 +153,14 @@ def test_another_kind_of_tower_is_refused_before_its_weights_are_downloaded(
     hub: FakeHub, tmp_path: Path
 ) -> None:
     hub.files["config.json"] = b'{"model_type": "siglip2"}'
-    assert "field 'model_type' is 'siglip2'" in refused(mgll_encoder, "inspect", "org/siglip")
+    assert "a NaFlex SigLIP 2, whose images keep their aspect ratio" in refused(
+        mgll_encoder, "inspect", "org/siglip"
+    )
     write_phantom(tmp_path / "set", 2, image_size=32)
     manifest = tmp_path / "manifest.jsonl"
     build_fundus(FundusTable(tmp_path / "set" / "labels.csv"), tmp_path / "set", manifest)
     training = ("pretrain", "--manifest", manifest, "--init", "org/siglip", "--out", tmp_path / "tower")
-    assert "field 'model_type' is 'siglip2'" in refused(mgll_encoder, *training)
+    assert "a NaFlex SigLIP 2, whose images keep their aspect ratio" in refused(mgll_encoder, *training)
     assert set(hub.asked) == {"config.json"}
 
 
