@@ -97,9 +97,6 @@ def _freeze_first(vision: Tower, trained: int) -> None:
         raise InvalidArgumentError(
             f"`train_blocks` is {trained}: the image tower has {depth} blocks: give a number from 0 to {depth}"
         )
-    if not trained:
-        vision.model.requires_grad_(False)
-        return
     first = f"{ARCHITECTURES[vision.spec.architecture].blocks}.{depth - trained}."
     for name, parameter in vision.model.named_parameters():  # in the order of the computation
         if name.startswith(first):
