@@ -360,4 +360,4 @@ def _cells(name: str) -> str:
     except UnsupportedCheckpointError:
         return f"{taken}: vLLM does not load it | | | "
     letters = f"{found.same}/{found.questions}"
-    return f"{taken} | {letters} | {found.log_probabilities:.0e} | {found.pixels:.1g}"
+    return f"{taken} | {letters} | {found.log_probabilities:.2g} | {found.pixels:.1g}"
