@@ -20,7 +20,7 @@ from mgll_encoder.tower.spec import PixelRule
 from mgll_encoder.weights.torch_file import WeightSet
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.data import Data
-from mllm_adapters.core.fates import ConnectorFate, ProcessorFate, Recorded
+from mllm_adapters.core.fates import ConnectorFate, ProcessorFate
 from mllm_adapters.core.operations import OPERATIONS, Operation, OperationName
 
 Target = Literal["own", "llava"]
@@ -152,7 +152,7 @@ class Plan(Data):
     before: VisionContract
     after: VisionContract
     image_token_id: int
-    processor: ProcessorFate | Recorded | None = None
+    processor: ProcessorFate | None = None
     connectors: dict[str, ConnectorFate] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     alignment: dict[str, Any] | None = None

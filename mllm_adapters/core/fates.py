@@ -67,15 +67,8 @@ class Fitted(Data):
     r2: float | None = None
 
 
-class Recorded(Data):
-    """A fate in a record of format 2, which is a phrase."""
-
-    fate: Literal["recorded"] = "recorded"
-    words: str
-
-
 ConnectorFate = Annotated[
-    Kept | Reinitialized | Added | Unneeded | Taken | Fitted | Recorded, Field(discriminator="fate")
+    Kept | Reinitialized | Added | Unneeded | Taken | Fitted, Field(discriminator="fate")
 ]
 """The fate of a module that reads vision features."""
 

@@ -120,9 +120,8 @@ class SwapRecord(Data):
 
 
 def has_record(folder: Path) -> bool:
-    """Whether a folder has a record that this version reads."""
-    file = folder / PROVENANCE
-    return file.is_file() and read_json(file).get("format") in (2, 3)
+    """Whether a folder has a record of a swap."""
+    return (folder / PROVENANCE).is_file()
 
 
 def read_record(folder: Path) -> SwapRecord:
@@ -139,11 +138,10 @@ def alignment_of(folder: Path) -> dict[str, Any] | None:
     """Return how well each connector layer of a checkpoint was fitted on images (`docs/alignment.md`).
 
     Returns:
-        ``used`` and ``held_out`` images, ``tokens``, and the fits of the ``connectors``; None without an alignment, and
-        for records of versions that are not read any more.
+        ``used`` and ``held_out`` images, ``tokens``, and the fits of the ``connectors``; None without an alignment.
 
     Raises:
-        UserError: the record is damaged.
+        UserError: the record is damaged, or of another version.
     """
     found = read_record(folder).plan.get("alignment") if has_record(folder) else None
     return found if isinstance(found, dict) else None
@@ -159,11 +157,9 @@ def read_as(kind: type[Record], file: Path) -> Record:
         UserError: it is of another version, or cannot be read.
     """
     content = read_json(file)
-    if content.get("format") == 2:
-        content = _in_format_3(content)
     if content.get("format") != 3:
         raise BadDataError(
-            f"{file}: field 'format' is {content.get('format')!r}, expected 2 or 3: swap again with this version"
+            f"{file}: field 'format' is {content.get('format')!r}, expected 3: swap again with this version"
         )
     advice = "the file was edited or damaged"
     record = checked(kind, content, str(file), advice)
@@ -172,21 +168,6 @@ def read_as(kind: type[Record], file: Path) -> Record:
     except ValidationError as error:
         raise BadDataError(f"{file}: {first_fault(error, 'plan')}; {advice}") from None
     return record
-
-
-def _in_format_3(content: dict[str, Any]) -> dict[str, Any]:
-    """Convert a record of format 2, which calls connectors readers and gives their fates as phrases."""
-    text = json.dumps(content.get("plan"))
-    for old, new in (("readers", "connectors"), ("reader", "connector")):
-        text = text.replace(f'"{old}": ', f'"{new}": ')
-    plan = json.loads(text)
-    if isinstance(plan, dict):
-        fates = plan.get("connectors")
-        if isinstance(fates, dict):
-            plan["connectors"] = {name: {"fate": "recorded", "words": words} for name, words in fates.items()}
-        if plan.get("processor") is not None:
-            plan["processor"] = {"fate": "recorded", "words": plan["processor"]}
-    return {**content, "format": 3, "plan": plan}
 
 
 def record_of(

@@ -6,7 +6,6 @@ from mllm_adapters.core.fates import (
     Fitted,
     Kept,
     ProcessorFate,
-    Recorded,
     Reinitialized,
     Taken,
     Unneeded,
@@ -31,8 +30,6 @@ def connector_words(fate: ConnectorFate, *, advice: bool = True) -> str:
             return "fitted on images"
         case Fitted():
             return f"fitted on {fate.images} images, held-out R² {fate.r2:.3f}"
-        case Recorded():
-            return fate.words
 
 
 def _reinitialized(fate: Reinitialized) -> str:
@@ -42,12 +39,10 @@ def _reinitialized(fate: Reinitialized) -> str:
     return f"({fate.before} -> {fate.after} wide){latents if fate.because == 'latents' else ''}"
 
 
-def processor_words(fate: ProcessorFate | Recorded | None) -> str:
+def processor_words(fate: ProcessorFate | None) -> str:
     """Describe how a processor is made."""
     if fate is None:
         return "not written: no tokenizer found (image processor only)"
-    if isinstance(fate, Recorded):
-        return fate.words
     if fate.name is None:
         return "the source's, with the new preprocessing"
     whose = {"source": "the source's", "language_model": "the language model's"}[fate.origin]

@@ -322,7 +322,7 @@ def incomplete(folder: Path) -> str:
 
 
 def garbled(folder: Path) -> str:
-    (folder / "mgll_delta.json").write_text('{"format": 2}')
+    (folder / "mgll_delta.json").write_text('{"format": 3}')
     return "mgll_delta.json: field 'versions'"
 
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.weights.spans import spans
-from mllm_adapters import load_mllm
+from mllm_adapters import alignment_of, load_mllm, plan_swap
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.fingerprint import sampled
 from mllm_adapters.cli.swap import main
 from mllm_adapters.core.provenance import read_record
 from mllm_adapters.core.streaming import raw_bytes
+from mllm_adapters.swap.replace_tensors import replace_tensors
 from tests.builders import invoke, refused
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.llava_checkpoints import a_tower
@@ -167,3 +168,17 @@ def test_an_edited_record_is_named(
 def test_a_tensor_that_is_not_there_is_named(tiny_llava: Path) -> None:
     with pytest.raises(BadDataError, match="has no tensor nobody"):
         Checkpoint(tiny_llava).read("nobody")
+
+
+def test_a_record_of_another_format_is_refused_before_anything_is_written(
+    tiny_llava: Path, tmp_path: Path
+) -> None:
+    out = plan_swap(tiny_llava, a_tower(tmp_path / "mgll")).write(tmp_path / "out")
+    record = json.loads((out / "mgll_swap.json").read_text())
+    (out / "mgll_swap.json").write_text(json.dumps({**record, "format": 2}))
+    for uses in (read_record, alignment_of, lambda folder: replace_tensors(folder, tmp_path / "trained", {})):
+        with pytest.raises(
+            BadDataError, match=r"mgll_swap\.json: field 'format' is 2, expected 3: swap again"
+        ):
+            uses(out)
+    assert not (tmp_path / "trained").exists()

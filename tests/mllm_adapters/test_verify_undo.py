@@ -267,5 +267,5 @@ def test_undoing_what_was_not_done_is_refused(
     assert "other hashes" in message
     damaged = Path(shutil.copytree(llava.out, tmp_path / "damaged"))
     (damaged / "mgll_swap.json").write_text('{"format": 1}')
-    assert "field 'format' is 1, expected 2 or 3" in refused(main, "verify", damaged)
+    assert "field 'format' is 1, expected 3: swap again" in refused(main, "verify", damaged)
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,6 @@ from mllm_adapters.core.fates import (
     Fitted,
     Kept,
     ProcessorFate,
-    Recorded,
     Reinitialized,
     Taken,
     Unneeded,
@@ -42,7 +41,6 @@ RETRAIN = ": retrain the projector"
         (Taken(source="blip2.pth", width=1024), "taken from blip2.pth (1024 wide)", ""),
         (Fitted(), "fitted on images", ""),
         (Fitted(images=500, r2=0.8584), "fitted on 500 images, held-out R² 0.858", ""),
-        (Recorded(words="kept (32 wide)"), "kept (32 wide)", ""),
     ],
 )
 def test_what_becomes_of_a_connector(fate: ConnectorFate, words: str, advice: str) -> None:
@@ -71,8 +69,7 @@ def test_what_becomes_of_a_connector(fate: ConnectorFate, words: str, advice: st
             ProcessorFate(name="InstructBlipProcessor", tokenizers=2, template=True),
             "InstructBlipProcessor with the source's 2 tokenizers and a chat template",
         ),
-        (Recorded(words="the source's"), "the source's"),
     ],
 )
-def test_how_a_processor_comes_about(fate: ProcessorFate | Recorded | None, words: str) -> None:
+def test_how_a_processor_comes_about(fate: ProcessorFate | None, words: str) -> None:
     assert processor_words(fate) == words
