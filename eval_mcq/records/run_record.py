@@ -54,10 +54,9 @@ class RunRecord(BaseModel):
         rotations: Maximum number of rotations of the options per question; a question with n options has at most n.
         prompt: Version of the prompt, and of the answer parser if there is one.
         dtype: Number format of the model, and its quantization if any.
-        code: Versions of scoring, image reader, torch and transformers. Runs from before 2026-12 have a hash of source
-            files instead.
+        code: Versions of scoring, image reader, torch and transformers.
         shard: ``i/n`` for a run with only part of the answers; None for a whole run.
-        batch_size: Rows of a batch; shards consist of whole batches. None for runs from before it was recorded.
+        batch_size: Rows of a batch; shards consist of whole batches. None until the run starts.
         example: The full prompt of the benchmark's first question, for the reader.
         versions: Package versions, for the reader.
         leak: Test images that the model was trained on, if allowed; None for a clean run.
@@ -121,14 +120,7 @@ class RunRecord(BaseModel):
         identity = self.identity
         if self.backend is None:  # as before backends had a name
             del identity["backend"]
-        if self.hashed_source:  # the name that it had then
-            identity["code version"] = identity.pop("scoring version")
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def hashed_source(self) -> bool:
-        """Whether the run is of an earlier version, which recorded a hash of its source files."""
-        return self.backend is None and bool(self.code) and not self.code.startswith("scoring-")
 
     def difference(self, other: "RunRecord") -> str | None:
         """Return the first difference to another run's identity, with both values; None if there is none."""

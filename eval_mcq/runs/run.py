@@ -99,13 +99,6 @@ def check_resumable(out: Path, record: RunRecord, force: bool = False) -> None:
             f"output {out} exists and is not a run: choose another `out`, or replace it with `force=True`"
         )
     old = read_run_record(out)
-    if old.hashed_source:
-        raise MismatchError(
-            f"run {out} was started by an earlier version, which recorded a hash of its source "
-            f"({old.code[:12]}): this version may give different numbers, so its answers can be shown "
-            f"and compared (`load_run({out})`), but not continued; choose another `out`, or replace it with "
-            "`force=True`"
-        )
     differs = record.difference(old)
     if differs is None and old.shard != record.shard:
         differs = f"shard ({old.shard or 'none'}, now {record.shard or 'none'})"
