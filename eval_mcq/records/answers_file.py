@@ -26,7 +26,7 @@ def lock_run(out: Path, wait: bool = False) -> AbstractContextManager[bool]:
         wait: Wait for another process that is writing it.
 
     Raises:
-        UserError: another process is writing it, and ``wait`` is not set.
+        OutputTakenError: another process is writing it, and ``wait`` is not set.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ class NotFoundError(UserError):
 
 
 class OutputTakenError(UserError):
-    """The output exists already, or is one of the inputs."""
+    """The output exists already, is being written by another process, or is one of the inputs."""
 
 
 class BadDataError(UserError):

@@ -15,7 +15,6 @@ from mgll_encoder.common.errors import (
     InvalidArgumentError,
     NotFoundError,
     OutputTakenError,
-    UserError,
 )
 from mgll_encoder.common.faults import CACHE, find_fault, writing
 from mgll_encoder.common.locks import let_go, locked
@@ -162,7 +161,7 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
 def clear_interrupted() -> None:
     """Remove unfinished outputs of this process whose cleanup was interrupted by a signal."""
     for lock in let_go():
-        with suppress(UserError, OSError), locked(lock, "another process is writing there") as alone:
+        with suppress(OutputTakenError, OSError), locked(lock, "another process is writing there") as alone:
             if alone and (match := _LOCK.fullmatch(lock.name)):
                 _clear_leftovers(lock.with_name(match["name"]))
 
@@ -304,7 +303,7 @@ def _sweep(folder: Path) -> None:
     _swept.add(folder.resolve())
     names = {match["name"] for pattern in (_PARTIAL, _LOCK) for _, match in _siblings(folder, pattern)}
     for name in names:
-        with suppress(UserError), locked(_lock_of(folder / name), "it is being written") as alone:
+        with suppress(OutputTakenError), locked(_lock_of(folder / name), "it is being written") as alone:
             if alone:
                 _clear_leftovers(folder / name)
 

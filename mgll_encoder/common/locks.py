@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mgll_encoder.common.errors import BadDataError
+from mgll_encoder.common.errors import OutputTakenError
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def locked(file: Path, otherwise: str | None) -> Iterator[bool]:
         Whether it is held. False, with a warning, if the file system has no locks.
 
     Raises:
-        UserError: another process holds it, and ``otherwise`` was given.
+        OutputTakenError: another process holds it, and ``otherwise`` was given.
         OSError: the file cannot be created.
     """
     _claimed.add(file)
@@ -99,7 +99,7 @@ def _flock(descriptor: int, file: Path, otherwise: str | None) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # some network disks raise the latter
         if otherwise is not None:
-            raise BadDataError(otherwise) from None
+            raise OutputTakenError(otherwise) from None
 
         _logger.info(f"waiting for another process (it holds the lock {file}) ...")
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -85,7 +85,7 @@ def only_run(out: Path) -> AbstractContextManager[bool]:
     """Hold the exclusive right to train into ``out``; it is released when the process ends.
 
     Raises:
-        UserError: another process has it.
+        OutputTakenError: another process has it.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)

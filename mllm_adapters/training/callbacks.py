@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mgll_encoder.common.errors import MissingPackageError, UserError
+from mgll_encoder.common.errors import MissingPackageError, TrainingError
 from mgll_encoder.common.extras import require
 from mgll_encoder.common.files import write_text
 from mgll_encoder.common.resuming import last_checkpoint, step_of
@@ -31,7 +31,7 @@ RISE = 3.0
 """Factor over the lowest loss at which a loss above the first is reported as a possible divergence."""
 
 
-class DivergedError(UserError):
+class DivergedError(TrainingError):
     """The loss became NaN or infinite."""
 
 

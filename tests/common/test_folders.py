@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mgll_encoder.common.errors import BadDataError, OutputTakenError
+from mgll_encoder.common.errors import OutputTakenError
 from mgll_encoder.common.files import new_folder
 
 
@@ -41,7 +41,7 @@ def test_two_processes_cannot_write_one_folder(tmp_path: Path) -> None:
     try:
         lock = tmp_path / ".out.lock"
         with pytest.raises(
-            BadDataError, match=rf"another process is writing {out} \(it holds the lock {lock}\)"
+            OutputTakenError, match=rf"another process is writing {out} \(it holds the lock {lock}\)"
         ):
             new_folder(out).__enter__()
         with new_folder(tmp_path / "other"):

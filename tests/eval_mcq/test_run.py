@@ -219,9 +219,9 @@ def test_a_run_that_another_process_writes_is_left_alone(
     run = tmp_path / "run"
     told = rf"another process is writing run {run} .it holds the lock {tmp_path}/\.run\.run\.lock"
     for force in (False, True):
-        with pytest.raises(BadDataError, match=told):
+        with pytest.raises(OutputTakenError, match=told):
             put(batch_size=2, force=force)
-        with pytest.raises(BadDataError, match=told):
+        with pytest.raises(OutputTakenError, match=told):
             merge([tmp_path / "s0", tmp_path / "s1"], run, force=True)
     call = ("run", "--model", tiny_llava, "--bench", bench.path, "--out", run, "--device", "cpu", "--force")
     assert "another process is writing run" in eval_mcq.refuses(*call)

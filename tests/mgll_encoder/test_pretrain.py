@@ -20,6 +20,7 @@ from mgll_encoder.common.errors import (
     InvalidArgumentError,
     MismatchError,
     NotFoundError,
+    OutputTakenError,
     UserError,
 )
 from mgll_encoder.common.files import sha256
@@ -251,7 +252,7 @@ def test_a_state_that_is_missing_or_damaged_is_told(manifest, tmp_path, monkeypa
 
 
 def test_two_trainings_cannot_share_a_work_folder(manifest, tmp_path):
-    with only_run(tmp_path / "tower"), pytest.raises(BadDataError, match="another run is training into"):
+    with only_run(tmp_path / "tower"), pytest.raises(OutputTakenError, match="another run is training into"):
         pretrain(manifest, tmp_path / "tower", options(), workers=0)
     assert list(tmp_path.iterdir()) == []
 

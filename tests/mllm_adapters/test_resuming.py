@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from mgll_encoder.common import signals
-from mgll_encoder.common.errors import BadDataError
+from mgll_encoder.common.errors import OutputTakenError
 from mgll_encoder.common.resuming import last_checkpoint, only_run
 from mllm_adapters.cli.retrain import main
 from mllm_adapters.training.engine import Recipe, RunOptions, prepare_training, train, work_folder
@@ -136,7 +136,10 @@ def test_a_state_of_the_trainer_that_was_cut_short_makes_its_checkpoint_unfinish
 
 
 def test_two_runs_cannot_train_into_one_folder_and_the_lock_leaves_no_trace(run, tmp_path):
-    with only_run(tmp_path / "out"), pytest.raises(BadDataError, match=r"another run is training into .*out"):
+    with (
+        only_run(tmp_path / "out"),
+        pytest.raises(OutputTakenError, match=r"another run is training into .*out"),
+    ):
         run("out")
     assert list(tmp_path.iterdir()) == []
     run("out")
