@@ -19,12 +19,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.text import Text
 from typer.core import TyperGroup
@@ -150,7 +152,7 @@ def _showing_logs() -> Iterator[None]:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     if stderr.is_terminal:
-        show_with(_bar, _counting_bar)
+        show_with(_bar, _counting_bar, _byte_bar)
     try:
         yield
     finally:
@@ -263,8 +265,20 @@ class _Speed(ProgressColumn):
 @contextmanager
 def _counting_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar with speed and time left on stderr; yield a function that advances it."""
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    with _advanced(description, total, MofNCompleteColumn(), _Speed()) as advance:
+        yield advance
+
+
+@contextmanager
+def _byte_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Likewise for bytes."""
+    with _advanced(description, total, DownloadColumn(), TransferSpeedColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _advanced(description: str, total: int, *figures: ProgressColumn) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.advance(task, done)

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rich.filesize import decimal
+
 T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ SHORTEST, LONGEST = 30.0, 600.0
 class _Display:
     tracker: Tracker | None = None
     counter: Counter | None = None
+    byte_counter: Counter | None = None
 
 
 _display = _Display()
@@ -99,13 +102,14 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 @contextmanager
-def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def counting(description: str, total: int, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
     """Yield a function that counts, shown with the counter set by `show_with`, or else in log lines."""
-    if _display.counter:
-        with _display.counter(description, total) as advance:
+    shown = _display.byte_counter if in_bytes else _display.counter
+    if shown:
+        with shown(description, total) as advance:
             yield advance
     else:
-        yield Pace(description, total).advance
+        yield Pace(description, total, show=decimal if in_bytes else "{:,}".format).advance
 
 
 def counter() -> Counter | None:
@@ -113,23 +117,20 @@ def counter() -> Counter | None:
     return _display.counter
 
 
-@contextmanager
-def no_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001 (of a Counter)
-    """Count without showing anything."""
-    yield lambda _: None
-
-
-def show_with(tracker: Tracker | None, counter: Counter | None = None) -> None:
+def show_with(
+    tracker: Tracker | None, counter: Counter | None = None, byte_counter: Counter | None = None
+) -> None:
     """Set what shows progress in the whole process; with None it is told in log lines, of level INFO.
 
     Args:
         tracker: Shows an iteration.
         counter: Shows a bar that is advanced by hand. It also turns on the bars of transformers and datasets, so pass
             one only for a terminal.
+        byte_counter: Likewise for bytes that are written or compared; it turns on nothing else.
 
     Example:
         >>> from tqdm import tqdm
         >>> show_with(lambda items, description, total: tqdm(items, description, total))
         >>> show_with(None)
     """
-    _display.tracker, _display.counter = tracker, counter
+    _display.tracker, _display.counter, _display.byte_counter = tracker, counter, byte_counter

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from mgll_encoder.common.progress import Counter, no_bar
 from mllm_adapters.api.swaps import Parts
 from mllm_adapters.checkpoints.locate import check_delta, check_swapped
 from mllm_adapters.core.hub_resolve import check_name, resolve
@@ -17,7 +16,6 @@ def compose(
     parts: Parts | None = None,
     copy: bool = False,
     force: bool = False,
-    bar: Counter = no_bar,
 ) -> Path:
     """Write the full checkpoint that a delta and its base define.
 
@@ -29,7 +27,6 @@ def compose(
         parts: Paths of parts of the base that are not next to it, name -> path.
         copy: Copy unchanged files instead of hard-linking them.
         force: Replace ``out`` if it exists.
-        bar: Shows progress in bytes.
 
     Raises:
         UserError: the delta is damaged, its base or its encoder is missing or a different one, or ``out`` is taken.
@@ -39,14 +36,12 @@ def compose(
         check_name(str(mllm))
     from mllm_adapters.loading.delta import ENCODER_PART, open_delta
     from mllm_adapters.swap import delta_files
-    from mllm_adapters.swap.report import total_bytes
     from mllm_adapters.swap.writer import check_output
 
     check_output(Path(out), force, [Path(delta)])
     given = {**(parts or {}), **({} if encoder is None else {ENCODER_PART: Path(encoder)})}
     opened = open_delta(Path(delta), None if mllm is None else resolve(str(mllm)), given)
-    with bar("writing", total_bytes(opened.plan)) as advance:
-        return delta_files.compose(opened, Path(out), force=force, copy=copy, progress=advance)
+    return delta_files.compose(opened, Path(out), force=force, copy=copy)
 
 
 def extract(
@@ -57,7 +52,6 @@ def extract(
     parts: Parts | None = None,
     reference_tower: bool = False,
     force: bool = False,
-    bar: Counter = no_bar,
 ) -> Path:
     """Extract a delta from a swapped checkpoint, retrained or not. All other tensors are compared with the base.
 
@@ -68,7 +62,6 @@ def extract(
         parts: Paths of parts of the base that are not next to it, name -> path.
         reference_tower: Refer to the tower by its hashes instead of storing it, unless it was trained.
         force: Replace ``out`` if it exists.
-        bar: Shows progress in bytes.
 
     Raises:
         UserError: ``mllm`` is not its base, other tensors than those of a swap or training differ from the base's, or
@@ -76,14 +69,10 @@ def extract(
     """
     check_swapped(Path(folder))
     check_name(str(mllm))
-    from mllm_adapters.core.provenance import read_record
-    from mllm_adapters.core.streaming import nbytes
     from mllm_adapters.swap import delta_files
     from mllm_adapters.swap.writer import check_output
 
     check_output(Path(out), force, [Path(folder)])
-    with bar("comparing", sum(map(nbytes, read_record(Path(folder)).tensors))) as advance:
-        return delta_files.extract(
-            Path(folder), resolve(str(mllm)), Path(out), parts=parts, reference_tower=reference_tower, force=force,
-            progress=advance,
-        )  # fmt: skip
+    return delta_files.extract(
+        Path(folder), resolve(str(mllm)), Path(out), parts=parts, reference_tower=reference_tower, force=force
+    )

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from mgll_encoder.common.extras import require
 from mgll_encoder.common.files import optional_path
-from mgll_encoder.common.progress import Counter, no_bar
 from mllm_adapters.core.hub_resolve import resolve
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ def export_gguf(
     precision: str = "float16",
     converter: str | Path | None = None,
     force: bool = False,
-    bar: Counter = no_bar,
 ) -> Path:
     """Write a LLaVA for llama.cpp and Ollama: language model, tower with projector, Modelfile, README.
 
@@ -53,12 +51,9 @@ def export_gguf(
         precision: As of `plan_gguf`.
         converter: Likewise.
         force: Replace ``out`` if it exists.
-        bar: Shows progress in bytes.
 
     Raises:
         UserError: as `plan_gguf`; or ``out`` exists or cannot be written, a value is too large for the precision, or
             the converter fails.
     """
-    planned = plan_gguf(model, precision=precision, converter=converter)
-    with bar("writing", sum(planned.sizes.values())) as advance:
-        return planned.write(out, force=force, progress=advance)
+    return plan_gguf(model, precision=precision, converter=converter).write(out, force=force)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mllm_adapters.core.support_matrix import Support
     from mllm_adapters.swap.planned import Fitting, SwapPlan
     from mllm_adapters.swap.verify import Check
-    from mllm_adapters.swap.writer import Progress
 
 Parts = Mapping[str, Path]
 
@@ -102,7 +101,6 @@ def convert(
     parts: Parts | None = None,
     copy: bool = False,
     force: bool = False,
-    progress: "Progress" = lambda _: None,
 ) -> Path:
     """Convert a checkpoint, including its tower, from its original layout to the transformers layout.
 
@@ -112,12 +110,11 @@ def convert(
         parts: Paths of parts of the checkpoint that are not found next to it, name -> path.
         copy: Copy unchanged files instead of hard-linking them.
         force: Replace ``out`` if it exists.
-        progress: Called with the number of bytes written, tensor by tensor.
 
     Raises:
         UserError: see `plan_conversion` and `SwapPlan.write`.
     """
-    return plan_conversion(mllm, parts=parts).write(out, copy=copy, force=force, progress=progress)
+    return plan_conversion(mllm, parts=parts).write(out, copy=copy, force=force)
 
 
 def align(
@@ -195,7 +192,6 @@ def restore(
     parts: Parts | None = None,
     copy: bool = False,
     force: bool = False,
-    progress: "Progress" = lambda _: None,
 ) -> Path:
     """Undo a swap: restore the original tower and connector, or extract the new tower.
 
@@ -207,7 +203,6 @@ def restore(
         parts: Paths of parts of the original that are not found next to it, name -> path.
         copy: Copy unchanged files instead of hard-linking them.
         force: Replace ``out`` if it exists.
-        progress: Called with the number of bytes written, tensor by tensor.
 
     Raises:
         UserError: the folder was not swapped, ``mllm`` is another checkpoint, or ``out`` exists.
@@ -226,7 +221,6 @@ def restore(
         parts=parts,
         force=force,
         copy=copy,
-        progress=progress,
     )
 
 

@@ -7,7 +7,7 @@ import typer
 
 from mgll_encoder.common import cli
 from mllm_adapters import api
-from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
+from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of
 
 MLLM_HELP = "The base: checkpoint folder, hub id, or family name."
 PART_HELP = "Path of a part of the base that is not next to it: NAME=PATH. Repeatable."
@@ -45,7 +45,6 @@ def compose(
         parts=parts_of(parts),
         copy=copy,
         force=force,
-        bar=progress_bar,
     )
     cli.stdout.print(f"Written: {out}", markup=False, soft_wrap=True)
     cli.stdout.print(f"Next: swap-encoder verify {out}", markup=False, soft_wrap=True)
@@ -79,7 +78,6 @@ def extract(
         parts=parts_of(parts),
         reference_tower=reference_tower,
         force=force,
-        bar=progress_bar,
     )
     cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
     following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {folder.absolute().name}-again"

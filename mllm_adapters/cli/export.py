@@ -8,7 +8,7 @@ import typer
 from mgll_encoder.common import cli
 from mgll_encoder.common.extras import needs
 from mllm_adapters import api
-from mllm_adapters.cli.common_options import FORCE_HELP, progress_bar
+from mllm_adapters.cli.common_options import FORCE_HELP
 
 
 @needs("gguf")
@@ -46,8 +46,7 @@ def export(
         cli.warn(note)
     if dry_run:
         return
-    with progress_bar("writing", sum(plan.sizes.values())) as advance:
-        plan.write(out, force=force, progress=advance)
+    plan.write(out, force=force)
     cli.stdout.print(f"Written: {out}", markup=False, soft_wrap=True)
     following = f"llama-server --model {out}/model.gguf --mmproj {out}/mmproj.gguf"
     cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)

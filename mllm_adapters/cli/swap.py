@@ -12,7 +12,7 @@ from mgll_encoder.common.devices import AUTO, Precision
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import CORE, needs
 from mllm_adapters import api
-from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of, progress_bar
+from mllm_adapters.cli.common_options import COPY_HELP, FORCE_HELP, OUT_HELP, parts_of
 from mllm_adapters.cli.delta import compose, extract
 from mllm_adapters.cli.export import export
 from mllm_adapters.cli.restore import restore, verify
@@ -154,11 +154,10 @@ def swap(
         return
     if fitting:
         plan = _fitted(plan, as_json)
-    with progress_bar("writing", plan.total_bytes(held)) as advance:
-        if delta_only:
-            plan.write_delta(target, reference_tower=reference_tower, force=force, progress=advance)
-        else:
-            plan.write(target, force=force, copy=copy, progress=advance)
+    if delta_only:
+        plan.write_delta(target, reference_tower=reference_tower, force=force)
+    else:
+        plan.write(target, force=force, copy=copy)
     _tell(f"Written: {target}", as_json)
     if push_to_hub is not None:
         from mllm_adapters.swap.hub import push
@@ -188,8 +187,7 @@ def convert(
     _show(plan, out, as_json=as_json, force=force, copy=copy)
     if dry_run:
         return
-    with progress_bar("writing", plan.total_bytes()) as advance:
-        plan.write(out, force=force, copy=copy, progress=advance)
+    plan.write(out, force=force, copy=copy)
     _tell(f"Written: {out}", as_json)
 
 

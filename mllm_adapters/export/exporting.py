@@ -1,12 +1,12 @@
 """Writes a LLaVA for llama.cpp and Ollama: two GGUF files, a Modelfile, and a page on what llama.cpp does otherwise."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import unknown_name
 from mgll_encoder.common.files import new_folder
+from mgll_encoder.common.progress import counting
 from mgll_encoder.tower.architectures import first_patch
 from mllm_adapters.checkpoints.file_copy import check_space
 from mllm_adapters.export.converter import ConvertedModel, check_converter
@@ -65,15 +65,12 @@ class GGUFExport:
         own_size = f"{RESIZE[tower.resize]}: give it pictures of {tower.image_size}x{tower.image_size} pixels"
         return (*self.source.notes, *([CLASS_TOKEN] if first_patch(tower) else []), own_size)
 
-    def write(
-        self, out: str | Path, *, force: bool = False, progress: Callable[[int], None] = lambda _: None
-    ) -> Path:
+    def write(self, out: str | Path, *, force: bool = False) -> Path:
         """Write the folder; it appears when it is complete.
 
         Args:
             out: Folder to write.
             force: Replace it if it exists.
-            progress: Called with the number of bytes written, tensor by tensor.
 
         Raises:
             UserError: ``out`` is taken or holds the model, the disk is too small, a value does not fit into the
@@ -81,10 +78,12 @@ class GGUFExport:
         """
         out = Path(out)
         check_output(out, force, [self.source.checkpoint.folder])
+        total = sum(self.sizes.values())
         with new_folder(out, force) as folder:
-            check_space(folder, sum(self.sizes.values()))
-            self.language.write(folder / MODEL, self.precision, progress)
-            self.vision.write(folder / MMPROJ, self.precision, progress)
+            check_space(folder, total)
+            with counting("writing", total, in_bytes=True) as advance:
+                self.language.write(folder / MODEL, self.precision, advance)
+                self.vision.write(folder / MMPROJ, self.precision, advance)
             page = readme(self.source.name, self.source.tower.image_size, self.turns.picture, self.notes)
             (folder / "Modelfile").write_text(modelfile(self.turns, MODEL, MMPROJ), encoding="utf-8")
             (folder / "README.md").write_text(page, encoding="utf-8")

@@ -30,7 +30,6 @@ from mllm_adapters.loading.load import GENERATION, check_complete
 from mllm_adapters.swap.card import CARD, model_card
 from mllm_adapters.swap.writer import (
     CONFIG,
-    Progress,
     Written,
     check_output,
     tell_left_behind,
@@ -62,7 +61,6 @@ def apply_plan(
     force: bool = False,
     copy: bool = False,
     checked: bool = False,
-    progress: Progress = lambda _: None,
     fitted: Mapping[str, Tensor] | None = None,
     trainings: Sequence[Training] = (),
     weights: Callable[[Path], Written] | None = None,
@@ -79,7 +77,6 @@ def apply_plan(
         force: Replace ``out`` if it exists.
         copy: Copy unchanged files instead of hard-linking them (sharing blocks if the file system can).
         checked: The plan has already passed `check_complete`.
-        progress: Called with the number of bytes written, tensor by tensor.
         fitted: Values of the fitted tensors, by name (`mllm_adapters.alignment.align`).
         trainings: Records of the images that they were fitted on, or of other trainings.
         weights: Writes other weights than those of the whole plan into a folder.
@@ -97,7 +94,6 @@ def apply_plan(
         source=checkpoint,
         steps=plan.steps,
         compute=lambda steps: compute(plan, checkpoint, steps, fitted),
-        progress=progress,
         copy=copy,
     )
     given = (*read, *inputs(plan))

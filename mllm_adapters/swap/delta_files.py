@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from mgll_encoder.common.errors import InvalidArgumentError, MismatchError
+from mgll_encoder.common.progress import counting
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.file_copy import check_space
 from mllm_adapters.checkpoints.fingerprint import FileRecord, sampled
@@ -36,7 +37,6 @@ from mllm_adapters.swap.card import CARD
 from mllm_adapters.swap.restore import vision_tensors
 from mllm_adapters.swap.writer import (
     CONFIG,
-    Progress,
     Written,
     copy_sides,
     published_config,
@@ -57,7 +57,6 @@ def stored_alone(
     plan: Plan,
     checkpoint: Checkpoint,
     fitted: Mapping[str, Tensor] | None = None,
-    progress: Progress = lambda _: None,
     *,
     reference_tower: bool = False,
 ) -> dict[str, Any]:
@@ -67,14 +66,13 @@ def stored_alone(
         plan: Plan of the whole checkpoint.
         checkpoint: The plan's source.
         fitted: See `apply_plan`.
-        progress: Called with the number of bytes written, tensor by tensor.
         reference_tower: Reference the tower by its hashes instead of storing it.
     """
     names = stored_names(plan.steps, reference_tower=reference_tower)
     steps = [step for step in plan.steps if step.name in names]
     values = compute(plan, checkpoint, steps, fitted)
     return {
-        "weights": partial(_write_stored, steps=steps, values=values, progress=progress),
+        "weights": partial(_write_stored, steps=steps, values=values),
         "records": partial(_records, reference_tower=reference_tower),
     }
 
@@ -87,7 +85,6 @@ def extract(
     parts: Mapping[str, Path] | None = None,
     reference_tower: bool = False,
     force: bool = False,
-    progress: Progress = lambda _: None,
 ) -> Path:
     """Extract a delta from a whole checkpoint, retrained or not.
 
@@ -98,7 +95,6 @@ def extract(
         parts: Paths of parts of the base, as for a swap.
         reference_tower: Reference the tower by its hashes instead of storing it, unless it was trained.
         force: Replace ``out`` if it exists.
-        progress: Called with the number of bytes compared, tensor by tensor.
 
     Raises:
         UserError: ``base`` is another checkpoint, tensors other than tower, connector and trained ones
@@ -115,7 +111,7 @@ def extract(
     source, _, _ = open_checkpoint(base, parts)
     check_base(record, source, folder)
     attach_parts(source, record, folder)
-    record = _with_changes(record, whole, source, progress)
+    record = _with_changes(record, whole, source)
     names = stored_names(record.tensors, record.trained, reference_tower=reference_tower)
     steps = [step for step in record.tensors if step.name in names]
     card = folder / CARD
@@ -140,7 +136,6 @@ def compose(
     *,
     force: bool = False,
     copy: bool = False,
-    progress: Progress = lambda _: None,
 ) -> Path:
     """Merge a delta into its base, and write the whole checkpoint.
 
@@ -149,7 +144,6 @@ def compose(
         out: Folder to write.
         force: Replace ``out`` if it exists.
         copy: Copy unchanged files instead of hard-linking them.
-        progress: Called with the number of bytes written, tensor by tensor.
 
     Raises:
         UserError: the delta is damaged, or ``out`` cannot be written.
@@ -172,9 +166,7 @@ def compose(
     return write_checkpoint(
         out,
         config=published_config(plan.config, (delta.folder / CONFIG).read_bytes()),
-        weights=partial(
-            write_weights, source=delta.base, steps=steps, compute=delta.values, progress=progress, copy=copy
-        ),
+        weights=partial(write_weights, source=delta.base, steps=steps, compute=delta.values, copy=copy),
         sides=sides,
         records=records,
         force=force,
@@ -186,12 +178,13 @@ def _write_stored(
     folder: Path,
     steps: Sequence[Step],
     values: Iterable[tuple[Step, Tensor]],
-    progress: Progress = lambda _: None,
 ) -> Written:
     """Write the weight file of a delta."""
-    check_space(folder, sum(map(nbytes, steps)))
+    total = sum(map(nbytes, steps))
+    check_space(folder, total)
     file = folder / DELTA_WEIGHTS
-    hashes = write_safetensors(file, steps, reporting(values, progress))
+    with counting("writing", total, in_bytes=True) as advance:
+        hashes = write_safetensors(file, steps, reporting(values, advance))
     return Written({DELTA_WEIGHTS: sampled(file)}, hashes)
 
 
@@ -233,9 +226,7 @@ def _given(step: Step) -> Step:
     return step.model_copy(update={"operation": "trained"}) if step.kind.copies_bytes else step
 
 
-def _with_changes(
-    record: SwapRecord, checkpoint: Checkpoint, base: Checkpoint, progress: Progress
-) -> SwapRecord:
+def _with_changes(record: SwapRecord, checkpoint: Checkpoint, base: Checkpoint) -> SwapRecord:
     """Return the record with the hashes of all tensors that changed after the swap.
 
     Raises:
@@ -243,13 +234,14 @@ def _with_changes(
     """
     plan = record.plan_with(checkpoint.config, source=base.folder)
     changed: dict[str, str] = {}
-    for tensor in record.tensors:
-        known = record.trained.get(tensor.name, tensor.sha256)
-        if not (known or (tensor.kind.copies_bytes and _one_file(tensor, checkpoint, base))):
-            known = _hash(next(compute(plan, base, [tensor]))[1])
-        if known and (now := _hash(checkpoint.read(tensor.name))) != known:
-            changed[tensor.name] = now
-        progress(nbytes(tensor))
+    with counting("comparing", sum(map(nbytes, record.tensors)), in_bytes=True) as advance:
+        for tensor in record.tensors:
+            known = record.trained.get(tensor.name, tensor.sha256)
+            if not (known or (tensor.kind.copies_bytes and _one_file(tensor, checkpoint, base))):
+                known = _hash(next(compute(plan, base, [tensor]))[1])
+            if known and (now := _hash(checkpoint.read(tensor.name))) != known:
+                changed[tensor.name] = now
+            advance(nbytes(tensor))
     follows = {t.name for t in record.tensors if t.kind.from_base} - record.trained.keys()
     if foreign := follows & changed.keys():
         foreign -= vision_tensors(checkpoint, record)

@@ -14,8 +14,8 @@ from mllm_adapters.core.contract import Family, Plan
 from mllm_adapters.loading.delta import stored_names
 from mllm_adapters.loading.load import check_complete, load_plan
 from mllm_adapters.swap.apply import apply_plan, inputs
-from mllm_adapters.swap.report import plan_table, total_bytes
-from mllm_adapters.swap.writer import Progress, check_output
+from mllm_adapters.swap.report import plan_table
+from mllm_adapters.swap.writer import check_output
 
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
@@ -66,10 +66,6 @@ class SwapPlan:
     def held_by_delta(self, *, reference_tower: bool = False) -> set[str]:
         """Return the names of the tensors that `write_delta` stores."""
         return stored_names(self.plan.steps, reference_tower=reference_tower)
-
-    def total_bytes(self, names: Collection[str] | None = None) -> int:
-        """Return the bytes of all tensors of the target, or of those with these names."""
-        return total_bytes(self.plan, names)
 
     def table(self, *, copy: bool = False, held: Collection[str] | None = None) -> RenderableType:
         """Return the changes, for a rich console; arguments as in `plan_table`."""
@@ -132,22 +128,19 @@ class SwapPlan:
         )
         return replace(self, plan=found.apply_to(self.plan), alignment=found)
 
-    def write(
-        self, out: Path | str, *, force: bool = False, copy: bool = False, progress: Progress = lambda _: None
-    ) -> Path:
+    def write(self, out: Path | str, *, force: bool = False, copy: bool = False) -> Path:
         """Write the whole checkpoint.
 
         Args:
             out: Folder that appears when everything is written and checked.
             force: Replace ``out`` if it exists.
             copy: Copy unchanged files instead of hard-linking them.
-            progress: See `Progress`.
 
         Raises:
             UserError: ``out`` exists or cannot be written, or the source cannot be read.
         """
         ready = self._ready(Path(out), force)
-        return ready._write(Path(out), force=force, copy=copy, progress=progress)
+        return ready._write(Path(out), force=force, copy=copy)
 
     def write_delta(
         self,
@@ -155,7 +148,6 @@ class SwapPlan:
         *,
         reference_tower: bool = False,
         force: bool = False,
-        progress: Progress = lambda _: None,
     ) -> Path:
         """Write only the tensors that differ from the source.
 
@@ -163,7 +155,6 @@ class SwapPlan:
             out: Folder to write.
             reference_tower: Reference the tower by its hashes instead of storing it.
             force: Replace ``out`` if it exists.
-            progress: See `Progress`.
 
         Raises:
             UserError: as in `write`.
@@ -171,9 +162,7 @@ class SwapPlan:
         from mllm_adapters.swap.delta_files import stored_alone
 
         ready = self._ready(Path(out), force)
-        delta = stored_alone(
-            ready.plan, self.checkpoint, ready._fitted, progress, reference_tower=reference_tower
-        )
+        delta = stored_alone(ready.plan, self.checkpoint, ready._fitted, reference_tower=reference_tower)
         return ready._write(Path(out), force=force, **delta)
 
     def load(self, dtype: Any = "auto") -> tuple[Any, Any | None]:

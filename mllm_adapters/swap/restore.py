@@ -19,7 +19,7 @@ from mllm_adapters.core.stages import components
 from mllm_adapters.core.values import compute
 from mllm_adapters.loading.load import check_complete, empty_model
 from mllm_adapters.swap.apply import apply_plan
-from mllm_adapters.swap.writer import Progress, copy_sides, published_config, write_checkpoint, write_weights
+from mllm_adapters.swap.writer import copy_sides, published_config, write_checkpoint, write_weights
 
 ORIGINAL = "original/"
 """Prefix of the original checkpoint's tensor names when both checkpoints are read."""
@@ -38,7 +38,6 @@ def restore(
     parts: Mapping[str, Path] | None = None,
     force: bool = False,
     copy: bool = False,
-    progress: Progress = lambda _: None,
 ) -> Path:
     """Write the checkpoint as it was before the swap, in the transformers layout.
 
@@ -52,7 +51,6 @@ def restore(
         parts: Paths of parts of ``original``, as for a swap.
         force: Replace ``out`` if it exists.
         copy: Copy unchanged files instead of hard-linking them.
-        progress: Called with the number of bytes written, tensor by tensor.
 
     Raises:
         UserError: ``folder`` was not swapped, ``original`` is another checkpoint, or ``out`` cannot be
@@ -81,7 +79,7 @@ def restore(
         for step in group:
             yield step, next(theirs) if _is_original(step) else swapped.read(step.sources[0])
 
-    weights = partial(write_weights, source=both, steps=merged, compute=values, progress=progress, copy=copy)
+    weights = partial(write_weights, source=both, steps=merged, compute=values, copy=copy)
     since = [training for training in trainings_of(folder) if set(training.parts) - _REPLACED]
     read = [folder, original]
     if plan is not None:

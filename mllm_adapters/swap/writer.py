@@ -19,6 +19,7 @@ from torch import Tensor
 from mgll_encoder.common.errors import OutputTakenError, StorageError
 from mgll_encoder.common.files import appearing, check_free, new_folder, sync_file
 from mgll_encoder.common.local_paths import without_local
+from mgll_encoder.common.progress import counting
 from mgll_encoder.weights.spans import Span, spans, truncated
 from mgll_encoder.weights.weight_file import is_safetensors
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
@@ -33,9 +34,6 @@ _logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes written, tensor by tensor."""
 
 _NAMED = 12
 """Maximum number of names of left-behind files in a message."""
@@ -165,7 +163,6 @@ def write_weights(
     source: TensorSource,
     steps: Iterable[Step],
     compute: Callable[[list[Step]], Iterable[tuple[Step, Tensor]]],
-    progress: Progress = lambda _: None,
     *,
     copy: bool = False,
 ) -> Written:
@@ -176,7 +173,6 @@ def write_weights(
         source: Checkpoint that kept tensors come from.
         steps: Every tensor of the target.
         compute: Computes the values of the given steps.
-        progress: Called with the number of bytes written, tensor by tensor.
         copy: Copy such files instead (see `mllm_adapters.checkpoints.file_copy.best_way`).
 
     Raises:
@@ -188,22 +184,24 @@ def write_weights(
     whole_files = [file for file, group in groups.items() if file and untouched(file, group, source)]
     ways = {file: best_way(file, folder, copy=copy) for file in whole_files}
     shared = {file for file, way in ways.items() if way != "copy"}
-    check_space(folder, sum(sum(map(nbytes, group)) for file, group in groups.items() if file not in shared))
+    sizes = {file: sum(map(nbytes, group)) for file, group in groups.items()}
+    check_space(folder, sum(size for file, size in sizes.items() if file not in shared))
+    total = sum(sizes.values())
     weight_map: dict[str, str] = {}
     files: dict[str, FileRecord] = {}
     hashes: dict[str, str] = {}
-    with ThreadPoolExecutor(1) as aside:
+    with ThreadPoolExecutor(1) as aside, counting("writing", total, in_bytes=True) as advance:
         syncing = []
         for number, (file, group) in enumerate(groups.items(), start=1):
             single = len(groups) == 1
             name = "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             if file in ways:
                 transfer(file, folder / name, ways[file])
-                progress(sum(map(nbytes, group)))
+                advance(sizes[file])
                 files[name] = sampled(file)
             else:
                 values = _values(group, source, compute)
-                hashes |= write_safetensors(folder / name, group, reporting(values, progress))
+                hashes |= write_safetensors(folder / name, group, reporting(values, advance))
                 syncing.append(aside.submit(sync_file, folder / name))  # while the next one is written
                 files[name] = sampled(folder / name)
                 if file:
@@ -213,7 +211,6 @@ def write_weights(
         for waiting in syncing:
             waiting.result()
     if len(groups) > 1:
-        total = sum(nbytes(step) for group in groups.values() for step in group)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (folder / INDEX).write_text(text, encoding="utf-8")
@@ -274,12 +271,12 @@ def _values(
 
 
 def reporting(
-    tensors: Iterable[tuple[Step, Tensor | Span]], progress: Callable[[int], None]
+    tensors: Iterable[tuple[Step, Tensor | Span]], advance: Callable[[int], None]
 ) -> Iterator[tuple[Step, Tensor | Span]]:
-    """Yield the tensors, and call ``progress`` with the number of bytes of each."""
+    """Yield the tensors, and call ``advance`` with the number of bytes of each."""
     for step, tensor in tensors:
         yield step, tensor
-        progress(nbytes(step))
+        advance(nbytes(step))
 
 
 def _check_written(path: Path, steps: list[Step], source: Path | None) -> None:

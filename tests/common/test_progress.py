@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -118,6 +118,22 @@ def test_a_list_whose_length_is_known_is_told_in_log_records(
     assert told[0] == "reading (3) ..."
     assert told[1].startswith("reading: 1 of 3, ")
     assert len(told) == 3, "the last item needs no line"
+
+
+def test_bytes_are_told_in_their_units_and_have_a_bar_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    counted: list[int] = []
+    with counting("writing", 2_500_000, in_bytes=True) as advance:
+        advance(2_500_000)
+    assert [record.getMessage() for record in caplog.records] == ["writing (2.5 MB) ..."]
+    show_with(None, byte_counter=lambda description, total: nullcontext(counted.append))
+    try:
+        with counting("writing", 5, in_bytes=True) as advance:
+            advance(3)
+        with counting("Answering", 5) as advance:
+            advance(4)
+    finally:
+        show_with(None)
+    assert counted == [3]
 
 
 def test_no_library_module_uses_the_terminal() -> None:

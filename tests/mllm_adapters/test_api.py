@@ -17,6 +17,7 @@ from mgll_encoder.common.errors import (
     OutputTakenError,
     UnknownNameError,
 )
+from mgll_encoder.common.progress import show_with
 from mllm_adapters import (
     align,
     compose,
@@ -109,7 +110,11 @@ def test_a_delta_is_composed_and_extracted_again(tiny_llava: Path, tower: Path, 
         bars.append((description, total))
         yield done.append
 
-    composed = compose(delta, tmp_path / "composed", mllm=tiny_llava, bar=bar)
+    show_with(None, byte_counter=bar)
+    try:
+        composed = compose(delta, tmp_path / "composed", mllm=tiny_llava)
+    finally:
+        show_with(None)
     assert tensors(composed) == tensors(whole)
     assert bars == [("writing", sum(done))]
     extracted = extract(whole, tiny_llava, tmp_path / "extracted")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from transformers import LlavaForConditionalGeneration
 
 from mgll_encoder import inspect_tower
 from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.progress import show_with
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
 from mllm_adapters.core.registry import open_checkpoint
@@ -172,10 +174,9 @@ def test_a_source_that_is_cut_short_meanwhile_is_told_and_leaves_nothing(
     told = tmp_path / "in" / "told"
     child = os.fork()
     if child == 0:
+        show_with(None, byte_counter=lambda *_: nullcontext(cut_short))
         try:
-            apply_plan(
-                plan, family, checkpoint, tmp_path / "out", checked=True, copy=True, progress=cut_short
-            )
+            apply_plan(plan, family, checkpoint, tmp_path / "out", checked=True, copy=True)
         except UserError as error:
             told.write_text(str(error))
         os._exit(0)
