@@ -1,7 +1,7 @@
 """``finetune-lora``: fine-tune a multimodal LLM with LoRA adapters, or fully."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ app = cli.new_app(
 
 @app.command()
 @needs("train")
+@o.with_settings
 def finetune(
     model: o.Model,
     data: o.Data,
@@ -49,33 +50,11 @@ def finetune(
     merge: Annotated[
         bool, typer.Option("--merge", help="Also write <out>-merged, an ordinary full checkpoint.")
     ] = False,
-    epochs: o.Epochs = None,
-    batch_size: o.BatchSize = None,
-    gradient_accumulation: o.Accumulation = None,
-    learning_rate: o.LearningRate = None,
-    max_steps: o.MaxSteps = None,
-    max_length: o.MaxLength = None,
-    seed: o.Seed = None,
-    logging_steps: o.LoggingSteps = None,
-    save_steps: o.SaveSteps = None,
-    save_on_signal: o.SaveOnSignal = None,
-    report_to: o.ReportTo = None,
-    workers: o.Workers = None,
-    device: o.Device = None,
-    precision: o.Precision = None,
-    gradient_checkpointing: o.GradientCheckpointing = None,
-    deepspeed: o.DeepSpeed = None,
-    answer: o.Answer = None,
-    caption: o.Caption = None,
-    strict: o.Strict = None,
-    feature_cache: o.FeatureCache = None,
-    feature_precision: o.FeaturePrecision = None,
-    eval_bench: o.EvalBench = None,
-    eval_every: o.EvalEvery = None,
     resume: o.Resume = False,
     dry_run: o.DryRun = False,
     estimate: o.EstimateMemory = False,
     force: o.Force = False,
+    **settings: Any,
 ) -> None:
     """Fine-tune a multimodal LLM: its projector, and its language model with LoRA adapters.
 
@@ -98,30 +77,8 @@ def finetune(
                 "rank": rank,
                 "lora_alpha": lora_alpha,
                 "lora_dropout": lora_dropout,
-                "qlora": qlora or None,
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "gradient_accumulation": gradient_accumulation,
-                "learning_rate": learning_rate,
-                "max_steps": max_steps,
-                "max_length": max_length,
-                "seed": seed,
-                "logging_steps": logging_steps,
-                "save_steps": save_steps,
-                "save_on_signal": save_on_signal,
-                "report_to": report_to or None,
-                "workers": workers,
-                "device": device,
-                "precision": precision,
-                "gradient_checkpointing": gradient_checkpointing or None,
-                "deepspeed": deepspeed,
-                "answer": answer,
-                "caption": caption,
-                "strict": strict or None,
-                "feature_cache": feature_cache,
-                "feature_precision": feature_precision,
-                "eval_bench": eval_bench,
-                "eval_every": eval_every,
+                "qlora": qlora,
+                **settings,
             },
             defaults={"workers": 2, "stage": "lora"},
             stages=("lora", "lora-vision", "full"),

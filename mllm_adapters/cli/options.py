@@ -1,7 +1,10 @@
 """Options shared by the training commands."""
 
+import inspect
+from collections.abc import Callable, Mapping
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,34 +25,6 @@ Images = Annotated[
         help="Folder that image paths of conversations start from; other formats store their own paths."
     ),
 ]
-Answer = Annotated[
-    str | None,
-    typer.Option(help="Training target for multiple-choice rows: letter, text or both. Default: letter."),
-]
-Caption = Annotated[
-    str | None,
-    typer.Option(help="Granularity of a manifest to use as caption, or all in order. Default: all."),
-]
-Strict = Annotated[
-    bool | None,
-    typer.Option(
-        "--strict",
-        help="Stop at unreadable images instead of leaving them out.",
-        show_default=False,
-    ),
-]
-FeatureCache = Annotated[
-    bool | None,
-    typer.Option(
-        "--feature-cache/--no-feature-cache",
-        help="Cache the frozen tower's features (default), or not.",
-        show_default=False,
-    ),
-]
-FeaturePrecision = Annotated[
-    Format | None,
-    typer.Option(help=f"Of cached features. {HELP.format(auto='auto (as computed)')} Default: auto."),
-]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Recipe keys as key=value, such as weight_decay=0.01.", show_default=False),
@@ -61,67 +36,119 @@ RecipeFile = Annotated[
         help="YAML file with fields of transformers' TrainingArguments, and ours. Options override it.",
     ),
 ]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples per device and forward pass. Default: 16.")]
-Accumulation = Annotated[int | None, typer.Option(help="Forward passes per step. Default: 1.")]
-LearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate. Default: LLaVA's for the stage.")
-]
-MaxSteps = Annotated[int | None, typer.Option(help="Stop after this number of steps instead of epochs.")]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(
-        help="Maximum length in tokens, image included; longer examples are left out. Default: 2048."
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of the order of the examples. Default: 0.")]
-LoggingSteps = Annotated[int | None, typer.Option(help="Steps between two log entries. Default: 10.")]
-SaveSteps = Annotated[
-    int | None, typer.Option(help="Steps between two checkpoints for --resume. Default: 200.")
-]
-SaveOnSignal = Annotated[
-    bool | None,
-    typer.Option(
-        "--save-on-signal",
-        help="Save a checkpoint on SIGTERM (Slurm) or Ctrl-C before exiting; --resume continues from it.",
-        show_default=False,
-    ),
-]
-ReportTo = Annotated[
-    list[str] | None,
-    typer.Option(help="tensorboard, wandb ..., or none. Repeatable. Default: tensorboard."),
-]
-Workers = Annotated[int | None, typer.Option(help="Processes that open images. Default: 2.")]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Device to compute on: cpu, cuda, cuda:1 ...; auto uses the GPU if there is one. Default: auto."
-    ),
-]
-Precision = Annotated[
-    Format | None,
-    typer.Option(
-        help=HELP.format(auto="auto (bfloat16 on a GPU that supports it, float32 elsewhere)")
-        + " Default: auto."
-    ),
-]
-GradientCheckpointing = Annotated[
-    bool | None,
-    typer.Option("--gradient-checkpointing", help="Save memory; about a third slower.", show_default=False),
-]
-DeepSpeed = Annotated[Path | None, typer.Option("--deepspeed", help="DeepSpeed configuration, a JSON file.")]
-EvalBench = Annotated[
-    Path | None,
-    typer.Option(
-        help="Benchmark of a validation split: score it during training, and keep the best weights."
-    ),
-]
-EvalEvery = Annotated[
-    int | None, typer.Option(help="Steps between two evaluations on --eval-bench. Default: 200.")
-]
 EstimateMemory = Annotated[bool, typer.Option("--estimate", help="Estimate memory per device, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print recipe and plan, and stop.")]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace the output folder and discard an interrupted run.")
 ]
+
+SETTINGS: Mapping[str, Any] = {
+    "epochs": Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")],
+    "batch_size": Annotated[
+        int | None, typer.Option(help="Examples per device and forward pass. Default: 16.")
+    ],
+    "gradient_accumulation": Annotated[int | None, typer.Option(help="Forward passes per step. Default: 1.")],
+    "learning_rate": Annotated[
+        float | None, typer.Option(help="Peak learning rate. Default: LLaVA's for the stage.")
+    ],
+    "max_steps": Annotated[
+        int | None, typer.Option(help="Stop after this number of steps instead of epochs.")
+    ],
+    "max_length": Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum length in tokens, image included; longer examples are left out. Default: 2048."
+        ),
+    ],
+    "seed": Annotated[int | None, typer.Option(help="Seed of the order of the examples. Default: 0.")],
+    "logging_steps": Annotated[int | None, typer.Option(help="Steps between two log entries. Default: 10.")],
+    "save_steps": Annotated[
+        int | None, typer.Option(help="Steps between two checkpoints for --resume. Default: 200.")
+    ],
+    "save_on_signal": Annotated[
+        bool | None,
+        typer.Option(
+            "--save-on-signal",
+            help="Save a checkpoint on SIGTERM (Slurm) or Ctrl-C before exiting; --resume continues from it.",
+            show_default=False,
+        ),
+    ],
+    "report_to": Annotated[
+        list[str] | None,
+        typer.Option(help="tensorboard, wandb ..., or none. Repeatable. Default: tensorboard."),
+    ],
+    "workers": Annotated[int | None, typer.Option(help="Processes that open images. Default: 2.")],
+    "device": Annotated[
+        str | None,
+        typer.Option(
+            help="Device to compute on: cpu, cuda, cuda:1 ...; auto uses the GPU if there is one. Default: auto."
+        ),
+    ],
+    "precision": Annotated[
+        Format | None,
+        typer.Option(
+            help=HELP.format(auto="auto (bfloat16 on a GPU that supports it, float32 elsewhere)")
+            + " Default: auto."
+        ),
+    ],
+    "gradient_checkpointing": Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing", help="Save memory; about a third slower.", show_default=False
+        ),
+    ],
+    "deepspeed": Annotated[
+        Path | None, typer.Option("--deepspeed", help="DeepSpeed configuration, a JSON file.")
+    ],
+    "answer": Annotated[
+        str | None,
+        typer.Option(help="Training target for multiple-choice rows: letter, text or both. Default: letter."),
+    ],
+    "caption": Annotated[
+        str | None,
+        typer.Option(help="Granularity of a manifest to use as caption, or all in order. Default: all."),
+    ],
+    "strict": Annotated[
+        bool | None,
+        typer.Option(
+            "--strict",
+            help="Stop at unreadable images instead of leaving them out.",
+            show_default=False,
+        ),
+    ],
+    "feature_cache": Annotated[
+        bool | None,
+        typer.Option(
+            "--feature-cache/--no-feature-cache",
+            help="Cache the frozen tower's features (default), or not.",
+            show_default=False,
+        ),
+    ],
+    "feature_precision": Annotated[
+        Format | None,
+        typer.Option(help=f"Of cached features. {HELP.format(auto='auto (as computed)')} Default: auto."),
+    ],
+    "eval_bench": Annotated[
+        Path | None,
+        typer.Option(
+            help="Benchmark of a validation split: score it during training, and keep the best weights."
+        ),
+    ],
+    "eval_every": Annotated[
+        int | None, typer.Option(help="Steps between two evaluations on --eval-bench. Default: 200.")
+    ],
+}
+"""Options that a recipe and `RunOptions` have, too, by their name there."""
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `SETTINGS` in place of its ``**`` argument; one that is not given is None."""
+    signature = inspect.signature(command)
+    own = [one for one in signature.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+    added = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in SETTINGS.items()
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return command

@@ -1,7 +1,7 @@
 """``retrain-projector``: retrain a model's projector on its vision tower's features."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ app = cli.new_app(
 
 @app.command()
 @needs("train")
+@o.with_settings
 def retrain(
     model: o.Model,
     data: o.Data,
@@ -32,33 +33,11 @@ def retrain(
         Path | None, typer.Option(help="The unswapped checkpoint: train it in the same way to <out>-control.")
     ] = None,
     recipe: o.RecipeFile = None,
-    epochs: o.Epochs = None,
-    batch_size: o.BatchSize = None,
-    gradient_accumulation: o.Accumulation = None,
-    learning_rate: o.LearningRate = None,
-    max_steps: o.MaxSteps = None,
-    max_length: o.MaxLength = None,
-    seed: o.Seed = None,
-    logging_steps: o.LoggingSteps = None,
-    save_steps: o.SaveSteps = None,
-    save_on_signal: o.SaveOnSignal = None,
-    report_to: o.ReportTo = None,
-    workers: o.Workers = None,
-    device: o.Device = None,
-    precision: o.Precision = None,
-    gradient_checkpointing: o.GradientCheckpointing = None,
-    deepspeed: o.DeepSpeed = None,
-    answer: o.Answer = None,
-    caption: o.Caption = None,
-    strict: o.Strict = None,
-    feature_cache: o.FeatureCache = None,
-    feature_precision: o.FeaturePrecision = None,
-    eval_bench: o.EvalBench = None,
-    eval_every: o.EvalEvery = None,
     resume: o.Resume = False,
     dry_run: o.DryRun = False,
     estimate: o.EstimateMemory = False,
     force: o.Force = False,
+    **settings: Any,
 ) -> None:
     """Retrain the projector of a multimodal LLM, with tower and language model frozen.
 
@@ -76,31 +55,7 @@ def retrain(
             out=out or beside(model, "aligned"),
             recipe=recipe,
             overrides=overrides or (),
-            flags={
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "gradient_accumulation": gradient_accumulation,
-                "learning_rate": learning_rate,
-                "max_steps": max_steps,
-                "max_length": max_length,
-                "seed": seed,
-                "logging_steps": logging_steps,
-                "save_steps": save_steps,
-                "save_on_signal": save_on_signal,
-                "report_to": report_to or None,
-                "workers": workers,
-                "device": device,
-                "precision": precision,
-                "gradient_checkpointing": gradient_checkpointing,
-                "deepspeed": deepspeed,
-                "answer": answer,
-                "caption": caption,
-                "strict": strict or None,
-                "feature_cache": feature_cache,
-                "feature_precision": feature_precision,
-                "eval_bench": eval_bench,
-                "eval_every": eval_every,
-            },
+            flags=settings,
             defaults={"workers": 2},
             stages=("projector",),
             control=control,
