@@ -20,6 +20,9 @@ from mgll_encoder.common.errors import TrainingError
 COUNTED = re.compile(rb"(?<![\d/])(\d+)/([1-9]\d*)(?![:/\d])")
 """How the bars of the commands count, such as ``12/126``."""
 
+AT_ONCE = 2
+"""Number of commands that run at the same time."""
+
 TAIL = 15
 """Number of lines of a log that are shown when its command has failed."""
 
@@ -54,11 +57,10 @@ class Stages:
 
     Args:
         logs: Folder for what the commands print.
-        at_once: Number of commands that run at the same time.
     """
 
-    def __init__(self, logs: Path, at_once: int = 2) -> None:
-        self.logs, self.at_once = logs, at_once
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
         logs.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,7 @@ class Stages:
             while running or (waiting and not failed):
                 unwritten = [*waiting, *(command.stage for command in running)]
                 ready = [stage for stage in waiting if not any(map(stage.needs, unwritten))]
-                for stage in ready[: self.at_once - len(running)] if not failed else ():
+                for stage in ready[: AT_ONCE - len(running)] if not failed else ():
                     cli.stdout.print(f"$ {stage.shown}", soft_wrap=True, markup=False, highlight=False)
                     waiting.remove(stage)
                     running.append(_Command(stage, self, bars, finished))
@@ -112,7 +114,7 @@ class _Command:
         self.log = stages.logs / f"{re.sub(r'[^a-z0-9]+', '-', stage.title.lower()).strip('-')}.txt"
         self.bar = bars.add_task(stage.title, total=None)
         self.began, self.seconds = time.monotonic(), 0.0
-        threads = max(1, len(os.sched_getaffinity(0)) // stages.at_once)
+        threads = max(1, len(os.sched_getaffinity(0)) // AT_ONCE)
         # The commands draw bars on terminals only, so each gets one for its standard error.
         self.reading, writing = os.openpty()
         with self.log.open("wb") as log:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +16,12 @@ from eval_mcq.scoring.prompt import render
 from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import new_file, write_text
 
-
-def llava_conversations(bench: Bench, images: Path) -> str:
-    """Convert a benchmark to LLaVA conversations JSON: the scorer's prompt, answered by the true letter.
-
-    Args:
-        bench: The questions.
-        images: Folder that image paths are written relative to.
-    """
-    return _listed(bench, images, _llava_row)
+Row = Callable[[MCQItem, list[str]], dict[str, object]]
+"""Makes a row of a JSON list from a question and its image paths."""
 
 
-def chat_messages(bench: Bench, images: Path) -> str:
-    """Convert a benchmark to rows of ``messages`` and ``images``, as read by LLaMA-Factory and ms-swift.
-
-    Args:
-        bench: The questions.
-        images: Folder that image paths are written relative to.
-    """
-    return _listed(bench, images, _messages_row)
-
-
-def trl_messages(bench: Bench, images: Path) -> str:
-    """Convert a benchmark to rows of ``messages`` and ``images`` as read by TRL, which adds the placeholders itself.
-
-    Args:
-        bench: The questions.
-        images: Folder that image paths are written relative to.
-    """
-    return _listed(bench, images, _trl_row)
-
-
-def _listed(bench: Bench, images: Path, row: Callable[[MCQItem, list[str]], dict[str, object]]) -> str:
-    """Build a JSON list with one row per question; image paths are relative to a folder."""
+def _listed(row: Row, bench: Bench, out: Path, images: Path, force: bool) -> None:
+    """Write a JSON list with one row per question; image paths are relative to a folder."""
     start = images.resolve()
     rows = [
         row(
@@ -56,7 +30,7 @@ def _listed(bench: Bench, images: Path, row: Callable[[MCQItem, list[str]], dict
         )
         for item in bench.items
     ]
-    return json.dumps(rows, indent=1) + "\n"
+    write_text(out, json.dumps(rows, indent=1) + "\n", force)
 
 
 def _asked(item: MCQItem) -> str:
@@ -64,6 +38,7 @@ def _asked(item: MCQItem) -> str:
 
 
 def _llava_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
+    """LLaVA's conversations: the scorer's prompt, answered by the true letter."""
     return {
         "id": item.id,
         "image": paths[0] if len(paths) == 1 else paths,
@@ -75,27 +50,17 @@ def _llava_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
 
 
 def _messages_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
+    """``messages`` and ``images``, as read by LLaMA-Factory and ms-swift."""
     return {"id": item.id, "messages": _chat(_asked(item), item), "images": paths}
 
 
 def _trl_row(item: MCQItem, paths: list[str]) -> dict[str, object]:
+    """Likewise, as read by TRL, which adds the placeholders itself."""
     return {"id": item.id, "messages": _chat(render(item), item), "images": paths}
 
 
 def _chat(asked: str, item: MCQItem) -> list[dict[str, str]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": item.letter}]
-
-
-def _llava(bench: Bench, out: Path, images: Path, force: bool) -> None:
-    write_text(out, llava_conversations(bench, images), force)
-
-
-def _messages(bench: Bench, out: Path, images: Path, force: bool) -> None:
-    write_text(out, chat_messages(bench, images), force)
-
-
-def _trl(bench: Bench, out: Path, images: Path, force: bool) -> None:
-    write_text(out, trl_messages(bench, images), force)
 
 
 def _vlmevalkit(bench: Bench, out: Path, images: Path, force: bool) -> None:  # noqa: ARG001 (images are embedded)
@@ -136,13 +101,11 @@ def _moved(bench: Bench, item: MCQItem, out: Path) -> MCQItem:
     return item.model_copy(update={"images": paths})
 
 
-BY_PATH = ("llava", "messages", "trl")
-"""Formats that refer to images by path."""
+BY_PATH: Mapping[str, Row] = {"llava": _llava_row, "messages": _messages_row, "trl": _trl_row}
+"""Formats that are JSON lists and refer to images by path."""
 
 EXPORTERS: Mapping[str, Callable[[Bench, Path, Path, bool], None]] = {
-    "llava": _llava,
-    "messages": _messages,
-    "trl": _trl,
+    **{name: partial(_listed, row) for name, row in BY_PATH.items()},
     "vlmevalkit": _vlmevalkit,
     "lmms-eval": _lmms_eval,
     "parquet": _parquet,

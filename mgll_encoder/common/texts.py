@@ -56,19 +56,15 @@ def read_text(path: Path, kind: str) -> str:
         raise BadDataError(f"{kind} {fault.line() if fault else f'{path}: {error}'}") from None
 
 
-def read_json(path: Path, what: str = "file") -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
-
-    Args:
-        path: The file.
-        what: Its name in error messages.
 
     Raises:
         UserError: the file cannot be read (see `read_text`), is not strict JSON (see `parse_json`), or not an object.
     """
-    text = read_text(path, what)
+    text = read_text(path, "file")
     refuse_pointer(path, text[: len(POINTER)].encode())
-    content = parse_json(text, f"{what} {path}" if what != "file" else str(path))
+    content = parse_json(text, str(path))
     if not isinstance(content, dict):
         raise BadDataError(f"{path} contains a JSON {kind_of(content)}: expected an object")
     return content

@@ -23,8 +23,6 @@ _PAPER, _INK, _FAINT = "white", "black", "dimgray"
 _MAT, _FRAME = "lightsteelblue", "slategray"
 """Border of a picture that is not square; its color cannot be confused with gray values."""
 
-_RESIZED = {"squash": "squashed to a square", "crop": "cropped to a square", "pad": "padded to a square"}
-
 
 def check_sheet(path: Path | None, force: bool) -> None:
     """Check the path of a requested sheet before any work is done.
@@ -39,16 +37,13 @@ def check_sheet(path: Path | None, force: bool) -> None:
     check_free(path, force)
 
 
-def write_contact_sheet(
-    pictures: Sequence[tuple[str, Path]], out: Path, force: bool = False, rule: PixelRule = RULE
-) -> int:
-    """Write a sheet of pairs of pictures: on the left as read, on the right as the input of a tower with this rule.
+def write_contact_sheet(pictures: Sequence[tuple[str, Path]], out: Path, force: bool = False) -> int:
+    """Write a sheet of pairs of pictures: on the left as read, on the right as the input of a tower with `RULE`.
 
     Args:
         pictures: Caption and file of each; captions are shown, so they must not contain file names.
         out: The PNG.
         force: Replace ``out``.
-        rule: The tower's pixel rule.
 
     Returns:
         The number of pictures on the sheet.
@@ -60,7 +55,7 @@ def write_contact_sheet(
         raise InvalidArgumentError("no picture for the contact sheet")
     chosen = np.unique(np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int))
     pairs = [(pictures[place][0], open_image(pictures[place][1])) for place in chosen]
-    page = _page(pairs, len(pictures), rule)
+    page = _page(pairs, len(pictures))
     with new_file(out, force) as partial:
         page.save(partial, "PNG")
     return len(pairs)
@@ -73,19 +68,19 @@ def seen(picture: Image.Image, rule: PixelRule) -> Image.Image:
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
-def _page(pairs: Sequence[tuple[str, Image.Image]], total: int, rule: PixelRule) -> Image.Image:
+def _page(pairs: Sequence[tuple[str, Image.Image]], total: int) -> Image.Image:
     across = min(_PAIRS, len(pairs))
     wide, high = 2 * _TILE + 3 * _GAP, _TILE + _TEXT + 2 * _GAP
     top = 2 * _TEXT + 2 * _GAP
     page = Image.new("RGB", (across * wide + _GAP, -(-len(pairs) // across) * high + top), _PAPER)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
     pen.text((2 * _GAP, _GAP), f"{len(pairs)} of {total} pictures", _INK, ImageFont.load_default(size=14))
-    legend = f"left: as read; right: input of a tower of {rule.image_size} px ({_RESIZED[rule.resize]})"
+    legend = f"left: as read; right: input of a tower of {RULE.image_size} px (squashed to a square)"
     pen.text((2 * _GAP, _GAP + _TEXT), legend, _FAINT, font)
     for place, (caption, picture) in enumerate(pairs):
         left, upper = place % across * wide + 2 * _GAP, place // across * high + top
         _paste(page, picture, left, upper)
-        _paste(page, seen(picture, rule), left + _TILE + _GAP, upper)
+        _paste(page, seen(picture, RULE), left + _TILE + _GAP, upper)
         pen.text((left, upper + _TILE + 3), f"{caption}, {picture.width} x {picture.height}", _INK, font)
     return page
 

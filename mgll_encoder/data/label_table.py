@@ -110,8 +110,6 @@ def read_labels(
     columns: Columns,
     *,
     only: Sequence[str] = (),
-    test: float = 0.3,
-    seed: int = 0,
     sides: Sides | None = None,
     skipped: Skipped | None = None,
     reading: TableOptions | None = None,
@@ -126,9 +124,7 @@ def read_labels(
         images: Folder of the images.
         columns: Meaning of its columns.
         only: Labels to keep; all others are ignored. Empty for all.
-        test: Share of patients in the test split, if no column names it.
-        seed: Seed of the split.
-        sides: Full description of the split, instead of ``test`` and ``seed``.
+        sides: Description of the split, if no column names it.
         skipped: Collects the skipped rows; None: stop at the first invalid row.
         reading: What the user specified about the file.
 
@@ -136,8 +132,7 @@ def read_labels(
         UserError: a file or a column is missing, a split is empty or, if ``skipped`` is strict or None, a row has no
             image, a missing image, or an unreadable cell, or contradicts another row.
     """
-    skipped = skipped or Skipped(strict=True)
-    sides = sides or Sides(test, seed)
+    sides, skipped = sides or Sides(), skipped or Skipped(strict=True)
     found = _rows_of(path, images, columns, sides, skipped, reading)
     found = _with_test_table(found, images, columns, sides, skipped, reading)
     return _assembled(found, f"label file {path}", only, sides, skipped)

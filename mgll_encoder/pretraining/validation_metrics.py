@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
+KS = (1, 5)
+"""The k of recall@k."""
+
 
 def mean_average_precision(scores: NDArray[np.floating], truth: NDArray[np.bool_]) -> float:
     """Compute the multi-label average precision, macro over texts.
@@ -55,7 +58,6 @@ def ranking_metrics(
     scores: NDArray[np.floating],
     truth: NDArray[np.bool_],
     granularities: Sequence[str],
-    ks: Sequence[int] = (1, 5),
 ) -> dict[str, float]:
     """Compute the metrics of every granularity, each among its own texts, and their means.
 
@@ -63,7 +65,6 @@ def ranking_metrics(
         scores: Similarity of N images and the U texts of the vocabulary, [N, U].
         truth: Whether a text is true of an image at a granularity, [G, N, U].
         granularities: Names of the G granularities.
-        ks: The k of recall@k.
 
     Returns:
         ``mAP`` and ``recall@k`` (means over granularities), ``mAP_<granularity>``, ``recall@k_<granularity>``;
@@ -74,9 +75,9 @@ def ranking_metrics(
         texts, images = level.any(axis=0), level.any(axis=1)
         part, true = scores[images][:, texts], level[images][:, texts]
         found[f"mAP_{name}"] = mean_average_precision(part, true)
-        found |= {f"recall@{k}_{name}": recall_at(k, part, true) for k in ks}
+        found |= {f"recall@{k}_{name}": recall_at(k, part, true) for k in KS}
     found = {name: value for name, value in found.items() if not np.isnan(value)}
-    for kind in ("mAP", *(f"recall@{k}" for k in ks)):
+    for kind in ("mAP", *(f"recall@{k}" for k in KS)):
         values = [value for name, value in found.items() if name.startswith(f"{kind}_")]
         if values:
             found[kind] = float(np.mean(values))

@@ -42,7 +42,6 @@ def pooled_features(
     images: Sequence[Path],
     batch_size: int = 64,
     workers: int | None = None,
-    device: str = AUTO,
 ) -> NDArray[np.float32]:
     """Compute the tower's pooled features (see `mgll_encoder.tower.model.pooled`, no projection), [n, width].
 
@@ -51,30 +50,25 @@ def pooled_features(
         images: Image files.
         batch_size: Images per forward pass.
         workers: Processes that read images; 0 for none, None to choose automatically.
-        device: See `mgll_encoder.common.devices.find_device`.
 
     Raises:
         UserError: an image cannot be read.
     """
-    return _all_readable(images, _pooled(tower, images, batch_size, workers, device))
+    return _all_readable(images, _pooled(tower, images, batch_size, workers, AUTO))
 
 
-def cached_features(
-    tower: Tower, images: Sequence[Path], cache: Path, workers: int | None = None, device: str = AUTO
-) -> NDArray[np.float32]:
+def cached_features(tower: Tower, images: Sequence[Path], cache: Path) -> NDArray[np.float32]:
     """Compute `pooled_features`, cached in a file named by a hash of tower, preprocessing and images.
 
     Args:
         tower: The tower.
         images: Image files; identified by path, size and modification time.
         cache: Cache folder.
-        workers: As for `pooled_features`.
-        device: As for `pooled_features`.
 
     Raises:
         UserError: an image cannot be read.
     """
-    return _all_readable(images, _cached(tower, images, cache, workers, device))
+    return _all_readable(images, _cached(tower, images, cache, None, AUTO))
 
 
 def readable_features(
@@ -93,7 +87,7 @@ def readable_features(
         cache: As for `cached_features`.
         skipped: Collects the others.
         workers: As for `pooled_features`.
-        device: As for `pooled_features`.
+        device: See `mgll_encoder.common.devices.find_device`.
 
     Raises:
         UserError: ``skipped`` is strict and an image cannot be read, or none can be read.

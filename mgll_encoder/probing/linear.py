@@ -17,6 +17,9 @@ from mgll_encoder.probing.features import pooled_features as pooled_features
 CONFIDENCE = 95
 REPLICATES = 1000
 METRICS = ("AUC", "mAP", "ACC")
+
+STRENGTH = 0.01
+"""Inverse of the L2 penalty (scikit-learn's C)."""
 """Area under the ROC curve, average precision, accuracy (of the most likely class for exclusive classes, otherwise of
 each label at probability 0.5); averaged over labels without weights (macro average)."""
 
@@ -83,20 +86,19 @@ def kept_labels(data: LabeledImages, positives: int = 1, trained: bool = True) -
     return np.flatnonzero(enough).tolist()
 
 
-def fit_linear(features: NDArray[np.floating], truth: NDArray[np.bool_], strength: float = 0.01) -> Pipeline:
+def fit_linear(features: NDArray[np.floating], truth: NDArray[np.bool_]) -> Pipeline:
     """Fit a class-balanced logistic regression on standardized features.
 
     Args:
         features: Features of the training images, [n, width].
         truth: Whether the label is true of them, [n].
-        strength: Inverse of the L2 penalty (scikit-learn's C).
     """
-    regression = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+    regression = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=2000)
     return make_pipeline(StandardScaler(), regression).fit(features, truth)
 
 
 def linear_scores(
-    features: NDArray[np.floating], data: LabeledImages, strength: float = 0.01, positives: int = 1
+    features: NDArray[np.floating], data: LabeledImages, positives: int = 1
 ) -> tuple[NDArray[np.float64], list[int]]:
     """Predict probabilities of every label for the test images, by logistic regression on standardized features.
 
@@ -105,7 +107,6 @@ def linear_scores(
     Args:
         features: Features of all images, [n, width].
         data: Their labels and splits.
-        strength: Inverse of the L2 penalty (scikit-learn's C).
         positives: Minimum number of positive test images of a kept label.
 
     Returns:
@@ -115,7 +116,7 @@ def linear_scores(
     kept, columns = kept_labels(data, positives), []
     for place in track(kept, "Fitting one regression per label"):
         train = ~data.test & (data.truth | data.false)[:, place]
-        fitted = fit_linear(features[train], data.truth[train, place], strength)
+        fitted = fit_linear(features[train], data.truth[train, place])
         columns.append(fitted.predict_proba(features[data.test])[:, 1])
     return np.stack(columns, axis=1) if columns else np.empty((int(data.test.sum()), 0)), kept
 

@@ -35,6 +35,22 @@ def mlp(spec: "TowerSpec") -> Shapes:
     return {"mlp.fc1": (spec.mlp_width, spec.width), "mlp.fc2": (spec.width, spec.mlp_width)}
 
 
+def encoder_layers(spec: "TowerSpec") -> Shapes:
+    """Return the shapes of the weights of the blocks that CLIP and SigLIP share."""
+    width = spec.width
+    block = {
+        "layer_norm1": (width,),
+        "layer_norm2": (width,),
+        **{f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")},
+        **mlp(spec),
+    }
+    return {
+        f"encoder.layers.{number}.{name}": shape
+        for number in range(spec.depth)
+        for name, shape in block.items()
+    }
+
+
 class ConfigFields(BaseModel):
     """The fields of a tower's config.json that are read, with the defaults of its transformers configuration.
 

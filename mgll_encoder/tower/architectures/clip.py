@@ -12,8 +12,8 @@ from mgll_encoder.tower.architectures.base import (
     Naming,
     Shapes,
     affine,
+    encoder_layers,
     from_output,
-    mlp,
 )
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, TowerSpec
 from mgll_encoder.weights.keytable import KeyTable, Rule, Split, Transpose, targets
@@ -51,15 +51,7 @@ def _settings(spec: TowerSpec) -> dict[str, Any]:
 
 def _shapes(spec: TowerSpec) -> Shapes:
     width, patch = spec.width, spec.patch_size
-    block = {
-        "layer_norm1": (width,),
-        "layer_norm2": (width,),
-        **{f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")},
-        **mlp(spec),
-    }
-    layers: Shapes = {"pre_layrnorm": (width,), "post_layernorm": (width,)}
-    for number in range(spec.depth):
-        layers |= {f"encoder.layers.{number}.{name}": shape for name, shape in block.items()}
+    layers: Shapes = {"pre_layrnorm": (width,), "post_layernorm": (width,), **encoder_layers(spec)}
     return {
         "embeddings.class_embedding": (width,),
         "embeddings.patch_embedding.weight": (width, CHANNELS, patch, patch),

@@ -15,6 +15,7 @@ from mgll_encoder.tower.architectures.base import (
     Naming,
     Shapes,
     affine,
+    encoder_layers,
     from_output,
     mlp,
 )
@@ -79,17 +80,9 @@ class SiglipFields(ConfigFields):
 
 def _shapes(spec: TowerSpec) -> Shapes:
     width, patch = spec.width, spec.patch_size
-    block = {
-        "layer_norm1": (width,),
-        "layer_norm2": (width,),
-        **{f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")},
-        **mlp(spec),
-    }
     layers: Shapes = {"post_layernorm": (width,), "head.layernorm": (width,)}
     layers |= {f"head.{name}": shape for name, shape in mlp(spec).items()}
-    layers["head.attention.out_proj"] = (width, width)
-    for number in range(spec.depth):
-        layers |= {f"encoder.layers.{number}.{name}": shape for name, shape in block.items()}
+    layers |= {"head.attention.out_proj": (width, width), **encoder_layers(spec)}
     return {
         "embeddings.patch_embedding.weight": (width, CHANNELS, patch, patch),
         "embeddings.patch_embedding.bias": (width,),
