@@ -13,7 +13,8 @@ from proof import POSITIVES, Arm, images_and_sources, texts_of_labels
 
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.paired.read import text_tower_of
-from mgll_encoder.probing.linear import cached_features, kept_labels, linear_scores
+from mgll_encoder.probing.features import cached_features
+from mgll_encoder.probing.linear import kept_labels, linear_scores
 from mgll_encoder.probing.zero_shot import class_directions, projected
 from mgll_encoder.tower.load import load_tower
 

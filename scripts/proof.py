@@ -24,9 +24,11 @@ from mgll_encoder.common.files import write_text
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.terminal_table import TerminalTable
 from mgll_encoder.data.batches import plan_rows
-from mgll_encoder.data.label_table import Columns, LabeledImages, read_labels
+from mgll_encoder.data.label_rows import Columns
+from mgll_encoder.data.label_table import LabeledImages, read_labels
 from mgll_encoder.paired.read import text_tower_of
-from mgll_encoder.probing.linear import cached_features, evaluate, linear_scores
+from mgll_encoder.probing.features import cached_features
+from mgll_encoder.probing.linear import evaluate, linear_scores
 from mgll_encoder.probing.zero_shot import class_directions, projected
 from mgll_encoder.tower.load import load_tower
 

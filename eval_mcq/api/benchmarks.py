@@ -83,10 +83,12 @@ def build_benchmark(
     Raises:
         UserError: table, images or preset cannot be read, or an output exists.
     """
-    from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
-    from eval_mcq.items.image_checks import check_sheet, sheet_of
+    from eval_mcq.items.askable_rows import LabelTable
+    from eval_mcq.items.build import Draw, SplitRule, build
+    from eval_mcq.items.image_checks import sheet_of
     from eval_mcq.items.preset import load_preset
     from eval_mcq.items.schema import write_bench
+    from mgll_encoder.data.contact_sheet import check_sheet
 
     target, sheet = Path(out), optional_path(contact_sheet)
     check_free(target, force)

@@ -12,17 +12,7 @@ from mgll_encoder.common.files import sha256
 from mgll_encoder.common.images import hash_image, open_image
 from mgll_encoder.common.picture_bytes import clean_copy
 from mgll_encoder.common.progress import track
-from mgll_encoder.data.contact_sheet import check_sheet, write_contact_sheet
-
-__all__ = [
-    "check_images",
-    "check_sheet",
-    "content_name",
-    "hash_images",
-    "sheet_of",
-    "unreadable_images",
-    "with_pictures",
-]
+from mgll_encoder.data.contact_sheet import write_contact_sheet
 
 THREADS = 4
 

@@ -17,8 +17,6 @@ from mgll_encoder.common.errors import UnsupportedCheckpointError
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["Score", "Scorer"]
-
 NEW_TOKENS = 32
 """Maximum tokens of a reply in mode ``generate``; a letter or a name is far shorter."""
 

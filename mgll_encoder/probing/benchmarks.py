@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.data.fundus_layouts import layouts
-from mgll_encoder.data.label_table import Columns
+from mgll_encoder.data.label_rows import Columns
 
 LINEAR, FINETUNE = "linear probe", "full fine-tune"
 PROTOCOLS = {"linear": LINEAR, "finetune": FINETUNE}

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mgll_encoder.common.skipped import Skipped
-    from mgll_encoder.data.label_table import Columns, LabeledImages, Sides
+    from mgll_encoder.data.label_rows import Columns
+    from mgll_encoder.data.label_table import LabeledImages, Sides
     from mgll_encoder.probing.benchmarks import Benchmark
 
 _logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class LabeledSet:
 
     def _columns(self, known: "Benchmark | None") -> "Columns":
         """Return the columns of the label table."""
-        from mgll_encoder.data.label_table import Columns
+        from mgll_encoder.data.label_rows import Columns
 
         if not known:
             return Columns(

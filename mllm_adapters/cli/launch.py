@@ -9,7 +9,8 @@ from mllm_adapters.training.runs import TrainingRequest, Watcher, carry_out, set
 from mllm_adapters.training.runs import estimate as estimate_memory
 
 if TYPE_CHECKING:
-    from mllm_adapters.training.engine import Job, Outcome
+    from mllm_adapters.training.engine import Outcome
+    from mllm_adapters.training.prepare import Job
     from mllm_adapters.training.recipe_file import Resolved
 
 

@@ -14,8 +14,6 @@ from mllm_adapters.data.image_index import image_facts
 from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.data.training_rows import DataOptions, built_of, conversations, read_table
 
-__all__ = ["Conversation", "Corpus", "DataOptions", "read_conversations", "read_corpus"]
-
 
 @dataclass(frozen=True)
 class Corpus:

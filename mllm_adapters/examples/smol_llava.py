@@ -25,8 +25,9 @@ from mgll_encoder.common.library_bars import no_library_bars
 from mgll_encoder.common.progress import counter
 from mgll_encoder.common.trained_on import Training, trainings_of, write_trainings
 from mllm_adapters.core.processing import llava_processor
-from mllm_adapters.data.corpus import Conversation, Corpus, read_corpus
+from mllm_adapters.data.corpus import Corpus, read_corpus
 from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset, prepare_examples
+from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.examples.assembly import assemble, tower_contract
 from mllm_adapters.examples.curriculum import (
     Question,

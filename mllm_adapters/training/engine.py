@@ -37,7 +37,7 @@ from mllm_adapters.swap.replace_tensors import replace_tensors
 from mllm_adapters.training.callbacks import BestKeeper, DivergedError, Evaluator, Watchdog, loss_plot
 from mllm_adapters.training.dummy_images import FillingCollator, filler_row
 from mllm_adapters.training.lora import merged, write_adapter
-from mllm_adapters.training.prepare import Job, names_on_disk, prepare_training, ranks
+from mllm_adapters.training.prepare import Job, ranks
 from mllm_adapters.training.recipe import Recipe, RunOptions
 from mllm_adapters.training.trainer import WEIGHTS, FrozenTrainer
 from mllm_adapters.training.work_folder import check_work_folder, claim, work_folder
@@ -356,20 +356,3 @@ def _record(job: Job, identity: Mapping[str, Any], outcome: Outcome, seconds: fl
         "seconds": round(seconds, 1),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-
-
-__all__ = [
-    "Extras",
-    "Job",
-    "Outcome",
-    "Recipe",
-    "RunOptions",
-    "check_launcher",
-    "check_run",
-    "check_work_folder",
-    "merged_folder",
-    "names_on_disk",
-    "prepare_training",
-    "train",
-    "work_folder",
-]

@@ -12,8 +12,9 @@ from mgll_encoder.common.files import regular_file
 from mllm_adapters.checkpoints.locate import check_checkpoint, check_image_folder
 
 if TYPE_CHECKING:
-    from mllm_adapters.training.engine import Job, Outcome
+    from mllm_adapters.training.engine import Outcome
     from mllm_adapters.training.memory import MemoryEstimate
+    from mllm_adapters.training.prepare import Job
     from mllm_adapters.training.recipe_file import Resolved
 
 RECIPE = "recipe.yaml"
@@ -180,7 +181,8 @@ def _train(
     from mgll_encoder.common.resuming import last_checkpoint
     from mllm_adapters.training.callbacks import find_evaluator
     from mllm_adapters.training.control import control_record
-    from mllm_adapters.training.engine import Extras, prepare_training, train
+    from mllm_adapters.training.engine import Extras, train
+    from mllm_adapters.training.prepare import prepare_training
     from mllm_adapters.training.work_folder import work_folder
 
     evaluation = resolved.evaluation

@@ -23,7 +23,7 @@ from mgll_encoder.common.terminal_table import TerminalTable
 if TYPE_CHECKING:
     from mllm_adapters.alignment.align import Alignment
     from mllm_adapters.core.contract import Family, Plan
-    from mllm_adapters.training.engine import Job
+    from mllm_adapters.training.prepare import Job
 
     Maker = Callable[[], tuple[Path, Alignment | None]]
 
@@ -64,7 +64,8 @@ def bench(
     Example: python scripts/bench/align.py --mllm base --encoder mgll --align images --data test.json --train train.json
     --images images
     """
-    from mllm_adapters.training.engine import Recipe, prepare_training
+    from mllm_adapters.training.prepare import prepare_training
+    from mllm_adapters.training.recipe import Recipe
 
     results: dict[str, Any] = json.loads(out.read_text()) if out and out.is_file() else {}
 
@@ -179,7 +180,8 @@ def retrain(
     """Retrain until the test loss reaches that of the aligned swap; return (step, test loss) pairs."""
     from transformers import TrainerCallback
 
-    from mllm_adapters.training.engine import RunOptions, train
+    from mllm_adapters.training.engine import train
+    from mllm_adapters.training.recipe import RunOptions
 
     curve: list[tuple[int, float]] = []
 

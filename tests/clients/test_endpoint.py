@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, SiglipVisionModel
 
 from eval_mcq import Endpoint, compare, report, run
 from eval_mcq.items.schema import load_bench
-from eval_mcq.records.run_record import Answer, Run
+from eval_mcq.records.answer import Answer
+from eval_mcq.records.run_record import Run
 from mgll_encoder.common.errors import EndpointError
 from mgll_encoder.common.images import open_image
 from mllm_adapters import export_gguf, plan_swap

@@ -3,7 +3,8 @@ from collections import Counter
 
 import pytest
 
-from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
+from eval_mcq.items.askable_rows import LabelTable
+from eval_mcq.items.build import Draw, SplitRule, build
 from eval_mcq.items.preset import load_preset, preset_names
 from eval_mcq.items.schema import bench_text, load_bench
 from mgll_encoder.common.errors import BadDataError, UnknownNameError

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from eval_mcq import list_presets
-from eval_mcq.items.build import Draw, LabelTable, SplitRule, build
+from eval_mcq.items.askable_rows import LabelTable
+from eval_mcq.items.build import Draw, SplitRule, build
 from eval_mcq.items.preset import FOLDER, load_preset, preset_names
 from eval_mcq.items.schema import load_bench
 from mgll_encoder.common.errors import BadDataError

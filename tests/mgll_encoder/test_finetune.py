@@ -13,8 +13,9 @@ from mgll_encoder.cli import main
 from mgll_encoder.common.errors import BadDataError, OutputTakenError
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.data.phantom.photographs import render
+from mgll_encoder.probing.features import pooled_features
 from mgll_encoder.probing.finetune import FinetuneOptions, finetune, validation_part
-from mgll_encoder.probing.linear import evaluate, linear_scores, pooled_features
+from mgll_encoder.probing.linear import evaluate, linear_scores
 from tests.builders import invoke, refused
 
 COUNT = 240

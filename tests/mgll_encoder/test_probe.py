@@ -17,7 +17,8 @@ from transformers import CLIPVisionModel
 from mgll_encoder import Tower, TowerSpec, load_tower, save_tower
 from mgll_encoder.cli import main
 from mgll_encoder.common.skipped import Skipped
-from mgll_encoder.data.label_table import Columns, LabeledImages, read_labels
+from mgll_encoder.data.label_rows import Columns
+from mgll_encoder.data.label_table import LabeledImages, read_labels
 from mgll_encoder.probing import options
 from mgll_encoder.probing.features import cached_features, pooled_features, workers_for
 from mgll_encoder.probing.labeled_set import LabeledSet

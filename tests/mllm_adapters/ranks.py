@@ -109,8 +109,8 @@ def _train(
     import torch
     from transformers import TrainerCallback
 
-    from mllm_adapters.training.engine import prepare_training, train
-    from mllm_adapters.training.prepare import rank
+    from mllm_adapters.training.engine import train
+    from mllm_adapters.training.prepare import prepare_training, rank
     from mllm_adapters.training.recipe_file import resolve
 
     class Kill(TrainerCallback):

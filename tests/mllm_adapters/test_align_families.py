@@ -17,7 +17,7 @@ from mllm_adapters.core.contract import Family, Plan
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.families.qwen2_vl import Qwen2VL
 from mllm_adapters.swap.apply import apply_plan
-from mllm_adapters.training.engine import names_on_disk
+from mllm_adapters.training.prepare import names_on_disk
 from tests.mllm_adapters.families import qwen2_vl
 from tests.mllm_adapters.families.case import Case, Golden
 from tests.mllm_adapters.test_contract import CASES

@@ -12,8 +12,9 @@ from mgll_encoder.common.errors import BadDataError
 from mllm_adapters import load_mllm
 from mllm_adapters.core.fates import Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
-from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.corpus import Corpus
 from mllm_adapters.data.dataset import AnswerCollator, encode, prepare_examples
+from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
 from tests.mllm_adapters.families import aya_vision

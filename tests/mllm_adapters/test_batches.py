@@ -8,7 +8,9 @@ from mllm_adapters.data.dataset import AnswerCollator, ConversationDataset
 from mllm_adapters.feature_cache.cache import cache_features
 from mllm_adapters.feature_cache.precompute import ComputeSettings
 from mllm_adapters.training.dummy_images import FillingCollator, filler_row
-from mllm_adapters.training.engine import Recipe, RunOptions, prepare_training, train
+from mllm_adapters.training.engine import train
+from mllm_adapters.training.prepare import prepare_training
+from mllm_adapters.training.recipe import Recipe, RunOptions
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.retraining import turns, uneven_rows, write_json
 

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from mgll_encoder.common.errors import BadDataError, NotFoundError
-from mllm_adapters.data.corpus import Conversation, read_conversations, read_corpus
+from mllm_adapters.data.corpus import read_conversations, read_corpus
+from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.data.training_rows import DataOptions
 from tests import builders
 from tests.mllm_adapters.retraining import turns, write_json

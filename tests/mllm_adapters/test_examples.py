@@ -5,8 +5,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from mgll_encoder.common.errors import BadDataError
-from mllm_adapters.data.corpus import Conversation, Corpus
-from mllm_adapters.data.dataset import IGNORED, Collator, check_processor, encode, prepare_examples, render
+from mllm_adapters.data.chat_template import check_processor, render
+from mllm_adapters.data.corpus import Corpus
+from mllm_adapters.data.dataset import IGNORED, Collator, encode, prepare_examples
+from mllm_adapters.data.llava_format import Conversation
 from tests import builders
 from tests.mllm_adapters.retraining import turns
 

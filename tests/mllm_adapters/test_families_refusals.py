@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mllm_adapters.cli.swap import main as swap_encoder
-from mllm_adapters.core.registry import FAMILIES, open_checkpoint
+from mllm_adapters.core.family_table import FAMILIES
+from mllm_adapters.core.registry import open_checkpoint
 from tests import builders
 from tests.mllm_adapters import complete
 

@@ -29,7 +29,9 @@ from mllm_adapters.feature_cache.precompute import ComputeSettings
 from mllm_adapters.feature_cache.store import FeatureStore
 from mllm_adapters.loading.load import load_mllm
 from mllm_adapters.swap.apply import apply_plan
-from mllm_adapters.training.engine import Recipe, RunOptions, prepare_training, train
+from mllm_adapters.training.engine import train
+from mllm_adapters.training.prepare import prepare_training
+from mllm_adapters.training.recipe import Recipe, RunOptions
 from tests import builders
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.retraining import color_rows, loud_llava, turns, write_json

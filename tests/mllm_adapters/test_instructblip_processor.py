@@ -16,8 +16,9 @@ from eval_mcq.items.schema import MCQItem
 from eval_mcq.scoring.score import Scorer
 from mllm_adapters import load_mllm
 from mllm_adapters.core.stages import apply_stage
-from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.corpus import Corpus
 from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.data.llava_format import Conversation
 from tests import builders
 from tests.mllm_adapters.llava_checkpoints import a_tower
 from tests.mllm_adapters.tiny_instructblip import QUESTION, swap, text_tokenizer, tiny_instructblip

@@ -25,8 +25,10 @@ from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.stages import components
-from mllm_adapters.data.corpus import Conversation, Corpus
-from mllm_adapters.data.dataset import IGNORED, AnswerCollator, check_processor, encode, prepare_examples
+from mllm_adapters.data.chat_template import check_processor
+from mllm_adapters.data.corpus import Corpus
+from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.families.janus_pro.modeling import MgllJanusConfig
 from tests import builders
 from tests.builders import sparse_checkpoint

@@ -32,10 +32,11 @@ from mllm_adapters import load_mllm
 from mllm_adapters.api import plan_swap
 from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import detect, open_checkpoint
-from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.corpus import Corpus
 from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
-from mllm_adapters.families.med_flamingo.blocks import attended_image
-from mllm_adapters.families.med_flamingo.modeling import FlamingoConfig, FlamingoForConditionalGeneration
+from mllm_adapters.data.llava_format import Conversation
+from mllm_adapters.families.med_flamingo.blocks import FlamingoConfig, attended_image
+from mllm_adapters.families.med_flamingo.modeling import FlamingoForConditionalGeneration
 from tests import builders
 from tests.mllm_adapters.families import full_size
 from tests.mllm_adapters.families import med_flamingo as family

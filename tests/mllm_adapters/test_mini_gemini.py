@@ -26,8 +26,9 @@ from mllm_adapters.checkpoints.locate import find_part
 from mllm_adapters.core.contract import Plan
 from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
-from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.corpus import Corpus
 from mllm_adapters.data.dataset import AnswerCollator, encode, prepare_examples
+from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.families.mini_gemini.processor import low_resolution
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders

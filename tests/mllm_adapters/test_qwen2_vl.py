@@ -34,8 +34,9 @@ from mllm_adapters.api import plan_swap
 from mllm_adapters.core.contract import Plan
 from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import detect, open_checkpoint
-from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.corpus import Corpus
 from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.families.qwen2_vl import QWEN2_VL
 from mllm_adapters.families.qwen2_vl.modeling import MgllQwen2VLProcessor, to_images, to_patches
 from tests import builders

@@ -25,8 +25,9 @@ from mllm_adapters.cli.swap import main as swap
 from mllm_adapters.core.contract import Plan
 from mllm_adapters.core.fates import Added, ConnectorFate, Kept, Reinitialized, Unneeded
 from mllm_adapters.core.registry import open_checkpoint
-from mllm_adapters.data.corpus import Conversation, Corpus
+from mllm_adapters.data.corpus import Corpus
 from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode, prepare_examples
+from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.families.qwen_vl import QWEN_VL
 from mllm_adapters.families.qwen_vl.modeling import SequenceTooLong
 from mllm_adapters.swap.apply import apply_plan

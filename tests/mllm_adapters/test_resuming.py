@@ -14,7 +14,10 @@ from mgll_encoder.common import signals
 from mgll_encoder.common.errors import OutputTakenError
 from mgll_encoder.common.resuming import last_checkpoint, only_run
 from mllm_adapters.cli.retrain import main
-from mllm_adapters.training.engine import Recipe, RunOptions, prepare_training, train, work_folder
+from mllm_adapters.training.engine import train
+from mllm_adapters.training.prepare import prepare_training
+from mllm_adapters.training.recipe import Recipe, RunOptions
+from mllm_adapters.training.work_folder import work_folder
 from tests.builders import refused
 from tests.mllm_adapters.retraining import color_rows, loud_llava, write_json
 

@@ -10,9 +10,9 @@ import pytest
 from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.common.errors import BadDataError
 from mllm_adapters.cli.retrain import main as retrain_projector
+from mllm_adapters.core.processing import load_processor
 from mllm_adapters.data.corpus import read_conversations, read_corpus
 from mllm_adapters.data.dataset import prepare_examples
-from mllm_adapters.loading.load import load_processor
 from tests import builders
 from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters.retraining import turns, write_json

@@ -9,7 +9,8 @@ from mgll_encoder import TowerHeader, inspect_tower
 from mgll_encoder.common.errors import InvalidArgumentError
 from mllm_adapters.cli.swap import main as swap_encoder
 from mllm_adapters.core.contract import Plan
-from mllm_adapters.core.registry import FAMILIES, open_checkpoint
+from mllm_adapters.core.family_table import FAMILIES
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.sizes import plan_at_size
 from tests.builders import invoke, refused
 from tests.mllm_adapters.families.full_size import published_tower

@@ -17,8 +17,9 @@ from mgll_encoder.common.errors import (
 )
 from mllm_adapters import load_mllm
 from mllm_adapters.data.captions import CAPTION_PROMPTS
-from mllm_adapters.data.corpus import Conversation, read_conversations
+from mllm_adapters.data.corpus import read_conversations
 from mllm_adapters.data.dataset import AnswerCollator, Collator, ConversationDataset, prepare_examples
+from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.examples import language_models as smol_language
 from mllm_adapters.examples.curriculum import caption_lesson, question_lesson, read_question, word_lesson
 from mllm_adapters.examples.smol_llava import RECIPES, RECORD, _lessons, build_smol_llava
@@ -123,8 +124,8 @@ def test_a_rare_disease_is_practised_as_often_as_a_common_one(lesson):
 
 def test_image_tokens_start_at_the_scale_of_word_embeddings(place):
     from mgll_encoder import load_tower
+    from mllm_adapters.examples.assembly import assemble
     from mllm_adapters.examples.language_models import tiny
-    from mllm_adapters.examples.smol_llava import assemble
 
     eyes, speech = load_tower(place / "tower"), tiny(["An eye."], NAMES, seed=0)
     projector = assemble(eyes, speech, seed=0).model.multi_modal_projector

@@ -20,14 +20,10 @@ from mgll_encoder.common.errors import (
 )
 from mgll_encoder.common.files import sha256
 from mgll_encoder.common.resuming import last_checkpoint
-from mllm_adapters.training.engine import (
-    Recipe,
-    RunOptions,
-    names_on_disk,
-    prepare_training,
-    train,
-    work_folder,
-)
+from mllm_adapters.training.engine import train
+from mllm_adapters.training.prepare import names_on_disk, prepare_training
+from mllm_adapters.training.recipe import Recipe, RunOptions
+from mllm_adapters.training.work_folder import work_folder
 from tests.mllm_adapters.retraining import color_rows, loud_llava, turns, write_json
 
 FAST = RunOptions(report_to=(), logging_steps=1, save_steps=2)

@@ -10,13 +10,14 @@ from eval_mcq.items.schema import SCHEMA, load_bench
 from eval_mcq.scoring.prompt import render
 from mgll_encoder.common.errors import BadDataError, UnknownNameError
 from mllm_adapters.cli.retrain import main as retrain_projector
+from mllm_adapters.core.processing import load_processor
 from mllm_adapters.data import arrow_cache as tables
 from mllm_adapters.data import captions, training_rows
 from mllm_adapters.data import image_index as image_facts
 from mllm_adapters.data import mcq_rows as questions
-from mllm_adapters.data.corpus import DataOptions, read_corpus
+from mllm_adapters.data.corpus import read_corpus
 from mllm_adapters.data.dataset import prepare_examples
-from mllm_adapters.loading.load import load_processor
+from mllm_adapters.data.training_rows import DataOptions
 from tests import builders
 from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters.retraining import color_rows, turns, write_json

@@ -14,8 +14,9 @@ from mgll_encoder import inspect_tower, load_tower
 from mgll_encoder.weights.spans import spans
 from mllm_adapters import load_mllm
 from mllm_adapters.cli.swap import main
+from mllm_adapters.core.family_table import FAMILIES
 from mllm_adapters.core.provenance import read_record
-from mllm_adapters.core.registry import FAMILIES, open_checkpoint
+from mllm_adapters.core.registry import open_checkpoint
 from mllm_adapters.core.stages import outermost_modules
 from mllm_adapters.swap.apply import apply_plan
 from mllm_adapters.swap.replace_tensors import replace_tensors

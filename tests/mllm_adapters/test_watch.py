@@ -16,7 +16,8 @@ from mgll_encoder.common.resuming import last_checkpoint
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.loading.load import load_mllm
 from mllm_adapters.training.callbacks import DivergedError, Watchdog, find_evaluator, loss_plot
-from mllm_adapters.training.engine import Extras, prepare_training, train
+from mllm_adapters.training.engine import Extras, train
+from mllm_adapters.training.prepare import prepare_training
 from mllm_adapters.training.recipe import Recipe, RunOptions
 from tests import builders
 from tests.eval_mcq.helpers import question, write_bench
