@@ -57,7 +57,7 @@ def build(
         seed=seed,
         force=force,
     )
-    cli.stdout.print(f"Written: {out}", soft_wrap=True)
+    cli.say(f"Written: {out}")
 
 
 if __name__ == "__main__":

@@ -90,13 +90,10 @@ def demo(
     runs = {arm: out / "runs" / arm for arm in MODELS}
     stages.run(the_reports(out, [f"{arm}={run}" for arm, run in runs.items()]))
     show(runs)
-    cli.stdout.print(
+    cli.say(
         f"\nDone in {stages.total:.0f} s. This is a phantom: drawn pictures and models of toy size. It shows the path, "
         "and says nothing about patients or about the method.\n"
-        f"Look at: {out / 'report.html'}, {out / 'table.md'}, {out / 'phantom' / 'contact_sheet.png'}\n\n{NEXT}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"Look at: {out / 'report.html'}, {out / 'table.md'}, {out / 'phantom' / 'contact_sheet.png'}\n\n{NEXT}"
     )
 
 
@@ -231,13 +228,10 @@ def show(runs: Mapping[str, Path]) -> None:
     render.show(by_disease(arms), cli.stdout)
     base, fitted = entries_of(aligned, Rounding())[-2].figures
     better = sum(arms.arms[2].cells[c].share > arms.arms[1].cells[c].share for c in arms.categories)
-    cli.stdout.print(
+    cli.say(
         f"mgll is above the control on {better} of {len(arms.categories)} diseases.\n"
         f"The new tower with an aligned projector, without a step of training: {fitted.value} % "
-        f"{fitted.interval} (base {base.value} %, chance {100 * arms.macro_chance:.1f} %).",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"{fitted.interval} (base {base.value} %, chance {100 * arms.macro_chance:.1f} %)."
     )
 
 

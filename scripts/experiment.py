@@ -154,10 +154,8 @@ def experiment(
         figures["answers"] = judge_answers(work, lines)
     write_text(out / "figures.json", json.dumps(figures, indent=2, default=asdict) + "\n", force=True)
     write_text(out / "tables.md", "\n".join(lines), force=True)
-    cli.stdout.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
-    cli.stdout.print(
-        f"Done in {work.steps.seconds:.0f} s: {out / 'tables.md'}, {out / 'figures.json'}", soft_wrap=True
-    )
+    cli.say("\n".join(lines))
+    cli.say(f"Done in {work.steps.seconds:.0f} s: {out / 'tables.md'}, {out / 'figures.json'}")
 
 
 def _manifest(work: Experiment) -> Path:

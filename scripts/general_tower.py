@@ -71,7 +71,7 @@ def general_tower(
         with no_library_bars():
             model.save_pretrained(folder)
         processor().save_pretrained(folder)
-    cli.stdout.print(f"{out}: DINOv2 ViT-S/14, {model.num_parameters():,} parameters", soft_wrap=True)
+    cli.say(f"{out}: DINOv2 ViT-S/14, {model.num_parameters():,} parameters")
 
 
 def onnx_bytes(source: Path) -> bytes:

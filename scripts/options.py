@@ -62,7 +62,7 @@ def options(out: Annotated[Path, typer.Option(help="The page to write.")] = PAGE
     Example: python scripts/options.py
     """
     write_text(out, page(), force=True)
-    cli.stdout.print(f"Written: {out}", soft_wrap=True, highlight=False)
+    cli.say(f"Written: {out}")
 
 
 if __name__ == "__main__":

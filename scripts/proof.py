@@ -109,7 +109,7 @@ def proof(
                 found.setdefault(source, {}).setdefault(arm, []).append(values)
     lines = [line for source, by_arm in found.items() for line in _table(source, by_arm)]
     write_text(out / "proof.md", "\n".join(lines) + "\n", force=True)
-    cli.stdout.print(f"\nDone in {steps.seconds:.0f} s. Table: {out / 'proof.md'}", soft_wrap=True)
+    cli.say(f"\nDone in {steps.seconds:.0f} s. Table: {out / 'proof.md'}")
 
 
 def images_and_sources(data: Path) -> tuple[LabeledImages, list[str]]:

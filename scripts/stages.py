@@ -87,7 +87,7 @@ class Stages:
                 unwritten = [*waiting, *(command.stage for command in running)]
                 ready = [stage for stage in waiting if not any(map(stage.needs, unwritten))]
                 for stage in ready[: AT_ONCE - len(running)] if not failed else ():
-                    cli.stdout.print(f"$ {stage.shown}", soft_wrap=True, markup=False, highlight=False)
+                    cli.say(f"$ {stage.shown}")
                     waiting.remove(stage)
                     running.append(_Command(stage, self, bars, finished))
                 done = finished.get()

@@ -8,7 +8,7 @@ import typer
 from eval_mcq import api
 from eval_mcq.cli.items import Force
 from mgll_encoder.common import table_options as tables
-from mgll_encoder.common.cli import note, stdout, warn
+from mgll_encoder.common.cli import note, say, stdout, warn
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 from mgll_encoder.common.tables import listed
@@ -119,7 +119,7 @@ def build(
     )  # fmt: skip
     if contact_sheet is not None:
         shown = f"{report.on_sheet} of {report.images} images to look at"
-        stdout.print(f"{contact_sheet}: {shown}", soft_wrap=True, highlight=False)
+        say(f"{contact_sheet}: {shown}")
     _show_report(report, out)
 
 
@@ -146,4 +146,4 @@ def _show_report(report: "BuildReport", out: Path) -> None:
     if small:
         warn(f"fewer than {SMALL} questions, so intervals are wide: {', '.join(small)}")
     report.skipped.say()
-    stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
+    say(f"Next: eval-mcq run --model MODEL --bench {out}")

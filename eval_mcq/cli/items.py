@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from eval_mcq import api
-from mgll_encoder.common.cli import note, stdout
+from mgll_encoder.common.cli import note, say, stdout
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 
@@ -65,9 +65,9 @@ def import_command(
         source, out, format_, images=images, maps=maps or (), split=split, name=name, skip_bad=skip_bad,
         option_letters=option_letters, force=force,
     )  # fmt: skip
-    stdout.print(f"{out}: {report.questions.total()} questions", soft_wrap=True, highlight=False)
+    say(f"{out}: {report.questions.total()} questions")
     for category, count in report.questions.most_common():
-        stdout.print(f"  {count:6d}  {category}", soft_wrap=True, highlight=False, markup=False)
+        say(f"  {count:6d}  {category}")
     if report.pictures:
         note(f"{report.pictures} embedded images are in {out.stem}_images next to it")
     if report.folded:
@@ -80,7 +80,7 @@ def import_command(
             "(--option-letters keep keeps them)"
         )
     report.skipped.say()
-    stdout.print(f"Next: eval-mcq run --model MODEL --bench {out}", soft_wrap=True, highlight=False)
+    say(f"Next: eval-mcq run --model MODEL --bench {out}")
 
 
 @needs("eval")
@@ -115,11 +115,11 @@ def export(
     """
     count = api.export_benchmark(bench, out, format_, images=images, run=run, force=force)
     if run is not None:
-        stdout.print(f"{out}: {count} predictions", soft_wrap=True, highlight=False)
+        say(f"{out}: {count} predictions")
         return
-    stdout.print(f"{out}: {count} questions", soft_wrap=True, highlight=False)
+    say(f"{out}: {count} questions")
     following = _after_export(format_, out, images or out.absolute().parent)
-    stdout.print(f"Next: {following}", soft_wrap=True, highlight=False)
+    say(f"Next: {following}")
 
 
 def _after_export(format_: str, out: Path, images: Path) -> str:
@@ -159,7 +159,7 @@ def audit(
     found = api.audit_table(table_file)
     if out is not None:
         write_text(out, found.render(format_), force)
-        stdout.print(f"audit: {out}", soft_wrap=True)
+        say(f"audit: {out}")
     elif format_ == "rich":
         from eval_mcq.tables.render import show
 

@@ -14,7 +14,7 @@ from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
 from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
 from eval_mcq.cli.run import FourBit, ModeName
 from mgll_encoder.common import compute_options as compute
-from mgll_encoder.common.cli import new_app, note, run, stdout
+from mgll_encoder.common.cli import new_app, note, run, say, stdout
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
@@ -163,16 +163,11 @@ def run_command(
     else:
         note(f"{folder}: no question is answered in all rotations")
     if part.count > 1:
-        stdout.print(
-            f"Next, when all {part.count} shards are done: eval-mcq merge {folder} ... --out RUN",
-            soft_wrap=True,
-        )
+        say(f"Next, when all {part.count} shards are done: eval-mcq merge {folder} ... --out RUN")
         return
     if not done.complete:
-        stdout.print(
-            f"Next, for the rest: the same command without --limit (continues {folder})", soft_wrap=True
-        )
-    stdout.print(f"Next: eval-mcq compare base=OTHER_RUN {folder.name}={folder}", soft_wrap=True)
+        say(f"Next, for the rest: the same command without --limit (continues {folder})")
+    say(f"Next: eval-mcq compare base=OTHER_RUN {folder.name}={folder}")
 
 
 @app.command()
@@ -297,9 +292,9 @@ def report(
     )
     size = out.stat().st_size / 1e6
     where = f"in {assets}" if assets else "inside"
-    stdout.print(f"report: {out} ({size:.1f} MB, {count} thumbnails {where})", soft_wrap=True)
+    say(f"report: {out} ({size:.1f} MB, {count} thumbnails {where})")
     if plots:
-        stdout.print(f"plots: {plots}", soft_wrap=True)
+        say(f"plots: {plots}")
 
 
 def _show_table(
@@ -327,7 +322,7 @@ def _show_table(
     )
     if out is not None:
         write_text(out, found.render(format_), force)
-        stdout.print(f"table: {out}", soft_wrap=True)
+        say(f"table: {out}")
     elif format_ == "rich":
         show(found.grid, stdout)
     else:

@@ -10,7 +10,7 @@ import typer
 
 from eval_mcq.cli.items import Force
 from mgll_encoder.common import compute_options as compute
-from mgll_encoder.common.cli import stdout, warn
+from mgll_encoder.common.cli import say, stdout, warn
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError
 from mgll_encoder.common.extras import needs, require
 from mgll_encoder.common.files import check_free, write_text
@@ -55,8 +55,8 @@ def merge_command(
     from eval_mcq.runs.merge import merge
 
     run = merge(shards, out, bench, force)
-    stdout.print(f"{out}: {len(run.rows)} answers of {len(shards)} shards", soft_wrap=True)
-    stdout.print(f"Next: eval-mcq table {out}", soft_wrap=True)
+    say(f"{out}: {len(run.rows)} answers of {len(shards)} shards")
+    say(f"Next: eval-mcq table {out}")
 
 
 @needs("eval")
@@ -89,7 +89,7 @@ def check(
     found = check_model(
         model, asked, limit=limit, device=device, precision=precision, load_in_4bit=load_in_4bit
     )
-    stdout.print(f"model: {model} ({found.fingerprint[:12]})", soft_wrap=True, highlight=False)
+    say(f"model: {model} ({found.fingerprint[:12]})")
     stdout.print("prompt:", highlight=False)
     typer.echo(found.prompt)
     _show_tower(found.tower)
@@ -112,9 +112,9 @@ def _show_tower(tower: "SwappedTower | None") -> None:
     if tower is None:
         stdout.print("tower: no mgll_swap.json, so a swap cannot be verified", highlight=False)
         return
-    stdout.print(f"tower by provenance: {tower.name or 'its own'} in {tower.source}", soft_wrap=True)
+    say(f"tower by provenance: {tower.name or 'its own'} in {tower.source}")
     equal = {True: "yes", False: "NO", None: "not checked"}[tower.passed]
-    stdout.print(f"tower equals provenance: {equal} ({tower.detail})", soft_wrap=True, highlight=False)
+    say(f"tower equals provenance: {equal} ({tower.detail})")
 
 
 def _in_percent(estimate: "Estimate") -> tuple[str, str]:

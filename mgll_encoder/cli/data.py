@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 
 from mgll_encoder.common import table_options as tables
-from mgll_encoder.common.cli import new_app, note, stdout, warn
+from mgll_encoder.common.cli import new_app, note, say, stdout, warn
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
@@ -86,9 +86,9 @@ def fundus(
         warn(f"labels without a clinical explanation: {names}; add them to a copy of {EXPLANATIONS.name}")
     splits = ", ".join(f"{count} {side}" for side, count in sorted(report.splits.items()))
     texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
-    stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
-    stdout.print(f"manifest: {out}", highlight=False, soft_wrap=True)
-    stdout.print(f"next: mgll-encoder pretrain --manifest {out} --out tower", highlight=False, soft_wrap=True)
+    say(f"{report.rows} images ({splits}); distinct texts: {texts}")
+    say(f"manifest: {out}")
+    say(f"next: mgll-encoder pretrain --manifest {out} --out tower")
 
 
 def _classes(option: str) -> dict[str, str]:
@@ -160,16 +160,10 @@ def xray(
         )
     splits = ", ".join(f"{count} {side}" for side, count in sorted(report.splits.items()))
     texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
-    stdout.print(f"{report.rows} images ({splits}); distinct texts: {texts}", highlight=False, soft_wrap=True)
+    say(f"{report.rows} images ({splits}); distinct texts: {texts}")
     if contact_sheet is not None:
-        stdout.print(
-            f"contact sheet of {report.on_sheet} images: {contact_sheet}", highlight=False, soft_wrap=True
-        )
-    stdout.print(
-        f"next: mgll-encoder pretrain --manifest {out / manifest} --out tower",
-        highlight=False,
-        soft_wrap=True,
-    )
+        say(f"contact sheet of {report.on_sheet} images: {contact_sheet}")
+    say(f"next: mgll-encoder pretrain --manifest {out / manifest} --out tower")
 
 
 @app.command()
@@ -194,8 +188,4 @@ def phantom(
     stdout.print(
         f"{count} phantom photographs in {out} (labels.csv, views.jsonl, contact_sheet.png)", highlight=False
     )
-    stdout.print(
-        f"next: mgll-encoder data fundus --labels {out}/labels.csv --images {out} --out {out}/manifest.jsonl",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"next: mgll-encoder data fundus --labels {out}/labels.csv --images {out} --out {out}/manifest.jsonl")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgll_encoder.common.cli import note, stdout
+from mgll_encoder.common.cli import note, say, stdout
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 from mgll_encoder.common.terminal_table import TerminalTable
 
@@ -139,21 +139,14 @@ def print_result(
         )
     stdout.print(table)
     sides = f"{result.train} training and {result.test} test images" if trained else f"{result.test} images"
-    stdout.print(
+    say(
         f"{sides} of {result.patients} patients; brackets: {CONFIDENCE} % bootstrap over patients "
-        f"({REPLICATES} replicates)",
-        highlight=False,
-        soft_wrap=True,
+        f"({REPLICATES} replicates)"
     )
-    said("majority: accuracy of always giving the more frequent answer; ACC says nothing below it")
+    say("majority: accuracy of always giving the more frequent answer; ACC says nothing below it")
     if result.left_out:
         left_out = ", ".join(result.left_out)
         note(f"skipped, too few positive or negative images (see --min-positives): {left_out}")
-
-
-def said(text: str) -> None:
-    """Print a line of the result."""
-    stdout.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def table_of_datasets(asked: bool) -> None:

@@ -7,9 +7,9 @@ import typer
 
 from mgll_encoder import api
 from mgll_encoder.cli import dataset_options as labeled
-from mgll_encoder.cli.dataset_options import said
 from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common import table_options as tables
+from mgll_encoder.common.cli import say
 from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.extras import needs
 
@@ -69,4 +69,4 @@ def explain(
         activation=activation, weights=weights, strict=strict, device=device,
     )  # fmt: skip
     found.skipped.say()
-    said(f"{found.images} images: {out}")
+    say(f"{found.images} images: {out}")

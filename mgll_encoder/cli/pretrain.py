@@ -6,7 +6,7 @@ import typer
 
 from mgll_encoder import api
 from mgll_encoder.common import compute_options as compute
-from mgll_encoder.common.cli import stdout
+from mgll_encoder.common.cli import say
 from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
@@ -144,17 +144,11 @@ def pretrain(
     if not result.first:
         return
     result.skipped.say()
-    stdout.print(
+    say(
         f"{result.images} images, {result.steps} steps: training loss {result.losses[0]:.4f} -> "
-        f"{result.losses[-1]:.4f}, temperature {result.temperature:.4f}",
-        highlight=False,
-        soft_wrap=True,
+        f"{result.losses[-1]:.4f}, temperature {result.temperature:.4f}"
     )
     if result.validation:
-        stdout.print(
-            f"kept epoch {result.kept} of {epochs}: validation mAP {result.validation['mAP']:.4f}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    stdout.print(f"tower: {out}", highlight=False, soft_wrap=True)
-    stdout.print(f"next: swap-encoder --mllm llava-med --encoder {out}", highlight=False, soft_wrap=True)
+        say(f"kept epoch {result.kept} of {epochs}: validation mAP {result.validation['mAP']:.4f}")
+    say(f"tower: {out}")
+    say(f"next: swap-encoder --mllm llava-med --encoder {out}")

@@ -9,9 +9,10 @@ import typer
 
 from mgll_encoder import api
 from mgll_encoder.cli import dataset_options as labeled
-from mgll_encoder.cli.dataset_options import print_result, said
+from mgll_encoder.cli.dataset_options import print_result
 from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common import table_options as tables
+from mgll_encoder.common.cli import say
 from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
@@ -142,7 +143,7 @@ def probe(
             **found.record, **found.skipped.record(), **asdict(found.result),
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
-        said(f"written: {out}")
+        say(f"written: {out}")
     if tower_out:
-        said(f"tower: {tower_out}")
+        say(f"tower: {tower_out}")
     found.skipped.say()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgll_encoder.common.cli import note, spelled, stdout, warn
+from mgll_encoder.common.cli import note, say, spelled, stdout, warn
 from mgll_encoder.common.files import check_free
 from mgll_encoder.common.terminal_table import TerminalTable
 from mgll_encoder.weights.locate import check_tower
@@ -116,7 +116,7 @@ def convert(
     for message in done.warnings:
         warn(message)
     for line in (f"wrote {out}", f"next: {_NEXT[to].format(shlex.quote(str(out)))}"):
-        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def _choices(activation: str | None, weights: str | None) -> dict[str, Any]:

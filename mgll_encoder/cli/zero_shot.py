@@ -9,10 +9,10 @@ import typer
 
 from mgll_encoder import api
 from mgll_encoder.cli import dataset_options as labeled
-from mgll_encoder.cli.dataset_options import print_result, said
+from mgll_encoder.cli.dataset_options import print_result
 from mgll_encoder.common import compute_options as compute
 from mgll_encoder.common import table_options as tables
-from mgll_encoder.common.cli import stdout
+from mgll_encoder.common.cli import say, stdout
 from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
@@ -91,7 +91,7 @@ def zero_shot(
             **found.record, **found.skipped.record(), **asdict(found.result),
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
-        said(f"written: {out}")
+        say(f"written: {out}")
     found.skipped.say()
 
 
@@ -142,7 +142,7 @@ def retrieval(
             "granularities": {level: [asdict(way) for way in both] for level, both in found.levels.items()},
         }  # fmt: skip
         write_text(out, json.dumps(content, indent=2) + "\n", force)
-        said(f"written: {out}")
+        say(f"written: {out}")
     found.skipped.say()
 
 
@@ -162,7 +162,7 @@ def _print_retrieval(
             )
             table.add_row(level, way.direction, str(way.queries), str(way.candidates), *cells)
     stdout.print(table)
-    said(
+    say(
         f"{patients} patients; brackets: {CONFIDENCE} % bootstrap over patients ({REPLICATES} replicates); "
         "parentheses: chance"
     )

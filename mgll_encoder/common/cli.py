@@ -237,6 +237,11 @@ def spelled(message: str) -> str:
     return _spelling.spell(message)
 
 
+def say(line: str) -> None:
+    """Print a line of the result on stdout as it is: neither wrapped nor highlighted."""
+    stdout.print(line, highlight=False, soft_wrap=True)
+
+
 def warn(message: str) -> None:
     """Print a warning on stderr."""
     stderr.print(f"[yellow]warning:[/yellow] {escape(spelled(message))}", highlight=False, soft_wrap=True)

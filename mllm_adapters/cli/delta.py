@@ -46,8 +46,8 @@ def compose(
         copy=copy,
         force=force,
     )
-    cli.stdout.print(f"Written: {out}", markup=False, soft_wrap=True)
-    cli.stdout.print(f"Next: swap-encoder verify {out}", markup=False, soft_wrap=True)
+    cli.say(f"Written: {out}")
+    cli.say(f"Next: swap-encoder verify {out}")
 
 
 def extract(
@@ -79,6 +79,6 @@ def extract(
         reference_tower=reference_tower,
         force=force,
     )
-    cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
+    cli.say(f"Written: {target}")
     following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {folder.absolute().name}-again"
-    cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)
+    cli.say(f"Next: {following}")

@@ -41,12 +41,12 @@ def export(
     plan = api.plan_gguf(model, precision=precision, converter=converter)
     check_output(out, force, [plan.source.checkpoint.folder])
     for name, size in plan.sizes.items():
-        cli.stdout.print(f"{name}: {decimal(size)} ({precision})", soft_wrap=True, highlight=False)
+        cli.say(f"{name}: {decimal(size)} ({precision})")
     for note in plan.notes:
         cli.warn(note)
     if dry_run:
         return
     plan.write(out, force=force)
-    cli.stdout.print(f"Written: {out}", markup=False, soft_wrap=True)
+    cli.say(f"Written: {out}")
     following = f"llama-server --model {out}/model.gguf --mmproj {out}/mmproj.gguf"
-    cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)
+    cli.say(f"Next: {following}")

@@ -75,7 +75,7 @@ def _show(job: "Job") -> None:
     whole = [name for name in job.stage.names if ".lora_" not in name]
     for what, names in (("Trained whole", whole), ("Adapters on", job.stage.adapted)):
         if names:
-            cli.stdout.print(f"{what}: {', '.join(describe(names))}", soft_wrap=True, highlight=False)
+            cli.say(f"{what}: {', '.join(describe(names))}")
     counts, recipe = job.counts, job.recipe
     left_out = f"{counts.text_only} without image, {counts.too_long} longer than {job.max_length} tokens"
     left_out += f", {counts.damaged} with unreadable images" if counts.damaged else ""
@@ -93,8 +93,8 @@ def _tell(outcome: "Outcome") -> None:
     if outcome.best_step is not None:
         score = dict(outcome.scores)[outcome.best_step]
         cli.stdout.print(f"Best score: {score:.4f} at step {outcome.best_step}, whose weights are written")
-    cli.stdout.print(f"Written: {outcome.out}", soft_wrap=True)
+    cli.say(f"Written: {outcome.out}")
     if outcome.merged:
-        cli.stdout.print(f"Merged: {outcome.merged}", soft_wrap=True)
+        cli.say(f"Merged: {outcome.merged}")
     model = outcome.merged or outcome.out
-    cli.stdout.print(f"Next: eval-mcq run --model {model} --bench bench.jsonl", soft_wrap=True)
+    cli.say(f"Next: eval-mcq run --model {model} --bench bench.jsonl")

@@ -104,5 +104,5 @@ def restore(
         cli.note(f"restoring {folder} from {mllm} ...")
         following = f"eval-mcq run --model {target} --bench test.jsonl --out runs/{target.name}"
     api.restore(folder, target, mllm=mllm, parts=given, force=force, copy=copy)
-    cli.stdout.print(f"Written: {target}", markup=False, soft_wrap=True)
-    cli.stdout.print(f"Next: {following}", markup=False, soft_wrap=True)
+    cli.say(f"Written: {target}")
+    cli.say(f"Next: {following}")

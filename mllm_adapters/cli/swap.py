@@ -207,7 +207,7 @@ def families(
     if as_json:
         cli.stdout.print_json(data=[row.model_dump() for row in api.list_families()])
     elif markdown:
-        cli.stdout.print(support_markdown(cli.spelled), soft_wrap=True, markup=False, highlight=False)
+        cli.say(support_markdown(cli.spelled))
     else:
         cli.stdout.print(support_tables(cli.spelled))
 
@@ -227,7 +227,7 @@ def example(
     write_example(out, force=force)
     cli.stdout.print(f"Written: {out} (a LLaVA and a tower of toy size with random weights, and images)")
     following = f"--mllm {out}/llava --encoder {out}/tower --align {out}/photographs --out {out}/swapped"
-    cli.stdout.print(f"Next: swap-encoder {following}", soft_wrap=True, highlight=False)
+    cli.say(f"Next: swap-encoder {following}")
 
 
 app.command()(verify)
