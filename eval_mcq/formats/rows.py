@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval_mcq.items.schema import read_lines
 from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import regular_file
 from mgll_encoder.common.texts import parse_json, read_text
@@ -78,8 +79,7 @@ def _json(path: Path) -> Iterator[SourceRow]:
 
 
 def _json_lines(path: Path) -> Iterator[SourceRow]:
-    # Not splitlines(): JSON strings may contain U+2028 and similar characters unescaped.
-    for number, line in enumerate(read_text(path, "file").split("\n"), start=1):
+    for number, line in enumerate(read_lines(path, "file"), start=1):
         if not line.strip():
             continue
         cells = parse_json(line, f"{path} line {number}", nan=True)
