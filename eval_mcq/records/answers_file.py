@@ -4,18 +4,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
+from eval_mcq.records.answer import Answer
 from mgll_encoder.common.errors import BadDataError
 from mgll_encoder.common.files import new_file
 from mgll_encoder.common.locks import locked
-
-
-class HasLine(Protocol):
-    """A row of the file."""
-
-    def line(self) -> str:
-        """Return its line."""
 
 
 def lock_run(out: Path, wait: bool = False) -> AbstractContextManager[bool]:
@@ -52,7 +45,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
             raise BadDataError(f"answers file {path} is not UTF-8 text (byte {error.start})") from None
 
 
-def append_answers(path: Path, answers: Iterable[HasLine]) -> None:
+def append_answers(path: Path, answers: Iterable[Answer]) -> None:
     """Append answers and flush them to the operating system, so that a killed process loses none."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write("".join(answer.line() for answer in answers))
