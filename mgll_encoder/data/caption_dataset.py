@@ -53,6 +53,30 @@ def described_images(
         raise NotFoundError(
             f"image folder {folder} of manifest {manifest} does not exist: give it with `images`"
         )
+    kept = _usable_rows(manifest, folder, split, used, skipped)
+    levels = {name: sorted({text for _, row in kept for text in row.texts.get(name, [])}) for name in used}
+    names = list(dict.fromkeys(text for texts in levels.values() for text in texts))
+    place = {text: i for i, text in enumerate(names)}
+    truth = np.zeros((len(kept), len(names)), bool)
+    for i, (_, row) in enumerate(kept):
+        for name in used:
+            truth[i, [place[text] for text in row.texts.get(name, [])]] = True
+    labels = LabeledImages(
+        tuple(folder / row.image for _, row in kept),
+        tuple(names),
+        truth,
+        tuple(row.patient or row.image for _, row in kept),
+        np.ones(len(kept), bool),
+        tuple(where for where, _ in kept),
+        by_patient=any(row.patient for _, row in kept),
+    )
+    return DescribedImages(labels, {name: texts for name, texts in levels.items() if texts})
+
+
+def _usable_rows(
+    manifest: Path, folder: Path, split: str, used: Sequence[str], skipped: Skipped
+) -> list[tuple[str, ManifestRow]]:
+    """Return the rows of a split with an image and a text, one per image, and where each stands."""
     rows: dict[str, tuple[str, ManifestRow]] = {}
     disagreeing = set()
     for line, _, row in read_rows(manifest, skipped):
@@ -74,20 +98,4 @@ def described_images(
     if not kept:
         reasons = "; ".join(skipped.lines()) or f"it has no row with split '{split}'"
         raise BadDataError(f"manifest {manifest} has no usable image: {reasons}")
-    levels = {name: sorted({text for _, row in kept for text in row.texts.get(name, [])}) for name in used}
-    names = list(dict.fromkeys(text for texts in levels.values() for text in texts))
-    place = {text: i for i, text in enumerate(names)}
-    truth = np.zeros((len(kept), len(names)), bool)
-    for i, (_, row) in enumerate(kept):
-        for name in used:
-            truth[i, [place[text] for text in row.texts.get(name, [])]] = True
-    labels = LabeledImages(
-        tuple(folder / row.image for _, row in kept),
-        tuple(names),
-        truth,
-        tuple(row.patient or row.image for _, row in kept),
-        np.ones(len(kept), bool),
-        tuple(where for where, _ in kept),
-        by_patient=any(row.patient for _, row in kept),
-    )
-    return DescribedImages(labels, {name: texts for name, texts in levels.items() if texts})
+    return kept
