@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         UnsupportedCheckpointError,
         UserError,
     )
+    from mgll_encoder.common.tables import TableOptions
     from mgll_encoder.data.fundus import FundusTable, build_fundus
     from mgll_encoder.data.phantom.dataset import write_phantom
     from mgll_encoder.data.xray import build_xray
@@ -50,6 +51,7 @@ __all__ = [
     "PixelRule",
     "Resize",
     "StorageError",
+    "TableOptions",
     "Tower",
     "TowerHeader",
     "TowerSpec",
@@ -96,6 +98,7 @@ __getattr__, __dir__ = lazy(
         "PixelRule": "tower.spec",
         "Resize": "tower.spec",
         "StorageError": "common.errors",
+        "TableOptions": "common.tables",
         "Tower": "tower.model",
         "TowerHeader": "tower.header",
         "TowerSpec": "tower.spec",

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from mgll_encoder.common.progress import show_with
-from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.phantom.dataset import write_phantom
 from tests import builders
 from tests.environments import ROOT
@@ -19,13 +18,11 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a user: phantom images with labels, a LLaVA, an MGLL tower, conversations."""
-    write_phantom(tmp_path / "phantom", 4, 64, 0, False)
-    table = FundusTable(tmp_path / "phantom" / "labels.csv")
-    build_fundus(table, tmp_path / "phantom", tmp_path / "phantom" / "manifest.jsonl")
+    """The folder of a user: a LLaVA, an MGLL tower, and conversations about the images that the page draws."""
+    write_phantom(tmp_path / "before", 4)
     builders.tiny_llava(tmp_path / "llava", merged=["th"])  # GGUF has no tokenizer without merges
     a_tower(tmp_path / "mgll-fundus")
-    images = sorted((tmp_path / "phantom" / "images").iterdir())[:4]
+    images = sorted((tmp_path / "before" / "images").iterdir())[:4]
     rows = [
         {
             "id": image.stem,

@@ -46,13 +46,13 @@ class TableOptions:
     Attributes:
         encoding: Encoding of a text file; None for UTF-8, or UTF-16 and UTF-32 with a byte order mark.
         sheet: Sheet of a workbook; None for the first.
-        separator: Separator of the labels in a cell; None to detect it, ``none`` if a cell is one label.
+        label_separator: Separator of the labels in a cell; None to detect it, ``none`` if a cell is one label.
         uncertain: How uncertain cells count, see `mgll_encoder.data.label_cells`.
     """
 
     encoding: str | None = None
     sheet: str | None = None
-    separator: str | None = None
+    label_separator: str | None = None
     uncertain: Uncertain = "ignore"
 
 

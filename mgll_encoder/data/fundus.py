@@ -75,7 +75,7 @@ class FundusTable:
         reading: What else the user specified about the file.
     """
 
-    path: Path
+    path: str | Path
     image: str = "file"
     labels: str = "labels"
     patient: str | None = None
@@ -99,9 +99,14 @@ class FundusTable:
                 )
 
     @property
+    def file(self) -> Path:
+        """The label file."""
+        return Path(self.path)
+
+    @property
     def title(self) -> str:
         """Its name in error messages."""
-        return f"image folder {self.path}" if self.path.is_dir() else f"label file {self.path}"
+        return f"image folder {self.path}" if self.file.is_dir() else f"label file {self.path}"
 
 
 @dataclass
@@ -182,10 +187,10 @@ def build_fundus(
     report = FundusReport(skipped=Skipped(strict))
     rows: list[ManifestRow] = []
     table, found = _read(table, report.skipped, drawn=test_share > 0 or val_share > 0)
-    pseudonyms = Pseudonyms(table.path)
+    pseudonyms = Pseudonyms(table.file)
     usable = agreeing(with_files(found, images, report.skipped, table.image), report.skipped)
     usable = _labeled(usable, report.skipped)
-    for row in track(usable, f"Checking the images of {table.path.name}"):
+    for row in track(usable, f"Checking the images of {table.file.name}"):
         if trouble := _trouble(row.path):
             report.skipped.add(UNREADABLE, f"{row.where}: the image {trouble}")
             continue
@@ -221,8 +226,8 @@ def build_fundus(
     header = ManifestHeader(
         granularities=list(report.texts),
         built={
-            "labels": table.path.name,
-            **({} if table.path.is_dir() else {"labels_sha256": sha256(table.path)}),
+            "labels": table.file.name,
+            **({} if table.file.is_dir() else {"labels_sha256": sha256(table.file)}),
             "explanations_version": known.version,
             "split_by": "patient" if report.without_patient < len(rows) else "image",
             "split_test": test_share,
@@ -266,9 +271,9 @@ def _trouble(path: Path) -> str:
 def _read(table: FundusTable, skipped: Skipped, drawn: bool) -> tuple[FundusTable, list[LabelRow]]:
     """Return the table with its optional columns resolved, and its rows."""
     generic = replace(table, image=IMAGE, keywords=KEYWORDS, source=SOURCE)
-    if table.path.is_dir():
-        return generic, from_folders(table.dataset, table.path, skipped)
-    content = read_table(table.path, "`labels`", skipped, table.reading)
+    if table.file.is_dir():
+        return generic, from_folders(table.dataset, table.file, skipped)
+    content = read_table(table.file, "`labels`", skipped, table.reading)
     if table.dataset != GENERIC:
         return generic, as_generic(table.dataset, content, skipped, table.reading)
     columns = Columns(table.image, table.labels, table.binary, table.patient, classes=table.classes)

@@ -141,13 +141,15 @@ def label_rows(
         UserError: a label consists of others (`LabelLists`), or ``skipped`` is strict and a row is skipped.
     """
     reading = reading or TableOptions()
-    if reading.separator and (columns.binary or columns.classes):
+    if reading.label_separator and (columns.binary or columns.classes):
         raise InvalidArgumentError(
             "`label_separator` has no effect on `binary_columns` and `classes`: leave it out"
         )
     listed = columns.labels and not (columns.binary or columns.classes)
     column = [record[columns.labels or ""] for _, record in table.rows] if listed else []
-    lists = LabelLists(reading.separator, column, known, f"label file {table.path} column '{columns.labels}'")
+    lists = LabelLists(
+        reading.label_separator, column, known, f"label file {table.path} column '{columns.labels}'"
+    )
     rows = []
     for number, record in table.rows:
         where = table.where(number)
