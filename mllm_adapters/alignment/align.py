@@ -32,9 +32,9 @@ from mllm_adapters.alignment.feature_pairs import FEWEST, FeaturePairs, find_ima
 from mllm_adapters.alignment.ridge import Fit, Linear, Moments, fit_connectors
 from mllm_adapters.alignment.vision_model import VisionModel, planned_vision_model, source_vision_model
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import ConnectorLayer, Family, Plan, Step
+from mllm_adapters.core.contract import ConnectorLayer, Family, Plan
 from mllm_adapters.core.fates import Fitted
-from mllm_adapters.core.operations import REINIT
+from mllm_adapters.core.operations import REINIT, Step
 
 SAMPLES = 500
 """Default number of images."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import Family, Plan, Step, VisionContract
-from mllm_adapters.core.operations import FIT
+from mllm_adapters.core.contract import Family, Plan, VisionContract
+from mllm_adapters.core.operations import FIT, Step
 from mllm_adapters.core.planning import copied
 from mllm_adapters.core.values import compute
 from mllm_adapters.loading.load import check_depths, load_state

@@ -9,10 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
-import torch
-from pydantic import AfterValidator, Field, InstanceOf, model_validator
+from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from mgll_encoder import TowerHeader
@@ -21,52 +20,13 @@ from mgll_encoder.weights.torch_file import WeightSet
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.data import Data
 from mllm_adapters.core.fates import ConnectorFate, ProcessorFate
-from mllm_adapters.core.operations import OPERATIONS, Operation, OperationName
+from mllm_adapters.core.operations import Step
 
 Target = Literal["own", "llava"]
 """Target of a swap: the family's own architecture, or a LLaVA that equals its understanding path."""
 
 FAMILY_KEY = "mgll_family"
 """Key in config.json that records the family of a result, which may be in the LLaVA layout."""
-
-
-def _known_dtype(name: str) -> str:
-    if not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"'{name}' is not a torch dtype")
-    return name
-
-
-class Step(Data):
-    """One target tensor.
-
-    Attributes:
-        name: Key in the target checkpoint.
-        dtype: Torch dtype name, such as ``float16``.
-        shape: Target shape.
-        operation: Name of the operation that makes it, see `mllm_adapters.core.operations`.
-        sources: Keys in the source checkpoint (``PART/KEY`` in an attached part) or, for ``tower``, in the
-            tower; empty if nothing is read.
-        replaces: Key of the source tensor that it replaces without using its values, if any.
-        arguments: Further inputs of the operation, see `Operation`.
-    """
-
-    name: str
-    dtype: Annotated[str, AfterValidator(_known_dtype)]
-    shape: tuple[Annotated[int, Field(ge=0, lt=2**48)], ...]
-    operation: OperationName
-    sources: tuple[str, ...] = ()
-    replaces: str | None = None
-    arguments: dict[str, float] = Field(default_factory=dict)
-
-    @property
-    def kind(self) -> Operation:
-        """Return the operation object."""
-        return OPERATIONS[self.operation]
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> Self:
-        self.kind.check(self)
-        return self
 
 
 class Dropped(Data):

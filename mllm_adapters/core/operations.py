@@ -1,19 +1,18 @@
-"""The operations of a plan: how a target tensor is computed, its label, and its inputs."""
+"""The steps of a plan, and their operations: how a target tensor is computed, its label, and its inputs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf, isqrt, sqrt
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal, Self
 from zlib import crc32
 
 import torch
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from mgll_encoder import resample_positions
 from mgll_encoder.common.errors import MismatchError
-
-if TYPE_CHECKING:
-    from mllm_adapters.core.contract import Step
+from mllm_adapters.checkpoints.data import Data
 
 OperationName = Literal[
     "keep", "rename", "same", "tower", "slice", "concat", "reshape", "resample", "lora",
@@ -191,3 +190,42 @@ OPERATIONS: Mapping[str, Operation] = {
     )
 }  # fmt: skip
 """All operations by name, in the order of a plan's table."""
+
+
+def _known_dtype(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"'{name}' is not a torch dtype")
+    return name
+
+
+class Step(Data):
+    """One target tensor.
+
+    Attributes:
+        name: Key in the target checkpoint.
+        dtype: Torch dtype name, such as ``float16``.
+        shape: Target shape.
+        operation: Name of the operation that makes it, see `OPERATIONS`.
+        sources: Keys in the source checkpoint (``PART/KEY`` in an attached part) or, for ``tower``, in the
+            tower; empty if nothing is read.
+        replaces: Key of the source tensor that it replaces without using its values, if any.
+        arguments: Further inputs of the operation, see `Operation`.
+    """
+
+    name: str
+    dtype: Annotated[str, AfterValidator(_known_dtype)]
+    shape: tuple[Annotated[int, Field(ge=0, lt=2**48)], ...]
+    operation: OperationName
+    sources: tuple[str, ...] = ()
+    replaces: str | None = None
+    arguments: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def kind(self) -> Operation:
+        """Return the operation object."""
+        return OPERATIONS[self.operation]
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        self.kind.check(self)
+        return self

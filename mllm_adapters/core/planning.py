@@ -18,9 +18,9 @@ from mgll_encoder.tower.architectures import ARCHITECTURES, first_patch
 from mgll_encoder.tower.architectures.clip import CLIP
 from mgll_encoder.tower.spec import TowerSpec
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.core.contract import Dropped, Plan, Step, VisionContract
+from mllm_adapters.core.contract import Dropped, Plan, VisionContract
 from mllm_adapters.core.fates import ConnectorFate, Kept, Reinitialized
-from mllm_adapters.core.operations import OperationName
+from mllm_adapters.core.operations import OperationName, Step
 
 TowerDtype = Literal["float32", "float16", "bfloat16"]
 """Dtypes of a written tower."""

@@ -21,7 +21,8 @@ from mllm_adapters.checkpoints.checkpoint import WEIGHTS, Checkpoint
 from mllm_adapters.checkpoints.data import Data
 from mllm_adapters.checkpoints.fingerprint import FileRecord, agrees, sample_hash, sampled, whole
 from mllm_adapters.checkpoints.locate import PROVENANCE, check_swapped
-from mllm_adapters.core.contract import Dropped, Plan, Step
+from mllm_adapters.core.contract import Dropped, Plan
+from mllm_adapters.core.operations import Step
 
 _PACKAGES = ("mgll-mllm", "torch", "transformers", "safetensors")
 

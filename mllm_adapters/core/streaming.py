@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mgll_encoder.weights.spans import Span
 from mllm_adapters.checkpoints.file_copy import copy_range
-from mllm_adapters.core.contract import Step
+from mllm_adapters.core.operations import Step
 
 DTYPE_CODES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",

@@ -12,7 +12,8 @@ from mgll_encoder.tower.adapt import fit_positions
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mgll_encoder.tower.spec import Activation, TowerSpec
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import Plan, Step, VisionContract
+from mllm_adapters.core.contract import Plan, VisionContract
+from mllm_adapters.core.operations import Step
 
 
 def compute(

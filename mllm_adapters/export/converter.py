@@ -14,7 +14,7 @@ from torch import Tensor
 from mgll_encoder.common.errors import NotFoundError, UnsupportedCheckpointError
 from mllm_adapters.checkpoints.file_copy import check_space
 from mllm_adapters.checkpoints.side_files import json_bytes
-from mllm_adapters.core.contract import Step
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied
 from mllm_adapters.core.streaming import write_safetensors
 from mllm_adapters.export.gguf_file import BYTES, Precision

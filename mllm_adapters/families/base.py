@@ -18,8 +18,9 @@ from mgll_encoder.common.errors import (
 from mgll_encoder.tower.architectures import ARCHITECTURES, HOSTED
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import tower_config
-from mllm_adapters.core.contract import Dropped, Family, Plan, Step, Target, VisionContract
+from mllm_adapters.core.contract import Dropped, Family, Plan, Target, VisionContract
 from mllm_adapters.core.fates import ConnectorFate
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import REPLACED, after_swap, refit_connector, swap_notes, tower_steps
 from mllm_adapters.families.host import Connected, Host, PlanRequest, Swap
 

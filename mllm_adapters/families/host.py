@@ -9,9 +9,10 @@ import torch
 
 from mgll_encoder import TowerHeader
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import Dropped, Step, Target, VisionContract
+from mllm_adapters.core.contract import Dropped, Target, VisionContract
 from mllm_adapters.core.fates import ConnectorFate, ProcessorFate
 from mllm_adapters.core.host_tower import HostTower
+from mllm_adapters.core.operations import Step
 
 
 @dataclass(frozen=True)

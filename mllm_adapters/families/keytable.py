@@ -7,7 +7,8 @@ from pathlib import Path
 from mgll_encoder.common.errors import BadDataError, MismatchError
 from mgll_encoder.weights.keytable import Destination, Drop, KeyTable, Reshape, Split
 from mllm_adapters.checkpoints.checkpoint import TensorHeader
-from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.contract import Dropped
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied, dtype_name
 
 

@@ -22,7 +22,8 @@ from mgll_encoder.weights.weight_file import open_weights
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.fingerprint import agrees
 from mllm_adapters.checkpoints.locate import DELTA, check_delta
-from mllm_adapters.core.contract import Plan, Step
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import differences
 from mllm_adapters.core.provenance import (
     InputRecord,

@@ -22,7 +22,8 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.checkpoints.file_copy import copy_files
 from mllm_adapters.checkpoints.locate import PROVENANCE
 from mllm_adapters.checkpoints.older_releases import rewrite_for_older_releases, with_rope_theta
-from mllm_adapters.core.contract import Family, Plan, Step
+from mllm_adapters.core.contract import Family, Plan
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.provenance import SwapRecord, input_record, record_of
 from mllm_adapters.core.streaming import nbytes
 from mllm_adapters.core.values import compute, open_tower

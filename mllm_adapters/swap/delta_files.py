@@ -18,7 +18,8 @@ from mllm_adapters.checkpoints.file_copy import check_space
 from mllm_adapters.checkpoints.fingerprint import FileRecord, sampled
 from mllm_adapters.checkpoints.locate import DELTA, PROVENANCE
 from mllm_adapters.checkpoints.side_files import is_published
-from mllm_adapters.core.contract import Plan, Step
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import differences
 from mllm_adapters.core.provenance import SwapRecord, read_record
 from mllm_adapters.core.registry import open_checkpoint

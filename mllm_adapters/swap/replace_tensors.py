@@ -10,7 +10,7 @@ from mgll_encoder.common.errors import BadDataError, MismatchError
 from mllm_adapters.checkpoints.checkpoint import WEIGHT_SUFFIXES, Checkpoint
 from mllm_adapters.checkpoints.fingerprint import FileRecord, whole
 from mllm_adapters.checkpoints.locate import PROVENANCE
-from mllm_adapters.core.contract import Step
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied
 from mllm_adapters.core.provenance import has_record, read_record
 from mllm_adapters.swap.writer import (

@@ -11,7 +11,8 @@ from mgll_encoder.common.trained_on import TOWER, trainings_of, write_trainings
 from mgll_encoder.tower.architectures import ARCHITECTURES
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.checkpoints.locate import PROVENANCE
-from mllm_adapters.core.contract import Plan, Step
+from mllm_adapters.core.contract import Plan
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied
 from mllm_adapters.core.provenance import SwapRecord, is_input, read_record
 from mllm_adapters.core.registry import open_checkpoint

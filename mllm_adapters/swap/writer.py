@@ -26,7 +26,7 @@ from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.checkpoints.file_copy import best_way, check_space, copy_files, transfer
 from mllm_adapters.checkpoints.fingerprint import FileRecord, sampled, whole
 from mllm_adapters.checkpoints.side_files import json_bytes, published, remove_paths
-from mllm_adapters.core.contract import Step
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import dtype_name
 from mllm_adapters.core.streaming import DTYPE_CODES, nbytes, write_safetensors
 

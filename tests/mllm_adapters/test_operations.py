@@ -5,8 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from mllm_adapters.core.contract import Step
-from mllm_adapters.core.operations import KEEP, LORA, OPERATIONS, OperationName
+from mllm_adapters.core.operations import KEEP, LORA, OPERATIONS, OperationName, Step
 
 
 def test_every_name_in_a_plan_has_its_operation() -> None:

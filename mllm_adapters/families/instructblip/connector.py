@@ -7,8 +7,9 @@ from typing import Any
 
 from mgll_encoder.common.errors import InvalidArgumentError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import Step, VisionContract
+from mllm_adapters.core.contract import VisionContract
 from mllm_adapters.core.fates import ConnectorFate, Taken
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied, refit_connector
 from mllm_adapters.families.host import Connected, Swap
 from mllm_adapters.families.instructblip import original as lavis

@@ -15,9 +15,10 @@ from mgll_encoder.common.errors import BadDataError, MismatchError, NotFoundErro
 from mgll_encoder.common.texts import read_json
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.configs import build_config, text_config
-from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.contract import Dropped
 from mllm_adapters.core.host_tower import TOWER_PART
 from mllm_adapters.core.known_towers import gone
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied, dtype_name
 from mllm_adapters.families.keytable import OriginalLayout, placed
 

@@ -16,7 +16,8 @@ from mgll_encoder.common.errors import BadDataError, UnsupportedCheckpointError
 from mgll_encoder.tower.spec import IMAGENET_MEAN, IMAGENET_STD, PixelRule, Resize, TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_geometry
-from mllm_adapters.core.contract import FAMILY_KEY, Step, VisionContract
+from mllm_adapters.core.contract import FAMILY_KEY, VisionContract
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import contract_of, copied, extended, image_row
 from mllm_adapters.core.processing import host_pixels, processor_fate
 from mllm_adapters.families.host import Host, PlanRequest

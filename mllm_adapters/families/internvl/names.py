@@ -10,7 +10,8 @@ from typing import Any
 
 from mgll_encoder.weights.keytable import Drop, Rule, Split
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.contract import Dropped
+from mllm_adapters.core.operations import Step
 from mllm_adapters.families.keytable import OriginalLayout
 
 TOWER = "vision_tower."

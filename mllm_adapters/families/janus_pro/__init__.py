@@ -17,15 +17,8 @@ from mgll_encoder.common.errors import UnsupportedCheckpointError
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.tower.architectures import HOSTED
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import (
-    FAMILY_KEY,
-    ConnectorLayer,
-    Dropped,
-    FamilySpec,
-    Plan,
-    Step,
-    VisionContract,
-)
+from mllm_adapters.core.contract import FAMILY_KEY, ConnectorLayer, Dropped, FamilySpec, Plan, VisionContract
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.processing import check_placeholder, llava_processor
 from mllm_adapters.core.streaming import nbytes
 from mllm_adapters.families import read_template

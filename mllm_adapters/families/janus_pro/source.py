@@ -14,8 +14,9 @@ from mgll_encoder.text.pretrained import load_pretrained
 from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, PixelRule, TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
-from mllm_adapters.core.contract import FAMILY_KEY, Step
+from mllm_adapters.core.contract import FAMILY_KEY
 from mllm_adapters.core.fates import ProcessorFate
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import check_positions, contract_of, copied, growth, image_row
 from mllm_adapters.core.processing import host_pixels, image_settings, load_tokenizer
 from mllm_adapters.families.host import Host, PlanRequest

@@ -21,7 +21,8 @@ from mgll_encoder.common.texts import read_json
 from mgll_encoder.weights.foreign import ADAPTER_CONFIG
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import read_fields
-from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.contract import Dropped
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied, dtype_name, extended
 from mllm_adapters.families.keytable import OriginalLayout
 from mllm_adapters.families.llava.fields import AdapterFields, text_model

@@ -18,10 +18,10 @@ from mgll_encoder.tower.preprocess import image_processor
 from mgll_encoder.tower.spec import TowerSpec, checked
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields, text_config, tower_config, tower_geometry
-from mllm_adapters.core.contract import FAMILY_KEY, ConnectorLayer, FamilySpec, Plan, Step
+from mllm_adapters.core.contract import FAMILY_KEY, ConnectorLayer, FamilySpec, Plan
 from mllm_adapters.core.fates import Added, Kept, ProcessorFate
 from mllm_adapters.core.host_tower import TOWER_PART
-from mllm_adapters.core.operations import EXTEND_ROWS
+from mllm_adapters.core.operations import EXTEND_ROWS, Step
 from mllm_adapters.core.planning import IMAGE_TOKEN, contract_of, copied
 from mllm_adapters.core.processing import (
     check_placeholder,

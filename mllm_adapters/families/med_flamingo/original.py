@@ -13,8 +13,9 @@ from pathlib import Path
 from mgll_encoder.common.errors import BadDataError, MismatchError, UnsupportedCheckpointError
 from mgll_encoder.weights.keytable import Destination
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
-from mllm_adapters.core.contract import Dropped, Step, VisionContract
+from mllm_adapters.core.contract import Dropped, VisionContract
 from mllm_adapters.core.fates import ConnectorFate, Kept, Reinitialized
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied, dtype_name, refit_connector, reinitialized
 from mllm_adapters.families.keytable import OriginalLayout
 

@@ -12,9 +12,10 @@ from mgll_encoder.tower.examine import OFFICIAL
 from mgll_encoder.tower.keymap import plan_keys
 from mgll_encoder.weights.keytable import Destination
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
-from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.contract import Dropped
 from mllm_adapters.core.host_tower import TOWER_PART, HostTower, clip_tower
 from mllm_adapters.core.known_towers import PUBLISHED_TOWERS, assumed_geometry, gone
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied, extended, replaced
 from mllm_adapters.core.registry import LOOSE_SUFFIXES
 from mllm_adapters.families.keytable import placed

@@ -17,9 +17,10 @@ from mgll_encoder.tower.spec import Resize, TowerSpec, checked
 from mgll_encoder.weights.keytable import Drop
 from mllm_adapters.checkpoints.checkpoint import Checkpoint, TensorHeader
 from mllm_adapters.core.configs import build_config, tower_geometry
-from mllm_adapters.core.contract import Dropped, Step
+from mllm_adapters.core.contract import Dropped
 from mllm_adapters.core.host_tower import TOWER_PART, HostTower, NamedTower, external_tower
 from mllm_adapters.core.known_towers import published_name
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import check_positions, copied, dtype_name
 from mllm_adapters.core.processing import host_pixels
 from mllm_adapters.families.keytable import OriginalLayout

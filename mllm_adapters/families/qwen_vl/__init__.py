@@ -12,8 +12,9 @@ from pydantic import BaseModel, PositiveInt
 from mgll_encoder.common.errors import BadDataError, MismatchError
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import build_config, read_fields
-from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, Step, VisionContract
+from mllm_adapters.core.contract import FAMILY_KEY, FamilySpec, Plan, VisionContract
 from mllm_adapters.core.fates import Added, Unneeded
+from mllm_adapters.core.operations import Step
 from mllm_adapters.core.planning import copied, dtype_name
 from mllm_adapters.core.processing import check_placeholder, host_pixels, processor_fate, text_side
 from mllm_adapters.families import read_template

@@ -14,7 +14,8 @@ from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD
 from mgll_encoder.weights.keytable import Drop, Rule, Split
 from mllm_adapters.checkpoints.checkpoint import Checkpoint
 from mllm_adapters.core.configs import text_config
-from mllm_adapters.core.contract import Dropped, Step, VisionContract
+from mllm_adapters.core.contract import Dropped, VisionContract
+from mllm_adapters.core.operations import Step
 from mllm_adapters.families.keytable import OriginalLayout
 
 TOWER_PREFIX = "vision_tower."
