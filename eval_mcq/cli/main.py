@@ -18,6 +18,7 @@ from mgll_encoder.common.cli import new_app, note, run, say, stdout
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
+from mgll_encoder.common.taken import continues_output
 
 if TYPE_CHECKING:
     from eval_mcq.records.run_record import Run
@@ -59,6 +60,7 @@ app.command()(build)
 
 
 @app.command("run")
+@continues_output
 @needs("eval")
 def run_command(
     model: Annotated[

@@ -40,7 +40,8 @@ from mgll_encoder.common.lazy import version
 from mgll_encoder.common.old_options import accept_old_options
 from mgll_encoder.common.progress import show_with
 from mgll_encoder.common.spelling import Spelling
-from mgll_encoder.common.typing_errors import typing_error
+from mgll_encoder.common.taken import refuse_taken_outputs
+from mgll_encoder.common.typing_errors import asked_help, typing_error
 
 T = TypeVar("T")
 
@@ -125,10 +126,11 @@ def run(app: typer.Typer, name: str | None = None) -> NoReturn:
 
 
 def prepared(app: typer.Typer, name: str | None) -> Any:
-    """Return the command of an application, with ``--version`` and the old names of its options."""
+    """Return the command of an application, with ``--version``, old names of options, and a check of ``--out``."""
     command = _with_version(typer.main.get_command(app))
     if name is not None:
         accept_old_options(command, name, warn)
+    refuse_taken_outputs(command)
     _spelling.learn(command)
     return command
 
@@ -190,9 +192,12 @@ def _outcome(command: Any, name: str | None) -> int:
         code = command.main(standalone_mode=False, prog_name=name)
         sys.stdout.flush()
     except (UserError, TyperException) as error:
+        if (text := asked_help(error)) is not None:
+            typer.echo(text, err=True)
+            return _ended() or 2
         _reraise_if_debugging()
         message = typing_error(error) if isinstance(error, TyperException) else str(error)
-        return _ended() or (_fail(2, message) if message else 2)  # without arguments, the help is printed
+        return _ended() or _fail(2, message)
     except KeyboardInterrupt:
         return _ended() or _fail(130, "interrupted")
     except Exception as error:  # anything else is a disk error or a bug

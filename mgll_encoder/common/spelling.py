@@ -4,7 +4,8 @@ A message names them as Python does, in backticks: ``layout=llava``, ``parts['to
 ``pretrain()``, ``convert(mllm=FOLDER)``. A command prints its own options and the names of commands instead:
 ``--layout llava``, ``--part tower=PATH``, ``--no-feature-cache``, ``mgll-encoder pretrain``,
 `` `swap-encoder convert --mllm FOLDER` ``. This requires that the parameter of an option has the name of the library's
-argument; unknown names are not translated.
+argument. An argument that only another program has is named with that program: ``swap-encoder's --part tower=PATH``.
+Other unknown names are not translated.
 """
 
 import re
@@ -37,6 +38,17 @@ COMMANDS: Mapping[str, str] = {
 }
 """Function -> equivalent command or option."""
 
+ELSEWHERE: Mapping[str, tuple[str, str]] = {
+    "encoder": ("swap-encoder", "--encoder"),
+    "image_size": ("swap-encoder", "--image-size"),
+    "layout": ("swap-encoder", "--layout"),
+    "mllm": ("swap-encoder", "--mllm"),
+    "parts": ("swap-encoder", "--part"),
+    "qlora": ("finetune-lora", "--qlora"),
+    "tokens": ("swap-encoder", "--tokens"),
+}
+"""Argument -> program and option, for messages about checkpoints that every command with a model can meet."""
+
 
 @dataclass
 class Spelling:
@@ -54,7 +66,7 @@ class Spelling:
         """Read the options of a program; those of a command take precedence while it runs."""
         self.options.clear()
         self.negations.clear()
-        for one in _with_commands_below(command):
+        for one in with_commands_below(command):
             self._take(one)
             if one.callback is not None:
                 one.callback = self._taking(one)
@@ -85,11 +97,12 @@ class Spelling:
         name, key, value = found["name"], found["key"], found["value"]
         if value == "False":
             return self.negations.get(name, found[0])
-        if name not in self.options:
+        option = self.options.get(name) or "'s ".join(ELSEWHERE.get(name, ()))
+        if not option:
             return found[0]
         if value == "True":
-            return self.options[name]
-        return " ".join(filter(None, (self.options[name], "=".join(filter(None, (key, value))))))
+            return option
+        return " ".join(filter(None, (option, "=".join(filter(None, (key, value))))))
 
 
 def _command(found: re.Match[str]) -> str:
@@ -108,7 +121,8 @@ def _word(argument: str) -> str:
     return option if value in ("True", "...") else f"{option} {value}"
 
 
-def _with_commands_below(command: Any) -> Iterator[Any]:
+def with_commands_below(command: Any) -> Iterator[Any]:
+    """Yield the commands below a command, and the command itself."""
     for one in getattr(command, "commands", {}).values():
-        yield from _with_commands_below(one)
+        yield from with_commands_below(one)
     yield command

@@ -13,11 +13,30 @@ def typing_error(error: Any) -> str:
     """Return the message of an exception of Typer, with a suggestion if one is near."""
     if hasattr(error, "option_name") and hasattr(error, "possibilities"):
         return _unknown_option(error.option_name, error.ctx)
+    if missing := _missing(error):
+        return f"missing: {', '.join(missing)}; see {error.ctx.command_path} --help"
     message: str = error.format_message().replace("Value error, ", "")
     if choice := _CHOICE.search(message):
         near = did_you_mean(choice["found"], re.findall(r"'([^']*)'", choice["known"]))
         return f"{message} {near[0].upper()}{near[1:].strip()}" if near else message
+    if getattr(error, "ctx", None) is not None and not hasattr(
+        error, "param"
+    ):  # an invalid value says what is valid
+        return f"{message} See {error.ctx.command_path} --help"
     return message
+
+
+def asked_help(error: Any) -> str | None:
+    """Return the help text that Typer raises as an error for a group without arguments; None for other errors."""
+    return error.format_message() if type(error).__name__ == "NoArgsIsHelpError" else None
+
+
+def _missing(error: Any) -> list[str]:
+    """Return all required options and arguments that were not given, if one was not; those given are read first."""
+    if type(error).__name__ != "MissingParameter" or error.ctx is None:
+        return []
+    unread = [one for one in error.ctx.command.params if one.required and one.name not in error.ctx.params]
+    return [one.opts[0] if one.param_type_name == "option" else one.name.upper() for one in unread]
 
 
 def _unknown_option(found: str, context: Any) -> str:

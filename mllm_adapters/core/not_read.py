@@ -77,7 +77,7 @@ _JANUS = "take Janus-Pro (deepseek-ai/Janus-Pro-1B or -7B)"
 _INSTRUCTBLIP = "take an InstructBLIP such as Salesforce/instructblip-vicuna-7b"
 _FLAMINGO = "take Med-Flamingo's model.pt or OpenFlamingo-9B's checkpoint.pt next to its LLaMA folder"
 _MGM = "expected LLaMA with the vicuna_v1 prompt; take MGM-7B or MGM-13B, with or without -HD"
-_TOWER = "a tower belongs to `encoder`, `mllm` takes the multimodal model"
+_TOWER = "pass a multimodal model; `plan_swap(encoder=TOWER)` puts a tower into one"
 _PRESENT = r"."
 """A pattern that matches every value."""
 

@@ -10,7 +10,7 @@ import typer
 
 from mgll_encoder.common.cli import new_app, run
 from mgll_encoder.common.errors import ARGUMENT, UserError
-from mgll_encoder.common.spelling import CALL, COMMANDS, Spelling
+from mgll_encoder.common.spelling import CALL, COMMANDS, ELSEWHERE, Spelling
 from tests.builders import options_of
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +70,24 @@ def swap() -> Spelling:
 )  # fmt: skip
 def test_arguments_become_options(swap: Spelling, python: str, terminal: str) -> None:
     assert swap.spell(python) == terminal
+
+
+@pytest.mark.parametrize("app", ["mllm_adapters.cli.retrain", "mllm_adapters.cli.lora", "eval_mcq.cli.main"])
+def test_an_option_of_another_program_is_named_with_it(app: str) -> None:
+    """`eval-mcq run --model` of an incomplete checkpoint spoke of `parts`, which neither program nor shell knows."""
+    said = options_of(app).spell("pass `parts['base']=PATH`, or `layout=llava`")
+    assert said == "pass swap-encoder's --part base=PATH, or swap-encoder's --layout llava"
+    for name, (program, option) in ELSEWHERE.items():
+        home = {"swap-encoder": "mllm_adapters.cli.swap", "finetune-lora": "mllm_adapters.cli.lora"}[program]
+        assert options_of(home).options[name] == option
+
+
+def test_messages_about_checkpoints_name_no_argument_that_a_command_cannot_spell() -> None:
+    reading = ("mllm_adapters/core/", "mllm_adapters/checkpoints/", "mllm_adapters/families/")
+    known = options_of("eval_mcq.cli.main").options.keys() | ELSEWHERE.keys()
+    for where, text in _texts():
+        if where.startswith(reading):
+            assert {found["name"] for found in ARGUMENT.finditer(text)} <= known, (where, text)
 
 
 def test_a_negation_has_an_option_of_its_own() -> None:
