@@ -37,6 +37,7 @@ from mgll_encoder.common.errors import UserError, one_line
 from mgll_encoder.common.faults import find_fault
 from mgll_encoder.common.files import clear_interrupted
 from mgll_encoder.common.lazy import version
+from mgll_encoder.common.library_errors import broken_installation
 from mgll_encoder.common.old_options import accept_old_options
 from mgll_encoder.common.progress import show_with
 from mgll_encoder.common.spelling import Spelling
@@ -209,9 +210,11 @@ def _outcome(command: Any, name: str | None) -> int:
 
 
 def _fail_unexpected(error: Exception) -> int:
-    """Report in one line an error of the operating system, or else a bug in this project."""
+    """Report in one line an error of the operating system or the installation, or else a bug in this project."""
     if fault := find_fault(error):
         return _fail(2, fault.line())
+    if broken := broken_installation(error):
+        return _fail(2, str(broken))
     if isinstance(error, typer.Abort) and error.__cause__ is not None:  # Typer turns EOFError into Abort
         error = cast(Exception, error.__cause__)
     again = "(this is a bug: run again with MGLL_DEBUG=1 and report it)"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mgll_encoder.common.errors import NotFoundError, UserError
+from mgll_encoder.common.errors import NotFoundError, UserError, did_you_mean
 
 UNUSED = (
     "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "*.gguf", "consolidated*", "onnx/*", "openvino*",
@@ -58,6 +58,21 @@ def is_elsewhere(path: Path) -> bool:
     """
     here = path.exists() or path.parent.is_dir() or path.suffix in _WEIGHTS
     return not here and is_hub_id(path.as_posix())
+
+
+def missing_path(path: Path, what: str, advice: str) -> NotFoundError:
+    """Return an error for a path that does not exist, with the nearest name in its folder as a suggestion.
+
+    Args:
+        path: The path.
+        what: What was expected there; empty, or ends in a space.
+        advice: What to do if there is no near name.
+    """
+    here = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else ()
+    near = did_you_mean(path.name, here)
+    if near and path.parent != Path():
+        near = near.replace("'", f"'{path.parent.as_posix()}/", 1)
+    return NotFoundError(f"{what}{path} does not exist: {near.strip() or advice}")
 
 
 def at_hand(path: Path | str, check: Callable[[Path], object] | None = None) -> Path:

@@ -1,8 +1,10 @@
 """Plain explanations for errors of transformers, tokenizers, PEFT and sentencepiece."""
 
 import re
+from collections.abc import Iterator
+from importlib import metadata
 
-from mgll_encoder.common.errors import UserError
+from mgll_encoder.common.errors import MissingPackageError, UserError
 
 _SHAPES = "its tensors do not have the shapes that its config.json describes"
 _TOKENIZER = "the files of its tokenizer are damaged, incomplete, or of a newer release"
@@ -27,14 +29,54 @@ _LONGEST = 200
 
 
 def library_reason(error: Exception) -> str:
-    """Explain a library's error in one line; the message of a `UserError` is returned as it is."""
+    """Explain a library's error in one line; the message of a `UserError` is returned as it is.
+
+    Raises:
+        UserError: the library could not be imported, so that no file is at fault; see `broken_installation`.
+    """
     if isinstance(error, UserError):
         return str(error)
+    if (broken := broken_installation(error)) is not None:
+        raise broken from error
     said = repr(error)
     for pattern, meaning in PLAIN_WORDS:
         if found := re.search(pattern, said, re.DOTALL):
             return _one_line(found.expand(meaning))
     return _one_line(said)
+
+
+def broken_installation(error: BaseException) -> MissingPackageError | None:
+    """Return an error that names the packages at fault if a library's module could not be imported; None otherwise.
+
+    transformers imports its modules when they are first used, wherever that is, and raises
+    ``Could not import module 'LlamaConfig'`` from the cause.
+    """
+    chain = list(_chain(error))
+    if any("torchvision::" in str(one) for one in chain):
+        return MissingPackageError(
+            f"torch {_version('torch')} and torchvision {_version('torchvision')} do not fit each other "
+            f"({_one_line(str(chain[-1]))}): install both from one index, pip install "
+            "--force-reinstall torch torchvision (for CPUs with --index-url https://download.pytorch.org/whl/cpu)"
+        )
+    if any(isinstance(one, ImportError) and "Could not import module" in str(one) for one in chain):
+        cause = f"{type(chain[-1]).__name__}: {chain[-1]}"
+        return MissingPackageError(
+            f"a package that transformers needs cannot be imported ({_one_line(cause)}): install it again"
+        )
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _one_line(text: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mgll_encoder.common.errors import NotFoundError
-from mgll_encoder.common.hub import is_elsewhere
+from mgll_encoder.common.hub import is_elsewhere, missing_path
 
 
 def check_manifest(path: Path) -> None:
@@ -25,4 +25,4 @@ def check_tower(path: Path) -> None:
         UserError: it is neither a path nor a hub id.
     """
     if not path.exists() and not is_elsewhere(path):
-        raise NotFoundError(f"{path} does not exist: check the path of the tower")
+        raise missing_path(path, "", "check the path of the tower")

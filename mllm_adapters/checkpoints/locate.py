@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mgll_encoder.common.errors import BadDataError, NotFoundError, UnsupportedCheckpointError
 from mgll_encoder.common.extras import require
-from mgll_encoder.common.hub import cached
+from mgll_encoder.common.hub import cached, missing_path
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.weights.foreign import ADAPTER_CONFIG
 
@@ -29,7 +29,7 @@ def check_checkpoint(folder: Path) -> None:
         UserError: it does not exist.
     """
     if not folder.is_dir():
-        raise NotFoundError(f"checkpoint folder {folder} does not exist")
+        raise missing_path(folder, "checkpoint folder ", "check the path")
 
 
 def check_image_folder(folder: Path) -> None:

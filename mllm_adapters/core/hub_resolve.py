@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mgll_encoder.common.errors import NotFoundError, UnsupportedCheckpointError, unknown_name
-from mgll_encoder.common.hub import fetch, is_hub_id
+from mgll_encoder.common.errors import UnsupportedCheckpointError, unknown_name
+from mgll_encoder.common.hub import fetch, is_elsewhere, missing_path
 from mgll_encoder.common.texts import read_json
 from mgll_encoder.weights.foreign import other_format
 from mllm_adapters.core.family_table import FAMILIES
@@ -32,10 +32,10 @@ def check_name(name: str) -> None:
     if Path(name).is_file():
         found = other_format(Path(name)) or f"{name} is a file"
         raise UnsupportedCheckpointError(f"{found}: pass the checkpoint's folder, which contains config.json")
-    if Path(name).is_dir() or is_hub_id(name) or name in FAMILIES:
+    if Path(name).is_dir() or is_elsewhere(Path(name)) or name in FAMILIES:
         return
     if "/" in name:
-        raise NotFoundError(f"checkpoint folder {name} does not exist")
+        raise missing_path(Path(name), "checkpoint folder ", "check the path")
     raise unknown_name("family or checkpoint folder", name, FAMILIES)
 
 

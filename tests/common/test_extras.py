@@ -1,7 +1,9 @@
 """Missing optional packages and incompatible versions: reported in one line before work begins."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -115,6 +117,39 @@ def test_a_first_swap_needs_nothing_but_the_core(core: Path, tmp_path: Path) -> 
     again = environments.command(core, COMMANDS["swap-encoder"], *lines[0].split(), cwd=tmp_path)
     assert again.returncode == 2
     assert "example exists" in again.stderr
+
+
+def test_a_torchvision_of_another_torch_is_named_and_no_checkpoint_is_blamed(
+    tmp_path: Path, tiny_llava: Path, golden: Path
+) -> None:
+    """torch for CPUs with the torchvision for CUDA: `--align` said that config.json cannot be used."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    for number in range(12):
+        picture(tmp_path / "pictures", f"{number}.png", (20 * number, 90, 200 - 20 * number))
+    encoder = golden / "mgll_official" / "checkpoint_best.pth"
+    line = [
+        "--mllm",
+        tiny_llava,
+        "--encoder",
+        encoder,
+        "--align",
+        tmp_path / "pictures",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "from mllm_adapters.cli.swap import main; main()", *map(str, line)],
+        capture_output=True, text=True, timeout=240, cwd=environments.ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{environments.ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (said,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert re.search(r"torch \S+ and torchvision \S+ do not fit each other", said)
+    assert "pip install --force-reinstall torch torchvision" in done.stderr
+    assert "config.json" not in done.stderr
 
 
 def test_every_package_that_is_imported_is_asked_for() -> None:

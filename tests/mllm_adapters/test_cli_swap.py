@@ -299,6 +299,21 @@ def test_wrong_options_are_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "said"), [("--mllm", "checkpoint folder example/lava"), ("--encoder", "example/lava")]
+)
+def test_a_mistyped_folder_is_a_path_not_a_hub_id(
+    option: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--mllm example/lava` spoke of the Hugging Face cache after eight seconds of looking for the hub."""
+    (tmp_path / "example" / "llava").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    given = {"--mllm": "example/llava", "--encoder": "example/llava", option: "example/lava"}
+    line = refused(main, *[word for pair in given.items() for word in pair])
+    assert line == f"{said} does not exist: did you mean 'example/llava'?"
+
+
 def test_forgetting_the_encoder_says_what_to_type() -> None:
     assert "--encoder is missing" in refused(main, "--mllm", "llava-med")
 
