@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mllm_adapters.core.architectures import register_models
     from mllm_adapters.core.provenance import alignment_of
     from mllm_adapters.core.registry import family_of
-    from mllm_adapters.loading.load import load_mllm
+    from mllm_adapters.loading.load import check_mllm, load_mllm
     from mllm_adapters.loading.quantization import nf4
     from mllm_adapters.swap.verify import Verification
 
@@ -28,6 +28,7 @@ __all__ = [
     "align",
     "alignment_of",
     "base_of_adapter",
+    "check_mllm",
     "compose",
     "convert",
     "estimate_memory",
@@ -54,6 +55,7 @@ __getattr__, __dir__ = lazy(
         "align": "api.swaps",
         "alignment_of": "core.provenance",
         "base_of_adapter": "checkpoints.locate",
+        "check_mllm": "loading.load",
         "compose": "api.deltas",
         "convert": "api.swaps",
         "estimate_memory": "api.training",

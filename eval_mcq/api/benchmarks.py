@@ -1,5 +1,6 @@
 """Make, read, import and export benchmarks."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,6 +10,8 @@ from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.common.files import check_free, optional_path
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.tables import TableOptions, listed
+
+_logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from eval_mcq.formats.importing import ImportReport, OptionLetters
@@ -217,5 +220,10 @@ def export_benchmark(
     questions = load_benchmark(bench)
     if run is not None:
         return write_predictions(questions, as_run(run), target, force)
+    if format in BY_PATH and questions.header.built.get("split") == "test":
+        _logger.warning(
+            f"{bench} is of the test split: a model that is trained on it cannot be judged by it (build one with "
+            "`build_benchmark(split=train)`)"
+        )
     EXPORTERS[format](questions, target, Path(images or target.absolute().parent), force)
     return len(questions.items)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from eval_mcq.backends.base import WayName
 from eval_mcq.backends.local import LocalModel
-from eval_mcq.backends.stock import StockModel, is_stock
+from eval_mcq.backends.stock import CONFIG, StockModel, is_stock
 from mgll_encoder.common.devices import Precision
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.hub import at_hand
@@ -34,10 +34,17 @@ def backend_here(
         engine: What is shared between questions.
 
     Raises:
-        UserError: the model does not exist, or a stock model is to be loaded in 4 bits or with shared prefixes.
+        UserError: the model does not exist or is not read, or a stock model is to be loaded in 4 bits or with shared
+            prefixes.
     """
     folder, chosen = at_hand(model), "letters" if mode == "auto" else mode
     if not is_stock(folder):
+        if (
+            folder / CONFIG
+        ).is_file():  # before anything is hashed or decoded; an adapter is checked by its base
+            from mllm_adapters import check_mllm
+
+            check_mllm(folder)
         return LocalModel(folder, str(model), chosen, device, precision, load_in_4bit, engine)
     if load_in_4bit:
         raise InvalidArgumentError(

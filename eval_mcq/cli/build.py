@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from eval_mcq import api
-from eval_mcq.cli.items import Force
+from eval_mcq.cli.items import Force, after_bench
 from mgll_encoder.common import table_options as tables
 from mgll_encoder.common.cli import note, say, stdout, warn
 from mgll_encoder.common.extras import needs
@@ -22,12 +22,16 @@ def table_of_presets(asked: bool) -> None:
     """``--list``: print the packaged presets, and exit."""
     if not asked:
         return
+    from eval_mcq.items.preset import FOLDER
+
     table = TerminalTable("Presets (--preset)").add_words("name", "diseases", "description")
     for preset in api.list_presets():
         names = ", ".join(disease.name for disease in preset.diseases)
         table.add_row(preset.name, f"{len(preset.diseases)}: {names}", preset.about)
         table.add_section()
     stdout.print(table)
+    files = f"Their files: {FOLDER} (--preset also takes a changed copy of one, see docs/formats.md#preset)"
+    say(files)
     raise typer.Exit
 
 
@@ -120,15 +124,15 @@ def build(
     if contact_sheet is not None:
         shown = f"{report.on_sheet} of {report.images} images to look at"
         say(f"{contact_sheet}: {shown}")
-    _show_report(report, out)
+    _show_report(report, out, split)
 
 
-def _show_report(report: "BuildReport", out: Path) -> None:
+def _show_report(report: "BuildReport", out: Path, split: str) -> None:
     from eval_mcq.items.schema import LETTERS
     from eval_mcq.tables.entries import SMALL
 
     counts = TerminalTable(str(out)).add_words("Disease")
-    counts.add_figures("questions", "patients", "images without")
+    counts.add_figures("questions", "patients", "images without it")
     for category in report.categories:
         of = (report.questions, report.patients, report.negatives)
         counts.add_row(category, *(str(counter[category]) for counter in of))
@@ -141,9 +145,9 @@ def _show_report(report: "BuildReport", out: Path) -> None:
         note(f"{report.without_patient} rows without a patient id: each counts as a separate patient")
     if report.unasked:
         unasked = ", ".join(f"{label} ({n})" for label, n in report.unasked.most_common())
-        note(f"labels that are not in the preset: {unasked}")
+        note(f"labels that are not asked about: {unasked}")
     small = [f"{c} ({report.questions[c]})" for c in report.categories if report.questions[c] < SMALL]
     if small:
         warn(f"fewer than {SMALL} questions, so intervals are wide: {', '.join(small)}")
     report.skipped.say()
-    say(f"Next: eval-mcq run --model MODEL --bench {out}")
+    say(f"Next: {after_bench(out, split)}")

@@ -1,5 +1,6 @@
 """Commands of ``eval-mcq`` that need no model: import and export of questions, audit of a printed table."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -80,7 +81,15 @@ def import_command(
             "(--option-letters keep keeps them)"
         )
     report.skipped.say()
-    say(f"Next: eval-mcq run --model MODEL --bench {out}")
+    say(f"Next: {after_bench(out, split)}")
+
+
+def after_bench(bench: Path, split: str | None) -> str:
+    """Return the command to type after a benchmark is written: questions of the train split are to train on."""
+    file = shlex.quote(str(bench))
+    if split == "train":
+        return f"retrain-projector --model MODEL --data {file}"
+    return f"eval-mcq run --model MODEL --bench {file}"
 
 
 @needs("eval")

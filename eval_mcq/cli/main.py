@@ -1,5 +1,7 @@
 """The command ``eval-mcq``."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -165,11 +167,20 @@ def run_command(
     else:
         note(f"{folder}: no question is answered in all rotations")
     if part.count > 1:
-        say(f"Next, when all {part.count} shards are done: eval-mcq merge {folder} ... --out RUN")
+        say(f"Next, when all {part.count} shards are done: eval-mcq merge {shlex.quote(str(folder))} ... --out RUN")
         return
     if not done.complete:
         say(f"Next, for the rest: the same command without --limit (continues {folder})")
-    say(f"Next: eval-mcq compare base=OTHER_RUN {folder.name}={folder}")
+    say(f"Next: {_comparison(folder)}")
+
+
+def _comparison(folder: Path) -> str:
+    """Return the command that compares a run with another one; the first arm is the reference."""
+    name = re.sub(r"[:=]", "-", folder.resolve().name)  # both have a meaning in NAME=RUN
+    arms = (
+        [f"{name}={folder}", "OTHER=OTHER_RUN"] if name == "base" else ["base=OTHER_RUN", f"{name}={folder}"]
+    )
+    return f"eval-mcq compare {shlex.join(arms)}"
 
 
 @app.command()

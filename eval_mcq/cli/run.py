@@ -1,6 +1,7 @@
 """The commands ``eval-mcq merge`` and ``check``, and options of ``run``."""
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +57,7 @@ def merge_command(
 
     run = merge(shards, out, bench, force)
     say(f"{out}: {len(run.rows)} answers of {len(shards)} shards")
-    say(f"Next: eval-mcq table {out}")
+    say(f"Next: eval-mcq table {shlex.quote(str(out))}")
 
 
 @needs("eval")

@@ -4,7 +4,6 @@ import ast
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from eval_mcq.formats.enumeration import is_enumerated, labeled, without_label
@@ -18,7 +17,7 @@ from eval_mcq.formats.faults import (
 )
 from eval_mcq.formats.rows import SourceRow
 from eval_mcq.items.schema import LETTERS
-from mgll_encoder.common.errors import InvalidArgumentError, UserError, unknown_name
+from mgll_encoder.common.errors import InvalidArgumentError, UserError, did_you_mean, unknown_name
 from mgll_encoder.data.label_cells import plain
 
 FIELDS = ("id", "image", "question", "hint", "options", "answer", "category", "source", "patient", "tags")
@@ -105,8 +104,7 @@ class ColumnMap:
         found = [str(column) for column in row.cells]
         wanted = " or ".join(f"'{column}'" for column in self.columns.get(name, (name,)))
         guesses = [c.format("A") for c in self.columns.get(name, ())]
-        close = [match for guess in guesses for match in get_close_matches(guess, found, n=1, cutoff=0.6)]
-        suggestion = f"did you mean '{close[0]}'? " if close else ""
+        suggestion = next(filter(None, (did_you_mean(guess, found) for guess in guesses)), "")
         return BadQuestionError(
             NO_COLUMN,
             f"{row.where} has no column {wanted} for the {name}: {suggestion}its columns are "

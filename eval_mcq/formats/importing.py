@@ -149,6 +149,8 @@ def import_questions(
             Counter(item.category for item in items), folded, unlettered, len(pictures.kept), source.skipped
         )
     built = {"imported": format_, "from": Path(source.path).name, **source.skipped.record()}
+    if source.split is not None:
+        built["split"] = source.split
     categories = list(dict.fromkeys(item.category for item in items))
     return BenchHeader(name=name, categories=categories, built=built), items, report
 

@@ -60,7 +60,7 @@ class BuildReport:
         positions: Number of questions per position of the true option.
         images: Images that the questions show.
         on_sheet: How many of them the contact sheet shows.
-        unasked: Labels outside the preset, with their number of rows.
+        unasked: Labels that no question asks about, with their number of rows.
         without_patient: Rows without a patient id: each counts as its own patient.
         skipped: Skipped rows, by reason.
     """

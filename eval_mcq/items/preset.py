@@ -8,12 +8,21 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eval_mcq.items.schema import Text, parse
-from mgll_encoder.common.errors import BadDataError, InvalidArgumentError, NotFoundError, unknown_name
+from mgll_encoder.common.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnknownNameError,
+    unknown_name,
+)
 from mgll_encoder.common.texts import read_text
 from mgll_encoder.data.fundus_layouts import GENERIC, layouts
 from mgll_encoder.data.label_cells import plain
 
 FOLDER = Path(__file__).parents[1] / "presets"
+"""The packaged presets, one JSON file each."""
+
+OTHERS = "to ask about others, give a preset of your own (`preset=FILE.json`, see docs/formats.md#preset)"
 
 
 class Choice(BaseModel):
@@ -182,7 +191,10 @@ class Preset(BaseModel):
         by_plain = {plain(disease.name): disease for disease in self.diseases}
         for name in names:
             if plain(name) not in by_plain:
-                raise unknown_name(f"disease of preset '{self.name}'", name, [d.name for d in self.diseases])
+                error = unknown_name(
+                    f"disease of preset '{self.name}'", name, [d.name for d in self.diseases]
+                )
+                raise UnknownNameError(f"{error}; {OTHERS}")
         wanted = {plain(name) for name in names}
         kept = [d for d in self.diseases if plain(d.name) in wanted]
         dropped = [d for d in self.diseases if plain(d.name) not in wanted]

@@ -88,12 +88,13 @@ def check_model(
     from mllm_adapters import is_swapped
 
     folder = at_hand(model)
+    backend = backend_here(model, device=device, precision=precision, load_in_4bit=load_in_4bit)
     fingerprint = model_fingerprint(folder)
     from eval_mcq.runs.image_sensitivity import contradictions, image_sensitivity
     from mllm_adapters import Verification  # imports torch, which is not needed to report a wrong path
 
     swap = Verification(folder) if is_swapped(folder) else None
-    scorer = backend_here(model, device=device, precision=precision, load_in_4bit=load_in_4bit).load()
+    scorer = backend.load()
     tower, faults = None, []
     if swap:
         plan, found = swap.record.plan, swap.tower()

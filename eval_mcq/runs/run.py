@@ -37,7 +37,7 @@ from mgll_encoder.common.errors import BadDataError, MismatchError, OutputTakenE
 from mgll_encoder.common.faults import writing
 from mgll_encoder.common.files import new_folder, write_text
 from mgll_encoder.common.images import open_image
-from mgll_encoder.common.progress import counting
+from mgll_encoder.common.progress import counting, saying_what_is_kept
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -171,14 +171,31 @@ def _run(
         drop_unfinished_line(answers)
         sort_answers(answers, order)
         if scorer:
-            total = sum(len(group.asks) for batch in todo for group in batch)
-            with counting("Answering", total) as advance:
-                for batch, scores in scored(bench, scorer, todo):
-                    rows = list(_rows(bench, batch, scores, hashes, record.fingerprint))
-                    append_answers(answers, (row for row in rows if row.key not in done))
-                    advance(len(rows))
+            wanted = {(bench.items[p].id, r) for batch in planned for group in batch for p, r in group.asks}
+            _answer_rest(bench, scorer, todo, answers, done & wanted, len(wanted), hashes, record.fingerprint)
     sort_answers(answers, order)
     return finish(out, record)
+
+
+def _answer_rest(
+    bench: Bench, scorer: "Answerer[Any]", todo: Sequence[Sequence[Group]], answers: Path, done: set[Key], total: int,
+    hashes: dict[str, list[str]], fingerprint: str,
+) -> None:  # fmt: skip
+    """Answer the remaining batches, and say what is kept when it starts in the middle or is interrupted."""
+    if done:
+        _logger.info(f"{len(done):,} of {total:,} already answered")
+    kept = set(done)
+
+    def said() -> str:
+        return f"{len(kept):,} of {total:,} answers are kept in {answers.parent}; the same command continues"
+
+    rest = sum(len(group.asks) for batch in todo for group in batch)
+    with saying_what_is_kept(said), counting("Answering questions", rest) as advance:
+        for batch, scores in scored(bench, scorer, todo):
+            rows = list(_rows(bench, batch, scores, hashes, fingerprint))
+            append_answers(answers, (row for row in rows if row.key not in done))
+            kept.update(row.key for row in rows)
+            advance(len(rows))
 
 
 def finish(out: Path, record: RunRecord) -> Run:

@@ -246,8 +246,9 @@ def _check_comparable(first_name: str, first: Run, name: str, run: Run) -> None:
     missing = {answer.id for answer in first.answers} ^ {answer.id for answer in run.answers}
     if missing:
         raise MismatchError(
-            f"runs '{first_name}' and '{name}' answer different questions ({len(first.answers)} and "
-            f"{len(run.answers)} answers; only one has '{min(missing)}'): finish both by re-running them"
+            f"run '{first_name}' ({first.folder}) answers {len(first.answers)} of {ours.questions} questions and "
+            f"'{name}' ({run.folder}) {len(run.answers)} of {theirs.questions} (only one has '{min(missing)}'): re-run "
+            "both with the same `limit`, or without one; each continues"
         )
     images = {answer.id: answer.images_sha256 for answer in first.answers}
     changed = [answer.id for answer in run.answers if images[answer.id] != answer.images_sha256]

@@ -7,6 +7,9 @@ from difflib import get_close_matches
 LONGEST = 2000
 """Maximum number of characters in a message."""
 
+NEAR = 0.65
+"""difflib ratio from which a name is suggested: 'Katarakt' is near 'Cataract' (0.75), 'Stargardt' is not (0.59)."""
+
 ARGUMENT = re.compile(r"`(?P<name>[a-z]\w*)(?:\['(?P<key>[^'`]+)'\])?(?:=(?P<value>[^`]+))?`")
 """An argument in a message: its name, optionally a key and a value."""
 
@@ -85,11 +88,13 @@ def unknown_name(kind: str, found: str, known: Iterable[str]) -> UnknownNameErro
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """Return ``"did you mean 'x'? "`` for the closest known name; empty if none is close."""
-    names = list(known)
-    close = get_close_matches(found.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
-    nearest = next((n for n in names if close and n.lower() == close[0]), None)
-    return f"did you mean '{nearest}'? " if nearest else ""
+    """Return ``"did you mean 'x'? "`` for the closest known name, or one that has it as a word; else nothing."""
+    names = {name.lower(): name for name in known}
+    given = found.lower()
+    close = get_close_matches(given, names, n=1, cutoff=NEAR) or [
+        name for name in names if given in re.split(r"[^a-z0-9]+", name)
+    ]
+    return f"did you mean '{names[close[0]]}'? " if close else ""
 
 
 def one_line(message: str) -> str:

@@ -112,6 +112,20 @@ def counting(description: str, total: int, *, in_bytes: bool = False) -> Iterato
         yield Pace(description, total, show=decimal if in_bytes else "{:,}".format).advance
 
 
+@contextmanager
+def saying_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Log what remains of an operation if Ctrl-C or a signal ends it, and how it continues.
+
+    Args:
+        kept: Returns the line.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _logger.info(kept())
+        raise
+
+
 def counter() -> Counter | None:
     """Return the counter set by `show_with`; if there is one, other libraries show their bars, too."""
     return _display.counter

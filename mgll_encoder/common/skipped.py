@@ -76,7 +76,7 @@ class Skipped:
 
     def lines(self) -> list[str]:
         """Return the first of each reason, and the summary."""
-        firsts = [f"first {reason}: {self.first[reason]}" for reason, _ in self.counts.most_common()]
+        firsts = [f"{reason}, for example: {self.first[reason]}" for reason, _ in self.counts.most_common()]
         return [*firsts, self.summary()] if firsts else []
 
     def record(self) -> dict[str, Any]:

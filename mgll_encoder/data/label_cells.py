@@ -107,8 +107,10 @@ class LabelLists:
         elif joined:
             label = min(joined)
             joint = _JOINTS.search(label)
+            whole = min(commas - joined, default="")
+            but = f", but '{whole}' does not" if whole else ""
             raise BadDataError(
-                f"{where}: '{label}' consists of other labels of the table: give "
+                f"{where}: '{label}' consists of other labels of the table{but}: give "
                 f"`label_separator='{joint[0].strip() if joint else ','}'` if it is several, or "
                 f"`label_separator={ONE_LABEL}` if every cell is one label"
             )

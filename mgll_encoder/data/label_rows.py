@@ -238,11 +238,22 @@ def with_files(
         if is_file(path):
             found.append(replace(row, path=path))
         else:
-            skipped.add(
-                NO_FILE,
-                f"{row.where}: column '{column}' names no file below {images}: check `images` and `image_column`",
-            )
+            advice = "" if NO_FILE in skipped.first else _folder_above(row.image, images)
+            advice = advice or "check `images` and `image_column`"
+            skipped.add(NO_FILE, f"{row.where}: column '{column}' names no file below {images}: {advice}")
     return found
+
+
+def _folder_above(image: str, images: Path) -> str:
+    """Return the advice for an image that lies below a folder above the given one; empty if it does not."""
+    for folder in (*images.parents, *images.resolve().parents):
+        if is_file(folder / image):
+            first = (
+                f"{Path(image).parts[0]}/"  # said only if it is in the given path, too: it may name a patient
+            )
+            inside = first.rstrip("/") == images.resolve().relative_to(folder.resolve()).parts[0]
+            return f"{f'the cells begin with {first}' if inside else 'it is in a folder above'}: try `images={folder}`"
+    return ""
 
 
 def agreeing(rows: Iterable[LabelRow], skipped: Skipped) -> list[LabelRow]:

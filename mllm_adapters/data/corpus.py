@@ -45,6 +45,10 @@ class Corpus:
         """Return how each file was split, for those that record it: manifests and benchmarks."""
         return [split for file in self.files or (self.path,) if (split := split_of(built_of(file)))]
 
+    def test_files(self) -> list[Path]:
+        """Return the files that record that they are of a test split: benchmarks."""
+        return [file for file in self.files or (self.path,) if built_of(file).get("split") == "test"]
+
     def digest(self) -> str:
         """Return the SHA-256 of the file, or of the hashes of several files."""
         hashes = [content_digest(file) for file in self.files or (self.path,)]

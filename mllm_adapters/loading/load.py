@@ -78,6 +78,22 @@ def load_mllm(
     return load_plan(family.plan(checkpoint), family, checkpoint, dtype=dtype)
 
 
+def check_mllm(path: str | Path) -> None:
+    """Check that a folder is one that `load_mllm` reads, from its configuration; weights are not opened.
+
+    Args:
+        path: As for `load_mllm`.
+
+    Raises:
+        UserError: it is not a checkpoint, or of no supported family.
+    """
+    where = resolve(str(path))
+    if base := base_of_adapter(where):
+        check_mllm(base)
+    elif not is_delta(where):
+        open_checkpoint(where)
+
+
 def load_folder(
     checkpoint: Checkpoint, *, dtype: Any = "auto", quantization: Any = None
 ) -> tuple[Any, Any | None]:

@@ -74,6 +74,8 @@ def test_exit_codes_of_an_action_are_kept() -> None:
 def test_an_unknown_name_gets_the_nearest() -> None:
     assert "did you mean 'llava-med'?" in str(unknown_name("family", "llavamed", ["llava-med", "qwen-vl"]))
     assert "did you mean" not in str(unknown_name("family", "xyz", ["llava-med", "qwen-vl"]))
+    assert "did you mean" not in str(unknown_name("disease", "Stargardt", ["AMD", "Cataract"]))
+    assert "did you mean 'vision-tower'?" in str(unknown_name("part", "tower", ["llm", "vision-tower"]))
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 import csv
 import json
+import re
+import shlex
 
 import pytest
 
 from eval_mcq.items.schema import load_bench
+from eval_mcq.records.run_record import load_run
+from eval_mcq.runs import run as run_module
 from eval_mcq.scoring.prompt import render
+from mgll_encoder.common import signals
 from tests.builders import tiny_llava as write_tiny_llava
 from tests.eval_mcq.helpers import (
     question,
@@ -17,6 +22,7 @@ from tests.eval_mcq.helpers import (
     write_bench,
     write_labels,
 )
+from tests.mllm_adapters.llava_checkpoints import a_tower
 
 ROWS = [
     {"file": f"{disease}{i}.png", "labels": disease, "patient": f"{disease}{i}"}
@@ -54,6 +60,121 @@ def test_from_labels_to_a_comparison(eval_mcq, labels, tiny_llava, tmp_path, mon
         assert "Glaucoma" in eval_mcq.out
     assert eval_mcq("compare", "base=runs/base", "mgll=runs/other", "--table-layout", "paper") == 0
     assert "mgll over base" in eval_mcq.out
+
+
+@pytest.mark.parametrize("name", ["base", "mgll", "my run", "a=b", "x:y"])
+def test_the_line_that_a_run_ends_with_can_be_typed(eval_mcq, tiny_llava, tmp_path, monkeypatch, name):
+    """A cold reader called the first run base, as the examples do, and was told to compare base with base."""
+    monkeypatch.chdir(tmp_path)
+    bench = small_bench(tmp_path / "data", 4)
+    assert eval_mcq("run", "--model", tiny_llava, "--bench", bench, "--out", f"runs/{name}") == 0, (
+        eval_mcq.err
+    )
+    line = next(line for line in eval_mcq.out.splitlines() if line.startswith("Next: eval-mcq compare"))
+    save_run(load_run(tmp_path / "runs" / name), tmp_path / "OTHER_RUN")
+    assert eval_mcq(*shlex.split(line)[2:]) == 0, eval_mcq.err
+    assert shlex.split(line)[3].startswith("base="), "the reference is the run called base"
+
+
+def test_after_a_build_of_the_train_split_one_trains(eval_mcq, labels, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build = ("build", *labels, "--diseases", "AMD,DR", "--options", "2", "--min-negatives", "1")
+    assert eval_mcq(*build, "--split", "train", "--out", "train.jsonl") == 0, eval_mcq.err
+    assert "Next: retrain-projector --model MODEL --data train.jsonl\n" in eval_mcq.out
+    assert "labels that are not asked about: glaucoma (4), cataract (4)" in eval_mcq.err
+    assert eval_mcq(*build, "--split", "test", "--out", "test.jsonl") == 0, eval_mcq.err
+    assert "Next: eval-mcq run --model MODEL --bench test.jsonl\n" in eval_mcq.out
+    assert eval_mcq("export", "test.jsonl", "--out", "train.json") == 0
+    assert (
+        "test.jsonl is of the test split: a model that is trained on it cannot be judged by it"
+        in eval_mcq.err
+    )
+    assert eval_mcq("export", "train.jsonl", "--out", "more.json") == 0
+    assert "test split" not in eval_mcq.err
+
+
+def test_a_far_off_disease_gets_the_list_and_the_way_to_ask_about_it(eval_mcq, labels, tmp_path):
+    error = eval_mcq.refuses("build", *labels, "--diseases", "Stargardt,DR", "--out", tmp_path / "b.jsonl")
+    assert "did you mean" not in error
+    assert "known are AMD, CSR, Cataract" in error
+    assert "a preset of your own (--preset FILE.json, see docs/formats.md#preset)" in error
+    assert eval_mcq("build", "--list") == 0
+    folder = re.search(r"Their files: (.*) \(--preset also", eval_mcq.out)[1]
+    assert (
+        eval_mcq(
+            "build", *labels, *FOUR, "--preset", f"{folder}/fundus10.json", "--out", tmp_path / "b.jsonl"
+        )
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("below", "given"), [("photos", ""), ("photos/left", "left"), ("photos/left/eyes", "left/eyes")]
+)
+def test_an_image_folder_that_is_too_deep_is_answered_with_the_right_one(eval_mcq, tmp_path, below, given):
+    rows = [{**row, "file": f"{given}/{row['file']}".lstrip("/")} for row in ROWS]
+    deep = tmp_path / below
+    (deep / "more").mkdir(parents=True)
+    table = write_labels(tmp_path, rows)
+    build = ("build", "--labels", table, *FOUR, "--out", tmp_path / "b.jsonl", "--images")
+    error = eval_mcq.refuses(*build, deep / "more" if not given else deep)
+    assert "no usable image: no image file, for example: label file" in error
+    assert ("it is in a folder above" if not given else "the cells begin with left/") in error
+    assert f"try --images {tmp_path / 'photos'};" in error
+    assert eval_mcq(*build, tmp_path / "photos") == 0, eval_mcq.err
+
+
+def test_runs_with_different_limits_are_told_the_remedy(eval_mcq, tiny_llava, tmp_path):
+    run = ("run", "--model", tiny_llava, "--bench", small_bench(tmp_path))
+    for limit in (4, 6):
+        assert eval_mcq(*run, "--limit", limit, "--out", tmp_path / f"r{limit}") == 0
+    compare = ("compare", f"a={tmp_path / 'r4'}", f"b={tmp_path / 'r6'}")
+    error = eval_mcq.refuses(*compare)
+    assert re.search(r"'a' \(.*r4\) answers 4 of 10 questions and 'b' \(.*r6\) 6 of 10", error)
+    assert "re-run both with the same --limit, or without one" in error
+    assert eval_mcq(*run, "--limit", 6, "--out", tmp_path / "r4") == 0
+    assert "4 of 6 already answered" in eval_mcq.err
+    assert eval_mcq(*compare) == 0, eval_mcq.err
+
+
+def test_ctrl_c_says_what_is_kept_and_the_next_run_where_it_goes_on(
+    eval_mcq, tiny_llava, tmp_path, monkeypatch
+):
+    call = (
+        "run",
+        "--model",
+        tiny_llava,
+        "--bench",
+        small_bench(tmp_path),
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "r",
+    )
+    append, calls = run_module.append_answers, []
+
+    def pressed(path, answers):
+        append(path, answers)
+        calls.append(path)
+        if len(calls) == 2:
+            signals.signal.raise_signal(signals.signal.SIGINT)
+
+    monkeypatch.setattr(run_module, "append_answers", pressed)
+    assert eval_mcq(*call) == 130
+    assert re.search(
+        rf"[48] of 10 answers are kept in {tmp_path / 'r'}; the same command continues\n", eval_mcq.err
+    )
+    assert eval_mcq.err.endswith("error: interrupted\n")
+    assert eval_mcq(*call) == 0
+    assert "8 of 10 already answered" in eval_mcq.err
+
+
+def test_a_tower_is_refused_before_any_image_is_looked_at(eval_mcq, tmp_path):
+    tower, bench = a_tower(tmp_path / "mgll"), small_bench(tmp_path)
+    for command in (("run", "--out", tmp_path / "r"), ("check",)):
+        eval_mcq.refuses(*command, "--model", tower, "--bench", bench)
+        assert "images" not in eval_mcq.err
+        assert "Hashing" not in eval_mcq.err
 
 
 def test_training_conversations_are_the_very_prompt_that_is_scored(eval_mcq, tiny_llava, tmp_path):

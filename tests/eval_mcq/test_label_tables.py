@@ -205,7 +205,10 @@ def test_all_three_refuse_alike(eval_mcq, images: Path, tmp_path: Path) -> None:
     table.write_text(listing(semicolons, ",", "20.png,normal and glaucoma"))
     everywhere("'normal and glaucoma' consists of other labels of the table: give --label-separator 'and'")
     table.write_text(listing(semicolons, ",", '20.png,"glaucoma, drusen"', '21.png,"normal, myopia"'))
-    everywhere("'normal, myopia' consists of other labels of the table: give --label-separator ','")
+    everywhere(
+        "'normal, myopia' consists of other labels of the table, but 'glaucoma, drusen' does not: "
+        "give --label-separator ','"
+    )
     table.write_text(listing(semicolons).replace("file,labels", "file,file", 1))
     everywhere("has two columns 'file'")
     table.write_text(matrix("1", "0"))

@@ -60,7 +60,8 @@ def test_a_label_with_a_comma_stays_one_where_its_parts_are_none(caplog: pytest.
 @pytest.mark.parametrize("joint", [", ", "/", " + ", " & ", " and "])
 def test_a_class_made_of_two_others_is_refused(joint: str) -> None:
     with pytest.raises(
-        BadDataError, match=r"'a.+b' consists of other labels of the table: give `label_separator="
+        BadDataError,
+        match=r"'a.+b' consists of other labels of the table, but 'c, d' does not: give `label_separator=",
     ):
         lists(f"a{joint}b", "a", "b", "c, d")
     assert lists(f"a{joint}b", "a", "b", separator="none")[0] == {f"a{joint}b"}

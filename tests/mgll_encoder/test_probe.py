@@ -268,8 +268,8 @@ def test_what_cannot_be_used_is_counted_with_its_row_and_strict_stops(
     )  # fmt: skip
     done = invoke(*command)
     assert done.code == 0, done.err
-    firsts = (f"first no image file: label file {table} row {len(rows) + 1}: column 'file' names no file",
-              f"first image unreadable: label file {table} row {len(rows) + 2}: the image")  # fmt: skip
+    firsts = (f"no image file, for example: label file {table} row {len(rows) + 1}: column 'file' names no file",
+              f"image unreadable, for example: label file {table} row {len(rows) + 2}: the image")  # fmt: skip
     for said in firsts:
         assert said in done.err
     summary = done.err.splitlines()[-1]
@@ -290,7 +290,7 @@ def test_what_cannot_be_used_is_counted_with_its_row_and_strict_stops(
     cells[4] = "maybe"
     table.write_text("\n".join([*rows[:3], ",".join(cells), *rows[4:]]) + "\n")
     done = invoke(*command, "--binary-columns", "red,dark")
-    assert "first cell that cannot be read: label file" in done.err
+    assert "cell that cannot be read, for example: label file" in done.err
     assert "row 4: column 'red' is 'maybe': expected 1, 0, yes, no" in done.err
     (place / "images" / "broken.png").unlink()
 

@@ -153,8 +153,8 @@ def test_one_file_never_stops_a_folder(tmp_path: Path) -> None:
     done = invoke(main, "data", "xray", "--dicom", source, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert done.out.startswith("1 images")
-    assert "first not a file: DICOM file 3 of 7" in done.err
-    assert "first too large: DICOM file 5 of 7" in done.err
+    assert "not a file, for example: DICOM file 3 of 7" in done.err
+    assert "too large, for example: DICOM file 5 of 7" in done.err
     assert "left out 6 of 7 files: 3 not a file" in done.err
     assert "Warning" not in done.err
 

@@ -7,6 +7,7 @@ import pytest
 
 from mgll_encoder.common import progress
 from mllm_adapters.cli import retrain
+from tests.eval_mcq.helpers import small_bench
 from tests.mllm_adapters.retraining import color_rows, turns, write_json
 
 
@@ -57,6 +58,23 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(command, place):
     assert code == 0
     assert "Steps: 6" in out
     assert files(place) == before
+
+
+def test_a_bench_of_the_test_split_is_trained_on_with_a_warning(command, place):
+    bench = small_bench(place / "bench", 3)
+    code, _, err = command("--dry-run", data=bench)
+    assert (code, "test split" in err) == (0, False)
+    header, *questions = bench.read_text().splitlines()
+    bench.write_text(
+        "\n".join([json.dumps({**json.loads(header), "built": {"split": "test"}}), *questions]) + "\n"
+    )
+    code, _, err = command("--dry-run", data=bench)
+    assert code == 0
+    line = next(line for line in err.splitlines() if line.startswith("warning:"))
+    assert line.startswith(
+        f"warning: {bench} is of the test split: a model that is trained on it cannot be judged by it"
+    )
+    assert line.endswith("(build one with `eval-mcq build --split train`)")
 
 
 def test_a_log_gets_lines_with_the_time_left_and_no_bars(command, place, monkeypatch):
