@@ -53,7 +53,9 @@ def find_leak(model: Path, bench: Bench) -> Leak | None:
     if not trainings:
         return None
     paths = (path for item in bench.items for path in bench.image_paths(item))
-    shown = np.unique(as_numbers(picture_digests(paths, "Comparing with the training images").values()))
+    shown = np.unique(
+        as_numbers(picture_digests(paths, "Comparing images with the training images").values())
+    )
     seen: dict[str, NDArray[np.bool_]] = {}
     for training in trainings:
         found = np.isin(shown, training.images)

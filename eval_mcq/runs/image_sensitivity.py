@@ -14,7 +14,7 @@ from eval_mcq.tables import intervals
 from eval_mcq.tables.intervals import Estimate
 from eval_mcq.tables.notes import LOW_MASS
 from mgll_encoder.common.images import open_image
-from mgll_encoder.common.progress import track
+from mgll_encoder.common.progress import counting
 
 if TYPE_CHECKING:
     from eval_mcq.scoring.answerer import Answerer
@@ -81,10 +81,12 @@ def image_sensitivity(scorer: "Answerer[Any]", bench: Bench, questions: int) -> 
     blank = [[_blank(image) for image in images] for images in real]
     kinds = {"real": real, "blank": blank, "shuffled": _exchanged(items, real)}
     scores: dict[str, list[Score]] = {kind: [] for kind in kinds}
-    for start in track(range(0, len(items), QUICK), f"Checking {len(items)} questions"):
-        some = slice(start, start + QUICK)
-        for kind, images in kinds.items():
-            scores[kind] += scorer.score(items[some], images[some])
+    with counting("Trying questions with real, blank and exchanged images", len(items)) as advance:
+        for start in range(0, len(items), QUICK):
+            some = slice(start, start + QUICK)
+            for kind, images in kinds.items():
+                scores[kind] += scorer.score(items[some], images[some])
+            advance(len(items[some]))
     right = {
         kind: np.array([score.choice == item.answer for item, score in zip(items, of_kind, strict=True)])
         for kind, of_kind in scores.items()

@@ -172,28 +172,30 @@ def _run(
         sort_answers(answers, order)
         if scorer:
             wanted = {(bench.items[p].id, r) for batch in planned for group in batch for p, r in group.asks}
-            _answer_rest(bench, scorer, todo, answers, done & wanted, len(wanted), hashes, record.fingerprint)
+            kept, again = (
+                done & wanted,
+                "the same command" + (" without `force=True`" if settings.force else ""),
+            )
+            if kept:
+                _logger.info(f"{len(kept):,} of {len(wanted):,} already answered")
+            with saying_what_is_kept(
+                lambda: f"{len(kept):,} of {len(wanted):,} answers are kept in {out}; {again} continues"
+            ):
+                _answer_rest(bench, scorer, todo, answers, kept, hashes, record)
     sort_answers(answers, order)
     return finish(out, record)
 
 
 def _answer_rest(
-    bench: Bench, scorer: "Answerer[Any]", todo: Sequence[Sequence[Group]], answers: Path, done: set[Key], total: int,
-    hashes: dict[str, list[str]], fingerprint: str,
+    bench: Bench, scorer: "Answerer[Any]", todo: Sequence[Sequence[Group]], answers: Path, kept: set[Key],
+    hashes: dict[str, list[str]], record: RunRecord,
 ) -> None:  # fmt: skip
-    """Answer the remaining batches, and say what is kept when it starts in the middle or is interrupted."""
-    if done:
-        _logger.info(f"{len(done):,} of {total:,} already answered")
-    kept = set(done)
-
-    def said() -> str:
-        return f"{len(kept):,} of {total:,} answers are kept in {answers.parent}; the same command continues"
-
-    rest = sum(len(group.asks) for batch in todo for group in batch)
-    with saying_what_is_kept(said), counting("Answering questions", rest) as advance:
+    """Append the remaining answers batch by batch; ``kept`` holds the keys of those in the file, and grows with it."""
+    what = "Answering questions" + (f" in {record.rotations} rotations" if record.rotations > 1 else "")
+    with counting(what, sum(len(group.asks) for batch in todo for group in batch)) as advance:
         for batch, scores in scored(bench, scorer, todo):
-            rows = list(_rows(bench, batch, scores, hashes, fingerprint))
-            append_answers(answers, (row for row in rows if row.key not in done))
+            rows = list(_rows(bench, batch, scores, hashes, record.fingerprint))
+            append_answers(answers, [row for row in rows if row.key not in kept])
             kept.update(row.key for row in rows)
             advance(len(rows))
 

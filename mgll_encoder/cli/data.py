@@ -88,7 +88,7 @@ def fundus(
     texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
     say(f"{report.rows} images ({splits}); distinct texts: {texts}")
     say(f"manifest: {out}")
-    say(f"next: mgll-encoder pretrain --manifest {out} --out tower")
+    say(f"Next: mgll-encoder pretrain --manifest {out} --out tower")
 
 
 def _classes(option: str) -> dict[str, str]:
@@ -163,7 +163,7 @@ def xray(
     say(f"{report.rows} images ({splits}); distinct texts: {texts}")
     if contact_sheet is not None:
         say(f"contact sheet of {report.on_sheet} images: {contact_sheet}")
-    say(f"next: mgll-encoder pretrain --manifest {out / manifest} --out tower")
+    say(f"Next: mgll-encoder pretrain --manifest {out / manifest} --out tower")
 
 
 @app.command()
@@ -188,4 +188,4 @@ def phantom(
     stdout.print(
         f"{count} phantom photographs in {out} (labels.csv, views.jsonl, contact_sheet.png)", highlight=False
     )
-    say(f"next: mgll-encoder data fundus --labels {out}/labels.csv --images {out} --out {out}/manifest.jsonl")
+    say(f"Next: mgll-encoder data fundus --labels {out}/labels.csv --images {out} --out {out}/manifest.jsonl")

@@ -151,4 +151,4 @@ def pretrain(
     if result.validation:
         say(f"kept epoch {result.kept} of {epochs}: validation mAP {result.validation['mAP']:.4f}")
     say(f"tower: {out}")
-    say(f"next: swap-encoder --mllm llava-med --encoder {out}")
+    say(f"Next: swap-encoder --mllm llava-med --encoder {out}")

@@ -110,12 +110,12 @@ def convert(
     check_tower(path)
     from mgll_encoder.paired.convert import convert_tower
 
-    note(f"reading {path} ...")
+    note(f"Reading {path} ...")
     fitted: dict[str, Any] = {"image_size": image_size, "pooling": pooling}
     done = convert_tower(path, out, to=to, **_choices(activation, weights), **fitted, force=force)
     for message in done.warnings:
         warn(message)
-    for line in (f"wrote {out}", f"next: {_NEXT[to].format(shlex.quote(str(out)))}"):
+    for line in (f"wrote {out}", f"Next: {_NEXT[to].format(shlex.quote(str(out)))}"):
         say(line)
 
 

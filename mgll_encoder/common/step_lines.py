@@ -20,7 +20,7 @@ class StepLines(TrainerCallback):
         """Start the clock."""
         self._first = state.global_step
         after = f" after step {self._first}" if self._first else ""
-        self._pace = Pace(f"training{after}", state.max_steps - self._first, unit="steps")
+        self._pace = Pace(f"Training{after}", state.max_steps - self._first, unit="steps")
 
     def on_step_end(
         self,

@@ -126,7 +126,7 @@ def plan_splits(
     if not folder.is_dir():
         raise NotFoundError(f"image folder {folder} of manifest {path} does not exist: give it with `images`")
     drafts = {split: _Draft(used) for split in splits}
-    for number, place, row in track(read_rows(path, skipped), f"Reading {path.name}"):
+    for number, place, row in track(read_rows(path, skipped), f"Reading rows of {path.name}"):
         if row.split not in drafts:
             continue
         if not any(name in row.texts for name in used):

@@ -17,7 +17,7 @@ from mgll_encoder.common.devices import AUTO, find_device
 from mgll_encoder.common.errors import BadDataError, UserError
 from mgll_encoder.common.files import appearing
 from mgll_encoder.common.images import READER_VERSION, open_image
-from mgll_encoder.common.progress import track
+from mgll_encoder.common.progress import counting, track
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.tower.model import Tower
@@ -190,13 +190,14 @@ def _pooled(
     model.to(device)
     features = np.full((len(images), tower.spec.width), np.nan, np.float32)
     start = 0
-    with torch.inference_mode():
-        for pixels in track(loader, "Computing features", len(loader)):
+    with torch.inference_mode(), counting("Computing the features of images", len(images)) as advance:
+        for pixels in loader:
             good = ~torch.isnan(pixels).flatten(1).any(dim=1)
             if good.any():
                 found = tower.pooled(pixels[good].to(device, tower.model.dtype)).float().cpu().numpy()
                 features[start : start + len(pixels)][good.numpy()] = found
             start += len(pixels)
+            advance(len(pixels))
     model.cpu()
     return features
 

@@ -1,6 +1,7 @@
 """Linear probe of a tower's frozen features, and the evaluation shared by all probes."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mgll_encoder.common.progress import track
+from mgll_encoder.common.progress import counting, track
 from mgll_encoder.data.label_table import LabeledImages
 from mgll_encoder.probing.features import cached_features as cached_features
 from mgll_encoder.probing.features import pooled_features as pooled_features
@@ -262,9 +263,14 @@ def resampled(
     names, place = np.unique(patients, return_inverse=True)
     rng = np.random.default_rng(seed)
     starts = range(0, replicates, chunk)
-    for start in track(starts, "Bootstrapping") if len(starts) > 1 else starts:
-        draws = [
-            np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
-            for _ in range(min(chunk, replicates - start))
-        ]
-        yield np.stack(draws)[:, place].astype(np.float64)
+    shown = (
+        counting("Drawing bootstrap samples", replicates) if len(starts) > 1 else nullcontext(lambda _: None)
+    )
+    with shown as advance:
+        for start in starts:
+            draws = [
+                np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+                for _ in range(min(chunk, replicates - start))
+            ]
+            yield np.stack(draws)[:, place].astype(np.float64)
+            advance(len(draws))

@@ -25,7 +25,7 @@ from mgll_encoder.common.devices import find_device
 from mgll_encoder.common.errors import InvalidArgumentError, UnsupportedCheckpointError, UserError
 from mgll_encoder.common.images import open_image
 from mgll_encoder.common.picture_bytes import picture_digests
-from mgll_encoder.common.progress import track
+from mgll_encoder.common.progress import counting
 from mgll_encoder.common.skipped import UNREADABLE, Skipped, unnamed
 from mgll_encoder.common.trained_on import Training
 from mllm_adapters.alignment.feature_pairs import FEWEST, FeaturePairs, find_images
@@ -208,8 +208,11 @@ def align(
     new = planned_vision_model(target, family, checkpoint, place)
     points = {_point(r): (_point(r), r.at or r.host or r.linear) for r in connector_layers}
     data = _Data(FeaturePairs(family, old, new, points))
-    for start in track(range(0, len(files), BATCH), "encoding images", -(-len(files) // BATCH)):
-        data.add(files[start : start + BATCH])
+    with counting("Encoding images", len(files)) as advance:
+        for start in range(0, len(files), BATCH):
+            batch = files[start : start + BATCH]
+            data.add(batch)
+            advance(len(batch))
     if data.used < FEWEST:
         found = "; ".join(data.skipped.lines())
         raise InvalidArgumentError(
@@ -227,7 +230,7 @@ def align(
         skipped=tuple(data.skipped.lines()),
         seconds=round(time.monotonic() - began, 1),
         device=str(place),
-        digests=tuple(picture_digests(files, "Noting the images").values()),
+        digests=tuple(picture_digests(files, "Hashing images").values()),
     )
 
 

@@ -179,7 +179,7 @@ def verify(
     return list(
         track(
             Verification(Path(folder), optional_path(encoder), source, device).checks(quick=quick),
-            "verifying",
+            "Verifying",
         )
     )
 

@@ -101,7 +101,7 @@ def restore(
     check_swapped(folder)
     following = f"mgll-encoder inspect {target}"
     if mllm is not None:
-        cli.note(f"restoring {folder} from {mllm} ...")
+        cli.note(f"Restoring {folder} from {mllm} ...")
         following = f"eval-mcq run --model {target} --bench test.jsonl --out runs/{target.name}"
     api.restore(folder, target, mllm=mllm, parts=given, force=force, copy=copy)
     cli.say(f"Written: {target}")

@@ -170,7 +170,7 @@ def _rendered(corpus: Corpus, processor: Any) -> tuple[Table, str]:
     looks = sorted((name, *corpus.sizes[name], digest) for name, digest in corpus.digests.items())
     made_of = [RENDERED_VERSION, corpus.rows.key, text_fingerprint(processor), looks, sorted(corpus.damaged)]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    return compute_table(corpus.rows.table, work, RENDERED, key, "rendering conversations"), key
+    return compute_table(corpus.rows.table, work, RENDERED, key, "Rendering conversations"), key
 
 
 @dataclass

@@ -105,7 +105,7 @@ def _known(wanted: set[bytes]) -> dict[bytes, ImageFact]:
 def _read(names: Sequence[str], keys: Mapping[str, bytes], folder: Path) -> dict[bytes, ImageFact]:
     """Compute the facts of files, and write them to the cache shard by shard."""
     return {
-        keys[name]: fact for name, fact in track(_looks(names, keys, folder), "checking images", len(names))
+        keys[name]: fact for name, fact in track(_looks(names, keys, folder), "Checking images", len(names))
     }
 
 

@@ -167,7 +167,7 @@ def _cached(path: Path, options: DataOptions) -> tuple[Dataset, str]:
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def make(partial: Path) -> None:
-        _write(track(read(path, options), f"reading {path.name}"), partial, path)
+        _write(track(read(path, options), f"Reading rows of {path.name}"), partial, path)
 
     file = cache_folder("rows") / f"{key}.arrow"
     if read is _dataset and not cache_folder(PICTURES).is_dir():

@@ -81,7 +81,7 @@ class GGUFExport:
         total = sum(self.sizes.values())
         with new_folder(out, force) as folder:
             check_space(folder, total)
-            with counting("writing", total, in_bytes=True) as advance:
+            with counting("Writing", total, in_bytes=True) as advance:
                 self.language.write(folder / MODEL, self.precision, advance)
                 self.vision.write(folder / MMPROJ, self.precision, advance)
             page = readme(self.source.name, self.source.tower.image_size, self.turns.picture, self.notes)

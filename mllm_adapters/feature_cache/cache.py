@@ -211,7 +211,7 @@ def _encoded(examples: ExampleTable, corpus: Corpus, processor: Any) -> Table:
     work = Encoder(processor, corpus.sizes, corpus.digests)
     made_of = json.dumps([ENCODED_VERSION, examples.key])
     key = hashlib.sha256(made_of.encode()).hexdigest() if examples.key else ""
-    return compute_table(examples.table, work, ENCODED, key, "tokenizing conversations")
+    return compute_table(examples.table, work, ENCODED, key, "Tokenizing conversations")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from mgll_encoder.common.files import cache_folder
 from mgll_encoder.common.images import READER_VERSION, open_image
 from mgll_encoder.common.locks import locked
-from mgll_encoder.common.progress import track
+from mgll_encoder.common.progress import saying_what_is_kept, track
 from mllm_adapters.data.fingerprints import modules_fingerprint, pixel_fingerprint
 from mllm_adapters.feature_cache.cached_modules import OutputSpec, seen_of_images, watched
 from mllm_adapters.feature_cache.store import SHARD_BYTES, FeatureStore, Stored, readable, size_of
@@ -119,17 +119,21 @@ def _write(
     features: Iterator[tuple[str, Stored]], store: FeatureStore, count: int, place: ComputeSettings
 ) -> None:
     shard: dict[str, Stored] = {}
-    size = 0
-    for number, (digest, stored) in enumerate(track(features, "caching image features", count)):
-        if number == 0:
-            _announce(store, count * place.ranks, size_of(stored))
-        shard[digest] = stored
-        size += size_of(stored)
-        if size >= SHARD_BYTES:
+    size = kept = 0
+    with saying_what_is_kept(
+        lambda: f"the features of {kept:,} of {count:,} images are kept in {store.folder}"
+    ):
+        for number, (digest, stored) in enumerate(track(features, "Caching the features of images", count)):
+            if number == 0:
+                _announce(store, count * place.ranks, size_of(stored))
+            shard[digest] = stored
+            size += size_of(stored)
+            if size >= SHARD_BYTES:
+                store.add(shard)
+                kept += len(shard)
+                shard, size = {}, 0
+        if shard:
             store.add(shard)
-            shard, size = {}, 0
-    if shard:
-        store.add(shard)
 
 
 def computed(

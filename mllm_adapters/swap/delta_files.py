@@ -184,7 +184,7 @@ def _write_stored(
     total = sum(map(nbytes, steps))
     check_space(folder, total)
     file = folder / DELTA_WEIGHTS
-    with counting("writing", total, in_bytes=True) as advance:
+    with counting("Writing", total, in_bytes=True) as advance:
         hashes = write_safetensors(file, steps, reporting(values, advance))
     return Written({DELTA_WEIGHTS: sampled(file)}, hashes)
 
@@ -235,7 +235,7 @@ def _with_changes(record: SwapRecord, checkpoint: Checkpoint, base: Checkpoint) 
     """
     plan = record.plan_with(checkpoint.config, source=base.folder)
     changed: dict[str, str] = {}
-    with counting("comparing", sum(map(nbytes, record.tensors)), in_bytes=True) as advance:
+    with counting("Comparing", sum(map(nbytes, record.tensors)), in_bytes=True) as advance:
         for tensor in record.tensors:
             known = record.trained.get(tensor.name, tensor.sha256)
             if not (known or (tensor.kind.copies_bytes and _one_file(tensor, checkpoint, base))):

@@ -190,7 +190,7 @@ def write_weights(
     weight_map: dict[str, str] = {}
     files: dict[str, FileRecord] = {}
     hashes: dict[str, str] = {}
-    with ThreadPoolExecutor(1) as aside, counting("writing", total, in_bytes=True) as advance:
+    with ThreadPoolExecutor(1) as aside, counting("Writing", total, in_bytes=True) as advance:
         syncing = []
         for number, (file, group) in enumerate(groups.items(), start=1):
             single = len(groups) == 1

@@ -1,5 +1,6 @@
 """The library prints nothing: messages are log records, and progress is shown only on request."""
 
+import ast
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,12 +37,21 @@ def test_progress_is_shown_with_what_one_gives(
         seen.append(description)
         return items
 
-    show_with(noting)
+    counts: dict[str, list[int]] = {}
+
+    @contextmanager
+    def counting_up(description: str, total: int) -> Iterator[Callable[[int], None]]:
+        counts[description] = [total]
+        yield counts[description].append
+
+    show_with(noting, counting_up)
     try:
         align(plan_swap(tiny_llava, a_tower(tmp_path / "mgll")), tmp_path / "images", device="cpu")
     finally:
         show_with(None)
-    assert "Noting the images" in seen
+    assert "Hashing images" in seen
+    total, *advanced = counts["Encoding images"]
+    assert (total, sum(advanced)) == (12, 12), "images are counted, not batches"
     assert "error" not in capfd.readouterr().err
     assert list(track([1, 2], "counting")) == [1, 2]
 
@@ -134,6 +144,24 @@ def test_bytes_are_told_in_their_units_and_have_a_bar_of_their_own(caplog: pytes
     finally:
         show_with(None)
     assert counted == [3]
+
+
+def test_lines_of_progress_and_of_what_is_next_begin_alike() -> None:
+    """A cold reader met "Checking images" and "checking images", "Next:" and "next:"."""
+    root, found = Path(__file__).parents[2], []
+    for package in ("mgll_encoder", "mllm_adapters", "eval_mcq"):
+        for file in (root / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(text := file.read_text("utf-8"))):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+                    "track",
+                    "counting",
+                    "Pace",
+                ):
+                    words = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
+                    found.append(next((word for word in words if isinstance(word, str)), "Given"))
+            assert not re.search(r"[\"']next: ", text), file
+    assert len(found) > 20
+    assert [words for words in found if not words[:1].isupper()] == []
 
 
 def test_no_library_module_uses_the_terminal() -> None:

@@ -78,7 +78,18 @@ def test_the_line_that_a_run_ends_with_can_be_typed(eval_mcq, tiny_llava, tmp_pa
 
 def test_after_a_build_of_the_train_split_one_trains(eval_mcq, labels, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    build = ("build", *labels, "--diseases", "AMD,DR", "--options", "2", "--min-negatives", "1")
+    build = (
+        "build",
+        *labels,
+        "--diseases",
+        "AMD,DR",
+        "--options",
+        "2",
+        "--min-negatives",
+        "1",
+        "--test-share",
+        "0.5",
+    )
     assert eval_mcq(*build, "--split", "train", "--out", "train.jsonl") == 0, eval_mcq.err
     assert "Next: retrain-projector --model MODEL --data train.jsonl\n" in eval_mcq.out
     assert "labels that are not asked about: glaucoma (4), cataract (4)" in eval_mcq.err
@@ -165,6 +176,8 @@ def test_ctrl_c_says_what_is_kept_and_the_next_run_where_it_goes_on(
         rf"[48] of 10 answers are kept in {tmp_path / 'r'}; the same command continues\n", eval_mcq.err
     )
     assert eval_mcq.err.endswith("error: interrupted\n")
+    assert "Trying questions with real, blank and exchanged images (8) ..." in eval_mcq.err
+    assert "Answering questions (10) ..." in eval_mcq.err
     assert eval_mcq(*call) == 0
     assert "8 of 10 already answered" in eval_mcq.err
 

@@ -247,7 +247,7 @@ def test_a_user_types_it_and_reads_the_option_in_a_refusal(trained, tmp_path) ->
     done = invoke(main, "convert", trained, "--to", "clip", "--out", tmp_path / "clip")
     assert done.code == 0, done.err
     assert (
-        f"next: mgll-encoder zero-shot --data labels.csv --images images --encoder {tmp_path / 'clip'}"
+        f"Next: mgll-encoder zero-shot --data labels.csv --images images --encoder {tmp_path / 'clip'}"
         in done.out
     )
     alone = convert_tower(trained, tmp_path / "alone").out

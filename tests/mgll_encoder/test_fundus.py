@@ -152,7 +152,7 @@ def test_the_command_reports_and_says_what_to_do_next(tmp_path):
     assert "6 images" in said
     assert "odd thing (1)" in said
     assert "1 images have no patient id" in said
-    assert "next: mgll-encoder pretrain" in said
+    assert "Next: mgll-encoder pretrain" in said
     assert isinstance(CliRunner().invoke(app, arguments).exception, UserError)  # it exists
     assert image_folder(out, read_header(out)).resolve() == tmp_path
 

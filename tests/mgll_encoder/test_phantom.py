@@ -60,7 +60,7 @@ def test_an_unknown_disease_is_suggested():
 def test_the_data_set_has_two_eyes_per_patient_and_equal_classes(tmp_path: Path):
     result = CliRunner().invoke(app, ["phantom", "--out", str(tmp_path / "set"), "--images-per-disease", "3"])
     assert result.exit_code == 0, result.output
-    assert "next: mgll-encoder data fundus" in result.output.replace("\n", " ")
+    assert "Next: mgll-encoder data fundus" in result.output.replace("\n", " ")
     with (tmp_path / "set" / "labels.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 33

@@ -465,7 +465,7 @@ def test_a_log_of_pretraining_is_quiet(manifest, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "more tokens than the text tower's context of 77" in done.stderr
-    assert "training (" in done.stderr
+    assert "Training (" in done.stderr
     for noise in (
         "[transformers]",
         "Token indices",

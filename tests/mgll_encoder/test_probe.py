@@ -270,14 +270,16 @@ def test_what_cannot_be_used_is_counted_with_its_row_and_strict_stops(
     assert done.code == 0, done.err
     firsts = (f"no image file, for example: label file {table} row {len(rows) + 1}: column 'file' names no file",
               f"image unreadable, for example: label file {table} row {len(rows) + 2}: the image")  # fmt: skip
-    for said in firsts:
+    for said in (*firsts, f"Computing the features of images ({len(rows)}) ..."):
         assert said in done.err
     summary = done.err.splitlines()[-1]
     assert summary == (
         f"left out 7 of {len(rows) + len(bad) - 1} rows: 2 rows of one image disagree, 1 no label, 1 no image named, "
         "1 no image file, 1 image listed twice, 1 image unreadable"
     )
-    told = [line for line in done.err.splitlines() if line.startswith(("first", "left out"))]
+    told = [
+        line for line in done.err.splitlines() if ", for example: " in line or line.startswith("left out")
+    ]
     assert not [line for line in told for name in ("gone", "broken", "p90", file) if name in line]
     assert f"row {len(rows)}: column 'labels' is blank" in refused(*command, "--strict")
     table.write_text("\n".join([*rows[:-1], *bad]) + "\n")

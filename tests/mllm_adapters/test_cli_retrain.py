@@ -82,12 +82,12 @@ def test_a_log_gets_lines_with_the_time_left_and_no_bars(command, place, monkeyp
     monkeypatch.setattr(progress, "LONGEST", 0.0)
     code, out, err = command("--max-steps", 3, "--batch-size", 2)
     assert code == 0, err
-    lines = [line for line in err.splitlines() if line.startswith("training")]
-    assert lines[0] == "training (3 steps) ..."
-    assert re.fullmatch(r"training: 1 of 3 steps(, loss \d+\.\d{4})?, \d+ s left", lines[1])
-    assert re.fullmatch(r"training: 2 of 3 steps, loss \d+\.\d{4}, \d+ s left", lines[2])
+    lines = [line for line in err.splitlines() if line.startswith("Training")]
+    assert lines[0] == "Training (3 steps) ..."
+    assert re.fullmatch(r"Training: 1 of 3 steps(, loss \d+\.\d{4})?, \d+ s left", lines[1])
+    assert re.fullmatch(r"Training: 2 of 3 steps, loss \d+\.\d{4}, \d+ s left", lines[2])
     assert len(lines) == 3
-    assert "reading train.json: 4 so far" in err
+    assert "Reading rows of train.json: 4 so far" in err
     for drawn in ("\r", "it/s", "s/it", "█", "{'loss'", "Writing model shards"):
         assert drawn not in out + err, repr((out + err)[(out + err).find(drawn) - 300 :][:400])
 

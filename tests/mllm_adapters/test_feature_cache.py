@@ -260,7 +260,7 @@ def test_another_tower_image_or_preprocessing_is_a_miss(copied, own_cache, fille
     assert sum(filled) == computed
 
 
-def test_a_fill_that_is_interrupted_goes_on(loud, own_cache, monkeypatch, filled):
+def test_a_fill_that_is_interrupted_goes_on(loud, own_cache, monkeypatch, filled, caplog):
     monkeypatch.setattr(feature_fill, "SHARD_BYTES", 1)
     monkeypatch.setattr(feature_fill, "IMAGES_AT_ONCE", 1)
     counted = feature_fill._towers
@@ -273,6 +273,7 @@ def test_a_fill_that_is_interrupted_goes_on(loud, own_cache, monkeypatch, filled
     monkeypatch.setattr(feature_fill, "_towers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cached(prepared(loud.model, loud))
+    assert "the features of 1 of 2 images are kept in" in caplog.text
     monkeypatch.setattr(feature_fill, "_towers", counted)
     filled.clear()
     check_equal(prepared(loud.model, loud))

@@ -86,7 +86,7 @@ def test_what_was_written_verifies(row: SimpleNamespace) -> None:
 def test_restoring_gives_the_original_bit_by_bit(row: SimpleNamespace, tmp_path: Path) -> None:
     outcome = invoke(main, "restore", row.out, "--mllm", row.source, "--out", tmp_path / "back")
     assert outcome.code == 0, outcome.err
-    assert "writing (" in outcome.err
+    assert "Writing (" in outcome.err
     checkpoint, family, layout = open_checkpoint(row.source)
     if layout == "transformers":
         expected = checkpoint.folder
