@@ -167,7 +167,9 @@ def run_command(
     else:
         note(f"{folder}: no question is answered in all rotations")
     if part.count > 1:
-        say(f"Next, when all {part.count} shards are done: eval-mcq merge {shlex.quote(str(folder))} ... --out RUN")
+        say(
+            f"Next, when all {part.count} shards are done: eval-mcq merge {shlex.quote(str(folder))} ... --out RUN"
+        )
         return
     if not done.complete:
         say(f"Next, for the rest: the same command without --limit (continues {folder})")
