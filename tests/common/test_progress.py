@@ -150,7 +150,7 @@ def test_lines_of_progress_and_of_what_is_next_begin_alike() -> None:
     """A cold reader met "Checking images" and "checking images", "Next:" and "next:"."""
     root, found = Path(__file__).parents[2], []
     for package in ("mgll_encoder", "mllm_adapters", "eval_mcq"):
-        for file in (root / package).rglob("*.py"):
+        for file in set((root / package).rglob("*.py")) - {Path(progress.__file__)}:
             for node in ast.walk(ast.parse(text := file.read_text("utf-8"))):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
                     "track",
