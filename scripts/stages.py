@@ -1,9 +1,8 @@
-"""Stages of a demonstration: commands of this project, several at a time, each with a bar, a log and its time."""
+"""Stages of a demonstration: commands of this project, several at a time, each with a log and its time."""
 
 import os
 import queue
 import re
-import shlex
 import subprocess
 import threading
 import time
@@ -12,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from steps import program
+from steps import program, typed
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import TrainingError
-
-COUNTED = re.compile(rb"(?<![\d/])(\d+)/([1-9]\d*)(?![:/\d])")
-"""How the bars of the commands count, such as ``12/126``."""
 
 AT_ONCE = 2
 """Number of commands that run at the same time."""
 
 TAIL = 15
 """Number of lines of a log that are shown when its command has failed."""
+
+HEARTBEAT = 30.0
+"""Longest time without a line, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,14 @@ class Stage:
     @property
     def shown(self) -> str:
         """The command as one types it."""
-        return shlex.join(map(str, self.command))
+        return typed(self.command)
 
     def needs(self, other: "Stage") -> bool:
-        """Whether the command reads what another stage writes: a path below its output."""
-        named = [word.rpartition("=")[2] for word in map(str, self.command)]
-        return other is not self and any(Path(word).is_relative_to(other.output) for word in named)
+        """Whether the command reads what another stage writes: a path below its output, or a folder around it."""
+        values = (word.rpartition("=")[2] for word in map(str, self.command))
+        named = [Path(value) for value in values if value]
+        related = (path.is_relative_to(other.output) or other.output.is_relative_to(path) for path in named)
+        return other is not self and any(related)
 
 
 class Stages:
@@ -77,6 +78,12 @@ class Stages:
             UserError: a command failed; the end of its log is shown.
         """
         waiting = [stage for stage in stages if not stage.output.exists()]
+        if not waiting:
+            _say(f"All {len(stages)} stages were done before: nothing is run; --fresh starts over.")
+            return
+        before = len(stages) - len(waiting)
+        done_before = f", {before} of them done before" if before else ""
+        _say(f"{len(stages)} stages{done_before}, two at a time; logs in {self.logs}")
         finished: queue.Queue[_Command] = queue.Queue()
         running: list[_Command] = []
         failed: list[_Command] = []
@@ -87,10 +94,10 @@ class Stages:
                 unwritten = [*waiting, *(command.stage for command in running)]
                 ready = [stage for stage in waiting if not any(map(stage.needs, unwritten))]
                 for stage in ready[: AT_ONCE - len(running)] if not failed else ():
-                    cli.say(f"$ {stage.shown}")
+                    _say(f"stage {stages.index(stage) + 1} of {len(stages)}, {stage.title}:\n$ {stage.shown}")
                     waiting.remove(stage)
                     running.append(_Command(stage, self, bars, finished))
-                done = finished.get()
+                done = _next(finished, running)
                 running.remove(done)
                 bars.advance(whole)
                 self.seconds[done.stage.title] = done.seconds
@@ -105,7 +112,7 @@ class Stages:
 
 
 class _Command:
-    """A stage in a process of its own, with its bar."""
+    """A stage in a process of its own. It writes lines to its log: what it prints goes to no terminal."""
 
     def __init__(
         self, stage: Stage, stages: Stages, bars: Progress, finished: "queue.Queue[_Command]"
@@ -115,39 +122,44 @@ class _Command:
         self.bar = bars.add_task(stage.title, total=None)
         self.began, self.seconds = time.monotonic(), 0.0
         threads = max(1, len(os.sched_getaffinity(0)) // AT_ONCE)
-        # The commands draw bars on terminals only, so each gets one for its standard error.
-        self.reading, writing = os.openpty()
+        plain = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "200", "OMP_NUM_THREADS": str(threads)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 program(*map(str, stage.command)),
+                stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=writing,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), "TERM": "xterm", "COLUMNS": "200"},
+                stderr=subprocess.STDOUT,
+                env={**_environment(), **plain},
             )
-        os.close(writing)
-        threading.Thread(target=self._follow, daemon=True).start()
+        threading.Thread(target=self._wait, daemon=True).start()
 
-    def _follow(self) -> None:
-        with self.log.open("ab") as log:
-            while part := _read(self.reading):
-                log.write(part)
-                if found := COUNTED.findall(part):
-                    self.bars.update(self.bar, completed=int(found[-1][0]), total=int(found[-1][1]))
-        os.close(self.reading)
+    def _wait(self) -> None:
         self.process.wait()
         self.seconds = time.monotonic() - self.began
         self.bars.remove_task(self.bar)
         self.finished.put(self)
 
 
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65536)
-    except OSError:  # what Linux gives when the process at the other end has ended
-        return b""
+def _environment() -> dict[str, str]:
+    """Return the environment without what makes Rich draw colors and bars into a file."""
+    forcing = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+    return {name: value for name, value in os.environ.items() if name not in forcing}
+
+
+def _next(finished: "queue.Queue[_Command]", running: Sequence[_Command]) -> _Command:
+    """Return the next command that ends; until then say now and then what is running."""
+    while True:
+        try:
+            return finished.get(timeout=HEARTBEAT)
+        except queue.Empty:
+            now = time.monotonic()
+            _say("running: " + ", ".join(f"{one.stage.title} ({now - one.began:.0f} s)" for one in running))
+
+
+def _say(line: str) -> None:
+    cli.stdout.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _show_end(log: Path) -> None:
-    text = log.read_text(errors="replace").replace("\r\n", "\n")
-    for line in text.splitlines()[-TAIL:]:
-        cli.stderr.print(line.rpartition("\r")[2], soft_wrap=True, markup=False, highlight=False)
+    for line in log.read_text(errors="replace").splitlines()[-TAIL:]:
+        cli.stderr.print(line, soft_wrap=True, markup=False, highlight=False)

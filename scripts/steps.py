@@ -1,9 +1,11 @@
 """Steps of a long experiment: commands of this project in order, printed, and skipped when their output exists."""
 
+import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from mgll_encoder.common import cli
@@ -15,6 +17,13 @@ def program(command: str, *arguments: str) -> list[str]:
     if command.endswith(".py"):
         return [sys.executable, str(Path(__file__).parent / command), *arguments]
     return [str(Path(sys.executable).with_name(command)), *arguments]
+
+
+def typed(words: Sequence[str | Path]) -> str:
+    """Return a command as one types it in the working folder."""
+    first, *rest = map(str, words)
+    script = ["python", os.path.relpath(Path(__file__).parent / first)] if first.endswith(".py") else [first]
+    return shlex.join([*script, *rest])
 
 
 class Steps:
@@ -41,7 +50,7 @@ class Steps:
             return target
         words = [command, *map(str, arguments)]
         cli.stdout.rule(f"{title} ({time.monotonic() - self.began:.0f} s)", align="left")
-        cli.stdout.print(f"$ {shlex.join(words)}", style="bold", soft_wrap=True, markup=False)
+        cli.stdout.print(f"$ {typed(words)}", style="bold", soft_wrap=True, markup=False)
         self.run(*words)
         return target
 

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from mgll_encoder.common.cli import Commands, new_app, prepared, run
+from mgll_encoder.common.spelling import with_commands_below
 
 
 class Program(NamedTuple):
@@ -48,8 +49,12 @@ PROGRAMS: Mapping[str, Program] = {
 
 
 def command_of(program: Program) -> Any:
-    """Import a program and return its command."""
-    return prepared(import_module(program.module).app, program.name)
+    """Import a program and return its command; its examples are as one types them below ``mgll``."""
+    command = prepared(import_module(program.module).app, program.name)
+    word = next(word for word, one in PROGRAMS.items() if one is program)
+    for one in with_commands_below(command):
+        one.help = one.help and one.help.replace(f"{program.name} ", f"mgll {word} ")
+    return command
 
 
 class _Group(Commands):

@@ -68,6 +68,9 @@ stderr = _Console(stderr=True)
 _UNCUT = 10_000
 """More characters than a sentence has."""
 
+_WIDEST = 100
+"""Columns of help texts on a terminal that has them; longer lines are hard to read."""
+
 _spelling = Spelling()
 """The options of the running program."""
 
@@ -94,7 +97,7 @@ def new_app(help_text: str, cls: type[TyperGroup] = Commands) -> typer.Typer:
         no_args_is_help=True,
         add_completion=True,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDEST},
         rich_markup_mode=None,
     )
 

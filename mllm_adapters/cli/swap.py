@@ -163,7 +163,7 @@ def swap(
         from mllm_adapters.swap.hub import push
 
         _tell(f"Pushed: {push(target, push_to_hub, private=private)}", as_json)
-    following = f"retrain-projector --model {target} --data train.json --images images/"
+    following = f"retrain-projector --model {target} {_training_rows(images)}"
     if delta_only:
         following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {plan.name}"
     _tell(f"Next: {following}", as_json)
@@ -218,14 +218,17 @@ def example(
     out: Annotated[Path, typer.Option(help=OUT_HELP)] = Path("example"),
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
-    """Write a LLaVA, a tower and images of toy size with random weights, to try a first swap.
+    """Write a LLaVA, a tower, images and training rows of toy size with random weights, to try a first swap.
 
     Example: swap-encoder example
     """
+    cli.note("writing a toy model, a tower and images ...")  # the imports below take the time
     from mllm_adapters.examples.untrained import write_example
 
     write_example(out, force=force)
-    cli.stdout.print(f"Written: {out} (a LLaVA and a tower of toy size with random weights, and images)")
+    cli.stdout.print(
+        f"Written: {out} (a LLaVA and a tower of toy size with random weights, images, train.json)"
+    )
     following = f"--mllm {out}/llava --encoder {out}/tower --align {out}/photographs --out {out}/swapped"
     cli.say(f"Next: swap-encoder {following}")
 
@@ -281,6 +284,16 @@ def _fitted(plan: "SwapPlan", as_json: bool) -> "SwapPlan":
         for warning in plan.alignment.warnings():
             cli.warn(warning)
     return plan
+
+
+def _training_rows(images: Path | None) -> str:
+    """Return options for the next command: the rows next to the images of ``--align``, or names to replace."""
+    rows = images and images.with_name("train.json")
+    return (
+        f"--data {rows} --images {images}"
+        if rows and rows.is_file()
+        else "--data train.json --images images/"
+    )
 
 
 def _tell(line: str, as_json: bool) -> None:

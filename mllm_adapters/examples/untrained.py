@@ -1,5 +1,6 @@
 """A LLaVA and a tower of toy size with random weights, for a first swap; made in a second."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,15 @@ from mllm_adapters.examples.assembly import assemble, tower_contract
 from mllm_adapters.examples.language_models import CHATML, tiny
 
 PHOTOGRAPHS = 64
-TEXTS = ("Which finding does this fundus photograph show?", "\nuser\n", "\nassistant\n")
+QUESTION = "Which finding does this fundus photograph show?"
+ANSWERS = ("glaucoma", "cataract")
+TEXTS = (QUESTION, "\nuser\n", "\nassistant\n")
 
 
 def write_example(out: Path, *, force: bool = False) -> Path:
     """Write ``llava/`` (a checkpoint), ``tower/`` (of another width) and ``photographs/`` (colored noise).
+
+    ``train.json`` asks a question about every picture, with invented answers.
 
     Args:
         out: Folder to write.
@@ -34,7 +39,7 @@ def write_example(out: Path, *, force: bool = False) -> Path:
     """
     with new_folder(out, force) as folder:
         save_tower(_tower(width=96, seed=1), folder / "tower")
-        tower, speech = _tower(width=64, seed=0), tiny(TEXTS, ["glaucoma", "cataract"], seed=0)
+        tower, speech = _tower(width=64, seed=0), tiny(TEXTS, [*ANSWERS], seed=0)
         processor = llava_processor(tower_contract(tower.spec), speech.tokenizer, CHATML)
         with no_library_bars():
             assemble(tower, speech, seed=0).save_pretrained(folder / "llava")
@@ -46,7 +51,16 @@ def write_example(out: Path, *, force: bool = False) -> Path:
             coarse.resize((64, 64), Image.Resampling.BICUBIC).save(
                 folder / "photographs" / f"{number:02d}.png"
             )
+        (folder / "train.json").write_text(
+            json.dumps([_row(n) for n in range(PHOTOGRAPHS)], indent=1), "utf-8"
+        )
     return out
+
+
+def _row(number: int) -> dict[str, object]:
+    human = {"from": "human", "value": f"<image>\n{QUESTION}"}
+    answer = {"from": "gpt", "value": ANSWERS[number % len(ANSWERS)]}
+    return {"id": f"{number:02d}", "image": f"{number:02d}.png", "conversations": [human, answer]}
 
 
 def _tower(width: int, seed: int) -> Tower:

@@ -113,6 +113,13 @@ def test_a_first_swap_needs_nothing_but_the_core(core: Path, tmp_path: Path) -> 
         done = environments.command(core, COMMANDS["swap-encoder"], *line.split(), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stdout + done.stderr
+        if line.startswith("example"):
+            assert done.stderr.startswith("writing a toy model")
+        if "--align" in line:
+            following = done.stdout.split("Next: ")[1].split()
+            named = [word for word in following if word.startswith("example/")]
+            assert named == ["example/swapped", "example/train.json", "example/photographs"]
+            assert all((tmp_path / word).exists() for word in named), "the path does not dead-end"
     assert (tmp_path / "example" / "swapped" / "mgll_swap.json").is_file()
     again = environments.command(core, COMMANDS["swap-encoder"], *lines[0].split(), cwd=tmp_path)
     assert again.returncode == 2

@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 
 from eval_mcq.cli.umbrella import PROGRAMS, command_of, main
+from mgll_encoder.common.spelling import with_commands_below
 from tests.builders import invoke, refused
 from tests.common.test_startup import fresh
 
@@ -25,7 +26,10 @@ print(json.dumps([name for name in heavy if name in sys.modules]))
 def test_a_command_is_described_as_by_itself(word: str) -> None:
     program = PROGRAMS[word]
     assert import_module(program.module).app.info.help.startswith(program.about)
-    assert command_of(program).params
+    command = command_of(program)
+    assert command.params
+    assert f"Example: mgll {word} " in " ".join(one.help for one in with_commands_below(command))
+    assert not [one.name for one in with_commands_below(command) if f"Example: {program.name}" in one.help]
 
 
 def test_its_help_imports_no_command() -> None:

@@ -10,7 +10,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from demo import FULL, MODELS, QUICK, until_the_answers  # noqa: E402
+from demo import FULL, MODELS, QUICK, the_reports, until_the_answers  # noqa: E402
 from stages import Stage, Stages  # noqa: E402
 
 from mgll_encoder.common.errors import TrainingError  # noqa: E402
@@ -29,7 +29,14 @@ def test_the_demo_ends_in_a_table_and_says_that_it_is_a_phantom(tmp_path: Path) 
         assert f"$ {command}" in printed
     assert "This is a phantom" in printed
     assert re.search(r"mgll against control: [+-]?\d+\.\d \[", printed)
-    assert re.search(r"without a step of training: \d+\.\d % \[", printed)
+    first, *lines = printed.splitlines()
+    assert first == f"18 stages, two at a time; logs in {tmp_path / 'demo' / 'logs'}"
+    assert {f"stage {number} of 18" for number in range(1, 19)} == {
+        line.partition(",")[0] for line in lines if line.startswith("stage ")
+    }
+    assert {line.split()[0] for line in lines if line.strip()} >= {"base", "control", "mgll", "aligned"}
+    for log in (tmp_path / "demo" / "logs").iterdir():
+        assert "\x1b" not in log.read_text(), log
     assert printed.rstrip().splitlines()[-4].startswith("With your own files")
     table = (tmp_path / "demo" / "table.md").read_text()
     for word in ("base", "control", "mgll", "aligned", "Glaucoma", "Average"):
@@ -37,6 +44,7 @@ def test_the_demo_ends_in_a_table_and_says_that_it_is_a_phantom(tmp_path: Path) 
     assert "mgll against control" in (tmp_path / "demo" / "report.html").read_text()
     again = demo(tmp_path / "demo")
     assert "$ mgll-encoder pretrain" not in again, "finished stages are kept"
+    assert again.startswith("All 18 stages were done before")
     assert "Glaucoma" in again
 
 
@@ -82,10 +90,12 @@ def test_a_stage_waits_for_what_it_reads_and_is_not_run_twice(tmp_path: Path) ->
     assert list(again.seconds) == ["third"]
 
 
-def test_two_stages_run_at_the_same_time_and_their_bars_are_read(tmp_path: Path) -> None:
+def test_two_stages_run_at_the_same_time_and_their_logs_are_plain(tmp_path: Path) -> None:
     meet = (
         "import sys, time; from pathlib import Path; mine, other = map(Path, sys.argv[1:3])\n"
-        "print(' 3/7 ', file=sys.stderr, flush=True); assert sys.stderr.isatty()\n"
+        "from mgll_encoder.common import cli\n"
+        "print(' 3/7 ', file=sys.stderr, flush=True); assert not (sys.stderr.isatty() or cli.stderr.is_terminal)\n"
+        "cli.stdout.print('bold', style='bold red')\n"
         "mine.write_text(''); end = time.time() + 60\n"
         "while not other.exists(): assert time.time() < end; time.sleep(0.01)\n"
     )
@@ -96,7 +106,38 @@ def test_two_stages_run_at_the_same_time_and_their_bars_are_read(tmp_path: Path)
         python("two", tmp_path / "never-2", meet, b, a),
     ]
     Stages(tmp_path / "logs").run(stages)
-    assert "3/7" in (tmp_path / "logs" / "one.txt").read_text()
+    assert sorted((tmp_path / "logs" / "one.txt").read_text().split()) == ["3/7", "bold"]
+
+
+def test_a_viewer_of_a_pipe_sees_how_much_there_is_and_that_it_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.HEARTBEAT", 0.2)
+    slow = f"import time; time.sleep(1); open(r'{tmp_path / 'first'}', 'w').close()"
+    stages = [python("first", tmp_path / "first", slow), python("second", tmp_path, "", tmp_path / "first")]
+    Stages(tmp_path / "logs").run(stages)
+    printed = capfd.readouterr().out
+    assert printed.startswith(
+        f"2 stages, 1 of them done before, two at a time; logs in {tmp_path / 'logs'}\n"
+    )
+    assert "stage 1 of 2, first:\n$ python -c" in printed
+    assert re.search(r"^running: first \(\d s\)$", printed, re.MULTILINE)
+    Stages(tmp_path / "logs").run(stages)
+    assert capfd.readouterr().out == "All 2 stages were done before: nothing is run; --fresh starts over.\n"
+
+
+def test_a_script_is_printed_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SCRIPTS.parent)
+    (shown,) = [one.shown for one in until_the_answers(Path("demo"), FULL) if ".py" in one.shown]
+    assert shown.startswith("python scripts/build_smol_llava.py --tower demo/towers/general ")
+
+
+def test_the_reports_wait_for_the_answers() -> None:
+    arms = [f"{arm}=demo/runs/{arm}" for arm in MODELS]
+    answers = [one for one in until_the_answers(Path("demo"), FULL) if one.title.startswith("Answers")]
+    for report in the_reports(Path("demo"), arms):
+        assert all(report.needs(one) for one in answers)
+    assert not any(one.needs(other) for one in answers for other in answers)
 
 
 def test_a_stage_that_fails_shows_the_end_of_its_log_and_stops_the_rest(
