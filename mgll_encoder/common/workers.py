@@ -8,6 +8,8 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TypeVar
 
+from mgll_encoder.common.errors import StorageError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -27,12 +29,15 @@ def resilient_map(
         lost: Returns the result of a task that took too long or whose process was killed (out of memory, a crash of a
             decoder).
         seconds: Time limit of a task.
+
+    Raises:
+        StorageError: the processes have no shared memory.
     """
     limited, workers = partial(_limited, work, seconds), max(1, workers)
     waiting = deque(tasks)
     while waiting:
         flying: deque[tuple[T, Future[R]]] = deque()
-        pool = ProcessPoolExecutor(workers, initializer=_as_usual)
+        pool = _pool(workers)
         try:
             while waiting or flying:
                 while waiting and len(flying) < AHEAD * workers:
@@ -49,11 +54,21 @@ def resilient_map(
 
 
 def _alone(work: Callable[[T], R], task: T, lost: Callable[[T], R]) -> R:
-    with ProcessPoolExecutor(1, initializer=_as_usual) as pool:
+    with _pool(1) as pool:
         try:
             return pool.submit(work, task).result()
         except BrokenProcessPool:
             return lost(task)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    try:
+        return ProcessPoolExecutor(workers, initializer=_as_usual)
+    except OSError as error:  # a semaphore is a file of 32 bytes; Python loses the error number
+        raise StorageError(
+            "processes cannot share memory: /dev/shm is missing, full or read-only, or files are limited to a few "
+            "bytes: see `df /dev/shm` and `ulimit -f`"
+        ) from error
 
 
 def _limited(work: Callable[[T], R], seconds: int, task: T) -> R:

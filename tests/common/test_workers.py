@@ -1,10 +1,14 @@
 """Work in processes that may be killed by their input."""
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
+import pytest
+
+from mgll_encoder.common.errors import StorageError
 from mgll_encoder.common.workers import resilient_map
 
 
@@ -39,3 +43,15 @@ def test_leaving_early_leaves_no_process() -> None:
 
 def _children() -> set[str]:
     return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+def test_processes_without_shared_memory_are_a_fault_of_the_disk_not_of_the_data() -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[1]))
+    try:
+        with pytest.raises(StorageError, match="/dev/shm"):
+            next(resilient_map(square, [6], 1, lost))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
