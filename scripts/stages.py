@@ -1,4 +1,4 @@
-"""Stages of a demonstration: commands of this project, several at a time, each with a log and its time."""
+"""Stages of a demonstration: commands of this project, several at a time, each with a bar, a log and its time."""
 
 import os
 import queue
@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from steps import program, typed
@@ -21,6 +22,9 @@ AT_ONCE = 2
 
 TAIL = 15
 """Number of lines of a log that are shown when its command has failed."""
+
+COUNTED = re.compile(rb": ([\d,]+) of ([\d,]+)")
+"""How a command's lines count, such as ``Training: 250 of 1,200 steps``."""
 
 HEARTBEAT = 30.0
 """Longest time without a line, in seconds."""
@@ -112,7 +116,7 @@ class Stages:
 
 
 class _Command:
-    """A stage in a process of its own. It writes lines to its log: what it prints goes to no terminal."""
+    """A stage in a process of its own, with its bar. As it prints to no terminal, it counts in lines."""
 
     def __init__(
         self, stage: Stage, stages: Stages, bars: Progress, finished: "queue.Queue[_Command]"
@@ -122,18 +126,25 @@ class _Command:
         self.bar = bars.add_task(stage.title, total=None)
         self.began, self.seconds = time.monotonic(), 0.0
         threads = max(1, len(os.sched_getaffinity(0)) // AT_ONCE)
-        plain = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "200", "OMP_NUM_THREADS": str(threads)}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                program(*map(str, stage.command)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**_environment(), **plain},
-            )
-        threading.Thread(target=self._wait, daemon=True).start()
+        plain = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "200"}
+        # Unbuffered, lines come when they are printed, and those of both streams in their order.
+        at_once = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            program(*map(str, stage.command)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**_environment(), **plain, **at_once},
+        )
+        threading.Thread(target=self._follow, args=(self.process.stdout,), daemon=True).start()
 
-    def _wait(self) -> None:
+    def _follow(self, printed: IO[bytes]) -> None:
+        with self.log.open("wb", buffering=0) as log:
+            for line in printed:
+                log.write(line)
+                if found := COUNTED.search(line):
+                    done, total = (int(number.replace(b",", b"")) for number in found.groups())
+                    self.bars.update(self.bar, completed=done, total=total)
         self.process.wait()
         self.seconds = time.monotonic() - self.began
         self.bars.remove_task(self.bar)

@@ -4,8 +4,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.progress import Progress, TaskID
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -107,6 +109,22 @@ def test_two_stages_run_at_the_same_time_and_their_logs_are_plain(tmp_path: Path
     ]
     Stages(tmp_path / "logs").run(stages)
     assert sorted((tmp_path / "logs" / "one.txt").read_text().split()) == ["3/7", "bold"]
+
+
+def test_the_bar_of_a_stage_counts_as_its_command_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    class Watched(Progress):
+        def update(self, task_id: TaskID, **fields: Any) -> None:
+            counted.append((self.tasks[task_id].description, fields["completed"], fields["total"]))
+            super().update(task_id, **fields)
+
+    monkeypatch.setattr("stages.Progress", Watched)
+    says = "print('Training (1,200 steps) ...\\nTraining: 250 of 1,200 steps, loss 0.5, 9 s left')"
+    Stages(tmp_path / "logs").run([python("first", tmp_path / "first", says)])
+    assert counted == [("first", 250, 1200)]
 
 
 def test_a_viewer_of_a_pipe_sees_how_much_there_is_and_that_it_goes_on(
