@@ -11,6 +11,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _CONTINUES = "continues_output"
 
+_CHECKED_LATER = ("estimate", "dry_run", "resume")
+"""Options with which a command writes nothing, or goes on with what is there."""
+
 
 def continues_output(function: F) -> F:
     """Mark a command that may go on with what is in its output folder, and checks that itself."""
@@ -30,7 +33,7 @@ def _checking(called: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(called)
     def checking(*args: Any, **given: Any) -> Any:
         out = optional_path(given["out"])
-        if out is not None and not given.get("estimate"):  # an estimate writes nothing
+        if out is not None and not any(map(given.get, _CHECKED_LATER)):
             check_free(out, given["force"])
         return called(*args, **given)
 

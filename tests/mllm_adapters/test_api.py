@@ -116,7 +116,7 @@ def test_a_delta_is_composed_and_extracted_again(tiny_llava: Path, tower: Path, 
     finally:
         show_with(None)
     assert tensors(composed) == tensors(whole)
-    assert bars == [("writing", sum(done))]
+    assert bars == [("Writing", sum(done))]
     extracted = extract(whole, tiny_llava, tmp_path / "extracted")
     assert tensors(extracted) == tensors(delta)
     with pytest.raises(OutputTakenError):

@@ -216,7 +216,7 @@ def test_the_command_exports_and_says_what_llama_cpp_does_otherwise(llava: Path,
     assert "issue 25814" in (out / "README.md").read_text()
     assert "exists: choose another --gguf" in refused(swap_encoder, "export", llava, "--gguf", out)
     assert "unknown --precision 'int8'" in refused(
-        swap_encoder, "export", llava, "--gguf", out, "--precision", "int8"
+        swap_encoder, "export", llava, "--gguf", tmp_path / "new", "--precision", "int8"
     )
 
 

@@ -118,8 +118,9 @@ def test_a_tower_that_is_elsewhere_is_given_as_a_part(golden: Path, tmp_path: Pa
     expected = load_mllm(source, dtype=torch.float32, parts={"vision-tower": tower})[0]
     for name, value in expected.named_parameters():
         assert torch.equal(found.get_parameter(name), value), name
+    again = ["convert", "--mllm", source, "--out", tmp_path / "again"]
     assert "unknown --part for LLaVA 'tower': did you mean 'vision-tower'?" in refused(
-        main, *lines, "--part", f"tower={tower}"
+        main, *again, "--part", f"tower={tower}"
     )
     lines = ["--mllm", tmp_path / "out", "--encoder", a_tower(tmp_path / "new"), "--out", tmp_path / "again"]
     assert "is whole: no --part vision-tower belongs to it" in refused(

@@ -229,7 +229,7 @@ def test_several_processes_render_the_same_rows_in_the_same_order(tmp_path, tiny
 
     @contextmanager
     def counting(description, total):
-        assert (description, total) == ("rendering conversations", 7)
+        assert (description, total) == ("Rendering conversations", 7)
         yield counted.append
 
     monkeypatch.setattr(tables, "counting", counting)
