@@ -6,7 +6,6 @@ processor time is compared (that of all of vLLM's processes), which other progra
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import typer
-from mcq import Case, asked, batches_of, variant
+from mcq import Case, asked, batches_of
 from timing import Seconds, Spread, interleaved, paired_ratios
 
 if TYPE_CHECKING:
@@ -39,9 +38,6 @@ def bench(
         Path, typer.Option("--bench", help="Benchmark file; its pictures and options are used.")
     ],
     vllm_python: Annotated[Path, typer.Option(help="Python of an environment with vLLM.")],
-    size: Annotated[
-        str, typer.Option(help="whole: the given model; small: 6 layers of width 256, random weights.")
-    ] = "whole",
     cases: Annotated[
         str, typer.Option(help="images x questions per image, separated by commas.")
     ] = "16x1,3x10",
@@ -68,22 +64,20 @@ def bench(
 
     torch.set_num_threads(threads)
     console, figures, asked_from, shown = Console(), [], load_bench(questions), 0
-    with tempfile.TemporaryDirectory() as work:
-        folder = variant(model, size, None, Path(work) / "model")
-        theirs = VLLMModel(folder, "letters", "auto", vllm_python, parse_options(vllm_options or ()))
-        engines: dict[str, Answerer[Any]] = {"eval-mcq": LocalModel(folder).load(), "vLLM": theirs.load()}
-        for shape in cases.split(","):
-            images, per_image = map(int, shape.split("x"))
-            for turned in map(int, rotations.split(",")):
-                case = Case(images, per_image, turned)
-                figures.append(
-                    {"case": asdict(case), **_measure(engines, asked_from, case, shown, repeats, batch_size)}
-                )
-                shown += images * (REHEARSALS + repeats)
-                console.print(_line(case, figures[-1]), soft_wrap=True, highlight=False)
-        theirs.process.close()
+    theirs = VLLMModel(model, "letters", "auto", vllm_python, parse_options(vllm_options or ()))
+    engines: dict[str, Answerer[Any]] = {"eval-mcq": LocalModel(model).load(), "vLLM": theirs.load()}
+    for shape in cases.split(","):
+        images, per_image = map(int, shape.split("x"))
+        for turned in map(int, rotations.split(",")):
+            case = Case(images, per_image, turned)
+            figures.append(
+                {"case": asdict(case), **_measure(engines, asked_from, case, shown, repeats, batch_size)}
+            )
+            shown += images * (REHEARSALS + repeats)
+            console.print(_line(case, figures[-1]), soft_wrap=True, highlight=False)
+    theirs.process.close()
     record = {
-        "model": str(model), "size": size, "threads": threads, "cores": os.cpu_count(), "load": os.getloadavg()[1],
+        "model": str(model), "threads": threads, "cores": os.cpu_count(), "load": os.getloadavg()[1],
         "versions": theirs.process.versions, "cases": figures,
     }  # fmt: skip
     console.print(
