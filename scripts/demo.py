@@ -224,12 +224,9 @@ def show(runs: Mapping[str, Path]) -> None:
     render.show(by_disease(arms), cli.stdout)
     found = dict(zip(runs, arms.arms, strict=True))
     better = sum(found["mgll"].cells[c].share > found["control"].cells[c].share for c in arms.categories)
-    cli.stdout.print(
+    cli.say(
         f"mgll is above the control on {better} of {len(arms.categories)} diseases. aligned has the new tower and a "
-        f"projector fitted in closed form, without a step of training. Chance is {100 * arms.macro_chance:.1f} %.",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"projector fitted in closed form, without a step of training. Chance is {100 * arms.macro_chance:.1f} %."
     )
 
 

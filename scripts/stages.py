@@ -83,11 +83,11 @@ class Stages:
         """
         waiting = [stage for stage in stages if not stage.output.exists()]
         if not waiting:
-            _say(f"All {len(stages)} stages were done before: nothing is run; --fresh starts over.")
+            cli.say(f"All {len(stages)} stages were done before: nothing is run; --fresh starts over.")
             return
         before = len(stages) - len(waiting)
         done_before = f", {before} of them done before" if before else ""
-        _say(f"{len(stages)} stages{done_before}, two at a time; logs in {self.logs}")
+        cli.say(f"{len(stages)} stages{done_before}, two at a time; logs in {self.logs}")
         finished: queue.Queue[_Command] = queue.Queue()
         running: list[_Command] = []
         failed: list[_Command] = []
@@ -98,7 +98,9 @@ class Stages:
                 unwritten = [*waiting, *(command.stage for command in running)]
                 ready = [stage for stage in waiting if not any(map(stage.needs, unwritten))]
                 for stage in ready[: AT_ONCE - len(running)] if not failed else ():
-                    _say(f"stage {stages.index(stage) + 1} of {len(stages)}, {stage.title}:\n$ {stage.shown}")
+                    cli.say(
+                        f"stage {stages.index(stage) + 1} of {len(stages)}, {stage.title}:\n$ {stage.shown}"
+                    )
                     waiting.remove(stage)
                     running.append(_Command(stage, self, bars, finished))
                 done = _next(finished, running)
@@ -164,11 +166,9 @@ def _next(finished: "queue.Queue[_Command]", running: Sequence[_Command]) -> _Co
             return finished.get(timeout=HEARTBEAT)
         except queue.Empty:
             now = time.monotonic()
-            _say("running: " + ", ".join(f"{one.stage.title} ({now - one.began:.0f} s)" for one in running))
-
-
-def _say(line: str) -> None:
-    cli.stdout.print(line, soft_wrap=True, markup=False, highlight=False)
+            cli.say(
+                "running: " + ", ".join(f"{one.stage.title} ({now - one.began:.0f} s)" for one in running)
+            )
 
 
 def _show_end(log: Path) -> None:

@@ -1,6 +1,5 @@
 """Make, read, import and export benchmarks."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,8 +9,6 @@ from mgll_encoder.common.errors import InvalidArgumentError, unknown_name
 from mgll_encoder.common.files import check_free, optional_path
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.common.tables import TableOptions, listed
-
-_logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from eval_mcq.formats.importing import ImportReport, OptionLetters
@@ -204,6 +201,7 @@ def export_benchmark(
         UserError: an argument does not apply to the format, an image cannot be read, or ``out`` exists.
     """
     from eval_mcq.formats.export import BY_PATH, EXPORTERS, write_predictions
+    from mgll_encoder.data.manifest import warn_if_test
 
     if format not in EXPORTERS:
         raise unknown_name("format", format, EXPORTERS)
@@ -220,10 +218,7 @@ def export_benchmark(
     questions = load_benchmark(bench)
     if run is not None:
         return write_predictions(questions, as_run(run), target, force)
-    if format in BY_PATH and questions.header.built.get("split") == "test":
-        _logger.warning(
-            f"{bench} is of the test split: a model that is trained on it cannot be judged by it (build one with "
-            "`build_benchmark(split=train)`)"
-        )
+    if format in BY_PATH:
+        warn_if_test(questions.path, questions.header.built)
     EXPORTERS[format](questions, target, Path(images or target.absolute().parent), force)
     return len(questions.items)

@@ -39,9 +39,8 @@ def backend_here(
     """
     folder, chosen = at_hand(model), "letters" if mode == "auto" else mode
     if not is_stock(folder):
-        if (
-            folder / CONFIG
-        ).is_file():  # before anything is hashed or decoded; an adapter is checked by its base
+        # Before anything is hashed or decoded. A folder without a configuration is an adapter, checked when loaded.
+        if (folder / CONFIG).is_file():
             from mllm_adapters import check_mllm
 
             check_mllm(folder)

@@ -172,10 +172,8 @@ def _run(
         sort_answers(answers, order)
         if scorer:
             wanted = {(bench.items[p].id, r) for batch in planned for group in batch for p, r in group.asks}
-            kept, again = (
-                done & wanted,
-                "the same command" + (" without `force=True`" if settings.force else ""),
-            )
+            kept = done & wanted
+            again = "the same command" + (" without `force=True`" if settings.force else "")
             if kept:
                 _logger.info(f"{len(kept):,} of {len(wanted):,} already answered")
             with saying_what_is_kept(

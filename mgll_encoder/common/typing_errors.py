@@ -19,11 +19,13 @@ def typing_error(error: Any) -> str:
     if choice := _CHOICE.search(message):
         near = did_you_mean(choice["found"], re.findall(r"'([^']*)'", choice["known"]))
         return f"{message} {near[0].upper()}{near[1:].strip()}" if near else message
-    if getattr(error, "ctx", None) is not None and not hasattr(
-        error, "param"
-    ):  # an invalid value says what is valid
+    invalid_value = hasattr(error, "param")  # its message says what is valid
+    if getattr(error, "ctx", None) is not None and not invalid_value:
         return f"{message} See {error.ctx.command_path} --help"
     return message
+
+
+# Typer's exceptions below are known by name: their classes are in its private copy of click.
 
 
 def asked_help(error: Any) -> str | None:
@@ -32,9 +34,10 @@ def asked_help(error: Any) -> str | None:
 
 
 def _missing(error: Any) -> list[str]:
-    """Return all required options and arguments that were not given, if one was not; those given are read first."""
+    """Return all required options and arguments that are missing; empty for other errors."""
     if type(error).__name__ != "MissingParameter" or error.ctx is None:
         return []
+    # Click reads what was given before it misses anything.
     unread = [one for one in error.ctx.command.params if one.required and one.name not in error.ctx.params]
     return [one.opts[0] if one.param_type_name == "option" else one.name.upper() for one in unread]
 

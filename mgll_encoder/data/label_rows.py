@@ -248,11 +248,11 @@ def _folder_above(image: str, images: Path) -> str:
     """Return the advice for an image that lies below a folder above the given one; empty if it does not."""
     for folder in (*images.parents, *images.resolve().parents):
         if is_file(folder / image):
-            first = (
-                f"{Path(image).parts[0]}/"  # said only if it is in the given path, too: it may name a patient
-            )
-            inside = first.rstrip("/") == images.resolve().relative_to(folder.resolve()).parts[0]
-            return f"{f'the cells begin with {first}' if inside else 'it is in a folder above'}: try `images={folder}`"
+            first = Path(image).parts[0]
+            # It may name a patient, so it is said only if the given path has it, too.
+            inside = first == images.resolve().relative_to(folder.resolve()).parts[0]
+            reason = f"the cells begin with {first}/" if inside else "it is in a folder above"
+            return f"{reason}: try `images={folder}`"
     return ""
 
 

@@ -11,6 +11,7 @@ read one at a time, so memory does not grow with the length of a manifest.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from mgll_encoder.common.files import new_file
 from mgll_encoder.common.skipped import Skipped
 from mgll_encoder.data.manifest_formats import format_named, format_of
 from mgll_encoder.weights.locate import check_manifest
+
+_logger = logging.getLogger(__name__)
 
 SPLIT_FIELDS = (
     "split", "split_by", "split_test", "split_val", "split_seed", "test_share"
@@ -132,6 +135,15 @@ def row_at(path: Path, place: int) -> ManifestRow:
 def split_of(built: Mapping[str, Any]) -> dict[str, str | int | float]:
     """Return the entries of ``built`` that describe the split of a manifest or benchmark."""
     return {name: value for name, value in built.items() if name in SPLIT_FIELDS}
+
+
+def warn_if_test(path: Path, built: Mapping[str, Any]) -> None:
+    """Warn that a file is of a test split, by its ``built``: what it trains cannot be judged by it."""
+    if built.get("split") == "test":
+        _logger.warning(
+            f"{path} is of the test split: a model that is trained on it cannot be judged by it (build one with "
+            "`build_benchmark(split=train)`)"
+        )
 
 
 def image_folder(path: Path, header: ManifestHeader) -> Path:

@@ -143,12 +143,13 @@ SETTINGS: Mapping[str, Any] = {
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `SETTINGS` in place of its ``**`` argument; one that is not given is None."""
+    """Replace the ``**`` argument of a command by the options of `SETTINGS`. Options that are not given are None."""
     signature = inspect.signature(command)
     own = [one for one in signature.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
     added = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in SETTINGS.items()
     ]
+    # Typer reads the signature; the type of functions does not declare the attribute.
     command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     return command

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mgll_encoder.common.errors import BadDataError
-from mgll_encoder.data.manifest import split_of
+from mgll_encoder.data.manifest import split_of, warn_if_test
 from mllm_adapters.data.dataset_rows import content_digest
 from mllm_adapters.data.image_index import image_facts
 from mllm_adapters.data.llava_format import Conversation
@@ -45,9 +45,10 @@ class Corpus:
         """Return how each file was split, for those that record it: manifests and benchmarks."""
         return [split for file in self.files or (self.path,) if (split := split_of(built_of(file)))]
 
-    def test_files(self) -> list[Path]:
-        """Return the files that record that they are of a test split: benchmarks."""
-        return [file for file in self.files or (self.path,) if built_of(file).get("split") == "test"]
+    def warn_of_test_files(self) -> None:
+        """Warn of the files that record that they are of a test split: benchmarks."""
+        for file in self.files or (self.path,):
+            warn_if_test(file, built_of(file))
 
     def digest(self) -> str:
         """Return the SHA-256 of the file, or of the hashes of several files."""

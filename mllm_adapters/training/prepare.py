@@ -1,7 +1,6 @@
 """Prepares a training: checks everything, loads and freezes the model, renders the data, finds tensor names."""
 
 import hashlib
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +23,6 @@ from mllm_adapters.data.dataset import DataCounts, ExampleTable, prepare_example
 from mllm_adapters.loading.load import load_folder
 from mllm_adapters.loading.quantization import keep_differentiable, nf4
 from mllm_adapters.training.recipe import Recipe
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,11 +116,8 @@ def prepare_training(
     """
     checkpoint = check_source(source)
     corpus = read_corpus(data, images, recipe.rows)
-    for file in corpus.test_files() if rank() == 0 else ():
-        _logger.warning(
-            f"{file} is of the test split: a model that is trained on it cannot be judged by it (build one with "
-            "`build_benchmark(split=train)`)"
-        )
+    if rank() == 0:
+        corpus.warn_of_test_files()
     use_cpu = train_on(device)
     precision = recipe.precision
     if precision == "auto":
