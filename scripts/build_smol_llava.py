@@ -34,6 +34,10 @@ def build(
         float | None,
         typer.Option(help="Captions among the questions about images, as a share of them (such as 0.3)."),
     ] = None,
+    batch: Annotated[int | None, typer.Option(help="Conversations per step.")] = None,
+    words_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of the questions about pictures of words.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, training examples and their order.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
@@ -54,6 +58,8 @@ def build(
         captions=captions,
         questions=questions,
         captions_replay=captions_replay,
+        batch=batch,
+        words_rate=words_rate,
         seed=seed,
         force=force,
     )

@@ -1,4 +1,4 @@
-"""From nothing to a table of four arms in about six minutes, on phantom images: ``make demo``.
+"""From nothing to a table of four arms in about three minutes, on phantom images: ``make demo``.
 
 python scripts/demo.py --out demo
 
@@ -60,11 +60,11 @@ FULL = Sizes(
     general=150,
     pictures=200,
     general_epochs=2,
-    mgll_epochs=12,
-    words=6_000,
-    captions=6_400,
-    questions=4_800,
-    epochs=6,
+    mgll_epochs=9,
+    words=4_000,
+    captions=4_000,
+    questions=3_600,
+    epochs=4,
 )
 QUICK = Sizes(
     general=8, pictures=40, general_epochs=1, mgll_epochs=1, words=32, captions=32, questions=32, epochs=1
@@ -165,7 +165,7 @@ def until_the_answers(out: Path, sizes: Sizes) -> list[Stage]:
     )
     practice = [
         "--words", str(sizes.words), "--captions", str(sizes.captions), "--questions", str(sizes.questions),
-        "--captions-replay", "0.3",
+        "--captions-replay", "0.3", "--batch", "8", "--words-rate", "1e-3",
     ]  # fmt: skip
     return [
         stages.draw("Phantom photographs for the general tower", "general", sizes.general, seed=1),

@@ -3,7 +3,6 @@
 import os
 import queue
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from forked import start
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from steps import program, typed
+from steps import typed
 
 from mgll_encoder.common import cli
 from mgll_encoder.common.errors import TrainingError
@@ -108,7 +108,7 @@ class Stages:
                 bars.advance(whole)
                 self.seconds[done.stage.title] = done.seconds
                 cli.stdout.print(f"{done.stage.title}: {done.seconds:.0f} s", style="bold", highlight=False)
-                failed += [done] if done.process.returncode else []
+                failed += [done] if done.process.exitcode else []
         for command in failed:
             _show_end(command.log)
             raise TrainingError(
@@ -131,14 +131,8 @@ class _Command:
         plain = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "200"}
         # Unbuffered, lines come when they are printed, and those of both streams in their order.
         at_once = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(
-            program(*map(str, stage.command)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**_environment(), **plain, **at_once},
-        )
-        threading.Thread(target=self._follow, args=(self.process.stdout,), daemon=True).start()
+        self.process, printed = start([*map(str, stage.command)], {**_environment(), **plain, **at_once})
+        threading.Thread(target=self._follow, args=(printed,), daemon=True).start()
 
     def _follow(self, printed: IO[bytes]) -> None:
         with self.log.open("wb", buffering=0) as log:
@@ -147,7 +141,7 @@ class _Command:
                 if found := COUNTED.search(line):
                     done, total = (int(number.replace(b",", b"")) for number in found.groups())
                     self.bars.update(self.bar, completed=done, total=total)
-        self.process.wait()
+        self.process.join()
         self.seconds = time.monotonic() - self.began
         self.bars.remove_task(self.bar)
         self.finished.put(self)

@@ -70,7 +70,8 @@ def render(conversation: Conversation, processor: Any) -> Example:
     answers: list[tuple[int, int]] = []
     for index in range(len(messages) - len(conversation.turns) + 1, len(messages), 2):
         prompt = render_chat(processor, messages[:index], add_generation_prompt=True)
-        answered = render_chat(processor, messages[: index + 1])
+        last = index + 1 == len(messages)
+        answered = text if last else render_chat(processor, messages[: index + 1])
         if not (answered.startswith(prompt) and text.startswith(answered)):
             raise BadDataError(
                 "the model's chat template cannot be used for training: the prompt of answer "

@@ -116,6 +116,8 @@ def build_smol_llava(
     captions: int | None = None,
     questions: int | None = None,
     captions_replay: float | None = None,
+    batch: int | None = None,
+    words_rate: float | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> Path:
@@ -132,6 +134,8 @@ def build_smol_llava(
         captions: Captions; None for the recipe's.
         questions: Questions about images; None for the recipe's.
         captions_replay: Captions among the questions about images, as a share of them; None for the recipe's.
+        batch: Conversations per step; None for the recipe's.
+        words_rate: Peak learning rate of the questions about sentences; None for the recipe's.
         seed: Seed of new weights, the lessons and their order.
         force: Replace ``out``.
 
@@ -146,13 +150,10 @@ def build_smol_llava(
     if language_model not in LANGUAGE_MODELS:
         raise unknown_name("language model", language_model, LANGUAGE_MODELS)
     given = {
-        "words": words, "captions": captions, "questions": questions, "captions_replay": captions_replay
+        "words": words, "captions": captions, "questions": questions, "captions_replay": captions_replay,
+        "batch": batch, "words_rate": words_rate,
     }  # fmt: skip
-    counts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    for name, value in counts.items():
-        if value < 0:
-            raise InvalidArgumentError(f"`{name}` is {value}: it must be 0 or greater")
-    recipe = replace(RECIPES[language_model], **counts)
+    recipe = _recipe(language_model, {name: value for name, value in given.items() if value is not None})
     corpus = read_corpus(data, images)
     asked = _questions(corpus)
     loaded = load_tower(tower)
@@ -186,6 +187,15 @@ def build_smol_llava(
         )
         write_trainings(folder, [*trainings_of(loaded.header.source), taught])
     return out
+
+
+def _recipe(language_model: LanguageModelName, given: dict[str, Any]) -> PracticeSettings:
+    for name, value in given.items():
+        if value < 0:
+            raise InvalidArgumentError(f"`{name}` is {value}: it must be 0 or greater")
+        if name == "batch" and value < 1:
+            raise InvalidArgumentError(f"`{name}` is {value}: it must be 1 or greater")
+    return replace(RECIPES[language_model], **given)
 
 
 def _questions(corpus: Corpus) -> list[Question]:
@@ -273,7 +283,7 @@ def _teach(
             args=arguments,
             train_dataset=dataset,
             data_collator=cached.collator if cached else AnswerCollator(processor.tokenizer.pad_token_id),
-            optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0), None),
+            optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True), None),
         )
         trainer.train()
         if cached:

@@ -69,7 +69,9 @@ def test_all_arms_come_from_the_same_base_and_both_retrainings_are_alike() -> No
 
 
 def python(title: str, output: Path, code: str, *reads: Path) -> Stage:
-    return Stage(title, output, ["python", "-c", code, *reads])
+    script = output.with_name(f"{title}.py")
+    script.write_text(code)
+    return Stage(title, output, [str(script), *map(str, reads)])
 
 
 def test_a_stage_waits_for_what_it_reads_and_is_not_run_twice(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_a_viewer_of_a_pipe_sees_how_much_there_is_and_that_it_goes_on(
     assert printed.startswith(
         f"2 stages, 1 of them done before, two at a time; logs in {tmp_path / 'logs'}\n"
     )
-    assert "stage 1 of 2, first:\n$ python -c" in printed
+    assert re.search(r"stage 1 of 2, first:\n\$ python \S+/first\.py\n", printed)
     assert re.search(r"^running: first \(\d s\)$", printed, re.MULTILINE)
     Stages(tmp_path / "logs").run(stages)
     assert capfd.readouterr().out == "All 2 stages were done before: nothing is run; --fresh starts over.\n"
@@ -167,10 +169,34 @@ def test_a_stage_that_fails_shows_the_end_of_its_log_and_stops_the_rest(
         python("after", tmp_path / "after", "raise SystemExit('not to be run')", tmp_path / "bad"),
     ]
     with pytest.raises(
-        TrainingError, match=r"python failed \(.*bad\.txt\): follow its message, then run this again"
+        TrainingError, match=r"bad\.py failed \(.*bad\.txt\): follow its message, then run this again"
     ):
         Stages(tmp_path / "logs").run(stages)
     shown = capfd.readouterr().err
     assert "error: the disk is full" in shown
     assert shown.count("line") < 20
     assert not (tmp_path / "logs" / "after.txt").exists()
+
+
+def test_a_command_still_finds_the_gpu_after_the_libraries_were_imported_for_all(tmp_path: Path) -> None:
+    """A process that is forked after the driver was asked for anything cannot use the GPU."""
+    asked = tmp_path / "asked"
+    code = f"""
+import pathlib, sys, torch
+def recorded(event, arguments):
+    if event == "ctypes.dlopen" and "cuda.so" in str(arguments): note("dlopen")
+def note(name): pathlib.Path({str(asked)!r}).open("a").write(name + "\\n")
+for name in ("_cuda_getDeviceCount", "_cuda_init"):
+    if hasattr(torch._C, name): setattr(torch._C, name, lambda *_, name=name: note(name) or 0)
+sys.addaudithook(recorded)
+sys.path.insert(0, {str(SCRIPTS)!r})
+import importlib
+from forked import LIBRARIES
+for library in LIBRARIES: importlib.import_module(library)
+note("imported")
+torch.cuda.is_available()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    first, *after = asked.read_text().split()
+    assert first == "imported", "an import asked the GPU driver"
+    assert after or not hasattr(__import__("torch")._C, "_cuda_getDeviceCount"), "the recorder records"
