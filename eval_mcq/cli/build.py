@@ -150,4 +150,4 @@ def _show_report(report: "BuildReport", out: Path, split: str) -> None:
     if small:
         warn(f"fewer than {SMALL} questions, so intervals are wide: {', '.join(small)}")
     report.skipped.say()
-    say(f"Next: {after_bench(out, split)}")
+    say(after_bench(out, split))

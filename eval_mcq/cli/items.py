@@ -1,6 +1,5 @@
 """Commands of ``eval-mcq`` that need no model: import and export of questions, audit of a printed table."""
 
-import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from eval_mcq import api
-from mgll_encoder.common.cli import note, say, stdout
+from mgll_encoder.common.cli import next_line, note, say, stdout
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
 
@@ -81,15 +80,16 @@ def import_command(
             "(--option-letters keep keeps them)"
         )
     report.skipped.say()
-    say(f"Next: {after_bench(out, split)}")
+    say(after_bench(out, split))
 
 
 def after_bench(bench: Path, split: str | None) -> str:
     """Return the command to type after a benchmark is written: questions of the train split are to train on."""
-    file = shlex.quote(str(bench))
-    if split == "train":
-        return f"retrain-projector --model MODEL --data {file}"
-    return f"eval-mcq run --model MODEL --bench {file}"
+    trained = split == "train"
+    return next_line(
+        "retrain-projector --model MODEL --data {}" if trained else "eval-mcq run --model MODEL --bench {}",
+        bench,
+    )
 
 
 @needs("eval")
@@ -127,23 +127,31 @@ def export(
         say(f"{out}: {count} predictions")
         return
     say(f"{out}: {count} questions")
-    following = _after_export(format_, out, images or out.absolute().parent)
-    say(f"Next: {following}")
+    say(_after_export(format_, out, images or out.absolute().parent))
 
 
 def _after_export(format_: str, out: Path, images: Path) -> str:
     """Return the next command to run."""
     from eval_mcq.formats.lmms_eval import task_name
 
-    return {
-        "llava": f"retrain-projector --model MODEL --data {out} --images {images}",
-        "messages": f"finetune-lora --model MODEL --data {out} --images {images}",
-        "trl": f"finetune-lora --model MODEL --data {out} --images {images}",
-        "vlmevalkit": f"LMUData={out.absolute().parent} python run.py --data {out.stem} --model MODEL (in VLMEvalKit)",
-        "lmms-eval": f"python -m lmms_eval --include_path {out} --tasks {task_name(out)} --model MODEL",
-        "jsonl": f"eval-mcq run --model MODEL --bench {out}",
-        "parquet": f"eval-mcq import {out} --format parquet --out {out.stem}.jsonl (on the machine it is sent to)",
-    }[format_]
+    parent, task = out.absolute().parent, task_name(out)
+    commands: dict[str, tuple[str, tuple[str | Path, ...]]] = {
+        "llava": ("retrain-projector --model MODEL --data {} --images {}", (out, images)),
+        "messages": ("finetune-lora --model MODEL --data {} --images {}", (out, images)),
+        "trl": ("finetune-lora --model MODEL --data {} --images {}", (out, images)),
+        "vlmevalkit": (
+            "LMUData={} python run.py --data {} --model MODEL (in VLMEvalKit)",
+            (parent, out.stem),
+        ),
+        "lmms-eval": ("python -m lmms_eval --include_path {} --tasks {} --model MODEL", (out, task)),
+        "jsonl": ("eval-mcq run --model MODEL --bench {}", (out,)),
+        "parquet": (
+            "eval-mcq import {} --format parquet --out {} (on the machine it is sent to)",
+            (out, f"{out.stem}.jsonl"),
+        ),
+    }
+    template, values = commands[format_]
+    return next_line(template, *values)
 
 
 @needs("eval")

@@ -16,7 +16,7 @@ from eval_mcq.cli.items import Force, Format, FormatOption, OutFile
 from eval_mcq.cli.run import COMMANDS as RUN_COMMANDS
 from eval_mcq.cli.run import FourBit, ModeName
 from mgll_encoder.common import compute_options as compute
-from mgll_encoder.common.cli import new_app, note, run, say, stdout
+from mgll_encoder.common.cli import new_app, next_line, note, run, say, stdout
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.files import check_free, write_text
@@ -173,7 +173,7 @@ def run_command(
         return
     if not done.complete:
         say(f"Next, for the rest: the same command without --limit (continues {folder})")
-    say(f"Next: {_comparison(folder)}")
+    say(_comparison(folder))
 
 
 def _comparison(folder: Path) -> str:
@@ -182,7 +182,7 @@ def _comparison(folder: Path) -> str:
     arms = (
         [f"{name}={folder}", "OTHER=OTHER_RUN"] if name == "base" else ["base=OTHER_RUN", f"{name}={folder}"]
     )
-    return f"eval-mcq compare {shlex.join(arms)}"
+    return next_line("eval-mcq compare {} {}", *arms)
 
 
 @app.command()

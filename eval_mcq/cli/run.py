@@ -1,7 +1,6 @@
 """The commands ``eval-mcq merge`` and ``check``, and options of ``run``."""
 
 import json
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 
 from eval_mcq.cli.items import Force
 from mgll_encoder.common import compute_options as compute
-from mgll_encoder.common.cli import say, stdout, warn
+from mgll_encoder.common.cli import next_line, say, stdout, warn
 from mgll_encoder.common.errors import BadDataError, InvalidArgumentError
 from mgll_encoder.common.extras import needs, require
 from mgll_encoder.common.files import check_free, write_text
@@ -57,7 +56,7 @@ def merge_command(
 
     run = merge(shards, out, bench, force)
     say(f"{out}: {len(run.rows)} answers of {len(shards)} shards")
-    say(f"Next: eval-mcq table {shlex.quote(str(out))}")
+    say(next_line("eval-mcq table {}", out))
 
 
 @needs("eval")

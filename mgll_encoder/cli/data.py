@@ -5,11 +5,13 @@ from pathlib import Path
 import typer
 
 from mgll_encoder.common import table_options as tables
-from mgll_encoder.common.cli import new_app, note, say, stdout, warn
+from mgll_encoder.common.cli import new_app, next_line, note, say, stdout, warn
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
 from mgll_encoder.common.patient_column import HELP as PATIENT_HELP
 from mgll_encoder.common.tables import listed
+
+_PRETRAIN = "mgll-encoder pretrain --manifest {} --out tower"
 
 app = new_app("Build data sets for pretraining.")
 
@@ -88,7 +90,7 @@ def fundus(
     texts = ", ".join(f"{count} {granularity}" for granularity, count in report.texts.items())
     say(f"{report.rows} images ({splits}); distinct texts: {texts}")
     say(f"manifest: {out}")
-    say(f"Next: mgll-encoder pretrain --manifest {out} --out tower")
+    say(next_line(_PRETRAIN, out))
 
 
 def _classes(option: str) -> dict[str, str]:
@@ -163,7 +165,7 @@ def xray(
     say(f"{report.rows} images ({splits}); distinct texts: {texts}")
     if contact_sheet is not None:
         say(f"contact sheet of {report.on_sheet} images: {contact_sheet}")
-    say(f"Next: mgll-encoder pretrain --manifest {out / manifest} --out tower")
+    say(next_line(_PRETRAIN, out / manifest))
 
 
 @app.command()
@@ -188,4 +190,5 @@ def phantom(
     stdout.print(
         f"{count} phantom photographs in {out} (labels.csv, views.jsonl, contact_sheet.png)", highlight=False
     )
-    say(f"Next: mgll-encoder data fundus --labels {out}/labels.csv --images {out} --out {out}/manifest.jsonl")
+    made = (out / "labels.csv", out, out / "manifest.jsonl")
+    say(next_line("mgll-encoder data fundus --labels {} --images {} --out {}", *made))

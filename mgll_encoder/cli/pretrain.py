@@ -6,7 +6,7 @@ import typer
 
 from mgll_encoder import api
 from mgll_encoder.common import compute_options as compute
-from mgll_encoder.common.cli import say
+from mgll_encoder.common.cli import next_line, say
 from mgll_encoder.common.devices import AUTO
 from mgll_encoder.common.errors import InvalidArgumentError
 from mgll_encoder.common.extras import needs
@@ -151,4 +151,4 @@ def pretrain(
     if result.validation:
         say(f"kept epoch {result.kept} of {epochs}: validation mAP {result.validation['mAP']:.4f}")
     say(f"tower: {out}")
-    say(f"Next: swap-encoder --mllm llava-med --encoder {out}")
+    say(next_line("swap-encoder --mllm llava-med --encoder {}", out))

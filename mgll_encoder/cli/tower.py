@@ -1,13 +1,12 @@
 """``mgll-encoder inspect`` and ``convert``."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgll_encoder.common.cli import note, say, spelled, stdout, warn
+from mgll_encoder.common.cli import next_line, note, say, spelled, stdout, warn
 from mgll_encoder.common.files import check_free
 from mgll_encoder.common.terminal_table import TerminalTable
 from mgll_encoder.weights.locate import check_tower
@@ -115,7 +114,7 @@ def convert(
     done = convert_tower(path, out, to=to, **_choices(activation, weights), **fitted, force=force)
     for message in done.warnings:
         warn(message)
-    for line in (f"wrote {out}", f"Next: {_NEXT[to].format(shlex.quote(str(out)))}"):
+    for line in (f"wrote {out}", next_line(_NEXT[to], out)):
         say(line)
 
 

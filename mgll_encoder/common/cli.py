@@ -7,11 +7,13 @@ import atexit
 import gc
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
@@ -251,6 +253,11 @@ def spelled(message: str) -> str:
 def say(line: str) -> None:
     """Print a line of the result on stdout as it is: neither wrapped nor highlighted."""
     stdout.print(line, highlight=False, soft_wrap=True)
+
+
+def next_line(template: str, *values: str | Path) -> str:
+    """Return the line that names the command to type next; ``values`` are quoted as a shell needs them."""
+    return f"Next: {template.format(*(shlex.quote(str(value)) for value in values))}"
 
 
 def warn(message: str) -> None:

@@ -47,7 +47,7 @@ def compose(
         force=force,
     )
     cli.say(f"Written: {out}")
-    cli.say(f"Next: swap-encoder verify {out}")
+    cli.say(cli.next_line("swap-encoder verify {}", out))
 
 
 def extract(
@@ -80,5 +80,5 @@ def extract(
         force=force,
     )
     cli.say(f"Written: {target}")
-    following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {folder.absolute().name}-again"
-    cli.say(f"Next: {following}")
+    composed = f"{folder.absolute().name}-again"
+    cli.say(cli.next_line("swap-encoder compose --mllm {} --delta {} --out {}", mllm, target, composed))

@@ -48,5 +48,5 @@ def export(
         return
     plan.write(out, force=force)
     cli.say(f"Written: {out}")
-    following = f"llama-server --model {out}/model.gguf --mmproj {out}/mmproj.gguf"
-    cli.say(f"Next: {following}")
+    written = (out / "model.gguf", out / "mmproj.gguf")
+    cli.say(cli.next_line("llama-server --model {} --mmproj {}", *written))

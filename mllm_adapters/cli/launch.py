@@ -97,4 +97,4 @@ def _tell(outcome: "Outcome") -> None:
     if outcome.merged:
         cli.say(f"Merged: {outcome.merged}")
     model = outcome.merged or outcome.out
-    cli.say(f"Next: eval-mcq run --model {model} --bench bench.jsonl")
+    cli.say(cli.next_line("eval-mcq run --model {} --bench bench.jsonl", model))

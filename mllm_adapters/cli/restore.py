@@ -99,10 +99,11 @@ def restore(
 
     given = parts_of(parts)
     check_swapped(folder)
-    following = f"mgll-encoder inspect {target}"
+    following = cli.next_line("mgll-encoder inspect {}", target)
     if mllm is not None:
         cli.note(f"Restoring {folder} from {mllm} ...")
-        following = f"eval-mcq run --model {target} --bench test.jsonl --out runs/{target.name}"
+        run = f"runs/{target.name}"
+        following = cli.next_line("eval-mcq run --model {} --bench test.jsonl --out {}", target, run)
     api.restore(folder, target, mllm=mllm, parts=given, force=force, copy=copy)
     cli.say(f"Written: {target}")
-    cli.say(f"Next: {following}")
+    cli.say(following)

@@ -163,10 +163,14 @@ def swap(
         from mllm_adapters.swap.hub import push
 
         _tell(f"Pushed: {push(target, push_to_hub, private=private)}", as_json)
-    following = f"retrain-projector --model {target} {_training_rows(images)}"
     if delta_only:
-        following = f"swap-encoder compose --mllm {mllm} --delta {target} --out {plan.name}"
-    _tell(f"Next: {following}", as_json)
+        following = cli.next_line(
+            "swap-encoder compose --mllm {} --delta {} --out {}", mllm, target, plan.name
+        )
+    else:
+        rows = _training_rows(images)
+        following = cli.next_line("retrain-projector --model {} --data {} --images {}", target, *rows)
+    _tell(following, as_json)
 
 
 @app.command()
@@ -229,8 +233,8 @@ def example(
     cli.stdout.print(
         f"Written: {out} (a LLaVA and a tower of toy size with random weights, images, train.json)"
     )
-    following = f"--mllm {out}/llava --encoder {out}/tower --align {out}/photographs --out {out}/swapped"
-    cli.say(f"Next: swap-encoder {following}")
+    made = (out / name for name in ("llava", "tower", "photographs", "swapped"))
+    cli.say(cli.next_line("swap-encoder --mllm {} --encoder {} --align {} --out {}", *made))
 
 
 app.command()(verify)
@@ -286,14 +290,10 @@ def _fitted(plan: "SwapPlan", as_json: bool) -> "SwapPlan":
     return plan
 
 
-def _training_rows(images: Path | None) -> str:
-    """Return options for the next command: the rows next to the images of ``--align``, or names to replace."""
+def _training_rows(images: Path | None) -> tuple[str | Path, str | Path]:
+    """Return rows and images for the next command: those next to the images of ``--align``, or names to replace."""
     rows = images and images.with_name("train.json")
-    return (
-        f"--data {rows} --images {images}"
-        if rows and rows.is_file()
-        else "--data train.json --images images/"
-    )
+    return (rows, images) if images and rows and rows.is_file() else ("train.json", "images/")
 
 
 def _tell(line: str, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +29,23 @@ def test_a_swap_prints_its_plan_and_the_next_command(
     outcome = invoke(main, "--mllm", tiny_llava, "--encoder", tower)
     assert outcome.code == 0, outcome.err
     assert "per image" in outcome.out
-    assert "Next: retrain-projector --model tiny-llava-mgll-tiny" in outcome.out
+    following = "Next: retrain-projector --model tiny-llava-mgll-tiny --data train.json --images images/"
+    assert following in outcome.out.splitlines()
     assert (tmp_path / "tiny-llava-mgll-tiny" / "config.json").is_file()
     record = json.loads((tmp_path / "tiny-llava-mgll-tiny" / "mgll_swap.json").read_text())
     assert record["plan"]["after"]["tokens"] == 4
+
+
+def test_the_next_command_can_be_typed_where_a_path_has_a_space(
+    tiny_llava: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = invoke(main, "--mllm", tiny_llava, "--encoder", tower, "--delta-only", "--out", "my delta")
+    assert written.code == 0, written.err
+    (line,) = (line for line in written.out.splitlines() if line.startswith("Next: "))
+    done = invoke(main, *shlex.split(line)[2:])
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("Next: ")
 
 
 def test_dry_run_writes_nothing_and_json_is_json(tiny_llava: Path, tower: Path, tmp_path: Path) -> None:
