@@ -270,7 +270,7 @@ def test_smollm2_with_its_new_row_speaks_as_the_package_does():
 
 @pytest.mark.slow
 def test_the_tiny_language_model_learns_to_answer_written_pictures(place, tmp_path):
-    folder = build(place, tmp_path / "taught", words=8_000, captions=0, questions=0)
+    folder = build(place, tmp_path / "taught", words=6_000, captions=0, questions=0, batch=8, words_rate=1e-3)
     model, processor = load_mllm(folder)
     questions = [q for r in read_conversations(place / "train.json") if (q := read_question(r))]
     right = 0

@@ -63,7 +63,7 @@ def swap(host: Path, tower: Path, out: Path, *more: object) -> tuple[object, ...
     return main, "--mllm", host, "--encoder", tower, "--out", out, *more
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=(pytest.mark.slow, pytest.mark.timeout(900)))])
 def test_killed_at_random_moments_it_leaves_nothing_that_loads(
     kills: int, host: Path, tower: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def two_hospitals(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(900)
 def test_every_arm_is_compared_with_plain_clip_seed_by_seed_and_never_trained_twice(
     two_hospitals: Path, tmp_path: Path
 ) -> None:
