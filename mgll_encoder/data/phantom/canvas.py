@@ -1,7 +1,6 @@
 """Drawing in retina coordinates: the field of view is the unit disc, x to the right, y downwards."""
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,28 +17,38 @@ def edge(distance: Array, softness: float) -> Array:
     return inside
 
 
-@lru_cache(maxsize=4)
-def _grid(size: int) -> tuple[Array, Array]:
-    axis = ((np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1) * np.float32(1.04)
-    x, y = np.meshgrid(axis, axis)
-    return x, y
+def planes(color: Color) -> Array:
+    """Return a color as an array [3, 1, 1], to be multiplied by a mask [size, size]."""
+    return np.asarray(color, np.float32)[:, None, None]
+
+
+def to_image(rgb: Array) -> Image.Image:
+    """Return three planes [3, size, size] on a 0-1 scale as an RGB image."""
+    levels = np.clip(rgb, 0, 1)
+    levels *= 255
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in levels.astype(np.uint8)])
 
 
 @dataclass
 class Canvas:
-    """A picture under construction, in linear 0-1 RGB, with its random stream."""
+    """A picture under construction, in linear 0-1 RGB planes [3, size, size], with its random stream."""
 
     size: int
     rng: np.random.Generator
     rgb: Array = field(init=False)
 
     def __post_init__(self) -> None:
-        self.x, self.y = _grid(self.size)
+        self.axis = ((np.arange(self.size, dtype=np.float32) + 0.5) / self.size * 2 - 1) * np.float32(1.04)
+
+    def squared_distance(self, center: tuple[float, float], ratio: float = 1.0) -> Array:
+        """Return the square of :meth:`distance`, in double precision."""
+        x, y = (self.axis - center[0]) / ratio, self.axis - center[1]
+        squares: Array = np.square(x, dtype=np.float64) + np.square(y, dtype=np.float64)[:, None]
+        return squares
 
     def distance(self, center: tuple[float, float], ratio: float = 1.0) -> Array:
         """Return the distance of every pixel to a point; ``ratio`` < 1 turns the unit circle into a tall ellipse."""
-        distance: Array = np.hypot((self.x - center[0]) / ratio, self.y - center[1])
-        return distance
+        return np.sqrt(self.squared_distance(center, ratio)).astype(np.float32)
 
     def noise(self, cells: int) -> Array:
         """Generate smooth noise of unit variance with about ``cells`` bumps along a side."""
@@ -48,14 +57,14 @@ class Canvas:
 
     def blend(self, mask: Array, color: Color) -> None:
         """Paint a color through a 0-1 mask."""
-        weight = np.clip(mask, 0, 1)[..., None]
-        self.rgb = self.rgb * (1 - weight) + weight * np.asarray(color, np.float32)
+        weight = np.clip(mask, 0, 1)
+        self.rgb *= 1 - weight
+        self.rgb += weight * planes(color)
 
     def soften(self, radius: float) -> None:
         """Blur the whole picture by a Gaussian of ``radius`` field radii."""
-        picture = Image.fromarray((np.clip(self.rgb, 0, 1) * 255).astype(np.uint8))
-        blurred = picture.filter(ImageFilter.GaussianBlur(radius * self.size / 2.08))
-        self.rgb = np.asarray(blurred, np.float32) / 255
+        blurred = to_image(self.rgb).filter(ImageFilter.GaussianBlur(radius * self.size / 2.08))
+        self.rgb = np.stack([np.asarray(band, np.float32) for band in blurred.split()]) / 255
 
     def mask(self, blur: float = 0.0) -> "Mask":
         """Return a blank mask to draw on, blurred by ``blur`` field radii when read."""

@@ -132,7 +132,7 @@ def _bone_spicules(canvas: Canvas, eye: Anatomy, severity: float) -> None:
 
 def _lens(canvas: Canvas, severity: float) -> None:
     canvas.soften(0.028 + 0.03 * severity)
-    canvas.blend(np.full_like(canvas.x, 0.38 + 0.2 * severity), (0.74, 0.62, 0.36))
+    canvas.blend(np.full((canvas.size, canvas.size), 0.38 + 0.2 * severity, np.float32), (0.74, 0.62, 0.36))
 
 
 def _vitreous(canvas: Canvas, severity: float) -> None:

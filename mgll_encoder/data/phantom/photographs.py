@@ -5,13 +5,14 @@ A finding changes the anatomy before rendering, paints lesions on it, or degrade
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mgll_encoder.common.errors import unknown_name
-from mgll_encoder.data.phantom.canvas import Canvas, Mask, edge
+from mgll_encoder.data.phantom.canvas import Array, Canvas, Mask, edge, planes, to_image
 from mgll_encoder.data.phantom.findings import FINDINGS, Anatomy
 
 
@@ -80,19 +81,24 @@ def _draw_eye_parameters(rng: np.random.Generator, left_eye: bool) -> Anatomy:
 
 
 def _paint_retina(canvas: Canvas, eye: Anatomy) -> None:
-    radius = canvas.distance((0.0, 0.0))
-    canvas.rgb = np.broadcast_to(np.asarray(eye.background, np.float32), (*radius.shape, 3)).copy()
-    canvas.rgb *= 1 + 0.035 * canvas.noise(6)[..., None] + 0.015 * canvas.noise(32)[..., None]
+    canvas.rgb = planes(eye.background) * (1 + 0.035 * canvas.noise(6) + 0.015 * canvas.noise(32))
     # choroidal vessels: bright ridges of smooth noise between dark islands
     ridges = np.exp(-((np.abs(canvas.noise(19) + 0.6 * canvas.noise(27)) / 0.42) ** 2))
-    strength = eye.choroid * (1 - 0.55 * np.exp(-((canvas.distance(eye.fovea) / 0.25) ** 2)))
-    canvas.rgb *= 1 - (strength * (1 - ridges))[..., None] * np.asarray((0.42, 0.58, 0.55), np.float32)
-    canvas.rgb += (strength * ridges)[..., None] * np.asarray((0.10, 0.11, 0.05), np.float32)
-    far = np.clip((radius - 0.35) / 0.65, 0, 1)[..., None] ** 1.5
-    canvas.rgb *= 1 - far * (1 - np.asarray(eye.periphery, np.float32))
     macula = canvas.distance(eye.fovea)
+    strength = eye.choroid * (1 - 0.55 * np.exp(-((macula / 0.25) ** 2)))
+    canvas.rgb *= 1 - strength * (1 - ridges) * planes((0.42, 0.58, 0.55))
+    canvas.rgb += strength * ridges * planes((0.10, 0.11, 0.05))
+    canvas.rgb *= 1 - _periphery(canvas.size) * (1 - planes(eye.periphery))
     canvas.blend(0.42 * np.exp(-((macula / 0.15) ** 2)), (0.42, 0.14, 0.07))
     canvas.blend(0.35 * np.exp(-((macula / 0.018) ** 2)), (0.95, 0.75, 0.55))
+
+
+@lru_cache(maxsize=4)
+def _periphery(size: int) -> Array:
+    """Return how peripheral each pixel is, 0 to 1."""
+    radius = Canvas(size, np.random.default_rng(0)).distance((0.0, 0.0))
+    weight: Array = np.clip((radius - 0.35) / 0.65, 0, 1) ** 1.5
+    return weight
 
 
 def _paint_disc(canvas: Canvas, eye: Anatomy) -> None:
@@ -123,12 +129,12 @@ def _paint_vessels(canvas: Canvas, eye: Anatomy) -> None:
                 wobble = np.cumsum(rng.normal(0, 0.007, path.shape), axis=0)
                 points = (path + wobble) * (eye.temporal, 1) + eye.disc
                 _branch(mask, points, calibre * eye.vessel, rng, generation=0)
-    canvas.rgb *= 1 - arteries.read()[..., None] * np.asarray((0.14, 0.40, 0.36), np.float32)
-    canvas.rgb *= 1 - veins.read()[..., None] * np.asarray((0.34, 0.60, 0.50), np.float32)
+    canvas.rgb *= 1 - arteries.read() * planes((0.14, 0.40, 0.36))
+    canvas.rgb *= 1 - veins.read() * planes((0.34, 0.60, 0.50))
 
 
-_TWIGS = (3, 2, 0)
-"""Side branches of a vessel, by generation."""
+_TWIGS = (3, 2)
+"""Side branches of a vessel, by generation; the last one has none."""
 
 
 def _branch(
@@ -138,24 +144,27 @@ def _branch(
     middle = len(points) // 2
     mask.line(points[: middle + 1], calibre, level=1.0 - 0.15 * generation)
     mask.line(points[middle:], 0.65 * calibre, level=0.9 - 0.2 * generation)
-    starts = np.arange(2, len(points) - 1)
-    for start in rng.choice(starts, size=min(_TWIGS[generation], len(starts)), replace=False):
+    if generation == len(_TWIGS):
+        return
+    for start in 2 + rng.choice(len(points) - 3, size=_TWIGS[generation], replace=False):
         heading = points[start] - points[start - 1]
-        angle = np.arctan2(heading[1], heading[0]) + rng.choice((-1, 1)) * rng.uniform(0.4, 0.9)
-        bends = angle + np.cumsum(rng.normal(0, 0.16, 6))
+        angle = np.arctan2(heading[1], heading[0]) + (-1, 1)[rng.integers(2)] * rng.uniform(0.4, 0.9)
+        bends = angle + rng.normal(0, 0.16, 6).cumsum()
         step = rng.uniform(0.04, 0.065) / (1 + 0.4 * generation)
-        path = points[start] + np.cumsum(step * np.stack([np.cos(bends), np.sin(bends)], 1), axis=0)
-        _branch(mask, np.vstack([points[start], path]), 0.55 * calibre, rng, generation + 1)
+        twig = np.empty((7, 2))
+        twig[0] = points[start]
+        twig[1:, 0], twig[1:, 1] = np.cos(bends), np.sin(bends)
+        twig[1:] = twig[0] + (step * twig[1:]).cumsum(axis=0)
+        _branch(mask, twig, 0.55 * calibre, rng, generation + 1)
 
 
 def _photograph(canvas: Canvas, size: int, rng: np.random.Generator) -> Image.Image:
     radius = canvas.distance((0.0, 0.0))
     flare = rng.uniform(-0.35, 0.35, 2)
-    light = rng.uniform(0.86, 1.08) * (1.06 - 0.22 * np.hypot(canvas.x - flare[0], canvas.y - flare[1]) ** 2)
+    light = rng.uniform(0.86, 1.08) * (1.06 - 0.22 * canvas.squared_distance((flare[0], flare[1])))
     aperture = edge(radius / rng.uniform(0.955, 1.0), 0.006)
-    balance = rng.normal(1, 0.035, 3).astype(np.float32)
-    rgb = canvas.rgb * balance * (light * aperture)[..., None]
-    picture = Image.fromarray((np.clip(rgb, 0, 1) * 255).astype(np.uint8))
+    balance = rng.normal(1, 0.035, (3, 1, 1)).astype(np.float32)
+    picture = to_image(canvas.rgb * balance * (light * aperture))
     picture = picture.resize((size, size), Image.Resampling.BOX)
     grain = rng.normal(0, rng.uniform(1.0, 3.5), (size, size, 3))
     return Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))
