@@ -24,11 +24,18 @@ _START = 120.0
 _PATIENCE = 60.0
 """Seconds within which it must answer; the kernel kills it sooner unless the machine is overloaded."""
 
+_TOGETHER = 64
+"""Number of chats in a request."""
+
 _CHUNK = 1 << 16
 
 PREFIX_TYPES = "token_type_ids"
 """A field of PaliGemma's processor: 0 in the prompt, which has bidirectional attention, 1 in the answer, which is
 causal. So no part of a prompt can be computed before its end is known."""
+
+
+Messages = Sequence[Mapping[str, Any]]
+"""Turns of a conversation, as ``apply_chat_template`` takes them."""
 
 
 class TemplateError(UserError):
@@ -43,15 +50,27 @@ def template_of(processor: Any) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def render_chat(
-    processor: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
-) -> str:
+def render_chat(processor: Any, messages: Messages, *, add_generation_prompt: bool = False) -> str:
     """Do what ``processor.apply_chat_template`` does, with limits of time, memory and length. Thread-safe.
 
     Args:
         processor: Has a chat template and a tokenizer.
         messages: Turns as in that method, pictures as placeholders.
         add_generation_prompt: Whether the text ends with the prefix of an answer.
+
+    Raises:
+        UserError: see `render_chats`.
+    """
+    (text,) = render_chats(processor, [(messages, add_generation_prompt)])
+    return text
+
+
+def render_chats(processor: Any, chats: Sequence[tuple[Messages, bool]]) -> list[str]:
+    """Render many chats in few requests, each as `render_chat` does.
+
+    Args:
+        processor: Has a chat template and a tokenizer.
+        chats: Turns, and whether the text ends with the prefix of an answer.
 
     Raises:
         TemplateError: the template is invalid, refuses the conversation, or does not terminate; the line is named if
@@ -63,20 +82,27 @@ def render_chat(
         raise NotFoundError(
             "the model's processor has no chat template: add chat_template.jinja to its folder"
         )
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
     named = processor.tokenizer.special_tokens_map.items()
     special = {
         key: [str(t) for t in token] if isinstance(token, list) else str(token) for key, token in named
     }
-    request = {
-        **special,
-        "conversations": [turns],
-        "chat_template": template,
-        "add_generation_prompt": add_generation_prompt,
-    }
+    settings = {**special, "chat_template": template}
+    return [
+        text
+        for first in range(0, len(chats), _TOGETHER)
+        for text in _rendered({**settings, "chats": [*map(_written, chats[first : first + _TOGETHER])]})
+    ]
+
+
+def _written(chat: tuple[Messages, bool]) -> tuple[list[dict[str, Any]], bool]:
+    turns, asking = chat
+    return [{key: value for key, value in turn.items() if value is not None} for turn in turns], asking
+
+
+def _rendered(request: Mapping[str, Any]) -> list[str]:
     answer = _WORKER.ask(request)
-    if "text" in answer:
-        return _whole(str(answer["text"]))
+    if "texts" in answer:
+        return [_whole(text) for text in answer["texts"]]
     where = f"line {answer['line']}: " if answer.get("line") else ""
     raise TemplateError(
         f"the model's chat template cannot be rendered: {where}{answer['error']}: fix chat_template.jinja in its "

@@ -35,15 +35,25 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _answer(out, {"ready": True})
     for line in sys.stdin:
+        _answer(out, _render_all(render_jinja_template, json.loads(line), seconds))
+
+
+def _render_all(render: Any, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Render the chats of a request; the answer is their texts, or the first error."""
+    texts = []
+    for turns, asking in request.pop("chats"):
         signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal kills the process
-        answer = _render(render_jinja_template, json.loads(line))
+        answer = _render(render, {**request, "conversations": [turns], "add_generation_prompt": asking})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _answer(out, answer)
+        if "text" not in answer:
+            return answer
+        texts.append(answer["text"])
+    return {"texts": texts}
 
 
-def _render(render: Any, request: dict[str, Any]) -> dict[str, Any]:
+def _render(render: Any, settings: dict[str, Any]) -> dict[str, Any]:
     try:
-        (text,), _ = render(**request)
+        (text,), _ = render(**settings)
     except MemoryError:
         return {"error": "it uses too much memory"}
     except RecursionError:

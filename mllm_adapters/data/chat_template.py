@@ -1,11 +1,13 @@
 """Conversations rendered with the model's chat template, and the position of its answers in them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from PIL import Image
 
-from mgll_encoder.common.chat import TemplateError, render_chat, template_of
+from mgll_encoder.common.chat import TemplateError, render_chat, render_chats, template_of
 from mgll_encoder.common.errors import BadDataError
 from mllm_adapters.data.llava_format import ROLES, Conversation
 
@@ -54,7 +56,13 @@ def check_processor(processor: Any) -> None:
 
 
 def render(conversation: Conversation, processor: Any) -> Example:
-    """Render a conversation and find its answers, by rendering the prompt before each of them.
+    """Render a conversation as `render_all` does."""
+    (example,) = render_all([conversation], processor)
+    return example
+
+
+def render_all(conversations: Sequence[Conversation], processor: Any) -> list[Example]:
+    """Render conversations and find their answers, by rendering the prompt before each of them.
 
     An answer begins at the end of the generation prompt, and includes what the template puts after it,
     without trailing white space.
@@ -63,15 +71,28 @@ def render(conversation: Conversation, processor: Any) -> Example:
         UserError: a prompt is not a prefix of the whole conversation (a template that rewrites history), or
             the template does not write the system turn or the images.
     """
+    chats = [_chats(conversation) for conversation in conversations]
+    texts = iter(render_chats(processor, [chat for some in chats for chat in some]))
+    return [
+        _example(conversation, list(islice(texts, len(some))), processor)
+        for conversation, some in zip(conversations, chats, strict=True)
+    ]
+
+
+def _chats(conversation: Conversation) -> list[tuple[list[dict[str, Any]], bool]]:
+    """Return the prompt before each answer and the text up to its end; the last one is the whole conversation."""
     messages = conversation.messages()
-    text = render_chat(processor, messages)
+    answers = range(len(messages) - len(conversation.turns) + 1, len(messages), 2)
+    return [chat for index in answers for chat in ((messages[:index], True), (messages[: index + 1], False))]
+
+
+def _example(conversation: Conversation, texts: Sequence[str], processor: Any) -> Example:
+    """Make the example of a conversation from the texts of `_chats`."""
+    text = texts[-1]
     if conversation.system is not None:
-        _check_system(conversation, messages, text, processor)
+        _check_system(conversation, conversation.messages(), text, processor)
     answers: list[tuple[int, int]] = []
-    for index in range(len(messages) - len(conversation.turns) + 1, len(messages), 2):
-        prompt = render_chat(processor, messages[:index], add_generation_prompt=True)
-        last = index + 1 == len(messages)
-        answered = text if last else render_chat(processor, messages[: index + 1])
+    for prompt, answered in zip(texts[::2], texts[1::2], strict=True):
         if not (answered.startswith(prompt) and text.startswith(answered)):
             raise BadDataError(
                 "the model's chat template cannot be used for training: the prompt of answer "

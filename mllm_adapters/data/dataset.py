@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mllm_adapters.data.chat_template import (
     adds_special_tokens,
     check_processor,
     image_tokens,
-    render,
+    render_all,
 )
 from mllm_adapters.data.corpus import Corpus
 from mllm_adapters.data.fingerprints import text_fingerprint
@@ -191,22 +192,22 @@ class Renderer:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Map the columns of a batch of rows to columns of the result."""
-        rows = [
-            self._row(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)
-        ]
-        return {name: [row[name] for row in rows] for name in RENDERED.names}
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        whole = [self.damaged.isdisjoint(row["images"]) for row in rows]
+        found = iter(render_all([to_conversation(row) for row in compress(rows, whole)], self.processor))
+        made = [self._row(row, next(found) if good else None) for row, good in zip(rows, whole, strict=True)]
+        return {name: [row[name] for row in made] for name in RENDERED.names}
 
-    def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        damaged = not self.damaged.isdisjoint(row["images"])
-        example = Example((), "", ()) if damaged else render(to_conversation(row), self.processor)
+    def _row(self, row: Mapping[str, Any], rendered: Example | None) -> dict[str, Any]:
+        example = rendered or Example((), "", ())
         return {
             "images": row["images"],
             "text": example.text,
             "starts": [start for start, _ in example.answers],
             "ends": [end for _, end in example.answers],
-            "length": 0 if damaged else self._length(example),
+            "length": self._length(rendered) if rendered else 0,
             "shown": len(row["images"]),
-            "damaged": damaged,
+            "damaged": rendered is None,
         }
 
     def _length(self, example: Example) -> int:

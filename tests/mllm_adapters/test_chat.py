@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from eval_mcq.cli.main import main as eval_mcq
 from mgll_encoder.common import chat
-from mgll_encoder.common.chat import TemplateError, render_chat
+from mgll_encoder.common.chat import TemplateError, render_chat, render_chats
 from mgll_encoder.common.errors import NotFoundError
 from mllm_adapters.cli.retrain import main as retrain_projector
 from mllm_adapters.families import read_template
@@ -146,3 +146,27 @@ def test_commands_refuse_a_hostile_template_in_one_line(tiny_llava: Path, tmp_pa
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": 3}))
     refused(eval_mcq, "run", "--model", folder, "--bench", bench, "--out", tmp_path / "run")
+
+
+def test_many_chats_are_rendered_in_few_requests_each_as_alone(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+    ask = chat._WORKER.ask
+    monkeypatch.setattr(chat._WORKER, "ask", lambda request: requests.append(request) or ask(request))
+    chats = [([{"role": "user", "content": f"number {i}"}], bool(i % 2)) for i in range(130)]
+    together = render_chats(processor, chats)
+    assert len(requests) == 3
+    assert together == [
+        render_chat(processor, turns, add_generation_prompt=asking) for turns, asking in chats
+    ]
+    assert render_chats(processor, []) == []
+
+
+def test_one_chat_that_a_template_refuses_is_told_among_many(processor: Any) -> None:
+    processor.chat_template = (
+        "\n{% if messages[0].content == 'bad' %}{{ raise_exception('no such turn') }}{% endif %}"
+    )
+    chats = [([{"role": "user", "content": word}], False) for word in ("good", "bad", "good")]
+    with pytest.raises(TemplateError, match="line 2: no such turn"):
+        render_chats(processor, chats)
