@@ -1,5 +1,6 @@
 """Drawing in retina coordinates: the field of view is the unit disc, x to the right, y downwards."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy.special import expit
 
 Array = NDArray[np.floating]
 Color = tuple[float, float, float]
+Place = tuple[float, float]
 
 
 def edge(distance: Array, softness: float) -> Array:
@@ -40,13 +42,13 @@ class Canvas:
     def __post_init__(self) -> None:
         self.axis = ((np.arange(self.size, dtype=np.float32) + 0.5) / self.size * 2 - 1) * np.float32(1.04)
 
-    def squared_distance(self, center: tuple[float, float], ratio: float = 1.0) -> Array:
+    def squared_distance(self, center: Place, ratio: float = 1.0) -> Array:
         """Return the square of :meth:`distance`, in double precision."""
         x, y = (self.axis - center[0]) / ratio, self.axis - center[1]
         squares: Array = np.square(x, dtype=np.float64) + np.square(y, dtype=np.float64)[:, None]
         return squares
 
-    def distance(self, center: tuple[float, float], ratio: float = 1.0) -> Array:
+    def distance(self, center: Place, ratio: float = 1.0) -> Array:
         """Return the distance of every pixel to a point; ``ratio`` < 1 turns the unit circle into a tall ellipse."""
         return np.sqrt(self.squared_distance(center, ratio)).astype(np.float32)
 
@@ -71,15 +73,10 @@ class Canvas:
         return Mask(self.size, blur)
 
     def scatter(
-        self,
-        count: int,
-        center: tuple[float, float],
-        near: float,
-        far: float,
-        keep_off: tuple[float, float] | None = None,
-    ) -> list[tuple[float, float]]:
+        self, count: int, center: Place, near: float, far: float, keep_off: Place | None = None
+    ) -> list[Place]:
         """Return random places between two distances from a center, inside the field, away from the disc."""
-        places: list[tuple[float, float]] = []
+        places: list[Place] = []
         for _ in range(count * 6):
             distance = np.sqrt(self.rng.uniform(near**2, far**2))
             angle = self.rng.uniform(0, 2 * np.pi)
@@ -105,15 +102,15 @@ class Mask:
     def _pixel(self, value: float) -> float:
         return (value + 1.04) * self._scale
 
-    def spot(self, place: tuple[float, float], radius: float, ratio: float = 1.0, level: float = 1.0) -> None:
+    def spot(self, place: Place, radius: float, ratio: float = 1.0, level: float = 1.0) -> None:
         """Draw an ellipse."""
         x, y = self._pixel(place[0]), self._pixel(place[1])
         rx, ry = max(radius * ratio * self._scale, 0.5), max(radius * self._scale, 0.5)
         self._draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=int(255 * level))
 
-    def line(self, points: NDArray[np.floating], width: float, level: float = 1.0) -> None:
-        """Draw a polyline through ``points`` [n, 2]."""
-        pixels = ((points + 1.04) * self._scale).ravel().tolist()
+    def line(self, points: Sequence[Place], width: float, level: float = 1.0) -> None:
+        """Draw a polyline."""
+        pixels = [self._pixel(value) for point in points for value in point]
         pen = max(1, round(width * self._scale))
         self._draw.line(pixels, fill=int(255 * level), width=pen, joint="curve" if pen > 2 else None)
 

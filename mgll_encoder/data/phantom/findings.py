@@ -126,7 +126,7 @@ def _bone_spicules(canvas: Canvas, eye: Anatomy, severity: float) -> None:
         for angle in rng.uniform(0, 2 * np.pi, 3):
             length = rng.uniform(0.025, 0.06)
             tip = (x + length * np.cos(angle), y + length * np.sin(angle))
-            spicules.line(np.array([(x, y), tip]), rng.uniform(0.008, 0.02))
+            spicules.line([(x, y), tip], rng.uniform(0.008, 0.02))
     canvas.blend(0.9 * spicules.read(), PIGMENT)
 
 
@@ -142,7 +142,7 @@ def _vitreous(canvas: Canvas, severity: float) -> None:
     strands = canvas.mask(blur=0.012)
     for place in canvas.scatter(4, (0.0, 0.0), 0.0, 0.8):
         steps = np.cumsum(canvas.rng.normal(0, 0.07, (6, 2)), axis=0) + place
-        strands.line(steps, canvas.rng.uniform(0.015, 0.04))
+        strands.line(steps.tolist(), canvas.rng.uniform(0.015, 0.04))
     canvas.blend(0.4 * strands.read(), (0.30, 0.24, 0.22))
 
 

@@ -4,15 +4,15 @@ A finding changes the anatomy before rendering, paints lesions on it, or degrade
 (pigmentation, laterality, vessels, field, noise) varies independently of the findings.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mgll_encoder.common.errors import unknown_name
-from mgll_encoder.data.phantom.canvas import Array, Canvas, Mask, edge, planes, to_image
+from mgll_encoder.data.phantom.canvas import Array, Canvas, Mask, Place, edge, planes, to_image
 from mgll_encoder.data.phantom.findings import FINDINGS, Anatomy
 
 
@@ -128,7 +128,7 @@ def _paint_vessels(canvas: Canvas, eye: Anatomy) -> None:
             for path in (temporal, nasal):
                 wobble = np.cumsum(rng.normal(0, 0.007, path.shape), axis=0)
                 points = (path + wobble) * (eye.temporal, 1) + eye.disc
-                _branch(mask, points, calibre * eye.vessel, rng, generation=0)
+                _branch(mask, points.tolist(), calibre * eye.vessel, rng, generation=0)
     canvas.rgb *= 1 - arteries.read() * planes((0.14, 0.40, 0.36))
     canvas.rgb *= 1 - veins.read() * planes((0.34, 0.60, 0.50))
 
@@ -138,7 +138,7 @@ _TWIGS = (3, 2)
 
 
 def _branch(
-    mask: Mask, points: NDArray[np.floating], calibre: float, rng: np.random.Generator, generation: int
+    mask: Mask, points: Sequence[Place], calibre: float, rng: np.random.Generator, generation: int
 ) -> None:
     """Draw a vessel that tapers over two pieces, and its side branches."""
     middle = len(points) // 2
@@ -146,15 +146,16 @@ def _branch(
     mask.line(points[middle:], 0.65 * calibre, level=0.9 - 0.2 * generation)
     if generation == len(_TWIGS):
         return
-    for start in 2 + rng.choice(len(points) - 3, size=_TWIGS[generation], replace=False):
-        heading = points[start] - points[start - 1]
-        angle = np.arctan2(heading[1], heading[0]) + (-1, 1)[rng.integers(2)] * rng.uniform(0.4, 0.9)
-        bends = angle + rng.normal(0, 0.16, 6).cumsum()
+    for start in rng.choice(len(points) - 3, size=_TWIGS[generation], replace=False).tolist():
+        (x0, y0), (x, y) = points[start + 1 : start + 3]
+        angle = math.atan2(y - y0, x - x0) + (-1, 1)[rng.integers(2)] * rng.uniform(0.4, 0.9)
+        bends = rng.normal(0, 0.16, 6).tolist()
         step = rng.uniform(0.04, 0.065) / (1 + 0.4 * generation)
-        twig = np.empty((7, 2))
-        twig[0] = points[start]
-        twig[1:, 0], twig[1:, 1] = np.cos(bends), np.sin(bends)
-        twig[1:] = twig[0] + (step * twig[1:]).cumsum(axis=0)
+        twig = [(x, y)]
+        for bend in bends:
+            angle += bend
+            x, y = x + step * math.cos(angle), y + step * math.sin(angle)
+            twig.append((x, y))
         _branch(mask, twig, 0.55 * calibre, rng, generation + 1)
 
 
