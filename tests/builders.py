@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from mgll_encoder.common.spelling import Spelling
+from mllm_adapters.data.chat_template import Example, render
+from mllm_adapters.data.llava_format import Conversation
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -84,6 +86,12 @@ def tiny_llava(folder: Path, seed: int = 0, merged: Sequence[str] = ()) -> Path:
         vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def rendered(conversation: Conversation, processor: Any) -> Example:
+    """One conversation, rendered."""
+    (example,) = render([conversation], processor)
+    return example
 
 
 def picture(folder: Path, name: str, color: tuple[int, int, int] = (200, 80, 40), size: int = 40) -> Path:

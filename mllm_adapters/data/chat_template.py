@@ -55,13 +55,7 @@ def check_processor(processor: Any) -> None:
         raise BadDataError("the model's tokenizer gives no character offsets: add its tokenizer.json")
 
 
-def render(conversation: Conversation, processor: Any) -> Example:
-    """Render a conversation as `render_all` does."""
-    (example,) = render_all([conversation], processor)
-    return example
-
-
-def render_all(conversations: Sequence[Conversation], processor: Any) -> list[Example]:
+def render(conversations: Sequence[Conversation], processor: Any) -> list[Example]:
     """Render conversations and find their answers, by rendering the prompt before each of them.
 
     An answer begins at the end of the generation prompt, and includes what the template puts after it,

@@ -30,7 +30,7 @@ from mllm_adapters.data.chat_template import (
     adds_special_tokens,
     check_processor,
     image_tokens,
-    render_all,
+    render,
 )
 from mllm_adapters.data.corpus import Corpus
 from mllm_adapters.data.fingerprints import text_fingerprint
@@ -194,7 +194,7 @@ class Renderer:
         """Map the columns of a batch of rows to columns of the result."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         whole = [self.damaged.isdisjoint(row["images"]) for row in rows]
-        found = iter(render_all([to_conversation(row) for row in compress(rows, whole)], self.processor))
+        found = iter(render([to_conversation(row) for row in compress(rows, whole)], self.processor))
         made = [self._row(row, next(found) if good else None) for row, good in zip(rows, whole, strict=True)]
         return {name: [row[name] for row in made] for name in RENDERED.names}
 

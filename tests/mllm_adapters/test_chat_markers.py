@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mllm_adapters.data.chat_template import render
 from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.families import read_template
 from mllm_adapters.families.internvl.text import FORMATS, _template
+from tests.builders import rendered
 from tests.mllm_adapters.test_chat import TEMPLATES
 
 WRITTEN = {name: read_template(name) for name in TEMPLATES} | {
@@ -43,7 +43,7 @@ def test_what_is_marked_is_what_is_learnt_from(name: str) -> None:
     template = WRITTEN[name]
     tokenizer = SimpleNamespace(special_tokens_map=WORDS)
     image = next(token for token in IMAGES if token in template)
-    ours = render(TALK, SimpleNamespace(chat_template=template, tokenizer=tokenizer, image_token=image))
+    ours = rendered(TALK, SimpleNamespace(chat_template=template, tokenizer=tokenizer, image_token=image))
     text, spans = marked(template, TALK.messages())
     assert text == ours.text
     assert spans == list(ours.answers)

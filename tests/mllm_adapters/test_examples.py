@@ -5,11 +5,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from mgll_encoder.common.errors import BadDataError
-from mllm_adapters.data.chat_template import check_processor, render
+from mllm_adapters.data.chat_template import check_processor
 from mllm_adapters.data.corpus import Corpus
 from mllm_adapters.data.dataset import IGNORED, Collator, encode, prepare_examples
 from mllm_adapters.data.llava_format import Conversation
 from tests import builders
+from tests.builders import rendered
 from tests.mllm_adapters.retraining import turns
 
 CHATML = (
@@ -53,12 +54,12 @@ def labeled(encoded, processor):
 
 
 def test_labels_are_the_answers_with_their_end_of_turn_and_nothing_else(processor, images):
-    encoded = encode(render(conversation(*TALK), processor), images, processor)
+    encoded = encode(rendered(conversation(*TALK), processor), images, processor)
     assert labeled(encoded, processor) == f" {TALK[1]}</s> {TALK[3]}</s>"
 
 
 def test_labels_stand_where_their_tokens_stand(processor, images):
-    encoded = encode(render(conversation(*TALK), processor), images, processor)
+    encoded = encode(rendered(conversation(*TALK), processor), images, processor)
     on = encoded["labels"] != IGNORED
     assert torch.equal(encoded["labels"][on], encoded["input_ids"][on])
     masked = processor.tokenizer.decode(encoded["input_ids"][~on])
@@ -67,7 +68,7 @@ def test_labels_stand_where_their_tokens_stand(processor, images):
 
 
 def test_image_positions_are_masked_and_as_many_as_the_processor_makes(processor, images):
-    encoded = encode(render(conversation(*TALK), processor), images, processor)
+    encoded = encode(rendered(conversation(*TALK), processor), images, processor)
     at_image = encoded["input_ids"] == processor.image_token_id
     assert at_image.sum() == 4
     assert (encoded["labels"][at_image] == IGNORED).all()
@@ -77,7 +78,7 @@ def test_image_positions_are_masked_and_as_many_as_the_processor_makes(processor
 def test_a_template_with_special_tokens_and_line_breaks_after_turns_is_labelled_exactly(processor, images):
     processor.chat_template = CHATML
     talk = ("Left <image> or right <image>?", "Left.", "Sure?", "Yes.")
-    encoded = encode(render(conversation(*talk, image=["a.png", "b.png"]), processor), images, processor)
+    encoded = encode(rendered(conversation(*talk, image=["a.png", "b.png"]), processor), images, processor)
     assert labeled(encoded, processor) == "Left.</s>Yes.</s>"
     assert (encoded["input_ids"] == processor.image_token_id).sum() == 8
     assert (encoded["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
@@ -99,7 +100,7 @@ def test_tokens_that_carry_their_leading_space_are_labelled_exactly(processor, i
         processor.image_processor, words, patch_size=14, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=builders.CHAT_TEMPLATE,
     )  # fmt: skip
-    encoded = encode(render(conversation("<image>\nIs it pale?", "No: it is pink."), wordy), images, wordy)
+    encoded = encode(rendered(conversation("<image>\nIs it pale?", "No: it is pink."), wordy), images, wordy)
     assert labeled(encoded, wordy).replace(" </s>", "</s>").strip() == "No: it is pink.</s>"
     assert (encoded["labels"] != IGNORED).sum() < len("No: it is pink.")
 
@@ -110,7 +111,7 @@ def test_the_first_special_token_stands_there_once_whoever_writes_it(processor, 
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     processor.chat_template = template
     row = conversation("<image>\nA?", "b")
-    encoded = encode(render(row, processor), images, processor)
+    encoded = encode(rendered(row, processor), images, processor)
     assert (encoded["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
     assert encoded["input_ids"][0] == processor.tokenizer.bos_token_id
     _, counts = prepare_examples(corpus(images, row), processor, len(encoded["input_ids"]), text_only=False)
@@ -124,13 +125,13 @@ def test_a_template_that_rewrites_history_is_refused(processor):
     forgetful += "<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
     processor.chat_template = forgetful
     with pytest.raises(BadDataError, match="chat template cannot be used for training"):
-        render(conversation(*TALK), processor)
+        rendered(conversation(*TALK), processor)
 
 
 def test_a_template_that_forgets_the_image_is_refused(processor):
     processor.chat_template = builders.CHAT_TEMPLATE.replace("<image>", "")
     with pytest.raises(BadDataError, match="has 1 images, but its rendered text has 0 <image>"):
-        render(conversation(*TALK), processor)
+        rendered(conversation(*TALK), processor)
 
 
 def test_a_processor_that_cannot_make_examples_is_refused(processor):
@@ -143,9 +144,9 @@ def test_a_processor_that_cannot_make_examples_is_refused(processor):
 
 def test_rows_that_are_too_long_are_counted_never_cut(processor, images):
     short, long = conversation("<image>\nA?", "b"), conversation("<image>\nA?", "b" * 50)
-    length = len(encode(render(short, processor), images, processor)["input_ids"])
+    length = len(encode(rendered(short, processor), images, processor)["input_ids"])
     kept, counts = prepare_examples(corpus(images, short, long), processor, length, text_only=True)
-    assert list(kept) == [render(short, processor)]
+    assert list(kept) == [rendered(short, processor)]
     assert (counts.rows, counts.kept, counts.too_long) == (2, 1, 1)
     with pytest.raises(BadDataError, match=r"none of 2 rows.*2 are longer than"):
         prepare_examples(corpus(images, short, long), processor, length - 1, text_only=True)
@@ -162,7 +163,7 @@ def test_a_damaged_image_is_named_when_its_row_is_read(processor, images):
     whole = (images / "b.png").read_bytes()
     (images / "b.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BadDataError, match=r"b\.png cannot be decoded"):
-        encode(render(conversation("<image>", "x", image="b.png"), processor), images, processor)
+        encode(rendered(conversation("<image>", "x", image="b.png"), processor), images, processor)
 
 
 def test_batches_are_padded_on_the_right_and_mix_rows_with_and_without_images(processor, images):
@@ -171,7 +172,7 @@ def test_batches_are_padded_on_the_right_and_mix_rows_with_and_without_images(pr
         conversation("Hi", "a longer answer than the others have", image=None),
         conversation("<image><image>\nWhich?", "c", image=["a.png", "b.png"]),
     ]
-    encoded = [encode(render(row, processor), images, processor) for row in rows]
+    encoded = [encode(rendered(row, processor), images, processor) for row in rows]
     batch = Collator(pad_token_id=0)(encoded)
     assert batch["pixel_values"].shape == (3, 3, 28, 28)
     for i, row in enumerate(encoded):
@@ -184,7 +185,7 @@ def test_batches_are_padded_on_the_right_and_mix_rows_with_and_without_images(pr
 def test_the_loss_is_the_cross_entropy_of_the_answer_tokens_by_hand(tiny_llava, processor, images):
     model = AutoModelForImageTextToText.from_pretrained(tiny_llava).eval()
     rows = [conversation(*TALK), conversation("<image>\nA?", "b", image="b.png")]
-    encoded = [encode(render(row, processor), images, processor) for row in rows]
+    encoded = [encode(rendered(row, processor), images, processor) for row in rows]
     total, n = 0.0, 0
     with torch.no_grad():
         for row in encoded:

@@ -22,11 +22,11 @@ from mgll_encoder.common.errors import BadDataError
 from mllm_adapters import load_mllm
 from mllm_adapters.core.fates import Kept, Reinitialized
 from mllm_adapters.core.registry import open_checkpoint
-from mllm_adapters.data.chat_template import render
 from mllm_adapters.data.dataset import IGNORED, AnswerCollator, encode_with
 from mllm_adapters.data.llava_format import Conversation
 from mllm_adapters.swap.apply import apply_plan
 from tests import builders
+from tests.builders import rendered
 from tests.mllm_adapters import complete
 from tests.mllm_adapters.families import paligemma
 from tests.mllm_adapters.families.full_size import check_full_size, published_tower
@@ -190,7 +190,7 @@ def test_an_answer_is_learnt_causally_after_a_prompt_that_does_not_see_it(swappe
     for answer in ("A", "B drusen"):
         turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
         said = Conversation.model_validate({"image": "a.png", "conversations": turns})
-        rows.append(encode_with(render(said, processor), [picture()], processor))
+        rows.append(encode_with(rendered(said, processor), [picture()], processor))
     first, second = rows
     learnt = first["labels"] != IGNORED
     assert processor.decode(first["labels"][learnt]) == "A</s>"
