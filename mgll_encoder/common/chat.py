@@ -22,7 +22,7 @@ _START = 120.0
 """Seconds within which the rendering process must be ready."""
 
 _PATIENCE = 60.0
-"""Seconds within which it must answer; the kernel kills it sooner unless the machine is overloaded."""
+"""Seconds within which it must render a chat; the kernel kills it sooner unless the machine is overloaded."""
 
 _TOGETHER = 64
 """Number of chats in a request."""
@@ -139,7 +139,7 @@ class _Worker:
             try:
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
-                answer = _line(process, _PATIENCE)
+                answer = _line(process, _PATIENCE * len(request["chats"]))
             except BrokenPipeError:
                 answer = None
             if answer is not None:

@@ -163,6 +163,15 @@ def test_many_chats_are_rendered_in_few_requests_each_as_alone(
     assert render_chats(processor, []) == []
 
 
+def test_many_slow_chats_have_the_time_of_each(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor.chat_template = "{% for i in range(10000) %}{% for j in range(80) %}{% endfor %}{% endfor %}x"
+    render_chat(processor, [QUESTION])  # the process has started
+    began = time.monotonic()
+    render_chat(processor, [QUESTION])
+    monkeypatch.setattr(chat, "_PATIENCE", 8 * (time.monotonic() - began))
+    assert render_chats(processor, [([QUESTION], False)] * 60) == ["x"] * 60
+
+
 def test_one_chat_that_a_template_refuses_is_told_among_many(processor: Any) -> None:
     processor.chat_template = (
         "\n{% if messages[0].content == 'bad' %}{{ raise_exception('no such turn') }}{% endif %}"
