@@ -11,7 +11,7 @@ import runpy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver, get_context, set_start_method
+from multiprocessing import get_context, set_start_method
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -49,7 +49,6 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> tuple[ForkS
     printed, prints = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(list(command), prints))
     with _replaced(environment):
-        forkserver.ensure_running()
         process.start()
     prints.close()
     return process, os.fdopen(os.dup(printed.fileno()), "rb")

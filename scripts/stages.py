@@ -5,7 +5,8 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -92,7 +93,7 @@ class Stages:
         running: list[_Command] = []
         failed: list[_Command] = []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=cli.stderr, transient=True) as bars:
+        with Progress(*columns, console=cli.stderr, transient=True) as bars, _ended(running):
             whole = bars.add_task("all stages", total=len(waiting))
             while running or (waiting and not failed):
                 unwritten = [*waiting, *(command.stage for command in running)]
@@ -145,6 +146,16 @@ class _Command:
         self.seconds = time.monotonic() - self.began
         self.bars.remove_task(self.bar)
         self.finished.put(self)
+
+
+@contextmanager
+def _ended(running: Sequence[_Command]) -> Iterator[None]:
+    """End the commands that still run after the block: it was interrupted, and Python would wait for them."""
+    try:
+        yield
+    finally:
+        for command in running:
+            command.process.terminate()
 
 
 def _environment() -> dict[str, str]:

@@ -191,10 +191,9 @@ def build_smol_llava(
 
 def _recipe(language_model: LanguageModelName, given: dict[str, Any]) -> PracticeSettings:
     for name, value in given.items():
-        if value < 0:
-            raise InvalidArgumentError(f"`{name}` is {value}: it must be 0 or greater")
-        if name == "batch" and value < 1:
-            raise InvalidArgumentError(f"`{name}` is {value}: it must be 1 or greater")
+        least = 1 if name == "batch" else 0
+        if value < least:
+            raise InvalidArgumentError(f"`{name}` is {value}: it must be {least} or greater")
     return replace(RECIPES[language_model], **given)
 
 

@@ -235,6 +235,8 @@ def test_an_existing_output_an_unknown_model_and_a_negative_count_are_refused(pl
         build(place, model_folder)
     with pytest.raises(UnknownNameError, match="did you mean 'smollm2'"):
         build(place, tmp_path / "x", language_model="smolm2")
+    with pytest.raises(InvalidArgumentError, match="`batch` is 0: it must be 1 or greater"):
+        build(place, tmp_path / "taught", batch=0)
     with pytest.raises(InvalidArgumentError, match="`words` is -1"):
         build(place, tmp_path / "x", words=-1)
 

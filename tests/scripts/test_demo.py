@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,33 @@ def test_a_stage_that_fails_shows_the_end_of_its_log_and_stops_the_rest(
     assert "error: the disk is full" in shown
     assert shown.count("line") < 20
     assert not (tmp_path / "logs" / "after.txt").exists()
+
+
+def test_a_demo_that_is_ended_does_not_wait_for_its_stage(tmp_path: Path) -> None:
+    """Slurm and container engines send SIGTERM to the first process alone."""
+    began, slow = tmp_path / "began", tmp_path / "slow.py"
+    slow.write_text(f"import time; open({str(began)!r}, 'w').close(); time.sleep(600)")
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
+        "from pathlib import Path\nfrom stages import Stage, Stages\nfrom mgll_encoder.common import cli\n"
+        "app = cli.new_app('x')\n@app.command()\ndef go() -> None:\n"
+        f"    stage = Stage('slow', Path({str(tmp_path / 'never')!r}), [{str(slow)!r}])\n"
+        f"    Stages(Path({str(tmp_path / 'logs')!r})).run([stage])\n"
+        "if __name__ == '__main__': cli.run(app)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(driver)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        end = time.monotonic() + 200
+        while not began.exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(100) == 143
+    finally:
+        process.kill()
 
 
 def test_a_command_still_finds_the_gpu_after_the_libraries_were_imported_for_all(tmp_path: Path) -> None:
