@@ -19,7 +19,6 @@ from typing import IO
 
 LIBRARIES = (
     "torch",
-    "torch._inductor.compile_fx",
     "torchvision",
     "scipy.stats",
     "accelerate",

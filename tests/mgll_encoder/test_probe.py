@@ -95,7 +95,7 @@ def test_it_finds_what_is_in_the_pictures(
     assert "macro average" in done.out
     assert "majority" in done.out
     assert all(len(line) <= 80 and "…" not in line for line in done.out.splitlines() if "100.0" in line)
-    red = next(line for line in done.out.splitlines() if line.split()[:1] == ["red"])
+    *_, red = (line for line in done.out.splitlines() if line.split()[:1] == ["red"])  # a wide table folds
     assert red.split()[-1] == f"{result['majority']['red']:.1f}"
     assert result["macro"]["ACC"]["value"] > result["majority_macro"]
     assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 1
