@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from timing import Seconds, Spread, Stopwatch, interleaved
 
+from mgll_encoder.common import cli
 from mgll_encoder.common.terminal_table import TerminalTable
 
 if TYPE_CHECKING:
     from eval_mcq.items.schema import Bench
     from eval_mcq.records.batching import Group
 
-app = typer.Typer(add_completion=False)
+app = cli.new_app("Measure eval-mcq side by side with generate and lmms-eval.")
 
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
          "num_key_value_heads": 4, "head_dim": 64}  # fmt: skip
@@ -334,4 +335,4 @@ def _worker(python: Path, model: Path, template: str, new_tokens: int) -> "subpr
 
 
 if __name__ == "__main__":
-    app()
+    cli.run(app)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from timing import Seconds, Spread, Stopwatch, interleaved, paired_ratios
 
+from mgll_encoder.common import cli
 from mgll_encoder.common.terminal_table import TerminalTable
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from eval_mcq.records.batching import Group
     from eval_mcq.scoring.score import Scorer
 
-app = typer.Typer(add_completion=False)
+app = cli.new_app("Measure the batches of eval-mcq run.")
 
 OPTIONS = ["cataract", "glaucoma", "drusen", "normal fundus"]
 SIDE = 256
@@ -129,4 +130,4 @@ def _synthetic(folder: Path, count: int) -> "Bench":
 
 
 if __name__ == "__main__":
-    app()
+    cli.run(app)

@@ -9,7 +9,9 @@ from unittest.mock import patch
 
 import typer
 
-app = typer.Typer(add_completion=False)
+from mgll_encoder.common import cli
+
+app = cli.new_app("Measure memory along many questions.")
 
 
 @app.command()
@@ -112,4 +114,4 @@ def _tiny(model: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    cli.run(app)

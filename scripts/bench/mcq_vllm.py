@@ -18,12 +18,14 @@ import typer
 from mcq import Case, asked, batches_of
 from timing import Seconds, Spread, interleaved, paired_ratios
 
+from mgll_encoder.common import cli
+
 if TYPE_CHECKING:
     from eval_mcq.items.schema import Bench
     from eval_mcq.scoring.answerer import Answerer
     from eval_mcq.scoring.modes import Score
 
-app = typer.Typer(add_completion=False)
+app = cli.new_app("Measure eval-mcq side by side with vLLM.")
 
 Turn = tuple[Seconds, "list[Score]"]
 
@@ -154,4 +156,4 @@ def _processor_time() -> float:
 
 
 if __name__ == "__main__":
-    app()
+    cli.run(app)
