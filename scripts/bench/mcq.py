@@ -94,7 +94,7 @@ def bench(
             for count in map(int, rotations.split(",")):
                 case = Case(images, per_image, count)
                 for row in contenders.measure(case, repeats):
-                    console.print(f"{shape}, {count} rotations: {row}", highlight=False)
+                    cli.say(f"{shape}, {count} rotations: {row['name']} {row['wall']:.2f} s")
                     figures.append({"images": images, "per_image": per_image, "rotations": count, **row})
                     table.add_row(
                         f"{images} x {per_image}", str(count), row["name"], f"{row['speed']:.2f}",
