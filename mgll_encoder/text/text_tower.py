@@ -150,12 +150,12 @@ class TextTower(nn.Module):
         return list(self.tokenizer.convert_ids_to_tokens(beyond))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Compute features [U, D] of tokens [U, L], not normalised; padding has no effect."""
+        """Compute features [U, D] of tokens [U, L], not normalized; padding has no effect."""
         features: Tensor = self.projection(_POOL[self.pooling](self.model, input_ids, attention_mask))
         return features
 
     def features(self, texts: Sequence[str]) -> Tensor:
-        """Compute features [U, D] in the shared space, not normalised; on the tower's device, with gradients if on."""
+        """Compute features [U, D] in the shared space, not normalized; on the tower's device, with gradients if on."""
         *_, last = self.projection.parameters()  # weight [D, ...] or bias [D]
         device = last.device
         parts = []

@@ -24,7 +24,7 @@ class Tower:
         header: Its source and specification.
         model: The transformers model of its architecture, in eval mode: ``CLIPVisionModel``, ``Dinov2Model`` ...
         projection: Weight of the projection into the image-text space [projection_dim, width], or None.
-            Image features are ``pooled(pixels) @ projection.T`` (not normalised).
+            Image features are ``pooled(pixels) @ projection.T`` (not normalized).
     """
 
     header: TowerHeader

@@ -159,9 +159,8 @@ def read_as(kind: type[Record], file: Path) -> Record:
     """
     content = read_json(file)
     if content.get("format") != 3:
-        raise BadDataError(
-            f"{file}: field 'format' is {content.get('format')!r}, expected 3: swap again with this version"
-        )
+        found = f"is {content['format']!r}" if "format" in content else "is missing"
+        raise BadDataError(f"{file}: field 'format' {found}, expected 3: swap again with this version")
     advice = "the file was edited or damaged"
     record = checked(kind, content, str(file), advice)
     try:

@@ -75,7 +75,7 @@ def made_up(length: int) -> Iterator[ManifestRow]:
             "status": ["normal fundus" if i % 2 else "abnormal fundus"],
             "disease": [f"finding {i % 20}"],
             "report": [
-                f"Report {i}: the vessels are of regular course and calibre; image quality {i % 7} of 7."
+                f"Report {i}: the vessels are of regular course and caliber; image quality {i % 7} of 7."
             ],
         }
         yield ManifestRow(image=image_name(i), texts=texts, patient=str(i // 2))

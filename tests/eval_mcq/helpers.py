@@ -37,7 +37,7 @@ def write_bench(path: Path, questions: list[dict], **header) -> Path:
 
 
 def small_bench(folder: Path, n: int = 10) -> Path:
-    """Questions of ragged length and two or three options about differently coloured pictures."""
+    """Questions of ragged length and two or three options about differently colored pictures."""
     questions = []
     for i in range(n):
         picture(folder, f"{i}.png", (20 * i, 255 - 20 * i, 90))

@@ -119,7 +119,9 @@ def test_a_tower_that_is_not_that_of_its_provenance_is_caught(eval_mcq, tmp_path
     assert f", {width}), not " in error
     assert "normalized with mean" in error
     (model / "mgll_swap.json").write_text("{}")
-    assert "mgll_swap.json: field 'format' is None, expected 3" in eval_mcq.refuses("check", "--model", model)
+    assert "mgll_swap.json: field 'format' is missing, expected 3" in eval_mcq.refuses(
+        "check", "--model", model
+    )
 
     (model / "mgll_swap.json").write_text(record)
     for file in model.glob("*.safetensors"):

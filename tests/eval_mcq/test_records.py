@@ -45,7 +45,7 @@ def damage(folder, place: int, **fields) -> None:
         {"log_likelihoods": [-1.0]},
         {"images_sha256": []},
         {"id": ""},
-        {"colour": "red"},
+        {"color": "red"},
     ],
 )
 def test_a_row_that_makes_no_sense_is_named_by_line_and_field(run, fields):
@@ -97,7 +97,7 @@ def test_rotations_that_disagree_about_their_question_are_refused(tmp_path):
         {"shard": "3/2"},
         {"shard": "x"},
         {"versions": []},
-        {"colour": "red"},
+        {"color": "red"},
     ],
 )
 def test_a_record_that_makes_no_sense_is_named_by_field(run, fields):

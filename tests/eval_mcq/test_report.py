@@ -155,7 +155,7 @@ def test_a_window_that_shows_all_of_the_list_is_filled_without_scrolling(page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_enough_contrast_in_both_colour_schemes(page, scheme):
+def test_text_has_enough_contrast_in_both_color_schemes(page, scheme):
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )

@@ -44,7 +44,7 @@ def test_images_lie_relative_to_the_bench_file(tmp_path):
         ({"options": ["only one"]}, "field 'options'"),
         ({"options": [str(i) for i in range(27)]}, "field 'options'"),
         ({"images": []}, "field 'images'"),
-        ({"colour": "red"}, "field 'colour'"),
+        ({"color": "red"}, "field 'color'"),
         ({"category": "Catarct"}, "did you mean 'Cataract'?"),
     ],
 )

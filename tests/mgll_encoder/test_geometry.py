@@ -131,7 +131,7 @@ def test_folding_is_exact_in_double_precision(tower: CLIPVisionModel) -> None:
     assert torch.equal(new_pos[0], pos[0])
 
 
-def test_folding_the_same_normalisation_changes_nothing(tower: CLIPVisionModel) -> None:
+def test_folding_the_same_normalization_changes_nothing(tower: CLIPVisionModel) -> None:
     weight, pos = parts(tower)
     same = fold_normalization(weight, pos, trained=CLIP, given=CLIP)
     assert torch.equal(same[0], weight)

@@ -211,7 +211,7 @@ def test_the_temperature_is_clamped_without_losing_its_gradient():
     assert float(loss.log_scale.grad) > 0  # wrong pairs ask for a softer temperature, and are heard
 
 
-def test_features_are_normalised_and_the_total_is_the_weighted_sum(batch):
+def test_features_are_normalized_and_the_total_is_the_weighted_sum(batch):
     images, texts, truth = (part.float() for part in batch)
     loss, keys = MGLLLoss(Alphas(1.0, 0.5, 2.0)), torch.arange(TEXTS)
     result = loss(images, texts, truth, keys)

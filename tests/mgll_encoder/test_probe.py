@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels = ";".join(name for name, true in (("red", red), ("Dark", dark)) if true)
         rows.append({"file": f"{i}.png", "labels": labels or "plain", "patient": f"p{i // 2}",
                      "side": "test" if i % 10 < 4 else "train", "red": int(red), "dark": int(dark),
-                     "colour": "red" if red else "blue"})  # fmt: skip
+                     "color": "red" if red else "blue"})  # fmt: skip
     rows.append({**rows[-1], "labels": ""})
     with (folder / "labels.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0])
@@ -173,7 +173,7 @@ def test_patients_are_not_divided_and_a_split_column_is_obeyed(place: Path) -> N
         table, images, Columns("{file}", None, ("red", "dark"), "patient"), skipped=Skipped()
     )
     assert (binary.names, len(binary.images)) == (("dark", "red"), 80), "the repeated row counts once"
-    assert read_labels(table, images, Columns(labels="colour"), skipped=Skipped()).exclusive
+    assert read_labels(table, images, Columns(labels="color"), skipped=Skipped()).exclusive
 
 
 def test_features_are_those_of_any_batch_size_and_are_computed_once(

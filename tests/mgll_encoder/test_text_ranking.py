@@ -17,7 +17,7 @@ def test_features_that_are_all_alike_score_chance():
     assert mean_average_precision(constant, TRUTH) == pytest.approx(TRUTH[:, :3].mean())
     for k in (1, 2, 3):
         assert recall_at(k, constant, TRUTH) == pytest.approx(k / 4)
-    per_text = np.broadcast_to([3.0, 1.0, 2.0, 9.0], TRUTH.shape)  # a favourite text, whatever the image
+    per_text = np.broadcast_to([3.0, 1.0, 2.0, 9.0], TRUTH.shape)  # a favorite text, whatever the image
     assert mean_average_precision(per_text, TRUTH) == pytest.approx(TRUTH[:, :3].mean())
 
 

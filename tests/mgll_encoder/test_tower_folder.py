@@ -139,7 +139,7 @@ def edit(file: Path, **changes: object) -> None:
             "field 'activation' is gelu, but .*config.json has hidden_act 'quick_gelu'",
         ),
         ({"spec": {"resize": "stretch"}}, "field 'resize' is 'stretch'"),
-        ({"spec": {"colour": "green"}}, "field 'colour' is 'green'"),
+        ({"spec": {"color": "green"}}, "field 'color' is 'green'"),
     ],
 )
 def test_a_tampered_contract_is_refused(folder: Path, changes: dict, message: str) -> None:

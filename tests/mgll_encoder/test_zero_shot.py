@@ -59,18 +59,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.array(COLORS[name]) + 50 * bright + rng.integers(-20, 20, (16, 16, 3))
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.png")
         patient = f"p{i // 2}"
-        texts = {"shade": ["pale" if bright else "dark"], "colour": [name, "one colour"]}
+        texts = {"shade": ["pale" if bright else "dark"], "color": [name, "one color"]}
         rows.append(ManifestRow(image=f"{i}.png", texts=texts, patient=patient, split=assign_split(patient)))
         table.append(
             {
                 "file": f"{i}.png",
-                "colour": name,
+                "color": name,
                 "labels": name + (";pale" if bright else ""),
                 "patient": patient,
             }
         )
     path = folder / "manifest.jsonl"
-    write_manifest(path, folder / "images", ManifestHeader(granularities=["shade", "colour"]), rows)
+    write_manifest(path, folder / "images", ManifestHeader(granularities=["shade", "color"]), rows)
     with (folder / "labels.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, table[0])
         writer.writeheader()
@@ -101,7 +101,7 @@ def asked(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 
 def test_classes_are_told_apart_by_their_names_alone(place: Path, asked, tmp_path: Path) -> None:
-    done = invoke(*asked("--labels-column", "colour", "--out", tmp_path / "r.json"))
+    done = invoke(*asked("--labels-column", "color", "--out", tmp_path / "r.json"))
     assert done.code == 0, done.err
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["macro"]["AUC"]["value"] > 95
@@ -109,9 +109,7 @@ def test_classes_are_told_apart_by_their_names_alone(place: Path, asked, tmp_pat
         "the test side alone"
     )
     assert result["prompts"]["navy"] == {"positive": ["navy"]}
-    blind = invoke(
-        *asked("--labels-column", "colour", "--out", tmp_path / "b.json", "--all", encoder="blind")
-    )
+    blind = invoke(*asked("--labels-column", "color", "--out", tmp_path / "b.json", "--all", encoder="blind"))
     assert blind.code == 0, blind.err
     worse = json.loads((tmp_path / "b.json").read_text())
     assert worse["test"] == 120
@@ -159,7 +157,7 @@ def test_retrieval_finds_the_texts_of_pictures_and_the_pictures_of_texts(
     done = invoke(*command, "--encoder", place / "tower", "--out", tmp_path / "r.json")
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "r.json").read_text())["granularities"]
-    assert set(found) == {"shade", "colour", "all"}
+    assert set(found) == {"shade", "color", "all"}
     to_text, to_image = found["shade"]
     assert to_text["recall"]["1"]["value"] > 80
     assert (to_text["candidates"], to_text["chance"]["1"]) == (2, pytest.approx(50))
@@ -172,8 +170,8 @@ def test_retrieval_finds_the_texts_of_pictures_and_the_pictures_of_texts(
     assert "does not exist: give it with --images" in refused(
         *command, "--encoder", place / "tower", "--images", "nowhere"
     )
-    assert "did you mean 'colour'" in refused(
-        *command, "--encoder", place / "tower", "--granularities", "color"
+    assert "did you mean 'color'" in refused(
+        *command, "--encoder", place / "tower", "--granularities", "colour"
     )
 
 
@@ -228,7 +226,7 @@ def test_a_whole_clip_folder_brings_its_own_text_tower(place: Path, tmp_path: Pa
     )
     done = invoke(
         main, "zero-shot", "--encoder", tmp_path / "clip", "--labels", place / "labels.csv", "--images",
-        place / "images", "--labels-column", "colour", "--min-positives", 1,
+        place / "images", "--labels-column", "color", "--min-positives", 1,
     )  # fmt: skip
     assert done.code == 0, done.err
     clip_model().save_pretrained(tmp_path / "other")
@@ -280,4 +278,4 @@ def test_bad_input_is_one_line(asked, arguments: list[str], complaint: str) -> N
 
 def test_a_tower_without_texts_says_what_is_needed(place: Path, asked, tmp_path: Path) -> None:
     save_tower(load_tower(place / "tower"), place / "mute", force=True)
-    assert "has no text tower" in refused(*asked("--labels-column", "colour", encoder="mute"))
+    assert "has no text tower" in refused(*asked("--labels-column", "color", encoder="mute"))

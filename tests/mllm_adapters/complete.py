@@ -42,7 +42,7 @@ Builder = Callable[[Path, Folder], Path]
 
 
 def encoder(folder: Path) -> Path:
-    """An MGLL tower: 28 px in 4 patches, exact GELU, ImageNet's normalisation."""
+    """An MGLL tower: 28 px in 4 patches, exact GELU, ImageNet's normalization."""
     torch.manual_seed(5)
     spec = TowerSpec(
         width=32, depth=3, heads=4, mlp_width=64, patch_size=14, image_size=28, activation="gelu"

@@ -40,7 +40,7 @@ def convert(source: Path, out: Path, parts: Mapping[str, Path] | None = None) ->
 
 
 def a_tower(folder: Path, width: int = 32, image_size: int = 28, seed: int = 5, **rule: object) -> Path:
-    """A tower folder as `mgll-encoder` writes it: ImageNet normalisation and squash unless said otherwise."""
+    """A tower folder as `mgll-encoder` writes it: ImageNet normalization and squash unless said otherwise."""
     torch.manual_seed(seed)
     config = builders.tower_config(hidden_size=width, image_size=image_size)
     spec = TowerSpec(
@@ -51,7 +51,7 @@ def a_tower(folder: Path, width: int = 32, image_size: int = 28, seed: int = 5, 
 
 
 def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """[n, 3, H, W] on a 0-1 scale -> normalised."""
+    """[n, 3, H, W] on a 0-1 scale -> normalized."""
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 

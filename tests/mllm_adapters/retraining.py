@@ -18,7 +18,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 
 def color_rows(images: Path, n: int = 8) -> list[dict]:
-    """Pictures of two colours, with the colour's name as the answer; answers differ in length."""
+    """Pictures of two colors, with the color's name as the answer; answers differ in length."""
     rows = []
     for i in range(n):
         name, color = list(COLORS.items())[i % 2]
@@ -28,7 +28,7 @@ def color_rows(images: Path, n: int = 8) -> list[dict]:
 
 
 def uneven_rows(images: Path, n: int = 8) -> list[dict]:
-    """As `colour_rows`, with answers of one to ``n`` words: batches of them differ in their number of tokens."""
+    """As `color_rows`, with answers of one to ``n`` words: batches of them differ in their number of tokens."""
     rows = color_rows(images, n)
     for i, row in enumerate(rows):
         row["conversations"][1]["value"] = " ".join(["of", "the", "sea", "and", "more"][: 1 + i % 5])

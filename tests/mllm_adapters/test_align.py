@@ -35,7 +35,7 @@ CONNECTOR = "multi_modal_projector.linear_1"
 
 
 def drawn_pictures(folder: Path, number: int) -> Path:
-    """Coloured boxes, of any shape; half of them one folder deeper."""
+    """Colored boxes, of any shape; half of them one folder deeper."""
     draw = random.Random(0)
     for i in range(number):
         image = Image.new("RGB", (draw.randint(30, 60), draw.randint(30, 60)), "grey")
@@ -76,7 +76,7 @@ def own_tower(llava: Path) -> dict[str, Tensor]:
 
 
 def permuted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tower with its features in another order: a rotation that its normalisations do not notice."""
+    """The same tower with its features in another order: a rotation that its normalizations do not notice."""
     width = len(state[next(n for n in state if n.endswith("class_embedding"))])
     order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
     turned = {}

@@ -27,7 +27,7 @@ ROWS = [case for case in CASES if not case.converted]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Soft patches of colour, of any shape: even random towers tell where which colour is."""
+    """Soft patches of color, of any shape: even random towers tell where which color is."""
     folder, draw = tmp_path_factory.mktemp("pictures"), random.Random(0)
     for i in range(20):
         patches = Image.frombytes("RGB", (4, 4), draw.randbytes(48))

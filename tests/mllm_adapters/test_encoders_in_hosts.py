@@ -168,7 +168,7 @@ def test_a_table_for_larger_images_is_resampled_once(tiny_llava: Path, tmp_path:
     once = load_tower(tmp_path / "tower", image_size=28).model.embeddings.position_embeddings[0]
     table = load_mllm(tmp_path / "out")[0].model.vision_tower.embeddings.position_embeddings[0]
     assert torch.equal(found, once[0])
-    shift = table[1:] - once[1:]  # that of the host's normalisation, the same for all patches
+    shift = table[1:] - once[1:]  # that of the host's normalization, the same for all patches
     assert (shift - shift[:1]).abs().max() < TOLERANCE
     assert plan.after.image_size == 28
 

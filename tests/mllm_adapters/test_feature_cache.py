@@ -203,7 +203,7 @@ def test_training_takes_the_same_way_with_and_without_the_cache(loud, tmp_path, 
     plain = run(loud, tmp_path / "plain", feature_cache=False)
     assert not filled
     kept = run(loud, tmp_path / "kept")
-    assert sum(filled) == 2, "of eight files in two colours"
+    assert sum(filled) == 2, "of eight files in two colors"
     assert dict(kept.losses) == pytest.approx(dict(plain.losses), abs=1e-5)
     assert len(plain.losses) == 6
     again = run(loud, tmp_path / "again", workers=1)
@@ -250,7 +250,7 @@ def another_preprocessing(place):
     [(another_tower, 8), (another_image, 1), (another_preprocessing, 8), (lambda place: None, 0)],
 )
 def test_another_tower_image_or_preprocessing_is_a_miss(copied, own_cache, filled, change, computed):
-    for i in range(8):  # as they are, they have two colours: equal files are one image
+    for i in range(8):  # as they are, they have two colors: equal files are one image
         builders.picture(copied.images, f"{i}.png", (9 * i, 0, 0))
     assert cached(prepared(copied.model, copied)) is not None
     assert sum(filled) == 8

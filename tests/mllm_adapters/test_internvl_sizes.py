@@ -37,7 +37,7 @@ YI_34B = 2 * 64000 * 7168 + 60 * 557_856_768 + 7168
 
 
 def projector(read: int, width: int) -> int:
-    """Weights of normalisation, first and second layer."""
+    """Weights of normalization, first and second layer."""
     return 2 * read + (read + 1) * width + (width + 1) * width
 
 

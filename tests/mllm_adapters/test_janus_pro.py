@@ -334,7 +334,7 @@ def test_janus_own_pixels_are_padded_and_a_towers_are_its_own(host, converted, s
     assert type(own).__name__.startswith("JanusImageProcessor")
     assert list(own.image_mean) == [0.5, 0.5, 0.5]
     assert swapped[0].before.resize == "pad"
-    assert list(new.image_mean) == [0.5, 0.5, 0.5], "the host's normalisation; the difference is in the tower"
+    assert list(new.image_mean) == [0.5, 0.5, 0.5], "the host's normalization; the difference is in the tower"
     assert swapped[0].after.resize == inspect_tower(swapped[0].tower, activation="gelu").spec.resize
 
 

@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(fault: str, tmp_path: Path) 
 
 
 def test_a_delta_that_was_not_applied_is_refused(tmp_path: Path) -> None:
-    """Its name and shapes are those of the whole model; the final normalisation near zero gives it away."""
+    """Its name and shapes are those of the whole model; the final normalization near zero gives it away."""
     source = first_llava(tmp_path / "llava-med-7b-delta", delta=True)
     message = refused(main, "convert", "--mllm", source, "--out", tmp_path / "out")
     assert "0.001 on average, expected about 1: this looks like a delta that has not been added" in message

@@ -26,7 +26,7 @@ from tests.mllm_adapters.families.full_size import check_full_size, published_to
 Shapes = dict[str, tuple[int, ...]]
 
 BLOCK = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
-"""Weights of a block of CLIP ViT-L: four attention projections, two of the MLP, two normalisations."""
+"""Weights of a block of CLIP ViT-L: four attention projections, two of the MLP, two normalizations."""
 
 
 def clip_weights(positions: int) -> int:

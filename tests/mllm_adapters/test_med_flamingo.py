@@ -485,7 +485,7 @@ def test_other_flamingos_are_refused_by_name(model_type: str, message: str) -> N
 # --- the swap --------------------------------------------------------------------------------------------------
 
 
-def test_the_swapped_model_keeps_grid_and_normalisation_of_its_host(host: Path, tmp_path: Path) -> None:
+def test_the_swapped_model_keeps_grid_and_normalization_of_its_host(host: Path, tmp_path: Path) -> None:
     plan = swap(host, an_encoder(tmp_path / "mgll"), tmp_path / "out")
     assert (plan.before.image_size, plan.after.image_size) == (28, 28)
     assert (plan.after.mean, plan.after.std, plan.after.resize) == (CLIP_MEAN, CLIP_STD, "squash")

@@ -50,7 +50,7 @@ PREFIXES = {"old": tiny.old_prefixes, "new": str}
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained tower: 28 px, 4 patches, ImageNet's normalisation."""
+    """A trained tower: 28 px, 4 patches, ImageNet's normalization."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("encoder") / "mgll"
     model = CLIPVisionModel(builders.tower_config())
@@ -437,7 +437,7 @@ def norm(name: str, width: int, bias: bool = True) -> Shapes:
 
 
 def language_model(prefix: str, c: dict[str, Any], bias: bool) -> Shapes:
-    """Qwen2's decoder (biases on q, k, v) or Qwen3's (normalised q and k instead)."""
+    """Qwen2's decoder (biases on q, k, v) or Qwen3's (normalized q and k instead)."""
     width, head = c["hidden_size"], c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
     q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
     shapes: Shapes = {

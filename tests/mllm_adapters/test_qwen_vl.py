@@ -519,7 +519,7 @@ OLD_TOWER = (
 NEW_TOWER = (
     1024 * 588 + 1025 * 1024 + 1024 + 24 * (4 * 1024**2 + 4 * 1024 + 2 * 1024 * 4096 + 4096 + 5 * 1024)
 )
-NEW_TOWER += 4 * 1024  # the normalisations before and after the blocks
+NEW_TOWER += 4 * 1024  # the normalizations before and after the blocks
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_the_swapped_model_is_mgll_features_then_projector_then_language_model(
     # A host in float16 stores the tower in float16, after folding; the tower by hand was never rounded.
     tolerance = 1e-4 if swapped.plan.config["dtype"] == "float32" else 1e-2
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
-    assert (found - unfolded).abs().max() > 5 * tolerance, "the normalisation must have been folded"
+    assert (found - unfolded).abs().max() > 5 * tolerance, "the normalization must have been folded"
 
 
 def test_the_plan_says_what_changes(swapped: SimpleNamespace) -> None:

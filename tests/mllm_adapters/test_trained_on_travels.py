@@ -54,7 +54,7 @@ def test_every_step_adds_its_own_images(place: Path) -> None:
     for folder in ("lora", "lora-merged"):
         assert titles(place / folder) == [TOWER, ALIGNED, RETRAINED, TUNED]
     counts = [len(training.images) for training in trainings_of(place / "lora-merged")]
-    assert counts == [1, 20, 2, 2], "of eight rows of two colours two pictures differ"
+    assert counts == [1, 20, 2, 2], "of eight rows of two colors two pictures differ"
 
 
 def test_the_loss_of_each_training_goes_along(place: Path) -> None:

@@ -38,7 +38,7 @@ def place(tiny_llava, tmp_path_factory):
 
 @pytest.fixture
 def bench(tmp_path):
-    """Two categories of unequal size about the two colours."""
+    """Two categories of unequal size about the two colors."""
     questions = []
     for i, (name, color) in enumerate([*COLORS.items()] * 3):
         builders.picture(tmp_path, f"{i}.png", color)

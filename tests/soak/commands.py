@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 TRAINING = (
-    "--data", "{in}/train.json", "--images", "{in}/colours", "--max-steps", "4", "--batch-size", "2",
+    "--data", "{in}/train.json", "--images", "{in}/colors", "--max-steps", "4", "--batch-size", "2",
     "--learning-rate", "1e-2", "--logging-steps", "1", "--save-steps", "1", "--report-to", "none", "--workers", "0",
 )  # fmt: skip
 
@@ -150,7 +150,7 @@ def _pictures(folder: Path) -> None:
     from tests.mllm_adapters.retraining import color_rows, write_json
     from tests.mllm_adapters.test_align import drawn_pictures
 
-    write_json(folder / "train.json", color_rows(folder / "colours"))
+    write_json(folder / "train.json", color_rows(folder / "colors"))
     small_bench(folder / "bench")
     drawn_pictures(folder / "drawn", 60)
 

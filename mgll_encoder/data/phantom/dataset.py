@@ -125,6 +125,6 @@ def contact_sheet(seed: int = 0) -> Image.Image:
         sheet.paste(eye.draw(_TILE, seed), (x, y))
         pen.text((x + _TILE // 2, y + _TILE + 4), label, fill="white", font=font, anchor="ma")
     pen.text(
-        (sheet.width - 8, sheet.height - 8), "phantom: no real eyes", fill="grey", font=font, anchor="rd"
+        (sheet.width - 8, sheet.height - 8), "phantom: no real eyes", fill="gray", font=font, anchor="rd"
     )
     return sheet

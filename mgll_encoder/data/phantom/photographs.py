@@ -119,7 +119,7 @@ def _paint_vessels(canvas: Canvas, eye: Anatomy) -> None:
     arteries, veins = canvas.mask(blur=0.005), canvas.mask(blur=0.005)
     t = np.linspace(0, 1.05, 14)
     for vertical in (-1, 1):
-        for mask, calibre in ((arteries, 0.020), (veins, 0.029)):
+        for mask, caliber in ((arteries, 0.020), (veins, 0.029)):
             reach, flank = rng.uniform(0.38, 0.52), rng.uniform(0.3, 0.6)
             temporal = np.stack(
                 [1.15 * t**1.9 - 0.05 * np.sin(np.pi * t), vertical * reach * np.sin(1.9 * t)], 1
@@ -128,7 +128,7 @@ def _paint_vessels(canvas: Canvas, eye: Anatomy) -> None:
             for path in (temporal, nasal):
                 wobble = np.cumsum(rng.normal(0, 0.007, path.shape), axis=0)
                 points = (path + wobble) * (eye.temporal, 1) + eye.disc
-                _branch(mask, points.tolist(), calibre * eye.vessel, rng, generation=0)
+                _branch(mask, points.tolist(), caliber * eye.vessel, rng, generation=0)
     canvas.rgb *= 1 - arteries.read() * planes((0.14, 0.40, 0.36))
     canvas.rgb *= 1 - veins.read() * planes((0.34, 0.60, 0.50))
 
@@ -138,12 +138,12 @@ _TWIGS = (3, 2)
 
 
 def _branch(
-    mask: Mask, points: Sequence[Place], calibre: float, rng: np.random.Generator, generation: int
+    mask: Mask, points: Sequence[Place], caliber: float, rng: np.random.Generator, generation: int
 ) -> None:
     """Draw a vessel that tapers over two pieces, and its side branches."""
     middle = len(points) // 2
-    mask.line(points[: middle + 1], calibre, level=1.0 - 0.15 * generation)
-    mask.line(points[middle:], 0.65 * calibre, level=0.9 - 0.2 * generation)
+    mask.line(points[: middle + 1], caliber, level=1.0 - 0.15 * generation)
+    mask.line(points[middle:], 0.65 * caliber, level=0.9 - 0.2 * generation)
     if generation == len(_TWIGS):
         return
     for start in rng.choice(len(points) - 3, size=_TWIGS[generation], replace=False).tolist():
@@ -156,7 +156,7 @@ def _branch(
             angle += bend
             x, y = x + step * math.cos(angle), y + step * math.sin(angle)
             twig.append((x, y))
-        _branch(mask, twig, 0.55 * calibre, rng, generation + 1)
+        _branch(mask, twig, 0.55 * caliber, rng, generation + 1)
 
 
 def _photograph(canvas: Canvas, size: int, rng: np.random.Generator) -> Image.Image:
