@@ -1,6 +1,7 @@
 """Fixtures: tiny real models, built once per session; the golden reference vectors and real photographs."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tests import builders
 
 torch.set_num_threads(1)  # models here are tiny, and tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # likewise for the commands that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of `make test &` in a script; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 HERE = Path(__file__).parent
