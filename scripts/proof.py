@@ -75,7 +75,7 @@ app = cli.new_app("Plain CLIP against MGLL and its ablations, on real photograph
 @app.command()
 def proof(
     data: Annotated[Path, typer.Option(help="Folder with manifest.csv and images.")],
-    out: Annotated[Path, typer.Option(help="Folder of towers and results; what is there is not made again.")],
+    out: Annotated[Path, typer.Option(help="Folder of towers and results; what exists is not made again.")],
     seeds: Annotated[int, typer.Option(help="Towers per arm.", min=2)] = 3,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 30,
     arms: Annotated[str, typer.Option(help="Arms, separated by semicolons (default: all).")] = "",

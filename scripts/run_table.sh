@@ -4,7 +4,7 @@
 #   ENCODER=mgll-fundus.pt LABELS=labels.csv IMAGES=images/ scripts/run_table.sh llava-med
 #   ENCODER=mgll-fundus.pt LABELS=labels.csv IMAGES=images/ scripts/run_table.sh all
 #
-# Stopped or killed, the same command goes on where it stopped: a stage whose output is there is not run again, and
+# Stopped or killed, the same command goes on where it stopped: a stage whose output exists is not run again, and
 # training and scoring continue inside their stage.
 #
 #   MLLM      checkpoint folder or hub id; with "all", a folder that has one named for each family
@@ -28,11 +28,11 @@ usage() {
   exit 2
 }
 
-stage() { # stage OUTPUT COMMAND...: run the command unless its output is there
+stage() { # stage OUTPUT COMMAND...: run the command unless its output exists
   local output=$1
   shift
   if [[ -e $output ]]; then
-    echo "$output is there" >&2
+    echo "$output exists" >&2
   else
     echo "+ $*" >&2
     "$@"

@@ -52,7 +52,7 @@ def test_every_arm_is_compared_with_plain_clip_seed_by_seed_and_never_trained_tw
     assert all("of 2 |" in row for row in rows)
     again = proof(*settings)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count(" is there") == 5
+    assert again.stderr.count(" exists\n") == 5
     assert (out / "proof.md").read_text() == table
 
 
