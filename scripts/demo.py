@@ -139,7 +139,7 @@ class _Stages:
         models = self.out / "models"
         command: list[str | Path] = [
             "retrain-projector", "--model", models / model, "--data", self.out / "train.jsonl", "--report-to", "none",
-            "--epochs", str(self.sizes.epochs), "--learning-rate", "2e-3",
+            "--epochs", str(self.sizes.epochs), "--batch-size", "8", "--learning-rate", "2e-3",
         ]  # fmt: skip
         target = models / f"{model}-retrained"
         return Stage(title, target, [*command, "--out", target])
