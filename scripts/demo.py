@@ -1,4 +1,4 @@
-"""From nothing to a table of four arms in about four minutes, on phantom images: ``make demo``.
+"""From nothing to a table of four arms in about three minutes, on phantom images: ``make demo``.
 
 python scripts/demo.py --out demo
 

@@ -27,6 +27,7 @@ WIDE, NARROW, HEIGHT, GAP = 1280, 390, 780, 16
 
 def main(demo: Path) -> None:
     """Replace docs/report.png, docs/explain.png and docs/phantom.jpg."""
+    demo = demo.resolve()
     if reason := browsers.missing():
         sys.exit(f"error: {reason}")
     with browsers.opened() as driver:
@@ -37,13 +38,13 @@ def main(demo: Path) -> None:
 
 
 def report(driver: Any, page: Path) -> Image.Image:
-    """The report: its table on a wide screen, a question that the last arm has put right, a telephone in the dark."""
+    """The report: its table on a wide screen, a question that the new tower has put right, a telephone in the dark."""
     with browsers.screen(driver, WIDE, HEIGHT, density=DENSITY):
         browsers.show(driver, page)
         table = _shot(driver)
         driver.execute_script(
             "const field = document.getElementById('filters').elements.flip; field.value = [...field.options]"
-            ".map(option => option.value).filter(value => value.startsWith('fixed')).at(-1);"
+            ".find(one => one.value.startsWith('fixed') && one.text.includes('to mgll:')).value;"
             "field.dispatchEvent(new Event('input', {bubbles: true}));"
             "document.getElementById('questions').scrollIntoView();"
             "document.querySelector('#list button').click()"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from eval_mcq.tables.entries import (
     AVERAGE,
     NONE,
+    TableCell,
     entries_of,
     order_entries,
     p_words,
@@ -136,12 +137,22 @@ def order_notes(comparison: Comparison, rounding: Rounding) -> list[str]:
 def headline_of(comparison: Comparison, rounding: Rounding) -> list[str]:
     """Return each arm's average gain over its reference, in words; the control's gain last."""
     average = entries_of(comparison, rounding)[-2]
-    figures = dict(zip((arm.name for arm in comparison.arms), average.figures, strict=True))
-    base = comparison.arms[0].name
+    names = [arm.name for arm in comparison.arms]
+    figures = dict(zip(names, average.figures, strict=True))
+    base = names[0]
     told = sorted((arm for arm in comparison.arms if arm.against), key=lambda arm: arm.against == base)
     return [
-        f"{arm.name} against {arm.against}: {figures[arm.name].gain} {figures[arm.name].gain_interval}".rstrip()
-        + f" points on average over {len(comparison.categories)} diseases ({figures[arm.name].value} % against "
-        f"{figures[arm.against].value} %; chance {average.chance} %)."
+        f"{arm.name} against {arm.against}: {_gain(figures[arm.name])} points on average over "
+        f"{len(comparison.categories)} diseases ({figures[arm.name].value} % against "
+        f"{figures[arm.against].value} %; chance {average.chance} %)"
+        + "".join(
+            f"; {order.heading.removeprefix(f'{AVERAGE}, ')} {_gain(order.figures[names.index(arm.name)])}"
+            for order in order_entries(comparison, rounding)
+        )
+        + "."
         for arm in told
     ]
+
+
+def _gain(figure: TableCell) -> str:
+    return f"{figure.gain} {figure.gain_interval}".rstrip()

@@ -150,6 +150,11 @@ def test_rotations_stand_side_by_side_with_what_they_mean():
     assert rows["Average, all 4 orders"][7].startswith("80.0 [")
     assert rows["Average, all 4 orders"][8].startswith("+60.0 [")
     assert rows["Average, one order"][7].startswith("85.0 [")
+    assert re.search(
+        rf"^mgll against control: \+\d+\.\d {INTERVAL} points .* %\); one order \+\d+\.\d {INTERVAL}; "
+        rf"all 4 orders \+60\.0 {INTERVAL}\.$",
+        grid.headline[0],
+    )
     explained = [note for note in grid.notes if note.startswith("Every question is asked in up to 4 orders")]
     assert len(explained) == 1
 

@@ -34,7 +34,7 @@ from mgll_encoder.data.fundus import FundusTable, build_fundus
 from mgll_encoder.data.phantom.dataset import write_phantom
 from mgll_encoder.probing.explain import ATTENTION, Target, attention_maps, target_maps
 from mgll_encoder.tower.architectures import ARCHITECTURES
-from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN
+from mgll_encoder.tower.spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tests.builders import invoke, refused
 from tests.mgll_encoder.towers import scramble, state_of, write
 
@@ -340,8 +340,12 @@ def test_biomedclip_gives_the_image_features_of_open_clip(tmp_path: Path) -> Non
         torch.testing.assert_close(
             tower.pooled(pixels) @ tower.projection.T, expected, rtol=0, atol=TOLERANCE
         )
-    wrong = load_tower(tmp_path, pooling="mean")
-    assert (wrong.pooled(pixels) @ tower.projection.T - expected).abs().max() > 100 * TOLERANCE
+        wrong = load_tower(tmp_path, pooling="mean").pooled(pixels) @ tower.projection.T
+        usual = torch.tensor([CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD]).view(4, 3, 1, 1)
+        normalized = (pixels * usual[1] + usual[0] - usual[2]) / usual[3]
+        other_norm = tower.pooled(normalized) @ tower.projection.T
+    assert (wrong - expected).abs().max() > 100 * TOLERANCE
+    assert (other_norm - expected).abs().max() > 100 * TOLERANCE, "another normalization would show"
 
 
 @pytest.mark.parametrize("name", ["siglip", "vit"])

@@ -80,8 +80,10 @@ def test_a_swapped_llava_is_an_ordinary_checkpoint(name: str, tiny_llava: Path, 
     with torch.inference_mode():
         found = model(**batch).logits
     torch.testing.assert_close(found, by_hand(out, tower, plan, batch), rtol=0, atol=TOLERANCE)
-    one_layer_on = plan.model_copy(update={"after": plan.after.model_copy(update={"feature_layer": -1})})
-    assert (found - by_hand(out, tower, one_layer_on, batch)).abs().max() > 10 * TOLERANCE
+    other_std = tuple(2 * one for one in plan.after.std)
+    for wrong in ({"feature_layer": -1}, {"std": other_std}):
+        spoilt = plan.model_copy(update={"after": plan.after.model_copy(update=wrong)})
+        assert (found - by_hand(out, tower, spoilt, batch)).abs().max() > 10 * TOLERANCE
 
 
 @hosted
